@@ -1,0 +1,21 @@
+"""lowmem-pnn: train a network larger than the device's memory, one partition at a time, inside a byte budget."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lowmem_pnn.report import PlanReport, Result
+    from lowmem_pnn.trainer import evaluate, fit, plan
+
+__version__ = "0.1.0"
+__all__ = ["PlanReport", "Result", "__version__", "evaluate", "fit", "plan"]
+
+_HOMES = {"PlanReport": "report", "Result": "report", "evaluate": "trainer", "fit": "trainer", "plan": "trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: these import torch, which the command line's help does without.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lowmem_pnn' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"lowmem_pnn.{_HOMES[name]}"), name)

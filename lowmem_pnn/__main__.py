@@ -1,0 +1,6 @@
+"""`python -m lowmem_pnn`, and the `lowmem-pnn` command."""
+
+from lowmem_pnn.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The command line: options from `FitConfig`, one place that turns errors into exit codes. torch is imported only when work starts."""
+
+import dataclasses
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import click
+
+from lowmem_pnn import __version__
+from lowmem_pnn.config import FitConfig, configure, flag, next_workdir
+from lowmem_pnn.errors import ConfigError, LowMemError
+from lowmem_pnn.supervisor import is_worker, supervise
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+# What an option's value is called in the help.
+_METAVARS = {
+    "max_gpu_mem": "SIZE", "max_host_mem": "SIZE", "max_disk": "SIZE", "model_arg": "KEY=VALUE", "data_root": "DIR", "cuts": "LAYER,...",
+    "epochs": "N,...", "batch_size": "N,...", "lr": "X,...", "kappa": "X,...", "model": "NAME", "data": "NAME", "device": "NAME",
+    "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N", "train_limit": "N", "test_limit": "N",
+    "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS", "method": "pnn|backprop",
+    "optimizer": "sgd|adam|adamw", "budget_scope": "process|allocator",
+}  # fmt: skip
+
+
+def _config_options(command: _Command) -> _Command:
+    """Add an option for each field of `FitConfig`; values stay text, which `configure` reads and checks."""
+    for field in reversed(dataclasses.fields(FitConfig)):
+        info: Any = field.default  # pydantic's, with description and default
+        text = info.description
+        if field.name == "fused":
+            command = click.option("--fused/--no-fused", default=None, help=f"{text} [default: fused]")(command)
+            continue
+        if (default := _default_text(info.get_default(call_default_factory=True))) and not info.is_required():
+            text += f" [default: {default}]"
+        command = click.option(
+            flag(field.name),
+            field.name,
+            metavar=_METAVARS[field.name],
+            multiple=field.name == "model_arg",
+            help=text,
+        )(command)
+    return command
+
+
+def _default_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(f"{part:g}" for part in value)
+    if value is None or value == {}:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_output_options: list[Callable[[Any], Any]] = [
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, and nothing else there."),
+    click.option("--quiet", is_flag=True, help="No progress."),
+    click.option("--debug", is_flag=True, help="On a failure, show the traceback too."),
+]
+
+
+def _outputs(command: _Command) -> _Command:
+    for option in reversed(_output_options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 130})
+@click.version_option(__version__, prog_name="lowmem-pnn")
+def cli() -> None:
+    """Train networks larger than your device's memory: one partition at a time, inside a byte budget that is enforced.
+
+    Try it: lowmem-pnn fit --max-gpu-mem 2GB
+
+    Exit codes: 0 done; 1 a fault of ours; 2 usage; 3 configuration, model or data not usable; 4 cannot fit in the budget; 5 disk;
+    6 checkpoint damaged or not of this run; 7 diverged; 8 run directory in use; 75 stopped, can be resumed; 130, 143 second signal.
+    """
+
+
+@cli.command()
+@_config_options
+@click.option("--workdir", type=click.Path(path_type=Path), metavar="DIR", help="The run's folder. [default: runs/MODEL-METHOD-N]")
+@click.option("--resume", is_flag=True, help="Go on with the run in --workdir from its last commit; needs no other option.")
+@click.option("--overwrite", is_flag=True, help="Replace the run that is in --workdir.")
+@_outputs
+@click.option("--after-crash", is_flag=True, hidden=True)
+def fit(
+    workdir: Path | None,
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+    after_crash: bool,
+    **given: Any,
+) -> None:
+    """Train a model within a memory budget.
+
+    With neither --model nor --data: a multilayer perceptron with 2.16 GB of training state, on scikit-learn's digits.
+    """
+    config = None
+    if resume:
+        _check_resume(workdir, overwrite, given)
+    else:
+        config = configure(**_given(given))
+        workdir = workdir or next_workdir(config)
+    assert workdir is not None
+    if not is_worker():
+        arguments = sys.argv[1:] if "--workdir" in " ".join(sys.argv) else [*sys.argv[1:], "--workdir", str(workdir)]
+        raise SystemExit(supervise(arguments, workdir))
+    from rich.console import Console
+
+    from lowmem_pnn.progress import Display, TerminalDisplay
+    from lowmem_pnn.trainer import resume_run, start_run
+
+    display = Display() if quiet else TerminalDisplay(Console(stderr=True))
+    stop = _stop_on_signals()
+    if config is None:
+        result = resume_run(workdir, display=display, should_stop=stop, after_crash=after_crash)
+    else:
+        result = start_run(config, workdir, overwrite=overwrite, display=display, should_stop=stop)
+    click.echo(result.to_json() if as_json else str(result))
+
+
+@cli.command()
+@_config_options
+@_outputs
+def plan(as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
+    """Show what `fit` with the same options would do: partitions, micro-batches, predicted peaks, disk. Nothing is trained."""
+    config = configure(**_given(given))
+    from lowmem_pnn.trainer import plan_run
+
+    report = plan_run(config)
+    click.echo(report.to_json() if as_json else str(report))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@_outputs
+def evaluate(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Measure the weights of a finished run on its test data, within its memory budget."""
+    import json
+
+    from lowmem_pnn.trainer import evaluate as evaluate_run
+
+    scores = evaluate_run(run)
+    click.echo(json.dumps(scores) if as_json else ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+
+def main() -> None:
+    """Run the command line and exit: the one place where errors become exit codes."""
+    debug = "--debug" in sys.argv
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has left; Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except LowMemError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"lowmem-pnn: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        text = " ".join(str(error).split())[:300]
+        print(f"lowmem-pnn: a fault of its own: {type(error).__name__}: {text}; run again with --debug for the traceback", file=sys.stderr)
+        sys.exit(1)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were on the command line; repeated KEY=VALUE texts as one dictionary."""
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    if "model_arg" in given:
+        # Not at the top: it imports torch.
+        from lowmem_pnn.sources.models import parse_model_arguments
+
+        given["model_arg"] = parse_model_arguments(given["model_arg"])
+    return given
+
+
+def _check_resume(workdir: Path | None, overwrite: bool, options: dict[str, Any]) -> None:
+    if workdir is None:
+        raise ConfigError("--resume needs the run to go on with; give --workdir DIR")
+    others = [flag(name) for name, value in options.items() if value is not None and value != ()]
+    if overwrite:
+        others.append("--overwrite")
+    if others:
+        raise ConfigError(f"{', '.join(others)} with --resume would change the run; --resume takes its configuration from --workdir")
+
+
+def _stop_on_signals() -> Callable[[], bool]:
+    """Note the first SIGINT or SIGTERM, for the run to stop at a good place; the second ends the process at once."""
+    caught: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+        print("lowmem-pnn: stopping after this batch; once more to stop at once", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return lambda: bool(caught)
+
+

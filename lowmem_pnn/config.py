@@ -1,0 +1,250 @@
+"""What a run is asked to do: `FitConfig`, one frozen dataclass whose field descriptions are the command line's help.
+
+No torch here: the command line reads this file to print its help.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
+from pydantic import ValidationError as PydanticError
+from pydantic.dataclasses import dataclass
+
+from lowmem_pnn.errors import ConfigError, UnitError
+from lowmem_pnn.units import parse_bytes
+
+
+def _size(value: Any) -> Any:
+    # pydantic collects ValueErrors, and UnitError is one.
+    return parse_bytes(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
+
+
+def _list(value: Any) -> Any:
+    """A comma list, one value, or a sequence, as a tuple."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _layer_names(value: Any) -> Any:
+    return None if value is None else tuple(str(part) for part in _list(value))
+
+
+Size = Annotated[PositiveInt, BeforeValidator(_size)]
+Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_list), Field(min_length=1)]
+Rates = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_list), Field(min_length=1)]
+Layers = Annotated[tuple[str, ...] | None, BeforeValidator(_layer_names)]
+DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class FitConfig:
+    """Everything that decides a run, checked; the same values give the same run.
+
+    Where a field is a tuple, one value holds for every partition, else there is one per partition.
+
+    Raises:
+        pydantic.ValidationError: with all faults at once. `configure` turns them into one `ConfigError`.
+    """
+
+    max_gpu_mem: Size = Field(
+        description="Memory budget of the training device: the GPU, or this process where the device is the CPU (512MB, 2GiB)."
+    )
+    model: str = Field(description="mlp:WIDTH-WIDTH-..., a torchvision name, package.module:factory, or file.py:factory.")
+    model_arg: dict[str, Any] = Field(default_factory=dict, description="An argument for the model's factory, as KEY=VALUE; may be repeated.")
+    data: str = Field(
+        description="digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100, imagefolder:DIR, npz:FILE, or file.py:factory."
+    )
+    data_root: Path = Field(default=Path("data"), description="Where downloaded data sets are kept.")
+    method: Literal["pnn", "backprop"] = Field(
+        default="pnn",
+        description="pnn: partitions one after the other, on synthetic intermediate labels; backprop: the whole model on the device.",
+    )
+    partitions: PositiveInt | None = Field(default=None, description="Number of partitions; the planner chooses if neither this nor --cuts is given.")
+    cuts: Layers = Field(default=None, description="Comma list of layers, by name or number from 0; each starts a new partition.")
+    epochs: Counts = Field(default=(10,), description="Epochs, one number or one per partition.")
+    batch_size: Counts = Field(default=(64,), description="Samples per optimizer step, one number or one per partition.")
+    micro_batch: PositiveInt | None = Field(
+        default=None, description="Samples on the device at once, at most; the planner chooses the largest that fits if not given."
+    )
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(default="adamw", description="Optimizer.")
+    lr: Rates = Field(default=(1e-3,), description="Learning rate, one number or one per partition.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of sgd.")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="Weight decay.")
+    fused: bool = Field(default=True, description="Use PyTorch's fused optimizers: faster, and without temporaries; last bits differ.")
+    kappa: Rates = Field(default=(10.0,), description="Scale of the synthetic intermediate labels, one number or one per boundary (pnn).")
+    seed: NonNegativeInt = Field(default=0, description="Seed of the initial weights, the data order and all else that is random.")
+    device: DeviceName = Field(default="auto", description="auto, cpu, cuda or cuda:INDEX; auto takes a GPU where there is one.")
+    budget_scope: Literal["process", "allocator"] = Field(
+        default="process", description="What the budget bounds on a GPU: all that the process holds, or PyTorch's allocator alone."
+    )
+    max_host_mem: Size | None = Field(default=None, description="Bound on host memory above what the process starts with (GPU runs).")
+    max_disk: Size | None = Field(default=None, description="Bound on the run directory's size on disk.")
+    commit_every: NonNegativeFloat = Field(default=60.0, description="Least seconds between two commits to the run directory.")
+    keep_commits: PositiveInt = Field(default=1, description="Commits kept on disk.")
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="Share of the training data kept for validation.")
+    train_limit: PositiveInt | None = Field(default=None, description="Use at most this many training samples.")
+    test_limit: PositiveInt | None = Field(default=None, description="Use at most this many test samples.")
+
+    def value_for(self, field: Literal["epochs", "batch_size", "lr", "kappa"], partition: int) -> Any:
+        """One partition's value of a field that may have one per partition.
+
+        Args:
+            field: the field's name.
+            partition: from 0.
+
+        Returns:
+            The partition's own value, or the only one.
+        """
+        values = getattr(self, field)
+        return values[0] if len(values) == 1 else values[partition]
+
+    def to_json(self) -> str:
+        """The configuration as JSON text, which `from_json` reads back."""
+        return json.dumps(TypeAdapter(FitConfig).dump_python(self, mode="json"), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> "FitConfig":
+        """Read what `to_json` wrote.
+
+        Raises:
+            pydantic.ValidationError: the text is not such a configuration.
+        """
+        return TypeAdapter(FitConfig).validate_json(text)
+
+
+# What is trained when neither a model nor data is named: larger than 2 GB with its optimizer state, and learnt in a minute.
+DEMONSTRATION: Mapping[str, Any] = {
+    "model": "mlp:64-8192-8192-8192-10",
+    "data": "digits",
+    "epochs": (3,),
+    "lr": (1e-4,),
+    "kappa": (1.0,),
+}
+
+# Options that only some choice of another option reads: (option, what it needs, does this run have it?).
+_CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
+    ("kappa", "--method pnn", lambda config: config.method == "pnn"),
+    ("cuts", "--method pnn", lambda config: config.method == "pnn"),
+    ("partitions", "--method pnn", lambda config: config.method == "pnn"),
+    ("momentum", "--optimizer sgd", lambda config: config.optimizer == "sgd"),
+    ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
+    ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
+    ("model_arg", "a model that is built by a factory (not mlp:)", lambda config: not config.model.startswith("mlp:")),
+)
+
+
+def configure(**given: Any) -> FitConfig:
+    """Make a configuration from what a user gave, with the defaults for the rest.
+
+    With neither `model` nor `data` this is the demonstration: a multilayer perceptron with 2.16 GB of training state, on the digits
+    that come with scikit-learn.
+
+    Args:
+        **given: fields of `FitConfig`; None means not given.
+
+    Returns:
+        A checked configuration.
+
+    Raises:
+        ConfigError: all faults, in one line.
+
+    Example:
+        >>> configure(max_gpu_mem="2GB").model
+        'mlp:64-8192-8192-8192-10'
+        >>> configure(max_gpu_mem="2GB", method="pnm")
+        Traceback (most recent call last):
+        lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, backprop; did you mean 'pnn'?
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    values = given if "model" in given or "data" in given else {**DEMONSTRATION, **given}
+    try:
+        config = FitConfig(**values)
+    except PydanticError as error:
+        raise ConfigError("; ".join(_describe(fault) for fault in error.errors())) from None
+    faults = [
+        f"{flag(name)} has no effect here: it needs {need}" for name, need, holds in _CONDITIONAL if name in given and not holds(config)
+    ]
+    if config.cuts and config.partitions:
+        faults.append("--cuts and --partitions exclude each other; give one")
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return config
+
+
+def check_lengths(config: FitConfig, num_partitions: int) -> None:
+    """Check that the per-partition lists fit the number of partitions.
+
+    Args:
+        config: the run's configuration.
+        num_partitions: of the plan.
+
+    Raises:
+        ConfigError: a list of another length.
+    """
+    for name, wanted in (("epochs", num_partitions), ("batch_size", num_partitions), ("lr", num_partitions), ("kappa", num_partitions - 1)):
+        found = len(getattr(config, name))
+        if found not in (1, wanted):
+            what = "boundaries between partitions" if name == "kappa" else "partitions"
+            raise ConfigError(f"{flag(name)} has {found} values for {wanted} {what}; give 1 or {wanted}, or set --cuts or --partitions")
+
+
+def flag(name: str) -> str:
+    """The command line's name of a field: `--max-gpu-mem` for `max_gpu_mem`."""
+    return "--" + name.replace("_", "-")
+
+
+def run_name(config: FitConfig) -> str:
+    """A folder name for a run, from its model and method: letters, digits, '.', '_' and '-' alone.
+
+    Example:
+        >>> run_name(configure(max_gpu_mem="1GB", model="mlp:64-32-10", data="digits"))
+        'mlp-64-32-10-pnn'
+    """
+    model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name).strip("-.") or "model"
+    return f"{model[:60]}-{config.method}"
+
+
+def next_workdir(config: FitConfig, parent: Path = Path("runs")) -> Path:
+    """The first folder `runs/MODEL-METHOD-N` that does not exist, N from 1."""
+    number = 1
+    while (path := parent / f"{run_name(config)}-{number}").exists():
+        number += 1
+    return path
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """A tail for an error message: `; did you mean 'x'?`, or nothing if no known word is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def field_names() -> list[str]:
+    """The fields of `FitConfig`, in order."""
+    return [field.name for field in dataclasses.fields(FitConfig)]
+
+
+def _describe(fault: Any) -> str:
+    """One pydantic fault in the words of the command line."""
+    name = str(fault["loc"][0])
+    value = fault.get("input")
+    if fault["type"] == "missing":
+        example = {"max_gpu_mem": "2GB", "model": "mlp:64-256-10", "data": "digits"}[name]
+        return f"{flag(name)} is missing; give {flag(name)} {example}"
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"there is no option {flag(name)}{suggest(name, field_names())}"
+    if fault["type"] == "literal_error":
+        known = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
+        return f"{flag(name)} {value!r} is none of {', '.join(known)}{suggest(str(value), known)}"
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, UnitError):
+        return f"{flag(name)}: {cause}"
+    if name == "device":
+        return f"--device {value!r} is none of auto, cpu, cuda, cuda:INDEX"
+    message = str(fault["msg"]).replace("Input should be", "must be").replace("Value error, ", "")
+    return f"{flag(name)} {value!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,138 @@
+"""What every device offers: a budget, a floor, a meter of what is used above it, and copies to and from it."""
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowmem_pnn.units import MEBIBYTE
+
+# How libraries below us say that memory ran out without raising torch.OutOfMemoryError. oneDNN reports a failed allocation as a
+# primitive that cannot be made; on Jetson the caching allocator's NVML query fails instead of the allocation.
+_OUT_OF_MEMORY_TEXTS = (
+    "can't allocate memory",
+    "could not create a primitive",
+    "could not create a memory object",
+    "could not execute a primitive",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "NVML_SUCCESS == r INTERNAL ASSERT",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out: the one place that knows.
+
+    Args:
+        error: whatever a computation or an allocation raised.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+
+
+class OverBudget(MemoryError):
+    """The meter saw more than the budget: treated as running out of memory, before the wall does it."""
+
+
+class Device(ABC):
+    """A training device inside a budget of bytes.
+
+    Used as a context: entering takes the floor and raises the wall, leaving takes the wall down. Everything that is to count as floor
+    (imports, the data source, threads) must be there before.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, torch_device: torch.device, budget_bytes: int) -> None:
+        self.torch_device = torch_device
+        self.budget_bytes = budget_bytes
+        self.floor_bytes = 0
+        self._section_peak = 0
+        self._peak = 0
+
+    @staticmethod
+    def reserve_for(budget_bytes: int) -> int:
+        """What plans leave free of a budget for what they cannot foresee: a thirty-second of it, at least 4 MiB."""
+        return max(4 * MEBIBYTE, budget_bytes // 32)
+
+    @property
+    def reserve_bytes(self) -> int:
+        """`reserve_for` this device's budget."""
+        return self.reserve_for(self.budget_bytes)
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What is in use above the floor before anything is trained: a CUDA context, else nothing."""
+        return 0
+
+    @abstractmethod
+    def open(self) -> None:
+        """Take the floor, start the meter, raise the wall."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Take the wall down and stop the meter; the peaks stay readable."""
+
+    @abstractmethod
+    def used_bytes(self) -> int:
+        """What is in use now, above the floor."""
+
+    @abstractmethod
+    def section_peak_bytes(self) -> int:
+        """The most that was in use since `begin_section`, above the floor."""
+
+    @abstractmethod
+    def begin_section(self) -> None:
+        """Start a new stretch for `section_peak_bytes`."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was in use since the device was opened, above the floor."""
+        self._peak = max(self._peak, self.section_peak_bytes())
+        return self._peak
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """The most private host memory above what the process held when the device was opened."""
+        return self.peak_bytes
+
+    def check_budget(self) -> None:
+        """Raise if the present section went over the budget.
+
+        Raises:
+            OverBudget: it did; `is_out_of_memory` knows it.
+        """
+        if (found := self.section_peak_bytes()) > self.budget_bytes:
+            raise OverBudget(f"{found} bytes in use, above the budget of {self.budget_bytes}")
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give freed memory back to the system, so that the meter and the wall no longer see it."""
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor on the device, 64-byte aligned."""
+        return torch.empty(shape, dtype=dtype, device=self.torch_device)
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """A host tensor on the device; the same tensor where host and device are one."""
+        return tensor.to(self.torch_device, non_blocking=True)
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """A device tensor on the host; the same tensor where host and device are one."""
+        return tensor.cpu()
+
+    def describe(self) -> str:
+        """The device's name, for people."""
+        return str(self.torch_device)
+
+    def __enter__(self) -> "Device":
+        self.open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,229 @@
+"""An NVIDIA GPU as the training device: the budget bounds what the process holds there, context and libraries too."""
+
+import contextlib
+import os
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lowmem_pnn.device.base import Device
+from lowmem_pnn.device.cpu import warm_up
+from lowmem_pnn.device.host import PrivateMemoryMeter, private_bytes
+from lowmem_pnn.errors import BudgetError, ConfigError
+from lowmem_pnn.units import format_bytes
+
+
+class CudaDriver(Protocol):
+    """The few questions that `CudaDevice` asks of the machine; a test answers them without a GPU."""
+
+    def start(self) -> None:
+        """Create the context and load the libraries that training uses."""
+
+    def device_used(self) -> int:
+        """Bytes in use on the device, by everybody."""
+
+    def process_used(self) -> int | None:
+        """Bytes that this process holds on the device, or None where the driver does not know the process."""
+
+    def total(self) -> int:
+        """The device's memory in bytes."""
+
+    def reserved(self) -> int:
+        """Bytes that PyTorch's allocator holds."""
+
+    def peak_reserved(self) -> int:
+        """The most that the allocator held since `reset_peak`."""
+
+    def reset_peak(self) -> None:
+        """Start `peak_reserved` anew."""
+
+    def cap_allocator(self, size: int) -> None:
+        """Make the allocator fail above this many bytes."""
+
+    def empty_cache(self) -> None:
+        """Give cached blocks back to the driver."""
+
+
+class NvidiaDriver:
+    """`CudaDriver` through torch.cuda and NVML.
+
+    Args:
+        index: of the device, as torch counts.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._device = torch.device("cuda", index)
+        self._nvml_handle = None
+        # NVML is optional: absent on Jetson, without process information in many containers.
+        with contextlib.suppress(Exception):
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = "GPU-" + str(torch.cuda.get_device_properties(index).uuid)
+            self._nvml_handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+
+    def start(self) -> None:
+        """Create the context with a tiny training step, then empty the allocator."""
+        torch.cuda.init()
+        with torch.cuda.device(self._device):
+            warm_up(self._device)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def device_used(self) -> int:
+        """Bytes in use on the device: NVML's figure, else what cudaMemGetInfo does not call free."""
+        if self._nvml_handle is not None:
+            import pynvml
+
+            with contextlib.suppress(pynvml.NVMLError):
+                return int(pynvml.nvmlDeviceGetMemoryInfo(self._nvml_handle).used)
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free
+
+    def process_used(self) -> int | None:
+        """This process's entry in NVML's list, if it is there."""
+        if self._nvml_handle is None:
+            return None
+        import pynvml
+
+        with contextlib.suppress(pynvml.NVMLError):
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._nvml_handle):
+                if process.pid == os.getpid() and process.usedGpuMemory is not None:
+                    return int(process.usedGpuMemory)
+        return None
+
+    def total(self) -> int:
+        """The device's memory in bytes."""
+        return int(torch.cuda.get_device_properties(self._device).total_memory)
+
+    def reserved(self) -> int:
+        """Bytes that PyTorch's allocator holds."""
+        return torch.cuda.memory_reserved(self._device)
+
+    def peak_reserved(self) -> int:
+        """The allocator's highest reservation since `reset_peak`."""
+        return torch.cuda.max_memory_reserved(self._device)
+
+    def reset_peak(self) -> None:
+        """Start `peak_reserved` anew."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def cap_allocator(self, size: int) -> None:
+        """Make the allocator fail above this many bytes."""
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size / self.total()), self._device)
+
+    def empty_cache(self) -> None:
+        """Give cached blocks back to the driver."""
+        torch.cuda.empty_cache()
+
+
+class CudaDevice(Device):
+    """One GPU, with PyTorch's allocator capped at the budget less what the process holds outside it.
+
+    `set_per_process_memory_fraction` alone bounds the allocator, not the process (pytorch#58466): the context and the libraries, some
+    300 to 600 MB, are measured first.
+
+    Args:
+        budget_bytes: what the process (or, with scope `allocator`, PyTorch's allocator) may hold on the device.
+        index: of the device, as torch counts.
+        scope: what the budget bounds.
+        driver: what answers for the machine.
+    """
+
+    kind = "cuda"
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        index: int = 0,
+        scope: Literal["process", "allocator"] = "process",
+        driver: CudaDriver | None = None,
+    ) -> None:
+        super().__init__(torch.device("cuda", index), budget_bytes)
+        self._scope = scope
+        self._driver = driver
+        self._outside = 0
+        self._host_meter = PrivateMemoryMeter(interval=0.02)
+        self._host_floor = 0
+
+    def open(self) -> None:
+        """Create the context, measure it, and cap the allocator with the rest of the budget.
+
+        Raises:
+            ConfigError: there is no such GPU.
+            BudgetError: the context alone is above the budget, or the budget above the device.
+        """
+        if self._driver is None:
+            index = self.torch_device.index
+            if index >= torch.cuda.device_count():
+                raise ConfigError(f"--device cuda:{index}: found {torch.cuda.device_count()} CUDA devices here; give --device cpu")
+            self._driver = NvidiaDriver(index)
+        driver = self._driver
+        before = driver.device_used()
+        driver.start()
+        if self._scope == "process":
+            process = driver.process_used()
+            held = process if process is not None else max(0, driver.device_used() - before)
+            self._outside = max(0, held - driver.reserved())
+        if self.budget_bytes > driver.total():
+            raise BudgetError(
+                f"--max-gpu-mem {format_bytes(self.budget_bytes)} is more than the device has, {format_bytes(driver.total())}; give less"
+            )
+        if self._outside + self.reserve_bytes >= self.budget_bytes:
+            raise BudgetError(
+                f"the CUDA context alone holds {format_bytes(self._outside)} on the device, and --max-gpu-mem is "
+                f"{format_bytes(self.budget_bytes)}; give more, or --budget-scope allocator to leave the context out"
+            )
+        driver.cap_allocator(self.budget_bytes - self._outside)
+        driver.reset_peak()
+        self._host_meter.start()
+        self._host_floor = private_bytes()
+        self._host_meter.begin_section()
+
+    def close(self) -> None:
+        """Lift the cap; the peaks stay readable."""
+        self._peak = self.peak_bytes
+        self._host_meter.stop()
+        if self._driver is not None:
+            self._driver.empty_cache()
+            self._driver.cap_allocator(self._driver.total())
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What the process holds on the device outside PyTorch's allocator: 0 with scope `allocator`."""
+        return self._outside
+
+    def used_bytes(self) -> int:
+        """The allocator's reservation and the context, in bytes."""
+        assert self._driver is not None, "the device is open"
+        return self._outside + self._driver.reserved()
+
+    def section_peak_bytes(self) -> int:
+        """The allocator's highest reservation of the section, and the context."""
+        assert self._driver is not None, "the device is open"
+        return self._outside + self._driver.peak_reserved()
+
+    def begin_section(self) -> None:
+        """Start a new stretch for `section_peak_bytes`."""
+        assert self._driver is not None, "the device is open"
+        self._peak = max(self._peak, self.section_peak_bytes())
+        self._driver.reset_peak()
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """The most private host memory above what the process held when the device was opened."""
+        return max(0, self._host_meter.peak() - self._host_floor)
+
+    def release(self) -> None:
+        """Give cached blocks back to the driver."""
+        assert self._driver is not None, "the device is open"
+        self._driver.empty_cache()
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """A copy on the GPU, asynchronous where the host tensor is pinned."""
+        return tensor.to(self.torch_device, non_blocking=tensor.is_pinned())
+
+    def describe(self) -> str:
+        """The GPU's name, for people."""
+        return torch.cuda.get_device_name(self.torch_device)

@@ -1,0 +1,125 @@
+"""Private memory of this process: reading it, sampling its peak, and bounding it by the operating system."""
+
+import contextlib
+import ctypes
+import re
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+
+from lowmem_pnn.units import MEBIBYTE
+
+_STATUS = Path("/proc/self/status")
+_PRIVATE = re.compile(rb"Rss(?:Anon|Shmem):\s+(\d+) kB")
+_DATA = re.compile(rb"VmData:\s+(\d+) kB")
+
+# glibc's names for mallopt(3).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
+
+def private_bytes() -> int:
+    """What the process holds that is not a file: RssAnon + RssShmem on Linux, the unique set size elsewhere."""
+    try:
+        status = _STATUS.read_bytes()
+    except OSError:
+        info = psutil.Process().memory_full_info()
+        return int(getattr(info, "uss", info.rss))
+    return sum(int(kilobytes) for kilobytes in _PRIVATE.findall(status)) * 1024
+
+
+def fix_malloc_thresholds() -> None:
+    """Make glibc give large freed blocks back at once.
+
+    Left alone it raises its mmap threshold to the size of whatever is freed (up to 32 MiB), after which freed tensors stay in the heap
+    and the peak is fragmentation. Elsewhere than on glibc this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, MEBIBYTE)
+        libc.mallopt(_M_TRIM_THRESHOLD, 4 * MEBIBYTE)
+
+
+def trim_heap() -> None:
+    """Give the heap's free pages back to the system (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+class DataLimit:
+    """The wall: RLIMIT_DATA at the present use plus an allowance, so that the allocation which passes it fails in this process.
+
+    Linux counts private writable mappings, touched or not; on other systems there is no wall, and the plan and the meter stand alone.
+    """
+
+    def __init__(self, allowance_bytes: int) -> None:
+        self._allowance_bytes = allowance_bytes
+        self._before: tuple[int, int] | None = None
+
+    def raise_wall(self) -> None:
+        """Set the limit. A stricter one that is already set stays."""
+        if not sys.platform.startswith("linux"):
+            return
+        import resource
+
+        found = _DATA.search(_STATUS.read_bytes())
+        assert found is not None
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        wall = int(found[1]) * 1024 + self._allowance_bytes
+        if soft != resource.RLIM_INFINITY and soft <= wall:
+            return
+        resource.setrlimit(resource.RLIMIT_DATA, (wall, hard))
+        self._before = (soft, hard)
+
+    def take_down(self) -> None:
+        """Put the limit back that was there before."""
+        if self._before is not None:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_DATA, self._before)
+            self._before = None
+
+
+class PrivateMemoryMeter:
+    """A thread that samples `private_bytes` and keeps the highest, per section and in all.
+
+    Args:
+        interval: seconds between samples. Large blocks are held far longer than 2 ms.
+    """
+
+    def __init__(self, interval: float = 0.002) -> None:
+        self._interval = interval
+        self._highest = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="lowmem-meter", daemon=True)
+
+    def start(self) -> None:
+        """Start sampling."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop sampling; the peak stays readable."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def begin_section(self) -> None:
+        """Forget the highest sample so far."""
+        self._highest = 0
+        self._note()
+
+    def peak(self) -> int:
+        """The highest sample of the section, in bytes; includes the present."""
+        self._note()
+        return self._highest
+
+    def _note(self) -> int:
+        now = private_bytes()
+        self._highest = max(self._highest, now)
+        return now
+
+    def _sample(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._note()

@@ -1,0 +1,129 @@
+"""StorageTracker: counts the bytes of the tensors that are alive, real or fake, and can refuse to pass a capacity."""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lowmem_pnn.units import format_bytes
+
+# torch.tensor() makes its storage outside the dispatcher and shows it first as the argument of this.
+_FRESH = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
+
+
+class StorageTracker(TorchDispatchMode):
+    """Counts storages made while it is active, from the operation that makes one until its last reference goes.
+
+    A storage counts once however many tensors view it. What was made before entering does not count, and neither does what a
+    kernel allocates and frees inside. Fake tensors (`FakeTensorMode` entered before this) count what real ones would need. What
+    is counted stays counted after leaving, until it is freed; entering again goes on.
+
+    Args:
+        capacity_bytes: an operation whose result would take the live bytes above it raises, as on a full device; None: no limit.
+
+    Example:
+        >>> with StorageTracker() as tracker:
+        ...     x = torch.zeros(256)
+        ...     y = x.view(16, 16) + 1
+        ...     del x
+        >>> tracker.live, tracker.peak
+        (1024, 2048)
+    """
+
+    def __init__(self, capacity_bytes: int | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.capacity_bytes = capacity_bytes
+        self._live = 0
+        self._peak = 0
+        # By id of the storage's Python object, which lives as long as the storage does: a weak reference and the size counted for
+        # it.
+        self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        # Reentrant: a storage may be freed, in this thread, while its sibling is being counted.
+        self._lock = threading.RLock()
+
+    @property
+    def live(self) -> int:
+        """Bytes of all counted storages that are alive."""
+        return self._live
+
+    @property
+    def peak(self) -> int:
+        """The most that was alive since `reset_peak`, or since the first entering."""
+        return self._peak
+
+    def reset_peak(self) -> None:
+        """Start `peak` anew, at what is alive now."""
+        with self._lock:
+            self._peak = self._live
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation and count the storages that it made.
+
+        Raises:
+            torch.OutOfMemoryError: they would take the live bytes above the capacity; the result is freed.
+        """
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = set() if func in _FRESH else {id(storage) for storage in _storages((args, kwargs))}
+        added = 0
+        # An argument may have been resized in place, so known storages are looked at again.
+        found = {id(storage): storage for storage in _storages(result)}
+        for key, storage in found.items():
+            if key in self._known:
+                added += storage.nbytes() - self._known[key][1]
+            elif key not in given:
+                added += storage.nbytes()
+        if self.capacity_bytes is not None and added > 0 and self._live + added > self.capacity_bytes:
+            # The exception's traceback holds this frame: without this the refused result would outlive the refusal.
+            message = (
+                f"out of memory: {func} asked for {format_bytes(added)} where {format_bytes(self._live)} of "
+                f"{format_bytes(self.capacity_bytes)} are in use"
+            )
+            del result, found, storage
+            raise torch.OutOfMemoryError(message)
+        for key, storage in found.items():
+            if key in self._known or key not in given:
+                self._count(key, storage)
+        with self._lock:
+            self._peak = max(self._peak, self._live)
+        self._after(func)
+        return result
+
+    def _after(self, func: Any) -> None:
+        """Called after every operation, for those who want more than the peak."""
+
+    def _count(self, key: int, storage: torch.UntypedStorage) -> None:
+        with self._lock:
+            size = storage.nbytes()
+            if key in self._known:
+                reference, before = self._known[key]
+                self._live -= before
+            else:
+                reference = weakref.ref(storage, self._forget(key))
+            self._known[key] = (reference, size)
+            self._live += size
+
+    def _forget(self, key: int) -> Callable[[object], None]:
+        known, lock, tracker = self._known, self._lock, weakref.ref(self)
+
+        def forget(_: object) -> None:
+            with lock:
+                _, size = known.pop(key)
+                if (alive := tracker()) is not None:
+                    alive._live -= size
+
+        return forget
+
+
+def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:
+    """The storages of the strided tensors in a nest of lists, tuples and dicts; sparse tensors have none."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            yield leaf.untyped_storage()

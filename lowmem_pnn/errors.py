@@ -1,0 +1,66 @@
+"""Errors that a user can cause or must act on, each with its exit code.
+
+Every message says what was asked, what was found (with its unit), where, and what to do, on one line.
+The library raises these; the command line turns them into an exit code in one place.
+A fault of ours is an `AssertionError` or whatever Python raises, never one of these.
+"""
+
+
+class LowMemError(Exception):
+    """Base of every error that lowmem-pnn raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(LowMemError, ValueError):
+    """An option, a model or a data set that cannot be used as given."""
+
+    exit_code = 3
+
+
+class UnitError(ConfigError):
+    """A text that is not a size."""
+
+
+class CaptureError(ConfigError):
+    """A model that cannot be cut into layers."""
+
+
+class DataError(ConfigError):
+    """A data set that is missing, empty, or holds values that cannot be trained on."""
+
+
+class BudgetError(LowMemError):
+    """What was asked for does not fit in the memory budget."""
+
+    exit_code = 4
+
+
+class DiskError(LowMemError):
+    """The disk is full, not writable, or above the bound that was given."""
+
+    exit_code = 5
+
+
+class CheckpointError(LowMemError):
+    """A run directory or a file in it that is damaged, or belongs to another run."""
+
+    exit_code = 6
+
+
+class DivergedError(LowMemError):
+    """The loss became NaN or infinite."""
+
+    exit_code = 7
+
+
+class BusyError(LowMemError):
+    """Another process works in the run directory."""
+
+    exit_code = 8
+
+
+class Stopped(LowMemError):
+    """The run was asked to stop (Ctrl-C or SIGTERM), committed its work, and can be resumed."""
+
+    exit_code = 75

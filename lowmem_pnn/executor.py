@@ -1,0 +1,293 @@
+"""The executor: runs one visit inside a residency, batch by batch, and undoes a batch that does not fit.
+
+A batch is the transaction: nothing that outlives it changes before the optimizer's step, so running out of memory in it (or a meter
+that shows more than the budget) is undone by dropping the gradients and restoring the buffers; then it is done again with half the
+micro-batch. The batch that the optimizer sees stays the same, by accumulation.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lowmem_pnn.device import Device, is_out_of_memory
+from lowmem_pnn.errors import BudgetError, DivergedError
+from lowmem_pnn.feeds import Batch, Feed
+from lowmem_pnn.methods import Objective
+from lowmem_pnn.residency import Residency
+from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.stores.activations import ActivationWriter
+from lowmem_pnn.units import format_bytes
+
+_T = TypeVar("_T")
+
+# Tensors that compute sees start on this boundary: at other offsets a matrix product's last bits differ.
+_ALIGNMENT = 64
+
+
+@dataclass
+class Tally:
+    """A running mean of the loss, and a count of right answers."""
+
+    loss_sum: float = 0.0
+    num_correct: int | None = None
+    num_samples: int = 0
+
+    def add(self, mean_loss: float, num_samples: int, num_correct: int | None = None) -> None:
+        """Count a batch."""
+        self.loss_sum += mean_loss * num_samples
+        self.num_samples += num_samples
+        if num_correct is not None:
+            self.num_correct = (self.num_correct or 0) + num_correct
+
+    @property
+    def loss(self) -> float:
+        """The mean over all samples so far."""
+        return self.loss_sum / max(1, self.num_samples)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of right answers, or None where none were counted."""
+        return None if self.num_correct is None else self.num_correct / max(1, self.num_samples)
+
+
+@dataclass
+class Progress:
+    """How far a `learn` visit is: all that a resume needs to go on inside it."""
+
+    epoch: int = 0
+    batch: int = 0
+    tally: Tally = field(default_factory=Tally)
+
+
+@dataclass
+class Stage:
+    """A resident partition and how it is worked on.
+
+    Args:
+        number: the partition's, in the plan.
+        title: for messages: its number and layers.
+        residency: loaded.
+        objective: prepared.
+        batch_size: samples a step.
+        micro_batch: samples on the device at once; halves when they do not fit.
+        smallest_micro_batch: what the modules accept at least.
+        is_last: whether its outputs are class scores.
+    """
+
+    number: int
+    title: str
+    residency: Residency
+    objective: Objective
+    batch_size: int
+    micro_batch: int
+    smallest_micro_batch: int
+    is_last: bool
+
+
+class Executor:
+    """Runs visits.
+
+    Args:
+        device: open.
+        seed: of the run.
+        on_shrink: called after a micro-batch was halved, with the stage.
+    """
+
+    def __init__(self, device: Device, seed: int, on_shrink: Callable[[Stage], None] = lambda stage: None) -> None:
+        self._device = device
+        self._seed = seed
+        self._on_shrink = on_shrink
+
+    def learn_epoch(self, stage: Stage, feed: Feed, progress: Progress, on_batch: Callable[[], None]) -> None:
+        """Train over one epoch's samples, from where `progress` says.
+
+        Args:
+            stage: the partition.
+            feed: its training samples.
+            progress: moved on after every batch; at the epoch's end `batch` is 0 and `epoch` one more.
+            on_batch: called after every batch, when `progress`, weights and optimizer state belong together.
+
+        Raises:
+            DivergedError: the loss became NaN or infinite.
+            BudgetError: not even the smallest micro-batch fits.
+        """
+        steps = math.ceil(feed.num_samples / stage.batch_size)
+        for layer in stage.residency.layers:
+            layer.module.train()
+        for batch in feed.batches(stage.batch_size, shuffle=True, epoch=progress.epoch, start=progress.batch):
+            if len(batch[1]) >= stage.smallest_micro_batch:  # a last batch of 1 tells BatchNorm nothing
+                step = progress.epoch * steps + progress.batch
+                loss = self.train_batch(stage, batch, step)
+                if not math.isfinite(loss):
+                    raise DivergedError(
+                        f"the loss became {loss} in {stage.title}, epoch {progress.epoch + 1}, batch {progress.batch + 1}; "
+                        f"the last commit is kept; try a lower --lr"
+                    )
+                progress.tally.add(loss, len(batch[1]))
+            progress.batch += 1
+            del batch
+            on_batch()
+        progress.epoch += 1
+        progress.batch = 0
+
+    def train_batch(self, stage: Stage, batch: Batch, step: int) -> float:
+        """One optimizer step; done again with smaller micro-batches until it fits.
+
+        Args:
+            stage: the partition.
+            batch: boundary tensors (B, ...) and labels (B,), on the host.
+            step: the partition's steps so far, which seeds the batch's random choices.
+
+        Returns:
+            The batch's mean loss.
+        """
+        buffers = {name: tensor.clone() for name, tensor in stage.residency.buffers.items()}
+        while (loss := self._unless_full(lambda: self._accumulate(stage, batch, step))) is None:
+            for name, tensor in stage.residency.buffers.items():
+                tensor.copy_(buffers[name])
+            self._shrink(stage)
+        # A step that is not finite would poison the weights; the caller stops the run.
+        if stage.residency.optimizer is not None and math.isfinite(loss):
+            stage.residency.optimizer.step()
+        self._drop_gradients(stage)
+        return loss
+
+    def measure(self, stage: Stage, feed: Feed) -> Tally:
+        """Loss and accuracy over a feed, in eval mode.
+
+        Args:
+            stage: the partition.
+            feed: its samples.
+        """
+        tally = Tally()
+
+        def add(outputs: tuple[Tensor, ...], labels: Tensor) -> None:
+            labels = self._device.place(labels)
+            loss = float(stage.objective.loss(outputs, labels))
+            correct = stage.objective.num_correct(outputs, labels) if stage.is_last else None
+            tally.add(loss, len(labels), correct)
+
+        self.forward(stage, feed, add)
+        return tally
+
+    def emit(self, stage: Stage, feed: Feed, writer: ActivationWriter, on_micro_batch: Callable[[], None]) -> None:
+        """Write the partition's outputs, in the feed's own order, in eval mode.
+
+        Args:
+            stage: the partition.
+            feed: its samples.
+            writer: of the next boundary's store.
+            on_micro_batch: called now and then; what it raises ends the writing.
+        """
+
+        def write(outputs: tuple[Tensor, ...], labels: Tensor) -> None:
+            writer.append(tuple(self._device.fetch(tensor) for tensor in outputs), labels)
+            on_micro_batch()
+
+        self.forward(stage, feed, write)
+
+    def forward(self, stage: Stage, feed: Feed, consume: Callable[[tuple[Tensor, ...], Tensor], None]) -> None:
+        """Run samples forward in eval mode, without gradients.
+
+        Args:
+            stage: the partition.
+            feed: its samples.
+            consume: takes each micro-batch's outputs, on the device, and its labels (B,), on the host.
+        """
+        for layer in stage.residency.layers:
+            layer.module.eval()
+        for inputs, labels in feed.batches(stage.batch_size, shuffle=False):
+            begin = 0
+            while begin < len(labels):
+                part = slice(begin, begin + stage.micro_batch)
+                outputs = self._unless_full(lambda part=part, inputs=inputs: self._run_eval(stage, inputs, part))  # type: ignore[misc]
+                if outputs is None:
+                    self._shrink(stage)
+                    continue
+                consume(outputs, labels[part])
+                del outputs
+                begin = part.stop
+
+    def _run_eval(self, stage: Stage, inputs: tuple[Tensor, ...], part: slice) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            outputs = self._run(stage, tuple(self._place(tensor[part]) for tensor in inputs))
+        self._device.check_budget()
+        return outputs
+
+    def _accumulate(self, stage: Stage, batch: Batch, step: int) -> float:
+        """Forward and backward of a batch's micro-batches, in ascending order; each loss weighs its share of the batch."""
+        inputs, labels = batch
+        loss_sum = 0.0
+        for number, part in enumerate(micro_batches(len(labels), stage.micro_batch, stage.smallest_micro_batch)):
+            torch.manual_seed(seed_of(self._seed, "forward", stage.number, step, number))
+            share = (part.stop - part.start) / len(labels)
+            outputs = self._run(stage, tuple(self._place(tensor[part]) for tensor in inputs))
+            loss = stage.objective.loss(outputs, self._place(labels[part]))
+            del outputs
+            if share != 1.0:
+                loss = loss * share
+            if loss.requires_grad:
+                torch.autograd.backward(loss)
+            loss_sum += float(loss.detach())
+            del loss
+            self._device.check_budget()
+        return loss_sum
+
+    def _run(self, stage: Stage, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for layer in stage.residency.layers:
+            tensors = layer(*tensors)
+        return tensors
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() % _ALIGNMENT:
+            tensor = tensor.clone()
+        return self._device.place(tensor)
+
+    @staticmethod
+    def _unless_full(work: Callable[[], _T]) -> _T | None:
+        """The work's result, or None if memory ran out in it; the exception, which holds tensors, is gone by then."""
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
+
+    def _shrink(self, stage: Stage) -> None:
+        self._drop_gradients(stage)
+        self._device.release()
+        if stage.micro_batch <= stage.smallest_micro_batch:
+            raise BudgetError(
+                f"{stage.title} does not fit with a micro-batch of {stage.micro_batch}: {format_bytes(self._device.section_peak_bytes())} "
+                f"were in use of {format_bytes(self._device.budget_bytes)}; give a larger --max-gpu-mem, or more partitions"
+            )
+        self._device.begin_section()
+        stage.micro_batch = max(stage.smallest_micro_batch, stage.micro_batch // 2)
+        self._on_shrink(stage)
+
+    @staticmethod
+    def _drop_gradients(stage: Stage) -> None:
+        for parameter in stage.residency.trainable.values():
+            parameter.grad = None
+
+
+def micro_batches(total: int, size: int, smallest: int) -> Sequence[slice]:
+    """Cut a batch into micro-batches of `size`; a rest that would be under `smallest` joins the one before it.
+
+    Args:
+        total: samples in the batch.
+        size: samples in a micro-batch.
+        smallest: what the modules accept at least.
+
+    Example:
+        >>> [part.stop - part.start for part in micro_batches(9, 4, smallest=2)]
+        [4, 5]
+    """
+    starts = list(range(0, total, size))
+    if len(starts) > 1 and total - starts[-1] < smallest:
+        starts.pop()
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], total], strict=True)]

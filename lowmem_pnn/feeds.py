@@ -1,0 +1,109 @@
+"""Feeds: where a visit's samples come from, in which order, read one batch ahead."""
+
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.sources.datasets import Split
+from lowmem_pnn.stores.activations import ActivationStore
+
+Batch = tuple[tuple[Tensor, ...], Tensor]
+
+
+class Feed(Protocol):
+    """Samples at one boundary of the chain, with their labels."""
+
+    num_samples: int
+
+    def batches(self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """Iterate over an epoch.
+
+        Args:
+            batch_size: samples a batch; the last may be short.
+            shuffle: in an order that follows from the seed and the epoch, else in the feed's own order.
+            epoch: from 0.
+            start: batches to skip.
+
+        Yields:
+            The boundary tensors, each (B, ...), on the host, and the labels (B,) int64.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what is held."""
+        ...
+
+
+class DatasetFeed:
+    """The data set itself: the first boundary.
+
+    Args:
+        split: the samples.
+        seed: of the run.
+        pool: one thread that reads the next batch while this one is used.
+        mix: the feed's own order is a fixed permutation, instead of the data set's. What is written in that order can be read in
+            sequence and still mixes the classes of a data set that is sorted by class.
+    """
+
+    def __init__(self, split: Split, seed: int, pool: Executor, *, mix: bool) -> None:
+        self._split = split
+        self._seed = seed
+        self._pool = pool
+        self.num_samples = len(split)
+        self._own_order = self._permutation("own order") if mix else np.arange(self.num_samples)
+
+    def batches(self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """See `Feed`. `exact` and `backprop` of one seed see the same batches."""
+        order = self._permutation("epoch", epoch) if shuffle else self._own_order
+        ahead: Future[tuple[Tensor, Tensor]] | None = None
+        for begin in range(start * batch_size, self.num_samples, batch_size):
+            now = ahead or self._pool.submit(self._split.batch, order[begin : begin + batch_size])
+            following = order[begin + batch_size : begin + 2 * batch_size]
+            ahead = self._pool.submit(self._split.batch, following) if len(following) else None
+            samples, labels = now.result()
+            del now  # it holds the batch
+            yield (samples,), labels
+
+    def close(self) -> None:
+        """Nothing is held between epochs."""
+
+    def _permutation(self, *place: int | str) -> np.ndarray:
+        return np.random.default_rng(seed_of(self._seed, *place)).permutation(self.num_samples)
+
+
+class ShardFeed:
+    """Boundary activations in shards: every boundary but the first.
+
+    Args:
+        store: complete.
+        seed: of the run.
+        pool: one thread that reads the next shards while these are used.
+        window_bytes: memory for shards, in use and read ahead together.
+    """
+
+    def __init__(self, store: ActivationStore, seed: int, pool: Executor, window_bytes: int) -> None:
+        self._store = store
+        self._seed = seed
+        self._pool = pool
+        self._window_bytes = window_bytes
+        self.num_samples = store.num_samples
+
+    def batches(self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """See `Feed`."""
+        return self._store.batches(
+            batch_size,
+            shuffle=shuffle,
+            seed=self._seed,
+            epoch=epoch,
+            start=start,
+            window_bytes=self._window_bytes,
+            pool=self._pool,
+        )
+
+    def close(self) -> None:
+        """Free the shards that are held between epochs."""
+        self._store.close()

@@ -1,0 +1,173 @@
+"""Plans for workloads: the planner's program, fed with what a run needs beside its partitions, and what it will take on disk."""
+
+import dataclasses
+
+from lowmem_pnn import planner
+from lowmem_pnn.config import check_lengths
+from lowmem_pnn.costs import Affine, MemoryProfile
+from lowmem_pnn.device import Device
+from lowmem_pnn.errors import BudgetError, DiskError
+from lowmem_pnn.planner import PartitionPlan, Plan
+from lowmem_pnn.report import PlanReport
+from lowmem_pnn.units import format_bytes
+from lowmem_pnn.workload import IoSizes, Workload
+
+
+def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexplained_bytes: int = 0) -> Plan:
+    """Cut a workload's chain to fit a device.
+
+    Args:
+        workload: model, data and method.
+        profile: what its layers cost.
+        device: open; its budget is the plan's.
+        unexplained_bytes: what a measurement showed above the prediction, to be kept free too.
+
+    Returns:
+        A plan whose predicted peaks are without the device's reserve.
+
+    Raises:
+        BudgetError: nothing fits.
+        ConfigError: cuts or lists that the model cannot have.
+    """
+    config, chain = workload.config, workload.chain
+    cuts = None if config.cuts is None else [chain.layer_index(cut) for cut in config.cuts]
+    boundaries = range(len(chain.layers))
+    batch = max(config.batch_size)
+
+    def overhead(budget_bytes: int) -> int:
+        io = IoSizes.of_budget(budget_bytes)
+        reading = max(reading_bytes(workload, device, io, boundary, batch) for boundary in boundaries)
+        return device.reserve_for(budget_bytes) + device.fixed_bytes + unexplained_bytes + reading
+
+    plan = planner.plan(
+        profile,
+        budget_bytes=device.budget_bytes,
+        overhead_bytes=overhead,
+        batch_sizes=config.batch_size[0] if len(config.batch_size) == 1 else config.batch_size,
+        cuts=cuts,
+        num_partitions=workload.method.num_partitions if cuts is None else None,
+        micro_batch=config.micro_batch,
+        objective=lambda stop: objective_memory(workload, stop),
+    )
+    check_lengths(config, len(plan.partitions))
+    fixed = device.fixed_bytes + unexplained_bytes
+    partitions = tuple(_refine(workload, profile, device, plan, partition, fixed) for partition in plan.partitions)
+    return dataclasses.replace(
+        plan, partitions=partitions, predicted_peak_bytes=max(partition.predicted_peak_bytes for partition in partitions)
+    )
+
+
+def objective_memory(workload: Workload, stop: int) -> Affine:
+    """What the objective of a partition that ends before layer `stop` needs on the device."""
+    chain = workload.chain
+    is_last = stop == len(chain.layers)
+    # Which partition it is does not matter to its memory, only whether it is the last.
+    objective = workload.method.objective(0, 1 if is_last else 2, chain.boundaries[stop], workload.dataset.num_classes)
+    return objective.memory(sum(spec.sample_bytes for spec in chain.boundaries[stop]))
+
+
+def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int, batch: int) -> int:
+    """Device memory that samples take while they are read: none where the host is not the device.
+
+    Args:
+        workload: model and data.
+        device: the training device.
+        io: sizes of buffers.
+        boundary: where the samples are read: 0 is the data set.
+        batch: samples a step.
+    """
+    if device.kind == "cuda":
+        return 0
+    sample = sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary]) + 8  # and a label
+    batches = 2 * batch * sample
+    if boundary == 0:
+        return batches
+    # The validation set's window is open while the training set's stays in memory for the next epoch.
+    train = min(io.window_bytes, len(workload.splits["train"]) * sample)
+    val = min(io.window_bytes // 2, len(workload.splits["val"]) * sample) if "val" in workload.splits else 0
+    return batches + train + val
+
+
+def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
+    """The most that the run directory will take: weights with a second generation of the largest partition, two boundaries, export."""
+    config = workload.config
+    stored = [
+        sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in profile.layers[part.start : part.stop])
+        for part in plan.partitions
+    ]
+    samples = sum(len(workload.splits[name]) for name in workload.training_splits)
+    outputs = [samples * (part.output_bytes_per_sample + 8) for part in plan.partitions[:-1]]
+    boundaries = max((left + right for left, right in zip([0, *outputs], [*outputs, 0], strict=True)), default=0)
+    export = sum(layer.weight_bytes + layer.buffer_bytes for layer in profile.layers)
+    return sum(stored) * config.keep_commits + max(max(stored) + boundaries, export)
+
+
+def check_disk(workload: Workload, plan: Plan, profile: MemoryProfile) -> None:
+    """Refuse a run that would pass `--max-disk`.
+
+    Raises:
+        DiskError: it would.
+    """
+    limit, needed = workload.config.max_disk, disk_bytes(workload, plan, profile)
+    if limit is not None and needed > limit:
+        raise DiskError(f"the run needs up to {format_bytes(needed)} on disk, above --max-disk {format_bytes(limit)}; give more")
+
+
+def describe_plan(workload: Workload, profile: MemoryProfile, device: Device) -> PlanReport:
+    """What a run would come to, or why it cannot be."""
+    config = workload.config
+    reason, partitions, disk, peak = "", [], 0, 0
+    try:
+        plan = make_plan(workload, profile, device)
+        partitions = [describe_partition(workload, part) for part in plan.partitions]
+        disk, peak = disk_bytes(workload, plan, profile), plan.predicted_peak_bytes
+        check_disk(workload, plan, profile)
+    except (BudgetError, DiskError) as error:
+        reason = str(error)
+    return PlanReport(
+        method=config.method,
+        model=config.model,
+        data=config.data,
+        device=device.describe(),
+        budget_bytes=device.budget_bytes,
+        reserve_bytes=device.reserve_bytes,
+        training_state_bytes=sum(layer.state_bytes for layer in profile.layers),
+        predicted_peak_bytes=peak,
+        disk_bytes=disk,
+        partitions=partitions,
+        fits=not reason,
+        reason=reason,
+    )
+
+
+def describe_partition(workload: Workload, part: PartitionPlan) -> dict[str, object]:
+    """A partition of a plan, for reports."""
+    samples = sum(len(workload.splits[name]) for name in workload.training_splits)
+    is_last = part.stop == len(workload.chain.layers)
+    return {
+        "start": part.start,
+        "stop": part.stop,
+        "layers": [layer.name for layer in workload.chain.layers[part.start : part.stop]],
+        "params": part.num_params,
+        "micro_batch": part.micro_batch,
+        "batch": part.batch,
+        "state_bytes": part.state_bytes,
+        "predicted_peak_bytes": part.predicted_peak_bytes,
+        "activation_bytes": 0 if is_last else samples * part.output_bytes_per_sample,
+    }
+
+
+def _refine(
+    workload: Workload, profile: MemoryProfile, device: Device, plan: Plan, part: PartitionPlan, fixed: int
+) -> PartitionPlan:
+    """The partition with the peak of its own visits, instead of one with the overhead that all partitions keep free."""
+    io = IoSizes.of_budget(device.budget_bytes)
+    reading = reading_bytes(workload, device, io, part.start, part.batch)
+    learn = part.predicted_peak_bytes - plan.overhead_bytes
+    layers = profile.layers[part.start : part.stop]
+    writing = 0
+    if device.kind != "cuda" and part.stop < len(profile.layers):
+        # Gradients are gone while outputs are written, and two shards are there.
+        emit = max(layer.input_bytes.at(part.micro_batch) + layer.emit_peak.at(part.micro_batch) for layer in layers)
+        writing = part.state_bytes - sum(layer.gradient_bytes for layer in layers) + emit + 2 * io.shard_bytes
+    return dataclasses.replace(part, predicted_peak_bytes=max(learn, writing) + reading + fixed)

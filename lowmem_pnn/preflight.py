@@ -1,0 +1,83 @@
+"""The measured check before training: the tightest partition does one real step on the device, and the plan is held against it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lowmem_pnn.device import Device
+from lowmem_pnn.executor import Executor
+from lowmem_pnn.planner import Plan
+from lowmem_pnn.planning import reading_bytes
+from lowmem_pnn.run import Run
+from lowmem_pnn.units import format_bytes
+from lowmem_pnn.workload import IoSizes, Workload
+
+
+@dataclass(frozen=True)
+class Check:
+    """Prediction and measurement of one partition's step, in bytes above the floor.
+
+    Args:
+        partition: its number.
+        predicted_bytes: by the plan, for what the check does (it reads no shards).
+        measured_bytes: the most that was in use.
+        fits: whether the step went through at the planned micro-batch.
+    """
+
+    partition: int
+    predicted_bytes: int
+    measured_bytes: int
+    fits: bool
+
+    @property
+    def unexplained_bytes(self) -> int:
+        """Measured less predicted: what fake tensors do not show, such as a library's scratch memory."""
+        return self.measured_bytes - self.predicted_bytes
+
+    def describe(self) -> str:
+        """One line for people."""
+        what = "went through" if self.fits else "did not fit"
+        return (
+            f"a step of partition {self.partition + 1} {what}: predicted {format_bytes(self.predicted_bytes)}, "
+            f"measured {format_bytes(self.measured_bytes)}"
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """For `result.json`."""
+        return {
+            "partition": self.partition,
+            "predicted_bytes": self.predicted_bytes,
+            "measured_bytes": self.measured_bytes,
+            "unexplained_bytes": self.unexplained_bytes,
+        }
+
+
+def check_tightest(run: Run, workload: Workload, plan: Plan, device: Device) -> Check:
+    """Run one step of the partition with the highest predicted peak, on zeros, and forget it.
+
+    Args:
+        run: at its beginning; nothing of it is changed.
+        workload: what is trained.
+        plan: to be checked.
+        device: open.
+    """
+    number = max(range(len(plan.partitions)), key=lambda number: plan.partitions[number].predicted_peak_bytes)
+    planned = plan.partitions[number]
+    shrunk: list[int] = []
+    executor = Executor(device, workload.config.seed, lambda stage: shrunk.append(stage.micro_batch))
+    stage = run.stage(number, learns=True)
+    try:
+        size = min(planned.batch, 2 * planned.micro_batch)
+        specs = workload.chain.boundaries[planned.start]
+        batch = tuple(torch.zeros(size, *spec.shape, dtype=spec.dtype) for spec in specs), torch.zeros(size, dtype=torch.int64)
+        for layer in stage.residency.layers:
+            layer.module.train()
+        executor.train_batch(stage, batch, step=0)
+        measured = device.section_peak_bytes()
+    finally:
+        stage.residency.unload()
+    # The check holds one batch of zeros, and reads nothing.
+    held = sum(tensor.nbytes for tensor in batch[0]) if device.kind == "cpu" else 0
+    reading = reading_bytes(workload, device, IoSizes.of_budget(device.budget_bytes), planned.start, planned.batch)
+    predicted = planned.predicted_peak_bytes - reading + held
+    return Check(number, predicted, measured, not shrunk)

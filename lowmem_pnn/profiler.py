@@ -1,0 +1,335 @@
+"""The profiler: what each layer of a chain costs in memory, found with fake tensors. Nothing is allocated, the model is
+untouched.
+
+Each layer runs alone, forward and backward, at two numbers of samples. Every moment of a run (the end of an operation) is matched
+with the same moment of the other run, which gives its bytes as a straight line, and the highest of these lines at any number of
+samples is the peak. A third number of samples checks it.
+
+    source --> layer --> sink        forward: the source is the boundary before, the sink the boundary after
+           <--       <--             backward: the sink makes the gradient that comes in, the source keeps the one that goes out
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowmem_pnn.chain import Chain, Layer, TensorSpec
+from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile
+from lowmem_pnn.device.tracking import StorageTracker
+from lowmem_pnn.errors import ConfigError
+
+# The two numbers of samples that are compared, and the one that checks. None is 1, which shapes and strides treat as a case of
+# its own; the last is well apart, so that what does not grow in a straight line shows.
+_FEW, _MORE, _MANY = 4, 6, 64
+
+_OPTIMIZERS = ("sgd", "sgd with momentum", "adam")
+
+
+def profile(chain: Chain, *, optimizer_state_tensors: int, step_temporaries: float, device: torch.device) -> MemoryProfile:
+    """Find what every layer of a chain costs.
+
+    Args:
+        chain: its tensors may be on the meta device; they are not read.
+        optimizer_state_tensors: tensors of a parameter's size that the optimizer keeps for it: 0 for SGD, 1 with momentum, 2 for
+            Adam.
+        step_temporaries: what a step allocates for a moment, as a multiple of the largest parameter's bytes.
+        device: where the chain will run; kernels differ between devices in what they save.
+
+    Returns:
+        The costs, layer by layer. A tensor that several layers share is counted with the first of them.
+
+    Raises:
+        ConfigError: a layer does not run on such samples.
+    """
+    with _modes_kept(chain), torch.random.fork_rng(devices=[]):
+        counted: set[int] = set()
+        layers = []
+        smallest = 1
+        for number, layer in enumerate(chain.layers):
+            bench = _Bench(layer, chain.boundaries[number], chain.boundaries[number + 1], device, learns_input=number > 0)
+            layers.append(_price(layer, bench, counted, optimizer_state_tensors, step_temporaries))
+            if smallest == 1 and not bench.accepts(1):
+                smallest = 2
+    forbidden = {cut for first, last in chain.tied_ranges for cut in range(first + 1, last + 1)}
+    return MemoryProfile(
+        layers=tuple(layers),
+        forbidden_cuts=tuple(sorted(forbidden)),
+        optimizer=_OPTIMIZERS[optimizer_state_tensors],
+        smallest_micro_batch=smallest,
+    )
+
+
+def _price(layer: Layer, bench: "_Bench", counted: set[int], state_tensors: int, step_temporaries: float) -> LayerCost:
+    """One layer's cost.
+
+    Args:
+        layer: the layer.
+        bench: where it runs.
+        counted: identities of the tensors that layers before it have; this layer's are added.
+        state_tensors: of the optimizer, a parameter.
+        step_temporaries: of the optimizer, as a multiple of the largest parameter.
+    """
+    parameters = _new(layer.parameters().values(), counted)
+    trainable = [_nbytes(parameter) for parameter in parameters if parameter.requires_grad]
+    few, more, many = (bench.measure(size) for size in (_FEW, _MORE, _MANY))
+
+    def peak(moments: Callable[[_Runs], list[int]]) -> Envelope:
+        return fit_peak(moments(few), moments(more), moments(many))
+
+    kept = fit_peak([few.kept], [more.kept], [many.kept]).moments[-1]
+    return LayerCost(
+        name=layer.name,
+        num_params=sum(parameter.numel() for parameter in parameters),
+        weight_bytes=sum(map(_nbytes, parameters)),
+        buffer_bytes=sum(map(_nbytes, _new(layer.buffers().values(), counted))),
+        gradient_bytes=sum(trainable),
+        optimizer_bytes=state_tensors * sum(trainable),
+        step_bytes=math.ceil(step_temporaries * max(trainable, default=0)),
+        forward_peak=peak(lambda runs: runs.forward),
+        kept=kept,
+        backward_peak=peak(lambda runs: runs.backward),
+        emit_peak=peak(lambda runs: runs.emit),
+        input_bytes=Affine(0, sum(spec.sample_bytes for spec in bench.before)),
+        output_bytes=Affine(0, sum(spec.sample_bytes for spec in bench.after)),
+        forward_macs=bench.count_macs(),
+    )
+
+
+@dataclass
+class _Runs:
+    """A layer's runs at one number of samples: live bytes at the end of each operation, above what was live before the run.
+
+    Args:
+        forward: in train mode.
+        kept: after it.
+        backward: above `kept` and the gradient that comes in.
+        emit: in eval mode, without gradients.
+    """
+
+    forward: list[int] = field(default_factory=lambda: [0])
+    kept: int = 0
+    backward: list[int] = field(default_factory=lambda: [0])
+    emit: list[int] = field(default_factory=lambda: [0])
+
+
+class _Timeline(StorageTracker):
+    """Notes the live bytes after every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments = [0]
+
+    def _after(self, func: Any) -> None:
+        self.moments.append(self.live)
+
+
+class _Source(torch.autograd.Function):
+    """Where a layer's inputs come from: keeps their gradients, as the layer before would receive them, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: list[Tensor | None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors, as results of an operation."""
+        ctx.kept = kept
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+        """Keep the gradients."""
+        ctx.kept.extend(gradients)
+        return (None,) * (1 + len(gradients))
+
+
+class _Sink(torch.autograd.Function):
+    """Where a layer's outputs go: makes their gradients only when backward begins, so that nobody else holds them."""
+
+    @staticmethod
+    def forward(ctx: Any, device: torch.device, *tensors: Tensor) -> Tensor:
+        """A scalar."""
+        ctx.like = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        ctx.device = device
+        return torch.empty((), device=device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the tensors' shapes."""
+        return None, *(torch.empty(shape, dtype=dtype, device=ctx.device) for shape, dtype in ctx.like)
+
+
+class _Bench:
+    """Runs one layer on fake tensors.
+
+    Args:
+        layer: its own tensors are not used.
+        before: the boundary that it takes.
+        after: the boundary that it gives.
+        device: where its fake tensors pretend to be.
+        learns_input: whether its inputs have gradients: not the model's own.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        before: tuple[TensorSpec, ...],
+        after: tuple[TensorSpec, ...],
+        device: torch.device,
+        learns_input: bool,
+    ) -> None:
+        self._layer = layer
+        self.before = before
+        self.after = after
+        self._device = device
+        self._learns_input = learns_input
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._tensors = self._fake({**layer.parameters(), **layer.buffers()})
+
+    def count_macs(self) -> int:
+        """Multiply-accumulates of a forward in train mode, per sample.
+
+        Eval mode may take fused kernels that are not in PyTorch's table of operations.
+        """
+        self._layer.module.train()
+        with self._mode, torch.no_grad(), FlopCounterMode(display=False) as flops:
+            self._run(*self._inputs(_FEW))
+        return int(flops.get_total_flops()) // 2 // _FEW
+
+    def measure(self, batch: int) -> _Runs:
+        """Run the layer forward and backward in train mode, and forward in eval mode.
+
+        Args:
+            batch: number of samples.
+
+        Raises:
+            ConfigError: it does not run.
+        """
+        try:
+            with self._mode:
+                runs = self._train(batch)
+                runs.emit = self._emit(batch)
+                return runs
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            samples = " and ".join(map(str, self.before))
+            raise ConfigError(
+                f"layer {self._layer.name!r} does not run forward and backward on {batch} samples of {samples}: "
+                f"{type(error).__name__}: {reason}; its memory cannot be foreseen, mend its forward"
+            ) from error
+
+    def accepts(self, batch: int) -> bool:
+        """Whether the layer runs on so few samples in train mode: BatchNorm over single values does not."""
+        self._layer.module.train()
+        try:
+            with self._mode, torch.no_grad():
+                self._run(*self._inputs(batch))
+        except ValueError:
+            return False
+        return True
+
+    def _train(self, batch: int) -> _Runs:
+        self._layer.module.train()
+        inputs = self._inputs(batch)
+        learning = [number for number, tensor in enumerate(inputs) if self._learns_input and tensor.is_floating_point()]
+        received: list[Tensor | None] = []
+        runs = _Runs()
+        with torch.enable_grad():
+            leaves = [inputs[number].requires_grad_() for number in learning]
+            for number, tensor in zip(learning, _Source.apply(received, *leaves) if leaves else (), strict=True):
+                inputs[number] = tensor
+            with _Timeline() as timeline:
+                outputs = self._run(*inputs)
+                runs.forward = timeline.moments
+                runs.kept = timeline.live
+            learnt = [tensor for tensor in outputs if tensor.requires_grad]
+            if not learnt:
+                return runs
+            # Outside of the timeline: no layer's work.
+            end = _Sink.apply(self._device, *learnt)
+            begin = torch.ones_like(end)
+            timeline.moments = []
+            coming = sum(tensor.nbytes for tensor in learnt)
+            with timeline:
+                torch.autograd.backward(end, begin)
+            # The first moments are the making of the gradient that comes in.
+            runs.backward = [0, *(live - runs.kept - coming for live in timeline.moments)]
+        for tensor in self._tensors.values():
+            tensor.grad = None
+        return runs
+
+    def _emit(self, batch: int) -> list[int]:
+        self._layer.module.eval()
+        inputs = self._inputs(batch)
+        with torch.no_grad(), _Timeline() as timeline:
+            self._run(*inputs)
+        return timeline.moments
+
+    def _run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = torch.func.functional_call(self._layer.module, self._tensors, inputs, tie_weights=False)
+        return tuple(outputs)
+
+    def _inputs(self, batch: int) -> list[Tensor]:
+        return [torch.empty((batch, *spec.shape), dtype=spec.dtype, device=self._device) for spec in self.before]
+
+    def _fake(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fake tensors of the same shapes; names of one tensor stay names of one tensor."""
+        fakes: dict[int, Tensor] = {}
+        with self._mode:
+            for tensor in tensors.values():
+                if id(tensor) not in fakes:
+                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
+                    fakes[id(tensor)] = fake.requires_grad_(tensor.requires_grad)
+        return {name: fakes[id(tensor)] for name, tensor in tensors.items()}
+
+
+def fit_peak(few: list[int], more: list[int], many: list[int]) -> Envelope:
+    """Bytes as a function of the number of samples, from those at `_FEW`, `_MORE` and `_MANY` samples, moment by moment.
+
+    Args:
+        few: live bytes at the moments of a run.
+        more: the same moments with more samples.
+        many: with many, as a check.
+
+    Returns:
+        Exact where every moment grows in a straight line; else not below what was measured.
+    """
+    if len(few) != len(more):
+        # Another algorithm at another size: only the peaks can be compared.
+        few, more = [max(few)], [max(more)]
+    moments = []
+    for low, high in zip(few, more, strict=True):
+        slope = max(0, -(-(high - low) // (_MORE - _FEW)))
+        moments.append(Affine(max(low - slope * _FEW, high - slope * _MORE), slope))
+    missing = max(many) - Envelope(tuple(moments)).at(_MANY)
+    if missing > 0:
+        moments.append(Affine(0, -(-max(many) // _MANY)))
+    return Envelope.over(moments)
+
+
+@contextmanager
+def _modes_kept(chain: Chain) -> Iterator[None]:
+    """Put train and eval mode of every module back at the end."""
+    modes = {module: module.training for layer in chain.layers for module in layer.module.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _new(tensors: Iterable[Tensor], counted: set[int]) -> list[Tensor]:
+    """The tensors that were not counted yet, each once; they are from now on."""
+    found = []
+    for tensor in tensors:
+        if id(tensor) not in counted:
+            counted.add(id(tensor))
+            found.append(tensor)
+    return found
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

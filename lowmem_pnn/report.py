@@ -1,0 +1,190 @@
+"""Results and plans as people and programs read them: text tables and JSON."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lowmem_pnn.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run came to: the content of `result.json`.
+
+    Sizes are bytes; peaks are above the floor, which is what the process held before training. `test_accuracy` is that of
+    `weights_file`. Values that were not measured are None.
+    """
+
+    method: str
+    model: str
+    data: str
+    seed: int
+    device: str
+    budget_bytes: int
+    budget_scope: str
+    floor_bytes: int
+    peak_bytes: int
+    host_peak_bytes: int
+    predicted_peak_bytes: int
+    reserve_bytes: int
+    check: Mapping[str, int]
+    training_state_bytes: int
+    partitions: Sequence[Mapping[str, Any]]
+    epochs: Sequence[int]
+    seconds: float
+    samples_per_second: float
+    train_loss: float | None
+    val_loss: float | None
+    val_accuracy: float | None
+    test_loss: float | None
+    test_accuracy: float | None
+    test_f1: float | None
+    macs: int
+    bytes_read: int
+    bytes_written: int
+    oom_retries: int
+    resumed: int
+    workdir: str
+    weights_file: str
+    preprocessing: str
+    versions: Mapping[str, str]
+
+    def to_json(self) -> str:
+        """The text of `result.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Result":
+        """Read what `to_json` wrote."""
+        return cls(**json.loads(text))
+
+    def __str__(self) -> str:
+        """A page for people; its last line says model, budget and peak."""
+        rows = [
+            (
+                str(number + 1),
+                _span(partition["layers"]),
+                f"{partition['params']:,}",
+                f"{partition['micro_batch']} of {partition['batch']}",
+                str(partition["epochs"]),
+                format_bytes(partition["predicted_peak_bytes"]),
+                format_bytes(partition["peak_bytes"]),
+                f"{partition['seconds']:.1f}",
+            )
+            for number, partition in enumerate(self.partitions)
+        ]
+        heads = ("partition", "layers", "parameters", "micro-batch", "epochs", "predicted peak", "measured peak", "seconds")
+        lines = [f"{self.model} on {self.data}, method {self.method}, {self.device}", "", text_table(heads, rows)]
+        scores = [
+            f"{name} {value:{form}}"
+            for name, value, form in (
+                ("training loss", self.train_loss, ".4g"),
+                ("validation loss", self.val_loss, ".4g"),
+                ("validation accuracy", self.val_accuracy, ".1%"),
+                ("test accuracy", self.test_accuracy, ".1%"),
+                ("test F1", self.test_f1, ".3f"),
+            )
+            if value is not None
+        ]
+        lines += ["", ", ".join(scores), f"{self.seconds:.1f} s, {self.samples_per_second:.0f} samples/s"]
+        lines.append(f"disk: {format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_written)} written")
+        if self.oom_retries:
+            lines.append(f"{self.oom_retries} batches did not fit and were done again with smaller micro-batches")
+        if self.check:
+            lines.append(
+                f"checked before training: predicted {format_bytes(self.check['predicted_bytes'])}, "
+                f"measured {format_bytes(self.check['measured_bytes'])}, unexplained {format_bytes(self.check['unexplained_bytes'])}"
+            )
+        lines += [
+            f"weights: {self.weights_file}",
+            f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state), "
+            f"budget {format_bytes(self.budget_bytes)}, peak {format_bytes(self.peak_bytes)}",
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReport:
+    """What a run would come to.
+
+    Sizes are bytes. `fits` is whether it can run within the budget and `max_disk`; where it cannot, `reason` says why.
+    """
+
+    method: str
+    model: str
+    data: str
+    device: str
+    budget_bytes: int
+    reserve_bytes: int
+    training_state_bytes: int
+    predicted_peak_bytes: int
+    disk_bytes: int
+    partitions: Sequence[Mapping[str, Any]]
+    fits: bool
+    reason: str
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        """The table of partitions, and whether it fits."""
+        rows = [
+            (
+                str(number + 1),
+                _span(partition["layers"]),
+                f"{partition['params']:,}",
+                f"{partition['micro_batch']} of {partition['batch']}",
+                format_bytes(partition["state_bytes"]),
+                format_bytes(partition["predicted_peak_bytes"]),
+                format_bytes(partition["activation_bytes"]) if partition["activation_bytes"] else "-",
+            )
+            for number, partition in enumerate(self.partitions)
+        ]
+        heads = ("partition", "layers", "parameters", "micro-batch", "training state", "predicted peak", "outputs on disk")
+        verdict = (
+            f"fits: predicted peak {format_bytes(self.predicted_peak_bytes)} and a reserve of {format_bytes(self.reserve_bytes)} "
+            f"within {format_bytes(self.budget_bytes)}"
+            if self.fits
+            else f"does not fit: {self.reason}"
+        )
+        return "\n".join(
+            [
+                f"{self.model} on {self.data}, method {self.method}, {self.device}",
+                "",
+                text_table(heads, rows),
+                "",
+                f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state); "
+                f"disk, at most {format_bytes(self.disk_bytes)}",
+                verdict,
+            ]
+        )
+
+
+def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as plain text, columns right-aligned but for the first two.
+
+    Args:
+        heads: column titles.
+        rows: cells, as many as there are titles.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    text = StringIO()
+    # As wide as it needs to be: a table cut off by the terminal's width says less than a wrapped one.
+    Console(file=text, width=400).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _span(layers: Sequence[str]) -> str:
+    return layers[0] if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"

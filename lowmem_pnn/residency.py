@@ -1,0 +1,139 @@
+"""A residency: the time during which one partition's weights, and its optimizer state, are on the device."""
+
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_pnn.chain import Chain, Layer
+from lowmem_pnn.device import Device
+from lowmem_pnn.optimizers import OptimizerSpec
+from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.weights import state_key, weight_key
+
+
+class WeightReader(Protocol):
+    """Where weights come from: one partition's file, or anything that reads like it."""
+
+    def read(self, name: str) -> Tensor:
+        """A fresh host tensor."""
+        ...
+
+
+class Residency:
+    """Puts layers' tensors on the device, and takes them off again.
+
+    Off the device a layer's tensors are on torch's meta device: shapes without bytes.
+
+    Args:
+        chain: the model.
+        start: the partition's first layer.
+        stop: the layer after its last.
+        device: where to put it.
+        optimizer: its optimizer, or None where nothing is learnt.
+    """
+
+    def __init__(self, chain: Chain, start: int, stop: int, device: Device, optimizer: OptimizerSpec | None) -> None:
+        self.layers: tuple[Layer, ...] = chain.layers[start:stop]
+        self._device = device
+        self._spec = optimizer
+        # One tensor may have several names; the first is the one in the files.
+        self._owner = {alias: group[0] for group in chain.ties for alias in group}
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._state: dict[str, dict[str, Tensor]] = {}
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def load(self, reader: WeightReader, pool: Executor) -> None:
+        """Bring everything onto the device; one tensor is read ahead of the one that is placed.
+
+        Args:
+            reader: the partition's weight file.
+            pool: a thread that reads.
+        """
+        wanted = list(self._tensors())
+        keys = [weight_key(name) for _, name, _ in wanted]
+        if self._spec is not None:
+            trainable = {name: tensor for _, name, tensor in wanted if tensor.requires_grad}
+            keys += [state_key(name, state) for name, tensor in trainable.items() for state in self._spec.layout(tensor)]
+        arriving = _read_ahead(reader, keys, pool)
+        for kind, name, shape_of in wanted:
+            tensor = self._device.place(next(arriving))
+            if kind == "parameter":
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=shape_of.requires_grad)
+            else:
+                self._buffers[name] = tensor
+            del tensor
+        if self._spec is not None:
+            for name, parameter in self.trainable.items():
+                self._state[name] = {state: self._device.place(next(arriving)) for state in self._spec.layout(parameter)}
+        self._attach(self._parameters, self._buffers)
+        if self._spec is not None and self.trainable:
+            self.optimizer = self._spec.build(self.trainable, self._state)
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        return {name: parameter for name, parameter in self._parameters.items() if parameter.requires_grad}
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers, by name: what a rollback has to restore after a forward in train mode."""
+        return self._buffers
+
+    def save(self, writer: TensorFile) -> None:
+        """Write weights, buffers and optimizer state.
+
+        Args:
+            writer: a file with this partition's layout.
+        """
+        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
+            writer.write_from(weight_key(name), self._device.fetch(tensor.detach()))
+        for name, state in self._state.items():
+            for key, tensor in state.items():
+                writer.write_from(state_key(name, key), self._device.fetch(tensor))
+
+    def unload(self) -> None:
+        """Take everything off the device; what was not saved is lost."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+            self.optimizer.state.clear()
+            self.optimizer.param_groups.clear()
+            self.optimizer = None
+        self._attach(
+            {name: nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad) for name, tensor in self._parameters.items()},
+            {name: tensor.to("meta") for name, tensor in self._buffers.items()},
+        )
+        self._parameters, self._buffers, self._state = {}, {}, {}
+        self._device.release()
+
+    def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Kind, name in the files, and the (meta) tensor: each tensor once."""
+        seen = set()
+        for layer in self.layers:
+            for kind, tensors in (("parameter", layer.parameters()), ("buffer", layer.buffers())):
+                for alias, tensor in tensors.items():
+                    name = self._owner.get(alias, alias)
+                    if name not in seen:
+                        seen.add(name)
+                        yield kind, name, tensor
+
+    def _attach(self, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
+        for layer in self.layers:
+            for alias in layer.parameters():
+                layer.set_tensor(alias, parameters[self._owner.get(alias, alias)])
+            for alias in layer.buffers():
+                layer.set_tensor(alias, buffers[self._owner.get(alias, alias)])
+
+
+def _read_ahead(reader: WeightReader, keys: list[str], pool: Executor) -> Iterator[Tensor]:
+    ahead: Future[Tensor] | None = None
+    for number, key in enumerate(keys):
+        now = ahead or pool.submit(reader.read, key)
+        ahead = pool.submit(reader.read, keys[number + 1]) if number + 1 < len(keys) else None
+        tensor = now.result()
+        del now  # it holds the tensor
+        yield tensor
+        del tensor

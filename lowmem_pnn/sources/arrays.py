@@ -1,0 +1,103 @@
+"""Raw values as tensors: what users and files give (arrays, images, numbers), checked, and hashed."""
+
+import warnings
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowmem_pnn.errors import DataError
+
+_WHOLE_HASH_BYTES = 64 * 10**6
+_PIECE_BYTES = 1 << 20
+
+
+class _Digest(Protocol):
+    def update(self, data: Any, /) -> None: ...
+
+
+def as_tensor(value: Any, where: str) -> Tensor:
+    """View a value as a CPU tensor, without a copy where that is possible.
+
+    Args:
+        value: a tensor, an array, a number, or a PIL image.
+        where: what to call it in messages.
+
+    Returns:
+        A tensor that may share memory with `value`: not to be written to.
+
+    Raises:
+        DataError: it is none of these, or holds no real numbers.
+    """
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            raise DataError(f"{where} holds a sparse tensor; make it dense with to_dense()")
+        return value.detach().cpu()
+    # PIL images say so by this attribute, which spares importing PIL here.
+    if not isinstance(value, np.ndarray | np.generic | int | float) and not hasattr(value, "__array_interface__"):
+        raise DataError(f"{where} holds a {type(value).__name__}; give tensors, arrays or images")
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"{where} holds values of dtype {array.dtype}; give real numbers")
+    if not array.dtype.isnative or any(stride < 0 for stride in array.strides) or array.dtype.itemsize > 8:
+        array = np.ascontiguousarray(array, dtype=np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("="))
+    with warnings.catch_warnings():
+        # Read-only arrays stay so: nothing of ours writes to a data set.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def as_labels(value: Any, where: str) -> Tensor:
+    """Class numbers as int64.
+
+    Args:
+        value: (), (N,) or (N, 1): integers, or floats without fractions, as a tensor, an array, a list or a number.
+        where: what to call them in messages.
+
+    Returns:
+        () or (N,) int64.
+
+    Raises:
+        DataError: they are not class numbers.
+
+    Example:
+        >>> as_labels(np.array([[3.0], [1.0]]), "y_train")
+        tensor([3, 1])
+    """
+    labels = as_tensor(np.asarray(value) if isinstance(value, list | tuple) else value, f"the labels of {where}")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim > 1 or (labels.ndim == 1 and labels.numel() > 1 and where.startswith("sample ")):
+        raise DataError(
+            f"{where}: labels have shape {tuple(labels.shape)}; give one class number for each sample (one-hot: argmax)"
+        )
+    if labels.dtype.is_floating_point:
+        fractions = labels[labels != labels.trunc()]
+        if fractions.numel():
+            raise DataError(f"{where}: a label is {fractions.flatten()[0].item():g}; labels are class numbers, whole and from 0")
+    return labels.to(torch.int64)
+
+
+def hash_tensor(digest: _Digest, tensor: Tensor) -> None:
+    """Add a tensor's shape, dtype and values to a hash.
+
+    Beyond 64 MB it is 64 pieces of 1 MiB, evenly spaced, and the sum of all words: any single change is seen, in the time that it
+    takes to read the memory once.
+
+    Args:
+        digest: of hashlib.
+        tensor: on the CPU.
+    """
+    digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    if not tensor.numel():
+        return
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    if data.nbytes <= _WHOLE_HASH_BYTES:
+        digest.update(data)
+        return
+    for start in np.linspace(0, data.nbytes - _PIECE_BYTES, 64).astype(np.int64):
+        digest.update(data[start : start + _PIECE_BYTES])
+    whole_words = data.nbytes // 8 * 8
+    digest.update(str(int(data[:whole_words].view(np.uint64).sum(dtype=np.uint64))).encode())
+    digest.update(data[whole_words:])

@@ -1,0 +1,249 @@
+"""Building a model without holding it: tensors in mapped files (`file_backed`), or structure only (`skeleton`).
+
+A constructor fills its tensors from the global random generator, so the values it would give can only be had by running it. Under
+`file_backed` it runs unchanged, but each large tensor it makes is a shared mapping of an unlinked file: its dirty pages are the
+kernel's to write back, and the process's private memory does not grow with the model.
+"""
+
+import errno
+import math
+import mmap
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem_pnn.errors import DiskError
+from lowmem_pnn.units import MEBIBYTE, format_bytes
+
+_aten = torch.ops.aten
+_META = torch.device("meta")
+
+# Operations that make a tensor from its size alone, and how each fills it. What is not here (arange, mul, cat) is computed by
+# torch and then moved, at the price of one private tensor for a moment.
+_FILLS: dict[Any, Callable[[Tensor, tuple[Any, ...], Mapping[str, Any]], object]] = {
+    # A new file reads as zeros.
+    **dict.fromkeys(
+        (
+            _aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.new_empty_strided,
+            _aten.zeros, _aten.zeros_like, _aten.new_zeros,
+        ),
+        lambda out, args, kwargs: None,
+    ),
+    **dict.fromkeys((_aten.ones, _aten.ones_like, _aten.new_ones), lambda out, args, kwargs: out.fill_(1)),
+    **dict.fromkeys((_aten.full, _aten.full_like), lambda out, args, kwargs: out.fill_(args[1])),
+    _aten.new_full: lambda out, args, kwargs: out.fill_(args[2]),
+    **dict.fromkeys(
+        (_aten.rand, _aten.rand_like), lambda out, args, kwargs: out.uniform_(0, 1, generator=kwargs.get("generator"))
+    ),
+    **dict.fromkeys(
+        (_aten.randn, _aten.randn_like), lambda out, args, kwargs: out.normal_(0, 1, generator=kwargs.get("generator"))
+    ),
+    _aten.clone: lambda out, args, kwargs: out.copy_(args[0]),
+}  # fmt: skip
+
+
+@contextmanager
+def file_backed(folder: Path, at_least: int = MEBIBYTE) -> Iterator[None]:
+    """Let large CPU tensors that are made inside live in files of `folder`, with the values they would have had anyway.
+
+    Tensors keep their file as long as they live, also after the block. The files have no name, so that nothing is left behind
+    however the process ends. On a file system in memory (tmpfs) the tensors are in memory still.
+
+    Args:
+        folder: an existing folder on a disk with room for the model.
+        at_least: the smallest tensor that gets a file, in bytes.
+
+    Raises:
+        DiskError: the disk is full or the folder cannot be written to.
+
+    Example:
+        >>> with file_backed(Path(tempfile.gettempdir())):
+        ...     model = nn.Linear(1024, 1024)
+        >>> model.weight.shape
+        torch.Size([1024, 1024])
+    """
+    with _FileBacked(folder, at_least):
+        yield
+
+
+def skeleton(build: Callable[[], nn.Module], folder: Path | None = None) -> nn.Module:
+    """Build a model's structure: names, shapes, dtypes and ties of its tensors, but not their values.
+
+    The model is built on the meta device. If its constructor cannot run there (it reads values), or keeps a tensor that is neither
+    a parameter nor a buffer (whose value would be lost), it is built with its values in mapped files instead. The random states
+    of torch, numpy and Python are afterwards what they were.
+
+    Args:
+        build: calls the constructor.
+        folder: where the files of the second way go; the system's folder for temporary files if None.
+
+    Returns:
+        The model, with tensors on the meta device or in mapped files.
+
+    Raises:
+        DiskError: it had to be built in files, and the disk is full.
+
+    Example:
+        >>> skeleton(lambda: nn.Linear(10**6, 10**6)).weight.device
+        device(type='meta')
+    """
+    with _random_state_kept():
+        model = _on_meta(build)
+    if model is None:
+        with _random_state_kept(), file_backed(folder or Path(tempfile.gettempdir())):
+            model = build()
+    return model
+
+
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
+    """The model on the meta device, or None if it cannot be built there faithfully."""
+    try:
+        with _META:
+            model = build()
+    # Any constructor may fail in any way on tensors without values; the other way of building then says what is really wrong.
+    except Exception:
+        return None
+    registered = list(model.parameters()) + list(model.buffers())
+    if any(not tensor.is_meta for tensor in registered) or _has_plain_tensor(model, registered):
+        return None
+    return model
+
+
+def _has_plain_tensor(model: nn.Module, registered: list[Tensor]) -> bool:
+    """Whether a module, or a container or plain object in it, holds a tensor that the model does not register."""
+    seen = {id(tensor) for tensor in registered}
+    own = ("_parameters", "_buffers", "_modules")
+    pending = [value for module in model.modules() for name, value in vars(module).items() if name not in own]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, nn.Module | type | str | bytes | int | float):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            return True
+        if isinstance(value, Mapping):
+            pending.extend(value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            pending.extend(value)
+        elif hasattr(value, "__dict__") and not callable(value):
+            pending.extend(vars(value).values())
+    return False
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Restore the global random states of torch (CPU), numpy and Python."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+class _FileBacked(TorchDispatchMode):
+    """Answers operations that make a large CPU tensor with one that lives in a file.
+
+    At the dispatcher, not at the Python functions: there `copy.deepcopy` of a module (as `nn.TransformerEncoder` does) is seen
+    too, and an operator's schema says whether its result is new or a view of something.
+    """
+
+    def __init__(self, folder: Path, at_least: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._folder = folder
+        self._at_least = at_least
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        fill = _FILLS.get(func.overloadpacket)
+        if fill is not None and "out" not in kwargs:
+            wanted = _request(func, args, kwargs)
+            if wanted is not None and self._is_large(wanted):
+                out = self._map_like(wanted)
+                fill(out, args, kwargs)
+                return out
+        result = func(*args, **kwargs)
+        returns = func._schema.returns
+        if len(returns) == 1 and returns[0].alias_info is None and self._should_move(result, args):
+            return self._map_like(result).copy_(result)
+        return result
+
+    def _is_large(self, tensor: Tensor) -> bool:
+        return tensor.nbytes >= max(self._at_least, 1)
+
+    def _should_move(self, result: object, args: tuple[Any, ...]) -> bool:
+        """Whether a result is a large new tensor in private memory."""
+        if type(result) is not Tensor or result.device.type != "cpu" or result.layout != torch.strided:
+            return False
+        if not self._is_large(result) or not _is_dense(result):
+            return False
+        start = result.untyped_storage().data_ptr()
+        return not any(isinstance(arg, Tensor) and _storage_start(arg) == start for arg in args)
+
+    def _map_like(self, wanted: Tensor) -> Tensor:
+        """A new tensor in a file, of the size, strides and dtype of another one."""
+        size = wanted.nbytes
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                # Reserved now: a page of a sparse file that finds the disk full later is a SIGBUS, not an error.
+                os.posix_fallocate(file.fileno(), 0, size)
+                mapped = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise _disk_error(self._folder, size, error) from error
+        return torch.frombuffer(mapped, dtype=wanted.dtype).as_strided(wanted.shape, wanted.stride())
+
+
+def _request(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor that an operation of `_FILLS` would make, on the meta device; None if that is not a plain CPU tensor."""
+    source = next((arg for arg in args if isinstance(arg, Tensor)), None)
+    device = kwargs.get("device") or (source.device if source is not None else torch.device("cpu"))
+    if torch.device(device).type != "cpu" or kwargs.get("layout") not in (None, torch.strided) or kwargs.get("pin_memory"):
+        return None
+    if source is not None and (source.layout != torch.strided or type(source) not in (Tensor, nn.Parameter)):
+        return None
+    if func.overloadpacket is _aten.clone:
+        meta = source.to(_META) if source is not None else None
+        wanted = func(meta, **kwargs)
+    else:
+        numberless = {name: value for name, value in kwargs.items() if name not in ("generator", "pin_memory", "names")}
+        if "generator" in kwargs:
+            numberless["generator"] = None
+        wanted = func(*args, **{**numberless, "device": _META})
+    return wanted if _is_dense(wanted) else None
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each at a place of its own."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda axis: axis[1]):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return math.prod(tensor.shape) > 0
+
+
+def _storage_start(tensor: Tensor) -> int | None:
+    return tensor.untyped_storage().data_ptr() if tensor.device.type == "cpu" and tensor.layout == torch.strided else None
+
+
+def _disk_error(folder: Path, size: int, error: OSError) -> DiskError:
+    """What to say when a file for a tensor could not be made."""
+    wanted = f"a tensor of {format_bytes(size)} needs a file in {folder} while the model is built"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = format_bytes(shutil.disk_usage(folder).free)
+        return DiskError(f"{wanted}, and {free} are free there; free some space or use a folder on a larger disk")
+    return DiskError(f"{wanted}, and that failed with {error.strerror or error}; use a folder that can be written to")

@@ -1,0 +1,291 @@
+"""Data sets by name: bundled, downloaded by torchvision, from a file or a folder, or from a factory of the user's."""
+
+import contextlib
+import functools
+import hashlib
+import re
+import sys
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowmem_pnn.errors import ConfigError, DataError, LowMemError
+from lowmem_pnn.sources.arrays import as_labels, as_tensor
+from lowmem_pnn.sources.images import ImageSplit, class_names
+from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
+from lowmem_pnn.sources.presentation import Wants
+from lowmem_pnn.sources.splits import (
+    ArraySplit,
+    Indices,
+    SampleSplit,
+    Split,
+    from_torch,
+    subset,
+    train_val,
+)
+
+__all__ = ["Dataset", "Indices", "Split", "find_dataset", "from_torch", "make_dataset", "subset", "train_val"]
+
+# name -> (class in torchvision.datasets, its arguments)
+_TORCHVISION: dict[str, tuple[str, dict[str, str]]] = {
+    "mnist": ("MNIST", {}),
+    "fashion-mnist": ("FashionMNIST", {}),
+    "emnist-balanced": ("EMNIST", {"split": "balanced"}),
+    "cifar10": ("CIFAR10", {}),
+    "cifar100": ("CIFAR100", {}),
+}
+_KEYS = ("x_train", "y_train", "x_test", "y_test")
+_FORMS = "npz:FILE, imagefolder:DIR, package.module:factory or file.py:factory"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples to train on and to test with, as a model sees them.
+
+    Args:
+        name: for run folders and results: letters, digits, '-', '_' and '.' only.
+        train: at least one sample.
+        test: None if there are none.
+        num_classes: labels are from 0 to below it.
+        sample_spec_shape: of one sample, without the batch axis.
+        dtype: of the samples: float32, or int64 for tokens.
+        preprocessing: what was done to the raw samples, in words, so that anyone can do it again.
+        fingerprint: changes when the data does.
+    """
+
+    name: str
+    train: Split
+    test: Split | None
+    num_classes: int
+    sample_spec_shape: tuple[int, ...]
+    dtype: torch.dtype
+    preprocessing: str
+    fingerprint: str
+
+
+def find_dataset(spec: str, root: Path, wants: Wants) -> Dataset:
+    """Open the data set that a text names.
+
+    Args:
+        spec: `digits`, `mnist`, `fashion-mnist`, `emnist-balanced`, `cifar10`, `cifar100`, `npz:FILE` (arrays x_train, y_train and,
+            for a test, x_test, y_test), `imagefolder:DIR` (folders train and test or val, or only class folders),
+            `package.module:factory` or `path/to/file.py:factory` (returns train, (train, test) or a `Dataset`).
+        root: the folder where downloaded data sets are looked for and put.
+        wants: how the model takes samples: flattened, as images of three channels, or as they are.
+
+    Returns:
+        The data set.
+
+    Raises:
+        ConfigError: no data set of that name, or a factory that cannot be imported.
+        DataError: it is missing, empty, damaged, or not of a kind that the model takes.
+
+    Example:
+        >>> data = find_dataset("digits", Path("data"), "flat")
+        >>> len(data.train), len(data.test), data.num_classes, data.sample_spec_shape
+        (1437, 360, 10, (64,))
+    """
+    if spec.startswith("npz:"):
+        return _npz(Path(spec.removeprefix("npz:")).expanduser(), wants)
+    if spec.startswith("imagefolder:"):
+        return _imagefolder(Path(spec.removeprefix("imagefolder:")).expanduser(), wants)
+    if spec == "digits":
+        return _digits(wants)
+    if spec in _TORCHVISION:
+        return _torchvision(spec, root, wants)
+    if ":" in spec:
+        return _factory(spec, wants)
+    if Path(spec).suffix == ".npz":
+        raise ConfigError(f"data set {spec!r} is a file; write npz:{spec}")
+    raise ConfigError(
+        f"there is no data set {spec!r}{did_you_mean(spec, ['digits', *_TORCHVISION])}; others are given as {_FORMS}"
+    )
+
+
+def make_dataset(train: Any, test: Any = None, *, name: str, wants: Wants = "any", num_classes: int | None = None) -> Dataset:
+    """Make a data set of what `from_torch` takes.
+
+    Args:
+        train: a map-style data set of (x, class number), or a pair of tensors (x, y).
+        test: the same, or None.
+        name: of the data set.
+        wants: how the model takes samples.
+        num_classes: None: as many as the labels of both parts show.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: a part is empty or not usable, or the parts do not fit together.
+
+    Example:
+        >>> data = make_dataset((torch.zeros(6, 4), torch.arange(6)), name="zeros")
+        >>> data.num_classes, data.preprocessing
+        (6, 'float32 as it is')
+    """
+    train_split = from_torch(train, num_classes=num_classes, wants=wants, where=f"{name} (training part)")
+    if test is None:
+        return _dataset(name, train_split, None)
+    return _dataset(name, train_split, from_torch(test, num_classes=num_classes, wants=wants, where=f"{name} (test part)"))
+
+
+def _dataset(name: str, train: SampleSplit, test: SampleSplit | None, steps: tuple[str, ...] | None = None) -> Dataset:
+    """Put two parts together; `steps` replaces the first words of the preprocessing, where the source did something itself."""
+    shown = train.presentation
+    if test is not None:
+        if (test.presentation.shape, test.presentation.dtype) != (shown.shape, shown.dtype):
+            raise DataError(
+                f"data set {name!r}: training samples are {shown.shape} {shown.dtype}, test samples {test.presentation.shape} "
+                f"{test.presentation.dtype}; give both one shape and dtype"
+            )
+        if test.presentation.words != shown.words:
+            raise DataError(
+                f"data set {name!r}: training samples are presented as {', '.join(shown.words)}, test samples as "
+                f"{', '.join(test.presentation.words)}; store both alike"
+            )
+        train.num_classes = test.num_classes = max(train.num_classes, test.num_classes)
+    prints = [part.fingerprint() for part in (train, test) if part is not None]
+    words = shown.words if steps is None else (*steps, *shown.words[1:])
+    return Dataset(
+        name=re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "data",
+        train=train,
+        test=test,
+        num_classes=train.num_classes,
+        sample_spec_shape=shown.shape,
+        dtype=shown.dtype,
+        preprocessing=", ".join(words),
+        fingerprint=hashlib.sha256("\n".join([*prints, *words]).encode()).hexdigest(),
+    )
+
+
+def _digits(wants: Wants) -> Dataset:
+    """Scikit-learn's 1,797 digits of 8x8; every fifth of each class, in a shuffled order, is for the test."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    # RandomState's stream is frozen for good: the split must be the same everywhere.
+    shuffled = np.random.RandomState(0).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    is_test = np.zeros(len(labels), dtype=bool)
+    is_test[by_class[::5]] = True
+    x = torch.from_numpy(images.astype(np.float32) / 16).reshape(-1, 1, 8, 8)
+    y = as_labels(labels, "digits")
+
+    def part(chosen: Tensor, where: str) -> ArraySplit:
+        return ArraySplit(x[chosen], y[chosen], 10, wants, where)
+
+    test = torch.from_numpy(is_test)
+    return _dataset("digits", part(~test, "digits (training part)"), part(test, "digits (test part)"), ("values / 16",))
+
+
+def _torchvision(spec: str, root: Path, wants: Wants) -> Dataset:
+    """A data set that torchvision downloads; it is in memory as bytes."""
+    class_name, settings = _TORCHVISION[spec]
+    make: Callable[..., Any] = getattr(import_torchvision("datasets"), class_name)
+    steps = ("uint8 / 255",) if spec != "emnist-balanced" else ("made upright", "uint8 / 255")
+    parts: list[ArraySplit] = []
+    for train in (True, False):
+        data, targets = _load_torchvision(spec, root, functools.partial(make, root=root, train=train, download=True, **settings))
+        images = as_tensor(data, spec)
+        if spec == "emnist-balanced":
+            # EMNIST's files hold every image transposed.
+            images = images.transpose(1, 2).contiguous()
+        where = f"{spec} ({'training' if train else 'test'} part)"
+        labels = as_labels(targets, where)
+        parts.append(ArraySplit(images, labels, int(labels.max()) + 1, wants, where))
+    return _dataset(spec, parts[0], parts[1], steps)
+
+
+def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[Any, Any]:
+    """Images and labels of one part, with what torchvision prints sent to stderr."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            # CIFAR's pickles are older than numpy's present rules.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
+            dataset = make()
+            return dataset.data, dataset.targets
+    # What torchvision raises for a failed download and for a file that a broken download left: RuntimeError, URLError (OSError),
+    # EOFError, BadZipFile, zlib.error, ValueError, AssertionError, UnpicklingError.
+    except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, AssertionError, LookupError) as error:
+        raise DataError(
+            f"data set {spec!r} is not usable in {root.absolute()} and could not be downloaded: {one_line(error)}; "
+            "put torchvision's files there (remove broken ones), or give a file of arrays: npz:FILE"
+        ) from error
+
+
+def _npz(path: Path, wants: Wants) -> Dataset:
+    """Arrays of a .npz file, the Keras layout."""
+    arrays = _read_npz(path)
+    needed = _KEYS if {"x_test", "y_test"} & set(arrays) else _KEYS[:2]
+    missing = [key for key in needed if key not in arrays]
+    if missing:
+        found = ", ".join(sorted(arrays)) or "nothing"
+        raise DataError(f"{path} lacks {', '.join(missing)}; it holds {found}; save {', '.join(_KEYS)} with numpy.savez")
+
+    def part(x_key: str, y_key: str, where: str) -> tuple[Tensor, Tensor, str]:
+        x, y = as_tensor(arrays[x_key], f"{path}: {x_key}"), as_labels(arrays[y_key], f"{path}: {y_key}")
+        if x.ndim < 1 or y.ndim < 1:
+            raise DataError(f"{path}: {x_key} has shape {tuple(x.shape)} and {y_key} {tuple(y.shape)}; give (N, ...) and (N,)")
+        if len(y) and int(y.min()) < 0:
+            raise DataError(f"{path}: {y_key} holds the label {int(y.min())}; number the classes from 0")
+        return x, y, where
+
+    parts = [part("x_train", "y_train", f"{path} (training part)")]
+    if len(needed) == 4:
+        parts.append(part("x_test", "y_test", f"{path} (test part)"))
+    num_classes = max([int(y.max()) + 1 for _, y, _ in parts if len(y)], default=1)
+    train, *tests = [ArraySplit(x, y, num_classes, wants, where) for x, y, where in parts]
+    return _dataset(path.stem, train, tests[0] if tests else None)
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(f"there is no file {path.absolute()}; give npz:FILE with arrays {', '.join(_KEYS)}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} holds a single array; save {', '.join(_KEYS)} with numpy.savez")
+            return {key: file[key] for key in _KEYS if key in file.files} | {key: None for key in file.files if key not in _KEYS}
+    # What numpy and zipfile raise for files that are damaged, of another kind, or hold pickled objects.
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, LowMemError):
+            raise
+        raise DataError(f"{path} cannot be read as .npz: {one_line(error)}; save arrays of numbers with numpy.savez") from error
+
+
+def _imagefolder(path: Path, wants: Wants) -> Dataset:
+    """A folder of class folders, or of `train` and `test` (or `val`) of them."""
+    if not path.is_dir():
+        raise DataError(f"there is no folder {path.absolute()}; give imagefolder:DIR with a folder of images for each class")
+    train = path / "train" if (path / "train").is_dir() else path
+    test = None
+    if train != path:
+        test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    classes = class_names(train)
+    test_split = ImageSplit(test, classes, wants) if test is not None else None
+    return _dataset(path.resolve().name, ImageSplit(train, classes, wants), test_split, ("decoded to RGB", "uint8 / 255"))
+
+
+def _factory(spec: str, wants: Wants) -> Dataset:
+    """A function of the user's that returns data sets."""
+    made = load_factory(spec)()
+    if isinstance(made, Dataset):
+        return made
+    place, _, name = spec.rpartition(":")
+    label = f"{Path(place).stem if place.endswith('.py') else place}-{name}"
+    train, test = made, None
+    # (train, test), unless it is one part as (x, y).
+    if isinstance(made, tuple | list) and len(made) == 2 and not all(isinstance(part, Tensor | np.ndarray) for part in made):
+        train, test = made
+    if train is None:
+        raise DataError(f"data set {spec!r}: {name}() returned no data; return train, (train, test) or a lowmem_pnn Dataset")
+    return make_dataset(train, test, name=label, wants=wants)

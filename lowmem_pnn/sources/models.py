@@ -1,0 +1,272 @@
+"""Models by name: `mlp:` and torchvision's classifiers, and factories of the user's, as constructors that can be called later."""
+
+import ast
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from lowmem_pnn.errors import ConfigError, LowMemError
+from lowmem_pnn.sources.building import skeleton
+from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
+
+Wants = Literal["flat", "image3", "any"]
+
+_FORMS = "mlp:WIDTH-WIDTH-..., a torchvision classifier such as resnet18, package.module:factory or file.py:factory"
+# What some torchvision builders take out of their keyword arguments before they call the class, which lists them as required.
+_POPPED = frozenset({"dropout", "image_size", "input_size"})
+# GoogLeNet and Inception return a tuple with their auxiliary classifiers, and warn when init_weights is left to them.
+_AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that can be built, as often as needed.
+
+    Args:
+        name: for run folders: letters, digits, '-', '_' and '.' only.
+        spec: as the user gave it.
+        build: calls the constructor; the weights are random, from torch's global generator, which it does not seed.
+        wants: how samples are presented to it: flattened, as images of three channels, or as they are.
+    """
+
+    name: str
+    spec: str
+    build: Callable[[], nn.Module]
+    wants: Wants
+
+
+def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
+    """Find the model that a text names.
+
+    Nothing large is built: a torchvision model with arguments is tried on the meta device.
+
+    Args:
+        spec: `mlp:784-80-47` (widths, ReLU after every layer but the last), a torchvision classifier, `package.module:factory` or
+            `path/to/file.py:factory`.
+        arguments: keyword arguments of the constructor.
+        num_classes: of the data set; what a torchvision model gets where `arguments` do not say it. None where it is not known.
+
+    Returns:
+        The model's source.
+
+    Raises:
+        ConfigError: no such model, or it does not take these arguments.
+
+    Example:
+        >>> find_model("mlp:784-80-47", {}, 47).build()
+        Sequential(
+          (0): Linear(in_features=784, out_features=80, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=80, out_features=47, bias=True)
+        )
+    """
+    if spec.startswith("mlp:"):
+        return _mlp(spec, arguments, num_classes)
+    if ":" in spec:
+        return _factory(spec, arguments, num_classes)
+    if spec.endswith(".py"):
+        raise ConfigError(f"model {spec!r} names a file but no function in it; write {spec}:FACTORY")
+    return _torchvision(spec, arguments, num_classes)
+
+
+def parse_model_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """Read `--model-arg NAME=VALUE` options.
+
+    Args:
+        pairs: texts; a value that reads as a Python literal is that literal, `true` and `false` are booleans, all else is text.
+
+    Returns:
+        Keyword arguments by name.
+
+    Raises:
+        ConfigError: a text without '=', a name that is none, or a name given twice.
+
+    Example:
+        >>> parse_model_arguments(["depth=12", "norm=true", "widths=[8, 16]", "act=gelu"])
+        {'depth': 12, 'norm': True, 'widths': [8, 16], 'act': 'gelu'}
+    """
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name, text = name.strip(), text.strip()
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"model argument {pair!r} is not NAME=VALUE; write, for example, --model-arg width=64")
+        if name in arguments:
+            raise ConfigError(f"model argument {name!r} is given twice ({arguments[name]!r} and {text!r}); give it once")
+        arguments[name] = _parse_value(text)
+    return arguments
+
+
+def _parse_value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    # What literal_eval documents for text that is no literal, or one nested too deep.
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _mlp(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
+    """A multi-layer perceptron from the widths in its name."""
+    if arguments:
+        names = ", ".join(map(repr, arguments))
+        raise ConfigError(
+            f"model {spec!r} takes no arguments, but {names} was given; all of an mlp is in its widths, mlp:64-256-10"
+        )
+    texts = spec.removeprefix("mlp:").split("-")
+    if len(texts) < 2 or not all(re.fullmatch(r"[0-9]+", text, re.ASCII) and int(text) > 0 for text in texts):
+        raise ConfigError(
+            f"{spec!r} is not an mlp; write two or more positive widths, input first and classes last: mlp:784-80-47"
+        )
+    widths = [int(text) for text in texts]
+    if num_classes is not None and widths[-1] < num_classes:
+        raise ConfigError(
+            f"model {spec!r} ends in {widths[-1]} outputs, but the data set has {num_classes} classes; "
+            f"write mlp:{'-'.join(map(str, [*widths[:-1], num_classes]))}"
+        )
+
+    def build() -> nn.Module:
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths):
+            layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+        return nn.Sequential(*layers[:-1])
+
+    return ModelSource(_folder_name("mlp-" + "-".join(map(str, widths))), spec, build, "flat")
+
+
+def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
+    """One of torchvision's classifiers, with random weights."""
+    models = import_torchvision("models")
+    known = models.list_models(module=models)
+    if spec not in known:
+        raise ConfigError(f"there is no model {spec!r}{did_you_mean(spec, known)}; a model is {_FORMS}")
+    builder = models.get_model_builder(spec)
+    accepted = _torchvision_arguments(builder)
+    for name, value in arguments.items():
+        if name == "weights" and value is not None:
+            raise ConfigError(
+                f"model {spec!r}: weights={value!r} is not supported, weights start random; leave it out, or load them in a "
+                "factory: --model file.py:factory"
+            )
+        if name not in ("weights", *accepted):
+            raise ConfigError(f"model {spec!r} has no argument {name!r}{_accepted(name, accepted)}")
+    settings = {**_AUXILIARY.get(spec, {}), **arguments}
+    _check_num_classes(spec, settings, num_classes)
+    if num_classes is not None:
+        settings.setdefault("num_classes", num_classes)
+    settings["weights"] = None
+
+    def build() -> nn.Module:
+        try:
+            model = builder(**settings)
+        # What constructors raise for values they refuse. A RuntimeError may be the memory's end, which is not for here.
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+            raise ConfigError(_refused(spec, arguments, error)) from error
+        assert isinstance(model, nn.Module)
+        return model
+
+    if arguments:
+        try:
+            skeleton(build)
+        # Without values there is no memory to run out of: here a RuntimeError is about the arguments too.
+        except RuntimeError as error:
+            raise ConfigError(_refused(spec, arguments, error)) from error
+    return ModelSource(spec, spec, build, "image3")
+
+
+def _torchvision_arguments(builder: Callable[..., Any]) -> list[str]:
+    """Keyword arguments that a torchvision builder passes on to its class, in the class's order."""
+    model_class = typing.get_type_hints(builder)["return"]
+    own = inspect.signature(builder).parameters.values()
+    passed_on = list(inspect.signature(model_class.__init__).parameters.values())[1:]
+    named = [p.name for p in own if p.kind is p.KEYWORD_ONLY and p.name not in ("weights", "progress")]
+    return named + [p.name for p in passed_on if p.kind is not p.VAR_KEYWORD and (p.default is not p.empty or p.name in _POPPED)]
+
+
+def _factory(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
+    """A function of the user's that returns a model."""
+    factory = load_factory(spec)
+    _check_arguments(spec, factory, arguments, num_classes)
+    _check_num_classes(spec, arguments, num_classes)
+    place, _, name = spec.rpartition(":")
+    stem = Path(place).stem if place.endswith(".py") else place
+
+    def build() -> nn.Module:
+        try:
+            model = factory(**arguments)
+        # As for torchvision; a RuntimeError or an OSError of the user's code goes up as it is, with its traceback.
+        except LowMemError:
+            raise
+        except (TypeError, ValueError, AttributeError, LookupError, NameError, ImportError, ArithmeticError) as error:
+            raise ConfigError(_refused(spec, arguments, error)) from error
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model {spec!r}: {name}() returned a {type(model).__name__}; it must return a torch.nn.Module")
+        return model
+
+    return ModelSource(_folder_name(f"{stem}-{name}"), spec, build, "any")
+
+
+def _check_arguments(spec: str, factory: Callable[..., Any], arguments: Mapping[str, Any], num_classes: int | None) -> None:
+    """Refuse arguments that a factory does not take, and the lack of those that it needs, before it runs."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    # Callables written in C may have no signature; calling them will tell.
+    except (TypeError, ValueError):
+        return
+    positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    if positional:
+        raise ConfigError(f"model {spec!r} takes {positional[0]!r} by position only; make it a keyword argument")
+    named = {p.name: p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in arguments:
+            if name not in named:
+                raise ConfigError(f"model {spec!r} has no argument {name!r}{_accepted(name, list(named))}")
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in arguments:
+            value = num_classes if name == "num_classes" and num_classes is not None else "VALUE"
+            raise ConfigError(f"model {spec!r} needs the argument {name!r}; give --model-arg {name}={value}")
+
+
+def _check_num_classes(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> None:
+    """Refuse a classifier with fewer outputs than the data set has classes."""
+    given = arguments.get("num_classes")
+    if num_classes is not None and type(given) is int and given < num_classes:
+        raise ConfigError(
+            f"model {spec!r}: num_classes={given}, but the data set has {num_classes} classes; give num_classes={num_classes}"
+        )
+
+
+def _accepted(name: str, accepted: list[str]) -> str:
+    """The end of a message about an unknown argument."""
+    if not accepted:
+        return "; it takes none"
+    guess = did_you_mean(name, accepted)
+    return f"{guess if 'did you mean' in guess else ''}; it accepts: {', '.join(accepted)}"
+
+
+def _refused(spec: str, arguments: Mapping[str, Any], error: Exception) -> str:
+    """The message for a constructor that raised."""
+    twice = re.search(r"multiple values for (?:keyword )?argument '(\w+)'", str(error))
+    if twice:
+        return f"model {spec!r} sets {twice[1]!r} itself; leave that argument out or take another model"
+    given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "no arguments"
+    return f"model {spec!r} cannot be built with {given}: {one_line(error)}; change the arguments or the constructor"
+
+
+def _folder_name(text: str) -> str:
+    """Make a short text that is safe as part of a folder's name.
+
+    Example:
+        >>> _folder_name("my models/net.py")
+        'my-models-net.py'
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
+    return name if len(name) <= 60 else name[:60].rstrip("-.")

@@ -1,0 +1,274 @@
+"""A store of boundary activations: what one partition leaves for the next, in shards, with the labels.
+
+The layout on disk is in `shards.py`. A *window* is a group of shards that is in memory at one time: batches are drawn from one
+window after the other, while the next is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Executor, Future, wait
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from lowmem_pnn.chain import TensorSpec
+from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.stores.activation_writer import ActivationWriter
+from lowmem_pnn.stores.disk import IoCounter, outgrows_page_cache, sha256
+from lowmem_pnn.stores.shards import (
+    Index,
+    allocate,
+    describe_all,
+    read_index,
+    remedy,
+    resident_bytes,
+    shard_layout,
+    shard_name,
+)
+from lowmem_pnn.stores.tensorfile import TensorFile, memory_of
+
+__all__ = ["ActivationStore", "ActivationWriter"]
+
+Batch = tuple[tuple[Tensor, ...], Tensor]
+"""Boundary tensors, each (B, ...), and labels (B,)."""
+
+
+class ActivationStore:
+    """Reads a complete store; get one from `open`.
+
+    One thread uses it. Several iterations may be under way, each with windows of its own.
+
+    Args:
+        folder: of the store.
+        index: of it.
+        counter: counts the bytes read.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    """Of one sample's boundary tensors."""
+    num_samples: int
+    shard_samples: int
+    """Samples in every shard but the last, which may have fewer."""
+    nbytes: int
+    """Of all shards on the disk."""
+    cache: list[Tensor] | None
+    """All samples in the stored order, the labels last, once the store was read into a window that held it whole."""
+
+    def __init__(self, folder: Path, index: Index, counter: IoCounter | None) -> None:
+        self.folder = folder
+        self.specs = tuple(TensorSpec(shape, dtype) for dtype, shape in index.tensors)
+        self.num_samples = index.num_samples
+        self.shard_samples = index.shard_samples
+        self.nbytes = sum(shard.bytes for shard in index.shards)
+        self.cache = None
+        self._shards = index.shards
+        self._drop_pages = outgrows_page_cache(self.nbytes)
+        self._counter = counter
+
+    @classmethod
+    def open(cls, folder: Path, verify: bool = False, counter: IoCounter | None = None) -> ActivationStore:
+        """Open a store and check its index and the header of every shard.
+
+        Args:
+            folder: of the store.
+            verify: also compare the hash of every shard: reads them all.
+            counter: counts the bytes read.
+
+        Raises:
+            CheckpointError: there is no index, or a shard is missing, of another size, in another's place, or holds something
+                else than the index says; with `verify`, also if any byte was changed. The text names the file.
+            DiskError: the file system refused.
+        """
+        folder = Path(folder)
+        self = cls(folder, read_index(folder), counter)
+        for number, shard in enumerate(self._shards):
+            with self._open_shard(number) as file:
+                path, size = file.path, file.size
+            if size != shard.bytes:
+                raise CheckpointError(f"{str(path)!r} has {size} bytes, the index says {shard.bytes}; {remedy(folder)}")
+            if verify and (digest := sha256(path, counter)) != shard.sha256:
+                raise CheckpointError(f"{str(path)!r} has sha256 {digest}, the index says {shard.sha256}; {remedy(folder)}")
+        return self
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        window_bytes: int,
+        pool: Executor,
+        drop_last: bool = False,
+    ) -> Iterator[Batch]:
+        """Iterate over the samples.
+
+        The order is a function of the arguments and the store's sizes alone. Shuffled, the shards come in a random order, and
+        the samples of a window are mixed. A window takes half of `window_bytes`, as the next is read ahead into the other half,
+        and at least one shard (the next is read ahead only if two fit). A store that fits `window_bytes` as a whole is one
+        window, fully mixed, and stays in memory as `cache` until `close`.
+
+        Args:
+            batch_size: samples a batch; only the last may be short.
+            shuffle: else the stored order.
+            seed: of the run.
+            epoch: from 0.
+            start: batches to leave out at the beginning: the rest is exactly what a full iteration would give.
+            window_bytes: memory for windows. The batches are in addition to it.
+            pool: reads ahead.
+            drop_last: leave a short last batch out.
+
+        Yields:
+            The boundary tensors, each (B, ...), and the labels (B,): fresh, contiguous, from multiples of 64 bytes on.
+
+        Raises:
+            CheckpointError: a shard was damaged since the store was opened.
+            DiskError: the file system refused.
+        """
+        assert batch_size > 0, "a batch has at least one sample"
+        assert start >= 0, "batches are counted from 0"
+        stop = self.num_samples - (self.num_samples % batch_size if drop_last else 0)
+        position = min(start * batch_size, stop)
+        batch: list[Tensor] = []
+        filled = 0
+        with closing(self._windows(seed if shuffle else None, epoch, position, stop, window_bytes, pool)) as windows:
+            for window in windows:
+                while position < min(window.end, stop):
+                    if not batch:
+                        size, filled = min(batch_size, stop - position), 0
+                        batch = allocate(self.specs, size)
+                    count = min(size - filled, window.end - position)
+                    window.copy_rows(position, count, batch, filled)
+                    filled += count
+                    position += count
+                    if filled == size:
+                        yield _hand_over(batch)
+
+    def close(self) -> None:
+        """Free the cache. The store can be read again."""
+        self.cache = None
+
+    def _windows(
+        self, seed: int | None, epoch: int, first: int, stop: int, window_bytes: int, pool: Executor
+    ) -> Generator[_Window, None, None]:
+        """The windows that hold samples [first, stop) of an order."""
+        if first >= stop:
+            return
+        if resident_bytes(self.specs, self.num_samples) <= window_bytes:
+            if self.cache is None:
+                tensors = allocate(self.specs, self.num_samples)
+                self._load(range(len(self._shards)), tensors)
+                # Only now, so that an exception on the way leaves no half-filled cache.
+                self.cache = tensors
+            yield _Window(self.cache, 0, self.num_samples, _order(self.num_samples, seed, "samples", epoch))
+            return
+        self.close()
+        shard_order = _order(len(self._shards), seed, "shards", epoch)
+        shards: list[int] = list(range(len(self._shards))) if shard_order is None else shard_order.tolist()
+        shard_bytes = resident_bytes(self.specs, self.shard_samples)
+        per_window = max(1, window_bytes // 2 // shard_bytes)
+        groups = [shards[begin : begin + per_window] for begin in range(0, len(shards), per_window)]
+        bases = [0, *accumulate(sum(self._shards[number].samples for number in group) for group in groups)]
+        wanted = [number for number in range(len(groups)) if bases[number] < stop and first < bases[number + 1]]
+
+        def load(number: int, tensors: list[Tensor]) -> _Window:
+            self._load(groups[number], tensors)
+            base, end = bases[number], bases[number + 1]
+            return _Window(tensors, base, end, _order(end - base, seed, "window", epoch, number))
+
+        rows = min(per_window * self.shard_samples, self.num_samples)
+        read_ahead = len(wanted) > 1 and 2 * per_window * shard_bytes <= window_bytes
+        now = allocate(self.specs, rows)
+        following = allocate(self.specs, rows) if read_ahead else now
+        ahead: Future[_Window] | None = None
+        try:
+            for number, next_number in zip(wanted, [*wanted[1:], None], strict=True):
+                window = ahead.result() if ahead is not None else load(number, now)
+                if read_ahead:
+                    ahead = pool.submit(load, next_number, following) if next_number is not None else None
+                    now, following = following, now
+                yield window
+        finally:
+            # A job that ran on would use memory that the caller takes for free.
+            if ahead is not None and not ahead.cancel():
+                wait([ahead])
+
+    def _load(self, numbers: Sequence[int], tensors: list[Tensor]) -> None:
+        """Read whole shards into consecutive rows."""
+        row = 0
+        for number in numbers:
+            count = self._shards[number].samples
+            with self._open_shard(number) as file:
+                for name, tensor in zip(shard_layout(self.specs, count), tensors, strict=True):
+                    file.read_into(name, tensor[row : row + count])
+                if self._drop_pages:
+                    file.drop_cache()
+            row += count
+
+    def _open_shard(self, number: int) -> TensorFile:
+        """Open a shard and compare its header with the index."""
+        path = self.folder / shard_name(number)
+        file = TensorFile.open(path, counter=self._counter, remedy=remedy(self.folder))
+        wanted = shard_layout(self.specs, self._shards[number].samples)
+        found = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
+        place = file.metadata.get("shard")
+        if found == wanted and place == str(number):
+            return file
+        file.close()
+        if found == wanted:
+            fault = f"holds shard {place} of a store, in the place of shard {number}"
+        else:
+            fault = f"holds {describe_all(found.values())}, the index says {describe_all(wanted.values())}"
+        raise CheckpointError(f"{str(path)!r} {fault}; {remedy(self.folder)}")
+
+
+@dataclass
+class _Window:
+    """Samples [base, end) of an order, in memory."""
+
+    tensors: list[Tensor]
+    base: int
+    end: int
+    order: npt.NDArray[np.int64] | None
+    """The row of each sample; None where they are in order."""
+
+    def copy_rows(self, position: int, count: int, batch: list[Tensor], row: int) -> None:
+        """Copy samples [position, position + count) into rows of a batch."""
+        first = position - self.base
+        for source, target in zip(self.tensors, batch, strict=True):
+            if source.nbytes == 0:
+                continue
+            # As rows of bytes every element type is copied bit for bit.
+            source_bytes = memory_of(source).reshape(len(source), -1)
+            target_bytes = memory_of(target).reshape(len(target), -1)[row : row + count]
+            if self.order is None:
+                target_bytes[:] = source_bytes[first : first + count]
+            else:
+                # With mode="raise" numpy would go through a buffer of the output's size.
+                np.take(source_bytes, self.order[first : first + count], axis=0, out=target_bytes, mode="clip")
+
+
+def _order(size: int, seed: int | None, *place: int | str) -> npt.NDArray[np.int64] | None:
+    """A permutation of [0, size), or None without a seed.
+
+    Random words are all that is taken of numpy: its shuffles may change from release to release, these may not.
+    """
+    if seed is None:
+        return None
+    words = np.random.Philox(key=seed_of(seed, *place)).random_raw(size)
+    return np.argsort(words, kind="stable")
+
+
+def _hand_over(batch: list[Tensor]) -> Batch:
+    """A batch's tensors; the list is left empty, so that only the receiver holds them."""
+    *tensors, labels = batch
+    batch.clear()
+    return tuple(tensors), labels

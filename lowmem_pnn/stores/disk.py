@@ -1,0 +1,119 @@
+"""Disk: byte counts, hashes, syncs, and what a file system's refusal means."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from lowmem_pnn.errors import CheckpointError, DiskError
+from lowmem_pnn.units import MEBIBYTE, format_bytes
+
+CHUNK_BYTES = 4 * MEBIBYTE
+"""What is read, hashed or copied at a time."""
+REMEDY = "restore it from a copy, or delete it and run again"
+"""What to do about a damaged file, where nothing more is known of it."""
+
+
+class IoCounter:
+    """Bytes that went to and came from files; safe to share between threads.
+
+    Example:
+        >>> counter = IoCounter()
+        >>> counter.add(read=10)
+        >>> counter.add(written=4)
+        >>> counter.bytes_read, counter.bytes_written
+        (10, 4)
+    """
+
+    def __init__(self) -> None:
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self._lock = threading.Lock()
+
+    def add(self, *, read: int = 0, written: int = 0) -> None:
+        """Count some more bytes."""
+        with self._lock:
+            self.bytes_read += read
+            self.bytes_written += written
+
+
+def sha256(path: Path, counter: IoCounter | None = None) -> str:
+    """The hash of a file's bytes, in hexadecimal, read 4 MiB at a time.
+
+    Raises:
+        CheckpointError: no such file.
+        DiskError: the file system refused.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    try:
+        with io.FileIO(path, "r") as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+                if counter is not None:
+                    counter.add(read=count)
+    except FileNotFoundError:
+        raise CheckpointError(f"{str(path)!r} is missing; {REMEDY}") from None
+    except OSError as error:
+        raise disk_error(Path(path), error, "read it") from error
+    return digest.hexdigest()
+
+
+def outgrows_page_cache(nbytes: int) -> bool:
+    """Whether files that are read once an epoch should leave the page cache at once.
+
+    Files that fit are read from the drive once. Those that do not would push each other, and everything else, out before they are
+    read again.
+
+    Args:
+        nbytes: of all the files together.
+
+    Example:
+        >>> outgrows_page_cache(1), outgrows_page_cache(1 << 60)
+        (False, True)
+    """
+    available: int = psutil.virtual_memory().available
+    return nbytes > available // 2
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder (files made, renamed, deleted) are on the drive.
+
+    Raises:
+        DiskError: they are not.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise disk_error(folder, error, "sync it") from error
+
+
+def disk_error(path: Path, error: OSError, attempt: str) -> DiskError:
+    """What the file system refused, in one line.
+
+    Args:
+        path: the file or folder that was worked on.
+        error: from the file system.
+        attempt: what was to be done, such as `write 4.0 MB`.
+
+    Returns:
+        The error to raise. A full disk says what is left of it.
+    """
+    reason = (error.strerror or str(error)).lower()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError):
+            state = os.statvfs(path.parent)
+            reason += f", {format_bytes(state.f_bavail * state.f_frsize)} are left"
+        return DiskError(f"cannot {attempt}: {reason} ({str(path)!r}); make room there, or give a --workdir on another disk")
+    return DiskError(f"cannot {attempt}: {reason} ({str(path)!r}); check the disk and its access rights")

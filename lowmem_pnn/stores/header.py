@@ -1,0 +1,190 @@
+"""The header of a safetensors file: laid out for writing, checked after reading; no file is touched.
+
+The format (https://huggingface.co/docs/safetensors):
+
+    | 8 bytes: N, little-endian | N bytes: header, JSON in UTF-8 | data section |
+
+The header starts with `{` and may end in spaces. It maps each tensor's name to
+`{"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}`, with offsets counted from the start of the data section;
+`"__metadata__"`, if there, maps texts to texts. Elements are little-endian and row-major. The tensors cover the data section
+exactly: no gap, no overlap, no byte after the last.
+
+Headers laid out here go further where the format lets them: the data section starts at a multiple of 64 bytes, and the tensors
+are in an order such that each whose size is a multiple of 64 starts at one too, and every other at least at a multiple of its
+element's size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowmem_pnn.units import MEBIBYTE
+
+ALIGNMENT = 64
+"""In bytes: the width of a cache line and of the widest vector registers."""
+MAX_HEADER_BYTES = 16 * MEBIBYTE
+"""A larger one is refused: 67 MB of JSON that describe empty tensors take 1.7 GB to parse."""
+
+_CODES_BY_NAME = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "int32": "I32", "uint32": "U32", "int64": "I64",
+    "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+}  # fmt: skip
+# The last of these is missing from older PyTorch releases.
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in _CODES_BY_NAME.items() if hasattr(torch, name)}
+"""Every element type that can be stored, by the format's name for it."""
+CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+"""The format's names, by element type."""
+
+TensorLayout = tuple[torch.dtype, tuple[int, ...]]
+"""Element type and shape."""
+
+
+class HeaderFault(ValueError):
+    """What is wrong with a header, worded to follow the file's name; the file's reader turns it into an error for the user."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor is in its file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """From the start of the file, in bytes."""
+    nbytes: int
+
+
+def lay_out(
+    tensors: Mapping[str, TensorLayout], metadata: Mapping[str, str], keep_order: bool = False
+) -> tuple[bytes, dict[str, TensorEntry]]:
+    """Give every tensor its place in a new file.
+
+    Args:
+        tensors: element type and shape by name; the header lists them in this order.
+        metadata: texts for the header.
+        keep_order: the bytes are in this order too, unless a tensor would then start inside an element; the 64-byte alignment is
+            given up for it.
+
+    Returns:
+        The file's first bytes, up to its data section, and the tensors' places.
+
+    Raises:
+        HeaderFault: the header would be above `MAX_HEADER_BYTES`.
+
+    Example:
+        >>> first, entries = lay_out({"bias": (torch.float32, (3,)), "weight": (torch.float32, (16, 3))}, {})
+        >>> entries["weight"].offset % 64, entries["bias"].offset - entries["weight"].offset
+        (0, 192)
+    """
+    assert "__metadata__" not in tensors, "the format keeps this name for itself"
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
+    order = list(tensors)
+    if not (keep_order and _starts_at_elements(tensors, sizes)):
+        # By the largest power of two, up to 64, that divides the size: every size before a tensor is then a multiple of its own.
+        order.sort(key=lambda name: -min(sizes[name] & -sizes[name] or ALIGNMENT, ALIGNMENT))
+    begins, end = {}, 0
+    for name in order:
+        begins[name] = end
+        end += sizes[name]
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, (dtype, shape) in tensors.items():
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begins[name], begins[name] + sizes[name]]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise HeaderFault(f"would need a header of {len(text)} bytes, above the limit of {MAX_HEADER_BYTES}")
+    start = 8 + len(text)
+    entries = {
+        name: TensorEntry(name, dtype, tuple(shape), start + begins[name], sizes[name])
+        for name, (dtype, shape) in tensors.items()
+    }
+    return len(text).to_bytes(8, "little") + text, entries
+
+
+def parse(text: bytes | bytearray, file_bytes: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Check a header against the format and the file's size.
+
+    Args:
+        text: the header, without the 8 bytes of its length.
+        file_bytes: the size of the file.
+
+    Returns:
+        The tensors' places, in the header's order, and the metadata.
+
+    Raises:
+        HeaderFault: anything is not as the format says.
+    """
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise HeaderFault(f"has a header that cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(header, dict):
+        raise HeaderFault("has a header that is no JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())):
+        raise HeaderFault("has '__metadata__' that does not map texts to texts")
+    end = 8 + len(text)
+    entries = {name: _parse_entry(name, value, end) for name, value in header.items()}
+    for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != end:
+            fault = "overlaps the tensor before it" if entry.offset < end else "leaves a gap after the tensor before it"
+            raise HeaderFault(f"has tensor {entry.name!r} at byte {entry.offset}, which {fault}: that ends at byte {end}")
+        end += entry.nbytes
+    if end != file_bytes:
+        raise HeaderFault(f"has {file_bytes} bytes, its header says {end}")
+    return entries, metadata
+
+
+def describe(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    """Element type and shape as error messages say them.
+
+    Example:
+        >>> describe(torch.float32, (3, 4))
+        'float32 (3, 4)'
+    """
+    return f"{str(dtype).removeprefix('torch.')} {shape}"
+
+
+def _starts_at_elements(tensors: Mapping[str, TensorLayout], sizes: Mapping[str, int]) -> bool:
+    begin = 0
+    for name, (dtype, _) in tensors.items():
+        if begin % dtype.itemsize:
+            return False
+        begin += sizes[name]
+    return True
+
+
+def _parse_entry(name: str, value: Any, data_start: int) -> TensorEntry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise HeaderFault(f"describes tensor {name!r} by something else than dtype, shape and data_offsets")
+    code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise HeaderFault(f"has tensor {name!r} of element type {code!r}, known are {', '.join(DTYPES)}")
+    if not (_is_naturals(shape) and _is_naturals(offsets) and len(offsets) == 2):
+        raise HeaderFault(f"has tensor {name!r} of shape {shape!r} at offsets {offsets!r}")
+    nbytes = math.prod(shape) * DTYPES[code].itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        raise HeaderFault(f"has tensor {name!r} of {nbytes} bytes at offsets {offsets!r}")
+    return TensorEntry(name, DTYPES[code], tuple(shape), data_start + offsets[0], nbytes)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"{name!r} is there twice")
+        result[name] = value
+    return result
+
+
+def _is_naturals(value: Any) -> bool:
+    # The bound is PyTorch's on a dimension; a bool is an int to Python.
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)

@@ -1,0 +1,173 @@
+"""The layout of a store of boundary activations on disk: names, shapes, the index; and what its samples take in memory.
+
+FOLDER/
+  00000.safetensors   tensors '0', '1', ... (one per boundary tensor, samples on axis 0) and 'labels'
+  00001.safetensors   the same number of samples; the last shard may have fewer
+  index.json          written last: without it there is no store
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_pnn.chain import TensorSpec
+from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.stores.disk import disk_error, sync_folder
+from lowmem_pnn.stores.header import CODES, DTYPES, TensorLayout, describe
+from lowmem_pnn.stores.rundir import write_durably
+from lowmem_pnn.stores.tensorfile import aligned_empty
+
+FORMAT = 1
+
+_INDEX = "index.json"
+_OURS = re.compile(r"\d{5,}\.safetensors|index\.json\.new")
+# Per sample of a window, besides the sample: two 8-byte arrays while its order is drawn, and what the sort needs.
+_ORDER_BYTES = 24
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the index says of a shard."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """What makes a folder of shards a store."""
+
+    num_samples: int
+    shard_samples: int
+    """In every shard but the last, which may have fewer."""
+    tensors: tuple[TensorLayout, ...]
+    """Element type and shape of one sample's boundary tensors."""
+    shards: tuple[Shard, ...]
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Make a folder of shards, which are on the drive, a store.
+
+    Raises:
+        DiskError: the index could not be written.
+    """
+    tensors = [{"dtype": CODES[dtype], "shape": list(shape)} for dtype, shape in index.tensors]
+    # The names of the shards must be on the drive before the index can be.
+    sync_folder(folder)
+    write_durably(folder / _INDEX, json.dumps({"format": FORMAT, **asdict(index), "tensors": tensors}, indent=1))
+    sync_folder(folder.parent)
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a store, if it is consistent in itself.
+
+    Raises:
+        CheckpointError: it is missing, of another version, or damaged.
+        DiskError: the file system refused.
+    """
+    path = folder / _INDEX
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{str(path)!r} is missing: the store was not completed; {remedy(folder)}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{str(path)!r} is no JSON; {remedy(folder)}") from None
+    except OSError as error:
+        raise disk_error(path, error, "read it") from error
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"{str(path)!r} has format {version}, this version reads {FORMAT}; {remedy(folder)}")
+    index = None
+    # A part that is missing or of another kind ends in one of these; what can be wrong is too much to tell apart.
+    with suppress(KeyError, TypeError, AttributeError):
+        tensors = tuple((DTYPES[item["dtype"]], tuple(item["shape"])) for item in content["tensors"])
+        shards = tuple(Shard(**item) for item in content["shards"])
+        index = Index(content["num_samples"], content["shard_samples"], tensors, shards)
+    if index is None or not _is_consistent(index):
+        raise CheckpointError(f"{str(path)!r} contradicts itself or lacks a part; {remedy(folder)}")
+    return index
+
+
+def make_empty(folder: Path) -> None:
+    """Make a folder for a new store, or empty it of an incomplete one.
+
+    Raises:
+        CheckpointError: it holds a complete store, or files of something else.
+        DiskError: the file system refused.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(folder.iterdir())
+        if any(path.name == _INDEX for path in found):
+            raise CheckpointError(f"{str(folder)!r} holds a complete store already; delete it, or write to another folder")
+        foreign = [path.name for path in found if not _OURS.fullmatch(path.name)]
+        if foreign:
+            raise CheckpointError(f"{str(folder)!r} holds {foreign[0]!r}, which is no part of a store; write to another folder")
+        for path in found:
+            path.unlink()
+    except OSError as error:
+        raise disk_error(folder, error, "make an empty folder") from error
+
+
+def remedy(folder: Path) -> str:
+    """What to do about a damaged store: the end of its error messages."""
+    return f"delete {folder} and run again with --resume"
+
+
+def shard_name(number: int) -> str:
+    """The file of a shard.
+
+    Example:
+        >>> shard_name(3)
+        '00003.safetensors'
+    """
+    return f"{number:05d}.safetensors"
+
+
+def shard_layout(specs: Sequence[TensorSpec], num_samples: int) -> dict[str, TensorLayout]:
+    """The tensors of a shard, or of any other stretch of samples: the boundary tensors by number, then the labels."""
+    layout: dict[str, TensorLayout] = {str(k): (spec.dtype, (num_samples, *spec.shape)) for k, spec in enumerate(specs)}
+    return {**layout, "labels": (torch.int64, (num_samples,))}
+
+
+def allocate(specs: Sequence[TensorSpec], num_samples: int) -> list[Tensor]:
+    """Memory for samples: the boundary tensors, then the labels, each from a multiple of 64 bytes on."""
+    return [aligned_empty(shape, dtype) for dtype, shape in shard_layout(specs, num_samples).values()]
+
+
+def resident_bytes(specs: Sequence[TensorSpec], num_samples: int) -> int:
+    """What samples take in memory, their labels and the order in which they are given included."""
+    layouts = shard_layout(specs, num_samples).values()
+    return num_samples * _ORDER_BYTES + sum(math.prod(shape) * dtype.itemsize for dtype, shape in layouts)
+
+
+def describe_all(layouts: Iterable[TensorLayout]) -> str:
+    """Element types and shapes as error messages say them."""
+    return ", ".join(describe(dtype, shape) for dtype, shape in layouts) or "nothing"
+
+
+def _is_consistent(index: Index) -> bool:
+    naturals: list[Any] = [size for _, shape in index.tensors for size in shape] + [shard.bytes for shard in index.shards]
+    counts: list[Any] = [index.num_samples, index.shard_samples, *(shard.samples for shard in index.shards)]
+    if not all(type(number) is int and number >= 0 for number in naturals):
+        return False
+    if not all(type(number) is int and number > 0 for number in counts):
+        return False
+    full, rest = divmod(index.num_samples, index.shard_samples)
+    return (
+        [shard.samples for shard in index.shards] == [index.shard_samples] * full + [rest] * (rest > 0)
+        and [shard.file for shard in index.shards] == [shard_name(number) for number in range(len(index.shards))]
+        and all(isinstance(shard.sha256, str) for shard in index.shards)
+    )

@@ -1,0 +1,128 @@
+"""The supervisor: runs the training in a worker process, passes signals on, and restarts a worker that died at the wall.
+
+At the wall PyTorch mostly raises, and the executor shrinks the micro-batch. But a library that does not check an allocation dies of a
+signal instead; then the work goes on from the journal, in a new process, with half the micro-batch.
+"""
+
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from lowmem_pnn.errors import BudgetError
+
+WORKER_VARIABLE = "LOWMEM_PNN_WORKER"
+MAX_RESTARTS = 5
+
+# What an unchecked allocation failure looks like from outside.
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+_PR_SET_PDEATHSIG = 1
+
+
+def is_worker() -> bool:
+    """Whether this process was started by a supervisor."""
+    return WORKER_VARIABLE in os.environ
+
+
+def supervise(arguments: Sequence[str], workdir: Path) -> int:
+    """Run `lowmem-pnn ARGUMENTS` in a worker until it ends.
+
+    Args:
+        arguments: of the command, without the program's name; they name `workdir`.
+        workdir: the run directory, whose journal tells whether a restarted worker gets on.
+
+    Returns:
+        The worker's exit code; 128 + N where signal N ended it and it was not restarted.
+
+    Raises:
+        BudgetError: the worker keeps dying at the same place.
+    """
+    restarts, reached = 0, -1
+    command = list(arguments)
+    while True:
+        kills_before = _oom_kills()
+        code = _run_worker(command)
+        if code >= 0:
+            return code
+        number = signal.Signals(-code)
+        crashed = number in _CRASHES or (number == signal.SIGKILL and _oom_kills() > kills_before)
+        position = _commit_number(workdir)
+        # Killed by hand, going on changes nothing in the result; before the run exists there is nothing to go on with.
+        if position is None or not (crashed or number == signal.SIGKILL):
+            print(f"lowmem-pnn: the worker was ended by {number.name}{_resume_hint(workdir, position)}", file=sys.stderr)
+            return 128 + number
+        restarts = restarts + 1 if position == reached else 1
+        reached = position
+        if restarts > MAX_RESTARTS:
+            raise BudgetError(
+                f"the worker died of {number.name} {restarts} times after the same commit of {workdir}; give a larger --max-gpu-mem"
+            )
+        why = "at the memory limit; going on from the last commit with half the micro-batch" if crashed else "; going on from the last commit"
+        print(f"lowmem-pnn: the worker died of {number.name} {why}".replace(" ;", ";"), file=sys.stderr)
+        command = ["fit", "--resume", "--workdir", str(workdir), *(["--after-crash"] if crashed else []), *_display_flags(arguments)]
+
+
+def _run_worker(arguments: Sequence[str]) -> int:
+    # A session of its own: a terminal's Ctrl-C reaches only the supervisor, which passes it on once.
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "lowmem_pnn", *arguments],
+        env={**os.environ, WORKER_VARIABLE: "1"},
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
+    )
+
+    def forward(number: int, _: FrameType | None) -> None:
+        with suppress(ProcessLookupError):
+            worker.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return worker.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill the worker when its supervisor is killed, so that the run is free to be resumed (Linux)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _commit_number(workdir: Path) -> int | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((workdir / "journal.json").read_text())["body"]["number"])
+    return None
+
+
+def _resume_hint(workdir: Path, position: int | None) -> str:
+    return "" if position is None else f"; fit --resume --workdir {workdir} goes on from the last commit"
+
+
+def _display_flags(arguments: Sequence[str]) -> list[str]:
+    return [argument for argument in arguments if argument in ("--json", "--quiet", "--debug")]
+
+
+def _oom_kills() -> int:
+    """How often the kernel's out-of-memory killer struck in this process's memory cgroup: 0 where that is not known."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            hierarchy, controllers, group = line.split(":", 2)
+            if hierarchy == "0":
+                counter = Path(f"/sys/fs/cgroup{group}/memory.events")
+            elif "memory" in controllers.split(","):
+                counter = Path(f"/sys/fs/cgroup/memory{group}/memory.oom_control")
+            else:
+                continue
+            with suppress(OSError):
+                found = re.search(r"^oom_kill (\d+)", counter.read_text(), re.MULTILINE)
+                if found:
+                    return int(found[1])
+    return 0

@@ -1,0 +1,473 @@
+"""The public functions: `fit`, `plan`, `evaluate`, and what the command line calls for them."""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import lowmem_pnn
+from lowmem_pnn.chain import TensorSpec, capture
+from lowmem_pnn.config import FitConfig, configure, next_workdir, run_name
+from lowmem_pnn.costs import MemoryProfile
+from lowmem_pnn.device import CpuDevice, CudaDevice, Device
+from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
+from lowmem_pnn.initialisation import build_weights, owners
+from lowmem_pnn.methods.base import evaluation
+from lowmem_pnn.planner import Plan
+from lowmem_pnn.planning import check_disk, describe_partition, describe_plan, make_plan
+from lowmem_pnn.preflight import check_tightest
+from lowmem_pnn.profiler import profile
+from lowmem_pnn.progress import Display
+from lowmem_pnn.report import PlanReport, Result
+from lowmem_pnn.run import PartitionRecord, Run, State, Threads
+from lowmem_pnn.scores import Scores
+from lowmem_pnn.sources.datasets import Dataset, find_dataset, from_torch, make_dataset
+from lowmem_pnn.sources.models import ModelSource, find_model
+from lowmem_pnn.stores.disk import IoCounter
+from lowmem_pnn.stores.rundir import RunDir, write_durably
+from lowmem_pnn.stores.weights import WeightStore
+from lowmem_pnn.workload import Workload, make_workload, open_data, profile_workload, split_data
+
+# How often a plan is made again with what the check before training found missing.
+_MAX_REPLANS = 3
+
+_Model = str | nn.Module | Callable[[], nn.Module]
+
+
+def fit(
+    model: _Model,
+    train: Any,
+    val: Any = None,
+    *,
+    max_gpu_mem: str | int,
+    test: Any = None,
+    workdir: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    display: Display | None = None,
+    **options: Any,
+) -> Result:
+    """Train a model within a memory budget, as the command `lowmem-pnn fit` does.
+
+    Args:
+        model: a name as the command takes it, a function that builds the model, or a model. Of a model that does not fit in memory
+            only a function (or a name) can train: it is then never built whole in memory.
+        train: a data set's name as the command takes it, a map-style torch data set of (x, y), or a tuple of tensors (x, y): x
+            (N, ...) float32, y (N,) int64.
+        val: a data set or tensors to validate on; None takes `val_fraction` of `train`.
+        max_gpu_mem: the budget, as a size ("2GB") or in bytes.
+        test: a data set or tensors to test on after training.
+        workdir: the run's folder; None takes the next free one under `runs`.
+        resume: go on with the run in `workdir`; model and data must be given as before.
+        overwrite: replace the run in `workdir`.
+        display: is told of the run's progress; None shows nothing.
+        **options: other fields of `FitConfig`.
+
+    Returns:
+        What `result.json` says. The trained weights are in `result.weights_file`.
+
+    Raises:
+        LowMemError: a subclass that says what was wrong; `exit_code` is the command's.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = fit("mlp:64-32-10", "digits", max_gpu_mem="100MB", epochs=1, workdir=f"{folder}/run", device="cpu")
+        >>> result.peak_bytes < 100_000_000
+        True
+    """
+    names = {"model": _name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
+    config = configure(max_gpu_mem=max_gpu_mem, **names, **options)
+    path = Path(workdir) if workdir is not None else next_workdir(config)
+    sources = _python_sources(config, model, train, val, test)
+    return _train(config, path, sources, resume=resume, overwrite=overwrite, display=display or Display())
+
+
+def plan(model: _Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, **options: Any) -> PlanReport:
+    """Show what `fit` with the same arguments would do; nothing is trained or written.
+
+    Args:
+        model: as for `fit`.
+        train: as for `fit`.
+        val: as for `fit`.
+        max_gpu_mem: as for `fit`.
+        **options: as for `fit`.
+
+    Returns:
+        The partitions, and whether they fit.
+    """
+    names = {"model": _name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
+    config = configure(max_gpu_mem=max_gpu_mem, **names, **options)
+    return _plan(config, _python_sources(config, model, train, val, None))
+
+
+def evaluate(run: str | Path) -> dict[str, float]:
+    """Measure the weights of a finished run on its test data, within its budget.
+
+    Args:
+        run: the run's folder.
+
+    Returns:
+        `test_loss`, `test_accuracy` and `test_f1`.
+
+    Raises:
+        CheckpointError: no run is there, or it has not finished.
+        ConfigError: its data has no test part, or it was started from Python with a model or data of its own.
+    """
+    path = Path(run)
+    with RunDir.open(path) as rundir, _threads() as threads:
+        config = FitConfig.from_json(rundir.config_json())
+        state = State.from_journal(rundir.journal())
+        if state.stage != "done":
+            raise CheckpointError(f"{path} has not finished; fit --resume --workdir {path} goes on with it")
+        sources = _named_sources(config)
+        if "test" not in sources[2]:
+            raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
+        with _open_device(config) as device:
+            workload = make_workload(config, *sources)
+            plan = Plan.from_json(state.plan)
+            counter = IoCounter()
+            folder = rundir.path / "evaluation"
+            try:
+                weights = build_weights(workload, plan, folder, counter, trained=rundir.path / "model.safetensors")
+                run_ = Run(workload, plan, device, rundir, weights, state, threads, counter, Display())
+                return _score(run_, workload, plan)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_run(
+    config: FitConfig,
+    workdir: Path,
+    *,
+    overwrite: bool = False,
+    display: Display | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Begin a run whose model and data have names."""
+    return _train(
+        config, workdir, lambda: _named_sources(config), overwrite=overwrite, display=display or Display(), should_stop=should_stop
+    )
+
+
+def resume_run(
+    workdir: Path,
+    *,
+    display: Display | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    after_crash: bool = False,
+) -> Result:
+    """Go on with a run from its last commit.
+
+    Args:
+        workdir: its folder.
+        display: is told of the run's progress.
+        should_stop: asked after every batch.
+        after_crash: the last process died at the wall: halve the micro-batch of the partition that was resident.
+    """
+    with RunDir.open(workdir) as rundir:
+        config = FitConfig.from_json(rundir.config_json())
+    return _train(
+        config,
+        workdir,
+        lambda: _named_sources(config),
+        resume=True,
+        display=display or Display(),
+        should_stop=should_stop,
+        after_crash=after_crash,
+    )
+
+
+def plan_run(config: FitConfig) -> PlanReport:
+    """The plan of a run whose model and data have names."""
+    return _plan(config, lambda: _named_sources(config))
+
+
+_Sources = tuple[ModelSource, Dataset, dict[Any, Any]]
+
+
+def _train(
+    config: FitConfig,
+    path: Path,
+    sources: Callable[[], _Sources],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    display: Display,
+    should_stop: Callable[[], bool] = lambda: False,
+    after_crash: bool = False,
+) -> Result:
+    with _threads() as threads, _closing(display):
+        # What has to be there before the floor is taken: imports, open data, threads.
+        opened = sources()
+        _rehearse()
+        with _open_device(config) as device:
+            workload = make_workload(config, *opened)
+            costs = profile_workload(workload, device)
+            if resume:
+                with RunDir.open(path) as rundir:
+                    state = State.from_journal(rundir.journal())
+                    _check_same_data(state, workload, path)
+                    if state.stage == "done":
+                        return Result.from_json((path / "result.json").read_text())
+                    rundir.cut_metrics(state.metrics_bytes)
+                    state.resumed += 1
+                    if after_crash:
+                        _halve(state, workload)
+                    return _go_on(workload, costs, device, rundir, state, threads, display, should_stop)
+            planned = make_plan(workload, costs, device)
+            check_disk(workload, planned, costs)
+            state = _first_state(workload, planned)
+            with RunDir.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir:
+                return _go_on(workload, costs, device, rundir, state, threads, display, should_stop)
+
+
+def _go_on(
+    workload: Workload,
+    costs: MemoryProfile,
+    device: Device,
+    rundir: RunDir,
+    state: State,
+    threads: Threads,
+    display: Display,
+    should_stop: Callable[[], bool],
+) -> Result:
+    """From any commit to the end."""
+    counter = IoCounter()
+    folder = rundir.path / "weights"
+
+    def make_run(plan: Plan, weights: WeightStore) -> Run:
+        return Run(workload, plan, device, rundir, weights, state, threads, counter, display, should_stop)
+
+    plan = Plan.from_json(state.plan)
+    if state.stage == "born":
+        display.message(f"building {workload.source.spec}")
+        run = make_run(plan, build_weights(workload, plan, folder, counter))
+        check = check_tightest(run, workload, plan, device)
+        for _ in range(_MAX_REPLANS):
+            if check.fits and check.measured_bytes <= device.budget_bytes - device.reserve_bytes // 2:
+                break
+            plan = make_plan(workload, costs, device, max(check.unexplained_bytes, device.reserve_bytes // 2))
+            display.message(f"planned again: {check.describe()}")
+            state.plan = json.loads(plan.to_json())
+            state.micro_batches = [part.micro_batch for part in plan.partitions]
+            state.records = [PartitionRecord() for _ in plan.partitions]
+            run = make_run(plan, build_weights(workload, plan, folder, counter))
+            check = check_tightest(run, workload, plan, device)
+        else:
+            raise BudgetError(f"no plan holds: {check.describe()}; give a larger --max-gpu-mem or --batch-size 1")
+        state.check = check.to_dict()
+        state.stage = "training"
+        state.weights = run.weights.state()
+        run.commit()
+    else:
+        run = make_run(plan, WeightStore.open(folder, state.weights, counter=counter))
+    run.train()
+    return _finish(run, workload, plan, costs, device, rundir)
+
+
+def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, device: Device, rundir: RunDir) -> Result:
+    """Export, test, write the result, and only then mark the run as done."""
+    weights_file = rundir.path / "model.safetensors"
+    run.weights.export(weights_file, workload.chain.persistent, owners(workload.chain))
+    scores = _score(run, workload, plan) if "test" in workload.splits else {}
+    run.update_totals()
+    state = run.state
+    result = _make_result(workload, plan, costs, device, state, scores, rundir.path)
+    write_durably(rundir.path / "result.json", result.to_json() + "\n")
+    state.stage = "done"
+    state.activations = {}
+    run.commit()
+    run.wait()
+    shutil.rmtree(rundir.path / "weights", ignore_errors=True)
+    shutil.rmtree(rundir.path / "activations", ignore_errors=True)
+    return result
+
+
+def _score(run: Run, workload: Workload, plan: Plan) -> dict[str, float]:
+    scores = Scores()
+    run.measure(evaluation(len(plan.partitions)), scores.add)
+    return scores.result()
+
+
+def _make_result(
+    workload: Workload, plan: Plan, costs: MemoryProfile, device: Device, state: State, scores: dict[str, float], path: Path
+) -> Result:
+    config, last = workload.config, state.records[-1]
+    epochs = [config.value_for("epochs", number) for number in range(len(plan.partitions))]
+    samples = len(workload.splits["train"])
+    partitions = []
+    for number, (part, record) in enumerate(zip(plan.partitions, state.records, strict=True)):
+        partitions.append(
+            {
+                **describe_partition(workload, part),
+                "micro_batch": state.micro_batches[number],
+                "epochs": epochs[number],
+                "peak_bytes": record.peak_bytes,
+                "seconds": record.seconds,
+            }
+        )
+    return Result(
+        method=config.method,
+        model=config.model,
+        data=config.data,
+        seed=config.seed,
+        device=device.describe(),
+        budget_bytes=device.budget_bytes,
+        budget_scope=config.budget_scope,
+        floor_bytes=device.floor_bytes,
+        peak_bytes=state.peak_bytes,
+        host_peak_bytes=state.host_peak_bytes,
+        predicted_peak_bytes=plan.predicted_peak_bytes,
+        reserve_bytes=device.reserve_bytes,
+        check=state.check,
+        training_state_bytes=sum(layer.state_bytes for layer in costs.layers),
+        partitions=partitions,
+        epochs=epochs,
+        seconds=state.seconds,
+        samples_per_second=samples * sum(epochs) / max(state.seconds, 1e-9),
+        train_loss=last.train_loss,
+        val_loss=last.val_loss,
+        val_accuracy=last.val_accuracy,
+        test_loss=scores.get("test_loss"),
+        test_accuracy=scores.get("test_accuracy"),
+        test_f1=scores.get("test_f1"),
+        macs=_forward_macs(workload, plan, epochs),
+        bytes_read=state.bytes_read,
+        bytes_written=state.bytes_written,
+        oom_retries=state.oom_retries,
+        resumed=state.resumed,
+        workdir=str(path),
+        weights_file=str(path / "model.safetensors"),
+        preprocessing=workload.dataset.preprocessing,
+        versions={
+            "lowmem-pnn": lowmem_pnn.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "safetensors", "numpy")},
+        },
+    )
+
+
+def _forward_macs(workload: Workload, plan: Plan, epochs: list[int]) -> int:
+    """Multiply-accumulates of all forward passes of training: the epochs, and writing the outputs once."""
+    samples = len(workload.splits["train"])
+    return sum(
+        part.forward_macs * samples * (count + (part.stop < len(workload.chain.layers)))
+        for part, count in zip(plan.partitions, epochs, strict=True)
+    )
+
+
+def _first_state(workload: Workload, plan: Plan) -> State:
+    return State(
+        plan=json.loads(plan.to_json()),
+        micro_batches=[part.micro_batch for part in plan.partitions],
+        records=[PartitionRecord() for _ in plan.partitions],
+        data=workload.dataset.fingerprint,
+    )
+
+
+def _check_same_data(state: State, workload: Workload, path: Path) -> None:
+    if state.data != workload.dataset.fingerprint:
+        raise CheckpointError(
+            f"the data {workload.config.data} is not what the run in {path} began with; bring it back, or begin a new run"
+        )
+
+
+def _halve(state: State, workload: Workload) -> None:
+    """The next visit's partition gets half the micro-batch."""
+    visits = workload.method.visits(len(state.micro_batches), workload.training_splits)
+    if state.visit < len(visits):
+        number = visits[state.visit].partition
+        smallest = state.plan["smallest_micro_batch"]
+        if state.micro_batches[number] <= smallest:
+            raise BudgetError(
+                f"partition {number + 1} died at the memory limit with a micro-batch of {smallest}, the smallest; "
+                "give a larger --max-gpu-mem"
+            )
+        state.micro_batches[number] = max(smallest, state.micro_batches[number] // 2)
+        state.oom_retries += 1
+
+
+def _plan(config: FitConfig, sources: Callable[[], _Sources]) -> PlanReport:
+    opened = sources()
+    with _open_device(config) as device:
+        workload = make_workload(config, *opened)
+        return describe_plan(workload, profile_workload(workload, device), device)
+
+
+def _named_sources(config: FitConfig) -> _Sources:
+    for name, value in (("model", config.model), ("data", config.data)):
+        if value.startswith("python:"):
+            raise ConfigError(
+                f"this run was started from Python with its own {name} ({value}); go on with it there: lowmem_pnn.fit(..., resume=True)"
+            )
+    return open_data(config)
+
+
+def _python_sources(config: FitConfig, model: _Model, train: Any, val: Any, test: Any) -> Callable[[], _Sources]:
+    """Model and data that were given as objects, or by name."""
+
+    def sources() -> _Sources:
+        if isinstance(train, str):
+            wants = find_model(model, config.model_arg, None).wants if isinstance(model, str) else "any"
+            dataset = find_dataset(train, config.data_root, wants)
+        else:
+            dataset = make_dataset(train, test, name=config.data)
+        if isinstance(model, str):
+            source = find_model(model, config.model_arg, dataset.num_classes)
+        else:
+            build = (lambda: model) if isinstance(model, nn.Module) else model
+            source = ModelSource(name=run_name(config), spec=config.model, build=build, wants="any")
+        splits = split_data(dataset, config if val is None else dataclasses.replace(config, val_fraction=0.0))
+        if val is not None:
+            splits["val"] = from_torch(val, num_classes=dataset.num_classes)
+        if test is not None and isinstance(train, str):
+            splits["test"] = from_torch(test, num_classes=dataset.num_classes)
+        return source, dataset, splits
+
+    return sources
+
+
+def _name_of(model: _Model) -> str:
+    if isinstance(model, str):
+        return model
+    return f"python:{model.__class__.__name__ if isinstance(model, nn.Module) else getattr(model, '__name__', 'factory')}"
+
+
+def _open_device(config: FitConfig) -> Device:
+    kind, _, index = config.device.partition(":")
+    if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
+        return CudaDevice(config.max_gpu_mem, int(index or 0), config.budget_scope)
+    return CpuDevice(config.max_gpu_mem)
+
+
+def _rehearse() -> None:
+    """Cut and profile a toy, so that what this imports and caches is there before the floor is taken."""
+    toy = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    chain = capture(toy, TensorSpec((4,), torch.float32))
+    profile(chain, optimizer_state_tensors=2, step_temporaries=0.0, device=torch.device("cpu"))
+
+
+@contextmanager
+def _threads() -> Iterator[Threads]:
+    threads = Threads()
+    try:
+        yield threads
+    finally:
+        threads.close()
+
+
+@contextmanager
+def _closing(display: Display) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        display.close()

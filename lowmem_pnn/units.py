@@ -1,0 +1,63 @@
+"""Sizes in bytes, as people write and read them: the one file that knows 1000 from 1024."""
+
+import re
+
+from lowmem_pnn.errors import UnitError
+
+MEBIBYTE = 1 << 20
+
+_FACTORS = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*", re.ASCII)
+
+
+def parse_bytes(text: str | int) -> int:
+    """Read a size as people write it.
+
+    Args:
+        text: a number with B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024), in any case; a bare number
+            is bytes.
+
+    Returns:
+        The size in bytes, rounded down.
+
+    Raises:
+        UnitError: no such unit, or the size is less than one byte.
+
+    Example:
+        >>> parse_bytes("2GB"), parse_bytes("1.5 MiB"), parse_bytes(4096)
+        (2000000000, 1572864, 4096)
+    """
+    match = _SIZE.fullmatch(str(text))
+    factor = _FACTORS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise UnitError(f"{str(text)!r} is not a size; write 512MB or 512MiB")
+    # Whole and fractional digits apart: a float would lose the last bytes of a large size.
+    whole, _, fraction = match[1].partition(".")
+    size: int = int(whole or 0) * factor + int(fraction or 0) * factor // 10 ** len(fraction)
+    if size < 1:
+        raise UnitError(f"{str(text)!r} is a size of 0 bytes; write a positive one, as 512MB or 512MiB")
+    return size
+
+
+def format_bytes(size: int | float) -> str:
+    """Write a size for people, in powers of 1000 and three or four digits.
+
+    Args:
+        size: in bytes; may be negative.
+
+    Returns:
+        A text such as `256.0 MB`.
+
+    Example:
+        >>> format_bytes(2_160_000_000), format_bytes(1_500), format_bytes(12)
+        ('2.16 GB', '1.5 kB', '12 B')
+    """
+    for unit, factor, digits in (("TB", 10**12, 2), ("GB", 10**9, 2), ("MB", 10**6, 1), ("kB", 10**3, 1)):
+        # The rounding decides the unit, so that 999,960 bytes are '1.0 MB' and not '1000.0 kB'.
+        if abs(size) >= factor - factor // 2000:
+            return f"{size / factor:.{digits}f} {unit}"
+    return f"{int(size)} B"

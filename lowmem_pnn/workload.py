@@ -1,0 +1,140 @@
+"""A workload: what a configuration comes to once its model is cut into layers and its data is open. Nothing is allocated yet."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lowmem_pnn.chain import Chain, TensorSpec, capture
+from lowmem_pnn.config import FitConfig
+from lowmem_pnn.costs import MemoryProfile
+from lowmem_pnn.device import Device
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.methods import Method, Objective, make_method
+from lowmem_pnn.methods.base import Split as SplitName
+from lowmem_pnn.optimizers import OptimizerSpec
+from lowmem_pnn.planner import Plan
+from lowmem_pnn.profiler import profile
+from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.sources.building import skeleton
+from lowmem_pnn.sources.datasets import Dataset, Split, find_dataset, subset, train_val
+from lowmem_pnn.sources.models import ModelSource, find_model
+from lowmem_pnn.units import MEBIBYTE
+
+
+@dataclass(frozen=True)
+class IoSizes:
+    """Sizes of the buffers between disk and device, a small share of the budget.
+
+    Args:
+        shard_bytes: of one shard of boundary activations; two are held while they are written.
+        window_bytes: shards that are held while they are read, in use and ahead together.
+    """
+
+    shard_bytes: int
+    window_bytes: int
+
+    @classmethod
+    def of_budget(cls, budget_bytes: int) -> "IoSizes":
+        """A sixty-fourth of the budget a shard, between 256 KiB and 16 MiB; four shards a window."""
+        shard = min(max(budget_bytes // 64, MEBIBYTE // 4), 16 * MEBIBYTE)
+        return cls(shard, 4 * shard)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Model, data and method of a run.
+
+    Args:
+        config: what was asked.
+        source: how the model is built.
+        dataset: where samples come from.
+        splits: its parts: `train`, and `val` and `test` where there are such.
+        method: the training method.
+        chain: the model in layers; its tensors are on the meta device until they are resident.
+    """
+
+    config: FitConfig
+    source: ModelSource
+    dataset: Dataset
+    splits: dict[SplitName, Split]
+    method: Method
+    chain: Chain
+
+    @property
+    def training_splits(self) -> list[SplitName]:
+        """The parts that training reads."""
+        return [name for name in ("train", "val") if name in self.splits]
+
+    def optimizer(self, partition: int) -> OptimizerSpec:
+        """A partition's optimizer."""
+        config = self.config
+        return OptimizerSpec(config.optimizer, config.value_for("lr", partition), config.momentum, config.weight_decay, config.fused)
+
+    def objective(self, plan: Plan, partition: int) -> Objective:
+        """What a partition learns."""
+        boundary = self.chain.boundaries[plan.partitions[partition].stop]
+        return self.method.objective(partition, len(plan.partitions), boundary, self.dataset.num_classes)
+
+    def build_model(self, seed: int) -> nn.Module:
+        """The model with the values that its constructor gives it after `torch.manual_seed(seed)`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.source.build()
+
+
+def open_data(config: FitConfig) -> tuple[ModelSource, Dataset, dict[SplitName, Split]]:
+    """Find the model's factory and open the data: what a user may have misspelt, and what belongs to the floor.
+
+    Args:
+        config: what was asked.
+
+    Raises:
+        ConfigError: no such model, data set, or argument.
+        DataError: the data cannot be trained on.
+    """
+    # The data set says how many classes the model gets, the model how images are to be shown to it.
+    wants = find_model(config.model, config.model_arg, None).wants
+    dataset = find_dataset(config.data, config.data_root, wants)
+    source = find_model(config.model, config.model_arg, dataset.num_classes)
+    return source, dataset, split_data(dataset, config)
+
+
+def split_data(dataset: Dataset, config: FitConfig) -> dict[SplitName, Split]:
+    """Training, validation and test parts of a data set."""
+    train, val = train_val(dataset.train, config.val_fraction, seed_of(config.seed, "split"), config.train_limit)
+    splits: dict[SplitName, Split] = {"train": train}
+    if val is not None:
+        splits["val"] = val
+    if dataset.test is not None:
+        size = min(len(dataset.test), config.test_limit or len(dataset.test))
+        splits["test"] = subset(dataset.test, torch.arange(size).numpy())
+    return splits
+
+
+def make_workload(config: FitConfig, source: ModelSource, dataset: Dataset, splits: dict[SplitName, Split]) -> Workload:
+    """Cut the model into layers, without its weights.
+
+    Raises:
+        CaptureError: the model cannot be cut.
+        ConfigError: model and data do not fit together.
+    """
+    chain = capture(skeleton(source.build), TensorSpec(dataset.sample_spec_shape, dataset.dtype))
+    (scores,) = chain.boundaries[-1]
+    if len(scores.shape) != 1 or scores.shape[0] < dataset.num_classes:
+        raise ConfigError(
+            f"model {source.spec} gives outputs of shape (batch, {', '.join(map(str, scores.shape))}), and data {dataset.name} has "
+            f"{dataset.num_classes} classes; the model's last layer needs at least {dataset.num_classes} outputs"
+        )
+    return Workload(config, source, dataset, splits, make_method(config), chain)
+
+
+def profile_workload(workload: Workload, device: Device) -> MemoryProfile:
+    """What each layer needs, by fake tensors: nothing is allocated."""
+    optimizer = workload.optimizer(0)
+    return profile(
+        workload.chain,
+        optimizer_state_tensors=len(optimizer.state_names),
+        step_temporaries=optimizer.step_temporaries,
+        device=device.torch_device,
+    )
