@@ -109,7 +109,12 @@ def main() -> None:
             f"- completes inside the limit: {limited is not None}",
         ]
     )
-    write_results("os_limit", "A run inside an operating-system memory limit", text, {"limit_bytes": limit, "how": how, "free": free, "limited": limited})
+    write_results(
+        "os_limit",
+        "A run inside an operating-system memory limit",
+        text,
+        {"limit_bytes": limit, "how": how, "free": free, "limited": limited},
+    )
     sys.exit(0 if limited is not None else 1)
 
 

@@ -84,7 +84,9 @@ def cli() -> None:
 
 @cli.command()
 @_config_options
-@click.option("--workdir", type=click.Path(path_type=Path), metavar="DIR", help="The run's folder. [default: runs/MODEL-METHOD-N]")
+@click.option(
+    "--workdir", type=click.Path(path_type=Path), metavar="DIR", help="The run's folder. [default: runs/MODEL-METHOD-N]"
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --workdir from its last commit; needs no other option.")
 @click.option("--overwrite", is_flag=True, help="Replace the run that is in --workdir.")
 @_outputs
@@ -177,7 +179,10 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         text = " ".join(str(error).split())[:300]
-        print(f"lowmem-pnn: a fault of its own: {type(error).__name__}: {text}; run again with --debug for the traceback", file=sys.stderr)
+        print(
+            f"lowmem-pnn: a fault of its own: {type(error).__name__}: {text}; run again with --debug for the traceback",
+            file=sys.stderr,
+        )
         sys.exit(1)
 
 
@@ -199,7 +204,9 @@ def _check_resume(workdir: Path | None, overwrite: bool, options: dict[str, Any]
     if overwrite:
         others.append("--overwrite")
     if others:
-        raise ConfigError(f"{', '.join(others)} with --resume would change the run; --resume takes its configuration from --workdir")
+        raise ConfigError(
+            f"{', '.join(others)} with --resume would change the run; --resume takes its configuration from --workdir"
+        )
 
 
 def _stop_on_signals() -> Callable[[], bool]:
@@ -215,5 +222,3 @@ def _stop_on_signals() -> Callable[[], bool]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
     return lambda: bool(caught)
-
-

@@ -56,7 +56,9 @@ class FitConfig:
         description="Memory budget of the training device: the GPU, or this process where the device is the CPU (512MB, 2GiB)."
     )
     model: str = Field(description="mlp:WIDTH-WIDTH-..., a torchvision name, package.module:factory, or file.py:factory.")
-    model_arg: dict[str, Any] = Field(default_factory=dict, description="An argument for the model's factory, as KEY=VALUE; may be repeated.")
+    model_arg: dict[str, Any] = Field(
+        default_factory=dict, description="An argument for the model's factory, as KEY=VALUE; may be repeated."
+    )
     data: str = Field(
         description="digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100, imagefolder:DIR, npz:FILE, or file.py:factory."
     )
@@ -65,29 +67,43 @@ class FitConfig:
         default="pnn",
         description="pnn: partitions one after the other, on synthetic intermediate labels; backprop: the whole model on the device.",
     )
-    partitions: PositiveInt | None = Field(default=None, description="Number of partitions; the planner chooses if neither this nor --cuts is given.")
+    partitions: PositiveInt | None = Field(
+        default=None, description="Number of partitions; the planner chooses if neither this nor --cuts is given."
+    )
     cuts: Layers = Field(default=None, description="Comma list of layers, by name or number from 0; each starts a new partition.")
     epochs: Counts = Field(default=(10,), description="Epochs, one number or one per partition.")
     batch_size: Counts = Field(default=(64,), description="Samples per optimizer step, one number or one per partition.")
     micro_batch: PositiveInt | None = Field(
-        default=None, description="Samples on the device at once, at most; the planner chooses the largest that fits if not given."
+        default=None,
+        description="Samples on the device at once, at most; the planner chooses the largest that fits if not given.",
     )
     optimizer: Literal["sgd", "adam", "adamw"] = Field(default="adamw", description="Optimizer.")
     lr: Rates = Field(default=(1e-3,), description="Learning rate, one number or one per partition.")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of sgd.")
     weight_decay: NonNegativeFloat = Field(default=0.0, description="Weight decay.")
-    fused: bool = Field(default=True, description="Use PyTorch's fused optimizers: faster, and without temporaries; last bits differ.")
-    kappa: Rates = Field(default=(10.0,), description="Scale of the synthetic intermediate labels, one number or one per boundary (pnn).")
-    seed: NonNegativeInt = Field(default=0, description="Seed of the initial weights, the data order and all else that is random.")
+    fused: bool = Field(
+        default=True, description="Use PyTorch's fused optimizers: faster, and without temporaries; last bits differ."
+    )
+    kappa: Rates = Field(
+        default=(10.0,), description="Scale of the synthetic intermediate labels, one number or one per boundary (pnn)."
+    )
+    seed: NonNegativeInt = Field(
+        default=0, description="Seed of the initial weights, the data order and all else that is random."
+    )
     device: DeviceName = Field(default="auto", description="auto, cpu, cuda or cuda:INDEX; auto takes a GPU where there is one.")
     budget_scope: Literal["process", "allocator"] = Field(
-        default="process", description="What the budget bounds on a GPU: all that the process holds, or PyTorch's allocator alone."
+        default="process",
+        description="What the budget bounds on a GPU: all that the process holds, or PyTorch's allocator alone.",
     )
-    max_host_mem: Size | None = Field(default=None, description="Bound on host memory above what the process starts with (GPU runs).")
+    max_host_mem: Size | None = Field(
+        default=None, description="Bound on host memory above what the process starts with (GPU runs)."
+    )
     max_disk: Size | None = Field(default=None, description="Bound on the run directory's size on disk.")
     commit_every: NonNegativeFloat = Field(default=60.0, description="Least seconds between two commits to the run directory.")
     keep_commits: PositiveInt = Field(default=1, description="Commits kept on disk.")
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.1, description="Share of the training data kept for validation.")
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1, description="Share of the training data kept for validation."
+    )
     train_limit: PositiveInt | None = Field(default=None, description="Use at most this many training samples.")
     test_limit: PositiveInt | None = Field(default=None, description="Use at most this many test samples.")
 
@@ -168,7 +184,9 @@ def configure(**given: Any) -> FitConfig:
     except PydanticError as error:
         raise ConfigError("; ".join(_describe(fault) for fault in error.errors())) from None
     faults = [
-        f"{flag(name)} has no effect here: it needs {need}" for name, need, holds in _CONDITIONAL if name in given and not holds(config)
+        f"{flag(name)} has no effect here: it needs {need}"
+        for name, need, holds in _CONDITIONAL
+        if name in given and not holds(config)
     ]
     if config.cuts and config.partitions:
         faults.append("--cuts and --partitions exclude each other; give one")
@@ -187,11 +205,18 @@ def check_lengths(config: FitConfig, num_partitions: int) -> None:
     Raises:
         ConfigError: a list of another length.
     """
-    for name, wanted in (("epochs", num_partitions), ("batch_size", num_partitions), ("lr", num_partitions), ("kappa", num_partitions - 1)):
+    for name, wanted in (
+        ("epochs", num_partitions),
+        ("batch_size", num_partitions),
+        ("lr", num_partitions),
+        ("kappa", num_partitions - 1),
+    ):
         found = len(getattr(config, name))
         if found not in (1, wanted):
             what = "boundaries between partitions" if name == "kappa" else "partitions"
-            raise ConfigError(f"{flag(name)} has {found} values for {wanted} {what}; give 1 or {wanted}, or set --cuts or --partitions")
+            raise ConfigError(
+                f"{flag(name)} has {found} values for {wanted} {what}; give 1 or {wanted}, or set --cuts or --partitions"
+            )
 
 
 def flag(name: str) -> str:

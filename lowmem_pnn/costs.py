@@ -194,8 +194,7 @@ class Prices:
         ]
 
     def runs(self, start: int) -> Iterator[tuple[int, int]]:
-        """The runs of layers that begin at `start`, from the one that ends with layer `start` to the one that ends with the
-        chain.
+        """The runs of layers that begin at `start`: of one layer, of two, and so on to the chain's end.
 
         Args:
             start: their first layer.
@@ -205,8 +204,7 @@ class Prices:
             begins.
         """
         resident, gradients, kept, step = self._layers[start][3], 0, 0, 0
-        # Highest so far above what is resident: during forwards (with a run's gradients, if they accumulate), and during
-        # backwards.
+        # Highest so far, above what is there all the time.
         forward = backward = 0
         for number, (weights, gradient, temporary, inputs, keeps, forward_peak, backward_peak, emit_peak) in enumerate(
             self._layers[start:], start

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,7 +39,7 @@ class _Run:
     """Storages that the node changed in place, those that are gone by now too."""
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watch(TorchDispatchMode):
     """Notes the operations on the input, weights and what comes of them, and the storages that operations write to."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -56,8 +56,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
                 self.storages |= _storages(value)
         result = func(*args, **kwargs)
-        # Constants are computed while tracing, and so not again by the graph.
-        if any(id(tensor) in self._dependent for tensor in _tensors((args, kwargs))):
+        # Constants are computed while tracing, and so not again by the graph; `prim` has only questions, as for a device.
+        if func.namespace != "prim" and any(id(tensor) in self._dependent for tensor in _tensors((args, kwargs))):
             self._dependent.update((id(tensor), tensor) for tensor in _tensors(result))
             self.log.append((func, torch.is_grad_enabled(), _plain((args, kwargs))))
         return result
@@ -68,6 +68,7 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, root: nn.Module, graph: fx.Graph, run: _Run, watch: _Watch, where: str) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False  # it would be added to the text of our errors
         self._run, self._watch, self._where = run, watch, where
 
     def run_node(self, n: fx.Node) -> Any:
@@ -75,7 +76,7 @@ class _Recorder(fx.Interpreter):
         try:
             value = super().run_node(n)
         except Exception as error:  # whatever a user's module raises on a shape it does not take
-            raise CaptureError(f"{self._where}, at {str(n.target)!r}: {reason(error)}") from error
+            raise CaptureError(f"{self._where}, at {str(n.target)!r}: {_why(error)}") from error
         self._run.values[n], self._run.writes[n] = value, self._watch.storages
         return value
 
@@ -100,7 +101,8 @@ def _run_fake(model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: to
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
                 fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         root = _complete(copy_structure(model, fakes), traced).train(training)
-        with random_state_kept(), mode, torch.enable_grad(), _Watch([sample, *fakes.values()]) as watch:
+        watch = _Watch([sample, *fakes.values()])
+        with random_state_kept(), mode, torch.enable_grad(), watch:
             forward(root, sample, watch)
         return watch.log
 
@@ -108,7 +110,7 @@ def _run_fake(model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: to
         try:
             root(sample)
         except Exception as error:  # as above
-            raise CaptureError(f"{where}: {reason(error)}") from error
+            raise CaptureError(f"{where}: {_why(error)}") from error
 
     found = watched(lambda root, sample, watch: _Recorder(root, traced.graph, run, watch, where).run(sample))
     expected = watched(run_model)
@@ -117,10 +119,16 @@ def _run_fake(model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: to
         step = next((step for step, (one, other) in enumerate(zip(found, expected, strict=False)) if one != other), len(found))
         names = [str(log[step][0]) if step < len(log) else "nothing" for log in (expected, found)]
         raise CaptureError(
-            f"model {type(model).__name__} cannot be cut into layers: in {mode_text} mode it does {names[0]} as operation {step}, "
-            f"where its traced forward does {names[1]}; keep isinstance(x, Tensor) and the like in a module of their own"
+            f"model {type(model).__name__} cannot be cut into layers: in {mode_text} mode it does {names[0]} as operation "
+            f"{step}, where its traced forward does {names[1]}; keep isinstance(x, Tensor) and the like in a module of their own"
         )
     return run
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, DataDependentOutputException):
+        return "it reads a tensor's value (as by .item(), or in a condition), where capturing has shapes only"
+    return reason(error)
 
 
 def _complete(root: nn.Module, traced: Trace) -> nn.Module:
@@ -230,10 +238,10 @@ class DataFlow:
         for run in self._runs:
             value = run.values[result] if isinstance(result, fx.Node) else result
             if not isinstance(value, Tensor):
+                kind = type(value).__name__.removeprefix("immutable_")
                 many = f" of {len(value)}" if isinstance(value, (tuple, list, dict)) else ""
                 raise CaptureError(
-                    f"{self._where} returns a {type(value).__name__}{many}, not one tensor; wrap it in a module that returns "
-                    "the tensor to train on"
+                    f"{self._where} returns {kind}{many}, not one tensor; wrap it in a module that returns the tensor to train on"
                 )
             if value.dim() == 0 or value.shape[0] != run.batch:
                 raise CaptureError(

@@ -16,9 +16,7 @@ from lowmem_pnn.stores.weights import WeightStore, state_key, weight_key
 from lowmem_pnn.workload import Workload
 
 
-def build_weights(
-    workload: Workload, plan: Plan, folder: Path, counter: IoCounter, trained: Path | None = None
-) -> WeightStore:
+def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCounter, trained: Path | None = None) -> WeightStore:
     """Build the model in mapped files, and write each partition's share of it to a weight file of its own.
 
     Optimizer state needs no writing: all of it starts as zeros, and the holes of a new file read as zeros.

@@ -50,7 +50,7 @@ class OptimizerSpec:
             parameter: of any shape; only its type and shape are read.
         """
         shape = tuple(parameter.shape)
-        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {name: (parameter.dtype, shape) for name in self.state_names}
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict.fromkeys(self.state_names, (parameter.dtype, shape))
         if self.name != "sgd":
             layout["step"] = (torch.float32, ())
         return layout
@@ -75,7 +75,9 @@ class OptimizerSpec:
         else:
             kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
             # foreach would hold temporaries of every parameter at once.
-            optimizer = kind(values, lr=self.lr, weight_decay=self.weight_decay, foreach=False if not self.fused else None, fused=self.fused)
+            optimizer = kind(
+                values, lr=self.lr, weight_decay=self.weight_decay, foreach=False if not self.fused else None, fused=self.fused
+            )
         for name, parameter in parameters.items():
             optimizer.state[parameter] = dict(state[name])
         return optimizer

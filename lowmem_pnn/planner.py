@@ -267,17 +267,17 @@ class _Wishes:
         end, starts = len(self.profile.layers), possible_starts(self.profile)
         if self.cuts is not None:
             if any(not before < cut < end for before, cut in pairwise([0, *self.cuts])):
+                possible = f"must be ascending and between 1 and {end - 1}" if end > 1 else "are none"
                 raise ConfigError(
-                    f"--cuts at layers {', '.join(map(str, self.cuts))}: the cuts of a model of {_count(end, 'layer')} must be "
-                    f"ascending and between 1 and {end - 1}"
+                    f"--cuts at layers {', '.join(map(str, self.cuts))}: the cuts of a model of {_count(end, 'layer')} {possible}"
                 )
             for cut in self.cuts:
                 if cut not in starts:
-                    others = [self.profile.layers[start].name for start in starts[1:]]
-                    near = f"the nearest is {min(zip((abs(start - cut) for start in starts[1:]), others, strict=True))[1]!r}"
+                    _, nearest = min([(abs(start - cut), start) for start in starts[1:]], default=(0, 0))
+                    elsewhere = f"cut elsewhere, the nearest is {self.profile.layers[nearest].name!r}"
                     raise ConfigError(
                         f"--cuts: layer {cut} ({self.profile.layers[cut].name!r}) cannot start a partition, because a weight is "
-                        f"shared across that cut; {f'cut elsewhere, {near}' if others else 'this model can only be one partition'}"
+                        f"shared across that cut; {elsewhere if nearest else 'this model can only be one partition'}"
                     )
         elif self.num_partitions is not None and not 1 <= self.num_partitions <= len(starts):
             raise ConfigError(

@@ -1,12 +1,11 @@
-"""The profiler: what each layer of a chain costs in memory, found with fake tensors. Nothing is allocated, the model is
-untouched.
+"""The profiler: what each layer of a chain costs in memory, found with fake tensors: nothing is allocated.
 
 Each layer runs alone, forward and backward, at two numbers of samples. Every moment of a run (the end of an operation) is matched
 with the same moment of the other run, which gives its bytes as a straight line, and the highest of these lines at any number of
-samples is the peak. A third number of samples checks it.
+samples is the peak. A third number of samples checks it. The chain's own tensors are neither read nor changed.
 
-    source --> layer --> sink        forward: the source is the boundary before, the sink the boundary after
-           <--       <--             backward: the sink makes the gradient that comes in, the source keeps the one that goes out
+    source --> layer --> sink     forward: the source is the boundary before, the sink the boundary after
+           <--       <--          backward: the sink makes the gradient that comes in, the source keeps the one that goes out
 """
 
 import math
@@ -264,7 +263,8 @@ class _Bench:
     def _emit(self, batch: int) -> list[int]:
         self._layer.module.eval()
         inputs = self._inputs(batch)
-        with torch.no_grad(), _Timeline() as timeline:
+        timeline = _Timeline()
+        with torch.no_grad(), timeline:
             self._run(*inputs)
         return timeline.moments
 
@@ -302,7 +302,8 @@ def fit_peak(few: list[int], more: list[int], many: list[int]) -> Envelope:
         few, more = [max(few)], [max(more)]
     moments = []
     for low, high in zip(few, more, strict=True):
-        slope = max(0, -(-(high - low) // (_MORE - _FEW)))
+        # Negative where a backward has freed more than it has made, so far.
+        slope = -(-(high - low) // (_MORE - _FEW))
         moments.append(Affine(max(low - slope * _FEW, high - slope * _MORE), slope))
     missing = max(many) - Envelope(tuple(moments)).at(_MANY)
     if missing > 0:

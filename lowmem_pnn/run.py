@@ -18,9 +18,10 @@ from lowmem_pnn.methods.base import Split
 from lowmem_pnn.planner import Plan
 from lowmem_pnn.progress import Display
 from lowmem_pnn.residency import Residency
+from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.activations import ActivationStore, ActivationWriter
-from lowmem_pnn.stores.rundir import RunDir
 from lowmem_pnn.stores.disk import IoCounter
+from lowmem_pnn.stores.rundir import RunDir
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import IoSizes, Workload
@@ -90,7 +91,9 @@ class State:
         """Read what `to_journal` gave."""
         progress = dict(body["progress"])
         progress["tally"] = Tally(**progress["tally"])
-        return cls(**{**body, "progress": Progress(**progress), "records": [PartitionRecord(**record) for record in body["records"]]})
+        return cls(
+            **{**body, "progress": Progress(**progress), "records": [PartitionRecord(**record) for record in body["records"]]}
+        )
 
     def to_journal(self) -> dict[str, Any]:
         """A JSON-able copy."""
@@ -139,6 +142,7 @@ class Run:
         self._io = IoSizes.of_budget(workload.config.max_gpu_mem)
         self._executor = Executor(device, workload.config.seed, self._note_shrink)
         self._pending: Future[None] | None = None
+        self._once_named = set(state.activations.values())
         # Totals of earlier processes of this run; what this one adds comes on top.
         self._earlier = (state.seconds, state.bytes_read, state.bytes_written, state.peak_bytes, state.host_peak_bytes)
         self._began = self._last_commit = time.monotonic()
@@ -243,11 +247,11 @@ class Run:
         # Deleted only now that no journal names it.
         self.weights.discard_obsolete([body["weights"] for body in kept])
         named = {folder for body in kept for folder in body["activations"].values()}
-        if self._activations.exists():
-            for folder in self._activations.iterdir():
-                # A store without an index is being written for the next commit.
-                if folder.name not in named and (folder / "index.json").exists() and not folder.name.endswith("-measured"):
-                    shutil.rmtree(folder)
+        # Only what a commit has named: other stores are being written for the next one meanwhile.
+        for folder in self._once_named - named:
+            shutil.rmtree(self._activations / folder, ignore_errors=True)
+        self._once_named = named
+        disk.commit_point("discarded")
         limit = self._workload.config.max_disk
         if limit is not None and (found := self._rundir.disk_bytes()) > limit:
             raise DiskError(f"the run takes {format_bytes(found)} on disk, above --max-disk {format_bytes(limit)}; give more")
@@ -321,7 +325,9 @@ class Run:
             shutil.rmtree(folder)  # what an earlier process wrote and never committed
         folder.parent.mkdir(exist_ok=True)
         specs = self._workload.chain.boundaries[self._plan.partitions[stage.number].stop]
-        with ActivationWriter(folder, specs, feed.num_samples, self._io.shard_bytes, self._threads.write, self._counter) as writer:
+        with ActivationWriter(
+            folder, specs, feed.num_samples, self._io.shard_bytes, self._threads.write, self._counter
+        ) as writer:
             self._executor.emit(stage, feed, writer, self._stop_if_asked)
 
     def _folder(self, split: Split) -> Path | None:

@@ -64,9 +64,20 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
             raise BudgetError(
                 f"the worker died of {number.name} {restarts} times after the same commit of {workdir}; give a larger --max-gpu-mem"
             )
-        why = "at the memory limit; going on from the last commit with half the micro-batch" if crashed else "; going on from the last commit"
+        why = (
+            "at the memory limit; going on from the last commit with half the micro-batch"
+            if crashed
+            else "; going on from the last commit"
+        )
         print(f"lowmem-pnn: the worker died of {number.name} {why}".replace(" ;", ";"), file=sys.stderr)
-        command = ["fit", "--resume", "--workdir", str(workdir), *(["--after-crash"] if crashed else []), *_display_flags(arguments)]
+        command = [
+            "fit",
+            "--resume",
+            "--workdir",
+            str(workdir),
+            *(["--after-crash"] if crashed else []),
+            *_display_flags(arguments),
+        ]
 
 
 def _run_worker(arguments: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ of a module that keeps its own code, and so its own dropout, stochastic depth an
 
 import copy
 import operator
+import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -170,7 +171,7 @@ def _holds_chain(module: nn.Module, below_container: bool) -> bool:
 
 
 def _random_state() -> tuple[Any, ...]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(np.random.get_state(legacy=False))
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
 
 
 def _autocast_state() -> tuple[bool, ...]:
@@ -178,7 +179,7 @@ def _autocast_state() -> tuple[bool, ...]:
 
 
 class _Proxy(fx.Proxy):
-    """A stand-in that is changed in place where a tensor would be: torch.fx takes `x += y` for `x = x + y`, and has no `x[i] = y`."""
+    """A stand-in that changes in place as a tensor does: torch.fx takes `x += y` for `x = x + y`, and has no `x[i] = y`."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -213,7 +214,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, opened: set[str]) -> None:
-        super().__init__(param_shapes_constant=True)
+        super().__init__()
         self._opened = opened
         self._stack: list[str] = []
         self._autocast = _autocast_state()
@@ -224,9 +225,14 @@ class _Tracer(fx.Tracer):
 
         def call(sample: Any) -> Any:
             # Module.__call__ itself is patched while tracing and would take the model for its own submodule.
-            return self._open("", lambda: model._call_impl(sample))  # type: ignore[no-untyped-call]
+            return self._open("", lambda: model._call_impl(sample))
 
         return call, [self.create_proxy("placeholder", "input", (), {})]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # Shapes of parameters are plain numbers while tracing; torch.fx has no such stand-in for buffers.
+        self.param_shapes_constant = isinstance(attr_val, nn.Parameter)
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self._opened

@@ -1,9 +1,6 @@
 """The public functions: `fit`, `plan`, `evaluate`, and what the command line calls for them."""
 
 import dataclasses
-import importlib.metadata
-import json
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,31 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-import lowmem_pnn
 from lowmem_pnn.chain import TensorSpec, capture
 from lowmem_pnn.config import FitConfig, configure, next_workdir, run_name
-from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device
-from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
-from lowmem_pnn.initialisation import build_weights, owners
-from lowmem_pnn.methods.base import evaluation
+from lowmem_pnn.errors import CheckpointError, ConfigError
+from lowmem_pnn.initialisation import build_weights
+from lowmem_pnn.lifecycle import check_same_data, first_state, go_on, halve, score
 from lowmem_pnn.planner import Plan
-from lowmem_pnn.planning import check_disk, describe_partition, describe_plan, make_plan
-from lowmem_pnn.preflight import check_tightest
+from lowmem_pnn.planning import check_disk, describe_plan, make_plan
 from lowmem_pnn.profiler import profile
 from lowmem_pnn.progress import Display
 from lowmem_pnn.report import PlanReport, Result
-from lowmem_pnn.run import PartitionRecord, Run, State, Threads
-from lowmem_pnn.scores import Scores
+from lowmem_pnn.run import Run, State, Threads
 from lowmem_pnn.sources.datasets import Dataset, find_dataset, from_torch, make_dataset
 from lowmem_pnn.sources.models import ModelSource, find_model
 from lowmem_pnn.stores.disk import IoCounter
-from lowmem_pnn.stores.rundir import RunDir, write_durably
-from lowmem_pnn.stores.weights import WeightStore
-from lowmem_pnn.workload import Workload, make_workload, open_data, profile_workload, split_data
-
-# How often a plan is made again with what the check before training found missing.
-_MAX_REPLANS = 3
+from lowmem_pnn.stores.rundir import RunDir
+from lowmem_pnn.workload import make_workload, open_data, profile_workload, split_data
 
 _Model = str | nn.Module | Callable[[], nn.Module]
 
@@ -139,7 +128,7 @@ def evaluate(run: str | Path) -> dict[str, float]:
             try:
                 weights = build_weights(workload, plan, folder, counter, trained=rundir.path / "model.safetensors")
                 run_ = Run(workload, plan, device, rundir, weights, state, threads, counter, Display())
-                return _score(run_, workload, plan)
+                return score(run_, workload, plan)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -154,7 +143,12 @@ def start_run(
 ) -> Result:
     """Begin a run whose model and data have names."""
     return _train(
-        config, workdir, lambda: _named_sources(config), overwrite=overwrite, display=display or Display(), should_stop=should_stop
+        config,
+        workdir,
+        lambda: _named_sources(config),
+        overwrite=overwrite,
+        display=display or Display(),
+        should_stop=should_stop,
     )
 
 
@@ -215,185 +209,19 @@ def _train(
             if resume:
                 with RunDir.open(path) as rundir:
                     state = State.from_journal(rundir.journal())
-                    _check_same_data(state, workload, path)
+                    check_same_data(state, workload, path)
                     if state.stage == "done":
                         return Result.from_json((path / "result.json").read_text())
                     rundir.cut_metrics(state.metrics_bytes)
                     state.resumed += 1
                     if after_crash:
-                        _halve(state, workload)
-                    return _go_on(workload, costs, device, rundir, state, threads, display, should_stop)
+                        halve(state, workload)
+                    return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
             planned = make_plan(workload, costs, device)
             check_disk(workload, planned, costs)
-            state = _first_state(workload, planned)
+            state = first_state(workload, planned)
             with RunDir.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir:
-                return _go_on(workload, costs, device, rundir, state, threads, display, should_stop)
-
-
-def _go_on(
-    workload: Workload,
-    costs: MemoryProfile,
-    device: Device,
-    rundir: RunDir,
-    state: State,
-    threads: Threads,
-    display: Display,
-    should_stop: Callable[[], bool],
-) -> Result:
-    """From any commit to the end."""
-    counter = IoCounter()
-    folder = rundir.path / "weights"
-
-    def make_run(plan: Plan, weights: WeightStore) -> Run:
-        return Run(workload, plan, device, rundir, weights, state, threads, counter, display, should_stop)
-
-    plan = Plan.from_json(state.plan)
-    if state.stage == "born":
-        display.message(f"building {workload.source.spec}")
-        run = make_run(plan, build_weights(workload, plan, folder, counter))
-        check = check_tightest(run, workload, plan, device)
-        for _ in range(_MAX_REPLANS):
-            if check.fits and check.measured_bytes <= device.budget_bytes - device.reserve_bytes // 2:
-                break
-            plan = make_plan(workload, costs, device, max(check.unexplained_bytes, device.reserve_bytes // 2))
-            display.message(f"planned again: {check.describe()}")
-            state.plan = json.loads(plan.to_json())
-            state.micro_batches = [part.micro_batch for part in plan.partitions]
-            state.records = [PartitionRecord() for _ in plan.partitions]
-            run = make_run(plan, build_weights(workload, plan, folder, counter))
-            check = check_tightest(run, workload, plan, device)
-        else:
-            raise BudgetError(f"no plan holds: {check.describe()}; give a larger --max-gpu-mem or --batch-size 1")
-        state.check = check.to_dict()
-        state.stage = "training"
-        state.weights = run.weights.state()
-        run.commit()
-    else:
-        run = make_run(plan, WeightStore.open(folder, state.weights, counter=counter))
-    run.train()
-    return _finish(run, workload, plan, costs, device, rundir)
-
-
-def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, device: Device, rundir: RunDir) -> Result:
-    """Export, test, write the result, and only then mark the run as done."""
-    weights_file = rundir.path / "model.safetensors"
-    run.weights.export(weights_file, workload.chain.persistent, owners(workload.chain))
-    scores = _score(run, workload, plan) if "test" in workload.splits else {}
-    run.update_totals()
-    state = run.state
-    result = _make_result(workload, plan, costs, device, state, scores, rundir.path)
-    write_durably(rundir.path / "result.json", result.to_json() + "\n")
-    state.stage = "done"
-    state.activations = {}
-    run.commit()
-    run.wait()
-    shutil.rmtree(rundir.path / "weights", ignore_errors=True)
-    shutil.rmtree(rundir.path / "activations", ignore_errors=True)
-    return result
-
-
-def _score(run: Run, workload: Workload, plan: Plan) -> dict[str, float]:
-    scores = Scores()
-    run.measure(evaluation(len(plan.partitions)), scores.add)
-    return scores.result()
-
-
-def _make_result(
-    workload: Workload, plan: Plan, costs: MemoryProfile, device: Device, state: State, scores: dict[str, float], path: Path
-) -> Result:
-    config, last = workload.config, state.records[-1]
-    epochs = [config.value_for("epochs", number) for number in range(len(plan.partitions))]
-    samples = len(workload.splits["train"])
-    partitions = []
-    for number, (part, record) in enumerate(zip(plan.partitions, state.records, strict=True)):
-        partitions.append(
-            {
-                **describe_partition(workload, part),
-                "micro_batch": state.micro_batches[number],
-                "epochs": epochs[number],
-                "peak_bytes": record.peak_bytes,
-                "seconds": record.seconds,
-            }
-        )
-    return Result(
-        method=config.method,
-        model=config.model,
-        data=config.data,
-        seed=config.seed,
-        device=device.describe(),
-        budget_bytes=device.budget_bytes,
-        budget_scope=config.budget_scope,
-        floor_bytes=device.floor_bytes,
-        peak_bytes=state.peak_bytes,
-        host_peak_bytes=state.host_peak_bytes,
-        predicted_peak_bytes=plan.predicted_peak_bytes,
-        reserve_bytes=device.reserve_bytes,
-        check=state.check,
-        training_state_bytes=sum(layer.state_bytes for layer in costs.layers),
-        partitions=partitions,
-        epochs=epochs,
-        seconds=state.seconds,
-        samples_per_second=samples * sum(epochs) / max(state.seconds, 1e-9),
-        train_loss=last.train_loss,
-        val_loss=last.val_loss,
-        val_accuracy=last.val_accuracy,
-        test_loss=scores.get("test_loss"),
-        test_accuracy=scores.get("test_accuracy"),
-        test_f1=scores.get("test_f1"),
-        macs=_forward_macs(workload, plan, epochs),
-        bytes_read=state.bytes_read,
-        bytes_written=state.bytes_written,
-        oom_retries=state.oom_retries,
-        resumed=state.resumed,
-        workdir=str(path),
-        weights_file=str(path / "model.safetensors"),
-        preprocessing=workload.dataset.preprocessing,
-        versions={
-            "lowmem-pnn": lowmem_pnn.__version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "safetensors", "numpy")},
-        },
-    )
-
-
-def _forward_macs(workload: Workload, plan: Plan, epochs: list[int]) -> int:
-    """Multiply-accumulates of all forward passes of training: the epochs, and writing the outputs once."""
-    samples = len(workload.splits["train"])
-    return sum(
-        part.forward_macs * samples * (count + (part.stop < len(workload.chain.layers)))
-        for part, count in zip(plan.partitions, epochs, strict=True)
-    )
-
-
-def _first_state(workload: Workload, plan: Plan) -> State:
-    return State(
-        plan=json.loads(plan.to_json()),
-        micro_batches=[part.micro_batch for part in plan.partitions],
-        records=[PartitionRecord() for _ in plan.partitions],
-        data=workload.dataset.fingerprint,
-    )
-
-
-def _check_same_data(state: State, workload: Workload, path: Path) -> None:
-    if state.data != workload.dataset.fingerprint:
-        raise CheckpointError(
-            f"the data {workload.config.data} is not what the run in {path} began with; bring it back, or begin a new run"
-        )
-
-
-def _halve(state: State, workload: Workload) -> None:
-    """The next visit's partition gets half the micro-batch."""
-    visits = workload.method.visits(len(state.micro_batches), workload.training_splits)
-    if state.visit < len(visits):
-        number = visits[state.visit].partition
-        smallest = state.plan["smallest_micro_batch"]
-        if state.micro_batches[number] <= smallest:
-            raise BudgetError(
-                f"partition {number + 1} died at the memory limit with a micro-batch of {smallest}, the smallest; "
-                "give a larger --max-gpu-mem"
-            )
-        state.micro_batches[number] = max(smallest, state.micro_batches[number] // 2)
-        state.oom_retries += 1
+                return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
 
 
 def _plan(config: FitConfig, sources: Callable[[], _Sources]) -> PlanReport:
@@ -416,21 +244,21 @@ def _python_sources(config: FitConfig, model: _Model, train: Any, val: Any, test
     """Model and data that were given as objects, or by name."""
 
     def sources() -> _Sources:
+        wants = find_model(model, config.model_arg, None).wants if isinstance(model, str) else "any"
         if isinstance(train, str):
-            wants = find_model(model, config.model_arg, None).wants if isinstance(model, str) else "any"
             dataset = find_dataset(train, config.data_root, wants)
         else:
-            dataset = make_dataset(train, test, name=config.data)
+            dataset = make_dataset(train, test, name=config.data, wants=wants)
         if isinstance(model, str):
             source = find_model(model, config.model_arg, dataset.num_classes)
         else:
             build = (lambda: model) if isinstance(model, nn.Module) else model
-            source = ModelSource(name=run_name(config), spec=config.model, build=build, wants="any")
+            source = ModelSource(name=run_name(config), spec=config.model, build=build, wants=wants)
         splits = split_data(dataset, config if val is None else dataclasses.replace(config, val_fraction=0.0))
         if val is not None:
-            splits["val"] = from_torch(val, num_classes=dataset.num_classes)
+            splits["val"] = from_torch(val, num_classes=dataset.num_classes, wants=wants)
         if test is not None and isinstance(train, str):
-            splits["test"] = from_torch(test, num_classes=dataset.num_classes)
+            splits["test"] = from_torch(test, num_classes=dataset.num_classes, wants=wants)
         return source, dataset, splits
 
     return sources

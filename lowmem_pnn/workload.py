@@ -69,7 +69,9 @@ class Workload:
     def optimizer(self, partition: int) -> OptimizerSpec:
         """A partition's optimizer."""
         config = self.config
-        return OptimizerSpec(config.optimizer, config.value_for("lr", partition), config.momentum, config.weight_decay, config.fused)
+        return OptimizerSpec(
+            config.optimizer, config.value_for("lr", partition), config.momentum, config.weight_decay, config.fused
+        )
 
     def objective(self, plan: Plan, partition: int) -> Objective:
         """What a partition learns."""
@@ -119,7 +121,7 @@ def make_workload(config: FitConfig, source: ModelSource, dataset: Dataset, spli
         CaptureError: the model cannot be cut.
         ConfigError: model and data do not fit together.
     """
-    chain = capture(skeleton(source.build), TensorSpec(dataset.sample_spec_shape, dataset.dtype))
+    chain = capture(skeleton(source.build), TensorSpec(dataset.sample_shape, dataset.dtype))
     (scores,) = chain.boundaries[-1]
     if len(scores.shape) != 1 or scores.shape[0] < dataset.num_classes:
         raise ConfigError(

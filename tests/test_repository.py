@@ -18,6 +18,7 @@ LEVELS = [
     ["__main__"],
     ["cli", "supervisor"],
     ["trainer"],
+    ["lifecycle"],
     ["preflight"],
     ["run"],
     ["planning", "initialisation", "progress", "report"],
@@ -26,6 +27,7 @@ LEVELS = [
     ["feeds", "residency"],
     ["methods"],
     ["planner", "profiler"],
+    ["partitioning"],
     ["device", "costs", "optimizers", "config"],
     ["chain", "tracer", "dataflow", "stores", "sources", "seeds"],
     ["units", "errors", "__init__"],
@@ -96,8 +98,9 @@ def test_help_does_not_import_torch() -> None:
 def test_readme_has_the_two_commands_and_ci_runs_the_test_one() -> None:
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     assert "lowmem-pnn fit --max-gpu-mem 2GB" in readme
-    assert "pip install -e '.[dev]'" in readme and "-e '.[dev]'" in ci
-    assert "python -m pytest" in readme and "-m pytest" in ci
+    for text in (readme, ci):
+        assert "-e '.[dev]'" in text
+        assert "python -m pytest" in text.replace('"$venv/bin/python"', "python")
 
 
 def test_architecture_names_every_file() -> None:

@@ -70,10 +70,14 @@ def warm_up(device: torch.device) -> None:
         device: where to run it.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 8)).to(device)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 8)).to(
+            device
+        )
         for optimizer_type in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
             optimizer = optimizer_type(model.parameters(), lr=1e-3, fused=True)
-            loss = nn.functional.cross_entropy(model(torch.ones(2, 3, 8, 8, device=device)), torch.zeros(2, dtype=torch.int64, device=device))
+            loss = nn.functional.cross_entropy(
+                model(torch.ones(2, 3, 8, 8, device=device)), torch.zeros(2, dtype=torch.int64, device=device)
+            )
             torch.autograd.backward(loss)
             optimizer.step()
         model.eval()(torch.ones(1, 3, 8, 8, device=device))

@@ -157,7 +157,9 @@ class CudaDevice(Device):
         if self._driver is None:
             index = self.torch_device.index
             if index >= torch.cuda.device_count():
-                raise ConfigError(f"--device cuda:{index}: found {torch.cuda.device_count()} CUDA devices here; give --device cpu")
+                raise ConfigError(
+                    f"--device cuda:{index}: found {torch.cuda.device_count()} CUDA devices here; give --device cpu"
+                )
             self._driver = NvidiaDriver(index)
         driver = self._driver
         before = driver.device_used()

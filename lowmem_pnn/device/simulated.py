@@ -13,14 +13,15 @@ class SimulatedDevice(Device):
     Copies to it are real copies, so that what is resident is counted; what other threads read ahead is the host's.
 
     Args:
-        budget_bytes: the capacity.
+        budget_bytes: what plans are made for.
+        capacity_bytes: what it has: less than the budget for a device that is fuller than was thought; None for the budget.
     """
 
     kind = "simulated"
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, capacity_bytes: int | None = None) -> None:
         super().__init__(torch.device("cpu"), budget_bytes)
-        self._tracker = StorageTracker(capacity_bytes=budget_bytes)
+        self._tracker = StorageTracker(capacity_bytes=capacity_bytes or budget_bytes)
 
     @staticmethod
     def reserve_for(budget_bytes: int) -> int:

@@ -3,7 +3,8 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowmem_pnn.units import format_bytes
+
+_Tracker = TypeVar("_Tracker", bound="StorageTracker")
 
 # torch.tensor() makes its storage outside the dispatcher and shows it first as the argument of this.
 _FRESH = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
@@ -61,6 +64,15 @@ class StorageTracker(TorchDispatchMode):
         with self._lock:
             self._peak = self._live
 
+    def __enter__(self: _Tracker) -> _Tracker:
+        """Start counting."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop counting what is made from now on."""
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -71,6 +83,8 @@ class StorageTracker(TorchDispatchMode):
         """
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if not isinstance(result, Tensor | tuple | list):
+            return result  # a question, such as which device a fake tensor is on
         given = set() if func in _FRESH else {id(storage) for storage in _storages((args, kwargs))}
         added = 0
         # An argument may have been resized in place, so known storages are looked at again.

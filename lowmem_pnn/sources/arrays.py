@@ -68,7 +68,7 @@ def as_labels(value: Any, where: str) -> Tensor:
     labels = as_tensor(np.asarray(value) if isinstance(value, list | tuple) else value, f"the labels of {where}")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.ndim > 1 or (labels.ndim == 1 and labels.numel() > 1 and where.startswith("sample ")):
+    if labels.ndim > 1:
         raise DataError(
             f"{where}: labels have shape {tuple(labels.shape)}; give one class number for each sample (one-hot: argmax)"
         )
@@ -77,6 +77,28 @@ def as_labels(value: Any, where: str) -> Tensor:
         if fractions.numel():
             raise DataError(f"{where}: a label is {fractions.flatten()[0].item():g}; labels are class numbers, whole and from 0")
     return labels.to(torch.int64)
+
+
+def as_label(value: Any, where: str) -> int:
+    """The class number of one sample.
+
+    Args:
+        value: () or (1,): a number, a tensor or an array.
+        where: what to call the sample in messages.
+
+    Raises:
+        DataError: it is not one class number.
+
+    Example:
+        >>> as_label(torch.tensor([3]), "sample 0")
+        3
+    """
+    labels = as_labels(value, where)
+    if labels.numel() != 1:
+        raise DataError(
+            f"{where} has labels of shape {tuple(labels.shape)}; give one class number for each sample (one-hot: argmax)"
+        )
+    return int(labels)
 
 
 def hash_tensor(digest: _Digest, tensor: Tensor) -> None:

@@ -79,9 +79,9 @@ def file_backed(folder: Path, at_least: int = MEBIBYTE) -> Iterator[None]:
 def skeleton(build: Callable[[], nn.Module], folder: Path | None = None) -> nn.Module:
     """Build a model's structure: names, shapes, dtypes and ties of its tensors, but not their values.
 
-    The model is built on the meta device. If its constructor cannot run there (it reads values), or keeps a tensor that is neither
-    a parameter nor a buffer (whose value would be lost), it is built with its values in mapped files instead. The random states
-    of torch, numpy and Python are afterwards what they were.
+    The model is built on the meta device. If its constructor cannot run there (it reads values), or keeps a tensor that is
+    neither a parameter nor a buffer (whose value would be lost), it is built with its values in mapped files instead. The random
+    states of torch, numpy and Python are afterwards what they were.
 
     Args:
         build: calls the constructor.
@@ -163,6 +163,11 @@ class _FileBacked(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._folder = folder
         self._at_least = at_least
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch's default wraps the method below in a guard that imports its compiler: 80 MB of private memory.
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

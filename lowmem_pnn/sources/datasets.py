@@ -55,7 +55,7 @@ class Dataset:
         train: at least one sample.
         test: None if there are none.
         num_classes: labels are from 0 to below it.
-        sample_spec_shape: of one sample, without the batch axis.
+        sample_shape: of one sample, without the batch axis.
         dtype: of the samples: float32, or int64 for tokens.
         preprocessing: what was done to the raw samples, in words, so that anyone can do it again.
         fingerprint: changes when the data does.
@@ -65,7 +65,7 @@ class Dataset:
     train: Split
     test: Split | None
     num_classes: int
-    sample_spec_shape: tuple[int, ...]
+    sample_shape: tuple[int, ...]
     dtype: torch.dtype
     preprocessing: str
     fingerprint: str
@@ -75,8 +75,8 @@ def find_dataset(spec: str, root: Path, wants: Wants) -> Dataset:
     """Open the data set that a text names.
 
     Args:
-        spec: `digits`, `mnist`, `fashion-mnist`, `emnist-balanced`, `cifar10`, `cifar100`, `npz:FILE` (arrays x_train, y_train and,
-            for a test, x_test, y_test), `imagefolder:DIR` (folders train and test or val, or only class folders),
+        spec: `digits`, `mnist`, `fashion-mnist`, `emnist-balanced`, `cifar10`, `cifar100`, `npz:FILE` (arrays x_train, y_train
+            and, for a test, x_test, y_test), `imagefolder:DIR` (folders train and test or val, or only class folders),
             `package.module:factory` or `path/to/file.py:factory` (returns train, (train, test) or a `Dataset`).
         root: the folder where downloaded data sets are looked for and put.
         wants: how the model takes samples: flattened, as images of three channels, or as they are.
@@ -90,7 +90,7 @@ def find_dataset(spec: str, root: Path, wants: Wants) -> Dataset:
 
     Example:
         >>> data = find_dataset("digits", Path("data"), "flat")
-        >>> len(data.train), len(data.test), data.num_classes, data.sample_spec_shape
+        >>> len(data.train), len(data.test), data.num_classes, data.sample_shape
         (1437, 360, 10, (64,))
     """
     if spec.startswith("npz:"):
@@ -146,7 +146,8 @@ def _dataset(name: str, train: SampleSplit, test: SampleSplit | None, steps: tup
                 f"data set {name!r}: training samples are {shown.shape} {shown.dtype}, test samples {test.presentation.shape} "
                 f"{test.presentation.dtype}; give both one shape and dtype"
             )
-        if test.presentation.words != shown.words:
+        kinds = [(part.presentation.raw_dtype == torch.uint8, part.presentation.words[1:]) for part in (train, test)]
+        if kinds[0] != kinds[1]:
             raise DataError(
                 f"data set {name!r}: training samples are presented as {', '.join(shown.words)}, test samples as "
                 f"{', '.join(test.presentation.words)}; store both alike"
@@ -159,7 +160,7 @@ def _dataset(name: str, train: SampleSplit, test: SampleSplit | None, steps: tup
         train=train,
         test=test,
         num_classes=train.num_classes,
-        sample_spec_shape=shown.shape,
+        sample_shape=shown.shape,
         dtype=shown.dtype,
         preprocessing=", ".join(words),
         fingerprint=hashlib.sha256("\n".join([*prints, *words]).encode()).hexdigest(),
@@ -251,10 +252,13 @@ def _read_npz(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"there is no file {path.absolute()}; give npz:FILE with arrays {', '.join(_KEYS)}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves the files that it opens open when they are damaged.
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} holds a single array; save {', '.join(_KEYS)} with numpy.savez")
-            return {key: file[key] for key in _KEYS if key in file.files} | {key: None for key in file.files if key not in _KEYS}
+            with file:
+                return {key: file[key] if key in _KEYS else None for key in file.files}
     # What numpy and zipfile raise for files that are damaged, of another kind, or hold pickled objects.
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, LowMemError):

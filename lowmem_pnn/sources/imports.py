@@ -59,7 +59,9 @@ def load_factory(spec: str) -> Callable[..., Any]:
     if factory is None:
         raise ConfigError(f"{spec!r}: {place} defines no {name!r}{did_you_mean(name, _public_callables(module))}")
     if not callable(factory):
-        raise ConfigError(f"{spec!r}: {name} is a {type(factory).__name__}, not a function; give the name of a function or class")
+        raise ConfigError(
+            f"{spec!r}: {name} has type {type(factory).__name__}, it is not a function; give the name of a function or class"
+        )
 
     @functools.wraps(factory)
     def call(*args: Any, **kwargs: Any) -> Any:

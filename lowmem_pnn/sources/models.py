@@ -208,7 +208,9 @@ def _factory(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -
         except (TypeError, ValueError, AttributeError, LookupError, NameError, ImportError, ArithmeticError) as error:
             raise ConfigError(_refused(spec, arguments, error)) from error
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"model {spec!r}: {name}() returned a {type(model).__name__}; it must return a torch.nn.Module")
+            raise ConfigError(
+                f"model {spec!r}: {name}() returned a value of type {type(model).__name__}; it must return a torch.nn.Module"
+            )
         return model
 
     return ModelSource(_folder_name(f"{stem}-{name}"), spec, build, "any")

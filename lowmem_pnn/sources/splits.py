@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError, DataError
-from lowmem_pnn.sources.arrays import as_labels, as_tensor, hash_tensor
+from lowmem_pnn.sources.arrays import as_label, as_labels, as_tensor, hash_tensor
 from lowmem_pnn.sources.presentation import Presentation, Wants
 
 Indices: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]]"
@@ -163,7 +163,7 @@ class MapSplit(SampleSplit):
             found = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
             raise DataError(f"sample {number} of {self.where} is {found}; a data set must give pairs (x, class number)")
         place = f"sample {number} of {self.where}"
-        return as_tensor(item[0], place), int(as_labels(item[1], place))
+        return as_tensor(item[0], place), as_label(item[1], place)
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         expected = self.presentation
@@ -223,8 +223,8 @@ def from_torch(dataset: Any, *, num_classes: int | None = None, wants: Wants = "
         return ArraySplit(x, y, max(int(y.max()) + 1, 1) if num_classes is None else num_classes, wants, where)
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise DataError(
-            f"{where} is a {type(dataset).__name__} without __getitem__ and __len__; give a map-style data set, so that every index "
-            "has a fixed sample, or tensors (x, y)"
+            f"{where} is a {type(dataset).__name__} without __getitem__ and __len__; give a map-style data set, so that every "
+            "index has a fixed sample, or tensors (x, y)"
         )
     _require_samples(len(dataset), where)
     return MapSplit(dataset, _count_classes(dataset, where) if num_classes is None else num_classes, wants, where)
@@ -320,6 +320,5 @@ def _count_classes(dataset: Any, where: str) -> int:
     if labels is None and isinstance(dataset, torch.utils.data.Subset):
         return _count_classes(dataset.dataset, where)
     if labels is None:
-        labels = [as_labels(dataset[number][1], f"sample {number} of {where}") for number in range(len(dataset))]
-        labels = torch.stack(labels)
+        labels = [as_label(dataset[number][1], f"sample {number} of {where}") for number in range(len(dataset))]
     return max(int(as_labels(labels, where).max()) + 1, 1)

@@ -20,17 +20,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from lowmem_pnn.errors import BusyError, CheckpointError, ConfigError, DiskError
-from lowmem_pnn.stores.disk import sync_folder
+from lowmem_pnn.stores import disk
+from lowmem_pnn.stores.disk import disk_error, sync_folder
 
 FORMAT = 1
-
-# Tests put a function here that kills the process at a named point of the commit protocol.
-commit_point: Callable[[str], None] = lambda name: None  # noqa: E731
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -49,18 +46,20 @@ def write_durably(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        commit_point(f"written {path.name}")
+        disk.commit_point(f"written {path.name}")
         beside.replace(path)
-        commit_point(f"renamed {path.name}")
+        disk.commit_point(f"renamed {path.name}")
         sync_folder(path.parent)
     except OSError as error:
-        raise DiskError(f"cannot write {path}: {error.strerror}; free some space or choose another --workdir") from error
+        raise disk_error(path, error, "write it") from error
 
 
 def seal_journal(body: dict[str, Any]) -> str:
     """A journal's text: the body with its checksum."""
     content = json.dumps(body, sort_keys=True)
-    return json.dumps({"format": FORMAT, "sha256": hashlib.sha256(content.encode()).hexdigest(), "body": body}, indent=1, sort_keys=True)
+    return json.dumps(
+        {"format": FORMAT, "sha256": hashlib.sha256(content.encode()).hexdigest(), "body": body}, indent=1, sort_keys=True
+    )
 
 
 def read_journal(path: Path) -> dict[str, Any]:
@@ -122,7 +121,9 @@ class RunDir:
         if occupied and not (path / "journal.json").exists():
             raise ConfigError(f"--workdir {path} is not empty and holds no run; give another folder")
         if occupied and not overwrite:
-            raise ConfigError(f"--workdir {path} holds a run already; give --resume to go on with it, or --overwrite to replace it")
+            raise ConfigError(
+                f"--workdir {path} holds a run already; give --resume to go on with it, or --overwrite to replace it"
+            )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             born = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -136,7 +137,7 @@ class RunDir:
             if occupied:
                 with _take_lock(path):  # nobody works there
                     shutil.rmtree(path)
-            commit_point("born")
+            disk.commit_point("born")
             born.rename(path)
             sync_folder(path.parent)
         except BaseException:
@@ -153,7 +154,9 @@ class RunDir:
             BusyError: another process works in it.
         """
         if not (path / "journal.json").exists():
-            raise CheckpointError(f"--workdir {path} holds no run to resume; give the folder of one, or leave --resume out to begin")
+            raise CheckpointError(
+                f"--workdir {path} holds no run to resume; give the folder of one, or leave --resume out to begin"
+            )
         return cls(path, _take_lock(path))
 
     def config_json(self) -> str:
@@ -166,6 +169,10 @@ class RunDir:
     def journal(self) -> dict[str, Any]:
         """The last commit."""
         return read_journal(self.path / "journal.json")
+
+    def older_journals(self) -> list[dict[str, Any]]:
+        """The commits before the last one that are kept, newest first."""
+        return [read_journal(path) for path in sorted(self.path.glob("journal.*.json"), reverse=True)]
 
     def commit(self, journal: dict[str, Any], keep: int = 1) -> list[dict[str, Any]]:
         """Move to a new commit. The files that it names must be on the platter.

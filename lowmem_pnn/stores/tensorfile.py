@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError, DiskError
+from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import CHUNK_BYTES, REMEDY, IoCounter, disk_error, sha256
 from lowmem_pnn.stores.header import (
     ALIGNMENT,
@@ -230,6 +231,7 @@ class TensorFile:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise disk_error(self.path, error, "sync it") from error
+        disk.commit_point(f"synced {self.path.name}")
 
     def drop_cache(self) -> None:
         """Ask the kernel to forget the file's pages: those already on the drive go, the others start on their way to it."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import IoCounter, disk_error, sha256, sync_folder
 from lowmem_pnn.stores.header import TensorLayout
 from lowmem_pnn.stores.tensorfile import TensorFile
@@ -330,6 +331,7 @@ class WeightStore:
                     target.sync()
                     target.drop_cache()
             beside.replace(path)
+            disk.commit_point(f"renamed {path.name}")
         except BaseException as error:
             beside.unlink(missing_ok=True)
             if isinstance(error, OSError):

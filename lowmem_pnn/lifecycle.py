@@ -1,0 +1,204 @@
+"""The life of a run, from its first plan to its result: building, the check before training, training, export, scores."""
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import lowmem_pnn
+from lowmem_pnn.costs import MemoryProfile
+from lowmem_pnn.device import Device
+from lowmem_pnn.errors import BudgetError, CheckpointError
+from lowmem_pnn.initialisation import build_weights, owners
+from lowmem_pnn.methods.base import evaluation
+from lowmem_pnn.planner import Plan
+from lowmem_pnn.planning import describe_partition, make_plan
+from lowmem_pnn.preflight import check_tightest
+from lowmem_pnn.progress import Display
+from lowmem_pnn.report import Result
+from lowmem_pnn.run import PartitionRecord, Run, State, Threads
+from lowmem_pnn.scores import Scores
+from lowmem_pnn.stores.activations import ActivationStore
+from lowmem_pnn.stores.disk import IoCounter
+from lowmem_pnn.stores.rundir import RunDir, write_durably
+from lowmem_pnn.stores.weights import WeightStore
+from lowmem_pnn.workload import Workload
+
+# How often a plan is made again with what the check before training found missing.
+_MAX_REPLANS = 3
+
+
+def go_on(
+    workload: Workload,
+    costs: MemoryProfile,
+    device: Device,
+    rundir: RunDir,
+    state: State,
+    threads: Threads,
+    display: Display,
+    should_stop: Callable[[], bool],
+) -> Result:
+    """From any commit to the end."""
+    counter = IoCounter()
+    folder = rundir.path / "weights"
+
+    def make_run(plan: Plan, weights: WeightStore) -> Run:
+        return Run(workload, plan, device, rundir, weights, state, threads, counter, display, should_stop)
+
+    plan = Plan.from_json(state.plan)
+    if state.stage == "born":
+        display.message(f"building {workload.source.spec}")
+        run = make_run(plan, build_weights(workload, plan, folder, counter))
+        check = check_tightest(run, workload, plan, device)
+        for _ in range(_MAX_REPLANS):
+            if check.fits and check.measured_bytes <= device.budget_bytes - device.reserve_bytes // 2:
+                break
+            plan = make_plan(workload, costs, device, max(check.unexplained_bytes, device.reserve_bytes // 2))
+            display.message(f"planned again: {check.describe()}")
+            state.plan = json.loads(plan.to_json())
+            state.micro_batches = [part.micro_batch for part in plan.partitions]
+            state.records = [PartitionRecord() for _ in plan.partitions]
+            run = make_run(plan, build_weights(workload, plan, folder, counter))
+            check = check_tightest(run, workload, plan, device)
+        else:
+            raise BudgetError(f"no plan holds: {check.describe()}; give a larger --max-gpu-mem or --batch-size 1")
+        state.check = check.to_dict()
+        state.stage = "training"
+        state.weights = run.weights.state()
+        run.commit()
+    else:
+        run = make_run(plan, _open_committed(rundir, state, counter))
+    run.train()
+    return _finish(run, workload, plan, costs, device, rundir)
+
+
+def _open_committed(rundir: RunDir, state: State, counter: IoCounter) -> WeightStore:
+    """The weights of the last commit, every byte of them and of its activations checked."""
+    for name in state.activations.values():
+        ActivationStore.open(rundir.path / "activations" / name, verify=True, counter=counter).close()
+    older = [body["weights"] for body in rundir.older_journals() if body["weights"]]
+    return WeightStore.open(rundir.path / "weights", state.weights, counter=counter, keep=older)
+
+
+def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, device: Device, rundir: RunDir) -> Result:
+    """Export, test, write the result, and only then mark the run as done."""
+    weights_file = rundir.path / "model.safetensors"
+    run.weights.export(weights_file, workload.chain.persistent, owners(workload.chain))
+    scores = score(run, workload, plan) if "test" in workload.splits else {}
+    run.update_totals()
+    state = run.state
+    result = _make_result(workload, plan, costs, device, state, scores, rundir.path)
+    write_durably(rundir.path / "result.json", result.to_json() + "\n")
+    state.stage = "done"
+    state.activations = {}
+    run.commit()
+    run.wait()
+    shutil.rmtree(rundir.path / "weights", ignore_errors=True)
+    shutil.rmtree(rundir.path / "activations", ignore_errors=True)
+    return result
+
+
+def score(run: Run, workload: Workload, plan: Plan) -> dict[str, float]:
+    scores = Scores()
+    run.measure(evaluation(len(plan.partitions)), scores.add)
+    return scores.result()
+
+
+def _make_result(
+    workload: Workload, plan: Plan, costs: MemoryProfile, device: Device, state: State, scores: dict[str, float], path: Path
+) -> Result:
+    config, last = workload.config, state.records[-1]
+    epochs = [config.value_for("epochs", number) for number in range(len(plan.partitions))]
+    samples = len(workload.splits["train"])
+    partitions = []
+    for number, (part, record) in enumerate(zip(plan.partitions, state.records, strict=True)):
+        partitions.append(
+            {
+                **describe_partition(workload, part),
+                "micro_batch": state.micro_batches[number],
+                "epochs": epochs[number],
+                "peak_bytes": record.peak_bytes,
+                "seconds": record.seconds,
+            }
+        )
+    return Result(
+        method=config.method,
+        model=config.model,
+        data=config.data,
+        seed=config.seed,
+        device=device.describe(),
+        budget_bytes=device.budget_bytes,
+        budget_scope=config.budget_scope,
+        floor_bytes=device.floor_bytes,
+        peak_bytes=state.peak_bytes,
+        host_peak_bytes=state.host_peak_bytes,
+        predicted_peak_bytes=plan.predicted_peak_bytes,
+        reserve_bytes=device.reserve_bytes,
+        check=state.check,
+        training_state_bytes=sum(layer.state_bytes for layer in costs.layers),
+        partitions=partitions,
+        epochs=epochs,
+        seconds=state.seconds,
+        samples_per_second=samples * sum(epochs) / max(state.seconds, 1e-9),
+        train_loss=last.train_loss,
+        val_loss=last.val_loss,
+        val_accuracy=last.val_accuracy,
+        test_loss=scores.get("test_loss"),
+        test_accuracy=scores.get("test_accuracy"),
+        test_f1=scores.get("test_f1"),
+        macs=_forward_macs(workload, plan, epochs),
+        bytes_read=state.bytes_read,
+        bytes_written=state.bytes_written,
+        oom_retries=state.oom_retries,
+        resumed=state.resumed,
+        workdir=str(path),
+        weights_file=str(path / "model.safetensors"),
+        preprocessing=workload.dataset.preprocessing,
+        versions={
+            "lowmem-pnn": lowmem_pnn.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "safetensors", "numpy")},
+        },
+    )
+
+
+def _forward_macs(workload: Workload, plan: Plan, epochs: list[int]) -> int:
+    """Multiply-accumulates of all forward passes of training: the epochs, and writing the outputs once."""
+    samples = len(workload.splits["train"])
+    return sum(
+        part.forward_macs * samples * (count + (part.stop < len(workload.chain.layers)))
+        for part, count in zip(plan.partitions, epochs, strict=True)
+    )
+
+
+def first_state(workload: Workload, plan: Plan) -> State:
+    return State(
+        plan=json.loads(plan.to_json()),
+        micro_batches=[part.micro_batch for part in plan.partitions],
+        records=[PartitionRecord() for _ in plan.partitions],
+        data=workload.dataset.fingerprint,
+    )
+
+
+def check_same_data(state: State, workload: Workload, path: Path) -> None:
+    if state.data != workload.dataset.fingerprint:
+        raise CheckpointError(
+            f"the data {workload.config.data} is not what the run in {path} began with; bring it back, or begin a new run"
+        )
+
+
+def halve(state: State, workload: Workload) -> None:
+    """The next visit's partition gets half the micro-batch."""
+    visits = workload.method.visits(len(state.micro_batches), workload.training_splits)
+    if state.visit < len(visits):
+        number = visits[state.visit].partition
+        smallest = state.plan["smallest_micro_batch"]
+        if state.micro_batches[number] <= smallest:
+            raise BudgetError(
+                f"partition {number + 1} died at the memory limit with a micro-batch of {smallest}, the smallest; "
+                "give a larger --max-gpu-mem"
+            )
+        state.micro_batches[number] = max(smallest, state.micro_batches[number] // 2)
+        state.oom_retries += 1

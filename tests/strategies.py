@@ -1,0 +1,48 @@
+"""Hypothesis strategies: made-up profiles of layers, and what a planner may be asked about them."""
+
+from hypothesis import strategies as st
+
+from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile
+
+_BYTES = st.integers(0, 60)
+
+
+def affines() -> st.SearchStrategy[Affine]:
+    """Bytes as a function of the number of samples, small enough for ties to be common."""
+    return st.builds(Affine, st.integers(0, 30), st.integers(0, 6))
+
+
+@st.composite
+def layer_costs(draw: st.DrawFn, name: str = "layer") -> LayerCost:
+    """A layer that could be: nothing that is held falls as samples are added."""
+    kept = draw(affines())
+    # A backward may free more than it makes, but not more than there is.
+    falling = st.builds(Affine, st.integers(0, 60), st.integers(-kept.per_sample, 6))
+    return LayerCost(
+        name=name,
+        num_params=draw(_BYTES),
+        weight_bytes=draw(_BYTES),
+        buffer_bytes=draw(st.integers(0, 4)),
+        gradient_bytes=draw(_BYTES),
+        optimizer_bytes=draw(_BYTES),
+        step_bytes=draw(_BYTES),
+        forward_peak=draw(affines()),
+        kept=kept,
+        backward_peak=Envelope.over(draw(st.lists(falling, max_size=3))),
+        emit_peak=draw(affines()),
+        input_bytes=Affine(0, draw(st.integers(0, 5))),
+        output_bytes=Affine(0, draw(st.integers(0, 8))),
+        forward_macs=draw(_BYTES),
+    )
+
+
+@st.composite
+def profiles(draw: st.DrawFn, max_layers: int = 8) -> MemoryProfile:
+    """A chain of layers, some of which may not be parted."""
+    num_layers = draw(st.integers(1, max_layers))
+    return MemoryProfile(
+        layers=tuple(draw(layer_costs(f"layer{number}")) for number in range(num_layers)),
+        forbidden_cuts=tuple(sorted(draw(st.sets(st.integers(1, num_layers), max_size=2)) - {num_layers})),
+        optimizer="sgd",
+        smallest_micro_batch=draw(st.sampled_from((1, 1, 2))),
+    )
