@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, TypeAdapter
 from pydantic import ValidationError as PydanticError
 from pydantic.dataclasses import dataclass
 
-from lowmem_pnn.errors import ConfigError, UnitError
-from lowmem_pnn.units import parse_bytes
+from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, UnitError
+from lowmem_pnn.units import format_bytes, parse_bytes
 
 
 def _size(value: Any) -> Any:
@@ -27,7 +27,10 @@ def _size(value: Any) -> Any:
 def _list(value: Any) -> Any:
     """A comma list, one value, or a sequence, as a tuple."""
     if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(","))
+        parts = tuple(part.strip() for part in value.split(","))
+        if not all(parts):
+            raise ValueError("there is nothing between two commas, or nothing at all; write one value, or several as A,B")
+        return parts
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
@@ -37,7 +40,9 @@ def _layer_names(value: Any) -> Any:
 
 Size = Annotated[PositiveInt, BeforeValidator(_size)]
 Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_list), Field(min_length=1)]
-Rates = Annotated[tuple[PositiveFloat, ...], BeforeValidator(_list), Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rates = Annotated[tuple[Positive, ...], BeforeValidator(_list), Field(min_length=1)]
 Layers = Annotated[tuple[str, ...] | None, BeforeValidator(_layer_names)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
@@ -80,14 +85,14 @@ class FitConfig:
     optimizer: Literal["sgd", "adam", "adamw"] = Field(default="adamw", description="Optimizer.")
     lr: Rates = Field(default=(1e-3,), description="Learning rate, one number or one per partition.")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of sgd.")
-    weight_decay: NonNegativeFloat = Field(default=0.0, description="Weight decay.")
+    weight_decay: NotNegative = Field(default=0.0, description="Weight decay.")
     fused: bool = Field(
         default=True, description="Use PyTorch's fused optimizers: faster, and without temporaries; last bits differ."
     )
     kappa: Rates = Field(
         default=(10.0,), description="Scale of the synthetic intermediate labels, one number or one per boundary (pnn)."
     )
-    seed: NonNegativeInt = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="Seed of the initial weights, the data order and all else that is random."
     )
     device: DeviceName = Field(default="auto", description="auto, cpu, cuda or cuda:INDEX; auto takes a GPU where there is one.")
@@ -99,7 +104,7 @@ class FitConfig:
         default=None, description="Bound on host memory above what the process starts with (GPU runs)."
     )
     max_disk: Size | None = Field(default=None, description="Bound on the run directory's size on disk.")
-    commit_every: NonNegativeFloat = Field(default=60.0, description="Least seconds between two commits to the run directory.")
+    commit_every: NotNegative = Field(default=60.0, description="Least seconds between two commits to the run directory.")
     keep_commits: PositiveInt = Field(default=1, description="Commits kept on disk.")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="Share of the training data kept for validation."
@@ -129,9 +134,15 @@ class FitConfig:
         """Read what `to_json` wrote.
 
         Raises:
-            pydantic.ValidationError: the text is not such a configuration.
+            CheckpointError: the text is not such a configuration.
         """
-        return TypeAdapter(FitConfig).validate_json(text)
+        try:
+            return TypeAdapter(FitConfig).validate_json(text)
+        except PydanticError as error:
+            faults = "; ".join(_describe(fault) if fault["loc"] else str(fault["msg"]) for fault in error.errors())
+            raise CheckpointError(
+                f"the run's config.json is not one that this version wrote ({faults}); resume with the version that wrote it"
+            ) from None
 
 
 # What is trained when neither a model nor data is named: larger than 2 GB with its optimizer state, and learnt in a minute.
@@ -177,12 +188,15 @@ def configure(**given: Any) -> FitConfig:
         Traceback (most recent call last):
         lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, backprop; did you mean 'pnn'?
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    values = given if "model" in given or "data" in given else {**DEMONSTRATION, **given}
+    given = {name: _absolute(name, value) for name, value in given.items() if value is not None}
+    values = {"data_root": Path("data").absolute(), **given}
+    if "model" not in given and "data" not in given:
+        values = {**DEMONSTRATION, **values}
     try:
         config = FitConfig(**values)
     except PydanticError as error:
-        raise ConfigError("; ".join(_describe(fault) for fault in error.errors())) from None
+        # A list has a fault for each of its values.
+        raise ConfigError("; ".join(dict.fromkeys(_describe(fault) for fault in error.errors()))) from None
     faults = [
         f"{flag(name)} has no effect here: it needs {need}"
         for name, need, holds in _CONDITIONAL
@@ -190,6 +204,11 @@ def configure(**given: Any) -> FitConfig:
     ]
     if config.cuts and config.partitions:
         faults.append("--cuts and --partitions exclude each other; give one")
+    if config.micro_batch is not None and config.micro_batch > max(config.batch_size):
+        faults.append(
+            f"--micro-batch {config.micro_batch} is above --batch-size {max(config.batch_size)}; "
+            f"give at most {max(config.batch_size)}, or a larger --batch-size"
+        )
     if faults:
         raise ConfigError("; ".join(faults))
     return config
@@ -213,10 +232,56 @@ def check_lengths(config: FitConfig, num_partitions: int) -> None:
     ):
         found = len(getattr(config, name))
         if found not in (1, wanted):
-            what = "boundaries between partitions" if name == "kappa" else "partitions"
+            what = "boundary" if name == "kappa" else "partition"
+            plural = {"boundary": "boundaries"}.get(what, what + "s")
             raise ConfigError(
-                f"{flag(name)} has {found} values for {wanted} {what}; give 1 or {wanted}, or set --cuts or --partitions"
+                f"{flag(name)} has {found} values, and there {'is' if wanted == 1 else 'are'} {wanted or 'no'} "
+                f"{what if wanted == 1 else plural}; give one value{f' or {wanted}' if wanted > 1 else ''}, "
+                "or set --cuts or --partitions"
             )
+
+
+def check_device(config: FitConfig, on_cpu: bool, memory_bytes: int) -> None:
+    """Check what can only be told once the device is known.
+
+    Args:
+        config: the run's configuration.
+        on_cpu: the training device is the host.
+        memory_bytes: of the host.
+
+    Raises:
+        ConfigError: an option that would have no effect there.
+        BudgetError: on the CPU, a budget above the memory that there is.
+    """
+    if not on_cpu:
+        return
+    for name, need in (("budget_scope", "a CUDA device"), ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem is that bound)")):
+        if getattr(config, name) not in (None, "process"):
+            raise ConfigError(f"{flag(name)} has no effect here: it needs {need}, and this run is on the CPU; leave it out")
+    if config.max_gpu_mem > memory_bytes:
+        raise BudgetError(
+            f"--max-gpu-mem {format_bytes(config.max_gpu_mem)} is more than this machine has, {format_bytes(memory_bytes)}; give less"
+        )
+
+
+def check_same(config: FitConfig, stored: FitConfig, where: Path) -> None:
+    """Check that a run is resumed with the configuration that it began with.
+
+    Args:
+        config: what is asked now.
+        stored: the run's.
+        where: the run's folder, for the message.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    other = [name for name in field_names() if getattr(config, name) != getattr(stored, name)]
+    if other:
+        name = other[0]
+        raise CheckpointError(
+            f"the run in {where} began with {flag(name)} {getattr(stored, name)}, not {getattr(config, name)}; "
+            "give the same to resume it, or begin a new run"
+        )
 
 
 def flag(name: str) -> str:
@@ -245,13 +310,26 @@ def next_workdir(config: FitConfig, parent: Path = Path("runs")) -> Path:
 
 def suggest(word: str, known: list[str]) -> str:
     """A tail for an error message: `; did you mean 'x'?`, or nothing if no known word is near."""
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(word.lower(), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def field_names() -> list[str]:
     """The fields of `FitConfig`, in order."""
     return [field.name for field in dataclasses.fields(FitConfig)]
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """Paths in full: a run may be resumed from another folder than it was begun in."""
+    if name == "data_root":
+        return Path(value).expanduser().absolute()
+    if name not in ("model", "data") or not isinstance(value, str):
+        return value
+    kind, colon, path = value.partition(":")
+    if name == "data" and kind in ("npz", "imagefolder") and path:
+        return f"{kind}:{Path(path).expanduser().absolute()}"
+    file, colon, factory = value.rpartition(":")
+    return f"{Path(file).expanduser().absolute()}{colon}{factory}" if file.endswith(".py") else value
 
 
 def _describe(fault: Any) -> str:
@@ -270,6 +348,6 @@ def _describe(fault: Any) -> str:
     if isinstance(cause, UnitError):
         return f"{flag(name)}: {cause}"
     if name == "device":
-        return f"--device {value!r} is none of auto, cpu, cuda, cuda:INDEX"
+        return f"--device {value!r} is none of auto, cpu, cuda, cuda:INDEX{suggest(str(value), ['auto', 'cpu', 'cuda'])}"
     message = str(fault["msg"]).replace("Input should be", "must be").replace("Value error, ", "")
     return f"{flag(name)} {value!r}: {message[0].lower()}{message[1:]}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.device import Device, is_out_of_memory
-from lowmem_pnn.errors import BudgetError, DivergedError
+from lowmem_pnn.errors import BudgetError, CaptureError, DivergedError
 from lowmem_pnn.feeds import Batch, Feed
 from lowmem_pnn.methods import Objective
 from lowmem_pnn.residency import Residency
@@ -102,6 +102,15 @@ class Executor:
         self._seed = seed
         self._on_shrink = on_shrink
 
+    def prepare(self, stage: Stage) -> None:
+        """Make what the stage's objective needs on the device.
+
+        Raises:
+            BudgetError: it does not fit.
+        """
+        if not self._fits(lambda: stage.objective.prepare(self._device.torch_device)):
+            raise self._too_large(stage, f"for the objective of {stage.title}")
+
     def learn_epoch(self, stage: Stage, feed: Feed, progress: Progress, on_batch: Callable[[], None]) -> None:
         """Train over one epoch's samples, from where `progress` says.
 
@@ -114,6 +123,7 @@ class Executor:
         Raises:
             DivergedError: the loss became NaN or infinite.
             BudgetError: not even the smallest micro-batch fits.
+            CaptureError: a parameter got no gradient.
         """
         steps = math.ceil(feed.num_samples / stage.batch_size)
         for layer in stage.residency.layers:
@@ -145,14 +155,24 @@ class Executor:
         Returns:
             The batch's mean loss.
         """
-        buffers = {name: tensor.clone() for name, tensor in stage.residency.buffers.items()}
+        buffers = self._unless_full(lambda: {name: tensor.clone() for name, tensor in stage.residency.buffers.items()})
+        if buffers is None:
+            raise self._too_large(stage, f"with a copy of {stage.title}'s buffers")
         while (loss := self._unless_full(lambda: self._accumulate(stage, batch, step))) is None:
             for name, tensor in stage.residency.buffers.items():
                 tensor.copy_(buffers[name])
             self._shrink(stage)
+        for name, parameter in stage.residency.trainable.items():
+            if parameter.grad is None:
+                raise CaptureError(
+                    f"parameter {name!r} got no gradient in {stage.title}, and would never be trained; freeze it "
+                    "(requires_grad_(False)), or have the model's forward use it for every batch"
+                )
         # A step that is not finite would poison the weights; the caller stops the run.
         if stage.residency.optimizer is not None and math.isfinite(loss):
-            stage.residency.optimizer.step()
+            # It cannot be done again: some weights may have moved.
+            if not self._fits(stage.residency.optimizer.step):
+                raise self._too_large(stage, f"for the optimizer's step of {stage.title}")
         self._drop_gradients(stage)
         return loss
 
@@ -165,13 +185,12 @@ class Executor:
         """
         tally = Tally()
 
-        def add(outputs: tuple[Tensor, ...], labels: Tensor) -> None:
+        def work(outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[float, int, int | None]:
             labels = self._device.place(labels)
             loss = float(stage.objective.loss(outputs, labels))
-            correct = stage.objective.num_correct(outputs, labels) if stage.is_last else None
-            tally.add(loss, len(labels), correct)
+            return loss, len(labels), stage.objective.num_correct(outputs, labels) if stage.is_last else None
 
-        self.forward(stage, feed, add)
+        self.forward(stage, feed, work, lambda counts: tally.add(*counts))
         return tally
 
     def emit(self, stage: Stage, feed: Feed, writer: ActivationWriter, on_micro_batch: Callable[[], None]) -> None:
@@ -184,19 +203,25 @@ class Executor:
             on_micro_batch: called now and then; what it raises ends the writing.
         """
 
-        def write(outputs: tuple[Tensor, ...], labels: Tensor) -> None:
-            writer.append(tuple(self._device.fetch(tensor) for tensor in outputs), labels)
+        def write(fetched: Batch) -> None:
+            writer.append(*fetched)
             on_micro_batch()
 
-        self.forward(stage, feed, write)
+        self.forward(
+            stage, feed, lambda outputs, labels: (tuple(self._device.fetch(tensor) for tensor in outputs), labels), write
+        )
 
-    def forward(self, stage: Stage, feed: Feed, consume: Callable[[tuple[Tensor, ...], Tensor], None]) -> None:
+    def forward(
+        self, stage: Stage, feed: Feed, work: Callable[[tuple[Tensor, ...], Tensor], _T], consume: Callable[[_T], None]
+    ) -> None:
         """Run samples forward in eval mode, without gradients.
 
         Args:
             stage: the partition.
             feed: its samples.
-            consume: takes each micro-batch's outputs, on the device, and its labels (B,), on the host.
+            work: what to do on the device with each micro-batch's outputs, on the device, and its labels (B,), on the host; done
+                again, with fewer samples, where it runs out of memory.
+            consume: takes what `work` gave, once for every sample.
         """
         for layer in stage.residency.layers:
             layer.module.eval()
@@ -204,19 +229,24 @@ class Executor:
             begin = 0
             while begin < len(labels):
                 part = slice(begin, begin + stage.micro_batch)
-                outputs = self._unless_full(lambda part=part, inputs=inputs: self._run_eval(stage, inputs, part))  # type: ignore[misc]
-                if outputs is None:
+                batch = tuple(tensor[part] for tensor in inputs), labels[part]
+                result = self._unless_full(lambda batch=batch: self._run_eval(stage, batch, work))  # type: ignore[misc]
+                del batch
+                if result is None:
                     self._shrink(stage)
                     continue
-                consume(outputs, labels[part])
-                del outputs
+                consume(result)
+                del result
                 begin = part.stop
+            del inputs, labels  # the feed gives the next before these names are bound to it
 
-    def _run_eval(self, stage: Stage, inputs: tuple[Tensor, ...], part: slice) -> tuple[Tensor, ...]:
+    def _run_eval(self, stage: Stage, batch: Batch, work: Callable[[tuple[Tensor, ...], Tensor], _T]) -> _T:
+        inputs, labels = batch
         with torch.no_grad():
-            outputs = self._run(stage, tuple(self._place(tensor[part]) for tensor in inputs))
+            outputs = self._run(stage, tuple(self._place(tensor) for tensor in inputs))
+            result = work(outputs, labels)
         self._device.check_budget()
-        return outputs
+        return result
 
     def _accumulate(self, stage: Stage, batch: Batch, step: int) -> float:
         """Forward and backward of a batch's micro-batches, in ascending order; each loss weighs its share of the batch."""
@@ -257,17 +287,25 @@ class Executor:
                 raise
         return None
 
+    @classmethod
+    def _fits(cls, work: Callable[[], object]) -> bool:
+        """Whether the work went through; False if memory ran out in it."""
+        return cls._unless_full(lambda: (work(),)) is not None
+
     def _shrink(self, stage: Stage) -> None:
         self._drop_gradients(stage)
         self._device.release()
         if stage.micro_batch <= stage.smallest_micro_batch:
-            raise BudgetError(
-                f"{stage.title} does not fit with a micro-batch of {stage.micro_batch}: {format_bytes(self._device.section_peak_bytes())} "
-                f"were in use of {format_bytes(self._device.budget_bytes)}; give a larger --max-gpu-mem, or more partitions"
-            )
+            raise self._too_large(stage, f"for {stage.title} with a micro-batch of {stage.micro_batch}, the smallest")
         self._device.begin_section()
         stage.micro_batch = max(stage.smallest_micro_batch, stage.micro_batch // 2)
         self._on_shrink(stage)
+
+    def _too_large(self, stage: Stage, what: str) -> BudgetError:
+        used, budget = format_bytes(self._device.section_peak_bytes()), format_bytes(self._device.budget_bytes)
+        return BudgetError(
+            f"memory ran out {what}: {used} of {budget} were in use; give a larger --max-gpu-mem, or more partitions"
+        )
 
     @staticmethod
     def _drop_gradients(stage: Stage) -> None:

@@ -5,9 +5,10 @@ from concurrent.futures import Executor, Future
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
-from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.sources.datasets import Split
 from lowmem_pnn.stores.activations import ActivationStore
 
@@ -54,11 +55,11 @@ class DatasetFeed:
         self._seed = seed
         self._pool = pool
         self.num_samples = len(split)
-        self._own_order = self._permutation("own order") if mix else np.arange(self.num_samples)
+        self._mix = mix
 
     def batches(self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """See `Feed`. `exact` and `backprop` of one seed see the same batches."""
-        order = self._permutation("epoch", epoch) if shuffle else self._own_order
+        order = self._order(shuffle, epoch)
         ahead: Future[tuple[Tensor, Tensor]] | None = None
         for begin in range(start * batch_size, self.num_samples, batch_size):
             now = ahead or self._pool.submit(self._split.batch, order[begin : begin + batch_size])
@@ -66,13 +67,18 @@ class DatasetFeed:
             ahead = self._pool.submit(self._split.batch, following) if len(following) else None
             samples, labels = now.result()
             del now  # it holds the batch
-            yield (samples,), labels
+            batch = (samples,), labels
+            del samples, labels
+            yield batch
+            del batch  # or three would be there while the next one is waited for
 
     def close(self) -> None:
         """Nothing is held between epochs."""
 
-    def _permutation(self, *place: int | str) -> np.ndarray:
-        return np.random.default_rng(seed_of(self._seed, *place)).permutation(self.num_samples)
+    def _order(self, shuffle: bool, epoch: int) -> npt.NDArray[np.int64]:
+        if shuffle:
+            return permutation_of(self.num_samples, self._seed, "epoch", epoch)
+        return permutation_of(self.num_samples, self._seed, "own order") if self._mix else np.arange(self.num_samples)
 
 
 class ShardFeed:

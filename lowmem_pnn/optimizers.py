@@ -37,11 +37,13 @@ class OptimizerSpec:
     def step_temporaries(self) -> float:
         """What a step allocates at most, as a multiple of the largest parameter's bytes.
 
-        The unfused loops make the decayed gradient, or the square root and the denominator, of one parameter at a time.
+        The unfused loops make the decayed gradient (sgd, adam), and the square root and the denominator (adam, adamw), of one
+        parameter at a time.
         """
         if self.fused:
             return 0.0
-        return 2.0 if self.name != "sgd" else float(self.weight_decay > 0)
+        decayed = float(self.weight_decay > 0 and self.name != "adamw")
+        return decayed if self.name == "sgd" else 2.0 + decayed
 
     def layout(self, parameter: Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name, type and shape of the state of one parameter. All of it starts as zeros.

@@ -47,6 +47,8 @@ class Result:
     test_accuracy: float | None
     test_f1: float | None
     macs: int
+    exits: Sequence[Mapping[str, Any]] = ()
+    chosen_exit: int | None = None
     bytes_read: int
     bytes_written: int
     oom_retries: int

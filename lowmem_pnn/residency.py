@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.chain import Chain, Layer
-from lowmem_pnn.device import Device
+from lowmem_pnn.device import Device, is_out_of_memory
+from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.stores.tensorfile import TensorFile
 from lowmem_pnn.stores.weights import state_key, weight_key
+from lowmem_pnn.units import format_bytes
 
 
 class WeightReader(Protocol):
@@ -52,7 +54,27 @@ class Residency:
         Args:
             reader: the partition's weight file.
             pool: a thread that reads.
+
+        Raises:
+            BudgetError: it does not fit; what was loaded by then is off the device again.
         """
+        try:
+            self._load(reader, pool)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            full = True
+        else:
+            full = False
+        if full:  # not inside the handler: the exception holds tensors
+            used = self._device.section_peak_bytes()
+            self.unload()
+            raise BudgetError(
+                f"layers {self.layers[0].name!r} to {self.layers[-1].name!r} do not fit with their optimizer state: memory ran out at "
+                f"{format_bytes(used)} of {format_bytes(self._device.budget_bytes)}; give a larger --max-gpu-mem, or more partitions"
+            )
+
+    def _load(self, reader: WeightReader, pool: Executor) -> None:
         wanted = list(self._tensors())
         keys = [weight_key(name) for _, name, _ in wanted]
         if self._spec is not None:
@@ -102,10 +124,14 @@ class Residency:
             self.optimizer.state.clear()
             self.optimizer.param_groups.clear()
             self.optimizer = None
-        self._attach(
-            {name: nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad) for name, tensor in self._parameters.items()},
-            {name: tensor.to("meta") for name, tensor in self._buffers.items()},
-        )
+        parameters, buffers = {}, {}
+        for kind, name, tensor in self._tensors():
+            if kind == "parameter":
+                parameters[name] = nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
+            else:
+                buffers[name] = tensor.to("meta")
+            del tensor
+        self._attach(parameters, buffers)
         self._parameters, self._buffers, self._state = {}, {}, {}
         self._device.release()
 

@@ -196,7 +196,7 @@ class Run:
             with ExitStack() as stack:
                 feed = self._feed(stack, visit.partition, visit.split, folders[-1] if folders else None)
                 if stage.is_last:
-                    self._executor.forward(stage, feed, consume)
+                    self._executor.forward(stage, feed, lambda *batch: batch, lambda batch: consume(*batch))
                 else:
                     folders.append(self._activations / f"b{visit.partition + 1:02d}-{visit.split}-measured")
                     self._write(stage, feed, folders[-1])
@@ -358,18 +358,18 @@ class Run:
         )
         with self.weights.reader(partition) as reader:
             residency.load(reader, self._threads.read)
-        objective = self._workload.objective(self._plan, partition)
-        objective.prepare(self._device.torch_device)
-        return Stage(
+        stage = Stage(
             number=partition,
             title=title,
             residency=residency,
-            objective=objective,
+            objective=self._workload.objective(self._plan, partition),
             batch_size=planned.batch,
             micro_batch=self.state.micro_batches[partition],
             smallest_micro_batch=self._plan.smallest_micro_batch,
             is_last=partition == len(self._plan.partitions) - 1,
         )
+        self._executor.prepare(stage)
+        return stage
 
     def _leave(self, stage: Stage) -> None:
         stage.residency.unload()

@@ -11,6 +11,8 @@ _FACTORS = {
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+# Below what the operating system's own limits can express, and above all machines.
+_LARGEST = 2**60
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*", re.ASCII)
 
 
@@ -25,7 +27,7 @@ def parse_bytes(text: str | int) -> int:
         The size in bytes, rounded down.
 
     Raises:
-        UnitError: no such unit, or the size is less than one byte.
+        UnitError: no such unit, or the size is less than one byte or more than 2**60.
 
     Example:
         >>> parse_bytes("2GB"), parse_bytes("1.5 MiB"), parse_bytes(4096)
@@ -40,6 +42,8 @@ def parse_bytes(text: str | int) -> int:
     size: int = int(whole or 0) * factor + int(fraction or 0) * factor // 10 ** len(fraction)
     if size < 1:
         raise UnitError(f"{str(text)!r} is a size of 0 bytes; write a positive one, as 512MB or 512MiB")
+    if size > _LARGEST:
+        raise UnitError(f"{str(text)!r} is more than {_LARGEST} bytes, which no machine has; write one as 512MB or 512MiB")
     return size
 
 

@@ -1,6 +1,7 @@
 """Runs a small training again and again, killed by SIGKILL at a chosen place, resumed, and compared with the one that was left alone.
 
-    python tests/kill_trials.py FOLDER points        # a kill at every step of the commit protocol
+    python tests/kill_trials.py FOLDER all           # a kill at every step of the commit protocol
+    python tests/kill_trials.py FOLDER points        # at the first and last step of each kind
     python tests/kill_trials.py FOLDER random N SEED # N kills at random moments
 
 Every trial is a fork of this process, which has imported everything and computed nothing: torch's threads do not survive a fork.
@@ -10,6 +11,7 @@ Prints one JSON line: {"trials": n, "killed": n, "failed": [...]}.
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -18,7 +20,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+# Not used here: what a run imports on its way, so that its forks need not.
+import sklearn.datasets
+import sklearn.metrics  # noqa: F401
 import torch
+import torch._dynamo
 
 from lowmem_pnn import trainer
 from lowmem_pnn.errors import CheckpointError
@@ -114,6 +120,10 @@ def same(path: Path, reference: Path) -> bool:
     return all(first[key] == second[key] for key in keys) and lines[0] == lines[1]
 
 
+def _last(names: list[str], name: str) -> int:
+    return len(names) - 1 - names[::-1].index(name)
+
+
 def main() -> None:
     """Run the trials."""
     folder, kind = Path(sys.argv[1]), sys.argv[2]
@@ -125,10 +135,14 @@ def main() -> None:
     assert in_child(lambda: train(folder / "timed", False)) == 0
     duration = time.monotonic() - began
     assert same(folder / "timed", reference), "two runs that are left alone differ"
-    if kind == "points":
-        trials = [(f"{number} ({name})", number, None) for number, name in enumerate(points)]
-        # The same names come again with every batch: all of the first and last ones, every fourth in between.
-        trials = [trial for trial in trials if trial[1] < 40 or trial[1] >= len(points) - 40 or trial[1] % 4 == 0]
+    if kind != "random":
+        kinds = [re.sub(r"\d+|\.reference\S*", "", name) for name in points]
+        wanted = (
+            range(len(points))
+            if kind == "all"
+            else {kinds.index(name) for name in kinds} | {_last(kinds, name) for name in kinds}
+        )
+        trials = [(f"{number} ({points[number]})", number, None) for number in sorted(wanted)]
     else:
         chance = random.Random(int(sys.argv[4]))
         moments = [chance.uniform(0, duration) for _ in range(int(sys.argv[3]))]

@@ -166,7 +166,7 @@ class CudaDevice(Device):
         driver.start()
         if self._scope == "process":
             process = driver.process_used()
-            held = process if process is not None else max(0, driver.device_used() - before)
+            held = process if process is not None else driver.device_used() - before
             self._outside = max(0, held - driver.reserved())
         if self.budget_bytes > driver.total():
             raise BudgetError(
@@ -185,11 +185,12 @@ class CudaDevice(Device):
 
     def close(self) -> None:
         """Lift the cap; the peaks stay readable."""
+        assert self._driver is not None, "the device is open"
+        self._measure_outside(self._driver)
         self._peak = self.peak_bytes
         self._host_meter.stop()
-        if self._driver is not None:
-            self._driver.empty_cache()
-            self._driver.cap_allocator(self._driver.total())
+        self._driver.empty_cache()
+        self._driver.cap_allocator(self._driver.total())
 
     @property
     def fixed_bytes(self) -> int:
@@ -209,8 +210,19 @@ class CudaDevice(Device):
     def begin_section(self) -> None:
         """Start a new stretch for `section_peak_bytes`."""
         assert self._driver is not None, "the device is open"
+        self._measure_outside(self._driver)
         self._peak = max(self._peak, self.section_peak_bytes())
         self._driver.reset_peak()
+
+    def _measure_outside(self, driver: CudaDriver) -> None:
+        """Look again at what the process holds outside the allocator: kernels and libraries are loaded at their first use.
+
+        Only where the driver knows the process: the device's use may be anybody's.
+        """
+        process = driver.process_used() if self._scope == "process" else None
+        if process is not None and (outside := process - driver.reserved()) > self._outside:
+            self._outside = outside
+            driver.cap_allocator(max(0, self.budget_bytes - outside))
 
     @property
     def host_peak_bytes(self) -> int:

@@ -38,8 +38,8 @@ def fix_malloc_thresholds() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, MEBIBYTE)
-        libc.mallopt(_M_TRIM_THRESHOLD, 4 * MEBIBYTE)
+        libc.mallopt(_M_MMAP_THRESHOLD, MEBIBYTE // 4)
+        libc.mallopt(_M_TRIM_THRESHOLD, MEBIBYTE)
 
 
 def trim_heap() -> None:
@@ -92,6 +92,7 @@ class PrivateMemoryMeter:
     def __init__(self, interval: float = 0.002) -> None:
         self._interval = interval
         self._highest = 0
+        self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="lowmem-meter", daemon=True)
 
@@ -107,18 +108,18 @@ class PrivateMemoryMeter:
 
     def begin_section(self) -> None:
         """Forget the highest sample so far."""
-        self._highest = 0
-        self._note()
+        with self._lock:
+            self._highest = private_bytes()
 
     def peak(self) -> int:
         """The highest sample of the section, in bytes; includes the present."""
         self._note()
         return self._highest
 
-    def _note(self) -> int:
-        now = private_bytes()
-        self._highest = max(self._highest, now)
-        return now
+    def _note(self) -> None:
+        # Locked from the reading on: a sample from before a section must not be counted in it.
+        with self._lock:
+            self._highest = max(self._highest, private_bytes())
 
     def _sample(self) -> None:
         while not self._stop.wait(self._interval):

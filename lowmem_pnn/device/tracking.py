@@ -137,7 +137,7 @@ class StorageTracker(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:
-    """The storages of the strided tensors in a nest of lists, tuples and dicts; sparse tensors have none."""
+    """The storages of the strided tensors in a nest of lists, tuples and dicts; sparse tensors have none, meta tensors no bytes."""
     for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.device.type != "meta":
             yield leaf.untyped_storage()

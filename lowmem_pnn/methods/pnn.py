@@ -36,12 +36,14 @@ class SyntheticLabels(Objective):
         self._kappa = kappa
         self._seed = seed
         self._codes: tuple[Tensor, ...] = ()
+        self._learnt: tuple[bool, ...] | None = None
 
     def prepare(self, device: torch.device) -> None:
         """Draw the codes, on the host, so that every device sees the same."""
         generator = torch.Generator().manual_seed(self._seed)
         self._codes = tuple(
-            (torch.rand(self._num_classes, *spec.shape, generator=generator) * self._kappa).to(device) for spec in self._boundary
+            torch.rand(self._num_classes, *spec.shape, generator=generator).mul_(self._kappa).to(device)
+            for spec in self._boundary
         )
 
     @property
@@ -52,11 +54,13 @@ class SyntheticLabels(Objective):
     def loss(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Mean squared error over the elements of the tensors that this partition computes.
 
-        A tensor that only passes through (the input of a later skip connection, say) has no gradient here and does not count.
+        A tensor that only passes through (the input of a later skip connection, say) has no gradient here and does not count; nor
+        does it when the loss is measured after training.
         """
-        learnt = [(output, codes) for output, codes in zip(outputs, self._codes, strict=True) if output.requires_grad]
-        # Outside of training nothing requires a gradient: then every tensor counts.
-        pairs = learnt or list(zip(outputs, self._codes, strict=True))
+        if any(output.requires_grad for output in outputs):
+            self._learnt = tuple(output.requires_grad for output in outputs)
+        chosen = self._learnt or tuple(output.is_floating_point() for output in outputs)
+        pairs = [(output, codes) for output, codes, counts in zip(outputs, self._codes, chosen, strict=True) if counts]
         if len(pairs) == 1:
             return nn.functional.mse_loss(pairs[0][0], pairs[0][1][labels])
         elements = sum(output.numel() for output, _ in pairs)
