@@ -129,12 +129,14 @@ class MemoryProfile:
         forbidden_cuts: layers that must not start a partition, because a weight is shared across the cut.
         optimizer: what the optimizer's state was counted for, in words.
         smallest_micro_batch: the fewest samples that all layers accept in train mode.
+        kernel_bytes: code that is compiled for the layers and kept, for the whole chain.
     """
 
     layers: tuple[LayerCost, ...]
     forbidden_cuts: tuple[int, ...] = ()
     optimizer: str = ""
     smallest_micro_batch: int = 1
+    kernel_bytes: int = 0
 
     def to_json(self) -> str:
         """The profile as JSON text, which `from_json` reads back."""
@@ -155,6 +157,7 @@ class MemoryProfile:
             forbidden_cuts=tuple(data["forbidden_cuts"]),
             optimizer=data["optimizer"],
             smallest_micro_batch=data["smallest_micro_batch"],
+            kernel_bytes=data["kernel_bytes"],
         )
 
 

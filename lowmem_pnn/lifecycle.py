@@ -26,8 +26,8 @@ from lowmem_pnn.stores.rundir import RunDir, write_durably
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.workload import Workload
 
-# How often a plan is made again with what the check before training found missing.
-_MAX_REPLANS = 3
+# Plans that are tried, each keeping free what the check of the one before found missing.
+_MAX_PLANS = 4
 
 
 def go_on(
@@ -50,20 +50,26 @@ def go_on(
     plan = Plan.from_json(state.plan)
     if state.stage == "born":
         display.message(f"building {workload.source.spec}")
-        run = make_run(plan, build_weights(workload, plan, folder, counter))
-        check = check_tightest(run, workload, plan, device)
-        for _ in range(_MAX_REPLANS):
+        missing = 0
+        for attempt in range(_MAX_PLANS):
+            run = make_run(plan, build_weights(workload, plan, folder, counter))
+            check = check_tightest(run, workload, plan, device)
             if check.fits and check.measured_bytes <= device.budget_bytes - device.reserve_bytes // 2:
                 break
-            plan = make_plan(workload, costs, device, max(check.unexplained_bytes, device.reserve_bytes // 2))
+            if attempt == _MAX_PLANS - 1 and check.micro_batch is not None:
+                # The device has far less than the budget; smaller micro-batches get by with it.
+                display.message(f"{check.describe()}; going on with a micro-batch of {check.micro_batch}")
+                state.micro_batches[check.partition] = check.micro_batch
+                break
+            if attempt == _MAX_PLANS - 1:
+                raise BudgetError(f"no plan holds: {check.describe()}; give a larger --max-gpu-mem, or a smaller --batch-size")
+            # A step that did not fit does not show what it would have needed: what is kept free doubles.
+            missing += max(check.unexplained_bytes, device.reserve_bytes, 0 if check.fits else missing)
+            plan = make_plan(workload, costs, device, missing)
             display.message(f"planned again: {check.describe()}")
             state.plan = json.loads(plan.to_json())
             state.micro_batches = [part.micro_batch for part in plan.partitions]
             state.records = [PartitionRecord() for _ in plan.partitions]
-            run = make_run(plan, build_weights(workload, plan, folder, counter))
-            check = check_tightest(run, workload, plan, device)
-        else:
-            raise BudgetError(f"no plan holds: {check.describe()}; give a larger --max-gpu-mem or --batch-size 1")
         state.check = check.to_dict()
         state.stage = "training"
         state.weights = run.weights.state()

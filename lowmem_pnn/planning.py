@@ -34,10 +34,12 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
     boundaries = range(len(chain.layers))
     batch = max(config.batch_size)
 
+    fixed = device.fixed_bytes + profile.kernel_bytes + unexplained_bytes
+
     def overhead(budget_bytes: int) -> int:
         io = IoSizes.of_budget(budget_bytes)
         reading = max(reading_bytes(workload, device, io, boundary, batch) for boundary in boundaries)
-        return device.reserve_for(budget_bytes) + device.fixed_bytes + unexplained_bytes + reading
+        return device.reserve_for(budget_bytes) + fixed + reading
 
     plan = planner.plan(
         profile,
@@ -50,7 +52,6 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
         objective=lambda stop: objective_memory(workload, stop),
     )
     check_lengths(config, len(plan.partitions))
-    fixed = device.fixed_bytes + unexplained_bytes
     partitions = tuple(_refine(workload, profile, device, plan, partition, fixed) for partition in plan.partitions)
     return dataclasses.replace(
         plan, partitions=partitions, predicted_peak_bytes=max(partition.predicted_peak_bytes for partition in partitions)

@@ -1,11 +1,13 @@
 """The measured check before training: the tightest partition does one real step on the device, and the plan is held against it."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 
 from lowmem_pnn.device import Device
-from lowmem_pnn.executor import Executor
+from lowmem_pnn.errors import BudgetError
+from lowmem_pnn.executor import Executor, Stage
 from lowmem_pnn.planner import Plan
 from lowmem_pnn.planning import reading_bytes
 from lowmem_pnn.run import Run
@@ -22,12 +24,14 @@ class Check:
         predicted_bytes: by the plan, for what the check does (it reads no shards).
         measured_bytes: the most that was in use.
         fits: whether the step went through at the planned micro-batch.
+        micro_batch: with which it went through, be it after shrinking; None if it did not at all.
     """
 
     partition: int
     predicted_bytes: int
     measured_bytes: int
     fits: bool
+    micro_batch: int | None
 
     @property
     def unexplained_bytes(self) -> int:
@@ -65,19 +69,26 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, device: Device) -> 
     planned = plan.partitions[number]
     shrunk: list[int] = []
     executor = Executor(device, workload.config.seed, lambda stage: shrunk.append(stage.micro_batch))
-    stage = run.stage(number, learns=True)
+    went_through = False
+    stage: Stage | None = None
     try:
         size = min(planned.batch, 2 * planned.micro_batch)
         specs = workload.chain.boundaries[planned.start]
         batch = tuple(torch.zeros(size, *spec.shape, dtype=spec.dtype) for spec in specs), torch.zeros(size, dtype=torch.int64)
-        for layer in stage.residency.layers:
-            layer.module.train()
-        executor.train_batch(stage, batch, step=0)
+        # Where it does not load, or not even the smallest micro-batch fits, another plan may do.
+        with contextlib.suppress(BudgetError):
+            stage = run.stage(number, learns=True)
+            for layer in stage.residency.layers:
+                layer.module.train()
+            executor.train_batch(stage, batch, step=0)
+            went_through = True
         measured = device.section_peak_bytes()
     finally:
-        stage.residency.unload()
+        if stage is not None:
+            stage.residency.unload()
     # The check holds one batch of zeros, and reads nothing.
     held = sum(tensor.nbytes for tensor in batch[0]) if device.kind == "cpu" else 0
     reading = reading_bytes(workload, device, IoSizes.of_budget(device.budget_bytes), planned.start, planned.batch)
     predicted = planned.predicted_peak_bytes - reading + held
-    return Check(number, predicted, measured, not shrunk)
+    micro_batch = stage.micro_batch if stage is not None and went_through else None
+    return Check(number, predicted, measured, went_through and not shrunk, micro_batch)

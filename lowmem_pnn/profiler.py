@@ -9,7 +9,7 @@ samples is the peak. A third number of samples checks it. The chain's own tensor
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_pnn.chain import Chain, Layer, TensorSpec
 from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile
+from lowmem_pnn.device.kernels import CODE_BYTES, MAX_COMPILED, compiled, scratch_bytes
 from lowmem_pnn.device.tracking import StorageTracker
 from lowmem_pnn.errors import ConfigError
 
@@ -51,9 +52,11 @@ def profile(chain: Chain, *, optimizer_state_tensors: int, step_temporaries: flo
         counted: set[int] = set()
         layers = []
         smallest = 1
+        compiled_kernels: set[Hashable] = set()
         for number, layer in enumerate(chain.layers):
             bench = _Bench(layer, chain.boundaries[number], chain.boundaries[number + 1], device, learns_input=number > 0)
             layers.append(_price(layer, bench, counted, optimizer_state_tensors, step_temporaries))
+            compiled_kernels |= bench.compiled
             if smallest == 1 and not bench.accepts(1):
                 smallest = 2
     forbidden = {cut for first, last in chain.tied_ranges for cut in range(first + 1, last + 1)}
@@ -62,6 +65,7 @@ def profile(chain: Chain, *, optimizer_state_tensors: int, step_temporaries: flo
         forbidden_cuts=tuple(sorted(forbidden)),
         optimizer=_OPTIMIZERS[optimizer_state_tensors],
         smallest_micro_batch=smallest,
+        kernel_bytes=min(len(compiled_kernels), MAX_COMPILED) * CODE_BYTES,
     )
 
 
@@ -119,14 +123,16 @@ class _Runs:
 
 
 class _Timeline(StorageTracker):
-    """Notes the live bytes after every operation."""
+    """Notes the live bytes at the end of every operation, with what its kernel held for the moment."""
 
     def __init__(self) -> None:
         super().__init__()
         self.moments = [0]
+        self.compiled: set[Hashable] = set()
 
-    def _after(self, func: Any) -> None:
-        self.moments.append(self.live)
+    def _after(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        self.moments.append(self.live + scratch_bytes(func, args, result))
+        self.compiled.update(compiled(func, args))
 
 
 class _Source(torch.autograd.Function):
@@ -185,6 +191,7 @@ class _Bench:
         self.after = after
         self._device = device
         self._learns_input = learns_input
+        self.compiled: set[Hashable] = set()
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._tensors = self._fake({**layer.parameters(), **layer.buffers()})
 
@@ -254,6 +261,7 @@ class _Bench:
             coming = sum(tensor.nbytes for tensor in learnt)
             with timeline:
                 torch.autograd.backward(end, begin)
+            self.compiled = timeline.compiled
             # The first moments are the making of the gradient that comes in.
             runs.backward = [0, *(live - runs.kept - coming for live in timeline.moments)]
         for tensor in self._tensors.values():
@@ -266,6 +274,8 @@ class _Bench:
         timeline = _Timeline()
         with torch.no_grad(), timeline:
             self._run(*inputs)
+        # Of one number of samples: the last measured.
+        self.compiled = self.compiled | {("eval", key) for key in timeline.compiled}
         return timeline.moments
 
     def _run(self, *inputs: Tensor) -> tuple[Tensor, ...]:

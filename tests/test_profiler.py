@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowmem_pnn import profiler
 from lowmem_pnn.chain import TensorSpec, capture
 from lowmem_pnn.costs import Affine, Envelope, largest_part
 from lowmem_pnn.device.tracking import StorageTracker
@@ -68,6 +69,12 @@ def resnet18():
     return pytest.importorskip("torchvision").models.resnet18(num_classes=10)
 
 
+@pytest.fixture
+def tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what kernels hold beside tensors, for comparisons with a tracker, which sees tensors."""
+    monkeypatch.setattr(profiler, "scratch_bytes", lambda *_: 0)
+
+
 def test_a_linear_layer_by_hand():
     [first, second] = price(mlp(30, 20, 10), flat(30), state_tensors=2, temporaries=2.0).layers
     assert (second.name, second.num_params) == ("2", 210)
@@ -88,6 +95,7 @@ def test_a_linear_layer_by_hand():
     assert first.backward_peak.at(1000) == 80 * 1000
 
 
+@pytest.mark.usefixtures("tensors_only")
 def test_the_smallest_number_of_samples_is_exact_too():
     """Moments that fall with the number of samples are followed to 1."""
     costs = price(nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU()), flat(3, 6, 6))
@@ -262,6 +270,7 @@ def measured_peak(chain, start, stop, micro_batch, batch, smallest):
     ],
     ids=["mlp", "wide", "resnet18", "transformer", "skip"],
 )
+@pytest.mark.usefixtures("tensors_only")
 @pytest.mark.parametrize(("micro_batch", "batch"), [(2, 2), (2, 7), (16, 16)])
 def test_predicted_peaks_bound_those_of_real_runs_closely(build, spec, micro_batch, batch):
     chain = capture(build(), spec)

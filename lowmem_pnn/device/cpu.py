@@ -18,8 +18,8 @@ class CpuDevice(Device):
 
     def __init__(self, budget_bytes: int) -> None:
         super().__init__(torch.device("cpu"), budget_bytes)
-        self._meter = PrivateMemoryMeter()
         self._wall = DataLimit(budget_bytes + self.reserve_bytes)
+        self._meter = PrivateMemoryMeter(on_sample=self._wall.follow)
 
     def open(self) -> None:
         """Warm up with a tiny training step, then take the floor and raise the wall."""
@@ -34,8 +34,8 @@ class CpuDevice(Device):
     def close(self) -> None:
         """Take the wall down and stop the meter."""
         self._peak = self.peak_bytes
-        self._wall.take_down()
         self._meter.stop()
+        self._wall.take_down()
 
     def used_bytes(self) -> int:
         """Private memory now, above the floor."""

@@ -5,6 +5,7 @@ import ctypes
 import re
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,14 @@ _DATA = re.compile(rb"VmData:\s+(\d+) kB")
 # glibc's names for mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+
+
+def private_and_data_bytes() -> tuple[int, int]:
+    """Private memory and the size of private writable mappings, touched or not; Linux only."""
+    status = _STATUS.read_bytes()
+    data = _DATA.search(status)
+    assert data is not None
+    return sum(int(kilobytes) for kilobytes in _PRIVATE.findall(status)) * 1024, int(data[1]) * 1024
 
 
 def private_bytes() -> int:
@@ -49,14 +58,25 @@ def trim_heap() -> None:
 
 
 class DataLimit:
-    """The wall: RLIMIT_DATA at the present use plus an allowance, so that the allocation which passes it fails in this process.
+    """The wall: RLIMIT_DATA, so that the allocation which takes private memory past an allowance fails in this process.
 
-    Linux counts private writable mappings, touched or not; on other systems there is no wall, and the plan and the meter stand alone.
+    Linux counts mappings, touched or not. What is mapped and never touched (oneDNN keeps 256 KiB for each kernel that it compiles, and
+    fills a tenth of it) would bring the wall nearer and nearer, so the limit follows: it stands where present mappings, with private
+    memory grown to the allowance, would reach. One large mapping still fails at once. On other systems there is no wall, and the plan
+    and the meter stand alone.
+
+    Args:
+        allowance_bytes: private memory above what there is when the wall is raised.
     """
+
+    # Moving the limit for less would be a system call for nothing.
+    _STEP = MEBIBYTE
 
     def __init__(self, allowance_bytes: int) -> None:
         self._allowance_bytes = allowance_bytes
         self._before: tuple[int, int] | None = None
+        self._floor = 0
+        self._wall = 0
 
     def raise_wall(self) -> None:
         """Set the limit. A stricter one that is already set stays."""
@@ -64,22 +84,36 @@ class DataLimit:
             return
         import resource
 
-        found = _DATA.search(_STATUS.read_bytes())
-        assert found is not None
+        self._floor, data = private_and_data_bytes()
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        wall = int(found[1]) * 1024 + self._allowance_bytes
+        wall = data + self._allowance_bytes
         if soft != resource.RLIM_INFINITY and soft <= wall:
             return
         resource.setrlimit(resource.RLIMIT_DATA, (wall, hard))
-        self._before = (soft, hard)
+        self._before, self._wall = (soft, hard), wall
+
+    def follow(self) -> None:
+        """Move the limit by what is mapped without being used; called often while the wall is up."""
+        if self._before is None:
+            return
+        import resource
+
+        private, data = private_and_data_bytes()
+        soft, hard = self._before
+        wall = data - private + self._floor + self._allowance_bytes
+        if soft != resource.RLIM_INFINITY:
+            wall = min(wall, soft)
+        if abs(wall - self._wall) >= self._STEP:
+            resource.setrlimit(resource.RLIMIT_DATA, (wall, hard))
+            self._wall = wall
 
     def take_down(self) -> None:
         """Put the limit back that was there before."""
         if self._before is not None:
             import resource
 
-            resource.setrlimit(resource.RLIMIT_DATA, self._before)
-            self._before = None
+            before, self._before = self._before, None
+            resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 class PrivateMemoryMeter:
@@ -87,10 +121,12 @@ class PrivateMemoryMeter:
 
     Args:
         interval: seconds between samples. Large blocks are held far longer than 2 ms.
+        on_sample: called after each sample, by the thread.
     """
 
-    def __init__(self, interval: float = 0.002) -> None:
+    def __init__(self, interval: float = 0.002, on_sample: Callable[[], None] = lambda: None) -> None:
         self._interval = interval
+        self._on_sample = on_sample
         self._highest = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -124,3 +160,4 @@ class PrivateMemoryMeter:
     def _sample(self) -> None:
         while not self._stop.wait(self._interval):
             self._note()
+            self._on_sample()

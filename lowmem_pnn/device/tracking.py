@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,6 +29,7 @@ class StorageTracker(TorchDispatchMode):
 
     Args:
         capacity_bytes: an operation whose result would take the live bytes above it raises, as on a full device; None: no limit.
+        fake: whether tensors without bytes (fake, on the meta device) count with what they stand for.
 
     Example:
         >>> with StorageTracker() as tracker:
@@ -38,8 +40,9 @@ class StorageTracker(TorchDispatchMode):
         (1024, 2048)
     """
 
-    def __init__(self, capacity_bytes: int | None = None) -> None:
+    def __init__(self, capacity_bytes: int | None = None, *, fake: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._fake = fake
         self.capacity_bytes = capacity_bytes
         self._live = 0
         self._peak = 0
@@ -85,10 +88,10 @@ class StorageTracker(TorchDispatchMode):
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor | tuple | list):
             return result  # a question, such as which device a fake tensor is on
-        given = set() if func in _FRESH else {id(storage) for storage in _storages((args, kwargs))}
+        given = set() if func in _FRESH else {id(storage) for storage in self._storages((args, kwargs))}
         added = 0
         # An argument may have been resized in place, so known storages are looked at again.
-        found = {id(storage): storage for storage in _storages(result)}
+        found = {id(storage): storage for storage in self._storages(result)}
         for key, storage in found.items():
             if key in self._known:
                 added += storage.nbytes() - self._known[key][1]
@@ -107,10 +110,10 @@ class StorageTracker(TorchDispatchMode):
                 self._count(key, storage)
         with self._lock:
             self._peak = max(self._peak, self._live)
-        self._after(func)
+        self._after(func, args, result)
         return result
 
-    def _after(self, func: Any) -> None:
+    def _after(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """Called after every operation, for those who want more than the peak."""
 
     def _count(self, key: int, storage: torch.UntypedStorage) -> None:
@@ -135,9 +138,12 @@ class StorageTracker(TorchDispatchMode):
 
         return forget
 
+    def _storages(self, tree: Any) -> Iterable[torch.UntypedStorage]:
+        """The storages of the strided tensors in a nest of lists, tuples and dicts; sparse tensors have none."""
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor) and leaf.layout == torch.strided and (self._fake or _is_real(leaf)):
+                yield leaf.untyped_storage()
 
-def _storages(tree: Any) -> Iterable[torch.UntypedStorage]:
-    """The storages of the strided tensors in a nest of lists, tuples and dicts; sparse tensors have none, meta tensors no bytes."""
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor) and leaf.layout == torch.strided and leaf.device.type != "meta":
-            yield leaf.untyped_storage()
+
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
