@@ -56,7 +56,15 @@ def main() -> None:
     train, test = spirals()
     with tempfile.TemporaryDirectory() as folder:
         result = lowmem_pnn.fit(
-            network, train, test=test, max_gpu_mem="100MB", method="backprop", epochs=20, lr=3e-3, device="cpu", workdir=f"{folder}/run"
+            network,
+            train,
+            test=test,
+            max_gpu_mem="100MB",
+            method="backprop",
+            epochs=20,
+            lr=3e-3,
+            device="cpu",
+            workdir=f"{folder}/run",
         )
         print(result)
         model = network()

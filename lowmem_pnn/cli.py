@@ -1,11 +1,13 @@
 """The command line: options from `FitConfig`, one place that turns errors into exit codes. torch is imported only when work starts."""
 
+import contextlib
 import dataclasses
+import io
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -14,8 +16,8 @@ import click
 
 from lowmem_pnn import __version__
 from lowmem_pnn.config import FitConfig, configure, flag, next_workdir
-from lowmem_pnn.errors import ConfigError, LowMemError
-from lowmem_pnn.supervisor import is_worker, supervise
+from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
+from lowmem_pnn.supervisor import STOP_SIGNALS, is_worker, supervise
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -105,27 +107,26 @@ def fit(
 
     With neither --model nor --data: a multilayer perceptron with 2.16 GB of training state, on scikit-learn's digits.
     """
-    config = None
+    config, chosen = None, workdir
     if resume:
-        _check_resume(workdir, overwrite, given)
+        chosen = _check_resume(workdir, overwrite, given)
     else:
         config = configure(**_given(given))
-        workdir = workdir or next_workdir(config)
-    assert workdir is not None
+        chosen = workdir or next_workdir(config)
     if not is_worker():
-        arguments = sys.argv[1:] if "--workdir" in " ".join(sys.argv) else [*sys.argv[1:], "--workdir", str(workdir)]
-        raise SystemExit(supervise(arguments, workdir))
-    from rich.console import Console
+        arguments = sys.argv[1:] if workdir is not None else [*sys.argv[1:], "--workdir", str(chosen)]
+        raise SystemExit(supervise(arguments, chosen))
+    with _stop_on_signals() as should_stop, _stdout_is_ours():
+        from rich.console import Console
 
-    from lowmem_pnn.progress import Display, TerminalDisplay
-    from lowmem_pnn.trainer import resume_run, start_run
+        from lowmem_pnn.progress import Display, TerminalDisplay
+        from lowmem_pnn.trainer import resume_run, start_run
 
-    display = Display() if quiet else TerminalDisplay(Console(stderr=True))
-    stop = _stop_on_signals()
-    if config is None:
-        result = resume_run(workdir, display=display, should_stop=stop, after_crash=after_crash)
-    else:
-        result = start_run(config, workdir, overwrite=overwrite, display=display, should_stop=stop)
+        display = Display() if quiet else TerminalDisplay(Console(stderr=True))
+        if config is None:
+            result = resume_run(chosen, display=display, should_stop=should_stop, after_crash=after_crash)
+        else:
+            result = start_run(config, chosen, overwrite=overwrite, display=display, should_stop=should_stop)
     click.echo(result.to_json() if as_json else str(result))
 
 
@@ -135,9 +136,10 @@ def fit(
 def plan(as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
     """Show what `fit` with the same options would do: partitions, micro-batches, predicted peaks, disk. Nothing is trained."""
     config = configure(**_given(given))
-    from lowmem_pnn.trainer import plan_run
+    with _stdout_is_ours():
+        from lowmem_pnn.trainer import plan_run
 
-    report = plan_run(config)
+        report = plan_run(config)
     click.echo(report.to_json() if as_json else str(report))
 
 
@@ -148,23 +150,31 @@ def evaluate(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
     """Measure the weights of a finished run on its test data, within its memory budget."""
     import json
 
-    from lowmem_pnn.trainer import evaluate as evaluate_run
+    with _stdout_is_ours():
+        from lowmem_pnn.trainer import evaluate as evaluate_run
 
-    scores = evaluate_run(run)
+        scores = evaluate_run(run)
     click.echo(json.dumps(scores) if as_json else ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
 
 def main() -> None:
     """Run the command line and exit: the one place where errors become exit codes."""
     debug = "--debug" in sys.argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that has no letter for something is no reason to fail at the end of a run.
+        sys.stdout.reconfigure(errors="replace")
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="lowmem-pnn", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        command = context.command_path if context is not None else "lowmem-pnn"
+        text = error.format_message().rstrip(".").replace(". ", "; ")
+        print(f"lowmem-pnn: {text[:1].lower()}{text[1:]}; {command} --help lists what there is", file=sys.stderr)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
+        print("lowmem-pnn: stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # Whoever read our output has left; Python would complain once more when it flushes.
@@ -178,12 +188,20 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        text = " ".join(str(error).split())[:300]
-        print(
-            f"lowmem-pnn: a fault of its own: {type(error).__name__}: {text}; run again with --debug for the traceback",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        code, text = _judge(error, text)
+        print(f"lowmem-pnn: {text}; run again with --debug for the traceback", file=sys.stderr)
+        sys.exit(code)
+
+
+def _judge(error: Exception, text: str) -> tuple[int, str]:
+    """Exit code and words for an exception that nobody foresaw where it was raised."""
+    # Not at the top: it imports torch, which is there by now if memory ran out.
+    from lowmem_pnn.device import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return BudgetError.exit_code, f"out of memory outside of training ({text}); give a larger --max-gpu-mem"
+    return 1, f"a fault of its own: {text}"
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +215,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _check_resume(workdir: Path | None, overwrite: bool, options: dict[str, Any]) -> None:
+def _check_resume(workdir: Path | None, overwrite: bool, options: dict[str, Any]) -> Path:
     if workdir is None:
         raise ConfigError("--resume needs the run to go on with; give --workdir DIR")
     others = [flag(name) for name, value in options.items() if value is not None and value != ()]
@@ -205,11 +223,21 @@ def _check_resume(workdir: Path | None, overwrite: bool, options: dict[str, Any]
         others.append("--overwrite")
     if others:
         raise ConfigError(
-            f"{', '.join(others)} with --resume would change the run; --resume takes its configuration from --workdir"
+            f"{', '.join(others)} with --resume would change the run, which goes on with the configuration in --workdir; "
+            f"leave {'it' if len(others) == 1 else 'them'} out"
         )
+    return workdir
 
 
-def _stop_on_signals() -> Callable[[], bool]:
+@contextlib.contextmanager
+def _stdout_is_ours() -> Iterator[None]:
+    """What a user's model or data set prints goes to standard error: standard output is the result's alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Note the first SIGINT or SIGTERM, for the run to stop at a good place; the second ends the process at once."""
     caught: list[int] = []
 
@@ -217,8 +245,15 @@ def _stop_on_signals() -> Callable[[], bool]:
         if caught:
             os._exit(128 + number)
         caught.append(number)
-        print("lowmem-pnn: stopping after this batch; once more to stop at once", file=sys.stderr)
+        # Not print: the signal may have come in the middle of one.
+        with contextlib.suppress(OSError):
+            os.write(2, b"lowmem-pnn: stopping after this batch; once more to stop at once\n")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
-    return lambda: bool(caught)
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    # The supervisor starts its worker with these blocked.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

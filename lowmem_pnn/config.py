@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -255,7 +256,10 @@ def check_device(config: FitConfig, on_cpu: bool, memory_bytes: int) -> None:
     """
     if not on_cpu:
         return
-    for name, need in (("budget_scope", "a CUDA device"), ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem is that bound)")):
+    for name, need in (
+        ("budget_scope", "a CUDA device"),
+        ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem is that bound)"),
+    ):
         if getattr(config, name) not in (None, "process"):
             raise ConfigError(f"{flag(name)} has no effect here: it needs {need}, and this run is on the CPU; leave it out")
     if config.max_gpu_mem > memory_bytes:
@@ -322,14 +326,21 @@ def field_names() -> list[str]:
 def _absolute(name: str, value: Any) -> Any:
     """Paths in full: a run may be resumed from another folder than it was begun in."""
     if name == "data_root":
-        return Path(value).expanduser().absolute()
+        return _full(value)
     if name not in ("model", "data") or not isinstance(value, str):
         return value
     kind, colon, path = value.partition(":")
     if name == "data" and kind in ("npz", "imagefolder") and path:
-        return f"{kind}:{Path(path).expanduser().absolute()}"
+        return f"{kind}:{_full(path)}"
     file, colon, factory = value.rpartition(":")
-    return f"{Path(file).expanduser().absolute()}{colon}{factory}" if file.endswith(".py") else value
+    return f"{_full(file)}{colon}{factory}" if file.endswith(".py") else value
+
+
+def _full(path: str | Path) -> Path:
+    # A user who is not known has no home: then `~name` is a folder's name, and will not be found.
+    with suppress(RuntimeError):
+        path = Path(path).expanduser()
+    return Path(path).absolute()
 
 
 def _describe(fault: Any) -> str:
@@ -349,5 +360,7 @@ def _describe(fault: Any) -> str:
         return f"{flag(name)}: {cause}"
     if name == "device":
         return f"--device {value!r} is none of auto, cpu, cuda, cuda:INDEX{suggest(str(value), ['auto', 'cpu', 'cuda'])}"
+    if fault["type"] == "too_short":
+        return f"{flag(name)} {value!r} is empty; give one value, or one per partition"
     message = str(fault["msg"]).replace("Input should be", "must be").replace("Value error, ", "")
     return f"{flag(name)} {value!r}: {message[0].lower()}{message[1:]}"

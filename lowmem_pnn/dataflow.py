@@ -4,9 +4,11 @@ The graph is run on tensors that have shapes but no values, at two batch sizes a
 storage that an operation changes in place, is noted.
 """
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,7 +104,7 @@ def _run_fake(model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: to
                 fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         root = _complete(copy_structure(model, fakes), traced).train(training)
         watch = _Watch([sample, *fakes.values()])
-        with random_state_kept(), mode, torch.enable_grad(), watch:
+        with random_state_kept(), _quiet(), mode, torch.enable_grad(), watch:
             forward(root, sample, watch)
         return watch.log
 
@@ -123,6 +125,17 @@ def _run_fake(model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: to
             f"{step}, where its traced forward does {names[1]}; keep isinstance(x, Tensor) and the like in a module of their own"
         )
     return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging the traceback of an operation that shapes rule out: it is in the error that we raise."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _why(error: Exception) -> str:

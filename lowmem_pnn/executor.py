@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.device import Device, is_out_of_memory
-from lowmem_pnn.errors import BudgetError, CaptureError, DivergedError
+from lowmem_pnn.errors import BudgetError, CaptureError, DataError, DivergedError
 from lowmem_pnn.feeds import Batch, Feed
 from lowmem_pnn.methods import Objective
 from lowmem_pnn.residency import Residency
@@ -124,6 +124,7 @@ class Executor:
             DivergedError: the loss became NaN or infinite.
             BudgetError: not even the smallest micro-batch fits.
             CaptureError: a parameter got no gradient.
+            DataError: there are fewer samples than the modules need at once.
         """
         steps = math.ceil(feed.num_samples / stage.batch_size)
         for layer in stage.residency.layers:
@@ -141,6 +142,11 @@ class Executor:
             progress.batch += 1
             del batch
             on_batch()
+        if not progress.tally.num_samples:
+            raise DataError(
+                f"{feed.num_samples} training samples make no batch that {stage.title} can learn from: its modules need at least "
+                f"{stage.smallest_micro_batch} samples at once; give more samples"
+            )
         progress.epoch += 1
         progress.batch = 0
 
@@ -168,11 +174,11 @@ class Executor:
                     f"parameter {name!r} got no gradient in {stage.title}, and would never be trained; freeze it "
                     "(requires_grad_(False)), or have the model's forward use it for every batch"
                 )
+        optimizer = stage.residency.optimizer
         # A step that is not finite would poison the weights; the caller stops the run.
-        if stage.residency.optimizer is not None and math.isfinite(loss):
-            # It cannot be done again: some weights may have moved.
-            if not self._fits(stage.residency.optimizer.step):
-                raise self._too_large(stage, f"for the optimizer's step of {stage.title}")
+        # One that runs out of memory cannot be done again: some weights may have moved.
+        if optimizer is not None and math.isfinite(loss) and not self._fits(optimizer.step):
+            raise self._too_large(stage, f"for the optimizer's step of {stage.title}")
         self._drop_gradients(stage)
         return loss
 

@@ -37,7 +37,7 @@ def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCount
         for number, part in enumerate(plan.partitions)
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    with file_backed(folder):
+    with file_backed(folder) as files:
         model = workload.build_model(workload.config.seed)
     tensors: dict[str, Tensor] = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -57,6 +57,7 @@ def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCount
                     file.copy_from(key, source, name)
                 else:
                     file.write_from(key, tensors[name].detach().contiguous())
+                    files.let_go(tensors[name])
     if source is not None:
         source.close()
     store.seal(homes)  # type: ignore[arg-type]

@@ -39,7 +39,8 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
     def overhead(budget_bytes: int) -> int:
         io = IoSizes.of_budget(budget_bytes)
         reading = max(reading_bytes(workload, device, io, boundary, batch) for boundary in boundaries)
-        return device.reserve_for(budget_bytes) + fixed + reading
+        writing = 2 * io.shard_bytes if device.shares_host else 0
+        return device.reserve_for(budget_bytes) + fixed + reading + writing
 
     plan = planner.plan(
         profile,
@@ -77,7 +78,7 @@ def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int
         boundary: where the samples are read: 0 is the data set.
         batch: samples a step.
     """
-    if device.kind == "cuda":
+    if not device.shares_host:
         return 0
     sample = sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary]) + 8  # and a label
     batches = 2 * batch * sample
@@ -167,7 +168,7 @@ def _refine(
     learn = part.predicted_peak_bytes - plan.overhead_bytes
     layers = profile.layers[part.start : part.stop]
     writing = 0
-    if device.kind != "cuda" and part.stop < len(profile.layers):
+    if device.shares_host and part.stop < len(profile.layers):
         # Gradients are gone while outputs are written, and two shards are there.
         emit = max(layer.input_bytes.at(part.micro_batch) + layer.emit_peak.at(part.micro_batch) for layer in layers)
         writing = part.state_bytes - sum(layer.gradient_bytes for layer in layers) + emit + 2 * io.shard_bytes

@@ -87,7 +87,7 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, device: Device) -> 
         if stage is not None:
             stage.residency.unload()
     # The check holds one batch of zeros, and reads nothing.
-    held = sum(tensor.nbytes for tensor in batch[0]) if device.kind == "cpu" else 0
+    held = sum(tensor.nbytes for tensor in batch[0]) if device.shares_host else 0
     reading = reading_bytes(workload, device, IoSizes.of_budget(device.budget_bytes), planned.start, planned.batch)
     predicted = planned.predicted_peak_bytes - reading + held
     micro_batch = stage.micro_batch if stage is not None and went_through else None

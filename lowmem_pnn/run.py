@@ -1,5 +1,7 @@
 """A run: goes through a method's visits, from commit to commit, and can be picked up at any of them."""
 
+import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_pnn.device import Device
-from lowmem_pnn.errors import DiskError, Stopped
+from lowmem_pnn.errors import BudgetError, DiskError, Stopped
 from lowmem_pnn.executor import Executor, Progress, Stage, Tally
 from lowmem_pnn.feeds import DatasetFeed, Feed, ShardFeed
 from lowmem_pnn.methods import Visit
@@ -245,7 +247,7 @@ class Run:
             journal["weights"] = self.state.weights = self.weights.seal([changed])
         kept = self._rundir.commit(journal, self._workload.config.keep_commits)
         # Deleted only now that no journal names it.
-        self.weights.discard_obsolete([body["weights"] for body in kept])
+        self.weights.discard_obsolete([body["weights"] for body in kept if body["weights"]])
         named = {folder for body in kept for folder in body["activations"].values()}
         # Only what a commit has named: other stores are being written for the next one meanwhile.
         for folder in self._once_named - named:
@@ -272,7 +274,9 @@ class Run:
                 measured = self._executor.measure(stage, val) if val is not None else None
                 record.train_loss = tally.loss
                 if measured is not None:
-                    record.val_loss, record.val_accuracy = measured.loss, measured.accuracy
+                    # JSON knows no infinity.
+                    record.val_loss = measured.loss if math.isfinite(measured.loss) else None
+                    record.val_accuracy = measured.accuracy
                 line = {
                     "visit": self.state.visit,
                     "action": "learn",
@@ -296,6 +300,12 @@ class Run:
 
     def _after_batch(self, stage: Stage, feed: Feed) -> None:
         self._display.advance(self.state.progress.tally.num_samples, self._device.used_bytes(), self._device.budget_bytes)
+        limit = self._workload.config.max_host_mem
+        if limit is not None and (found := self._device.host_peak_bytes) > limit:
+            raise BudgetError(
+                f"{format_bytes(found)} of host memory were in use in {stage.title}, above --max-host-mem {format_bytes(limit)}; "
+                "give more, or a smaller --batch-size"
+            )
         # At an epoch's last batch the commit is the epoch's own: then position and measurements belong together.
         if self.state.progress.batch * stage.batch_size < feed.num_samples:
             self._maybe_commit(stage)
@@ -310,7 +320,8 @@ class Run:
     def _stop_if_asked(self) -> None:
         if self._should_stop():
             self.wait()
-            raise Stopped(f"stopped; lowmem-pnn fit --resume --workdir {self._rundir.path} goes on from the last commit")
+            folder = shlex.quote(str(self._rundir.path))
+            raise Stopped(f"stopped; lowmem-pnn fit --resume --workdir {folder} goes on from the last commit")
 
     def _emit(self, visit: Visit, stage: Stage) -> None:
         folder = self._activations / f"b{visit.partition + 1:02d}-{visit.split}"

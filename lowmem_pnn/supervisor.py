@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from lowmem_pnn.errors import BudgetError
+from lowmem_pnn.errors import BudgetError, LowMemError
 
 WORKER_VARIABLE = "LOWMEM_PNN_WORKER"
 MAX_RESTARTS = 5
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # What an unchecked allocation failure looks like from outside.
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
@@ -43,19 +46,29 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
 
     Raises:
         BudgetError: the worker keeps dying at the same place.
+        LowMemError: it died of a fault before there was a run to go on with.
     """
+    # What is there before a new run is born is another run: not to be gone on with.
+    other = None if "--resume" in arguments else _identity(workdir)
     restarts, reached = 0, -1
     command = list(arguments)
     while True:
         kills_before = _oom_kills()
-        code = _run_worker(command)
+        code, stops = _run_worker(command)
         if code >= 0:
             return code
+        if len(stops) > 1:
+            return 128 + stops[-1]
         number = signal.Signals(-code)
         crashed = number in _CRASHES or (number == signal.SIGKILL and _oom_kills() > kills_before)
-        position = _commit_number(workdir)
-        # Killed by hand, going on changes nothing in the result; before the run exists there is nothing to go on with.
-        if position is None or not (crashed or number == signal.SIGKILL):
+        position = _commit_number(workdir) if _identity(workdir) != other else None
+        if position is None and crashed:
+            raise LowMemError(
+                f"the worker died of {number.name} before the run began; give a larger --max-gpu-mem, or set PYTHONFAULTHANDLER=1 "
+                "to see where"
+            )
+        # Killed by hand, going on changes nothing in the result.
+        if position is None or stops or not (crashed or number == signal.SIGKILL):
             print(f"lowmem-pnn: the worker was ended by {number.name}{_resume_hint(workdir, position)}", file=sys.stderr)
             return 128 + number
         restarts = restarts + 1 if position == reached else 1
@@ -64,12 +77,11 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
             raise BudgetError(
                 f"the worker died of {number.name} {restarts} times after the same commit of {workdir}; give a larger --max-gpu-mem"
             )
-        why = (
-            "at the memory limit; going on from the last commit with half the micro-batch"
-            if crashed
-            else "; going on from the last commit"
+        why = " at the memory limit; going on from the last commit with half the micro-batch"
+        print(
+            f"lowmem-pnn: the worker died of {number.name}{why if crashed else '; going on from the last commit'}",
+            file=sys.stderr,
         )
-        print(f"lowmem-pnn: the worker died of {number.name} {why}".replace(" ;", ";"), file=sys.stderr)
         command = [
             "fit",
             "--resume",
@@ -80,29 +92,47 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
         ]
 
 
-def _run_worker(arguments: Sequence[str]) -> int:
-    # A session of its own: a terminal's Ctrl-C reaches only the supervisor, which passes it on once.
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "lowmem_pnn", *arguments],
-        env={**os.environ, WORKER_VARIABLE: "1", "GLIBC_TUNABLES": _with_huge_pages(os.environ.get("GLIBC_TUNABLES", ""))},
-        start_new_session=True,
-        preexec_fn=_die_with_parent,
-    )
+def _run_worker(arguments: Sequence[str]) -> tuple[int, list[int]]:
+    """Run one worker; its exit code, negative for a signal, and the signals that this process was asked to stop with."""
+    received: list[int] = []
+    supervisor, libc = os.getpid(), ctypes.CDLL(None)
+
+    def die_with_parent() -> None:
+        # The kernel kills the worker when its supervisor is killed, so that the run is free to be resumed (Linux).
+        if sys.platform.startswith("linux"):
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != supervisor:
+                os._exit(1)
 
     def forward(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        # The second ends the worker whatever it is in: its own handler would wait for a long operation to return.
         with suppress(ProcessLookupError):
-            worker.send_signal(number)
+            worker.send_signal(signal.SIGKILL if len(received) > 1 else number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Blocked until both sides can handle them: the worker takes its signals when it is past its imports.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    before: dict[signal.Signals, Any] = {}
     try:
-        return worker.wait()
+        # A session of its own: a terminal's Ctrl-C reaches only the supervisor, which passes it on once.
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "lowmem_pnn", *arguments],
+            env={**os.environ, WORKER_VARIABLE: "1", "GLIBC_TUNABLES": _with_huge_pages(os.environ.get("GLIBC_TUNABLES", ""))},
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    try:
+        return worker.wait(), received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _with_huge_pages(tunables: str) -> str:
-    """glibc's settings with transparent huge pages for large blocks, unless the user has chosen.
+    """Settings of glibc with transparent huge pages for large blocks, unless the user has chosen.
 
     Every batch allocates its gradients anew; in pages of 4 kB, a quarter of a step went to page faults.
     """
@@ -111,10 +141,12 @@ def _with_huge_pages(tunables: str) -> str:
     return ":".join(filter(None, [tunables, "glibc.malloc.hugetlb=1"]))
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill the worker when its supervisor is killed, so that the run is free to be resumed (Linux)."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _identity(workdir: Path) -> tuple[int, int] | None:
+    """What tells a run from one that was in the same folder before; None where there is none."""
+    with suppress(OSError):
+        status = (workdir / "config.json").stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 def _commit_number(workdir: Path) -> int | None:
@@ -124,7 +156,8 @@ def _commit_number(workdir: Path) -> int | None:
 
 
 def _resume_hint(workdir: Path, position: int | None) -> str:
-    return "" if position is None else f"; fit --resume --workdir {workdir} goes on from the last commit"
+    hint = f"; lowmem-pnn fit --resume --workdir {shlex.quote(str(workdir))} goes on from the last commit"
+    return hint if position is not None else " before the run began; nothing was written"
 
 
 def _display_flags(arguments: Sequence[str]) -> list[str]:

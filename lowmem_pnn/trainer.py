@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from lowmem_pnn.chain import TensorSpec, capture
-from lowmem_pnn.config import FitConfig, configure, next_workdir, run_name
+from lowmem_pnn.config import FitConfig, check_device, check_same, configure, next_workdir, run_name
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device
 from lowmem_pnn.errors import CheckpointError, ConfigError
 from lowmem_pnn.initialisation import build_weights
@@ -122,6 +123,7 @@ def evaluate(run: str | Path) -> dict[str, float]:
             raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
         with _open_device(config) as device:
             workload = make_workload(config, *sources)
+            check_same_data(state, workload, path)
             plan = Plan.from_json(state.plan)
             counter = IoCounter()
             folder = rundir.path / "evaluation"
@@ -169,6 +171,8 @@ def resume_run(
     """
     with RunDir.open(workdir) as rundir:
         config = FitConfig.from_json(rundir.config_json())
+        if rundir.journal()["stage"] == "done":
+            return _read_result(workdir)
     return _train(
         config,
         workdir,
@@ -208,10 +212,11 @@ def _train(
             costs = profile_workload(workload, device)
             if resume:
                 with RunDir.open(path) as rundir:
+                    check_same(config, FitConfig.from_json(rundir.config_json()), path)
                     state = State.from_journal(rundir.journal())
                     check_same_data(state, workload, path)
                     if state.stage == "done":
-                        return Result.from_json((path / "result.json").read_text())
+                        return _read_result(path)
                     rundir.cut_metrics(state.metrics_bytes)
                     state.resumed += 1
                     if after_crash:
@@ -222,6 +227,20 @@ def _train(
             state = first_state(workload, planned)
             with RunDir.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir:
                 return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
+
+
+def _read_result(path: Path) -> Result:
+    """What a finished run came to."""
+    try:
+        if not (path / "model.safetensors").is_file():
+            raise CheckpointError(
+                f"{path / 'model.safetensors'} is missing; restore it from a copy, or begin again with --overwrite"
+            )
+        return Result.from_json((path / "result.json").read_text())
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path / 'result.json'} cannot be read; restore it from a copy, or begin again with --overwrite"
+        ) from error
 
 
 def _plan(config: FitConfig, sources: Callable[[], _Sources]) -> PlanReport:
@@ -274,6 +293,7 @@ def _open_device(config: FitConfig) -> Device:
     kind, _, index = config.device.partition(":")
     if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
         return CudaDevice(config.max_gpu_mem, int(index or 0), config.budget_scope)
+    check_device(config, on_cpu=True, memory_bytes=psutil.virtual_memory().total)
     return CpuDevice(config.max_gpu_mem)
 
 

@@ -1,5 +1,6 @@
 """A workload: what a configuration comes to once its model is cut into layers and its data is open. Nothing is allocated yet."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,8 @@ from torch import nn
 from lowmem_pnn.chain import Chain, TensorSpec, capture
 from lowmem_pnn.config import FitConfig
 from lowmem_pnn.costs import MemoryProfile
-from lowmem_pnn.device import Device
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.device import Device, is_out_of_memory
+from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.methods import Method, Objective, make_method
 from lowmem_pnn.methods.base import Split as SplitName
 from lowmem_pnn.optimizers import OptimizerSpec
@@ -18,6 +19,7 @@ from lowmem_pnn.profiler import profile
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.building import skeleton
 from lowmem_pnn.sources.datasets import Dataset, Split, find_dataset, subset, train_val
+from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.models import ModelSource, find_model
 from lowmem_pnn.units import MEBIBYTE
 
@@ -121,7 +123,16 @@ def make_workload(config: FitConfig, source: ModelSource, dataset: Dataset, spli
         CaptureError: the model cannot be cut.
         ConfigError: model and data do not fit together.
     """
-    chain = capture(skeleton(source.build), TensorSpec(dataset.sample_shape, dataset.dtype))
+    try:
+        model = skeleton(source.build)
+    except Exception as error:
+        if isinstance(error, LowMemError) or is_out_of_memory(error):
+            raise
+        raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
+    _check_input(source, dataset, model)
+    chain = capture(model, TensorSpec(dataset.sample_shape, dataset.dtype))
     (scores,) = chain.boundaries[-1]
     if len(scores.shape) != 1 or scores.shape[0] < dataset.num_classes:
         raise ConfigError(
@@ -129,6 +140,21 @@ def make_workload(config: FitConfig, source: ModelSource, dataset: Dataset, spli
             f"{dataset.num_classes} classes; the model's last layer needs at least {dataset.num_classes} outputs"
         )
     return Workload(config, source, dataset, splits, make_method(config), chain)
+
+
+def _check_input(source: ModelSource, dataset: Dataset, model: nn.Module) -> None:
+    """Refuse the commonest ways in which a model does not take the samples, in words that say what to write."""
+    widths = source.spec.removeprefix("mlp:").split("-")
+    if source.spec.startswith("mlp:") and dataset.sample_shape != (int(widths[0]),):
+        size = math.prod(dataset.sample_shape)
+        raise ConfigError(
+            f"model {source.spec} takes {widths[0]} values, and the samples of data {dataset.name} have {size}; "
+            f"write mlp:{'-'.join([str(size), *widths[1:]])}"
+        )
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(dtypes) == 1 and dataset.dtype.is_floating_point and dataset.dtype not in dtypes:
+        found = str(dtypes.pop()).removeprefix("torch.")
+        raise ConfigError(f"model {source.spec} has {found} weights, and samples are float32; have it built with model.float()")
 
 
 def profile_workload(workload: Workload, device: Device) -> MemoryProfile:

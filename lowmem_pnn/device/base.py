@@ -47,6 +47,8 @@ class Device(ABC):
     """
 
     kind: ClassVar[str]
+    # Whether tensors on the host count against the budget: where host and device are one.
+    shares_host: ClassVar[bool] = False
 
     def __init__(self, torch_device: torch.device, budget_bytes: int) -> None:
         self.torch_device = torch_device

@@ -1,5 +1,7 @@
 """The CPU as the training device: the budget bounds the process's private memory above its floor."""
 
+import gc
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ class CpuDevice(Device):
     """
 
     kind = "cpu"
+    shares_host = True
 
     def __init__(self, budget_bytes: int) -> None:
         super().__init__(torch.device("cpu"), budget_bytes)
@@ -26,6 +29,7 @@ class CpuDevice(Device):
         fix_malloc_thresholds()
         self._meter.start()
         warm_up(self.torch_device)
+        gc.collect()  # garbage in the floor would be room above the budget
         trim_heap()
         self.floor_bytes = private_bytes()
         self._wall.raise_wall()

@@ -5,6 +5,7 @@ import ctypes
 import re
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,12 +72,15 @@ class DataLimit:
 
     # Moving the limit for less would be a system call for nothing.
     _STEP = MEBIBYTE
+    # What stays untouched for so many samples is left untouched; a block that is being filled is not, and is no reason to move.
+    _SAMPLES = 20
 
     def __init__(self, allowance_bytes: int) -> None:
         self._allowance_bytes = allowance_bytes
         self._before: tuple[int, int] | None = None
         self._floor = 0
         self._wall = 0
+        self._untouched: deque[int] = deque(maxlen=self._SAMPLES)
 
     def raise_wall(self) -> None:
         """Set the limit. A stricter one that is already set stays."""
@@ -90,6 +94,7 @@ class DataLimit:
         if soft != resource.RLIM_INFINITY and soft <= wall:
             return
         resource.setrlimit(resource.RLIMIT_DATA, (wall, hard))
+        self._untouched.extend([data - self._floor] * self._SAMPLES)
         self._before, self._wall = (soft, hard), wall
 
     def follow(self) -> None:
@@ -100,7 +105,8 @@ class DataLimit:
 
         private, data = private_and_data_bytes()
         soft, hard = self._before
-        wall = data - private + self._floor + self._allowance_bytes
+        self._untouched.append(data - private)
+        wall = min(self._untouched) + self._floor + self._allowance_bytes
         if soft != resource.RLIM_INFINITY:
             wall = min(wall, soft)
         if abs(wall - self._wall) >= self._STEP:

@@ -21,7 +21,17 @@ class SimulatedDevice(Device):
 
     def __init__(self, budget_bytes: int, capacity_bytes: int | None = None) -> None:
         super().__init__(torch.device("cpu"), budget_bytes)
-        self._tracker = StorageTracker(capacity_bytes=capacity_bytes or budget_bytes)
+        self._tracker = StorageTracker(capacity_bytes=capacity_bytes or budget_bytes, fake=False)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What it has; may be set, as when another process takes or leaves memory."""
+        assert self._tracker.capacity_bytes is not None
+        return self._tracker.capacity_bytes
+
+    @capacity_bytes.setter
+    def capacity_bytes(self, size: int) -> None:
+        self._tracker.capacity_bytes = size
 
     @staticmethod
     def reserve_for(budget_bytes: int) -> int:

@@ -53,7 +53,7 @@ _FILLS: dict[Any, Callable[[Tensor, tuple[Any, ...], Mapping[str, Any]], object]
 
 
 @contextmanager
-def file_backed(folder: Path, at_least: int = MEBIBYTE) -> Iterator[None]:
+def file_backed(folder: Path, at_least: int = MEBIBYTE) -> Iterator["FileBacked"]:
     """Let large CPU tensors that are made inside live in files of `folder`, with the values they would have had anyway.
 
     Tensors keep their file as long as they live, also after the block. The files have no name, so that nothing is left behind
@@ -62,6 +62,9 @@ def file_backed(folder: Path, at_least: int = MEBIBYTE) -> Iterator[None]:
     Args:
         folder: an existing folder on a disk with room for the model.
         at_least: the smallest tensor that gets a file, in bytes.
+
+    Yields:
+        What keeps track of the files; its `let_go` takes a tensor out of resident memory.
 
     Raises:
         DiskError: the disk is full or the folder cannot be written to.
@@ -72,8 +75,8 @@ def file_backed(folder: Path, at_least: int = MEBIBYTE) -> Iterator[None]:
         >>> model.weight.shape
         torch.Size([1024, 1024])
     """
-    with _FileBacked(folder, at_least):
-        yield
+    with FileBacked(folder, at_least) as files:
+        yield files
 
 
 def skeleton(build: Callable[[], nn.Module], folder: Path | None = None) -> nn.Module:
@@ -152,7 +155,7 @@ def _random_state_kept() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-class _FileBacked(TorchDispatchMode):
+class FileBacked(TorchDispatchMode):
     """Answers operations that make a large CPU tensor with one that lives in a file.
 
     At the dispatcher, not at the Python functions: there `copy.deepcopy` of a module (as `nn.TransformerEncoder` does) is seen
@@ -163,6 +166,18 @@ class _FileBacked(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._folder = folder
         self._at_least = at_least
+        # By the address where they begin.
+        self._maps: dict[int, mmap.mmap] = {}
+
+    def let_go(self, tensor: Tensor) -> None:
+        """Take a tensor's pages out of resident memory; the values stay in its file, and come back when they are read.
+
+        Args:
+            tensor: any; one that has no file is left alone.
+        """
+        start = _storage_start(tensor)
+        if start in self._maps:
+            self._maps[start].madvise(mmap.MADV_DONTNEED)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -179,8 +194,11 @@ class _FileBacked(TorchDispatchMode):
             if wanted is not None and self._is_large(wanted):
                 out = self._map_like(wanted)
                 fill(out, args, kwargs)
+                self.let_go(out)
                 return out
         result = func(*args, **kwargs)
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            self.let_go(args[0])  # an initialiser has filled it, and goes on to the next one
         returns = func._schema.returns
         if len(returns) == 1 and returns[0].alias_info is None and self._should_move(result, args):
             return self._map_like(result).copy_(result)
@@ -208,7 +226,9 @@ class _FileBacked(TorchDispatchMode):
                 mapped = mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise _disk_error(self._folder, size, error) from error
-        return torch.frombuffer(mapped, dtype=wanted.dtype).as_strided(wanted.shape, wanted.stride())
+        tensor = torch.frombuffer(mapped, dtype=wanted.dtype).as_strided(wanted.shape, wanted.stride())
+        self._maps[tensor.untyped_storage().data_ptr()] = mapped
+        return tensor
 
 
 def _request(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

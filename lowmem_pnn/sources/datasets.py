@@ -93,6 +93,8 @@ def find_dataset(spec: str, root: Path, wants: Wants) -> Dataset:
         >>> len(data.train), len(data.test), data.num_classes, data.sample_shape
         (1437, 360, 10, (64,))
     """
+    if spec in ("npz:", "imagefolder:", "npz", "imagefolder"):
+        raise ConfigError(f"data set {spec!r} says no place; others than the named ones are given as {_FORMS}")
     if spec.startswith("npz:"):
         return _npz(Path(spec.removeprefix("npz:")).expanduser(), wants)
     if spec.startswith("imagefolder:"):
@@ -153,6 +155,9 @@ def _dataset(name: str, train: SampleSplit, test: SampleSplit | None, steps: tup
                 f"{', '.join(test.presentation.words)}; store both alike"
             )
         train.num_classes = test.num_classes = max(train.num_classes, test.num_classes)
+    for part in (train, test):
+        if isinstance(part, ArraySplit):
+            part.check()
     prints = [part.fingerprint() for part in (train, test) if part is not None]
     words = shown.words if steps is None else (*steps, *shown.words[1:])
     return Dataset(
@@ -281,7 +286,14 @@ def _imagefolder(path: Path, wants: Wants) -> Dataset:
 
 def _factory(spec: str, wants: Wants) -> Dataset:
     """A function of the user's that returns data sets."""
-    made = load_factory(spec)()
+    factory = load_factory(spec)
+    try:
+        made = factory()
+    except (LowMemError, MemoryError):
+        raise
+    # Whatever a user's function raises is the user's to see, on one line, with the original as the cause.
+    except Exception as error:
+        raise DataError(f"data set {spec!r} cannot be opened: {one_line(error)}; see to the function") from error
     if isinstance(made, Dataset):
         return made
     place, _, name = spec.rpartition(":")

@@ -50,8 +50,9 @@ def load_factory(spec: str) -> Callable[..., Any]:
     with _importable(folder):
         try:
             module = load()
-        # Whatever a user's file raises at import is the user's to see, on one line, with the original as the cause.
-        except Exception as error:
+        # Whatever a user's file raises at import is the user's to see, on one line, with the original as the cause; that is also
+        # true of a script that ends the process.
+        except (Exception, SystemExit) as error:
             raise ConfigError(
                 f"{spec!r}: importing {place} failed with {one_line(error)}; see that `python` imports it"
             ) from error
@@ -66,7 +67,10 @@ def load_factory(spec: str) -> Callable[..., Any]:
     @functools.wraps(factory)
     def call(*args: Any, **kwargs: Any) -> Any:
         with _importable(folder):
-            return factory(*args, **kwargs)
+            try:
+                return factory(*args, **kwargs)
+            except SystemExit as error:
+                raise ConfigError(f"{spec!r} ended the process with {one_line(error)}; let it return or raise") from error
 
     return call
 

@@ -18,6 +18,9 @@ from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_fa
 
 Wants = Literal["flat", "image3", "any"]
 
+# Bytes of a tensor, and of what training keeps with it, are counted in 64 bits.
+_MOST_VALUES = 2**56
+
 _FORMS = "mlp:WIDTH-WIDTH-..., a torchvision classifier such as resnet18, package.module:factory or file.py:factory"
 # What some torchvision builders take out of their keyword arguments before they call the class, which lists them as required.
 _POPPED = frozenset({"dropout", "image_size", "input_size"})
@@ -67,7 +70,7 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None)
           (2): Linear(in_features=80, out_features=47, bias=True)
         )
     """
-    if spec.startswith("mlp:"):
+    if spec == "mlp" or spec.startswith("mlp:"):
         return _mlp(spec, arguments, num_classes)
     if ":" in spec:
         return _factory(spec, arguments, num_classes)
@@ -127,6 +130,9 @@ def _mlp(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> Mo
             f"{spec!r} is not an mlp; write two or more positive widths, input first and classes last: mlp:784-80-47"
         )
     widths = [int(text) for text in texts]
+    for width_in, width_out in pairwise(widths):
+        if width_in * width_out > _MOST_VALUES:
+            raise ConfigError(f"model {spec!r}: a layer of {width_in} x {width_out} values is more than a tensor can hold")
     if num_classes is not None and widths[-1] < num_classes:
         raise ConfigError(
             f"model {spec!r} ends in {widths[-1]} outputs, but the data set has {num_classes} classes; "

@@ -9,14 +9,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lowmem_pnn.errors import ConfigError, DataError
+from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_label, as_labels, as_tensor, hash_tensor
+from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.presentation import Presentation, Wants
 
 Indices: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]]"
 
 # How many samples of a data set that is not an array stand for all of it in its fingerprint.
 _NUM_PROBES = 16
+# How much of an array is looked at together.
+_CHECKED_BYTES = 4 << 20
 
 
 class Split(Protocol):
@@ -108,6 +111,17 @@ class ArraySplit(SampleSplit):
         self.presentation = Presentation.of(tuple(x.shape[1:]), x.dtype, wants, where)
         self._x, self._y = x, y
 
+    def check(self) -> None:
+        """Look at every sample: better now than when the last of them is first read, after the training.
+
+        Raises:
+            DataError: as `batch`.
+        """
+        if self.presentation.raw_dtype.is_floating_point:
+            step = max(1, _CHECKED_BYTES // max(1, self._x[0].nbytes))
+            for begin in range(0, len(self), step):
+                self.batch(np.arange(begin, min(begin + step, len(self))))
+
     def fingerprint(self) -> str:
         """A hash of the values; of very large arrays, of evenly spaced pieces and a sum."""
         digest = hashlib.sha256()
@@ -158,7 +172,15 @@ class MapSplit(SampleSplit):
         return digest.hexdigest()
 
     def _sample(self, number: int) -> tuple[Tensor, int]:
-        item = self._dataset[number]
+        try:
+            item = self._dataset[number]
+        except (LowMemError, MemoryError):
+            raise
+        # Whatever a user's data set raises is the user's to see, on one line, with the original as the cause.
+        except Exception as error:
+            raise DataError(
+                f"sample {number} of {self.where} cannot be read: {one_line(error)}; repair it or leave it out"
+            ) from error
         if not isinstance(item, tuple | list) or len(item) != 2:
             found = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
             raise DataError(f"sample {number} of {self.where} is {found}; a data set must give pairs (x, class number)")
@@ -287,7 +309,7 @@ def train_val(split: Split, val_fraction: float, seed: int, limit: int | None) -
     if num_val >= len(chosen):
         raise DataError(
             f"a validation fraction of {val_fraction} of {len(chosen)} samples leaves none to train on; "
-            "use more samples or fraction 0"
+            "use more samples or fraction 0 (--train-limit, --val-fraction)"
         )
     train = SubsetSplit(split, chosen[: len(chosen) - num_val])
     return train, SubsetSplit(split, chosen[len(chosen) - num_val :]) if num_val else None

@@ -60,6 +60,8 @@ def write_durably(path: Path, text: str) -> None:
         disk.commit_point(f"renamed {path.name}")
         sync_folder(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise disk_error(path, error, "write it") from error
 
 
@@ -157,7 +159,9 @@ class RunDir:
         except OSError as error:
             raise disk_error(path, error, "look into it") from error
         if not found:
-            raise CheckpointError(f"{path} holds no run; give the folder of one, or leave --resume out to begin")
+            raise CheckpointError(
+                f"{path} holds no run to resume or evaluate; give the folder of one, or leave --resume out to begin"
+            )
         lock = _take_lock(path)
         try:
             return cls(path, lock, read_journal(path / "journal.json")[1])
@@ -323,7 +327,7 @@ def _fill(path: Path, config_json: str, journal: str) -> IO[str]:
         write_durably(path / "journal.json", journal)
     except BaseException:
         if not was_run:
-            for name in _UNBORN:
+            for name in ("journal.json", *_UNBORN):
                 (path / name).unlink(missing_ok=True)
         lock.close()
         raise
@@ -361,9 +365,10 @@ def _take_lock(folder: Path) -> IO[str]:
         except OSError as error:
             lock.close()
             raise disk_error(folder / "lock", error, "lock it") from error
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    # For people only: a full disk is no reason to stop here.
+    with contextlib.suppress(OSError):
+        lock.truncate(0)
+        os.write(lock.fileno(), str(os.getpid()).encode())
     return lock
 
 

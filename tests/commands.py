@@ -1,0 +1,62 @@
+"""Runs the command line in this process, as a supervisor's worker does, and says what came of it; small data to run it on."""
+
+import contextlib
+import io
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from lowmem_pnn import cli
+from lowmem_pnn.supervisor import WORKER_VARIABLE
+
+
+@dataclass
+class Outcome:
+    """An exit code, and what was printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def fault(self) -> str:
+        """The one line that says why it failed, which is the last; what comes before it is progress."""
+        assert self.code != 0, self.out
+        assert self.out == "", "on a failure nothing is printed on stdout"
+        assert "Traceback" not in self.err
+        line = self.err.rstrip("\n").splitlines()[-1]
+        assert line.startswith("lowmem-pnn: "), self.err
+        return line.removeprefix("lowmem-pnn: ")
+
+
+def lowmem_pnn(*arguments: object) -> Outcome:
+    """Run `lowmem-pnn ARGUMENTS`; a single text is split as a shell would."""
+    texts = shlex.split(str(arguments[0])) if len(arguments) == 1 else [str(argument) for argument in arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, {WORKER_VARIABLE: "1", "COLUMNS": "130"}),
+        mock.patch.object(sys, "argv", ["lowmem-pnn", *texts]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 0
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def write_data(path: Path, **changes: np.ndarray) -> Path:
+    """Write 120 samples of 20 values in 3 classes, and 30 to test on, as .npz; `changes` replaces arrays."""
+    random = np.random.RandomState(0)
+    x = random.rand(150, 20).astype(np.float32)
+    y = (x[:, 0] * 3).astype(np.int64)
+    arrays = {"x_train": x[:120], "y_train": y[:120], "x_test": x[120:], "y_test": y[120:], **changes}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path

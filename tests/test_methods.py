@@ -1,0 +1,113 @@
+"""Methods: which visits they make, and what partitions learn."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem_pnn.chain import TensorSpec
+from lowmem_pnn.config import FitConfig, configure
+from lowmem_pnn.methods import Labels, SyntheticLabels, Visit, make_method
+from lowmem_pnn.methods.base import evaluation
+
+CPU = torch.device("cpu")
+FLAT, MAP, TOKENS = TensorSpec((50,), torch.float32), TensorSpec((3, 4, 4), torch.float32), TensorSpec((6,), torch.int64)
+
+
+def config(**options: Any) -> FitConfig:
+    return configure(max_gpu_mem="1GB", model="mlp:4-4", data="digits", **options)
+
+
+def synthetic(*specs: TensorSpec, seed: int = 0, kappa: float = 10.0, classes: int = 6) -> SyntheticLabels:
+    objective = SyntheticLabels(specs, classes, kappa, seed)
+    objective.prepare(CPU)
+    return objective
+
+
+def test_pnn_trains_a_partition_writes_its_outputs_once_and_goes_on() -> None:
+    method = make_method(config(epochs=(3, 1, 2)))
+    assert method.visits(3, ["train", "val"]) == [
+        Visit("learn", 0, "train", 3), Visit("emit", 0, "train"), Visit("emit", 0, "val"),
+        Visit("learn", 1, "train", 1), Visit("emit", 1, "train"), Visit("emit", 1, "val"),
+        Visit("learn", 2, "train", 2),
+    ]  # fmt: skip
+    assert make_method(config()).visits(1, ["train"]) == [Visit("learn", 0, "train", 10)]
+
+
+def test_backprop_is_one_partition_with_the_true_labels() -> None:
+    method = make_method(config(method="backprop", epochs=4))
+    assert method.num_partitions == 1
+    assert method.visits(1, ["train", "val"]) == [Visit("learn", 0, "train", 4)]
+    assert isinstance(method.objective(0, 1, (FLAT,), 5), Labels)
+
+
+def test_only_the_last_partition_of_pnn_learns_the_true_labels() -> None:
+    method = make_method(config(kappa=(2.0, 3.0)))
+    kinds = [method.objective(number, 3, (FLAT,), 6) for number in range(3)]
+    assert [type(kind) for kind in kinds] == [SyntheticLabels, SyntheticLabels, Labels]
+    codes = []
+    for kind in kinds[:2]:
+        kind.prepare(CPU)
+        assert isinstance(kind, SyntheticLabels)
+        codes.append(kind.codes[0])
+    # Each boundary has its own codes, and its own kappa.
+    assert not torch.equal(codes[0] / 2, codes[1] / 3)
+    assert codes[0].max() < 2 < codes[1].max() < 3
+
+
+def test_evaluation_sends_samples_through_all_partitions() -> None:
+    assert evaluation(2) == [Visit("emit", 0, "test"), Visit("emit", 1, "test")]
+
+
+def test_codes_are_one_for_each_class_uniform_from_0_to_kappa() -> None:
+    [codes] = synthetic(TensorSpec((20_000,), torch.float32), kappa=4.0).codes
+    assert codes.shape == (6, 20_000)
+    assert 0 <= float(codes.min()) < 0.001
+    assert 3.999 < float(codes.max()) < 4
+    assert float(codes.mean()) == pytest.approx(2, abs=0.02)
+    assert float(codes.std()) == pytest.approx(4 / 12**0.5, abs=0.02)
+    assert len({tuple(row) for row in codes[:, :5].tolist()}) == 6
+
+
+def test_codes_follow_from_the_seed_alone() -> None:
+    first, again, other = (synthetic(FLAT, MAP, seed=seed).codes for seed in (1, 1, 2))
+    torch.manual_seed(99)
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert not any(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+
+
+def test_targets_follow_the_labels_in_any_order() -> None:
+    objective = synthetic(FLAT)
+    labels = torch.tensor([3, 0, 5, 3, 1])
+    outputs = objective.codes[0][labels]
+    assert float(objective.loss((outputs,), labels)) == 0
+    order = torch.tensor([4, 2, 0, 1, 3])
+    assert float(objective.loss((outputs[order],), labels[order])) == 0
+    assert float(objective.loss((outputs,), labels[order])) > 1
+
+
+def test_the_loss_is_the_mean_over_all_elements_of_all_tensors() -> None:
+    objective = synthetic(FLAT, MAP)
+    labels = torch.tensor([0, 2])
+    outputs = tuple(torch.zeros(2, *spec.shape, requires_grad=True) for spec in (FLAT, MAP))
+    squares = torch.cat([codes[labels].flatten() ** 2 for codes in objective.codes])
+    assert float(objective.loss(outputs, labels).detach()) == pytest.approx(float(squares.mean()), rel=1e-6)
+
+
+def test_tensors_that_pass_through_do_not_count_in_training_nor_in_what_is_measured_after_it() -> None:
+    objective = synthetic(FLAT, MAP, TOKENS)
+    labels = torch.tensor([0, 2, 1])
+    learnt = torch.zeros(3, *MAP.shape, requires_grad=True)
+    passing, tokens = torch.zeros(3, *FLAT.shape), torch.zeros(3, *TOKENS.shape, dtype=torch.int64)
+    expected = nn.functional.mse_loss(learnt.detach(), objective.codes[1][labels])
+    assert torch.equal(objective.loss((passing, learnt, tokens), labels).detach(), expected)
+    with torch.no_grad():
+        assert torch.equal(objective.loss((passing, learnt.detach(), tokens), labels), expected)
+
+
+def test_labels_are_cross_entropy_and_count_right_answers() -> None:
+    scores, labels = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 5
+    assert torch.equal(Labels().loss((scores,), labels), nn.functional.cross_entropy(scores, labels))
+    assert Labels().num_correct((scores,), labels) == int((scores.argmax(1) == labels).sum())
+    assert synthetic(FLAT).num_correct((torch.zeros(2, 50),), labels[:2]) is None

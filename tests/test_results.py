@@ -1,0 +1,117 @@
+"""Whole runs by the command line, in a process of their own: what `result.json` holds, and how well peaks were predicted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+from sklearn.metrics import f1_score
+from torch import nn
+
+import lowmem_pnn
+from lowmem_pnn.units import MEBIBYTE
+
+# What programs that read results rely on.
+CONTRACT = {
+    "method", "model", "data", "seed", "device", "budget_bytes", "budget_scope", "floor_bytes", "peak_bytes", "host_peak_bytes",
+    "predicted_peak_bytes", "training_state_bytes", "partitions", "epochs", "seconds", "samples_per_second", "train_loss", "val_loss",
+    "test_accuracy", "test_f1", "macs", "exits", "chosen_exit", "bytes_read", "bytes_written", "oom_retries", "resumed",
+    "weights_file", "preprocessing", "versions",
+}  # fmt: skip
+OF_A_PARTITION = {
+    "start", "stop", "layers", "params", "micro_batch", "batch", "epochs", "predicted_peak_bytes", "peak_bytes", "seconds",
+}  # fmt: skip
+
+
+def fit(folder: Path, *arguments: str) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        "-m",
+        "lowmem_pnn",
+        "fit",
+        "--json",
+        "--quiet",
+        "--device",
+        "cpu",
+        "--workdir",
+        str(folder),
+        *arguments,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert result == json.loads((folder / "result.json").read_text())
+    return result
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Coloured 32 x 32 images whose class is their tint."""
+    random = np.random.default_rng(0)
+    y = np.arange(160) % 5
+    x = np.clip(random.normal(60 + 30 * y[:, None, None, None], 20, size=(160, 32, 32, 3)), 0, 255).astype(np.uint8)
+    path = tmp_path_factory.mktemp("data") / "pictures.npz"
+    np.savez(path, x_train=x[:128], y_train=y[:128], x_test=x[128:], y_test=y[128:])
+    return path
+
+
+def test_resnet_trains_and_its_weights_load_into_torchvisions_own(pictures: Path, tmp_path: Path) -> None:
+    result = fit(
+        tmp_path / "run", "--max-gpu-mem", "150MB", "--model", "resnet18", "--data", f"npz:{pictures}", "--epochs", "2",
+        "--batch-size", "32",
+    )  # fmt: skip
+    assert set(result) >= CONTRACT
+    assert all(set(partition) >= OF_A_PARTITION for partition in result["partitions"])
+    assert (result["exits"], result["chosen_exit"]) == ([], None)
+    assert result["budget_bytes"] == 150_000_000
+    assert [result["partitions"][0]["start"], result["partitions"][-1]["stop"]] == [0, 10]
+    assert result["oom_retries"] == result["resumed"] == 0
+    assert result["preprocessing"] == "uint8 / 255, HWC to CHW"
+    assert {"lowmem-pnn", "torch", "python"} <= set(result["versions"])
+
+    model = torchvision.models.resnet18(num_classes=5)
+    assert sum(partition["params"] for partition in result["partitions"]) == sum(p.numel() for p in model.parameters())
+    # Weights, gradients and two moments, in fp32; buffers once.
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    assert result["training_state_bytes"] == 4 * parameters + sum(buffer.nbytes for buffer in model.buffers())
+    model.load_state_dict(load_file(result["weights_file"]), strict=True)
+    with np.load(pictures) as arrays:
+        x, y = torch.from_numpy(arrays["x_test"]).permute(0, 3, 1, 2) / 255, torch.from_numpy(arrays["y_test"])
+    with torch.no_grad():
+        scores = model.eval()(x)
+    assert result["test_accuracy"] == pytest.approx(float((scores.argmax(1) == y).float().mean()), abs=1e-6)
+    assert result["test_f1"] == pytest.approx(f1_score(y.numpy(), scores.argmax(1).numpy(), average="macro"), abs=1e-6)
+    assert result["test_loss"] == pytest.approx(float(nn.functional.cross_entropy(scores, y.long())), rel=1e-4)
+
+    assert result["peak_bytes"] <= 150_000_000
+    check_prediction(result)
+
+
+def test_mlp_larger_than_its_budget_trains_within_it(tmp_path: Path) -> None:
+    result = fit(
+        tmp_path / "run", "--max-gpu-mem", "70MB", "--model", "mlp:64-1500-1500-1500-10", "--data", "digits", "--epochs", "2",
+        "--lr", "1e-3", "--kappa", "1",
+    )  # fmt: skip
+    assert result["training_state_bytes"] > 70_000_000 >= result["peak_bytes"]
+    assert len(result["partitions"]) > 1
+    assert result["test_accuracy"] > 0.6
+    check_prediction(result)
+
+    # The exported weights, scored again in partitions by us, give what the run reported.
+    again = lowmem_pnn.evaluate(tmp_path / "run")
+    assert {name: again[name] for name in again} == {name: result[name] for name in again}
+
+
+def check_prediction(result: dict[str, Any]) -> None:
+    found, predicted = result["peak_bytes"], result["predicted_peak_bytes"]
+    assert 0.8 * predicted - 4 * MEBIBYTE < found < 1.1 * predicted + 4 * MEBIBYTE, (found, predicted)
+    for partition in result["partitions"]:
+        # A library's first use of a kernel, and the heap's own needs, take a few MiB of any run.
+        assert partition["peak_bytes"] < 1.1 * partition["predicted_peak_bytes"] + 4 * MEBIBYTE, partition

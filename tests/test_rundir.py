@@ -1,0 +1,266 @@
+"""Run directories: born whole, locked, moved by their journal, and refused by name when damaged."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowmem_pnn.errors import BusyError, CheckpointError, ConfigError, DiskError
+from lowmem_pnn.stores import disk, rundir
+from lowmem_pnn.stores.rundir import RunDir, write_durably
+
+
+def body(number: int = 0, **more: Any) -> dict[str, Any]:
+    return {"number": number, **more}
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "_LOCK_PATIENCE_SECONDS", 0.2)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def make(path: Path, **options: Any) -> RunDir:
+    return RunDir.create(path, '{"lr": 1}', body(), **options)
+
+
+def test_a_run_is_born_with_its_configuration_and_journal(path: Path) -> None:
+    with make(path / "deep" / "ü ñ") as run:
+        assert run.config_json() == '{"lr": 1}'
+        assert run.journal() == body()
+        assert {entry.name for entry in run.path.iterdir()} == {"config.json", "journal.json", "lock"}
+        assert run.path.stat().st_mode & 0o777 == 0o777 & ~rundir._umask()
+    assert [entry.name for entry in (path / "deep").iterdir()] == ["ü ñ"], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("point", ["written config.json", "renamed journal.json", "synced", "born"])
+def test_a_birth_that_is_cut_short_leaves_nothing(path: Path, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        if name.startswith(point):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk, "commit_point", fail)
+    with pytest.raises(DiskError, match="no space left on device"):
+        make(path)
+    assert list(path.parent.iterdir()) == []
+    path.mkdir()
+    if point != "born":
+        with pytest.raises(DiskError, match="no space left on device"):
+            make(path)
+        assert list(path.iterdir()) == []
+
+
+def test_an_empty_folder_becomes_a_run_without_being_replaced(path: Path) -> None:
+    path.mkdir()
+    before = path.stat().st_ino
+    with make(path) as run:
+        assert path.stat().st_ino == before
+        assert run.journal() == body()
+
+
+@pytest.mark.parametrize("left", [["lock"], ["lock", "config.json"], ["lock", "config.json", "journal.json.new"]])
+def test_what_a_killed_birth_left_is_no_obstacle(path: Path, left: list[str]) -> None:
+    path.mkdir()
+    for name in left:
+        (path / name).write_text("half")
+    with make(path) as run:
+        assert run.config_json() == '{"lr": 1}'
+
+
+def test_a_link_to_a_folder_is_followed(path: Path, tmp_path: Path) -> None:
+    for target in (tmp_path / "there", tmp_path / "not there"):
+        link = tmp_path / f"link to {target.name}"
+        link.symlink_to(target)
+        if target.name == "there":
+            target.mkdir()
+        make(link).__exit__()
+        make(link, overwrite=True).__exit__()
+        assert link.is_symlink()
+        assert (target / "journal.json").exists()
+
+
+def test_what_is_there_is_not_replaced(path: Path) -> None:
+    path.write_text("a file")
+    with pytest.raises(ConfigError, match="run is a file; give a folder"):
+        make(path)
+    path.unlink()
+    path.mkdir()
+    (path / "thesis.txt").write_text("important")
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="is not empty and holds no run; give another folder"):
+            make(path, overwrite=overwrite)
+    # The names alone do not make it a run that was being born.
+    (path / "thesis.txt").rename(path / "config.json")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        make(path, overwrite=True)
+    assert (path / "config.json").read_text() == "important"
+
+
+def test_a_run_is_replaced_only_with_overwrite(path: Path) -> None:
+    with make(path) as run:
+        run.log({"loss": 1})
+        run.commit(body(1), keep=2)
+        (path / "weights").mkdir()
+        (path / "weights" / "p000.g000000.safetensors").touch()
+    with pytest.raises(ConfigError, match="holds a run already; give --resume to go on with it, or --overwrite to replace it"):
+        make(path)
+    with make(path, overwrite=True) as run:
+        assert run.journal() == body()
+        assert {entry.name for entry in path.iterdir()} == {"config.json", "journal.json", "lock"}
+
+
+def test_an_overwriting_that_is_cut_short_can_be_done_again_but_not_resumed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(path).__exit__()
+
+    def fail(name: str) -> None:
+        if name == "emptied":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(disk, "commit_point", fail)
+        with pytest.raises(KeyboardInterrupt):
+            RunDir.create(path, '{"lr": 2}', body(), overwrite=True)
+    with RunDir.open(path) as run, pytest.raises(CheckpointError, match="is not the configuration that the run began with"):
+        run.config_json()
+    RunDir.create(path, '{"lr": 2}', body(), overwrite=True).__exit__()
+
+
+def test_the_place_is_taken_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def intrude(name: str) -> None:
+        if name == "born":
+            path.mkdir()
+            (path / "journal.json").touch()
+
+    monkeypatch.setattr(disk, "commit_point", intrude)
+    with pytest.raises(BusyError, match="was taken by another process just now; choose another folder"):
+        make(path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("place", ["/proc/run", "file/run", "x" * 300])
+def test_a_place_that_cannot_be_made(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError, match=r"cannot make --workdir .*; choose a folder that can be written"):
+        make(tmp_path / place)
+
+
+def test_one_process_at_a_time(path: Path) -> None:
+    holder = "import sys; from pathlib import Path; from lowmem_pnn.stores.rundir import RunDir\n"
+    holder += "run = RunDir.open(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    make(path).__exit__()
+    other = subprocess.Popen([sys.executable, "-c", holder, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        text = f"run is in use by process {other.pid}; wait for it, or choose another folder"
+        with pytest.raises(BusyError, match=text):
+            RunDir.open(path)
+        with pytest.raises(BusyError, match=text):
+            make(path, overwrite=True)
+        assert (path / "journal.json").exists()
+        other.kill()
+        # At once: the lock of a process that is dying is waited for.
+        RunDir.open(path).__exit__()
+
+
+def test_a_folder_that_is_no_run_is_not_opened(path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match="run holds no run to resume or evaluate; give the folder of one, or leave --resume out to begin"
+    ):
+        RunDir.open(path)
+    path.mkdir()
+    with pytest.raises(CheckpointError, match="holds no run"):
+        RunDir.open(path)
+    assert list(path.iterdir()) == [], "looking leaves nothing behind"
+
+
+def _damages() -> Iterator[Any]:
+    yield pytest.param(lambda text: "", "is no journal", id="empty")
+    yield pytest.param(lambda text: text[: len(text) // 2], "is no journal", id="cut short")
+    yield pytest.param(lambda text: "[]", "is no journal", id="a list")
+    yield pytest.param(lambda text: "\0" * len(text), "is no journal", id="zeros")
+    yield pytest.param(lambda text: text.replace('"number": 0', '"number": 7'), "does not match its checksum", id="edited")
+    yield pytest.param(
+        lambda text: text.replace('"format": 1', '"format": 99'), "has format 99, this version reads 1", id="later"
+    )
+
+
+@pytest.mark.parametrize(("damage", "text"), list(_damages()))
+def test_a_damaged_journal_is_refused_and_the_lock_freed(path: Path, damage: Any, text: str) -> None:
+    make(path).__exit__()
+    journal = path / "journal.json"
+    journal.write_text(damage(journal.read_text()))
+    with pytest.raises(CheckpointError, match=text):
+        RunDir.open(path)
+    make(path, overwrite=True).__exit__()
+
+
+def test_a_configuration_that_was_edited_is_refused(path: Path) -> None:
+    make(path).__exit__()
+    (path / "config.json").write_text('{"lr": 2}')
+    with RunDir.open(path) as run:
+        with pytest.raises(CheckpointError, match=r"config.json is not the configuration that the run began with"):
+            run.config_json()
+        (path / "config.json").unlink()
+        with pytest.raises(CheckpointError, match=r"config.json: no such file or directory; restore it from a copy"):
+            run.config_json()
+
+
+def test_a_commit_replaces_the_journal_and_keeps_what_was_asked(path: Path) -> None:
+    with make(path) as run:
+        assert run.commit(body(1)) == [body(1)]
+        assert run.commit(body(2), keep=2) == [body(2), body(1)]
+        assert run.commit(body(3), keep=3) == [body(3), body(2), body(1)]
+        assert run.commit(body(4), keep=2) == [body(4), body(3)]
+        assert run.older_journals() == [body(3)]
+        assert run.commit(body(5)) == [body(5)]
+    with RunDir.open(path) as run:
+        assert (run.journal(), run.older_journals(), run.config_json()) == (body(5), [], '{"lr": 1}')
+
+
+def test_a_commit_that_is_not_written_leaves_the_one_before(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make(path) as run:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(DiskError, match="no space left on device"):
+            run.commit(body(1))
+        assert run.journal() == body()
+        assert not list(path.glob("*.new"))
+
+
+def test_metrics_are_cut_to_the_last_commit(path: Path) -> None:
+    with make(path) as run:
+        run.log({"epoch": 1})
+        size = run.metrics_bytes()
+        run.log({"epoch": 2})
+        assert [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] == [{"epoch": 1}, {"epoch": 2}]
+        run.cut_metrics(10**6)  # as after a crash that lost the file's tail: nothing to cut
+        run.cut_metrics(size)
+        run.log({"epoch": 3})
+        assert (path / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 3}\n'
+        assert run.disk_bytes() > 0
+
+
+def test_metrics_on_a_full_disk_are_an_error_once(path: Path) -> None:
+    with make(path) as run:
+        (path / "metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(DiskError, match="no space left on device"):
+            run.log({"epoch": 1})
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "result.json"
+    write_durably(target, "old")
+    write_durably(target, "new ü")
+    assert target.read_text(encoding="utf-8") == "new ü"
+    with pytest.raises(DiskError, match="no such file or directory"):
+        write_durably(tmp_path / "nowhere" / "x", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
