@@ -141,6 +141,7 @@ def plan(as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
 
         report = plan_run(config)
     click.echo(report.to_json() if as_json else str(report))
+    raise SystemExit(report.exit_code)
 
 
 @cli.command()
@@ -207,6 +208,8 @@ def _judge(error: Exception, text: str) -> tuple[int, str]:
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were on the command line; repeated KEY=VALUE texts as one dictionary."""
     given = {name: value for name, value in options.items() if value is not None and value != ()}
+    if "max_gpu_mem" not in given:
+        raise click.UsageError("--max-gpu-mem is missing; give --max-gpu-mem 2GB", click.get_current_context())
     if "model_arg" in given:
         # Not at the top: it imports torch.
         from lowmem_pnn.sources.models import parse_model_arguments

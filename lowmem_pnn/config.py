@@ -155,6 +155,9 @@ DEMONSTRATION: Mapping[str, Any] = {
     "kappa": (1.0,),
 }
 
+# Data sets that are kept in `data_root`.
+DOWNLOADED = ("mnist", "fashion-mnist", "emnist-balanced", "cifar10", "cifar100")
+
 # Options that only some choice of another option reads: (option, what it needs, does this run have it?).
 _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("kappa", "--method pnn", lambda config: config.method == "pnn"),
@@ -163,6 +166,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("momentum", "--optimizer sgd", lambda config: config.optimizer == "sgd"),
     ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
     ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
+    ("data_root", "a data set that is downloaded", lambda config: config.data in DOWNLOADED),
     ("model_arg", "a model that is built by a factory (not mlp:)", lambda config: not config.model.startswith("mlp:")),
 )
 

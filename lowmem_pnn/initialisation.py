@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lowmem_pnn.chain import Chain, Layer
+from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.planner import Plan
 from lowmem_pnn.sources.building import file_backed
@@ -46,6 +47,7 @@ def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCount
     rest: dict[str, TensorLayout] = {weight_key(name): (tensors[name].dtype, tuple(tensors[name].shape)) for name in chain.unused}
     store = WeightStore.create(folder, layouts, counter, rest=rest)
     homes: list[int | str] = [*range(len(layouts)), *(["rest"] if rest else [])]
+    layouts_of = {key: layout for part in (*layouts, rest) for key, layout in part.items()}
     source = TensorFile.open(trained, counter=counter) if trained is not None else None
     for home in homes:
         with store.writer(home) as file:  # type: ignore[arg-type]
@@ -56,12 +58,23 @@ def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCount
                 if source is not None and name in source.entries:
                     file.copy_from(key, source, name)
                 else:
+                    _check_layout(workload, name, tensors.get(name), layouts_of[key])
                     file.write_from(key, tensors[name].detach().contiguous())
                     files.let_go(tensors[name])
     if source is not None:
         source.close()
     store.seal(homes)  # type: ignore[arg-type]
     return store
+
+
+def _check_layout(workload: Workload, name: str, tensor: Tensor | None, wanted: TensorLayout) -> None:
+    """A factory must build the same model every time: it was cut after another call than this one."""
+    found = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
+    if found != wanted:
+        raise ConfigError(
+            f"model {workload.source.spec} is another one each time it is built: {name} is now {found or 'missing'}, and was {wanted}; "
+            "make its factory give the same shapes every time"
+        )
 
 
 def partition_layout(chain: Chain, layers: tuple[Layer, ...], optimizer: OptimizerSpec) -> Mapping[str, TensorLayout]:

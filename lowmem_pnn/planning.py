@@ -118,14 +118,14 @@ def check_disk(workload: Workload, plan: Plan, profile: MemoryProfile) -> None:
 def describe_plan(workload: Workload, profile: MemoryProfile, device: Device) -> PlanReport:
     """What a run would come to, or why it cannot be."""
     config = workload.config
-    reason, partitions, disk, peak = "", [], 0, 0
+    reason, exit_code, partitions, disk, peak = "", 0, [], 0, 0
     try:
         plan = make_plan(workload, profile, device)
         partitions = [describe_partition(workload, part) for part in plan.partitions]
         disk, peak = disk_bytes(workload, plan, profile), plan.predicted_peak_bytes
         check_disk(workload, plan, profile)
     except (BudgetError, DiskError) as error:
-        reason = str(error)
+        reason, exit_code = str(error), error.exit_code
     return PlanReport(
         method=config.method,
         model=config.model,
@@ -139,6 +139,7 @@ def describe_plan(workload: Workload, profile: MemoryProfile, device: Device) ->
         partitions=partitions,
         fits=not reason,
         reason=reason,
+        exit_code=exit_code,
     )
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from lowmem_pnn.device import Device
-from lowmem_pnn.errors import BudgetError
+from lowmem_pnn.errors import BudgetError, CaptureError, LowMemError
 from lowmem_pnn.executor import Executor, Stage
+from lowmem_pnn.feeds import Batch
 from lowmem_pnn.planner import Plan
 from lowmem_pnn.planning import reading_bytes
 from lowmem_pnn.run import Run
@@ -64,6 +65,9 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, device: Device) -> 
         workload: what is trained.
         plan: to be checked.
         device: open.
+
+    Raises:
+        CaptureError: the model raises on real tensors.
     """
     number = max(range(len(plan.partitions)), key=lambda number: plan.partitions[number].predicted_peak_bytes)
     planned = plan.partitions[number]
@@ -80,7 +84,7 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, device: Device) -> 
             stage = run.stage(number, learns=True)
             for layer in stage.residency.layers:
                 layer.module.train()
-            executor.train_batch(stage, batch, step=0)
+            _try(executor, stage, batch)
             went_through = True
         measured = device.section_peak_bytes()
     finally:
@@ -92,3 +96,15 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, device: Device) -> 
     predicted = planned.predicted_peak_bytes - reading + held
     micro_batch = stage.micro_batch if stage is not None and went_through else None
     return Check(number, predicted, measured, went_through and not shrunk, micro_batch)
+
+
+def _try(executor: Executor, stage: Stage, batch: Batch) -> None:
+    try:
+        executor.train_batch(stage, batch, step=0)
+    except LowMemError:
+        raise
+    except Exception as error:  # whatever a user's forward may raise; it is his to mend, not ours
+        reason = " ".join(str(error).split())[:300]
+        raise CaptureError(
+            f"the model failed on a batch of zeros in {stage.title}: {type(error).__name__}: {reason}; mend its forward"
+        ) from error

@@ -116,7 +116,8 @@ class Result:
 class PlanReport:
     """What a run would come to.
 
-    Sizes are bytes. `fits` is whether it can run within the budget and `max_disk`; where it cannot, `reason` says why.
+    Sizes are bytes. `fits` is whether it can run within the budget and `max_disk`; where it cannot, `reason` says why and
+    `exit_code` is that of the `fit` that would fail so.
     """
 
     method: str
@@ -131,6 +132,7 @@ class PlanReport:
     partitions: Sequence[Mapping[str, Any]]
     fits: bool
     reason: str
+    exit_code: int
 
     def to_json(self) -> str:
         """As JSON text."""
@@ -157,17 +159,11 @@ class PlanReport:
             if self.fits
             else f"does not fit: {self.reason}"
         )
-        return "\n".join(
-            [
-                f"{self.model} on {self.data}, method {self.method}, {self.device}",
-                "",
-                text_table(heads, rows),
-                "",
-                f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state); "
-                f"disk, at most {format_bytes(self.disk_bytes)}",
-                verdict,
-            ]
-        )
+        lines = [f"{self.model} on {self.data}, method {self.method}, {self.device}", ""]
+        if rows:
+            lines += [text_table(heads, rows), "", f"disk: at most {format_bytes(self.disk_bytes)}"]
+        lines += [f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state)", verdict]
+        return "\n".join(lines)
 
 
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

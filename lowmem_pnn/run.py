@@ -260,6 +260,9 @@ class Run:
 
     def _learn(self, visit: Visit, stage: Stage) -> None:
         progress, record = self.state.progress, self.state.records[visit.partition]
+        if stage.residency.optimizer is None:
+            self._display.message(f"{stage.title} has only frozen weights: nothing to learn")
+            return
         with ExitStack() as stack:
             feed = self._feed(stack, visit.partition, "train", self._folder("train"))
             val = None

@@ -113,6 +113,8 @@ def split_data(dataset: Dataset, config: FitConfig) -> dict[SplitName, Split]:
     if dataset.test is not None:
         size = min(len(dataset.test), config.test_limit or len(dataset.test))
         splits["test"] = subset(dataset.test, torch.arange(size).numpy())
+    elif config.test_limit is not None:
+        raise ConfigError(f"--test-limit has no effect here: data {config.data} has no test part; leave it out")
     return splits
 
 

@@ -75,7 +75,7 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "text"),
     [
-        ("fit", 3, "--max-gpu-mem is missing; give --max-gpu-mem 2GB"),
+        ("fit", 2, "--max-gpu-mem is missing; give --max-gpu-mem 2GB"),
         ("fit --max-gpu-mem '512 megs'", 3, "--max-gpu-mem: '512 megs' is not a size; write 512MB or 512MiB"),
         ("fit --max-gpu-mem -5MB", 3, "'-5MB' is not a size"),
         ("fit --max-gpu-mem 0", 3, "'0' is a size of 0 bytes; write a positive one"),
@@ -633,3 +633,29 @@ def write_golden() -> None:
 
 if __name__ == "__main__":
     write_golden()
+
+
+def test_a_plan_that_does_not_fit_is_shown_and_has_the_code_of_the_failure() -> None:
+    done = lowmem_pnn("plan --max-gpu-mem 20MB --model mlp:64-4096-4096-10 --data digits --device cpu")
+    assert done.code == 4
+    assert "does not fit: layer '2' alone needs" in done.out
+    assert lowmem_pnn("plan --max-gpu-mem 2GB --max-disk 100kB --model mlp:64-256-10 --data digits --device cpu").code == 5
+
+
+def test_a_model_that_fails_on_real_tensors_is_the_users(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "class Picky(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        if x.device.type != 'meta' and not isinstance(x, torch._subclasses.FakeTensor):\n"
+        "            raise IndexError('no such row')\n"
+        "        return x\n"
+        "def build():\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), Picky(), torch.nn.Linear(16, 10))\n"
+    )
+    done = lowmem_pnn(
+        f"fit --max-gpu-mem 100MB --model {tmp_path}/net.py:build --data digits --device cpu --workdir {tmp_path}/run"
+    )
+    assert done.code == 3
+    assert "the model failed on a batch of zeros" in done.fault
+    assert "IndexError: no such row" in done.fault

@@ -116,10 +116,10 @@ def test_a_budget_above_the_machine_is_refused() -> None:
 
 def test_paths_are_kept_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = make(model="my nets/net.py:build", data="npz:set.npz", data_root="sets")
+    config = make(model="my nets/net.py:build", data="npz:set.npz")
     assert config.model == f"{tmp_path}/my nets/net.py:build"
     assert config.data == f"npz:{tmp_path}/set.npz"
-    assert config.data_root == tmp_path / "sets"
+    assert make(data="cifar10", data_root="sets").data_root == tmp_path / "sets"
     assert make(data="imagefolder:a/b").data == f"imagefolder:{tmp_path}/a/b"
     assert make().data_root == tmp_path / "data"
     assert make(model="package.module:build", data="digits").model == "package.module:build"

@@ -63,7 +63,7 @@ def plan_report(**changes: Any) -> PlanReport:
     }  # fmt: skip
     report = PlanReport(
         method="pnn", model="m", data="d", device="cpu", budget_bytes=1000, reserve_bytes=100, training_state_bytes=80,
-        predicted_peak_bytes=200, disk_bytes=50, partitions=[partition], fits=True, reason="",
+        predicted_peak_bytes=200, disk_bytes=50, partitions=[partition], fits=True, reason="", exit_code=0,
     )  # fmt: skip
     return dataclasses.replace(report, **changes)
 
