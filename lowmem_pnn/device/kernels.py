@@ -15,6 +15,8 @@ from torch import Tensor
 # Code that oneDNN compiles for one direction of a convolution of one shape, with the copies around it, and keeps. Measured: 8.3 MB
 # for the 33 of a ResNet-18 without its last block, 21.7 MB for about 105 of a MobileNetV2.
 CODE_BYTES = 230_000
+# What matrix products hold from the first one on, to pack their operands, for each thread. Measured: 3.2 MB for two.
+PACKING_BYTES = 1_600_000
 # oneDNN keeps so many compiled operations, and forgets the ones that were not used for the longest time.
 MAX_COMPILED = 1024
 
