@@ -165,9 +165,11 @@ class Executor:
         if buffers is None:
             raise self._too_large(stage, f"with a copy of {stage.title}'s buffers")
         while (loss := self._unless_full(lambda: self._accumulate(stage, batch, step))) is None:
+            stage.residency.settle_buffers()
             for name, tensor in stage.residency.buffers.items():
                 tensor.copy_(buffers[name])
             self._shrink(stage)
+        stage.residency.settle_buffers()
         for name, parameter in stage.residency.trainable.items():
             if parameter.grad is None:
                 raise CaptureError(
@@ -303,9 +305,9 @@ class Executor:
         self._device.release()
         if stage.micro_batch <= stage.smallest_micro_batch:
             raise self._too_large(stage, f"for {stage.title} with a micro-batch of {stage.micro_batch}, the smallest")
-        self._device.begin_section()
         stage.micro_batch = max(stage.smallest_micro_batch, stage.micro_batch // 2)
         self._on_shrink(stage)
+        self._device.begin_section()
 
     def _too_large(self, stage: Stage, what: str) -> BudgetError:
         used, budget = format_bytes(self._device.section_peak_bytes()), format_bytes(self._device.budget_bytes)

@@ -2,15 +2,17 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import lowmem_pnn
 from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import Device
-from lowmem_pnn.errors import BudgetError, CheckpointError
+from lowmem_pnn.errors import BudgetError, CheckpointError, DivergedError
 from lowmem_pnn.initialisation import build_weights, owners
 from lowmem_pnn.methods.base import evaluation
 from lowmem_pnn.planner import Plan
@@ -41,11 +43,12 @@ def go_on(
     should_stop: Callable[[], bool],
 ) -> Result:
     """From any commit to the end."""
+    began = time.monotonic()
     counter = IoCounter()
     folder = rundir.path / "weights"
 
     def make_run(plan: Plan, weights: WeightStore) -> Run:
-        return Run(workload, plan, device, rundir, weights, state, threads, counter, display, should_stop)
+        return Run(workload, plan, device, rundir, weights, state, threads, counter, display, should_stop, began)
 
     plan = Plan.from_json(state.plan)
     if state.stage == "born":
@@ -54,7 +57,9 @@ def go_on(
         for attempt in range(_MAX_PLANS):
             run = make_run(plan, build_weights(workload, plan, folder, counter))
             check = check_tightest(run, workload, plan, device)
-            if check.fits and check.measured_bytes <= device.budget_bytes - device.reserve_bytes // 2:
+            # What the check found beyond the plan comes on top of all that the plan foresees, reading too.
+            expected = plan.predicted_peak_bytes + max(0, check.unexplained_bytes)
+            if check.fits and expected <= device.budget_bytes - device.reserve_bytes // 2:
                 break
             if attempt == _MAX_PLANS - 1 and check.micro_batch is not None:
                 # The device has far less than the budget; smaller micro-batches get by with it.
@@ -91,19 +96,29 @@ def _open_committed(rundir: RunDir, state: State, counter: IoCounter) -> WeightS
 def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, device: Device, rundir: RunDir) -> Result:
     """Export, test, write the result, and only then mark the run as done."""
     weights_file = rundir.path / "model.safetensors"
+    # Nothing after training needs the boundaries; without them the export fits on the disk.
+    run.state.activations = {}
+    run.commit()
+    run.wait()
     run.weights.export(weights_file, workload.chain.persistent, owners(workload.chain))
     scores = score(run, workload, plan) if "test" in workload.splits else {}
+    if not all(math.isfinite(score) for score in scores.values()):
+        raise DivergedError(f"the trained model's test loss is {scores['test_loss']}; try a lower --lr")
     run.update_totals()
     state = run.state
     result = _make_result(workload, plan, costs, device, state, scores, rundir.path)
     write_durably(rundir.path / "result.json", result.to_json() + "\n")
     state.stage = "done"
-    state.activations = {}
     run.commit()
     run.wait()
-    shutil.rmtree(rundir.path / "weights", ignore_errors=True)
-    shutil.rmtree(rundir.path / "activations", ignore_errors=True)
+    clear(rundir)
     return result
+
+
+def clear(rundir: RunDir) -> None:
+    """Delete the working files of a run that is done."""
+    for name in ("weights", "activations"):
+        shutil.rmtree(rundir.path / name, ignore_errors=True)
 
 
 def score(run: Run, workload: Workload, plan: Plan) -> dict[str, float]:
@@ -196,15 +211,25 @@ def check_same_data(state: State, workload: Workload, path: Path) -> None:
 
 
 def halve(state: State, workload: Workload) -> None:
-    """The next visit's partition gets half the micro-batch."""
+    """Halve the micro-batch of the partition that was resident when the process died.
+
+    Raises:
+        BudgetError: it is the smallest already.
+    """
     visits = workload.method.visits(len(state.micro_batches), workload.training_splits)
-    if state.visit < len(visits):
-        number = visits[state.visit].partition
-        smallest = state.plan["smallest_micro_batch"]
-        if state.micro_batches[number] <= smallest:
-            raise BudgetError(
-                f"partition {number + 1} died at the memory limit with a micro-batch of {smallest}, the smallest; "
-                "give a larger --max-gpu-mem"
-            )
+    smallest = state.plan["smallest_micro_batch"]
+    if state.stage == "born":
+        peaks = [part["predicted_peak_bytes"] for part in state.plan["partitions"]]
+        numbers = [peaks.index(max(peaks))]  # the one that is checked
+    elif state.visit < len(visits):
+        numbers = [visits[state.visit].partition]
+    else:
+        numbers = list(range(len(state.micro_batches)))  # any of them, while the model was measured
+    if all(state.micro_batches[number] <= smallest for number in numbers):
+        raise BudgetError(
+            f"partition {numbers[0] + 1} died at the memory limit with a micro-batch of {smallest}, the smallest; "
+            "give a larger --max-gpu-mem"
+        )
+    for number in numbers:
         state.micro_batches[number] = max(smallest, state.micro_batches[number] // 2)
-        state.oom_retries += 1
+    state.oom_retries += 1

@@ -88,10 +88,11 @@ def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int
     """
     if not device.shares_host:
         return 0
-    sample = sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary]) + 8  # and a label
+    sample = sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary]) + 8 + 24  # a label, a place in the order
     batches = 2 * batch * sample
     if boundary == 0:
-        return batches
+        # And the epoch's order, while it is made.
+        return batches + 24 * max(len(split) for split in workload.splits.values())
     # The validation set's window is open while the training set's stays in memory for the next epoch.
     train = min(io.window_bytes, len(workload.splits["train"]) * sample)
     val = min(io.window_bytes // 2, len(workload.splits["val"]) * sample) if "val" in workload.splits else 0
@@ -181,4 +182,5 @@ def _refine(
         # Gradients are gone while outputs are written, and two shards are there.
         emit = max(layer.input_bytes.at(part.micro_batch) + layer.emit_peak.at(part.micro_batch) for layer in layers)
         writing = part.state_bytes - sum(layer.gradient_bytes for layer in layers) + emit + 2 * io.shard_bytes
+        writing += objective_memory(workload, part.stop).fixed
     return dataclasses.replace(part, predicted_peak_bytes=max(learn, writing) + reading + fixed)

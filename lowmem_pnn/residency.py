@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowmem_pnn.chain import Chain, Layer
 from lowmem_pnn.device import Device, is_out_of_memory
-from lowmem_pnn.errors import BudgetError
+from lowmem_pnn.errors import BudgetError, CaptureError
 from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.stores.tensorfile import TensorFile
 from lowmem_pnn.stores.weights import state_key, weight_key
@@ -104,6 +104,26 @@ class Residency:
     def buffers(self) -> dict[str, Tensor]:
         """The buffers, by name: what a rollback has to restore after a forward in train mode."""
         return self._buffers
+
+    def settle_buffers(self) -> None:
+        """Bring buffers that a forward replaced (`self.mean = ...`) back into the tensors that are saved and restored.
+
+        Raises:
+            CaptureError: it replaced one by a tensor of another shape or type.
+        """
+        for layer in self.layers:
+            for alias, tensor in layer.buffers().items():
+                name = self._owner.get(alias, alias)
+                own = self._buffers[name]
+                if tensor is own:
+                    continue
+                if (tensor.shape, tensor.dtype) != (own.shape, own.dtype):
+                    raise CaptureError(
+                        f"buffer {name!r} was {tuple(own.shape)} {own.dtype} and is {tuple(tensor.shape)} {tensor.dtype} after a "
+                        "forward; keep its shape and type"
+                    )
+                own.copy_(tensor.detach())
+                layer.set_tensor(alias, own)
 
     def save(self, writer: TensorFile) -> None:
         """Write weights, buffers and optimizer state.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_pnn.device import Device
-from lowmem_pnn.errors import BudgetError, DiskError, Stopped
+from lowmem_pnn.errors import BudgetError, DiskError, DivergedError, Stopped
 from lowmem_pnn.executor import Executor, Progress, Stage, Tally
 from lowmem_pnn.feeds import DatasetFeed, Feed, ShardFeed
 from lowmem_pnn.methods import Visit
@@ -130,6 +130,7 @@ class Run:
         counter: IoCounter,
         display: Display,
         should_stop: Callable[[], bool] = lambda: False,
+        began: float | None = None,
     ) -> None:
         self._workload = workload
         self._plan = plan
@@ -144,10 +145,15 @@ class Run:
         self._io = IoSizes.of_budget(workload.config.max_gpu_mem)
         self._executor = Executor(device, workload.config.seed, self._note_shrink)
         self._pending: Future[None] | None = None
-        self._once_named = set(state.activations.values())
+        self._once_named = {
+            folder for body in (state.to_journal(), *rundir.older_journals()) for folder in body["activations"].values()
+        }
+        # The record of the partition whose visit is under way, and since when it has been brought up to date.
+        self._record: tuple[PartitionRecord, float] | None = None
         # Totals of earlier processes of this run; what this one adds comes on top.
         self._earlier = (state.seconds, state.bytes_read, state.bytes_written, state.peak_bytes, state.host_peak_bytes)
-        self._began = self._last_commit = time.monotonic()
+        self._last_commit = time.monotonic()
+        self._began = self._last_commit if began is None else began
 
     @property
     def _activations(self) -> Path:
@@ -168,14 +174,12 @@ class Run:
                 stage = None
             if stage is None:
                 stage = self._enter(visit.partition, learns=visit.action == "learn")
-            began = time.monotonic()
+            self._record = self.state.records[visit.partition], time.monotonic()
             if visit.action == "learn":
                 self._learn(visit, stage)
             else:
                 self._emit(visit, stage)
-            record = self.state.records[visit.partition]
-            record.seconds += time.monotonic() - began
-            record.peak_bytes = max(record.peak_bytes, self._device.section_peak_bytes())
+            self._update_record()
             self.state.visit += 1
             self.state.progress = Progress()
             self.commit(stage if visit.action == "learn" else None)
@@ -217,7 +221,9 @@ class Run:
             changed: the partition whose weights moved since the last commit, if any.
         """
         self.wait()
+        self._update_record()
         if changed is not None:
+            _check_finite(changed)
             with self.weights.writer(changed.number) as writer:
                 changed.residency.save(writer)
         self.update_totals()
@@ -226,6 +232,14 @@ class Run:
         journal = self.state.to_journal()
         self._pending = self._threads.commit.submit(self._finish_commit, journal, None if changed is None else changed.number)
         self._last_commit = time.monotonic()
+
+    def _update_record(self) -> None:
+        if self._record is not None:
+            record, since = self._record
+            now = time.monotonic()
+            record.seconds += now - since
+            record.peak_bytes = max(record.peak_bytes, self._device.section_peak_bytes())
+            self._record = record, now
 
     def wait(self) -> None:
         """Wait until the last commit is durable."""
@@ -255,7 +269,7 @@ class Run:
         self._once_named = named
         disk.commit_point("discarded")
         limit = self._workload.config.max_disk
-        if limit is not None and (found := self._rundir.disk_bytes()) > limit:
+        if limit is not None and journal["stage"] != "done" and (found := self._rundir.disk_bytes()) > limit:
             raise DiskError(f"the run takes {format_bytes(found)} on disk, above --max-disk {format_bytes(limit)}; give more")
 
     def _learn(self, visit: Visit, stage: Stage) -> None:
@@ -277,9 +291,12 @@ class Run:
                 measured = self._executor.measure(stage, val) if val is not None else None
                 record.train_loss = tally.loss
                 if measured is not None:
-                    # JSON knows no infinity.
-                    record.val_loss = measured.loss if math.isfinite(measured.loss) else None
-                    record.val_accuracy = measured.accuracy
+                    if not math.isfinite(measured.loss):
+                        raise DivergedError(
+                            f"the validation loss became {measured.loss} in {stage.title}, epoch {progress.epoch}; "
+                            "the last commit is kept; try a lower --lr"
+                        )
+                    record.val_loss, record.val_accuracy = measured.loss, measured.accuracy
                 line = {
                     "visit": self.state.visit,
                     "action": "learn",
@@ -382,13 +399,27 @@ class Run:
             smallest_micro_batch=self._plan.smallest_micro_batch,
             is_last=partition == len(self._plan.partitions) - 1,
         )
-        self._executor.prepare(stage)
+        try:
+            self._executor.prepare(stage)
+        except BaseException:
+            residency.unload()
+            raise
         return stage
 
     def _leave(self, stage: Stage) -> None:
         stage.residency.unload()
 
     def _note_shrink(self, stage: Stage) -> None:
+        self._update_record()
         self.state.micro_batches[stage.number] = stage.micro_batch
         self.state.oom_retries += 1
         self._display.message(f"{stage.title}: out of memory; going on with a micro-batch of {stage.micro_batch}")
+
+
+def _check_finite(stage: Stage) -> None:
+    """A commit must be one that training can go on from: an infinite gradient shows only in the weights."""
+    for name, parameter in stage.residency.trainable.items():
+        if not math.isfinite(float(parameter.detach().sum())):
+            raise DivergedError(
+                f"weight {name!r} is no longer finite in {stage.title}; the last commit is kept; try a lower --lr"
+            )

@@ -1,9 +1,10 @@
 """The public functions: `fit`, `plan`, `evaluate`, and what the command line calls for them."""
 
 import dataclasses
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import nn
 
 from lowmem_pnn.chain import TensorSpec, capture
 from lowmem_pnn.config import FitConfig, check_device, check_same, configure, next_workdir, run_name
-from lowmem_pnn.device import CpuDevice, CudaDevice, Device
-from lowmem_pnn.errors import CheckpointError, ConfigError
+from lowmem_pnn.device import CpuDevice, CudaDevice, Device, is_out_of_memory
+from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.initialisation import build_weights
-from lowmem_pnn.lifecycle import check_same_data, first_state, go_on, halve, score
+from lowmem_pnn.lifecycle import check_same_data, clear, first_state, go_on, halve, score
 from lowmem_pnn.planner import Plan
 from lowmem_pnn.planning import check_disk, describe_plan, make_plan
 from lowmem_pnn.profiler import profile
@@ -25,6 +26,7 @@ from lowmem_pnn.report import PlanReport, Result
 from lowmem_pnn.run import Run, State, Threads
 from lowmem_pnn.sources.datasets import Dataset, find_dataset, from_torch, make_dataset
 from lowmem_pnn.sources.models import ModelSource, find_model
+from lowmem_pnn.sources.splits import SampleSplit
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.rundir import RunDir
 from lowmem_pnn.workload import make_workload, open_data, profile_workload, split_data
@@ -60,6 +62,8 @@ def fit(
         overwrite: replace the run in `workdir`.
         display: is told of the run's progress; None shows nothing.
         **options: other fields of `FitConfig`.
+
+    On Linux glibc's thresholds for giving memory back stay lowered in the process; the memory limit is lifted at the end.
 
     Returns:
         What `result.json` says. The trained weights are in `result.weights_file`.
@@ -121,6 +125,7 @@ def evaluate(run: str | Path) -> dict[str, float]:
         sources = _named_sources(config)
         if "test" not in sources[2]:
             raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
+        _rehearse()
         with _open_device(config) as device:
             workload = make_workload(config, *sources)
             check_same_data(state, workload, path)
@@ -133,6 +138,7 @@ def evaluate(run: str | Path) -> dict[str, float]:
                 return score(run_, workload, plan)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+                clear(rundir)
 
 
 def start_run(
@@ -203,7 +209,8 @@ def _train(
     should_stop: Callable[[], bool] = lambda: False,
     after_crash: bool = False,
 ) -> Result:
-    with _threads() as threads, _closing(display):
+    # The caller's random state stays his.
+    with torch.random.fork_rng(devices=[]), _full_is_a_budget_error(), _threads() as threads, _closing(display):
         # What has to be there before the floor is taken: imports, open data, threads.
         opened = sources()
         _rehearse()
@@ -211,21 +218,25 @@ def _train(
             workload = make_workload(config, *opened)
             costs = profile_workload(workload, device)
             if resume:
-                with RunDir.open(path) as rundir:
+                # Threads end first: a commit that is under way needs the lock.
+                with RunDir.open(path) as rundir, closing(threads):
                     check_same(config, FitConfig.from_json(rundir.config_json()), path)
                     state = State.from_journal(rundir.journal())
                     check_same_data(state, workload, path)
                     if state.stage == "done":
+                        clear(rundir)
                         return _read_result(path)
                     rundir.cut_metrics(state.metrics_bytes)
                     state.resumed += 1
                     if after_crash:
                         halve(state, workload)
+                        state.number += 1
+                        rundir.commit(state.to_journal(), config.keep_commits)  # or the next crash would halve it no further
                     return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
             planned = make_plan(workload, costs, device)
             check_disk(workload, planned, costs)
             state = first_state(workload, planned)
-            with RunDir.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir:
+            with RunDir.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
                 return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
 
 
@@ -278,6 +289,10 @@ def _python_sources(config: FitConfig, model: _Model, train: Any, val: Any, test
             splits["val"] = from_torch(val, num_classes=dataset.num_classes, wants=wants)
         if test is not None and isinstance(train, str):
             splits["test"] = from_torch(test, num_classes=dataset.num_classes, wants=wants)
+        parts = [dataset.fingerprint, *(part.fingerprint() for part in splits.values() if isinstance(part, SampleSplit))]
+        if len(parts) > 1:
+            # Parts that were given apart from the data set belong to the run's data too.
+            dataset = dataclasses.replace(dataset, fingerprint=hashlib.sha256("".join(parts).encode()).hexdigest())
         return source, dataset, splits
 
     return sources
@@ -302,6 +317,20 @@ def _rehearse() -> None:
     toy = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     chain = capture(toy, TensorSpec((4,), torch.float32))
     profile(chain, optimizer_state_tensors=2, step_temporaries=0.0, device=torch.device("cpu"))
+
+
+@contextmanager
+def _full_is_a_budget_error() -> Iterator[None]:
+    """Running out of memory outside of a batch, which could have been made smaller, ends the run."""
+    try:
+        yield
+    except LowMemError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise BudgetError(f"memory ran out outside of a batch: {reason}; give a larger --max-gpu-mem") from error
 
 
 @contextmanager

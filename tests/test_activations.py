@@ -348,7 +348,7 @@ def test_an_exception_leaves_no_index(tmp_path, pool):
     with pytest.raises(Interruption):
         interrupted()
     assert not (tmp_path / "a" / "index.json").exists()
-    text = r"a/index\.json' is missing: the store was not completed; delete .*/a and run again with --resume"
+    text = r"a/index\.json' is missing: the store was not completed; restore the run.s folder from a copy"
     with pytest.raises(CheckpointError, match=text):
         ActivationStore.open(tmp_path / "a")
     # The next writer finds an empty folder.
@@ -485,7 +485,7 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path, pool, kind, verify, text):
     damage(tmp_path / "a", kind)
     with pytest.raises(CheckpointError, match=r"a/00001\.safetensors' " + text) as caught:
         ActivationStore.open(tmp_path / "a", verify=verify)
-    assert str(caught.value).endswith(f"; delete {tmp_path / 'a'} and run again with --resume")
+    assert str(caught.value).endswith("; restore the run's folder from a copy, or start again with --overwrite")
 
 
 @pytest.mark.parametrize("window_bytes", [0, 8 * SAMPLE_BYTES, PLENTY])
@@ -542,7 +542,7 @@ def test_a_damaged_index_is_refused_by_name(tmp_path, pool, edit, text):
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(CheckpointError, match=r"a/index\.json' " + text) as caught:
         ActivationStore.open(tmp_path / "a")
-    assert str(caught.value).endswith(f"; delete {tmp_path / 'a'} and run again with --resume")
+    assert str(caught.value).endswith("; restore the run's folder from a copy, or start again with --overwrite")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import networks
 import pytest
 import torch
 from plainloops import assert_same_weights, built, images, loaded, small_conv, train_by_backprop, vectors
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowmem_pnn
@@ -353,3 +354,41 @@ def test_a_residency_comes_and_goes_bit_for_bit(tmp_path: Path, pool: ThreadPool
         assert float(state["step"]) == 1.0
         assert all(tensor.data_ptr() % 64 == 0 for tensor in again.values())
         residency.unload()
+
+
+class _Averaged(nn.Module):
+    """Keeps a running mean by assigning to its buffer, as many moving averages do."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        return x + 0 * self.mean
+
+
+def test_a_buffer_that_a_forward_replaces_is_kept(tmp_path: Path) -> None:
+    x, y = torch.rand(64, 8), torch.arange(64) % 3
+    build = lambda: nn.Sequential(nn.Linear(8, 8), _Averaged(), nn.Linear(8, 3))  # noqa: E731
+    options = {"max_gpu_mem": "100MB", "method": "backprop", "epochs": 1, "batch_size": 32, "val_fraction": 0.0, "device": "cpu"}
+    result = lowmem_pnn.fit(build, (x, y), workdir=tmp_path / "run", **options)
+    assert load_file(result.weights_file)["1.mean"].abs().sum() > 0
+
+
+def test_the_callers_random_state_is_kept(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    lowmem_pnn.fit("mlp:64-8-10", "digits", max_gpu_mem="100MB", epochs=1, train_limit=40, workdir=tmp_path / "run", device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_last_step_that_diverges_is_no_result(tmp_path: Path) -> None:
+    x, y = torch.rand(32, 8), torch.arange(32) % 3
+    options = {"max_gpu_mem": "100MB", "method": "backprop", "epochs": 1, "batch_size": 32, "val_fraction": 0.0, "device": "cpu"}
+    with pytest.raises(DivergedError, match="no longer finite in partition 1 of 1"):
+        lowmem_pnn.fit("mlp:8-8-3", (x, y), optimizer="sgd", lr=1e38, workdir=tmp_path / "run", **options)
+    assert not (tmp_path / "run" / "model.safetensors").exists()

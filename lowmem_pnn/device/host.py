@@ -165,5 +165,7 @@ class PrivateMemoryMeter:
 
     def _sample(self) -> None:
         while not self._stop.wait(self._interval):
-            self._note()
-            self._on_sample()
+            # Near the wall even this may find no memory; the next sample may.
+            with contextlib.suppress(MemoryError, OSError):
+                self._note()
+                self._on_sample()

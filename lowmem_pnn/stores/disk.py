@@ -15,7 +15,7 @@ import psutil
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.units import MEBIBYTE, format_bytes
 
-CHUNK_BYTES = 4 * MEBIBYTE
+CHUNK_BYTES = MEBIBYTE // 4
 """What is read, hashed or copied at a time."""
 REMEDY = "restore it from a copy, or delete it and run again"
 """What to do about a damaged file, where nothing more is known of it."""
@@ -53,7 +53,7 @@ class IoCounter:
 
 
 def sha256(path: Path, counter: IoCounter | None = None) -> str:
-    """The hash of a file's bytes, in hexadecimal, read 4 MiB at a time.
+    """The hash of a file's bytes, in hexadecimal, read a chunk at a time.
 
     Raises:
         CheckpointError: no such file.

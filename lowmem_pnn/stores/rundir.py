@@ -209,8 +209,12 @@ class RunDir:
         try:
             if keep > 1:
                 # A copy by link: the rename below then replaces the name, not the bytes.
+                kept = self.path / f"journal.{read_journal(current)[0]['number']:06d}.json"
                 with contextlib.suppress(FileExistsError):
-                    os.link(current, self.path / f"journal.{read_journal(current)[0]['number']:06d}.json")
+                    try:
+                        os.link(current, kept)
+                    except PermissionError:  # a file system without links
+                        write_durably(kept, current.read_text(encoding="utf-8"))
             write_durably(current, seal_journal(journal, self._config_sha256))
             older = sorted(self.path.glob("journal.*.json"), reverse=True)
             for path in older[keep - 1 :]:

@@ -123,7 +123,7 @@ def make_empty(folder: Path) -> None:
 
 def remedy(folder: Path) -> str:
     """What to do about a damaged store: the end of its error messages."""
-    return f"delete {folder} and run again with --resume"
+    return "restore the run's folder from a copy, or start again with --overwrite"
 
 
 def shard_name(number: int) -> str:
