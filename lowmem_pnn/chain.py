@@ -59,7 +59,8 @@ class Layer:
     """
 
     name: str
-    """Qualified name of its first module or parameter with weights ('layer1.0', 'fc'); unique in a chain."""
+    """Qualified name of its first module or parameter with weights ('layer1.0', 'fc'), or, where that is a number, the layer's own
+    number from 0; unique in a chain."""
 
     module: nn.Module
     """An `fx.GraphModule` whose parameters and buffers have the names they have in the model."""
@@ -223,7 +224,9 @@ def capture(model: nn.Module, input_spec: TensorSpec) -> Chain:
     names = _tensors_by_name(model)
     _check_weights(model, names)
     flow = DataFlow(model, trace(model), input_spec.shape, input_spec.dtype)
-    layers = [Layer(name, module, names) for name, module in flow.pieces()]
+    # A module of an nn.Sequential is called '4'; so that no layer has another one's number for a name, its name is its own number.
+    pieces = ((str(number) if name.isdigit() else name, module) for number, (name, module) in enumerate(flow.pieces()))
+    layers = [Layer(name, module, names) for name, module in pieces]
     held: dict[int, list[int]] = {}
     for index, layer in enumerate(layers):
         for tensor in {**layer.parameters(), **layer.buffers()}.values():

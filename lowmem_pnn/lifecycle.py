@@ -94,16 +94,16 @@ def _open_committed(rundir: RunDir, state: State, counter: IoCounter) -> WeightS
 
 
 def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, device: Device, rundir: RunDir) -> Result:
-    """Export, test, write the result, and only then mark the run as done."""
+    """Test, export, write the result, and only then mark the run as done."""
     weights_file = rundir.path / "model.safetensors"
     # Nothing after training needs the boundaries; without them the export fits on the disk.
     run.state.activations = {}
     run.commit()
     run.wait()
-    run.weights.export(weights_file, workload.chain.persistent, owners(workload.chain))
     scores = score(run, workload, plan) if "test" in workload.splits else {}
     if not all(math.isfinite(score) for score in scores.values()):
         raise DivergedError(f"the trained model's test loss is {scores['test_loss']}; try a lower --lr")
+    run.weights.export(weights_file, workload.chain.persistent, owners(workload.chain))
     run.update_totals()
     state = run.state
     result = _make_result(workload, plan, costs, device, state, scores, rundir.path)

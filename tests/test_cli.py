@@ -111,10 +111,10 @@ def test_bad_options(line: str, code: int, text: str) -> None:
         ("--max-gpu-mem 1", 4, "above the budget of 1 B; give --max-gpu-mem "),
         ("--max-gpu-mem 900TB", 4, "--max-gpu-mem 900.00 TB is more than this machine has"),
         ("--max-disk 1kB", 5, "on disk, above --max-disk 1.0 kB; give more"),
-        ("--cuts nonsense", 3, "no layer 'nonsense' in the model; the layers are 0, 2"),
+        ("--cuts nonsense", 3, "no layer 'nonsense' in the model; the layers are 0, 1"),
         ("--cuts 0", 3, "--cuts at layers 0: the cuts of a model of 2 layers must be ascending and between 1 and 1"),
         ("--cuts 1,1", 3, "must be ascending"),
-        ("--cuts 99", 3, "no layer 99: the layers are numbered from 0 ('0') to 1 ('2')"),
+        ("--cuts 99", 3, "no layer 99: the layers are numbered from 0 ('0') to 1 ('1')"),
         ("--partitions 9", 3, "this model of 2 layers can be cut into at most 2 partitions"),
         ("--epochs 1,2,3 --partitions 2", 3, "--epochs has 3 values, and there are 2 partitions; give one value or 2"),
         ("--epochs 1,2,3", 3, "--epochs has 3 values, and there is 1 partition; give one value, or set --cuts or --partitions"),
@@ -638,7 +638,7 @@ if __name__ == "__main__":
 def test_a_plan_that_does_not_fit_is_shown_and_has_the_code_of_the_failure() -> None:
     done = lowmem_pnn("plan --max-gpu-mem 20MB --model mlp:64-4096-4096-10 --data digits --device cpu")
     assert done.code == 4
-    assert "does not fit: layer '2' alone needs" in done.out
+    assert "does not fit: layer '1' alone needs" in done.out
     assert lowmem_pnn("plan --max-gpu-mem 2GB --max-disk 100kB --model mlp:64-256-10 --data digits --device cpu").code == 5
 
 

@@ -77,7 +77,7 @@ def tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_linear_layer_by_hand():
     [first, second] = price(mlp(30, 20, 10), flat(30), state_tensors=2, temporaries=2.0).layers
-    assert (second.name, second.num_params) == ("2", 210)
+    assert (second.name, second.num_params) == ("1", 210)
     assert second.weight_bytes == second.gradient_bytes == 4 * 210
     assert second.optimizer_bytes == 2 * 4 * 210
     assert second.step_bytes == 2 * 4 * 200
