@@ -116,9 +116,11 @@ def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, devi
 
 
 def clear(rundir: RunDir) -> None:
-    """Delete the working files of a run that is done."""
+    """Delete the working files of a run that is done, and the older commits, which need them."""
     for name in ("weights", "activations"):
         shutil.rmtree(rundir.path / name, ignore_errors=True)
+    for older in rundir.path.glob("journal.*.json"):
+        older.unlink(missing_ok=True)
 
 
 def score(run: Run, workload: Workload, plan: Plan) -> dict[str, float]:
