@@ -219,7 +219,7 @@ def capture(model: nn.Module, input_spec: TensorSpec) -> Chain:
     Example:
         >>> chain = capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), TensorSpec((4,), torch.float32))
         >>> [layer.name for layer in chain.layers], [str(specs[0]) for specs in chain.boundaries]
-        (['0', '2'], ['(4,) float32', '(3,) float32', '(2,) float32'])
+        (['0', '1'], ['(4,) float32', '(3,) float32', '(2,) float32'])
     """
     names = _tensors_by_name(model)
     _check_weights(model, names)
