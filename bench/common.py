@@ -6,10 +6,13 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +88,128 @@ def write_results(name: str, title: str, text: str, data: dict[str, Any]) -> Non
     (RESULTS / f"{name}.md").write_text(page)
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": setting, **data}, indent=1) + "\n")
     print(page)
+
+
+class StepMeter:
+    """What the steps of a loop in this process cost: seconds, CPU seconds, bytes written, and memory above what imports hold.
+
+    `begin` is called after the imports, `lap` after every step. Linux alone; nothing but the standard library, so that it can be used
+    under an interpreter that has another contender's packages and not ours.
+    """
+
+    def __init__(self) -> None:
+        self._laps: list[tuple[float, float, int]] = []
+        self._floor_private = self._floor_rss = self._peak_private = 0
+
+    def begin(self) -> None:
+        """Take the floor and begin to watch private memory, every 10 ms."""
+        status = _status()
+        self._floor_private = self._peak_private = status["RssAnon"] + status["RssShmem"]
+        self._floor_rss = status["VmRSS"]
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def lap(self) -> None:
+        """A step ended, or the first one begins."""
+        io = {key: int(value) for key, value in (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())}
+        # Asynchronous direct writes are in write_bytes alone; a page that is written again before it reaches the disk in wchar alone.
+        self._laps.append((time.monotonic(), time.process_time(), max(io["write_bytes"], io["wchar"])))
+
+    def figures(self, skip: int) -> dict[str, float]:
+        """Means over the steps after the first `skip`, and peaks in bytes."""
+        begin, end = self._laps[skip], self._laps[-1]
+        steps = len(self._laps) - 1 - skip
+        peak_rss = _status()["VmHWM"]
+        return {
+            "seconds": (end[0] - begin[0]) / steps,
+            "cpu_seconds": (end[1] - begin[1]) / steps,
+            "written": (end[2] - begin[2]) / steps,
+            "peak_rss": peak_rss,
+            "rss_above_imports": peak_rss - self._floor_rss,
+            "private_above_imports": self._peak_private - self._floor_private,
+        }
+
+    def step_seconds(self) -> list[float]:
+        """Wall seconds of every step."""
+        return [after[0] - before[0] for before, after in pairwise(self._laps)]
+
+    def _watch(self) -> None:
+        while True:
+            status = _status()
+            self._peak_private = max(self._peak_private, status["RssAnon"] + status["RssShmem"])
+            time.sleep(0.01)
+
+
+def _status() -> dict[str, int]:
+    """The sizes in /proc/self/status, in bytes."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1] == "kB"}
+
+
+def fit(workdir: Path, *arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]], Finished]:
+    """Run `lowmem-pnn fit` on the CPU with these arguments.
+
+    Returns:
+        Its result, the lines of its metrics.jsonl that are about single steps, in order, and the process. Seconds and bytes in the
+        lines are the run's totals so far; so is `cpu_seconds`, which is added here.
+    """
+    command = lowmem_pnn("fit", "--device", "cpu", "--workdir", str(workdir), "--log-every", "1", "--json", "--quiet", *arguments)
+    seen: list[float] = []
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch_lines, args=(workdir / "metrics.jsonl", seen, over))
+    watcher.start()
+    try:
+        done = run_process(command)
+    finally:
+        over.set()
+        watcher.join()
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [{**line, "cpu_seconds": cpu} for line, cpu in zip(lines, [*seen, *[float("nan")] * len(lines)], strict=False)]
+    return json.loads(done.stdout), [line for line in steps if "step" in line], done
+
+
+def _watch_lines(path: Path, seen: list[float], over: threading.Event) -> None:
+    """Note the CPU seconds of this process's descendants whenever a file has a new line."""
+    size = 0
+    while not over.wait(0.01):
+        with suppress(OSError):
+            if path.stat().st_size != size:
+                text = path.read_bytes()
+                size = len(text)
+                seen += [_cpu_of_descendants()] * (text.count(b"\n") - len(seen))
+
+
+def _cpu_of_descendants() -> float:
+    """CPU seconds of all living processes that this one has started, or they."""
+    parents, ticks = {}, {}
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError):
+            if folder.name.isdigit():
+                # After the command's name in brackets: state, parent, ...; user and system time are the 14th and 15th of all.
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                parents[int(folder.name)], ticks[int(folder.name)] = int(fields[1]), int(fields[11]) + int(fields[12])
+    family = {os.getpid()}
+    while more := {number for number, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(ticks[number] for number in family - {os.getpid()}) / os.sysconf("SC_CLK_TCK")
+
+
+def step_means(lines: Sequence[dict[str, Any]], skip: int) -> dict[str, float]:
+    """Seconds, CPU seconds, bytes read and written of a step: means over those after the first `skip` > 0 of the lines of `fit`."""
+    begin, end = lines[skip - 1], lines[-1]
+    names = {"seconds": "seconds", "cpu_seconds": "cpu_seconds", "read": "bytes_read", "written": "bytes_written"}
+    return {name: (end[key] - begin[key]) / (len(lines) - skip) for name, key in names.items()}
+
+
+def last_json(text: str) -> Any:
+    """What a process printed as its last line; libraries print before it."""
+    return json.loads(text.splitlines()[-1])
+
+
+def find_text(given: Path | None) -> tuple[Path | None, str]:
+    """A text to train on, and what it is in words: the given file, tinyshakespeare where there is one, or None for random bytes."""
+    if given is not None:
+        return given, given.name
+    folders = [os.environ.get("LOWMEM_PNN_DATA"), Path(__file__).parents[2] / "shared" / "data"]
+    files = [Path(folder) / "tinyshakespeare.txt" for folder in folders if folder]
+    found = next((file for file in files if file.is_file()), None)
+    return found, "random bytes" if found is None else found.name

@@ -89,22 +89,20 @@ class Layer:
         return {name: self.module.get_buffer(name) for name in self._buffer_names}
 
     def set_tensor(self, name: str, tensor: Tensor) -> None:
-        """Replace a parameter or buffer of this layer; whether it requires a gradient stays as it was.
+        """Replace a parameter or buffer of this layer.
 
         Args:
             name: one of `parameters()` or `buffers()`. Its ties are the caller's business.
-            tensor: a parameter is taken as it is, another tensor becomes one where `name` is one.
+            tensor: a parameter is taken as it is; where `name` is one, another tensor becomes one that requires a gradient if the
+                one before it did.
 
         Raises:
             KeyError: the layer has nothing of that name.
         """
         path, _, attribute = name.rpartition(".")
         if name in self._parameter_names:
-            requires_grad = self.module.get_parameter(name).requires_grad
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(requires_grad)
-            else:
-                tensor = nn.Parameter(tensor, requires_grad)
+            if not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor, self.module.get_parameter(name).requires_grad)
         elif name not in self._buffer_names:
             raise KeyError(f"layer {self.name!r} has no parameter or buffer {name!r}")
         # By setattr, for modules that keep a list of their weights beside it, as nn.LSTM does.

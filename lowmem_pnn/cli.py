@@ -26,8 +26,10 @@ _METAVARS = {
     "max_gpu_mem": "SIZE", "max_host_mem": "SIZE", "max_disk": "SIZE", "model_arg": "KEY=VALUE", "data_root": "DIR", "cuts": "LAYER,...",
     "epochs": "N,...", "batch_size": "N,...", "lr": "X,...", "kappa": "X,...", "model": "NAME", "data": "NAME", "device": "NAME",
     "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N", "train_limit": "N", "test_limit": "N",
-    "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS", "method": "pnn|backprop",
-    "optimizer": "sgd|adam|adamw", "budget_scope": "process|allocator",
+    "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS", "method": "pnn|exact|backprop",
+    "optimizer": "sgd|adam|adamw", "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle",
+    "warmup_steps": "N", "clip_norm": "X", "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "recover": "N,...|all",
+    "log_every": "N",
 }  # fmt: skip
 
 

@@ -39,12 +39,17 @@ def _layer_names(value: Any) -> Any:
     return None if value is None else tuple(str(part) for part in _list(value))
 
 
+def _numbers_or_all(value: Any) -> Any:
+    return value if value in (None, "all") else _list(value)
+
+
 Size = Annotated[PositiveInt, BeforeValidator(_size)]
 Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_list), Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rates = Annotated[tuple[Positive, ...], BeforeValidator(_list), Field(min_length=1)]
 Layers = Annotated[tuple[str, ...] | None, BeforeValidator(_layer_names)]
+Recovering = Annotated[tuple[PositiveInt, ...] | Literal["all"] | None, BeforeValidator(_numbers_or_all)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
@@ -61,17 +66,28 @@ class FitConfig:
     max_gpu_mem: Size = Field(
         description="Memory budget of the training device: the GPU, or this process where the device is the CPU (512MB, 2GiB)."
     )
-    model: str = Field(description="mlp:WIDTH-WIDTH-..., a torchvision name, package.module:factory, or file.py:factory.")
+    model: str = Field(
+        description=(
+            "mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,heads=N,context=N, a torchvision name, package.module:factory, or "
+            "file.py:factory."
+        )
+    )
     model_arg: dict[str, Any] = Field(
         default_factory=dict, description="An argument for the model's factory, as KEY=VALUE; may be repeated."
     )
     data: str = Field(
-        description="digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100, imagefolder:DIR, npz:FILE, or file.py:factory."
+        description=(
+            "digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100, imagefolder:DIR, npz:FILE, text:FILE (bytes as "
+            "tokens), or file.py:factory."
+        )
     )
     data_root: Path = Field(default=Path("data"), description="Where downloaded data sets are kept.")
-    method: Literal["pnn", "backprop"] = Field(
+    method: Literal["pnn", "exact", "backprop"] = Field(
         default="pnn",
-        description="pnn: partitions one after the other, on synthetic intermediate labels; backprop: the whole model on the device.",
+        description=(
+            "pnn: partitions one after the other, on synthetic intermediate labels; exact: ordinary training, one partition on the "
+            "device at a time; backprop: ordinary training, the whole model on the device."
+        ),
     )
     partitions: PositiveInt | None = Field(
         default=None, description="Number of partitions; the planner chooses if neither this nor --cuts is given."
@@ -85,10 +101,38 @@ class FitConfig:
     )
     optimizer: Literal["sgd", "adam", "adamw"] = Field(default="adamw", description="Optimizer.")
     lr: Rates = Field(default=(1e-3,), description="Learning rate, one number or one per partition.")
+    lr_schedule: Literal["constant", "cosine", "onecycle"] = Field(
+        default="constant", description="How the learning rate moves over the steps."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Steps over which the learning rate first rises to --lr (constant, cosine)."
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of sgd.")
     weight_decay: NotNegative = Field(default=0.0, description="Weight decay.")
     fused: bool = Field(
         default=True, description="Use PyTorch's fused optimizers: faster, and without temporaries; last bits differ."
+    )
+    clip_norm: Positive | None = Field(
+        default=None,
+        description="Scale gradients down to this norm: of all weights (exact, backprop), or of a partition's (pnn).",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="Smoothing of the true labels in the training loss."
+    )
+    loss_chunk: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "Rows (samples; tokens of text) for which the last layer and the loss are computed at once; chosen if not given: all "
+            "where their outputs are small."
+        ),
+    )
+    recovery_epochs: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Epochs after training in which some partitions learn on, exactly, through the others, which are frozen.",
+    )
+    recover: Recovering = Field(
+        default=None,
+        description="Comma list of the partitions that learn in them, from 1, or all; all but the last if not given.",
     )
     kappa: Rates = Field(
         default=(10.0,), description="Scale of the synthetic intermediate labels, one number or one per boundary (pnn)."
@@ -107,6 +151,7 @@ class FitConfig:
     max_disk: Size | None = Field(default=None, description="Bound on the run directory's size on disk.")
     commit_every: NotNegative = Field(default=60.0, description="Least seconds between two commits to the run directory.")
     keep_commits: PositiveInt = Field(default=1, description="Commits kept on disk.")
+    log_every: PositiveInt = Field(default=100, description="Optimizer steps between two lines of metrics.jsonl.")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="Share of the training data kept for validation."
     )
@@ -161,13 +206,19 @@ DOWNLOADED = ("mnist", "fashion-mnist", "emnist-balanced", "cifar10", "cifar100"
 # Options that only some choice of another option reads: (option, what it needs, does this run have it?).
 _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("kappa", "--method pnn", lambda config: config.method == "pnn"),
-    ("cuts", "--method pnn", lambda config: config.method == "pnn"),
-    ("partitions", "--method pnn", lambda config: config.method == "pnn"),
+    ("cuts", "--method pnn or exact", lambda config: config.method != "backprop"),
+    ("partitions", "--method pnn or exact", lambda config: config.method != "backprop"),
+    ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
+    ("warmup_steps", "--lr-schedule constant or cosine", lambda config: config.lr_schedule != "onecycle"),
     ("momentum", "--optimizer sgd", lambda config: config.optimizer == "sgd"),
     ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
     ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
     ("data_root", "a data set that is downloaded", lambda config: config.data in DOWNLOADED),
-    ("model_arg", "a model that is built by a factory (not mlp:)", lambda config: not config.model.startswith("mlp:")),
+    (
+        "model_arg",
+        "a model that is built by a factory (not mlp: or gpt:)",
+        lambda config: config.model.partition(":")[0] not in ("mlp", "gpt"),
+    ),
 )
 
 
@@ -191,7 +242,7 @@ def configure(**given: Any) -> FitConfig:
         'mlp:64-8192-8192-8192-10'
         >>> configure(max_gpu_mem="2GB", method="pnm")
         Traceback (most recent call last):
-        lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, backprop; did you mean 'pnn'?
+        lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, exact, backprop; did you mean 'pnn'?
     """
     given = {name: _absolute(name, value) for name, value in given.items() if value is not None}
     values = {"data_root": Path("data").absolute(), **given}
@@ -207,6 +258,12 @@ def configure(**given: Any) -> FitConfig:
         for name, need, holds in _CONDITIONAL
         if name in given and not holds(config)
     ]
+    if config.method == "exact":
+        faults += [
+            f"{flag(name)} has {len(getattr(config, name))} values, and --method exact trains all partitions together; give one value"
+            for name in ("epochs", "batch_size")
+            if len(getattr(config, name)) > 1
+        ]
     if config.cuts and config.partitions:
         faults.append("--cuts and --partitions exclude each other; give one")
     if config.micro_batch is not None and config.micro_batch > max(config.batch_size):
@@ -229,6 +286,13 @@ def check_lengths(config: FitConfig, num_partitions: int) -> None:
     Raises:
         ConfigError: a list of another length.
     """
+    if config.recovery_epochs:
+        learners = recovering(config, num_partitions)
+        if not learners or learners[-1] >= num_partitions:
+            which = "is one partition, the last" if num_partitions == 1 else f"are {num_partitions} partitions"
+            raise ConfigError(
+                f"--recover {_shown(config.recover)}: there {which}; give numbers from 1 to {num_partitions}, or all"
+            )
     for name, wanted in (
         ("epochs", num_partitions),
         ("batch_size", num_partitions),
@@ -244,6 +308,24 @@ def check_lengths(config: FitConfig, num_partitions: int) -> None:
                 f"{what if wanted == 1 else plural}; give one value{f' or {wanted}' if wanted > 1 else ''}, "
                 "or set --cuts or --partitions"
             )
+
+
+def recovering(config: FitConfig, num_partitions: int) -> tuple[int, ...]:
+    """The partitions that learn in the recovery epochs, from 0, ascending.
+
+    Args:
+        config: the run's configuration.
+        num_partitions: of the plan.
+
+    Example:
+        >>> recovering(configure(max_gpu_mem="2GB", recovery_epochs=1), num_partitions=3)
+        (0, 1)
+    """
+    if config.recover == "all":
+        return tuple(range(num_partitions))
+    if config.recover is None:
+        return tuple(range(num_partitions - 1))
+    return tuple(sorted({number - 1 for number in config.recover}))
 
 
 def check_device(config: FitConfig, on_cpu: bool, memory_bytes: int) -> None:
@@ -327,6 +409,11 @@ def field_names() -> list[str]:
     return [field.name for field in dataclasses.fields(FitConfig)]
 
 
+def _shown(value: Any) -> str:
+    """A value as one would write it on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "(all but the last)" if value is None else str(value)
+
+
 def _absolute(name: str, value: Any) -> Any:
     """Paths in full: a run may be resumed from another folder than it was begun in."""
     if name == "data_root":
@@ -334,7 +421,7 @@ def _absolute(name: str, value: Any) -> Any:
     if name not in ("model", "data") or not isinstance(value, str):
         return value
     kind, colon, path = value.partition(":")
-    if name == "data" and kind in ("npz", "imagefolder") and path:
+    if name == "data" and kind in ("npz", "imagefolder", "text") and path:
         return f"{kind}:{_full(path)}"
     file, colon, factory = value.rpartition(":")
     return f"{_full(file)}{colon}{factory}" if file.endswith(".py") else value

@@ -13,8 +13,9 @@ micro-batches.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 
@@ -130,6 +131,7 @@ class MemoryProfile:
         optimizer: what the optimizer's state was counted for, in words.
         smallest_micro_batch: the fewest samples that all layers accept in train mode.
         kernel_bytes: code that is compiled for the layers and kept, for the whole chain.
+        repeated_bytes: training state of tensors that is counted with several layers, but for the first time.
     """
 
     layers: tuple[LayerCost, ...]
@@ -137,6 +139,12 @@ class MemoryProfile:
     optimizer: str = ""
     smallest_micro_batch: int = 1
     kernel_bytes: int = 0
+    repeated_bytes: int = 0
+
+    @property
+    def training_state_bytes(self) -> int:
+        """Weights, buffers, gradients and optimizer state of the whole model."""
+        return sum(layer.state_bytes for layer in self.layers) - self.repeated_bytes
 
     def to_json(self) -> str:
         """The profile as JSON text, which `from_json` reads back."""
@@ -158,6 +166,7 @@ class MemoryProfile:
             optimizer=data["optimizer"],
             smallest_micro_batch=data["smallest_micro_batch"],
             kernel_bytes=data["kernel_bytes"],
+            repeated_bytes=data["repeated_bytes"],
         )
 
 
@@ -166,6 +175,38 @@ def _cost(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return Envelope(tuple(Affine(**moment) for moment in value["moments"])) if "moments" in value else Affine(**value)
+
+
+def streamed(layer: LayerCost) -> LayerCost:
+    """A layer whose optimizer state is on the device only while the layer is stepped.
+
+    Args:
+        layer: with resident state.
+    """
+    return replace(layer, optimizer_bytes=0, step_bytes=layer.step_bytes + layer.optimizer_bytes)
+
+
+def in_chunks(layer: LayerCost, samples: float) -> LayerCost:
+    """A last layer that is computed, with the loss, for a few samples at a time; its weights' gradients add up.
+
+    Args:
+        layer: computed as a whole.
+        samples: at a time; of tokens, a fraction of a sample.
+    """
+
+    def fixed(cost: Affine | Envelope) -> Affine:
+        moments = cost.moments if isinstance(cost, Envelope) else (cost,)
+        return Affine(max(moment.fixed + math.ceil(moment.per_sample * samples) for moment in moments), 0)
+
+    backward = fixed(layer.backward_peak).fixed + layer.gradient_bytes
+    return replace(
+        layer,
+        forward_peak=fixed(layer.forward_peak),
+        kept=Affine(0, 0),
+        backward_peak=Affine(backward + fixed(layer.kept).fixed, layer.input_bytes.per_sample),
+        emit_peak=fixed(layer.emit_peak),
+        output_bytes=fixed(layer.output_bytes),
+    )
 
 
 class Prices:

@@ -11,21 +11,19 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CaptureError, DataError, DivergedError
 from lowmem_pnn.feeds import Batch, Feed
 from lowmem_pnn.methods import Objective
+from lowmem_pnn.passes import backward_from_loss, outputs_in_chunks, place_aligned
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stores.activations import ActivationWriter
 from lowmem_pnn.units import format_bytes
 
 _T = TypeVar("_T")
-
-# Tensors that compute sees start on this boundary: at other offsets a matrix product's last bits differ.
-_ALIGNMENT = 64
 
 
 @dataclass
@@ -76,6 +74,9 @@ class Stage:
         micro_batch: samples on the device at once; halves when they do not fit.
         smallest_micro_batch: what the modules accept at least.
         is_last: whether its outputs are class scores.
+        learning_rate: of a step, counted from 0.
+        clip_norm: norm that the partition's gradients are scaled down to, or None.
+        chunk_rows: rows for which the last layer and the loss are computed at once, or None for all.
     """
 
     number: int
@@ -86,6 +87,9 @@ class Stage:
     micro_batch: int
     smallest_micro_batch: int
     is_last: bool
+    learning_rate: Callable[[int], float]
+    clip_norm: float | None = None
+    chunk_rows: int | None = None
 
 
 class Executor:
@@ -111,14 +115,15 @@ class Executor:
         if not self._fits(lambda: stage.objective.prepare(self._device.torch_device)):
             raise self._too_large(stage, f"for the objective of {stage.title}")
 
-    def learn_epoch(self, stage: Stage, feed: Feed, progress: Progress, on_batch: Callable[[], None]) -> None:
+    def learn_epoch(self, stage: Stage, feed: Feed, progress: Progress, on_batch: Callable[[float | None], None]) -> None:
         """Train over one epoch's samples, from where `progress` says.
 
         Args:
             stage: the partition.
             feed: its training samples.
             progress: moved on after every batch; at the epoch's end `batch` is 0 and `epoch` one more.
-            on_batch: called after every batch, when `progress`, weights and optimizer state belong together.
+            on_batch: called after every batch with its loss (None if it was left out as too small), when `progress`, weights and
+                optimizer state belong together.
 
         Raises:
             DivergedError: the loss became NaN or infinite.
@@ -130,6 +135,7 @@ class Executor:
         for layer in stage.residency.layers:
             layer.module.train()
         for batch in feed.batches(stage.batch_size, shuffle=True, epoch=progress.epoch, start=progress.batch):
+            loss = None
             if len(batch[1]) >= stage.smallest_micro_batch:  # a last batch of 1 tells BatchNorm nothing
                 step = progress.epoch * steps + progress.batch
                 loss = self.train_batch(stage, batch, step)
@@ -141,7 +147,7 @@ class Executor:
                 progress.tally.add(loss, len(batch[1]))
             progress.batch += 1
             del batch
-            on_batch()
+            on_batch(loss)
         if not progress.tally.num_samples:
             raise DataError(
                 f"{feed.num_samples} training samples make no batch that {stage.title} can learn from: its modules need at least "
@@ -179,10 +185,18 @@ class Executor:
         optimizer = stage.residency.optimizer
         # A step that is not finite would poison the weights; the caller stops the run.
         # One that runs out of memory cannot be done again: some weights may have moved.
-        if optimizer is not None and math.isfinite(loss) and not self._fits(optimizer.step):
+        if optimizer is not None and math.isfinite(loss) and not self._fits(lambda: self._step(stage, optimizer, step)):
             raise self._too_large(stage, f"for the optimizer's step of {stage.title}")
         self._drop_gradients(stage)
         return loss
+
+    @staticmethod
+    def _step(stage: Stage, optimizer: torch.optim.Optimizer, step: int) -> None:
+        if stage.clip_norm is not None:
+            nn.utils.clip_grad_norm_(stage.residency.in_model_order(), stage.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = stage.learning_rate(step)
+        optimizer.step()
 
     def measure(self, stage: Stage, feed: Feed) -> Tally:
         """Loss and accuracy over a feed, in eval mode.
@@ -196,7 +210,7 @@ class Executor:
         def work(outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[float, int, int | None]:
             labels = self._device.place(labels)
             loss = float(stage.objective.loss(outputs, labels))
-            return loss, len(labels), stage.objective.num_correct(outputs, labels) if stage.is_last else None
+            return loss, labels.numel(), stage.objective.num_correct(outputs, labels) if stage.is_last else None
 
         self.forward(stage, feed, work, lambda counts: tally.add(*counts))
         return tally
@@ -227,8 +241,8 @@ class Executor:
         Args:
             stage: the partition.
             feed: its samples.
-            work: what to do on the device with each micro-batch's outputs, on the device, and its labels (B,), on the host; done
-                again, with fewer samples, where it runs out of memory.
+            work: what to do on the device with each micro-batch's outputs (of the last partition: chunk by chunk), on the device,
+                and their labels, on the host; done again, with fewer samples, where it runs out of memory.
             consume: takes what `work` gave, once for every sample.
         """
         for layer in stage.residency.layers:
@@ -243,16 +257,18 @@ class Executor:
                 if result is None:
                     self._shrink(stage)
                     continue
-                consume(result)
+                for item in result:
+                    consume(item)
                 del result
                 begin = part.stop
             del inputs, labels  # the feed gives the next before these names are bound to it
 
-    def _run_eval(self, stage: Stage, batch: Batch, work: Callable[[tuple[Tensor, ...], Tensor], _T]) -> _T:
+    def _run_eval(self, stage: Stage, batch: Batch, work: Callable[[tuple[Tensor, ...], Tensor], _T]) -> list[_T]:
         inputs, labels = batch
+        chunk_rows = stage.chunk_rows if stage.is_last else None
         with torch.no_grad():
-            outputs = self._run(stage, tuple(self._place(tensor) for tensor in inputs))
-            result = work(outputs, labels)
+            placed = tuple(place_aligned(self._device, tensor) for tensor in inputs)
+            result = outputs_in_chunks(stage.residency.layers, placed, labels, chunk_rows, work)
         self._device.check_budget()
         return result
 
@@ -260,30 +276,16 @@ class Executor:
         """Forward and backward of a batch's micro-batches, in ascending order; each loss weighs its share of the batch."""
         inputs, labels = batch
         loss_sum = 0.0
+        chunk_rows = stage.chunk_rows if stage.is_last else None
         for number, part in enumerate(micro_batches(len(labels), stage.micro_batch, stage.smallest_micro_batch)):
             torch.manual_seed(seed_of(self._seed, "forward", stage.number, step, number))
             share = (part.stop - part.start) / len(labels)
-            outputs = self._run(stage, tuple(self._place(tensor[part]) for tensor in inputs))
-            loss = stage.objective.loss(outputs, self._place(labels[part]))
-            del outputs
-            if share != 1.0:
-                loss = loss * share
-            if loss.requires_grad:
-                torch.autograd.backward(loss)
-            loss_sum += float(loss.detach())
-            del loss
+            placed = tuple(place_aligned(self._device, tensor[part]) for tensor in inputs)
+            targets = place_aligned(self._device, labels[part])
+            loss_sum += backward_from_loss(stage.residency.layers, placed, targets, stage.objective, share, chunk_rows)
+            del placed
             self._device.check_budget()
         return loss_sum
-
-    def _run(self, stage: Stage, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for layer in stage.residency.layers:
-            tensors = layer(*tensors)
-        return tensors
-
-    def _place(self, tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() % _ALIGNMENT:
-            tensor = tensor.clone()
-        return self._device.place(tensor)
 
     @staticmethod
     def _unless_full(work: Callable[[], _T]) -> _T | None:

@@ -48,14 +48,16 @@ class DatasetFeed:
         pool: one thread that reads the next batch while this one is used.
         mix: the feed's own order is a fixed permutation, instead of the data set's. What is written in that order can be read in
             sequence and still mixes the classes of a data set that is sorted by class.
+        place: a word that the order of shuffled epochs follows from.
     """
 
-    def __init__(self, split: Split, seed: int, pool: Executor, *, mix: bool) -> None:
+    def __init__(self, split: Split, seed: int, pool: Executor, *, mix: bool, place: str = "epoch") -> None:
         self._split = split
         self._seed = seed
         self._pool = pool
         self.num_samples = len(split)
         self._mix = mix
+        self._place = place
 
     def batches(self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """See `Feed`. `exact` and `backprop` of one seed see the same batches."""
@@ -77,7 +79,7 @@ class DatasetFeed:
 
     def _order(self, shuffle: bool, epoch: int) -> npt.NDArray[np.int64]:
         if shuffle:
-            return permutation_of(self.num_samples, self._seed, "epoch", epoch)
+            return permutation_of(self.num_samples, self._seed, self._place, epoch)
         return permutation_of(self.num_samples, self._seed, "own order") if self._mix else np.arange(self.num_samples)
 
 

@@ -33,10 +33,11 @@ def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCount
         The store, sealed.
     """
     chain = workload.chain
-    layouts = [
-        partition_layout(chain, chain.layers[part.start : part.stop], workload.optimizer(number))
-        for number, part in enumerate(plan.partitions)
-    ]
+    layouts: list[Mapping[str, TensorLayout]] = []
+    for number, part in enumerate(plan.partitions):
+        layout = partition_layout(chain, chain.layers[part.start : part.stop], workload.optimizer(number))
+        # A weight that several partitions share is at home with the first of them.
+        layouts.append({key: entry for key, entry in layout.items() if not any(key in before for before in layouts)})
     folder.mkdir(parents=True, exist_ok=True)
     with file_backed(folder) as files:
         model = workload.build_model(workload.config.seed)

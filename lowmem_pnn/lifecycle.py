@@ -9,23 +9,28 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 import lowmem_pnn
 from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import Device
 from lowmem_pnn.errors import BudgetError, CheckpointError, DivergedError
 from lowmem_pnn.initialisation import build_weights, owners
-from lowmem_pnn.methods.base import evaluation
+from lowmem_pnn.methods import Sweep
 from lowmem_pnn.planner import Plan
 from lowmem_pnn.planning import describe_partition, make_plan
 from lowmem_pnn.preflight import check_tightest
 from lowmem_pnn.progress import Display
 from lowmem_pnn.report import Result
-from lowmem_pnn.run import PartitionRecord, Run, State, Threads
+from lowmem_pnn.run import Run
 from lowmem_pnn.scores import Scores
+from lowmem_pnn.state import PartitionRecord, State
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.rundir import RunDir, write_durably
 from lowmem_pnn.stores.weights import WeightStore
+from lowmem_pnn.streams import Threads
+from lowmem_pnn.walk import measure, train
 from lowmem_pnn.workload import Workload
 
 # Plans that are tried, each keeping free what the check of the one before found missing.
@@ -56,7 +61,7 @@ def go_on(
         missing = 0
         for attempt in range(_MAX_PLANS):
             run = make_run(plan, build_weights(workload, plan, folder, counter))
-            check = check_tightest(run, workload, plan, device)
+            check = check_tightest(run, workload, plan, costs, device)
             # What the check found beyond the plan comes on top of all that the plan foresees, reading too.
             expected = plan.predicted_peak_bytes + max(0, check.unexplained_bytes)
             if check.fits and expected <= device.budget_bytes - device.reserve_bytes // 2:
@@ -81,7 +86,7 @@ def go_on(
         run.commit()
     else:
         run = make_run(plan, _open_committed(rundir, state, counter))
-    run.train()
+    train(run)
     return _finish(run, workload, plan, costs, device, rundir)
 
 
@@ -100,7 +105,7 @@ def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, devi
     run.state.activations = {}
     run.commit()
     run.wait()
-    scores = score(run, workload, plan) if "test" in workload.splits else {}
+    scores = score(run, workload) if "test" in workload.splits else {}
     if not all(math.isfinite(score) for score in scores.values()):
         raise DivergedError(f"the trained model's test loss is {scores['test_loss']}; try a lower --lr")
     run.weights.export(weights_file, workload.chain.persistent, owners(workload.chain))
@@ -123,10 +128,18 @@ def clear(rundir: RunDir) -> None:
         older.unlink(missing_ok=True)
 
 
-def score(run: Run, workload: Workload, plan: Plan) -> dict[str, float]:
-    scores = Scores()
-    run.measure(evaluation(len(plan.partitions)), scores.add)
-    return scores.result()
+def score(run: Run, workload: Workload) -> dict[str, float]:
+    """Loss and other scores on the test data."""
+    tokens = bool(workload.dataset.label_shape)
+    total = Scores(tokens)
+
+    def of_one(outputs: tuple[Tensor, ...], labels: Tensor) -> Scores:
+        scores = Scores(tokens)
+        scores.add(outputs, labels)
+        return scores
+
+    measure(run, "test", of_one, total.merge)
+    return total.result()
 
 
 def _make_result(
@@ -134,7 +147,6 @@ def _make_result(
 ) -> Result:
     config, last = workload.config, state.records[-1]
     epochs = [config.value_for("epochs", number) for number in range(len(plan.partitions))]
-    samples = len(workload.splits["train"])
     partitions = []
     for number, (part, record) in enumerate(zip(plan.partitions, state.records, strict=True)):
         partitions.append(
@@ -160,18 +172,19 @@ def _make_result(
         predicted_peak_bytes=plan.predicted_peak_bytes,
         reserve_bytes=device.reserve_bytes,
         check=state.check,
-        training_state_bytes=sum(layer.state_bytes for layer in costs.layers),
+        training_state_bytes=costs.training_state_bytes,
         partitions=partitions,
         epochs=epochs,
         seconds=state.seconds,
-        samples_per_second=samples * sum(epochs) / max(state.seconds, 1e-9),
+        samples_per_second=_samples_learnt(workload, plan) / max(state.seconds, 1e-9),
         train_loss=last.train_loss,
         val_loss=last.val_loss,
         val_accuracy=last.val_accuracy,
         test_loss=scores.get("test_loss"),
         test_accuracy=scores.get("test_accuracy"),
         test_f1=scores.get("test_f1"),
-        macs=_forward_macs(workload, plan, epochs),
+        perplexity=scores.get("perplexity"),
+        macs=_forward_macs(workload, plan),
         bytes_read=state.bytes_read,
         bytes_written=state.bytes_written,
         oom_retries=state.oom_retries,
@@ -187,13 +200,22 @@ def _make_result(
     )
 
 
-def _forward_macs(workload: Workload, plan: Plan, epochs: list[int]) -> int:
-    """Multiply-accumulates of all forward passes of training: the epochs, and writing the outputs once."""
+def _samples_learnt(workload: Workload, plan: Plan) -> int:
+    """Samples in all epochs of learning; those of several partitions count for each of them."""
     samples = len(workload.splits["train"])
-    return sum(
-        part.forward_macs * samples * (count + (part.stop < len(workload.chain.layers)))
-        for part, count in zip(plan.partitions, epochs, strict=True)
-    )
+    program = workload.method.program(len(plan.partitions), workload.training_splits)
+    return sum(samples * item.epochs for item in program if isinstance(item, Sweep) or item.action == "learn")
+
+
+def _forward_macs(workload: Workload, plan: Plan) -> int:
+    """Multiply-accumulates of all forward passes over training samples: epochs, outputs that are written, and recomputing."""
+    samples = len(workload.splits["train"])
+    total = 0
+    for item in workload.method.program(len(plan.partitions), workload.training_splits):
+        visits = item.visits if isinstance(item, Sweep) else (item,)
+        forwards = [visit for visit in visits if visit.split == "train" and visit.action != "step"]
+        total += samples * item.epochs * sum(plan.partitions[visit.partition].forward_macs for visit in forwards)
+    return total
 
 
 def first_state(workload: Workload, plan: Plan) -> State:
@@ -218,15 +240,17 @@ def halve(state: State, workload: Workload) -> None:
     Raises:
         BudgetError: it is the smallest already.
     """
-    visits = workload.method.visits(len(state.micro_batches), workload.training_splits)
+    program = workload.method.program(len(state.micro_batches), workload.training_splits)
     smallest = state.plan["smallest_micro_batch"]
-    if state.stage == "born":
+    everywhere = list(range(len(state.micro_batches)))
+    item = program[state.visit] if state.visit < len(program) else None
+    if state.stage == "born" and not workload.method.sweeps:
         peaks = [part["predicted_peak_bytes"] for part in state.plan["partitions"]]
         numbers = [peaks.index(max(peaks))]  # the one that is checked
-    elif state.visit < len(visits):
-        numbers = [visits[state.visit].partition]
+    elif item is None or isinstance(item, Sweep):
+        numbers = everywhere  # any of them: while the model was measured, or in a sweep, which has one micro-batch for all
     else:
-        numbers = list(range(len(state.micro_batches)))  # any of them, while the model was measured
+        numbers = [item.partition]
     if all(state.micro_batches[number] <= smallest for number in numbers):
         raise BudgetError(
             f"partition {numbers[0] + 1} died at the memory limit with a micro-batch of {smallest}, the smallest; "

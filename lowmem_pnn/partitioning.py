@@ -53,24 +53,25 @@ class Search:
         self._states = [0, *accumulate(layer.state_bytes for layer in profile.layers)]
         self._priced: dict[tuple[int, int], list[Prices]] = {}
 
-    def best(self, room: int) -> tuple[int, list[int] | None]:
+    def best(self, room: int, good_micro_batch: int = GOOD_MICRO_BATCH) -> tuple[int, list[int] | None]:
         """The best plan with the highest least micro-batch at which there is one.
 
         Args:
             room: most bytes of a partition.
+            good_micro_batch: the highest to try, a power of two.
 
         Returns:
             The least micro-batch, and `best_bounds` there.
         """
-        for floor in self.floors():
+        for floor in self.floors(good_micro_batch):
             bounds = self.best_bounds(floor, room)
             if bounds is not None:
                 break
         return floor, bounds
 
-    def floors(self) -> list[int]:
+    def floors(self, good_micro_batch: int = GOOD_MICRO_BATCH) -> list[int]:
         """Least micro-batches to try, best first; those that come to the same for these batches once."""
-        halves = [GOOD_MICRO_BATCH >> shift for shift in range(GOOD_MICRO_BATCH.bit_length())]
+        halves = [good_micro_batch >> shift for shift in range(good_micro_batch.bit_length())]
         most = max(min(batch, self._cap or batch) for batch in self._batches)
         # Of the floors at or above every batch, one is enough.
         return [*(floor for floor in halves if self._smallest < floor < 2 * most), self._smallest]
@@ -130,6 +131,19 @@ class Search:
         peak = peak_of(layers, largest_part(batch, chosen, self._smallest), batch, objective)
         assert peak <= room, "the search chose a partition that fits"
         return chosen, peak
+
+    def peak(self, number: int, start: int, stop: int, micro_batch: int) -> int:
+        """A partition's peak with a given micro-batch.
+
+        Args:
+            number: the partition's.
+            start: its first layer.
+            stop: the layer after its last.
+            micro_batch: samples at once, as asked.
+        """
+        batch = self._batch(number)
+        part = largest_part(batch, micro_batch, self._smallest)
+        return peak_of(self._layers[start:stop], part, batch, self._objectives[stop - 1])
 
     def needs(self, bounds: Sequence[int], floor: int | None = None) -> list[int]:
         """What partitions with given bounds need.

@@ -20,7 +20,7 @@ from typing import Any
 
 from lowmem_pnn.costs import Affine, MemoryProfile, default_objective, largest_part
 from lowmem_pnn.errors import BudgetError, ConfigError
-from lowmem_pnn.partitioning import Search, peak_of, possible_starts
+from lowmem_pnn.partitioning import GOOD_MICRO_BATCH, Search, peak_of, possible_starts
 from lowmem_pnn.units import format_bytes
 
 # The objective of a partition, from the number of the layer after its last.
@@ -68,6 +68,7 @@ class Plan:
         overhead_bytes: of it, kept free for what is needed beside the partitions.
         predicted_peak_bytes: the largest of the partitions' peaks.
         smallest_micro_batch: the fewest samples that the modules accept at once, to which an executor may shrink.
+        loss_chunk: rows for which the last layer and the loss are computed at once; None for all of a micro-batch.
     """
 
     partitions: tuple[PartitionPlan, ...]
@@ -75,6 +76,17 @@ class Plan:
     overhead_bytes: int
     predicted_peak_bytes: int
     smallest_micro_batch: int
+    loss_chunk: int | None = None
+
+    def title(self, number: int, layers: Sequence[str]) -> str:
+        """A partition in words.
+
+        Args:
+            number: the partition's, from 0.
+            layers: names of all layers of the chain.
+        """
+        part = self.partitions[number]
+        return f"partition {number + 1} of {len(self.partitions)} ({layers[part.start]} to {layers[part.stop - 1]})"
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -135,6 +147,8 @@ def plan(
     num_partitions: int | None = None,
     micro_batch: int | None = None,
     objective: Objectives | None = None,
+    good_micro_batch: int = GOOD_MICRO_BATCH,
+    uniform: bool = False,
 ) -> Plan:
     """Cut a chain into partitions that fit a budget.
 
@@ -148,6 +162,8 @@ def plan(
         num_partitions: exactly so many; None for as few as possible.
         micro_batch: the most samples at once; None for as many as fit.
         objective: what the loss of a partition that ends before layer `stop` needs, as `partition_peak` takes it.
+        good_micro_batch: a power of two: larger micro-batches are no reason for more partitions.
+        uniform: one micro-batch for all partitions: the least of theirs.
 
     Returns:
         The best plan in the order of the module's docstring.
@@ -160,12 +176,18 @@ def plan(
     search = wishes.search()
     overhead = _overhead(overhead_bytes, budget_bytes)
     room = budget_bytes - overhead
-    floor, bounds = search.best(room)
+    floor, bounds = search.best(room, good_micro_batch)
     if bounds is None:
         raise BudgetError(_explain(wishes, budget_bytes, overhead_bytes))
     partitions = []
+    chosen = [
+        search.largest_micro_batch(number, start, stop, floor, room) for number, (start, stop) in enumerate(pairwise(bounds))
+    ]
+    if uniform:
+        least = min(size for size, _ in chosen)
+        chosen = [(least, search.peak(number, *span, least)) for number, span in enumerate(pairwise(bounds))]
     for number, (start, stop) in enumerate(pairwise(bounds)):
-        size, peak = search.largest_micro_batch(number, start, stop, floor, room)
+        size, peak = chosen[number]
         layers = profile.layers[start:stop]
         partitions.append(
             PartitionPlan(

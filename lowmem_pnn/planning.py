@@ -1,15 +1,18 @@
 """Plans for workloads: the planner's program, fed with what a run needs beside its partitions, and what it will take on disk."""
 
 import dataclasses
+import math
 
 import torch
 
 from lowmem_pnn import planner
 from lowmem_pnn.config import check_lengths
-from lowmem_pnn.costs import Affine, MemoryProfile
+from lowmem_pnn.costs import Affine, MemoryProfile, in_chunks, streamed
 from lowmem_pnn.device import Device
 from lowmem_pnn.device.kernels import PACKING_BYTES
 from lowmem_pnn.errors import BudgetError, DiskError
+from lowmem_pnn.partitioning import GOOD_MICRO_BATCH
+from lowmem_pnn.passes import works_by_rows
 from lowmem_pnn.planner import PartitionPlan, Plan
 from lowmem_pnn.report import PlanReport
 from lowmem_pnn.units import format_bytes
@@ -37,8 +40,9 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
     """
     config, chain = workload.config, workload.chain
     cuts = None if config.cuts is None else [chain.layer_index(cut) for cut in config.cuts]
-    boundaries = range(len(chain.layers))
-    batch = max(config.batch_size)
+    batch, sweeps = max(config.batch_size), workload.method.sweeps
+    chunk = _loss_chunk(workload, device)
+    costs = _costs(workload, profile, chunk, sweeps)
 
     fixed = device.fixed_bytes + profile.kernel_bytes + unexplained_bytes
     if device.shares_host:
@@ -46,34 +50,141 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
 
     def overhead(budget_bytes: int) -> int:
         io = IoSizes.of_budget(budget_bytes)
-        reading = max(reading_bytes(workload, device, io, boundary, batch) for boundary in boundaries)
-        writing = 2 * io.shard_bytes if device.shares_host else 0
-        return device.reserve_for(budget_bytes) + fixed + reading + writing
+        beside = max(beside_bytes(workload, profile, device, io, boundary, batch) for boundary in range(len(chain.layers)))
+        return device.reserve_for(budget_bytes) + fixed + beside + (2 * io.shard_bytes if device.shares_host else 0)
 
     plan = planner.plan(
-        profile,
+        costs,
         budget_bytes=device.budget_bytes,
         overhead_bytes=overhead,
         batch_sizes=config.batch_size[0] if len(config.batch_size) == 1 else config.batch_size,
         cuts=cuts,
         num_partitions=workload.method.num_partitions if cuts is None else None,
         micro_batch=config.micro_batch,
-        objective=lambda stop: objective_memory(workload, stop),
+        objective=lambda stop: objective_memory(workload, stop, chunk),
+        # What keeps a device busy is rows.
+        good_micro_batch=max(1, GOOD_MICRO_BATCH >> (workload.rows_per_sample - 1).bit_length()),
+        uniform=sweeps,
     )
     check_lengths(config, len(plan.partitions))
-    partitions = tuple(_refine(workload, profile, device, plan, partition, fixed) for partition in plan.partitions)
+    partitions = tuple(_refine(workload, profile, costs, device, plan, partition, chunk, fixed) for partition in plan.partitions)
+    plan = dataclasses.replace(
+        plan,
+        partitions=partitions,
+        predicted_peak_bytes=max(partition.predicted_peak_bytes for partition in partitions),
+        loss_chunk=chunk,
+    )
+    return plan if sweeps or not config.recovery_epochs else _with_recovery(workload, profile, device, plan, fixed)
+
+
+def _costs(workload: Workload, profile: MemoryProfile, chunk: int | None, sweeps: bool) -> MemoryProfile:
+    """What layers cost in the way they are going to be run."""
+    layers = list(profile.layers)
+    if chunk is not None:
+        layers[-1] = in_chunks(layers[-1], chunk / workload.rows_per_sample)
+    if sweeps:
+        layers = [streamed(layer) for layer in layers]
+    return dataclasses.replace(profile, layers=tuple(layers))
+
+
+def _loss_chunk(workload: Workload, device: Device) -> int | None:
+    """Rows for which the last layer and the loss are computed at once; None for all of a micro-batch."""
+    config, chain = workload.config, workload.chain
+    if config.loss_chunk is not None or not works_by_rows(chain.layers[-1]):
+        return config.loss_chunk
+    row_bytes = chain.boundaries[-1][0].sample_bytes // workload.rows_per_sample
+    if max(config.batch_size) * workload.rows_per_sample * row_bytes <= device.budget_bytes // 16:
+        return None
+    return max(1, device.budget_bytes // 64 // row_bytes)
+
+
+def _with_recovery(workload: Workload, profile: MemoryProfile, device: Device, plan: Plan, fixed: int) -> Plan:
+    """A plan whose partitions go through sweeps at the end: with micro-batches that fit those too.
+
+    Raises:
+        BudgetError: not even the smallest does.
+    """
+    costs = _costs(workload, profile, plan.loss_chunk, sweeps=True)
+    io, batch = IoSizes.of_budget(device.budget_bytes), plan.partitions[-1].batch
+    beside = fixed + sweep_bytes(workload, profile, device, io, batch)
+    size = min(part.micro_batch for part in plan.partitions)
+    while True:
+        needs = [
+            planner.partition_peak(
+                costs,
+                part.start,
+                part.stop,
+                size,
+                batch,
+                objective_memory(workload, part.stop, plan.loss_chunk, sweeps=True),
+                beside,
+            )
+            for part in plan.partitions
+        ]
+        if max(needs) + device.reserve_bytes <= device.budget_bytes:
+            break
+        if size <= plan.smallest_micro_batch:
+            worst = needs.index(max(needs))
+            raise BudgetError(
+                f"partition {worst + 1} of {len(needs)} needs {format_bytes(max(needs) + device.reserve_bytes)} in the recovery epochs, "
+                f"above the budget of {format_bytes(device.budget_bytes)}; give more --max-gpu-mem, or more --partitions"
+            )
+        size = max(plan.smallest_micro_batch, size // 2)
+    partitions = tuple(
+        dataclasses.replace(
+            part, micro_batch=min(part.micro_batch, size), predicted_peak_bytes=max(part.predicted_peak_bytes, need)
+        )
+        for part, need in zip(plan.partitions, needs, strict=True)
+    )
     return dataclasses.replace(
-        plan, partitions=partitions, predicted_peak_bytes=max(partition.predicted_peak_bytes for partition in partitions)
+        plan, partitions=partitions, predicted_peak_bytes=max(part.predicted_peak_bytes for part in partitions)
     )
 
 
-def objective_memory(workload: Workload, stop: int) -> Affine:
-    """What the objective of a partition that ends before layer `stop` needs on the device."""
+def objective_memory(workload: Workload, stop: int, chunk: int | None = None, *, sweeps: bool = False) -> Affine:
+    """What the objective of a partition needs on the device.
+
+    Args:
+        workload: model, data and method.
+        stop: the layer after its last.
+        chunk: rows at a time, at the end of the chain.
+        sweeps: in a sweep only the last partition has one.
+    """
     chain = workload.chain
     is_last = stop == len(chain.layers)
+    if sweeps and not is_last:
+        return Affine(0, 0)
     # Which partition it is does not matter to its memory, only whether it is the last.
     objective = workload.method.objective(0, 1 if is_last else 2, chain.boundaries[stop], workload.dataset.num_classes)
-    return objective.memory(sum(spec.sample_bytes for spec in chain.boundaries[stop]))
+    memory = objective.memory(sum(spec.sample_bytes for spec in chain.boundaries[stop]))
+    if chunk is None or not is_last:
+        return memory
+    return Affine(memory.fixed + math.ceil(memory.per_sample * chunk / workload.rows_per_sample), 0)
+
+
+def beside_bytes(workload: Workload, profile: MemoryProfile, device: Device, io: IoSizes, boundary: int, batch: int) -> int:
+    """Device memory that is needed beside a partition while it trains, for its samples and its streams.
+
+    Args:
+        workload: model, data and method.
+        profile: what the layers cost.
+        device: the training device.
+        io: sizes of buffers.
+        boundary: where the partition's samples come from: 0 is the data set.
+        batch: samples a step.
+    """
+    reading = reading_bytes(workload, device, io, boundary, batch)
+    # Samples at inner boundaries of a sweep are read from shards when the model is measured.
+    return max(reading, sweep_bytes(workload, profile, device, io, batch)) if workload.method.sweeps else reading
+
+
+def sweep_bytes(workload: Workload, profile: MemoryProfile, device: Device, io: IoSizes, batch: int) -> int:
+    """The same of a sweep: batches of the data set, streams of weights, boundary activations in memory."""
+    if not device.shares_host:
+        return 0
+    # A tensor that is larger than the stream waits alone.
+    stream = max(io.stream_bytes, max((layer.weight_bytes for layer in profile.layers), default=0))
+    return reading_bytes(workload, device, io, 0, batch) + 2 * stream + io.boundary_bytes
 
 
 def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int, batch: int) -> int:
@@ -88,7 +199,8 @@ def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int
     """
     if not device.shares_host:
         return 0
-    sample = sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary]) + 8 + 24  # a label, a place in the order
+    labels = 8 * workload.rows_per_sample
+    sample = sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary]) + labels + 24  # and a place in the order
     batches = 2 * batch * sample
     if boundary == 0:
         # And the epoch's order, while it is made.
@@ -142,7 +254,7 @@ def describe_plan(workload: Workload, profile: MemoryProfile, device: Device) ->
         device=device.describe(),
         budget_bytes=device.budget_bytes,
         reserve_bytes=device.reserve_bytes,
-        training_state_bytes=sum(layer.state_bytes for layer in profile.layers),
+        training_state_bytes=profile.training_state_bytes,
         predicted_peak_bytes=peak,
         disk_bytes=disk,
         partitions=partitions,
@@ -170,17 +282,25 @@ def describe_partition(workload: Workload, part: PartitionPlan) -> dict[str, obj
 
 
 def _refine(
-    workload: Workload, profile: MemoryProfile, device: Device, plan: Plan, part: PartitionPlan, fixed: int
+    workload: Workload,
+    profile: MemoryProfile,
+    costs: MemoryProfile,
+    device: Device,
+    plan: Plan,
+    part: PartitionPlan,
+    chunk: int | None,
+    fixed: int,
 ) -> PartitionPlan:
     """The partition with the peak of its own visits, instead of one with the overhead that all partitions keep free."""
     io = IoSizes.of_budget(device.budget_bytes)
-    reading = reading_bytes(workload, device, io, part.start, part.batch)
-    learn = part.predicted_peak_bytes - plan.overhead_bytes
-    layers = profile.layers[part.start : part.stop]
+    learn = part.predicted_peak_bytes - plan.overhead_bytes + beside_bytes(workload, profile, device, io, part.start, part.batch)
+    layers = costs.layers[part.start : part.stop]
     writing = 0
     if device.shares_host and part.stop < len(profile.layers):
         # Gradients are gone while outputs are written, and two shards are there.
         emit = max(layer.input_bytes.at(part.micro_batch) + layer.emit_peak.at(part.micro_batch) for layer in layers)
         writing = part.state_bytes - sum(layer.gradient_bytes for layer in layers) + emit + 2 * io.shard_bytes
-        writing += objective_memory(workload, part.stop).fixed
-    return dataclasses.replace(part, predicted_peak_bytes=max(learn, writing) + reading + fixed)
+        writing += objective_memory(workload, part.stop, chunk).fixed
+        writing += reading_bytes(workload, device, io, part.start, part.batch)
+    state = sum(layer.state_bytes for layer in profile.layers[part.start : part.stop])
+    return dataclasses.replace(part, predicted_peak_bytes=max(learn, writing) + fixed, state_bytes=state)

@@ -1,17 +1,21 @@
 """The measured check before training: the tightest partition does one real step on the device, and the plan is held against it."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from lowmem_pnn.device import Device
+from lowmem_pnn.costs import MemoryProfile
+from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CaptureError, LowMemError
-from lowmem_pnn.executor import Executor, Stage
-from lowmem_pnn.feeds import Batch
+from lowmem_pnn.executor import Executor
+from lowmem_pnn.methods import Sweep
 from lowmem_pnn.planner import Plan
-from lowmem_pnn.planning import reading_bytes
+from lowmem_pnn.planning import beside_bytes
 from lowmem_pnn.run import Run
+from lowmem_pnn.sweeper import Sweeper
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import IoSizes, Workload
 
@@ -57,13 +61,14 @@ class Check:
         }
 
 
-def check_tightest(run: Run, workload: Workload, plan: Plan, device: Device) -> Check:
+def check_tightest(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, device: Device) -> Check:
     """Run one step of the partition with the highest predicted peak, on zeros, and forget it.
 
     Args:
         run: at its beginning; nothing of it is changed.
         workload: what is trained.
         plan: to be checked.
+        costs: of the layers.
         device: open.
 
     Raises:
@@ -71,40 +76,76 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, device: Device) -> 
     """
     number = max(range(len(plan.partitions)), key=lambda number: plan.partitions[number].predicted_peak_bytes)
     planned = plan.partitions[number]
-    shrunk: list[int] = []
-    executor = Executor(device, workload.config.seed, lambda stage: shrunk.append(stage.micro_batch))
+    size = min(planned.batch, 2 * planned.micro_batch)
+    specs = workload.chain.boundaries[planned.start]
+    held = sum(size * spec.sample_bytes for spec in specs) if device.shares_host else 0
+    micro_batch = planned.micro_batch
     went_through = False
-    stage: Stage | None = None
-    try:
-        size = min(planned.batch, 2 * planned.micro_batch)
-        specs = workload.chain.boundaries[planned.start]
-        batch = tuple(torch.zeros(size, *spec.shape, dtype=spec.dtype) for spec in specs), torch.zeros(size, dtype=torch.int64)
-        # Where it does not load, or not even the smallest micro-batch fits, another plan may do.
-        with contextlib.suppress(BudgetError):
-            stage = run.stage(number, learns=True)
-            for layer in stage.residency.layers:
-                layer.module.train()
-            _try(executor, stage, batch)
-            went_through = True
-        measured = device.section_peak_bytes()
-    finally:
-        if stage is not None:
-            stage.residency.unload()
+    device.begin_section()
+    # Where it does not load, or not even the smallest micro-batch fits, another plan may do.
+    with contextlib.suppress(BudgetError):
+        micro_batch = _rehearse(run, number, size, micro_batch) if workload.method.sweeps else _learn_once(run, number, size)
+        went_through = True
+    measured = device.section_peak_bytes()
     # The check holds one batch of zeros, and reads nothing.
-    held = sum(tensor.nbytes for tensor in batch[0]) if device.shares_host else 0
-    reading = reading_bytes(workload, device, IoSizes.of_budget(device.budget_bytes), planned.start, planned.batch)
-    predicted = planned.predicted_peak_bytes - reading + held
-    micro_batch = stage.micro_batch if stage is not None and went_through else None
-    return Check(number, predicted, measured, went_through and not shrunk, micro_batch)
+    io = IoSizes.of_budget(device.budget_bytes)
+    beside = beside_bytes(workload, costs, device, io, planned.start, planned.batch)
+    predicted = planned.predicted_peak_bytes - beside + held
+    fits = went_through and micro_batch == planned.micro_batch
+    return Check(number, predicted, measured, fits, micro_batch if went_through else None)
 
 
-def _try(executor: Executor, stage: Stage, batch: Batch) -> None:
+def _learn_once(run: Run, number: int, size: int) -> int:
+    """One step of a partition on its own objective; the micro-batch with which it went through."""
+    executor = Executor(run.device, run.workload.config.seed)
+    stage = run.stage(number, learns=True)
     try:
-        executor.train_batch(stage, batch, step=0)
+        for layer in stage.residency.layers:
+            layer.module.train()
+        specs = run.workload.chain.boundaries[run.plan.partitions[number].start]
+        inputs = tuple(torch.zeros(size, *spec.shape, dtype=spec.dtype) for spec in specs)
+        batch = inputs, torch.zeros(size, *run.workload.dataset.label_shape, dtype=torch.int64)
+        _run_model(lambda: executor.train_batch(stage, batch, step=0), stage.title)
+        return stage.micro_batch
+    finally:
+        stage.residency.unload()
+
+
+def _rehearse(run: Run, number: int, size: int, micro_batch: int) -> int:
+    """Forward and back through a partition of a sweep; the micro-batch with which it went through.
+
+    Raises:
+        BudgetError: not even the smallest did.
+    """
+    sweep = next(item for item in run.workload.method.program(len(run.plan.partitions), ["train"]) if isinstance(item, Sweep))
+    sweeper = Sweeper(
+        run.workload, run.plan, sweep, run.device, run.weights, run.threads, run.counter, run.rundir.path, total_steps=1
+    )
+    while True:
+        try:
+            _run_model(partial(sweeper.rehearse, number, size, micro_batch), sweeper.title(number))
+            return micro_batch
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Not inside the handler: the exception holds tensors.
+        sweeper.close()
+        run.device.release()
+        if micro_batch <= run.plan.smallest_micro_batch:
+            raise BudgetError(f"{sweeper.title(number)} does not fit with a micro-batch of {micro_batch}, the smallest")
+        micro_batch = max(run.plan.smallest_micro_batch, micro_batch // 2)
+        run.device.begin_section()
+
+
+def _run_model(work: Callable[[], object], title: str) -> None:
+    try:
+        work()
     except LowMemError:
         raise
     except Exception as error:  # whatever a user's forward may raise; it is his to mend, not ours
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise CaptureError(
-            f"the model failed on a batch of zeros in {stage.title}: {type(error).__name__}: {reason}; mend its forward"
+            f"the model failed on a batch of zeros in {title}: {type(error).__name__}: {reason}; mend its forward"
         ) from error

@@ -32,7 +32,14 @@ _FEW, _MORE, _MANY = 4, 6, 64
 _OPTIMIZERS = ("sgd", "sgd with momentum", "adam")
 
 
-def profile(chain: Chain, *, optimizer_state_tensors: int, step_temporaries: float, device: torch.device) -> MemoryProfile:
+def profile(
+    chain: Chain,
+    *,
+    optimizer_state_tensors: int,
+    step_temporaries: float,
+    device: torch.device,
+    parts_ties: bool = False,
+) -> MemoryProfile:
     """Find what every layer of a chain costs.
 
     Args:
@@ -41,6 +48,7 @@ def profile(chain: Chain, *, optimizer_state_tensors: int, step_temporaries: flo
             Adam.
         step_temporaries: what a step allocates for a moment, as a multiple of the largest parameter's bytes.
         device: where the chain will run; kernels differ between devices in what they save.
+        parts_ties: layers that share a tensor may come into different partitions; it is then counted with each of them.
 
     Returns:
         The costs, layer by layer. A tensor that several layers share is counted with the first of them.
@@ -53,19 +61,29 @@ def profile(chain: Chain, *, optimizer_state_tensors: int, step_temporaries: flo
         layers = []
         smallest = 1
         compiled_kernels: set[Hashable] = set()
+        shared: set[int] = set()
+        repeated_bytes = 0
         for number, layer in enumerate(chain.layers):
+            if parts_ties:
+                again = _new(layer.parameters().values(), set())
+                again = [tensor for tensor in again if id(tensor) in shared]
+                learnt = sum(_nbytes(tensor) for tensor in again if tensor.requires_grad)
+                repeated_bytes += sum(map(_nbytes, again)) + (1 + optimizer_state_tensors) * learnt
+                counted = set()
             bench = _Bench(layer, chain.boundaries[number], chain.boundaries[number + 1], device, learns_input=number > 0)
             layers.append(_price(layer, bench, counted, optimizer_state_tensors, step_temporaries))
+            shared |= counted
             compiled_kernels |= bench.compiled
             if smallest == 1 and not bench.accepts(1):
                 smallest = 2
     forbidden = {cut for first, last in chain.tied_ranges for cut in range(first + 1, last + 1)}
     return MemoryProfile(
         layers=tuple(layers),
-        forbidden_cuts=tuple(sorted(forbidden)),
+        forbidden_cuts=() if parts_ties else tuple(sorted(forbidden)),
         optimizer=_OPTIMIZERS[optimizer_state_tensors],
         smallest_micro_batch=smallest,
         kernel_bytes=min(len(compiled_kernels), MAX_COMPILED) * CODE_BYTES,
+        repeated_bytes=repeated_bytes,
     )
 
 

@@ -18,8 +18,8 @@ from lowmem_pnn.units import format_bytes
 class Result:
     """What a run came to: the content of `result.json`.
 
-    Sizes are bytes; peaks are above the floor, which is what the process held before training. `test_accuracy` is that of
-    `weights_file`. Values that were not measured are None.
+    Sizes are bytes; peaks are above the floor, which is what the process held before training. `test_accuracy`, or `perplexity`
+    where the data is text, is that of `weights_file`. Values that were not measured are None.
     """
 
     method: str
@@ -46,6 +46,7 @@ class Result:
     test_loss: float | None
     test_accuracy: float | None
     test_f1: float | None
+    perplexity: float | None = None
     macs: int
     exits: Sequence[Mapping[str, Any]] = ()
     chosen_exit: int | None = None
@@ -92,6 +93,8 @@ class Result:
                 ("validation accuracy", self.val_accuracy, ".1%"),
                 ("test accuracy", self.test_accuracy, ".1%"),
                 ("test F1", self.test_f1, ".3f"),
+                ("test loss", self.test_loss if self.test_accuracy is None else None, ".4g"),
+                ("perplexity", self.perplexity, ".2f"),
             )
             if value is not None
         ]

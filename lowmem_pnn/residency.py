@@ -1,7 +1,7 @@
 """A residency: the time during which one partition's weights, and its optimizer state, are on the device."""
 
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from lowmem_pnn.errors import BudgetError, CaptureError
 from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.stores.tensorfile import TensorFile
 from lowmem_pnn.stores.weights import state_key, weight_key
+from lowmem_pnn.streams import ReadAhead, Request
 from lowmem_pnn.units import format_bytes
 
 
@@ -34,17 +35,30 @@ class Residency:
         start: the partition's first layer.
         stop: the layer after its last.
         device: where to put it.
-        optimizer: its optimizer, or None where nothing is learnt.
+        optimizer: its optimizer, resident with its state, or None where nothing is learnt or the state is elsewhere.
+        frozen: its weights need no gradients.
     """
 
-    def __init__(self, chain: Chain, start: int, stop: int, device: Device, optimizer: OptimizerSpec | None) -> None:
+    def __init__(
+        self, chain: Chain, start: int, stop: int, device: Device, optimizer: OptimizerSpec | None, *, frozen: bool = False
+    ) -> None:
         self.layers: tuple[Layer, ...] = chain.layers[start:stop]
+        self._frozen = frozen
         self._device = device
         self._spec = optimizer
         # One tensor may have several names; the first is the one in the files.
         self._owner = {alias: group[0] for group in chain.ties for alias in group}
+        self._rank = {name: number for number, name in enumerate(chain.persistent)}
+        before = {self._owner.get(alias, alias) for layer in chain.layers[:start] for alias in layer.parameters()}
+        after = {self._owner.get(alias, alias) for layer in chain.layers[stop:] for alias in layer.parameters()}
+        # Parameters that partitions before this one have too: the first of them keeps them and steps them.
+        self.borrowed = {name for _, name, _ in self._tensors() if name in before}
+        # Parameters whose gradient is the sum of several partitions'.
+        self.shared = {name for _, name, _ in self._tensors() if name in before or name in after}
         self._parameters: dict[str, nn.Parameter] = {}
         self._buffers: dict[str, Tensor] = {}
+        # What the model says, whether or not the partition is frozen while it is here.
+        self._requires_grad: dict[str, bool] = {}
         self._state: dict[str, dict[str, Tensor]] = {}
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -52,20 +66,24 @@ class Residency:
         """Bring everything onto the device; one tensor is read ahead of the one that is placed.
 
         Args:
-            reader: the partition's weight file.
+            reader: of the partition's weight files.
             pool: a thread that reads.
 
         Raises:
             BudgetError: it does not fit; what was loaded by then is off the device again.
         """
+        keys = self.keys()
+        ahead = ReadAhead((Request(0, lambda key=key: reader.read(key)) for key in keys), pool, window_bytes=-1)  # type: ignore[misc]
         try:
-            self._load(reader, pool)
+            self.fill(ahead.take)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             full = True
         else:
             full = False
+        finally:
+            ahead.close()
         if full:  # not inside the handler: the exception holds tensors
             used = self._device.section_peak_bytes()
             self.unload()
@@ -74,31 +92,53 @@ class Residency:
                 f"{format_bytes(used)} of {format_bytes(self._device.budget_bytes)}; give a larger --max-gpu-mem, or more partitions"
             )
 
-    def _load(self, reader: WeightReader, pool: Executor) -> None:
+    def keys(self) -> list[str]:
+        """The names, in weight files, of the tensors that `fill` takes, in its order."""
         wanted = list(self._tensors())
         keys = [weight_key(name) for _, name, _ in wanted]
         if self._spec is not None:
             trainable = {name: tensor for _, name, tensor in wanted if tensor.requires_grad}
             keys += [state_key(name, state) for name, tensor in trainable.items() for state in self._spec.layout(tensor)]
-        arriving = _read_ahead(reader, keys, pool)
-        for kind, name, shape_of in wanted:
-            tensor = self._device.place(next(arriving))
+        return keys
+
+    def fill(self, take: Callable[[], Tensor]) -> None:
+        """Put tensors on the device.
+
+        Args:
+            take: gives the host tensors of `keys`, one after the other.
+        """
+        for kind, name, shape_of in list(self._tensors()):
+            tensor = self._device.place(take())
             if kind == "parameter":
-                self._parameters[name] = nn.Parameter(tensor, requires_grad=shape_of.requires_grad)
+                self._requires_grad[name] = shape_of.requires_grad
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=shape_of.requires_grad and not self._frozen)
             else:
                 self._buffers[name] = tensor
             del tensor
         if self._spec is not None:
             for name, parameter in self.trainable.items():
-                self._state[name] = {state: self._device.place(next(arriving)) for state in self._spec.layout(parameter)}
+                self._state[name] = {state: self._device.place(take()) for state in self._spec.layout(parameter)}
         self._attach(self._parameters, self._buffers)
         if self._spec is not None and self.trainable:
             self.optimizer = self._spec.build(self.trainable, self._state)
+
+    def name_of(self, alias: str) -> str:
+        """The name that a tensor is stored under, of the several that it may have."""
+        return self._owner.get(alias, alias)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters, by name."""
+        return self._parameters
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name."""
         return {name: parameter for name, parameter in self._parameters.items() if parameter.requires_grad}
+
+    def in_model_order(self) -> list[nn.Parameter]:
+        """The parameters that learn, as `model.parameters()` has them: norms are added up in that order."""
+        return [parameter for _, parameter in sorted(self.trainable.items(), key=lambda item: self._rank[item[0]])]
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -147,7 +187,8 @@ class Residency:
         parameters, buffers = {}, {}
         for kind, name, tensor in self._tensors():
             if kind == "parameter":
-                parameters[name] = nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
+                requires_grad = self._requires_grad.get(name, tensor.requires_grad)
+                parameters[name] = nn.Parameter(tensor.detach().to("meta"), requires_grad)
             else:
                 buffers[name] = tensor.to("meta")
             del tensor
@@ -172,14 +213,3 @@ class Residency:
                 layer.set_tensor(alias, parameters[self._owner.get(alias, alias)])
             for alias in layer.buffers():
                 layer.set_tensor(alias, buffers[self._owner.get(alias, alias)])
-
-
-def _read_ahead(reader: WeightReader, keys: list[str], pool: Executor) -> Iterator[Tensor]:
-    ahead: Future[Tensor] | None = None
-    for number, key in enumerate(keys):
-        now = ahead or pool.submit(reader.read, key)
-        ahead = pool.submit(reader.read, keys[number + 1]) if number + 1 < len(keys) else None
-        tensor = now.result()
-        del now  # it holds the tensor
-        yield tensor
-        del tensor

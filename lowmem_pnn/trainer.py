@@ -23,12 +23,14 @@ from lowmem_pnn.planning import check_disk, describe_plan, make_plan
 from lowmem_pnn.profiler import profile
 from lowmem_pnn.progress import Display
 from lowmem_pnn.report import PlanReport, Result
-from lowmem_pnn.run import Run, State, Threads
+from lowmem_pnn.run import Run
 from lowmem_pnn.sources.datasets import Dataset, find_dataset, from_torch, make_dataset
 from lowmem_pnn.sources.models import ModelSource, find_model
 from lowmem_pnn.sources.splits import SampleSplit
+from lowmem_pnn.state import State
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.rundir import RunDir
+from lowmem_pnn.streams import Threads
 from lowmem_pnn.workload import make_workload, open_data, profile_workload, split_data
 
 _Model = str | nn.Module | Callable[[], nn.Module]
@@ -135,7 +137,7 @@ def evaluate(run: str | Path) -> dict[str, float]:
             try:
                 weights = build_weights(workload, plan, folder, counter, trained=rundir.path / "model.safetensors")
                 run_ = Run(workload, plan, device, rundir, weights, state, threads, counter, Display())
-                return score(run_, workload, plan)
+                return score(run_, workload)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 clear(rundir)
@@ -274,9 +276,11 @@ def _python_sources(config: FitConfig, model: _Model, train: Any, val: Any, test
     """Model and data that were given as objects, or by name."""
 
     def sources() -> _Sources:
-        wants = find_model(model, config.model_arg, None).wants if isinstance(model, str) else "any"
+        named = find_model(model, config.model_arg, None) if isinstance(model, str) else None
+        wants = named.wants if named is not None else "any"
         if isinstance(train, str):
-            dataset = find_dataset(train, config.data_root, wants)
+            context = named.context if named is not None else None
+            dataset = find_dataset(train, config.data_root, wants, context=context)
         else:
             dataset = make_dataset(train, test, name=config.data, wants=wants)
         if isinstance(model, str):

@@ -14,8 +14,10 @@ from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.methods import Method, Objective, make_method
 from lowmem_pnn.methods.base import Split as SplitName
 from lowmem_pnn.optimizers import OptimizerSpec
+from lowmem_pnn.passes import works_by_rows
 from lowmem_pnn.planner import Plan
 from lowmem_pnn.profiler import profile
+from lowmem_pnn.schedules import factor
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.building import skeleton
 from lowmem_pnn.sources.datasets import Dataset, Split, find_dataset, subset, train_val
@@ -31,16 +33,20 @@ class IoSizes:
     Args:
         shard_bytes: of one shard of boundary activations; two are held while they are written.
         window_bytes: shards that are held while they are read, in use and ahead together.
+        stream_bytes: weights and optimizer state of a sweep that were read ahead, and as many that wait to be written.
+        boundary_bytes: of a sweep's boundary activations and gradients that are kept in memory; the others go to disk.
     """
 
     shard_bytes: int
     window_bytes: int
+    stream_bytes: int
+    boundary_bytes: int
 
     @classmethod
     def of_budget(cls, budget_bytes: int) -> "IoSizes":
-        """A sixty-fourth of the budget a shard, between 256 KiB and 16 MiB; four shards a window."""
+        """A sixty-fourth of the budget a shard, between 256 KiB and 16 MiB; four shards a window, a stream, and for boundaries."""
         shard = min(max(budget_bytes // 64, MEBIBYTE // 4), 16 * MEBIBYTE)
-        return cls(shard, 4 * shard)
+        return cls(shard, 4 * shard, 4 * shard, 4 * shard)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,11 @@ class Workload:
     chain: Chain
 
     @property
+    def rows_per_sample(self) -> int:
+        """Labels of one sample: 1, or its tokens."""
+        return math.prod(self.dataset.label_shape)
+
+    @property
     def training_splits(self) -> list[SplitName]:
         """The parts that training reads."""
         return [name for name in ("train", "val") if name in self.splits]
@@ -74,6 +85,18 @@ class Workload:
         return OptimizerSpec(
             config.optimizer, config.value_for("lr", partition), config.momentum, config.weight_decay, config.fused
         )
+
+    def learning_rate(self, partition: int, step: int, total_steps: int) -> float:
+        """A partition's learning rate.
+
+        Args:
+            partition: its number.
+            step: optimizer steps before this one, from 0.
+            total_steps: of the training that the schedule stretches over.
+        """
+        config = self.config
+        rate: float = config.value_for("lr", partition)
+        return rate * factor(config.lr_schedule, step, total_steps, config.warmup_steps)
 
     def objective(self, plan: Plan, partition: int) -> Objective:
         """What a partition learns."""
@@ -97,9 +120,9 @@ def open_data(config: FitConfig) -> tuple[ModelSource, Dataset, dict[SplitName, 
         ConfigError: no such model, data set, or argument.
         DataError: the data cannot be trained on.
     """
-    # The data set says how many classes the model gets, the model how images are to be shown to it.
-    wants = find_model(config.model, config.model_arg, None).wants
-    dataset = find_dataset(config.data, config.data_root, wants)
+    # The data set says how many classes the model gets; the model how images are to be shown to it, and how long a text.
+    named = find_model(config.model, config.model_arg, None)
+    dataset = find_dataset(config.data, config.data_root, named.wants, context=named.context)
     source = find_model(config.model, config.model_arg, dataset.num_classes)
     return source, dataset, split_data(dataset, config)
 
@@ -136,12 +159,23 @@ def make_workload(config: FitConfig, source: ModelSource, dataset: Dataset, spli
     _check_input(source, dataset, model)
     chain = capture(model, TensorSpec(dataset.sample_shape, dataset.dtype))
     (scores,) = chain.boundaries[-1]
-    if len(scores.shape) != 1 or scores.shape[0] < dataset.num_classes:
+    if scores.shape[:-1] != dataset.label_shape or scores.shape[-1] < dataset.num_classes:
+        wanted = ", ".join(["batch", *map(str, dataset.label_shape), str(dataset.num_classes)])
         raise ConfigError(
             f"model {source.spec} gives outputs of shape (batch, {', '.join(map(str, scores.shape))}), and data {dataset.name} has "
-            f"{dataset.num_classes} classes; the model's last layer needs at least {dataset.num_classes} outputs"
+            f"{dataset.num_classes} classes; it should give ({wanted}), or more scores than that"
         )
-    return Workload(config, source, dataset, splits, make_method(config), chain)
+    if dataset.label_shape and config.method == "pnn":
+        raise ConfigError(
+            f"--method pnn needs a class for each sample, and data {dataset.name} has one for each token; use --method exact"
+        )
+    workload = Workload(config, source, dataset, splits, make_method(config), chain)
+    if config.loss_chunk is not None and not works_by_rows(chain.layers[-1]):
+        raise ConfigError(
+            f"--loss-chunk {config.loss_chunk}: the last layer of {source.spec}, {chain.layers[-1].name!r}, is not one nn.Linear and "
+            "cannot be computed in parts; leave it out"
+        )
+    return workload
 
 
 def _check_input(source: ModelSource, dataset: Dataset, model: nn.Module) -> None:
@@ -152,6 +186,12 @@ def _check_input(source: ModelSource, dataset: Dataset, model: nn.Module) -> Non
         raise ConfigError(
             f"model {source.spec} takes {widths[0]} values, and the samples of data {dataset.name} have {size}; "
             f"write mlp:{'-'.join([str(size), *widths[1:]])}"
+        )
+    if source.context is not None and (dataset.dtype != torch.int64 or dataset.sample_shape[0] > source.context):
+        found = f"{dataset.sample_shape} {str(dataset.dtype).removeprefix('torch.')}"
+        raise ConfigError(
+            f"model {source.spec} takes up to {source.context} tokens (int64), and the samples of data {dataset.name} are {found}; give "
+            f"--data text:FILE, or tokens of shape ({source.context},)"
         )
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(dtypes) == 1 and dataset.dtype.is_floating_point and dataset.dtype not in dtypes:
@@ -167,4 +207,5 @@ def profile_workload(workload: Workload, device: Device) -> MemoryProfile:
         optimizer_state_tensors=len(optimizer.state_names),
         step_temporaries=optimizer.step_temporaries,
         device=device.torch_device,
+        parts_ties=workload.method.sweeps,
     )

@@ -1,6 +1,11 @@
 """Training in plain PyTorch, against which ours is held; the data and the networks for it."""
 
+import functools
+import itertools
+import json
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowmem_pnn.config import FitConfig, configure
+from lowmem_pnn.schedules import factor
 from lowmem_pnn.seeds import permutation_of, seed_of
 from lowmem_pnn.sources.datasets import Split, make_dataset
 from lowmem_pnn.workload import split_data
 
 Data = tuple[Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+# Samples, labels and the share of the batch that they are; backward from their loss, which is returned.
+Backward = Callable[[Tensor, Tensor, float], float]
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -70,12 +78,131 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-def make_optimizer(config: FitConfig, partition: int, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    settings: dict[str, Any] = {"lr": config.value_for("lr", partition), "weight_decay": config.weight_decay}
+def step_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log that tell of a step, and not of an epoch."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "step" in line]
+
+
+def make_optimizer(config: FitConfig, groups: dict[int, list[nn.Parameter]]) -> torch.optim.Optimizer:
+    """PyTorch's own, over the parameters of each partition that learns."""
+    settings: dict[str, Any] = {"lr": 1.0, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         settings["momentum"] = config.momentum
     extra = {"fused": True} if config.fused else {"foreach": False}
-    return OPTIMIZERS[config.optimizer](parameters, **settings, **extra)
+    with_rates = [
+        {"params": [parameter for parameter in parameters if parameter.requires_grad], "lr": config.value_for("lr", partition)}
+        for partition, parameters in groups.items()
+    ]
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[config.optimizer](with_rates, **settings, **extra)
+    return optimizer
+
+
+def cross_entropy(config: FitConfig, output: Tensor, labels: Tensor) -> Tensor:
+    """The mean over samples, or over tokens: output (B, classes) and labels (B,), or (B, T, classes) and (B, T)."""
+    return nn.functional.cross_entropy(output.flatten(0, -2), labels.flatten(), label_smoothing=config.label_smoothing)
+
+
+def backward_of(model: nn.Module, loss_of: Loss) -> Backward:
+    def backward(x: Tensor, y: Tensor, share: float) -> float:
+        loss = loss_of(model(x), y)
+        if share != 1.0:
+            loss = loss * share
+        loss.backward()
+        return float(loss.detach())
+
+    return backward
+
+
+def backward_in_chunks(model: nn.Module, head: nn.Linear, config: FitConfig, rows: int) -> Backward:
+    """The model's last layer and the loss, for so many rows at a time where there are more."""
+    at_once = backward_of(model, functools.partial(cross_entropy, config))
+
+    def backward(x: Tensor, y: Tensor, share: float) -> float:
+        if y.numel() <= rows:
+            return at_once(x, y, share)
+        given: list[Tensor] = []
+        with head.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0])):
+            model(x)
+        [body_output] = given
+        inputs = body_output.detach().requires_grad_()
+        flat, labels = inputs.flatten(0, -2), y.flatten()
+        total = 0.0
+        for begin in range(0, len(labels), rows):
+            part = slice(begin, begin + rows)
+            scores = head(flat[part])
+            loss = nn.functional.cross_entropy(scores, labels[part], reduction="sum", label_smoothing=config.label_smoothing)
+            loss = loss / len(labels)
+            if share != 1.0:
+                loss = loss * share
+            loss.backward()
+            total += float(loss.detach())
+        body_output.backward(inputs.grad)
+        return total
+
+    return backward
+
+
+def train_epochs(
+    model: nn.Module,
+    backward: Backward,
+    batch_of: Callable[[np.ndarray], Data],
+    order_of: Callable[[int], np.ndarray],
+    config: FitConfig,
+    *,
+    groups: dict[int, list[nn.Parameter]],
+    epochs: int,
+    batch_size: int,
+    place: tuple[str, int],
+    micro_batch_of: Callable[[int], int] | None = None,
+    smallest: int = 1,
+) -> float:
+    """The loop that everybody writes, with our seeds.
+
+    Args:
+        model: in its mode.
+        backward: of a micro-batch.
+        batch_of: samples by number.
+        order_of: an epoch's.
+        config: optimizer, rates, clipping.
+        groups: for each partition that learns, its parameters.
+        epochs: passes over the samples.
+        batch_size: samples a step.
+        place: words that the seed of every micro-batch's forward has, before step and number.
+        micro_batch_of: samples at once, in each step; None for what the configuration says.
+        smallest: fewer samples than this join the micro-batch before them; a batch of fewer is left out.
+
+    Returns:
+        The mean loss over the last epoch's samples.
+    """
+    optimizer = make_optimizer(config, groups)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    total_steps = epochs * math.ceil(len(order_of(0)) / batch_size)
+    step = 0
+    for epoch in range(epochs):
+        order = order_of(epoch)
+        loss_sum, num_samples = 0.0, 0
+        for begin in range(0, len(order), batch_size):
+            x, y = batch_of(order[begin : begin + batch_size])
+            if len(y) >= smallest:
+                micro = micro_batch_of(step) if micro_batch_of else config.micro_batch or batch_size
+                starts = list(range(0, len(y), micro))
+                if len(y) - starts[-1] < smallest:
+                    starts.pop()
+                loss = 0.0
+                for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(y)], strict=True)):
+                    torch.manual_seed(seed_of(config.seed, *place, step, number))
+                    loss += backward(x[start:stop].clone(), y[start:stop], (stop - start) / len(y))
+                if config.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor(config.lr_schedule, step, total_steps, config.warmup_steps)
+                optimizer.step()
+                optimizer.zero_grad()
+                loss_sum += loss * len(y)
+                num_samples += len(y)
+            step += 1
+    return loss_sum / num_samples
 
 
 def train_plainly(
@@ -85,29 +212,22 @@ def train_plainly(
     config: FitConfig,
     *,
     partition: int = 0,
-    loss_of: Loss = nn.functional.cross_entropy,
+    loss_of: Loss | None = None,
     micro_batch_of: Callable[[int], int] | None = None,
 ) -> nn.Module:
-    """The loop that everybody writes, with our seeds."""
-    size = config.value_for("batch_size", partition)
-    optimizer = make_optimizer(config, partition, [p for p in model.parameters() if p.requires_grad])
-    step = 0
-    model.train()
-    for epoch in range(config.value_for("epochs", partition)):
-        order = order_of(epoch)
-        for begin in range(0, len(order), size):
-            x, y = batch_of(order[begin : begin + size])
-            micro = micro_batch_of(step) if micro_batch_of else config.micro_batch or size
-            for number, start in enumerate(range(0, len(y), micro)):
-                torch.manual_seed(seed_of(config.seed, "forward", partition, step, number))
-                part_x, part_y = x[start : start + micro].clone(), y[start : start + micro]
-                loss = loss_of(model(part_x), part_y)
-                if len(part_y) < len(y):
-                    loss = loss * (len(part_y) / len(y))
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
+    """A model, or one partition, trained against a loss of its own."""
+    train_epochs(
+        model.train(),
+        backward_of(model, loss_of or functools.partial(cross_entropy, config)),
+        batch_of,
+        order_of,
+        config,
+        groups={partition: list(model.parameters())},
+        epochs=config.value_for("epochs", partition),
+        batch_size=config.value_for("batch_size", partition),
+        place=("forward", partition),
+        micro_batch_of=micro_batch_of,
+    )
     return model
 
 
@@ -124,25 +244,77 @@ def train_by_backprop(build: Callable[[], nn.Module], data: Data, micro_batch_of
     )
 
 
+@dataclass
+class Trained:
+    """A model, and the mean loss over its last epoch's samples."""
+
+    model: nn.Module
+    train_loss: float
+
+
+def train_by_exact(
+    build: Callable[[], nn.Module],
+    data: Data,
+    *,
+    parts_of: Callable[[Any], list[list[nn.Parameter]]] = lambda model: [list(model.parameters())],
+    head_of: Callable[[Any], nn.Linear] | None = None,
+    micro_batch_of: Callable[[int], int] | None = None,
+    smallest: int = 1,
+    **options: Any,
+) -> Trained:
+    """What `--method exact` is to give, however it is cut.
+
+    Args:
+        build: makes the model.
+        data: samples and labels.
+        parts_of: the parameters of each partition; needed where each has its own learning rate.
+        head_of: the last layer, which `loss_chunk` needs.
+        micro_batch_of: samples at once, in each step; None for what the options say.
+        smallest: samples that the modules accept at least.
+        **options: of the run.
+    """
+    options = {"method": "exact", **options}
+    config = configure(max_gpu_mem="1GB", model="python:model", data="python:data", **options)
+    split = training_split(data, **options)
+    model = built(build, config.seed).train()
+    backward = backward_of(model, functools.partial(cross_entropy, config))
+    if config.loss_chunk is not None:
+        assert head_of is not None
+        backward = backward_in_chunks(model, head_of(model), config, config.loss_chunk)
+    train_loss = train_epochs(
+        model,
+        backward,
+        split.batch,
+        lambda epoch: permutation_of(len(split), config.seed, "epoch", epoch),
+        config,
+        groups=dict(enumerate(parts_of(model))),
+        epochs=config.value_for("epochs", 0),
+        batch_size=config.value_for("batch_size", 0),
+        place=("forward", 0),
+        micro_batch_of=micro_batch_of,
+        smallest=smallest,
+    )
+    return Trained(model, train_loss)
+
+
 def train_by_pnn(build: Callable[[], nn.Sequential], starts: list[int], data: Data, **options: Any) -> nn.Module:
     """What `--method pnn` is to give for a Sequential that is cut before the modules `starts`, at activations of one tensor."""
     config = configure(max_gpu_mem="1GB", model="python:model", data="python:data", **options)
     split = training_split(data, **options)
     model = built(build, config.seed)
     assert isinstance(model, nn.Sequential)
-    bounds = [0, *starts, len(model)]
+    parts = parts_at(model, starts)
     own_order = permutation_of(len(split), config.seed, "own order")
     x, y = split.batch(np.arange(len(split)))
-    for partition in range(len(bounds) - 1):
-        part = model[bounds[partition] : bounds[partition + 1]]
-        last = partition == len(bounds) - 2
+    for partition, part in enumerate(parts):
+        last = partition == len(parts) - 1
         with torch.no_grad():
             shape = part.eval()(x[:2]).shape[1:]
         codes = torch.rand(4, *shape, generator=torch.Generator().manual_seed(seed_of(config.seed, "sil", partition + 1)))
         codes = codes * config.value_for("kappa", partition if not last else 0)
 
-        def loss_of(output: Tensor, labels: Tensor, last: bool = last, codes: Tensor = codes) -> Tensor:
-            return nn.functional.cross_entropy(output, labels) if last else nn.functional.mse_loss(output, codes[labels])
+        def loss_of(output: Tensor, labels: Tensor, codes: Tensor = codes) -> Tensor:
+            return nn.functional.mse_loss(output, codes[labels])
 
         word = "samples" if partition else "epoch"
         train_plainly(
@@ -151,7 +323,7 @@ def train_by_pnn(build: Callable[[], nn.Sequential], starts: list[int], data: Da
             lambda epoch, word=word: permutation_of(len(split), config.seed, word, epoch),  # type: ignore[misc]
             config,
             partition=partition,
-            loss_of=loss_of,
+            loss_of=None if last else loss_of,
         )
         if partition == 0:
             x, y = x[own_order], y[own_order]
@@ -160,3 +332,43 @@ def train_by_pnn(build: Callable[[], nn.Sequential], starts: list[int], data: Da
             part.eval()
             x = torch.cat([part(x[begin : begin + size].clone()) for begin in range(0, len(x), size)])
     return model
+
+
+def parts_at(model: nn.Sequential, starts: list[int]) -> list[nn.Sequential]:
+    """The partitions of a Sequential that is cut before the modules `starts`; they share its modules."""
+    bounds = [0, *starts, len(model)]
+    return [model[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
+def recover_plainly(model: nn.Sequential, starts: list[int], data: Data, recovering: list[int], **options: Any) -> Trained:
+    """What `--recovery-epochs` are to give after `train_by_pnn`.
+
+    Args:
+        model: trained; changed in place.
+        starts: modules that start a partition.
+        data: samples and labels.
+        recovering: the partitions that learn, from 0; the others are frozen, in eval mode.
+        **options: of the run.
+    """
+    config = configure(max_gpu_mem="1GB", model="python:model", data="python:data", **options)
+    split = training_split(data, **options)
+    parts = parts_at(model, starts)
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for number, part in enumerate(parts):
+        part.train(number in recovering)
+        if number not in recovering:
+            part.requires_grad_(False)
+    train_loss = train_epochs(
+        model,
+        backward_of(model, functools.partial(cross_entropy, config)),
+        split.batch,
+        lambda epoch: permutation_of(len(split), config.seed, "recovery", epoch),
+        config,
+        groups={number: list(parts[number].parameters()) for number in recovering},
+        epochs=config.recovery_epochs,
+        batch_size=config.value_for("batch_size", len(parts) - 1),
+        place=("recovery", 0),
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted[name])
+    return Trained(model, train_loss)

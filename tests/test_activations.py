@@ -4,6 +4,7 @@ import errno
 import gc
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.stores import activation_writer
 from lowmem_pnn.stores.activations import ActivationStore, ActivationWriter
 from lowmem_pnn.stores.header import CODES
+from lowmem_pnn.stores.shards import resident_bytes
 from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile, memory_of
 
 SPECS = (TensorSpec((3,), torch.float32), TensorSpec((2, 2), torch.bfloat16))
@@ -109,6 +111,98 @@ def test_every_sample_comes_back_once_bit_for_bit(pool, kinds, count, shard_samp
             assert bits(tensor) == bits(torch.stack([source.view(count, -1)[k] for k in labels.tolist()]).view(tensor.shape))
             assert tensor.is_contiguous()
             assert tensor.data_ptr() % 64 == 0
+
+
+def write_labelled(folder, count, label_shape, pool, *, shard_samples=4, step=3):
+    """Samples that hold their number, with labels that follow from it."""
+    numbers = torch.arange(count)
+    size = math.prod(label_shape)
+    labels = (numbers[:, None] * size + torch.arange(size)).reshape(count, *label_shape)
+    specs = (TensorSpec((), torch.float32),)
+    sample_bytes = resident_bytes(specs, 1, label_shape)
+    with ActivationWriter(folder, specs, count, shard_samples * sample_bytes, pool, label_shape=label_shape) as writer:
+        for begin in range(0, count, step):
+            writer.append((numbers[begin : begin + step].float(),), labels[begin : begin + step])
+    return labels, sample_bytes
+
+
+@given(
+    label_shape=st.lists(st.integers(0, 4), max_size=2).map(tuple),
+    count=st.integers(1, 30),
+    shard_samples=st.integers(1, 12),
+    step=st.integers(1, 13),
+    batch_size=st.integers(1, 13),
+    window_samples=st.integers(0, 40),
+    shuffle=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_labels_of_any_shape_follow_their_samples(
+    pool, label_shape, count, shard_samples, step, batch_size, window_samples, shuffle
+):
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder) / "a"
+        labels, sample_bytes = write_labelled(folder, count, label_shape, pool, shard_samples=shard_samples, step=step)
+        store = ActivationStore.open(folder, verify=True)
+        assert store.label_shape == label_shape
+        assert store.shard_samples == min(count, shard_samples)
+        batches = read(store, batch_size, pool, shuffle=shuffle, window_bytes=window_samples * sample_bytes)
+    order = torch.cat([tensor for (tensor,), _ in batches]).long()
+    assert sorted(order.tolist()) == list(range(count))
+    assert shuffle or order.tolist() == list(range(count))
+    for (tensor,), found in batches:
+        assert bits(found) == bits(labels[tensor.long()])
+        assert found.is_contiguous()
+        assert found.data_ptr() % 64 == 0
+
+
+def test_the_order_does_not_depend_on_the_labels_shape(tmp_path, pool):
+    write(tmp_path / "a", 12, pool, shard_samples=2)
+    _, sample_bytes = write_labelled(tmp_path / "b", 12, (5,), pool, shard_samples=2)
+    [(_, plain)] = read(ActivationStore.open(tmp_path / "a"), 12, pool, shuffle=True, window_bytes=8 * SAMPLE_BYTES)
+    [((numbers,), _)] = read(ActivationStore.open(tmp_path / "b"), 12, pool, shuffle=True, window_bytes=8 * sample_bytes)
+    assert numbers.tolist() == plain.tolist()
+
+
+def test_memory_for_labels_is_counted(tmp_path, pool):
+    specs = (TensorSpec((3,), torch.float32),)
+    assert resident_bytes(specs, 10, (16,)) - resident_bytes(specs, 10) == 10 * 15 * 8
+    # As the specs alone would have it, ten samples would go into a shard and into a window.
+    with ActivationWriter(tmp_path / "a", specs, 20, resident_bytes(specs, 10), pool, label_shape=(1000,)) as writer:
+        writer.append((torch.zeros(20, 3),), torch.zeros(20, 1000, dtype=torch.int64))
+    assert writer.shard_samples == 1
+    store = ActivationStore.open(tmp_path / "a")
+    read(store, 5, pool, window_bytes=resident_bytes(specs, 20, (1000,)) - 1)
+    assert store.cache is None
+    read(store, 5, pool, window_bytes=resident_bytes(specs, 20, (1000,)))
+    assert store.cache is not None
+
+
+def test_labels_of_another_shape_are_refused(tmp_path, pool):
+    writer = ActivationWriter(tmp_path / "a", (TensorSpec((), torch.float32),), 8, 1, pool, label_shape=(3,))
+    for labels in (torch.zeros(4).long(), torch.zeros(4, 2).long(), torch.zeros(4, 3)):
+        with pytest.raises(CheckpointError, match=r"takes float32 \(4,\), int64 \(4, 3\), got float32 \(4,\), "):
+            writer.append((torch.zeros(4),), labels)
+    writer.abort()
+
+
+def test_an_index_of_an_earlier_version_is_of_single_labels(tmp_path, pool):
+    write(tmp_path / "a", 20, pool)
+    path = tmp_path / "a" / "index.json"
+    content = json.loads(path.read_text())
+    del content["label_shape"]
+    path.write_text(json.dumps(content))
+    store = ActivationStore.open(tmp_path / "a", verify=True)
+    assert store.label_shape == ()
+    assert label_lists(read(store, 20, pool)) == [list(range(20))]
+    write_labelled(tmp_path / "b", 20, (5,), pool)
+    path = tmp_path / "b" / "index.json"
+    content = json.loads(path.read_text())
+    del content["label_shape"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        CheckpointError, match=r"holds float32 \(4,\), int64 \(4, 5\), the index says float32 \(4,\), int64 \(4,\);"
+    ):
+        ActivationStore.open(tmp_path / "b")
 
 
 @given(
@@ -533,6 +627,9 @@ def test_shards_of_another_store_are_told_by_their_hash(tmp_path, pool):
         (lambda index: {**index, "tensors": [{"dtype": "F32", "shape": [-3]}]}, "contradicts itself or lacks a part"),
         (lambda index: {**index, "tensors": [{"dtype": "F32"}]}, "contradicts itself or lacks a part"),
         (lambda index: {key: index[key] for key in index if key != "num_samples"}, "contradicts itself or lacks a part"),
+        (lambda index: {**index, "label_shape": [-1]}, "contradicts itself or lacks a part"),
+        (lambda index: {**index, "label_shape": ["3"]}, "contradicts itself or lacks a part"),
+        (lambda index: {**index, "label_shape": 3}, "contradicts itself or lacks a part"),
     ],
 )
 def test_a_damaged_index_is_refused_by_name(tmp_path, pool, edit, text):
@@ -548,6 +645,7 @@ def test_a_damaged_index_is_refused_by_name(tmp_path, pool, edit, text):
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
+        (lambda index: {**index, "label_shape": [2]}, r"00000.safetensors' holds .*, int64 \(4,\), the index .* int64 \(4, 2\);"),
         (lambda index: {**index, "tensors": index["tensors"][:1]}, r"00000.safetensors' holds float32 \(4, 3\), bfloat16"),
         (
             lambda index: {**index, "shards": [{**shard, "bytes": 5} for shard in index["shards"]]},

@@ -201,7 +201,7 @@ def test_set_tensor() -> None:
     first.set_tensor("1.running_mean", torch.full((3,), -4.0))
     first.module.eval()
     assert first.parameters()["0.weight"] is given
-    assert [parameter.requires_grad for parameter in first.parameters().values()] == [True, False, True, True]
+    assert [parameter.requires_grad for parameter in first.parameters().values()] == [False, False, True, True]
     assert torch.allclose(first(torch.ones(1, 3))[0], torch.full((1, 3), 7.0))
     with pytest.raises(KeyError, match=r"layer '0' has no parameter or buffer '2.weight'"):
         first.set_tensor("2.weight", torch.zeros(1, 3))

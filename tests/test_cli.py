@@ -80,7 +80,7 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
         ("fit --max-gpu-mem -5MB", 3, "'-5MB' is not a size"),
         ("fit --max-gpu-mem 0", 3, "'0' is a size of 0 bytes; write a positive one"),
         ("fit --max-gpu-mem 1GB --model mlp:64-10", 3, "--data is missing; give --data digits"),
-        ("fit --max-gpu-mem 1GB --method pnm", 3, "--method 'pnm' is none of pnn, backprop; did you mean 'pnn'?"),
+        ("fit --max-gpu-mem 1GB --method pnm", 3, "--method 'pnm' is none of pnn, exact, backprop; did you mean 'pnn'?"),
         ("fit --max-gpu-mem 1GB --seed -1", 3, "--seed '-1': must be greater than or equal to 0"),
         ("fit --resume", 3, "--resume needs the run to go on with; give --workdir DIR"),
         (
@@ -121,7 +121,7 @@ def test_bad_options(line: str, code: int, text: str) -> None:
         ("--micro-batch 100", 3, "--micro-batch 100 is above --batch-size 64; give at most 64, or a larger --batch-size"),
         ("--val-fraction 0.999", 3, "leaves none to train on; use more samples or fraction 0"),
         ("--train-limit 1", 3, "a validation fraction of 0.1 of 1 samples leaves none to train on"),
-        ("--model-arg width=3", 3, "--model-arg has no effect here: it needs a model that is built by a factory (not mlp:)"),
+        ("--model-arg width=3", 3, "--model-arg has no effect here: it needs a model that is built by a factory (not mlp: or gpt:)"),
         ("--model-arg width", 3, "model argument 'width' is not NAME=VALUE; write, for example, --model-arg width=64"),
         ("--lr 1e30 --optimizer sgd", 7, "the loss became"),
     ],
@@ -218,7 +218,7 @@ _FACTORY = "import torch\ndef build():\n    {body}\n"
         ("def build(width): pass\n", "needs the argument 'width'; give --model-arg width=VALUE"),
         (
             _FACTORY.format(body="return torch.nn.Linear(20, 2)"),
-            "and data data has 3 classes; the model's last layer needs at least 3",
+            "and data data has 3 classes; it should give (batch, 3), or more scores than that",
         ),
         (_FACTORY.format(body="return torch.nn.Linear(32, 3)"), "does not run on samples of (20,) float32"),
         (_FACTORY.format(body="return torch.nn.Linear(20, 3).double()"), "has float64 weights, and samples are float32"),

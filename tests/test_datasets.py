@@ -268,6 +268,13 @@ def test_the_number_of_classes_is_found_without_reading_samples() -> None:
             (torch.zeros(3, 3), torch.eye(3)),
             r"labels have shape \(3, 3\); give one class number for each sample \(one-hot: argmax\)",
         ),
+        ((torch.zeros(3, 4).long(), torch.zeros(3, 3).long()), r"labels have shape \(3, 3\); .* of one shape \(N, T\)$"),
+        ((torch.zeros(3, 4).byte(), torch.zeros(3, 4).long()), r"labels have shape \(3, 4\); .* integer samples and labels"),
+        ((torch.zeros(3, 4).long(), torch.zeros(3, 4)), r"labels have shape \(3, 4\); .* integer samples and labels"),
+        (
+            Pairs([(torch.zeros(4).long(), torch.zeros(3).long())]),
+            r"has labels of shape \(3,\); .* labels of the sample's shape$",
+        ),
         ((torch.zeros(3, 3), torch.tensor([0, 0.5, 1])), r"a label is 0.5; labels are class numbers"),
         ((torch.zeros(3, 0), torch.zeros(3)), r"samples of shape \(0,\) hold no values"),
         ((torch.zeros(3, 2, dtype=torch.complex64), torch.zeros(3)), r"samples are complex64; give real numbers"),
@@ -323,6 +330,110 @@ def test_classes_are_those_of_both_parts() -> None:
     assert (dataset.num_classes, dataset.name) == (5, "a-b-c")
     everything(dataset.train)
     everything(dataset.test)
+
+
+# ---- tokens with a label each
+
+
+def tokens(length: int = 6, context: int = 4) -> tuple[Tensor, Tensor]:
+    """Windows of 0, 1, 2, ... and what comes next."""
+    numbers = torch.arange(length * context + 1)
+    return numbers[:-1].clone().reshape(length, context), numbers[1:].clone().reshape(length, context)
+
+
+@pytest.mark.parametrize("form", ["tensors", "arrays", "int32", "uint16", "TensorDataset", "Subset", "pairs", "npz", "factory"])
+def test_every_token_may_have_a_label(form: str, tmp_path: Path) -> None:
+    x, y = tokens()
+    arrays = x.numpy(), y.numpy()
+    if form == "npz":
+        dataset = find_dataset(save(tmp_path / "a.npz", x_train=arrays[0], y_train=arrays[1]), NOWHERE, "any", context=9)
+    elif form == "factory":
+        (tmp_path / "own.py").write_text(
+            "import torch\ndef load():\n    a = torch.arange(25)\n    return a[:-1].reshape(6, 4), a[1:].reshape(6, 4)"
+        )
+        dataset = find_dataset(f"{tmp_path}/own.py:load", NOWHERE, "any")
+    else:
+        made: dict[str, Any] = {
+            "tensors": (x, y),
+            "arrays": arrays,
+            "int32": (x.int(), y.int()),
+            "uint16": (arrays[0].astype(np.uint16), arrays[1].astype(np.uint16)),
+            "TensorDataset": TensorDataset(x, y),
+            "Subset": Subset(TensorDataset(x, y), list(range(6))),
+            "pairs": Pairs(list(zip(x, y, strict=True))),
+        }
+        dataset = make_dataset(made[form], name="tokens")
+    assert (dataset.sample_shape, dataset.label_shape, dataset.dtype, dataset.num_classes) == ((4,), (4,), torch.int64, 25)
+    found = dataset.train.batch([4, 0, 4])
+    assert all(map(torch.equal, found, (x[[4, 0, 4]], y[[4, 0, 4]])))
+    train, val = train_val(dataset.train, 0.3, seed=0, limit=None)
+    assert val is not None
+    assert torch.equal(torch.cat([everything(part)[1] for part in (train, val)]).flatten().sort().values, y.flatten())
+    assert torch.equal(subset(dataset.train, np.array([5])).batch([0])[1], y[5:])
+
+
+@pytest.mark.parametrize(
+    "kind", [tuple, lambda parts: TensorDataset(*parts), lambda parts: Pairs(list(zip(*parts, strict=True)))]
+)
+def test_classes_of_tokens_are_those_of_both(kind: Any) -> None:
+    x, y = tokens()
+    high = x.clone()
+    high[2, 1] = 90
+    assert from_torch(kind((high, y))).num_classes == 91
+    assert make_dataset(kind((x, y)), kind((high, y)), name="x").num_classes == 91
+    assert make_dataset(kind((x, y)), name="x", num_classes=256).num_classes == 256
+    # A label for the whole sample says nothing of the tokens, as it was.
+    assert from_torch(kind((high, torch.tensor([0, 1, 1, 0, 2, 0])))).num_classes == 3
+
+
+@pytest.mark.parametrize("kind", [tuple, lambda parts: TensorDataset(*parts)])
+@pytest.mark.parametrize(("part", "value", "word"), [(0, 30, "token"), (0, -1, "token"), (1, 25, "label"), (1, -100, "label")])
+def test_a_token_that_is_no_class_is_named(kind: Any, part: int, value: int, word: str) -> None:
+    parts = tokens()
+    parts[part][3, 2] = value
+    split = from_torch(kind(parts), num_classes=25, where="mine")
+    split.batch([0, 2, 5])
+    with pytest.raises(
+        DataError, match=rf"sample 3 of mine has {word} {value}, outside 0 to 24 \(25 classes\); number the classes"
+    ):
+        split.batch([5, 3])
+
+
+def test_token_arrays_are_looked_at_as_they_are_opened() -> None:
+    parts = tokens()
+    parts[0][3, 2] = 30
+    with pytest.raises(DataError, match=r"sample 3 of x \(training part\) has token 30"):
+        make_dataset(parts, name="x", num_classes=25)
+
+
+def test_labels_of_two_shapes_are_refused() -> None:
+    x, y = tokens()
+    with pytest.raises(
+        DataError, match=r"'x': a training sample's labels have shape \(4,\), a test sample's \(\); give both one"
+    ):
+        make_dataset((x, y), (x, y[:, 0]), name="x")
+    split = from_torch(Pairs([(x[0], y[0]), (x[1], 3)]), num_classes=25, where="mine")
+    with pytest.raises(
+        DataError, match=r"sample 1 of mine has labels of shape \(\), sample 0 of \(4,\); give all samples labels"
+    ):
+        split.batch([0, 1])
+
+
+def test_one_label_for_a_row_of_tokens_is_still_one() -> None:
+    x, y = tokens()
+    for labels in (y[:, 0], y[:, :1]):
+        dataset = make_dataset((x, labels), name="x")
+        assert dataset.label_shape == ()
+        assert everything(dataset.train)[1].tolist() == y[:, 0].tolist()
+
+
+def test_token_labels_are_in_the_fingerprint() -> None:
+    x, y = tokens()
+    other = y.clone()
+    other[2, 2] = 0
+    for kind in (tuple, lambda parts: TensorDataset(*parts)):
+        prints = [make_dataset(kind(parts), name="x").fingerprint for parts in ((x, y), (x, y.clone()), (x, other))]
+        assert prints[0] == prints[1] != prints[2]
 
 
 # ---- fingerprints

@@ -77,7 +77,7 @@ def resident(
     residency = Residency(chain, 0, len(chain.layers), device, spec)
     # In another thread: on the host.
     residency.load(pool.submit(lambda: _Values(built(build), spec)).result(), pool)
-    defaults: dict[str, Any] = {"batch_size": 16, "micro_batch": 16, "smallest_micro_batch": 2}
+    defaults: dict[str, Any] = {"batch_size": 16, "micro_batch": 16, "smallest_micro_batch": 2, "learning_rate": lambda step: ADAM.lr}
     return Stage(
         number=0, title="partition 1 of 1", residency=residency, objective=Labels(), is_last=True, **{**defaults, **options}
     )
@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_weights(pool: ThreadPool
         )
         before = {name: tensor.detach().clone() for name, tensor in stage.residency.trainable.items()}
         with pytest.raises(DivergedError, match=r"the loss became (nan|inf) in partition 1 of 1, epoch 1, batch 1; .*lower --lr"):
-            Executor(device, seed=0).learn_epoch(stage, feed, Progress(), lambda: None)
+            Executor(device, seed=0).learn_epoch(stage, feed, Progress(), lambda loss: None)
         assert all(torch.equal(tensor, before[name]) for name, tensor in stage.residency.trainable.items())
 
 

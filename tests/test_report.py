@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,8 +50,25 @@ def test_a_result_is_a_page_whose_last_line_says_model_budget_and_peak() -> None
     assert "3 batches did not fit" in str(dataclasses.replace(RESULT, oom_retries=3))
 
 
+def test_a_language_model_has_loss_and_perplexity() -> None:
+    text = str(
+        dataclasses.replace(RESULT, test_accuracy=None, test_f1=None, val_accuracy=None, test_loss=1.692, perplexity=5.4304)
+    )
+    assert "validation loss 0.5, test loss 1.692, perplexity 5.43\n" in text
+    assert "accuracy" not in text
+    assert "test loss" not in str(RESULT)
+    assert "perplexity" not in str(RESULT)
+
+
+def test_a_result_without_a_perplexity_is_read() -> None:
+    body = json.loads(RESULT.to_json())
+    del body["perplexity"]
+    assert Result.from_json(json.dumps(body)) == Result.from_json(RESULT.to_json())
+
+
 def test_what_was_not_measured_is_not_shown() -> None:
-    text = str(dataclasses.replace(RESULT, val_loss=None, val_accuracy=None, test_accuracy=None, test_f1=None, check={}))
+    nothing = dict.fromkeys(("val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_f1"))
+    text = str(dataclasses.replace(RESULT, **nothing, check={}))
     assert "validation" not in text
     assert "test" not in text
     assert "checked" not in text
@@ -98,3 +116,40 @@ def test_scores_are_those_of_scikit_learn_whatever_the_micro_batches(num_classes
     assert found["test_loss"] == pytest.approx(float(nn.functional.cross_entropy(outputs, labels)), rel=1e-5)
     assert found["test_accuracy"] == pytest.approx(float(np.mean(predicted == labels.numpy())))
     assert found["test_f1"] == pytest.approx(f1_score(labels.numpy(), predicted, average="macro"))
+
+
+def test_scores_of_tokens_are_loss_and_perplexity_whatever_the_rows() -> None:
+    generator = torch.Generator().manual_seed(1)
+    outputs = torch.randn(6, 5, 9, generator=generator)
+    labels = torch.randint(0, 8, (6, 5), generator=generator)
+    expected = float(nn.functional.cross_entropy(outputs.flatten(0, 1), labels.flatten()))
+    rows = outputs.flatten(0, 1), labels.flatten()
+    parted = [
+        [(outputs, labels)],
+        [(outputs[:1], labels[:1]), (outputs[1:], labels[1:])],
+        [(rows[0][:7], rows[1][:7]), (rows[0][7:], rows[1][7:])],
+        [(outputs.reshape(3, 2, 5, 9), labels.reshape(3, 2, 5))],
+    ]
+    for parts in parted:
+        scores = Scores(tokens=True)
+        for output, label in parts:
+            scores.add((output,), label)
+        found = scores.result()
+        assert found == {
+            "test_loss": pytest.approx(expected, rel=1e-5),
+            "perplexity": pytest.approx(math.exp(expected), rel=1e-5),
+        }
+
+
+def test_scores_of_low_precision_are_summed_in_float32() -> None:
+    outputs, labels = torch.randn(2, 300, 4).bfloat16(), torch.zeros(2, 300, dtype=torch.int64)
+    scores = Scores(tokens=True)
+    scores.add((outputs,), labels)
+    expected = float(nn.functional.cross_entropy(outputs.double().flatten(0, 1), labels.flatten()))
+    assert scores.result()["test_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_hopeless_perplexity_is_infinite() -> None:
+    scores = Scores(tokens=True)
+    scores.add((torch.tensor([[[0.0, 5000.0]]]),), torch.tensor([[0]]))
+    assert scores.result() == {"test_loss": 5000.0, "perplexity": math.inf}

@@ -101,7 +101,7 @@ def test_an_argument_goes_before_the_number_of_classes() -> None:
     [
         ("mlp:8-4", {}, 10, r"model 'mlp:8-4' ends in 4 outputs, but the data set has 10 classes; write mlp:8-10"),
         ("mlp:8-4", {"bias": False}, 4, r"model 'mlp:8-4' takes no arguments, but 'bias' was given"),
-        ("ResNet-18", {}, 10, r"there is no model 'ResNet-18'; did you mean 'resnet18'.*; a model is mlp:WIDTH-WIDTH"),
+        ("ResNet-18", {}, 10, r"there is no model 'ResNet-18'; did you mean 'resnet18'.*; a model is mlp:WIDTH-WIDTH-..., gpt:layers="),
         ("net.py", {}, 10, r"model 'net.py' names a file but no function in it; write net.py:FACTORY"),
         ("resnet18", {"num_clases": 3}, 10, r"no argument 'num_clases'; did you mean 'num_classes'.*; it accepts: .*norm_layer"),
         ("convnext_tiny", {"xyz": 3}, 10, r"model 'convnext_tiny' has no argument 'xyz'; it accepts: .*layer_scale"),
@@ -144,7 +144,9 @@ def test_a_module_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.M
     write(tmp_path, "from torch import nn\ndef make():\n    return nn.Identity()\n", "lowmem_pnn_test_local.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "lowmem_pnn_test_local", raising=False)
-    assert isinstance(find_model("lowmem_pnn_test_local:make", {}, None).build(), nn.Identity)
+    source = find_model("lowmem_pnn_test_local:make", {}, None)
+    assert isinstance(source.build(), nn.Identity)
+    assert source.context is None
 
 
 def test_a_file_imports_its_neighbours_and_leaves_the_path(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ LAYOUTS = [
 REST = {weight_key("unused.table"): (torch.float16, (5,))}
 
 
-def fill(store, partition, value, copy=False):
-    with store.writer(partition, copy) as file:
+def fill(store, partition, value):
+    with store.writer(partition) as file:
         for name, entry in file.entries.items():
             file.write_from(name, torch.full(entry.shape, value).to(entry.dtype))
 
@@ -116,29 +116,47 @@ def test_sealing_leaves_other_partitions_as_they_are(store):
     assert [set(values(store, number).values()) for number in range(3)] == [{0}, {6}, {2}]
 
 
-def test_a_working_file_begins_as_zeros_or_as_a_copy(store):
+def test_a_working_file_begins_as_zeros_and_is_then_the_same_for_all(store):
     fill(store, 2, 5)
     store.seal([2])
-    with store.writer(2) as file:
+    assert not store.has_working(2)
+    with store.writer(2) as file, store.writer(2) as same:
         assert file.read(weight_key("2.weight")).count_nonzero() == 0
-    store.rollback()
-    with store.writer(2, copy=True) as file:
-        file.write_from(weight_key("2.weight"), torch.zeros(1, 3), start=1)
-    store.seal([2])
-    with store.reader(2) as file:
-        assert file.read(weight_key("2.weight"))[:, 0].tolist() == [5, 0, 5, 5]
-    with store.writer(2, copy=True) as file, store.writer(2, copy=True) as same:
         file.write_from(weight_key("2.weight"), torch.full((4, 3), 8.0))
         assert same.read(weight_key("2.weight")).unique().tolist() == [8]
+    assert store.has_working(2)
 
 
-def test_a_copy_that_fails_leaves_no_working_file(store):
-    os.truncate(store.committed(2), 100)
-    with pytest.raises(CheckpointError, match=r"p002\.g000000\.safetensors'"):
-        store.writer(2, copy=True)
-    assert len(names(store.folder)) == 4
-    fill(store, 2, 3)
-    assert set(values(store, 2).values()) == {3}
+def test_a_frozen_file_is_read_and_sealed_while_the_next_is_written(store):
+    fill(store, 1, 5)
+    store.freeze([0, 1])
+    assert not store.has_working(1)
+    assert set(values(store, 1).values()) == {5}
+    fill(store, 1, 6)
+    state = store.seal([0, 1])
+    assert state["partitions"][1]["file"] == "p001.g000001.safetensors"
+    assert set(values(store, 1).values()) == {6}
+    # What was written since the freeze is not part of the commit.
+    store.rollback()
+    assert set(values(store, 1).values()) == {5}
+    assert state["partitions"][0]["file"] == "p000.g000000.safetensors"
+
+
+def test_a_frozen_file_is_not_obsolete(store):
+    fill(store, 1, 5)
+    store.freeze([1])
+    store.discard_obsolete([])
+    assert set(values(store, 1).values()) == {5}
+    store.seal([1])
+
+
+def test_tensors_are_read_from_their_homes(store):
+    with store.tensors() as tensors:
+        assert tensors.read(weight_key("2.weight")).unique().tolist() == [2]
+        assert tensors.read(weight_key("1.running_mean")).unique().tolist() == [1]
+        with pytest.raises(CheckpointError, match="holds no tensor 'weight/3.weight'"):
+            tensors.read(weight_key("3.weight"))
+    assert store.nbytes(weight_key("2.weight")) == 4 * 3 * 4
 
 
 def test_what_is_not_in_the_state_did_not_happen(store):

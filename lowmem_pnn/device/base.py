@@ -128,6 +128,14 @@ class Device(ABC):
         """A device tensor on the host; the same tensor where host and device are one."""
         return tensor.cpu()
 
+    def random_state(self) -> tuple[Tensor, ...]:
+        """The state of every generator that a forward may draw from, on the host."""
+        return (torch.get_rng_state(),)
+
+    def set_random_state(self, state: tuple[Tensor, ...]) -> None:
+        """Go back to what `random_state` gave."""
+        torch.set_rng_state(state[0])
+
     def describe(self) -> str:
         """The device's name, for people."""
         return str(self.torch_device)

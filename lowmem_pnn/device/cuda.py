@@ -238,6 +238,15 @@ class CudaDevice(Device):
         """A copy on the GPU, asynchronous where the host tensor is pinned."""
         return tensor.to(self.torch_device, non_blocking=tensor.is_pinned())
 
+    def random_state(self) -> tuple[Tensor, ...]:
+        """Of the host's generator and the GPU's."""
+        return torch.get_rng_state(), torch.cuda.get_rng_state(self.torch_device)
+
+    def set_random_state(self, state: tuple[Tensor, ...]) -> None:
+        """Both."""
+        torch.set_rng_state(state[0])
+        torch.cuda.set_rng_state(state[1], self.torch_device)
+
     def describe(self) -> str:
         """The GPU's name, for people."""
         return torch.cuda.get_device_name(self.torch_device)

@@ -2,12 +2,14 @@
 
 from lowmem_pnn.config import FitConfig
 from lowmem_pnn.methods.backprop import Backprop
-from lowmem_pnn.methods.base import Labels, Method, Objective, Visit
+from lowmem_pnn.methods.base import Labels, Method, Objective, Sweep, Visit
+from lowmem_pnn.methods.exact import Exact
 from lowmem_pnn.methods.pnn import Pnn, SyntheticLabels
 
-__all__ = ["Backprop", "Labels", "Method", "Objective", "Pnn", "SyntheticLabels", "Visit", "make_method"]
+__all__ = ["Backprop", "Exact", "Labels", "Method", "Objective", "Pnn", "Sweep", "SyntheticLabels", "Visit", "make_method"]
 
 
 def make_method(config: FitConfig) -> Method:
     """The method that a configuration names."""
-    return {"pnn": Pnn, "backprop": Backprop}[config.method](config)
+    methods: dict[str, type[Pnn | Exact | Backprop]] = {"pnn": Pnn, "exact": Exact, "backprop": Backprop}
+    return methods[config.method](config)

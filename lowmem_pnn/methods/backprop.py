@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lowmem_pnn.chain import TensorSpec
-from lowmem_pnn.methods.base import Labels, Method, Objective, Split, Visit
+from lowmem_pnn.methods.base import Labels, Method, Objective, Split, Sweep, Visit
 
 
 class Backprop(Method):
@@ -14,11 +14,11 @@ class Backprop(Method):
         """Always one."""
         return 1
 
-    def visits(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit]:
+    def visits(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit | Sweep]:
         """One visit of all epochs."""
         assert num_partitions == 1
         return [Visit("learn", 0, "train", self.config.value_for("epochs", 0))]
 
     def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:
         """The true labels."""
-        return Labels()
+        return Labels(self.config.label_smoothing)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.chain import TensorSpec
-from lowmem_pnn.config import FitConfig
+from lowmem_pnn.config import FitConfig, recovering
 from lowmem_pnn.costs import Affine
 
 Split = Literal["train", "val", "test"]
@@ -17,20 +17,85 @@ Split = Literal["train", "val", "test"]
 
 @dataclass(frozen=True)
 class Visit:
-    """One partition, resident, over one part of the data, doing one thing.
+    """One partition, resident, over some samples, doing one thing.
 
     Args:
-        action: `learn` runs epochs over the samples against the partition's objective; `emit` runs them forward once, in eval mode,
-            and writes the next boundary's activations (or, at the end of the chain, measures the outputs).
+        action: `learn` runs epochs over the samples against the partition's own objective; `emit` runs them forward, without
+            gradients, and leaves the next boundary's activations; `backpropagate` runs forward once more and then backward, from the
+            gradient that the partition after it left (or from the loss), and leaves one for the partition before; `step` applies
+            gradients that were kept.
         partition: its number in the plan.
-        split: which part of the data.
-        epochs: passes over the samples; 1 for `emit`.
+        split: which part of the data; a sweep's visits get batches of it.
+        epochs: passes over the samples, of `learn`.
+        learns: in a sweep: its weights change, it is in train mode, writes buffers, and steps; else it is frozen, in eval mode.
+        hands_back: a partition before it learns, and needs the gradient of its inputs.
+        keeps_gradients: `backpropagate` keeps them for a `step` visit, instead of stepping at once.
     """
 
-    action: Literal["learn", "emit"]
+    action: Literal["learn", "emit", "backpropagate", "step"]
     partition: int
     split: Split
     epochs: int = 1
+    learns: bool = False
+    hands_back: bool = False
+    keeps_gradients: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Visits that every batch of an epoch goes through, one after the other: the gradient crosses partitions.
+
+    Args:
+        visits: of one batch.
+        epochs: passes over the samples.
+        batch_size: samples a step.
+        place: a word that its data order and its random choices follow from: `epoch` for training from the start, as `backprop`
+            has it.
+        fresh_state: the optimizer's state of earlier visits is forgotten at its first step.
+    """
+
+    visits: tuple[Visit, ...]
+    epochs: int
+    batch_size: int
+    place: Literal["epoch", "recovery"] = "epoch"
+    fresh_state: bool = False
+
+    @property
+    def learners(self) -> tuple[int, ...]:
+        """The partitions whose weights change, ascending."""
+        return tuple(sorted({visit.partition for visit in self.visits if visit.learns}))
+
+
+def sweep_visits(num_partitions: int, learners: Sequence[int], *, deferred: bool) -> tuple[Visit, ...]:
+    """What one batch goes through in exact training, or in recovery.
+
+    Args:
+        num_partitions: of the plan.
+        learners: the partitions that learn, at least one; the others are frozen.
+        deferred: gradients are kept until all of them are there.
+
+    Returns:
+        Forward through all partitions but the last, back from the last to the first that learns, then the steps.
+
+    Example:
+        >>> [(visit.action, visit.partition) for visit in sweep_visits(3, [1], deferred=False)]
+        [('emit', 0), ('emit', 1), ('backpropagate', 2), ('backpropagate', 1)]
+    """
+    first = min(learners)
+    forward = [Visit("emit", number, "train", learns=number in learners) for number in range(num_partitions - 1)]
+    back = [
+        Visit(
+            "backpropagate",
+            number,
+            "train",
+            learns=number in learners,
+            hands_back=number > first,
+            keeps_gradients=deferred and number in learners,
+        )
+        for number in reversed(range(first, num_partitions))
+    ]
+    steps = [Visit("step", number, "train", learns=True) for number in sorted(learners)] if deferred else []
+    return (*forward, *back, *steps)
 
 
 class Objective(ABC):
@@ -66,22 +131,46 @@ class Objective(ABC):
 
 
 class Labels(Objective):
-    """Cross entropy against the true labels, over class scores (B, classes)."""
+    """Mean cross entropy against the true labels, over class scores (B, classes), or (B, T, classes) for tokens.
+
+    Args:
+        label_smoothing: of the labels while training (Szegedy et al. 2016, section 7); a measured loss has none.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self._label_smoothing = label_smoothing
+
+    def prepare(self, device: torch.device) -> None:
+        """Nothing to make."""
+
+    def loss(self, outputs: tuple[Tensor, ...], labels: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+        """Cross entropy; `reduction="sum"` is for a micro-batch that is computed in chunks."""
+        smoothing = self._label_smoothing if outputs[0].requires_grad else 0.0
+        scores = outputs[0].flatten(0, -2)
+        return nn.functional.cross_entropy(scores, labels.flatten(), reduction=reduction, label_smoothing=smoothing)
+
+    def num_correct(self, outputs: tuple[Tensor, ...], labels: Tensor) -> int:
+        """Samples (or tokens) whose highest score is their label's."""
+        return int((outputs[0].argmax(-1) == labels).sum())
+
+    def memory(self, output_bytes: int) -> Affine:
+        """Log probabilities, and their gradient."""
+        return Affine(0, 2 * output_bytes)
+
+
+class Passing(Objective):
+    """No objective of its own: the partition gets its gradient from the one after it."""
 
     def prepare(self, device: torch.device) -> None:
         """Nothing to make."""
 
     def loss(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """Mean cross entropy."""
-        return nn.functional.cross_entropy(outputs[0], labels)
-
-    def num_correct(self, outputs: tuple[Tensor, ...], labels: Tensor) -> int:
-        """Samples whose highest score is their label's."""
-        return int((outputs[0].argmax(1) == labels).sum())
+        """Never asked for."""
+        raise AssertionError("only the last partition of a sweep has a loss")
 
     def memory(self, output_bytes: int) -> Affine:
-        """Log probabilities, and their gradient."""
-        return Affine(0, 2 * output_bytes)
+        """The gradient that comes in is counted with the layer's own."""
+        return Affine(0, 0)
 
 
 class Method(ABC):
@@ -95,14 +184,40 @@ class Method(ABC):
         """How many partitions the method asks for, or None to leave it to the planner."""
         return self.config.partitions
 
+    @property
+    def sweeps(self) -> bool:
+        """Whether all training is in sweeps."""
+        return False
+
     @abstractmethod
-    def visits(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit]:
+    def visits(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit | Sweep]:
         """The training, as data.
 
         Args:
             num_partitions: of the plan.
             splits: the parts of the training data: `train`, and `val` where there is one.
         """
+
+    def program(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit | Sweep]:
+        """`visits`, and the recovery epochs after them (PNN, section 5).
+
+        Args:
+            num_partitions: of the plan.
+            splits: the parts of the training data.
+        """
+        visits = self.visits(num_partitions, splits)
+        if self.config.recovery_epochs:
+            learners = recovering(self.config, num_partitions)
+            visits.append(
+                Sweep(
+                    sweep_visits(num_partitions, learners, deferred=self.config.clip_norm is not None),
+                    self.config.recovery_epochs,
+                    self.config.value_for("batch_size", num_partitions - 1),
+                    place="recovery",
+                    fresh_state=True,
+                )
+            )
+        return visits
 
     @abstractmethod
     def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.costs import Affine
-from lowmem_pnn.methods.base import Labels, Method, Objective, Split, Visit
+from lowmem_pnn.methods.base import Labels, Method, Objective, Split, Sweep, Visit
 from lowmem_pnn.seeds import seed_of
 
 
@@ -75,9 +75,9 @@ class SyntheticLabels(Objective):
 class Pnn(Method):
     """Partition after partition, each with its own epochs, batch and learning rate."""
 
-    def visits(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit]:
+    def visits(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit | Sweep]:
         """For each partition: learn for its epochs; then, but for the last, write its outputs once."""
-        visits = []
+        visits: list[Visit | Sweep] = []
         for partition in range(num_partitions):
             visits.append(Visit("learn", partition, "train", self.config.value_for("epochs", partition)))
             if partition < num_partitions - 1:
@@ -87,6 +87,6 @@ class Pnn(Method):
     def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:
         """Synthetic intermediate labels, and the true ones at the end."""
         if partition == num_partitions - 1:
-            return Labels()
+            return Labels(self.config.label_smoothing)
         kappa = self.config.value_for("kappa", partition)
         return SyntheticLabels(boundary, num_classes, kappa, seed_of(self.config.seed, "sil", partition + 1))

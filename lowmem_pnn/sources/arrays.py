@@ -48,15 +48,17 @@ def as_tensor(value: Any, where: str) -> Tensor:
         return torch.from_numpy(array)
 
 
-def as_labels(value: Any, where: str) -> Tensor:
+def as_labels(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> Tensor:
     """Class numbers as int64.
 
     Args:
-        value: (), (N,) or (N, 1): integers, or floats without fractions, as a tensor, an array, a list or a number.
+        value: (), (N,) or (N, 1): integers, or floats without fractions, as a tensor, an array, a list or a number. Beside
+            tokens also integers of the tokens' shape: a label for each token.
         where: what to call them in messages.
+        tokens: shape of the samples, where those are tokens.
 
     Returns:
-        () or (N,) int64.
+        (), (N,) or the tokens' shape; int64.
 
     Raises:
         DataError: they are not class numbers.
@@ -68,9 +70,12 @@ def as_labels(value: Any, where: str) -> Tensor:
     labels = as_tensor(np.asarray(value) if isinstance(value, list | tuple) else value, f"the labels of {where}")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
+    elif labels.numel() > 1 and tuple(labels.shape) == tokens and not labels.dtype.is_floating_point:
+        return labels.to(torch.int64)
     if labels.ndim > 1:
         raise DataError(
-            f"{where}: labels have shape {tuple(labels.shape)}; give one class number for each sample (one-hot: argmax)"
+            f"{where}: labels have shape {tuple(labels.shape)}; give one class number for each sample (one-hot: argmax), or, for "
+            "a model of tokens, integer samples and labels of one shape (N, T)"
         )
     if labels.dtype.is_floating_point:
         fractions = labels[labels != labels.trunc()]
@@ -79,26 +84,33 @@ def as_labels(value: Any, where: str) -> Tensor:
     return labels.to(torch.int64)
 
 
-def as_label(value: Any, where: str) -> int:
-    """The class number of one sample.
+def as_label(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> Tensor:
+    """The class number of one sample, or of each of its tokens.
 
     Args:
-        value: () or (1,): a number, a tensor or an array.
+        value: () or (1,): a number, a tensor or an array; beside tokens also integers of the tokens' shape.
         where: what to call the sample in messages.
+        tokens: shape of the sample, where it is tokens.
+
+    Returns:
+        () or the tokens' shape; int64.
 
     Raises:
         DataError: it is not one class number.
 
     Example:
         >>> as_label(torch.tensor([3]), "sample 0")
-        3
+        tensor(3)
     """
-    labels = as_labels(value, where)
-    if labels.numel() != 1:
+    labels = as_labels(value, where, tokens)
+    if labels.numel() == 1:
+        return labels.reshape(())
+    if tuple(labels.shape) != tokens:
         raise DataError(
-            f"{where} has labels of shape {tuple(labels.shape)}; give one class number for each sample (one-hot: argmax)"
+            f"{where} has labels of shape {tuple(labels.shape)}; give one class number for each sample (one-hot: argmax), or, for "
+            "a model of tokens, integer labels of the sample's shape"
         )
-    return int(labels)
+    return labels
 
 
 def hash_tensor(digest: _Digest, tensor: Tensor) -> None:

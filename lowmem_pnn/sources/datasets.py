@@ -21,16 +21,18 @@ from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_labels, as_tensor
 from lowmem_pnn.sources.images import ImageSplit, class_names
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
-from lowmem_pnn.sources.presentation import Wants
+from lowmem_pnn.sources.presentation import Wants, holds_tokens
 from lowmem_pnn.sources.splits import (
     ArraySplit,
     Indices,
     SampleSplit,
     Split,
+    count_classes,
     from_torch,
     subset,
     train_val,
 )
+from lowmem_pnn.sources.text import DEFAULT_CONTEXT, NUM_TOKENS, open_text
 
 __all__ = ["Dataset", "Indices", "Split", "find_dataset", "from_torch", "make_dataset", "subset", "train_val"]
 
@@ -43,7 +45,7 @@ _TORCHVISION: dict[str, tuple[str, dict[str, str]]] = {
     "cifar100": ("CIFAR100", {}),
 }
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
-_FORMS = "npz:FILE, imagefolder:DIR, package.module:factory or file.py:factory"
+_FORMS = "npz:FILE, imagefolder:DIR, text:FILE, package.module:factory or file.py:factory"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Dataset:
         dtype: of the samples: float32, or int64 for tokens.
         preprocessing: what was done to the raw samples, in words, so that anyone can do it again.
         fingerprint: changes when the data does.
+        label_shape: of one sample's labels: (), or `sample_shape` where each token has a label.
     """
 
     name: str
@@ -69,17 +72,20 @@ class Dataset:
     dtype: torch.dtype
     preprocessing: str
     fingerprint: str
+    label_shape: tuple[int, ...] = ()
 
 
-def find_dataset(spec: str, root: Path, wants: Wants) -> Dataset:
+def find_dataset(spec: str, root: Path, wants: Wants, *, context: int | None = None) -> Dataset:
     """Open the data set that a text names.
 
     Args:
         spec: `digits`, `mnist`, `fashion-mnist`, `emnist-balanced`, `cifar10`, `cifar100`, `npz:FILE` (arrays x_train, y_train
             and, for a test, x_test, y_test), `imagefolder:DIR` (folders train and test or val, or only class folders),
-            `package.module:factory` or `path/to/file.py:factory` (returns train, (train, test) or a `Dataset`).
+            `text:FILE` (its bytes are tokens), `package.module:factory` or `path/to/file.py:factory` (returns train,
+            (train, test) or a `Dataset`).
         root: the folder where downloaded data sets are looked for and put.
         wants: how the model takes samples: flattened, as images of three channels, or as they are.
+        context: tokens of a sample of text, which is the model's context; None: 256. Nothing else is divided by it.
 
     Returns:
         The data set.
@@ -93,20 +99,23 @@ def find_dataset(spec: str, root: Path, wants: Wants) -> Dataset:
         >>> len(data.train), len(data.test), data.num_classes, data.sample_shape
         (1437, 360, 10, (64,))
     """
-    if spec in ("npz:", "imagefolder:", "npz", "imagefolder"):
+    if spec in ("npz:", "imagefolder:", "text:", "npz", "imagefolder", "text"):
         raise ConfigError(f"data set {spec!r} says no place; others than the named ones are given as {_FORMS}")
     if spec.startswith("npz:"):
         return _npz(Path(spec.removeprefix("npz:")).expanduser(), wants)
     if spec.startswith("imagefolder:"):
         return _imagefolder(Path(spec.removeprefix("imagefolder:")).expanduser(), wants)
+    if spec.startswith("text:"):
+        return _text(Path(spec.removeprefix("text:")).expanduser(), wants, DEFAULT_CONTEXT if context is None else context)
     if spec == "digits":
         return _digits(wants)
     if spec in _TORCHVISION:
         return _torchvision(spec, root, wants)
     if ":" in spec:
         return _factory(spec, wants)
-    if Path(spec).suffix == ".npz":
-        raise ConfigError(f"data set {spec!r} is a file; write npz:{spec}")
+    for suffix, form in ((".npz", "npz"), (".txt", "text")):
+        if Path(spec).suffix == suffix:
+            raise ConfigError(f"data set {spec!r} is a file; write {form}:{spec}")
     raise ConfigError(
         f"there is no data set {spec!r}{did_you_mean(spec, ['digits', *_TORCHVISION])}; others are given as {_FORMS}"
     )
@@ -116,11 +125,12 @@ def make_dataset(train: Any, test: Any = None, *, name: str, wants: Wants = "any
     """Make a data set of what `from_torch` takes.
 
     Args:
-        train: a map-style data set of (x, class number), or a pair of tensors (x, y).
+        train: a map-style data set of (x, class number), or a pair of tensors (x, y). Tokens, int64 of shape (N, T), may have a
+            label each: y of the same shape.
         test: the same, or None.
         name: of the data set.
         wants: how the model takes samples.
-        num_classes: None: as many as the labels of both parts show.
+        num_classes: None: as many as the labels of both parts, and tokens that have labels, show.
 
     Returns:
         The data set.
@@ -154,6 +164,11 @@ def _dataset(name: str, train: SampleSplit, test: SampleSplit | None, steps: tup
                 f"data set {name!r}: training samples are presented as {', '.join(shown.words)}, test samples as "
                 f"{', '.join(test.presentation.words)}; store both alike"
             )
+        if train.label_shape != test.label_shape:
+            raise DataError(
+                f"data set {name!r}: a training sample's labels have shape {train.label_shape}, a test sample's "
+                f"{test.label_shape}; give both one shape"
+            )
         train.num_classes = test.num_classes = max(train.num_classes, test.num_classes)
     for part in (train, test):
         if isinstance(part, ArraySplit):
@@ -161,7 +176,7 @@ def _dataset(name: str, train: SampleSplit, test: SampleSplit | None, steps: tup
     prints = [part.fingerprint() for part in (train, test) if part is not None]
     words = shown.words if steps is None else (*steps, *shown.words[1:])
     return Dataset(
-        name=re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "data",
+        name=_folder_name(name),
         train=train,
         test=test,
         num_classes=train.num_classes,
@@ -169,7 +184,12 @@ def _dataset(name: str, train: SampleSplit, test: SampleSplit | None, steps: tup
         dtype=shown.dtype,
         preprocessing=", ".join(words),
         fingerprint=hashlib.sha256("\n".join([*prints, *words]).encode()).hexdigest(),
+        label_shape=train.label_shape,
     )
+
+
+def _folder_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:60] or "data"
 
 
 def _digits(wants: Wants) -> Dataset:
@@ -238,7 +258,8 @@ def _npz(path: Path, wants: Wants) -> Dataset:
         raise DataError(f"{path} lacks {', '.join(missing)}; it holds {found}; save {', '.join(_KEYS)} with numpy.savez")
 
     def part(x_key: str, y_key: str, where: str) -> tuple[Tensor, Tensor, str]:
-        x, y = as_tensor(arrays[x_key], f"{path}: {x_key}"), as_labels(arrays[y_key], f"{path}: {y_key}")
+        x = as_tensor(arrays[x_key], f"{path}: {x_key}")
+        y = as_labels(arrays[y_key], f"{path}: {y_key}", tuple(x.shape) if holds_tokens(x.dtype, wants) else None)
         if x.ndim < 1 or y.ndim < 1:
             raise DataError(f"{path}: {x_key} has shape {tuple(x.shape)} and {y_key} {tuple(y.shape)}; give (N, ...) and (N,)")
         if len(y) and int(y.min()) < 0:
@@ -248,7 +269,7 @@ def _npz(path: Path, wants: Wants) -> Dataset:
     parts = [part("x_train", "y_train", f"{path} (training part)")]
     if len(needed) == 4:
         parts.append(part("x_test", "y_test", f"{path} (test part)"))
-    num_classes = max([int(y.max()) + 1 for _, y, _ in parts if len(y)], default=1)
+    num_classes = max([count_classes(x, y) for x, y, _ in parts if len(y)], default=1)
     train, *tests = [ArraySplit(x, y, num_classes, wants, where) for x, y, where in parts]
     return _dataset(path.stem, train, tests[0] if tests else None)
 
@@ -282,6 +303,27 @@ def _imagefolder(path: Path, wants: Wants) -> Dataset:
     classes = class_names(train)
     test_split = ImageSplit(test, classes, wants) if test is not None else None
     return _dataset(path.resolve().name, ImageSplit(train, classes, wants), test_split, ("decoded to RGB", "uint8 / 255"))
+
+
+def _text(path: Path, wants: Wants, context: int) -> Dataset:
+    """The bytes of a file as tokens."""
+    if wants != "any":
+        raise ConfigError(
+            f"data set 'text:{path}' holds tokens, and the model takes {'images' if wants == 'image3' else 'flat vectors'}; give a "
+            f"model of tokens, such as --model gpt:layers=2,width=64,heads=2,context={context}"
+        )
+    text = open_text(path, context)
+    return Dataset(
+        name=_folder_name(path.stem),
+        train=text.train,
+        test=text.test,
+        num_classes=NUM_TOKENS,
+        sample_shape=(context,),
+        dtype=torch.int64,
+        preprocessing=text.preprocessing,
+        fingerprint=text.fingerprint,
+        label_shape=(context,),
+    )
 
 
 def _factory(spec: str, wants: Wants) -> Dataset:

@@ -1,4 +1,4 @@
-"""Models by name: `mlp:` and torchvision's classifiers, and factories of the user's, as constructors that can be called later."""
+"""Models by name: `mlp:`, `gpt:` and torchvision's classifiers, and factories of the user's, as constructors to be called later."""
 
 import ast
 import inspect
@@ -14,6 +14,7 @@ from torch import nn
 
 from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.sources.building import skeleton
+from lowmem_pnn.sources.gpt import BYTE_VOCABULARY, make_gpt, parse_gpt
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
 
 Wants = Literal["flat", "image3", "any"]
@@ -21,7 +22,10 @@ Wants = Literal["flat", "image3", "any"]
 # Bytes of a tensor, and of what training keeps with it, are counted in 64 bits.
 _MOST_VALUES = 2**56
 
-_FORMS = "mlp:WIDTH-WIDTH-..., a torchvision classifier such as resnet18, package.module:factory or file.py:factory"
+_FORMS = (
+    "mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,..., a torchvision classifier such as resnet18, package.module:factory or "
+    "file.py:factory"
+)
 # What some torchvision builders take out of their keyword arguments before they call the class, which lists them as required.
 _POPPED = frozenset({"dropout", "image_size", "input_size"})
 # GoogLeNet and Inception return a tuple with their auxiliary classifiers, and warn when init_weights is left to them.
@@ -37,12 +41,14 @@ class ModelSource:
         spec: as the user gave it.
         build: calls the constructor; the weights are random, from torch's global generator, which it does not seed.
         wants: how samples are presented to it: flattened, as images of three channels, or as they are.
+        context: how many tokens a sample of text has for it; None where the model does not say.
     """
 
     name: str
     spec: str
     build: Callable[[], nn.Module]
     wants: Wants
+    context: int | None = None
 
 
 def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
@@ -51,10 +57,11 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None)
     Nothing large is built: a torchvision model with arguments is tried on the meta device.
 
     Args:
-        spec: `mlp:784-80-47` (widths, ReLU after every layer but the last), a torchvision classifier, `package.module:factory` or
-            `path/to/file.py:factory`.
+        spec: `mlp:784-80-47` (widths, ReLU after every layer but the last), `gpt:layers=12,width=768,heads=12,context=256` (a
+            decoder, see `gpt.py`), a torchvision classifier, `package.module:factory` or `path/to/file.py:factory`.
         arguments: keyword arguments of the constructor.
-        num_classes: of the data set; what a torchvision model gets where `arguments` do not say it. None where it is not known.
+        num_classes: of the data set; what a torchvision model gets where `arguments` do not say it, and how many tokens a gpt
+            knows. None where it is not known.
 
     Returns:
         The model's source.
@@ -72,6 +79,8 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None)
     """
     if spec == "mlp" or spec.startswith("mlp:"):
         return _mlp(spec, arguments, num_classes)
+    if spec == "gpt" or spec.startswith("gpt:"):
+        return _gpt(spec, arguments, num_classes)
     if ":" in spec:
         return _factory(spec, arguments, num_classes)
     if spec.endswith(".py"):
@@ -146,6 +155,20 @@ def _mlp(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> Mo
         return nn.Sequential(*layers[:-1])
 
     return ModelSource(_folder_name("mlp-" + "-".join(map(str, widths))), spec, build, "flat")
+
+
+def _gpt(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
+    """A decoder from the sizes in its name, for as many tokens as the data set has."""
+    if arguments:
+        names = ", ".join(map(repr, arguments))
+        name, value = next(iter(arguments.items()))
+        raise ConfigError(
+            f"model {spec!r} takes no --model-arg, but {names} was given; all of a gpt is in its name: "
+            f"{spec.rstrip(':')}{',' if '=' in spec else ':'}{name}={value}"
+        )
+    shape = parse_gpt(spec)
+    vocabulary = BYTE_VOCABULARY if num_classes is None else num_classes
+    return ModelSource(f"gpt-{shape.layers}x{shape.width}", spec, make_gpt(shape, vocabulary), "any", shape.context)
 
 
 def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:

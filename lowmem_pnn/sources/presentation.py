@@ -67,8 +67,7 @@ class Presentation:
                 f"data set {where}: samples have shape {raw_shape}, but the model takes images of three channels; give images "
                 "(height, width), (height, width, 3) or (3, height, width), or another model"
             )
-        is_token = not (raw_dtype.is_floating_point or raw_dtype in (torch.uint8, torch.bool)) and wants == "any"
-        dtype = torch.int64 if is_token else torch.float32
+        dtype = torch.int64 if holds_tokens(raw_dtype, wants) else torch.float32
         words = ["uint8 / 255" if raw_dtype == torch.uint8 else _cast_words(raw_dtype, dtype)]
         if layout in ("HW", "HWC"):
             words.append(f"{layout} to CHW")
@@ -101,6 +100,17 @@ class Presentation:
         if self._grey_to_three:
             x = x.expand(-1, 3, -1, -1)
         return x.reshape(len(x), *self.shape).contiguous()
+
+
+def holds_tokens(raw_dtype: torch.dtype, wants: Wants) -> bool:
+    """Whether samples are token numbers: integers other than uint8, for a model that takes samples as they are.
+
+    Args:
+        raw_dtype: of a sample as it is stored.
+        wants: what the model takes.
+    """
+    is_integer = not (raw_dtype.is_floating_point or raw_dtype.is_complex or raw_dtype in (torch.uint8, torch.bool))
+    return is_integer and wants == "any"
 
 
 def _layout_of(shape: tuple[int, ...], prefer_last: bool) -> _Layout | None:

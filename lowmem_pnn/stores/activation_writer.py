@@ -40,6 +40,7 @@ class ActivationWriter:
         shard_bytes: memory for one shard, of which two exist at a time; a sample larger than that gets a shard of its own.
         pool: writes behind, in the order of submission: one thread. `append` and `close` must not run on it.
         counter: counts the bytes written, and those read back for the hashes.
+        label_shape: of one sample's labels.
 
     Raises:
         CheckpointError: the folder holds a complete store, or files of something else.
@@ -57,12 +58,14 @@ class ActivationWriter:
         shard_bytes: int,
         pool: Executor,
         counter: IoCounter | None = None,
+        label_shape: tuple[int, ...] = (),
     ) -> None:
         assert num_samples > 0, "a store holds at least one sample"
         self.folder = Path(folder)
         self.num_samples = num_samples
         self.specs = tuple(specs)
-        self.shard_samples = min(num_samples, max(1, shard_bytes // resident_bytes(self.specs, 1)))
+        self.label_shape = tuple(label_shape)
+        self.shard_samples = min(num_samples, max(1, shard_bytes // resident_bytes(self.specs, 1, self.label_shape)))
         self._pool = pool
         self._counter = counter
         make_empty(self.folder)
@@ -72,7 +75,7 @@ class ActivationWriter:
         self._appended = 0
         self._shards: list[Shard] = []
         self._unsynced: deque[TensorFile] = deque()
-        self._drop_pages = outgrows_page_cache(resident_bytes(self.specs, num_samples))
+        self._drop_pages = outgrows_page_cache(resident_bytes(self.specs, num_samples, self.label_shape))
         self._state = "open"
         self._failure: BaseException | None = None
 
@@ -81,7 +84,7 @@ class ActivationWriter:
 
         Args:
             tensors: each (B, ...) as its spec says, on any device.
-            labels: (B,) int64.
+            labels: (B, *label_shape) int64.
 
         Raises:
             CheckpointError: the tensors are not as the specs say, or the store is full.
@@ -94,7 +97,7 @@ class ActivationWriter:
         done = 0
         while done < len(labels):
             if not self._filling:
-                self._filling = self._spare or allocate(self.specs, self.shard_samples)
+                self._filling = self._spare or allocate(self.specs, self.shard_samples, self.label_shape)
                 self._spare = []
             filled = self._appended % self.shard_samples
             count = min(len(labels) - done, self.shard_samples - filled)
@@ -128,7 +131,8 @@ class ActivationWriter:
             while self._unsynced:
                 self._sync_oldest()
             tensors = tuple((spec.dtype, tuple(spec.shape)) for spec in self.specs)
-            write_index(self.folder, Index(self.num_samples, self.shard_samples, tensors, tuple(self._shards)))
+            index = Index(self.num_samples, self.shard_samples, tensors, tuple(self._shards), self.label_shape)
+            write_index(self.folder, index)
         finally:
             self.abort()
         self._state = "closed"
@@ -156,7 +160,7 @@ class ActivationWriter:
 
     def _check(self, tensors: tuple[Tensor, ...], labels: Tensor) -> None:
         given = [(tensor.dtype, tuple(tensor.shape)) for tensor in (*tensors, labels)]
-        wanted = list(shard_layout(self.specs, len(labels)).values())
+        wanted = list(shard_layout(self.specs, len(labels), self.label_shape).values())
         if given != wanted:
             raise CheckpointError(
                 f"{str(self.folder)!r} takes {describe_all(wanted)}, got {describe_all(given)}; "
@@ -191,7 +195,9 @@ class ActivationWriter:
         """On the pool: write one shard, and begin to sync it."""
         number = len(self._shards)
         path = self.folder / shard_name(number)
-        file = TensorFile.create(path, shard_layout(self.specs, count), {"shard": str(number)}, counter=self._counter)
+        file = TensorFile.create(
+            path, shard_layout(self.specs, count, self.label_shape), {"shard": str(number)}, counter=self._counter
+        )
         self._unsynced.append(file)
         for name, tensor in zip(file.entries, buffer, strict=True):
             file.write_from(name, tensor[:count])

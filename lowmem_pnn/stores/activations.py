@@ -22,6 +22,7 @@ from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stores.activation_writer import ActivationWriter
 from lowmem_pnn.stores.disk import IoCounter, outgrows_page_cache, sha256
+from lowmem_pnn.stores.header import TensorLayout
 from lowmem_pnn.stores.shards import (
     Index,
     allocate,
@@ -37,7 +38,7 @@ from lowmem_pnn.stores.tensorfile import TensorFile, memory_of
 __all__ = ["ActivationStore", "ActivationWriter"]
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
-"""Boundary tensors, each (B, ...), and labels (B,)."""
+"""Boundary tensors, each (B, ...), and labels (B, *label_shape)."""
 
 
 class ActivationStore:
@@ -53,6 +54,8 @@ class ActivationStore:
 
     specs: tuple[TensorSpec, ...]
     """Of one sample's boundary tensors."""
+    label_shape: tuple[int, ...]
+    """Of one sample's labels."""
     num_samples: int
     shard_samples: int
     """Samples in every shard but the last, which may have fewer."""
@@ -64,6 +67,7 @@ class ActivationStore:
     def __init__(self, folder: Path, index: Index, counter: IoCounter | None) -> None:
         self.folder = folder
         self.specs = tuple(TensorSpec(shape, dtype) for dtype, shape in index.tensors)
+        self.label_shape = index.label_shape
         self.num_samples = index.num_samples
         self.shard_samples = index.shard_samples
         self.nbytes = sum(shard.bytes for shard in index.shards)
@@ -127,7 +131,7 @@ class ActivationStore:
             drop_last: leave a short last batch out.
 
         Yields:
-            The boundary tensors, each (B, ...), and the labels (B,): fresh, contiguous, from multiples of 64 bytes on.
+            The boundary tensors, each (B, ...), and the labels (B, *label_shape): fresh, contiguous, from multiples of 64 bytes on.
 
         Raises:
             CheckpointError: a shard was damaged since the store was opened.
@@ -144,7 +148,7 @@ class ActivationStore:
                 while position < min(window.end, stop):
                     if not batch:
                         size, filled = min(batch_size, stop - position), 0
-                        batch = allocate(self.specs, size)
+                        batch = self._allocate(size)
                     count = min(size - filled, window.end - position)
                     window.copy_rows(position, count, batch, filled)
                     filled += count
@@ -162,9 +166,9 @@ class ActivationStore:
         """The windows that hold samples [first, stop) of an order."""
         if first >= stop:
             return
-        if resident_bytes(self.specs, self.num_samples) <= window_bytes:
+        if resident_bytes(self.specs, self.num_samples, self.label_shape) <= window_bytes:
             if self.cache is None:
-                tensors = allocate(self.specs, self.num_samples)
+                tensors = self._allocate(self.num_samples)
                 self._load(range(len(self._shards)), tensors)
                 # Only now, so that an exception on the way leaves no half-filled cache.
                 self.cache = tensors
@@ -173,7 +177,7 @@ class ActivationStore:
         self.close()
         shard_order = _order(len(self._shards), seed, "shards", epoch)
         shards: list[int] = list(range(len(self._shards))) if shard_order is None else shard_order.tolist()
-        shard_bytes = resident_bytes(self.specs, self.shard_samples)
+        shard_bytes = resident_bytes(self.specs, self.shard_samples, self.label_shape)
         per_window = max(1, window_bytes // 2 // shard_bytes)
         groups = [shards[begin : begin + per_window] for begin in range(0, len(shards), per_window)]
         bases = [0, *accumulate(sum(self._shards[number].samples for number in group) for group in groups)]
@@ -186,8 +190,8 @@ class ActivationStore:
 
         rows = min(per_window * self.shard_samples, self.num_samples)
         read_ahead = len(wanted) > 1 and 2 * per_window * shard_bytes <= window_bytes
-        now = allocate(self.specs, rows)
-        following = allocate(self.specs, rows) if read_ahead else now
+        now = self._allocate(rows)
+        following = self._allocate(rows) if read_ahead else now
         ahead: Future[_Window] | None = None
         try:
             for number, next_number in zip(wanted, [*wanted[1:], None], strict=True):
@@ -201,13 +205,19 @@ class ActivationStore:
             if ahead is not None and not ahead.cancel():
                 wait([ahead])
 
+    def _layout(self, num_samples: int) -> dict[str, TensorLayout]:
+        return shard_layout(self.specs, num_samples, self.label_shape)
+
+    def _allocate(self, num_samples: int) -> list[Tensor]:
+        return allocate(self.specs, num_samples, self.label_shape)
+
     def _load(self, numbers: Sequence[int], tensors: list[Tensor]) -> None:
         """Read whole shards into consecutive rows."""
         row = 0
         for number in numbers:
             count = self._shards[number].samples
             with self._open_shard(number) as file:
-                for name, tensor in zip(shard_layout(self.specs, count), tensors, strict=True):
+                for name, tensor in zip(self._layout(count), tensors, strict=True):
                     file.read_into(name, tensor[row : row + count])
                 if self._drop_pages:
                     file.drop_cache()
@@ -217,7 +227,7 @@ class ActivationStore:
         """Open a shard and compare its header with the index."""
         path = self.folder / shard_name(number)
         file = TensorFile.open(path, counter=self._counter, remedy=remedy(self.folder))
-        wanted = shard_layout(self.specs, self._shards[number].samples)
+        wanted = self._layout(self._shards[number].samples)
         found = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
         place = file.metadata.get("shard")
         if found == wanted and place == str(number):

@@ -1,7 +1,7 @@
 """The layout of a store of boundary activations on disk: names, shapes, the index; and what its samples take in memory.
 
 FOLDER/
-  00000.safetensors   tensors '0', '1', ... (one per boundary tensor, samples on axis 0) and 'labels'
+  00000.safetensors   tensors '0', '1', ... (one per boundary tensor, samples on axis 0) and 'labels' (int64, one or a shape each)
   00001.safetensors   the same number of samples; the last shard may have fewer
   index.json          written last: without it there is no store
 """
@@ -55,6 +55,8 @@ class Index:
     tensors: tuple[TensorLayout, ...]
     """Element type and shape of one sample's boundary tensors."""
     shards: tuple[Shard, ...]
+    label_shape: tuple[int, ...] = ()
+    """Shape of one sample's labels. An index without it, of an earlier version, is of samples with one label each."""
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -94,7 +96,8 @@ def read_index(folder: Path) -> Index:
     with suppress(KeyError, TypeError, AttributeError):
         tensors = tuple((DTYPES[item["dtype"]], tuple(item["shape"])) for item in content["tensors"])
         shards = tuple(Shard(**item) for item in content["shards"])
-        index = Index(content["num_samples"], content["shard_samples"], tensors, shards)
+        label_shape = tuple(content.get("label_shape", ()))
+        index = Index(content["num_samples"], content["shard_samples"], tensors, shards, label_shape)
     if index is None or not _is_consistent(index):
         raise CheckpointError(f"{str(path)!r} contradicts itself or lacks a part; {remedy(folder)}")
     return index
@@ -136,20 +139,20 @@ def shard_name(number: int) -> str:
     return f"{number:05d}.safetensors"
 
 
-def shard_layout(specs: Sequence[TensorSpec], num_samples: int) -> dict[str, TensorLayout]:
+def shard_layout(specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = ()) -> dict[str, TensorLayout]:
     """The tensors of a shard, or of any other stretch of samples: the boundary tensors by number, then the labels."""
     layout: dict[str, TensorLayout] = {str(k): (spec.dtype, (num_samples, *spec.shape)) for k, spec in enumerate(specs)}
-    return {**layout, "labels": (torch.int64, (num_samples,))}
+    return {**layout, "labels": (torch.int64, (num_samples, *label_shape))}
 
 
-def allocate(specs: Sequence[TensorSpec], num_samples: int) -> list[Tensor]:
+def allocate(specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = ()) -> list[Tensor]:
     """Memory for samples: the boundary tensors, then the labels, each from a multiple of 64 bytes on."""
-    return [aligned_empty(shape, dtype) for dtype, shape in shard_layout(specs, num_samples).values()]
+    return [aligned_empty(shape, dtype) for dtype, shape in shard_layout(specs, num_samples, label_shape).values()]
 
 
-def resident_bytes(specs: Sequence[TensorSpec], num_samples: int) -> int:
+def resident_bytes(specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = ()) -> int:
     """What samples take in memory, their labels and the order in which they are given included."""
-    layouts = shard_layout(specs, num_samples).values()
+    layouts = shard_layout(specs, num_samples, label_shape).values()
     return num_samples * _ORDER_BYTES + sum(math.prod(shape) * dtype.itemsize for dtype, shape in layouts)
 
 
@@ -159,7 +162,8 @@ def describe_all(layouts: Iterable[TensorLayout]) -> str:
 
 
 def _is_consistent(index: Index) -> bool:
-    naturals: list[Any] = [size for _, shape in index.tensors for size in shape] + [shard.bytes for shard in index.shards]
+    shapes = [*(shape for _, shape in index.tensors), index.label_shape]
+    naturals: list[Any] = [size for shape in shapes for size in shape] + [shard.bytes for shard in index.shards]
     counts: list[Any] = [index.num_samples, index.shard_samples, *(shard.samples for shard in index.shards)]
     if not all(type(number) is int and number >= 0 for number in naturals):
         return False

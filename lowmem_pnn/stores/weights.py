@@ -4,12 +4,14 @@
       p003.g000012.safetensors   partition 3, generation 12: tensors 'weight/NAME' and 'optimizer/NAME/STATE'
       rest.g0.safetensors        tensors of the model that no partition uses
 
-A file of the last commit is never written to: changes go to a *working* file of the next generation, which `seal` makes the
-committed one. Which files are committed is for the run's journal to say: the store tells it, and then believes nothing else.
+A file of the last commit is never written to: changes go to a *working* file of the next generation. `freeze` ends its being
+written to, and `seal` makes it the committed one once it is on the drive; meanwhile the next working file may be begun. Which files
+are committed is for the run's journal to say: the store tells it, and then believes nothing else.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import weakref
@@ -18,6 +20,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.stores import disk
@@ -98,11 +102,14 @@ class WeightStore:
         self._lock = threading.RLock()
         # One handle stays open from a working file's birth to its seal: only that is sure to be told of a failed write-back.
         self._working: dict[PartitionName, TensorFile] = {}
+        # Files that were working ones until `freeze`, and are not yet on the drive.
+        self._frozen: dict[PartitionName, TensorFile] = {}
         self._generations: dict[PartitionName, int] = {}
         for path in self._files():
             partition, generation = _parse(path.name)
             self._generations[partition] = max(generation, self._generations.get(partition, -1))
         weakref.finalize(self, _close_all, self._working)
+        weakref.finalize(self, _close_all, self._frozen)
 
     @classmethod
     def create(
@@ -198,6 +205,15 @@ class WeightStore:
             raise CheckpointError(f"{str(self.folder)!r} holds no tensor {key!r}; {_REMEDY}")
         return self._homes[key]
 
+    def nbytes(self, key: str) -> int:
+        """Of a tensor.
+
+        Raises:
+            CheckpointError: no file holds it.
+        """
+        dtype, shape = self._layouts[self.home(key)][key]
+        return math.prod(shape) * dtype.itemsize
+
     def state(self) -> dict[str, Any]:
         """What the journal must say to come back to the committed files: JSON-able; None for what was never sealed."""
         with self._lock:
@@ -212,18 +228,23 @@ class WeightStore:
             return self.folder / self._committed[partition].file
 
     def reader(self, partition: PartitionName) -> TensorFile:
-        """A handle on a partition's newest bytes: those of the working file if there is one, else the committed ones."""
+        """A handle on a partition's newest bytes: those of the working file if there is one, else the frozen or committed ones."""
         with self._lock:
-            path = self._working[partition].path if partition in self._working else self.committed(partition)
+            newest = self._working.get(partition) or self._frozen.get(partition)
+            path = newest.path if newest is not None else self.committed(partition)
             return TensorFile.open(path, counter=self._counter, remedy=_REMEDY)
 
-    def writer(self, partition: PartitionName, copy: bool = False) -> TensorFile:
-        """A handle on a partition's working file, which is made if there is none.
+    def tensors(self) -> TensorReader:
+        """Handles on the newest bytes of whichever files are asked for, as long as nothing is written or frozen."""
+        return TensorReader(self)
 
-        Args:
-            partition: to change.
-            copy: a new working file begins as a copy of the committed one; else as zeros, and every tensor must be written. A
-                working file that is there already is left as it is.
+    def has_working(self, partition: PartitionName) -> bool:
+        """Whether `writer` would give a file that was written before, and not a new one that must be filled."""
+        with self._lock:
+            return partition in self._working
+
+    def writer(self, partition: PartitionName) -> TensorFile:
+        """A handle on a partition's working file, which is made if there is none: as zeros, every tensor must be written then.
 
         Raises:
             DiskError: the disk is full, or the file system refused.
@@ -236,30 +257,36 @@ class WeightStore:
                 path = self.folder / f"{name}.safetensors"
                 file = TensorFile.create(path, self._layouts[partition], {"file": path.name}, counter=self._counter)
                 self._working[partition] = file
-                if copy:
-                    try:
-                        with TensorFile.open(self.committed(partition), counter=self._counter, remedy=_REMEDY) as source:
-                            for key in file.entries:
-                                file.copy_from(key, source, key)
-                    except BaseException:
-                        self._drop([partition])
-                        raise
             return TensorFile.open(self._working[partition].path, writable=True, counter=self._counter, remedy=_REMEDY)
 
-    def seal(self, partitions: Iterable[PartitionName]) -> dict[str, Any]:
-        """Make working files the committed ones, once they are on the drive. The files that they replace stay.
+    def freeze(self, partitions: Iterable[PartitionName]) -> None:
+        """Take working files out of use, for `seal` to bring to the drive meanwhile: the next `writer` begins new ones.
 
         Args:
             partitions: those without a working file stay as they are. Nobody may be writing to them.
+        """
+        with self._lock:
+            for partition in partitions:
+                if partition in self._working:
+                    assert partition not in self._frozen, "a commit ends before the next begins"
+                    self._frozen[partition] = self._working.pop(partition)
+
+    def seal(self, partitions: Iterable[PartitionName]) -> dict[str, Any]:
+        """Make working or frozen files the committed ones, once they are on the drive. The files that they replace stay.
+
+        Args:
+            partitions: those without such a file stay as they are. Nobody may be writing to them.
 
         Returns:
             The new state, for the journal.
 
         Raises:
-            DiskError: a file did not reach the drive. These working files are gone then, as a second try could seem to succeed.
+            DiskError: a file did not reach the drive. These files are gone then, as a second try could seem to succeed.
         """
+        partitions = list(partitions)
         with self._lock:
-            changed = {partition: self._working[partition] for partition in partitions if partition in self._working}
+            self.freeze(partition for partition in partitions if partition not in self._frozen)
+            changed = {partition: self._frozen[partition] for partition in partitions if partition in self._frozen}
         sealed = {}
         try:
             for partition, file in changed.items():
@@ -268,18 +295,18 @@ class WeightStore:
             if sealed:
                 sync_folder(self.folder)
         except BaseException:
-            self._drop(changed)
+            self._drop(self._frozen, changed)
             raise
         with self._lock:
             self._committed.update(sealed)
             for partition in sealed:
-                self._working.pop(partition).close()
+                self._frozen.pop(partition).close()
         return self.state()
 
     def rollback(self) -> None:
         """Delete the working files: what was written since the last `seal` did not happen."""
         with self._lock:
-            self._drop(list(self._working))
+            self._drop(self._working, list(self._working))
 
     def discard_obsolete(self, keep: Iterable[Mapping[str, Any]]) -> None:
         """Delete the weight files that neither any of these states nor this store uses.
@@ -288,7 +315,8 @@ class WeightStore:
             keep: states, as `seal` returned them, of all commits that are kept.
         """
         with self._lock:
-            named = {sealed.file for sealed in self._committed.values()} | {file.path.name for file in self._working.values()}
+            open_files = (*self._working.values(), *self._frozen.values())
+            named = {sealed.file for sealed in self._committed.values()} | {file.path.name for file in open_files}
             for state in keep:
                 entries = [*state["partitions"], state["rest"]]
                 named |= {entry["file"] for entry in entries if entry is not None}
@@ -342,12 +370,47 @@ class WeightStore:
     def _files(self) -> list[Path]:
         return sorted(path for path in self.folder.iterdir() if _OURS.fullmatch(path.name))
 
-    def _drop(self, partitions: Iterable[PartitionName]) -> None:
+    def _drop(self, files: dict[PartitionName, TensorFile], partitions: Iterable[PartitionName]) -> None:
         with self._lock:
             for partition in partitions:
-                file = self._working.pop(partition)
+                file = files.pop(partition)
                 file.close()
                 file.path.unlink(missing_ok=True)
+
+
+class TensorReader:
+    """Reads tensors from the files that are their homes, which it opens as they are needed.
+
+    Args:
+        store: whose newest bytes are read.
+    """
+
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
+        self._files: dict[PartitionName, TensorFile] = {}
+
+    def read(self, key: str) -> Tensor:
+        """A tensor, in fresh memory that starts at a multiple of 64 bytes.
+
+        Raises:
+            CheckpointError: no file holds it.
+        """
+        home = self._store.home(key)
+        if home not in self._files:
+            self._files[home] = self._store.reader(home)
+        return self._files[home].read(key)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _parse(file: str) -> tuple[PartitionName, int]:

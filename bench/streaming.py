@@ -1,0 +1,223 @@
+"""How many tokens must a batch have until streaming a model from disk costs nothing?
+
+A language model of 85 million parameters whose training state is several times the budget: ours (`--method exact`) beside the same
+model in memory with activation checkpointing, which runs forward as often as ours does: blocks are checkpointed but for those that
+ours has in its last partition, whose activations it need not compute again. Same weights, batches and micro-batches, AdamW. Tokens
+per second against tokens per batch: the more of them, the more computing hides each weight's way from disk and back.
+
+Processes take turns (ours, theirs, ours, theirs), so that a busy machine slows both; the ratio is of medians of seconds per step.
+
+    python bench/streaming.py [--tokens 512,1024,...] [--budget 300MB] [--rounds 2] [--text FILE] [--quick]
+
+The text is $LOWMEM_PNN_DATA/tinyshakespeare.txt where there is one, else random bytes. Files go where TMPDIR says.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import RESULTS, StepMeter, find_text, fit, last_json, markdown_table, run_process, step_means, write_results
+
+CONTEXT = 512
+MODEL = f"gpt:layers=12,width=768,heads=12,context={CONTEXT}"
+# One sample: what goes through the device at once, however large the batch.
+MICRO_BATCH = 1
+TOKENS = "512,1024,2048,4096,8192,16384"
+# Steps that are timed, after one that is not; more where they are short.
+TIMED = {512: 10, 1024: 8, 2048: 6, 4096: 4}
+TIMED_AT_LEAST = 2
+LR = 1e-4
+SEED = 0
+MB = 1e6
+
+GOAL_TOKENS = 4096
+GOAL_RATIO = 0.95
+
+
+def settings(tokens: int, text: Path) -> dict[str, Any]:
+    """What both train on: fields of `FitConfig`."""
+    batch = tokens // CONTEXT
+    return {
+        "model": MODEL,
+        "data": f"text:{text}",
+        "batch_size": batch,
+        "micro_batch": MICRO_BATCH,
+        "epochs": 1,
+        "lr": LR,
+        "seed": SEED,
+        "val_fraction": 0.0,
+        "train_limit": batch * (TIMED.get(tokens, TIMED_AT_LEAST) + 1),
+        "test_limit": 1,
+    }
+
+
+def ours(tokens: int, text: Path, budget: str) -> dict[str, Any]:
+    """One run of the command."""
+    options = [part for name, value in settings(tokens, text).items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    with tempfile.TemporaryDirectory() as folder:
+        result, lines, _ = fit(Path(folder) / "run", "--method", "exact", "--max-gpu-mem", budget, *options)
+    last = {layer.split(".")[1] for layer in result["partitions"][-1]["layers"] if layer.startswith("blocks.")}
+    return {
+        "losses": [line["loss"] for line in lines],
+        "step_seconds": [after["seconds"] - before["seconds"] for before, after in zip(lines, lines[1:], strict=False)],
+        **step_means(lines, 1),
+        "peak": result["peak_bytes"],
+        "training_state": result["training_state_bytes"],
+        "micro_batch": result["partitions"][0]["micro_batch"],
+        "partitions": len(result["partitions"]),
+        "last_blocks": len(last),
+    }
+
+
+def in_memory(tokens: int, text: Path, kept_blocks: int) -> None:
+    """The same work with everything in memory; prints JSON as the last line.
+
+    Args:
+        tokens: of a batch.
+        text: the file.
+        kept_blocks: at the end, which are not checkpointed.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    from lowmem_pnn.config import configure
+    from lowmem_pnn.seeds import permutation_of
+    from lowmem_pnn.workload import open_data
+
+    config = configure(max_gpu_mem="1TB", method="exact", **settings(tokens, text))
+    source, _, splits = open_data(config)
+    train = splits["train"]
+    meter = StepMeter()
+    meter.begin()
+    torch.manual_seed(SEED)
+    model: Any = source.build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    losses = []
+    meter.lap()
+    for chosen in permutation_of(len(train), SEED, "epoch", 0).reshape(-1, tokens // CONTEXT):
+        samples, labels = train.batch(chosen)
+        total = 0.0
+        for begin in range(0, len(chosen), MICRO_BATCH):
+            part = slice(begin, begin + MICRO_BATCH)
+            x = model.embedding(samples[part])
+            for number, block in enumerate(model.blocks):
+                x = block(x) if number >= len(model.blocks) - kept_blocks else checkpoint(block, x, use_reentrant=False)
+            scores = model.head(model.norm(x))
+            loss = torch.nn.functional.cross_entropy(scores.flatten(0, -2), labels[part].flatten()) * (MICRO_BATCH / len(chosen))
+            torch.autograd.backward(loss)
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        meter.lap()
+    print(json.dumps({"losses": losses, "step_seconds": meter.step_seconds()[1:], **meter.figures(skip=1)}))
+
+
+def draw(points: list[dict[str, Any]], path: Path) -> bool:
+    """Ratio against tokens per batch, where there is matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.semilogx([point["tokens"] for point in points], [point["ratio"] for point in points], "o-", base=2)
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.axhline(GOAL_RATIO, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_ylim(0, max(1.1, 1.05 * max(point["ratio"] for point in points)))
+    axes.set_xlabel("tokens per batch")
+    axes.set_ylabel("tokens per second, streamed / in memory")
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def main() -> None:
+    """Run all sizes and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default=TOKENS, help=f"tokens per batch, multiples of {CONTEXT}")
+    parser.add_argument("--budget", default="300MB")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--quick", action="store_true", help="two sizes, one round; writes no page")
+    parser.add_argument("--in-memory", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.in_memory is not None:
+        in_memory(int(arguments.tokens), arguments.text, arguments.in_memory)
+        return
+    if arguments.quick:
+        arguments.tokens, arguments.rounds = f"{CONTEXT},{8 * CONTEXT}", 1
+    sizes = [int(tokens) for tokens in arguments.tokens.split(",")]
+    if wrong := [tokens for tokens in sizes if tokens <= 0 or tokens % CONTEXT]:
+        parser.error(f"--tokens {wrong[0]} is no multiple of the context; give multiples of {CONTEXT}")
+    load_before = os.getloadavg()[0]
+    points, rows = [], []
+    with tempfile.TemporaryDirectory() as name:
+        text, words = find_text(arguments.text)
+        copy = Path(name) / "text"
+        if text is not None:
+            shutil.copyfile(text, copy)
+        else:
+            copy.write_bytes(np.random.Generator(np.random.Philox(SEED)).bytes(1_000_000))
+        for tokens in sizes:
+            mine, theirs = [], []
+            for _ in range(arguments.rounds):
+                mine.append(ours(tokens, copy, arguments.budget))
+                command = [sys.executable, __file__, "--tokens", str(tokens), "--text", str(copy)]
+                theirs.append(last_json(run_process([*command, "--in-memory", str(mine[-1]["last_blocks"])]).stdout))
+            medians = [statistics.median(seconds for run in runs for seconds in run["step_seconds"]) for runs in (mine, theirs)]
+            ratio = medians[1] / medians[0]
+            own, reference = mine[0], theirs[0]
+            far = max(abs(a - b) for a, b in zip(own["losses"], reference["losses"], strict=True))
+            points.append({"tokens": tokens, "ratio": ratio, "seconds": medians, "ours": mine, "in_memory": theirs})
+            rows.append(
+                (
+                    str(tokens),
+                    f"{medians[0]:.2f}",
+                    f"{medians[1]:.2f}",
+                    f"{tokens / medians[0]:.0f}",
+                    f"{tokens / medians[1]:.0f}",
+                    f"{ratio:.3f}",
+                    f"{own['read'] / MB:.0f}",
+                    f"{own['written'] / MB:.0f}",
+                    f"{max(run['peak'] for run in mine) / MB:.0f}",
+                    f"{max(run['private_above_imports'] for run in theirs) / MB:.0f}",
+                    f"{far:.1e}",
+                )
+            )
+            print(*rows[-1], sep="\t", file=sys.stderr, flush=True)
+    heads = (
+        "tokens per batch", "ours s/step", "in memory s/step", "ours tokens/s", "in memory tokens/s", "ratio", "read MB/step",
+        "written MB/step", "our peak MB", "in memory peak MB", "losses differ by",
+    )  # fmt: skip
+    first = points[0]["ours"][0]
+    at_goal = next((point["ratio"] for point in points if point["tokens"] == GOAL_TOKENS), None)
+    page = [
+        f"{MODEL}, AdamW, {words}; training state {first['training_state'] / MB:.0f} MB, budget {arguments.budget}, "
+        f"{first['partitions']} partitions, micro-batches of {first['micro_batch'] * CONTEXT} tokens for both.",
+        f"In memory all blocks but the last {first['last_blocks']} are checkpointed. {arguments.rounds} rounds; medians of seconds per step, the "
+        f"first step of a process not counted. Load before: {load_before:.1f}; {os.environ.get('OMP_NUM_THREADS', 'unset')} OpenMP threads.",
+        "",
+        markdown_table(heads, rows),
+        "",
+        f"- at least {GOAL_RATIO} of the speed in memory at {GOAL_TOKENS} tokens: "
+        + ("not measured" if at_goal is None else f"{at_goal:.3f}, {'met' if at_goal >= GOAL_RATIO else 'NOT MET'}"),
+    ]
+    if arguments.quick:
+        print("\n".join(page))
+        return
+    if draw(points, RESULTS / "streaming.png"):
+        page += ["", "![ratio against tokens per batch](streaming.png)"]
+    write_results("streaming", "Streaming: the cost against the tokens of a batch", "\n".join(page), {"points": points})
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main()

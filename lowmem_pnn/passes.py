@@ -1,0 +1,138 @@
+"""Passes: one micro-batch through the layers of a resident partition, forward, and back from the loss.
+
+Where the last layer is wide (a large vocabulary), its outputs and their gradient would set the peak. The layer and the loss are then
+computed for some rows at a time:
+
+    inputs --[ body ]--> rows --chunk by chunk--[ last layer ]--> loss of the chunk, and back at once to the chunk's rows
+           <--[ body ]-- gradients of all rows
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from lowmem_pnn.chain import Layer
+from lowmem_pnn.device import Device
+from lowmem_pnn.methods import Labels, Objective
+
+_T = TypeVar("_T")
+
+
+# Tensors that compute sees start on this boundary: at other offsets a matrix product's last bits differ.
+_ALIGNMENT = 64
+
+
+def place_aligned(device: Device, tensor: Tensor) -> Tensor:
+    """A host tensor on the device, from a multiple of 64 bytes on."""
+    if tensor.data_ptr() % _ALIGNMENT:
+        tensor = tensor.clone()
+    return device.place(tensor)
+
+
+def forward(layers: Sequence[Layer], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Run layers, from the boundary before the first to the one after the last."""
+    for layer in layers:
+        tensors = layer(*tensors)
+    return tensors
+
+
+def backward_from_loss(
+    layers: Sequence[Layer],
+    inputs: tuple[Tensor, ...],
+    labels: Tensor,
+    objective: Objective,
+    share: float,
+    chunk_rows: int | None,
+) -> float:
+    """Forward to the loss, and backward: gradients add up in the parameters, and in inputs that require one.
+
+    Args:
+        layers: of the partition.
+        inputs: its boundary tensors, each (B, ...), on the device.
+        labels: (B, ...) on the device.
+        objective: gives the mean loss of the micro-batch.
+        share: of the batch that the micro-batch is; weighs its loss.
+        chunk_rows: rows at a time for the last layer, or None for all.
+
+    Returns:
+        The weighed loss.
+    """
+    if chunk_rows is not None and chunk_rows < labels.numel():
+        assert isinstance(objective, Labels), "only the true loss is computed in chunks"
+        return _backward_in_chunks(layers, inputs, labels, objective, share, chunk_rows)
+    loss = objective.loss(forward(layers, inputs), labels)
+    if share != 1.0:
+        loss = loss * share
+    if loss.requires_grad:
+        torch.autograd.backward(loss)
+    return float(loss.detach())
+
+
+def outputs_in_chunks(
+    layers: Sequence[Layer],
+    inputs: tuple[Tensor, ...],
+    labels: Tensor,
+    chunk_rows: int | None,
+    work: Callable[[tuple[Tensor, ...], Tensor], _T],
+) -> list[_T]:
+    """Forward, and something done with the outputs, as many at a time as there is room for.
+
+    Args:
+        layers: of the partition.
+        inputs: its boundary tensors, each (B, ...).
+        labels: (B, ...).
+        chunk_rows: rows at a time for the last layer, or None for all.
+        work: takes outputs and labels: all, or of a chunk's rows.
+
+    Returns:
+        What `work` gave, chunk by chunk.
+    """
+    if chunk_rows is None or chunk_rows >= labels.numel():
+        return [work(forward(layers, inputs), labels)]
+    *body, last = layers
+    (x,) = forward(body, inputs)
+    return [work(last(rows), targets) for rows, targets in _chunks(x, labels, chunk_rows)]
+
+
+def works_by_rows(layer: Layer) -> bool:
+    """Whether a layer treats all rows alike, whichever axes they are on: it is one `nn.Linear` over the last axis."""
+    module = layer.module
+    assert isinstance(module, fx.GraphModule)
+    work = [node for node in module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    if len(work) != 1:
+        return False
+    if work[0].op == "call_module":
+        return type(module.get_submodule(str(work[0].target))) is nn.Linear
+    return bool(work[0].target is nn.functional.linear)
+
+
+def _backward_in_chunks(
+    layers: Sequence[Layer], inputs: tuple[Tensor, ...], labels: Tensor, objective: Labels, share: float, chunk_rows: int
+) -> float:
+    *body, last = layers
+    (x,) = forward(body, inputs)
+    # Each chunk's own; views of one tensor would get a gradient of the whole tensor's size, chunk by chunk.
+    gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device) if x.requires_grad else None
+    loss_sum, begin = 0.0, 0
+    for rows, targets in _chunks(x.detach(), labels, chunk_rows):
+        rows = rows.detach().requires_grad_(gradient is not None)
+        loss = objective.loss(last(rows), targets, reduction="sum") / labels.numel()
+        if share != 1.0:
+            loss = loss * share
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
+        if gradient is not None and rows.grad is not None:
+            gradient.flatten(0, -2)[begin : begin + len(rows)] = rows.grad
+        begin += len(rows)
+        loss_sum += float(loss.detach())
+        del rows, loss
+    if gradient is not None:
+        torch.autograd.backward(x, gradient)
+    return loss_sum
+
+
+def _chunks(x: Tensor, labels: Tensor, chunk_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows (R, features) of a tensor (..., features), with their labels (R,)."""
+    yield from zip(x.flatten(0, -2).split(chunk_rows), labels.flatten().split(chunk_rows), strict=True)

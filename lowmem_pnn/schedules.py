@@ -1,0 +1,66 @@
+"""Learning-rate schedules: the factor on the learning rate as a pure function of the step, so that a resumed run needs no state."""
+
+import math
+from typing import Literal
+
+Schedule = Literal["constant", "cosine", "onecycle"]
+
+# What torch.optim.lr_scheduler.OneCycleLR does unless told otherwise.
+_RISING_SHARE = 0.3
+_FIRST = 1 / 25
+_LAST = _FIRST / 1e4
+
+
+def factor(schedule: Schedule, step: int, total_steps: int, warmup_steps: int = 0) -> float:
+    """What the learning rate is multiplied by at one step.
+
+    With s for `step`, T for `total_steps`, w for `warmup_steps`:
+
+    - `constant`: 1.
+    - `cosine`: (1 + cos(pi * (s - w) / (T - w))) / 2, from 1 towards 0, which the step after the last would reach: "SGDR: Stochastic
+      Gradient Descent with Warm Restarts", Loshchilov & Hutter 2017, equation 5, without restarts.
+    - Both after a linear warm-up: (s + 1) / w for s < w. The first step that the schedule itself decides, s = w, has 1, as the last
+      one of the warm-up has.
+    - `onecycle`: half a cosine from 1/25 up to 1, which is reached at s = 0.3 T - 1, and half a cosine down to 1/250,000 at the last
+      step, s = T - 1: "Super-Convergence", Smith & Topin 2018, in the two phases of
+      `torch.optim.lr_scheduler.OneCycleLR`. A training of one step is its last.
+
+    Args:
+        schedule: its name.
+        step: of the optimizer, from 0 over the whole training.
+        total_steps: that the training takes, at least 1.
+        warmup_steps: steps in which the learning rate first rises; may be more than there are. Not with `onecycle`, which rises itself.
+
+    Returns:
+        A number above 0 and at most 1.
+
+    Example:
+        >>> [factor("cosine", step, 4) for step in (0, 2)]
+        [1.0, 0.5]
+        >>> [factor("constant", step, 4, warmup_steps=2) for step in range(4)]
+        [0.5, 1.0, 1.0, 1.0]
+        >>> [round(factor("onecycle", step, 10), 6) for step in (0, 2, 9)]
+        [0.04, 1.0, 4e-06]
+    """
+    assert 0 <= step < total_steps, f"step {step} of {total_steps}"
+    if schedule == "onecycle":
+        assert warmup_steps == 0, "one cycle has a warm-up of its own"
+        return _one_cycle(step, total_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    return _half_cosine(1.0, 0.0, (step - warmup_steps) / (total_steps - warmup_steps))
+
+
+def _one_cycle(step: int, total_steps: int) -> float:
+    # Neither has to be a whole number; a training of up to three steps begins above 1/25.
+    top, end = _RISING_SHARE * total_steps - 1, total_steps - 1
+    if step <= top:
+        return _half_cosine(_FIRST, 1.0, step / top)
+    return _half_cosine(1.0, _LAST, (step - top) / (end - top))
+
+
+def _half_cosine(first: float, last: float, share: float) -> float:
+    """From `first` to `last`, flat at both ends, as `share` goes from 0 to 1."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))

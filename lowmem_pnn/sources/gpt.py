@@ -1,0 +1,244 @@
+"""`gpt:layers=12,width=768,...`: a small, standard decoder for language models, all of which is in its name.
+
+    ids (B, T) -> embedding -> [attention -> mlp] x layers -> norm -> head -> scores (B, T, vocab)
+
+B samples, T tokens of each, W width, H heads. Each of attention and mlp adds to what flows through, (B, T, W), so that a chain can
+be cut before every one of them with nothing else crossing the cut. The head is one `nn.Linear` that nothing else is joined to.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.sources.imports import did_you_mean
+
+BYTE_VOCABULARY = 256
+"""Tokens of a model whose data does not say how many it has: bytes."""
+
+_EXAMPLE = "gpt:layers=12,width=768,heads=12,context=256"
+# Of every weight, but for what is added to the stream; Radford et al. 2019 (GPT-2), section 2.3, and the code they released.
+_INITIAL_DEVIATION = 0.02
+# Bytes of a tensor, and of what training keeps with it, are counted in 64 bits.
+_MOST_VALUES = 2**56
+
+
+@dataclass(frozen=True, kw_only=True)
+class GptShape:
+    """What the name of a model says of it.
+
+    Args:
+        layers: pairs of attention and mlp.
+        width: of what flows through the model, a multiple of `heads`.
+        heads: of each attention.
+        context: most tokens of a sample.
+        dropout: 0 <= dropout < 1: of the embedding, of attention weights and of what is added to the stream.
+        tied: whether head and token embedding are one tensor.
+    """
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    context: int = 256
+    dropout: float = 0.0
+    tied: bool = True
+
+
+def parse_gpt(spec: str) -> GptShape:
+    """Read a model's name.
+
+    Args:
+        spec: `gpt`, or `gpt:NAME=VALUE,...` with any of layers, width, heads, context, dropout and tied.
+
+    Raises:
+        ConfigError: an unknown name, one given twice, or a value that is none.
+
+    Example:
+        >>> parse_gpt("gpt:layers=2,width=64,heads=4,tied=false")
+        GptShape(layers=2, width=64, heads=4, context=256, dropout=0.0, tied=False)
+    """
+    known = [field.name for field in fields(GptShape)]
+    given: dict[str, Any] = {}
+    for pair in spec.removeprefix("gpt").removeprefix(":").split(","):
+        if not pair.strip() and spec in ("gpt", "gpt:"):
+            continue
+        name, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals:
+            raise ConfigError(f"model {spec!r}: {pair!r} is not NAME=VALUE; write, for example, {_EXAMPLE}")
+        if name not in known:
+            raise ConfigError(
+                f"model {spec!r} has no argument {name!r}{did_you_mean(name, known)}; it accepts: {', '.join(known)}"
+            )
+        if name in given:
+            raise ConfigError(f"model {spec!r}: {name} is given twice; give it once")
+        given[name] = _value(spec, name, text)
+    shape = GptShape(**given)
+    if shape.width % shape.heads:
+        nearest = max(round(shape.width / shape.heads), 1) * shape.heads
+        raise ConfigError(
+            f"model {spec!r}: a width of {shape.width} is no multiple of {shape.heads} heads; give, for example, width={nearest}"
+        )
+    if max(4 * shape.width, shape.context) * shape.width > _MOST_VALUES:
+        raise ConfigError(
+            f"model {spec!r}: a width of {shape.width} with a context of {shape.context} needs more values than a tensor can hold; "
+            f"give smaller ones, for example {_EXAMPLE}"
+        )
+    return shape
+
+
+def make_gpt(shape: GptShape, vocabulary: int) -> Callable[[], nn.Module]:
+    """The constructor of a model.
+
+    Args:
+        shape: of the model.
+        vocabulary: how many tokens there are; it is given numbers from 0 to below that, and scores each of them.
+    """
+    return lambda: GPT(shape, vocabulary)
+
+
+class GPT(nn.Module):
+    """A pre-norm decoder, initialised as GPT-2 (Radford et al. 2019): normal values of deviation 0.02, and those of the two
+    projections of each layer that add to the stream divided by the square root of their number, 2 * layers.
+
+    Args:
+        shape: its sizes.
+        vocabulary: number of tokens.
+    """
+
+    def __init__(self, shape: GptShape, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = Embedding(shape, vocabulary)
+        # Plain containers: what cuts the model into layers looks into these, and leaves attention and mlp whole.
+        self.blocks = nn.ModuleList()
+        for _ in range(shape.layers):
+            block = nn.Sequential()
+            block.add_module("attention", Attention(shape))
+            block.add_module("mlp", Mlp(shape))
+            self.blocks.append(block)
+        self.norm = nn.LayerNorm(shape.width)
+        self.head = nn.Linear(shape.width, vocabulary, bias=False)
+        if shape.tied:
+            self.head.weight = self.embedding.tokens.weight
+        else:
+            nn.init.normal_(self.head.weight, std=_INITIAL_DEVIATION)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Score every token that could come next, at every place.
+
+        Args:
+            ids: (B, T) int64 token numbers; T is at most the context.
+
+        Returns:
+            (B, T, vocabulary).
+        """
+        x: Tensor = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        # Alone at the end, so that the scores, by far the largest tensor, can be computed for a few tokens at a time.
+        scores: Tensor = self.head(x)
+        return scores
+
+
+class Embedding(nn.Module):
+    """Tokens and their places as vectors: the beginning of the stream.
+
+    Args:
+        shape: of the model.
+        vocabulary: number of tokens.
+    """
+
+    def __init__(self, shape: GptShape, vocabulary: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, shape.width)
+        self.positions = nn.Parameter(torch.empty(shape.context, shape.width))
+        self.dropout = nn.Dropout(shape.dropout)
+        for weight in self.parameters():
+            nn.init.normal_(weight, std=_INITIAL_DEVIATION)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Embed (B, T) token numbers as (B, T, W).
+
+        Raises:
+            ValueError: there are more tokens than the context has places.
+        """
+        length, context = ids.shape[1], self.positions.shape[0]
+        if length > context:
+            raise ValueError(f"samples have {length} tokens, the model's context is {context}; give context={length}")
+        x: Tensor = self.dropout(self.tokens(ids) + self.positions[:length])
+        return x
+
+
+class Attention(nn.Module):
+    """Causal self-attention, added to the stream.
+
+    Args:
+        shape: of the model.
+    """
+
+    def __init__(self, shape: GptShape) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = shape.heads, shape.dropout
+        self.norm = nn.LayerNorm(shape.width)
+        self.qkv = _linear(shape.width, 3 * shape.width)
+        self.projection = _linear(shape.width, shape.width, added_times=2 * shape.layers)
+        self.residual_dropout = nn.Dropout(shape.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take and give (B, T, W)."""
+        # (B, T, 3W) -> three of (B, H, T, W / H).
+        heads = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, dropout_p=self.dropout if self.training else 0.0
+        )
+        added: Tensor = self.residual_dropout(self.projection(mixed.transpose(1, 2).flatten(2)))
+        return x + added
+
+
+class Mlp(nn.Module):
+    """Two matrices with a GELU between them, four times as wide inside, added to the stream.
+
+    Args:
+        shape: of the model.
+    """
+
+    def __init__(self, shape: GptShape) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(shape.width)
+        self.up = _linear(shape.width, 4 * shape.width)
+        self.down = _linear(4 * shape.width, shape.width, added_times=2 * shape.layers)
+        self.residual_dropout = nn.Dropout(shape.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Take and give (B, T, W)."""
+        added: Tensor = self.residual_dropout(self.down(nn.functional.gelu(self.up(self.norm(x)))))
+        return x + added
+
+
+def _linear(width_in: int, width_out: int, added_times: int = 1) -> nn.Linear:
+    """A matrix with GPT-2's initial values; `added_times`: how many outputs of its kind are summed up in the stream."""
+    layer = nn.Linear(width_in, width_out)
+    nn.init.normal_(layer.weight, std=_INITIAL_DEVIATION / added_times**0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _value(spec: str, name: str, text: str) -> int | float | bool:
+    """One argument's value."""
+    if name == "tied":
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"model {spec!r}: tied={text} is neither true nor false; give one of them")
+        return text.lower() == "true"
+    if name == "dropout":
+        if not re.fullmatch(r"0?\.[0-9]+|0\.?", text, re.ASCII):
+            raise ConfigError(f"model {spec!r}: dropout={text} is not in 0 <= dropout < 1; give, for example, dropout=0.1")
+        return float(text)
+    if not re.fullmatch(r"[0-9]+", text, re.ASCII) or int(text) < 1:
+        raise ConfigError(f"model {spec!r}: {name}={text} is no positive whole number; write, for example, {_EXAMPLE}")
+    return int(text)

@@ -1,0 +1,88 @@
+"""The state of a run: what the journal holds, and a resume goes on from."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lowmem_pnn.executor import Progress, Tally
+
+
+@dataclass
+class PartitionRecord:
+    """What is known of a partition once it was trained.
+
+    Args:
+        seconds: in its visits.
+        peak_bytes: the most that was in use during them, above the floor.
+        train_loss: mean over its last epoch.
+        val_loss: after its last epoch.
+        val_accuracy: likewise, for the last partition.
+    """
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+
+
+@dataclass
+class State:
+    """Where a run is, and what belongs to that place.
+
+    Args:
+        plan: of the run, as `Plan.to_json` writes it.
+        micro_batches: of each partition, as they are by now.
+        data: the data set's fingerprint.
+        number: of the commit.
+        stage: `born`, `training` or `done`.
+        visit: position in the method's program.
+        progress: within it.
+        weights: the weight store's committed files.
+        activations: names of the stores that later visits read, by split.
+        records: of each partition.
+        check: prediction and measurement before training.
+        seconds: so far, over all processes of the run; as are the bytes, the peaks and the counts that follow.
+        metrics_bytes: length of `metrics.jsonl`.
+    """
+
+    plan: dict[str, Any]
+    micro_batches: list[int]
+    data: str = ""
+    number: int = 0
+    stage: str = "born"
+    visit: int = 0
+    progress: Progress = field(default_factory=Progress)
+    weights: dict[str, Any] = field(default_factory=dict)
+    activations: dict[str, str] = field(default_factory=dict)
+    records: list[PartitionRecord] = field(default_factory=list)
+    check: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    peak_bytes: int = 0
+    host_peak_bytes: int = 0
+    oom_retries: int = 0
+    resumed: int = 0
+    metrics_bytes: int = 0
+
+    @classmethod
+    def from_journal(cls, body: dict[str, Any]) -> "State":
+        """Read what `to_journal` gave."""
+        progress = dict(body["progress"])
+        progress["tally"] = Tally(**progress["tally"])
+        return cls(
+            **{**body, "progress": Progress(**progress), "records": [PartitionRecord(**record) for record in body["records"]]}
+        )
+
+    def to_journal(self) -> dict[str, Any]:
+        """A JSON-able copy."""
+        return asdict(self)
+
+    def go_back_to(self, commit: "State") -> None:
+        """Take over the place of a commit, in the same process: what was spent since then stays spent.
+
+        Args:
+            commit: of this run.
+        """
+        for name in ("visit", "progress", "weights", "activations", "records"):
+            setattr(self, name, getattr(commit, name))

@@ -1,0 +1,94 @@
+"""The optimizer's step of a partition whose state is not resident: a layer at a time, its state read before and written after.
+
+disk --exp_avg, exp_avg_sq--> [ one layer's state ] --step--> disk
+[ its weights and gradients ]
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_pnn.device import Device
+from lowmem_pnn.optimizers import OptimizerSpec
+from lowmem_pnn.residency import Residency
+from lowmem_pnn.stores.weights import state_key
+
+
+def step_groups(residency: Residency) -> list[tuple[str, ...]]:
+    """The parameters that a partition steps, those of a layer together; no group is empty.
+
+    Args:
+        residency: loaded or not.
+    """
+    taken = set(residency.borrowed)
+    groups = []
+    for layer in residency.layers:
+        names = tuple(
+            name
+            for alias, tensor in layer.parameters().items()
+            if tensor.requires_grad and (name := residency.name_of(alias)) not in taken
+        )
+        if names := tuple(dict.fromkeys(names)):
+            groups.append(names)
+            taken.update(names)
+    return groups
+
+
+def state_keys(spec: OptimizerSpec, parameters: Mapping[str, Tensor]) -> list[str]:
+    """The names, in weight files, of the optimizer's state of some parameters, in the order of `take_state`."""
+    return [state_key(name, state) for name, tensor in parameters.items() for state in spec.layout(tensor)]
+
+
+def take_state(
+    spec: OptimizerSpec, parameters: Mapping[str, Tensor], device: Device, take: Callable[[], Tensor] | None
+) -> dict[str, dict[str, Tensor]]:
+    """State on the device.
+
+    Args:
+        spec: the optimizer.
+        parameters: by name.
+        device: where they are.
+        take: gives the tensors of `state_keys`, one after the other; None for the state before the first step.
+    """
+
+    def tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        return device.place(take()) if take is not None else torch.zeros(shape, dtype=dtype, device=device.torch_device)
+
+    return {
+        name: {state: tensor(*layout) for state, layout in spec.layout(parameter).items()}
+        for name, parameter in parameters.items()
+    }
+
+
+def step(
+    spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Mapping[str, Tensor]], lr: float
+) -> None:
+    """One step of parameters that have gradients, which are dropped.
+
+    Args:
+        spec: the optimizer.
+        parameters: by name.
+        state: by name, changed in place.
+        lr: learning rate of this step.
+    """
+    optimizer = spec.build(parameters, state)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    for parameter in parameters.values():
+        parameter.grad = None
+
+
+def clip_factor(norms: Sequence[Tensor], max_norm: float) -> Tensor:
+    """What gradients are multiplied with, as `torch.nn.utils.clip_grad_norm_` does it, bit for bit.
+
+    Args:
+        norms: of each parameter's gradient, scalars, in the model's order.
+        max_norm: of all gradients together.
+
+    Returns:
+        The factor, at most 1.
+    """
+    total = torch.linalg.vector_norm(torch.stack(list(norms)))
+    return torch.clamp(max_norm / (total + 1e-6), max=1.0)
