@@ -20,6 +20,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def ours(tokens: int, text: Path, budget: str) -> dict[str, Any]:
     last = {layer.split(".")[1] for layer in result["partitions"][-1]["layers"] if layer.startswith("blocks.")}
     return {
         "losses": [line["loss"] for line in lines],
-        "step_seconds": [after["seconds"] - before["seconds"] for before, after in zip(lines, lines[1:], strict=False)],
+        "step_seconds": [after["seconds"] - before["seconds"] for before, after in pairwise(lines)],
         **step_means(lines, 1),
         "peak": result["peak_bytes"],
         "training_state": result["training_state_bytes"],
@@ -125,7 +126,7 @@ def draw(points: list[dict[str, Any]], path: Path) -> bool:
     """Ratio against tokens per batch, where there is matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -198,12 +199,13 @@ def main() -> None:
         "written MB/step", "our peak MB", "in memory peak MB", "losses differ by",
     )  # fmt: skip
     first = points[0]["ours"][0]
+    threads = os.environ.get("OMP_NUM_THREADS", "unset")
     at_goal = next((point["ratio"] for point in points if point["tokens"] == GOAL_TOKENS), None)
     page = [
         f"{MODEL}, AdamW, {words}; training state {first['training_state'] / MB:.0f} MB, budget {arguments.budget}, "
         f"{first['partitions']} partitions, micro-batches of {first['micro_batch'] * CONTEXT} tokens for both.",
-        f"In memory all blocks but the last {first['last_blocks']} are checkpointed. {arguments.rounds} rounds; medians of seconds per step, the "
-        f"first step of a process not counted. Load before: {load_before:.1f}; {os.environ.get('OMP_NUM_THREADS', 'unset')} OpenMP threads.",
+        f"In memory all blocks but the last {first['last_blocks']} are checkpointed. {arguments.rounds} round(s); medians of seconds per "
+        f"step, the first step of a process not counted. Load before: {load_before:.1f}; OMP_NUM_THREADS {threads}.",
         "",
         markdown_table(heads, rows),
         "",

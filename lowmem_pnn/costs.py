@@ -178,12 +178,12 @@ def _cost(value: Any) -> Any:
 
 
 def streamed(layer: LayerCost) -> LayerCost:
-    """A layer whose optimizer state is on the device only while the layer is stepped.
+    """A layer whose optimizer state is not resident with its weights; what one layer's takes while it steps is for the caller to add.
 
     Args:
         layer: with resident state.
     """
-    return replace(layer, optimizer_bytes=0, step_bytes=layer.step_bytes + layer.optimizer_bytes)
+    return replace(layer, optimizer_bytes=0)
 
 
 def in_chunks(layer: LayerCost, samples: float) -> LayerCost:

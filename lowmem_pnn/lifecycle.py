@@ -69,7 +69,10 @@ def go_on(
             if attempt == _MAX_PLANS - 1 and check.micro_batch is not None:
                 # The device has far less than the budget; smaller micro-batches get by with it.
                 display.message(f"{check.describe()}; going on with a micro-batch of {check.micro_batch}")
-                state.micro_batches[check.partition] = check.micro_batch
+                if workload.method.sweeps:
+                    state.sweep_micro_batch = check.micro_batch
+                else:
+                    state.micro_batches[check.partition] = check.micro_batch
                 break
             if attempt == _MAX_PLANS - 1:
                 raise BudgetError(f"no plan holds: {check.describe()}; give a larger --max-gpu-mem, or a smaller --batch-size")
@@ -79,6 +82,7 @@ def go_on(
             display.message(f"planned again: {check.describe()}")
             state.plan = json.loads(plan.to_json())
             state.micro_batches = [part.micro_batch for part in plan.partitions]
+            state.sweep_micro_batch = plan.sweep_micro_batch
             state.records = [PartitionRecord() for _ in plan.partitions]
         state.check = check.to_dict()
         state.stage = "training"
@@ -152,7 +156,7 @@ def _make_result(
         partitions.append(
             {
                 **describe_partition(workload, part),
-                "micro_batch": state.micro_batches[number],
+                "micro_batch": state.sweep_micro_batch if workload.method.sweeps else state.micro_batches[number],
                 "epochs": epochs[number],
                 "peak_bytes": record.peak_bytes,
                 "seconds": record.seconds,
@@ -222,6 +226,7 @@ def first_state(workload: Workload, plan: Plan) -> State:
     return State(
         plan=json.loads(plan.to_json()),
         micro_batches=[part.micro_batch for part in plan.partitions],
+        sweep_micro_batch=plan.sweep_micro_batch,
         records=[PartitionRecord() for _ in plan.partitions],
         data=workload.dataset.fingerprint,
     )
@@ -244,18 +249,22 @@ def halve(state: State, workload: Workload) -> None:
     smallest = state.plan["smallest_micro_batch"]
     everywhere = list(range(len(state.micro_batches)))
     item = program[state.visit] if state.visit < len(program) else None
-    if state.stage == "born" and not workload.method.sweeps:
+    if state.stage == "born":
         peaks = [part["predicted_peak_bytes"] for part in state.plan["partitions"]]
         numbers = [peaks.index(max(peaks))]  # the one that is checked
     elif item is None or isinstance(item, Sweep):
-        numbers = everywhere  # any of them: while the model was measured, or in a sweep, which has one micro-batch for all
+        numbers = everywhere  # any of them: while the model was measured
     else:
         numbers = [item.partition]
-    if all(state.micro_batches[number] <= smallest for number in numbers):
+    sweeping = workload.method.sweeps or isinstance(item, Sweep)
+    sizes = [*(state.micro_batches[number] for number in numbers), *([state.sweep_micro_batch] if sweeping else [])]
+    if all(size <= smallest for size in sizes):
         raise BudgetError(
             f"partition {numbers[0] + 1} died at the memory limit with a micro-batch of {smallest}, the smallest; "
             "give a larger --max-gpu-mem"
         )
     for number in numbers:
         state.micro_batches[number] = max(smallest, state.micro_batches[number] // 2)
+    if sweeping:
+        state.sweep_micro_batch = max(smallest, state.sweep_micro_batch // 2)
     state.oom_retries += 1

@@ -69,6 +69,7 @@ class Plan:
         predicted_peak_bytes: the largest of the partitions' peaks.
         smallest_micro_batch: the fewest samples that the modules accept at once, to which an executor may shrink.
         loss_chunk: rows for which the last layer and the loss are computed at once; None for all of a micro-batch.
+        sweep_micro_batch: samples on the device at once in sweeps, the same for all partitions; 0 where there are none.
     """
 
     partitions: tuple[PartitionPlan, ...]
@@ -77,6 +78,7 @@ class Plan:
     predicted_peak_bytes: int
     smallest_micro_batch: int
     loss_chunk: int | None = None
+    sweep_micro_batch: int = 0
 
     def title(self, number: int, layers: Sequence[str]) -> str:
         """A partition in words.

@@ -73,6 +73,7 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
         partitions=partitions,
         predicted_peak_bytes=max(partition.predicted_peak_bytes for partition in partitions),
         loss_chunk=chunk,
+        sweep_micro_batch=partitions[0].micro_batch if sweeps else 0,
     )
     return plan if sweeps or not config.recovery_epochs else _with_recovery(workload, profile, device, plan, fixed)
 
@@ -107,7 +108,7 @@ def _with_recovery(workload: Workload, profile: MemoryProfile, device: Device, p
     costs = _costs(workload, profile, plan.loss_chunk, sweeps=True)
     io, batch = IoSizes.of_budget(device.budget_bytes), plan.partitions[-1].batch
     beside = fixed + sweep_bytes(workload, profile, device, io, batch)
-    size = min(part.micro_batch for part in plan.partitions)
+    size = min(batch, workload.config.micro_batch or batch)
     while True:
         needs = [
             planner.partition_peak(
@@ -131,14 +132,11 @@ def _with_recovery(workload: Workload, profile: MemoryProfile, device: Device, p
             )
         size = max(plan.smallest_micro_batch, size // 2)
     partitions = tuple(
-        dataclasses.replace(
-            part, micro_batch=min(part.micro_batch, size), predicted_peak_bytes=max(part.predicted_peak_bytes, need)
-        )
+        dataclasses.replace(part, predicted_peak_bytes=max(part.predicted_peak_bytes, need))
         for part, need in zip(plan.partitions, needs, strict=True)
     )
-    return dataclasses.replace(
-        plan, partitions=partitions, predicted_peak_bytes=max(part.predicted_peak_bytes for part in partitions)
-    )
+    peak = max(part.predicted_peak_bytes for part in partitions)
+    return dataclasses.replace(plan, partitions=partitions, predicted_peak_bytes=peak, sweep_micro_batch=size)
 
 
 def objective_memory(workload: Workload, stop: int, chunk: int | None = None, *, sweeps: bool = False) -> Affine:
@@ -179,12 +177,13 @@ def beside_bytes(workload: Workload, profile: MemoryProfile, device: Device, io:
 
 
 def sweep_bytes(workload: Workload, profile: MemoryProfile, device: Device, io: IoSizes, batch: int) -> int:
-    """The same of a sweep: batches of the data set, streams of weights, boundary activations in memory."""
+    """The same of a sweep: one layer's optimizer state; batches of the data set, streams of weights, boundary activations."""
+    state = max(layer.optimizer_bytes for layer in profile.layers)
     if not device.shares_host:
-        return 0
+        return state
     # A tensor that is larger than the stream waits alone.
-    stream = max(io.stream_bytes, max((layer.weight_bytes for layer in profile.layers), default=0))
-    return reading_bytes(workload, device, io, 0, batch) + 2 * stream + io.boundary_bytes
+    stream = max(io.stream_bytes, max(layer.weight_bytes for layer in profile.layers))
+    return state + reading_bytes(workload, device, io, 0, batch) + 2 * stream + io.boundary_bytes
 
 
 def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int, batch: int) -> int:

@@ -32,6 +32,7 @@ class State:
     Args:
         plan: of the run, as `Plan.to_json` writes it.
         micro_batches: of each partition, as they are by now.
+        sweep_micro_batch: of all partitions in sweeps, likewise.
         data: the data set's fingerprint.
         number: of the commit.
         stage: `born`, `training` or `done`.
@@ -47,6 +48,7 @@ class State:
 
     plan: dict[str, Any]
     micro_batches: list[int]
+    sweep_micro_batch: int = 0
     data: str = ""
     number: int = 0
     stage: str = "born"

@@ -30,6 +30,7 @@ from lowmem_pnn.planner import Plan
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stepping import clip_factor, state_keys, step, step_groups, take_state
+from lowmem_pnn.stores.blocks import BlockPool
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.scratch import Scratch
 from lowmem_pnn.stores.tensorfile import TensorFile
@@ -109,6 +110,9 @@ class Sweeper:
             for number, part in enumerate(plan.partitions)
         ]
         self._groups = [step_groups(residency) for residency in self._residencies]
+        # Beside a partition's weights there are those read ahead, one layer's state, and what waits to be written.
+        self._blocks = BlockPool(0)
+        self._beside_bytes = self._largest_state() + 2 * self._io.stream_bytes
         self._active: int | None = None
         self._reader: TensorReader | None = None
         self._stream: ReadAhead | None = None
@@ -141,7 +145,7 @@ class Sweeper:
             "backpropagate": self._backpropagate,
             "step": self._step_kept,
         }
-        with self._weights.tensors() as self._reader:
+        with self._weights.tensors(self._blocks.empty) as self._reader:
             self._stream = ReadAhead(self._requests(step), self._threads.read, self._io.stream_bytes)
             try:
                 for visit in self._sweep.visits:
@@ -202,6 +206,11 @@ class Sweeper:
             self._residencies[self._active].unload()
             self._active = None
 
+    def rest(self) -> None:
+        """Free all memory, for something else to be done before the next batch."""
+        self.leave()
+        self._blocks.clear()
+
     def close(self) -> None:
         """Give everything up: what waits to be written is written, or not."""
         self._behind.abandon()
@@ -209,7 +218,7 @@ class Sweeper:
         for residency in self._residencies:
             for parameter in residency.parameters.values():
                 parameter.grad = None
-        self.leave()
+        self.rest()
         self._scratch.close()
 
     def title(self, number: int) -> str:
@@ -337,6 +346,8 @@ class Sweeper:
             self.leave()
             assert self._stream is not None
             self._active = visit.partition
+            weights = sum(self._weights.nbytes(key) for key in residency.keys())
+            self._blocks.set_limit(weights + self._beside_bytes)
             residency.fill(self._stream.take)
         for layer in residency.layers:
             layer.module.train(visit.learns)
@@ -465,6 +476,15 @@ class Sweeper:
             future.result()
         assert self._reader is not None
         return self._reader.read(key)
+
+    def _largest_state(self) -> int:
+        """Bytes of the largest optimizer state of a layer."""
+        sizes = [0]
+        for number in self._sweep.learners:
+            meta, spec = dict(self._meta_parameters(number)), self._workload.optimizer(number)
+            for names in self._groups[number]:
+                sizes.append(sum(map(self._weights.nbytes, state_keys(spec, {name: meta[name] for name in names}))))
+        return max(sizes)
 
     def _forgets_state(self, step: int) -> bool:
         return self._sweep.fresh_state and step == 0

@@ -163,7 +163,7 @@ def _sweep(run: Run, sweep: Sweep) -> None:
             run.display.start_epoch(what, progress.epoch, sweep.epochs, feed.num_samples, done)
             if not _sweep_epoch(run, sweep, sweeper, feed, steps):
                 sweeper.close()
-                _go_back(run, sweep)
+                _go_back(run)
                 continue
             run.end_record()
             tally, progress.tally = progress.tally, Tally()
@@ -172,11 +172,11 @@ def _sweep(run: Run, sweep: Sweep) -> None:
             record.train_loss = tally.loss
             sweeper.settle()
             if "val" in workload.splits:
-                sweeper.leave()
+                sweeper.rest()
                 measured = _validate(run)
                 _check_validation(measured, f"epoch {progress.epoch}")
                 record.val_loss, record.val_accuracy = measured.loss, measured.accuracy
-            _log_epoch(run, sweep, last, _micro_batch(run), speed)
+            _log_epoch(run, sweep, last, run.state.sweep_micro_batch, speed)
             if progress.epoch < sweep.epochs:
                 run.maybe_commit(lambda: _save_swept(sweeper, sweep))
 
@@ -188,7 +188,7 @@ def _sweep_epoch(run: Run, sweep: Sweep, sweeper: Sweeper, feed: Feed, steps: in
     for batch in feed.batches(sweep.batch_size, shuffle=True, epoch=progress.epoch, start=progress.batch):
         step, loss = progress.epoch * steps + progress.batch, None
         if len(batch[1]) >= smallest:  # a last batch of 1 tells BatchNorm nothing
-            loss = _unless_full(sweeper, batch, step, _micro_batch(run))
+            loss = _unless_full(sweeper, batch, step, run.state.sweep_micro_batch)
             if loss is None:
                 return False
             progress.tally.add(loss, len(batch[1]))
@@ -220,13 +220,13 @@ def _unless_full(sweeper: Sweeper, batch: Batch, step: int, micro_batch: int) ->
     return None
 
 
-def _go_back(run: Run, sweep: Sweep) -> None:
+def _go_back(run: Run) -> None:
     """To the last commit, with half the micro-batch: some partitions of the batch that did not fit have been stepped.
 
     Raises:
         BudgetError: it is the smallest already.
     """
-    used, size = run.device.section_peak_bytes(), _micro_batch(run)
+    used, size = run.device.section_peak_bytes(), run.state.sweep_micro_batch
     smallest = run.plan.smallest_micro_batch
     if size <= smallest:
         raise BudgetError(
@@ -236,15 +236,9 @@ def _go_back(run: Run, sweep: Sweep) -> None:
     run.go_back()
     run.device.release()
     run.device.begin_section()
-    half = max(smallest, size // 2)
-    run.state.micro_batches = [half] * len(run.plan.partitions)
+    run.state.sweep_micro_batch = half = max(smallest, size // 2)
     run.state.oom_retries += 1
     run.display.message(f"out of memory; going on from the last commit with a micro-batch of {half}")
-
-
-def _micro_batch(run: Run) -> int:
-    """Of a sweep: what fits everywhere."""
-    return min(run.state.micro_batches)
 
 
 def _save_swept(sweeper: Sweeper, sweep: Sweep) -> Sequence[int]:

@@ -1,11 +1,12 @@
 """Exact training: whatever the cuts, the optimizer and the micro-batches, the bits are those of a loop in plain PyTorch."""
 
 import functools
+import gc
 import itertools
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ from lowmem_pnn.report import Result
 from lowmem_pnn.schedules import factor
 from lowmem_pnn.sources.gpt import GPT, GptShape, make_gpt
 from lowmem_pnn.stores.tensorfile import TensorFile
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage() -> Iterator[None]:
+    # Every run collects garbage before it takes its floor; looking through all that is imported would be a third of these tests.
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 # Networks.
 
@@ -184,28 +194,26 @@ class Kind:
     Args:
         build: makes the model.
         data: samples and labels.
-        cuts: some that it can have.
         smallest: samples that it accepts at least.
     """
 
     build: Callable[[], nn.Module]
     data: Data
-    cuts: str
     smallest: int = 1
 
 
 KINDS = {
-    "mlp": Kind(small_mlp, vectors(), "1"),
-    "conv": Kind(small_conv, images(), "1,3", smallest=2),
-    "resnet": Kind(small_resnet, images(), "2", smallest=2),
-    "mobilenet": Kind(small_mobilenet, images(side=16), "2,4", smallest=2),
-    "vit": Kind(small_vit, images(), "2"),
-    "convnext": Kind(small_convnext, images(side=16), "2"),
-    "densenet": Kind(small_densenet, images(side=16), "3,4", smallest=2),
-    "unet": Kind(SmallUnet, images(), "1,3"),
-    "averaging": Kind(averaging_mlp, vectors(), "1"),
-    "masked": Kind(Masked, tokens(), "1,2"),
-    "gpt": Kind(functools.partial(small_gpt, tied=False), tokens(), "2"),
+    "mlp": Kind(small_mlp, vectors()),
+    "conv": Kind(small_conv, images(), smallest=2),
+    "resnet": Kind(small_resnet, images(), smallest=2),
+    "mobilenet": Kind(small_mobilenet, images(side=16), smallest=2),
+    "vit": Kind(small_vit, images()),
+    "convnext": Kind(small_convnext, images(side=16)),
+    "densenet": Kind(small_densenet, images(side=16), smallest=2),
+    "unet": Kind(SmallUnet, images()),
+    "averaging": Kind(averaging_mlp, vectors()),
+    "masked": Kind(Masked, tokens()),
+    "gpt": Kind(functools.partial(small_gpt, tied=False), tokens()),
 }
 
 # 36 samples for training, of 40, make a short last batch, and every batch a short last micro-batch.
@@ -230,7 +238,7 @@ def check_equal(
     result = fit(build, data, folder, **options)
     expected = train_by_exact(build, data, **(plain or {}), **options)
     assert result.oom_retries == 0
-    assert len(result.partitions) == options.get("partitions") or len((options.get("cuts") or "").split(",")) + 1
+    assert len(result.partitions) == options.get("partitions", options.get("cuts", "").count(",") + 2)
     assert {part["micro_batch"] for part in result.partitions} == {options.get("micro_batch") or options["batch_size"]}
     start = built(build, options.get("seed", 0)).state_dict()
     for name, tensor in expected.model.named_parameters():
@@ -248,14 +256,15 @@ def check_equal(
 @pytest.mark.parametrize("kind", KINDS)
 def test_exact_with_a_partition_for_every_layer_is_same_as_plain_pytorch(kind: str, tmp_path: Path) -> None:
     build, data = KINDS[kind].build, KINDS[kind].data
-    cuts = ",".join(map(str, range(1, num_layers(build, data))))
-    assert len(cuts) > len(KINDS[kind].cuts), "there are other cuts"
+    layers = num_layers(build, data)
+    assert layers >= 3
+    cuts = ",".join(map(str, range(1, layers)))
     check_equal(build, data, tmp_path / "run", {"smallest": KINDS[kind].smallest}, cuts=cuts, micro_batch=4, **COMMON)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv", "vit", "densenet", "unet", "gpt"])
-def test_exact_with_partitions_of_some_layers_is_same_as_plain_pytorch(kind: str, tmp_path: Path) -> None:
-    check_equal(KINDS[kind].build, KINDS[kind].data, tmp_path / "run", cuts=KINDS[kind].cuts, **COMMON)
+@pytest.mark.parametrize(("kind", "cuts"), [("conv", "1,3"), ("vit", "2"), ("unet", "1,3"), ("gpt", "2")])
+def test_exact_with_partitions_of_some_layers_is_same_as_plain_pytorch(kind: str, cuts: str, tmp_path: Path) -> None:
+    check_equal(KINDS[kind].build, KINDS[kind].data, tmp_path / "run", cuts=cuts, **COMMON)
 
 
 def test_exact_in_one_partition_is_same_as_plain_pytorch(tmp_path: Path) -> None:
@@ -266,7 +275,7 @@ def test_exact_in_one_partition_is_same_as_plain_pytorch(tmp_path: Path) -> None
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_exact_is_same_as_plain_pytorch_with_every_optimizer(optimizer: str, fused: bool, tmp_path: Path) -> None:
     options: dict[str, Any] = {
-        **COMMON, "optimizer": optimizer, "fused": fused, "weight_decay": 0.02, "micro_batch": 4, "epochs": 3,
+        **COMMON, "optimizer": optimizer, "fused": fused, "weight_decay": 0.02, "micro_batch": 4,
     }  # fmt: skip
     if optimizer == "sgd":
         options["momentum"] = 0.8
@@ -384,7 +393,7 @@ def test_a_weight_that_several_partitions_use_several_times_accumulates_as_in_pl
 def test_clipping_by_the_norm_of_all_partitions_is_same_as_in_plain_pytorch(
     cuts: str | None, clip_norm: float, micro_batch: int | None, tmp_path: Path
 ) -> None:
-    where = {"cuts": cuts} if cuts else {"partitions": 1}
+    where: dict[str, Any] = {"cuts": cuts} if cuts else {"partitions": 1}
     options = {**COMMON, "optimizer": "sgd", "micro_batch": micro_batch}
     clipped = check_equal(small_conv, images(), tmp_path / "run", clip_norm=clip_norm, **where, **options).model
     free = train_by_exact(small_conv, images(), **options).model
@@ -438,7 +447,7 @@ def test_label_smoothing_is_of_the_training_loss_alone(method: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("cuts", "loss_chunk", "micro_batch"),
-    [(None, 3, None), ("1", 3, 4), ("1,2", 3, None), ("1,2", 3, 4), ("1,2", 1, 4), ("1,2", 10, None), ("1,2", 7, None)],
+    [(None, 3, None), ("1", 3, 4), ("1,2", 7, None), ("1,2", 1, 4), ("1,2", 10, None)],
 )
 def test_a_loss_in_chunks_of_samples_is_same_as_a_plain_loop_over_them(
     cuts: str | None, loss_chunk: int, micro_batch: int | None, tmp_path: Path
@@ -563,21 +572,24 @@ NAMED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_a_run_that_is_asked_to_stop_commits_and_goes_on_from_there(tmp_path: Path) -> None:
-    expected = trainer.start_run(configure(**NAMED), tmp_path / "whole")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return trainer.start_run(configure(**NAMED), tmp_path_factory.mktemp("named") / "run")
+
+
+def test_a_run_that_is_asked_to_stop_commits_and_goes_on_from_there(finished: Result, tmp_path: Path) -> None:
     asked = itertools.count()
     with pytest.raises(Stopped, match="--resume"):
         trainer.start_run(configure(**NAMED), tmp_path / "run", should_stop=lambda: next(asked) >= 5)
     result = trainer.resume_run(tmp_path / "run")
     assert result.resumed == 1
-    assert Path(result.weights_file).read_bytes() == Path(expected.weights_file).read_bytes()
-    assert (result.train_loss, result.test_loss) == (expected.train_loss, expected.test_loss)
+    assert Path(result.weights_file).read_bytes() == Path(finished.weights_file).read_bytes()
+    assert (result.train_loss, result.test_loss) == (finished.train_loss, finished.test_loss)
 
 
-def test_a_finished_run_is_evaluated_to_its_own_scores(tmp_path: Path) -> None:
-    result = trainer.start_run(configure(**NAMED), tmp_path / "run")
-    assert lowmem_pnn.evaluate(tmp_path / "run") == {
-        "test_loss": result.test_loss, "test_accuracy": result.test_accuracy, "test_f1": result.test_f1,
+def test_a_finished_run_is_evaluated_to_its_own_scores(finished: Result) -> None:
+    assert lowmem_pnn.evaluate(finished.workdir) == {
+        "test_loss": finished.test_loss, "test_accuracy": finished.test_accuracy, "test_f1": finished.test_f1,
     }  # fmt: skip
 
 

@@ -23,21 +23,24 @@ _M_MMAP_THRESHOLD = -3
 
 
 def private_and_data_bytes() -> tuple[int, int]:
-    """Private memory and the size of private writable mappings, touched or not; Linux only."""
-    status = _STATUS.read_bytes()
+    """What the process holds that is not a file, and the size of its private writable mappings, touched or not.
+
+    Returns:
+        RssAnon + RssShmem and VmData on Linux; elsewhere the unique set size and 0.
+    """
+    try:
+        status = _STATUS.read_bytes()
+    except OSError:
+        info = psutil.Process().memory_full_info()
+        return int(getattr(info, "uss", info.rss)), 0
     data = _DATA.search(status)
     assert data is not None
     return sum(int(kilobytes) for kilobytes in _PRIVATE.findall(status)) * 1024, int(data[1]) * 1024
 
 
 def private_bytes() -> int:
-    """What the process holds that is not a file: RssAnon + RssShmem on Linux, the unique set size elsewhere."""
-    try:
-        status = _STATUS.read_bytes()
-    except OSError:
-        info = psutil.Process().memory_full_info()
-        return int(getattr(info, "uss", info.rss))
-    return sum(int(kilobytes) for kilobytes in _PRIVATE.findall(status)) * 1024
+    """What the process holds that is not a file."""
+    return private_and_data_bytes()[0]
 
 
 def fix_malloc_thresholds() -> None:
@@ -97,13 +100,17 @@ class DataLimit:
         self._untouched.extend([data - self._floor] * self._SAMPLES)
         self._before, self._wall = (soft, hard), wall
 
-    def follow(self) -> None:
-        """Move the limit by what is mapped without being used; called often while the wall is up."""
+    def follow(self, private: int, data: int) -> None:
+        """Move the limit by what is mapped without being used; called often while the wall is up.
+
+        Args:
+            private: bytes in use.
+            data: bytes mapped.
+        """
         if self._before is None:
             return
         import resource
 
-        private, data = private_and_data_bytes()
         soft, hard = self._before
         self._untouched.append(data - private)
         wall = min(self._untouched) + self._floor + self._allowance_bytes
@@ -127,10 +134,10 @@ class PrivateMemoryMeter:
 
     Args:
         interval: seconds between samples. Large blocks are held far longer than 2 ms.
-        on_sample: called after each sample, by the thread.
+        on_sample: called with each sample (private bytes, mapped bytes), by the thread.
     """
 
-    def __init__(self, interval: float = 0.002, on_sample: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, interval: float = 0.002, on_sample: Callable[[int, int], object] = lambda private, data: None) -> None:
         self._interval = interval
         self._on_sample = on_sample
         self._highest = 0
@@ -158,14 +165,15 @@ class PrivateMemoryMeter:
         self._note()
         return self._highest
 
-    def _note(self) -> None:
+    def _note(self) -> tuple[int, int]:
         # Locked from the reading on: a sample from before a section must not be counted in it.
         with self._lock:
-            self._highest = max(self._highest, private_bytes())
+            private, data = private_and_data_bytes()
+            self._highest = max(self._highest, private)
+            return private, data
 
     def _sample(self) -> None:
         while not self._stop.wait(self._interval):
             # Near the wall even this may find no memory; the next sample may.
             with contextlib.suppress(MemoryError, OSError):
-                self._note()
-                self._on_sample()
+                self._on_sample(*self._note())

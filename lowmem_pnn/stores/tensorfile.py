@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +34,9 @@ from lowmem_pnn.stores.header import (
 from lowmem_pnn.units import format_bytes
 
 __all__ = ["IoCounter", "TensorEntry", "TensorFile", "TensorLayout", "aligned_empty", "memory_of", "sha256"]
+
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Makes an uninitialised host tensor that starts at a multiple of 64 bytes."""
 
 _MAX_CALL_BYTES = 1 << 30  # Linux moves at most 0x7ffff000 bytes in one call
 
@@ -186,14 +189,18 @@ class TensorFile:
         offset, view = self._locate(name, tensor, start)
         self._write_bytes(view, offset)
 
-    def read(self, name: str) -> Tensor:
-        """A tensor of the file, in fresh memory that starts at a multiple of 64 bytes.
+    def read(self, name: str, empty: Empty | None = None) -> Tensor:
+        """A tensor of the file, in memory that starts at a multiple of 64 bytes.
+
+        Args:
+            name: of the tensor in the file.
+            empty: makes the tensor that is filled, from shape and element type; None for `aligned_empty`.
 
         Raises:
             CheckpointError: the file holds no such tensor, or ends early.
         """
         entry = self._entry(name)
-        tensor = aligned_empty(entry.shape, entry.dtype)
+        tensor = (empty or aligned_empty)(entry.shape, entry.dtype)
         self.read_into(name, tensor)
         return tensor
 

@@ -27,7 +27,7 @@ from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import IoCounter, disk_error, sha256, sync_folder
 from lowmem_pnn.stores.header import TensorLayout
-from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.tensorfile import Empty, TensorFile
 
 FORMAT = 1
 
@@ -234,9 +234,13 @@ class WeightStore:
             path = newest.path if newest is not None else self.committed(partition)
             return TensorFile.open(path, counter=self._counter, remedy=_REMEDY)
 
-    def tensors(self) -> TensorReader:
-        """Handles on the newest bytes of whichever files are asked for, as long as nothing is written or frozen."""
-        return TensorReader(self)
+    def tensors(self, empty: Empty | None = None) -> TensorReader:
+        """Handles on the newest bytes of whichever files are asked for.
+
+        Args:
+            empty: makes the tensors that are filled; None for fresh memory.
+        """
+        return TensorReader(self, empty)
 
     def has_working(self, partition: PartitionName) -> bool:
         """Whether `writer` would give a file that was written before, and not a new one that must be filled."""
@@ -383,14 +387,16 @@ class TensorReader:
 
     Args:
         store: whose newest bytes are read.
+        empty: makes the tensors that are filled; None for fresh memory.
     """
 
-    def __init__(self, store: WeightStore) -> None:
+    def __init__(self, store: WeightStore, empty: Empty | None = None) -> None:
         self._store = store
+        self._empty = empty
         self._files: dict[PartitionName, TensorFile] = {}
 
     def read(self, key: str) -> Tensor:
-        """A tensor, in fresh memory that starts at a multiple of 64 bytes.
+        """A tensor, from a multiple of 64 bytes on.
 
         Raises:
             CheckpointError: no file holds it.
@@ -398,7 +404,7 @@ class TensorReader:
         home = self._store.home(key)
         if home not in self._files:
             self._files[home] = self._store.reader(home)
-        return self._files[home].read(key)
+        return self._files[home].read(key, self._empty)
 
     def close(self) -> None:
         """Close the files."""
