@@ -25,6 +25,7 @@ CONTEXT = 128
 MODEL = f"gpt:layers=16,width=512,heads=8,context={CONTEXT}"
 QUICK_STEPS = 6
 BATCH = 8
+# The most samples at once; the plan may take fewer, and then plain PyTorch does too.
 MICRO_BATCH = 4
 TEST_SAMPLES = 64
 LR = 1e-3
@@ -56,7 +57,7 @@ def settings(steps: int, text: Path) -> dict[str, Any]:
     }
 
 
-def in_memory(steps: int, text: Path) -> None:
+def in_memory(steps: int, text: Path, micro_batch: int) -> None:
     """Plain PyTorch; prints JSON as the last line."""
     import torch
 
@@ -82,9 +83,9 @@ def in_memory(steps: int, text: Path) -> None:
     for step, chosen in enumerate(permutation_of(len(train), SEED, "epoch", 0).reshape(steps, BATCH)):
         samples, labels = train.batch(chosen)
         total = 0.0
-        for begin in range(0, BATCH, MICRO_BATCH):
-            part = slice(begin, begin + MICRO_BATCH)
-            loss = loss_of(samples[part], labels[part]) * (MICRO_BATCH / BATCH)
+        for begin in range(0, BATCH, micro_batch):
+            part = slice(begin, begin + micro_batch)
+            loss = loss_of(samples[part], labels[part]) * (len(chosen[part]) / BATCH)
             torch.autograd.backward(loss)
             total += loss.item()
         optimizer.param_groups[0]["lr"] = LR * factor(config.lr_schedule, step, steps, config.warmup_steps)
@@ -106,10 +107,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps; writes no page")
-    parser.add_argument("--in-memory", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--in-memory", type=int, metavar="MICRO_BATCH", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.in_memory:
-        in_memory(arguments.steps, arguments.text)
+    if arguments.in_memory is not None:
+        in_memory(arguments.steps, arguments.text, arguments.in_memory)
         return
     if arguments.quick:
         arguments.steps = QUICK_STEPS
@@ -123,7 +124,17 @@ def main() -> None:
         given = settings(arguments.steps, copy).items()
         options = [part for name_, value in given for part in (f"--{name_.replace('_', '-')}", str(value))]
         own, lines, process = fit(Path(name) / "run", "--method", "exact", "--max-gpu-mem", arguments.budget, *options)
-        command = [sys.executable, __file__, "--in-memory", "--steps", str(arguments.steps), "--text", str(copy)]
+        micro_batch = own["partitions"][0]["micro_batch"]
+        command = [
+            sys.executable,
+            __file__,
+            "--in-memory",
+            str(micro_batch),
+            "--steps",
+            str(arguments.steps),
+            "--text",
+            str(copy),
+        ]
         done = run_process(command)
     reference = last_json(done.stdout)
     losses = [line["loss"] for line in lines]
@@ -155,7 +166,7 @@ def main() -> None:
         return f"- {goal}: {found}, {'met' if met else 'NOT MET'}"
 
     page = [
-        f"{MODEL} on {words}, AdamW, cosine, batch {BATCH} x {CONTEXT} tokens in micro-batches of {MICRO_BATCH}, {arguments.steps} steps; "
+        f"{MODEL} on {words}, AdamW, cosine, batch {BATCH} x {CONTEXT} tokens in micro-batches of {micro_batch}, {arguments.steps} steps; "
         f"{own['training_state_bytes'] / MB:.0f} MB of training state, budget {arguments.budget}; test on {TEST_SAMPLES} windows.",
         "",
         markdown_table(heads, rows),

@@ -72,7 +72,6 @@ def ours(tokens: int, text: Path, budget: str) -> dict[str, Any]:
         **step_means(lines, 1),
         "peak": result["peak_bytes"],
         "training_state": result["training_state_bytes"],
-        "micro_batch": result["partitions"][0]["micro_batch"],
         "partitions": len(result["partitions"]),
         "last_blocks": len(last),
     }
@@ -203,7 +202,7 @@ def main() -> None:
     at_goal = next((point["ratio"] for point in points if point["tokens"] == GOAL_TOKENS), None)
     page = [
         f"{MODEL}, AdamW, {words}; training state {first['training_state'] / MB:.0f} MB, budget {arguments.budget}, "
-        f"{first['partitions']} partitions, micro-batches of {first['micro_batch'] * CONTEXT} tokens for both.",
+        f"{first['partitions']} partitions, micro-batches of {MICRO_BATCH * CONTEXT} tokens for both.",
         f"In memory all blocks but the last {first['last_blocks']} are checkpointed. {arguments.rounds} round(s); medians of seconds per "
         f"step, the first step of a process not counted. Load before: {load_before:.1f}; OMP_NUM_THREADS {threads}.",
         "",

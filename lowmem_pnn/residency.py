@@ -126,6 +126,10 @@ class Residency:
         """The name that a tensor is stored under, of the several that it may have."""
         return self._owner.get(alias, alias)
 
+    def shapes(self) -> dict[str, Tensor]:
+        """Parameters by the names that they are stored under, on the device or on torch's meta device."""
+        return {self.name_of(alias): tensor for layer in self.layers for alias, tensor in layer.parameters().items()}
+
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """All parameters, by name."""

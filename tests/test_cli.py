@@ -121,7 +121,11 @@ def test_bad_options(line: str, code: int, text: str) -> None:
         ("--micro-batch 100", 3, "--micro-batch 100 is above --batch-size 64; give at most 64, or a larger --batch-size"),
         ("--val-fraction 0.999", 3, "leaves none to train on; use more samples or fraction 0"),
         ("--train-limit 1", 3, "a validation fraction of 0.1 of 1 samples leaves none to train on"),
-        ("--model-arg width=3", 3, "--model-arg has no effect here: it needs a model that is built by a factory (not mlp: or gpt:)"),
+        (
+            "--model-arg width=3",
+            3,
+            "--model-arg has no effect here: it needs a model that is built by a factory (not mlp: or gpt:)",
+        ),
         ("--model-arg width", 3, "model argument 'width' is not NAME=VALUE; write, for example, --model-arg width=64"),
         ("--lr 1e30 --optimizer sgd", 7, "the loss became"),
     ],

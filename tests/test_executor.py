@@ -77,7 +77,12 @@ def resident(
     residency = Residency(chain, 0, len(chain.layers), device, spec)
     # In another thread: on the host.
     residency.load(pool.submit(lambda: _Values(built(build), spec)).result(), pool)
-    defaults: dict[str, Any] = {"batch_size": 16, "micro_batch": 16, "smallest_micro_batch": 2, "learning_rate": lambda step: ADAM.lr}
+    defaults: dict[str, Any] = {
+        "batch_size": 16,
+        "micro_batch": 16,
+        "smallest_micro_batch": 2,
+        "learning_rate": lambda step: ADAM.lr,
+    }
     return Stage(
         number=0, title="partition 1 of 1", residency=residency, objective=Labels(), is_last=True, **{**defaults, **options}
     )
