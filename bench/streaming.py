@@ -88,7 +88,7 @@ def in_memory(tokens: int, text: Path, kept_blocks: int) -> None:
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from lowmem_pnn.config import configure
+    from lowmem_pnn.options import configure
     from lowmem_pnn.seeds import permutation_of
     from lowmem_pnn.workload import open_data
 

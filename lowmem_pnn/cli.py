@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import click
 
 from lowmem_pnn import __version__
-from lowmem_pnn.config import FitConfig, configure, flag, next_workdir
+from lowmem_pnn.config import FitConfig, flag
 from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
+from lowmem_pnn.options import configure, next_workdir
 from lowmem_pnn.supervisor import STOP_SIGNALS, is_worker, supervise
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

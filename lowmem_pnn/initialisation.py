@@ -8,12 +8,13 @@ from torch import Tensor
 from lowmem_pnn.chain import Chain, Layer
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.optimizers import OptimizerSpec
-from lowmem_pnn.planner import Plan
+from lowmem_pnn.plans import Plan
 from lowmem_pnn.sources.building import file_backed
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.header import TensorLayout
+from lowmem_pnn.stores.naming import state_key, weight_key
 from lowmem_pnn.stores.tensorfile import TensorFile
-from lowmem_pnn.stores.weights import WeightStore, state_key, weight_key
+from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.workload import Workload
 
 

@@ -17,8 +17,8 @@ from lowmem_pnn.device import Device
 from lowmem_pnn.errors import BudgetError, CheckpointError, DivergedError
 from lowmem_pnn.initialisation import build_weights, owners
 from lowmem_pnn.methods import Sweep
-from lowmem_pnn.planner import Plan
 from lowmem_pnn.planning import describe_partition, make_plan
+from lowmem_pnn.plans import Plan
 from lowmem_pnn.preflight import check_tightest
 from lowmem_pnn.progress import Display
 from lowmem_pnn.report import Result

@@ -6,14 +6,14 @@ import math
 import torch
 
 from lowmem_pnn import planner
-from lowmem_pnn.config import check_lengths
 from lowmem_pnn.costs import Affine, MemoryProfile, in_chunks, streamed
 from lowmem_pnn.device import Device
 from lowmem_pnn.device.kernels import PACKING_BYTES
 from lowmem_pnn.errors import BudgetError, DiskError
+from lowmem_pnn.options import check_lengths
 from lowmem_pnn.partitioning import GOOD_MICRO_BATCH
 from lowmem_pnn.passes import works_by_rows
-from lowmem_pnn.planner import PartitionPlan, Plan
+from lowmem_pnn.plans import PartitionPlan, Plan
 from lowmem_pnn.report import PlanReport
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import IoSizes, Workload

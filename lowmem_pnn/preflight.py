@@ -12,8 +12,8 @@ from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CaptureError, LowMemError
 from lowmem_pnn.executor import Executor
 from lowmem_pnn.methods import Sweep
-from lowmem_pnn.planner import Plan
 from lowmem_pnn.planning import beside_bytes
+from lowmem_pnn.plans import Plan
 from lowmem_pnn.run import Run
 from lowmem_pnn.sweeper import Sweeper
 from lowmem_pnn.units import format_bytes

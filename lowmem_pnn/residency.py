@@ -11,8 +11,8 @@ from lowmem_pnn.chain import Chain, Layer
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CaptureError
 from lowmem_pnn.optimizers import OptimizerSpec
+from lowmem_pnn.stores.naming import state_key, weight_key
 from lowmem_pnn.stores.tensorfile import TensorFile
-from lowmem_pnn.stores.weights import state_key, weight_key
 from lowmem_pnn.streams import ReadAhead, Request
 from lowmem_pnn.units import format_bytes
 

@@ -15,7 +15,7 @@ from lowmem_pnn.errors import BudgetError, DiskError, DivergedError, Stopped
 from lowmem_pnn.executor import Executor, Stage
 from lowmem_pnn.feeds import DatasetFeed, Feed, ShardFeed
 from lowmem_pnn.methods.base import Split
-from lowmem_pnn.planner import Plan
+from lowmem_pnn.plans import Plan
 from lowmem_pnn.progress import Display
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.state import State

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowmem_pnn.device import Device
 from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.residency import Residency
-from lowmem_pnn.stores.weights import state_key
+from lowmem_pnn.stores.naming import state_key
 
 
 def step_groups(residency: Residency) -> list[tuple[str, ...]]:

@@ -25,12 +25,13 @@ from lowmem_pnn.executor import micro_batches
 from lowmem_pnn.feeds import Batch
 from lowmem_pnn.methods import Objective, Sweep, Visit
 from lowmem_pnn.passes import backward_from_loss, forward, place_aligned
-from lowmem_pnn.planner import Plan
+from lowmem_pnn.plans import Plan
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.stepping import clip_factor, state_keys, step, step_groups, take_state
 from lowmem_pnn.stores.disk import IoCounter
+from lowmem_pnn.stores.naming import state_key, weight_key
 from lowmem_pnn.stores.tensorfile import TensorFile
-from lowmem_pnn.stores.weights import WeightStore, state_key, weight_key
+from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.streams import Threads
 from lowmem_pnn.supply import Supply
 from lowmem_pnn.workload import IoSizes, Workload

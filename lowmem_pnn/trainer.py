@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from lowmem_pnn.chain import TensorSpec, capture
-from lowmem_pnn.config import FitConfig, check_device, check_same, configure, next_workdir, run_name
+from lowmem_pnn.config import FitConfig
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.initialisation import build_weights
 from lowmem_pnn.lifecycle import check_same_data, clear, first_state, go_on, halve, score
-from lowmem_pnn.planner import Plan
+from lowmem_pnn.options import check_device, check_same, configure, next_workdir, run_name
 from lowmem_pnn.planning import check_disk, describe_plan, make_plan
+from lowmem_pnn.plans import Plan
 from lowmem_pnn.profiler import profile
 from lowmem_pnn.progress import Display
 from lowmem_pnn.report import PlanReport, Result

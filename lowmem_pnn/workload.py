@@ -15,7 +15,7 @@ from lowmem_pnn.methods import Method, Objective, make_method
 from lowmem_pnn.methods.base import Split as SplitName
 from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.passes import works_by_rows
-from lowmem_pnn.planner import Plan
+from lowmem_pnn.plans import Plan
 from lowmem_pnn.profiler import profile
 from lowmem_pnn.schedules import factor
 from lowmem_pnn.seeds import seed_of

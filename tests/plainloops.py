@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lowmem_pnn.config import FitConfig, configure
+from lowmem_pnn.config import FitConfig
+from lowmem_pnn.options import configure
 from lowmem_pnn.schedules import factor
 from lowmem_pnn.seeds import permutation_of, seed_of
 from lowmem_pnn.sources.datasets import Split, make_dataset

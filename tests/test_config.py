@@ -6,18 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_pnn.config import (
-    DEMONSTRATION,
-    FitConfig,
-    check_device,
-    check_lengths,
-    check_same,
-    configure,
-    field_names,
-    next_workdir,
-    run_name,
-)
+from lowmem_pnn.config import FitConfig, field_names
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
+from lowmem_pnn.options import DEMONSTRATION, check_device, check_lengths, check_same, configure, next_workdir, run_name
 
 
 def make(**options: object) -> FitConfig:

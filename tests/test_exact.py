@@ -34,9 +34,9 @@ from torchvision.models.resnet import BasicBlock
 import lowmem_pnn
 from lowmem_pnn import trainer
 from lowmem_pnn.chain import TensorSpec, capture
-from lowmem_pnn.config import configure
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import CaptureError, ConfigError, DivergedError, Stopped
+from lowmem_pnn.options import configure
 from lowmem_pnn.progress import Display
 from lowmem_pnn.report import Result
 from lowmem_pnn.schedules import factor

@@ -26,8 +26,8 @@ from lowmem_pnn.progress import Display
 from lowmem_pnn.report import Result
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.sources.splits import from_torch
+from lowmem_pnn.stores.naming import weight_key
 from lowmem_pnn.stores.tensorfile import TensorFile
-from lowmem_pnn.stores.weights import weight_key
 
 ADAM = OptimizerSpec("adam", lr=0.01)
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from lowmem_pnn.chain import TensorSpec
-from lowmem_pnn.config import FitConfig, configure
+from lowmem_pnn.config import FitConfig
 from lowmem_pnn.methods import Labels, SyntheticLabels, Visit, make_method
 from lowmem_pnn.methods.base import evaluation
+from lowmem_pnn.options import configure
 
 CPU = torch.device("cpu")
 FLAT, MAP, TOKENS = TensorSpec((50,), torch.float32), TensorSpec((3, 4, 4), torch.float32), TensorSpec((6,), torch.int64)

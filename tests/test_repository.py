@@ -30,7 +30,8 @@ LEVELS = [
     ["methods"],
     ["planner", "profiler"],
     ["partitioning"],
-    ["device", "costs", "optimizers", "config"],
+    ["device", "costs", "optimizers", "options"],
+    ["config", "plans"],
     ["chain", "tracer", "dataflow", "stores", "sources", "seeds", "schedules", "streams"],
     ["units", "errors", "__init__"],
 ]

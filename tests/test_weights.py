@@ -14,8 +14,9 @@ import safetensors.torch
 import torch
 
 from lowmem_pnn.errors import CheckpointError, DiskError
+from lowmem_pnn.stores.naming import state_key, weight_key
 from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile
-from lowmem_pnn.stores.weights import WeightStore, state_key, weight_key
+from lowmem_pnn.stores.weights import WeightStore
 
 LAYOUTS = [
     {

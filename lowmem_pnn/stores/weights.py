@@ -12,14 +12,13 @@ are committed is for the run's journal to say: the store tells it, and then beli
 from __future__ import annotations
 
 import math
-import re
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -27,46 +26,11 @@ from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import IoCounter, disk_error, sha256, sync_folder
 from lowmem_pnn.stores.header import TensorLayout
+from lowmem_pnn.stores.naming import FORMAT, REMEDY, WEIGHT_FILE, PartitionName, Sealed, parse_name, parse_state, weight_key
 from lowmem_pnn.stores.tensorfile import Empty, TensorFile
-
-FORMAT = 1
 
 PartitionLayout = Mapping[str, TensorLayout]
 """Element type and shape of every tensor of a partition, by its name in the file (`weight_key`, `state_key`)."""
-PartitionName = int | Literal["rest"]
-"""A partition's number, or the tensors that no partition uses."""
-
-_OURS = re.compile(r"(?:p(?P<partition>\d{3,})|rest)\.g(?P<generation>\d+)\.safetensors")
-_REMEDY = "restore the run's folder from a copy, or start again with --overwrite"
-
-
-def weight_key(name: str) -> str:
-    """A parameter's or buffer's name in a weight file.
-
-    Example:
-        >>> weight_key("layer1.0.bn1.running_mean")
-        'weight/layer1.0.bn1.running_mean'
-    """
-    return f"weight/{name}"
-
-
-def state_key(name: str, state: str) -> str:
-    """The name of a parameter's optimizer state in a weight file.
-
-    Example:
-        >>> state_key("fc.bias", "exp_avg")
-        'optimizer/fc.bias/exp_avg'
-    """
-    return f"optimizer/{name}/{state}"
-
-
-@dataclass(frozen=True)
-class _Sealed:
-    """A committed file, as the journal names it."""
-
-    file: str
-    sha256: str
-    bytes: int
 
 
 class WeightStore:
@@ -91,7 +55,7 @@ class WeightStore:
         self,
         folder: Path,
         layouts: dict[PartitionName, dict[str, TensorLayout]],
-        committed: dict[PartitionName, _Sealed],
+        committed: dict[PartitionName, Sealed],
         counter: IoCounter | None,
     ) -> None:
         self.folder = folder
@@ -106,7 +70,7 @@ class WeightStore:
         self._frozen: dict[PartitionName, TensorFile] = {}
         self._generations: dict[PartitionName, int] = {}
         for path in self._files():
-            partition, generation = _parse(path.name)
+            partition, generation = parse_name(path.name)
             self._generations[partition] = max(generation, self._generations.get(partition, -1))
         weakref.finalize(self, _close_all, self._working)
         weakref.finalize(self, _close_all, self._frozen)
@@ -139,7 +103,7 @@ class WeightStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.iterdir():
-                if _OURS.fullmatch(path.name):
+                if WEIGHT_FILE.fullmatch(path.name):
                     path.unlink()
         except OSError as error:
             raise disk_error(folder, error, "make an empty folder") from error
@@ -171,17 +135,17 @@ class WeightStore:
         """
         folder = Path(folder)
         layouts: dict[PartitionName, dict[str, TensorLayout]] = {}
-        committed = _parse_state(folder, state)
+        committed = parse_state(folder, state)
         for partition, sealed in committed.items():
             path = folder / sealed.file
-            with TensorFile.open(path, counter=counter, remedy=_REMEDY) as file:
+            with TensorFile.open(path, counter=counter, remedy=REMEDY) as file:
                 layouts[partition] = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
                 if file.size != sealed.bytes:
-                    raise CheckpointError(f"{str(path)!r} has {file.size} bytes, the journal says {sealed.bytes}; {_REMEDY}")
+                    raise CheckpointError(f"{str(path)!r} has {file.size} bytes, the journal says {sealed.bytes}; {REMEDY}")
                 if (held := file.metadata.get("file")) != sealed.file:
-                    raise CheckpointError(f"{str(path)!r} holds what was written as {held!r}; {_REMEDY}")
+                    raise CheckpointError(f"{str(path)!r} holds what was written as {held!r}; {REMEDY}")
             if verify and (digest := sha256(path, counter)) != sealed.sha256:
-                raise CheckpointError(f"{str(path)!r} has sha256 {digest}, the journal says {sealed.sha256}; {_REMEDY}")
+                raise CheckpointError(f"{str(path)!r} has sha256 {digest}, the journal says {sealed.sha256}; {REMEDY}")
         self = cls(folder, layouts, committed, counter)
         self.discard_obsolete([state, *keep])
         return self
@@ -202,7 +166,7 @@ class WeightStore:
             CheckpointError: none does.
         """
         if key not in self._homes:
-            raise CheckpointError(f"{str(self.folder)!r} holds no tensor {key!r}; {_REMEDY}")
+            raise CheckpointError(f"{str(self.folder)!r} holds no tensor {key!r}; {REMEDY}")
         return self._homes[key]
 
     def nbytes(self, key: str) -> int:
@@ -232,7 +196,7 @@ class WeightStore:
         with self._lock:
             newest = self._working.get(partition) or self._frozen.get(partition)
             path = newest.path if newest is not None else self.committed(partition)
-            return TensorFile.open(path, counter=self._counter, remedy=_REMEDY)
+            return TensorFile.open(path, counter=self._counter, remedy=REMEDY)
 
     def tensors(self, empty: Empty | None = None) -> TensorReader:
         """Handles on the newest bytes of whichever files are asked for.
@@ -261,7 +225,7 @@ class WeightStore:
                 path = self.folder / f"{name}.safetensors"
                 file = TensorFile.create(path, self._layouts[partition], {"file": path.name}, counter=self._counter)
                 self._working[partition] = file
-            return TensorFile.open(self._working[partition].path, writable=True, counter=self._counter, remedy=_REMEDY)
+            return TensorFile.open(self._working[partition].path, writable=True, counter=self._counter, remedy=REMEDY)
 
     def freeze(self, partitions: Iterable[PartitionName]) -> None:
         """Take working files out of use, for `seal` to bring to the drive meanwhile: the next `writer` begins new ones.
@@ -295,7 +259,7 @@ class WeightStore:
         try:
             for partition, file in changed.items():
                 file.sync()
-                sealed[partition] = _Sealed(file.path.name, sha256(file.path, self._counter), file.size)
+                sealed[partition] = Sealed(file.path.name, sha256(file.path, self._counter), file.size)
             if sealed:
                 sync_folder(self.folder)
         except BaseException:
@@ -351,7 +315,7 @@ class WeightStore:
             with ExitStack() as stack:
                 sources = {
                     partition: stack.enter_context(
-                        TensorFile.open(self.committed(partition), counter=self._counter, remedy=_REMEDY)
+                        TensorFile.open(self.committed(partition), counter=self._counter, remedy=REMEDY)
                     )
                     for partition in dict.fromkeys(self.home(key) for key in keys.values())
                 }
@@ -372,7 +336,7 @@ class WeightStore:
         sync_folder(path.parent)
 
     def _files(self) -> list[Path]:
-        return sorted(path for path in self.folder.iterdir() if _OURS.fullmatch(path.name))
+        return sorted(path for path in self.folder.iterdir() if WEIGHT_FILE.fullmatch(path.name))
 
     def _drop(self, files: dict[PartitionName, TensorFile], partitions: Iterable[PartitionName]) -> None:
         with self._lock:
@@ -417,34 +381,6 @@ class TensorReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _parse(file: str) -> tuple[PartitionName, int]:
-    """Partition and generation of a weight file's name."""
-    match = _OURS.fullmatch(file)
-    assert match is not None, "only weight files are parsed"
-    return ("rest" if match["partition"] is None else int(match["partition"])), int(match["generation"])
-
-
-def _parse_state(folder: Path, state: Mapping[str, Any]) -> dict[PartitionName, _Sealed]:
-    """The files that a state names."""
-    if state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"the journal's weights in {str(folder)!r} have format {state.get('format')}, this version reads {FORMAT}; "
-            "resume with the version that wrote them"
-        )
-    entries: list[tuple[PartitionName, Any]] = [*enumerate(state["partitions"])]
-    if state["rest"] is not None:
-        entries.append(("rest", state["rest"]))
-    committed = {}
-    for partition, entry in entries:
-        if entry is None:
-            raise CheckpointError(f"partition {partition} in {str(folder)!r} was never committed; start again with --overwrite")
-        sealed = _Sealed(**entry)
-        if _OURS.fullmatch(sealed.file) is None or _parse(sealed.file)[0] != partition:
-            raise CheckpointError(f"the journal names {sealed.file!r} for partition {partition} in {str(folder)!r}; {_REMEDY}")
-        committed[partition] = sealed
-    return committed
 
 
 def _close_all(files: dict[PartitionName, TensorFile]) -> None:

@@ -1,0 +1,221 @@
+"""What a user gave, made into a configuration: defaults, options that exclude each other, what only a plan or a device can tell."""
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError as PydanticError
+
+from lowmem_pnn.config import FitConfig, describe_fault, field_names, flag, recovering
+from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
+from lowmem_pnn.units import format_bytes
+
+# What is trained when neither a model nor data is named: larger than 2 GB with its optimizer state, and learnt in a minute.
+DEMONSTRATION: Mapping[str, Any] = {
+    "model": "mlp:64-8192-8192-8192-10",
+    "data": "digits",
+    "epochs": (3,),
+    "lr": (1e-4,),
+    "kappa": (1.0,),
+}
+
+# Data sets that are kept in `data_root`.
+DOWNLOADED = ("mnist", "fashion-mnist", "emnist-balanced", "cifar10", "cifar100")
+
+# Options that only some choice of another option reads: (option, what it needs, does this run have it?).
+_CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
+    ("kappa", "--method pnn", lambda config: config.method == "pnn"),
+    ("cuts", "--method pnn or exact", lambda config: config.method != "backprop"),
+    ("partitions", "--method pnn or exact", lambda config: config.method != "backprop"),
+    ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
+    ("warmup_steps", "--lr-schedule constant or cosine", lambda config: config.lr_schedule != "onecycle"),
+    ("momentum", "--optimizer sgd", lambda config: config.optimizer == "sgd"),
+    ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
+    ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
+    ("data_root", "a data set that is downloaded", lambda config: config.data in DOWNLOADED),
+    (
+        "model_arg",
+        "a model that is built by a factory (not mlp: or gpt:)",
+        lambda config: config.model.partition(":")[0] not in ("mlp", "gpt"),
+    ),
+)
+
+
+def configure(**given: Any) -> FitConfig:
+    """Make a configuration from what a user gave, with the defaults for the rest.
+
+    With neither `model` nor `data` this is the demonstration: a multilayer perceptron with 2.16 GB of training state, on the digits
+    that come with scikit-learn.
+
+    Args:
+        **given: fields of `FitConfig`; None means not given.
+
+    Returns:
+        A checked configuration.
+
+    Raises:
+        ConfigError: all faults, in one line.
+
+    Example:
+        >>> configure(max_gpu_mem="2GB").model
+        'mlp:64-8192-8192-8192-10'
+        >>> configure(max_gpu_mem="2GB", method="pnm")
+        Traceback (most recent call last):
+        lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, exact, backprop; did you mean 'pnn'?
+    """
+    given = {name: _absolute(name, value) for name, value in given.items() if value is not None}
+    values = {"data_root": Path("data").absolute(), **given}
+    if "model" not in given and "data" not in given:
+        values = {**DEMONSTRATION, **values}
+    try:
+        config = FitConfig(**values)
+    except PydanticError as error:
+        # A list has a fault for each of its values.
+        raise ConfigError("; ".join(dict.fromkeys(describe_fault(fault) for fault in error.errors()))) from None
+    faults = [
+        f"{flag(name)} has no effect here: it needs {need}"
+        for name, need, holds in _CONDITIONAL
+        if name in given and not holds(config)
+    ]
+    if config.method == "exact":
+        faults += [
+            f"{flag(name)} has {len(getattr(config, name))} values, and --method exact trains all partitions together; give one value"
+            for name in ("epochs", "batch_size")
+            if len(getattr(config, name)) > 1
+        ]
+    if config.cuts and config.partitions:
+        faults.append("--cuts and --partitions exclude each other; give one")
+    if config.micro_batch is not None and config.micro_batch > max(config.batch_size):
+        faults.append(
+            f"--micro-batch {config.micro_batch} is above --batch-size {max(config.batch_size)}; "
+            f"give at most {max(config.batch_size)}, or a larger --batch-size"
+        )
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return config
+
+
+def check_lengths(config: FitConfig, num_partitions: int) -> None:
+    """Check that the per-partition lists fit the number of partitions.
+
+    Args:
+        config: the run's configuration.
+        num_partitions: of the plan.
+
+    Raises:
+        ConfigError: a list of another length.
+    """
+    if config.recovery_epochs:
+        learners = recovering(config, num_partitions)
+        if not learners or learners[-1] >= num_partitions:
+            which = "is one partition, the last" if num_partitions == 1 else f"are {num_partitions} partitions"
+            raise ConfigError(
+                f"--recover {_shown(config.recover)}: there {which}; give numbers from 1 to {num_partitions}, or all"
+            )
+    for name, wanted in (
+        ("epochs", num_partitions),
+        ("batch_size", num_partitions),
+        ("lr", num_partitions),
+        ("kappa", num_partitions - 1),
+    ):
+        found = len(getattr(config, name))
+        if found not in (1, wanted):
+            what = "boundary" if name == "kappa" else "partition"
+            plural = {"boundary": "boundaries"}.get(what, what + "s")
+            raise ConfigError(
+                f"{flag(name)} has {found} values, and there {'is' if wanted == 1 else 'are'} {wanted or 'no'} "
+                f"{what if wanted == 1 else plural}; give one value{f' or {wanted}' if wanted > 1 else ''}, "
+                "or set --cuts or --partitions"
+            )
+
+
+def check_device(config: FitConfig, on_cpu: bool, memory_bytes: int) -> None:
+    """Check what can only be told once the device is known.
+
+    Args:
+        config: the run's configuration.
+        on_cpu: the training device is the host.
+        memory_bytes: of the host.
+
+    Raises:
+        ConfigError: an option that would have no effect there.
+        BudgetError: on the CPU, a budget above the memory that there is.
+    """
+    if not on_cpu:
+        return
+    for name, need in (
+        ("budget_scope", "a CUDA device"),
+        ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem is that bound)"),
+    ):
+        if getattr(config, name) not in (None, "process"):
+            raise ConfigError(f"{flag(name)} has no effect here: it needs {need}, and this run is on the CPU; leave it out")
+    if config.max_gpu_mem > memory_bytes:
+        raise BudgetError(
+            f"--max-gpu-mem {format_bytes(config.max_gpu_mem)} is more than this machine has, {format_bytes(memory_bytes)}; give less"
+        )
+
+
+def check_same(config: FitConfig, stored: FitConfig, where: Path) -> None:
+    """Check that a run is resumed with the configuration that it began with.
+
+    Args:
+        config: what is asked now.
+        stored: the run's.
+        where: the run's folder, for the message.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    other = [name for name in field_names() if getattr(config, name) != getattr(stored, name)]
+    if other:
+        name = other[0]
+        raise CheckpointError(
+            f"the run in {where} began with {flag(name)} {getattr(stored, name)}, not {getattr(config, name)}; "
+            "give the same to resume it, or begin a new run"
+        )
+
+
+def run_name(config: FitConfig) -> str:
+    """A folder name for a run, from its model and method: letters, digits, '.', '_' and '-' alone.
+
+    Example:
+        >>> run_name(configure(max_gpu_mem="1GB", model="mlp:64-32-10", data="digits"))
+        'mlp-64-32-10-pnn'
+    """
+    model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name).strip("-.") or "model"
+    return f"{model[:60]}-{config.method}"
+
+
+def next_workdir(config: FitConfig, parent: Path = Path("runs")) -> Path:
+    """The first folder `runs/MODEL-METHOD-N` that does not exist, N from 1."""
+    number = 1
+    while (path := parent / f"{run_name(config)}-{number}").exists():
+        number += 1
+    return path
+
+
+def _shown(value: Any) -> str:
+    """A value as one would write it on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "(all but the last)" if value is None else str(value)
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """Paths in full: a run may be resumed from another folder than it was begun in."""
+    if name == "data_root":
+        return _full(value)
+    if name not in ("model", "data") or not isinstance(value, str):
+        return value
+    kind, colon, path = value.partition(":")
+    if name == "data" and kind in ("npz", "imagefolder", "text") and path:
+        return f"{kind}:{_full(path)}"
+    file, colon, factory = value.rpartition(":")
+    return f"{_full(file)}{colon}{factory}" if file.endswith(".py") else value
+
+
+def _full(path: str | Path) -> Path:
+    # A user who is not known has no home: then `~name` is a folder's name, and will not be found.
+    with suppress(RuntimeError):
+        path = Path(path).expanduser()
+    return Path(path).absolute()
