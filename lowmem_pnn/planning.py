@@ -51,7 +51,13 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
     def overhead(budget_bytes: int) -> int:
         io = IoSizes.of_budget(budget_bytes)
         beside = max(beside_bytes(workload, profile, device, io, boundary, batch) for boundary in range(len(chain.layers)))
-        return device.reserve_for(budget_bytes) + fixed + beside + (2 * io.shard_bytes if device.shares_host else 0)
+        return (
+            device.reserve_for(budget_bytes)
+            + device.slack_for(budget_bytes)
+            + fixed
+            + beside
+            + (2 * io.shard_bytes if device.shares_host else 0)
+        )
 
     plan = planner.plan(
         costs,
@@ -107,7 +113,7 @@ def _with_recovery(workload: Workload, profile: MemoryProfile, device: Device, p
     """
     costs = _costs(workload, profile, plan.loss_chunk, sweeps=True)
     io, batch = IoSizes.of_budget(device.budget_bytes), plan.partitions[-1].batch
-    beside = fixed + sweep_bytes(workload, profile, device, io, batch)
+    beside = fixed + device.slack_for(device.budget_bytes) + sweep_bytes(workload, profile, device, io, batch)
     size = min(batch, workload.config.micro_batch or batch)
     while True:
         needs = [
@@ -302,4 +308,5 @@ def _refine(
         writing += objective_memory(workload, part.stop, chunk).fixed
         writing += reading_bytes(workload, device, io, part.start, part.batch)
     state = sum(layer.state_bytes for layer in profile.layers[part.start : part.stop])
-    return dataclasses.replace(part, predicted_peak_bytes=max(learn, writing) + fixed, state_bytes=state)
+    peak = max(learn, writing) + fixed + device.slack_for(device.budget_bytes)
+    return dataclasses.replace(part, predicted_peak_bytes=peak, state_bytes=state)

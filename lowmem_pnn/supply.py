@@ -75,8 +75,7 @@ class Supply:
     def writing(self, partition: int) -> Iterator[tuple[TensorFile, bool]]:
         """A partition's working file, closed when the last write is done; and whether it is new, without any of its values."""
         # A resident weight must not change while it is being written.
-        for future in self._before.get(partition, ()):
-            future.result()
+        self._wait_for(partition)
         is_new = not self._weights.has_working(partition)
         file = self._weights.writer(partition)
         try:
@@ -119,7 +118,13 @@ class Supply:
         """On the reading thread: a tensor's bytes after the batch before this one, once they are written."""
         home = self._weights.home(key)
         assert isinstance(home, int)
-        for future in self._before.get(home, ()):
-            future.result()
+        self._wait_for(home)
         assert self._reader is not None
         return self._reader.read(key)
+
+    def _wait_for(self, partition: int) -> None:
+        """Until what the batch before has written of a partition is in its file."""
+        for future in self._before.get(partition, ()):
+            future.result()
+        # Asked again for every tensor: once is enough.
+        self._before[partition] = []

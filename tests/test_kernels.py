@@ -17,7 +17,7 @@ from lowmem_pnn.device.host import PrivateMemoryMeter, fix_malloc_thresholds, pr
 from lowmem_pnn.device.kernels import scratch_bytes
 
 channels_in, channels_out, size, batch = json.loads(sys.argv[1])
-fix_malloc_thresholds()
+fix_malloc_thresholds(0)
 warm_up(torch.device("cpu"))
 meter = PrivateMemoryMeter(interval=0.0002)
 meter.start()

@@ -67,6 +67,11 @@ class Device(ABC):
         """`reserve_for` this device's budget."""
         return self.reserve_for(self.budget_bytes)
 
+    @staticmethod
+    def slack_for(budget_bytes: int) -> int:
+        """What the allocator holds beside tensors with a budget: free memory that it does not give back."""
+        return 0
+
     @property
     def fixed_bytes(self) -> int:
         """What is in use above the floor before anything is trained: a CUDA context, else nothing."""

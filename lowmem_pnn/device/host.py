@@ -2,9 +2,13 @@
 
 import contextlib
 import ctypes
+import io
+import mmap
+import os
 import re
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +24,47 @@ _DATA = re.compile(rb"VmData:\s+(\d+) kB")
 # glibc's names for mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+
+
+class MemoryReader:
+    """Reads `private_and_data_bytes` again and again, as cheaply as the system allows; one thread uses it.
+
+    Linux's `statm` is read and taken apart ten times faster than `status`. But it counts shared memory with files, and the stack with
+    data, so these two are taken from `status` now and then; and its counts may be behind by some pages for each core.
+    """
+
+    _EVERY = 64
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._shared_bytes = self._stack_bytes = 0
+        self._file: io.FileIO | None = None
+        with contextlib.suppress(OSError):
+            self._file = io.FileIO("/proc/self/statm")
+
+    def read(self) -> tuple[int, int]:
+        """See `private_and_data_bytes`."""
+        if self._file is None or self._count % self._EVERY == 0:
+            private, data = private_and_data_bytes()
+            if self._file is not None:
+                anonymous, data_and_stack = self._read()
+                # Less than nothing where the counts are behind.
+                self._shared_bytes, self._stack_bytes = max(0, private - anonymous), max(0, data_and_stack - data)
+        else:
+            anonymous, data_and_stack = self._read()
+            private, data = anonymous + self._shared_bytes, data_and_stack - self._stack_bytes
+        self._count += 1
+        return private, data
+
+    def close(self) -> None:
+        """Close the file that is read."""
+        if self._file is not None:
+            self._file.close()
+
+    def _read(self) -> tuple[int, int]:
+        assert self._file is not None
+        _, resident, shared, _, _, data, _ = map(int, os.pread(self._file.fileno(), 256, 0).split())
+        return (resident - shared) * mmap.PAGESIZE, data * mmap.PAGESIZE
 
 
 def private_and_data_bytes() -> tuple[int, int]:
@@ -43,16 +88,25 @@ def private_bytes() -> int:
     return private_and_data_bytes()[0]
 
 
-def fix_malloc_thresholds() -> None:
+def fix_malloc_thresholds(budget_bytes: int) -> None:
     """Make glibc give large freed blocks back at once.
 
     Left alone it raises its mmap threshold to the size of whatever is freed (up to 32 MiB), after which freed tensors stay in the heap
-    and the peak is fragmentation. Elsewhere than on glibc this does nothing.
+    and the peak is fragmentation. What is given back is zeroed, page by page, when it is used again, so that the thresholds grow with
+    the budget. Elsewhere than on glibc this does nothing.
+
+    Args:
+        budget_bytes: blocks from a 256th of it on are given back (256 KiB to 1 MiB), and so is the heap's end from a 64th of it on.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, MEBIBYTE // 4)
-        libc.mallopt(_M_TRIM_THRESHOLD, MEBIBYTE)
+        libc.mallopt(_M_MMAP_THRESHOLD, min(max(budget_bytes // 256, MEBIBYTE // 4), MEBIBYTE))
+        libc.mallopt(_M_TRIM_THRESHOLD, trim_threshold(budget_bytes))
+
+
+def trim_threshold(budget_bytes: int) -> int:
+    """Bytes of the heap's free end that are kept."""
+    return min(max(budget_bytes // 64, MEBIBYTE), 8 * MEBIBYTE)
 
 
 def trim_heap() -> None:
@@ -142,7 +196,8 @@ class PrivateMemoryMeter:
         self._on_sample = on_sample
         self._highest = 0
         self._lock = threading.Lock()
-        self._stop = threading.Event()
+        self._stopped = False
+        self._reader = MemoryReader()
         self._thread = threading.Thread(target=self._sample, name="lowmem-meter", daemon=True)
 
     def start(self) -> None:
@@ -151,9 +206,10 @@ class PrivateMemoryMeter:
 
     def stop(self) -> None:
         """Stop sampling; the peak stays readable."""
-        self._stop.set()
+        self._stopped = True
         if self._thread.is_alive():
             self._thread.join()
+        self._reader.close()
 
     def begin_section(self) -> None:
         """Forget the highest sample so far."""
@@ -162,18 +218,20 @@ class PrivateMemoryMeter:
 
     def peak(self) -> int:
         """The highest sample of the section, in bytes; includes the present."""
-        self._note()
+        self._note(private_and_data_bytes)
         return self._highest
 
-    def _note(self) -> tuple[int, int]:
+    def _note(self, read: Callable[[], tuple[int, int]]) -> tuple[int, int]:
         # Locked from the reading on: a sample from before a section must not be counted in it.
         with self._lock:
-            private, data = private_and_data_bytes()
+            private, data = read()
             self._highest = max(self._highest, private)
             return private, data
 
     def _sample(self) -> None:
-        while not self._stop.wait(self._interval):
+        # Not an event that is waited for: making its lock costs more than the sample.
+        while not self._stopped:
+            time.sleep(self._interval)
             # Near the wall even this may find no memory; the next sample may.
             with contextlib.suppress(MemoryError, OSError):
-                self._on_sample(*self._note())
+                self._on_sample(*self._note(self._reader.read))
