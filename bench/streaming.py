@@ -185,6 +185,8 @@ def main() -> None:
                     f"{tokens / medians[0]:.0f}",
                     f"{tokens / medians[1]:.0f}",
                     f"{ratio:.3f}",
+                    f"{statistics.fmean(run['cpu_seconds'] for run in mine):.2f}",
+                    f"{statistics.fmean(run['cpu_seconds'] for run in theirs):.2f}",
                     f"{own['read'] / MB:.0f}",
                     f"{own['written'] / MB:.0f}",
                     f"{max(run['peak'] for run in mine) / MB:.0f}",
@@ -194,8 +196,8 @@ def main() -> None:
             )
             print(*rows[-1], sep="\t", file=sys.stderr, flush=True)
     heads = (
-        "tokens per batch", "ours s/step", "in memory s/step", "ours tokens/s", "in memory tokens/s", "ratio", "read MB/step",
-        "written MB/step", "our peak MB", "in memory peak MB", "losses differ by",
+        "tokens per batch", "ours s/step", "in memory s/step", "ours tokens/s", "in memory tokens/s", "ratio", "our CPU s/step",
+        "in memory CPU s/step", "read MB/step", "written MB/step", "our peak MB", "in memory peak MB", "losses differ by",
     )  # fmt: skip
     first = points[0]["ours"][0]
     threads = os.environ.get("OMP_NUM_THREADS", "unset")

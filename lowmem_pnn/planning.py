@@ -68,8 +68,7 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
         num_partitions=workload.method.num_partitions if cuts is None else None,
         micro_batch=config.micro_batch,
         objective=lambda stop: objective_memory(workload, stop, chunk),
-        # What keeps a device busy is rows.
-        good_micro_batch=max(1, GOOD_MICRO_BATCH >> (workload.rows_per_sample - 1).bit_length()),
+        good_micro_batch=_good_micro_batch(workload.rows_per_sample),
         uniform=sweeps,
     )
     check_lengths(config, len(plan.partitions))
@@ -82,6 +81,13 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
         sweep_micro_batch=partitions[0].micro_batch if sweeps else 0,
     )
     return plan if sweeps or not config.recovery_epochs else _with_recovery(workload, profile, device, plan, fixed)
+
+
+def _good_micro_batch(rows_per_sample: int) -> int:
+    """Samples that keep a device busy: a power of two; of tokens as many as make 512, above which gradients are added up seldom enough."""
+    if rows_per_sample == 1:
+        return GOOD_MICRO_BATCH
+    return 1 << max(0, (512 // rows_per_sample).bit_length() - 1)
 
 
 def _costs(workload: Workload, profile: MemoryProfile, chunk: int | None, sweeps: bool) -> MemoryProfile:
@@ -217,17 +223,28 @@ def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int
 
 
 def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
-    """The most that the run directory will take: weights with a second generation of the largest partition, two boundaries, export."""
+    """The most that the run directory will take, beside the export: weights in their generations, and boundary activations.
+
+    A visit rewrites one partition at a time. A sweep writes all of them, while the commit before is still on its way to the drive:
+    two more generations; and it keeps what crosses partitions for one batch.
+    """
     config = workload.config
     stored = [
         sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in profile.layers[part.start : part.stop])
         for part in plan.partitions
     ]
-    samples = sum(len(workload.splits[name]) for name in workload.training_splits)
-    outputs = [samples * (part.output_bytes_per_sample + 8) for part in plan.partitions[:-1]]
-    boundaries = max((left + right for left, right in zip([0, *outputs], [*outputs, 0], strict=True)), default=0)
+    outputs = [part.output_bytes_per_sample for part in plan.partitions[:-1]]
+    two = max((left + right for left, right in zip([0, *outputs], [*outputs, 0], strict=True)), default=0)
+    sizes = {name: len(split) for name, split in workload.splits.items()}
+    # Stores of activations hold training and validation samples; where training is by sweeps, only what the model is measured on.
+    measured = max((sizes[name] for name in ("val", "test") if name in sizes), default=0)
+    samples = measured if workload.method.sweeps else sum(sizes[name] for name in workload.training_splits)
+    working = max(stored) + samples * (two + 16 * workload.rows_per_sample)
+    if plan.sweep_micro_batch:
+        gradients = sum(layer.gradient_bytes for layer in profile.layers) if config.clip_norm is not None else 0
+        working = max(working, 2 * sum(stored) + plan.partitions[-1].batch * (sum(outputs) + max(outputs, default=0)) + gradients)
     export = sum(layer.weight_bytes + layer.buffer_bytes for layer in profile.layers)
-    return sum(stored) * config.keep_commits + max(max(stored) + boundaries, export)
+    return sum(stored) * config.keep_commits + max(working, export)
 
 
 def check_disk(workload: Workload, plan: Plan, profile: MemoryProfile) -> None:
@@ -271,7 +288,9 @@ def describe_plan(workload: Workload, profile: MemoryProfile, device: Device) ->
 
 def describe_partition(workload: Workload, part: PartitionPlan) -> dict[str, object]:
     """A partition of a plan, for reports."""
-    samples = sum(len(workload.splits[name]) for name in workload.training_splits)
+    # A sweep keeps the outputs of one batch; else they are written for all samples.
+    training = workload.training_splits
+    samples = part.batch if workload.method.sweeps else sum(len(workload.splits[name]) for name in training)
     is_last = part.stop == len(workload.chain.layers)
     return {
         "start": part.start,

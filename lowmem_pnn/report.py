@@ -155,7 +155,7 @@ class PlanReport:
             )
             for number, partition in enumerate(self.partitions)
         ]
-        heads = ("partition", "layers", "parameters", "micro-batch", "training state", "predicted peak", "outputs on disk")
+        heads = ("partition", "layers", "parameters", "micro-batch", "training state", "predicted peak", "outputs kept")
         verdict = (
             f"fits: predicted peak {format_bytes(self.predicted_peak_bytes)} and a reserve of {format_bytes(self.reserve_bytes)} "
             f"within {format_bytes(self.budget_bytes)}"

@@ -1,8 +1,10 @@
 """Runs a small training again and again, killed by SIGKILL at a chosen place, resumed, and compared with the one that was left alone.
 
-    python tests/kill_trials.py FOLDER all           # a kill at every step of the commit protocol
-    python tests/kill_trials.py FOLDER points        # at the first and last step of each kind
-    python tests/kill_trials.py FOLDER random N SEED # N kills at random moments
+    python tests/kill_trials.py METHOD FOLDER all           # a kill at every step of the commit protocol
+    python tests/kill_trials.py METHOD FOLDER points        # at the first and last step of each kind
+    python tests/kill_trials.py METHOD FOLDER random N SEED # N kills at random moments
+
+METHOD is pnn, exact, or recovery (pnn with a recovery epoch after it).
 
 Every trial is a fork of this process, which has imported everything and computed nothing: torch's threads do not survive a fork.
 Prints one JSON line: {"trials": n, "killed": n, "failed": [...]}.
@@ -30,15 +32,12 @@ from lowmem_pnn import trainer
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.stores import disk
 
-OPTIONS = {
-    "epochs": (2, 3),
-    "cuts": "1",
-    "optimizer": "adamw",
-    "kappa": 1.0,
-    "train_limit": 300,
-    "commit_every": 0.0,  # after every batch
-    "device": "cpu",
+METHODS = {
+    "pnn": {"epochs": (2, 3), "cuts": "1", "kappa": 1.0, "train_limit": 300},
+    "exact": {"method": "exact", "epochs": 2, "cuts": "1,2", "train_limit": 250},
+    "recovery": {"epochs": 1, "recovery_epochs": 2, "cuts": "1,2", "kappa": 1.0, "train_limit": 150},
 }
+OPTIONS = {**METHODS[sys.argv[1]], "optimizer": "adamw", "commit_every": 0.0, "device": "cpu"}  # commits after every batch
 
 
 def train(path: Path, resume: bool) -> None:
@@ -126,7 +125,7 @@ def _last(names: list[str], name: str) -> int:
 
 def main() -> None:
     """Run the trials."""
-    folder, kind = Path(sys.argv[1]), sys.argv[2]
+    folder, kind = Path(sys.argv[2]), sys.argv[3]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     reference = folder / "reference"
@@ -144,8 +143,8 @@ def main() -> None:
         )
         trials = [(f"{number} ({points[number]})", number, None) for number in sorted(wanted)]
     else:
-        chance = random.Random(int(sys.argv[4]))
-        moments = [chance.uniform(0, duration) for _ in range(int(sys.argv[3]))]
+        chance = random.Random(int(sys.argv[5]))
+        moments = [chance.uniform(0, duration) for _ in range(int(sys.argv[4]))]
         trials = [(f"{moment:.3f} s", -1, moment) for moment in moments]
     killed, failed = 0, []
     for name, point, moment in trials:
