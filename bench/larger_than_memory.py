@@ -8,9 +8,10 @@ plain PyTorch's. Then the same with gradients clipped, and at twice the depth, w
     python bench/larger_than_memory.py [--steps 12] [--depths 24,48] [--budget 280MB] [--threads 1] [--rivals-python PATH]
         [--only NAMES] [--quick]
 
-The rivals' packages want an environment of their own, whose interpreter is given by --rivals-python:
+The rivals' packages want an environment of their own, with the same torch; its interpreter is given by --rivals-python:
 
-    python -m venv rivals && rivals/bin/pip install torch numpy tqdm deepspeed psutil ninja setuptools
+    python -m venv rivals && rivals/bin/pip install torch numpy tqdm psutil ninja setuptools wheel
+    rivals/bin/pip install --no-build-isolation deepspeed
     rivals/bin/pip install --no-deps layer-to-layer-pytorch==0.3.0    # its declared bounds are torch<2 and numpy<2; it runs with newer
 
 DeepSpeed compiles its operators at their first use: a compiler, and for NVMe the system's libaio-dev. Files go where TMPDIR says.
@@ -382,16 +383,17 @@ def main() -> None:
 
         reached: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
         for depth in depths:
-            reference = in_own_process(arguments.rivals_python, "plain", depth, folder)
+            reference = in_own_process(sys.executable, "plain", depth, folder)
             add(depth, "plain", "plain PyTorch", reference, reference)
             for key, (title, _, _) in CONTENDERS.items() if depth == depths[0] else ():
                 if key != "plain" and key in chosen:
-                    add(depth, key, title, in_own_process(arguments.rivals_python, key, depth, folder), reference)
+                    python = sys.executable if CONTENDERS[key][2] == "torch" else arguments.rivals_python
+                    add(depth, key, title, in_own_process(python, key, depth, folder), reference)
             if "ours" in chosen:
                 own = ours(depth, arguments.budget, folder, imports_rss)
                 reached[f"depth {depth}"] = (add(depth, "ours", "ours", own, reference), reference)
             if "clipping" in chosen and depth == depths[0]:
-                clipped = in_own_process(arguments.rivals_python, "plain", depth, folder, clip=True)
+                clipped = in_own_process(sys.executable, "plain", depth, folder, clip=True)
                 add(depth, "plain, clipping", "plain PyTorch, clipping", clipped, clipped)
                 own = ours(depth, arguments.budget, folder, imports_rss, clip=True)
                 reached["clipping"] = (add(depth, "ours, clipping", "ours, clipping", own, clipped), clipped)

@@ -197,7 +197,6 @@ class PrivateMemoryMeter:
         self._highest = 0
         self._lock = threading.Lock()
         self._stopped = False
-        self._reader = MemoryReader()
         self._thread = threading.Thread(target=self._sample, name="lowmem-meter", daemon=True)
 
     def start(self) -> None:
@@ -209,7 +208,6 @@ class PrivateMemoryMeter:
         self._stopped = True
         if self._thread.is_alive():
             self._thread.join()
-        self._reader.close()
 
     def begin_section(self) -> None:
         """Forget the highest sample so far."""
@@ -229,9 +227,11 @@ class PrivateMemoryMeter:
             return private, data
 
     def _sample(self) -> None:
+        reader = MemoryReader()
         # Not an event that is waited for: making its lock costs more than the sample.
         while not self._stopped:
             time.sleep(self._interval)
             # Near the wall even this may find no memory; the next sample may.
             with contextlib.suppress(MemoryError, OSError):
-                self._on_sample(*self._note(self._reader.read))
+                self._on_sample(*self._note(reader.read))
+        reader.close()
