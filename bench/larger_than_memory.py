@@ -24,6 +24,7 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,9 +240,10 @@ def contend(name: str, job: Job) -> None:
         return
     # Whatever a rival raises is the reason why it has no figures, and is to be read in the table.
     except Exception as error:
+        traceback.print_exc()
         reason = (str(error).strip() or "no text").splitlines()[0]
-        print(json.dumps({"failed": f"{type(error).__name__}: {reason[:200]}"}))
-        raise
+        print("\n" + json.dumps({"failed": f"{type(error).__name__}: {reason[:200]}"}), flush=True)
+        return
     print("\n" + json.dumps({"losses": losses, "version": importlib.metadata.version(package), **meter.figures(skip=WARM_UP)}))
 
 
@@ -272,7 +274,7 @@ def in_own_process(python: str, name: str, depth: int, folder: Path, clip: bool 
     try:
         return dict(last_json(run_process([*command, *(["--clip"] if clip else [])]).stdout))
     except RuntimeError as error:
-        return {"failed": f"{error}; its own words are above, on stderr"}
+        return {"failed": f"{str(error).rpartition(':')[2].strip()}; its own words are on stderr"}
     finally:
         shutil.rmtree(folder / "nvme", ignore_errors=True)
         (folder / "rendezvous").unlink(missing_ok=True)
