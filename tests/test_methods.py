@@ -8,7 +8,7 @@ from torch import nn
 
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.config import FitConfig
-from lowmem_pnn.methods import Labels, SyntheticLabels, Visit, make_method
+from lowmem_pnn.methods import Labels, Sweep, SyntheticLabels, Visit, make_method
 from lowmem_pnn.methods.base import evaluation
 from lowmem_pnn.options import configure
 
@@ -112,3 +112,42 @@ def test_labels_are_cross_entropy_and_count_right_answers() -> None:
     assert torch.equal(Labels().loss((scores,), labels), nn.functional.cross_entropy(scores, labels))
     assert Labels().num_correct((scores,), labels) == int((scores.argmax(1) == labels).sum())
     assert synthetic(FLAT).num_correct((torch.zeros(2, 50),), labels[:2]) is None
+
+
+def steps(visits: tuple[Visit, ...]) -> list[str]:
+    return [f"{visit.action} {visit.partition}" for visit in visits]
+
+
+def test_exact_goes_forward_through_all_partitions_and_back() -> None:
+    (sweep,) = make_method(config(method="exact", epochs=3, batch_size=16)).program(3, ["train", "val"])
+    assert isinstance(sweep, Sweep)
+    assert (sweep.epochs, sweep.batch_size, sweep.learners, sweep.fresh_state) == (3, 16, (0, 1, 2), False)
+    assert steps(sweep.visits) == ["emit 0", "emit 1", "backpropagate 2", "backpropagate 1", "backpropagate 0"]
+    assert [visit.hands_back for visit in sweep.visits[2:]] == [True, True, False]
+    assert not any(visit.keeps_gradients for visit in sweep.visits)
+
+
+def test_clipping_steps_only_when_all_gradients_are_there() -> None:
+    (sweep,) = make_method(config(method="exact", clip_norm=1.0)).program(2, ["train"])
+    assert isinstance(sweep, Sweep)
+    assert steps(sweep.visits) == ["emit 0", "backpropagate 1", "backpropagate 0", "step 0", "step 1"]
+    assert all(visit.keeps_gradients for visit in sweep.visits[1:3])
+
+
+@pytest.mark.parametrize(
+    ("recover", "expected"),
+    [
+        (None, ["emit 0", "emit 1", "backpropagate 2", "backpropagate 1", "backpropagate 0"]),
+        ((3,), ["emit 0", "emit 1", "backpropagate 2"]),
+        ("2", ["emit 0", "emit 1", "backpropagate 2", "backpropagate 1"]),
+        ("all", ["emit 0", "emit 1", "backpropagate 2", "backpropagate 1", "backpropagate 0"]),
+    ],
+)
+def test_recovery_goes_back_to_the_first_partition_that_learns(recover: Any, expected: list[str]) -> None:
+    method = make_method(config(recovery_epochs=4, recover=recover, batch_size=(8, 16, 32)))
+    *before, sweep = method.program(3, ["train"])
+    assert before == method.visits(3, ["train"])
+    assert isinstance(sweep, Sweep)
+    assert (sweep.epochs, sweep.batch_size, sweep.place, sweep.fresh_state) == (4, 32, "recovery", True)
+    assert steps(sweep.visits) == expected
+    assert sweep.learners == {None: (0, 1), (3,): (2,), "2": (1,), "all": (0, 1, 2)}[recover]

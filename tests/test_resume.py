@@ -12,7 +12,9 @@ TRIALS = Path(__file__).with_name("kill_trials.py")
 
 
 def _trials(method: str, folder: Path, *arguments: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, str(TRIALS), method, str(folder), *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(TRIALS), method, str(folder), *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert not found["failed"], f"{found['failed']}\n{done.stderr}"
