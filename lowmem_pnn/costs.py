@@ -132,6 +132,7 @@ class MemoryProfile:
         smallest_micro_batch: the fewest samples that all layers accept in train mode.
         kernel_bytes: code that is compiled for the layers and kept, for the whole chain.
         repeated_bytes: training state of tensors that is counted with several layers, but for the first time.
+        shared_bytes: weights that learn and that layers in several partitions may share.
     """
 
     layers: tuple[LayerCost, ...]
@@ -140,6 +141,7 @@ class MemoryProfile:
     smallest_micro_batch: int = 1
     kernel_bytes: int = 0
     repeated_bytes: int = 0
+    shared_bytes: int = 0
 
     @property
     def training_state_bytes(self) -> int:
@@ -167,6 +169,7 @@ class MemoryProfile:
             smallest_micro_batch=data["smallest_micro_batch"],
             kernel_bytes=data["kernel_bytes"],
             repeated_bytes=data["repeated_bytes"],
+            shared_bytes=data["shared_bytes"],
         )
 
 

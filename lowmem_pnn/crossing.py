@@ -100,7 +100,7 @@ class Crossing:
             Hooks, to be removed after its backward.
         """
         hooks: Hooks = []
-        for name in residency.shared:
+        for name in residency.shared & residency.parameters.keys():
             parameter = residency.parameters[name]
             if parameter.requires_grad and ("shared", name, number) in self._scratch:
                 (carried,) = self._scratch.pop(("shared", name, number))
@@ -112,7 +112,7 @@ class Crossing:
 
     def put_shared(self, residency: Residency, number: int) -> None:
         """Keep, and drop from the parameters, the gradients of those that an earlier partition steps."""
-        for name in residency.borrowed:
+        for name in residency.borrowed & residency.parameters.keys():
             parameter = residency.parameters[name]
             if parameter.grad is not None:
                 self._put(("shared", name, number), [parameter.grad])

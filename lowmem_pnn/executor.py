@@ -149,10 +149,7 @@ class Executor:
             del batch
             on_batch(loss)
         if not progress.tally.num_samples:
-            raise DataError(
-                f"{feed.num_samples} training samples make no batch that {stage.title} can learn from: its modules need at least "
-                f"{stage.smallest_micro_batch} samples at once; give more samples"
-            )
+            raise too_few(feed.num_samples, stage.title, stage.smallest_micro_batch)
         progress.epoch += 1
         progress.batch = 0
 
@@ -321,6 +318,14 @@ class Executor:
     def _drop_gradients(stage: Stage) -> None:
         for parameter in stage.residency.trainable.values():
             parameter.grad = None
+
+
+def too_few(num_samples: int, title: str, smallest: int) -> DataError:
+    """The error of an epoch without a batch that could be learnt from."""
+    return DataError(
+        f"{num_samples} training samples make no batch that {title} can learn from: its modules need at least {smallest} samples at once; "
+        "give more samples"
+    )
 
 
 def micro_batches(total: int, size: int, smallest: int) -> Sequence[slice]:

@@ -30,6 +30,7 @@ class Search:
         num_partitions: how many, or None for as few as possible; follows from the cuts where they are given.
         cap: most samples at once, or None.
         objectives: for each layer, what the objective of a partition that ends with it needs.
+        whole: True for the whole batch at once everywhere, False for several micro-batches everywhere, None for what is cheaper.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Search:
         num_partitions: int | None,
         cap: int | None,
         objectives: Sequence[Affine],
+        whole: bool | None = None,
     ) -> None:
         self._layers = profile.layers
         self._smallest = profile.smallest_micro_batch
@@ -50,6 +52,7 @@ class Search:
         self._batches = tuple(batches)
         self._cap = cap
         self._objectives = objectives
+        self._whole = whole
         self._states = [0, *accumulate(layer.state_bytes for layer in profile.layers)]
         self._priced: dict[tuple[int, int], list[Prices]] = {}
 
@@ -120,7 +123,11 @@ class Search:
         batch, layers, objective = self._batch(number), self._layers[start:stop], self._objectives[stop - 1]
         most = min(batch, self._cap or batch)
         chosen = most
-        if largest_part(batch, most, self._smallest) < batch or peak_of(layers, batch, batch, objective) > room:
+        if self._whole is not True and (
+            self._whole is False
+            or largest_part(batch, most, self._smallest) < batch
+            or peak_of(layers, batch, batch, objective) > room
+        ):
             # Below the whole batch a peak never falls as samples are added.
             low = min(prices.micro_batch for prices in self._choices(batch, floor))
             high = min(most + self._smallest - 1, batch - 1)
@@ -247,6 +254,12 @@ class Search:
             least = max(self._smallest, min(floor, most))
             sizes = range(least, min(least + self._smallest - 1, most) + 1)
             parts = {min(largest_part(batch, size, self._smallest) for size in sizes), largest_part(batch, most, self._smallest)}
+            if self._whole is True:
+                parts = {batch}
+            elif self._whole is False:
+                parts = {
+                    next(part for size in range(least, 0, -1) if (part := largest_part(batch, size, self._smallest)) < batch)
+                }
             self._priced[batch, floor] = [Prices(self._layers, part, part < batch) for part in sorted(parts)]
         return self._priced[batch, floor]
 
@@ -259,6 +272,53 @@ class Search:
 
     def _batch(self, number: int) -> int:
         return self._batches[0] if len(self._batches) == 1 else self._batches[number]
+
+
+class UniformSearch:
+    """A search for partitions that all have the same micro-batch: the whole batch, or one with which gradients add up everywhere.
+
+    A partition may fit with the whole batch alone, since no gradients are there during its forward then, and another one only with
+    less: so these are two searches. The methods are those of `Search`.
+
+    Args:
+        searches: with `whole` True, and False; at least one of them.
+    """
+
+    def __init__(self, searches: Sequence[Search]) -> None:
+        self._searches = searches
+        self._chosen = searches[0]
+
+    def best(self, room: int, good_micro_batch: int = GOOD_MICRO_BATCH) -> tuple[int, list[int] | None]:
+        """The one with the higher least micro-batch; of two such the one with fewer partitions, or the whole batch."""
+        found: list[tuple[int, int, int, int, list[int], Search]] = []
+        for search in self._searches:
+            floor, bounds = search.best(room, good_micro_batch)
+            if bounds is not None:
+                found.append((-min(floor, good_micro_batch), len(bounds), len(found), floor, bounds, search))
+        if not found:
+            return floor, None
+        *_, floor, bounds, self._chosen = min(found, key=lambda item: item[:3])
+        return floor, bounds
+
+    def largest_micro_batch(self, number: int, start: int, stop: int, floor: int, room: int) -> tuple[int, int]:
+        """Of the search that `best` chose."""
+        return self._chosen.largest_micro_batch(number, start, stop, floor, room)
+
+    def peak(self, number: int, start: int, stop: int, micro_batch: int) -> int:
+        """A partition's peak with a given micro-batch."""
+        return self._chosen.peak(number, start, stop, micro_batch)
+
+    def needs(self, bounds: Sequence[int], floor: int | None = None) -> list[int]:
+        """What partitions need in the way in which the largest needs least."""
+        return min((search.needs(bounds, floor) for search in self._searches), key=max)
+
+    def smallest_room(self) -> int:
+        """The least room in which the chain can be partitioned as wished."""
+        return min(search.smallest_room() for search in self._searches)
+
+    def smallest_room_between(self, start: int, stop: int) -> int:
+        """The least room in which a stretch of layers can be partitioned."""
+        return min(search.smallest_room_between(start, stop) for search in self._searches)
 
 
 def possible_starts(profile: MemoryProfile) -> list[int]:

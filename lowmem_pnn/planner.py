@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from lowmem_pnn.costs import Affine, MemoryProfile, default_objective, largest_part
 from lowmem_pnn.errors import BudgetError, ConfigError
-from lowmem_pnn.partitioning import GOOD_MICRO_BATCH, Search, peak_of, possible_starts
+from lowmem_pnn.partitioning import GOOD_MICRO_BATCH, Search, UniformSearch, peak_of, possible_starts
 from lowmem_pnn.plans import PartitionPlan, Plan
 from lowmem_pnn.units import format_bytes
 
@@ -91,7 +91,7 @@ def plan(
         ConfigError: cuts, a number of partitions or of samples that the chain cannot have.
         BudgetError: nothing fits; the message says what does not, and the smallest budget that would do.
     """
-    wishes = _Wishes(profile, batch_sizes, cuts, num_partitions, micro_batch, objective)
+    wishes = _Wishes(profile, batch_sizes, cuts, num_partitions, micro_batch, objective, uniform)
     search = wishes.search()
     overhead = _overhead(overhead_bytes, budget_bytes)
     room = budget_bytes - overhead
@@ -167,6 +167,7 @@ class _Wishes:
         num_partitions: int | None,
         micro_batch: int | None,
         objective: Objectives | None,
+        uniform: bool = False,
     ) -> None:
         if cuts is not None and num_partitions not in (None, len(cuts) + 1):
             raise ConfigError(
@@ -177,27 +178,34 @@ class _Wishes:
         self.cuts = None if cuts is None else list(cuts)
         self.num_partitions = num_partitions if cuts is None else len(cuts) + 1
         self.micro_batch = micro_batch
+        self.uniform = uniform
         self.objectives = [
             objective(stop) if objective else default_objective(layer) for stop, layer in enumerate(profile.layers, start=1)
         ]
         self._check_cuts()
         self._check_samples()
 
-    def search(self, *, batch: int | None = None, freely: bool = False) -> Search:
+    def search(self, *, batch: int | None = None, freely: bool = False) -> Search | UniformSearch:
         """The search for what was asked.
 
         Args:
             batch: another batch size, for all partitions.
             freely: with any cuts and any number of partitions.
         """
-        return Search(
-            self.profile,
-            self.batches if batch is None else (batch,),
-            None if freely else self.cuts,
-            None if freely else self.num_partitions,
-            self.micro_batch,
-            self.objectives,
-        )
+        batches = self.batches if batch is None else (batch,)
+
+        def search(whole: bool | None) -> Search:
+            cuts, number = (None, None) if freely else (self.cuts, self.num_partitions)
+            return Search(self.profile, batches, cuts, number, self.micro_batch, self.objectives, whole)
+
+        if not self.uniform:
+            return search(None)
+        smallest, most = self.profile.smallest_micro_batch, min(self.micro_batch or max(batches), *batches)
+        possible = [largest_part(size, most, smallest) == size for size in batches]
+        ways = [True] if all(possible) else []
+        if all(largest_part(size, smallest, smallest) < size for size in batches):
+            ways.append(False)
+        return UniformSearch([search(whole) for whole in ways])
 
     def title(self, start: int, stop: int) -> str:
         """Layers by name."""

@@ -103,8 +103,10 @@ def _costs(workload: Workload, profile: MemoryProfile, chunk: int | None, sweeps
 def _loss_chunk(workload: Workload, device: Device) -> int | None:
     """Rows for which the last layer and the loss are computed at once; None for all of a micro-batch."""
     config, chain = workload.config, workload.chain
-    if config.loss_chunk is not None or not works_by_rows(chain.layers[-1]):
-        return config.loss_chunk
+    if config.loss_chunk is not None:
+        return config.loss_chunk if config.loss_chunk < max(config.batch_size) * workload.rows_per_sample else None
+    if not works_by_rows(chain.layers[-1]):
+        return None
     row_bytes = chain.boundaries[-1][0].sample_bytes // workload.rows_per_sample
     if max(config.batch_size) * workload.rows_per_sample * row_bytes <= device.budget_bytes // 16:
         return None
@@ -195,7 +197,9 @@ def sweep_bytes(workload: Workload, profile: MemoryProfile, device: Device, io: 
         return state
     # A tensor that is larger than the stream waits alone.
     stream = max(io.stream_bytes, max(layer.weight_bytes for layer in profile.layers))
-    return state + reading_bytes(workload, device, io, 0, batch) + 2 * stream + io.boundary_bytes
+    # The gradient that other partitions left, and the sum with it.
+    shared = 2 * profile.shared_bytes
+    return state + shared + reading_bytes(workload, device, io, 0, batch) + 2 * stream + io.boundary_bytes
 
 
 def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int, batch: int) -> int:
@@ -242,7 +246,9 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     working = max(stored) + samples * (two + 16 * workload.rows_per_sample)
     if plan.sweep_micro_batch:
         gradients = sum(layer.gradient_bytes for layer in profile.layers) if config.clip_norm is not None else 0
-        working = max(working, 2 * sum(stored) + plan.partitions[-1].batch * (sum(outputs) + max(outputs, default=0)) + gradients)
+        batch = plan.partitions[-1].batch
+        gradients += math.ceil(batch / plan.sweep_micro_batch) * profile.shared_bytes
+        working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)
     export = sum(layer.weight_bytes + layer.buffer_bytes for layer in profile.layers)
     return sum(stored) * config.keep_commits + max(working, export)
 

@@ -79,7 +79,8 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, costs: MemoryProfil
     size = min(planned.batch, 2 * planned.micro_batch)
     specs = workload.chain.boundaries[planned.start]
     held = sum(size * spec.sample_bytes for spec in specs) if device.shares_host else 0
-    micro_batch = planned.micro_batch
+    # Smaller than planned where an earlier process died in this check.
+    asked = micro_batch = run.state.sweep_micro_batch if workload.method.sweeps else run.state.micro_batches[number]
     went_through = False
     device.begin_section()
     # Where it does not load, or not even the smallest micro-batch fits, another plan may do.
@@ -91,7 +92,7 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, costs: MemoryProfil
     io = IoSizes.of_budget(device.budget_bytes)
     beside = beside_bytes(workload, costs, device, io, planned.start, planned.batch)
     predicted = planned.predicted_peak_bytes - beside + held
-    fits = went_through and micro_batch == planned.micro_batch
+    fits = went_through and micro_batch == asked
     return Check(number, predicted, measured, fits, micro_batch if went_through else None)
 
 

@@ -62,11 +62,13 @@ def profile(
         smallest = 1
         compiled_kernels: set[Hashable] = set()
         shared: set[int] = set()
+        repeated: dict[int, int] = {}
         repeated_bytes = 0
         for number, layer in enumerate(chain.layers):
             if parts_ties:
                 again = _new(layer.parameters().values(), set())
                 again = [tensor for tensor in again if id(tensor) in shared]
+                repeated |= {id(tensor): _nbytes(tensor) for tensor in again if tensor.requires_grad}
                 learnt = sum(_nbytes(tensor) for tensor in again if tensor.requires_grad)
                 repeated_bytes += sum(map(_nbytes, again)) + (1 + optimizer_state_tensors) * learnt
                 counted = set()
@@ -84,6 +86,7 @@ def profile(
         smallest_micro_batch=smallest,
         kernel_bytes=min(len(compiled_kernels), MAX_COMPILED) * CODE_BYTES,
         repeated_bytes=repeated_bytes,
+        shared_bytes=sum(repeated.values()),
     )
 
 

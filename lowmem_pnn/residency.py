@@ -49,11 +49,10 @@ class Residency:
         # One tensor may have several names; the first is the one in the files.
         self._owner = {alias: group[0] for group in chain.ties for alias in group}
         self._rank = {name: number for number, name in enumerate(chain.persistent)}
-        before = {self._owner.get(alias, alias) for layer in chain.layers[:start] for alias in layer.parameters()}
-        after = {self._owner.get(alias, alias) for layer in chain.layers[stop:] for alias in layer.parameters()}
-        # Parameters that partitions before this one have too: the first of them keeps them and steps them.
+        before, after = self._names(chain.layers[:start]), self._names(chain.layers[stop:])
+        # What partitions before this one have too: the first of them keeps it and steps it.
         self.borrowed = {name for _, name, _ in self._tensors() if name in before}
-        # Parameters whose gradient is the sum of several partitions'.
+        # What several partitions have: the gradient of a parameter is the sum of theirs.
         self.shared = {name for _, name, _ in self._tensors() if name in before or name in after}
         self._parameters: dict[str, nn.Parameter] = {}
         self._buffers: dict[str, Tensor] = {}
@@ -122,6 +121,9 @@ class Residency:
         if self._spec is not None and self.trainable:
             self.optimizer = self._spec.build(self.trainable, self._state)
 
+    def _names(self, layers: tuple[Layer, ...]) -> set[str]:
+        return {self.name_of(alias) for layer in layers for alias in (*layer.parameters(), *layer.buffers())}
+
     def name_of(self, alias: str) -> str:
         """The name that a tensor is stored under, of the several that it may have."""
         return self._owner.get(alias, alias)
@@ -168,6 +170,22 @@ class Residency:
                     )
                 own.copy_(tensor.detach())
                 layer.set_tensor(alias, own)
+
+    def check_shared_buffers(self, before: dict[str, Tensor]) -> None:
+        """Refuse a forward that changes a buffer which other partitions have too: they would not see it.
+
+        Args:
+            before: buffers as they were before the forward, those of `shared` at least.
+
+        Raises:
+            CaptureError: it did.
+        """
+        for name in sorted(self.shared & before.keys()):
+            if not torch.equal(before[name], self._buffers[name]):
+                raise CaptureError(
+                    f"buffer {name!r} is used on both sides of a cut, and a forward changes it; have all of its layers in one partition: "
+                    "give other --cuts"
+                )
 
     def save(self, writer: TensorFile) -> None:
         """Write weights, buffers and optimizer state.

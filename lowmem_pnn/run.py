@@ -295,8 +295,14 @@ class Run:
         stack.callback(feed.close)
         return feed
 
-    def write(self, stage: Stage, feed: Feed, folder: Path) -> None:
+    def write(self, stage: Stage, feed: Feed, folder: Path, *, may_stop: bool = True) -> None:
         """Send a feed through a stage, into a new store.
+
+        Args:
+            stage: resident.
+            feed: at its boundary.
+            folder: of the new store.
+            may_stop: nothing is lost if the run ends here.
 
         Raises:
             Stopped: the run was asked to stop.
@@ -314,7 +320,7 @@ class Run:
             self.counter,
             label_shape=self.workload.dataset.label_shape,
         ) as writer:
-            self.executor.emit(stage, feed, writer, self.stop_if_asked)
+            self.executor.emit(stage, feed, writer, self.stop_if_asked if may_stop else lambda: None)
 
     def _note_shrink(self, stage: Stage) -> None:
         self.update_record()

@@ -86,5 +86,5 @@ class State:
         Args:
             commit: of this run.
         """
-        for name in ("visit", "progress", "weights", "activations", "records"):
+        for name in ("visit", "progress", "weights", "activations"):
             setattr(self, name, getattr(commit, name))

@@ -77,6 +77,9 @@ class Supply:
         # A resident weight must not change while it is being written.
         self._wait_for(partition)
         is_new = not self._weights.has_working(partition)
+        if is_new and self._reader is not None:
+            # What is still to be read of the partition is in the file before, not in this one, which is empty.
+            self._reader.open(partition)
         file = self._weights.writer(partition)
         try:
             yield file, is_new

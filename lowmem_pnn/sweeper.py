@@ -138,6 +138,7 @@ class Sweeper:
             for visit in self._sweep.visits:
                 self._on_visit(visit.partition)
                 actions[visit.action](visit, work)
+                self._device.check_budget()
         self._crossing.clear()
         return work.loss
 
@@ -226,7 +227,6 @@ class Sweeper:
             )
         if not visit.learns:
             return
-        residency.settle_buffers()
         for name, parameter in residency.trainable.items():
             if parameter.grad is None and name not in residency.borrowed:
                 raise CaptureError(
@@ -239,6 +239,8 @@ class Sweeper:
                 if is_new and not parameter.requires_grad and name not in residency.borrowed:
                     self._supply.write(own, file, weight_key(name), parameter)
             for name, buffer in residency.buffers.items():
+                if name in residency.borrowed:
+                    continue
                 # A copy: the next batch's forward changes it, if the partition stays, while this is being written.
                 self._supply.write(own, file, weight_key(name), buffer.clone())
             for names in self._groups[own]:
@@ -291,6 +293,7 @@ class Sweeper:
     def _backward(self, visit: Visit, work: _Work) -> Residency:
         """Forward once more and back, micro-batch by micro-batch."""
         residency, own = self._enter(visit), visit.partition
+        shared = {name: buffer.clone() for name, buffer in residency.buffers.items() if name in residency.shared}
         for number, part in enumerate(work.parts):
             self._crossing.begin_random(own, number, work.step)
             inputs = self._inputs(own, number, part, work)
@@ -312,6 +315,8 @@ class Sweeper:
             self._crossing.put_shared(residency, number)
             self._crossing.drop_boundary(own, number)
             self._device.check_budget()
+        residency.settle_buffers()
+        residency.check_shared_buffers(shared)
         return residency
 
     def _backward_from_boundary(self, residency: Residency, inputs: tuple[Tensor, ...], number: int, boundary: int) -> None:

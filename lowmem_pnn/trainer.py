@@ -29,7 +29,7 @@ from lowmem_pnn.sources.datasets import Dataset, find_dataset, from_torch, make_
 from lowmem_pnn.sources.models import ModelSource, find_model
 from lowmem_pnn.sources.splits import SampleSplit
 from lowmem_pnn.state import State
-from lowmem_pnn.stores.disk import IoCounter
+from lowmem_pnn.stores.disk import IoCounter, allow_many_files
 from lowmem_pnn.stores.rundir import RunDir
 from lowmem_pnn.streams import Threads
 from lowmem_pnn.workload import make_workload, open_data, profile_workload, split_data
@@ -212,6 +212,7 @@ def _train(
     should_stop: Callable[[], bool] = lambda: False,
     after_crash: bool = False,
 ) -> Result:
+    allow_many_files()
     # The caller's random state stays his.
     with torch.random.fork_rng(devices=[]), _full_is_a_budget_error(), _threads() as threads, _closing(display):
         # What has to be there before the floor is taken: imports, open data, threads.

@@ -1,5 +1,6 @@
 """The walk through a method's program: visits and sweeps, one after the other, from wherever the run's state says."""
 
+import gc
 import math
 import shutil
 import time
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.errors import BudgetError, DivergedError
-from lowmem_pnn.executor import Progress, Stage, Tally
+from lowmem_pnn.executor import Progress, Stage, Tally, too_few
 from lowmem_pnn.feeds import Batch, DatasetFeed, Feed
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.methods.base import Split, evaluation
@@ -66,7 +67,14 @@ def train(run: Run) -> None:
     run.wait()
 
 
-def measure(run: Run, split: Split, work: Callable[[tuple[Tensor, ...], Tensor], _T], consume: Callable[[_T], None]) -> None:
+def measure(
+    run: Run,
+    split: Split,
+    work: Callable[[tuple[Tensor, ...], Tensor], _T],
+    consume: Callable[[_T], None],
+    *,
+    may_stop: bool = True,
+) -> None:
     """Send one part of the data through all partitions, one after the other, in eval mode.
 
     Args:
@@ -74,6 +82,7 @@ def measure(run: Run, split: Split, work: Callable[[tuple[Tensor, ...], Tensor],
         split: which part.
         work: what to do with outputs, on the device, and labels, on the host; done again where memory runs out in it.
         consume: takes what `work` gave, once for every sample.
+        may_stop: the run is at a commit, and can end here if it is asked to.
     """
     folders: list[Path] = []
     for visit in evaluation(len(run.plan.partitions), split):
@@ -85,7 +94,7 @@ def measure(run: Run, split: Split, work: Callable[[tuple[Tensor, ...], Tensor],
                     run.executor.forward(stage, feed, work, consume)
                 else:
                     folders.append(run.activations / f"b{visit.partition + 1:02d}-{visit.split}-measured")
-                    run.write(stage, feed, folders[-1])
+                    run.write(stage, feed, folders[-1], may_stop=may_stop)
         finally:
             stage.residency.unload()
         for folder in folders[:-1] if not stage.is_last else folders:
@@ -205,6 +214,8 @@ def _sweep_epoch(run: Run, sweep: Sweep, sweeper: Sweeper, feed: Feed, steps: in
         )
         if progress.batch < steps:
             run.maybe_commit(lambda: _save_swept(sweeper, sweep))
+    if not progress.tally.num_samples:
+        raise too_few(feed.num_samples, sweeper.title(last), smallest)
     progress.epoch += 1
     progress.batch = 0
     return True
@@ -234,6 +245,7 @@ def _go_back(run: Run) -> None:
             f"{format_bytes(run.device.budget_bytes)} were in use; give a larger --max-gpu-mem, or more partitions"
         )
     run.go_back()
+    gc.collect()  # exceptions and the frames of other threads may hold tensors in cycles
     run.device.release()
     run.device.begin_section()
     run.state.sweep_micro_batch = half = max(smallest, size // 2)
@@ -256,7 +268,7 @@ def _validate(run: Run) -> Tally:
         labels = run.device.place(labels)
         return float(objective.loss(outputs, labels)), labels.numel(), objective.num_correct(outputs, labels)
 
-    measure(run, "val", work, lambda counts: tally.add(*counts))
+    measure(run, "val", work, lambda counts: tally.add(*counts), may_stop=False)
     return tally
 
 

@@ -35,7 +35,7 @@ import lowmem_pnn
 from lowmem_pnn import trainer
 from lowmem_pnn.chain import TensorSpec, capture
 from lowmem_pnn.device import SimulatedDevice
-from lowmem_pnn.errors import CaptureError, ConfigError, DivergedError, Stopped
+from lowmem_pnn.errors import CaptureError, ConfigError, DataError, DivergedError, Stopped
 from lowmem_pnn.options import configure
 from lowmem_pnn.progress import Display
 from lowmem_pnn.report import Result
@@ -280,6 +280,57 @@ def test_exact_is_same_as_plain_pytorch_with_every_optimizer(optimizer: str, fus
     if optimizer == "sgd":
         options["momentum"] = 0.8
     check_equal(small_conv, images(), tmp_path / "run", partitions=3, **options)
+
+
+def test_one_partition_that_commits_after_every_batch_keeps_its_state(tmp_path: Path) -> None:
+    expected = train_by_exact(KINDS["conv"].build, KINDS["conv"].data, **COMMON)
+    result = fit(KINDS["conv"].build, KINDS["conv"].data, tmp_path / "run", partitions=1, commit_every=0.0, **COMMON)
+    assert_same_weights(loaded(KINDS["conv"].build, result.weights_file), expected.model)
+    assert result.train_loss == expected.train_loss
+
+
+class _SharesBuffers(nn.Module):
+    """Layers that use one buffer, which the forward of the second may change."""
+
+    def __init__(self, changes: bool) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 12))
+        self.blocks = nn.Sequential(*(self.Block(self.scale, changes and number == 1) for number in range(3)), nn.Linear(12, 4))
+
+    class Block(nn.Module):
+        def __init__(self, scale: Tensor, changes: bool) -> None:
+            super().__init__()
+            self.linear = nn.Linear(12, 12)
+            self.register_buffer("scale", scale)
+            self.changes = changes
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.changes:
+                self.scale.add_(0.01)
+            return self.linear(x) * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.blocks(x)
+        return scores
+
+
+def test_a_buffer_of_several_partitions_is_kept_once_and_must_not_change(tmp_path: Path) -> None:
+    options: dict[str, Any] = {**COMMON, "cuts": "1,2"}
+    build = functools.partial(_SharesBuffers, changes=False)
+    result = fit(build, vectors(), tmp_path / "constant", **options)
+    assert_same_weights(loaded(build, result.weights_file), train_by_exact(build, vectors(), **options).model)
+    with pytest.raises(CaptureError, match=r"buffer 'scale' is used on both sides of a cut, and a forward changes it"):
+        fit(functools.partial(_SharesBuffers, changes=True), vectors(), tmp_path / "changing", **options)
+
+
+def test_too_few_samples_for_the_modules_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1 training samples make no batch that partition"):
+        fit(
+            KINDS["conv"].build,
+            KINDS["conv"].data,
+            tmp_path / "run",
+            **{**COMMON, "train_limit": 1, "val_fraction": 0.0, "cuts": "1"},
+        )
 
 
 def test_a_slow_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 from hypothesis import assume, given, settings
@@ -10,7 +11,8 @@ from strategies import profiles
 
 from lowmem_pnn.costs import Affine, LayerCost, MemoryProfile, largest_part
 from lowmem_pnn.errors import BudgetError, ConfigError
-from lowmem_pnn.planner import Plan, partition_peak, plan, smallest_budget
+from lowmem_pnn.planner import partition_peak, plan, smallest_budget
+from lowmem_pnn.plans import Plan
 
 MB = 1_000_000
 
@@ -363,3 +365,20 @@ def test_a_model_in_one_piece_says_so():
     profile = MemoryProfile(layers=equal_layers(2).layers, forbidden_cuts=(1,))
     text = message(profile, ConfigError, budget_bytes=10**6, batch_sizes=8, cuts=[1])
     assert text.endswith("because a weight is shared across that cut; this model can only be one partition")
+
+
+@given(profiles(), st.integers(2, 40), st.integers(0, 600))
+@settings(max_examples=200, deadline=None)
+def test_a_uniform_micro_batch_fits_everywhere(profile, batch, budget_bytes):
+    assume(batch >= profile.smallest_micro_batch)
+    try:
+        found = plan(profile, budget_bytes=budget_bytes, batch_sizes=batch, uniform=True)
+    except BudgetError as error:
+        # The budget that the message names does.
+        enough = int(re.findall(r"--max-gpu-mem (\d+)MB", str(error))[0]) * 1_000_000
+        assert plan(profile, budget_bytes=enough, batch_sizes=batch, uniform=True).predicted_peak_bytes <= enough
+        return
+    assert len({partition.micro_batch for partition in found.partitions}) == 1
+    for partition in found.partitions:
+        peak = partition_peak(profile, partition.start, partition.stop, partition.micro_batch, batch)
+        assert peak == partition.predicted_peak_bytes <= budget_bytes

@@ -6,6 +6,7 @@ back by itself when the last tensor over it is gone.
 
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable
 from math import prod
 
@@ -36,13 +37,17 @@ class BlockPool:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._free: list[Tensor] = []
+        # Blocks whose tensors are gone. They come from finalizers, which may run at any moment, in the middle of what is below too.
+        self._returned: deque[Tensor] = deque()
         self._held_bytes = 0
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
     @property
     def held_bytes(self) -> int:
         """Of all blocks, used and free."""
-        return self._held_bytes
+        with self._lock:
+            self._make_room(0)
+            return self._held_bytes
 
     def empty(self, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor on the CPU that starts at a multiple of 64 bytes."""
@@ -52,7 +57,7 @@ class BlockPool:
             return aligned_empty(shape, dtype)
         block = self._take(nbytes)
         memory = block.numpy()
-        finalizer = weakref.finalize(memory, self._give_back, block)
+        finalizer = weakref.finalize(memory, self._returned.append, block)
         finalizer.atexit = False
         # The tensor holds this array, and the array's end is the tensor's.
         return torch.from_numpy(memory).view(dtype).view(shape)
@@ -66,24 +71,28 @@ class BlockPool:
     def clear(self) -> None:
         """Let all free blocks go."""
         with self._lock:
+            self._collect()
             self._held_bytes -= sum(block.nbytes for block in self._free)
             self._free.clear()
 
     def _take(self, nbytes: int) -> Tensor:
         with self._lock:
+            self._collect()
             for number, block in enumerate(self._free):
                 if block.nbytes == nbytes:
                     return self._free.pop(number)
             self._make_room(nbytes)
-            self._held_bytes += nbytes
-        return aligned_empty((nbytes,), torch.uint8)
-
-    def _give_back(self, block: Tensor) -> None:
+        block = aligned_empty((nbytes,), torch.uint8)
         with self._lock:
-            self._free.append(block)
-            self._make_room(0)
+            self._held_bytes += nbytes
+        return block
+
+    def _collect(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.popleft())
 
     def _make_room(self, nbytes: int) -> None:
         """Let the longest unused blocks go until so many bytes more stay below the limit, or none is left."""
+        self._collect()
         while self._free and self._held_bytes + nbytes > self._limit_bytes:
             self._held_bytes -= self._free.pop(0).nbytes

@@ -108,6 +108,15 @@ def sync_folder(folder: Path) -> None:
     commit_point(f"synced {folder.name}")
 
 
+def allow_many_files() -> None:
+    """Let the process have as many files open as the system lets it: several for each partition may be open at once."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def disk_error(path: Path, error: OSError, attempt: str) -> DiskError:
     """What the file system refused, in one line.
 

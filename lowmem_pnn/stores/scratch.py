@@ -114,9 +114,9 @@ class Scratch:
 
     def close(self) -> None:
         """Forget everything, and give the file's room back."""
-        self.clear()
+        self._kept.clear()
         self._free.clear()
-        self._end = 0
+        self._end = self._used = 0
         if self._file is not None:
             os.close(self._file)
             self._file = None

@@ -357,6 +357,7 @@ class TensorReader:
     def __init__(self, store: WeightStore, empty: Empty | None = None) -> None:
         self._store = store
         self._empty = empty
+        self._lock = threading.Lock()
         self._files: dict[PartitionName, TensorFile] = {}
 
     def read(self, key: str) -> Tensor:
@@ -365,10 +366,14 @@ class TensorReader:
         Raises:
             CheckpointError: no file holds it.
         """
-        home = self._store.home(key)
-        if home not in self._files:
-            self._files[home] = self._store.reader(home)
-        return self._files[home].read(key, self._empty)
+        return self.open(self._store.home(key)).read(key, self._empty)
+
+    def open(self, partition: PartitionName) -> TensorFile:
+        """The handle on a partition's file: of the bytes that were the newest when it was first asked for."""
+        with self._lock:
+            if partition not in self._files:
+                self._files[partition] = self._store.reader(partition)
+            return self._files[partition]
 
     def close(self) -> None:
         """Close the files."""
