@@ -96,11 +96,11 @@ def fix_malloc_thresholds(budget_bytes: int) -> None:
     the budget. Elsewhere than on glibc this does nothing.
 
     Args:
-        budget_bytes: blocks from a 256th of it on are given back (256 KiB to 1 MiB), and so is the heap's end from a 64th of it on.
+        budget_bytes: blocks from a 64th of it on are given back (256 KiB to 8 MiB), and so is the heap's free end (1 to 8 MiB).
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, min(max(budget_bytes // 256, MEBIBYTE // 4), MEBIBYTE))
+        libc.mallopt(_M_MMAP_THRESHOLD, min(max(budget_bytes // 64, MEBIBYTE // 4), 8 * MEBIBYTE))
         libc.mallopt(_M_TRIM_THRESHOLD, trim_threshold(budget_bytes))
 
 
