@@ -37,12 +37,12 @@ METHODS = {
     "exact": {"method": "exact", "epochs": 2, "cuts": "1,2", "train_limit": 250},
     "recovery": {"epochs": 1, "recovery_epochs": 2, "cuts": "1,2", "kappa": 1.0, "train_limit": 150},
 }
-OPTIONS = {**METHODS[sys.argv[1]], "optimizer": "adamw", "commit_every": 0.0, "device": "cpu"}  # commits after every batch
+COMMON = {"optimizer": "adamw", "commit_every": 0.0, "device": "cpu"}  # commits after every batch
 
 
 def train(path: Path, resume: bool) -> None:
     """The run that is killed."""
-    trainer.fit("mlp:64-32-32-10", "digits", max_gpu_mem="100MB", workdir=path, resume=resume, **OPTIONS)
+    trainer.fit("mlp:64-32-32-10", "digits", max_gpu_mem="100MB", workdir=path, resume=resume, **METHODS[sys.argv[1]], **COMMON)
 
 
 def in_child(work: Callable[[], None], kill_after: float | None = None) -> int:
