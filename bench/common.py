@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -203,6 +206,17 @@ def step_means(lines: Sequence[dict[str, Any]], skip: int) -> dict[str, float]:
 def last_json(text: str) -> Any:
     """What a process printed as its last line; libraries print before it."""
     return json.loads(text.splitlines()[-1])
+
+
+def place_text(given: Path | None, folder: Path, seed: int) -> tuple[Path, str]:
+    """A copy of a text to train on, under a name that is the same everywhere, and what it is in words."""
+    text, words = find_text(given)
+    copy = folder / "text"
+    if text is not None:
+        shutil.copyfile(text, copy)
+    else:
+        copy.write_bytes(np.random.Generator(np.random.Philox(seed)).bytes(1_000_000))
+    return copy, words
 
 
 def find_text(given: Path | None) -> tuple[Path | None, str]:

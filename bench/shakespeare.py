@@ -12,14 +12,13 @@ The text is $LOWMEM_PNN_DATA/tinyshakespeare.txt where there is one, else random
 import argparse
 import json
 import math
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import StepMeter, find_text, fit, last_json, markdown_table, run_process, write_results
+from common import StepMeter, fit, last_json, markdown_table, place_text, run_process, write_results
 
 CONTEXT = 128
 MODEL = f"gpt:layers=16,width=512,heads=8,context={CONTEXT}"
@@ -115,12 +114,7 @@ def main() -> None:
     if arguments.quick:
         arguments.steps = QUICK_STEPS
     with tempfile.TemporaryDirectory() as name:
-        text, words = find_text(arguments.text)
-        copy = Path(name) / "text"
-        if text is not None:
-            shutil.copyfile(text, copy)
-        else:
-            copy.write_bytes(np.random.Generator(np.random.Philox(SEED)).bytes(1_000_000))
+        copy, words = place_text(arguments.text, Path(name), SEED)
         given = settings(arguments.steps, copy).items()
         options = [part for name_, value in given for part in (f"--{name_.replace('_', '-')}", str(value))]
         own, lines, process = fit(Path(name) / "run", "--method", "exact", "--max-gpu-mem", arguments.budget, *options)

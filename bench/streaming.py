@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import statistics
 import sys
 import tempfile
@@ -24,8 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from common import RESULTS, StepMeter, find_text, fit, last_json, markdown_table, run_process, step_means, write_results
+from common import RESULTS, StepMeter, fit, last_json, markdown_table, place_text, run_process, step_means, write_results
 
 CONTEXT = 512
 MODEL = f"gpt:layers=12,width=768,heads=12,context={CONTEXT}"
@@ -160,12 +158,7 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     points, rows = [], []
     with tempfile.TemporaryDirectory() as name:
-        text, words = find_text(arguments.text)
-        copy = Path(name) / "text"
-        if text is not None:
-            shutil.copyfile(text, copy)
-        else:
-            copy.write_bytes(np.random.Generator(np.random.Philox(SEED)).bytes(1_000_000))
+        copy, words = place_text(arguments.text, Path(name), SEED)
         for tokens in sizes:
             mine, theirs = [], []
             for _ in range(arguments.rounds):

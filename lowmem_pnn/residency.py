@@ -159,7 +159,7 @@ class Residency:
         """
         for layer in self.layers:
             for alias, tensor in layer.buffers().items():
-                name = self._owner.get(alias, alias)
+                name = self.name_of(alias)
                 own = self._buffers[name]
                 if tensor is own:
                     continue
@@ -224,7 +224,7 @@ class Residency:
         for layer in self.layers:
             for kind, tensors in (("parameter", layer.parameters()), ("buffer", layer.buffers())):
                 for alias, tensor in tensors.items():
-                    name = self._owner.get(alias, alias)
+                    name = self.name_of(alias)
                     if name not in seen:
                         seen.add(name)
                         yield kind, name, tensor
@@ -232,6 +232,6 @@ class Residency:
     def _attach(self, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
         for layer in self.layers:
             for alias in layer.parameters():
-                layer.set_tensor(alias, parameters[self._owner.get(alias, alias)])
+                layer.set_tensor(alias, parameters[self.name_of(alias)])
             for alias in layer.buffers():
-                layer.set_tensor(alias, buffers[self._owner.get(alias, alias)])
+                layer.set_tensor(alias, buffers[self.name_of(alias)])

@@ -1,10 +1,9 @@
 """The optimizer's step of a partition whose state is not resident: a layer at a time, its state read before and written after.
 
-disk --exp_avg, exp_avg_sq--> [ one layer's state ] --step--> disk
-[ its weights and gradients ]
+disk --exp_avg, exp_avg_sq--> [ one layer's state, weights and gradients ] --step--> disk
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -78,17 +77,3 @@ def step(
     optimizer.step()
     for parameter in parameters.values():
         parameter.grad = None
-
-
-def clip_factor(norms: Sequence[Tensor], max_norm: float) -> Tensor:
-    """What gradients are multiplied with, as `torch.nn.utils.clip_grad_norm_` does it, bit for bit.
-
-    Args:
-        norms: of each parameter's gradient, scalars, in the model's order.
-        max_norm: of all gradients together.
-
-    Returns:
-        The factor, at most 1.
-    """
-    total = torch.linalg.vector_norm(torch.stack(list(norms)))
-    return torch.clamp(max_norm / (total + 1e-6), max=1.0)

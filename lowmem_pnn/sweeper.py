@@ -27,7 +27,7 @@ from lowmem_pnn.methods import Objective, Sweep, Visit
 from lowmem_pnn.passes import backward_from_loss, forward, place_aligned
 from lowmem_pnn.plans import Plan
 from lowmem_pnn.residency import Residency
-from lowmem_pnn.stepping import clip_factor, state_keys, step, step_groups, take_state
+from lowmem_pnn.stepping import state_keys, step, step_groups, take_state
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.naming import state_key, weight_key
 from lowmem_pnn.stores.tensorfile import TensorFile
@@ -48,7 +48,7 @@ class _Work:
         parts: its micro-batches.
         loss: so far.
         norms: of gradients that are kept for a step, by parameter.
-        clip_factor: what these are multiplied with.
+        total_norm: of all of them together, once the first is applied.
     """
 
     tensors: tuple[Tensor, ...]
@@ -57,7 +57,7 @@ class _Work:
     parts: tuple[slice, ...]
     loss: float = 0.0
     norms: dict[str, Tensor] = field(default_factory=dict)
-    clip_factor: Tensor | None = None
+    total_norm: Tensor | None = None
 
 
 class Sweeper:
@@ -101,6 +101,9 @@ class Sweeper:
             for number, part in enumerate(plan.partitions)
         ]
         self._groups = [step_groups(residency) for residency in self._residencies]
+        # Names in weight files, which do not change: of a partition's tensors, and of the optimizer's state of each group.
+        self._tensor_keys = [residency.keys() for residency in self._residencies]
+        self._state_keys = [self._keys_of_state(number) for number in range(len(plan.partitions))]
         self._active: int | None = None
         io, seed = IoSizes.of_budget(device.budget_bytes), workload.config.seed
         self._supply = Supply(weights, device, threads, io.stream_bytes, self._largest_state(weights))
@@ -173,7 +176,7 @@ class Sweeper:
                 self._crossing.put_gradients(number + 1, part_number, gradients)
         visit = Visit("backpropagate", number, "train", learns=True, hands_back=number > 0)
         try:
-            with self._supply.batch(self._residencies[number].keys()):
+            with self._supply.batch(self._tensor_keys[number]):
                 self._backward(visit, work)
         finally:
             self.close()
@@ -253,17 +256,19 @@ class Sweeper:
     def _step_kept(self, visit: Visit, work: _Work) -> None:
         """Apply kept gradients; the partition need not be resident."""
         self._leave()
-        if work.clip_factor is None:
-            limit = self._workload.config.clip_norm
-            assert limit is not None, "gradients are kept to be clipped"
+        limit = self._workload.config.clip_norm
+        assert limit is not None, "gradients are kept to be clipped"
+        if work.total_norm is None:
+            # The norm of the norms, as `clip_grad_norm_` has it.
             norms = [norm for _, norm in sorted(work.norms.items(), key=lambda item: self._order[item[0]])]
-            work.clip_factor = clip_factor(norms, limit)
+            work.total_norm = nn.utils.get_total_norm(norms)
         with self._supply.writing(visit.partition) as (file, _):
             for names in self._groups[visit.partition]:
                 parameters = {}
                 for name in names:
                     parameters[name] = nn.Parameter(self._device.place(self._supply.take()))
-                    parameters[name].grad = self._crossing.pop_whole(name).mul_(work.clip_factor)
+                    parameters[name].grad = self._crossing.pop_whole(name)
+                nn.utils.clip_grads_with_norm_(parameters.values(), limit, work.total_norm)
                 self._step(visit.partition, parameters, work, file)
 
     # Their parts.
@@ -273,7 +278,7 @@ class Sweeper:
         if self._active != visit.partition:
             self._leave()
             self._active = visit.partition
-            self._supply.expect(residency.keys())
+            self._supply.expect(self._tensor_keys[visit.partition])
             residency.fill(self._supply.take)
         for layer in residency.layers:
             layer.module.train(visit.learns)
@@ -371,23 +376,23 @@ class Sweeper:
             if is_step:
                 resident = None
             elif resident != number:
-                yield from self._residencies[number].keys()
+                yield from self._tensor_keys[number]
                 resident = number
             if is_step or (visit.action == "backpropagate" and visit.learns and not visit.keeps_gradients):
-                for names in self._groups[number]:
+                for names, keys in zip(self._groups[number], self._state_keys[number], strict=True):
                     if is_step:
                         yield from map(weight_key, names)
                     if not self._forgets_state(step):
-                        yield from self._state_keys(number, names)
+                        yield from keys
 
-    def _state_keys(self, partition: int, names: tuple[str, ...]) -> list[str]:
-        meta = self._residencies[partition].shapes()
-        return state_keys(self._workload.optimizer(partition), {name: meta[name] for name in names})
+    def _keys_of_state(self, partition: int) -> list[list[str]]:
+        meta, spec = self._residencies[partition].shapes(), self._workload.optimizer(partition)
+        return [state_keys(spec, {name: meta[name] for name in names}) for names in self._groups[partition]]
 
     def _largest_state(self, weights: WeightStore) -> int:
         """Bytes of the largest optimizer state of a layer."""
-        learning = ((number, names) for number in self._sweep.learners for names in self._groups[number])
-        return max((sum(map(weights.nbytes, self._state_keys(number, names))) for number, names in learning), default=0)
+        states = (keys for number in self._sweep.learners for keys in self._state_keys[number])
+        return max((sum(map(weights.nbytes, keys)) for keys in states), default=0)
 
     def _forgets_state(self, step: int) -> bool:
         return self._sweep.fresh_state and step == 0

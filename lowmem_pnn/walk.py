@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from lowmem_pnn.executor import Progress, Stage, Tally, too_few
 from lowmem_pnn.feeds import Batch, DatasetFeed, Feed
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.methods.base import Split, evaluation
-from lowmem_pnn.run import Run, nothing_changed
+from lowmem_pnn.run import Run, Save, nothing_changed
 from lowmem_pnn.sweeper import Sweeper
 from lowmem_pnn.units import format_bytes
 
@@ -43,23 +44,22 @@ def train(run: Run) -> None:
         if stage is not None and (isinstance(item, Sweep) or stage.number != item.partition):
             stage.residency.unload()
             stage = None
+        save: Save = nothing_changed
         if isinstance(item, Sweep):
-            changed: Sequence[int] = item.learners
             _sweep(run, item)
+            save = partial(_learners, item)
         else:
             learns = item.action == "learn"
-            changed = (item.partition,) if learns else ()
             run.begin_record(item.partition)
             if stage is None:
                 stage = run.stage(item.partition, learns=learns, total_steps=_steps(run, item))
             _learn(run, item, stage) if learns else _emit(run, item, stage)
             run.end_record()
+            if learns:
+                save = partial(run.save, stage)
         state.visit += 1
         state.progress = Progress()
-        if isinstance(item, Sweep):
-            run.commit(lambda changed=changed: changed)  # type: ignore[misc]
-        else:
-            run.commit((lambda stage=stage: run.save(stage)) if changed else nothing_changed)  # type: ignore[misc]
+        run.commit(save)
         if state.visit < len(program):
             run.stop_if_asked()
     if stage is not None:
@@ -108,8 +108,7 @@ def _learn(run: Run, visit: Visit, stage: Stage) -> None:
         return
     steps = math.ceil(len(run.workload.splits["train"]) / stage.batch_size)
 
-    def save() -> Sequence[int]:
-        return run.save(stage)
+    save = partial(run.save, stage)
 
     def after_batch(loss: float | None) -> None:
         run.after_batch(stage.title)
@@ -251,6 +250,11 @@ def _go_back(run: Run) -> None:
     run.state.sweep_micro_batch = half = max(smallest, size // 2)
     run.state.oom_retries += 1
     run.display.message(f"out of memory; going on from the last commit with a micro-batch of {half}")
+
+
+def _learners(sweep: Sweep) -> Sequence[int]:
+    """What a sweep that is over has changed: all of it is in the working files."""
+    return sweep.learners
 
 
 def _save_swept(sweeper: Sweeper, sweep: Sweep) -> Sequence[int]:

@@ -1,12 +1,11 @@
 """Exact training: whatever the cuts, the optimizer and the micro-batches, the bits are those of a loop in plain PyTorch."""
 
 import functools
-import gc
 import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,7 @@ from lowmem_pnn.schedules import factor
 from lowmem_pnn.sources.gpt import GPT, GptShape, make_gpt
 from lowmem_pnn.stores.tensorfile import TensorFile
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _imports_are_no_garbage() -> Iterator[None]:
-    # Every run collects garbage before it takes its floor; looking through all that is imported would be a third of these tests.
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
 
 # Networks.

@@ -1,7 +1,6 @@
 """Recovery: after `pnn` some partitions learn on through the others, as in a plain loop over a model that is frozen in part."""
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,7 @@ from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.progress import Display
 from lowmem_pnn.report import Result
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _imports_are_no_garbage() -> Iterator[None]:
-    # Every run collects garbage before it takes its floor; looking through all that is imported would be a third of these tests.
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
 
 # Cuts by layer, and the modules that they stand before.
