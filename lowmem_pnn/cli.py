@@ -18,20 +18,25 @@ from lowmem_pnn import __version__
 from lowmem_pnn.config import FitConfig, flag
 from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
 from lowmem_pnn.options import configure, next_workdir
+from lowmem_pnn.ranks import Rank
 from lowmem_pnn.supervisor import STOP_SIGNALS, is_worker, supervise
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 # What an option's value is called in the help.
 _METAVARS = {
-    "max_gpu_mem": "SIZE", "max_host_mem": "SIZE", "max_disk": "SIZE", "model_arg": "KEY=VALUE", "data_root": "DIR", "cuts": "LAYER,...",
-    "epochs": "N,...", "batch_size": "N,...", "lr": "X,...", "kappa": "X,...", "model": "NAME", "data": "NAME", "device": "NAME",
-    "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N", "train_limit": "N", "test_limit": "N",
-    "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS", "method": "pnn|exact|backprop",
-    "optimizer": "sgd|adam|adamw", "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle",
-    "warmup_steps": "N", "clip_norm": "X", "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "recover": "N,...|all",
-    "log_every": "N",
+    "max_gpu_mem": "SIZE", "max_host_mem": "SIZE", "max_disk": "SIZE", "model_arg": "KEY=VALUE", "data_root": "DIR",
+    "cuts": "LAYER,...", "epochs": "N,...", "batch_size": "N,...", "lr": "X,...", "shuffle": "yes|no,...", "kappa": "X,...",
+    "model": "NAME", "data": "NAME", "device": "NAME", "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
+    "train_limit": "N", "test_limit": "N", "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS",
+    "method": "pnn|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal", "sil_target": "full|pooled",
+    "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
+    "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "recover": "N,...|all", "log_every": "N",
 }  # fmt: skip
+
+
+# Options without a value: their names, and what the help says of the default.
+_SWITCHES = {"fused": ("--fused/--no-fused", " [default: fused]"), "parallel_sil": ("--parallel-sil", "")}
 
 
 def _config_options(command: _Command) -> _Command:
@@ -39,8 +44,9 @@ def _config_options(command: _Command) -> _Command:
     for field in reversed(dataclasses.fields(FitConfig)):
         info: Any = field.default  # pydantic's, with description and default
         text = info.description
-        if field.name == "fused":
-            command = click.option("--fused/--no-fused", default=None, help=f"{text} [default: fused]")(command)
+        if field.name in _SWITCHES:
+            names, default = _SWITCHES[field.name]
+            command = click.option(names, field.name, is_flag=True, default=None, help=text + default)(command)
             continue
         if (default := _default_text(info.get_default(call_default_factory=True))) and not info.is_required():
             text += f" [default: {default}]"
@@ -56,7 +62,9 @@ def _config_options(command: _Command) -> _Command:
 
 def _default_text(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(f"{part:g}" for part in value)
+        return ",".join(map(_default_text, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if value is None or value == {}:
         return ""
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -110,12 +118,15 @@ def fit(
 
     With neither --model nor --data: a multilayer perceptron with 2.16 GB of training state, on scikit-learn's digits.
     """
-    config, chosen = None, workdir
+    config, rank = None, Rank.of_environment()
     if resume:
-        chosen = _check_resume(workdir, overwrite, given)
+        chosen = rank.folder(_check_resume(workdir, overwrite, given))
     else:
         config = configure(**_given(given))
-        chosen = workdir or next_workdir(config)
+        rank.check(config)
+        if workdir is None and not rank.is_alone:
+            raise ConfigError("the processes of torchrun need a folder that they agree on; give --workdir DIR")
+        chosen = rank.folder(workdir or next_workdir(config))
     if not is_worker():
         arguments = sys.argv[1:] if workdir is not None else [*sys.argv[1:], "--workdir", str(chosen)]
         raise SystemExit(supervise(arguments, chosen))
@@ -127,10 +138,11 @@ def fit(
 
         display = Display() if quiet else TerminalDisplay(Console(stderr=True))
         if config is None:
-            result = resume_run(chosen, display=display, should_stop=should_stop, after_crash=after_crash)
+            result = resume_run(chosen, display=display, should_stop=should_stop, after_crash=after_crash, rank=rank)
         else:
-            result = start_run(config, chosen, overwrite=overwrite, display=display, should_stop=should_stop)
-    click.echo(result.to_json() if as_json else str(result))
+            result = start_run(config, chosen, overwrite=overwrite, display=display, should_stop=should_stop, rank=rank)
+    if result is not None:
+        click.echo(result.to_json() if as_json else str(result))
 
 
 @cli.command()

@@ -45,10 +45,15 @@ Size = Annotated[PositiveInt, BeforeValidator(_size)]
 Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_list), Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Flags = Annotated[tuple[bool, ...], BeforeValidator(_list), Field(min_length=1)]
+Optimizers = Annotated[tuple[Literal["sgd", "adam", "adamw"], ...], BeforeValidator(_list), Field(min_length=1)]
 Rates = Annotated[tuple[Positive, ...], BeforeValidator(_list), Field(min_length=1)]
 Layers = Annotated[tuple[str, ...] | None, BeforeValidator(_layer_names)]
 Recovering = Annotated[tuple[PositiveInt, ...] | Literal["all"] | None, BeforeValidator(_numbers_or_all)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+
+
+PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "kappa"]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -97,7 +102,7 @@ class FitConfig:
         default=None,
         description="Samples on the device at once, at most; the planner chooses the largest that fits if not given.",
     )
-    optimizer: Literal["sgd", "adam", "adamw"] = Field(default="adamw", description="Optimizer.")
+    optimizer: Optimizers = Field(default=("adamw",), description="sgd, adam or adamw, one or one per partition.")
     lr: Rates = Field(default=(1e-3,), description="Learning rate, one number or one per partition.")
     lr_schedule: Literal["constant", "cosine", "onecycle"] = Field(
         default="constant", description="How the learning rate moves over the steps."
@@ -107,6 +112,9 @@ class FitConfig:
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of sgd.")
     weight_decay: NotNegative = Field(default=0.0, description="Weight decay.")
+    shuffle: Flags = Field(
+        default=(True,), description="Whether every epoch has an order of its own: yes or no, one or one per partition."
+    )
     fused: bool = Field(
         default=True, description="Use PyTorch's fused optimizers: faster, and without temporaries; last bits differ."
     )
@@ -135,6 +143,26 @@ class FitConfig:
     kappa: Rates = Field(
         default=(10.0,), description="Scale of the synthetic intermediate labels, one number or one per boundary (pnn)."
     )
+    sil: Literal["uniform", "normal", "orthogonal"] = Field(
+        default="uniform",
+        description=(
+            "How synthetic intermediate labels are drawn, all with the mean and the deviation of kappa * U(0, 1): uniform (the "
+            "paper's), normal, or orthogonal: all classes equally far apart (pnn)."
+        ),
+    )
+    sil_target: Literal["full", "pooled"] = Field(
+        default="full",
+        description=(
+            "What is compared with them: the boundary's tensors, or their means over positions: one value a channel, or a feature (pnn)."
+        ),
+    )
+    parallel_sil: bool = Field(
+        default=False,
+        description=(
+            "Partitions learn independently of each other, from the labels of one boundary to those of the next; under torchrun side "
+            "by side, one process each (pnn)."
+        ),
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         default=0, description="Seed of the initial weights, the data order and all else that is random."
     )
@@ -156,7 +184,7 @@ class FitConfig:
     train_limit: PositiveInt | None = Field(default=None, description="Use at most this many training samples.")
     test_limit: PositiveInt | None = Field(default=None, description="Use at most this many test samples.")
 
-    def value_for(self, field: Literal["epochs", "batch_size", "lr", "kappa"], partition: int) -> Any:
+    def value_for(self, field: PerPartition, partition: int) -> Any:
         """One partition's value of a field that may have one per partition.
 
         Args:
@@ -240,6 +268,8 @@ def describe_fault(fault: Any) -> str:
         return f"{flag(name)}: {cause}"
     if name == "device":
         return f"--device {value!r} is none of auto, cpu, cuda, cuda:INDEX{suggest(str(value), ['auto', 'cpu', 'cuda'])}"
+    if fault["type"] == "bool_parsing":
+        return f"{flag(name)} {value!r} is none of yes, no"
     if fault["type"] == "too_short":
         return f"{flag(name)} {value!r} is empty; give one value, or one per partition"
     message = str(fault["msg"]).replace("Input should be", "must be").replace("Value error, ", "")

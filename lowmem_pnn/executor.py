@@ -77,6 +77,7 @@ class Stage:
         learning_rate: of a step, counted from 0.
         clip_norm: norm that the partition's gradients are scaled down to, or None.
         chunk_rows: rows for which the last layer and the loss are computed at once, or None for all.
+        shuffle: every epoch has an order of its own.
     """
 
     number: int
@@ -90,6 +91,7 @@ class Stage:
     learning_rate: Callable[[int], float]
     clip_norm: float | None = None
     chunk_rows: int | None = None
+    shuffle: bool = True
 
 
 class Executor:
@@ -134,7 +136,7 @@ class Executor:
         steps = math.ceil(feed.num_samples / stage.batch_size)
         for layer in stage.residency.layers:
             layer.module.train()
-        for batch in feed.batches(stage.batch_size, shuffle=True, epoch=progress.epoch, start=progress.batch):
+        for batch in feed.batches(stage.batch_size, shuffle=stage.shuffle, epoch=progress.epoch, start=progress.batch):
             loss = None
             if len(batch[1]) >= stage.smallest_micro_batch:  # a last batch of 1 tells BatchNorm nothing
                 step = progress.epoch * steps + progress.batch

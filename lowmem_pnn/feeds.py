@@ -6,11 +6,15 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.sources.datasets import Split
 from lowmem_pnn.stores.activations import ActivationStore
+
+# Samples that are read at once where only their labels are wanted.
+_LABELS_AT_ONCE = 64
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
 
@@ -81,6 +85,36 @@ class DatasetFeed:
         if shuffle:
             return permutation_of(self.num_samples, self._seed, self._place, epoch)
         return permutation_of(self.num_samples, self._seed, "own order") if self._mix else np.arange(self.num_samples)
+
+
+class CodesFeed:
+    """Codes of the samples' classes: any boundary that has synthetic labels.
+
+    Args:
+        split: whose labels they are.
+        codes: (classes, ...) for each tensor of the boundary, on the host.
+        seed: of the run.
+    """
+
+    def __init__(self, split: Split, codes: tuple[Tensor, ...], seed: int) -> None:
+        self._codes = codes
+        self._seed = seed
+        self.num_samples = len(split)
+        self._labels = torch.empty(self.num_samples, dtype=torch.int64)
+        for begin in range(0, self.num_samples, _LABELS_AT_ONCE):
+            numbers = np.arange(begin, min(begin + _LABELS_AT_ONCE, self.num_samples))
+            self._labels[begin : begin + len(numbers)] = split.batch(numbers)[1]
+
+    def batches(self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """See `Feed`; labels come in the order in which `DatasetFeed` has them."""
+        place = ("epoch", epoch) if shuffle else ("own order",)
+        order = permutation_of(self.num_samples, self._seed, *place)
+        for begin in range(start * batch_size, self.num_samples, batch_size):
+            labels = self._labels[torch.from_numpy(order[begin : begin + batch_size])]
+            yield tuple(codes[labels] for codes in self._codes), labels
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class ShardFeed:

@@ -12,15 +12,18 @@ from pathlib import Path
 from torch import Tensor
 
 import lowmem_pnn
+from lowmem_pnn.computation import program_macs, samples_learnt
 from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import Device
 from lowmem_pnn.errors import BudgetError, CheckpointError, DivergedError
 from lowmem_pnn.initialisation import build_weights, owners
-from lowmem_pnn.methods import Sweep
+from lowmem_pnn.joining import TRAINED, forget
+from lowmem_pnn.methods import Sweep, share_of
 from lowmem_pnn.planning import describe_partition, make_plan
 from lowmem_pnn.plans import Plan
 from lowmem_pnn.preflight import check_tightest
 from lowmem_pnn.progress import Display
+from lowmem_pnn.ranks import Rank
 from lowmem_pnn.report import Result
 from lowmem_pnn.run import Run
 from lowmem_pnn.scores import Scores
@@ -30,7 +33,7 @@ from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.rundir import RunDir, write_durably
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.streams import Threads
-from lowmem_pnn.walk import measure, train
+from lowmem_pnn.walk import measure, train, validate
 from lowmem_pnn.workload import Workload
 
 # Plans that are tried, each keeping free what the check of the one before found missing.
@@ -46,8 +49,8 @@ def go_on(
     threads: Threads,
     display: Display,
     should_stop: Callable[[], bool],
-) -> Result:
-    """From any commit to the end."""
+) -> Result | None:
+    """From any commit to the end; None where it is another rank that joins the partitions, and has the result."""
     began = time.monotonic()
     counter = IoCounter()
     folder = rundir.path / "weights"
@@ -91,6 +94,12 @@ def go_on(
     else:
         run = make_run(plan, _open_committed(rundir, state, counter))
     train(run)
+    if state.rank:
+        state.stage = TRAINED
+        run.commit()
+        run.wait()
+        display.message(f"partition {state.rank + 1} is trained; rank 0 joins it with the others")
+        return None
     return _finish(run, workload, plan, costs, device, rundir)
 
 
@@ -109,6 +118,8 @@ def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, devi
     run.state.activations = {}
     run.commit()
     run.wait()
+    if workload.method.trains_apart and not workload.config.recovery_epochs and "val" in workload.splits:
+        validate(run, "the joined model")  # no partition's own epochs could tell
     scores = score(run, workload) if "test" in workload.splits else {}
     if not all(math.isfinite(score) for score in scores.values()):
         raise DivergedError(f"the trained model's test loss is {scores['test_loss']}; try a lower --lr")
@@ -121,6 +132,7 @@ def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, devi
     run.commit()
     run.wait()
     clear(rundir)
+    forget(rundir, state.ranks)
     return result
 
 
@@ -150,6 +162,7 @@ def _make_result(
     workload: Workload, plan: Plan, costs: MemoryProfile, device: Device, state: State, scores: dict[str, float], path: Path
 ) -> Result:
     config, last = workload.config, state.records[-1]
+    program, samples = workload.method.program(len(plan.partitions), workload.training_splits), len(workload.splits["train"])
     epochs = [config.value_for("epochs", number) for number in range(len(plan.partitions))]
     partitions = []
     for number, (part, record) in enumerate(zip(plan.partitions, state.records, strict=True)):
@@ -171,7 +184,7 @@ def _make_result(
         budget_bytes=device.budget_bytes,
         budget_scope=config.budget_scope,
         floor_bytes=device.floor_bytes,
-        peak_bytes=state.peak_bytes,
+        peak_bytes=max(state.peak_bytes, *(record.peak_bytes for record in state.records)),  # of any rank
         host_peak_bytes=state.host_peak_bytes,
         predicted_peak_bytes=plan.predicted_peak_bytes,
         reserve_bytes=device.reserve_bytes,
@@ -180,7 +193,7 @@ def _make_result(
         partitions=partitions,
         epochs=epochs,
         seconds=state.seconds,
-        samples_per_second=_samples_learnt(workload, plan) / max(state.seconds, 1e-9),
+        samples_per_second=samples_learnt(program, samples) / max(state.seconds, 1e-9),
         train_loss=last.train_loss,
         val_loss=last.val_loss,
         val_accuracy=last.val_accuracy,
@@ -188,7 +201,7 @@ def _make_result(
         test_accuracy=scores.get("test_accuracy"),
         test_f1=scores.get("test_f1"),
         perplexity=scores.get("perplexity"),
-        macs=_forward_macs(workload, plan),
+        macs=program_macs(program, plan, samples),
         bytes_read=state.bytes_read,
         bytes_written=state.bytes_written,
         oom_retries=state.oom_retries,
@@ -204,31 +217,15 @@ def _make_result(
     )
 
 
-def _samples_learnt(workload: Workload, plan: Plan) -> int:
-    """Samples in all epochs of learning; those of several partitions count for each of them."""
-    samples = len(workload.splits["train"])
-    program = workload.method.program(len(plan.partitions), workload.training_splits)
-    return sum(samples * item.epochs for item in program if isinstance(item, Sweep) or item.action == "learn")
-
-
-def _forward_macs(workload: Workload, plan: Plan) -> int:
-    """Multiply-accumulates of all forward passes over training samples: epochs, outputs that are written, and recomputing."""
-    samples = len(workload.splits["train"])
-    total = 0
-    for item in workload.method.program(len(plan.partitions), workload.training_splits):
-        visits = item.visits if isinstance(item, Sweep) else (item,)
-        forwards = [visit for visit in visits if visit.split == "train" and visit.action != "step"]
-        total += samples * item.epochs * sum(plan.partitions[visit.partition].forward_macs for visit in forwards)
-    return total
-
-
-def first_state(workload: Workload, plan: Plan) -> State:
+def first_state(workload: Workload, plan: Plan, rank: Rank) -> State:
     return State(
         plan=json.loads(plan.to_json()),
         micro_batches=[part.micro_batch for part in plan.partitions],
         sweep_micro_batch=plan.sweep_micro_batch,
         records=[PartitionRecord() for _ in plan.partitions],
         data=workload.dataset.fingerprint,
+        rank=rank.number,
+        ranks=rank.of,
     )
 
 
@@ -239,13 +236,21 @@ def check_same_data(state: State, workload: Workload, path: Path) -> None:
         )
 
 
+def check_same_rank(state: State, rank: Rank, path: Path) -> None:
+    if (state.rank, state.ranks) != (rank.number, rank.of):
+        raise CheckpointError(
+            f"the run in {path} is process {state.rank + 1} of {state.ranks}, and this is {rank.number + 1} of {rank.of}; resume it "
+            + (f"by torchrun with {state.ranks} processes" if state.ranks > 1 else "without torchrun")
+        )
+
+
 def halve(state: State, workload: Workload) -> None:
     """Halve the micro-batch of the partition that was resident when the process died.
 
     Raises:
         BudgetError: it is the smallest already.
     """
-    program = workload.method.program(len(state.micro_batches), workload.training_splits)
+    program = share_of(workload.method.program(len(state.micro_batches), workload.training_splits), state.rank, state.ranks)
     smallest = state.plan["smallest_micro_batch"]
     everywhere = list(range(len(state.micro_batches)))
     item = program[state.visit] if state.visit < len(program) else None

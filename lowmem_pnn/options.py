@@ -27,11 +27,14 @@ DOWNLOADED = ("mnist", "fashion-mnist", "emnist-balanced", "cifar10", "cifar100"
 # Options that only some choice of another option reads: (option, what it needs, does this run have it?).
 _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("kappa", "--method pnn", lambda config: config.method == "pnn"),
+    ("sil", "--method pnn", lambda config: config.method == "pnn"),
+    ("sil_target", "--method pnn", lambda config: config.method == "pnn"),
+    ("parallel_sil", "--method pnn", lambda config: config.method == "pnn"),
     ("cuts", "--method pnn or exact", lambda config: config.method != "backprop"),
     ("partitions", "--method pnn or exact", lambda config: config.method != "backprop"),
     ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
     ("warmup_steps", "--lr-schedule constant or cosine", lambda config: config.lr_schedule != "onecycle"),
-    ("momentum", "--optimizer sgd", lambda config: config.optimizer == "sgd"),
+    ("momentum", "--optimizer sgd", lambda config: "sgd" in config.optimizer),
     ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
     ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
     ("data_root", "a data set that is downloaded", lambda config: config.data in DOWNLOADED),
@@ -82,9 +85,13 @@ def configure(**given: Any) -> FitConfig:
     if config.method == "exact":
         faults += [
             f"{flag(name)} has {len(getattr(config, name))} values, and --method exact trains all partitions together; give one value"
-            for name in ("epochs", "batch_size")
+            for name in ("epochs", "batch_size", "shuffle")
             if len(getattr(config, name)) > 1
         ]
+    if config.parallel_sil and config.sil_target == "pooled":
+        faults.append(
+            "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out"
+        )
     if config.cuts and config.partitions:
         faults.append("--cuts and --partitions exclude each other; give one")
     if config.micro_batch is not None and config.micro_batch > max(config.batch_size):
@@ -117,7 +124,9 @@ def check_lengths(config: FitConfig, num_partitions: int) -> None:
     for name, wanted in (
         ("epochs", num_partitions),
         ("batch_size", num_partitions),
+        ("optimizer", num_partitions),
         ("lr", num_partitions),
+        ("shuffle", num_partitions),
         ("kappa", num_partitions - 1),
     ):
         found = len(getattr(config, name))

@@ -220,6 +220,9 @@ def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int
     if boundary == 0:
         # And the epoch's order, while it is made.
         return batches + 24 * max(len(split) for split in workload.splits.values())
+    if workload.method.trains_apart:
+        codes = workload.dataset.num_classes * sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary])
+        return batches + codes + 32 * len(workload.splits["train"])  # labels, and the epoch's order while it is made
     # The validation set's window is open while the training set's stays in memory for the next epoch.
     train = min(io.window_bytes, len(workload.splits["train"]) * sample)
     val = min(io.window_bytes // 2, len(workload.splits["val"]) * sample) if "val" in workload.splits else 0
@@ -242,7 +245,8 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     sizes = {name: len(split) for name, split in workload.splits.items()}
     # Stores of activations hold training and validation samples; where training is by sweeps, only what the model is measured on.
     measured = max((sizes[name] for name in ("val", "test") if name in sizes), default=0)
-    samples = measured if workload.method.sweeps else sum(sizes[name] for name in workload.training_splits)
+    streams = workload.method.sweeps or workload.method.trains_apart
+    samples = measured if streams else sum(sizes[name] for name in workload.training_splits)
     working = max(stored) + samples * (two + 16 * workload.rows_per_sample)
     if plan.sweep_micro_batch:
         gradients = sum(layer.gradient_bytes for layer in profile.layers) if config.clip_norm is not None else 0

@@ -74,7 +74,8 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, costs: MemoryProfil
     Raises:
         CaptureError: the model raises on real tensors.
     """
-    number = max(range(len(plan.partitions)), key=lambda number: plan.partitions[number].predicted_peak_bytes)
+    numbers = range(len(plan.partitions)) if run.state.ranks == 1 else [run.state.rank]
+    number = max(numbers, key=lambda number: plan.partitions[number].predicted_peak_bytes)
     planned = plan.partitions[number]
     size = min(planned.batch, 2 * planned.micro_batch)
     specs = workload.chain.boundaries[planned.start]

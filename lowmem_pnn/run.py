@@ -10,10 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lowmem_pnn.computation import macs_until
 from lowmem_pnn.device import Device
 from lowmem_pnn.errors import BudgetError, DiskError, DivergedError, Stopped
 from lowmem_pnn.executor import Executor, Stage
-from lowmem_pnn.feeds import DatasetFeed, Feed, ShardFeed
+from lowmem_pnn.feeds import CodesFeed, DatasetFeed, Feed, ShardFeed
+from lowmem_pnn.methods import Sweep, SyntheticLabels, share_of
 from lowmem_pnn.methods.base import Split
 from lowmem_pnn.plans import Plan
 from lowmem_pnn.progress import Display
@@ -77,6 +81,8 @@ class Run:
         self.threads = threads
         self.counter = counter
         self.display = display
+        program = workload.method.program(len(plan.partitions), workload.training_splits)
+        self.program = share_of(program, state.rank, state.ranks)
         self.executor = Executor(device, workload.config.seed, self._note_shrink)
         self._should_stop = should_stop
         self._io = IoSizes.of_budget(workload.config.max_gpu_mem)
@@ -195,9 +201,16 @@ class Run:
         state.host_peak_bytes = max(host_peak, self.device.host_peak_bytes)
 
     def totals(self) -> dict[str, Any]:
-        """Bytes and seconds so far, over all processes of the run: for `metrics.jsonl`."""
+        """Computation, bytes and seconds so far, over all processes of the run: for `metrics.jsonl`."""
         seconds, read, written, _, _ = self._earlier
+        state, samples = self.state, len(self.workload.splits["train"])
+        done = 0
+        if state.visit < len(self.program):
+            item = self.program[state.visit]
+            batch = item.batch_size if isinstance(item, Sweep) else self.plan.partitions[item.partition].batch
+            done = min(samples, state.progress.batch * batch)
         return {
+            "macs": macs_until(self.program, self.plan, samples, state.visit, state.progress.epoch, done),
             "bytes_read": read + self.counter.bytes_read,
             "bytes_written": written + self.counter.bytes_written,
             "seconds": seconds + time.monotonic() - self._began,
@@ -255,6 +268,7 @@ class Run:
             learning_rate=lambda step: workload.learning_rate(partition, step, total_steps),
             clip_norm=workload.config.clip_norm,
             chunk_rows=self.plan.loss_chunk,
+            shuffle=workload.config.value_for("shuffle", partition),
         )
         try:
             self.executor.prepare(stage)
@@ -294,6 +308,18 @@ class Run:
             feed = ShardFeed(ActivationStore.open(folder, counter=self.counter), seed, pool, window)
         stack.callback(feed.close)
         return feed
+
+    def feed_of_codes(self, partition: int) -> Feed:
+        """The synthetic labels of the boundary before a partition as its training samples.
+
+        Args:
+            partition: not the first.
+        """
+        workload = self.workload
+        objective = workload.objective(self.plan, partition - 1)
+        assert isinstance(objective, SyntheticLabels)
+        objective.prepare(torch.device("cpu"))
+        return CodesFeed(workload.splits["train"], objective.codes, workload.config.seed)
 
     def write(self, stage: Stage, feed: Feed, folder: Path, *, may_stop: bool = True) -> None:
         """Send a feed through a stage, into a new store.

@@ -35,7 +35,7 @@ class State:
         sweep_micro_batch: of all partitions in sweeps, likewise.
         data: the data set's fingerprint.
         number: of the commit.
-        stage: `born`, `training` or `done`.
+        stage: `born`, `training` or `done`; `trained` where the first rank has yet to take the partition over.
         visit: position in the method's program.
         progress: within it.
         weights: the weight store's committed files.
@@ -44,6 +44,8 @@ class State:
         check: prediction and measurement before training.
         seconds: so far, over all processes of the run; as are the bytes, the peaks and the counts that follow.
         metrics_bytes: length of `metrics.jsonl`.
+        rank: which of several processes this is, each training one partition; the first joins them.
+        ranks: how many they are.
     """
 
     plan: dict[str, Any]
@@ -66,6 +68,8 @@ class State:
     oom_retries: int = 0
     resumed: int = 0
     metrics_bytes: int = 0
+    rank: int = 0
+    ranks: int = 1
 
     @classmethod
     def from_journal(cls, body: dict[str, Any]) -> "State":

@@ -17,12 +17,14 @@ from lowmem_pnn.config import FitConfig
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.initialisation import build_weights
-from lowmem_pnn.lifecycle import check_same_data, clear, first_state, go_on, halve, score
+from lowmem_pnn.joining import TRAINED
+from lowmem_pnn.lifecycle import check_same_data, check_same_rank, clear, first_state, go_on, halve, score
 from lowmem_pnn.options import check_device, check_same, configure, next_workdir, run_name
 from lowmem_pnn.planning import check_disk, describe_plan, make_plan
 from lowmem_pnn.plans import Plan
 from lowmem_pnn.profiler import profile
 from lowmem_pnn.progress import Display
+from lowmem_pnn.ranks import ALONE, Rank
 from lowmem_pnn.report import PlanReport, Result
 from lowmem_pnn.run import Run
 from lowmem_pnn.sources.datasets import Dataset, find_dataset, from_torch, make_dataset
@@ -85,7 +87,9 @@ def fit(
     config = configure(max_gpu_mem=max_gpu_mem, **names, **options)
     path = Path(workdir) if workdir is not None else next_workdir(config)
     sources = _python_sources(config, model, train, val, test)
-    return _train(config, path, sources, resume=resume, overwrite=overwrite, display=display or Display())
+    result = _train(config, path, sources, resume=resume, overwrite=overwrite, display=display or Display())
+    assert result is not None, "one process trains all partitions"
+    return result
 
 
 def plan(model: _Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, **options: Any) -> PlanReport:
@@ -151,8 +155,9 @@ def start_run(
     overwrite: bool = False,
     display: Display | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Result:
-    """Begin a run whose model and data have names."""
+    rank: Rank = ALONE,
+) -> Result | None:
+    """Begin a run whose model and data have names; None where another rank has the result."""
     return _train(
         config,
         workdir,
@@ -160,6 +165,7 @@ def start_run(
         overwrite=overwrite,
         display=display or Display(),
         should_stop=should_stop,
+        rank=rank,
     )
 
 
@@ -169,14 +175,16 @@ def resume_run(
     display: Display | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     after_crash: bool = False,
-) -> Result:
-    """Go on with a run from its last commit.
+    rank: Rank = ALONE,
+) -> Result | None:
+    """Go on with a run from its last commit; None where another rank has the result.
 
     Args:
         workdir: its folder.
         display: is told of the run's progress.
         should_stop: asked after every batch.
         after_crash: the last process died at the wall: halve the micro-batch of the partition that was resident.
+        rank: which of several processes this is.
     """
     with RunDir.open(workdir) as rundir:
         config = FitConfig.from_json(rundir.config_json())
@@ -190,6 +198,7 @@ def resume_run(
         display=display or Display(),
         should_stop=should_stop,
         after_crash=after_crash,
+        rank=rank,
     )
 
 
@@ -211,14 +220,16 @@ def _train(
     display: Display,
     should_stop: Callable[[], bool] = lambda: False,
     after_crash: bool = False,
-) -> Result:
+    rank: Rank = ALONE,
+) -> Result | None:
+    rank.check(config)
     allow_many_files()
     # The caller's random state stays his.
     with torch.random.fork_rng(devices=[]), _full_is_a_budget_error(), _threads() as threads, _closing(display):
         # What has to be there before the floor is taken: imports, open data, threads.
         opened = sources()
         _rehearse()
-        with _open_device(config) as device:
+        with _open_device(config, rank) as device:
             workload = make_workload(config, *opened)
             costs = profile_workload(workload, device)
             if resume:
@@ -227,6 +238,9 @@ def _train(
                     check_same(config, FitConfig.from_json(rundir.config_json()), path)
                     state = State.from_journal(rundir.journal())
                     check_same_data(state, workload, path)
+                    check_same_rank(state, rank, path)
+                    if state.stage == TRAINED:
+                        return None
                     if state.stage == "done":
                         clear(rundir)
                         return _read_result(path)
@@ -239,7 +253,7 @@ def _train(
                     return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
             planned = make_plan(workload, costs, device)
             check_disk(workload, planned, costs)
-            state = first_state(workload, planned)
+            state = first_state(workload, planned, rank)
             with RunDir.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
                 return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
 
@@ -310,10 +324,10 @@ def _name_of(model: _Model) -> str:
     return f"python:{model.__class__.__name__ if isinstance(model, nn.Module) else getattr(model, '__name__', 'factory')}"
 
 
-def _open_device(config: FitConfig) -> Device:
+def _open_device(config: FitConfig, rank: Rank = ALONE) -> Device:
     kind, _, index = config.device.partition(":")
     if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
-        return CudaDevice(config.max_gpu_mem, int(index or 0), config.budget_scope)
+        return CudaDevice(config.max_gpu_mem, int(index or rank.local), config.budget_scope)
     check_device(config, on_cpu=True, memory_bytes=psutil.virtual_memory().total)
     return CpuDevice(config.max_gpu_mem)
 

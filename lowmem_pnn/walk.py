@@ -16,6 +16,7 @@ from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.errors import BudgetError, DivergedError
 from lowmem_pnn.executor import Progress, Stage, Tally, too_few
 from lowmem_pnn.feeds import Batch, DatasetFeed, Feed
+from lowmem_pnn.joining import join
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.methods.base import Split, evaluation
 from lowmem_pnn.run import Run, Save, nothing_changed
@@ -37,17 +38,19 @@ def train(run: Run) -> None:
         BudgetError: not even the smallest micro-batch fits.
     """
     state = run.state
-    program = run.workload.method.program(len(run.plan.partitions), run.workload.training_splits)
+    program = run.program
     stage: Stage | None = None
     while state.visit < len(program):
         item = program[state.visit]
-        if stage is not None and (isinstance(item, Sweep) or stage.number != item.partition):
+        if stage is not None and (isinstance(item, Sweep) or item.action == "join" or stage.number != item.partition):
             stage.residency.unload()
             stage = None
         save: Save = nothing_changed
         if isinstance(item, Sweep):
             _sweep(run, item)
             save = partial(_learners, item)
+        elif item.action == "join":
+            save = partial(join, run)
         else:
             learns = item.action == "learn"
             run.begin_record(item.partition)
@@ -118,8 +121,12 @@ def _learn(run: Run, visit: Visit, stage: Stage) -> None:
             run.maybe_commit(save)
 
     with ExitStack() as stack:
-        feed = run.feed(stack, visit.partition, "train", _folder(run, "train"))
-        val = run.feed(stack, visit.partition, "val", _folder(run, "val")) if "val" in run.workload.splits else None
+        if visit.from_codes:
+            # What it would be measured on are the very codes that it learns from.
+            feed, val = run.feed_of_codes(visit.partition), None
+        else:
+            feed = run.feed(stack, visit.partition, "train", _folder(run, "train"))
+            val = run.feed(stack, visit.partition, "val", _folder(run, "val")) if "val" in run.workload.splits else None
         while progress.epoch < visit.epochs:
             began, done = time.monotonic(), progress.tally.num_samples
             run.display.start_epoch(stage.title, progress.epoch, visit.epochs, feed.num_samples, done)
@@ -143,6 +150,10 @@ def _emit(run: Run, visit: Visit, stage: Stage) -> None:
         run.display.start_emit(stage.title, visit.split, feed.num_samples)
         run.write(stage, feed, folder)
     run.state.activations[visit.split] = folder.name
+    run.state.progress.epoch = 1
+    run.rundir.log(
+        {"visit": run.state.visit, "action": visit.action, "partition": visit.partition, "split": visit.split, **run.totals()}
+    )
 
 
 def _sweep(run: Run, sweep: Sweep) -> None:
@@ -181,9 +192,7 @@ def _sweep(run: Run, sweep: Sweep) -> None:
             sweeper.settle()
             if "val" in workload.splits:
                 sweeper.rest()
-                measured = _validate(run)
-                _check_validation(measured, f"epoch {progress.epoch}")
-                record.val_loss, record.val_accuracy = measured.loss, measured.accuracy
+                validate(run, f"epoch {progress.epoch}")
             _log_epoch(run, sweep, last, run.state.sweep_micro_batch, speed)
             if progress.epoch < sweep.epochs:
                 run.maybe_commit(lambda: _save_swept(sweeper, sweep))
@@ -193,7 +202,7 @@ def _sweep_epoch(run: Run, sweep: Sweep, sweeper: Sweeper, feed: Feed, steps: in
     """The rest of an epoch; False if a batch did not fit, after which weights are no commit's."""
     progress, smallest = run.state.progress, run.plan.smallest_micro_batch
     last = len(run.plan.partitions) - 1
-    for batch in feed.batches(sweep.batch_size, shuffle=True, epoch=progress.epoch, start=progress.batch):
+    for batch in feed.batches(sweep.batch_size, shuffle=sweep.shuffle, epoch=progress.epoch, start=progress.batch):
         step, loss = progress.epoch * steps + progress.batch, None
         if len(batch[1]) >= smallest:  # a last batch of 1 tells BatchNorm nothing
             loss = _unless_full(sweeper, batch, step, run.state.sweep_micro_batch)
@@ -262,8 +271,16 @@ def _save_swept(sweeper: Sweeper, sweep: Sweep) -> Sequence[int]:
     return sweep.learners
 
 
-def _validate(run: Run) -> Tally:
-    """Loss and accuracy of the whole model on the validation split."""
+def validate(run: Run, where: str) -> None:
+    """Measure the whole model on the validation split, into the last partition's record.
+
+    Args:
+        run: with no partition resident.
+        where: for the message of what it raises.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
     tally = Tally()
     objective = run.workload.objective(run.plan, len(run.plan.partitions) - 1)
     objective.prepare(run.device.torch_device)
@@ -273,7 +290,9 @@ def _validate(run: Run) -> Tally:
         return float(objective.loss(outputs, labels)), labels.numel(), objective.num_correct(outputs, labels)
 
     measure(run, "val", work, lambda counts: tally.add(*counts), may_stop=False)
-    return tally
+    _check_validation(tally, where)
+    record = run.state.records[-1]
+    record.val_loss, record.val_accuracy = tally.loss, tally.accuracy
 
 
 def _check_validation(measured: Tally, where: str) -> None:

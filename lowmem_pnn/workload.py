@@ -83,7 +83,11 @@ class Workload:
         """A partition's optimizer."""
         config = self.config
         return OptimizerSpec(
-            config.optimizer, config.value_for("lr", partition), config.momentum, config.weight_decay, config.fused
+            config.value_for("optimizer", partition),
+            config.value_for("lr", partition),
+            config.momentum,
+            config.weight_decay,
+            config.fused,
         )
 
     def learning_rate(self, partition: int, step: int, total_steps: int) -> float:
@@ -200,12 +204,16 @@ def _check_input(source: ModelSource, dataset: Dataset, model: nn.Module) -> Non
 
 
 def profile_workload(workload: Workload, device: Device) -> MemoryProfile:
-    """What each layer needs, by fake tensors: nothing is allocated."""
-    optimizer = workload.optimizer(0)
+    """What each layer needs, by fake tensors: nothing is allocated. Of several optimizers the largest is counted for all."""
+    config = workload.config
+    optimizers = [
+        OptimizerSpec(name, momentum=config.momentum, weight_decay=config.weight_decay, fused=config.fused)
+        for name in config.optimizer
+    ]
     return profile(
         workload.chain,
-        optimizer_state_tensors=len(optimizer.state_names),
-        step_temporaries=optimizer.step_temporaries,
+        optimizer_state_tensors=max(len(optimizer.state_names) for optimizer in optimizers),
+        step_temporaries=max(optimizer.step_temporaries for optimizer in optimizers),
         device=device.torch_device,
         parts_ties=workload.method.sweeps,
     )

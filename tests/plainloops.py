@@ -88,14 +88,14 @@ def step_lines(folder: Path) -> list[dict[str, Any]]:
 def make_optimizer(config: FitConfig, groups: dict[int, list[nn.Parameter]]) -> torch.optim.Optimizer:
     """PyTorch's own, over the parameters of each partition that learns."""
     settings: dict[str, Any] = {"lr": 1.0, "weight_decay": config.weight_decay}
-    if config.optimizer == "sgd":
+    if config.optimizer[0] == "sgd":
         settings["momentum"] = config.momentum
     extra = {"fused": True} if config.fused else {"foreach": False}
     with_rates = [
         {"params": [parameter for parameter in parameters if parameter.requires_grad], "lr": config.value_for("lr", partition)}
         for partition, parameters in groups.items()
     ]
-    optimizer: torch.optim.Optimizer = OPTIMIZERS[config.optimizer](with_rates, **settings, **extra)
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[config.optimizer[0]](with_rates, **settings, **extra)
     return optimizer
 
 

@@ -2,11 +2,24 @@
 
 from lowmem_pnn.config import FitConfig
 from lowmem_pnn.methods.backprop import Backprop
-from lowmem_pnn.methods.base import Labels, Method, Objective, Sweep, Visit
+from lowmem_pnn.methods.base import Labels, Method, Objective, Sweep, Visit, share_of
 from lowmem_pnn.methods.exact import Exact
-from lowmem_pnn.methods.pnn import Pnn, SyntheticLabels
+from lowmem_pnn.methods.pnn import Pnn
+from lowmem_pnn.methods.sil import SyntheticLabels
 
-__all__ = ["Backprop", "Exact", "Labels", "Method", "Objective", "Pnn", "Sweep", "SyntheticLabels", "Visit", "make_method"]
+__all__ = [
+    "Backprop",
+    "Exact",
+    "Labels",
+    "Method",
+    "Objective",
+    "Pnn",
+    "Sweep",
+    "SyntheticLabels",
+    "Visit",
+    "make_method",
+    "share_of",
+]
 
 
 def make_method(config: FitConfig) -> Method:

@@ -23,19 +23,21 @@ class Visit:
         action: `learn` runs epochs over the samples against the partition's own objective; `emit` runs them forward, without
             gradients, and leaves the next boundary's activations; `backpropagate` runs forward once more and then backward, from the
             gradient that the partition after it left (or from the loss), and leaves one for the partition before; `step` applies
-            gradients that were kept.
+            gradients that were kept; `join` takes over the partitions that other processes have trained.
         partition: its number in the plan.
         split: which part of the data; a sweep's visits get batches of it.
         epochs: passes over the samples, of `learn`.
+        from_codes: the inputs of `learn` are the synthetic labels of the boundary before it, instead of activations.
         learns: in a sweep: its weights change, it is in train mode, writes buffers, and steps; else it is frozen, in eval mode.
         hands_back: a partition before it learns, and needs the gradient of its inputs.
         keeps_gradients: `backpropagate` keeps them for a `step` visit, instead of stepping at once.
     """
 
-    action: Literal["learn", "emit", "backpropagate", "step"]
+    action: Literal["learn", "emit", "backpropagate", "step", "join"]
     partition: int
     split: Split
     epochs: int = 1
+    from_codes: bool = False
     learns: bool = False
     hands_back: bool = False
     keeps_gradients: bool = False
@@ -52,6 +54,7 @@ class Sweep:
         place: a word that its data order and its random choices follow from: `epoch` for training from the start, as `backprop`
             has it.
         fresh_state: the optimizer's state of earlier visits is forgotten at its first step.
+        shuffle: every epoch has an order of its own.
     """
 
     visits: tuple[Visit, ...]
@@ -59,6 +62,7 @@ class Sweep:
     batch_size: int
     place: Literal["epoch", "recovery"] = "epoch"
     fresh_state: bool = False
+    shuffle: bool = True
 
     @property
     def learners(self) -> tuple[int, ...]:
@@ -189,6 +193,11 @@ class Method(ABC):
         """Whether all training is in sweeps."""
         return False
 
+    @property
+    def trains_apart(self) -> bool:
+        """Whether partitions learn without anything of each other's, and meet at the end."""
+        return False
+
     @abstractmethod
     def visits(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit | Sweep]:
         """The training, as data.
@@ -215,6 +224,7 @@ class Method(ABC):
                     self.config.value_for("batch_size", num_partitions - 1),
                     place="recovery",
                     fresh_state=True,
+                    shuffle=self.config.value_for("shuffle", num_partitions - 1),
                 )
             )
         return visits
@@ -229,6 +239,25 @@ class Method(ABC):
             boundary: the partition's output tensors.
             num_classes: of the data.
         """
+
+
+def share_of(program: Sequence[Visit | Sweep], rank: int, ranks: int) -> list[Visit | Sweep]:
+    """What one of several processes does of a program whose partitions train apart: its own, and the first one all that follows.
+
+    Args:
+        program: of the whole run.
+        rank: of the process, from 0.
+        ranks: how many there are; with 1 it does everything.
+
+    Example:
+        >>> program = [Visit("learn", 0, "train"), Visit("learn", 1, "train", from_codes=True)]
+        >>> [(visit.action, visit.partition) for visit in share_of(program, 0, 2)]
+        [('learn', 0), ('join', 0)]
+    """
+    if ranks == 1:
+        return list(program)
+    own: list[Visit | Sweep] = [item for item in program if isinstance(item, Visit) and item.partition == rank]
+    return own if rank else [*own, Visit("join", 0, "train"), *(item for item in program if isinstance(item, Sweep))]
 
 
 def evaluation(num_partitions: int, split: Split = "test") -> list[Visit]:

@@ -30,7 +30,9 @@ class Exact(Method):
         learners = range(num_partitions)
         deferred = self.config.clip_norm is not None
         visits = sweep_visits(num_partitions, learners, deferred=deferred)
-        return [Sweep(visits, self.config.value_for("epochs", 0), self.config.value_for("batch_size", 0))]
+        config = self.config
+        shuffle = config.value_for("shuffle", 0)
+        return [Sweep(visits, config.value_for("epochs", 0), config.value_for("batch_size", 0), shuffle=shuffle)]
 
     def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:
         """The true labels, at the end."""

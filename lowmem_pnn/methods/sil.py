@@ -1,0 +1,131 @@
+"""Synthetic intermediate labels (SIL): one random code per class, which a partition's outputs regress to.
+
+Equation 1 of the paper (Karadağ and Topaloğlu, arXiv 2403.11204): SIL[class] = kappa * U(0, 1), drawn once for a boundary. The other
+distributions have the same mean, kappa / 2, and the same deviation, kappa / sqrt(12), so that kappa means the same in all of them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_pnn.chain import TensorSpec
+from lowmem_pnn.costs import Affine
+from lowmem_pnn.methods.base import Objective
+
+Distribution = Literal["uniform", "normal", "orthogonal"]
+Target = Literal["full", "pooled"]
+
+_MEAN, _DEVIATION = 0.5, 1 / math.sqrt(12)  # of U(0, 1)
+
+
+def draw_codes(
+    shapes: Sequence[tuple[int, ...]], num_classes: int, kappa: float, seed: int, distribution: Distribution = "uniform"
+) -> tuple[Tensor, ...]:
+    """One code per class for each tensor of a boundary.
+
+    Args:
+        shapes: of the tensors' codes, for one class.
+        num_classes: how many codes.
+        kappa: their scale.
+        seed: all follows from it.
+        distribution: `uniform` or `normal` elements, or `orthogonal`: the classes' deviations from the mean are orthogonal to each
+            other and equally long, so that all classes are equally far apart (as far as there are as many elements as classes).
+
+    Returns:
+        Tensors (classes, ...) on the CPU, float32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    codes = []
+    for shape in shapes:
+        if distribution == "uniform":
+            drawn = torch.rand(num_classes, *shape, generator=generator)
+        else:
+            deviations = torch.randn(num_classes, math.prod(shape), generator=generator)
+            if distribution == "orthogonal":
+                # Orthonormal rows, or columns where there are more classes than elements; then of unit deviation.
+                wide = deviations.shape[0] <= deviations.shape[1]
+                basis = torch.linalg.qr(deviations.T if wide else deviations).Q
+                deviations = (basis.T if wide else basis) * math.sqrt(max(deviations.shape))
+            drawn = (_MEAN + _DEVIATION * deviations).reshape(num_classes, *shape)
+        codes.append(drawn.mul_(kappa))
+    return tuple(codes)
+
+
+class SyntheticLabels(Objective):
+    """Mean squared error against the codes of the samples' classes.
+
+    Args:
+        boundary: the tensors at the cut; each gets codes of its own.
+        num_classes: how many codes.
+        kappa: scale of the codes.
+        seed: of the codes.
+        distribution: of the codes.
+        target: `full` has codes of a tensor's own shape; `pooled` compares means over positions: of maps (C, H, W) one value a
+            channel, of tokens (T, D) one a feature; of vectors it is the same as `full`.
+    """
+
+    def __init__(
+        self,
+        boundary: tuple[TensorSpec, ...],
+        num_classes: int,
+        kappa: float,
+        seed: int,
+        distribution: Distribution = "uniform",
+        target: Target = "full",
+    ) -> None:
+        self._shapes = tuple(_pooled(spec.shape) if target == "pooled" else spec.shape for spec in boundary)
+        self._bytes = sum(math.prod(shape) * spec.dtype.itemsize for shape, spec in zip(self._shapes, boundary, strict=True))
+        self._num_classes = num_classes
+        self._kappa = kappa
+        self._seed = seed
+        self._distribution: Distribution = distribution
+        self._pools = target == "pooled"
+        self._codes: tuple[Tensor, ...] = ()
+        self._learnt: tuple[bool, ...] | None = None
+
+    def prepare(self, device: torch.device) -> None:
+        """Draw the codes, on the host, so that every device sees the same."""
+        codes = draw_codes(self._shapes, self._num_classes, self._kappa, self._seed, self._distribution)
+        self._codes = tuple(tensor.to(device) for tensor in codes)
+
+    @property
+    def codes(self) -> tuple[Tensor, ...]:
+        """One tensor (classes, ...) per boundary tensor."""
+        return self._codes
+
+    def loss(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Mean squared error over the elements of the tensors that this partition computes.
+
+        A tensor that only passes through (the input of a later skip connection, say) has no gradient here and does not count; nor
+        does it when the loss is measured after training.
+        """
+        if any(output.requires_grad for output in outputs):
+            self._learnt = tuple(output.requires_grad for output in outputs)
+        chosen = self._learnt or tuple(output.is_floating_point() for output in outputs)
+        if self._pools:
+            outputs = tuple(_pool(output) if counts else output for output, counts in zip(outputs, chosen, strict=True))
+        pairs = [(output, codes) for output, codes, counts in zip(outputs, self._codes, chosen, strict=True) if counts]
+        if len(pairs) == 1:
+            return nn.functional.mse_loss(pairs[0][0], pairs[0][1][labels])
+        elements = sum(output.numel() for output, _ in pairs)
+        losses = [nn.functional.mse_loss(output, codes[labels], reduction="sum") for output, codes in pairs]
+        return torch.stack(losses).sum() / elements
+
+    def memory(self, output_bytes: int) -> Affine:
+        """The codes; and per sample the targets, the difference and its gradient, which a mean hands on to all positions."""
+        return Affine(self._num_classes * self._bytes, 3 * self._bytes + (output_bytes if self._pools else 0))
+
+
+def _pooled(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axis that is left of a sample's shape."""
+    return shape[-1:] if len(shape) <= 2 else shape[:1]
+
+
+def _pool(tensor: Tensor) -> Tensor:
+    """Means over positions, (B, channels) or (B, features)."""
+    if tensor.dim() <= 2:
+        return tensor
+    return tensor.mean(1) if tensor.dim() == 3 else tensor.flatten(2).mean(2)
