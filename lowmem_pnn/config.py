@@ -143,11 +143,11 @@ class FitConfig:
     kappa: Rates = Field(
         default=(10.0,), description="Scale of the synthetic intermediate labels, one number or one per boundary (pnn)."
     )
-    sil: Literal["uniform", "normal", "orthogonal"] = Field(
+    sil: Literal["uniform", "normal", "orthogonal", "sparse"] = Field(
         default="uniform",
         description=(
-            "How synthetic intermediate labels are drawn, all with the mean and the deviation of kappa * U(0, 1): uniform (the "
-            "paper's), normal, or orthogonal: all classes equally far apart (pnn)."
+            "How synthetic intermediate labels are drawn: uniform (the paper's), normal or orthogonal, all with the mean and the "
+            "deviation of kappa * U(0, 1); or sparse: a fifth of the elements kappa, the others 0, as a ReLU has it (pnn)."
         ),
     )
     sil_target: Literal["full", "pooled"] = Field(

@@ -1,7 +1,10 @@
 """Synthetic intermediate labels (SIL): one random code per class, which a partition's outputs regress to.
 
-Equation 1 of the paper (Karadağ and Topaloğlu, arXiv 2403.11204): SIL[class] = kappa * U(0, 1), drawn once for a boundary. The other
-distributions have the same mean, kappa / 2, and the same deviation, kappa / sqrt(12), so that kappa means the same in all of them.
+Equation 1 of the paper (Karadağ and Topaloğlu, arXiv 2403.11204): SIL[class] = kappa * U(0, 1), drawn once for a boundary. `normal`
+and `orthogonal` have the same mean, kappa / 2, and the same deviation, kappa / sqrt(12), so that they differ in nothing else.
+
+`sparse` is ours: a fifth of a code's elements are kappa, the others 0. So each element of the partition's outputs learns to tell a
+fifth of the classes from the others, as far apart as kappa allows, where uniform codes ask for 47 values in between.
 """
 
 import math
@@ -15,9 +18,10 @@ from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.costs import Affine
 from lowmem_pnn.methods.base import Objective
 
-Distribution = Literal["uniform", "normal", "orthogonal"]
+Distribution = Literal["uniform", "normal", "orthogonal", "sparse"]
 Target = Literal["full", "pooled"]
 
+_DENSITY = 0.2
 _MEAN, _DEVIATION = 0.5, 1 / math.sqrt(12)  # of U(0, 1)
 
 
@@ -32,7 +36,8 @@ def draw_codes(
         kappa: their scale.
         seed: all follows from it.
         distribution: `uniform` or `normal` elements, or `orthogonal`: the classes' deviations from the mean are orthogonal to each
-            other and equally long, so that all classes are equally far apart (as far as there are as many elements as classes).
+            other and equally long, so that all classes are equally far apart (as far as there are as many elements as classes); or
+            `sparse` elements, 1 with a probability of a fifth, else 0.
 
     Returns:
         Tensors (classes, ...) on the CPU, float32.
@@ -42,6 +47,8 @@ def draw_codes(
     for shape in shapes:
         if distribution == "uniform":
             drawn = torch.rand(num_classes, *shape, generator=generator)
+        elif distribution == "sparse":
+            drawn = (torch.rand(num_classes, *shape, generator=generator) < _DENSITY).float()
         else:
             deviations = torch.randn(num_classes, math.prod(shape), generator=generator)
             if distribution == "orthogonal":
