@@ -25,6 +25,16 @@ from lowmem_pnn.tracer import trace
 _TAKEN = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
 
 
+def head_prefix(number: int) -> str:
+    """What the names of a head's weights begin with, where its layer has this number."""
+    return f"auxiliary_heads.{number}."
+
+
+def is_of_head(name: str) -> bool:
+    """Whether a name is that of an auxiliary head's tensor."""
+    return name.startswith(head_prefix(0).partition(".")[0] + ".")
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """Shape and type of one tensor of a boundary."""
@@ -73,6 +83,26 @@ class Layer:
         self._buffer_names = tuple(key for key in order if key in buffers)
         assert len(self._parameter_names) == len(parameters)
         assert len(self._buffer_names) == len(buffers)
+
+    head: nn.Module | None = None
+    """What gives class scores from its outputs: an auxiliary head; its weights are among the layer's."""
+
+    def with_head(self, head: nn.Module, number: int) -> "Layer":
+        """The layer, with a head whose weights are called `auxiliary_heads.NUMBER....`; running the layer does not run it.
+
+        Args:
+            head: a module of its own.
+            number: the layer's.
+        """
+        prefix = head_prefix(number)
+        container, _, own = prefix.rstrip(".").rpartition(".")
+        self.module.add_module(container, nn.Module())
+        self.module.get_submodule(container).add_module(own, head)
+        names = [*head.state_dict(keep_vars=True), *dict(head.named_buffers())]
+        order = [*self._parameter_names, *self._buffer_names, *dict.fromkeys(prefix + name for name in names)]
+        layer = Layer(self.name, self.module, order)
+        layer.head = head
+        return layer
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run it, from the boundary before it to the one after it; what it does not use goes through as it is."""

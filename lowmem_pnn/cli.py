@@ -29,9 +29,10 @@ _METAVARS = {
     "cuts": "LAYER,...", "epochs": "N,...", "batch_size": "N,...", "lr": "X,...", "shuffle": "yes|no,...", "kappa": "X,...",
     "model": "NAME", "data": "NAME", "device": "NAME", "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
     "train_limit": "N", "test_limit": "N", "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS",
-    "method": "pnn|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal|sparse", "sil_target": "full|pooled",
-    "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
-    "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "recover": "N,...|all", "log_every": "N",
+    "method": "pnn|neuroflux|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal|sparse",
+    "heads": "adaptive|classic|auglocal|linear", "sil_target": "full|pooled", "budget_scope": "process|allocator",
+    "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X", "label_smoothing": "X", "loss_chunk": "N",
+    "recovery_epochs": "N", "recover": "N,...|all", "log_every": "N",
 }  # fmt: skip
 
 

@@ -85,10 +85,11 @@ class FitConfig:
         )
     )
     data_root: Path = Field(default=Path("data"), description="Where downloaded data sets are kept.")
-    method: Literal["pnn", "exact", "backprop"] = Field(
+    method: Literal["pnn", "neuroflux", "exact", "backprop"] = Field(
         default="pnn",
         description=(
-            "pnn: partitions one after the other, on synthetic intermediate labels; exact: ordinary training, one partition on the "
+            "pnn: partitions one after the other, on synthetic intermediate labels; neuroflux: blocks one after the other, every layer with a "
+            "head and a loss of its own; exact: ordinary training, one partition on the "
             "device at a time; backprop: ordinary training, the whole model on the device."
         ),
     )
@@ -161,6 +162,13 @@ class FitConfig:
         description=(
             "Partitions learn independently of each other, from the labels of one boundary to those of the next; under torchrun side "
             "by side, one process each (pnn)."
+        ),
+    )
+    heads: Literal["adaptive", "classic", "auglocal", "linear"] = Field(
+        default="adaptive",
+        description=(
+            "Auxiliary heads (neuroflux): adaptive has fewer filters where maps are large; classic has 256 everywhere; auglocal "
+            "copies the shapes of later layers; linear is a mean and a linear layer."
         ),
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(

@@ -189,6 +189,24 @@ def streamed(layer: LayerCost) -> LayerCost:
     return replace(layer, optimizer_bytes=0)
 
 
+def by_itself(layer: LayerCost) -> LayerCost:
+    """A layer that goes back from a loss of its own before the next one runs forward: it keeps nothing but its outputs.
+
+    Args:
+        layer: whose forward is up to its loss; its input is what the layer before keeps.
+    """
+
+    def moments(cost: Affine | Envelope) -> tuple[Affine, ...]:
+        return cost.moments if isinstance(cost, Envelope) else (cost,)
+
+    before, kept = layer.input_bytes.per_sample, layer.kept
+    forward = [Affine(moment.fixed, moment.per_sample + before) for moment in moments(layer.forward_peak)]
+    backward = [
+        Affine(moment.fixed + kept.fixed, moment.per_sample + kept.per_sample + before) for moment in moments(layer.backward_peak)
+    ]
+    return replace(layer, forward_peak=Envelope.over([*forward, *backward]), kept=Affine(0, 0), backward_peak=Affine(0, 0))
+
+
 def in_chunks(layer: LayerCost, samples: float) -> LayerCost:
     """A last layer that is computed, with the loss, for a few samples at a time; its weights' gradients add up.
 

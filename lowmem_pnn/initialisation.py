@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lowmem_pnn.chain import Chain, Layer
+from lowmem_pnn.chain import Chain, Layer, head_prefix, is_of_head
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.plans import Plan
@@ -53,9 +53,11 @@ def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCount
     source = TensorFile.open(trained, counter=counter) if trained is not None else None
     for home in homes:
         with store.writer(home) as file:  # type: ignore[arg-type]
+            if isinstance(home, int):
+                _write_heads(workload, range(plan.partitions[home].start, plan.partitions[home].stop), file)
             for key in file.entries:
                 kind, _, name = key.partition("/")
-                if kind != "weight":
+                if kind != "weight" or is_of_head(name):
                     continue
                 if source is not None and name in source.entries:
                     file.copy_from(key, source, name)
@@ -67,6 +69,14 @@ def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCount
         source.close()
     store.seal(homes)  # type: ignore[arg-type]
     return store
+
+
+def _write_heads(workload: Workload, layers: range, file: TensorFile) -> None:
+    """The values that auxiliary heads begin with, one head at a time."""
+    for number in layers:
+        head = workload.head(number)
+        for name, tensor in (head.state_dict() if head is not None else {}).items():
+            file.write_from(weight_key(head_prefix(number) + name), tensor.contiguous())
 
 
 def _check_layout(workload: Workload, name: str, tensor: Tensor | None, wanted: TensorLayout) -> None:

@@ -29,9 +29,10 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("kappa", "--method pnn", lambda config: config.method == "pnn"),
     ("sil", "--method pnn", lambda config: config.method == "pnn"),
     ("sil_target", "--method pnn", lambda config: config.method == "pnn"),
+    ("heads", "--method neuroflux", lambda config: config.method == "neuroflux"),
     ("parallel_sil", "--method pnn", lambda config: config.method == "pnn"),
-    ("cuts", "--method pnn or exact", lambda config: config.method != "backprop"),
-    ("partitions", "--method pnn or exact", lambda config: config.method != "backprop"),
+    ("cuts", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
+    ("partitions", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
     ("warmup_steps", "--lr-schedule constant or cosine", lambda config: config.lr_schedule != "onecycle"),
     ("momentum", "--optimizer sgd", lambda config: "sgd" in config.optimizer),
@@ -66,7 +67,7 @@ def configure(**given: Any) -> FitConfig:
         'mlp:64-8192-8192-8192-10'
         >>> configure(max_gpu_mem="2GB", method="pnm")
         Traceback (most recent call last):
-        lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, exact, backprop; did you mean 'pnn'?
+        lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, neuroflux, exact, backprop; did you mean 'pnn'?
     """
     given = {name: _absolute(name, value) for name, value in given.items() if value is not None}
     values = {"data_root": Path("data").absolute(), **given}
@@ -88,6 +89,10 @@ def configure(**given: Any) -> FitConfig:
             for name in ("epochs", "batch_size", "shuffle")
             if len(getattr(config, name)) > 1
         ]
+    if config.method == "neuroflux" and config.recovery_epochs:
+        faults.append("--recovery-epochs has no effect here: it needs --method pnn, exact or backprop")
+    if config.method == "neuroflux" and config.loss_chunk is not None:
+        faults.append("--loss-chunk has no effect here: every unit of --method neuroflux has a loss of its own")
     if config.parallel_sil and config.sil_target == "pooled":
         faults.append(
             "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out"

@@ -59,6 +59,8 @@ def backward_from_loss(
     Returns:
         The weighed loss.
     """
+    if objective.by_units:
+        return _backward_by_units(layers, inputs, labels, objective, share)
     if chunk_rows is not None and chunk_rows < labels.numel():
         assert isinstance(objective, Labels), "only the true loss is computed in chunks"
         return _backward_in_chunks(layers, inputs, labels, objective, share, chunk_rows)
@@ -68,6 +70,18 @@ def backward_from_loss(
     if loss.requires_grad:
         torch.autograd.backward(loss)
     return float(loss.detach())
+
+
+def scores_by_units(layers: Sequence[Layer], tensors: tuple[Tensor, ...]) -> Iterator[Tensor]:
+    """Forward, and the class scores of every layer: its head's, or its outputs where it has none.
+
+    Args:
+        layers: of the partition.
+        tensors: its boundary tensors, each (B, ...).
+    """
+    for layer in layers:
+        tensors = layer(*tensors)
+        yield tensors[0] if layer.head is None else layer.head(tensors[0])
 
 
 def outputs_in_chunks(
@@ -106,6 +120,23 @@ def works_by_rows(layer: Layer) -> bool:
     if work[0].op == "call_module":
         return type(module.get_submodule(str(work[0].target))) is nn.Linear
     return bool(work[0].target is nn.functional.linear)
+
+
+def _backward_by_units(
+    layers: Sequence[Layer], tensors: tuple[Tensor, ...], labels: Tensor, objective: Objective, share: float
+) -> float:
+    """Each layer forward to its own loss, and back, before the next; the last one's loss."""
+    value = 0.0
+    for layer in layers:
+        tensors = layer(*tensors)
+        scores = tensors if layer.head is None else (layer.head(tensors[0]),)
+        loss = objective.loss(scores, labels) * share
+        if loss.requires_grad:
+            torch.autograd.backward(loss)
+        value = float(loss.detach())
+        tensors = tuple(tensor.detach() for tensor in tensors)
+        del scores, loss
+    return value
 
 
 def _backward_in_chunks(

@@ -105,7 +105,7 @@ def _loss_chunk(workload: Workload, device: Device) -> int | None:
     config, chain = workload.config, workload.chain
     if config.loss_chunk is not None:
         return config.loss_chunk if config.loss_chunk < max(config.batch_size) * workload.rows_per_sample else None
-    if not works_by_rows(chain.layers[-1]):
+    if workload.method.learns_by_units or not works_by_rows(chain.layers[-1]):
         return None
     row_bytes = chain.boundaries[-1][0].sample_bytes // workload.rows_per_sample
     if max(config.batch_size) * workload.rows_per_sample * row_bytes <= device.budget_bytes // 16:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_pnn.chain import Chain, Layer, TensorSpec
-from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile
+from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile, by_itself
 from lowmem_pnn.device.kernels import CODE_BYTES, MAX_COMPILED, compiled, scratch_bytes
 from lowmem_pnn.device.tracking import StorageTracker
 from lowmem_pnn.errors import ConfigError
@@ -39,6 +39,7 @@ def profile(
     step_temporaries: float,
     device: torch.device,
     parts_ties: bool = False,
+    by_units: bool = False,
 ) -> MemoryProfile:
     """Find what every layer of a chain costs.
 
@@ -49,6 +50,7 @@ def profile(
         step_temporaries: what a step allocates for a moment, as a multiple of the largest parameter's bytes.
         device: where the chain will run; kernels differ between devices in what they save.
         parts_ties: layers that share a tensor may come into different partitions; it is then counted with each of them.
+        by_units: every layer goes back from its own head before the next one runs forward.
 
     Returns:
         The costs, layer by layer. A tensor that several layers share is counted with the first of them.
@@ -72,8 +74,11 @@ def profile(
                 learnt = sum(_nbytes(tensor) for tensor in again if tensor.requires_grad)
                 repeated_bytes += sum(map(_nbytes, again)) + (1 + optimizer_state_tensors) * learnt
                 counted = set()
-            bench = _Bench(layer, chain.boundaries[number], chain.boundaries[number + 1], device, learns_input=number > 0)
-            layers.append(_price(layer, bench, counted, optimizer_state_tensors, step_temporaries))
+            bench = _Bench(
+                layer, chain.boundaries[number], chain.boundaries[number + 1], device, learns_input=number > 0 and not by_units
+            )
+            cost = _price(layer, bench, counted, optimizer_state_tensors, step_temporaries)
+            layers.append(by_itself(cost) if by_units else cost)
             shared |= counted
             compiled_kernels |= bench.compiled
             if smallest == 1 and not bench.accepts(1):
@@ -223,7 +228,7 @@ class _Bench:
         """
         self._layer.module.train()
         with self._mode, torch.no_grad(), FlopCounterMode(display=False) as flops:
-            self._run(*self._inputs(_FEW))
+            self._run(*self._inputs(_FEW), scores=True)
         return int(flops.get_total_flops()) // 2 // _FEW
 
     def measure(self, batch: int) -> _Runs:
@@ -253,7 +258,7 @@ class _Bench:
         self._layer.module.train()
         try:
             with self._mode, torch.no_grad():
-                self._run(*self._inputs(batch))
+                self._run(*self._inputs(batch), scores=True)
         except ValueError:
             return False
         return True
@@ -269,7 +274,7 @@ class _Bench:
             for number, tensor in zip(learning, _Source.apply(received, *leaves) if leaves else (), strict=True):
                 inputs[number] = tensor
             with _Timeline() as timeline:
-                outputs = self._run(*inputs)
+                outputs = self._run(*inputs, scores=True)
                 runs.forward = timeline.moments
                 runs.kept = timeline.live
             learnt = [tensor for tensor in outputs if tensor.requires_grad]
@@ -299,9 +304,17 @@ class _Bench:
         self.compiled = self.compiled | {("eval", key) for key in timeline.compiled}
         return timeline.moments
 
-    def _run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def _run(self, *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
+        """Its outputs; or, if it has a head, the head's scores."""
         outputs = torch.func.functional_call(self._layer.module, self._tensors, inputs, tie_weights=False)
-        return tuple(outputs)
+        head = self._layer.head
+        if not scores or head is None:
+            return tuple(outputs)
+        prefix = next(name for name, module in self._layer.module.named_modules() if module is head)
+        tensors = {
+            key.removeprefix(f"{prefix}."): tensor for key, tensor in self._tensors.items() if key.startswith(f"{prefix}.")
+        }
+        return (torch.func.functional_call(head, tensors, outputs, tie_weights=False),)
 
     def _inputs(self, batch: int) -> list[Tensor]:
         return [torch.empty((batch, *spec.shape), dtype=spec.dtype, device=self._device) for spec in self.before]

@@ -48,7 +48,8 @@ class Residency:
         self._spec = optimizer
         # One tensor may have several names; the first is the one in the files.
         self._owner = {alias: group[0] for group in chain.ties for alias in group}
-        self._rank = {name: number for number, name in enumerate(chain.persistent)}
+        # Auxiliary heads, which are not the model's, come after it.
+        self._rank = {name: number for number, name in enumerate([*chain.persistent, *self.shapes()])}
         before, after = self._names(chain.layers[:start]), self._names(chain.layers[stop:])
         # What partitions before this one have too: the first of them keeps it and steps it.
         self.borrowed = {name for _, name, _ in self._tensors() if name in before}

@@ -1,5 +1,6 @@
 """A workload: what a configuration comes to once its model is cut into layers and its data is open. Nothing is allocated yet."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -107,6 +108,12 @@ class Workload:
         boundary = self.chain.boundaries[plan.partitions[partition].stop]
         return self.method.objective(partition, len(plan.partitions), boundary, self.dataset.num_classes)
 
+    def head(self, number: int) -> nn.Module | None:
+        """The auxiliary head of a layer, as drawn after `torch.manual_seed(seed_of(config.seed, "head", number))`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.config.seed, "head", number))
+            return self.method.head(self.chain, number, self.dataset.num_classes, bool(self.dataset.label_shape))
+
     def build_model(self, seed: int) -> nn.Module:
         """The model with the values that its constructor gives it after `torch.manual_seed(seed)`."""
         with torch.random.fork_rng(devices=[]):
@@ -173,13 +180,33 @@ def make_workload(config: FitConfig, source: ModelSource, dataset: Dataset, spli
         raise ConfigError(
             f"--method pnn needs a class for each sample, and data {dataset.name} has one for each token; use --method exact"
         )
-    workload = Workload(config, source, dataset, splits, make_method(config), chain)
+    method = make_method(config)
+    workload = Workload(config, source, dataset, splits, method, chain)
+    if method.learns_by_units:
+        workload = dataclasses.replace(workload, chain=_with_heads(workload))
     if config.loss_chunk is not None and not works_by_rows(chain.layers[-1]):
         raise ConfigError(
             f"--loss-chunk {config.loss_chunk}: the last layer of {source.spec}, {chain.layers[-1].name!r}, is not one nn.Linear and "
             "cannot be computed in parts; leave it out"
         )
     return workload
+
+
+def _with_heads(workload: Workload) -> Chain:
+    """The chain with a head at every layer that has no class scores of its own; their weights are on the meta device."""
+    chain, layers = workload.chain, []
+    for number, layer in enumerate(chain.layers):
+        after = chain.boundaries[number + 1]
+        if len(after) > 1 or not after[0].dtype.is_floating_point:
+            found = ", ".join(map(str, after))
+            raise ConfigError(
+                f"--method neuroflux needs layers that hand on one tensor each, and {layer.name!r} of {workload.source.spec} hands on "
+                f"{found}; use --method exact"
+            )
+        with torch.device("meta"):
+            head = workload.head(number)
+        layers.append(layer if head is None else layer.with_head(head, number))
+    return dataclasses.replace(chain, layers=tuple(layers))
 
 
 def _check_input(source: ModelSource, dataset: Dataset, model: nn.Module) -> None:
@@ -216,4 +243,5 @@ def profile_workload(workload: Workload, device: Device) -> MemoryProfile:
         step_temporaries=max(optimizer.step_temporaries for optimizer in optimizers),
         device=device.torch_device,
         parts_ties=workload.method.sweeps,
+        by_units=workload.method.learns_by_units,
     )

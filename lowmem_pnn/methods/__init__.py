@@ -4,6 +4,7 @@ from lowmem_pnn.config import FitConfig
 from lowmem_pnn.methods.backprop import Backprop
 from lowmem_pnn.methods.base import Labels, Method, Objective, Sweep, Visit, share_of
 from lowmem_pnn.methods.exact import Exact
+from lowmem_pnn.methods.neuroflux import NeuroFlux
 from lowmem_pnn.methods.pnn import Pnn
 from lowmem_pnn.methods.sil import SyntheticLabels
 
@@ -12,6 +13,7 @@ __all__ = [
     "Exact",
     "Labels",
     "Method",
+    "NeuroFlux",
     "Objective",
     "Pnn",
     "Sweep",
@@ -24,5 +26,5 @@ __all__ = [
 
 def make_method(config: FitConfig) -> Method:
     """The method that a configuration names."""
-    methods: dict[str, type[Pnn | Exact | Backprop]] = {"pnn": Pnn, "exact": Exact, "backprop": Backprop}
+    methods: dict[str, type[Method]] = {"pnn": Pnn, "neuroflux": NeuroFlux, "exact": Exact, "backprop": Backprop}
     return methods[config.method](config)

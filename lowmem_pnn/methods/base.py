@@ -3,12 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.chain import TensorSpec
+from lowmem_pnn.chain import Chain, TensorSpec
 from lowmem_pnn.config import FitConfig, recovering
 from lowmem_pnn.costs import Affine
 
@@ -105,6 +105,9 @@ def sweep_visits(num_partitions: int, learners: Sequence[int], *, deferred: bool
 class Objective(ABC):
     """What a partition's outputs are measured against."""
 
+    by_units: ClassVar[bool] = False
+    """Every layer of the partition has scores, and a loss, of its own; no gradient passes from one to another."""
+
     @abstractmethod
     def prepare(self, device: torch.device) -> None:
         """Make what the loss needs, on the device; called once per residency."""
@@ -192,6 +195,22 @@ class Method(ABC):
     def sweeps(self) -> bool:
         """Whether all training is in sweeps."""
         return False
+
+    @property
+    def learns_by_units(self) -> bool:
+        """Whether every layer has a head, and learns from it alone."""
+        return False
+
+    def head(self, chain: Chain, unit: int, num_classes: int, tokens: bool) -> nn.Module | None:
+        """The auxiliary head of a layer, with weights drawn from PyTorch's generator; None if it has none.
+
+        Args:
+            chain: the model.
+            unit: the layer's number.
+            num_classes: of the data.
+            tokens: each token has a label.
+        """
+        return None
 
     @property
     def trains_apart(self) -> bool:

@@ -1,0 +1,118 @@
+"""Auxiliary heads: the small networks that give a unit its own class scores, and so its own loss; and an early exit.
+
+    maps    (C, H, W)   [mean to at most 8x8] - 3x3 convolution to F filters - BatchNorm - ReLU - mean to 2x2 - linear
+    vectors (D,)        linear to F - ReLU - linear
+    tokens  (T, D)      LayerNorm - [mean over tokens, where a sample has one label] - linear
+
+| kind | heads of maps |
+| --- | --- |
+| `adaptive` | F = 1024 / side, between 16 and 256: fewer where the map is large, as its memory grows with F side^2; on a map of at most 8x8 |
+| `classic` | F = 256 everywhere, on the whole map: what local learning had before |
+| `auglocal` | convolutions with the shapes of d later boundaries, evenly taken; d from 3 down to 1 (AugLocal, Ma et al. 2024) |
+| `linear` | mean over positions, and a linear layer |
+
+NeuroFlux (arXiv 2402.14139) says that filters vary with the layer, not how. This rule is ours: a head's map takes memory in
+proportion to the side instead of to its square, and at a side of 4 it is the classic one.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_pnn.chain import TensorSpec
+
+HeadKind = Literal["adaptive", "classic", "auglocal", "linear"]
+
+_CLASSIC_FILTERS, _FEWEST_FILTERS = 256, 16
+_LARGEST_SIDE = 8
+_POOLED_SIDE = 2
+_MOST_COPIES = 3
+
+
+def num_filters(kind: HeadKind, side: float) -> int:
+    """Filters of a head's convolution.
+
+    Args:
+        kind: of head; `linear` has none.
+        side: of the map, in positions: the square root of its area.
+
+    Example:
+        >>> [num_filters("adaptive", side) for side in (32, 16, 8, 4, 1)], num_filters("classic", 32)
+        ([32, 64, 128, 256, 256], 256)
+    """
+    if kind == "linear":
+        return 0
+    if kind == "classic":
+        return _CLASSIC_FILTERS
+    return max(_FEWEST_FILTERS, min(_CLASSIC_FILTERS, int(4 * _CLASSIC_FILTERS / side)))
+
+
+def make_head(kind: HeadKind, boundary: TensorSpec, later: Sequence[TensorSpec], num_classes: int, tokens: bool) -> nn.Module:
+    """A head for the outputs of a unit.
+
+    Args:
+        kind: of head.
+        boundary: what the unit gives.
+        later: what the units after it give, class scores left out.
+        num_classes: of the data.
+        tokens: each token has a label of its own.
+
+    Returns:
+        A module from (B, *boundary.shape) to (B, classes), or (B, T, classes) for tokens; its weights are drawn from PyTorch's
+        generator, on the default device.
+    """
+    shape = boundary.shape
+    if len(shape) >= 3:
+        return _map_head(kind, shape, [spec.shape for spec in later if len(spec.shape) == len(shape)], num_classes)
+    if len(shape) == 2:
+        return _token_head(kind, shape[-1], num_classes, tokens)
+    width = {"linear": 0, "classic": _CLASSIC_FILTERS}.get(kind, min(_CLASSIC_FILTERS, max(_FEWEST_FILTERS, shape[0])))
+    hidden = [nn.Linear(shape[0], width), nn.ReLU()] if width else []
+    return nn.Sequential(*hidden, nn.Linear(width or shape[0], num_classes))
+
+
+def _map_head(kind: HeadKind, shape: tuple[int, ...], later: Sequence[tuple[int, ...]], num_classes: int) -> nn.Module:
+    channels, positions = shape[0], len(shape) - 1
+    side = math.prod(shape[1:]) ** (1 / positions)
+    convolution, norm, pool = _BY_AXES[positions]
+    parts: list[nn.Module] = []
+    if kind == "auglocal":
+        copies = min(len(later), 1 + round((_MOST_COPIES - 1) * len(later) / (len(later) + 2)))
+        # Evenly spaced, the last one included.
+        for number in range(copies):
+            wanted = later[(number + 1) * len(later) // copies - 1]
+            stride = max(1, round(side / math.prod(wanted[1:]) ** (1 / positions)))
+            parts += [convolution(channels, wanted[0], 3, stride, 1, bias=False), norm(wanted[0]), nn.ReLU()]
+            channels, side = wanted[0], side / stride
+    if kind in ("adaptive", "classic") or (kind == "auglocal" and not later):
+        filters = num_filters("classic" if kind == "classic" else "adaptive", side)
+        if kind != "classic" and side > _LARGEST_SIDE:
+            parts.append(pool(_LARGEST_SIDE))
+        parts += [convolution(channels, filters, 3, 1, 1, bias=False), norm(filters), nn.ReLU()]
+        channels = filters
+    grid = 1 if kind == "linear" else _POOLED_SIDE
+    return nn.Sequential(*parts, pool(grid), nn.Flatten(), nn.Linear(channels * grid**positions, num_classes))
+
+
+def _token_head(kind: HeadKind, width: int, num_classes: int, tokens: bool) -> nn.Module:
+    hidden = [nn.Linear(width, _CLASSIC_FILTERS), nn.GELU()] if kind == "classic" else []
+    pooled = [] if tokens else [_MeanOverTokens()]
+    return nn.Sequential(nn.LayerNorm(width), *pooled, *hidden, nn.Linear(_CLASSIC_FILTERS if hidden else width, num_classes))
+
+
+class _MeanOverTokens(nn.Module):
+    """(B, T, D) to (B, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Average."""
+        return torch.mean(x, 1)
+
+
+# By the number of axes of a map.
+_BY_AXES = {
+    2: (nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d),
+    3: (nn.Conv3d, nn.BatchNorm3d, nn.AdaptiveAvgPool3d),
+}

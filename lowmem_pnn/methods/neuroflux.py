@@ -1,0 +1,71 @@
+"""`neuroflux`: adaptive local learning (NeuroFlux, arXiv 2402.14139): every unit learns from a loss of its own.
+
+    block 1                                 disk          block 2
+    x --[unit]--> --[unit]--> --[unit]--> activations --> --[unit]--> --[unit]--> scores
+           |          |          |                          |
+         head       head       head                       head          a loss each; no gradient passes an arrow
+
+A block is a partition; one is on the device at a time, with its heads. Inside it a unit's backward is done before the next unit runs
+forward, so that a block holds the activations of its largest unit alone, whatever its depth. When a block is trained its outputs are
+written once, and it is never run again. The chain's last unit has the model's own scores; every other unit is an early exit.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lowmem_pnn.chain import Chain, TensorSpec
+from lowmem_pnn.costs import Affine
+from lowmem_pnn.methods.base import Labels, Method, Objective, Split, Sweep, Visit
+from lowmem_pnn.methods.heads import make_head
+
+_FLOAT_BYTES = 4
+
+
+class LocalLabels(Labels):
+    """The true labels, against the scores of every unit's head.
+
+    Args:
+        label_smoothing: of the labels while training.
+        num_classes: of the data.
+    """
+
+    by_units = True
+
+    def __init__(self, label_smoothing: float, num_classes: int) -> None:
+        super().__init__(label_smoothing)
+        self._num_classes = num_classes
+
+    def memory(self, output_bytes: int) -> Affine:
+        """Log probabilities, and their gradient, of one head at a time."""
+        return Affine(0, 2 * _FLOAT_BYTES * self._num_classes)
+
+
+class NeuroFlux(Method):
+    """Block after block; inside a block all units learn, each from its own head."""
+
+    @property
+    def learns_by_units(self) -> bool:
+        """Always."""
+        return True
+
+    def visits(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit | Sweep]:
+        """For each block: learn for its epochs; then, but for the last, write its outputs once."""
+        visits: list[Visit | Sweep] = []
+        for partition in range(num_partitions):
+            visits.append(Visit("learn", partition, "train", self.config.value_for("epochs", partition)))
+            if partition < num_partitions - 1:
+                visits += [Visit("emit", partition, split) for split in splits]
+        return visits
+
+    def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:
+        """The true labels, for every unit."""
+        return LocalLabels(self.config.label_smoothing, num_classes)
+
+    def head(self, chain: Chain, unit: int, num_classes: int, tokens: bool) -> nn.Module | None:
+        """The head of a unit; None for the last, which gives the model's own scores."""
+        if unit == len(chain.layers) - 1:
+            return None
+        (boundary,) = chain.boundaries[unit + 1]
+        later = [spec for (spec,) in chain.boundaries[unit + 2 : -1]]
+        return make_head(self.config.heads, boundary, later, num_classes, tokens)
