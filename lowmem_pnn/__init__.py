@@ -4,12 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowmem_pnn.report import PlanReport, Result
-    from lowmem_pnn.trainer import evaluate, fit, plan
+    from lowmem_pnn.trainer import evaluate, export, fit, plan
 
 __version__ = "0.1.0"
-__all__ = ["PlanReport", "Result", "__version__", "evaluate", "fit", "plan"]
+__all__ = ["PlanReport", "Result", "__version__", "evaluate", "export", "fit", "plan"]
 
-_HOMES = {"PlanReport": "report", "Result": "report", "evaluate": "trainer", "fit": "trainer", "plan": "trainer"}
+_HOMES = {
+    "PlanReport": "report",
+    "Result": "report",
+    "evaluate": "trainer",
+    "export": "trainer",
+    "fit": "trainer",
+    "plan": "trainer",
+}
 
 
 def __getattr__(name: str) -> Any:

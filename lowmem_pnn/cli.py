@@ -26,13 +26,15 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 # What an option's value is called in the help.
 _METAVARS = {
     "max_gpu_mem": "SIZE", "max_host_mem": "SIZE", "max_disk": "SIZE", "model_arg": "KEY=VALUE", "data_root": "DIR",
-    "cuts": "LAYER,...", "epochs": "N,...", "batch_size": "N,...", "lr": "X,...", "shuffle": "yes|no,...", "kappa": "X,...",
+    "cuts": "LAYER,...", "epochs": "N,...", "batch_size": "N,...|auto", "lr": "X,...", "shuffle": "yes|no,...", "kappa": "X,...",
     "model": "NAME", "data": "NAME", "device": "NAME", "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
     "train_limit": "N", "test_limit": "N", "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS",
     "method": "pnn|neuroflux|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal|sparse",
-    "heads": "adaptive|classic|auglocal|linear", "sil_target": "full|pooled", "budget_scope": "process|allocator",
-    "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X", "label_smoothing": "X", "loss_chunk": "N",
-    "recovery_epochs": "N", "recover": "N,...|all", "log_every": "N",
+    "visits": "sequential|interleaved|laps=L", "macro_batches": "N", "views": "N", "augment": "none|basic", "blocks": "planner|alike",
+    "block_tolerance": "X", "exit_tolerance": "X", "heads": "adaptive|classic|auglocal|linear", "sil_target": "full|pooled",
+    "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
+    "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
+    "recover": "N,...|all", "log_every": "N",
 }  # fmt: skip
 
 
@@ -172,6 +174,24 @@ def evaluate(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
 
         scores = evaluate_run(run)
     click.echo(json.dumps(scores) if as_json else ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--exit", "exit_", metavar="auto|K", default="auto", help="Where the model ends: exit K, from 1; auto: as chosen by the run."
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the model. [default: RUN/exit-K]")
+@_outputs
+def export(run: Path, exit_: str, out: Path | None, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Write the model of a finished run, up to one of its exits, for plain PyTorch: a torch.export program, and its weights."""
+    import json
+
+    with _stdout_is_ours():
+        from lowmem_pnn.trainer import export as export_run
+
+        report = export_run(run, exit=exit_, out=out)
+    click.echo(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ def epoch_macs(item: Visit | Sweep, plan: Plan, samples: int) -> int:
     """
     visits = item.visits if isinstance(item, Sweep) else (item,)
     forwards = [visit for visit in visits if visit.split == "train" and visit.action not in ("step", "join")]
+    if isinstance(item, Visit) and item.stretch is not None:
+        samples = min(samples, item.stretch[1] - item.stretch[0])
     return samples * sum(plan.partitions[visit.partition].forward_macs for visit in forwards)
 
 

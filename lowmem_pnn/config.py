@@ -42,6 +42,9 @@ def _numbers_or_all(value: Any) -> Any:
 
 
 Size = Annotated[PositiveInt, BeforeValidator(_size)]
+Batches = Annotated[
+    tuple[PositiveInt, ...] | Literal["auto"], BeforeValidator(lambda value: value if value == "auto" else _list(value))
+]
 Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_list), Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -52,6 +55,9 @@ Layers = Annotated[tuple[str, ...] | None, BeforeValidator(_layer_names)]
 Recovering = Annotated[tuple[PositiveInt, ...] | Literal["all"] | None, BeforeValidator(_numbers_or_all)]
 DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
+
+LARGEST_AUTO_BATCH = 512
+"""Above it a step gains no speed, and a small data set has few steps."""
 
 PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "kappa"]
 
@@ -71,8 +77,8 @@ class FitConfig:
     )
     model: str = Field(
         description=(
-            "mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,heads=N,context=N, a torchvision name, package.module:factory, or "
-            "file.py:factory."
+            "mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,heads=N,context=N, cifar-resnet18, cifar-vgg11, cifar-vgg16, "
+            "cifar-mobilenetv2, a torchvision name, package.module:factory, or file.py:factory."
         )
     )
     model_arg: dict[str, Any] = Field(
@@ -98,7 +104,13 @@ class FitConfig:
     )
     cuts: Layers = Field(default=None, description="Comma list of layers, by name or number from 0; each starts a new partition.")
     epochs: Counts = Field(default=(10,), description="Epochs, one number or one per partition.")
-    batch_size: Counts = Field(default=(64,), description="Samples per optimizer step, one number or one per partition.")
+    batch_size: Batches = Field(
+        default=(64,),
+        description=(
+            "Samples per optimizer step, one number or one per partition; auto: as many as fit at once, partition by partition, up to "
+            "512, --lr being meant for 64 (pnn, neuroflux)."
+        ),
+    )
     micro_batch: PositiveInt | None = Field(
         default=None,
         description="Samples on the device at once, at most; the planner chooses the largest that fits if not given.",
@@ -164,11 +176,45 @@ class FitConfig:
             "by side, one process each (pnn)."
         ),
     )
+    visits: Annotated[str, Field(pattern=r"^(sequential|interleaved|laps=[1-9]\d*)$")] = Field(
+        default="sequential",
+        description=(
+            "How blocks take turns (neuroflux): sequential: all epochs of one, then the next; laps=L: so L times over, with an L-th of "
+            "the epochs each; interleaved: macro-batch by macro-batch."
+        ),
+    )
+    macro_batches: PositiveInt = Field(
+        default=64, description="Batches that go through a block before the next one takes them (--visits interleaved)."
+    )
+    views: PositiveInt = Field(
+        default=1, description="Augmented copies of a block's outputs that are kept, one epoch reading one of them (neuroflux)."
+    )
+    blocks: Literal["planner", "alike"] = Field(
+        default="planner",
+        description=(
+            "Where blocks are cut (neuroflux): planner: as few as fit with a good micro-batch; alike: neighbours that can take about "
+            "the same batch, as the paper has it."
+        ),
+    )
+    block_tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.5, description="How far the batches of a block's layers may differ, as a share of the largest (--blocks alike)."
+    )
     heads: Literal["adaptive", "classic", "auglocal", "linear"] = Field(
         default="adaptive",
         description=(
             "Auxiliary heads (neuroflux): adaptive has fewer filters where maps are large; classic has 256 everywhere; auglocal "
             "copies the shapes of later layers; linear is a mean and a linear layer."
+        ),
+    )
+    exit_tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.01,
+        description="How far below the best exit's validation accuracy the chosen one may be, the smallest of them (neuroflux).",
+    )
+    activation_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
+        default="float32",
+        description=(
+            "What boundary activations are kept as on disk while partitions learn from them: float32 keeps them as they are; int8 has "
+            "a scale per channel or token (pnn, neuroflux)."
         ),
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
@@ -185,6 +231,9 @@ class FitConfig:
     max_disk: Size | None = Field(default=None, description="Bound on the run directory's size on disk.")
     commit_every: NotNegative = Field(default=60.0, description="Least seconds between two commits to the run directory.")
     keep_commits: PositiveInt = Field(default=1, description="Commits kept on disk.")
+    augment: Literal["none", "basic"] = Field(
+        default="none", description="basic: training images are cropped out of padded ones, and flipped, anew in every epoch."
+    )
     log_every: PositiveInt = Field(default=100, description="Optimizer steps between two lines of metrics.jsonl.")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="Share of the training data kept for validation."
@@ -202,8 +251,18 @@ class FitConfig:
         Returns:
             The partition's own value, or the only one.
         """
-        values = getattr(self, field)
+        values = getattr(self, field) if field != "batch_size" else self.batch_sizes
         return values[0] if len(values) == 1 else values[partition]
+
+    @property
+    def laps(self) -> int:
+        """How often all blocks take their turn."""
+        return int(self.visits.partition("=")[2] or 1)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Samples a step as far as they are known before the plan: with `auto` the most that it may choose."""
+        return (LARGEST_AUTO_BATCH,) if self.batch_size == "auto" else self.batch_size
 
     def to_json(self) -> str:
         """The configuration as JSON text, which `from_json` reads back."""

@@ -17,7 +17,7 @@ from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CaptureError, DataError, DivergedError
 from lowmem_pnn.feeds import Batch, Feed
 from lowmem_pnn.methods import Objective
-from lowmem_pnn.passes import backward_from_loss, outputs_in_chunks, place_aligned
+from lowmem_pnn.passes import backward_from_loss, outputs_in_chunks, place_aligned, scores_by_units
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stores.activations import ActivationWriter
@@ -117,7 +117,16 @@ class Executor:
         if not self._fits(lambda: stage.objective.prepare(self._device.torch_device)):
             raise self._too_large(stage, f"for the objective of {stage.title}")
 
-    def learn_epoch(self, stage: Stage, feed: Feed, progress: Progress, on_batch: Callable[[float | None], None]) -> None:
+    def learn_epoch(
+        self,
+        stage: Stage,
+        feed: Feed,
+        progress: Progress,
+        on_batch: Callable[[float | None], None],
+        *,
+        epochs_before: int = 0,
+        steps_before: int = 0,
+    ) -> None:
         """Train over one epoch's samples, from where `progress` says.
 
         Args:
@@ -126,6 +135,8 @@ class Executor:
             progress: moved on after every batch; at the epoch's end `batch` is 0 and `epoch` one more.
             on_batch: called after every batch with its loss (None if it was left out as too small), when `progress`, weights and
                 optimizer state belong together.
+            epochs_before: of the partition's earlier visits; with those of `progress` they say which epoch this is.
+            steps_before: optimizer steps of them.
 
         Raises:
             DivergedError: the loss became NaN or infinite.
@@ -136,10 +147,13 @@ class Executor:
         steps = math.ceil(feed.num_samples / stage.batch_size)
         for layer in stage.residency.layers:
             layer.module.train()
-        for batch in feed.batches(stage.batch_size, shuffle=stage.shuffle, epoch=progress.epoch, start=progress.batch):
+        epoch = epochs_before + progress.epoch
+        for batch in feed.batches(
+            stage.batch_size, shuffle=stage.shuffle, epoch=epoch, start=progress.batch, drawn=("epoch", epoch)
+        ):
             loss = None
             if len(batch[1]) >= stage.smallest_micro_batch:  # a last batch of 1 tells BatchNorm nothing
-                step = progress.epoch * steps + progress.batch
+                step = steps_before + progress.epoch * steps + progress.batch
                 loss = self.train_batch(stage, batch, step)
                 if not math.isfinite(loss):
                     raise DivergedError(
@@ -197,22 +211,40 @@ class Executor:
             group["lr"] = stage.learning_rate(step)
         optimizer.step()
 
-    def measure(self, stage: Stage, feed: Feed) -> Tally:
+    def measure(self, stage: Stage, feed: Feed) -> list[Tally]:
         """Loss and accuracy over a feed, in eval mode.
 
         Args:
             stage: the partition.
             feed: its samples.
+
+        Returns:
+            One tally for the partition's outputs; where its objective is by units, one for the scores of each.
         """
-        tally = Tally()
+        by_units = stage.objective.by_units
+        tallies = [Tally() for _ in (stage.residency.layers if by_units else (None,))]
 
-        def work(outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[float, int, int | None]:
-            labels = self._device.place(labels)
+        def count(outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[float, int, int | None]:
             loss = float(stage.objective.loss(outputs, labels))
-            return loss, labels.numel(), stage.objective.num_correct(outputs, labels) if stage.is_last else None
+            return loss, labels.numel(), stage.objective.num_correct(outputs, labels) if by_units or stage.is_last else None
 
-        self.forward(stage, feed, work, lambda counts: tally.add(*counts))
-        return tally
+        def consume(counts: list[tuple[float, int, int | None]]) -> None:
+            for tally, counted in zip(tallies, counts, strict=True):
+                tally.add(*counted)
+
+        if by_units:
+            layers = stage.residency.layers
+            self._forward(
+                stage,
+                feed,
+                lambda inputs, labels: [
+                    [count((scores,), self._device.place(labels)) for scores in scores_by_units(layers, inputs)]
+                ],
+                consume,
+            )
+        else:
+            self.forward(stage, feed, lambda outputs, labels: [count(outputs, self._device.place(labels))], consume)
+        return tallies
 
     def emit(self, stage: Stage, feed: Feed, writer: ActivationWriter, on_micro_batch: Callable[[], None]) -> None:
         """Write the partition's outputs, in the feed's own order, in eval mode.
@@ -244,6 +276,14 @@ class Executor:
                 and their labels, on the host; done again, with fewer samples, where it runs out of memory.
             consume: takes what `work` gave, once for every sample.
         """
+        chunk_rows = stage.chunk_rows if stage.is_last else None
+        layers = stage.residency.layers
+        self._forward(stage, feed, lambda inputs, labels: outputs_in_chunks(layers, inputs, labels, chunk_rows, work), consume)
+
+    def _forward(
+        self, stage: Stage, feed: Feed, run: Callable[[tuple[Tensor, ...], Tensor], list[_T]], consume: Callable[[_T], None]
+    ) -> None:
+        """Samples through a stage in eval mode; `run` takes a micro-batch on the device, and its labels on the host."""
         for layer in stage.residency.layers:
             layer.module.eval()
         for inputs, labels in feed.batches(stage.batch_size, shuffle=False):
@@ -251,7 +291,7 @@ class Executor:
             while begin < len(labels):
                 part = slice(begin, begin + stage.micro_batch)
                 batch = tuple(tensor[part] for tensor in inputs), labels[part]
-                result = self._unless_full(lambda batch=batch: self._run_eval(stage, batch, work))  # type: ignore[misc]
+                result = self._unless_full(lambda batch=batch: self._run_eval(batch, run))  # type: ignore[misc]
                 del batch
                 if result is None:
                     self._shrink(stage)
@@ -262,12 +302,10 @@ class Executor:
                 begin = part.stop
             del inputs, labels  # the feed gives the next before these names are bound to it
 
-    def _run_eval(self, stage: Stage, batch: Batch, work: Callable[[tuple[Tensor, ...], Tensor], _T]) -> list[_T]:
+    def _run_eval(self, batch: Batch, run: Callable[[tuple[Tensor, ...], Tensor], list[_T]]) -> list[_T]:
         inputs, labels = batch
-        chunk_rows = stage.chunk_rows if stage.is_last else None
         with torch.no_grad():
-            placed = tuple(place_aligned(self._device, tensor) for tensor in inputs)
-            result = outputs_in_chunks(stage.residency.layers, placed, labels, chunk_rows, work)
+            result = run(tuple(place_aligned(self._device, tensor) for tensor in inputs), labels)
         self._device.check_budget()
         return result
 

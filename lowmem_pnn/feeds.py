@@ -1,6 +1,6 @@
 """Feeds: where a visit's samples come from, in which order, read one batch ahead."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Protocol
 
@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.seeds import permutation_of
+from lowmem_pnn.sources.augment import Crops
 from lowmem_pnn.sources.datasets import Split
 from lowmem_pnn.stores.activations import ActivationStore
 
 # Samples that are read at once where only their labels are wanted.
 _LABELS_AT_ONCE = 64
 
+# A word and a number: an epoch, or a view.
+Drawn = tuple[str, int]
 Batch = tuple[tuple[Tensor, ...], Tensor]
 
 
@@ -24,7 +27,9 @@ class Feed(Protocol):
 
     num_samples: int
 
-    def batches(self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
+    ) -> Iterator[Batch]:
         """Iterate over an epoch.
 
         Args:
@@ -32,6 +37,8 @@ class Feed(Protocol):
             shuffle: in an order that follows from the seed and the epoch, else in the feed's own order.
             epoch: from 0.
             start: batches to skip.
+            drawn: what the augmentation of images follows from, besides the seed; None for images as they are. Only the data set's
+                own feed has images.
 
         Yields:
             The boundary tensors, each (B, ...), on the host, and the labels (B,) int64.
@@ -53,9 +60,13 @@ class DatasetFeed:
         mix: the feed's own order is a fixed permutation, instead of the data set's. What is written in that order can be read in
             sequence and still mixes the classes of a data set that is sorted by class.
         place: a word that the order of shuffled epochs follows from.
+        augments: images are augmented where `drawn` says what by.
     """
 
-    def __init__(self, split: Split, seed: int, pool: Executor, *, mix: bool, place: str = "epoch") -> None:
+    def __init__(
+        self, split: Split, seed: int, pool: Executor, *, mix: bool, place: str = "epoch", augments: bool = False
+    ) -> None:
+        self._augments = augments
         self._split = split
         self._seed = seed
         self._pool = pool
@@ -63,14 +74,29 @@ class DatasetFeed:
         self._mix = mix
         self._place = place
 
-    def batches(self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """See `Feed`. `exact` and `backprop` of one seed see the same batches."""
-        order = self._order(shuffle, epoch)
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        epoch: int = 0,
+        start: int = 0,
+        drawn: Drawn | None = None,
+        stretch: slice = slice(None),
+    ) -> Iterator[Batch]:
+        """See `Feed`; of the epoch's order only a stretch. `exact` and `backprop` of one seed see the same batches."""
+        order = self._order(shuffle, epoch)[stretch]
+        crops = Crops(self.num_samples, self._seed, drawn) if self._augments and drawn is not None else None
+
+        def read(numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+            samples, labels = self._split.batch(numbers)
+            return samples if crops is None else crops(samples, numbers), labels
+
         ahead: Future[tuple[Tensor, Tensor]] | None = None
-        for begin in range(start * batch_size, self.num_samples, batch_size):
-            now = ahead or self._pool.submit(self._split.batch, order[begin : begin + batch_size])
+        for begin in range(start * batch_size, len(order), batch_size):
+            now = ahead or self._pool.submit(read, order[begin : begin + batch_size])
             following = order[begin + batch_size : begin + 2 * batch_size]
-            ahead = self._pool.submit(self._split.batch, following) if len(following) else None
+            ahead = self._pool.submit(read, following) if len(following) else None
             samples, labels = now.result()
             del now  # it holds the batch
             batch = (samples,), labels
@@ -105,7 +131,9 @@ class CodesFeed:
             numbers = np.arange(begin, min(begin + _LABELS_AT_ONCE, self.num_samples))
             self._labels[begin : begin + len(numbers)] = split.batch(numbers)[1]
 
-    def batches(self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
+    ) -> Iterator[Batch]:
         """See `Feed`; labels come in the order in which `DatasetFeed` has them."""
         place = ("epoch", epoch) if shuffle else ("own order",)
         order = permutation_of(self.num_samples, self._seed, *place)
@@ -134,7 +162,9 @@ class ShardFeed:
         self._window_bytes = window_bytes
         self.num_samples = store.num_samples
 
-    def batches(self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
+    ) -> Iterator[Batch]:
         """See `Feed`."""
         return self._store.batches(
             batch_size,
@@ -149,3 +179,80 @@ class ShardFeed:
     def close(self) -> None:
         """Free the shards that are held between epochs."""
         self._store.close()
+
+
+class StretchFeed:
+    """Some samples of one epoch of the data set, in that epoch's order: what a macro-batch learns from, and is written from.
+
+    Args:
+        feed: of the data set.
+        shuffle: the epoch has an order of its own.
+        epoch: from 0.
+        stretch: which samples of its order.
+        drawn: what their augmentation follows from.
+    """
+
+    def __init__(self, feed: DatasetFeed, shuffle: bool, epoch: int, stretch: slice, drawn: Drawn | None) -> None:
+        self._feed, self._shuffle, self._epoch, self._stretch, self._drawn = feed, shuffle, epoch, stretch, drawn
+        self.num_samples = len(range(*stretch.indices(feed.num_samples)))
+
+    def batches(
+        self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
+    ) -> Iterator[Batch]:
+        """See `Feed`; whatever is asked, they come in the same order, augmented alike."""
+        return self._feed.batches(
+            batch_size, shuffle=self._shuffle, epoch=self._epoch, start=start, drawn=self._drawn, stretch=self._stretch
+        )
+
+    def close(self) -> None:
+        """Close the data set's feed."""
+        self._feed.close()
+
+
+class StoredFeed:
+    """Boundary activations of a macro-batch: as they were stored, which is the epoch's order.
+
+    Args:
+        feed: of the store.
+    """
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+        self.num_samples = feed.num_samples
+
+    def batches(
+        self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
+    ) -> Iterator[Batch]:
+        """See `Feed`; never shuffled once more."""
+        return self._feed.batches(batch_size, shuffle=False, start=start)
+
+    def close(self) -> None:
+        """Close the store."""
+        self._feed.close()
+
+
+class ViewsFeed:
+    """Several augmented copies of the training samples, one after the other, epoch by epoch; one is open at a time.
+
+    Args:
+        open_view: opens one.
+        views: how many there are.
+    """
+
+    def __init__(self, open_view: Callable[[int], Feed], views: int) -> None:
+        self._open_view, self._views = open_view, views
+        self._view, self._feed = 0, open_view(0)
+        self.num_samples = self._feed.num_samples
+
+    def batches(
+        self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
+    ) -> Iterator[Batch]:
+        """See `Feed`; epoch e reads view e modulo their number."""
+        if (view := epoch % self._views) != self._view:
+            self._feed.close()
+            self._view, self._feed = view, self._open_view(view)
+        return self._feed.batches(batch_size, shuffle=shuffle, epoch=epoch, start=start)
+
+    def close(self) -> None:
+        """Close the view that is open."""
+        self._feed.close()

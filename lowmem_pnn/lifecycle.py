@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from lowmem_pnn.computation import program_macs, samples_learnt
 from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import Device
 from lowmem_pnn.errors import BudgetError, CheckpointError, DivergedError
+from lowmem_pnn.executor import Stage
+from lowmem_pnn.exits import HEADS_FILE, chosen_exit, describe_exits, head_names
+from lowmem_pnn.feeds import Feed
 from lowmem_pnn.initialisation import build_weights, owners
 from lowmem_pnn.joining import TRAINED, forget
 from lowmem_pnn.methods import Sweep, share_of
@@ -120,13 +124,18 @@ def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, devi
     run.wait()
     if workload.method.trains_apart and not workload.config.recovery_epochs and "val" in workload.splits:
         validate(run, "the joined model")  # no partition's own epochs could tell
-    scores = score(run, workload) if "test" in workload.splits else {}
+    unit_accuracies: list[float | None] = []
+    scores = score(run, workload, unit_accuracies) if "test" in workload.splits else {}
     if not all(math.isfinite(score) for score in scores.values()):
         raise DivergedError(f"the trained model's test loss is {scores['test_loss']}; try a lower --lr")
     run.weights.export(weights_file, workload.chain.persistent, owners(workload.chain))
+    exits: list[dict[str, Any]] = []
+    if workload.method.learns_by_units:
+        exits = describe_exits(run, unit_accuracies or [None] * len(workload.chain.layers))
+        run.weights.export(rundir.path / HEADS_FILE, head_names(workload.chain))
     run.update_totals()
     state = run.state
-    result = _make_result(workload, plan, costs, device, state, scores, rundir.path)
+    result = _make_result(workload, plan, costs, device, state, scores, exits, rundir.path)
     write_durably(rundir.path / "result.json", result.to_json() + "\n")
     state.stage = "done"
     run.commit()
@@ -144,8 +153,14 @@ def clear(rundir: RunDir) -> None:
         older.unlink(missing_ok=True)
 
 
-def score(run: Run, workload: Workload) -> dict[str, float]:
-    """Loss and other scores on the test data."""
+def score(run: Run, workload: Workload, unit_accuracies: list[float | None] | None = None) -> dict[str, float]:
+    """Loss and other scores on the test data.
+
+    Args:
+        run: trained.
+        workload: what was trained.
+        unit_accuracies: gets the accuracy of every layer's own scores, where there are such; None if nobody asks.
+    """
     tokens = bool(workload.dataset.label_shape)
     total = Scores(tokens)
 
@@ -154,12 +169,23 @@ def score(run: Run, workload: Workload) -> dict[str, float]:
         scores.add(outputs, labels)
         return scores
 
-    measure(run, "test", of_one, total.merge)
+    def of_units(stage: Stage, feed: Feed) -> None:
+        if unit_accuracies is not None and stage.objective.by_units:
+            unit_accuracies.extend(tally.accuracy for tally in run.executor.measure(stage, feed))
+
+    measure(run, "test", of_one, total.merge, on_stage=of_units)
     return total.result()
 
 
 def _make_result(
-    workload: Workload, plan: Plan, costs: MemoryProfile, device: Device, state: State, scores: dict[str, float], path: Path
+    workload: Workload,
+    plan: Plan,
+    costs: MemoryProfile,
+    device: Device,
+    state: State,
+    scores: dict[str, float],
+    exits: list[dict[str, Any]],
+    path: Path,
 ) -> Result:
     config, last = workload.config, state.records[-1]
     program, samples = workload.method.program(len(plan.partitions), workload.training_splits), len(workload.splits["train"])
@@ -202,6 +228,8 @@ def _make_result(
         test_f1=scores.get("test_f1"),
         perplexity=scores.get("perplexity"),
         macs=program_macs(program, plan, samples),
+        exits=exits,
+        chosen_exit=chosen_exit(exits, config.exit_tolerance),
         bytes_read=state.bytes_read,
         bytes_written=state.bytes_written,
         oom_retries=state.oom_retries,

@@ -29,8 +29,20 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("kappa", "--method pnn", lambda config: config.method == "pnn"),
     ("sil", "--method pnn", lambda config: config.method == "pnn"),
     ("sil_target", "--method pnn", lambda config: config.method == "pnn"),
+    ("visits", "--method neuroflux", lambda config: config.method == "neuroflux"),
+    ("macro_batches", "--visits interleaved", lambda config: config.visits == "interleaved"),
+    (
+        "views",
+        "--augment basic and --visits sequential or laps=L",
+        lambda config: config.augment != "none" and config.visits != "interleaved",
+    ),
+    ("blocks", "--method neuroflux", lambda config: config.method == "neuroflux"),
+    ("block_tolerance", "--blocks alike", lambda config: config.blocks == "alike"),
+    ("exit_tolerance", "--method neuroflux", lambda config: config.method == "neuroflux"),
     ("heads", "--method neuroflux", lambda config: config.method == "neuroflux"),
     ("parallel_sil", "--method pnn", lambda config: config.method == "pnn"),
+    ("activation_dtype", "--method pnn or neuroflux", lambda config: config.method in ("pnn", "neuroflux")),
+    ("activation_dtype", "partitions that learn from activations (no --parallel-sil)", lambda config: not config.parallel_sil),
     ("cuts", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("partitions", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
@@ -87,8 +99,22 @@ def configure(**given: Any) -> FitConfig:
         faults += [
             f"{flag(name)} has {len(getattr(config, name))} values, and --method exact trains all partitions together; give one value"
             for name in ("epochs", "batch_size", "shuffle")
-            if len(getattr(config, name)) > 1
+            if getattr(config, name) != "auto" and len(getattr(config, name)) > 1
         ]
+    if config.batch_size == "auto" and (config.method not in ("pnn", "neuroflux") or config.recovery_epochs):
+        faults.append(
+            "--batch-size auto: only partitions that learn by themselves can each have a batch of their own; give a number"
+        )
+    if config.views > 1 and config.method != "neuroflux":
+        faults.append("--views has no effect here: it needs --method neuroflux")
+    if config.visits == "interleaved" and len(config.epochs) > 1:
+        faults.append("--visits interleaved trains all blocks for the same epochs; give one number of --epochs")
+    if config.laps > min(config.epochs):
+        faults.append(
+            f"--visits laps={config.laps}: there are {min(config.epochs)} epochs; give at most laps={min(config.epochs)}"
+        )
+    if config.blocks == "alike" and (config.cuts or config.partitions):
+        faults.append("--blocks alike finds the cuts, and --cuts or --partitions give them; give one")
     if config.method == "neuroflux" and config.recovery_epochs:
         faults.append("--recovery-epochs has no effect here: it needs --method pnn, exact or backprop")
     if config.method == "neuroflux" and config.loss_chunk is not None:
@@ -99,10 +125,10 @@ def configure(**given: Any) -> FitConfig:
         )
     if config.cuts and config.partitions:
         faults.append("--cuts and --partitions exclude each other; give one")
-    if config.micro_batch is not None and config.micro_batch > max(config.batch_size):
+    if config.micro_batch is not None and config.micro_batch > max(config.batch_sizes):
         faults.append(
-            f"--micro-batch {config.micro_batch} is above --batch-size {max(config.batch_size)}; "
-            f"give at most {max(config.batch_size)}, or a larger --batch-size"
+            f"--micro-batch {config.micro_batch} is above --batch-size {max(config.batch_sizes)}; "
+            f"give at most {max(config.batch_sizes)}, or a larger --batch-size"
         )
     if faults:
         raise ConfigError("; ".join(faults))
@@ -134,7 +160,7 @@ def check_lengths(config: FitConfig, num_partitions: int) -> None:
         ("shuffle", num_partitions),
         ("kappa", num_partitions - 1),
     ):
-        found = len(getattr(config, name))
+        found = len(config.batch_sizes if name == "batch_size" else getattr(config, name))
         if found not in (1, wanted):
             what = "boundary" if name == "kappa" else "partition"
             plural = {"boundary": "boundaries"}.get(what, what + "s")

@@ -2,19 +2,24 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
 from lowmem_pnn import planner
+from lowmem_pnn.config import LARGEST_AUTO_BATCH
 from lowmem_pnn.costs import Affine, MemoryProfile, in_chunks, streamed
 from lowmem_pnn.device import Device
 from lowmem_pnn.device.kernels import PACKING_BYTES
 from lowmem_pnn.errors import BudgetError, DiskError
+from lowmem_pnn.grouping import alike_cuts
 from lowmem_pnn.options import check_lengths
 from lowmem_pnn.partitioning import GOOD_MICRO_BATCH
 from lowmem_pnn.passes import works_by_rows
 from lowmem_pnn.plans import PartitionPlan, Plan
 from lowmem_pnn.report import PlanReport
+from lowmem_pnn.stores.encoding import WORK_BYTES, kept_bytes
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import IoSizes, Workload
 
@@ -38,9 +43,34 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
         BudgetError: nothing fits.
         ConfigError: cuts or lists that the model cannot have.
     """
+    config = workload.config
+    if config.batch_size != "auto":
+        return _make_plan(workload, profile, device, unexplained_bytes, config.batch_sizes)
+    # Two batches wait on the host beside a partition: the fewer samples a batch may have, the more room is left for them.
+    plans: list[Plan] = []
+    for most in (LARGEST_AUTO_BATCH >> shift for shift in range(LARGEST_AUTO_BATCH.bit_length())):
+        with suppress(BudgetError):
+            plans.append(_make_plan(workload, profile, device, unexplained_bytes, (most,)))
+        if plans and min(part.micro_batch for part in plans[-1].partitions) == most:
+            break
+    if not plans:
+        return _make_plan(workload, profile, device, unexplained_bytes, (profile.smallest_micro_batch,))
+    plan = max(plans, key=lambda plan: min(part.micro_batch for part in plan.partitions))
+    samples = len(workload.splits["train"])
+    sizes = [min(part.micro_batch, samples) for part in plan.partitions]
+    partitions = (
+        dataclasses.replace(part, batch=size, micro_batch=size) for part, size in zip(plan.partitions, sizes, strict=True)
+    )
+    return dataclasses.replace(plan, partitions=tuple(partitions))
+
+
+def _make_plan(
+    workload: Workload, profile: MemoryProfile, device: Device, unexplained_bytes: int, batch_sizes: Sequence[int]
+) -> Plan:
+    """A plan for batches of known sizes, one or one per partition."""
     config, chain = workload.config, workload.chain
     cuts = None if config.cuts is None else [chain.layer_index(cut) for cut in config.cuts]
-    batch, sweeps = max(config.batch_size), workload.method.sweeps
+    batch, sweeps = max(batch_sizes), workload.method.sweeps
     chunk = _loss_chunk(workload, device)
     costs = _costs(workload, profile, chunk, sweeps)
 
@@ -59,11 +89,19 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
             + (2 * io.shard_bytes if device.shares_host else 0)
         )
 
+    if config.blocks == "alike":
+        cuts = alike_cuts(
+            costs,
+            most=min(batch, len(workload.splits["train"])),
+            room=device.budget_bytes - overhead(device.budget_bytes),
+            objectives=[objective_memory(workload, stop, chunk) for stop in range(1, len(chain.layers) + 1)],
+            tolerance=config.block_tolerance,
+        )
     plan = planner.plan(
         costs,
         budget_bytes=device.budget_bytes,
         overhead_bytes=overhead,
-        batch_sizes=config.batch_size[0] if len(config.batch_size) == 1 else config.batch_size,
+        batch_sizes=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
         cuts=cuts,
         num_partitions=workload.method.num_partitions if cuts is None else None,
         micro_batch=config.micro_batch,
@@ -104,11 +142,11 @@ def _loss_chunk(workload: Workload, device: Device) -> int | None:
     """Rows for which the last layer and the loss are computed at once; None for all of a micro-batch."""
     config, chain = workload.config, workload.chain
     if config.loss_chunk is not None:
-        return config.loss_chunk if config.loss_chunk < max(config.batch_size) * workload.rows_per_sample else None
+        return config.loss_chunk if config.loss_chunk < max(config.batch_sizes) * workload.rows_per_sample else None
     if workload.method.learns_by_units or not works_by_rows(chain.layers[-1]):
         return None
     row_bytes = chain.boundaries[-1][0].sample_bytes // workload.rows_per_sample
-    if max(config.batch_size) * workload.rows_per_sample * row_bytes <= device.budget_bytes // 16:
+    if max(config.batch_sizes) * workload.rows_per_sample * row_bytes <= device.budget_bytes // 16:
         return None
     return max(1, device.budget_bytes // 64 // row_bytes)
 
@@ -215,8 +253,11 @@ def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int
     if not device.shares_host:
         return 0
     labels = 8 * workload.rows_per_sample
-    sample = sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary]) + labels + 24  # and a place in the order
+    beside = labels + 24  # a place in the order
+    sample = sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary]) + beside
     batches = 2 * batch * sample
+    if workload.config.activation_dtype != "float32":
+        batches += WORK_BYTES
     if boundary == 0:
         # And the epoch's order, while it is made.
         return batches + 24 * max(len(split) for split in workload.splits.values())
@@ -224,9 +265,12 @@ def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int
         codes = workload.dataset.num_classes * sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary])
         return batches + codes + 32 * len(workload.splits["train"])  # labels, and the epoch's order while it is made
     # The validation set's window is open while the training set's stays in memory for the next epoch.
-    train = min(io.window_bytes, len(workload.splits["train"]) * sample)
-    val = min(io.window_bytes // 2, len(workload.splits["val"]) * sample) if "val" in workload.splits else 0
-    return batches + train + val
+    kept = _kept_bytes(workload, boundary) + beside
+    train = min(io.window_bytes, len(workload.splits["train"]) * kept)
+    val = min(io.window_bytes // 2, len(workload.splits["val"]) * kept) if "val" in workload.splits else 0
+    # Where that is less than there is, the model is still measured on all of it.
+    measured = min(io.window_bytes // 2, _num_measured(workload) * sample) if kept < sample else 0
+    return batches + max(train + val, measured)
 
 
 def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
@@ -241,13 +285,16 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
         for part in plan.partitions
     ]
     outputs = [part.output_bytes_per_sample for part in plan.partitions[:-1]]
-    two = max((left + right for left, right in zip([0, *outputs], [*outputs, 0], strict=True)), default=0)
+    kept = [_kept_bytes(workload, part.stop) for part in plan.partitions[:-1]]
     sizes = {name: len(split) for name, split in workload.splits.items()}
     # Stores of activations hold training and validation samples; where training is by sweeps, only what the model is measured on.
-    measured = max((sizes[name] for name in ("val", "test") if name in sizes), default=0)
     streams = workload.method.sweeps or workload.method.trains_apart
-    samples = measured if streams else sum(sizes[name] for name in workload.training_splits)
-    working = max(stored) + samples * (two + 16 * workload.rows_per_sample)
+    samples = (
+        0 if streams else sum(size * (config.views if name == "train" else 1) for name, size in workload.training_splits.items())
+    )
+    labels = 16 * workload.rows_per_sample
+    stores = max(_num_measured(workload) * (_two_of(outputs) + labels), samples * (_two_of(kept) + labels))
+    working = max(stored) + stores
     if plan.sweep_micro_batch:
         gradients = sum(layer.gradient_bytes for layer in profile.layers) if config.clip_norm is not None else 0
         batch = plan.partitions[-1].batch
@@ -255,6 +302,21 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
         working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)
     export = sum(layer.weight_bytes + layer.buffer_bytes for layer in profile.layers)
     return sum(stored) * config.keep_commits + max(working, export)
+
+
+def _two_of(outputs: Sequence[int]) -> int:
+    """The most that a partition's inputs and outputs take together, from what the boundaries between partitions do."""
+    return max((left + right for left, right in zip([0, *outputs], [*outputs, 0], strict=True)), default=0)
+
+
+def _num_measured(workload: Workload) -> int:
+    """Samples of the largest part that the whole model is measured on."""
+    return max((len(workload.splits[name]) for name in ("val", "test") if name in workload.splits), default=0)
+
+
+def _kept_bytes(workload: Workload, boundary: int) -> int:
+    """Bytes of one sample in the stores that partitions learn from."""
+    return sum(kept_bytes(spec, workload.config.activation_dtype) for spec in workload.chain.boundaries[boundary])
 
 
 def check_disk(workload: Workload, plan: Plan, profile: MemoryProfile) -> None:
@@ -300,7 +362,11 @@ def describe_partition(workload: Workload, part: PartitionPlan) -> dict[str, obj
     """A partition of a plan, for reports."""
     # A sweep keeps the outputs of one batch; else they are written for all samples.
     training = workload.training_splits
-    samples = part.batch if workload.method.sweeps else sum(len(workload.splits[name]) for name in training)
+    samples = (
+        part.batch
+        if workload.method.sweeps
+        else sum(size * (workload.config.views if name == "train" else 1) for name, size in training.items())
+    )
     is_last = part.stop == len(workload.chain.layers)
     return {
         "start": part.start,
@@ -311,7 +377,7 @@ def describe_partition(workload: Workload, part: PartitionPlan) -> dict[str, obj
         "batch": part.batch,
         "state_bytes": part.state_bytes,
         "predicted_peak_bytes": part.predicted_peak_bytes,
-        "activation_bytes": 0 if is_last else samples * part.output_bytes_per_sample,
+        "activation_bytes": 0 if is_last else samples * _kept_bytes(workload, part.stop),
     }
 
 

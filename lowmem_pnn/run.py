@@ -14,7 +14,7 @@ import torch
 
 from lowmem_pnn.computation import macs_until
 from lowmem_pnn.device import Device
-from lowmem_pnn.errors import BudgetError, DiskError, DivergedError, Stopped
+from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, DivergedError, Stopped
 from lowmem_pnn.executor import Executor, Stage
 from lowmem_pnn.feeds import CodesFeed, DatasetFeed, Feed, ShardFeed
 from lowmem_pnn.methods import Sweep, SyntheticLabels, share_of
@@ -26,6 +26,7 @@ from lowmem_pnn.state import State
 from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.activations import ActivationStore, ActivationWriter
 from lowmem_pnn.stores.disk import IoCounter
+from lowmem_pnn.stores.encoding import KeptAs, OverflowFault
 from lowmem_pnn.stores.rundir import RunDir
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.streams import Threads
@@ -90,6 +91,9 @@ class Run:
         self._once_named = {
             folder for body in (state.to_journal(), *rundir.older_journals()) for folder in body["activations"].values()
         }
+        # Stores that some commit has named, which only the end of that commit may delete; and partitions kept since the last one.
+        self._promised = set(self._once_named)
+        self._kept: set[int] = set()
         # The partition whose visit is under way, and since when its record has been brought up to date.
         self._recording: tuple[int, float] | None = None
         # Totals of earlier processes of this run; what this one adds comes on top.
@@ -107,14 +111,33 @@ class Run:
         """
         self.wait()
         self.update_record()
-        changed = save()
+        changed = sorted({*save(), *self._kept})
+        self._kept.clear()
         self.weights.freeze(changed)
         self.update_totals()
         self.state.number += 1
         self.state.metrics_bytes = self.rundir.metrics_bytes()
         journal = self.state.to_journal()
+        self._promised.update(journal["activations"].values())
         self._pending = self.threads.commit.submit(self._finish_commit, journal, changed)
         self._last_commit = time.monotonic()
+
+    def keep(self, save: Save) -> None:
+        """Bring weights into working files now, for the next commit to take them up.
+
+        Args:
+            save: what brings them there.
+        """
+        self._kept.update(save())
+
+    def drop_store(self, name: str) -> None:
+        """Delete a store of activations that no commit names; one that a commit names goes when that does.
+
+        Args:
+            name: of its folder.
+        """
+        if name not in self._promised:
+            shutil.rmtree(self.activations / name, ignore_errors=True)
 
     def maybe_commit(self, save: Save) -> None:
         """Commit if it is time to, or if the run is to stop.
@@ -149,6 +172,7 @@ class Run:
         """Return to the last commit: what was trained since then did not happen. Nothing may be resident."""
         self.wait()
         self.weights.rollback()
+        self._kept.clear()
         commit = State.from_journal(self.rundir.journal())
         self.state.go_back_to(commit)
         self.rundir.cut_metrics(commit.metrics_bytes)
@@ -265,7 +289,7 @@ class Run:
             micro_batch=self.state.micro_batches[partition],
             smallest_micro_batch=self.plan.smallest_micro_batch,
             is_last=partition == len(self.plan.partitions) - 1,
-            learning_rate=lambda step: workload.learning_rate(partition, step, total_steps),
+            learning_rate=lambda step: workload.learning_rate(partition, step, total_steps, planned.batch),
             clip_norm=workload.config.clip_norm,
             chunk_rows=self.plan.loss_chunk,
             shuffle=workload.config.value_for("shuffle", partition),
@@ -289,25 +313,27 @@ class Run:
         return (stage.number,)
 
     def feed(self, stack: ExitStack, partition: int, split: Split, folder: Path | None) -> Feed:
-        """The samples of one part of the data at a partition's boundary.
+        """`open_feed`, closed by the stack."""
+        feed = self.open_feed(partition, split, folder)
+        stack.callback(feed.close)
+        return feed
+
+    def open_feed(self, partition: int, split: Split, folder: Path | None) -> Feed:
+        """The samples of one part of the data at a partition's boundary; the caller closes it.
 
         Args:
-            stack: closes the feed.
             partition: its number.
             split: which part.
             folder: of the store that the partition before has written; None for the first partition, which reads the data set.
         """
         seed, pool = self.workload.config.seed, self.threads.read
-        feed: Feed
         if partition == 0:
-            feed = DatasetFeed(self.workload.splits[split], seed, pool, mix=split == "train")
-        else:
-            assert folder is not None, "the partition before has written its outputs"
-            # Training samples may stay in memory from epoch to epoch while the validation set passes through.
-            window = self._io.window_bytes if split == "train" else self._io.window_bytes // 2
-            feed = ShardFeed(ActivationStore.open(folder, counter=self.counter), seed, pool, window)
-        stack.callback(feed.close)
-        return feed
+            augments = split == "train" and self.workload.config.augment != "none"
+            return DatasetFeed(self.workload.splits[split], seed, pool, mix=split == "train", augments=augments)
+        assert folder is not None, "the partition before has written its outputs"
+        # Training samples may stay in memory from epoch to epoch while the validation set passes through.
+        window = self._io.window_bytes if split == "train" else self._io.window_bytes // 2
+        return ShardFeed(ActivationStore.open(folder, counter=self.counter), seed, pool, window)
 
     def feed_of_codes(self, partition: int) -> Feed:
         """The synthetic labels of the boundary before a partition as its training samples.
@@ -321,7 +347,7 @@ class Run:
         objective.prepare(torch.device("cpu"))
         return CodesFeed(workload.splits["train"], objective.codes, workload.config.seed)
 
-    def write(self, stage: Stage, feed: Feed, folder: Path, *, may_stop: bool = True) -> None:
+    def write(self, stage: Stage, feed: Feed, folder: Path, *, may_stop: bool = True, kept_as: KeptAs = "float32") -> None:
         """Send a feed through a stage, into a new store.
 
         Args:
@@ -329,15 +355,17 @@ class Run:
             feed: at its boundary.
             folder: of the new store.
             may_stop: nothing is lost if the run ends here.
+            kept_as: of a store that a partition learns from; what the model is measured on stays exact.
 
         Raises:
+            ConfigError: an output cannot be kept as that.
             Stopped: the run was asked to stop.
         """
         if folder.exists():
             shutil.rmtree(folder)  # what an earlier process wrote and never committed
         folder.parent.mkdir(exist_ok=True)
         specs = self.workload.chain.boundaries[self.plan.partitions[stage.number].stop]
-        with ActivationWriter(
+        writer = ActivationWriter(
             folder,
             specs,
             feed.num_samples,
@@ -345,8 +373,17 @@ class Run:
             self.threads.write,
             self.counter,
             label_shape=self.workload.dataset.label_shape,
-        ) as writer:
-            self.executor.emit(stage, feed, writer, self.stop_if_asked if may_stop else lambda: None)
+            kept_as=kept_as,
+        )
+        try:
+            with writer:
+                self.executor.emit(stage, feed, writer, self.stop_if_asked if may_stop else lambda: None)
+        except OverflowFault as fault:
+            others = "float32" if kept_as == "bfloat16" else "bfloat16 or float32"
+            raise ConfigError(
+                f"{stage.title} gives {fault.value:g} at its boundary, and --activation-dtype {kept_as} ends at {fault.limit:g}; "
+                f"begin again with {others}"
+            ) from None
 
     def _note_shrink(self, stage: Stage) -> None:
         self.update_record()

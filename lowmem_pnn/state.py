@@ -15,7 +15,8 @@ class PartitionRecord:
         peak_bytes: the most that was in use during them, above the floor.
         train_loss: mean over its last epoch.
         val_loss: after its last epoch.
-        val_accuracy: likewise, for the last partition.
+        val_accuracy: likewise, for the last partition, and where every layer has scores.
+        unit_val_accuracies: likewise, of each of its layers, where they have scores of their own.
     """
 
     seconds: float = 0.0
@@ -23,6 +24,7 @@ class PartitionRecord:
     train_loss: float | None = None
     val_loss: float | None = None
     val_accuracy: float | None = None
+    unit_val_accuracies: list[float] = field(default_factory=list)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from lowmem_pnn.chain import TensorSpec, capture
 from lowmem_pnn.config import FitConfig
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
+from lowmem_pnn.exporting import export_exit, find_exit
 from lowmem_pnn.initialisation import build_weights
 from lowmem_pnn.joining import TRAINED
 from lowmem_pnn.lifecycle import check_same_data, check_same_rank, clear, first_state, go_on, halve, score
@@ -146,6 +147,32 @@ def evaluate(run: str | Path) -> dict[str, float]:
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 clear(rundir)
+
+
+def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None = None) -> dict[str, Any]:
+    """Write the model of a finished run, up to one of its exits, for plain PyTorch.
+
+    Args:
+        run: the run's folder.
+        exit: the number of an exit, from 1, the whole model's being the last; "auto" takes the one that the run has chosen.
+        out: folder for `model.pt2` (a `torch.export` program of any batch size, in eval mode) and `model.safetensors`; None takes
+            `RUN/exit-K`.
+
+    Returns:
+        `exit`, `layer`, `params`, `val_accuracy`, and the files `program` and `weights`.
+
+    Raises:
+        CheckpointError: no run is there, it has not finished, or its files are damaged.
+        ConfigError: it has no such exit, or was started from Python with a model or data of its own.
+    """
+    path = Path(run)
+    with RunDir.open(path) as rundir:
+        config = FitConfig.from_json(rundir.config_json())
+        if State.from_journal(rundir.journal()).stage != "done":
+            raise CheckpointError(f"{path} has not finished; fit --resume --workdir {path} goes on with it")
+        result = _read_result(path)
+        workload = make_workload(config, *_named_sources(config))
+        return export_exit(workload, result, find_exit(result, exit, path), path, None if out is None else Path(out))
 
 
 def start_run(

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.errors import BudgetError, DivergedError
 from lowmem_pnn.executor import Progress, Stage, Tally, too_few
-from lowmem_pnn.feeds import Batch, DatasetFeed, Feed
+from lowmem_pnn.feeds import Batch, DatasetFeed, Feed, StoredFeed, StretchFeed, ViewsFeed
 from lowmem_pnn.joining import join
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.methods.base import Split, evaluation
@@ -55,19 +55,60 @@ def train(run: Run) -> None:
             learns = item.action == "learn"
             run.begin_record(item.partition)
             if stage is None:
-                stage = run.stage(item.partition, learns=learns, total_steps=_steps(run, item))
+                stage = run.stage(item.partition, learns=learns, total_steps=_steps(run, item.partition))
             _learn(run, item, stage) if learns else _emit(run, item, stage)
             run.end_record()
             if learns:
                 save = partial(run.save, stage)
         state.visit += 1
         state.progress = Progress()
+        _drop_unread(run)
+        if isinstance(item, Visit) and item.stretch is not None:
+            _end_stretch(run, item, stage, save)
+            stage = None
+            continue
         run.commit(save)
         if state.visit < len(program):
             run.stop_if_asked()
     if stage is not None:
         stage.residency.unload()
     run.wait()
+
+
+def _end_stretch(run: Run, visit: Visit, stage: Stage | None, save: Save) -> None:
+    """The end of a visit of a macro-batch: the run is committed now and then, after its last visit."""
+    if visit.action == "learn":
+        run.keep(save)
+    if stage is not None:
+        stage.residency.unload()
+    if visit.measures:
+        validate(run, f"epoch {visit.epochs_before + 1}")
+        for number, record in enumerate(run.state.records):
+            line = {
+                "visit": run.state.visit,
+                "action": "learn",
+                "partition": number,
+                "epoch": visit.epochs_before + 1,
+                "train_loss": record.train_loss,
+                "val_loss": record.val_loss,
+                "val_accuracy": record.val_accuracy,
+                **run.totals(),
+            }
+            run.rundir.log(line)
+    if visit.commits:
+        run.maybe_commit(nothing_changed)
+
+
+def _drop_unread(run: Run) -> None:
+    """Forget the stores that no later visit reads: the next one begins with the data set, or is not of visits."""
+    state, program = run.state, run.program
+    item = program[state.visit] if state.visit < len(program) else None
+    if item is None or isinstance(item, Sweep) or item.partition == 0:
+        emits = isinstance(item, Visit) and item.action == "emit"
+        if not emits:
+            for name in state.activations.values():
+                run.drop_store(name)
+            state.activations = {}
 
 
 def measure(
@@ -77,6 +118,7 @@ def measure(
     consume: Callable[[_T], None],
     *,
     may_stop: bool = True,
+    on_stage: Callable[[Stage, Feed], None] = lambda stage, feed: None,
 ) -> None:
     """Send one part of the data through all partitions, one after the other, in eval mode.
 
@@ -86,6 +128,7 @@ def measure(
         work: what to do with outputs, on the device, and labels, on the host; done again where memory runs out in it.
         consume: takes what `work` gave, once for every sample.
         may_stop: the run is at a commit, and can end here if it is asked to.
+        on_stage: called with every partition that is resident, and its samples.
     """
     folders: list[Path] = []
     for visit in evaluation(len(run.plan.partitions), split):
@@ -93,6 +136,7 @@ def measure(
         try:
             with ExitStack() as stack:
                 feed = run.feed(stack, visit.partition, visit.split, folders[-1] if folders else None)
+                on_stage(stage, feed)
                 if stage.is_last:
                     run.executor.forward(stage, feed, work, consume)
                 else:
@@ -109,15 +153,19 @@ def _learn(run: Run, visit: Visit, stage: Stage) -> None:
     if stage.residency.optimizer is None:
         run.display.message(f"{stage.title} has only frozen weights: nothing to learn")
         return
-    steps = math.ceil(len(run.workload.splits["train"]) / stage.batch_size)
+    whole_epoch = math.ceil(len(run.workload.splits["train"]) / stage.batch_size)
+    begin, end = visit.stretch or (0, len(run.workload.splits["train"]))
+    steps = math.ceil((end - begin) / stage.batch_size)
+    steps_before = visit.epochs_before * whole_epoch + math.ceil(begin / stage.batch_size)
 
     save = partial(run.save, stage)
 
     def after_batch(loss: float | None) -> None:
         run.after_batch(stage.title)
-        _log_step(run, visit.action, progress.epoch, progress.epoch * steps + progress.batch, loss, stage.learning_rate)
+        done = steps_before + progress.epoch * steps + progress.batch
+        _log_step(run, visit.action, visit.epochs_before + progress.epoch, done, loss, stage.learning_rate)
         # At an epoch's last batch the commit is the epoch's own: then position and measurements belong together.
-        if progress.batch < steps:
+        if progress.batch < steps and visit.stretch is None:
             run.maybe_commit(save)
 
     with ExitStack() as stack:
@@ -125,42 +173,82 @@ def _learn(run: Run, visit: Visit, stage: Stage) -> None:
             # What it would be measured on are the very codes that it learns from.
             feed, val = run.feed_of_codes(visit.partition), None
         else:
-            feed = run.feed(stack, visit.partition, "train", _folder(run, "train"))
-            val = run.feed(stack, visit.partition, "val", _folder(run, "val")) if "val" in run.workload.splits else None
+            feed = _train_feed(run, stack, visit)
+            val = None
+            if "val" in run.workload.splits and visit.stretch is None:
+                val = run.feed(stack, visit.partition, "val", _folder(run, "val"))
         while progress.epoch < visit.epochs:
             began, done = time.monotonic(), progress.tally.num_samples
             run.display.start_epoch(stage.title, progress.epoch, visit.epochs, feed.num_samples, done)
-            run.executor.learn_epoch(stage, feed, progress, after_batch)
+            run.executor.learn_epoch(
+                stage, feed, progress, after_batch, epochs_before=visit.epochs_before, steps_before=steps_before
+            )
             tally, progress.tally = progress.tally, Tally()
             speed = (tally.num_samples - done) / max(time.monotonic() - began, 1e-9)
             record.train_loss = tally.loss
             if val is not None:
-                measured = run.executor.measure(stage, val)
+                *units, measured = run.executor.measure(stage, val)
                 _check_validation(measured, f"{stage.title}, epoch {progress.epoch}")
                 record.val_loss, record.val_accuracy = measured.loss, measured.accuracy
-            _log_epoch(run, visit, visit.partition, stage.micro_batch, speed)
+                if stage.objective.by_units:
+                    record.unit_val_accuracies = [tally.accuracy or 0.0 for tally in (*units, measured)]
+            if visit.stretch is None:
+                _log_epoch(run, visit, visit.partition, stage.micro_batch, speed)
             if progress.epoch < visit.epochs:
                 run.maybe_commit(save)
 
 
 def _emit(run: Run, visit: Visit, stage: Stage) -> None:
-    folder = run.activations / f"b{visit.partition + 1:02d}-{visit.split}"
+    config = run.workload.config
+    # A store that a commit names is not written to: where blocks take several turns, each has stores of its own.
+    turn = f"-{run.state.visit}" if config.visits != "sequential" or config.views > 1 else ""
+    folder = run.activations / f"b{visit.partition + 1:02d}-{visit.split}{turn}"
+    key = _store_key(visit.split, visit.view)
     with ExitStack() as stack:
-        feed = run.feed(stack, visit.partition, visit.split, _folder(run, visit.split))
+        if visit.split == "train" and (visit.stretch is not None or config.views > 1):
+            feed = _train_feed(run, stack, visit)
+        else:
+            feed = run.feed(stack, visit.partition, visit.split, _folder(run, visit.split))
         run.display.start_emit(stage.title, visit.split, feed.num_samples)
-        run.write(stage, feed, folder)
-    run.state.activations[visit.split] = folder.name
+        run.write(stage, feed, folder, kept_as=run.workload.config.activation_dtype)
+    if (before := run.state.activations.get(key)) is not None:
+        run.drop_store(before)
+    run.state.activations[key] = folder.name
     run.state.progress.epoch = 1
     run.rundir.log(
         {"visit": run.state.visit, "action": visit.action, "partition": visit.partition, "split": visit.split, **run.totals()}
     )
 
 
+def _train_feed(run: Run, stack: ExitStack, visit: Visit) -> Feed:
+    """The training samples of a visit: an epoch's, a stretch of one, or those of a view."""
+    config, partition = run.workload.config, visit.partition
+    if visit.stretch is not None:
+        feed = run.feed(stack, partition, "train", _folder(run, "train"))
+        if partition > 0:
+            return StoredFeed(feed)
+        assert isinstance(feed, DatasetFeed)
+        epoch = visit.epochs_before
+        return StretchFeed(feed, config.value_for("shuffle", 0), epoch, slice(*visit.stretch), ("epoch", epoch))
+    if visit.action == "emit" and partition == 0:
+        feed = run.feed(stack, partition, "train", None)
+        assert isinstance(feed, DatasetFeed)
+        return StretchFeed(feed, False, 0, slice(None), ("view", visit.view))
+    if partition == 0 or config.views == 1:
+        return run.feed(stack, partition, "train", _folder(run, "train"))
+    if visit.action == "emit":
+        return run.feed(stack, partition, "train", _folder(run, "train", visit.view))
+    views = ViewsFeed(lambda view: run.open_feed(partition, "train", _folder(run, "train", view)), config.views)
+    stack.callback(views.close)
+    return views
+
+
 def _sweep(run: Run, sweep: Sweep) -> None:
     state, workload, last = run.state, run.workload, len(run.plan.partitions) - 1
     split = workload.splits["train"]
     steps = math.ceil(len(split) / sweep.batch_size)
-    feed = DatasetFeed(split, workload.config.seed, run.threads.read, mix=False, place=sweep.place)
+    augments = workload.config.augment != "none"
+    feed = DatasetFeed(split, workload.config.seed, run.threads.read, mix=False, place=sweep.place, augments=augments)
     what = "recovery" if sweep.place == "recovery" else "all partitions"
     with ExitStack() as stack:
         sweeper = Sweeper(
@@ -202,7 +290,13 @@ def _sweep_epoch(run: Run, sweep: Sweep, sweeper: Sweeper, feed: Feed, steps: in
     """The rest of an epoch; False if a batch did not fit, after which weights are no commit's."""
     progress, smallest = run.state.progress, run.plan.smallest_micro_batch
     last = len(run.plan.partitions) - 1
-    for batch in feed.batches(sweep.batch_size, shuffle=sweep.shuffle, epoch=progress.epoch, start=progress.batch):
+    for batch in feed.batches(
+        sweep.batch_size,
+        shuffle=sweep.shuffle,
+        epoch=progress.epoch,
+        start=progress.batch,
+        drawn=(sweep.place, progress.epoch),
+    ):
         step, loss = progress.epoch * steps + progress.batch, None
         if len(batch[1]) >= smallest:  # a last batch of 1 tells BatchNorm nothing
             loss = _unless_full(sweeper, batch, step, run.state.sweep_micro_batch)
@@ -289,7 +383,14 @@ def validate(run: Run, where: str) -> None:
         labels = run.device.place(labels)
         return float(objective.loss(outputs, labels)), labels.numel(), objective.num_correct(outputs, labels)
 
-    measure(run, "val", work, lambda counts: tally.add(*counts), may_stop=False)
+    def of_units(stage: Stage, feed: Feed) -> None:
+        if stage.objective.by_units:
+            tallies = run.executor.measure(stage, feed)
+            record = run.state.records[stage.number]
+            record.val_loss, record.val_accuracy = tallies[-1].loss, tallies[-1].accuracy
+            record.unit_val_accuracies = [tally.accuracy or 0.0 for tally in tallies]
+
+    measure(run, "val", work, lambda counts: tally.add(*counts), may_stop=False, on_stage=of_units)
     _check_validation(tally, where)
     record = run.state.records[-1]
     record.val_loss, record.val_accuracy = tally.loss, tally.accuracy
@@ -300,15 +401,21 @@ def _check_validation(measured: Tally, where: str) -> None:
         raise DivergedError(f"the validation loss became {measured.loss} in {where}; the last commit is kept; try a lower --lr")
 
 
-def _folder(run: Run, split: Split) -> Path | None:
-    name = run.state.activations.get(split)
+def _store_key(split: Split, view: int) -> str:
+    """What the journal calls the store of a split, or of one of its views."""
+    return f"{split}+{view}" if view else split
+
+
+def _folder(run: Run, split: Split, view: int = 0) -> Path | None:
+    name = run.state.activations.get(_store_key(split, view))
     return None if name is None else run.activations / name
 
 
-def _steps(run: Run, visit: Visit) -> int:
-    """Optimizer steps of a visit."""
-    batch = run.plan.partitions[visit.partition].batch
-    return visit.epochs * math.ceil(len(run.workload.splits["train"]) / batch)
+def _steps(run: Run, partition: int) -> int:
+    """Optimizer steps of a partition, in all its visits."""
+    batch = run.plan.partitions[partition].batch
+    epochs: int = run.workload.config.value_for("epochs", partition)
+    return epochs * math.ceil(len(run.workload.splits["train"]) / batch)
 
 
 def _log_step(run: Run, action: str, epoch: int, steps_done: int, loss: float | None, rate: Callable[[int], float]) -> None:

@@ -26,6 +26,9 @@ from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.models import ModelSource, find_model
 from lowmem_pnn.units import MEBIBYTE
 
+# What `lr` is meant for where the batch is chosen: the default batch size.
+_BATCH_OF_LR = 64
+
 
 @dataclass(frozen=True)
 class IoSizes:
@@ -76,9 +79,9 @@ class Workload:
         return math.prod(self.dataset.label_shape)
 
     @property
-    def training_splits(self) -> list[SplitName]:
-        """The parts that training reads."""
-        return [name for name in ("train", "val") if name in self.splits]
+    def training_splits(self) -> dict[SplitName, int]:
+        """The parts that training reads, and their samples."""
+        return {name: len(self.splits[name]) for name in ("train", "val") if name in self.splits}
 
     def optimizer(self, partition: int) -> OptimizerSpec:
         """A partition's optimizer."""
@@ -91,16 +94,23 @@ class Workload:
             config.fused,
         )
 
-    def learning_rate(self, partition: int, step: int, total_steps: int) -> float:
+    def learning_rate(self, partition: int, step: int, total_steps: int, batch: int | None = None) -> float:
         """A partition's learning rate.
+
+        Where the batch is `auto`, `lr` is meant for 64 samples, and follows the batch: in proportion with sgd (Goyal et al. 2017,
+        section 2.1), as its square root with adam and adamw (Malladi et al. 2022).
 
         Args:
             partition: its number.
             step: optimizer steps before this one, from 0.
             total_steps: of the training that the schedule stretches over.
+            batch: samples a step; None where it is as asked.
         """
         config = self.config
         rate: float = config.value_for("lr", partition)
+        if config.batch_size == "auto" and batch is not None:
+            share = batch / _BATCH_OF_LR
+            rate *= share if config.value_for("optimizer", partition) == "sgd" else math.sqrt(share)
         return rate * factor(config.lr_schedule, step, total_steps, config.warmup_steps)
 
     def objective(self, plan: Plan, partition: int) -> Objective:
@@ -175,6 +185,11 @@ def make_workload(config: FitConfig, source: ModelSource, dataset: Dataset, spli
         raise ConfigError(
             f"model {source.spec} gives outputs of shape (batch, {', '.join(map(str, scores.shape))}), and data {dataset.name} has "
             f"{dataset.num_classes} classes; it should give ({wanted}), or more scores than that"
+        )
+    if config.augment != "none" and (len(dataset.sample_shape) != 3 or not dataset.dtype.is_floating_point):
+        raise ConfigError(
+            f"--augment {config.augment} is for images (C, H, W), and the samples of data {dataset.name} are {dataset.sample_shape}; leave "
+            "it out"
         )
     if dataset.label_shape and config.method == "pnn":
         raise ConfigError(

@@ -298,8 +298,23 @@ def train_by_exact(
     return Trained(model, train_loss)
 
 
-def train_by_pnn(build: Callable[[], nn.Sequential], starts: list[int], data: Data, **options: Any) -> nn.Module:
-    """What `--method pnn` is to give for a Sequential that is cut before the modules `starts`, at activations of one tensor."""
+def train_by_pnn(
+    build: Callable[[], nn.Sequential],
+    starts: list[int],
+    data: Data,
+    *,
+    kept: Callable[[Tensor], Tensor] = lambda outputs: outputs,
+    **options: Any,
+) -> nn.Module:
+    """What `--method pnn` is to give for a Sequential that is cut before the modules `starts`, at activations of one tensor.
+
+    Args:
+        build: makes the model.
+        starts: modules that start a partition.
+        data: samples and labels.
+        kept: what is left of a partition's outputs where they are not kept exactly.
+        **options: of the run.
+    """
     config = configure(max_gpu_mem="1GB", model="python:model", data="python:data", **options)
     split = training_split(data, **options)
     model = built(build, config.seed)
@@ -331,7 +346,7 @@ def train_by_pnn(build: Callable[[], nn.Sequential], starts: list[int], data: Da
         size = config.value_for("batch_size", partition)
         with torch.no_grad():
             part.eval()
-            x = torch.cat([part(x[begin : begin + size].clone()) for begin in range(0, len(x), size)])
+            x = kept(torch.cat([part(x[begin : begin + size].clone()) for begin in range(0, len(x), size)]))
     return model
 
 

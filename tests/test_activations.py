@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError, DiskError
-from lowmem_pnn.stores import activation_writer
+from lowmem_pnn.stores import activation_writer, activations
 from lowmem_pnn.stores.activations import ActivationStore, ActivationWriter
+from lowmem_pnn.stores.encoding import KINDS, OverflowFault, decode, encode, kept_bytes, kept_layout
 from lowmem_pnn.stores.header import CODES
 from lowmem_pnn.stores.shards import resident_bytes
 from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile, memory_of
@@ -111,6 +112,134 @@ def test_every_sample_comes_back_once_bit_for_bit(pool, kinds, count, shard_samp
             assert bits(tensor) == bits(torch.stack([source.view(count, -1)[k] for k in labels.tolist()]).view(tensor.shape))
             assert tensor.is_contiguous()
             assert tensor.data_ptr() % 64 == 0
+
+
+def write_kept(folder, specs, count, kept_as, pool, *, shard_samples=4, step=3, seed=0):
+    """Floats that are finite, beside random bits; the labels number the samples."""
+    tensors, labels = samples(specs, count, seed)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = tuple(
+        torch.randn(tensor.shape, generator=generator).to(tensor.dtype) if tensor.is_floating_point() else tensor
+        for tensor in tensors
+    )
+    sample_bytes = resident_bytes(specs, 1, (), kept_as)
+    with ActivationWriter(folder, specs, count, shard_samples * sample_bytes, pool, kept_as=kept_as) as writer:
+        for begin in range(0, count, step):
+            writer.append(tuple(tensor[begin : begin + step] for tensor in tensors), labels[begin : begin + step])
+    return tensors, sample_bytes
+
+
+def through(tensor, kept_as):
+    kept = [
+        torch.empty(len(tensor), *shape, dtype=dtype)
+        for dtype, shape in kept_layout(TensorSpec(tuple(tensor.shape[1:]), tensor.dtype), kept_as)
+    ]
+    encode(tensor, kept)
+    result = torch.empty_like(tensor)
+    decode(kept, result)
+    return result
+
+
+KEPT_SPECS = (
+    TensorSpec((3, 4, 4), torch.float32), TensorSpec((2,), torch.int64), TensorSpec((5,), torch.float32),
+    TensorSpec((6,), torch.bool), TensorSpec((2, 20), torch.bfloat16), TensorSpec((), torch.float32),
+)  # fmt: skip
+
+
+@given(
+    kept_as=st.sampled_from(KINDS),
+    specs=st.lists(st.sampled_from(KEPT_SPECS), min_size=1, max_size=3),
+    count=st.integers(1, 30),
+    shard_samples=st.integers(1, 12),
+    step=st.integers(1, 13),
+    batch_size=st.integers(1, 13),
+    window_samples=st.integers(0, 40),
+    shuffle=st.booleans(),
+    chunk=st.sampled_from([1, 300, 1 << 18]),
+)
+@settings(deadline=None, max_examples=100)
+def test_what_is_kept_in_a_smaller_form_comes_back_in_its_own_type(
+    pool, kept_as, specs, count, shard_samples, step, batch_size, window_samples, shuffle, chunk
+):
+    specs = tuple(specs)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "CHUNK_BYTES", chunk)
+        tensors, sample_bytes = write_kept(
+            Path(folder) / "a", specs, count, kept_as, pool, shard_samples=shard_samples, step=step
+        )
+        store = ActivationStore.open(Path(folder) / "a", verify=True)
+        assert (store.specs, store.kept_as, store.shard_samples) == (specs, kept_as, min(count, shard_samples))
+        batches = read(store, batch_size, pool, shuffle=shuffle, window_bytes=window_samples * sample_bytes)
+    expected = [through(tensor, kept_as) for tensor in tensors]
+    order = [label for labels in label_lists(batches) for label in labels]
+    assert sorted(order) == list(range(count))
+    assert shuffle or order == list(range(count))
+    for given_tensors, labels in batches:
+        for tensor, source in zip(given_tensors, expected, strict=True):
+            assert bits(tensor) == bits(source[labels])
+            assert tensor.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize(("kept_as", "share"), [("float32", 1), ("bfloat16", 2), ("float16", 2), ("int8", 3.97)])
+def test_shards_and_windows_hold_the_small_form(tmp_path, pool, kept_as, share):
+    specs = (TensorSpec((8, 32, 32), torch.float32),)
+    write_kept(tmp_path / "a", specs, 20, kept_as, pool)
+    store = ActivationStore.open(tmp_path / "a")
+    full = 20 * specs[0].sample_bytes
+    assert store.nbytes == pytest.approx(full / share, rel=0.02)
+    assert store.nbytes == pytest.approx(20 * (kept_bytes(specs[0], kept_as) + 8), rel=0.02)
+    read(store, 5, pool)
+    assert sum(tensor.nbytes for tensor in store.cache) == pytest.approx(full / share, rel=0.01)
+
+
+def test_the_writer_holds_the_small_form_of_what_waits(tmp_path, monkeypatch):
+    made, allocate = [], activation_writer.allocate
+    monkeypatch.setattr(activation_writer, "allocate", lambda *args: made.append(allocate(*args)) or made[-1])
+    specs = (TensorSpec((64,), torch.float32),)
+    with ThreadPoolExecutor(1) as pool:
+        write_kept(tmp_path / "a", specs, 12, "int8", pool)
+    assert [(tensor.dtype, tuple(tensor.shape)) for tensor in made[0]] == [
+        (torch.int8, (4, 64)), (torch.float32, (4, 1)), (torch.int64, (4,)),
+    ]  # fmt: skip
+
+
+def test_default_shards_are_those_of_earlier_versions(tmp_path, pool):
+    write(tmp_path / "a", 5, pool)
+    with TensorFile.open(tmp_path / "a" / "00000.safetensors") as file:
+        assert list(file.entries) == ["0", "1", "labels"]
+    path = tmp_path / "a" / "index.json"
+    content = json.loads(path.read_text())
+    assert content.pop("kept_as") == "float32"
+    path.write_text(json.dumps(content))
+    assert ActivationStore.open(tmp_path / "a", verify=True).kept_as == "float32"
+
+
+def test_scales_are_hashed_and_their_absence_is_noticed(tmp_path, pool):
+    specs = (TensorSpec((4, 16), torch.float32),)
+    for folder in "ab":
+        write_kept(tmp_path / folder, specs, 8, "int8", pool)
+    shard = tmp_path / "a" / "00001.safetensors"
+    with TensorFile.open(shard, writable=True) as file:
+        scales = file.read("0.scales")
+        file.write_from("0.scales", scales * 2)
+    ActivationStore.open(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"a/00001\.safetensors' has sha256"):
+        ActivationStore.open(tmp_path / "a", verify=True)
+    path = tmp_path / "b" / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kept_as": "bfloat16"}))
+    text = r"holds int8 \(4, 4, 16\), float32 \(4, 4\), int64 \(4,\), the index says bfloat16 \(4, 4, 16\), int64 \(4,\);"
+    with pytest.raises(CheckpointError, match=text):
+        ActivationStore.open(tmp_path / "b")
+
+
+def test_a_value_that_cannot_be_kept_leaves_no_index(tmp_path, pool):
+    specs = (TensorSpec((2,), torch.float32),)
+    with (
+        pytest.raises(OverflowFault, match=r"1e\+06 is beyond 65504"),
+        ActivationWriter(tmp_path / "a", specs, 2, 1000, pool, kept_as="float16") as writer,
+    ):
+        writer.append((torch.tensor([[1.0, 2.0], [3.0, 1e6]]),), torch.zeros(2, dtype=torch.int64))
+    assert not (tmp_path / "a" / "index.json").exists()
 
 
 def write_labelled(folder, count, label_shape, pool, *, shard_samples=4, step=3):
@@ -630,6 +759,8 @@ def test_shards_of_another_store_are_told_by_their_hash(tmp_path, pool):
         (lambda index: {**index, "label_shape": [-1]}, "contradicts itself or lacks a part"),
         (lambda index: {**index, "label_shape": ["3"]}, "contradicts itself or lacks a part"),
         (lambda index: {**index, "label_shape": 3}, "contradicts itself or lacks a part"),
+        (lambda index: {**index, "kept_as": "int4"}, "contradicts itself or lacks a part"),
+        (lambda index: {**index, "kept_as": ["int8"]}, "contradicts itself or lacks a part"),
     ],
 )
 def test_a_damaged_index_is_refused_by_name(tmp_path, pool, edit, text):

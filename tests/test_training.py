@@ -1,5 +1,6 @@
 """Training as a whole: the same bits as plain PyTorch, partitions left alone once trained, and weights that anybody can load."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ from plainloops import Data, assert_same_weights, images, loaded, small_conv, sm
 from torch import nn
 
 import lowmem_pnn
-from lowmem_pnn.errors import CaptureError, ConfigError
-from lowmem_pnn.report import Result
+from lowmem_pnn import trainer
+from lowmem_pnn.errors import CaptureError, CheckpointError, ConfigError, Stopped
+from lowmem_pnn.options import configure
+from lowmem_pnn.report import PlanReport, Result
+from lowmem_pnn.stores.encoding import WORK_BYTES
+from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.units import format_bytes
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], Data]] = {"mlp": (small_mlp, vectors()), "conv": (small_conv, images())}
 
@@ -58,6 +64,122 @@ def test_pnn_is_same_as_a_plain_loop_for_each_partition(kind: str, cuts: str, st
     result = fit(build, data, tmp_path / "run", cuts=cuts, **options)
     assert [(part["epochs"], part["batch"]) for part in result.partitions] == [(2, 12), (1, 9), (3, 18)]
     assert_same_weights(loaded(build, result.weights_file), train_by_pnn(build, starts, data, **options))  # type: ignore[arg-type]
+
+
+def _as_int8(x: torch.Tensor) -> torch.Tensor:
+    """Every channel of a map, or every vector, through int8 with a scale of its own."""
+    rows = x.flatten(2) if x.dim() > 2 else x.unsqueeze(1)
+    low, high = rows.amin(2, keepdim=True), rows.amax(2, keepdim=True)
+    symmetric = torch.maximum(high, -low) / 127
+    one_sided = high / 255
+    signed = (rows / symmetric).round() * symmetric
+    unsigned = (rows / one_sided).round() * one_sided
+    return torch.where(low >= 0, unsigned, signed).nan_to_num(0.0).view(x.shape)
+
+
+@pytest.mark.parametrize(("kind", "cuts", "starts"), [("mlp", "1,2", [2, 4]), ("conv", "1,3", [4, 12])])
+@pytest.mark.parametrize("kept_as", ["float32", "bfloat16", "float16", "int8"])
+def test_pnn_on_kept_activations_is_same_as_a_plain_loop_that_rounds_them(
+    kept_as: str, kind: str, cuts: str, starts: list[int], tmp_path: Path
+) -> None:
+    build, data = KINDS[kind]
+    options: dict[str, Any] = {"epochs": 2, "lr": 0.01, "batch_size": 12, "kappa": 2.0, "seed": 1, "activation_dtype": kept_as}
+
+    def kept(outputs: torch.Tensor) -> torch.Tensor:
+        return _as_int8(outputs) if kept_as == "int8" else outputs.to(getattr(torch, kept_as)).float()
+
+    result = lowmem_pnn.fit(
+        build, data, max_gpu_mem="400MB", device="cpu", workdir=tmp_path / "run", test=data, cuts=cuts, **options
+    )
+    model = loaded(build, result.weights_file)
+    assert_same_weights(model, train_by_pnn(build, starts, data, kept=kept, **options))  # type: ignore[arg-type]
+    # What the weights file is said to reach is what it reaches on activations as they are.
+    x, y = data
+    scores = model(x).detach()
+    assert result.test_accuracy == pytest.approx(float((scores.argmax(1) == y).float().mean()))
+    assert result.test_loss == pytest.approx(float(nn.functional.cross_entropy(scores, y)), rel=1e-6)
+
+
+KEPT: dict[str, Any] = {
+    "max_gpu_mem": "400MB", "device": "cpu", "model": "mlp:64-20-16-10", "data": "digits", "train_limit": 60, "test_limit": 50,
+    "cuts": "1,2", "epochs": 3, "batch_size": 16, "lr": 0.01, "commit_every": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kept_as", "method"), [("bfloat16", "pnn"), ("int8", "neuroflux")])
+def test_a_run_on_kept_activations_that_is_stopped_anywhere_goes_on_to_the_same_bytes(
+    kept_as: str, method: str, tmp_path: Path
+) -> None:
+    config = configure(**KEPT, method=method, activation_dtype=kept_as)
+    whole = trainer.start_run(config, tmp_path / "whole")
+    assert whole is not None
+    for stops_at in (5, 23):  # in the first partition, and in one that reads stores
+        folder, asked = tmp_path / str(stops_at), itertools.count()
+        with pytest.raises(Stopped):
+            trainer.start_run(config, folder, should_stop=lambda asked=asked, at=stops_at: next(asked) >= at)  # type: ignore[misc]
+        result = trainer.resume_run(folder)
+        assert result is not None
+        assert Path(result.weights_file).read_bytes() == Path(whole.weights_file).read_bytes()
+        assert (result.train_loss, result.val_loss, result.test_loss) == (whole.train_loss, whole.val_loss, whole.test_loss)
+    assert lowmem_pnn.evaluate(whole.workdir)["test_loss"] == whole.test_loss
+
+
+def test_a_resumed_run_verifies_what_its_activations_are_kept_in(tmp_path: Path) -> None:
+    config, asked = configure(**KEPT, activation_dtype="int8"), itertools.count()
+    with pytest.raises(Stopped):
+        trainer.start_run(config, tmp_path / "run", should_stop=lambda: next(asked) >= 23)
+    shard = next((tmp_path / "run" / "activations").glob("*-train/00000.safetensors"))
+    with TensorFile.open(shard, writable=True) as file:
+        file.write_from("0.scales", file.read("0.scales") + 1)
+    with pytest.raises(CheckpointError, match=r"00000\.safetensors' has sha256"):
+        trainer.resume_run(tmp_path / "run")
+
+
+def test_a_value_beyond_float16_is_an_error_that_says_where(tmp_path: Path) -> None:
+    def large() -> nn.Module:
+        model = small_mlp()
+        with torch.no_grad():
+            model.get_parameter("0.weight").mul_(1e6)
+        return model
+
+    options = {"epochs": 1, "batch_size": 12, "cuts": "1,2", "lr": 1e-6, "kappa": 1.0}
+    text = (
+        r"^partition 1 of 3 \(.*\) gives \S+ at its boundary, and --activation-dtype float16 ends at 65504; "
+        "begin again with bfloat16 or float32$"
+    )
+    with pytest.raises(ConfigError, match=text):
+        fit(large, vectors(), tmp_path / "run", activation_dtype="float16", **options)
+    fit(large, vectors(), tmp_path / "other", activation_dtype="bfloat16", **options)
+
+
+def test_a_plan_shows_what_activations_are_kept_in() -> None:
+    def planned(**options: Any) -> PlanReport:
+        return lowmem_pnn.plan("mlp:64-512-256-10", "digits", max_gpu_mem="100MB", cuts="1,2", device="cpu", **options)
+
+    plans = {kept_as: planned(activation_dtype=kept_as) for kept_as in ("float32", "bfloat16", "float16", "int8")}
+    samples = plans["float32"].partitions[0]["activation_bytes"] // (4 * 512)
+    assert planned().partitions == plans["float32"].partitions
+    for kept_as, each, beside in (("float32", 4, 0), ("bfloat16", 2, 0), ("float16", 2, 0), ("int8", 1, 4)):
+        sizes = [part["activation_bytes"] for part in plans[kept_as].partitions]
+        assert sizes == [samples * (512 * each + beside), samples * (256 * each + beside), 0]
+        assert str(plans[kept_as]).count(format_bytes(sizes[0])) >= 1
+        saved = samples * ((512 + 256) * (4 - each) - 2 * beside)
+        assert plans["float32"].disk_bytes - plans[kept_as].disk_bytes == saved
+        for part, exact in zip(plans[kept_as].partitions, plans["float32"].partitions, strict=True):
+            assert part["predicted_peak_bytes"] <= exact["predicted_peak_bytes"] + WORK_BYTES
+
+
+@pytest.mark.parametrize("method", ["exact", "backprop"])
+def test_kept_activations_have_no_effect_where_none_are_kept(method: str) -> None:
+    given = {"max_gpu_mem": "1GB", "model": "mlp:64-10", "data": "digits", "activation_dtype": "int8"}
+    with pytest.raises(ConfigError, match=r"^--activation-dtype has no effect here: it needs --method pnn or neuroflux$"):
+        configure(**given, method=method)
+    with pytest.raises(
+        ConfigError, match=r"^--activation-dtype has no effect here: it needs partitions that learn from activations"
+    ):
+        configure(**given, parallel_sil=True)
+    with pytest.raises(ConfigError, match=r"^--activation-dtype 'bf16' is none of float32, bfloat16, float16, int8"):
+        configure(**{**given, "activation_dtype": "bf16"})
 
 
 def test_a_partition_is_left_alone_while_later_ones_train(tmp_path: Path) -> None:

@@ -121,6 +121,10 @@ class Device(ABC):
     def release(self) -> None:
         """Give freed memory back to the system, so that the meter and the wall no longer see it."""
 
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all that was asked of it is done."""
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor on the device, 64-byte aligned."""
         return torch.empty(shape, dtype=dtype, device=self.torch_device)

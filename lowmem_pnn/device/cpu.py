@@ -54,6 +54,9 @@ class CpuDevice(Device):
         """The section's highest private memory, above the floor."""
         return max(0, self._meter.peak() - self.floor_bytes)
 
+    def synchronize(self) -> None:
+        """Nothing is left to be done when a call returns."""
+
     def begin_section(self) -> None:
         """Start a new stretch for `section_peak_bytes`."""
         self._peak = max(self._peak, self.section_peak_bytes())

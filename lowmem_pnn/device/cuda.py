@@ -207,6 +207,10 @@ class CudaDevice(Device):
         assert self._driver is not None, "the device is open"
         return self._outside + self._driver.peak_reserved()
 
+    def synchronize(self) -> None:
+        """Wait for the device's streams."""
+        torch.cuda.synchronize(self.torch_device)
+
     def begin_section(self) -> None:
         """Start a new stretch for `section_peak_bytes`."""
         assert self._driver is not None, "the device is open"

@@ -55,6 +55,9 @@ class SimulatedDevice(Device):
         """The most that was live in this section."""
         return self._tracker.peak
 
+    def synchronize(self) -> None:
+        """Nothing is left to be done when a call returns."""
+
     def begin_section(self) -> None:
         """Start a new stretch for `section_peak_bytes`."""
         self._peak = max(self._peak, self.section_peak_bytes())

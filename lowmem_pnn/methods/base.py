@@ -1,7 +1,7 @@
 """The words of every method: a visit, and the objective of the partition that learns in it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -27,6 +27,11 @@ class Visit:
         partition: its number in the plan.
         split: which part of the data; a sweep's visits get batches of it.
         epochs: passes over the samples, of `learn`.
+        epochs_before: of its earlier visits, of `learn`.
+        stretch: of an epoch's order only these samples, first and after the last; None for all of them.
+        view: which of several augmented copies is written, of `emit`.
+        commits: the run can be resumed from its end; else only from an earlier one.
+        measures: at its end the whole model is measured on the validation split.
         from_codes: the inputs of `learn` are the synthetic labels of the boundary before it, instead of activations.
         learns: in a sweep: its weights change, it is in train mode, writes buffers, and steps; else it is frozen, in eval mode.
         hands_back: a partition before it learns, and needs the gradient of its inputs.
@@ -37,6 +42,11 @@ class Visit:
     partition: int
     split: Split
     epochs: int = 1
+    epochs_before: int = 0
+    stretch: tuple[int, int] | None = None
+    view: int = 0
+    commits: bool = True
+    measures: bool = False
     from_codes: bool = False
     learns: bool = False
     hands_back: bool = False
@@ -218,15 +228,15 @@ class Method(ABC):
         return False
 
     @abstractmethod
-    def visits(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit | Sweep]:
+    def visits(self, num_partitions: int, splits: Collection[Split]) -> list[Visit | Sweep]:
         """The training, as data.
 
         Args:
             num_partitions: of the plan.
-            splits: the parts of the training data: `train`, and `val` where there is one.
+            splits: the parts of the training data: `train`, and `val` where there is one; with their sizes where they are known.
         """
 
-    def program(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit | Sweep]:
+    def program(self, num_partitions: int, splits: Collection[Split]) -> list[Visit | Sweep]:
         """`visits`, and the recovery epochs after them (PNN, section 5).
 
         Args:

@@ -11,7 +11,7 @@ written, 8 more are read (the gradient, and the weight once more).
 Losses and weights are those of plain PyTorch, bit for bit, on the CPU in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.methods.base import Labels, Method, Objective, Passing, Split, Sweep, Visit, sweep_visits
@@ -25,7 +25,7 @@ class Exact(Method):
         """Always."""
         return True
 
-    def visits(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit | Sweep]:
+    def visits(self, num_partitions: int, splits: Collection[Split]) -> list[Visit | Sweep]:
         """One sweep of all epochs."""
         learners = range(num_partitions)
         deferred = self.config.clip_norm is not None

@@ -6,13 +6,14 @@
 
 | kind | heads of maps |
 | --- | --- |
-| `adaptive` | F = 1024 / side, between 16 and 256: fewer where the map is large, as its memory grows with F side^2; on a map of at most 8x8 |
+| `adaptive` | F = the least of 1024 / side and C / 2, between 16 and 256: fewer where the map is large; on a map of at most 8x8 |
 | `classic` | F = 256 everywhere, on the whole map: what local learning had before |
 | `auglocal` | convolutions with the shapes of d later boundaries, evenly taken; d from 3 down to 1 (AugLocal, Ma et al. 2024) |
 | `linear` | mean over positions, and a linear layer |
 
 NeuroFlux (arXiv 2402.14139) says that filters vary with the layer, not how. This rule is ours: a head's map takes memory in
-proportion to the side instead of to its square, and at a side of 4 it is the classic one.
+proportion to the side instead of to its square, a head is no larger than what it teaches, and at 512 channels of 4x4 it is the
+classic one.
 """
 
 import math
@@ -32,22 +33,23 @@ _POOLED_SIDE = 2
 _MOST_COPIES = 3
 
 
-def num_filters(kind: HeadKind, side: float) -> int:
+def num_filters(kind: HeadKind, channels: int, side: float) -> int:
     """Filters of a head's convolution.
 
     Args:
         kind: of head; `linear` has none.
+        channels: of the map.
         side: of the map, in positions: the square root of its area.
 
     Example:
-        >>> [num_filters("adaptive", side) for side in (32, 16, 8, 4, 1)], num_filters("classic", 32)
-        ([32, 64, 128, 256, 256], 256)
+        >>> [num_filters("adaptive", *map) for map in ((64, 32), (128, 16), (512, 4), (64, 4))], num_filters("classic", 64, 32)
+        ([32, 64, 256, 32], 256)
     """
     if kind == "linear":
         return 0
     if kind == "classic":
         return _CLASSIC_FILTERS
-    return max(_FEWEST_FILTERS, min(_CLASSIC_FILTERS, int(4 * _CLASSIC_FILTERS / side)))
+    return max(_FEWEST_FILTERS, min(_CLASSIC_FILTERS, int(4 * _CLASSIC_FILTERS / side), channels // 2))
 
 
 def make_head(kind: HeadKind, boundary: TensorSpec, later: Sequence[TensorSpec], num_classes: int, tokens: bool) -> nn.Module:
@@ -88,7 +90,7 @@ def _map_head(kind: HeadKind, shape: tuple[int, ...], later: Sequence[tuple[int,
             parts += [convolution(channels, wanted[0], 3, stride, 1, bias=False), norm(wanted[0]), nn.ReLU()]
             channels, side = wanted[0], side / stride
     if kind in ("adaptive", "classic") or (kind == "auglocal" and not later):
-        filters = num_filters("classic" if kind == "classic" else "adaptive", side)
+        filters = num_filters("classic" if kind == "classic" else "adaptive", channels, side)
         if kind != "classic" and side > _LARGEST_SIDE:
             parts.append(pool(_LARGEST_SIDE))
         parts += [convolution(channels, filters, 3, 1, 1, bias=False), norm(filters), nn.ReLU()]

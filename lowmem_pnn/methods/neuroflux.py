@@ -10,7 +10,7 @@ forward, so that a block holds the activations of its largest unit alone, whatev
 written once, and it is never run again. The chain's last unit has the model's own scores; every other unit is an early exit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -49,13 +49,45 @@ class NeuroFlux(Method):
         """Always."""
         return True
 
-    def visits(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit | Sweep]:
-        """For each block: learn for its epochs; then, but for the last, write its outputs once."""
+    def visits(self, num_partitions: int, splits: Collection[Split]) -> list[Visit | Sweep]:
+        """As `--visits` says.
+
+        sequential: each block learns for all its epochs, then writes its outputs once, in as many views as asked. laps=L: the same L
+        times over, with an L-th of the epochs each. interleaved: a macro-batch of an epoch goes through one block after the other:
+        learn, write; then the next macro-batch.
+        """
+        if self.config.visits == "interleaved":
+            assert isinstance(splits, Mapping), "the number of samples is known"
+            return self._interleaved(num_partitions, splits)
         visits: list[Visit | Sweep] = []
-        for partition in range(num_partitions):
-            visits.append(Visit("learn", partition, "train", self.config.value_for("epochs", partition)))
-            if partition < num_partitions - 1:
-                visits += [Visit("emit", partition, split) for split in splits]
+        laps = self.config.laps
+        for lap in range(laps):
+            for partition in range(num_partitions):
+                epochs = self.config.value_for("epochs", partition)
+                before, after = epochs * lap // laps, epochs * (lap + 1) // laps
+                visits.append(Visit("learn", partition, "train", after - before, epochs_before=before))
+                if partition < num_partitions - 1:
+                    visits += [Visit("emit", partition, "train", view=view) for view in range(self.config.views)]
+                    visits += [Visit("emit", partition, split) for split in splits if split != "train"]
+        return visits
+
+    def _interleaved(self, num_partitions: int, splits: Mapping[Split, int]) -> list[Visit | Sweep]:
+        visits: list[Visit | Sweep] = []
+        samples, last = splits["train"], num_partitions - 1
+        size = self.config.macro_batches * max(self.config.batch_sizes)
+        for epoch in range(self.config.value_for("epochs", 0)):
+            for begin in range(0, samples, size):
+                stretch = (begin, min(begin + size, samples))
+                for partition in range(num_partitions):
+                    ends = partition == last
+                    measures = ends and stretch[1] == samples and "val" in splits
+                    visits.append(
+                        Visit(
+                            "learn", partition, "train", 1, epochs_before=epoch, stretch=stretch, commits=ends, measures=measures
+                        )
+                    )
+                    if not ends:
+                        visits.append(Visit("emit", partition, "train", epochs_before=epoch, stretch=stretch, commits=False))
         return visits
 
     def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:

@@ -13,7 +13,7 @@ With `--parallel-sil` (figure 5) no partition waits for another: its inputs are 
     images --[ p0 ]-- SIL 1    SIL 1 --[ p1 ]-- SIL 2    SIL 2 --[ p2 ]-- labels
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.methods.base import Labels, Method, Objective, Split, Sweep, Visit
@@ -29,7 +29,7 @@ class Pnn(Method):
         """With `parallel_sil`."""
         return self.config.parallel_sil
 
-    def visits(self, num_partitions: int, splits: Sequence[Split]) -> list[Visit | Sweep]:
+    def visits(self, num_partitions: int, splits: Collection[Split]) -> list[Visit | Sweep]:
         """For each partition: learn for its epochs; then, but for the last, write its outputs once, if the next one reads them."""
         visits: list[Visit | Sweep] = []
         for partition in range(num_partitions):

@@ -1,4 +1,4 @@
-"""Models by name: `mlp:`, `gpt:` and torchvision's classifiers, and factories of the user's, as constructors to be called later."""
+"""Models by name: `mlp:`, `gpt:`, `cifar-...`, torchvision's classifiers, and factories of the user's, as constructors to call later."""
 
 import ast
 import inspect
@@ -14,6 +14,7 @@ from torch import nn
 
 from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.sources.building import skeleton
+from lowmem_pnn.sources.cifar import CIFAR_MODELS, CifarShape, make_cifar
 from lowmem_pnn.sources.gpt import BYTE_VOCABULARY, make_gpt, parse_gpt
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
 
@@ -23,8 +24,8 @@ Wants = Literal["flat", "image3", "any"]
 _MOST_VALUES = 2**56
 
 _FORMS = (
-    "mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,..., a torchvision classifier such as resnet18, package.module:factory or "
-    "file.py:factory"
+    f"mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,..., {', '.join(CIFAR_MODELS)}, a torchvision classifier such as resnet18, "
+    "package.module:factory or file.py:factory"
 )
 # What some torchvision builders take out of their keyword arguments before they call the class, which lists them as required.
 _POPPED = frozenset({"dropout", "image_size", "input_size"})
@@ -58,10 +59,11 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None)
 
     Args:
         spec: `mlp:784-80-47` (widths, ReLU after every layer but the last), `gpt:layers=12,width=768,heads=12,context=256` (a
-            decoder, see `gpt.py`), a torchvision classifier, `package.module:factory` or `path/to/file.py:factory`.
+            decoder, see `gpt.py`), `cifar-resnet18` and others of `cifar.py`, a torchvision classifier, `package.module:factory`
+            or `path/to/file.py:factory`.
         arguments: keyword arguments of the constructor.
-        num_classes: of the data set; what a torchvision model gets where `arguments` do not say it, and how many tokens a gpt
-            knows. None where it is not known.
+        num_classes: of the data set; what a `cifar-` or torchvision model gets where `arguments` do not say it, and how many
+            tokens a gpt knows. None where it is not known.
 
     Returns:
         The model's source.
@@ -81,6 +83,8 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None)
         return _mlp(spec, arguments, num_classes)
     if spec == "gpt" or spec.startswith("gpt:"):
         return _gpt(spec, arguments, num_classes)
+    if spec.partition(":")[0] in CIFAR_MODELS:
+        return _cifar(spec, arguments, num_classes)
     if ":" in spec:
         return _factory(spec, arguments, num_classes)
     if spec.endswith(".py"):
@@ -171,12 +175,24 @@ def _gpt(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> Mo
     return ModelSource(f"gpt-{shape.layers}x{shape.width}", spec, make_gpt(shape, vocabulary), "any", shape.context)
 
 
+def _cifar(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
+    """A network for small images, with a score for each class of the data set."""
+    name, colon, _ = spec.partition(":")
+    if colon:
+        raise ConfigError(f"there is no model {spec!r}; write --model {name}, and, for example, --model-arg width=0.5")
+    _check_arguments(spec, CifarShape, arguments, num_classes)
+    _check_num_classes(spec, arguments, num_classes)
+    known = {} if num_classes is None else {"num_classes": num_classes}
+    shape = CifarShape(**{**known, **arguments})
+    return ModelSource(spec, spec, make_cifar(spec, shape), "image3" if shape.in_channels == 3 else "any")
+
+
 def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
     """One of torchvision's classifiers, with random weights."""
     models = import_torchvision("models")
     known = models.list_models(module=models)
     if spec not in known:
-        raise ConfigError(f"there is no model {spec!r}{did_you_mean(spec, known)}; a model is {_FORMS}")
+        raise ConfigError(f"there is no model {spec!r}{did_you_mean(spec, [*CIFAR_MODELS, *known])}; a model is {_FORMS}")
     builder = models.get_model_builder(spec)
     accepted = _torchvision_arguments(builder)
     for name, value in arguments.items():

@@ -12,10 +12,12 @@ from torch import Tensor
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.stores.disk import IoCounter, outgrows_page_cache, sha256
+from lowmem_pnn.stores.encoding import KeptAs, encode
 from lowmem_pnn.stores.shards import (
     Index,
     Shard,
     allocate,
+    by_tensor,
     describe_all,
     make_empty,
     resident_bytes,
@@ -41,6 +43,7 @@ class ActivationWriter:
         pool: writes behind, in the order of submission: one thread. `append` and `close` must not run on it.
         counter: counts the bytes written, and those read back for the hashes.
         label_shape: of one sample's labels.
+        kept_as: what floating tensors are kept as, in memory and on the disk.
 
     Raises:
         CheckpointError: the folder holds a complete store, or files of something else.
@@ -59,13 +62,16 @@ class ActivationWriter:
         pool: Executor,
         counter: IoCounter | None = None,
         label_shape: tuple[int, ...] = (),
+        kept_as: KeptAs = "float32",
     ) -> None:
         assert num_samples > 0, "a store holds at least one sample"
         self.folder = Path(folder)
         self.num_samples = num_samples
         self.specs = tuple(specs)
         self.label_shape = tuple(label_shape)
-        self.shard_samples = min(num_samples, max(1, shard_bytes // resident_bytes(self.specs, 1, self.label_shape)))
+        self.kept_as = kept_as
+        sample_bytes = resident_bytes(self.specs, 1, self.label_shape, kept_as)
+        self.shard_samples = min(num_samples, max(1, shard_bytes // sample_bytes))
         self._pool = pool
         self._counter = counter
         make_empty(self.folder)
@@ -75,7 +81,7 @@ class ActivationWriter:
         self._appended = 0
         self._shards: list[Shard] = []
         self._unsynced: deque[TensorFile] = deque()
-        self._drop_pages = outgrows_page_cache(resident_bytes(self.specs, num_samples, self.label_shape))
+        self._drop_pages = outgrows_page_cache(num_samples * sample_bytes)
         self._state = "open"
         self._failure: BaseException | None = None
 
@@ -88,6 +94,7 @@ class ActivationWriter:
 
         Raises:
             CheckpointError: the tensors are not as the specs say, or the store is full.
+            OverflowFault: a finite value cannot be kept as one.
             DiskError: an earlier shard could not be written.
         """
         assert self._state == "open", "the writer has ended"
@@ -97,12 +104,12 @@ class ActivationWriter:
         done = 0
         while done < len(labels):
             if not self._filling:
-                self._filling = self._spare or allocate(self.specs, self.shard_samples, self.label_shape)
+                self._filling = self._spare or allocate(self.specs, self.shard_samples, self.label_shape, self.kept_as)
                 self._spare = []
             filled = self._appended % self.shard_samples
             count = min(len(labels) - done, self.shard_samples - filled)
-            for buffer, tensor in zip(self._filling, (*tensors, labels), strict=True):
-                buffer[filled : filled + count].copy_(tensor.detach()[done : done + count])
+            for kept, tensor in zip(by_tensor(self._filling, self.specs, self.kept_as), (*tensors, labels), strict=True):
+                encode(tensor[done : done + count], [buffer[filled : filled + count] for buffer in kept])
             done += count
             self._appended += count
             if filled + count == self.shard_samples:
@@ -131,7 +138,7 @@ class ActivationWriter:
             while self._unsynced:
                 self._sync_oldest()
             tensors = tuple((spec.dtype, tuple(spec.shape)) for spec in self.specs)
-            index = Index(self.num_samples, self.shard_samples, tensors, tuple(self._shards), self.label_shape)
+            index = Index(self.num_samples, self.shard_samples, tensors, tuple(self._shards), self.label_shape, self.kept_as)
             write_index(self.folder, index)
         finally:
             self.abort()
@@ -195,9 +202,8 @@ class ActivationWriter:
         """On the pool: write one shard, and begin to sync it."""
         number = len(self._shards)
         path = self.folder / shard_name(number)
-        file = TensorFile.create(
-            path, shard_layout(self.specs, count, self.label_shape), {"shard": str(number)}, counter=self._counter
-        )
+        layout = shard_layout(self.specs, count, self.label_shape, self.kept_as)
+        file = TensorFile.create(path, layout, {"shard": str(number)}, counter=self._counter)
         self._unsynced.append(file)
         for name, tensor in zip(file.entries, buffer, strict=True):
             file.write_from(name, tensor[:count])

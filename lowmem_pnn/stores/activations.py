@@ -15,17 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stores.activation_writer import ActivationWriter
-from lowmem_pnn.stores.disk import IoCounter, outgrows_page_cache, sha256
+from lowmem_pnn.stores.disk import CHUNK_BYTES, IoCounter, outgrows_page_cache, sha256
+from lowmem_pnn.stores.encoding import KeptAs, decode
 from lowmem_pnn.stores.header import TensorLayout
 from lowmem_pnn.stores.shards import (
     Index,
     allocate,
+    by_tensor,
     describe_all,
     read_index,
     remedy,
@@ -61,13 +64,16 @@ class ActivationStore:
     """Samples in every shard but the last, which may have fewer."""
     nbytes: int
     """Of all shards on the disk."""
+    kept_as: KeptAs
+    """What floating tensors are kept as, on the disk and in windows; batches have them in their own type."""
     cache: list[Tensor] | None
-    """All samples in the stored order, the labels last, once the store was read into a window that held it whole."""
+    """All samples as they are kept, in the stored order, the labels last, once the store was read into a window that held it whole."""
 
     def __init__(self, folder: Path, index: Index, counter: IoCounter | None) -> None:
         self.folder = folder
         self.specs = tuple(TensorSpec(shape, dtype) for dtype, shape in index.tensors)
         self.label_shape = index.label_shape
+        self.kept_as = index.kept_as
         self.num_samples = index.num_samples
         self.shard_samples = index.shard_samples
         self.nbytes = sum(shard.bytes for shard in index.shards)
@@ -148,7 +154,7 @@ class ActivationStore:
                 while position < min(window.end, stop):
                     if not batch:
                         size, filled = min(batch_size, stop - position), 0
-                        batch = self._allocate(size)
+                        batch = allocate(self.specs, size, self.label_shape)
                     count = min(size - filled, window.end - position)
                     window.copy_rows(position, count, batch, filled)
                     filled += count
@@ -166,18 +172,18 @@ class ActivationStore:
         """The windows that hold samples [first, stop) of an order."""
         if first >= stop:
             return
-        if resident_bytes(self.specs, self.num_samples, self.label_shape) <= window_bytes:
+        if resident_bytes(self.specs, self.num_samples, self.label_shape, self.kept_as) <= window_bytes:
             if self.cache is None:
                 tensors = self._allocate(self.num_samples)
                 self._load(range(len(self._shards)), tensors)
                 # Only now, so that an exception on the way leaves no half-filled cache.
                 self.cache = tensors
-            yield _Window(self.cache, 0, self.num_samples, _order(self.num_samples, seed, "samples", epoch))
+            yield self._window(self.cache, 0, self.num_samples, _order(self.num_samples, seed, "samples", epoch))
             return
         self.close()
         shard_order = _order(len(self._shards), seed, "shards", epoch)
         shards: list[int] = list(range(len(self._shards))) if shard_order is None else shard_order.tolist()
-        shard_bytes = resident_bytes(self.specs, self.shard_samples, self.label_shape)
+        shard_bytes = resident_bytes(self.specs, self.shard_samples, self.label_shape, self.kept_as)
         per_window = max(1, window_bytes // 2 // shard_bytes)
         groups = [shards[begin : begin + per_window] for begin in range(0, len(shards), per_window)]
         bases = [0, *accumulate(sum(self._shards[number].samples for number in group) for group in groups)]
@@ -186,7 +192,7 @@ class ActivationStore:
         def load(number: int, tensors: list[Tensor]) -> _Window:
             self._load(groups[number], tensors)
             base, end = bases[number], bases[number + 1]
-            return _Window(tensors, base, end, _order(end - base, seed, "window", epoch, number))
+            return self._window(tensors, base, end, _order(end - base, seed, "window", epoch, number))
 
         rows = min(per_window * self.shard_samples, self.num_samples)
         read_ahead = len(wanted) > 1 and 2 * per_window * shard_bytes <= window_bytes
@@ -205,11 +211,14 @@ class ActivationStore:
             if ahead is not None and not ahead.cancel():
                 wait([ahead])
 
+    def _window(self, tensors: list[Tensor], base: int, end: int, order: npt.NDArray[np.int64] | None) -> _Window:
+        return _Window(by_tensor(tensors, self.specs, self.kept_as), base, end, order)
+
     def _layout(self, num_samples: int) -> dict[str, TensorLayout]:
-        return shard_layout(self.specs, num_samples, self.label_shape)
+        return shard_layout(self.specs, num_samples, self.label_shape, self.kept_as)
 
     def _allocate(self, num_samples: int) -> list[Tensor]:
-        return allocate(self.specs, num_samples, self.label_shape)
+        return allocate(self.specs, num_samples, self.label_shape, self.kept_as)
 
     def _load(self, numbers: Sequence[int], tensors: list[Tensor]) -> None:
         """Read whole shards into consecutive rows."""
@@ -244,7 +253,8 @@ class ActivationStore:
 class _Window:
     """Samples [base, end) of an order, in memory."""
 
-    tensors: list[Tensor]
+    tensors: list[list[Tensor]]
+    """What keeps each boundary tensor, and last the labels."""
     base: int
     end: int
     order: npt.NDArray[np.int64] | None
@@ -253,17 +263,37 @@ class _Window:
     def copy_rows(self, position: int, count: int, batch: list[Tensor], row: int) -> None:
         """Copy samples [position, position + count) into rows of a batch."""
         first = position - self.base
-        for source, target in zip(self.tensors, batch, strict=True):
-            if source.nbytes == 0:
+        for kept, target in zip(self.tensors, batch, strict=True):
+            if target.nbytes == 0:
                 continue
-            # As rows of bytes every element type is copied bit for bit.
-            source_bytes = memory_of(source).reshape(len(source), -1)
-            target_bytes = memory_of(target).reshape(len(target), -1)[row : row + count]
-            if self.order is None:
-                target_bytes[:] = source_bytes[first : first + count]
+            if kept[0].dtype == target.dtype:
+                self._copy(kept[0], first, count, target[row : row + count])
             else:
-                # With mode="raise" numpy would go through a buffer of the output's size.
-                np.take(source_bytes, self.order[first : first + count], axis=0, out=target_bytes, mode="clip")
+                self._decode(kept, first, count, target[row : row + count])
+
+    def _copy(self, source: Tensor, first: int, count: int, target: Tensor) -> None:
+        # As rows of bytes every element type is copied bit for bit.
+        source_bytes = memory_of(source).reshape(len(source), -1)
+        target_bytes = memory_of(target).reshape(count, -1)
+        if self.order is None:
+            target_bytes[:] = source_bytes[first : first + count]
+        else:
+            # With mode="raise" numpy would go through a buffer of the output's size.
+            np.take(source_bytes, self.order[first : first + count], axis=0, out=target_bytes, mode="clip")
+
+    def _decode(self, kept: list[Tensor], first: int, count: int, target: Tensor) -> None:
+        at_once = max(1, CHUNK_BYTES // sum(tensor[0].nbytes for tensor in kept))
+        for begin in range(0, count, at_once):
+            place = slice(first + begin, first + min(begin + at_once, count))
+            if self.order is None:
+                rows = [tensor[place] for tensor in kept]
+            elif at_once == 1:  # a copy of a large sample would be memory that nobody has planned
+                found = int(self.order[place.start])
+                rows = [tensor[found : found + 1] for tensor in kept]
+            else:
+                index = torch.from_numpy(self.order[place])
+                rows = [tensor.index_select(0, index) for tensor in kept]
+            decode(rows, target[begin : begin + at_once])
 
 
 def _order(size: int, seed: int | None, *place: int | str) -> npt.NDArray[np.int64] | None:

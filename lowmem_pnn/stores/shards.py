@@ -1,7 +1,8 @@
 """The layout of a store of boundary activations on disk: names, shapes, the index; and what its samples take in memory.
 
 FOLDER/
-  00000.safetensors   tensors '0', '1', ... (one per boundary tensor, samples on axis 0) and 'labels' (int64, one or a shape each)
+  00000.safetensors   tensors '0', '1', ... (one per boundary tensor, samples on axis 0) and 'labels' (int64, one or a shape each);
+                      where a tensor is kept as int8, its scales beside it: '0.scales' (see `encoding.py`)
   00001.safetensors   the same number of samples; the last shard may have fewer
   index.json          written last: without it there is no store
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.stores.disk import disk_error, sync_folder
+from lowmem_pnn.stores.encoding import KINDS, KeptAs, kept_layout
 from lowmem_pnn.stores.header import CODES, DTYPES, TensorLayout, describe
 from lowmem_pnn.stores.rundir import write_durably
 from lowmem_pnn.stores.tensorfile import aligned_empty
@@ -57,6 +59,8 @@ class Index:
     shards: tuple[Shard, ...]
     label_shape: tuple[int, ...] = ()
     """Shape of one sample's labels. An index without it, of an earlier version, is of samples with one label each."""
+    kept_as: KeptAs = "float32"
+    """What the boundary tensors are kept as; an index of an earlier version does not say it."""
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -97,7 +101,8 @@ def read_index(folder: Path) -> Index:
         tensors = tuple((DTYPES[item["dtype"]], tuple(item["shape"])) for item in content["tensors"])
         shards = tuple(Shard(**item) for item in content["shards"])
         label_shape = tuple(content.get("label_shape", ()))
-        index = Index(content["num_samples"], content["shard_samples"], tensors, shards, label_shape)
+        kept_as = content.get("kept_as", "float32")
+        index = Index(content["num_samples"], content["shard_samples"], tensors, shards, label_shape, kept_as)
     if index is None or not _is_consistent(index):
         raise CheckpointError(f"{str(path)!r} contradicts itself or lacks a part; {remedy(folder)}")
     return index
@@ -139,20 +144,35 @@ def shard_name(number: int) -> str:
     return f"{number:05d}.safetensors"
 
 
-def shard_layout(specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = ()) -> dict[str, TensorLayout]:
-    """The tensors of a shard, or of any other stretch of samples: the boundary tensors by number, then the labels."""
-    layout: dict[str, TensorLayout] = {str(k): (spec.dtype, (num_samples, *spec.shape)) for k, spec in enumerate(specs)}
+def shard_layout(
+    specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = (), kept_as: KeptAs = "float32"
+) -> dict[str, TensorLayout]:
+    """The tensors of a shard, or of any other stretch of samples: what keeps the boundary tensors, by number, then the labels."""
+    layout: dict[str, TensorLayout] = {}
+    for number, spec in enumerate(specs):
+        for suffix, (dtype, shape) in zip(("", ".scales"), kept_layout(spec, kept_as), strict=False):
+            layout[f"{number}{suffix}"] = (dtype, (num_samples, *shape))
     return {**layout, "labels": (torch.int64, (num_samples, *label_shape))}
 
 
-def allocate(specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = ()) -> list[Tensor]:
-    """Memory for samples: the boundary tensors, then the labels, each from a multiple of 64 bytes on."""
-    return [aligned_empty(shape, dtype) for dtype, shape in shard_layout(specs, num_samples, label_shape).values()]
+def allocate(
+    specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = (), kept_as: KeptAs = "float32"
+) -> list[Tensor]:
+    """Memory for samples: what keeps the boundary tensors, then the labels, each from a multiple of 64 bytes on."""
+    return [aligned_empty(shape, dtype) for dtype, shape in shard_layout(specs, num_samples, label_shape, kept_as).values()]
 
 
-def resident_bytes(specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = ()) -> int:
+def by_tensor(tensors: Sequence[Tensor], specs: Sequence[TensorSpec], kept_as: KeptAs) -> list[list[Tensor]]:
+    """What `allocate` gave, for each boundary tensor what keeps it, and last the labels."""
+    rest = iter(tensors)
+    return [[next(rest) for _ in kept_layout(spec, kept_as)] for spec in specs] + [list(rest)]
+
+
+def resident_bytes(
+    specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = (), kept_as: KeptAs = "float32"
+) -> int:
     """What samples take in memory, their labels and the order in which they are given included."""
-    layouts = shard_layout(specs, num_samples, label_shape).values()
+    layouts = shard_layout(specs, num_samples, label_shape, kept_as).values()
     return num_samples * _ORDER_BYTES + sum(math.prod(shape) * dtype.itemsize for dtype, shape in layouts)
 
 
@@ -171,7 +191,8 @@ def _is_consistent(index: Index) -> bool:
         return False
     full, rest = divmod(index.num_samples, index.shard_samples)
     return (
-        [shard.samples for shard in index.shards] == [index.shard_samples] * full + [rest] * (rest > 0)
+        index.kept_as in KINDS
+        and [shard.samples for shard in index.shards] == [index.shard_samples] * full + [rest] * (rest > 0)
         and [shard.file for shard in index.shards] == [shard_name(number) for number in range(len(index.shards))]
         and all(isinstance(shard.sha256, str) for shard in index.shards)
     )
