@@ -286,7 +286,6 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     ]
     outputs = [part.output_bytes_per_sample for part in plan.partitions[:-1]]
     kept = [_kept_bytes(workload, part.stop) for part in plan.partitions[:-1]]
-    sizes = {name: len(split) for name, split in workload.splits.items()}
     # Stores of activations hold training and validation samples; where training is by sweeps, only what the model is measured on.
     streams = workload.method.sweeps or workload.method.trains_apart
     samples = (
