@@ -22,6 +22,7 @@ from lowmem_pnn.exits import HEADS_FILE, chosen_exit, describe_exits, head_names
 from lowmem_pnn.feeds import Feed
 from lowmem_pnn.initialisation import build_weights, owners
 from lowmem_pnn.joining import TRAINED, forget
+from lowmem_pnn.measuring import measure, validate
 from lowmem_pnn.methods import Sweep, share_of
 from lowmem_pnn.planning import describe_partition, make_plan
 from lowmem_pnn.plans import Plan
@@ -37,7 +38,7 @@ from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.rundir import RunDir, write_durably
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.streams import Threads
-from lowmem_pnn.walk import measure, train, validate
+from lowmem_pnn.walk import train
 from lowmem_pnn.workload import Workload
 
 # Plans that are tried, each keeping free what the check of the one before found missing.

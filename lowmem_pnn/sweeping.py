@@ -1,0 +1,141 @@
+"""Sweeping: epochs in which every batch goes through all partitions and back."""
+
+import gc
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from lowmem_pnn.device import is_out_of_memory
+from lowmem_pnn.errors import BudgetError
+from lowmem_pnn.executor import Tally, too_few
+from lowmem_pnn.feeds import Batch, DatasetFeed, Feed
+from lowmem_pnn.logbook import log_epoch, log_step
+from lowmem_pnn.measuring import validate
+from lowmem_pnn.methods import Sweep
+from lowmem_pnn.run import Run
+from lowmem_pnn.sweeper import Sweeper
+from lowmem_pnn.units import format_bytes
+
+
+def sweep_all(run: Run, sweep: Sweep) -> None:
+    """Train by sweeps, from wherever the run's state says, for all epochs.
+
+    Args:
+        run: no partition is resident.
+        sweep: its visits.
+    """
+    state, workload, last = run.state, run.workload, len(run.plan.partitions) - 1
+    split = workload.splits["train"]
+    steps = math.ceil(len(split) / sweep.batch_size)
+    augments = workload.config.augment != "none"
+    feed = DatasetFeed(split, workload.config.seed, run.threads.read, mix=False, place=sweep.place, augments=augments)
+    what = "recovery" if sweep.place == "recovery" else "all partitions"
+    with ExitStack() as stack:
+        sweeper = Sweeper(
+            workload,
+            run.plan,
+            sweep,
+            run.device,
+            run.weights,
+            run.threads,
+            run.counter,
+            run.rundir.path,
+            sweep.epochs * steps,
+            run.begin_record,
+        )
+        stack.callback(sweeper.close)
+        while state.progress.epoch < sweep.epochs:
+            progress = state.progress
+            began, done = time.monotonic(), progress.tally.num_samples
+            run.display.start_epoch(what, progress.epoch, sweep.epochs, feed.num_samples, done)
+            if not _sweep_epoch(run, sweep, sweeper, feed, steps):
+                sweeper.close()
+                _go_back(run)
+                continue
+            run.end_record()
+            tally, progress.tally = progress.tally, Tally()
+            speed = (tally.num_samples - done) / max(time.monotonic() - began, 1e-9)
+            record = state.records[last]
+            record.train_loss = tally.loss
+            sweeper.settle()
+            if "val" in workload.splits:
+                sweeper.rest()
+                validate(run, f"epoch {progress.epoch}")
+            log_epoch(run, sweep, last, run.state.sweep_micro_batch, speed)
+            if progress.epoch < sweep.epochs:
+                run.maybe_commit(lambda: _save_swept(sweeper, sweep))
+
+
+def _sweep_epoch(run: Run, sweep: Sweep, sweeper: Sweeper, feed: Feed, steps: int) -> bool:
+    """The rest of an epoch; False if a batch did not fit, after which weights are no commit's."""
+    progress, smallest = run.state.progress, run.plan.smallest_micro_batch
+    last = len(run.plan.partitions) - 1
+    for batch in feed.batches(
+        sweep.batch_size,
+        shuffle=sweep.shuffle,
+        epoch=progress.epoch,
+        start=progress.batch,
+        drawn=(sweep.place, progress.epoch),
+    ):
+        step, loss = progress.epoch * steps + progress.batch, None
+        if len(batch[1]) >= smallest:  # a last batch of 1 tells BatchNorm nothing
+            loss = _unless_full(sweeper, batch, step, run.state.sweep_micro_batch)
+            if loss is None:
+                return False
+            progress.tally.add(loss, len(batch[1]))
+        progress.batch += 1
+        del batch
+        run.after_batch(sweeper.title(last))
+        log_step(
+            run,
+            "sweep",
+            progress.epoch,
+            step + 1,
+            loss,
+            lambda step: run.workload.learning_rate(last, step, sweep.epochs * steps),
+        )
+        if progress.batch < steps:
+            run.maybe_commit(lambda: _save_swept(sweeper, sweep))
+    if not progress.tally.num_samples:
+        raise too_few(feed.num_samples, sweeper.title(last), smallest)
+    progress.epoch += 1
+    progress.batch = 0
+    return True
+
+
+def _unless_full(sweeper: Sweeper, batch: Batch, step: int, micro_batch: int) -> float | None:
+    """A batch's loss, or None if memory ran out in it; the exception, which holds tensors, is gone by then."""
+    try:
+        return sweeper.train_batch(batch, step, micro_batch)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
+
+
+def _go_back(run: Run) -> None:
+    """To the last commit, with half the micro-batch: some partitions of the batch that did not fit have been stepped.
+
+    Raises:
+        BudgetError: it is the smallest already.
+    """
+    used, size = run.device.section_peak_bytes(), run.state.sweep_micro_batch
+    smallest = run.plan.smallest_micro_batch
+    if size <= smallest:
+        raise BudgetError(
+            f"memory ran out with a micro-batch of {size}, the smallest: {format_bytes(used)} of "
+            f"{format_bytes(run.device.budget_bytes)} were in use; give a larger --max-gpu-mem, or more partitions"
+        )
+    run.go_back()
+    gc.collect()  # exceptions and the frames of other threads may hold tensors in cycles
+    run.device.release()
+    run.device.begin_section()
+    run.state.sweep_micro_batch = half = max(smallest, size // 2)
+    run.state.oom_retries += 1
+    run.display.message(f"out of memory; going on from the last commit with a micro-batch of {half}")
+
+
+def _save_swept(sweeper: Sweeper, sweep: Sweep) -> Sequence[int]:
+    sweeper.settle()
+    return sweep.learners
