@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import emnist_in_words, markdown_table
-from pnn_study import EPOCHS_LEFT, EPOCHS_RECOVERY, EPOCHS_WHOLE, best, mean_and_deviation, mean_curve, r_squared
+from pnn_study import EPOCHS_LEFT, EPOCHS_RECOVERY, EPOCHS_WHOLE, TUNED_RUNS, best, mean_and_deviation, mean_curve, r_squared
 from pnn_weights import BATCH, EPOCHS, LR
 
 if TYPE_CHECKING:
@@ -183,8 +183,8 @@ def text(study: Study, histograms: dict[str, Any], names: list[str], seconds: fl
     return "\n".join(
         [
             emnist_in_words(study.data),
-            f"{study.runs} run(s) of figures 6 and 10 and of the tuned ones, {study.sweep_runs} of each point of figures 7 to 9 "
-            f"(seeds from 0); N_L {EPOCHS_LEFT}, N_R {study.right}, baseline {EPOCHS_WHOLE} epochs. {seconds / 60:.0f} minutes of training "
+            f"{study.runs} run(s) of figures 6 and 10, at most {TUNED_RUNS} of the tuned ones, {study.sweep_runs} of each point of figures 7 to "
+            f"9 (seeds from 0); N_L {EPOCHS_LEFT}, N_R {study.right}, baseline {EPOCHS_WHOLE} epochs. {seconds / 60:.0f} minutes of training "
             "in all, one thread each. Forward MACs are those of training samples, outputs that are written included.",
             "",
             markdown_table(heads, rows),
