@@ -243,9 +243,14 @@ def one_done(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def join(folder: Path, **options: Any) -> None:
+    """Run the first rank, which gives up if it is not refused: the third one never comes."""
+    start(0, folder, should_stop=stop_at(60), **options)
+
+
 def test_a_rank_of_another_configuration_is_not_joined(one_done: Path) -> None:
     with pytest.raises(CheckpointError) as error:
-        start(0, one_done, lr=0.5)
+        join(one_done, lr=0.5)
     assert str(error.value) == (
         f"the run in {one_done}.rank1 is not of this one: another configuration, or other data; begin again with --overwrite"
     )
@@ -259,7 +264,7 @@ def test_a_rank_that_cut_the_model_otherwise_is_not_joined(one_done: Path) -> No
     body["plan"]["partitions"][1]["start"] += 1
     path.write_text(seal_journal(body, digest))
     with pytest.raises(CheckpointError) as error:
-        start(0, one_done)
+        join(one_done)
     assert str(error.value) == (
         f"the ranks cut the model differently, since less memory was free for one: {one_done} before layers [1, 2], "
         f"{one_done}.rank1 before layers [2, 2]; begin again with --overwrite and --cuts"
@@ -272,7 +277,7 @@ def test_a_rank_whose_weights_were_damaged_is_not_joined(one_done: Path) -> None
     content[-5] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="has sha256"):
-        start(0, one_done)
+        join(one_done)
 
 
 def test_a_ranks_run_goes_on_as_that_rank_alone(one_done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
