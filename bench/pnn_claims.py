@@ -27,9 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, markdown_table, run_process, write_results
+from common import RESULTS, default_emnist, emnist_in_words, markdown_table, run_process, write_results
 from common import lowmem_pnn as command_line
-from emnist import default_data
 from networks import deep_mlp
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -66,7 +65,7 @@ DEEP_PARTITIONS = (2, 4, 6)
 DEEP_BATCH, DEEP_EPOCHS, DEEP_IMAGES = 128, 5, 20_000
 BACKPROP_RATES = {"sgd": (0.01, 0.1, 1.0), "adam": (3e-4, 1e-3, 3e-3, 1e-2)}
 LEARNT = 0.04
-SCALED_RATES = {"sgd": (0.01, 0.1), "adam": (1e-3, 3e-3)}
+SCALED_RATES = {"sgd": (0.01, 0.1, 1.0), "adam": (3e-4, 1e-3, 3e-3)}
 PNN_RATES = {
     ("sigmoid", "sgd"): ((1, 50, 0.1), (1, 50, 1.0), (1, 500, 1.0)),
     ("sigmoid", "adam"): ((1, 1e-3, 1e-3), (1, 3e-3, 3e-3), (1, 1e-2, 1e-2)),
@@ -86,7 +85,6 @@ class Cache:
     def __init__(self, name: str, again: bool) -> None:
         folder = HERE / ".cache"
         folder.mkdir(exist_ok=True)
-        (folder / ".gitignore").write_text("*\n")
         self._path = folder / f"{name}.jsonl"
         if again:
             self._path.unlink(missing_ok=True)
@@ -480,7 +478,7 @@ def vanishing_text(found: Mapping[str, Any], limit: int, seeds: int, optimizers:
 # The page
 
 
-def draw(found: Mapping[str, Any]) -> bool:
+def draw(found: Mapping[str, Any], name: str) -> bool:
     """Four pictures in one; False where there is no matplotlib."""
     try:
         import matplotlib as mpl
@@ -509,45 +507,44 @@ def draw(found: Mapping[str, Any]) -> bool:
     peaks.set(xlabel="partitions (1: backprop)", ylabel="MB", title="2. Device memory")
     peaks.legend(fontsize="small")
 
-    name = next(iter(found["vanishing"]))
-    for key, run in found["vanishing"][name]["runs"].items():
-        if not key.endswith("adam") or not run["norms"]:
-            continue
+    deep = found["vanishing"]
+    first, entry = next(iter(deep.items()))
+    optimizers = list(dict.fromkeys(key.rpartition(", ")[2] for key in entry["runs"]))
+    methods = list(dict.fromkeys(key.rpartition(", ")[0] for key in entry["runs"]))
+    colours = {method: "0.6" if "scaled" in method else f"C{number}" for number, method in enumerate(methods)}
+    for method in methods:
         layer = 1
-        at = list(found["vanishing"][name]["runs"]).index(key)
-        colour = "0.6" if "scaled" in key else f"C{at % 5}"
-        for number, part in enumerate(run["norms"]):
-            label = key.removesuffix(", adam") if not number else None
-            gradients.plot(range(layer, layer + len(part)), part, colour, marker="o", markersize=3, label=label)
+        for number, part in enumerate(entry["runs"][f"{method}, {optimizers[-1]}"]["norms"]):
+            label = None if number else method
+            gradients.plot(range(layer, layer + len(part)), part, colours[method], marker="o", markersize=3, label=label)
             layer += len(part)
     gradients.set(
-        yscale="log", xlabel="layer", ylabel="norm of its weight gradient", title=f"3. {name} layers, before the first step"
+        yscale="log", xlabel="layer", ylabel="norm of its weight gradient", title=f"3. {first} layers, before the first step"
     )
     gradients.legend(fontsize="small")
 
-    groups = [(name, optimizer) for name in found["vanishing"] for optimizer in ("sgd", "adam")]
-    methods = [key.rpartition(", ")[0] for key in found["vanishing"][name]["runs"] if key.endswith("adam")]
+    groups = [(network, optimizer) for network in deep for optimizer in optimizers]
     for number, method in enumerate(methods):
-        values = [found["vanishing"][name]["runs"][f"{method}, {optimizer}"]["tests"] for name, optimizer in groups]
+        values = [deep[network]["runs"][f"{method}, {optimizer}"]["tests"] for network, optimizer in groups]
         places = [at + 0.15 * (number - (len(methods) - 1) / 2) for at in range(len(groups))]
         heights, errors = [statistics.mean(tests) for tests in values], [statistics.pstdev(tests) for tests in values]
-        bars.bar(places, heights, 0.15, yerr=errors, color="0.6" if "scaled" in method else f"C{number}", label=method)
-    bars.set_xticks(range(len(groups)), [f"{name}\n{optimizer}" for name, optimizer in groups])
+        bars.bar(places, heights, 0.15, yerr=errors, color=colours[method], label=method)
+    bars.set_xticks(range(len(groups)), [f"{network}\n{optimizer}" for network, optimizer in groups])
     bars.axhline(100 / 47, color="k", linewidth=0.5)
     bars.set(ylabel="test accuracy, %", ylim=(0, 95), title="3. After the same epochs a layer (line: chance)")
     bars.legend(fontsize="small", ncols=2)
-    figure.savefig(RESULTS / "pnn_claims.png", dpi=90)
+    figure.savefig(RESULTS / f"{name}.png", dpi=90)
     return True
 
 
 def main() -> None:
     """Run all three sections and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=default_data(), help="28x28 images of 47 classes")
-    parser.add_argument("--quick", action="store_true", help="less of everything: about three minutes; nothing is written")
+    parser.add_argument("--data", default=default_emnist(), help="28x28 images of 47 classes")
+    parser.add_argument("--quick", action="store_true", help="less of everything: about three minutes")
     parser.add_argument("--again", action="store_true", help="forget the runs that are finished")
     arguments = parser.parse_args()
-    quick = arguments.quick
+    quick, name = arguments.quick, "pnn_claims_quick" if arguments.quick else "pnn_claims"
     cache = Cache("pnn_claims", arguments.again)
     first, one = communication(cache, arguments.data, 7050 if quick else None)
     wide = {**WIDE, "width": 1024} if quick else WIDE
@@ -561,7 +558,8 @@ def main() -> None:
     text = "\n".join(
         [
             "The paper (arXiv 2403.11204, sections 1 and 2.1) says this of its method without figures. Here are figures.",
-            *(["", "![Four pictures of what the tables say](pnn_claims.png)"] if not quick and draw(found) else []),
+            emnist_in_words(arguments.data),
+            *(["", f"![Four pictures of what the tables say]({name}.png)"] if draw(found, name) else []),
             "",
             "## 1. Communication: once, one way",
             "",
@@ -576,10 +574,7 @@ def main() -> None:
             third,
         ]
     )
-    if quick:
-        print(text)
-    else:
-        write_results("pnn_claims", "PNN's claims, measured", text, found)
+    write_results(name, "PNN's claims, measured", text, found)
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def _sweep(run: Run, sweep: Sweep) -> None:
     state, workload, last = run.state, run.workload, len(run.plan.partitions) - 1
     split = workload.splits["train"]
     steps = math.ceil(len(split) / sweep.batch_size)
-    feed = DatasetFeed(split, workload.config.seed, run.threads.read, mix=False, place=sweep.place)
+    feed = DatasetFeed(split, workload.config.seed, run.threads.read, mix=True, place=sweep.place)
     what = "recovery" if sweep.place == "recovery" else "all partitions"
     with ExitStack() as stack:
         sweeper = Sweeper(

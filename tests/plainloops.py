@@ -295,7 +295,11 @@ def train_by_exact(
         model,
         backward,
         split.batch,
-        lambda epoch: permutation_of(len(split), config.seed, "epoch", epoch) if config.shuffle[0] else np.arange(len(split)),
+        lambda epoch: (
+            permutation_of(len(split), config.seed, "epoch", epoch)
+            if config.shuffle[0]
+            else permutation_of(len(split), config.seed, "own order")
+        ),
         config,
         groups=dict(enumerate(parts_of(model))),
         epochs=config.value_for("epochs", 0),
@@ -405,7 +409,11 @@ def recover_plainly(model: nn.Sequential, starts: list[int], data: Data, recover
         model,
         backward_of(model, functools.partial(cross_entropy, config)),
         split.batch,
-        lambda epoch: permutation_of(len(split), config.seed, "recovery", epoch) if config.shuffle[-1] else np.arange(len(split)),
+        lambda epoch: (
+            permutation_of(len(split), config.seed, "recovery", epoch)
+            if config.shuffle[-1]
+            else permutation_of(len(split), config.seed, "own order")
+        ),
         config,
         groups={number: list(parts[number].parameters()) for number in recovering},
         epochs=config.recovery_epochs,

@@ -56,6 +56,9 @@ def test_torchrun_says_which_process_it_is(values: dict[str, str], expected: Ran
     ("name", "value", "found"),
     [
         ("RANK", "x", "RANK=x, WORLD_SIZE=1, LOCAL_RANK=0"),
+        ("RANK", "-1", "RANK=-1, WORLD_SIZE=1, LOCAL_RANK=0"),
+        ("RANK", "5", "RANK=5, WORLD_SIZE=1, LOCAL_RANK=0"),
+        ("WORLD_SIZE", "0", "RANK=0, WORLD_SIZE=0, LOCAL_RANK=0"),
         ("WORLD_SIZE", "", "RANK=0, WORLD_SIZE=, LOCAL_RANK=0"),
         ("LOCAL_RANK", "1.5", "RANK=0, WORLD_SIZE=1, LOCAL_RANK=1.5"),
     ],
@@ -63,6 +66,7 @@ def test_torchrun_says_which_process_it_is(values: dict[str, str], expected: Ran
 def test_variables_that_are_no_numbers_are_not_torchruns(
     name: str, value: str, found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv(name, value)
     done = lowmem_pnn("fit --max-gpu-mem 100MB")
     assert (done.code, done.fault) == (3, f"the environment has {found}, which are not torchrun's; unset them")
