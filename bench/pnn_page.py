@@ -97,10 +97,9 @@ def _curves(axes: Axes, study: Study, actions: tuple[str, ...]) -> None:
     """Accuracy against computation of the baseline and of PNN, on backgrounds that tell the phases."""
     for runs, label, chosen in ((study.baseline(), "baseline", ("learn",)), (study.recovered(), "PNN", actions)):
         macs, means, offs = mean_curve(runs, *chosen)
-        step = max(1, len(macs) // 40)
-        axes.errorbar(
-            [value / 1e9 for value in macs][::step], means[::step], offs[::step], fmt="o-", markersize=3, capsize=2, label=label
-        )
+        every = max(1, len(macs) // 40)
+        giga = [value / 1e9 for value in macs]
+        axes.errorbar(giga, means, offs, fmt="o-", markersize=2, capsize=2, errorevery=every, label=label)
     right, _, _ = mean_curve(study.recovered(), "learn")
     begin = 2 * right[0] - right[1]  # the right partition's epochs are all alike
     axes.axvspan(0, begin / 1e9, color=YELLOW, zorder=0, label="left trains")
