@@ -12,21 +12,35 @@ from torch import Tensor, nn
 
 
 def deep_mlp(
-    depth: int = 12, width: int = 100, activation: str = "sigmoid", pixels: int = 784, num_classes: int = 47
+    depth: int = 12, width: int = 100, activation: str = "sigmoid", scaled: bool = False, pixels: int = 784, num_classes: int = 47
 ) -> nn.Sequential:
     """`depth` hidden layers of `width`, then the class scores.
 
     Args:
         depth: hidden layers.
         width: of each.
-        activation: `sigmoid`, `tanh` or `relu`, after every hidden layer.
+        activation: `sigmoid` or `relu`, after every hidden layer.
+        scaled: start from weights that keep the signal's size: four times Glorot's for sigmoid (2010), He's for ReLU (2015), biases
+            0; instead of PyTorch's default.
         pixels: of an image.
         num_classes: outputs.
+
+    Returns:
+        Flatten, the hidden layers (`1.0`, `2.0`, ... are their names at a cut), the last layer.
     """
-    kinds = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
+    kind = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU}[activation]
     widths = [pixels, *[width] * depth]
-    hidden = [nn.Sequential(nn.Linear(widths[at], width), kinds[activation]()) for at in range(depth)]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, num_classes))
+    hidden = [nn.Sequential(nn.Linear(widths[at], width), kind()) for at in range(depth)]
+    model = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, num_classes))
+    if scaled:
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.zeros_(layer.bias)
+                if activation == "sigmoid":
+                    nn.init.xavier_normal_(layer.weight, gain=4)
+                else:
+                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return model
 
 
 class BasicBlock(nn.Module):
@@ -54,8 +68,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels_in, H, W) -> (B, channels, H / stride, W / stride)."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        inner = self.relu(self.bn1(self.conv1(x)))
+        y: Tensor = self.relu(self.bn2(self.conv2(inner)) + self.shortcut(x))
+        return y
 
 
 def resnet18(width: float = 1.0, num_classes: int = 10) -> nn.Sequential:
@@ -98,7 +113,8 @@ class Embedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, T, D)."""
-        return self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        t: Tensor = self.patches(x).flatten(2).transpose(1, 2)
+        return t + self.positions
 
 
 class Attention(nn.Module):
@@ -118,7 +134,8 @@ class Attention(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(t).chunk(3, -1))
-        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        mixed: Tensor = self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return mixed
 
 
 class Block(nn.Module):
@@ -139,7 +156,8 @@ class Block(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         t = t + self.attention(self.norm1(t))
-        return t + self.mlp(self.norm2(t))
+        added: Tensor = self.mlp(self.norm2(t))
+        return t + added
 
 
 class Head(nn.Module):
@@ -157,7 +175,8 @@ class Head(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """(B, T, D) -> (B, classes)."""
-        return self.scores(self.norm(t).mean(1))
+        scores: Tensor = self.scores(self.norm(t).mean(1))
+        return scores
 
 
 def vit(depth: int = 6, width: int = 128, heads: int = 4, patch: int = 4, size: int = 32, num_classes: int = 10) -> nn.Sequential:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import emnist_in_words, markdown_table
-from pnn_study import EPOCHS_LEFT, EPOCHS_RECOVERY, EPOCHS_WHOLE, best, mean_and_deviation, mean_curve, r_squared
+from pnn_study import EPOCHS_LEFT, EPOCHS_RECOVERY, EPOCHS_WHOLE, TUNED_RUNS, best, mean_and_deviation, mean_curve, r_squared
 from pnn_weights import BATCH, EPOCHS, LR
 
 if TYPE_CHECKING:
@@ -97,10 +97,9 @@ def _curves(axes: Axes, study: Study, actions: tuple[str, ...]) -> None:
     """Accuracy against computation of the baseline and of PNN, on backgrounds that tell the phases."""
     for runs, label, chosen in ((study.baseline(), "baseline", ("learn",)), (study.recovered(), "PNN", actions)):
         macs, means, offs = mean_curve(runs, *chosen)
-        step = max(1, len(macs) // 40)
-        axes.errorbar(
-            [value / 1e9 for value in macs][::step], means[::step], offs[::step], fmt="o-", markersize=3, capsize=2, label=label
-        )
+        every = max(1, len(macs) // 40)
+        giga = [value / 1e9 for value in macs]
+        axes.errorbar(giga, means, offs, fmt="o-", markersize=2, capsize=2, errorevery=every, label=label)
     right, _, _ = mean_curve(study.recovered(), "learn")
     begin = 2 * right[0] - right[1]  # the right partition's epochs are all alike
     axes.axvspan(0, begin / 1e9, color=YELLOW, zorder=0, label="left trains")
@@ -183,8 +182,8 @@ def text(study: Study, histograms: dict[str, Any], names: list[str], seconds: fl
     return "\n".join(
         [
             emnist_in_words(study.data),
-            f"{study.runs} run(s) of figures 6 and 10 and of the tuned ones, {study.sweep_runs} of each point of figures 7 to 9 "
-            f"(seeds from 0); N_L {EPOCHS_LEFT}, N_R {study.right}, baseline {EPOCHS_WHOLE} epochs. {seconds / 60:.0f} minutes of training "
+            f"{study.runs} run(s) of figures 6 and 10, at most {TUNED_RUNS} of the tuned ones, {study.sweep_runs} of each point of figures 7 to "
+            f"9 (seeds from 0); N_L {EPOCHS_LEFT}, N_R {study.right}, baseline {EPOCHS_WHOLE} epochs. {seconds / 60:.0f} minutes of training "
             "in all, one thread each. Forward MACs are those of training samples, outputs that are written included.",
             "",
             markdown_table(heads, rows),

@@ -25,7 +25,7 @@ def main() -> None:
     """Train all that is missing, then write the page and the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=default_emnist())
-    parser.add_argument("--runs", type=int, default=10, help="of figures 6 and 10, and of the tuned ones")
+    parser.add_argument("--runs", type=int, default=10, help="of figures 6 and 10; of the tuned ones at most 5")
     parser.add_argument("--sweep-runs", type=int, default=3, help="of each point of figures 7, 8 and 9")
     parser.add_argument("--histograms", type=int, default=300, help="trainings for figure 1")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trainings at a time, a thread each")

@@ -16,6 +16,7 @@ MODEL = "mlp:784-80-60-60-60-47"
 BUDGET = "400MB"
 PAPER = {"optimizer": "sgd", "lr": (0.01,), "momentum": 0.9, "batch_size": (1410,)}
 
+TUNED_RUNS = 5
 EPOCHS_LEFT, EPOCHS_RIGHT, EPOCHS_WHOLE, EPOCHS_RECOVERY = 5, 160, 40, 10
 KAPPA = 10.0
 FIGURE_7 = {"N_L": (1, 2, 5, 10, 20, 40), "kappa": (2.0, 10.0)}
@@ -123,7 +124,7 @@ class Study:
 
     Args:
         data: a name as `--data` takes it.
-        runs: of figures 6 and 10, and of the tuned ones.
+        runs: of figures 6 and 10; of the tuned ones at most 5.
         sweep_runs: of figures 7, 8 and 9.
         right: epochs of the right partition.
         short: fewer points in figures 7 and 8.
@@ -180,7 +181,7 @@ class Study:
     def tuned(self, chosen: Training, recovery: bool = False) -> list[Training]:
         """A chosen candidate, trained on all training data."""
         options = {name: value for name, value in chosen.options if name != "val_fraction"}
-        return self._seeds({**options, **({"recovery_epochs": EPOCHS_RECOVERY} if recovery else {})}, self.runs)
+        return self._seeds({**options, **({"recovery_epochs": EPOCHS_RECOVERY} if recovery else {})}, min(self.runs, TUNED_RUNS))
 
     def _pnn(self, left: int, kappa: float) -> dict[str, Any]:
         return {**PAPER, "method": "pnn", "cuts": "2", "shuffle": (False, True), "epochs": (left, self.right), "kappa": kappa}

@@ -27,44 +27,46 @@ def weights_of_many(data: str, networks: int, cache: Path) -> dict[str, Any]:
     Returns:
         `largest` and `smallest`, a number for each network, and the mean test accuracy.
     """
-    path = cache / f"histograms-{networks}.json"
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
     from lowmem_pnn.sources.datasets import find_dataset
 
-    dataset = find_dataset(data, Path("data"), "flat")
-    assert dataset.test is not None
-    x, y = _digits(dataset.train)
-    test_x, test_y = _digits(dataset.test)
-    x, y = x[:IMAGES], y[:IMAGES]
-    largest: list[float] = []
-    smallest: list[float] = []
-    accuracies: list[float] = []
-    for begin in range(0, networks, TOGETHER):
-        seeds = range(begin, min(begin + TOGETHER, networks))
-        layers = [_initial(seeds, *shape) for shape in pairwise(WIDTHS)]
-        parameters = [tensor.requires_grad_() for layer in layers for tensor in layer]
-        optimizer = torch.optim.Adam(parameters, lr=LR, fused=True)
-        generator = torch.Generator().manual_seed(begin)
-        for _ in range(EPOCHS):
-            for chosen in torch.randperm(len(x), generator=generator).split(BATCH):
-                scores = _forward(x[chosen], layers)
-                loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), y[chosen].repeat(len(seeds)))
-                # The mean over networks; each is to learn as if it were alone.
-                torch.autograd.backward(loss * len(seeds))
-                optimizer.step()
-                optimizer.zero_grad()
-        with torch.no_grad():
-            right = (_forward(test_x, layers).argmax(-1) == test_y).float().mean(1)
-        middle = layers[1][0].detach().flatten(1)
-        largest += middle.max(1).values.tolist()
-        smallest += middle.min(1).values.tolist()
-        accuracies += right.tolist()
-    outcome = {"largest": largest, "smallest": smallest, "accuracy": 100 * statistics.mean(accuracies), "images": len(x)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(outcome))
-    return outcome
+    groups = [range(begin, min(begin + TOGETHER, networks)) for begin in range(0, networks, TOGETHER)]
+    paths = {group: cache / f"networks-{group.start}-{group.stop}.json" for group in groups}
+    if missing := [group for group in groups if not paths[group].exists()]:
+        dataset = find_dataset(data, Path("data"), "flat")
+        assert dataset.test is not None
+        x, y = _digits(dataset.train)
+        test = _digits(dataset.test)
+        for group in missing:
+            outcome = _train(group, x[:IMAGES], y[:IMAGES], *test)
+            cache.mkdir(parents=True, exist_ok=True)
+            paths[group].write_text(json.dumps(outcome))
+    found = [json.loads(path.read_text()) for path in paths.values()]
+    joined: dict[str, Any] = {name: [value for part in found for value in part[name]] for name in ("largest", "smallest")}
+    return {**joined, "accuracy": statistics.mean(value for part in found for value in part["accuracy"]), "images": IMAGES}
+
+
+def _train(seeds: range, x: torch.Tensor, y: torch.Tensor, test_x: torch.Tensor, test_y: torch.Tensor) -> dict[str, list[float]]:
+    """Train a group of networks, side by side: the extremes of their middle layers, and their test accuracies in percent."""
+    layers = [_initial(seeds, *shape) for shape in pairwise(WIDTHS)]
+    parameters = [tensor.requires_grad_() for layer in layers for tensor in layer]
+    optimizer = torch.optim.Adam(parameters, lr=LR, fused=True)
+    generator = torch.Generator().manual_seed(seeds.start)
+    for _ in range(EPOCHS):
+        for chosen in torch.randperm(len(x), generator=generator).split(BATCH):
+            scores = _forward(x[chosen], layers)
+            loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), y[chosen].repeat(len(seeds)))
+            # The mean over networks; each is to learn as if it were alone.
+            torch.autograd.backward(loss * len(seeds))
+            optimizer.step()
+            optimizer.zero_grad()
+    with torch.no_grad():
+        right = (_forward(test_x, layers).argmax(-1) == test_y).float().mean(1)
+    middle = layers[1][0].detach().flatten(1)
+    return {
+        "largest": middle.max(1).values.tolist(),
+        "smallest": middle.min(1).values.tolist(),
+        "accuracy": (100 * right).tolist(),
+    }
 
 
 def _digits(split: Any) -> tuple[torch.Tensor, torch.Tensor]:

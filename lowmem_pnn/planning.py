@@ -12,7 +12,7 @@ from lowmem_pnn.config import LARGEST_AUTO_BATCH
 from lowmem_pnn.costs import Affine, MemoryProfile, in_chunks, streamed
 from lowmem_pnn.device import Device
 from lowmem_pnn.device.kernels import PACKING_BYTES
-from lowmem_pnn.errors import BudgetError, DiskError
+from lowmem_pnn.errors import BudgetError, ConfigError, DiskError
 from lowmem_pnn.grouping import alike_cuts
 from lowmem_pnn.options import check_lengths
 from lowmem_pnn.partitioning import GOOD_MICRO_BATCH
@@ -110,6 +110,8 @@ def _make_plan(
         uniform=sweeps,
     )
     check_lengths(config, len(plan.partitions))
+    if workload.method.trains_apart:
+        _check_cuts_apart(workload, plan)
     partitions = tuple(_refine(workload, profile, costs, device, plan, partition, chunk, fixed) for partition in plan.partitions)
     plan = dataclasses.replace(
         plan,
@@ -119,6 +121,23 @@ def _make_plan(
         sweep_micro_batch=partitions[0].micro_batch if sweeps else 0,
     )
     return plan if sweeps or not config.recovery_epochs else _with_recovery(workload, profile, device, plan, fixed)
+
+
+def _check_cuts_apart(workload: Workload, plan: Plan) -> None:
+    """Refuse cuts where labels cannot take the place of activations.
+
+    Raises:
+        ConfigError: several tensors cross a cut (one that only passes through has no labels that a later partition would see), or one
+            that is not float32.
+    """
+    for part in plan.partitions[1:]:
+        specs = workload.chain.boundaries[part.start]
+        if len(specs) > 1 or specs[0].dtype != torch.float32:
+            name, found = workload.chain.layers[part.start].name, ", ".join(map(str, specs))
+            raise ConfigError(
+                f"--parallel-sil needs cuts that one float32 tensor crosses, and before layer {name!r} there are {found}; give other "
+                "--cuts, or leave --parallel-sil out"
+            )
 
 
 def _good_micro_batch(rows_per_sample: int) -> int:
@@ -262,7 +281,7 @@ def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int
         # And the epoch's order, while it is made.
         return batches + 24 * max(len(split) for split in workload.splits.values())
     if workload.method.trains_apart:
-        codes = workload.dataset.num_classes * sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary])
+        codes = workload.method.objective(0, 2, workload.chain.boundaries[boundary], workload.dataset.num_classes).memory(0).fixed
         return batches + codes + 32 * len(workload.splits["train"])  # labels, and the epoch's order while it is made
     # The validation set's window is open while the training set's stays in memory for the next epoch.
     kept = _kept_bytes(workload, boundary) + beside
@@ -376,7 +395,7 @@ def describe_partition(workload: Workload, part: PartitionPlan) -> dict[str, obj
         "batch": part.batch,
         "state_bytes": part.state_bytes,
         "predicted_peak_bytes": part.predicted_peak_bytes,
-        "activation_bytes": 0 if is_last else samples * _kept_bytes(workload, part.stop),
+        "activation_bytes": 0 if is_last or workload.method.trains_apart else samples * _kept_bytes(workload, part.stop),
     }
 
 

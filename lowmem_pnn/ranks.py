@@ -39,8 +39,12 @@ class Rank:
         Raises:
             ConfigError: the variables are no such numbers.
         """
+        if "WORLD_SIZE" not in os.environ:
+            return cls()
         try:
             number, of, local = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
+            if not 0 <= number < of or local < 0:
+                raise ValueError
         except ValueError:
             found = ", ".join(f"{name}={os.environ.get(name, default)}" for name, default in _VARIABLES)
             raise ConfigError(f"the environment has {found}, which are not torchrun's; unset them") from None
@@ -53,7 +57,7 @@ class Rank:
 
     def folder(self, workdir: Path) -> Path:
         """The rank's own folder, given the whole run's, or its own."""
-        return workdir if workdir.suffix == f".rank{self.number}" else rank_folder(workdir, self.number)
+        return workdir if self.number and workdir.suffix == f".rank{self.number}" else rank_folder(workdir, self.number)
 
     def check(self, config: FitConfig) -> None:
         """Refuse what several processes cannot share.
@@ -84,7 +88,11 @@ _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 def rank_folder(workdir: Path, number: int) -> Path:
     """A rank's folder, given the whole run's, which is the first one's."""
-    return workdir.with_name(f"{workdir.name}.rank{number}") if number else workdir
+    if not number:
+        return workdir
+    # '.' and '..' have no name to add to.
+    whole = workdir if workdir.name not in ("", "..") else workdir.resolve()
+    return whole.with_name(f"{whole.name}.rank{number}")
 
 
 ALONE = Rank()

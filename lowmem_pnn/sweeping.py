@@ -29,7 +29,7 @@ def sweep_all(run: Run, sweep: Sweep) -> None:
     split = workload.splits["train"]
     steps = math.ceil(len(split) / sweep.batch_size)
     augments = workload.config.augment != "none"
-    feed = DatasetFeed(split, workload.config.seed, run.threads.read, mix=False, place=sweep.place, augments=augments)
+    feed = DatasetFeed(split, workload.config.seed, run.threads.read, mix=True, place=sweep.place, augments=augments)
     what = "recovery" if sweep.place == "recovery" else "all partitions"
     with ExitStack() as stack:
         sweeper = Sweeper(

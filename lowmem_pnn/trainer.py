@@ -33,7 +33,7 @@ from lowmem_pnn.sources.models import ModelSource, find_model
 from lowmem_pnn.sources.splits import SampleSplit
 from lowmem_pnn.state import State
 from lowmem_pnn.stores.disk import IoCounter, allow_many_files
-from lowmem_pnn.stores.rundir import RunDir
+from lowmem_pnn.stores.rundir import RunDir, read_journal
 from lowmem_pnn.streams import Threads
 from lowmem_pnn.workload import make_workload, open_data, profile_workload, split_data
 
@@ -213,6 +213,8 @@ def resume_run(
         after_crash: the last process died at the wall: halve the micro-batch of the partition that was resident.
         rank: which of several processes this is.
     """
+    if not rank.is_alone and rank.number and not (workdir / "journal.json").exists():
+        return _begin_late(workdir, rank, display or Display(), should_stop)
     with RunDir.open(workdir) as rundir:
         config = FitConfig.from_json(rundir.config_json())
         if rundir.journal()["stage"] == "done":
@@ -227,6 +229,17 @@ def resume_run(
         after_crash=after_crash,
         rank=rank,
     )
+
+
+def _begin_late(workdir: Path, rank: Rank, display: Display, should_stop: Callable[[], bool]) -> Result | None:
+    """Resume a rank that has no run: it never had one, or the first rank has joined it and is done."""
+    first = workdir.with_name(workdir.name.removesuffix(f".rank{rank.number}"))
+    if not (first / "journal.json").exists():
+        raise CheckpointError(f"{first} holds no run to resume; leave --resume out to begin")
+    if read_journal(first / "journal.json")[0]["stage"] == "done":
+        return None
+    config = FitConfig.from_json((first / "config.json").read_text())
+    return start_run(config, workdir, display=display, should_stop=should_stop, rank=rank)
 
 
 def plan_run(config: FitConfig) -> PlanReport:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowmem_pnn.config import FitConfig
+from lowmem_pnn.methods.sil import draw_codes
 from lowmem_pnn.options import configure
 from lowmem_pnn.schedules import factor
 from lowmem_pnn.seeds import permutation_of, seed_of
@@ -56,6 +57,15 @@ def small_conv() -> nn.Module:
     )  # fmt: skip
 
 
+def small_tokens() -> nn.Module:
+    """Three tokens of four values; two boundaries of tokens after them."""
+    return nn.Sequential(
+        nn.Unflatten(1, (3, 4)), nn.Linear(4, 8), nn.ReLU(),
+        nn.Linear(8, 6), nn.ReLU(),
+        nn.Linear(6, 8), nn.ReLU(), nn.Flatten(), nn.Linear(24, 4),
+    )  # fmt: skip
+
+
 def built(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return build()
@@ -85,17 +95,15 @@ def step_lines(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "step" in line]
 
 
-def make_optimizer(config: FitConfig, groups: dict[int, list[nn.Parameter]]) -> torch.optim.Optimizer:
-    """PyTorch's own, over the parameters of each partition that learns."""
-    settings: dict[str, Any] = {"lr": 1.0, "weight_decay": config.weight_decay}
-    if config.optimizer[0] == "sgd":
+def make_optimizer(config: FitConfig, partition: int, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """PyTorch's own, over what learns of a partition's parameters."""
+    name = config.value_for("optimizer", partition)
+    settings: dict[str, Any] = {"lr": config.value_for("lr", partition), "weight_decay": config.weight_decay}
+    if name == "sgd":
         settings["momentum"] = config.momentum
     extra = {"fused": True} if config.fused else {"foreach": False}
-    with_rates = [
-        {"params": [parameter for parameter in parameters if parameter.requires_grad], "lr": config.value_for("lr", partition)}
-        for partition, parameters in groups.items()
-    ]
-    optimizer: torch.optim.Optimizer = OPTIMIZERS[config.optimizer[0]](with_rates, **settings, **extra)
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer: torch.optim.Optimizer = OPTIMIZERS[name](learning, **settings, **extra)
     return optimizer
 
 
@@ -176,8 +184,8 @@ def train_epochs(
     Returns:
         The mean loss over the last epoch's samples.
     """
-    optimizer = make_optimizer(config, groups)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizers = [make_optimizer(config, partition, parameters) for partition, parameters in groups.items()]
+    rates = [config.value_for("lr", partition) for partition in groups]
     total_steps = epochs * math.ceil(len(order_of(0)) / batch_size)
     step = 0
     for epoch in range(epochs):
@@ -196,10 +204,11 @@ def train_epochs(
                     loss += backward(x[start:stop].clone(), y[start:stop], (stop - start) / len(y))
                 if config.clip_norm is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                for optimizer, rate in zip(optimizers, rates, strict=True):
+                    [group] = optimizer.param_groups
                     group["lr"] = rate * factor(config.lr_schedule, step, total_steps, config.warmup_steps)
-                optimizer.step()
-                optimizer.zero_grad()
+                    optimizer.step()
+                    optimizer.zero_grad()
                 loss_sum += loss * len(y)
                 num_samples += len(y)
             step += 1
@@ -286,7 +295,11 @@ def train_by_exact(
         model,
         backward,
         split.batch,
-        lambda epoch: permutation_of(len(split), config.seed, "epoch", epoch),
+        lambda epoch: (
+            permutation_of(len(split), config.seed, "epoch", epoch)
+            if config.shuffle[0]
+            else permutation_of(len(split), config.seed, "own order")
+        ),
         config,
         groups=dict(enumerate(parts_of(model))),
         epochs=config.value_for("epochs", 0),
@@ -320,34 +333,67 @@ def train_by_pnn(
     model = built(build, config.seed)
     assert isinstance(model, nn.Sequential)
     parts = parts_at(model, starts)
+    samples, labels = split.batch(np.arange(len(split)))
     own_order = permutation_of(len(split), config.seed, "own order")
-    x, y = split.batch(np.arange(len(split)))
+    inputs = samples
     for partition, part in enumerate(parts):
         last = partition == len(parts) - 1
         with torch.no_grad():
-            shape = part.eval()(x[:2]).shape[1:]
-        codes = torch.rand(4, *shape, generator=torch.Generator().manual_seed(seed_of(config.seed, "sil", partition + 1)))
-        codes = codes * config.value_for("kappa", partition if not last else 0)
-
-        def loss_of(output: Tensor, labels: Tensor, codes: Tensor = codes) -> Tensor:
-            return nn.functional.mse_loss(output, codes[labels])
-
-        word = "samples" if partition else "epoch"
+            shape = part.eval()(inputs[:2]).shape[1:]
+        codes = None if last else draw(config, partition, shape)
+        # Activations were written in the own order; the data set, and the codes of its labels, are in the data set's.
+        written = partition > 0 and not config.parallel_sil
         train_plainly(
             part,
-            lambda indices, x=x, y=y: (x[indices], y[indices]),  # type: ignore[misc]
-            lambda epoch, word=word: permutation_of(len(split), config.seed, word, epoch),  # type: ignore[misc]
+            lambda indices, x=inputs, y=labels: (x[indices], y[indices]),  # type: ignore[misc]
+            _order_of(config, partition, len(split), written),
             config,
             partition=partition,
-            loss_of=None if last else loss_of,
+            loss_of=None if codes is None else functools.partial(_distance, config, codes),
         )
+        if config.parallel_sil:
+            inputs = inputs if codes is None else codes[labels]
+            continue
         if partition == 0:
-            x, y = x[own_order], y[own_order]
+            inputs, labels = inputs[own_order], labels[own_order]
         size = config.value_for("batch_size", partition)
+        pieces = [piece for batch in inputs.split(size) for piece in batch.split(config.micro_batch or size)]
         with torch.no_grad():
             part.eval()
-            x = kept(torch.cat([part(x[begin : begin + size].clone()) for begin in range(0, len(x), size)]))
+            inputs = kept(torch.cat([part(piece.clone()) for piece in pieces]))
     return model
+
+
+def draw(config: FitConfig, partition: int, shape: tuple[int, ...]) -> Tensor:
+    """The codes of the four classes at the boundary after a partition."""
+    seed = seed_of(config.seed, "sil", partition + 1)
+    kappa: float = config.value_for("kappa", partition)
+    if config.sil_target == "pooled":
+        shape = {1: shape, 2: shape[1:], 3: shape[:1]}[len(shape)]
+    if config.sil == "uniform":
+        return torch.rand(4, *shape, generator=torch.Generator().manual_seed(seed)) * kappa
+    [codes] = draw_codes([shape], 4, kappa, seed, config.sil)
+    return codes
+
+
+def _distance(config: FitConfig, codes: Tensor, output: Tensor, labels: Tensor) -> Tensor:
+    """What a partition but the last minimises; of images (B, C, H, W) and of tokens (B, T, D) the means, if these are asked for."""
+    if config.sil_target == "pooled" and output.dim() > 2:
+        output = output.mean((2, 3)) if output.dim() == 4 else output.mean(1)
+    return nn.functional.mse_loss(output, codes[labels])
+
+
+def _order_of(config: FitConfig, partition: int, size: int, written: bool) -> Callable[[int], np.ndarray]:
+    """In which order a partition of `pnn` sees its samples, by epoch."""
+    if config.value_for("shuffle", partition):
+        return lambda epoch: permutation_of(size, config.seed, "samples" if written else "epoch", epoch)
+    return lambda epoch: np.arange(size) if written else permutation_of(size, config.seed, "own order")
+
+
+def stop_at(batch: int) -> Callable[[], bool]:
+    """Asks a run to stop at its `batch`th batch, for `should_stop`."""
+    asked = itertools.count(1)
+    return lambda: next(asked) >= batch
 
 
 def parts_at(model: nn.Sequential, starts: list[int]) -> list[nn.Sequential]:
@@ -378,7 +424,11 @@ def recover_plainly(model: nn.Sequential, starts: list[int], data: Data, recover
         model,
         backward_of(model, functools.partial(cross_entropy, config)),
         split.batch,
-        lambda epoch: permutation_of(len(split), config.seed, "recovery", epoch),
+        lambda epoch: (
+            permutation_of(len(split), config.seed, "recovery", epoch)
+            if config.shuffle[-1]
+            else permutation_of(len(split), config.seed, "own order")
+        ),
         config,
         groups={number: list(parts[number].parameters()) for number in recovering},
         epochs=config.recovery_epochs,

@@ -95,6 +95,25 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
             "leave them out",
         ),
         ("evaluate no-run", 6, "no-run holds no run"),
+        ("fit --max-gpu-mem 1GB --optimizer sgdd", 3, "--optimizer 'sgdd' is none of sgd, adam, adamw; did you mean 'sgd'?"),
+        ("fit --max-gpu-mem 1GB --shuffle maybe", 3, "--shuffle 'maybe' is none of yes, no"),
+        ("fit --max-gpu-mem 1GB --sil gaussian", 3, "--sil 'gaussian' is none of uniform, normal, orthogonal, sparse"),
+        (
+            "fit --max-gpu-mem 1GB --method exact --kappa 1 --sil normal --sil-target full --parallel-sil",
+            3,
+            "--kappa has no effect here: it needs --method pnn; --sil has no effect here: it needs --method pnn; "
+            "--sil-target has no effect here: it needs --method pnn; --parallel-sil has no effect here: it needs --method pnn",
+        ),
+        (
+            "fit --max-gpu-mem 1GB --parallel-sil --sil-target pooled",
+            3,
+            "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out",
+        ),
+        (
+            "fit --max-gpu-mem 1GB --method exact --shuffle yes,no",
+            3,
+            "--method exact trains all partitions together; give one value",
+        ),
         ("plan --max-gpu-mem 1GB --cuts ''", 3, "--cuts '': there is nothing between two commas"),
     ],
 )
@@ -118,6 +137,9 @@ def test_bad_options(line: str, code: int, text: str) -> None:
         ("--partitions 9", 3, "this model of 2 layers can be cut into at most 2 partitions"),
         ("--epochs 1,2,3 --partitions 2", 3, "--epochs has 3 values, and there are 2 partitions; give one value or 2"),
         ("--epochs 1,2,3", 3, "--epochs has 3 values, and there is 1 partition; give one value, or set --cuts or --partitions"),
+        ("--optimizer sgd,adam,sgd --cuts 1", 3, "--optimizer has 3 values, and there are 2 partitions; give one value or 2"),
+        ("--shuffle no,yes,no --cuts 1", 3, "--shuffle has 3 values, and there are 2 partitions; give one value or 2"),
+        ("--kappa 1,2 --cuts 1", 3, "--kappa has 2 values, and there is 1 boundary; give one value"),
         ("--micro-batch 100", 3, "--micro-batch 100 is above --batch-size 64; give at most 64, or a larger --batch-size"),
         ("--val-fraction 0.999", 3, "leaves none to train on; use more samples or fraction 0"),
         ("--train-limit 1", 3, "a validation fraction of 0.1 of 1 samples leaves none to train on"),
@@ -155,6 +177,8 @@ def test_options_for_a_gpu_on_a_machine_without(more: str, monkeypatch: pytest.M
         ("--test-limit 999999 --val-fraction 0", 120, 64),
         ("--seed 9223372036854775807", 108, 64),
         ("--fused --no-fused", 108, 64),
+        ("--cuts 1 --optimizer sgd,adam --momentum 0.5 --shuffle no,YES --sil sparse --parallel-sil", 108, 64),
+        ("--partitions 1 --parallel-sil --val-fraction 0", 120, 64),
         ("--keep-commits 3 --commit-every 0 --partitions 2", 108, 64),
     ],
 )

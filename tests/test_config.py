@@ -26,6 +26,13 @@ def make(**options: object) -> FitConfig:
         ({"method": "pnm"}, "--method 'pnm' is none of pnn, exact, backprop; did you mean 'pnn'?"),
         ({"method": "PNN"}, "--method 'PNN' is none of pnn, exact, backprop; did you mean 'pnn'?"),
         ({"optimizer": "adamm"}, "--optimizer 'adamm' is none of sgd, adam, adamw; did you mean 'adam'?"),
+        ({"optimizer": "sgd,sgdd"}, "--optimizer 'sgdd' is none of sgd, adam, adamw; did you mean 'sgd'?"),
+        ({"optimizer": ()}, "--optimizer () is empty; give one value, or one per partition"),
+        ({"shuffle": "maybe"}, "--shuffle 'maybe' is none of yes, no"),
+        ({"shuffle": "yes,2,no,2"}, "--shuffle '2' is none of yes, no"),
+        ({"shuffle": 2}, "--shuffle 2 is none of yes, no"),
+        ({"sil": "Sparse"}, "--sil 'Sparse' is none of uniform, normal, orthogonal, sparse; did you mean 'sparse'?"),
+        ({"sil_target": "pool"}, "--sil-target 'pool' is none of full, pooled; did you mean 'pooled'?"),
         ({"optimiser": "adam"}, "there is no option --optimiser; did you mean 'optimizer'?"),
         ({"device": "CPU"}, "--device 'CPU' is none of auto, cpu, cuda, cuda:INDEX; did you mean 'cpu'?"),
         ({"device": "cuda:x"}, "--device 'cuda:x' is none of auto, cpu, cuda, cuda:INDEX; did you mean 'cuda'?"),
@@ -46,6 +53,19 @@ def make(**options: object) -> FitConfig:
         ({"train_limit": "0"}, "--train-limit '0': must be greater than 0"),
         ({"momentum": 0.5}, "--momentum has no effect here: it needs --optimizer sgd"),
         ({"method": "backprop", "cuts": "1"}, "--cuts has no effect here: it needs --method pnn or exact"),
+        ({"momentum": 0.5, "optimizer": "adam,adamw"}, "--momentum has no effect here: it needs --optimizer sgd"),
+        ({"method": "backprop", "kappa": 3}, "--kappa has no effect here: it needs --method pnn"),
+        ({"method": "exact", "sil": "uniform"}, "--sil has no effect here: it needs --method pnn"),
+        ({"method": "exact", "sil_target": "full"}, "--sil-target has no effect here: it needs --method pnn"),
+        ({"method": "backprop", "parallel_sil": True}, "--parallel-sil has no effect here: it needs --method pnn"),
+        (
+            {"method": "exact", "shuffle": "yes,no"},
+            "--shuffle has 2 values, and --method exact trains all partitions together; give one value",
+        ),
+        (
+            {"parallel_sil": True, "sil_target": "pooled"},
+            "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out",
+        ),
         ({"cuts": "1", "partitions": 2}, "--cuts and --partitions exclude each other; give one"),
         ({"device": "cpu", "budget_scope": "allocator"}, "--budget-scope has no effect here: it needs a CUDA device"),
         ({"micro_batch": 128}, "--micro-batch 128 is above --batch-size 64; give at most 64, or a larger --batch-size"),
@@ -62,6 +82,16 @@ def test_lists_take_one_value_or_several() -> None:
     config = make(epochs="5,160", lr=0.1, batch_size=[16, 32], cuts="layer1, 3")
     assert (config.epochs, config.lr, config.batch_size, config.cuts) == ((5, 160), (0.1,), (16, 32), ("layer1", "3"))
     assert [config.value_for("epochs", 1), config.value_for("lr", 1)] == [160, 0.1]
+    config = make(optimizer="sgd, adamw", shuffle="no,yes")
+    assert (config.optimizer, config.shuffle) == (("sgd", "adamw"), (False, True))
+    assert [config.value_for("optimizer", 1), config.value_for("shuffle", 0)] == ["adamw", False]
+    config = make(optimizer=["adam"], shuffle=False)
+    assert (config.optimizer, config.shuffle) == (("adam",), (False,))
+    assert (make().optimizer, make().shuffle) == (("adamw",), (True,))
+
+
+def test_momentum_is_for_whichever_partition_has_sgd() -> None:
+    assert make(momentum=0.5, optimizer="adam,sgd").momentum == 0.5
 
 
 def test_the_demonstration_is_taken_with_neither_model_nor_data() -> None:
@@ -79,6 +109,16 @@ def test_the_demonstration_is_taken_with_neither_model_nor_data() -> None:
             "1,2,3",
             "--epochs has 3 values, and there are 2 partitions; give one value or 2, or set --cuts or --partitions",
         ),
+        (
+            "optimizer",
+            "sgd,adam,sgd",
+            "--optimizer has 3 values, and there are 2 partitions; give one value or 2, or set --cuts or --partitions",
+        ),
+        (
+            "shuffle",
+            "yes,no,yes",
+            "--shuffle has 3 values, and there are 2 partitions; give one value or 2, or set --cuts or --partitions",
+        ),
         ("kappa", "1,2,3", "--kappa has 3 values, and there is 1 boundary; give one value, or set --cuts or --partitions"),
     ],
 )
@@ -89,7 +129,7 @@ def test_lists_of_another_length_than_the_plan(name: str, value: str, text: str)
 
 
 def test_lists_that_fit_the_plan() -> None:
-    check_lengths(make(epochs="1,2", kappa="3", lr="1,2"), 2)
+    check_lengths(make(epochs="1,2", kappa="3", lr="1,2", optimizer="sgd,adam", shuffle="no,yes"), 2)
 
 
 def test_what_only_a_gpu_run_reads_is_refused_when_the_device_is_the_cpu_after_all() -> None:
@@ -117,7 +157,18 @@ def test_paths_are_kept_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_json_gives_the_same_configuration() -> None:
-    config = make(cuts="1", epochs="1,2", max_disk="3GB", model="resnet18", model_arg={"a": [1, "b"]}, lr=1e-5)
+    config = make(
+        cuts="1",
+        epochs="1,2",
+        max_disk="3GB",
+        model="resnet18",
+        model_arg={"a": [1, "b"]},
+        lr=1e-5,
+        optimizer="sgd,adam",
+        shuffle="no",
+        sil="sparse",
+        parallel_sil=True,
+    )
     assert FitConfig.from_json(config.to_json()) == config
 
 

@@ -22,6 +22,8 @@ Distribution = Literal["uniform", "normal", "orthogonal", "sparse"]
 Target = Literal["full", "pooled"]
 
 _DENSITY = 0.2
+# What drawing holds at most, in units of the codes: measured.
+_DRAWING = {"uniform": 1, "sparse": 2, "normal": 3, "orthogonal": 6}
 _MEAN, _DEVIATION = 0.5, 1 / math.sqrt(12)  # of U(0, 1)
 
 
@@ -122,8 +124,9 @@ class SyntheticLabels(Objective):
         return torch.stack(losses).sum() / elements
 
     def memory(self, output_bytes: int) -> Affine:
-        """The codes; and per sample the targets, the difference and its gradient, which a mean hands on to all positions."""
-        return Affine(self._num_classes * self._bytes, 3 * self._bytes + (output_bytes if self._pools else 0))
+        """The codes while they are drawn; per sample the targets, the difference and its gradient, which a mean hands on."""
+        drawing = _DRAWING[self._distribution] * self._num_classes * self._bytes
+        return Affine(drawing, 3 * self._bytes + (output_bytes if self._pools else 0))
 
 
 def _pooled(shape: tuple[int, ...]) -> tuple[int, ...]:
