@@ -176,12 +176,12 @@ def test_measuring_on_a_full_device_counts_every_sample_once(pool: ThreadPoolExe
     with SimulatedDevice(1 << 30) as device:
         stage = resident(small_conv, (3, 8, 8), device, pool, None, batch_size=16)
         executor = Executor(device, seed=0)
-        expected = executor.measure(stage, feed)
+        [expected] = executor.measure(stage, feed)
         device.begin_section()
         before = device.used_bytes()
         executor.measure(stage, feed)
         device.capacity_bytes = before + (device.section_peak_bytes() - before) // 2
-        found = executor.measure(stage, feed)
+        [found] = executor.measure(stage, feed)
         assert stage.micro_batch < 16
     assert found.num_samples == expected.num_samples == 30
     assert found.accuracy == expected.accuracy
