@@ -1,5 +1,6 @@
 """Text as data: windows of bytes, the held-out tail, and what is refused."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -208,6 +209,7 @@ def test_opening_leaves_no_file_open(tmp_path: Path) -> None:
         # The descriptor that lists the folder is among them each time.
         return len(list(Path("/proc/self/fd").iterdir()))
 
+    gc.collect()  # files of other tests' runs, which would close themselves meanwhile
     before = count()
     text = open_text(path, 10)
     assert count() > before
