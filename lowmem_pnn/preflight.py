@@ -11,8 +11,8 @@ from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CaptureError, LowMemError
 from lowmem_pnn.executor import Executor
+from lowmem_pnn.footprint import beside_bytes
 from lowmem_pnn.methods import Sweep
-from lowmem_pnn.planning import beside_bytes
 from lowmem_pnn.plans import Plan
 from lowmem_pnn.run import Run
 from lowmem_pnn.sweeper import Sweeper

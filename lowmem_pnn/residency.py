@@ -1,5 +1,6 @@
 """A residency: the time during which one partition's weights, and its optimizer state, are on the device."""
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from typing import Protocol
@@ -187,6 +188,10 @@ class Residency:
                     f"buffer {name!r} is used on both sides of a cut, and a forward changes it; have all of its layers in one partition: "
                     "give other --cuts"
                 )
+
+    def first_infinite(self) -> str | None:
+        """The name of a trainable parameter that is no longer finite; None where all are."""
+        return next((name for name, value in self.trainable.items() if not math.isfinite(float(value.detach().sum()))), None)
 
     def save(self, writer: TensorFile) -> None:
         """Write weights, buffers and optimizer state.

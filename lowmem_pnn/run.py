@@ -1,6 +1,5 @@
 """A run: a workload in its directory, with everything that training it needs at hand, and commits that it can be resumed from."""
 
-import math
 import shlex
 import shutil
 import time
@@ -307,7 +306,11 @@ class Run:
         Raises:
             DivergedError: a weight is no longer finite.
         """
-        _check_finite(stage)
+        # A commit must be one that training can go on from: an infinite gradient shows only in the weights.
+        if (name := stage.residency.first_infinite()) is not None:
+            raise DivergedError(
+                f"weight {name!r} is no longer finite in {stage.title}; the last commit is kept; try a lower --lr"
+            )
         with self.weights.writer(stage.number) as writer:
             stage.residency.save(writer)
         return (stage.number,)
@@ -390,12 +393,3 @@ class Run:
         self.state.micro_batches[stage.number] = stage.micro_batch
         self.state.oom_retries += 1
         self.display.message(f"{stage.title}: out of memory; going on with a micro-batch of {stage.micro_batch}")
-
-
-def _check_finite(stage: Stage) -> None:
-    """A commit must be one that training can go on from: an infinite gradient shows only in the weights."""
-    for name, parameter in stage.residency.trainable.items():
-        if not math.isfinite(float(parameter.detach().sum())):
-            raise DivergedError(
-                f"weight {name!r} is no longer finite in {stage.title}; the last commit is kept; try a lower --lr"
-            )

@@ -1,7 +1,5 @@
 """The public functions: `fit`, `plan`, `evaluate`, and what the command line calls for them."""
 
-import dataclasses
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -17,31 +15,28 @@ from lowmem_pnn.config import FitConfig
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.exporting import export_exit, find_exit
+from lowmem_pnn.footprint import check_disk
 from lowmem_pnn.initialisation import build_weights
+from lowmem_pnn.inputs import Inputs, Model, name_of, named_inputs, python_inputs
 from lowmem_pnn.joining import TRAINED
 from lowmem_pnn.lifecycle import check_same_data, check_same_rank, clear, first_state, go_on, halve, score
-from lowmem_pnn.options import check_device, check_same, configure, next_workdir, run_name
-from lowmem_pnn.planning import check_disk, describe_plan, make_plan
+from lowmem_pnn.options import check_device, check_same, configure, next_workdir
+from lowmem_pnn.planning import describe_plan, make_plan
 from lowmem_pnn.plans import Plan
 from lowmem_pnn.profiler import profile
 from lowmem_pnn.progress import Display
 from lowmem_pnn.ranks import ALONE, Rank
 from lowmem_pnn.report import PlanReport, Result
 from lowmem_pnn.run import Run
-from lowmem_pnn.sources.datasets import Dataset, find_dataset, from_torch, make_dataset
-from lowmem_pnn.sources.models import ModelSource, find_model
-from lowmem_pnn.sources.splits import SampleSplit
 from lowmem_pnn.state import State
 from lowmem_pnn.stores.disk import IoCounter, allow_many_files
 from lowmem_pnn.stores.rundir import RunDir, read_journal
 from lowmem_pnn.streams import Threads
-from lowmem_pnn.workload import make_workload, open_data, profile_workload, split_data
-
-_Model = str | nn.Module | Callable[[], nn.Module]
+from lowmem_pnn.workload import make_workload, profile_workload
 
 
 def fit(
-    model: _Model,
+    model: Model,
     train: Any,
     val: Any = None,
     *,
@@ -84,16 +79,16 @@ def fit(
         >>> result.peak_bytes < 100_000_000
         True
     """
-    names = {"model": _name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
+    names = {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
     config = configure(max_gpu_mem=max_gpu_mem, **names, **options)
     path = Path(workdir) if workdir is not None else next_workdir(config)
-    sources = _python_sources(config, model, train, val, test)
+    sources = python_inputs(config, model, train, val, test)
     result = _train(config, path, sources, resume=resume, overwrite=overwrite, display=display or Display())
     assert result is not None, "one process trains all partitions"
     return result
 
 
-def plan(model: _Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, **options: Any) -> PlanReport:
+def plan(model: Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, **options: Any) -> PlanReport:
     """Show what `fit` with the same arguments would do; nothing is trained or written.
 
     Args:
@@ -106,9 +101,9 @@ def plan(model: _Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, 
     Returns:
         The partitions, and whether they fit.
     """
-    names = {"model": _name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
+    names = {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
     config = configure(max_gpu_mem=max_gpu_mem, **names, **options)
-    return _plan(config, _python_sources(config, model, train, val, None))
+    return _plan(config, python_inputs(config, model, train, val, None))
 
 
 def evaluate(run: str | Path) -> dict[str, float]:
@@ -130,7 +125,7 @@ def evaluate(run: str | Path) -> dict[str, float]:
         state = State.from_journal(rundir.journal())
         if state.stage != "done":
             raise CheckpointError(f"{path} has not finished; fit --resume --workdir {path} goes on with it")
-        sources = _named_sources(config)
+        sources = named_inputs(config)
         if "test" not in sources[2]:
             raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
         _rehearse()
@@ -171,7 +166,7 @@ def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None 
         if State.from_journal(rundir.journal()).stage != "done":
             raise CheckpointError(f"{path} has not finished; fit --resume --workdir {path} goes on with it")
         result = _read_result(path)
-        workload = make_workload(config, *_named_sources(config))
+        workload = make_workload(config, *named_inputs(config))
         return export_exit(workload, result, find_exit(result, exit, path), path, None if out is None else Path(out))
 
 
@@ -188,7 +183,7 @@ def start_run(
     return _train(
         config,
         workdir,
-        lambda: _named_sources(config),
+        lambda: named_inputs(config),
         overwrite=overwrite,
         display=display or Display(),
         should_stop=should_stop,
@@ -222,7 +217,7 @@ def resume_run(
     return _train(
         config,
         workdir,
-        lambda: _named_sources(config),
+        lambda: named_inputs(config),
         resume=True,
         display=display or Display(),
         should_stop=should_stop,
@@ -244,16 +239,13 @@ def _begin_late(workdir: Path, rank: Rank, display: Display, should_stop: Callab
 
 def plan_run(config: FitConfig) -> PlanReport:
     """The plan of a run whose model and data have names."""
-    return _plan(config, lambda: _named_sources(config))
-
-
-_Sources = tuple[ModelSource, Dataset, dict[Any, Any]]
+    return _plan(config, lambda: named_inputs(config))
 
 
 def _train(
     config: FitConfig,
     path: Path,
-    sources: Callable[[], _Sources],
+    sources: Callable[[], Inputs],
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -312,56 +304,11 @@ def _read_result(path: Path) -> Result:
         ) from error
 
 
-def _plan(config: FitConfig, sources: Callable[[], _Sources]) -> PlanReport:
+def _plan(config: FitConfig, sources: Callable[[], Inputs]) -> PlanReport:
     opened = sources()
     with _open_device(config) as device:
         workload = make_workload(config, *opened)
         return describe_plan(workload, profile_workload(workload, device), device)
-
-
-def _named_sources(config: FitConfig) -> _Sources:
-    for name, value in (("model", config.model), ("data", config.data)):
-        if value.startswith("python:"):
-            raise ConfigError(
-                f"this run was started from Python with its own {name} ({value}); go on with it there: lowmem_pnn.fit(..., resume=True)"
-            )
-    return open_data(config)
-
-
-def _python_sources(config: FitConfig, model: _Model, train: Any, val: Any, test: Any) -> Callable[[], _Sources]:
-    """Model and data that were given as objects, or by name."""
-
-    def sources() -> _Sources:
-        named = find_model(model, config.model_arg, None) if isinstance(model, str) else None
-        wants = named.wants if named is not None else "any"
-        if isinstance(train, str):
-            context = named.context if named is not None else None
-            dataset = find_dataset(train, config.data_root, wants, context=context)
-        else:
-            dataset = make_dataset(train, test, name=config.data, wants=wants)
-        if isinstance(model, str):
-            source = find_model(model, config.model_arg, dataset.num_classes)
-        else:
-            build = (lambda: model) if isinstance(model, nn.Module) else model
-            source = ModelSource(name=run_name(config), spec=config.model, build=build, wants=wants)
-        splits = split_data(dataset, config if val is None else dataclasses.replace(config, val_fraction=0.0))
-        if val is not None:
-            splits["val"] = from_torch(val, num_classes=dataset.num_classes, wants=wants)
-        if test is not None and isinstance(train, str):
-            splits["test"] = from_torch(test, num_classes=dataset.num_classes, wants=wants)
-        parts = [dataset.fingerprint, *(part.fingerprint() for part in splits.values() if isinstance(part, SampleSplit))]
-        if len(parts) > 1:
-            # Parts that were given apart from the data set belong to the run's data too.
-            dataset = dataclasses.replace(dataset, fingerprint=hashlib.sha256("".join(parts).encode()).hexdigest())
-        return source, dataset, splits
-
-    return sources
-
-
-def _name_of(model: _Model) -> str:
-    if isinstance(model, str):
-        return model
-    return f"python:{model.__class__.__name__ if isinstance(model, nn.Module) else getattr(model, '__name__', 'factory')}"
 
 
 def _open_device(config: FitConfig, rank: Rank = ALONE) -> Device:

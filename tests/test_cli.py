@@ -80,7 +80,11 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
         ("fit --max-gpu-mem -5MB", 3, "'-5MB' is not a size"),
         ("fit --max-gpu-mem 0", 3, "'0' is a size of 0 bytes; write a positive one"),
         ("fit --max-gpu-mem 1GB --model mlp:64-10", 3, "--data is missing; give --data digits"),
-        ("fit --max-gpu-mem 1GB --method pnm", 3, "--method 'pnm' is none of pnn, neuroflux, exact, backprop; did you mean 'pnn'?"),
+        (
+            "fit --max-gpu-mem 1GB --method pnm",
+            3,
+            "--method 'pnm' is none of pnn, neuroflux, exact, backprop; did you mean 'pnn'?",
+        ),
         ("fit --max-gpu-mem 1GB --seed -1", 3, "--seed '-1': must be greater than or equal to 0"),
         ("fit --resume", 3, "--resume needs the run to go on with; give --workdir DIR"),
         (

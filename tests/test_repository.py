@@ -24,6 +24,7 @@ LEVELS = [
     ["joining", "exits", "measuring", "logbook"],
     ["run", "sweeper"],
     ["planning", "initialisation", "progress", "report"],
+    ["footprint", "inputs"],
     ["workload", "scores", "state"],
     ["executor"],
     ["feeds", "crossing", "stepping"],
