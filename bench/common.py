@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -59,6 +59,13 @@ def default_emnist() -> str:
     return f"npz:{file}" if file is not None and file.exists() else "emnist-balanced"
 
 
+def default_cifar10() -> str:
+    """The CIFAR-10 file where there is one, else the set that torchvision downloads: a name as `--data` takes it."""
+    folder = os.environ.get("LOWMEM_PNN_DATA")
+    file = Path(folder) / "cifar10.npz" if folder else None
+    return f"npz:{file}" if file is not None and file.exists() else "cifar10"
+
+
 def emnist_in_words(data: str) -> str:
     """What to say beside every figure on it."""
     if data == "emnist-balanced":
@@ -68,6 +75,36 @@ def emnist_in_words(data: str) -> str:
         f"images). This is {Path(data.partition(':')[2]).name}: images of the same 47 classes, 95,495 to train (767 to 2,400 a class) "
         "and 7,050 to test (150 a class, from the official by-merge test split)."
     )
+
+
+class Cache:
+    """Figures of finished runs, a JSON line each, by what was run.
+
+    Args:
+        name: of the bench.
+        again: forget what is there.
+    """
+
+    def __init__(self, name: str, again: bool) -> None:
+        folder = Path(__file__).parent / ".cache"
+        folder.mkdir(exist_ok=True)
+        self._path = folder / f"{name}.jsonl"
+        if again:
+            self._path.unlink(missing_ok=True)
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._known = {json.dumps(entry["key"]): entry["figures"] for entry in map(json.loads, lines)}
+
+    def get(self, key: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the run gave when it was done before; else it is done now, and its figures are kept."""
+        name = json.dumps(dict(key))
+        if name not in self._known:
+            print(name, file=sys.stderr, flush=True)
+            self._known[name] = run()
+            with self._path.open("a") as file:
+                file.write(json.dumps({"key": dict(key), "figures": self._known[name]}) + "\n")
+        found = self._known[name]
+        assert isinstance(found, dict)
+        return found
 
 
 def lowmem_pnn(*arguments: str) -> list[str]:

@@ -17,9 +17,8 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, default_emnist, emnist_in_words, markdown_table, run_process, write_results
+from common import RESULTS, Cache, default_emnist, emnist_in_words, markdown_table, run_process, write_results
 from common import lowmem_pnn as command_line
 from networks import deep_mlp
 from safetensors.torch import load_file
@@ -73,36 +72,6 @@ PNN_RATES = {
     ("relu", "sgd"): ((10, 0.01, 0.01), (1, 1.0, 0.1), (1, 3.0, 0.1), (1, 10.0, 0.1)),
     ("relu", "adam"): ((1, 1e-3, 1e-3), (1, 3e-3, 3e-3), (10, 1e-3, 1e-3)),
 }
-
-
-class Cache:
-    """Figures of finished runs, a JSON line each, by what was run.
-
-    Args:
-        name: of the bench.
-        again: forget what is there.
-    """
-
-    def __init__(self, name: str, again: bool) -> None:
-        folder = HERE / ".cache"
-        folder.mkdir(exist_ok=True)
-        self._path = folder / f"{name}.jsonl"
-        if again:
-            self._path.unlink(missing_ok=True)
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._known = {json.dumps(entry["key"]): entry["figures"] for entry in map(json.loads, lines)}
-
-    def get(self, key: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What the run gave when it was done before; else it is done now, and its figures are kept."""
-        name = json.dumps(dict(key))
-        if name not in self._known:
-            print(name, file=sys.stderr, flush=True)
-            self._known[name] = run()
-            with self._path.open("a") as file:
-                file.write(json.dumps({"key": dict(key), "figures": self._known[name]}) + "\n")
-        found = self._known[name]
-        assert isinstance(found, dict)
-        return found
 
 
 # 1. Communication: b bytes an image at all cuts together, N images, E epochs: N b with synthetic labels, 2 N b E without.

@@ -14,7 +14,6 @@ Finished runs are kept in bench/.cache/, so that an interrupted bench goes on; `
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,8 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, lowmem_pnn, markdown_table, run_process, write_results
-from pnn_claims import Cache
+from common import RESULTS, Cache, default_cifar10, lowmem_pnn, markdown_table, run_process, write_results
 
 HERE = Path(__file__).parent
 MB, GIGA = 1e6, 1e9
@@ -116,13 +114,6 @@ FULL = Size(
     device="auto",
     budget="16GB",
 )
-
-
-def default_data() -> str:
-    """The file where there is one, else the set that torchvision downloads."""
-    folder = os.environ.get("LOWMEM_PNN_DATA")
-    file = Path(folder) / "cifar10.npz" if folder else None
-    return f"npz:{file}" if file is not None and file.exists() else "cifar10"
 
 
 @dataclass(frozen=True)
@@ -335,7 +326,7 @@ def title_of(network: str, size: Size) -> str:
 def main() -> None:
     """Run both networks and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=default_data(), help="32x32 images in colour")
+    parser.add_argument("--data", default=default_cifar10(), help="32x32 images in colour")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", action="store_true", help="small networks, few runs: about four minutes")
     sizes.add_argument("--full", action="store_true", help="for a GPU: all images, 30 epochs; writes pages of its own")
