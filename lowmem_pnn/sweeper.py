@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lowmem_pnn.crossing import Crossing
 from lowmem_pnn.device import Device
+from lowmem_pnn.early_stop import unneeded_products, without_products
 from lowmem_pnn.errors import CaptureError, DivergedError
 from lowmem_pnn.executor import micro_batches
 from lowmem_pnn.feeds import Batch
@@ -101,6 +102,7 @@ class Sweeper:
             for number, part in enumerate(plan.partitions)
         ]
         self._groups = [step_groups(residency) for residency in self._residencies]
+        self._unneeded = [unneeded_products(residency.layers[-1]) for residency in self._residencies]
         # Names in weight files, which do not change: of a partition's tensors, and of the optimizer's state of each group.
         self._tensor_keys = [residency.keys() for residency in self._residencies]
         self._state_keys = [self._keys_of_state(number) for number in range(len(plan.partitions))]
@@ -311,7 +313,7 @@ class Sweeper:
                 chunk = self._plan.loss_chunk
                 work.loss += backward_from_loss(residency.layers, inputs, labels, self._objective, share, chunk)
             else:
-                self._backward_from_boundary(residency, inputs, number, own + 1)
+                self._backward_from_boundary(own, inputs, number)
             for hook in hooks:
                 hook.remove()
             if visit.hands_back:
@@ -324,15 +326,14 @@ class Sweeper:
         residency.check_shared_buffers(shared)
         return residency
 
-    def _backward_from_boundary(self, residency: Residency, inputs: tuple[Tensor, ...], number: int, boundary: int) -> None:
-        outputs = forward(residency.layers, inputs)
-        gradients = self._crossing.pop_gradients(boundary, number)
-        learnt = [
-            (output, gradient)
-            for output, gradient in zip(outputs, gradients, strict=True)
-            if gradient is not None and output.requires_grad
-        ]
-        del outputs, gradients
+    def _backward_from_boundary(self, own: int, inputs: tuple[Tensor, ...], number: int) -> None:
+        # The outputs went on in the forward visit: only their gradients are of use now.
+        with without_products(self._unneeded[own]):
+            outputs = forward(self._residencies[own].layers, inputs)
+        gradients = self._crossing.pop_gradients(own + 1, number)
+        pairs = zip(outputs, gradients, strict=True)
+        learnt = [(output, gradient) for output, gradient in pairs if gradient is not None and output.requires_grad]
+        del outputs, gradients, pairs
         if learnt:
             torch.autograd.backward([output for output, _ in learnt], [gradient for _, gradient in learnt])
 

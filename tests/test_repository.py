@@ -28,7 +28,7 @@ LEVELS = [
     ["workload", "scores", "state"],
     ["executor"],
     ["feeds", "crossing", "stepping"],
-    ["passes", "supply", "computation"],
+    ["passes", "early_stop", "supply", "computation"],
     ["residency"],
     ["methods"],
     ["planner", "profiler"],
