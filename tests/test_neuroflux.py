@@ -79,7 +79,7 @@ def train_locally(data: Data, blocks: list[int], epochs: int, **options: Any) ->
         parameters = [
             p for unit in own for module in (parts[unit], heads[unit]) if module is not None for p in module.parameters()
         ]
-        optimizer = make_optimizer(config, {block: parameters})
+        optimizer = make_optimizer(config, block, parameters)
         for unit in own:
             parts[unit].train()
             (heads[unit] or nn.Identity()).train()
