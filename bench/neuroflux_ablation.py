@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "augmented, interleaved, 512 images at a time": {"augment": "basic", "visits": "interleaved", "macro_batches": 1},
     "heads: linear; activations: int8": {"heads": "linear", "activation_dtype": "int8"},
     "blocks: alike": {"blocks": "alike"},
-    "blocks: alike, tolerance 0.5": {"blocks": "alike", "block_tolerance": 0.5},
+    "blocks: alike, tolerance 0.25": {"blocks": "alike", "block_tolerance": 0.25},
 }
 
 

@@ -184,7 +184,11 @@ class FitConfig:
         ),
     )
     macro_batches: PositiveInt = Field(
-        default=64, description="Batches that go through a block before the next one takes them (--visits interleaved)."
+        default=64,
+        description=(
+            "Batches that go through a block before the next one takes them (--visits interleaved); of 512 samples with "
+            "--batch-size auto."
+        ),
     )
     views: PositiveInt = Field(
         default=1, description="Augmented copies of a block's outputs that are kept, one epoch reading one of them (neuroflux)."
