@@ -161,6 +161,8 @@ class Runs:
             # A plan that does not fit has an exit code, and a report all the same.
             text = "import subprocess, sys; subprocess.run(sys.argv[2:], stdout=open(sys.argv[1], 'w'))"
             run_process([sys.executable, "-c", text, str(out), *lowmem_pnn("plan", "--json", *command)])
+            if not out.read_text():
+                raise RuntimeError(f"no plan came of {' '.join(command)}")
             report: dict[str, Any] = json.loads(out.read_text())
         return report
 

@@ -20,6 +20,7 @@ from lowmem_pnn.methods import Objective
 from lowmem_pnn.passes import backward_from_loss, outputs_in_chunks, place_aligned, scores_by_units
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.stalls import Stalls
 from lowmem_pnn.stores.activations import ActivationWriter
 from lowmem_pnn.units import format_bytes
 
@@ -101,9 +102,17 @@ class Executor:
         device: open.
         seed: of the run.
         on_shrink: called after a micro-batch was halved, with the stage.
+        stalls: where waiting is noted.
     """
 
-    def __init__(self, device: Device, seed: int, on_shrink: Callable[[Stage], None] = lambda stage: None) -> None:
+    def __init__(
+        self,
+        device: Device,
+        seed: int,
+        on_shrink: Callable[[Stage], None] = lambda stage: None,
+        stalls: Stalls | None = None,
+    ) -> None:
+        self._stalls = stalls or Stalls()
         self._device = device
         self._seed = seed
         self._on_shrink = on_shrink
@@ -148,9 +157,8 @@ class Executor:
         for layer in stage.residency.layers:
             layer.module.train()
         epoch = epochs_before + progress.epoch
-        for batch in feed.batches(
-            stage.batch_size, shuffle=stage.shuffle, epoch=epoch, start=progress.batch, drawn=("epoch", epoch)
-        ):
+        batches = feed.batches(stage.batch_size, shuffle=stage.shuffle, epoch=epoch, start=progress.batch, drawn=("epoch", epoch))
+        for batch in self._stalls.over(feed.waits_for, batches):
             loss = None
             if len(batch[1]) >= stage.smallest_micro_batch:  # a last batch of 1 tells BatchNorm nothing
                 step = steps_before + progress.epoch * steps + progress.batch
@@ -257,7 +265,8 @@ class Executor:
         """
 
         def write(fetched: Batch) -> None:
-            writer.append(*fetched)
+            with self._stalls.waiting("disk"):
+                writer.append(*fetched)
             on_micro_batch()
 
         self.forward(
@@ -286,7 +295,7 @@ class Executor:
         """Samples through a stage in eval mode; `run` takes a micro-batch on the device, and its labels on the host."""
         for layer in stage.residency.layers:
             layer.module.eval()
-        for inputs, labels in feed.batches(stage.batch_size, shuffle=False):
+        for inputs, labels in self._stalls.over(feed.waits_for, feed.batches(stage.batch_size, shuffle=False)):
             begin = 0
             while begin < len(labels):
                 part = slice(begin, begin + stage.micro_batch)
@@ -317,8 +326,9 @@ class Executor:
         for number, part in enumerate(micro_batches(len(labels), stage.micro_batch, stage.smallest_micro_batch)):
             torch.manual_seed(seed_of(self._seed, "forward", stage.number, step, number))
             share = (part.stop - part.start) / len(labels)
-            placed = tuple(place_aligned(self._device, tensor[part]) for tensor in inputs)
-            targets = place_aligned(self._device, labels[part])
+            with self._stalls.waiting("copy"):
+                placed = tuple(place_aligned(self._device, tensor[part]) for tensor in inputs)
+                targets = place_aligned(self._device, labels[part])
             loss_sum += backward_from_loss(stage.residency.layers, placed, targets, stage.objective, share, chunk_rows)
             del placed
             self._device.check_budget()

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.sources.augment import Crops
 from lowmem_pnn.sources.datasets import Split
+from lowmem_pnn.stalls import Kind
 from lowmem_pnn.stores.activations import ActivationStore
 
 # Samples that are read at once where only their labels are wanted.
@@ -26,6 +27,9 @@ class Feed(Protocol):
     """Samples at one boundary of the chain, with their labels."""
 
     num_samples: int
+
+    waits_for: Kind
+    """What a batch that is not there yet is waited for as."""
 
     def batches(
         self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
@@ -62,6 +66,8 @@ class DatasetFeed:
         place: a word that the order of shuffled epochs follows from.
         augments: images are augmented where `drawn` says what by.
     """
+
+    waits_for: Kind = "data"
 
     def __init__(
         self, split: Split, seed: int, pool: Executor, *, mix: bool, place: str = "epoch", augments: bool = False
@@ -122,6 +128,8 @@ class CodesFeed:
         seed: of the run.
     """
 
+    waits_for: Kind = "data"
+
     def __init__(self, split: Split, codes: tuple[Tensor, ...], seed: int) -> None:
         self._codes = codes
         self._seed = seed
@@ -154,6 +162,8 @@ class ShardFeed:
         pool: one thread that reads the next shards while these are used.
         window_bytes: memory for shards, in use and read ahead together.
     """
+
+    waits_for: Kind = "disk"
 
     def __init__(self, store: ActivationStore, seed: int, pool: Executor, window_bytes: int) -> None:
         self._store = store
@@ -192,6 +202,8 @@ class StretchFeed:
         drawn: what their augmentation follows from.
     """
 
+    waits_for: Kind = "data"
+
     def __init__(self, feed: DatasetFeed, shuffle: bool, epoch: int, stretch: slice, drawn: Drawn | None) -> None:
         self._feed, self._shuffle, self._epoch, self._stretch, self._drawn = feed, shuffle, epoch, stretch, drawn
         self.num_samples = len(range(*stretch.indices(feed.num_samples)))
@@ -216,6 +228,8 @@ class StoredFeed:
         feed: of the store.
     """
 
+    waits_for: Kind = "disk"
+
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
         self.num_samples = feed.num_samples
@@ -238,6 +252,8 @@ class ViewsFeed:
         open_view: opens one.
         views: how many there are.
     """
+
+    waits_for: Kind = "disk"
 
     def __init__(self, open_view: Callable[[int], Feed], views: int) -> None:
         self._open_view, self._views = open_view, views

@@ -200,6 +200,7 @@ def _make_result(
                 "epochs": epochs[number],
                 "peak_bytes": record.peak_bytes,
                 "seconds": record.seconds,
+                "waited": record.waited,
             }
         )
     return Result(

@@ -1,10 +1,40 @@
 """The logbook: lines of `metrics.jsonl` about steps and epochs."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.run import Run
+from lowmem_pnn.stalls import shares
+
+
+class Pace:
+    """How fast an epoch goes; made when it begins.
+
+    Args:
+        run: that it is of.
+        num_done: samples of it that were done before.
+    """
+
+    samples_per_second = 0.0
+    waiting: Mapping[str, float] = {}
+    """What part of the time nothing was computed, by what was waited for."""
+
+    def __init__(self, run: Run, num_done: int) -> None:
+        self._began, self._num_done = time.monotonic(), num_done
+        self._stalls = run.threads.stalls
+        self._waited = self._stalls.seconds()
+
+    def end(self, num_samples: int) -> None:
+        """The epoch is over.
+
+        Args:
+            num_samples: of it that were done, those before included.
+        """
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        self.samples_per_second = (num_samples - self._num_done) / seconds
+        self.waiting = shares(self._waited, self._stalls.seconds(), seconds)
 
 
 def log_step(run: Run, action: str, epoch: int, steps_done: int, loss: float | None, rate: Callable[[int], float]) -> None:
@@ -32,7 +62,7 @@ def log_step(run: Run, action: str, epoch: int, steps_done: int, loss: float | N
     run.rundir.log(line)
 
 
-def log_epoch(run: Run, item: Visit | Sweep, partition: int, micro_batch: int, speed: float) -> None:
+def log_epoch(run: Run, item: Visit | Sweep, partition: int, micro_batch: int, pace: Pace) -> None:
     """An epoch of a partition, or of a sweep; shown to people too.
 
     Args:
@@ -40,7 +70,7 @@ def log_epoch(run: Run, item: Visit | Sweep, partition: int, micro_batch: int, s
         item: the visit or sweep.
         partition: whose record tells the losses.
         micro_batch: samples on the device at once.
-        speed: samples a second.
+        pace: of the epoch, which is over.
     """
     record, device = run.state.records[partition], run.device
     line: dict[str, Any] = {
@@ -51,7 +81,8 @@ def log_epoch(run: Run, item: Visit | Sweep, partition: int, micro_batch: int, s
         "train_loss": record.train_loss,
         "val_loss": record.val_loss,
         "val_accuracy": record.val_accuracy,
-        "samples_per_second": speed,
+        "samples_per_second": pace.samples_per_second,
+        "waiting": pace.waiting,
         "micro_batch": micro_batch,
         "used_bytes": device.used_bytes(),
         "peak_bytes": device.section_peak_bytes() if isinstance(item, Visit) else device.peak_bytes,

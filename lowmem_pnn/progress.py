@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from lowmem_pnn.stalls import in_words
 from lowmem_pnn.units import format_bytes
 
 
@@ -80,7 +81,8 @@ class TerminalDisplay(Display):
             accuracy = "" if line["val_accuracy"] is None else f", accuracy {line['val_accuracy']:.1%}"
             self._console.print(
                 f"{self._title}, epoch {line['epoch']}: loss {line['train_loss']:.4g}{validation}{accuracy}, "
-                f"{line['samples_per_second']:.0f} samples/s, peak {format_bytes(line['peak_bytes'])}",
+                f"{line['samples_per_second']:.0f} samples/s, peak {format_bytes(line['peak_bytes'])}; "
+                f"{in_words(line['waiting'])}",
                 highlight=False,
             )
 

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_pnn.stalls import in_words
 from lowmem_pnn.units import format_bytes
 
 
@@ -100,6 +101,11 @@ class Result:
         ]
         lines += ["", ", ".join(scores), f"{self.seconds:.1f} s, {self.samples_per_second:.0f} samples/s"]
         lines.append(f"disk: {format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_written)} written")
+        waited = [partition.get("waited", {}) for partition in self.partitions]
+        seconds = sum(partition["seconds"] for partition in self.partitions)
+        kinds = dict.fromkeys(kind for own in waited for kind in own)
+        if seconds and kinds:
+            lines[-1] += "; " + in_words({kind: sum(own.get(kind, 0.0) for own in waited) / seconds for kind in kinds})
         if self.oom_retries:
             lines.append(f"{self.oom_retries} batches did not fit and were done again with smaller micro-batches")
         if self.check:

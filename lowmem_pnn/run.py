@@ -83,7 +83,7 @@ class Run:
         self.display = display
         program = workload.method.program(len(plan.partitions), workload.training_splits)
         self.program = share_of(program, state.rank, state.ranks)
-        self.executor = Executor(device, workload.config.seed, self._note_shrink)
+        self.executor = Executor(device, workload.config.seed, self._note_shrink, threads.stalls)
         self._should_stop = should_stop
         self._io = IoSizes.of_budget(workload.config.max_gpu_mem)
         self._pending: Future[None] | None = None
@@ -94,7 +94,7 @@ class Run:
         self._promised = set(self._once_named)
         self._kept: set[int] = set()
         # The partition whose visit is under way, and since when its record has been brought up to date.
-        self._recording: tuple[int, float] | None = None
+        self._recording: tuple[int, float, dict[str, float]] | None = None
         # Totals of earlier processes of this run; what this one adds comes on top.
         self._earlier = (state.seconds, state.bytes_read, state.bytes_written, state.peak_bytes, state.host_peak_bytes)
         self._last_commit = time.monotonic()
@@ -199,16 +199,17 @@ class Run:
         """A visit of a partition begins: its time and its peak are the partition's from now on."""
         self.update_record()
         self.device.begin_section()
-        self._recording = partition, time.monotonic()
+        self._recording = partition, time.monotonic(), self.threads.stalls.seconds()
 
     def update_record(self) -> None:
         """Bring the record of the present visit up to now."""
         if self._recording is not None:
-            partition, since = self._recording
-            record, now = self.state.records[partition], time.monotonic()
+            partition, since, waited = self._recording
+            record, now, stalls = self.state.records[partition], time.monotonic(), self.threads.stalls.seconds()
             record.seconds += now - since
+            record.waited = {kind: record.waited.get(kind, 0.0) + stalls[kind] - waited[kind] for kind in stalls}
             record.peak_bytes = max(record.peak_bytes, self.device.section_peak_bytes())
-            self._recording = partition, now
+            self._recording = partition, now, stalls
 
     def end_record(self) -> None:
         """The visit is over."""
@@ -277,7 +278,7 @@ class Run:
         residency = Residency(
             workload.chain, planned.start, planned.stop, self.device, workload.optimizer(partition) if learns else None
         )
-        with self.weights.tensors() as reader:
+        with self.threads.stalls.waiting("disk"), self.weights.tensors() as reader:
             residency.load(reader, self.threads.read)
         stage = Stage(
             number=partition,

@@ -12,6 +12,7 @@ class PartitionRecord:
 
     Args:
         seconds: in its visits.
+        waited: of them, without computing, by what was waited for.
         peak_bytes: the most that was in use during them, above the floor.
         train_loss: mean over its last epoch.
         val_loss: after its last epoch.
@@ -20,6 +21,7 @@ class PartitionRecord:
     """
 
     seconds: float = 0.0
+    waited: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
     train_loss: float | None = None
     val_loss: float | None = None

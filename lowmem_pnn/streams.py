@@ -12,11 +12,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lowmem_pnn.stalls import Stalls
+
 
 class Threads:
-    """The run's background threads, one for each direction; started before the floor is taken, since their stacks count."""
+    """The run's background threads, one for each direction; started before the floor is taken, since their stacks count.
+
+    `stalls` is the clock of what the computing thread waits for.
+    """
 
     def __init__(self) -> None:
+        self.stalls = Stalls()
         self.read = ThreadPoolExecutor(1, "lowmem-read")
         self.write = ThreadPoolExecutor(1, "lowmem-write")
         self.commit = ThreadPoolExecutor(1, "lowmem-commit")

@@ -31,6 +31,7 @@ class Supply:
         self._weights = weights
         self._device = device
         self._threads = threads
+        self._stalls = threads.stalls
         self._stream_bytes = stream_bytes
         self._beside_bytes = state_bytes + 2 * stream_bytes
         self._blocks = BlockPool(0)
@@ -61,7 +62,8 @@ class Supply:
     def take(self) -> Tensor:
         """The next tensor, on the host."""
         assert self._stream is not None, "tensors are taken in a batch"
-        return self._stream.take()
+        with self._stalls.waiting("disk"):
+            return self._stream.take()
 
     def expect(self, keys: Iterable[str]) -> None:
         """A partition is about to be loaded: blocks for it, and for what is beside it, are kept for further use.
@@ -75,7 +77,8 @@ class Supply:
     def writing(self, partition: int) -> Iterator[tuple[TensorFile, bool]]:
         """A partition's working file, closed when the last write is done; and whether it is new, without any of its values."""
         # A resident weight must not change while it is being written.
-        self._wait_for(partition)
+        with self._stalls.waiting("disk"):
+            self._wait_for(partition)
         is_new = not self._weights.has_working(partition)
         if is_new and self._reader is not None:
             # What is still to be read of the partition is in the file before, not in this one, which is empty.
@@ -96,7 +99,8 @@ class Supply:
             tensor: on the device; it must not change before the next batch is over.
         """
         host = self._device.fetch(tensor.detach())
-        future = self._behind.submit(host.nbytes, lambda: file.write_from(key, host))
+        with self._stalls.waiting("disk"):  # for room
+            future = self._behind.submit(host.nbytes, lambda: file.write_from(key, host))
         self._now.setdefault(partition, []).append(future)
 
     def settle(self) -> None:
@@ -105,7 +109,8 @@ class Supply:
         Raises:
             DiskError: it could not be.
         """
-        self._behind.wait()
+        with self._stalls.waiting("disk"):
+            self._behind.wait()
 
     def rest(self) -> None:
         """Let free memory go."""

@@ -2,7 +2,6 @@
 
 import gc
 import math
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -10,7 +9,7 @@ from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.executor import Tally, too_few
 from lowmem_pnn.feeds import Batch, DatasetFeed, Feed
-from lowmem_pnn.logbook import log_epoch, log_step
+from lowmem_pnn.logbook import Pace, log_epoch, log_step
 from lowmem_pnn.measuring import validate
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.run import Run
@@ -47,22 +46,22 @@ def sweep_all(run: Run, sweep: Sweep) -> None:
         stack.callback(sweeper.close)
         while state.progress.epoch < sweep.epochs:
             progress = state.progress
-            began, done = time.monotonic(), progress.tally.num_samples
-            run.display.start_epoch(what, progress.epoch, sweep.epochs, feed.num_samples, done)
+            pace = Pace(run, progress.tally.num_samples)
+            run.display.start_epoch(what, progress.epoch, sweep.epochs, feed.num_samples, progress.tally.num_samples)
             if not _sweep_epoch(run, sweep, sweeper, feed, steps):
                 sweeper.close()
                 _go_back(run)
                 continue
             run.end_record()
             tally, progress.tally = progress.tally, Tally()
-            speed = (tally.num_samples - done) / max(time.monotonic() - began, 1e-9)
+            pace.end(tally.num_samples)
             record = state.records[last]
             record.train_loss = tally.loss
             sweeper.settle()
             if "val" in workload.splits:
                 sweeper.rest()
                 validate(run, f"epoch {progress.epoch}")
-            log_epoch(run, sweep, last, run.state.sweep_micro_batch, speed)
+            log_epoch(run, sweep, last, run.state.sweep_micro_batch, pace)
             if progress.epoch < sweep.epochs:
                 run.maybe_commit(lambda: _save_swept(sweeper, sweep))
 
@@ -71,13 +70,14 @@ def _sweep_epoch(run: Run, sweep: Sweep, sweeper: Sweeper, feed: Feed, steps: in
     """The rest of an epoch; False if a batch did not fit, after which weights are no commit's."""
     progress, smallest = run.state.progress, run.plan.smallest_micro_batch
     last = len(run.plan.partitions) - 1
-    for batch in feed.batches(
+    batches = feed.batches(
         sweep.batch_size,
         shuffle=sweep.shuffle,
         epoch=progress.epoch,
         start=progress.batch,
         drawn=(sweep.place, progress.epoch),
-    ):
+    )
+    for batch in run.threads.stalls.over(feed.waits_for, batches):
         step, loss = progress.epoch * steps + progress.batch, None
         if len(batch[1]) >= smallest:  # a last batch of 1 tells BatchNorm nothing
             loss = _unless_full(sweeper, batch, step, run.state.sweep_micro_batch)

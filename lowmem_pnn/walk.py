@@ -1,7 +1,6 @@
 """The walk through a method's program: visits and sweeps, one after the other, from wherever the run's state says."""
 
 import math
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -10,7 +9,7 @@ from pathlib import Path
 from lowmem_pnn.executor import Progress, Stage, Tally
 from lowmem_pnn.feeds import DatasetFeed, Feed, StoredFeed, StretchFeed, ViewsFeed
 from lowmem_pnn.joining import join
-from lowmem_pnn.logbook import log_epoch, log_joint_epoch, log_step
+from lowmem_pnn.logbook import Pace, log_epoch, log_joint_epoch, log_step
 from lowmem_pnn.measuring import check_validation, validate
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.methods.base import Split
@@ -122,13 +121,13 @@ def _learn(run: Run, visit: Visit, stage: Stage) -> None:
             if "val" in run.workload.splits and visit.stretch is None:
                 val = run.feed(stack, visit.partition, "val", _folder(run, "val"))
         while progress.epoch < visit.epochs:
-            began, done = time.monotonic(), progress.tally.num_samples
-            run.display.start_epoch(stage.title, progress.epoch, visit.epochs, feed.num_samples, done)
+            pace = Pace(run, progress.tally.num_samples)
+            run.display.start_epoch(stage.title, progress.epoch, visit.epochs, feed.num_samples, progress.tally.num_samples)
             run.executor.learn_epoch(
                 stage, feed, progress, after_batch, epochs_before=visit.epochs_before, steps_before=steps_before
             )
             tally, progress.tally = progress.tally, Tally()
-            speed = (tally.num_samples - done) / max(time.monotonic() - began, 1e-9)
+            pace.end(tally.num_samples)
             record.train_loss = tally.loss
             if val is not None:
                 *units, measured = run.executor.measure(stage, val)
@@ -137,7 +136,7 @@ def _learn(run: Run, visit: Visit, stage: Stage) -> None:
                 if stage.objective.by_units:
                     record.unit_val_accuracies = [tally.accuracy or 0.0 for tally in (*units, measured)]
             if visit.stretch is None:
-                log_epoch(run, visit, visit.partition, stage.micro_batch, speed)
+                log_epoch(run, visit, visit.partition, stage.micro_batch, pace)
             if progress.epoch < visit.epochs:
                 run.maybe_commit(save)
 

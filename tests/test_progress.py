@@ -9,6 +9,7 @@ from lowmem_pnn.progress import Display, TerminalDisplay
 
 LINE: dict[str, Any] = {
     "epoch": 1, "train_loss": 0.25, "val_loss": 0.5, "val_accuracy": 0.75, "samples_per_second": 1234.0, "peak_bytes": 42_000_000,
+    "waiting": {"disk": 0.12, "copy": 0.0, "data": 0.03},
 }  # fmt: skip
 
 
@@ -33,6 +34,7 @@ def shown(terminal: bool) -> str:
 def test_on_a_terminal_an_epoch_leaves_a_line() -> None:
     text = shown(terminal=True)
     assert "partition 1 of 2 (0 to 2), epoch 1: loss 0.25, validation 0.5, accuracy 75.0%, 1234 samples/s, peak 42.0 MB" in text
+    assert "peak 42.0 MB; waiting for: disk 12 %, copy 0 %, data 3 %" in text
     assert "10.0 MB of 100.0 MB" in text
     assert "writing its outputs (train)" in text
     assert "going on with a micro-batch of 8" in text
