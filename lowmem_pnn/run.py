@@ -376,6 +376,7 @@ class Run:
             self._io.shard_bytes,
             self.threads.write,
             self.counter,
+            self.threads.hash,
             label_shape=self.workload.dataset.label_shape,
             kept_as=kept_as,
         )

@@ -16,7 +16,7 @@ from lowmem_pnn.stalls import Stalls
 
 
 class Threads:
-    """The run's background threads, one for each direction; started before the floor is taken, since their stacks count.
+    """The run's background threads, one for each kind of work; started before the floor is taken, since their stacks count.
 
     `stalls` is the clock of what the computing thread waits for.
     """
@@ -25,14 +25,19 @@ class Threads:
         self.stalls = Stalls()
         self.read = ThreadPoolExecutor(1, "lowmem-read")
         self.write = ThreadPoolExecutor(1, "lowmem-write")
+        self.hash = ThreadPoolExecutor(1, "lowmem-hash")
         self.commit = ThreadPoolExecutor(1, "lowmem-commit")
-        for pool in (self.read, self.write, self.commit):
+        for pool in self._pools():
             pool.submit(int).result()
 
     def close(self) -> None:
         """Wait for what is under way, and end the threads."""
-        for pool in (self.read, self.write, self.commit):
+        for pool in self._pools():
             pool.shutdown()
+
+    def _pools(self) -> tuple[ThreadPoolExecutor, ...]:
+        # In the order of their closing: who gives others work goes before them.
+        return self.read, self.write, self.hash, self.commit
 
 
 @dataclass(frozen=True)

@@ -556,7 +556,7 @@ def test_bytes_are_counted(tmp_path, pool):
     write(tmp_path / "a", 20, pool, counter=counter)
     store = ActivationStore.open(tmp_path / "a")
     assert counter.bytes_written == store.nbytes
-    assert counter.bytes_read == store.nbytes  # for the hashes
+    assert 0 < counter.bytes_read < store.nbytes, "for the hashes only headers are read back"
 
 
 def test_an_exception_leaves_no_index(tmp_path, pool):

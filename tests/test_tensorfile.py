@@ -378,3 +378,30 @@ def test_aligned_empty_is_aligned_even_where_the_allocator_is_not(monkeypatch, d
         assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape)
         assert tensor.data_ptr() % 64 == 0
         assert tensor.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"x": torch.arange(7, dtype=torch.uint8), "y": torch.randn(3, 5), "z": torch.ones((), dtype=torch.bfloat16)},
+        {"empty": torch.zeros(0, 4), "x": torch.randn(1000), "also empty": torch.zeros(3, 0, dtype=torch.int64)},
+        {"alone": torch.arange(5)},
+    ],
+)
+@pytest.mark.parametrize("keep_order", [False, True])
+def test_the_hash_from_memory_is_that_of_the_file(tensors: dict[str, torch.Tensor], keep_order: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with TensorFile.create(path, layout, {"about": "it"}, keep_order=keep_order) as file:
+        before = file.hash_with(tensors)
+        for name, tensor in tensors.items():
+            file.write_from(name, tensor)
+        assert before == file.hash_with(tensors) == sha256(path)
+
+
+def test_the_hash_of_other_tensors_is_an_error(tmp_path: Path) -> None:
+    with (
+        TensorFile.create(tmp_path / "x.safetensors", {"x": (torch.float32, (2,))}) as file,
+        pytest.raises(CheckpointError, match="holds x, got y"),
+    ):
+        file.hash_with({"y": torch.zeros(2)})

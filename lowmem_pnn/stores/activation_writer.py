@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError
-from lowmem_pnn.stores.disk import IoCounter, outgrows_page_cache, sha256
+from lowmem_pnn.stores.disk import IoCounter, outgrows_page_cache
 from lowmem_pnn.stores.encoding import KeptAs, encode
 from lowmem_pnn.stores.shards import (
     Index,
@@ -33,7 +33,8 @@ _MAX_UNSYNCED = 8
 class ActivationWriter:
     """Writes a store, sample after sample, in order.
 
-    One shard is filled while the pool writes the one before. As a context it ends with `close`, after an exception with `abort`.
+    One shard is filled while the pool writes the one before, and another thread hashes that. As a context it ends with `close`, after
+    an exception with `abort`.
 
     Args:
         folder: must not exist yet, or hold an incomplete store, which is then emptied.
@@ -41,7 +42,8 @@ class ActivationWriter:
         num_samples: that will be appended.
         shard_bytes: memory for one shard, of which two exist at a time; a sample larger than that gets a shard of its own.
         pool: writes behind, in the order of submission: one thread. `append` and `close` must not run on it.
-        counter: counts the bytes written, and those read back for the hashes.
+        hashing: another thread, which hashes beside it; None to hash on the one that writes.
+        counter: counts the bytes written.
         label_shape: of one sample's labels.
         kept_as: what floating tensors are kept as, in memory and on the disk.
 
@@ -61,6 +63,7 @@ class ActivationWriter:
         shard_bytes: int,
         pool: Executor,
         counter: IoCounter | None = None,
+        hashing: Executor | None = None,
         label_shape: tuple[int, ...] = (),
         kept_as: KeptAs = "float32",
     ) -> None:
@@ -73,6 +76,7 @@ class ActivationWriter:
         sample_bytes = resident_bytes(self.specs, 1, self.label_shape, kept_as)
         self.shard_samples = min(num_samples, max(1, shard_bytes // sample_bytes))
         self._pool = pool
+        self._hashing = hashing
         self._counter = counter
         make_empty(self.folder)
         self._filling: list[Tensor] = []
@@ -205,9 +209,15 @@ class ActivationWriter:
         layout = shard_layout(self.specs, count, self.label_shape, self.kept_as)
         file = TensorFile.create(path, layout, {"shard": str(number)}, counter=self._counter)
         self._unsynced.append(file)
-        for name, tensor in zip(file.entries, buffer, strict=True):
-            file.write_from(name, tensor[:count])
-        self._shards.append(Shard(path.name, count, path.stat().st_size, sha256(path, self._counter)))
+        tensors = {name: tensor[:count] for name, tensor in zip(file.entries, buffer, strict=True)}
+        hashed = None if self._hashing is None else self._hashing.submit(file.hash_with, tensors)
+        try:
+            for name, tensor in tensors.items():
+                file.write_from(name, tensor)
+        finally:
+            # The buffer is free when both are done with it.
+            digest = file.hash_with(tensors) if hashed is None else hashed.result()
+        self._shards.append(Shard(path.name, count, path.stat().st_size, digest))
         # The drive works on it from here on, so that the sync, some shards later, has little left to wait for.
         file.drop_cache()
         if len(self._unsynced) > _MAX_UNSYNCED:

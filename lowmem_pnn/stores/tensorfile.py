@@ -6,6 +6,7 @@ second copy of the tensors in memory and does not sync, and its readers map the 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -227,6 +228,30 @@ class TensorFile:
     def size(self) -> int:
         """Of the file, in bytes."""
         return os.fstat(self._file.fileno()).st_size
+
+    def hash_with(self, tensors: Mapping[str, Tensor]) -> str:
+        """The SHA-256 of the file once it holds these tensors, in hexadecimal, without reading them back.
+
+        Args:
+            tensors: all of the file's, contiguous, on the CPU. Other threads run meanwhile, and may write them.
+
+        Raises:
+            CheckpointError: the file holds other tensors.
+            DiskError: the file system refused.
+        """
+        if tensors.keys() != self.entries.keys():
+            raise CheckpointError(f"{str(self.path)!r} holds {', '.join(self.entries)}, got {', '.join(tensors)}; {self._remedy}")
+        entries = sorted(self.entries.values(), key=lambda entry: (entry.offset, entry.nbytes))
+        header = bytearray(entries[0].offset if entries else self.path.stat().st_size)
+        self._read_bytes(memoryview(header), 0, "the header")
+        digest = hashlib.sha256(header)
+        end = len(header)
+        for entry in entries:
+            _, view = self._locate(entry.name, tensors[entry.name], 0)
+            digest.update(bytes(entry.offset - end))  # what alignment leaves free
+            digest.update(view)
+            end = entry.offset + entry.nbytes
+        return digest.hexdigest()
 
     def sync(self) -> None:
         """Wait until everything written so far is on the drive.
