@@ -4,7 +4,9 @@ Equation 1 of the paper (Karadağ and Topaloğlu, arXiv 2403.11204): SIL[class] 
 and `orthogonal` have the same mean, kappa / 2, and the same deviation, kappa / sqrt(12), so that they differ in nothing else.
 
 `sparse` is ours: a fifth of a code's elements are kappa, the others 0. So each element of the partition's outputs learns to tell a
-fifth of the classes from the others, as far apart as kappa allows, where uniform codes ask for 47 values in between.
+fifth of the classes from the others, as far apart as kappa allows, where uniform codes ask for 47 values in between. Measured on
+EMNIST with the paper's recipe: 4 points of test accuracy above uniform codes. The class means of a network's activations after a short
+end-to-end warm-up were tried as codes too: 47 % where uniform ones gave 65 %, since the means of classes lie close together.
 """
 
 import math
