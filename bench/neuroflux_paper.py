@@ -35,6 +35,8 @@ from neuroflux_runs import (
     Setting,
 )
 
+from lowmem_pnn.exits import choose_exit
+
 # Whose accuracy is measured: accumulation learns the same with checkpoints and without, from the micro-batch that fits.
 LEARNERS = (NEUROFLUX, SMALL_BATCH, ACCUMULATION, CLASSIC, EXACT)
 # Of the best validation accuracy that backprop with the batch that fits comes to: what the seconds are counted to.
@@ -209,9 +211,10 @@ def accuracy_table(found: Mapping[str, Mapping[str, Any]], speeds: Mapping[str, 
 
 def exits_of(found: Mapping[str, Any]) -> dict[str, Any]:
     """The chosen exit of a run of neuroflux, against the whole model."""
-    exits, chosen = found["exits"], found["chosen_exit"] - 1
+    exits = found["exits"]
+    accuracies = [exit["val_accuracy"] for exit in exits]
+    chosen, best = choose_exit(accuracies, TOLERANCE / 100), max(accuracies)
     whole, taken = exits[-1], exits[chosen]
-    best = max(exit["val_accuracy"] for exit in exits)
     return {
         "number": chosen + 1,
         "of": len(exits),

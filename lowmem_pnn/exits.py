@@ -42,9 +42,9 @@ def choose_exit(accuracies: Sequence[float], tolerance: float) -> int:
 
 
 def chosen_exit(exits: Sequence[Mapping[str, Any]], tolerance: float) -> int | None:
-    """`choose_exit` among what `describe_exits` gave; None where none was validated."""
+    """The number, from 1, that `choose_exit` gives for what `describe_exits` gave; None where none was validated."""
     accuracies = [exit["val_accuracy"] for exit in exits]
-    return None if not exits or None in accuracies else choose_exit(accuracies, tolerance)
+    return None if not exits or None in accuracies else 1 + choose_exit(accuracies, tolerance)
 
 
 def head_names(chain: Chain) -> list[str]:
@@ -110,6 +110,7 @@ def describe_exits(run: Run, test_accuracies: Sequence[float | None]) -> list[di
     chain, speeds = run.workload.chain, throughputs(run)
     return [
         {
+            "number": number + 1,
             "layer": layer.name,
             "params": num_parameters(chain, number),
             "val_accuracy": validated[number] if validated else None,

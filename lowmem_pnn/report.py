@@ -19,6 +19,8 @@ from lowmem_pnn.units import format_bytes
 class Result:
     """What a run came to: the content of `result.json`.
 
+    Exits are numbered from 1, as `export --exit` takes them; `chosen_exit` is the number of the one that `auto` takes.
+
     Sizes are bytes; peaks are above the floor, which is what the process held before training. `test_accuracy`, or `perplexity`
     where the data is text, is that of `weights_file`. Values that were not measured are None.
     """
@@ -99,6 +101,8 @@ class Result:
             )
             if value is not None
         ]
+        if self.exits:
+            lines += ["", _exits_table(self.exits, self.chosen_exit)]
         lines += ["", ", ".join(scores), f"{self.seconds:.1f} s, {self.samples_per_second:.0f} samples/s"]
         lines.append(f"disk: {format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_written)} written")
         waited = [partition.get("waited", {}) for partition in self.partitions]
@@ -119,6 +123,26 @@ class Result:
             f"budget {format_bytes(self.budget_bytes)}, peak {format_bytes(self.peak_bytes)}",
         ]
         return "\n".join(lines)
+
+
+def _exits_table(exits: Sequence[Mapping[str, Any]], chosen: int | None) -> str:
+    """Early exits: where each ends, what it weighs and gives; the one that `export` takes is marked."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    rows = [
+        (
+            f"{number}{' chosen' if number == chosen else ''}",
+            exit["layer"],
+            f"{exit['params']:,}",
+            percent(exit["val_accuracy"]),
+            percent(exit["test_accuracy"]),
+            f"{exit['samples_per_second']:.0f}",
+        )
+        for number, exit in enumerate(exits, 1)
+    ]
+    return text_table(("exit", "after layer", "parameters", "validation", "test", "samples/s"), rows)
 
 
 @dataclass(frozen=True, kw_only=True)

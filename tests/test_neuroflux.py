@@ -19,6 +19,7 @@ from lowmem_pnn.config import FitConfig
 from lowmem_pnn.costs import Affine, by_itself
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.exits import ExitModel, choose_exit
+from lowmem_pnn.exporting import find_exit
 from lowmem_pnn.grouping import alike_cuts, feasible_batch
 from lowmem_pnn.methods import Visit, make_method
 from lowmem_pnn.methods.heads import make_head, num_filters
@@ -289,6 +290,16 @@ def test_exits_are_chosen_without_the_test_data(tmp_path: Path) -> None:
     assert [exit["val_accuracy"] for exit in one.exits] == [exit["val_accuracy"] for exit in two.exits]
     assert one.exits[-1]["test_accuracy"] == one.test_accuracy
     assert all(exit["samples_per_second"] > 0 for exit in one.exits)
+
+
+def test_exits_are_numbered_as_export_takes_them(tmp_path: Path) -> None:
+    result = fit(tmp_path / "run", images(80), partitions=2)
+    assert [exit["number"] for exit in result.exits] == [1, 2, 3, 4]
+    best = choose_exit([exit["val_accuracy"] for exit in result.exits], 0.01)
+    assert result.chosen_exit == best + 1
+    assert find_exit(result, "auto", tmp_path) == find_exit(result, result.chosen_exit, tmp_path) == best
+    assert f"{result.chosen_exit} chosen" in str(result)
+    assert f"{result.exits[0]['params']:,}" in str(result)
 
 
 def test_an_exported_exit_is_the_runs_exit_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
