@@ -49,36 +49,34 @@ class Size:
     """How much of everything.
 
     Args:
-        networks: by name: factor of the width, and budgets in megabytes, the tightest first.
+        networks: by name: factor of the width; budgets in megabytes, the tightest first; images for accuracy, a fifth of them to
+            validate on.
         images: to measure speed with.
         speed_epochs: of which the last is measured.
-        learnt: images for accuracy, a fifth of them to validate on.
         tests: test images.
         epochs: for accuracy.
     """
 
-    networks: Mapping[str, tuple[float, tuple[int, ...]]]
+    networks: Mapping[str, tuple[float, tuple[int, ...], int]]
     images: int
     speed_epochs: int
-    learnt: int
     tests: int
     epochs: int
 
 
 PLAIN_SIZE = Size(
     networks={
-        "cifar-vgg11": (0.25, (33, 50, 85)),
-        "cifar-vgg16": (0.25, (48, 72, 120)),
-        "cifar-resnet18": (0.25, (48, 72, 120)),
-        "cifar-mobilenetv2": (0.25, (64, 96, 160)),
+        "cifar-vgg11": (0.25, (33, 50, 85), 4000),
+        "cifar-vgg16": (0.25, (48, 72, 120), 4000),
+        "cifar-resnet18": (0.25, (48, 72, 120), 4000),
+        "cifar-mobilenetv2": (0.25, (64, 96, 160), 2000),
     },
     images=768,
     speed_epochs=2,
-    learnt=4000,
     tests=2000,
     epochs=6,
 )
-QUICK_SIZE = Size(networks={"cifar-vgg11": (0.25, (33, 85))}, images=256, speed_epochs=2, learnt=1000, tests=500, epochs=2)
+QUICK_SIZE = Size(networks={"cifar-vgg11": (0.25, (33, 85), 1000)}, images=256, speed_epochs=2, tests=500, epochs=2)
 
 
 class Page:
@@ -94,12 +92,12 @@ class Page:
 
     def __init__(self, runs: Runs, size: Size, network: str, data: str, rounds: int) -> None:
         self.network, self._runs, self._size, self._data, self._rounds = network, runs, size, data, rounds
-        self.width, self.budgets = size.networks[network]
+        self.width, self.budgets, self.learnt = size.networks[network]
 
     def _setting(self, budget: int, *, accuracy: bool) -> Setting:
         size = self._size
         images, tests, epochs, share = (
-            (size.learnt, size.tests, size.epochs, 0.2) if accuracy else (size.images, 64, size.speed_epochs, 0.0)
+            (self.learnt, size.tests, size.epochs, 0.2) if accuracy else (size.images, 64, size.speed_epochs, 0.0)
         )
         return Setting(self.network, self.width, self._data, int(budget * MB), images, tests, epochs, share)
 
@@ -161,7 +159,7 @@ def in_words(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers if len({*numbers}) > 1 else numbers[:1]))
 
 
-def seconds_to(target: float, learnt: Mapping[str, Any], speed: Mapping[str, Any], size: Size) -> float | None:
+def seconds_to(target: float, learnt: Mapping[str, Any], speed: Mapping[str, Any], size: Size, network: str) -> float | None:
     """Seconds until an exit's validation accuracy reaches a target, at the speed that was measured on a quiet machine.
 
     Args:
@@ -169,11 +167,12 @@ def seconds_to(target: float, learnt: Mapping[str, Any], speed: Mapping[str, Any
         learnt: figures of the run for accuracy.
         speed: figures of the run for speed.
         size: images of both.
+        network: its name.
 
     Returns:
         None where it never does.
     """
-    scale = size.learnt * 0.8 / size.images
+    scale = size.networks[network][2] * 0.8 / size.images
     seconds, seen = 0.0, set()
     for line in learnt["epochs"]:
         partition = line.get("partition", 0)
@@ -187,12 +186,14 @@ def seconds_to(target: float, learnt: Mapping[str, Any], speed: Mapping[str, Any
     return None
 
 
-def accuracy_table(found: Mapping[str, Mapping[str, Any]], speeds: Mapping[str, Mapping[str, Any]], size: Size) -> str:
+def accuracy_table(
+    found: Mapping[str, Mapping[str, Any]], speeds: Mapping[str, Mapping[str, Any]], size: Size, network: str
+) -> str:
     """A row per learner."""
     base = found[SMALL_BATCH]
     target = TARGET * max(line["val_accuracy"] for line in base["epochs"])
     heads = ("contender", "val %", "test %", "points from backprop", f"s to {100 * target:.1f} % val", "ratio to neuroflux")
-    times = {name: seconds_to(target, own, speeds[name], size) for name, own in found.items() if "reason" not in own}
+    times = {name: seconds_to(target, own, speeds[name], size, network) for name, own in found.items() if "reason" not in own}
     rows = []
     for name, own in found.items():
         if "reason" in own:
@@ -347,7 +348,7 @@ def draw(
             tightest = speeds[network][next(iter(speeds[network]))][contender]
             # A later epoch may be worse, and so may be the first of a later block: the best so far is what one has.
             levels = sorted({line["val_accuracy"] for line in own["epochs"]})
-            times = [seconds_to(level, own, tightest, size) for level in levels]
+            times = [seconds_to(level, own, tightest, size, network) for level in levels]
             lower.step(times, [100 * level for level in levels], where="post", color=f"C{number}")
         upper.set(title=network, xlabel="budget, MB", ylabel="seconds an epoch", yscale="log")
         lower.set(xlabel="seconds of training, tightest budget", ylabel="best validation accuracy of an exit, %")
@@ -382,7 +383,7 @@ def main() -> None:
     lines = [
         f"CIFAR-10, SGD with momentum 0.9, learning rate {LR:g} x (samples a step / {BATCH}); one run of each, on the CPU.",
         f"Speed: {size.images} images, the last of {size.speed_epochs} epochs, and the caching's share in {size.epochs} epochs.",
-        f"Accuracy: {size.learnt} images, a fifth of which validates, {size.epochs} epochs for every layer, tested on {size.tests}.",
+        f"Accuracy: 2,000 to 4,000 images, a fifth of which validates, {size.epochs} epochs for every layer, tested on {size.tests}.",
         f"Micro-batches of accumulation add up to {BATCH}. Peaks are private memory above what the process held before.",
         "",
         *goals(speeds, learnt, exits),
@@ -396,9 +397,9 @@ def main() -> None:
             "",
             speed_table(speeds[page.network]),
             "",
-            f"Accuracy at {page.budgets[0]} MB:",
+            f"Accuracy at {page.budgets[0]} MB, of {page.learnt} images:",
             "",
-            accuracy_table(learnt[page.network], speeds[page.network][page.budgets[0]], size),
+            accuracy_table(learnt[page.network], speeds[page.network][page.budgets[0]], size, page.network),
             "",
         ]
     overheads = {network: own[NEUROFLUX] for network, own in learnt.items() if "reason" not in own[NEUROFLUX]}
