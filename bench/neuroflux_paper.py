@@ -71,7 +71,7 @@ PLAIN_SIZE = Size(
         "cifar-resnet18": (0.25, (48, 72, 120), 4000),
         "cifar-mobilenetv2": (0.25, (64, 96, 160), 2000),
     },
-    images=768,
+    images=512,
     speed_epochs=2,
     tests=2000,
     epochs=6,
