@@ -177,10 +177,10 @@ def seconds_to(target: float, learnt: Mapping[str, Any], speed: Mapping[str, Any
     for line in learnt["epochs"]:
         partition = line.get("partition", 0)
         if partition not in seen and seen:
-            seconds += scale * speed["caching"] / max(1, len(speed["batches"]) - 1)
+            seconds += scale * speed["caching"] / (len(learnt["learning_parts"]) - 1)
         seen.add(partition)
-        parts = speed["learning_parts"]
-        seconds += scale * (parts[partition] if partition < len(parts) else sum(parts) / len(parts))
+        # Both are cut a little differently; a block's share is that of the run for accuracy.
+        seconds += scale * speed["learning"] * learnt["learning_parts"][partition] / learnt["learning"]
         if line["val_accuracy"] is not None and line["val_accuracy"] >= target:
             return seconds
     return None
