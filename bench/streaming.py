@@ -10,8 +10,9 @@ block, a third of the block's: that is a column of its own.
 
 Processes take turns (ours, theirs, ours, theirs), so that a busy machine slows both; the ratio is of medians of seconds per step.
 
-    python bench/streaming.py [--tokens 512,1024,...] [--budget 300MB] [--rounds 2] [--text FILE] [--quick]
+    python bench/streaming.py [--tokens 512,1024,...] [--budget 300MB] [--rounds 2] [--text FILE] [--quick] [--again]
 
+Sizes that were measured are kept in bench/.cache/, so that an interrupted bench goes on; `--again` forgets them.
 The text is $LOWMEM_PNN_DATA/tinyshakespeare.txt where there is one, else random bytes. Files go where TMPDIR says.
 """
 
@@ -22,11 +23,12 @@ import os
 import statistics
 import sys
 import tempfile
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, StepMeter, fit, last_json, markdown_table, place_text, run_process, step_means, write_results
+from common import RESULTS, Cache, StepMeter, fit, last_json, markdown_table, place_text, run_process, step_means, write_results
 
 CONTEXT = 512
 MODEL = f"gpt:layers=12,width=768,heads=12,context={CONTEXT}"
@@ -35,7 +37,7 @@ MICRO_BATCH = 1
 TOKENS = "512,1024,2048,4096,8192,16384"
 # Steps that are timed, after one that is not; more where they are short.
 TIMED = {512: 10, 1024: 8, 2048: 6, 4096: 4}
-TIMED_AT_LEAST = 2
+TIMED_AT_LEAST = 1
 LR = 1e-4
 SEED = 0
 MB = 1e6
@@ -126,6 +128,18 @@ def in_memory(tokens: int, text: Path, kept_blocks: int, early_stop: bool) -> No
     print(json.dumps({"losses": losses, "step_seconds": meter.step_seconds()[1:], **meter.figures(skip=1)}))
 
 
+def take_turns(tokens: int, text: Path, budget: str, rounds: int) -> dict[str, Any]:
+    """Ours, the same in memory, and that with PyTorch's early stop, round after round."""
+    found: dict[str, Any] = {"ours": [], "in_memory": [], "early_stop": []}
+    for _ in range(rounds):
+        found["ours"].append(ours(tokens, text, budget))
+        command = [sys.executable, __file__, "--tokens", str(tokens), "--text", str(text)]
+        command += ["--in-memory", str(found["ours"][-1]["last_blocks"])]
+        found["in_memory"].append(last_json(run_process(command).stdout))
+        found["early_stop"].append(last_json(run_process([*command, "--early-stop"]).stdout))
+    return found
+
+
 def draw(points: list[dict[str, Any]], path: Path) -> bool:
     """Ratio against tokens per batch, where there is matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -152,6 +166,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--quick", action="store_true", help="two sizes, one round; writes no page")
+    parser.add_argument("--again", action="store_true", help="forget the sizes that were measured before")
     parser.add_argument("--in-memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--early-stop", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -164,26 +179,21 @@ def main() -> None:
     if wrong := [tokens for tokens in sizes if tokens <= 0 or tokens % CONTEXT]:
         parser.error(f"--tokens {wrong[0]} is no multiple of the context; give multiples of {CONTEXT}")
     load_before = os.getloadavg()[0]
+    cache = Cache("streaming_quick" if arguments.quick else "streaming", arguments.again)
     points, rows = [], []
     with tempfile.TemporaryDirectory() as name:
         copy, words = place_text(arguments.text, Path(name), SEED)
         for tokens in sizes:
-            mine, theirs, sparing = [], [], []
-            for _ in range(arguments.rounds):
-                mine.append(ours(tokens, copy, arguments.budget))
-                command = [sys.executable, __file__, "--tokens", str(tokens), "--text", str(copy)]
-                command += ["--in-memory", str(mine[-1]["last_blocks"])]
-                theirs.append(last_json(run_process(command).stdout))
-                sparing.append(last_json(run_process([*command, "--early-stop"]).stdout))
+            key = {"tokens": tokens, "budget": arguments.budget, "rounds": arguments.rounds, "text": words}
+            found = cache.get(key, partial(take_turns, tokens, copy, arguments.budget, arguments.rounds))
+            mine, theirs, sparing = found["ours"], found["in_memory"], found["early_stop"]
             medians = [
                 statistics.median(seconds for run in runs for seconds in run["step_seconds"]) for runs in (mine, theirs, sparing)
             ]
             ratio = medians[1] / medians[0]
             own, reference = mine[0], theirs[0]
             far = max(abs(a - b) for a, b in zip(own["losses"], reference["losses"], strict=True))
-            points.append(
-                {"tokens": tokens, "ratio": ratio, "seconds": medians, "ours": mine, "in_memory": theirs, "early_stop": sparing}
-            )
+            points.append({"tokens": tokens, "ratio": ratio, "seconds": medians, **found})
             rows.append(
                 (
                     str(tokens),
