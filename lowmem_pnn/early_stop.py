@@ -23,11 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_pnn.chain import Layer
 
-# What gives gradients without a look at the values that go in.
-_FUNCTIONS = frozenset(
-    {operator.add, operator.iadd, operator.sub, torch.add, torch.sub, torch.flatten, torch.reshape, torch.transpose}
-)
-_METHODS = frozenset({"add", "add_", "sub", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous"})
+# What gives gradients without a look at the values that go in. Nothing that works in place: what else shows the same memory does not
+# follow from it in the graph.
+_FUNCTIONS = frozenset({operator.add, operator.sub, torch.add, torch.sub, torch.flatten, torch.reshape, torch.transpose})
+_METHODS = frozenset({"add", "sub", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous"})
 _MODULES = (nn.Dropout, nn.Identity)
 
 

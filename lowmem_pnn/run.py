@@ -93,7 +93,7 @@ class Run:
         # Stores that some commit has named, which only the end of that commit may delete; and partitions kept since the last one.
         self._promised = set(self._once_named)
         self._kept: set[int] = set()
-        # The partition whose visit is under way, and since when its record has been brought up to date.
+        # The partition whose visit is under way, when its record was last brought up to date, and what had been waited for by then.
         self._recording: tuple[int, float, dict[str, float]] | None = None
         # Totals of earlier processes of this run; what this one adds comes on top.
         self._earlier = (state.seconds, state.bytes_read, state.bytes_written, state.peak_bytes, state.host_peak_bytes)

@@ -1,5 +1,6 @@
 """What a recompute leaves out changes no gradient, and is left out only where nothing looks at it."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -97,9 +98,11 @@ def test_gradients_are_the_same_to_the_last_bit(module: nn.Module, count: int, s
         lambda self, x: self.last(x) * x,
         lambda self, x: self.last(x) + torch.tanh(self.last(x)),
         lambda self, x: nn.functional.layer_norm(x + self.last(x), (WIDTH,)),
+        lambda self, x: (y := x * 2, y.add_(self.last(x)), torch.relu(y))[2],
+        lambda self, x: (y := x * 2, z := y.view(-1), operator.iadd(y, self.last(x)), torch.relu(z))[3],
         lambda self, x: self.last(x) if float(x.sum()) > 0 else x,
     ],
-    ids=["relu", "product", "called twice", "norm", "a branch on values"],
+    ids=["relu", "product", "called twice", "norm", "added in place", "added to a view's memory", "a branch on values"],
 )
 def test_what_is_looked_at_is_computed(work: Callable[[Any, Tensor], Tensor]) -> None:
     assert unneeded_products(layer_of(Of(work))) == ()
