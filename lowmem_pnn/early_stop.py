@@ -50,10 +50,10 @@ def unneeded_products(layer: Layer) -> tuple[nn.Module, ...]:
         known = {"output": True, "call_function": node.target in _FUNCTIONS, "call_method": node.target in _METHODS}
         return known.get(node.op, type(module_of(node)) in _MODULES)
 
-    # From the end on: what is made of a node comes after it.
+    # From the end on: what is made of a node comes after it. What nothing is made of may be there for its effect on something else.
     unseen: set[fx.Node] = set()
     for node in reversed(nodes):
-        if all(is_blind(user) and user in unseen for user in node.users):
+        if node.op == "output" or (node.users and all(is_blind(user) and user in unseen for user in node.users)):
             unseen.add(node)
     calls = Counter(module_of(node) for node in nodes)
     # What is called elsewhere too may be needed there, and hooks may look at outputs.
