@@ -225,6 +225,13 @@ class FitConfig:
         default=0, description="Seed of the initial weights, the data order and all else that is random."
     )
     device: DeviceName = Field(default="auto", description="auto, cpu, cuda or cuda:INDEX; auto takes a GPU where there is one.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description=(
+            "What layers compute in: fp32, or PyTorch's autocast to bf16, or to fp16 with a loss scale that moves; weights, their "
+            "gradients and the optimizer's state stay float32."
+        ),
+    )
     budget_scope: Literal["process", "allocator"] = Field(
         default="process",
         description="What the budget bounds on a GPU: all that the process holds, or PyTorch's allocator alone.",
@@ -262,6 +269,11 @@ class FitConfig:
     def laps(self) -> int:
         """How often all blocks take their turn."""
         return int(self.visits.partition("=")[2] or 1)
+
+    @property
+    def steps_wait(self) -> bool:
+        """Whether no partition of a sweep may step before all gradients are there: to clip their norm, or since any may overflow."""
+        return self.clip_norm is not None or self.precision == "fp16"
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ micro-batch. The batch that the optimizer sees stays the same, by accumulation.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.device import Device, is_out_of_memory
-from lowmem_pnn.errors import BudgetError, CaptureError, DataError, DivergedError
+from lowmem_pnn.errors import BudgetError, DataError, DivergedError
 from lowmem_pnn.feeds import Batch, Feed
 from lowmem_pnn.methods import Objective
-from lowmem_pnn.passes import backward_from_loss, outputs_in_chunks, place_aligned, scores_by_units
+from lowmem_pnn.passes import backward_from_loss, micro_batches, outputs_in_chunks, place_aligned, scores_by_units
+from lowmem_pnn.precision import LossScale, unscale
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stalls import Stalls
@@ -76,6 +77,7 @@ class Stage:
         smallest_micro_batch: what the modules accept at least.
         is_last: whether its outputs are class scores.
         learning_rate: of a step, counted from 0.
+        loss_scale: moved on with every step.
         clip_norm: norm that the partition's gradients are scaled down to, or None.
         chunk_rows: rows for which the last layer and the loss are computed at once, or None for all.
         shuffle: every epoch has an order of its own.
@@ -90,6 +92,7 @@ class Stage:
     smallest_micro_batch: int
     is_last: bool
     learning_rate: Callable[[int], float]
+    loss_scale: LossScale = field(default_factory=LossScale)
     clip_norm: float | None = None
     chunk_rows: int | None = None
     shuffle: bool = True
@@ -197,12 +200,7 @@ class Executor:
                 tensor.copy_(buffers[name])
             self._shrink(stage)
         stage.residency.settle_buffers()
-        for name, parameter in stage.residency.trainable.items():
-            if parameter.grad is None:
-                raise CaptureError(
-                    f"parameter {name!r} got no gradient in {stage.title}, and would never be trained; freeze it "
-                    "(requires_grad_(False)), or have the model's forward use it for every batch"
-                )
+        stage.residency.check_gradients(stage.title)
         optimizer = stage.residency.optimizer
         # A step that is not finite would poison the weights; the caller stops the run.
         # One that runs out of memory cannot be done again: some weights may have moved.
@@ -213,6 +211,11 @@ class Executor:
 
     @staticmethod
     def _step(stage: Stage, optimizer: torch.optim.Optimizer, step: int) -> None:
+        gradients = [parameter.grad for parameter in stage.residency.trainable.values() if parameter.grad is not None]
+        overflowed = not unscale(gradients, stage.loss_scale)
+        stage.loss_scale.update(overflowed=overflowed)
+        if overflowed:
+            return
         if stage.clip_norm is not None:
             nn.utils.clip_grad_norm_(stage.residency.in_model_order(), stage.clip_norm)
         for group in optimizer.param_groups:
@@ -329,7 +332,9 @@ class Executor:
             with self._stalls.waiting("copy"):
                 placed = tuple(place_aligned(self._device, tensor[part]) for tensor in inputs)
                 targets = place_aligned(self._device, labels[part])
-            loss_sum += backward_from_loss(stage.residency.layers, placed, targets, stage.objective, share, chunk_rows)
+            loss_sum += backward_from_loss(
+                stage.residency.layers, placed, targets, stage.objective, share, chunk_rows, stage.loss_scale.value
+            )
             del placed
             self._device.check_budget()
         return loss_sum
@@ -376,21 +381,3 @@ def too_few(num_samples: int, title: str, smallest: int) -> DataError:
         f"{num_samples} training samples make no batch that {title} can learn from: its modules need at least {smallest} samples at once; "
         "give more samples"
     )
-
-
-def micro_batches(total: int, size: int, smallest: int) -> Sequence[slice]:
-    """Cut a batch into micro-batches of `size`; a rest that would be under `smallest` joins the one before it.
-
-    Args:
-        total: samples in the batch.
-        size: samples in a micro-batch.
-        smallest: what the modules accept at least.
-
-    Example:
-        >>> [part.stop - part.start for part in micro_batches(9, 4, smallest=2)]
-        [4, 5]
-    """
-    starts = list(range(0, total, size))
-    if len(starts) > 1 and total - starts[-1] < smallest:
-        starts.pop()
-    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], total], strict=True)]

@@ -80,20 +80,20 @@ def throughputs(run: Run) -> list[float]:
                     layer.module.eval()
                     outputs = layer(*tensors)
                     bodies.append(_seconds(run, layer, tensors) / samples)
-                    heads.append(0.0 if layer.head is None else _seconds(run, layer.head, outputs) / samples)
+                    heads.append(0.0 if layer.head is None else _seconds(run, layer.scores, (outputs,)) / samples)
                     tensors = outputs
         finally:
             stage.residency.unload()
     return [1 / (sum(bodies[: number + 1]) + head) for number, head in enumerate(heads)]
 
 
-def _seconds(run: Run, work: Callable[..., object], tensors: tuple[Tensor, ...]) -> float:
+def _seconds(run: Run, work: Callable[..., object], arguments: tuple[Any, ...]) -> float:
     """What a call takes: the median of a few."""
     times = []
     for _ in range(_REPEATS):
         run.device.synchronize()
         began = time.perf_counter()
-        work(*tensors)
+        work(*arguments)
         run.device.synchronize()
         times.append(time.perf_counter() - began)
     return statistics.median(times)

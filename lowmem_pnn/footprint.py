@@ -11,6 +11,8 @@ from lowmem_pnn.stores.encoding import WORK_BYTES, kept_bytes
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import IoSizes, Workload
 
+_FLOAT_BYTES = 4
+
 
 def objective_memory(workload: Workload, stop: int, chunk: int | None = None, *, sweeps: bool = False) -> Affine:
     """What the objective of a partition needs on the device.
@@ -27,7 +29,11 @@ def objective_memory(workload: Workload, stop: int, chunk: int | None = None, *,
         return Affine(0, 0)
     # Which partition it is does not matter to its memory, only whether it is the last.
     objective = workload.method.objective(0, 1 if is_last else 2, chain.boundaries[stop], workload.dataset.num_classes)
-    memory = objective.memory(sum(spec.sample_bytes for spec in chain.boundaries[stop]))
+    elements = [(math.prod(spec.shape), spec.dtype) for spec in chain.boundaries[stop]]
+    memory = objective.memory(sum(number * max(_FLOAT_BYTES, dtype.itemsize) for number, dtype in elements))
+    # Losses are computed in float32, whatever the layers compute in.
+    copies = sum(number * _FLOAT_BYTES for number, dtype in elements if dtype.is_floating_point and dtype.itemsize < _FLOAT_BYTES)
+    memory = Affine(memory.fixed, memory.per_sample + copies)
     if chunk is None or not is_last:
         return memory
     return Affine(memory.fixed + math.ceil(memory.per_sample * chunk / workload.rows_per_sample), 0)
@@ -116,7 +122,7 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     stores = max(_num_measured(workload) * (_two_of(outputs) + labels), samples * (_two_of(kept) + labels))
     working = max(stored) + stores
     if plan.sweep_micro_batch:
-        gradients = sum(layer.gradient_bytes for layer in profile.layers) if config.clip_norm is not None else 0
+        gradients = sum(layer.gradient_bytes for layer in profile.layers) if config.steps_wait else 0
         batch = plan.partitions[-1].batch
         gradients += math.ceil(batch / plan.sweep_micro_batch) * profile.shared_bytes
         working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)

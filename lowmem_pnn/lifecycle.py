@@ -26,6 +26,7 @@ from lowmem_pnn.measuring import measure, validate
 from lowmem_pnn.methods import Sweep, share_of
 from lowmem_pnn.planning import describe_partition, make_plan
 from lowmem_pnn.plans import Plan
+from lowmem_pnn.precision import LossScale
 from lowmem_pnn.preflight import check_tightest
 from lowmem_pnn.progress import Display
 from lowmem_pnn.ranks import Rank
@@ -92,6 +93,7 @@ def go_on(
             state.micro_batches = [part.micro_batch for part in plan.partitions]
             state.sweep_micro_batch = plan.sweep_micro_batch
             state.records = [PartitionRecord() for _ in plan.partitions]
+            state.loss_scales = [LossScale.first(workload.config.precision) for _ in plan.partitions]
         state.check = check.to_dict()
         state.stage = "training"
         state.weights = run.weights.state()
@@ -208,6 +210,7 @@ def _make_result(
         model=config.model,
         data=config.data,
         seed=config.seed,
+        precision=config.precision,
         device=device.describe(),
         budget_bytes=device.budget_bytes,
         budget_scope=config.budget_scope,
@@ -235,6 +238,7 @@ def _make_result(
         bytes_read=state.bytes_read,
         bytes_written=state.bytes_written,
         oom_retries=state.oom_retries,
+        skipped_steps=sum(scale.skipped for scale in state.loss_scales),
         resumed=state.resumed,
         workdir=str(path),
         weights_file=str(path / "model.safetensors"),
@@ -252,6 +256,7 @@ def first_state(workload: Workload, plan: Plan, rank: Rank) -> State:
         plan=json.loads(plan.to_json()),
         micro_batches=[part.micro_batch for part in plan.partitions],
         sweep_micro_batch=plan.sweep_micro_batch,
+        loss_scales=[LossScale.first(workload.config.precision) for _ in plan.partitions],
         records=[PartitionRecord() for _ in plan.partitions],
         data=workload.dataset.fingerprint,
         rank=rank.number,

@@ -31,6 +31,24 @@ def place_aligned(device: Device, tensor: Tensor) -> Tensor:
     return device.place(tensor)
 
 
+def micro_batches(total: int, size: int, smallest: int) -> Sequence[slice]:
+    """Cut a batch into micro-batches of `size`; a rest that would be under `smallest` joins the one before it.
+
+    Args:
+        total: samples in the batch.
+        size: samples in a micro-batch.
+        smallest: what the modules accept at least.
+
+    Example:
+        >>> [part.stop - part.start for part in micro_batches(9, 4, smallest=2)]
+        [4, 5]
+    """
+    starts = list(range(0, total, size))
+    if len(starts) > 1 and total - starts[-1] < smallest:
+        starts.pop()
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], total], strict=True)]
+
+
 def forward(layers: Sequence[Layer], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Run layers, from the boundary before the first to the one after the last."""
     for layer in layers:
@@ -45,6 +63,7 @@ def backward_from_loss(
     objective: Objective,
     share: float,
     chunk_rows: int | None,
+    scale: float = 1.0,
 ) -> float:
     """Forward to the loss, and backward: gradients add up in the parameters, and in inputs that require one.
 
@@ -55,20 +74,20 @@ def backward_from_loss(
         objective: gives the mean loss of the micro-batch.
         share: of the batch that the micro-batch is; weighs its loss.
         chunk_rows: rows at a time for the last layer, or None for all.
+        scale: what all gradients are to be multiplied by.
 
     Returns:
         The weighed loss.
     """
     if objective.by_units:
-        return _backward_by_units(layers, inputs, labels, objective, share)
+        return _backward_by_units(layers, inputs, labels, objective, share, scale)
     if chunk_rows is not None and chunk_rows < labels.numel():
         assert isinstance(objective, Labels), "only the true loss is computed in chunks"
-        return _backward_in_chunks(layers, inputs, labels, objective, share, chunk_rows)
+        return _backward_in_chunks(layers, inputs, labels, objective, share, chunk_rows, scale)
     loss = objective.loss(forward(layers, inputs), labels)
     if share != 1.0:
         loss = loss * share
-    if loss.requires_grad:
-        torch.autograd.backward(loss)
+    _backward(loss, scale)
     return float(loss.detach())
 
 
@@ -81,7 +100,7 @@ def scores_by_units(layers: Sequence[Layer], tensors: tuple[Tensor, ...]) -> Ite
     """
     for layer in layers:
         tensors = layer(*tensors)
-        yield tensors[0] if layer.head is None else layer.head(tensors[0])
+        yield layer.scores(tensors)[0]
 
 
 def outputs_in_chunks(
@@ -122,17 +141,21 @@ def works_by_rows(layer: Layer) -> bool:
     return bool(work[0].target is nn.functional.linear)
 
 
+def _backward(loss: Tensor, scale: float) -> None:
+    if loss.requires_grad:
+        torch.autograd.backward(loss if scale == 1.0 else loss * scale)
+
+
 def _backward_by_units(
-    layers: Sequence[Layer], tensors: tuple[Tensor, ...], labels: Tensor, objective: Objective, share: float
+    layers: Sequence[Layer], tensors: tuple[Tensor, ...], labels: Tensor, objective: Objective, share: float, scale: float
 ) -> float:
     """Each layer forward to its own loss, and back, before the next; the last one's loss."""
     value = 0.0
     for layer in layers:
         tensors = layer(*tensors)
-        scores = tensors if layer.head is None else (layer.head(tensors[0]),)
+        scores = layer.scores(tensors)
         loss = objective.loss(scores, labels) * share
-        if loss.requires_grad:
-            torch.autograd.backward(loss)
+        _backward(loss, scale)
         value = float(loss.detach())
         tensors = tuple(tensor.detach() for tensor in tensors)
         del scores, loss
@@ -140,7 +163,13 @@ def _backward_by_units(
 
 
 def _backward_in_chunks(
-    layers: Sequence[Layer], inputs: tuple[Tensor, ...], labels: Tensor, objective: Labels, share: float, chunk_rows: int
+    layers: Sequence[Layer],
+    inputs: tuple[Tensor, ...],
+    labels: Tensor,
+    objective: Labels,
+    share: float,
+    chunk_rows: int,
+    scale: float,
 ) -> float:
     *body, last = layers
     (x,) = forward(body, inputs)
@@ -152,8 +181,7 @@ def _backward_in_chunks(
         loss = objective.loss(last(rows), targets, reduction="sum") / labels.numel()
         if share != 1.0:
             loss = loss * share
-        if loss.requires_grad:
-            torch.autograd.backward(loss)
+        _backward(loss, scale)
         if gradient is not None and rows.grad is not None:
             gradient.flatten(0, -2)[begin : begin + len(rows)] = rows.grad
         begin += len(rows)

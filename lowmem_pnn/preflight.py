@@ -14,6 +14,7 @@ from lowmem_pnn.executor import Executor
 from lowmem_pnn.footprint import beside_bytes
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.plans import Plan
+from lowmem_pnn.precision import LossScale
 from lowmem_pnn.run import Run
 from lowmem_pnn.sweeper import Sweeper
 from lowmem_pnn.units import format_bytes
@@ -101,6 +102,7 @@ def _learn_once(run: Run, number: int, size: int) -> int:
     """One step of a partition on its own objective; the micro-batch with which it went through."""
     executor = Executor(run.device, run.workload.config.seed)
     stage = run.stage(number, learns=True)
+    stage.loss_scale = LossScale()  # the run's is not moved by a rehearsal
     try:
         for layer in stage.residency.layers:
             layer.module.train()

@@ -306,7 +306,8 @@ class _Bench:
 
     def _run(self, *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
         """Its outputs; or, if it has a head, the head's scores."""
-        outputs = torch.func.functional_call(self._layer.module, self._tensors, inputs, tie_weights=False)
+        with self._layer.precision.computing():
+            outputs = torch.func.functional_call(self._layer.module, self._tensors, inputs, tie_weights=False)
         head = self._layer.head
         if not scores or head is None:
             return tuple(outputs)
@@ -314,7 +315,8 @@ class _Bench:
         tensors = {
             key.removeprefix(f"{prefix}."): tensor for key, tensor in self._tensors.items() if key.startswith(f"{prefix}.")
         }
-        return (torch.func.functional_call(head, tensors, outputs, tie_weights=False),)
+        with self._layer.precision.computing():
+            return (torch.func.functional_call(head, tensors, outputs, tie_weights=False),)
 
     def _inputs(self, batch: int) -> list[Tensor]:
         return [torch.empty((batch, *spec.shape), dtype=spec.dtype, device=self._device) for spec in self.before]

@@ -21,6 +21,8 @@ class Result:
 
     Exits are numbered from 1, as `export --exit` takes them; `chosen_exit` is the number of the one that `auto` takes.
 
+    `skipped_steps` are those of fp16 that were left out because a gradient overflowed.
+
     Sizes are bytes; peaks are above the floor, which is what the process held before training. `test_accuracy`, or `perplexity`
     where the data is text, is that of `weights_file`. Values that were not measured are None.
     """
@@ -29,6 +31,7 @@ class Result:
     model: str
     data: str
     seed: int
+    precision: str = "fp32"
     device: str
     budget_bytes: int
     budget_scope: str
@@ -56,6 +59,7 @@ class Result:
     bytes_read: int
     bytes_written: int
     oom_retries: int
+    skipped_steps: int = 0
     resumed: int
     workdir: str
     weights_file: str
@@ -104,6 +108,9 @@ class Result:
         if self.exits:
             lines += ["", _exits_table(self.exits, self.chosen_exit)]
         lines += ["", ", ".join(scores), f"{self.seconds:.1f} s, {self.samples_per_second:.0f} samples/s"]
+        if self.precision != "fp32":
+            left_out = f", {self.skipped_steps} steps left out" if self.skipped_steps else ""
+            lines.append(f"computed in {self.precision}{left_out}")
         lines.append(f"disk: {format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_written)} written")
         waited = [partition.get("waited", {}) for partition in self.partitions]
         seconds = sum(partition["seconds"] for partition in self.partitions)

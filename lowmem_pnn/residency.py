@@ -189,6 +189,22 @@ class Residency:
                     "give other --cuts"
                 )
 
+    def check_gradients(self, title: str) -> None:
+        """Refuse to go on where a parameter that learns here has no gradient after backward.
+
+        Args:
+            title: of the partition, for the message.
+
+        Raises:
+            CaptureError: one has none.
+        """
+        for name, parameter in self.trainable.items():
+            if parameter.grad is None and name not in self.borrowed:
+                raise CaptureError(
+                    f"parameter {name!r} got no gradient in {title}, and would never be trained; freeze it "
+                    "(requires_grad_(False)), or have the model's forward use it for every batch"
+                )
+
     def first_infinite(self) -> str | None:
         """The name of a trainable parameter that is no longer finite; None where all are."""
         return next((name for name, value in self.trainable.items() if not math.isfinite(float(value.detach().sum()))), None)

@@ -289,6 +289,7 @@ class Run:
             micro_batch=self.state.micro_batches[partition],
             smallest_micro_batch=self.plan.smallest_micro_batch,
             is_last=partition == len(self.plan.partitions) - 1,
+            loss_scale=self.state.loss_scales[partition],
             learning_rate=lambda step: workload.learning_rate(partition, step, total_steps, planned.batch),
             clip_norm=workload.config.clip_norm,
             chunk_rows=self.plan.loss_chunk,

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowmem_pnn.executor import Progress, Tally
+from lowmem_pnn.precision import LossScale
 
 
 @dataclass
@@ -37,6 +38,7 @@ class State:
         plan: of the run, as `Plan.to_json` writes it.
         micro_batches: of each partition, as they are by now.
         sweep_micro_batch: of all partitions in sweeps, likewise.
+        loss_scales: of each partition; that of the last one is a sweep's.
         data: the data set's fingerprint.
         number: of the commit.
         stage: `born`, `training` or `done`; `trained` where the first rank has yet to take the partition over.
@@ -55,6 +57,7 @@ class State:
     plan: dict[str, Any]
     micro_batches: list[int]
     sweep_micro_batch: int = 0
+    loss_scales: list[LossScale] = field(default_factory=list)
     data: str = ""
     number: int = 0
     stage: str = "born"
@@ -81,7 +84,12 @@ class State:
         progress = dict(body["progress"])
         progress["tally"] = Tally(**progress["tally"])
         return cls(
-            **{**body, "progress": Progress(**progress), "records": [PartitionRecord(**record) for record in body["records"]]}
+            **{
+                **body,
+                "progress": Progress(**progress),
+                "records": [PartitionRecord(**record) for record in body["records"]],
+                "loss_scales": [LossScale(**scale) for scale in body["loss_scales"]],
+            }
         )
 
     def to_journal(self) -> dict[str, Any]:
@@ -94,5 +102,5 @@ class State:
         Args:
             commit: of this run.
         """
-        for name in ("visit", "progress", "weights", "activations"):
+        for name in ("visit", "progress", "weights", "activations", "loss_scales"):
             setattr(self, name, getattr(commit, name))

@@ -11,22 +11,23 @@ forward did to them was dropped with it; so each batch counts once.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.crossing import Crossing
 from lowmem_pnn.device import Device
 from lowmem_pnn.early_stop import unneeded_products, without_products
-from lowmem_pnn.errors import CaptureError, DivergedError
-from lowmem_pnn.executor import micro_batches
+from lowmem_pnn.errors import DivergedError
 from lowmem_pnn.feeds import Batch
 from lowmem_pnn.methods import Objective, Sweep, Visit
-from lowmem_pnn.passes import backward_from_loss, forward, place_aligned
+from lowmem_pnn.passes import backward_from_loss, forward, micro_batches, place_aligned
 from lowmem_pnn.plans import Plan
+from lowmem_pnn.precision import LossScale, unscale
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.stepping import state_keys, step, step_groups, take_state
 from lowmem_pnn.stores.disk import IoCounter
@@ -46,19 +47,23 @@ class _Work:
         tensors: of the first boundary, each (B, ...), on the host.
         labels: (B, ...).
         step: optimizer steps before it.
+        scale: of the loss.
         parts: its micro-batches.
         loss: so far.
         norms: of gradients that are kept for a step, by parameter.
         total_norm: of all of them together, once the first is applied.
+        overflowed: one of them is not finite, which a smaller scale may mend.
     """
 
     tensors: tuple[Tensor, ...]
     labels: Tensor
     step: int
-    parts: tuple[slice, ...]
+    scale: LossScale
+    parts: Sequence[slice]
     loss: float = 0.0
     norms: dict[str, Tensor] = field(default_factory=dict)
     total_norm: Tensor | None = None
+    overflowed: bool = False
 
 
 class Sweeper:
@@ -116,13 +121,14 @@ class Sweeper:
         # Gradient norms are added up in the order in which the model names its parameters.
         self._order = {name: number for number, name in enumerate(workload.chain.persistent)}
 
-    def train_batch(self, batch: Batch, step: int, micro_batch: int) -> float:
+    def train_batch(self, batch: Batch, step: int, micro_batch: int, scale: LossScale) -> float:
         """All visits of one batch.
 
         Args:
             batch: tensors of the first boundary (B, ...) and labels (B, ...), on the host.
             step: optimizer steps of this sweep before it.
             micro_batch: samples on the device at once.
+            scale: of the loss; moved on.
 
         Returns:
             The batch's mean loss.
@@ -132,8 +138,8 @@ class Sweeper:
             CaptureError: a parameter got no gradient.
             Exception: memory ran out (`is_out_of_memory`). Some weights may have been stepped: only a commit can be gone back to.
         """
-        tensors, labels = batch
-        work = _Work(tensors, labels, step, tuple(micro_batches(len(labels), micro_batch, self._plan.smallest_micro_batch)))
+        parts = micro_batches(len(batch[1]), micro_batch, self._plan.smallest_micro_batch)
+        work = _Work(*batch, step, scale, parts)
         actions: dict[str, Callable[[Visit, _Work], None]] = {
             "emit": self._emit,
             "backpropagate": self._backpropagate,
@@ -145,6 +151,7 @@ class Sweeper:
                 actions[visit.action](visit, work)
                 self._device.check_budget()
         self._crossing.clear()
+        scale.update(overflowed=work.overflowed)
         return work.loss
 
     def rehearse(self, number: int, samples: int, micro_batch: int) -> None:
@@ -162,19 +169,12 @@ class Sweeper:
         before, after = chain.boundaries[planned.start], chain.boundaries[planned.stop]
         tensors = tuple(torch.zeros(samples, *spec.shape, dtype=spec.dtype) for spec in before) if number == 0 else ()
         labels = torch.zeros(samples, *self._workload.dataset.label_shape, dtype=torch.int64)
-        work = _Work(tensors, labels, 0, tuple(micro_batches(samples, micro_batch, self._plan.smallest_micro_batch)))
+        work = _Work(tensors, labels, 0, LossScale(), micro_batches(samples, micro_batch, self._plan.smallest_micro_batch))
         for part_number, part in enumerate(work.parts):
-            size = part.stop - part.start
             if number > 0:
-                self._crossing.put_boundary(
-                    number, part_number, [torch.zeros(size, *spec.shape, dtype=spec.dtype) for spec in before]
-                )
+                self._crossing.put_boundary(number, part_number, [_zeros(part, spec) for spec in before])
             if number < self._last:
-                floats = [spec.dtype if spec.dtype.is_floating_point else None for spec in after]
-                gradients = [
-                    torch.zeros(size, *spec.shape, dtype=dtype) if dtype else None
-                    for spec, dtype in zip(after, floats, strict=True)
-                ]
+                gradients = [_zeros(part, spec) if spec.dtype.is_floating_point else None for spec in after]
                 self._crossing.put_gradients(number + 1, part_number, gradients)
         visit = Visit("backpropagate", number, "train", learns=True, hands_back=number > 0)
         try:
@@ -232,12 +232,7 @@ class Sweeper:
             )
         if not visit.learns:
             return
-        for name, parameter in residency.trainable.items():
-            if parameter.grad is None and name not in residency.borrowed:
-                raise CaptureError(
-                    f"parameter {name!r} got no gradient in {self.title(own)}, and would never be trained; freeze it "
-                    "(requires_grad_(False)), or have the model's forward use it for every batch"
-                )
+        residency.check_gradients(self.title(own))
         with self._supply.writing(own) as (file, is_new):
             # Frozen weights go into a new file once; buffers change with every batch.
             for name, parameter in residency.parameters.items():
@@ -259,7 +254,6 @@ class Sweeper:
         """Apply kept gradients; the partition need not be resident."""
         self._leave()
         limit = self._workload.config.clip_norm
-        assert limit is not None, "gradients are kept to be clipped"
         if work.total_norm is None:
             # The norm of the norms, as `clip_grad_norm_` has it.
             norms = [norm for _, norm in sorted(work.norms.items(), key=lambda item: self._order[item[0]])]
@@ -270,7 +264,8 @@ class Sweeper:
                 for name in names:
                     parameters[name] = nn.Parameter(self._device.place(self._supply.take()))
                     parameters[name].grad = self._crossing.pop_whole(name)
-                nn.utils.clip_grads_with_norm_(parameters.values(), limit, work.total_norm)
+                if limit is not None:
+                    nn.utils.clip_grads_with_norm_(parameters.values(), limit, work.total_norm)
                 self._step(visit.partition, parameters, work, file)
 
     # Their parts.
@@ -304,14 +299,15 @@ class Sweeper:
         for number, part in enumerate(work.parts):
             self._crossing.begin_random(own, number, work.step)
             inputs = self._inputs(own, number, part, work)
-            if visit.hands_back:
-                inputs = tuple(tensor.requires_grad_() if tensor.is_floating_point() else tensor for tensor in inputs)
+            for tensor in inputs:
+                tensor.requires_grad_(visit.hands_back and tensor.is_floating_point())
             hooks = self._crossing.add_shared(residency, number)
             if own == self._last:
                 share = (part.stop - part.start) / len(work.labels)
                 labels = place_aligned(self._device, work.labels[part])
-                chunk = self._plan.loss_chunk
-                work.loss += backward_from_loss(residency.layers, inputs, labels, self._objective, share, chunk)
+                work.loss += backward_from_loss(
+                    residency.layers, inputs, labels, self._objective, share, self._plan.loss_chunk, work.scale.value
+                )
             else:
                 self._backward_from_boundary(own, inputs, number)
             for hook in hooks:
@@ -327,13 +323,12 @@ class Sweeper:
         return residency
 
     def _backward_from_boundary(self, own: int, inputs: tuple[Tensor, ...], number: int) -> None:
-        # The outputs went on in the forward visit: only their gradients are of use now.
+        """The outputs went on in the forward visit: only their gradients are of use now."""
         with without_products(self._unneeded[own]):
             outputs = forward(self._residencies[own].layers, inputs)
-        gradients = self._crossing.pop_gradients(own + 1, number)
-        pairs = zip(outputs, gradients, strict=True)
+        pairs = zip(outputs, self._crossing.pop_gradients(own + 1, number), strict=True)
         learnt = [(output, gradient) for output, gradient in pairs if gradient is not None and output.requires_grad]
-        del outputs, gradients, pairs
+        del outputs, pairs
         if learnt:
             torch.autograd.backward([output for output, _ in learnt], [gradient for _, gradient in learnt])
 
@@ -341,19 +336,23 @@ class Sweeper:
         """Leave gradients for the steps that come when all of them are there."""
         for name, parameter in parameters.items():
             assert parameter.grad is not None
+            work.overflowed |= not unscale([parameter.grad], work.scale)
             work.norms[name] = torch.linalg.vector_norm(parameter.grad)
-            self._check_finite(name, work.norms[name], partition, work)
+            if not work.scale.moves:
+                self._check_finite(name, work.norms[name], partition, work)
             self._crossing.put_whole(name, parameter.grad)
             parameter.grad = None
 
     def _step(self, partition: int, parameters: dict[str, nn.Parameter], work: _Work, file: TensorFile) -> None:
         """Step a layer's parameters, and have them written."""
-        for name, parameter in parameters.items():
-            assert parameter.grad is not None
-            self._check_finite(name, parameter.grad.sum(), partition, work)
         spec = self._workload.optimizer(partition)
         state = take_state(spec, parameters, self._device, None if self._forgets_state(work.step) else self._supply.take)
-        step(spec, parameters, state, self._workload.learning_rate(partition, work.step, self._total_steps))
+        # A step that is left out is written all the same: the file may be a new one, without any values.
+        if not work.overflowed:
+            for name, parameter in parameters.items():
+                assert parameter.grad is not None
+                self._check_finite(name, parameter.grad.sum(), partition, work)
+            step(spec, parameters, state, self._workload.learning_rate(partition, work.step, self._total_steps))
         for name, parameter in parameters.items():
             self._supply.write(partition, file, weight_key(name), parameter)
             for key, tensor in state[name].items():
@@ -397,3 +396,7 @@ class Sweeper:
 
     def _forgets_state(self, step: int) -> bool:
         return self._sweep.fresh_state and step == 0
+
+
+def _zeros(part: slice, spec: TensorSpec) -> Tensor:
+    return torch.zeros(part.stop - part.start, *spec.shape, dtype=spec.dtype)

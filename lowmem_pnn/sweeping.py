@@ -12,6 +12,7 @@ from lowmem_pnn.feeds import Batch, DatasetFeed, Feed
 from lowmem_pnn.logbook import Pace, log_epoch, log_step
 from lowmem_pnn.measuring import validate
 from lowmem_pnn.methods import Sweep
+from lowmem_pnn.precision import LossScale
 from lowmem_pnn.run import Run
 from lowmem_pnn.sweeper import Sweeper
 from lowmem_pnn.units import format_bytes
@@ -80,7 +81,7 @@ def _sweep_epoch(run: Run, sweep: Sweep, sweeper: Sweeper, feed: Feed, steps: in
     for batch in run.threads.stalls.over(feed.waits_for, batches):
         step, loss = progress.epoch * steps + progress.batch, None
         if len(batch[1]) >= smallest:  # a last batch of 1 tells BatchNorm nothing
-            loss = _unless_full(sweeper, batch, step, run.state.sweep_micro_batch)
+            loss = _unless_full(sweeper, batch, step, run.state.sweep_micro_batch, run.state.loss_scales[-1])
             if loss is None:
                 return False
             progress.tally.add(loss, len(batch[1]))
@@ -104,10 +105,10 @@ def _sweep_epoch(run: Run, sweep: Sweep, sweeper: Sweeper, feed: Feed, steps: in
     return True
 
 
-def _unless_full(sweeper: Sweeper, batch: Batch, step: int, micro_batch: int) -> float | None:
+def _unless_full(sweeper: Sweeper, batch: Batch, step: int, micro_batch: int, scale: LossScale) -> float | None:
     """A batch's loss, or None if memory ran out in it; the exception, which holds tensors, is gone by then."""
     try:
-        return sweeper.train_batch(batch, step, micro_batch)
+        return sweeper.train_batch(batch, step, micro_batch, scale)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -130,7 +130,7 @@ def evaluate(run: str | Path) -> dict[str, float]:
             raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
         _rehearse()
         with _open_device(config) as device:
-            workload = make_workload(config, *sources)
+            workload = make_workload(config, *sources, device.torch_device)
             check_same_data(state, workload, path)
             plan = Plan.from_json(state.plan)
             counter = IoCounter()
@@ -166,7 +166,7 @@ def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None 
         if State.from_journal(rundir.journal()).stage != "done":
             raise CheckpointError(f"{path} has not finished; fit --resume --workdir {path} goes on with it")
         result = _read_result(path)
-        workload = make_workload(config, *named_inputs(config))
+        workload = make_workload(config, *named_inputs(config), torch.device("cpu"))
         return export_exit(workload, result, find_exit(result, exit, path), path, None if out is None else Path(out))
 
 
@@ -262,7 +262,7 @@ def _train(
         opened = sources()
         _rehearse()
         with _open_device(config, rank) as device:
-            workload = make_workload(config, *opened)
+            workload = make_workload(config, *opened, device.torch_device)
             costs = profile_workload(workload, device)
             if resume:
                 # Threads end first: a commit that is under way needs the lock.
@@ -307,7 +307,7 @@ def _read_result(path: Path) -> Result:
 def _plan(config: FitConfig, sources: Callable[[], Inputs]) -> PlanReport:
     opened = sources()
     with _open_device(config) as device:
-        workload = make_workload(config, *opened)
+        workload = make_workload(config, *opened, device.torch_device)
         return describe_plan(workload, profile_workload(workload, device), device)
 
 

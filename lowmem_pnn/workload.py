@@ -17,6 +17,7 @@ from lowmem_pnn.methods.base import Split as SplitName
 from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.passes import works_by_rows
 from lowmem_pnn.plans import Plan
+from lowmem_pnn.precision import Precision
 from lowmem_pnn.profiler import profile
 from lowmem_pnn.schedules import factor
 from lowmem_pnn.seeds import seed_of
@@ -162,8 +163,17 @@ def split_data(dataset: Dataset, config: FitConfig) -> dict[SplitName, Split]:
     return splits
 
 
-def make_workload(config: FitConfig, source: ModelSource, dataset: Dataset, splits: dict[SplitName, Split]) -> Workload:
+def make_workload(
+    config: FitConfig, source: ModelSource, dataset: Dataset, splits: dict[SplitName, Split], device: torch.device
+) -> Workload:
     """Cut the model into layers, without its weights.
+
+    Args:
+        config: what was asked.
+        source: how the model is built.
+        dataset: open.
+        splits: its parts.
+        device: that will compute; what a lower precision casts differs between devices.
 
     Raises:
         CaptureError: the model cannot be cut.
@@ -178,7 +188,7 @@ def make_workload(config: FitConfig, source: ModelSource, dataset: Dataset, spli
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     _check_input(source, dataset, model)
-    chain = capture(model, TensorSpec(dataset.sample_shape, dataset.dtype))
+    chain = capture(model, TensorSpec(dataset.sample_shape, dataset.dtype), Precision(config.precision, device.type))
     (scores,) = chain.boundaries[-1]
     if scores.shape[:-1] != dataset.label_shape or scores.shape[-1] < dataset.num_classes:
         wanted = ", ".join(["batch", *map(str, dataset.label_shape), str(dataset.num_classes)])

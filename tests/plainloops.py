@@ -109,15 +109,26 @@ def make_optimizer(config: FitConfig, partition: int, parameters: list[nn.Parame
 
 def cross_entropy(config: FitConfig, output: Tensor, labels: Tensor) -> Tensor:
     """The mean over samples, or over tokens: output (B, classes) and labels (B,), or (B, T, classes) and (B, T)."""
-    return nn.functional.cross_entropy(output.flatten(0, -2), labels.flatten(), label_smoothing=config.label_smoothing)
+    return nn.functional.cross_entropy(output.float().flatten(0, -2), labels.flatten(), label_smoothing=config.label_smoothing)
 
 
-def backward_of(model: nn.Module, loss_of: Loss) -> Backward:
+def scaler_for(config: FitConfig) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", enabled=config.precision == "fp16")
+
+
+def backward_of(
+    model: nn.Module, loss_of: Loss, config: FitConfig | None = None, scaler: torch.amp.GradScaler | None = None
+) -> Backward:
+    """Forward in the precision that is asked for, and back from the scaled loss."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision if config else "fp32")
+
     def backward(x: Tensor, y: Tensor, share: float) -> float:
-        loss = loss_of(model(x), y)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            output = model(x)
+        loss = loss_of(output, y)
         if share != 1.0:
             loss = loss * share
-        loss.backward()
+        (scaler.scale(loss) if scaler else loss).backward()
         return float(loss.detach())
 
     return backward
@@ -165,6 +176,7 @@ def train_epochs(
     place: tuple[str, int],
     micro_batch_of: Callable[[int], int] | None = None,
     smallest: int = 1,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> float:
     """The loop that everybody writes, with our seeds.
 
@@ -180,6 +192,7 @@ def train_epochs(
         place: words that the seed of every micro-batch's forward has, before step and number.
         micro_batch_of: samples at once, in each step; None for what the configuration says.
         smallest: fewer samples than this join the micro-batch before them; a batch of fewer is left out.
+        scaler: of the loss, which `backward` has applied.
 
     Returns:
         The mean loss over the last epoch's samples.
@@ -202,13 +215,21 @@ def train_epochs(
                 for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(y)], strict=True)):
                     torch.manual_seed(seed_of(config.seed, *place, step, number))
                     loss += backward(x[start:stop].clone(), y[start:stop], (stop - start) / len(y))
+                if scaler is not None:
+                    for optimizer in optimizers:
+                        scaler.unscale_(optimizer)
                 if config.clip_norm is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
                 for optimizer, rate in zip(optimizers, rates, strict=True):
                     [group] = optimizer.param_groups
                     group["lr"] = rate * factor(config.lr_schedule, step, total_steps, config.warmup_steps)
-                    optimizer.step()
+                    if scaler is None:
+                        optimizer.step()
+                    else:
+                        scaler.step(optimizer)
                     optimizer.zero_grad()
+                if scaler is not None:
+                    scaler.update()
                 loss_sum += loss * len(y)
                 num_samples += len(y)
             step += 1
@@ -287,7 +308,8 @@ def train_by_exact(
     config = configure(max_gpu_mem="1GB", model="python:model", data="python:data", **options)
     split = training_split(data, **options)
     model = built(build, config.seed).train()
-    backward = backward_of(model, functools.partial(cross_entropy, config))
+    scaler = scaler_for(config)
+    backward = backward_of(model, functools.partial(cross_entropy, config), config, scaler)
     if config.loss_chunk is not None:
         assert head_of is not None
         backward = backward_in_chunks(model, head_of(model), config, config.loss_chunk)
@@ -307,6 +329,7 @@ def train_by_exact(
         place=("forward", 0),
         micro_batch_of=micro_batch_of,
         smallest=smallest,
+        scaler=scaler,
     )
     return Trained(model, train_loss)
 

@@ -143,8 +143,13 @@ class Objective(ABC):
         """Device bytes that the objective needs besides outputs and their gradient.
 
         Args:
-            output_bytes: of the partition's outputs, per sample.
+            output_bytes: of the partition's outputs, in float32 at least, per sample.
         """
+
+
+def in_full(tensor: Tensor) -> Tensor:
+    """A tensor in float32 at least: a loss is not computed in less."""
+    return tensor if tensor.dtype.itemsize >= torch.float32.itemsize else tensor.float()
 
 
 class Labels(Objective):
@@ -163,7 +168,7 @@ class Labels(Objective):
     def loss(self, outputs: tuple[Tensor, ...], labels: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
         """Cross entropy; `reduction="sum"` is for a micro-batch that is computed in chunks."""
         smoothing = self._label_smoothing if outputs[0].requires_grad else 0.0
-        scores = outputs[0].flatten(0, -2)
+        scores = in_full(outputs[0]).flatten(0, -2)
         return nn.functional.cross_entropy(scores, labels.flatten(), reduction=reduction, label_smoothing=smoothing)
 
     def num_correct(self, outputs: tuple[Tensor, ...], labels: Tensor) -> int:
@@ -248,7 +253,7 @@ class Method(ABC):
             learners = recovering(self.config, num_partitions)
             visits.append(
                 Sweep(
-                    sweep_visits(num_partitions, learners, deferred=self.config.clip_norm is not None),
+                    sweep_visits(num_partitions, learners, deferred=self.config.steps_wait),
                     self.config.recovery_epochs,
                     self.config.value_for("batch_size", num_partitions - 1),
                     place="recovery",

@@ -5,8 +5,8 @@
 
 All micro-batches of a batch go through a partition before the next one is loaded, so that its weights are read once for all of them
 (the vertical schedule of L2L, Pudipeddi et al. 2020). Each partition steps as soon as its gradients are complete; with gradient
-clipping, whose norm is over all partitions, gradients are kept on disk until the last of them is there: 4 bytes a weight more are
-written, 8 more are read (the gradient, and the weight once more).
+clipping, whose norm is over all partitions, and in fp16, where any of them may overflow, gradients are kept on disk until the last of
+them is there: 4 bytes a weight more are written, 8 more are read (the gradient, and the weight once more).
 
 Losses and weights are those of plain PyTorch, bit for bit, on the CPU in float32.
 """
@@ -28,9 +28,8 @@ class Exact(Method):
     def visits(self, num_partitions: int, splits: Collection[Split]) -> list[Visit | Sweep]:
         """One sweep of all epochs."""
         learners = range(num_partitions)
-        deferred = self.config.clip_norm is not None
-        visits = sweep_visits(num_partitions, learners, deferred=deferred)
         config = self.config
+        visits = sweep_visits(num_partitions, learners, deferred=config.steps_wait)
         shuffle = config.value_for("shuffle", 0)
         return [Sweep(visits, config.value_for("epochs", 0), config.value_for("batch_size", 0), shuffle=shuffle)]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.costs import Affine
-from lowmem_pnn.methods.base import Objective
+from lowmem_pnn.methods.base import Objective, in_full
 
 Distribution = Literal["uniform", "normal", "orthogonal", "sparse"]
 Target = Literal["full", "pooled"]
@@ -88,7 +88,7 @@ class SyntheticLabels(Objective):
         target: Target = "full",
     ) -> None:
         self._shapes = tuple(_pooled(spec.shape) if target == "pooled" else spec.shape for spec in boundary)
-        self._bytes = sum(math.prod(shape) * spec.dtype.itemsize for shape, spec in zip(self._shapes, boundary, strict=True))
+        self._bytes = sum(math.prod(shape) for shape in self._shapes) * torch.float32.itemsize
         self._num_classes = num_classes
         self._kappa = kappa
         self._seed = seed
@@ -120,9 +120,9 @@ class SyntheticLabels(Objective):
             outputs = tuple(_pool(output) if counts else output for output, counts in zip(outputs, chosen, strict=True))
         pairs = [(output, codes) for output, codes, counts in zip(outputs, self._codes, chosen, strict=True) if counts]
         if len(pairs) == 1:
-            return nn.functional.mse_loss(pairs[0][0], pairs[0][1][labels])
+            return nn.functional.mse_loss(in_full(pairs[0][0]), pairs[0][1][labels])
         elements = sum(output.numel() for output, _ in pairs)
-        losses = [nn.functional.mse_loss(output, codes[labels], reduction="sum") for output, codes in pairs]
+        losses = [nn.functional.mse_loss(in_full(output), codes[labels], reduction="sum") for output, codes in pairs]
         return torch.stack(losses).sum() / elements
 
     def memory(self, output_bytes: int) -> Affine:
