@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from lowmem_pnn.dataflow import DataFlow
 from lowmem_pnn.errors import CaptureError, ConfigError
-from lowmem_pnn.precision import FULL, Precision
+from lowmem_pnn.numerics import AS_IT_IS, Numerics
 from lowmem_pnn.tracer import trace
 
 # Names that a GraphModule has and a plain module has not: a submodule of such a name would be lost.
@@ -67,7 +67,7 @@ class Layer:
         name: as in `Layer.name`.
         module: as in `Layer.module`.
         order: names of all the model's parameters and buffers.
-        precision: as in `Layer.precision`.
+        numerics: as in `Layer.numerics`.
     """
 
     name: str
@@ -77,11 +77,11 @@ class Layer:
     module: nn.Module
     """An `fx.GraphModule` whose parameters and buffers have the names they have in the model."""
 
-    precision: Precision
-    """What it computes in, and its head too."""
+    numerics: Numerics
+    """How it computes, and its head too."""
 
-    def __init__(self, name: str, module: nn.Module, order: Iterable[str], precision: Precision = FULL) -> None:
-        self.name, self.module, self.precision = name, module, precision
+    def __init__(self, name: str, module: nn.Module, order: Iterable[str], numerics: Numerics = AS_IT_IS) -> None:
+        self.name, self.module, self.numerics = name, module, numerics
         parameters = dict(module.named_parameters(remove_duplicate=False))
         buffers = dict(module.named_buffers(remove_duplicate=False))
         self._parameter_names = tuple(key for key in order if key in parameters)
@@ -105,22 +105,22 @@ class Layer:
         self.module.get_submodule(container).add_module(own, head)
         names = [*head.state_dict(keep_vars=True), *dict(head.named_buffers())]
         order = [*self._parameter_names, *self._buffer_names, *dict.fromkeys(prefix + name for name in names)]
-        layer = Layer(self.name, self.module, order, self.precision)
+        layer = Layer(self.name, self.module, order, self.numerics)
         layer.head = head
         return layer
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run it, from the boundary before it to the one after it; what it does not use goes through as it is."""
-        with self.precision.computing():
+        with self.numerics.computing():
             # Not module(...): a GraphModule prints to stderr before it raises, and running out of memory is no news here.
-            result: tuple[Tensor, ...] = self.module.forward(*tensors)
+            result: tuple[Tensor, ...] = self.module.forward(*self.numerics.laid_out(tensors))
         return result
 
     def scores(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What a loss of the layer's own is measured on: its head's class scores of its outputs; or these, where it has no head."""
         if self.head is None:
             return outputs
-        with self.precision.computing():
+        with self.numerics.computing():
             return (self.head(outputs[0]),)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -240,7 +240,7 @@ class Chain:
         raise ConfigError(f"no layer {cut!r} in the model; {hint}")
 
 
-def capture(model: nn.Module, input_spec: TensorSpec, precision: Precision = FULL) -> Chain:
+def capture(model: nn.Module, input_spec: TensorSpec, numerics: Numerics = AS_IT_IS) -> Chain:
     """Cut a model into layers.
 
     Its weights are never read, so that it may be on the meta device, or larger than memory. The model, its mode, its gradients
@@ -249,7 +249,7 @@ def capture(model: nn.Module, input_spec: TensorSpec, precision: Precision = FUL
     Args:
         model: `model(x)` gives one tensor, with the batch on axis 0 as in x.
         input_spec: of x, (batch, *input_spec.shape).
-        precision: what its layers are to compute in.
+        numerics: how its layers are to compute.
 
     Returns:
         The chain, whose modules are in the mode of `model`.
@@ -265,10 +265,10 @@ def capture(model: nn.Module, input_spec: TensorSpec, precision: Precision = FUL
     """
     names = _tensors_by_name(model)
     _check_weights(model, names)
-    flow = DataFlow(model, trace(model), input_spec.shape, input_spec.dtype, precision)
+    flow = DataFlow(model, trace(model), input_spec.shape, input_spec.dtype, numerics)
     # A module of an nn.Sequential is called '4'; so that no layer has another one's number for a name, its name is its own number.
     pieces = ((str(number) if name.isdigit() else name, module) for number, (name, module) in enumerate(flow.pieces()))
-    layers = [Layer(name, module, names, precision) for name, module in pieces]
+    layers = [Layer(name, module, names, numerics) for name, module in pieces]
     held: dict[int, list[int]] = {}
     for index, layer in enumerate(layers):
         for tensor in {**layer.parameters(), **layer.buffers()}.values():

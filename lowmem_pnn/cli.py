@@ -39,7 +39,11 @@ _METAVARS = {
 
 
 # Options without a value: their names, and what the help says of the default.
-_SWITCHES = {"fused": ("--fused/--no-fused", " [default: fused]"), "parallel_sil": ("--parallel-sil", "")}
+_SWITCHES = {
+    "fused": ("--fused/--no-fused", " [default: fused]"),
+    "parallel_sil": ("--parallel-sil", ""),
+    "channels_last": ("--channels-last", ""),
+}
 
 
 def _config_options(command: _Command) -> _Command:

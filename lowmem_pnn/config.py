@@ -232,6 +232,10 @@ class FitConfig:
             "gradients and the optimizer's state stay float32."
         ),
     )
+    channels_last: bool = Field(
+        default=False,
+        description="Maps (B, C, H, W) lie in memory position by position: convolutions may be faster, last bits differ.",
+    )
     budget_scope: Literal["process", "allocator"] = Field(
         default="process",
         description="What the budget bounds on a GPU: all that the process holds, or PyTorch's allocator alone.",

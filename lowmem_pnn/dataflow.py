@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.precision import Precision
+from lowmem_pnn.numerics import Numerics
 from lowmem_pnn.tracer import Trace, copy_structure, random_state_kept, reason
 
 MAX_TENSORS = 64
@@ -85,13 +85,13 @@ class _Recorder(fx.Interpreter):
 
 
 def _run_fake(
-    model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: torch.dtype, precision: Precision, batch: int, training: bool
+    model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: torch.dtype, numerics: Numerics, batch: int, training: bool
 ) -> _Run:
     """Run the traced graph, and the model itself, on tensors that have shapes but no values.
 
     All are on the CPU, wherever the model's are; where it matters what is cast, on the device that computes.
     """
-    device = "cpu" if precision.name == "fp32" else precision.device_type
+    device = "cpu" if numerics.precision == "fp32" else numerics.device_type
     mode_text = "train" if training else "eval"
     where = (
         f"model {type(model).__name__} does not run on samples of {shape} {str(dtype).removeprefix('torch.')} in {mode_text} mode"
@@ -101,14 +101,14 @@ def _run_fake(
     def watched(forward: Callable[[nn.Module, Tensor, _Watch], Any]) -> list[tuple[Any, ...]]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
-            sample = torch.empty((batch, *shape), dtype=dtype, device=device)
+            (sample,) = numerics.laid_out((torch.empty((batch, *shape), dtype=dtype, device=device),))
             fakes: dict[int, Tensor] = {}
             for tensor in [*model.parameters(), *model.buffers()]:
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
                 fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         root = _complete(copy_structure(model, fakes), traced).train(training)
         watch = _Watch([sample, *fakes.values()])
-        with random_state_kept(), _quiet(), mode, torch.enable_grad(), precision.computing(), watch:
+        with random_state_kept(), _quiet(), mode, torch.enable_grad(), numerics.computing(), watch:
             forward(root, sample, watch)
         return watch.log
 
@@ -195,10 +195,10 @@ class _Constant(nn.Module):
 class DataFlow:
     """Which values flow where in a traced graph, and so where it can be cut."""
 
-    def __init__(self, model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> None:
+    def __init__(self, model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: torch.dtype, numerics: Numerics) -> None:
         self._traced = traced
         modes = ((2, True), (3, True), (2, False))
-        self._runs = [_run_fake(model, traced, shape, dtype, precision, batch, training) for batch, training in modes]
+        self._runs = [_run_fake(model, traced, shape, dtype, numerics, batch, training) for batch, training in modes]
         self._where = f"model {type(model).__name__}"
         self._root = _complete(copy_structure(model), traced)
         self._input = next(node for node in traced.graph.nodes if node.op == "placeholder")

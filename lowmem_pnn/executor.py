@@ -17,8 +17,8 @@ from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, DataError, DivergedError
 from lowmem_pnn.feeds import Batch, Feed
 from lowmem_pnn.methods import Objective
+from lowmem_pnn.numerics import LossScale, unscale
 from lowmem_pnn.passes import backward_from_loss, micro_batches, outputs_in_chunks, place_aligned, scores_by_units
-from lowmem_pnn.precision import LossScale, unscale
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stalls import Stalls

@@ -60,11 +60,14 @@ def sweep_bytes(workload: Workload, profile: MemoryProfile, device: Device, io: 
     state = max(layer.optimizer_bytes for layer in profile.layers)
     if not device.shares_host:
         return state
-    # A tensor that is larger than the stream waits alone.
-    stream = max(io.stream_bytes, max(layer.weight_bytes for layer in profile.layers))
     # The gradient that other partitions left, and the sum with it.
     shared = 2 * profile.shared_bytes
-    return state + shared + reading_bytes(workload, device, io, 0, batch) + 2 * stream + io.boundary_bytes
+    return state + shared + reading_bytes(workload, device, io, 0, batch) + 2 * stream_bytes(profile, io) + io.boundary_bytes
+
+
+def stream_bytes(profile: MemoryProfile, io: IoSizes) -> int:
+    """What a sweep reads ahead, and as much that it writes behind: a tensor that is larger than the stream waits alone."""
+    return max(io.stream_bytes, max(layer.weight_bytes for layer in profile.layers))
 
 
 def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int, batch: int) -> int:

@@ -24,9 +24,9 @@ from lowmem_pnn.initialisation import build_weights, owners
 from lowmem_pnn.joining import TRAINED, forget
 from lowmem_pnn.measuring import measure, validate
 from lowmem_pnn.methods import Sweep, share_of
+from lowmem_pnn.numerics import LossScale
 from lowmem_pnn.planning import describe_partition, make_plan
 from lowmem_pnn.plans import Plan
-from lowmem_pnn.precision import LossScale
 from lowmem_pnn.preflight import check_tightest
 from lowmem_pnn.progress import Display
 from lowmem_pnn.ranks import Rank

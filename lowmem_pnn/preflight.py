@@ -11,10 +11,10 @@ from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CaptureError, LowMemError
 from lowmem_pnn.executor import Executor
-from lowmem_pnn.footprint import beside_bytes
+from lowmem_pnn.footprint import beside_bytes, stream_bytes
 from lowmem_pnn.methods import Sweep
+from lowmem_pnn.numerics import LossScale
 from lowmem_pnn.plans import Plan
-from lowmem_pnn.precision import LossScale
 from lowmem_pnn.run import Run
 from lowmem_pnn.sweeper import Sweeper
 from lowmem_pnn.units import format_bytes
@@ -84,15 +84,18 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, costs: MemoryProfil
     # Smaller than planned where an earlier process died in this check.
     asked = micro_batch = run.state.sweep_micro_batch if workload.method.sweeps else run.state.micro_batches[number]
     went_through = False
+    device.expect(planned.predicted_peak_bytes)
     device.begin_section()
     # Where it does not load, or not even the smallest micro-batch fits, another plan may do.
     with contextlib.suppress(BudgetError):
         micro_batch = _rehearse(run, number, size, micro_batch) if workload.method.sweeps else _learn_once(run, number, size)
         went_through = True
     measured = device.section_peak_bytes()
-    # The check holds one batch of zeros, and reads nothing.
+    # The check holds one batch of zeros, and reads nothing but, in a sweep, the partition's weights.
     io = IoSizes.of_budget(device.budget_bytes)
     beside = beside_bytes(workload, costs, device, io, planned.start, planned.batch)
+    if workload.method.sweeps and device.shares_host:
+        beside -= stream_bytes(costs, io)
     predicted = planned.predicted_peak_bytes - beside + held
     fits = went_through and micro_batch == asked
     return Check(number, predicted, measured, fits, micro_batch if went_through else None)

@@ -306,8 +306,10 @@ class _Bench:
 
     def _run(self, *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
         """Its outputs; or, if it has a head, the head's scores."""
-        with self._layer.precision.computing():
-            outputs = torch.func.functional_call(self._layer.module, self._tensors, inputs, tie_weights=False)
+        with self._layer.numerics.computing():
+            outputs = torch.func.functional_call(
+                self._layer.module, self._tensors, self._layer.numerics.laid_out(inputs), tie_weights=False
+            )
         head = self._layer.head
         if not scores or head is None:
             return tuple(outputs)
@@ -315,7 +317,7 @@ class _Bench:
         tensors = {
             key.removeprefix(f"{prefix}."): tensor for key, tensor in self._tensors.items() if key.startswith(f"{prefix}.")
         }
-        with self._layer.precision.computing():
+        with self._layer.numerics.computing():
             return (torch.func.functional_call(head, tensors, outputs, tie_weights=False),)
 
     def _inputs(self, batch: int) -> list[Tensor]:

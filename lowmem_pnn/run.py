@@ -198,6 +198,7 @@ class Run:
     def begin_record(self, partition: int) -> None:
         """A visit of a partition begins: its time and its peak are the partition's from now on."""
         self.update_record()
+        self.device.expect(self.plan.partitions[partition].predicted_peak_bytes)
         self.device.begin_section()
         self._recording = partition, time.monotonic(), self.threads.stalls.seconds()
 

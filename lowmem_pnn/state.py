@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lowmem_pnn.executor import Progress, Tally
-from lowmem_pnn.precision import LossScale
+from lowmem_pnn.numerics import LossScale
 
 
 @dataclass

@@ -25,9 +25,9 @@ from lowmem_pnn.early_stop import unneeded_products, without_products
 from lowmem_pnn.errors import DivergedError
 from lowmem_pnn.feeds import Batch
 from lowmem_pnn.methods import Objective, Sweep, Visit
+from lowmem_pnn.numerics import LossScale, unscale
 from lowmem_pnn.passes import backward_from_loss, forward, micro_batches, place_aligned
 from lowmem_pnn.plans import Plan
-from lowmem_pnn.precision import LossScale, unscale
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.stepping import state_keys, step, step_groups, take_state
 from lowmem_pnn.stores.disk import IoCounter

@@ -12,7 +12,7 @@ from lowmem_pnn.feeds import Batch, DatasetFeed, Feed
 from lowmem_pnn.logbook import Pace, log_epoch, log_step
 from lowmem_pnn.measuring import validate
 from lowmem_pnn.methods import Sweep
-from lowmem_pnn.precision import LossScale
+from lowmem_pnn.numerics import LossScale
 from lowmem_pnn.run import Run
 from lowmem_pnn.sweeper import Sweeper
 from lowmem_pnn.units import format_bytes

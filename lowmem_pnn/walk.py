@@ -30,6 +30,7 @@ def train(run: Run) -> None:
     """
     state = run.state
     program = run.program
+    steps = Steps(run)
     stage: Stage | None = None
     while state.visit < len(program):
         item = program[state.visit]
@@ -46,8 +47,8 @@ def train(run: Run) -> None:
             learns = item.action == "learn"
             run.begin_record(item.partition)
             if stage is None:
-                stage = run.stage(item.partition, learns=learns, total_steps=_steps(run, item.partition))
-            _learn(run, item, stage) if learns else _emit(run, item, stage)
+                stage = run.stage(item.partition, learns=learns, total_steps=steps.of(item.partition))
+            _learn(run, item, stage, steps.before[state.visit]) if learns else _emit(run, item, stage)
             run.end_record()
             if learns:
                 save = partial(run.save, stage)
@@ -91,16 +92,51 @@ def _drop_unread(run: Run) -> None:
             state.activations = {}
 
 
-def _learn(run: Run, visit: Visit, stage: Stage) -> None:
+class Steps:
+    """Optimizer steps of a run's program, by partition.
+
+    Args:
+        run: whose program it is; not of sweeps, which count for themselves.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._so_far = [0] * len(run.plan.partitions)
+        # Before each item of the program, of its own partition.
+        self.before: list[int] = []
+        samples = len(run.workload.splits["train"])
+        for item in run.program:
+            if isinstance(item, Sweep):
+                self.before.append(0)
+                continue
+            self.before.append(self._so_far[item.partition])
+            if item.action == "learn":
+                self._so_far[item.partition] += item.epochs * steps_of_epoch(
+                    item, samples, run.plan.partitions[item.partition].batch
+                )
+
+    def of(self, partition: int) -> int:
+        """In all its visits."""
+        return self._so_far[partition]
+
+
+def steps_of_epoch(visit: Visit, samples: int, batch: int) -> int:
+    """Optimizer steps of one epoch of a visit: its last batch may be short.
+
+    Args:
+        visit: of `learn`.
+        samples: to train on.
+        batch: samples a step.
+    """
+    begin, end = visit.stretch or (0, samples)
+    return math.ceil((end - begin) / batch)
+
+
+def _learn(run: Run, visit: Visit, stage: Stage, steps_before: int) -> None:
     progress, record = run.state.progress, run.state.records[visit.partition]
     if stage.residency.optimizer is None:
         run.display.message(f"{stage.title} has only frozen weights: nothing to learn")
         return
-    whole_epoch = math.ceil(len(run.workload.splits["train"]) / stage.batch_size)
-    begin, end = visit.stretch or (0, len(run.workload.splits["train"]))
-    steps = math.ceil((end - begin) / stage.batch_size)
-    steps_before = visit.epochs_before * whole_epoch + math.ceil(begin / stage.batch_size)
-
+    steps = steps_of_epoch(visit, len(run.workload.splits["train"]), stage.batch_size)
     save = partial(run.save, stage)
 
     def after_batch(loss: float | None) -> None:
@@ -199,10 +235,3 @@ def _store_key(split: Split, view: int) -> str:
 def _folder(run: Run, split: Split, view: int = 0) -> Path | None:
     name = run.state.activations.get(_store_key(split, view))
     return None if name is None else run.activations / name
-
-
-def _steps(run: Run, partition: int) -> int:
-    """Optimizer steps of a partition, in all its visits."""
-    batch = run.plan.partitions[partition].batch
-    epochs: int = run.workload.config.value_for("epochs", partition)
-    return epochs * math.ceil(len(run.workload.splits["train"]) / batch)

@@ -14,10 +14,10 @@ from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.methods import Method, Objective, make_method
 from lowmem_pnn.methods.base import Split as SplitName
+from lowmem_pnn.numerics import Numerics
 from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.passes import works_by_rows
 from lowmem_pnn.plans import Plan
-from lowmem_pnn.precision import Precision
 from lowmem_pnn.profiler import profile
 from lowmem_pnn.schedules import factor
 from lowmem_pnn.seeds import seed_of
@@ -173,7 +173,7 @@ def make_workload(
         source: how the model is built.
         dataset: open.
         splits: its parts.
-        device: that will compute; what a lower precision casts differs between devices.
+        device: that will compute; what autocast casts differs between devices.
 
     Raises:
         CaptureError: the model cannot be cut.
@@ -188,7 +188,10 @@ def make_workload(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     _check_input(source, dataset, model)
-    chain = capture(model, TensorSpec(dataset.sample_shape, dataset.dtype), Precision(config.precision, device.type))
+    numerics = Numerics(config.precision, device.type, config.channels_last)
+    chain = capture(model, TensorSpec(dataset.sample_shape, dataset.dtype), numerics)
+    if config.channels_last and all(len(spec.shape) != 3 for specs in chain.boundaries for spec in specs):
+        raise ConfigError(f"--channels-last has no effect here: no layer of {source.spec} takes maps (C, H, W); leave it out")
     (scores,) = chain.boundaries[-1]
     if scores.shape[:-1] != dataset.label_shape or scores.shape[-1] < dataset.num_classes:
         wanted = ", ".join(["batch", *map(str, dataset.label_shape), str(dataset.num_classes)])

@@ -133,6 +133,48 @@ def test_the_cpu_has_a_floor_a_meter_and_a_wall() -> None:
 
 
 @linux
+def test_holes_in_the_heap_are_given_back_while_more_is_in_use_than_foreseen() -> None:
+    """Blocks that are too small to be mapped, every other one freed: half of the heap is holes."""
+    found = _in_a_process("""
+        import json, time
+        import torch
+        from lowmem_pnn.device import CpuDevice
+        from lowmem_pnn.units import MEBIBYTE
+        def used_with(expected):
+            with CpuDevice(256 * MEBIBYTE) as device:
+                device.expect(expected)
+                blocks = [torch.ones(MEBIBYTE // 4) for _ in range(100)]
+                del blocks[::2]
+                time.sleep(0.1)
+                return device.used_bytes(), device.section_peak_bytes()
+        print(json.dumps({"much": used_with(200 * MEBIBYTE), "little": used_with(60 * MEBIBYTE)}))
+    """)
+    used, peak = found["much"]
+    assert used > 95 * MEBIBYTE, "what is freed stays, for further use"
+    used, _ = found["little"]
+    assert used < 60 * MEBIBYTE
+
+
+@linux
+def test_a_peak_does_not_count_what_was_held_before_the_device_was_opened() -> None:
+    found = _in_a_process("""
+        import json, time
+        import torch
+        from lowmem_pnn.device import CpuDevice
+        from lowmem_pnn.units import MEBIBYTE
+        class Cycle:
+            pass
+        garbage = Cycle()
+        garbage.own, garbage.tensor = garbage, torch.ones(50 * MEBIBYTE)
+        del garbage  # is collected when the device is opened
+        with CpuDevice(64 * MEBIBYTE) as device:
+            time.sleep(0.05)
+        print(json.dumps({"peak": device.peak_bytes}))
+    """)
+    assert found["peak"] < 8 * MEBIBYTE
+
+
+@linux
 def test_a_stricter_limit_of_the_user_stays() -> None:
     found = _in_a_process("""
         import json, resource

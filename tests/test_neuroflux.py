@@ -274,6 +274,17 @@ def test_interleaved_blocks_learn_from_what_the_block_before_has_just_learnt(tmp
     assert torch.isfinite(model(data[0])).all()
 
 
+def test_interleaved_blocks_with_batches_of_their_own_count_every_step_once(tmp_path: Path) -> None:
+    """A stretch of 16 samples is one step of the first block, and two, of 12 and 4 samples, of the second."""
+    options: dict[str, Any] = {"macro_batches": 1, "batch_size": (16, 12), "lr_schedule": "cosine", "log_every": 1, "epochs": 2}
+    fit(tmp_path / "run", images(48), visits="interleaved", cuts="2", val_fraction=0.0, **options)
+    lines = step_lines(tmp_path / "run")
+    first, second = ([line["step"] for line in lines if line["visit"] % 3 == number] for number in (0, 2))  # learn, emit, learn
+    assert first == list(range(1, 7))
+    assert second == list(range(1, 13))
+    assert lines[-1]["lr"] < 0.001  # the schedule's end
+
+
 def test_the_exit_is_the_smallest_within_the_tolerance() -> None:
     assert choose_exit([0.2, 0.7, 0.71, 0.715], tolerance=0.02) == 1
     assert choose_exit([0.2, 0.7, 0.71, 0.715], tolerance=0.0) == 3

@@ -37,7 +37,7 @@ LEVELS = [
     ["device", "costs", "optimizers", "options", "ranks"],
     ["config", "plans"],
     ["chain", "tracer", "dataflow", "stores", "sources", "seeds", "schedules", "streams"],
-    ["precision"],
+    ["numerics"],
     ["units", "errors", "stalls", "__init__"],
 ]
 

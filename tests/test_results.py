@@ -115,3 +115,16 @@ def check_prediction(result: dict[str, Any]) -> None:
     for partition in result["partitions"]:
         # A library's first use of a kernel, and the heap's own needs, take a few MiB of any run.
         assert partition["peak_bytes"] < 1.1 * partition["predicted_peak_bytes"] + 4 * MEBIBYTE, partition
+
+
+def test_a_hundred_blocks_of_a_sixtieth_of_the_budget_do_not_fill_the_heap_with_holes(tmp_path: Path) -> None:
+    """Activations that go while gradients of another size come once left half as much again in holes."""
+    random = np.random.default_rng(0)
+    x, y = random.random((1500, 256), dtype=np.float32), np.arange(1500) % 10
+    np.savez(tmp_path / "vectors.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
+    widths = "-".join(["256", *["512"] * 24, "10"])
+    arguments = f"--model mlp:{widths} --data npz:{tmp_path / 'vectors.npz'} --batch-size 500 --epochs 2 --lr 1e-4"
+    result = fit(tmp_path / "run", "--max-gpu-mem", "96MB", "--partitions", "2", *arguments.split())
+    assert result["oom_retries"] == 0
+    for part in result["partitions"]:
+        assert part["peak_bytes"] < 1.02 * part["predicted_peak_bytes"]

@@ -108,6 +108,13 @@ class Device(ABC):
         """The most private host memory above what the process held when the device was opened."""
         return self.peak_bytes
 
+    def expect(self, peak_bytes: int) -> None:  # noqa: B027 - most devices need not be told
+        """What comes is foreseen to need no more than this, above the floor: what is freed may be kept below it for further use.
+
+        Args:
+            peak_bytes: as planned.
+        """
+
     def check_budget(self) -> None:
         """Raise if the present section went over the budget.
 

@@ -1,12 +1,21 @@
 """The CPU as the training device: the budget bounds the process's private memory above its floor."""
 
 import gc
+import sys
 
 import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.device.base import Device
-from lowmem_pnn.device.host import DataLimit, PrivateMemoryMeter, fix_malloc_thresholds, private_bytes, trim_heap, trim_threshold
+from lowmem_pnn.device.host import (
+    DataLimit,
+    HeapRelief,
+    PrivateMemoryMeter,
+    fix_malloc_thresholds,
+    private_bytes,
+    trim_heap,
+    trim_threshold,
+)
 
 
 class CpuDevice(Device):
@@ -22,7 +31,8 @@ class CpuDevice(Device):
     def __init__(self, budget_bytes: int) -> None:
         super().__init__(torch.device("cpu"), budget_bytes)
         self._wall = DataLimit(budget_bytes + self.reserve_bytes)
-        self._meter = PrivateMemoryMeter(on_sample=self._wall.follow)
+        self._relief = HeapRelief(sys.maxsize)
+        self._meter = PrivateMemoryMeter(on_sample=self._follow)
 
     @staticmethod
     def slack_for(budget_bytes: int) -> int:
@@ -37,14 +47,24 @@ class CpuDevice(Device):
         gc.collect()  # garbage in the floor would be room above the budget
         trim_heap()
         self.floor_bytes = private_bytes()
+        self.expect(self.budget_bytes)
         self._wall.raise_wall()
-        self.begin_section()
+        # What was collected a moment ago is in no section.
+        self._meter.begin_section()
 
     def close(self) -> None:
         """Take the wall down and stop the meter."""
         self._peak = self.peak_bytes
         self._meter.stop()
         self._wall.take_down()
+
+    def expect(self, peak_bytes: int) -> None:
+        """See `Device.expect`; a plan counts the heap's slack as used, which is where holes are to be given back."""
+        self._relief.level_bytes = self.floor_bytes + peak_bytes - self.slack_for(self.budget_bytes)
+
+    def _follow(self, private: int, data: int) -> None:
+        self._wall.follow(private, data)
+        self._relief.follow(private)
 
     def used_bytes(self) -> int:
         """Private memory now, above the floor."""

@@ -110,9 +110,42 @@ def trim_threshold(budget_bytes: int) -> int:
 
 
 def trim_heap() -> None:
-    """Give the heap's free pages back to the system (glibc only)."""
+    """Give the heap's free pages back to the system, those between used ones too (glibc only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+class HeapRelief:
+    """Gives the heap's free pages back while more is in use than there should be.
+
+    Blocks from the heap are fast, since their pages stay. But where blocks of many sizes come and go (activations go while gradients
+    come), the holes that they leave can be half as much again as what is in use. Below the level nothing is done.
+
+    Args:
+        level_bytes: private memory that is no reason to do anything; may be changed at any time.
+    """
+
+    _WORTHWHILE = MEBIBYTE
+    _SHORTEST, _LONGEST = 0.004, 0.5
+
+    def __init__(self, level_bytes: int) -> None:
+        self.level_bytes = level_bytes
+        self._pause = self._SHORTEST
+        self._next = 0.0
+
+    def follow(self, private: int) -> None:
+        """Look at a sample; called often.
+
+        Args:
+            private: bytes in use.
+        """
+        if private <= self.level_bytes or time.monotonic() < self._next:
+            return
+        trim_heap()
+        # Where there was nothing to give back, what is in use is in use: asking on and on would only hold up who allocates.
+        useless = private - private_bytes() < self._WORTHWHILE
+        self._pause = min(2 * self._pause, self._LONGEST) if useless else self._SHORTEST
+        self._next = time.monotonic() + self._pause
 
 
 class DataLimit:

@@ -56,17 +56,26 @@ def scratch_bytes(operation: Any, arguments: Sequence[Any], result: Any) -> int:
     """
     if operation is torch.ops.aten.convolution.default:
         inputs, weight = arguments[:2]
-        return _bytes(inputs) + _bytes(weight) + _bytes(result) if inputs.device.type == "cpu" else 0
+        if inputs.device.type != "cpu":
+            return 0
+        # Channels last is a format of oneDNN's own: only the weight is copied, into that order and then into blocks.
+        return 2 * _bytes(weight) if _is_channels_last(inputs) else _bytes(inputs) + _bytes(weight) + _bytes(result)
     if operation is torch.ops.aten.convolution_backward.default:
         gradient, inputs, weight = arguments[:3]
         if gradient.device.type != "cpu":
             return 0
         input_gradient, weight_gradient, _ = result
+        if _is_channels_last(inputs):
+            return 2 * max(_bytes(weight), _bytes(weight_gradient))
         # One after the other: the input's gradient, when the weight's is not there yet; then the weight's.
         first = _bytes(weight) + _bytes(input_gradient) - _bytes(weight_gradient)
         second = _bytes(inputs) + _bytes(weight_gradient)
         return _bytes(gradient) + max(first, second)
     return 0
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def _bytes(tensor: Tensor | None) -> int:

@@ -1,4 +1,4 @@
-"""Precision: what layers compute in. Weights, their gradients and the optimizer's state are float32 in any case.
+"""Numerics: what layers compute in, and how maps lie in memory. Weights, gradients and the optimizer's state are float32 in any case.
 
     fp32    as the model is
     bf16    PyTorch's autocast to bfloat16: half the activations, half what crosses boundaries
@@ -6,6 +6,9 @@
 
 Weights are cast where they are used, and the copies go when backward has had them (`cache_enabled=False`): a copy that outlived its
 layer would be memory that no plan knows of.
+
+Maps (B, C, H, W) lie channel by channel, as PyTorch has them by default, or position by position (`channels_last`), which many
+convolutions are faster on. Weights stay as they are: a kernel that wants them otherwise makes a copy for the moment.
 """
 
 import math
@@ -31,25 +34,33 @@ _LEAST_SCALE = 1 / 65536
 
 
 @dataclass(frozen=True)
-class Precision:
-    """What layers compute in.
+class Numerics:
+    """How layers compute.
 
     Args:
-        name: `fp32`, `bf16` or `fp16`.
+        precision: `fp32`, `bf16` or `fp16`.
         device_type: `cpu` or `cuda`: what is cast differs between them.
+        channels_last: maps lie position by position.
     """
 
-    name: PrecisionName = "fp32"
+    precision: PrecisionName = "fp32"
     device_type: str = "cpu"
+    channels_last: bool = False
 
     def computing(self) -> AbstractContextManager[Any]:
         """Where forwards run."""
-        if self.name == "fp32":
+        if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device_type, _AUTOCAST[self.name], cache_enabled=False)
+        return torch.autocast(self.device_type, _AUTOCAST[self.precision], cache_enabled=False)
+
+    def laid_out(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Tensors as layers are to get them: maps as `channels_last` says, others as they are."""
+        if not self.channels_last:
+            return tensors
+        return tuple(tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor for tensor in tensors)
 
 
-FULL = Precision()
+AS_IT_IS = Numerics()
 """As the model is."""
 
 

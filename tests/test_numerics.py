@@ -1,4 +1,4 @@
-"""Lower precision: layers under autocast, the loss's scale, and what crosses partitions in between."""
+"""Numerics: layers under autocast, the loss's scale, maps that lie position by position."""
 
 import math
 from collections.abc import Callable
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 import lowmem_pnn
 from lowmem_pnn import trainer
 from lowmem_pnn.chain import TensorSpec, capture
-from lowmem_pnn.errors import DivergedError, Stopped
+from lowmem_pnn.errors import ConfigError, DivergedError, Stopped
+from lowmem_pnn.numerics import AS_IT_IS, LossScale, Numerics, unscale
 from lowmem_pnn.options import configure
-from lowmem_pnn.precision import FULL, LossScale, Precision, unscale
 from lowmem_pnn.report import Result
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
@@ -94,7 +94,7 @@ def test_every_method_learns_in_lower_precision(method: str, precision: str, tmp
 def test_a_chain_computes_what_autocast_of_the_model_does() -> None:
     model = small_conv().eval()
     x, _ = images(6)
-    chain = capture(model, TensorSpec((3, 8, 8), torch.float32), Precision("bf16"))
+    chain = capture(model, TensorSpec((3, 8, 8), torch.float32), Numerics("bf16"))
     assert [specs[0].dtype for specs in chain.boundaries] == [torch.float32, *[torch.bfloat16] * 4]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(chain(x), model(x))
@@ -178,9 +178,9 @@ def test_without_a_scale_nothing_is_touched() -> None:
 
 
 def test_full_precision_has_no_autocast() -> None:
-    with FULL.computing():
+    with AS_IT_IS.computing():
         assert not torch.is_autocast_enabled("cpu")
-    with Precision("bf16").computing():
+    with Numerics("bf16").computing():
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
 
@@ -189,3 +189,52 @@ def test_built_models_stay_float32(tmp_path: Path) -> None:
     result = fit(small_mlp, vectors(), tmp_path / "run", precision="bf16", cuts="1", **COMMON)
     model = built(small_mlp, 3)
     assert {t.dtype for t in loaded(small_mlp, result.weights_file).parameters()} == {t.dtype for t in model.parameters()}
+
+
+# Channels last.
+
+
+class _Map(nn.Module):
+    """A model that is given its maps position by position."""
+
+    def __init__(self, build: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.model = build()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
+        return scores
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("build", [small_conv, small_resnet], ids=["conv", "resnet"])
+def test_exact_is_same_as_plain_pytorch_with_channels_last(
+    build: Callable[[], nn.Module], precision: str, tmp_path: Path
+) -> None:
+    options = {**COMMON, "precision": precision, "micro_batch": 6}
+    result = fit(build, images(), tmp_path / "run", channels_last=True, cuts="1,2", **options)
+    expected = train_by_exact(lambda: _Map(build), images(), **options)
+    assert_same_weights(loaded(build, result.weights_file), expected.model.get_submodule("model"))
+    assert result.train_loss == expected.train_loss
+
+
+def test_other_methods_learn_with_channels_last(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"epochs": 6, "batch_size": 12, "lr": 0.01, "val_fraction": 0.1, "cuts": "2"}
+    for method in ("pnn", "neuroflux"):
+        folder = tmp_path / method
+        result = fit(small_conv, images(120), folder, test=images(60, seed=1), method=method, channels_last=True, **options)
+        assert result.test_accuracy is not None
+        assert result.test_accuracy > 0.8
+
+
+def test_channels_last_needs_maps(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--channels-last has no effect here: no layer of .* takes maps"):
+        fit(small_mlp, vectors(), tmp_path / "run", channels_last=True, **COMMON)
+
+
+def test_a_chain_keeps_maps_position_by_position() -> None:
+    chain = capture(small_conv().eval(), TensorSpec((3, 8, 8), torch.float32), Numerics(channels_last=True))
+    x, _ = images(6)
+    with torch.no_grad():
+        (maps,) = chain.layers[0](x)
+    assert maps.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,315 @@
+"""What a budget costs in time: samples per second of every method at 1/2, 1/4 and 1/8 of the memory that plain training needs.
+
+An MLP, a ResNet-18, a vision transformer and a GPT, each with a batch at which one would train it. First plain PyTorch with everything
+in memory, which gives the memory that it needs and the speed that others are a ratio of; and the same with activation checkpointing,
+which recomputes as `exact` does: blocks in about as many segments as their number's square root, the last one not checkpointed, ended
+early as PyTorch does. Then every method at every budget. An epoch is timed after one that is not; methods that write boundaries once
+are charged a tenth of that, since ten epochs are the default. The share of time that computing waited is the run's own figure.
+
+    python bench/throughput.py [--only mlp,resnet18,vit,gpt] [--rounds 1] [--quick] [--again]
+
+Every contender is a process of its own; with several rounds they take turns, and medians count. About 40 minutes on one core; finished
+runs are kept in bench/.cache/.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import Cache, StepMeter, last_json, lowmem_pnn, markdown_table, run_process, write_results
+from neuroflux_runs import arguments_of, times_of
+
+MB = 1e6
+FRACTIONS = (2, 4, 8)
+METHODS = ("exact", "backprop", "pnn", "neuroflux")
+LOCAL = ("pnn", "neuroflux")
+# Epochs that the default writes boundaries once for.
+EPOCHS = 10
+STEPS = 3
+LOCAL_GOAL, EXACT_GOAL, STALL_GOAL = 1.0, 0.95, 0.05
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is trained.
+
+    Args:
+        model: as `--model` takes it.
+        model_arg: for its factory.
+        data: `images`, `grey` or `text`.
+        batch: samples a step.
+    """
+
+    model: str
+    model_arg: Mapping[str, str]
+    data: str
+    batch: int
+
+
+NETWORKS = {
+    "mlp": Network("mlp:" + "-".join(["1024"] * 25) + "-10", {}, "grey", 1024),
+    "resnet18": Network("cifar-resnet18", {}, "images", 64),
+    "vit": Network("networks:vit", {"depth": "8", "width": "384", "heads": "6"}, "images", 64),
+    "gpt": Network("gpt:layers=8,width=512,heads=8,context=256", {}, "text", 16),
+}
+
+
+def make_data(kind: str, samples: int, folder: Path) -> str:
+    """Random samples, as `--data` takes them."""
+    random = np.random.Generator(np.random.Philox(0))
+    if kind == "text":
+        file = folder / "text"
+        file.write_bytes(random.bytes(samples * 256 * 2))
+        return f"text:{file}"
+    shape = (samples, 32, 32) if kind == "grey" else (samples, 32, 32, 3)
+    x, y = random.integers(256, size=shape, dtype=np.uint8), random.integers(10, size=samples)
+    np.savez(folder / "data.npz", x_train=x, y_train=y, x_test=x[:16], y_test=y[:16])
+    return f"npz:{folder / 'data.npz'}"
+
+
+def fields_of(network: Network, folder: Path, steps: int) -> dict[str, Any]:
+    """Fields of `FitConfig` that are the same for all."""
+    samples = network.batch * steps
+    given = {"model_arg": dict(network.model_arg)} if network.model_arg else {}
+    return {
+        "model": network.model,
+        **given,
+        "data": make_data(network.data, samples, folder),
+        "batch_size": network.batch,
+        "train_limit": samples,
+        "test_limit": 8,
+        "epochs": 2,
+        "lr": 1e-4,
+        "val_fraction": 0.0,
+    }
+
+
+def in_memory(file: Path) -> None:
+    """Plain PyTorch, of the settings in a file; prints JSON as the last line."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    from lowmem_pnn.chain import Layer, TensorSpec, capture
+    from lowmem_pnn.device.cpu import warm_up
+    from lowmem_pnn.options import configure
+    from lowmem_pnn.passes import forward
+    from lowmem_pnn.workload import open_data
+
+    settings = json.loads(file.read_text())
+    checkpoints = settings.pop("checkpoints")
+    config = configure(max_gpu_mem="1TB", method="backprop", **settings)
+    source, dataset, splits = open_data(config)
+    train = splits["train"]
+    warm_up(torch.device("cpu"))
+    meter = StepMeter()
+    meter.begin()
+    torch.manual_seed(config.seed)
+    model = source.build().train()
+    chain = capture(model, TensorSpec(dataset.sample_shape, dataset.dtype))
+    size = math.ceil(math.sqrt(len(chain.layers)))
+    segments = [chain.layers[begin : begin + size] for begin in range(0, len(chain.layers), size)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+
+    def run(layers: tuple[Layer, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return forward(layers, tensors)
+
+    (batch,) = config.batch_sizes
+    meter.lap()
+    for _ in range(2):
+        for begin in range(0, len(train), batch):
+            samples, labels = train.batch(np.arange(begin, min(begin + batch, len(train))))
+            tensors: tuple[torch.Tensor, ...] = (samples,)
+            for number, layers in enumerate(segments):
+                if checkpoints and number < len(segments) - 1:
+                    tensors = checkpoint(partial(run, layers), *tensors, use_reentrant=False)
+                else:
+                    tensors = run(layers, *tensors)
+            loss = torch.nn.functional.cross_entropy(tensors[0].flatten(0, -2), labels.flatten())
+            del tensors
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            del loss
+            meter.lap()
+    seconds = meter.step_seconds()
+    print(json.dumps({"seconds": sum(seconds[len(seconds) // 2 :]), "peak": meter.figures(skip=0)["private_above_imports"]}))
+
+
+def plain(network: Network, steps: int, checkpoints: bool) -> dict[str, Any]:
+    """Seconds of an epoch and the peak, with everything in memory."""
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "settings.json"
+        file.write_text(json.dumps({**fields_of(network, Path(name), steps), "checkpoints": checkpoints}))
+        found: dict[str, Any] = last_json(run_process([sys.executable, __file__, "--in-memory", str(file)]).stdout)
+    return found
+
+
+def ours(network: Network, steps: int, method: str, budget: int) -> dict[str, Any]:
+    """Seconds of an epoch, what it waited for, and the peak; `reason` alone where it does not fit."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fields = {**fields_of(network, folder, steps), "method": method, "max_gpu_mem": budget, "device": "cpu"}
+        plan = folder / "plan.json"
+        # A plan that does not fit has an exit code, and a report all the same.
+        code = "import subprocess, sys; subprocess.run(sys.argv[2:], stdout=open(sys.argv[1], 'w'))"
+        run_process([sys.executable, "-c", code, str(plan), *lowmem_pnn("plan", "--json", *arguments_of(fields))])
+        report = json.loads(plan.read_text())
+        if not report["fits"]:
+            return {"reason": report["reason"]}
+        workdir = folder / "run"
+        settings = {**fields, "commit_every": 1_000_000, "log_every": 1_000_000, "workdir": workdir}
+        done = run_process(lowmem_pnn("fit", "--json", "--quiet", *arguments_of(settings)))
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads(done.stdout)
+    samples = network.batch * steps
+    times = times_of(lines, samples, result["seconds"])
+    last = {line["partition"]: line for line in lines if "samples_per_second" in line}
+    waited: dict[str, float] = {}
+    for line in last.values():
+        for kind, share in line["waiting"].items():
+            waited[kind] = waited.get(kind, 0.0) + share * samples / line["samples_per_second"]
+    return {
+        "seconds": times["learning"] + times["caching"] / EPOCHS,
+        "waited": {kind: seconds / times["learning"] for kind, seconds in waited.items()},
+        "peak": result["peak_bytes"],
+        "partitions": len(result["partitions"]),
+        "micro_batches": [part["micro_batch"] for part in result["partitions"]],
+        "retries": result["oom_retries"],
+    }
+
+
+def median_of(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a round, with the median of all rounds' seconds."""
+    if "reason" in found[0]:
+        return found[0]
+    return {**found[0], "seconds": statistics.median(run["seconds"] for run in found)}
+
+
+def measure(network: Network, cache: Cache, name: str, steps: int, rounds: int, fractions: tuple[int, ...]) -> dict[str, Any]:
+    """All contenders of a network."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for number in range(rounds):
+        key = {"network": name, **network.__dict__, "model_arg": dict(network.model_arg), "steps": steps, "round": number}
+        for checkpoints in (False, True):
+            contender = "checkpointed" if checkpoints else "plain"
+            own = cache.get({**key, "contender": contender}, partial(plain, network, steps, checkpoints))
+            runs.setdefault(contender, []).append(own)
+        for fraction in fractions:
+            budget = int(runs["plain"][0]["peak"] / fraction)
+            for method in METHODS:
+                # Rounded in the key, since it is measured.
+                own = cache.get({**key, "contender": method, "fraction": fraction}, partial(ours, network, steps, method, budget))
+                runs.setdefault(f"{method} 1/{fraction}", []).append(own)
+    return {contender: median_of(found) for contender, found in runs.items()}
+
+
+def rows_of(name: str, network: Network, found: Mapping[str, dict[str, Any]], steps: int) -> list[tuple[str, ...]]:
+    """A row per contender."""
+    base, checkpointed = found["plain"], found["checkpointed"]
+    rows = []
+    for contender, own in found.items():
+        if "reason" in own:
+            needs = own["reason"].partition("; give")[0]
+            rows.append((name, contender, *(["-"] * 7), needs))
+            continue
+        waited = own.get("waited", {})
+        parts = own.get("micro_batches", [])
+        sizes = sorted({*parts})
+        rows.append(
+            (
+                name,
+                contender,
+                f"{network.batch * steps / own['seconds']:.1f}",
+                f"{base['seconds'] / own['seconds']:.2f}",
+                f"{checkpointed['seconds'] / own['seconds']:.2f}",
+                f"{own['peak'] / MB:.0f}",
+                str(len(parts)) if parts else "-",
+                (f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}") if sizes else "-",
+                f"{sum(waited.values()):.1%}" if waited else "-",
+                ", ".join(f"{kind} {share:.1%}" for kind, share in waited.items() if share >= 0.001),
+            )
+        )
+    return rows
+
+
+def verdicts(found: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[str]:
+    """The goals, each with the contenders that miss it."""
+    missed: dict[str, list[str]] = {"local": [], "exact": [], "stalls": []}
+    for name, contenders in found.items():
+        for contender, own in contenders.items():
+            if contender in ("plain", "checkpointed") or "reason" in own:
+                continue
+            method = contender.split()[0]
+            label = f"{name} {contender}"
+            if method in LOCAL and (ratio := contenders["plain"]["seconds"] / own["seconds"]) < LOCAL_GOAL:
+                missed["local"].append(f"{label}: {ratio:.2f}")
+            if method == "exact" and (ratio := contenders["checkpointed"]["seconds"] / own["seconds"]) < EXACT_GOAL:
+                missed["exact"].append(f"{label}: {ratio:.2f}")
+            if (share := sum(own["waited"].values())) > STALL_GOAL:
+                missed["stalls"].append(f"{label}: {share:.1%}")
+    goals = {
+        "local": f"local methods at least {LOCAL_GOAL:.1f} of plain training",
+        "exact": f"exact at least {EXACT_GOAL:.2f} of checkpointed training",
+        "stalls": f"computing waits for at most {STALL_GOAL:.0%} of the time",
+    }
+    return [
+        f"- {words}: {'met' if not missed[goal] else 'NOT MET by ' + '; '.join(missed[goal])}" for goal, words in goals.items()
+    ]
+
+
+def main() -> None:
+    """Run all contenders and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(NETWORKS), help="comma list of networks")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="the MLP at half its memory, one step an epoch; writes no page")
+    parser.add_argument("--again", action="store_true", help="forget the runs that are finished")
+    parser.add_argument("--in-memory", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.in_memory is not None:
+        in_memory(arguments.in_memory)
+        return
+    names = ["mlp"] if arguments.quick else arguments.only.split(",")
+    if unknown := [name for name in names if name not in NETWORKS]:
+        parser.error(f"--only {unknown[0]} is none of {', '.join(NETWORKS)}")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    cache = Cache("throughput_quick" if arguments.quick else "throughput", arguments.again)
+    steps, fractions = (1, FRACTIONS[:1]) if arguments.quick else (STEPS, FRACTIONS)
+    found, rows = {}, []
+    for name in names:
+        network = NETWORKS[name]
+        found[name] = measure(network, cache, name, steps, arguments.rounds, fractions)
+        rows += rows_of(name, network, found[name], steps)
+    heads = (
+        "network", "contender, budget", "samples/s", "of plain", "of checkpointed", "peak MB", "partitions", "micro-batch", "waiting",
+        "for",
+    )  # fmt: skip
+    batches = ", ".join(f"{name} {NETWORKS[name].batch}" for name in names)
+    page = [
+        f"AdamW, float32, batches of {batches} samples; {steps} steps an epoch, the second epoch counts, {arguments.rounds} round(s).",
+        "Budgets are fractions of plain training's peak; all peaks are private memory above what the process holds after imports.",
+        f"OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'unset')}.",
+        "",
+        markdown_table(heads, rows),
+        "",
+        *verdicts(found),
+    ]
+    if arguments.quick:
+        print("\n".join(page))
+        return
+    write_results("throughput", "Throughput: what a budget costs in time", "\n".join(page), {"networks": found})
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main()
