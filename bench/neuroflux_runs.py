@@ -213,9 +213,18 @@ def times_of(lines: list[dict[str, Any]], num_learnt: int, seconds: float) -> di
 
     Returns:
         `learning`: an epoch of all partitions, from the last epoch of each, which are `learning_parts`. `caching`: all that blocks
-        wrote. `start`: until the first epoch, for profiling, planning and what is checked before training. `rest`.
+        wrote. `start`: until the first epoch, for profiling, planning and what is checked before training. `rest`. Where blocks take
+        turns macro-batch by macro-batch, only whole epochs are known, caching included: `learning` and `seconds` alone.
     """
     epochs = [line for line in lines if "samples_per_second" in line]
+    if not epochs:
+        ends = list({line["epoch"]: line["seconds"] for line in lines if "train_loss" in line}.values())
+        return {
+            "learning": (ends[-1] - ends[0]) / max(1, len(ends) - 1),
+            "learning_parts": [],
+            "caching": None,
+            "seconds": seconds,
+        }
     last = {line.get("partition", 0): num_learnt / line["samples_per_second"] for line in epochs}
     learnt = sum(num_learnt / line["samples_per_second"] for line in epochs)
     emits = [at for at, line in enumerate(lines) if line["action"] == "emit"]
