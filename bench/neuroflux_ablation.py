@@ -51,11 +51,12 @@ def table_of(found: dict[str, dict[str, Any]]) -> str:
         if "reason" in own:
             rows.append((name, *("-" for _ in range(len(heads) - 2)), "does not fit"))
             continue
+        caching = "-" if own["caching"] is None else f"{own['caching']:.1f}"
         rows.append(
             (
                 name, str(len(own["batches"])), ", ".join(map(str, own["batches"])), f"{100 * own['val']:.1f}", f"{100 * own['test']:.1f}",
                 f"{100 * (own['test'] - base['test']):+.1f}", f"{own['seconds']:.0f}", f"{own['seconds'] / base['seconds']:.2f}",
-                "-" if own["caching"] is None else f"{own['caching']:.1f}", f"{own['cache_bytes'] / MB:.0f}", f"{own['bytes_written'] / MB:.0f}", f"{own['peak'] / MB:.0f}",
+                caching, f"{own['cache_bytes'] / MB:.0f}", f"{own['bytes_written'] / MB:.0f}", f"{own['peak'] / MB:.0f}",
             )
         )  # fmt: skip
     return markdown_table(heads, rows)
