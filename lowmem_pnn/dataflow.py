@@ -96,6 +96,8 @@ def _run_fake(
     where = (
         f"model {type(model).__name__} does not run on samples of {shape} {str(dtype).removeprefix('torch.')} in {mode_text} mode"
     )
+    if numerics.channels_last:
+        where += ", its maps channels last (--channels-last)"
     run = _Run(batch)
 
     def watched(forward: Callable[[nn.Module, Tensor, _Watch], Any]) -> list[tuple[Any, ...]]:

@@ -169,7 +169,7 @@ class Executor:
                 if not math.isfinite(loss):
                     raise DivergedError(
                         f"the loss became {loss} in {stage.title}, epoch {progress.epoch + 1}, batch {progress.batch + 1}; "
-                        f"the last commit is kept; try a lower --lr"
+                        f"the last commit is kept; {stage.loss_scale.remedy}"
                     )
                 progress.tally.add(loss, len(batch[1]))
             progress.batch += 1

@@ -75,5 +75,6 @@ def _take(run: Run, number: int, folder: Path) -> None:
                 target.copy_from(name, source, name)
     run.state.records[number] = theirs.records[number]
     run.state.micro_batches[number] = theirs.micro_batches[number]
+    run.state.loss_scales[number] = theirs.loss_scales[number]
     run.state.oom_retries += theirs.oom_retries
     run.counter.add(read=theirs.bytes_read, written=theirs.bytes_written)

@@ -88,6 +88,11 @@ class LossScale:
         """What training begins with."""
         return cls(_FIRST_SCALE, moves=True) if precision == "fp16" else cls()
 
+    @property
+    def remedy(self) -> str:
+        """What to try where a loss is not finite: a scale has no part in it."""
+        return "try --precision bf16, or a lower --lr" if self.moves else "try a lower --lr"
+
     def update(self, *, overflowed: bool) -> None:
         """A step is over.
 
@@ -109,7 +114,7 @@ class LossScale:
         if self.value < _LEAST_SCALE:
             raise DivergedError(
                 f"gradients are not finite in float16, whatever the loss is scaled by; {self.skipped} steps were left out; "
-                "the last commit is kept; try --precision bf16, or a lower --lr"
+                f"the last commit is kept; {self.remedy}"
             )
 
 

@@ -141,9 +141,11 @@ def _check_cuts_apart(workload: Workload, plan: Plan) -> None:
         specs = workload.chain.boundaries[part.start]
         if len(specs) > 1 or specs[0].dtype != torch.float32:
             name, found = workload.chain.layers[part.start].name, ", ".join(map(str, specs))
+            lower = workload.config.precision != "fp32"
             raise ConfigError(
-                f"--parallel-sil needs cuts that one float32 tensor crosses, and before layer {name!r} there are {found}; give other "
-                "--cuts, or leave --parallel-sil out"
+                f"--parallel-sil needs cuts that one float32 tensor crosses, and before layer {name!r} there are {found}"
+                f"{f' in --precision {workload.config.precision}' if lower else ''}; give other --cuts, "
+                f"{'--precision fp32, ' if lower else ''}or leave --parallel-sil out"
             )
 
 

@@ -95,7 +95,8 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, costs: MemoryProfil
     io = IoSizes.of_budget(device.budget_bytes)
     beside = beside_bytes(workload, costs, device, io, planned.start, planned.batch)
     if workload.method.sweeps and device.shares_host:
-        beside -= stream_bytes(costs, io)
+        own = sum(layer.weight_bytes for layer in costs.layers[planned.start : planned.stop])
+        beside -= min(own, stream_bytes(costs, io))
     predicted = planned.predicted_peak_bytes - beside + held
     fits = went_through and micro_batch == asked
     return Check(number, predicted, measured, fits, micro_batch if went_through else None)

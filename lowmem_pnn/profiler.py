@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_pnn.chain import Chain, Layer, TensorSpec
 from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile, by_itself
-from lowmem_pnn.device.kernels import CODE_BYTES, MAX_COMPILED, compiled, scratch_bytes
+from lowmem_pnn.device.kernels import MAX_COMPILED, compiled, scratch_bytes
 from lowmem_pnn.device.tracking import StorageTracker
 from lowmem_pnn.errors import ConfigError
 
@@ -62,7 +62,7 @@ def profile(
         counted: set[int] = set()
         layers = []
         smallest = 1
-        compiled_kernels: set[Hashable] = set()
+        compiled_kernels: dict[Hashable, int] = {}
         shared: set[int] = set()
         repeated: dict[int, int] = {}
         repeated_bytes = 0
@@ -89,7 +89,7 @@ def profile(
         forbidden_cuts=() if parts_ties else tuple(sorted(forbidden)),
         optimizer=_OPTIMIZERS[optimizer_state_tensors],
         smallest_micro_batch=smallest,
-        kernel_bytes=min(len(compiled_kernels), MAX_COMPILED) * CODE_BYTES,
+        kernel_bytes=sum(sorted(compiled_kernels.values(), reverse=True)[:MAX_COMPILED]),
         repeated_bytes=repeated_bytes,
         shared_bytes=sum(repeated.values()),
     )
@@ -154,7 +154,7 @@ class _Timeline(StorageTracker):
     def __init__(self) -> None:
         super().__init__()
         self.moments = [0]
-        self.compiled: set[Hashable] = set()
+        self.compiled: dict[Hashable, int] = {}
 
     def _after(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         self.moments.append(self.live + scratch_bytes(func, args, result))
@@ -217,7 +217,7 @@ class _Bench:
         self.after = after
         self._device = device
         self._learns_input = learns_input
-        self.compiled: set[Hashable] = set()
+        self.compiled: dict[Hashable, int] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._tensors = self._fake({**layer.parameters(), **layer.buffers()})
 
@@ -301,7 +301,7 @@ class _Bench:
         with torch.no_grad(), timeline:
             self._run(*inputs)
         # Of one number of samples: the last measured.
-        self.compiled = self.compiled | {("eval", key) for key in timeline.compiled}
+        self.compiled = self.compiled | {("eval", key): nbytes for key, nbytes in timeline.compiled.items()}
         return timeline.moments
 
     def _run(self, *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:

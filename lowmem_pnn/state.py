@@ -88,7 +88,8 @@ class State:
                 **body,
                 "progress": Progress(**progress),
                 "records": [PartitionRecord(**record) for record in body["records"]],
-                "loss_scales": [LossScale(**scale) for scale in body["loss_scales"]],
+                # Runs of a time when there was no other precision have none.
+                "loss_scales": [LossScale(**scale) for scale in body.get("loss_scales") or [{} for _ in body["micro_batches"]]],
             }
         )
 

@@ -138,8 +138,7 @@ class Sweeper:
             CaptureError: a parameter got no gradient.
             Exception: memory ran out (`is_out_of_memory`). Some weights may have been stepped: only a commit can be gone back to.
         """
-        parts = micro_batches(len(batch[1]), micro_batch, self._plan.smallest_micro_batch)
-        work = _Work(*batch, step, scale, parts)
+        work = _Work(*batch, step, scale, micro_batches(len(batch[1]), micro_batch, self._plan.smallest_micro_batch))
         actions: dict[str, Callable[[Visit, _Work], None]] = {
             "emit": self._emit,
             "backpropagate": self._backpropagate,
@@ -167,7 +166,7 @@ class Sweeper:
         """
         planned, chain = self._plan.partitions[number], self._workload.chain
         before, after = chain.boundaries[planned.start], chain.boundaries[planned.stop]
-        tensors = tuple(torch.zeros(samples, *spec.shape, dtype=spec.dtype) for spec in before) if number == 0 else ()
+        tensors = tuple(_zeros(slice(0, samples), spec) for spec in before) if number == 0 else ()
         labels = torch.zeros(samples, *self._workload.dataset.label_shape, dtype=torch.int64)
         work = _Work(tensors, labels, 0, LossScale(), micro_batches(samples, micro_batch, self._plan.smallest_micro_batch))
         for part_number, part in enumerate(work.parts):
@@ -176,10 +175,9 @@ class Sweeper:
             if number < self._last:
                 gradients = [_zeros(part, spec) if spec.dtype.is_floating_point else None for spec in after]
                 self._crossing.put_gradients(number + 1, part_number, gradients)
-        visit = Visit("backpropagate", number, "train", learns=True, hands_back=number > 0)
         try:
             with self._supply.batch(self._tensor_keys[number]):
-                self._backward(visit, work)
+                self._backward(Visit("backpropagate", number, "train", learns=True, hands_back=number > 0), work)
         finally:
             self.close()
 
@@ -228,7 +226,7 @@ class Sweeper:
         residency, own = self._backward(visit, work), visit.partition
         if own == self._last and not math.isfinite(work.loss):
             raise DivergedError(
-                f"the loss became {work.loss} in {self.title(own)}, step {work.step + 1}; the last commit is kept; try a lower --lr"
+                f"the loss became {work.loss} in {self.title(own)}, step {work.step + 1}; the last commit is kept; {work.scale.remedy}"
             )
         if not visit.learns:
             return

@@ -190,8 +190,10 @@ def make_workload(
     _check_input(source, dataset, model)
     numerics = Numerics(config.precision, device.type, config.channels_last)
     chain = capture(model, TensorSpec(dataset.sample_shape, dataset.dtype), numerics)
-    if config.channels_last and all(len(spec.shape) != 3 for specs in chain.boundaries for spec in specs):
-        raise ConfigError(f"--channels-last has no effect here: no layer of {source.spec} takes maps (C, H, W); leave it out")
+    if config.channels_last and all(parameter.dim() != 4 for parameter in model.parameters()):
+        raise ConfigError(
+            f"--channels-last has no effect here: {source.spec} has no convolutions of maps (C, H, W); leave it out"
+        )
     (scores,) = chain.boundaries[-1]
     if scores.shape[:-1] != dataset.label_shape or scores.shape[-1] < dataset.num_classes:
         wanted = ", ".join(["batch", *map(str, dataset.label_shape), str(dataset.num_classes)])

@@ -52,7 +52,17 @@ def test_only_convolutions_on_the_cpu_count() -> None:
     assert scratch_bytes(convolution, (x, weight), y) == x.nbytes + weight.nbytes + y.nbytes
     assert scratch_bytes(convolution, (x.to("meta"), weight.to("meta")), y.to("meta")) == 0
     assert scratch_bytes(torch.ops.aten.mm.default, (x, weight), y) == 0
-    assert compiled(torch.ops.aten.mm.default, (x, weight)) == []
+    assert compiled(torch.ops.aten.mm.default, (x, weight)) == {}
+
+
+def test_matrix_products_are_compiled_in_bfloat16_alone() -> None:
+    x, weight = torch.zeros(4, 3), torch.zeros(3, 5)
+    mm = torch.ops.aten.mm.default
+    assert compiled(mm, (x, weight)) == compiled(mm, (x.half(), weight.half())) == {}
+    [(key, nbytes)] = compiled(mm, (x.bfloat16(), weight.bfloat16())).items()
+    assert nbytes > 500_000
+    assert compiled(torch.ops.aten.addmm.default, (torch.zeros(5), x.bfloat16(), weight.bfloat16())) == {key: nbytes}
+    assert key not in compiled(mm, (x[:2].bfloat16(), weight.bfloat16()))
 
 
 def test_code_is_shared_by_convolutions_of_one_shape() -> None:

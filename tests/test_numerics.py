@@ -30,6 +30,7 @@ from lowmem_pnn.errors import ConfigError, DivergedError, Stopped
 from lowmem_pnn.numerics import AS_IT_IS, LossScale, Numerics, unscale
 from lowmem_pnn.options import configure
 from lowmem_pnn.report import Result
+from lowmem_pnn.state import State
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
@@ -129,7 +130,7 @@ def test_the_scale_outlives_a_stop(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x_train=x.numpy(), y_train=y.numpy())
     config = configure(
         max_gpu_mem="400MB", device="cpu", method="exact", precision="fp16", cuts="1", commit_every=0.0,
-        model="test_precision:_Overflows", data=f"npz:{tmp_path / 'data.npz'}", **COMMON,
+        model="test_numerics:_Overflows", data=f"npz:{tmp_path / 'data.npz'}", **COMMON,
     )  # fmt: skip
     whole = trainer.start_run(config, tmp_path / "whole")
     with pytest.raises(Stopped):
@@ -141,6 +142,14 @@ def test_the_scale_outlives_a_stop(tmp_path: Path) -> None:
     assert whole.skipped_steps > 0
     assert resumed.skipped_steps == whole.skipped_steps
     assert_same_weights(loaded(_Overflows, resumed.weights_file), loaded(_Overflows, whole.weights_file))
+
+
+def test_a_journal_of_a_time_without_scales_is_read() -> None:
+    state = State(plan={}, micro_batches=[4, 8], loss_scales=[LossScale.first("fp16")] * 2)
+    body = state.to_journal()
+    assert State.from_journal(body) == state
+    del body["loss_scales"]
+    assert State.from_journal(body).loss_scales == [LossScale(), LossScale()]
 
 
 def test_a_scale_moves_as_pytorch_moves_it() -> None:
@@ -228,7 +237,7 @@ def test_other_methods_learn_with_channels_last(tmp_path: Path) -> None:
 
 
 def test_channels_last_needs_maps(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--channels-last has no effect here: no layer of .* takes maps"):
+    with pytest.raises(ConfigError, match=r"--channels-last has no effect here: .* has no convolutions of maps"):
         fit(small_mlp, vectors(), tmp_path / "run", channels_last=True, **COMMON)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from commands import lowmem_pnn, write_data
 from plainloops import stop_at
+from torch import Tensor, nn
 
 from lowmem_pnn.config import FitConfig
 from lowmem_pnn.errors import CheckpointError, ConfigError, Stopped
@@ -162,13 +163,30 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+class Floats(nn.Module):
+    """Float32 crosses its cuts, whatever it computes in; gradients overflow in float16 until the loss's scale is small."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1)).relu().float() * 64
+        x = self.second(x).relu().float() * 64
+        scores: Tensor = self.last(x) / 64
+        return scores
+
+
+HALF: dict[str, Any] = {
+    "model": "test_ranks:Floats", "model_arg": {"num_classes": 10}, "precision": "fp16", "recovery_epochs": 1, "recover": "all",
+}  # fmt: skip
 MORE: dict[str, Any] = {
     "epochs": (2, 3, 1), "optimizer": ("sgd", "adam", "adamw"), "shuffle": (True, False, True), "kappa": (2.0, 3.0), "sil": "sparse",
     "recovery_epochs": 1, "recover": "all",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [{}, MORE, {"val_fraction": 0.0}], ids=["plain", "recovered", "unvalidated"])
+@pytest.mark.parametrize("options", [{}, MORE, {"val_fraction": 0.0}, HALF], ids=["plain", "recovered", "unvalidated", "float16"])
 def test_partitions_side_by_side_are_same_as_one_after_the_other(options: dict[str, Any], tmp_path: Path) -> None:
     alone = start_run(config(**options), tmp_path / "alone")
     assert start(2, tmp_path / "many", **options) is None
@@ -188,8 +206,10 @@ def test_partitions_side_by_side_are_same_as_one_after_the_other(options: dict[s
         "macs",
         "epochs",
         "oom_retries",
+        "skipped_steps",
     ):
         assert getattr(result, name) == getattr(alone, name), name
+    assert (result.skipped_steps > 0) == (options is HALF)
     assert all(part["peak_bytes"] > 0 for part in result.partitions), "of every rank"
     assert result.peak_bytes >= max(part["peak_bytes"] for part in result.partitions)
     # The other ranks' folders are gone.

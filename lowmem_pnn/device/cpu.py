@@ -60,7 +60,7 @@ class CpuDevice(Device):
 
     def expect(self, peak_bytes: int) -> None:
         """See `Device.expect`; a plan counts the heap's slack as used, which is where holes are to be given back."""
-        self._relief.level_bytes = self.floor_bytes + peak_bytes - self.slack_for(self.budget_bytes)
+        self._relief.set_level(self.floor_bytes + peak_bytes - self.slack_for(self.budget_bytes))
 
     def _follow(self, private: int, data: int) -> None:
         self._wall.follow(private, data)

@@ -122,16 +122,19 @@ class HeapRelief:
     come), the holes that they leave can be half as much again as what is in use. Below the level nothing is done.
 
     Args:
-        level_bytes: private memory that is no reason to do anything; may be changed at any time.
+        level_bytes: private memory that is no reason to do anything.
     """
 
     _WORTHWHILE = MEBIBYTE
     _SHORTEST, _LONGEST = 0.004, 0.5
 
     def __init__(self, level_bytes: int) -> None:
-        self.level_bytes = level_bytes
-        self._pause = self._SHORTEST
-        self._next = 0.0
+        self.set_level(level_bytes)
+
+    def set_level(self, level_bytes: int) -> None:
+        """Change the level, at any time; what there was to give back before says nothing of what comes."""
+        self._level_bytes = level_bytes
+        self._pause, self._next = self._SHORTEST, 0.0
 
     def follow(self, private: int) -> None:
         """Look at a sample; called often.
@@ -139,7 +142,7 @@ class HeapRelief:
         Args:
             private: bytes in use.
         """
-        if private <= self.level_bytes or time.monotonic() < self._next:
+        if private <= self._level_bytes or time.monotonic() < self._next:
             return
         trim_heap()
         # Where there was nothing to give back, what is in use is in use: asking on and on would only hold up who allocates.
