@@ -1,8 +1,8 @@
-"""Three ways to train faster (review, arXiv 2312.10024): gradient accumulation, mixed precision, both; and channels last.
+"""Ways to train faster (review, arXiv 2312.10024): gradient accumulation, mixed precision, both; and channels last.
 
 ResNet-50, a vision transformer and EfficientNet on CIFAR-10 (and CIFAR-100 by --data): test accuracy and F1, seconds, losses with their
 curves, and the speed-up against the same network without any of them. The review has no figures for a CPU; it says that accuracy stays
-and that training is up to 2.5 times as fast on a GPU. Pinned memory, its third way, speeds up copies to a GPU: on the CPU there are none.
+and that training is up to 2.5 times as fast on a GPU. Pinned memory, the third of its ways, is for copies to a GPU: on the CPU there are none.
 
     python bench/accelerations.py [--data npz:cifar10.npz,cifar100] [--device auto] [--full] [--quick] [--again]
 
@@ -20,8 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Cache, default_cifar10, lowmem_pnn, markdown_table, run_process, write_results
-from neuroflux_runs import arguments_of
+from common import RESULTS, Cache, arguments_of, default_cifar10, lowmem_pnn, markdown_table, run_process, write_results
 
 MB = 1e6
 PAPER_SPEED_UP = 2.5
@@ -50,11 +49,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def run(fields: dict[str, Any]) -> dict[str, Any]:
     """One run: scores, seconds of an epoch, and both losses by epoch."""
-    given = dict(fields)
-    switches = ["--channels-last"] if given.pop("channels_last", False) else []
     with tempfile.TemporaryDirectory() as name:
         workdir = Path(name) / "run"
-        command = lowmem_pnn("fit", "--json", "--quiet", "--workdir", str(workdir), *switches, *arguments_of(given))
+        command = lowmem_pnn("fit", "--json", "--quiet", "--workdir", str(workdir), *arguments_of(fields))
         done = run_process(command)
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     result = json.loads(done.stdout)

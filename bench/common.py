@@ -112,6 +112,33 @@ def lowmem_pnn(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "lowmem_pnn", *arguments]
 
 
+def arguments_of(fields: Mapping[str, Any]) -> list[str]:
+    """Fields of `FitConfig` as the command line takes them; one that is True is a switch."""
+    arguments: list[str] = []
+    for name, value in fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            arguments.append(flag)
+            continue
+        values = [f"{key}={part}" for key, part in value.items()] if isinstance(value, dict) else [value]
+        arguments += [part for value in values for part in (flag, str(value))]
+    return arguments
+
+
+def plan_report(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What `lowmem-pnn plan` says of these fields: a plan that does not fit has an exit code, and a report all the same.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    command = lowmem_pnn("plan", "--json", *arguments_of(fields))
+    text = subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout
+    if not text:
+        raise RuntimeError(f"no plan came of {' '.join(command)}")
+    report: dict[str, Any] = json.loads(text)
+    return report
+
+
 def machine() -> dict[str, Any]:
     """What figures depend on besides the code."""
     model = next(

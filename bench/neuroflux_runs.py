@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import Cache, last_json, lowmem_pnn, run_process
+from common import Cache, arguments_of, last_json, lowmem_pnn, plan_report, run_process
 
 HERE = Path(__file__).parent
 MB = 1e6
@@ -88,15 +88,6 @@ class Setting:
         }
 
 
-def arguments_of(fields: Mapping[str, Any]) -> list[str]:
-    """As the command line takes them."""
-    arguments: list[str] = []
-    for name, value in fields.items():
-        values = [f"{key}={part}" for key, part in value.items()] if isinstance(value, dict) else [value]
-        arguments += [part for value in values for part in (f"--{name.replace('_', '-')}", str(value))]
-    return arguments
-
-
 class Runs:
     """Runs by what they are; those that are finished are not run again.
 
@@ -155,16 +146,7 @@ class Runs:
         }
 
     def _plan(self, setting: Setting, options: Mapping[str, Any]) -> dict[str, Any]:
-        command = arguments_of({**setting.fields(), **options, "max_gpu_mem": setting.budget, "device": "cpu"})
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "plan.json"
-            # A plan that does not fit has an exit code, and a report all the same.
-            text = "import subprocess, sys; subprocess.run(sys.argv[2:], stdout=open(sys.argv[1], 'w'))"
-            run_process([sys.executable, "-c", text, str(out), *lowmem_pnn("plan", "--json", *command)])
-            if not out.read_text():
-                raise RuntimeError(f"no plan came of {' '.join(command)}")
-            report: dict[str, Any] = json.loads(out.read_text())
-        return report
+        return plan_report({**setting.fields(), **options, "max_gpu_mem": setting.budget, "device": "cpu"})
 
     def _own(self, setting: Setting, options: Mapping[str, Any]) -> dict[str, Any]:
         if not (report := self.plan(setting, options))["fits"]:

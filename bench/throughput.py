@@ -26,8 +26,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Cache, StepMeter, last_json, lowmem_pnn, markdown_table, run_process, write_results
-from neuroflux_runs import arguments_of, times_of
+from common import (
+    Cache,
+    StepMeter,
+    arguments_of,
+    last_json,
+    lowmem_pnn,
+    markdown_table,
+    plan_report,
+    run_process,
+    write_results,
+)
+from neuroflux_runs import times_of
 
 MB = 1e6
 FRACTIONS = (2, 4, 8)
@@ -159,11 +169,7 @@ def ours(network: Network, steps: int, method: str, budget: int) -> dict[str, An
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fields = {**fields_of(network, folder, steps), "method": method, "max_gpu_mem": budget, "device": "cpu"}
-        plan = folder / "plan.json"
-        # A plan that does not fit has an exit code, and a report all the same.
-        code = "import subprocess, sys; subprocess.run(sys.argv[2:], stdout=open(sys.argv[1], 'w'))"
-        run_process([sys.executable, "-c", code, str(plan), *lowmem_pnn("plan", "--json", *arguments_of(fields))])
-        report = json.loads(plan.read_text())
+        report = plan_report(fields)
         if not report["fits"]:
             return {"reason": report["reason"]}
         workdir = folder / "run"
