@@ -41,6 +41,7 @@ _METAVARS = {
 # Options without a value: their names, and what the help says of the default.
 _SWITCHES = {
     "fused": ("--fused/--no-fused", " [default: fused]"),
+    "step_in_backward": ("--step-in-backward/--no-step-in-backward", " [default: step-in-backward]"),
     "parallel_sil": ("--parallel-sil", ""),
     "channels_last": ("--channels-last", ""),
 }

@@ -131,6 +131,13 @@ class FitConfig:
     fused: bool = Field(
         default=True, description="Use PyTorch's fused optimizers: faster, and without temporaries; last bits differ."
     )
+    step_in_backward: bool = Field(
+        default=True,
+        description=(
+            "Step a layer's weights as soon as their gradients are whole, where a batch goes through at once: those of one layer at a "
+            "time are in memory."
+        ),
+    )
     clip_norm: Positive | None = Field(
         default=None,
         description="Scale gradients down to this norm: of all weights (exact, backprop), or of a partition's (pnn).",

@@ -9,7 +9,8 @@ Letters: layer i of the partition [start, stop), micro-batch m, batch B. W weigh
     step         W + O + G                         nothing; the optimizer's temporaries
 
 A partition's peak is the greatest of these. Gradients are there during the forward only where a batch takes several
-micro-batches.
+micro-batches. Where it takes one, and a layer steps as soon as its gradients are whole (`passing_bytes`), G > i is nothing: the step
+of i comes at the end of its backward, and its gradients go with it.
 """
 
 import json
@@ -98,6 +99,7 @@ class LayerCost:
         input_bytes: the boundary tensors before it.
         output_bytes: the boundary tensors after it.
         forward_macs: multiply-accumulates of a forward, per sample.
+        passing_bytes: of the gradients, those that are gone before the layer before it goes back, if a batch is one micro-batch.
     """
 
     name: str
@@ -114,6 +116,7 @@ class LayerCost:
     input_bytes: Affine
     output_bytes: Affine
     forward_macs: int
+    passing_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -189,6 +192,15 @@ def streamed(layer: LayerCost) -> LayerCost:
     return replace(layer, optimizer_bytes=0)
 
 
+def stepped_in_backward(layer: LayerCost) -> LayerCost:
+    """A layer whose weights step as soon as their gradients are whole, if a batch is one micro-batch.
+
+    Args:
+        layer: whose gradients come from a single backward.
+    """
+    return replace(layer, passing_bytes=layer.gradient_bytes)
+
+
 def by_itself(layer: LayerCost) -> LayerCost:
     """A layer that goes back from a loss of its own before the next one runs forward: it keeps nothing but its outputs.
 
@@ -247,12 +259,13 @@ class Prices:
             (
                 # Undoing a batch that ran out of memory takes a copy of the buffers.
                 layer.weight_bytes + 2 * layer.buffer_bytes + layer.optimizer_bytes,
-                layer.gradient_bytes,
+                layer.gradient_bytes if accumulates else layer.gradient_bytes - layer.passing_bytes,
                 layer.step_bytes,
                 layer.input_bytes.at(m),
                 layer.kept.at(m),
                 layer.forward_peak.at(m),
-                layer.output_bytes.at(m) + layer.backward_peak.at(m),
+                # A step in backward finds what the layer's backward has left.
+                layer.output_bytes.at(m) + layer.backward_peak.at(m) + (layer.step_bytes if layer.passing_bytes else 0),
                 layer.emit_peak.at(m),
             )
             for layer in layers

@@ -3,24 +3,26 @@
 A batch is the transaction: nothing that outlives it changes before the optimizer's step, so running out of memory in it (or a meter
 that shows more than the budget) is undone by dropping the gradients and restoring the buffers; then it is done again with half the
 micro-batch. The batch that the optimizer sees stays the same, by accumulation.
+
+Where a batch goes through at once, layers step during its backward (`lowmem_pnn.arrivals`). Memory that runs out after the first step
+cannot be undone here: `SteppedInPart` says so, and the last commit can be gone back to.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lowmem_pnn.arrivals import Arrivals, late_names
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, DataError, DivergedError
 from lowmem_pnn.feeds import Batch, Feed
-from lowmem_pnn.methods import Objective
-from lowmem_pnn.numerics import LossScale, unscale
+from lowmem_pnn.numerics import unscale
 from lowmem_pnn.passes import backward_from_loss, micro_batches, outputs_in_chunks, place_aligned, scores_by_units
-from lowmem_pnn.residency import Residency
 from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.stage import Progress, Stage, Tally
 from lowmem_pnn.stalls import Stalls
 from lowmem_pnn.stores.activations import ActivationWriter
 from lowmem_pnn.units import format_bytes
@@ -28,74 +30,8 @@ from lowmem_pnn.units import format_bytes
 _T = TypeVar("_T")
 
 
-@dataclass
-class Tally:
-    """A running mean of the loss, and a count of right answers."""
-
-    loss_sum: float = 0.0
-    num_correct: int | None = None
-    num_samples: int = 0
-
-    def add(self, mean_loss: float, num_samples: int, num_correct: int | None = None) -> None:
-        """Count a batch."""
-        self.loss_sum += mean_loss * num_samples
-        self.num_samples += num_samples
-        if num_correct is not None:
-            self.num_correct = (self.num_correct or 0) + num_correct
-
-    @property
-    def loss(self) -> float:
-        """The mean over all samples so far."""
-        return self.loss_sum / max(1, self.num_samples)
-
-    @property
-    def accuracy(self) -> float | None:
-        """The share of right answers, or None where none were counted."""
-        return None if self.num_correct is None else self.num_correct / max(1, self.num_samples)
-
-
-@dataclass
-class Progress:
-    """How far a `learn` visit is: all that a resume needs to go on inside it."""
-
-    epoch: int = 0
-    batch: int = 0
-    tally: Tally = field(default_factory=Tally)
-
-
-@dataclass
-class Stage:
-    """A resident partition and how it is worked on.
-
-    Args:
-        number: the partition's, in the plan.
-        title: for messages: its number and layers.
-        residency: loaded.
-        objective: prepared.
-        batch_size: samples a step.
-        micro_batch: samples on the device at once; halves when they do not fit.
-        smallest_micro_batch: what the modules accept at least.
-        is_last: whether its outputs are class scores.
-        learning_rate: of a step, counted from 0.
-        loss_scale: moved on with every step.
-        clip_norm: norm that the partition's gradients are scaled down to, or None.
-        chunk_rows: rows for which the last layer and the loss are computed at once, or None for all.
-        shuffle: every epoch has an order of its own.
-    """
-
-    number: int
-    title: str
-    residency: Residency
-    objective: Objective
-    batch_size: int
-    micro_batch: int
-    smallest_micro_batch: int
-    is_last: bool
-    learning_rate: Callable[[int], float]
-    loss_scale: LossScale = field(default_factory=LossScale)
-    clip_norm: float | None = None
-    chunk_rows: int | None = None
-    shuffle: bool = True
+class SteppedInPart(BudgetError):
+    """Memory ran out in a batch when some of the weights had been stepped: they are no state that training can go on from."""
 
 
 class Executor:
@@ -190,27 +126,62 @@ class Executor:
 
         Returns:
             The batch's mean loss.
+
+        Raises:
+            SteppedInPart: memory ran out after some of the weights were stepped.
+            BudgetError: not even the smallest micro-batch fits.
+            CaptureError: a parameter got no gradient.
         """
         buffers = self._unless_full(lambda: {name: tensor.clone() for name, tensor in stage.residency.buffers.items()})
         if buffers is None:
             raise self._too_large(stage, f"with a copy of {stage.title}'s buffers")
-        while (loss := self._unless_full(lambda: self._accumulate(stage, batch, step))) is None:
+        while True:
+            parts = micro_batches(len(batch[1]), stage.micro_batch, stage.smallest_micro_batch)
+            steps = self._steps(stage, step, at_once=len(parts) == 1)
+            loss = self._unless_full(lambda: self._accumulate(stage, batch, step, parts, steps))  # noqa: B023 - called at once
+            if loss is not None:
+                break
+            if steps.taken:
+                raise SteppedInPart(str(self._too_large(stage, f"in a batch of {stage.title} that was stepped in part")))
             stage.residency.settle_buffers()
             for name, tensor in stage.residency.buffers.items():
                 tensor.copy_(buffers[name])
             self._shrink(stage)
         stage.residency.settle_buffers()
-        stage.residency.check_gradients(stage.title)
-        optimizer = stage.residency.optimizer
         # A step that is not finite would poison the weights; the caller stops the run.
-        # One that runs out of memory cannot be done again: some weights may have moved.
-        if optimizer is not None and math.isfinite(loss) and not self._fits(lambda: self._step(stage, optimizer, step)):
-            raise self._too_large(stage, f"for the optimizer's step of {stage.title}")
+        if math.isfinite(loss):
+            stage.residency.check_gradients(stage.title, steps.taken)
+            # One that runs out of memory cannot be done again: some weights may have moved.
+            if not self._fits(lambda: self._finish(stage, steps)):
+                raise self._too_large(stage, f"for the optimizer's step of {stage.title}")
         self._drop_gradients(stage)
+        # What has been stepped stands, be it above the budget: the next batches are for smaller micro-batches.
+        if steps.taken and not self._fits(self._device.check_budget):
+            self._shrink(stage)
         return loss
 
     @staticmethod
-    def _step(stage: Stage, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def _steps(stage: Stage, step: int, *, at_once: bool) -> Arrivals:
+        """What steps each layer, in backward or after it."""
+        residency = stage.residency
+
+        def act(number: int) -> None:
+            optimizer = residency.optimizers[number]
+            for group in optimizer.param_groups:
+                group["lr"] = stage.learning_rate(step)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        by_units, in_chunks = stage.objective.by_units, stage.is_last and stage.chunk_rows is not None
+        late = late_names(residency.layers, residency.name_of, by_units=by_units, in_chunks=in_chunks)
+        # What is to be clipped, or may have overflowed, waits for all gradients.
+        waits = stage.clip_norm is not None or stage.loss_scale.moves
+        at_once = at_once and stage.steps_in_backward and not waits
+        return Arrivals(residency.groups, residency.parameters, late, act, at_once=at_once, by_units=by_units)
+
+    @staticmethod
+    def _finish(stage: Stage, steps: Arrivals) -> None:
+        """The step of all that has not been stepped in backward."""
         gradients = [parameter.grad for parameter in stage.residency.trainable.values() if parameter.grad is not None]
         overflowed = not unscale(gradients, stage.loss_scale)
         stage.loss_scale.update(overflowed=overflowed)
@@ -218,9 +189,7 @@ class Executor:
             return
         if stage.clip_norm is not None:
             nn.utils.clip_grad_norm_(stage.residency.in_model_order(), stage.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate(step)
-        optimizer.step()
+        steps.finish()
 
     def measure(self, stage: Stage, feed: Feed) -> list[Tally]:
         """Loss and accuracy over a feed, in eval mode.
@@ -321,22 +290,24 @@ class Executor:
         self._device.check_budget()
         return result
 
-    def _accumulate(self, stage: Stage, batch: Batch, step: int) -> float:
+    def _accumulate(self, stage: Stage, batch: Batch, step: int, parts: Sequence[slice], steps: Arrivals) -> float:
         """Forward and backward of a batch's micro-batches, in ascending order; each loss weighs its share of the batch."""
         inputs, labels = batch
         loss_sum = 0.0
         chunk_rows = stage.chunk_rows if stage.is_last else None
-        for number, part in enumerate(micro_batches(len(labels), stage.micro_batch, stage.smallest_micro_batch)):
+        for number, part in enumerate(parts):
             torch.manual_seed(seed_of(self._seed, "forward", stage.number, step, number))
             share = (part.stop - part.start) / len(labels)
             with self._stalls.waiting("copy"):
                 placed = tuple(place_aligned(self._device, tensor[part]) for tensor in inputs)
                 targets = place_aligned(self._device, labels[part])
-            loss_sum += backward_from_loss(
-                stage.residency.layers, placed, targets, stage.objective, share, chunk_rows, stage.loss_scale.value
-            )
+            with steps:
+                loss_sum += backward_from_loss(
+                    stage.residency.layers, placed, targets, stage.objective, share, chunk_rows, stage.loss_scale.value
+                )
             del placed
-            self._device.check_budget()
+            if not steps.taken:
+                self._device.check_budget()
         return loss_sum
 
     @staticmethod

@@ -17,7 +17,6 @@ from lowmem_pnn.computation import program_macs, samples_learnt
 from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import Device
 from lowmem_pnn.errors import BudgetError, CheckpointError, DivergedError
-from lowmem_pnn.executor import Stage
 from lowmem_pnn.exits import HEADS_FILE, chosen_exit, describe_exits, head_names
 from lowmem_pnn.feeds import Feed
 from lowmem_pnn.initialisation import build_weights, owners
@@ -33,6 +32,7 @@ from lowmem_pnn.ranks import Rank
 from lowmem_pnn.report import Result
 from lowmem_pnn.run import Run
 from lowmem_pnn.scores import Scores
+from lowmem_pnn.stage import Stage
 from lowmem_pnn.state import PartitionRecord, State
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.disk import IoCounter

@@ -10,10 +10,10 @@ from typing import TypeVar
 from torch import Tensor
 
 from lowmem_pnn.errors import DivergedError
-from lowmem_pnn.executor import Stage, Tally
 from lowmem_pnn.feeds import Feed
 from lowmem_pnn.methods.base import Split, evaluation
 from lowmem_pnn.run import Run
+from lowmem_pnn.stage import Stage, Tally
 
 _T = TypeVar("_T")
 

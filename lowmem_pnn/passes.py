@@ -7,6 +7,7 @@ computed for some rows at a time:
            <--[ body ]-- gradients of all rows
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
@@ -77,7 +78,7 @@ def backward_from_loss(
         scale: what all gradients are to be multiplied by.
 
     Returns:
-        The weighed loss.
+        The weighed loss; where it is not finite there are no gradients, or not all.
     """
     if objective.by_units:
         return _backward_by_units(layers, inputs, labels, objective, share, scale)
@@ -87,8 +88,7 @@ def backward_from_loss(
     loss = objective.loss(forward(layers, inputs), labels)
     if share != 1.0:
         loss = loss * share
-    _backward(loss, scale)
-    return float(loss.detach())
+    return _backward(loss, scale)
 
 
 def scores_by_units(layers: Sequence[Layer], tensors: tuple[Tensor, ...]) -> Iterator[Tensor]:
@@ -141,22 +141,27 @@ def works_by_rows(layer: Layer) -> bool:
     return bool(work[0].target is nn.functional.linear)
 
 
-def _backward(loss: Tensor, scale: float) -> None:
-    if loss.requires_grad:
+def _backward(loss: Tensor, scale: float) -> float:
+    """The loss, back from which gradients went; nothing is learnt from one that is not finite."""
+    # Before backward, in which weights may step.
+    value = float(loss.detach())
+    if loss.requires_grad and math.isfinite(value):
         torch.autograd.backward(loss if scale == 1.0 else loss * scale)
+    return value
 
 
 def _backward_by_units(
     layers: Sequence[Layer], tensors: tuple[Tensor, ...], labels: Tensor, objective: Objective, share: float, scale: float
 ) -> float:
-    """Each layer forward to its own loss, and back, before the next; the last one's loss."""
+    """Each layer forward to its own loss, and back, before the next; the last one's loss, or the first that is not finite."""
     value = 0.0
     for layer in layers:
         tensors = layer(*tensors)
         scores = layer.scores(tensors)
         loss = objective.loss(scores, labels) * share
-        _backward(loss, scale)
-        value = float(loss.detach())
+        value = _backward(loss, scale)
+        if not math.isfinite(value):
+            break
         tensors = tuple(tensor.detach() for tensor in tensors)
         del scores, loss
     return value
@@ -181,13 +186,12 @@ def _backward_in_chunks(
         loss = objective.loss(last(rows), targets, reduction="sum") / labels.numel()
         if share != 1.0:
             loss = loss * share
-        _backward(loss, scale)
+        loss_sum += _backward(loss, scale)
         if gradient is not None and rows.grad is not None:
             gradient.flatten(0, -2)[begin : begin + len(rows)] = rows.grad
         begin += len(rows)
-        loss_sum += float(loss.detach())
         del rows, loss
-    if gradient is not None:
+    if gradient is not None and math.isfinite(loss_sum):
         torch.autograd.backward(x, gradient)
     return loss_sum
 

@@ -7,8 +7,9 @@ from contextlib import suppress
 import torch
 
 from lowmem_pnn import planner
+from lowmem_pnn.arrivals import of_one_backward
 from lowmem_pnn.config import LARGEST_AUTO_BATCH
-from lowmem_pnn.costs import MemoryProfile, in_chunks, streamed
+from lowmem_pnn.costs import MemoryProfile, in_chunks, stepped_in_backward, streamed
 from lowmem_pnn.device import Device
 from lowmem_pnn.device.kernels import PACKING_BYTES
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError
@@ -161,6 +162,10 @@ def _costs(workload: Workload, profile: MemoryProfile, chunk: int | None, sweeps
     layers = list(profile.layers)
     if chunk is not None:
         layers[-1] = in_chunks(layers[-1], chunk / workload.rows_per_sample)
+    # Gradients that wait for each other are kept outside of memory in a sweep, and in it elsewhere.
+    if workload.config.step_in_backward and (sweeps or not workload.config.steps_wait):
+        passing = of_one_backward(workload.chain.layers, in_chunks=chunk is not None)
+        layers = [stepped_in_backward(layer) if alone else layer for layer, alone in zip(layers, passing, strict=True)]
     if sweeps:
         layers = [streamed(layer) for layer in layers]
     return dataclasses.replace(profile, layers=tuple(layers))

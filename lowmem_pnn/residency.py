@@ -1,7 +1,7 @@
 """A residency: the time during which one partition's weights, and its optimizer state, are on the device."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -38,6 +38,9 @@ class Residency:
         device: where to put it.
         optimizer: its optimizer, resident with its state, or None where nothing is learnt or the state is elsewhere.
         frozen: its weights need no gradients.
+
+    `groups` are the names of the parameters that it steps, those of a layer together, the first layer's first; `optimizers` has one
+    for each group while it is loaded with state.
     """
 
     def __init__(
@@ -61,7 +64,8 @@ class Residency:
         # What the model says, whether or not the partition is frozen while it is here.
         self._requires_grad: dict[str, bool] = {}
         self._state: dict[str, dict[str, Tensor]] = {}
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.groups = self._step_groups()
+        self.optimizers: list[torch.optim.Optimizer] = []
 
     def load(self, reader: WeightReader, pool: Executor) -> None:
         """Bring everything onto the device; one tensor is read ahead of the one that is placed.
@@ -120,11 +124,22 @@ class Residency:
             for name, parameter in self.trainable.items():
                 self._state[name] = {state: self._device.place(take()) for state in self._spec.layout(parameter)}
         self._attach(self._parameters, self._buffers)
-        if self._spec is not None and self.trainable:
-            self.optimizer = self._spec.build(self.trainable, self._state)
+        if self._spec is not None:
+            for names in self.groups:
+                self.optimizers.append(self._spec.build({name: self._parameters[name] for name in names}, self._state))
 
     def _names(self, layers: tuple[Layer, ...]) -> set[str]:
         return {self.name_of(alias) for layer in layers for alias in (*layer.parameters(), *layer.buffers())}
+
+    def _step_groups(self) -> list[tuple[str, ...]]:
+        taken = set(self.borrowed)
+        groups = []
+        for layer in self.layers:
+            names = (self.name_of(alias) for alias, tensor in layer.parameters().items() if tensor.requires_grad)
+            if own := tuple(dict.fromkeys(name for name in names if name not in taken)):
+                groups.append(own)
+                taken.update(own)
+        return groups
 
     def name_of(self, alias: str) -> str:
         """The name that a tensor is stored under, of the several that it may have."""
@@ -189,17 +204,18 @@ class Residency:
                     "give other --cuts"
                 )
 
-    def check_gradients(self, title: str) -> None:
+    def check_gradients(self, title: str, stepped: Collection[str] = ()) -> None:
         """Refuse to go on where a parameter that learns here has no gradient after backward.
 
         Args:
             title: of the partition, for the message.
+            stepped: names of parameters whose gradients are gone, since they stepped.
 
         Raises:
             CaptureError: one has none.
         """
         for name, parameter in self.trainable.items():
-            if parameter.grad is None and name not in self.borrowed:
+            if parameter.grad is None and name not in self.borrowed and name not in stepped:
                 raise CaptureError(
                     f"parameter {name!r} got no gradient in {title}, and would never be trained; freeze it "
                     "(requires_grad_(False)), or have the model's forward use it for every batch"
@@ -223,11 +239,11 @@ class Residency:
 
     def unload(self) -> None:
         """Take everything off the device; what was not saved is lost."""
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
-            self.optimizer.state.clear()
-            self.optimizer.param_groups.clear()
-            self.optimizer = None
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+            optimizer.state.clear()
+            optimizer.param_groups.clear()
+        self.optimizers.clear()
         parameters, buffers = {}, {}
         for kind, name, tensor in self._tensors():
             if kind == "parameter":

@@ -14,13 +14,14 @@ import torch
 from lowmem_pnn.computation import macs_until
 from lowmem_pnn.device import Device
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, DivergedError, Stopped
-from lowmem_pnn.executor import Executor, Stage
+from lowmem_pnn.executor import Executor
 from lowmem_pnn.feeds import CodesFeed, DatasetFeed, Feed, ShardFeed
 from lowmem_pnn.methods import Sweep, SyntheticLabels, share_of
 from lowmem_pnn.methods.base import Split
 from lowmem_pnn.plans import Plan
 from lowmem_pnn.progress import Display
 from lowmem_pnn.residency import Residency
+from lowmem_pnn.stage import Stage
 from lowmem_pnn.state import State
 from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.activations import ActivationStore, ActivationWriter
@@ -295,6 +296,7 @@ class Run:
             clip_norm=workload.config.clip_norm,
             chunk_rows=self.plan.loss_chunk,
             shuffle=workload.config.value_for("shuffle", partition),
+            steps_in_backward=workload.config.step_in_backward,
         )
         try:
             self.executor.prepare(stage)

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowmem_pnn.executor import Progress, Tally
 from lowmem_pnn.numerics import LossScale
+from lowmem_pnn.stage import Progress, Tally
 
 
 @dataclass

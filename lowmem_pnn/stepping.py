@@ -10,28 +10,7 @@ from torch import Tensor, nn
 
 from lowmem_pnn.device import Device
 from lowmem_pnn.optimizers import OptimizerSpec
-from lowmem_pnn.residency import Residency
 from lowmem_pnn.stores.naming import state_key
-
-
-def step_groups(residency: Residency) -> list[tuple[str, ...]]:
-    """The parameters that a partition steps, those of a layer together; no group is empty.
-
-    Args:
-        residency: loaded or not.
-    """
-    taken = set(residency.borrowed)
-    groups = []
-    for layer in residency.layers:
-        names = tuple(
-            name
-            for alias, tensor in layer.parameters().items()
-            if tensor.requires_grad and (name := residency.name_of(alias)) not in taken
-        )
-        if names := tuple(dict.fromkeys(names)):
-            groups.append(names)
-            taken.update(names)
-    return groups
 
 
 def state_keys(spec: OptimizerSpec, parameters: Mapping[str, Tensor]) -> list[str]:
@@ -52,7 +31,11 @@ def take_state(
     """
 
     def tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        return device.place(take()) if take is not None else torch.zeros(shape, dtype=dtype, device=device.torch_device)
+        if take is None:
+            return torch.zeros(shape, dtype=dtype, device=device.torch_device)
+        found = device.place(take())
+        assert found.shape == shape, "state is taken in the order in which it is read"  # a fused step would not ask
+        return found
 
     return {
         name: {state: tensor(*layout) for state, layout in spec.layout(parameter).items()}

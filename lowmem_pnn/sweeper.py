@@ -12,12 +12,14 @@ forward did to them was dropped with it; so each batch counts once.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lowmem_pnn.arrivals import Arrivals
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.crossing import Crossing
 from lowmem_pnn.device import Device
@@ -25,17 +27,17 @@ from lowmem_pnn.early_stop import unneeded_products, without_products
 from lowmem_pnn.errors import DivergedError
 from lowmem_pnn.feeds import Batch
 from lowmem_pnn.methods import Objective, Sweep, Visit
-from lowmem_pnn.numerics import LossScale, unscale
+from lowmem_pnn.numerics import LossScale
 from lowmem_pnn.passes import backward_from_loss, forward, micro_batches, place_aligned
 from lowmem_pnn.plans import Plan
 from lowmem_pnn.residency import Residency
-from lowmem_pnn.stepping import state_keys, step, step_groups, take_state
 from lowmem_pnn.stores.disk import IoCounter
-from lowmem_pnn.stores.naming import state_key, weight_key
+from lowmem_pnn.stores.naming import weight_key
 from lowmem_pnn.stores.tensorfile import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.streams import Threads
 from lowmem_pnn.supply import Supply
+from lowmem_pnn.sweep_steps import Gradients, SweepSteps
 from lowmem_pnn.workload import IoSizes, Workload
 
 
@@ -46,24 +48,16 @@ class _Work:
     Args:
         tensors: of the first boundary, each (B, ...), on the host.
         labels: (B, ...).
-        step: optimizer steps before it.
-        scale: of the loss.
         parts: its micro-batches.
+        gradients: what is known of them.
         loss: so far.
-        norms: of gradients that are kept for a step, by parameter.
-        total_norm: of all of them together, once the first is applied.
-        overflowed: one of them is not finite, which a smaller scale may mend.
     """
 
     tensors: tuple[Tensor, ...]
     labels: Tensor
-    step: int
-    scale: LossScale
     parts: Sequence[slice]
+    gradients: Gradients
     loss: float = 0.0
-    norms: dict[str, Tensor] = field(default_factory=dict)
-    total_norm: Tensor | None = None
-    overflowed: bool = False
 
 
 class Sweeper:
@@ -99,27 +93,23 @@ class Sweeper:
         self._plan = plan
         self._sweep = sweep
         self._device = device
-        self._total_steps = total_steps
         self._on_visit = on_visit
         self._last = len(plan.partitions) - 1
         self._residencies = [
             Residency(workload.chain, part.start, part.stop, device, None, frozen=number not in sweep.learners)
             for number, part in enumerate(plan.partitions)
         ]
-        self._groups = [step_groups(residency) for residency in self._residencies]
         self._unneeded = [unneeded_products(residency.layers[-1]) for residency in self._residencies]
-        # Names in weight files, which do not change: of a partition's tensors, and of the optimizer's state of each group.
+        # Names in weight files, which do not change.
         self._tensor_keys = [residency.keys() for residency in self._residencies]
-        self._state_keys = [self._keys_of_state(number) for number in range(len(plan.partitions))]
+        self._steps = SweepSteps(workload, plan, sweep, self._residencies, device, total_steps)
         self._active: int | None = None
         io, seed = IoSizes.of_budget(device.budget_bytes), workload.config.seed
-        self._supply = Supply(weights, device, threads, io.stream_bytes, self._largest_state(weights))
+        self._supply = Supply(weights, device, threads, io.stream_bytes, self._steps.largest_state(weights))
         place = "forward" if sweep.place == "epoch" else sweep.place
         self._crossing = Crossing(device, folder, io.boundary_bytes, counter, seed, place)
         self._objective: Objective = workload.objective(plan, self._last)
         self._objective.prepare(device.torch_device)
-        # Gradient norms are added up in the order in which the model names its parameters.
-        self._order = {name: number for number, name in enumerate(workload.chain.persistent)}
 
     def train_batch(self, batch: Batch, step: int, micro_batch: int, scale: LossScale) -> float:
         """All visits of one batch.
@@ -138,7 +128,8 @@ class Sweeper:
             CaptureError: a parameter got no gradient.
             Exception: memory ran out (`is_out_of_memory`). Some weights may have been stepped: only a commit can be gone back to.
         """
-        work = _Work(*batch, step, scale, micro_batches(len(batch[1]), micro_batch, self._plan.smallest_micro_batch))
+        parts = micro_batches(len(batch[1]), micro_batch, self._plan.smallest_micro_batch)
+        work = _Work(*batch, parts, Gradients(step, scale))
         actions: dict[str, Callable[[Visit, _Work], None]] = {
             "emit": self._emit,
             "backpropagate": self._backpropagate,
@@ -150,7 +141,7 @@ class Sweeper:
                 actions[visit.action](visit, work)
                 self._device.check_budget()
         self._crossing.clear()
-        scale.update(overflowed=work.overflowed)
+        scale.update(overflowed=work.gradients.overflowed)
         return work.loss
 
     def rehearse(self, number: int, samples: int, micro_batch: int) -> None:
@@ -168,7 +159,8 @@ class Sweeper:
         before, after = chain.boundaries[planned.start], chain.boundaries[planned.stop]
         tensors = tuple(_zeros(slice(0, samples), spec) for spec in before) if number == 0 else ()
         labels = torch.zeros(samples, *self._workload.dataset.label_shape, dtype=torch.int64)
-        work = _Work(tensors, labels, 0, LossScale(), micro_batches(samples, micro_batch, self._plan.smallest_micro_batch))
+        parts = micro_batches(samples, micro_batch, self._plan.smallest_micro_batch)
+        work = _Work(tensors, labels, parts, Gradients(0, LossScale()))
         for part_number, part in enumerate(work.parts):
             if number > 0:
                 self._crossing.put_boundary(number, part_number, [_zeros(part, spec) for spec in before])
@@ -177,7 +169,10 @@ class Sweeper:
                 self._crossing.put_gradients(number + 1, part_number, gradients)
         try:
             with self._supply.batch(self._tensor_keys[number]):
-                self._backward(Visit("backpropagate", number, "train", learns=True, hands_back=number > 0), work)
+                visit = Visit("backpropagate", number, "train", learns=True, hands_back=number > 0)
+                residency = self._enter(visit)
+                with self._arrivals(visit, work, partial(self._forget, residency)):
+                    self._backward(residency, visit, work)
         finally:
             self.close()
 
@@ -212,7 +207,7 @@ class Sweeper:
     def _emit(self, visit: Visit, work: _Work) -> None:
         residency, own = self._enter(visit), visit.partition
         for number, part in enumerate(work.parts):
-            began = self._crossing.begin_random(own, number, work.step)
+            began = self._crossing.begin_random(own, number, work.gradients.step)
             inputs = self._inputs(own, number, part, work)
             with torch.no_grad():
                 outputs = forward(residency.layers, inputs)
@@ -223,15 +218,17 @@ class Sweeper:
         self._leave()
 
     def _backpropagate(self, visit: Visit, work: _Work) -> None:
-        residency, own = self._backward(visit, work), visit.partition
-        if own == self._last and not math.isfinite(work.loss):
-            raise DivergedError(
-                f"the loss became {work.loss} in {self.title(own)}, step {work.step + 1}; the last commit is kept; {work.scale.remedy}"
-            )
+        residency, own = self._enter(visit), visit.partition
         if not visit.learns:
+            self._backward(residency, visit, work)
+            self._check_loss(visit, work)
             return
-        residency.check_gradients(self.title(own))
         with self._supply.writing(own) as (file, is_new):
+            act = partial(self._keep, visit, work) if visit.keeps_gradients else partial(self._apply, visit, work, file)
+            with self._arrivals(visit, work, act) as arrivals:
+                self._backward(residency, visit, work)
+            self._check_loss(visit, work)
+            residency.check_gradients(self.title(own), arrivals.taken)
             # Frozen weights go into a new file once; buffers change with every batch.
             for name, parameter in residency.parameters.items():
                 if is_new and not parameter.requires_grad and name not in residency.borrowed:
@@ -241,30 +238,37 @@ class Sweeper:
                     continue
                 # A copy: the next batch's forward changes it, if the partition stays, while this is being written.
                 self._supply.write(own, file, weight_key(name), buffer.clone())
-            for names in self._groups[own]:
-                parameters = {name: residency.parameters[name] for name in names}
-                if visit.keeps_gradients:
-                    self._keep(own, parameters, work)
-                else:
-                    self._step(own, parameters, work, file)
+            arrivals.finish()
 
     def _step_kept(self, visit: Visit, work: _Work) -> None:
         """Apply kept gradients; the partition need not be resident."""
         self._leave()
-        limit = self._workload.config.clip_norm
-        if work.total_norm is None:
-            # The norm of the norms, as `clip_grad_norm_` has it.
-            norms = [norm for _, norm in sorted(work.norms.items(), key=lambda item: self._order[item[0]])]
-            work.total_norm = nn.utils.get_total_norm(norms)
         with self._supply.writing(visit.partition) as (file, _):
-            for names in self._groups[visit.partition]:
-                parameters = {}
-                for name in names:
-                    parameters[name] = nn.Parameter(self._device.place(self._supply.take()))
-                    parameters[name].grad = self._crossing.pop_whole(name)
-                if limit is not None:
-                    nn.utils.clip_grads_with_norm_(parameters.values(), limit, work.total_norm)
-                self._step(visit.partition, parameters, work, file)
+            self._steps.apply_kept(visit.partition, work.gradients, self._supply, self._crossing, file)
+
+    def _check_loss(self, visit: Visit, work: _Work) -> None:
+        if visit.partition == self._last and not math.isfinite(work.loss):
+            raise DivergedError(
+                f"the loss became {work.loss} in {self.title(visit.partition)}, step {work.gradients.step + 1}; the last commit is "
+                f"kept; {work.gradients.scale.remedy}"
+            )
+
+    # What is done with a layer's gradients.
+
+    def _arrivals(self, visit: Visit, work: _Work, act: Callable[[int], None]) -> Arrivals:
+        residency = self._residencies[visit.partition]
+        late, at_once = self._steps.late(visit.partition), self._workload.config.step_in_backward and len(work.parts) == 1
+        return Arrivals(residency.groups, residency.parameters, late, act, at_once=at_once)
+
+    def _apply(self, visit: Visit, work: _Work, file: TensorFile, number: int) -> None:
+        self._steps.apply(visit.partition, number, work.gradients, self._supply, file)
+
+    def _keep(self, visit: Visit, work: _Work, number: int) -> None:
+        self._steps.keep(visit.partition, number, work.gradients, self._crossing)
+
+    def _forget(self, residency: Residency, number: int) -> None:
+        for name in residency.groups[number]:
+            residency.parameters[name].grad = None
 
     # Their parts.
 
@@ -290,12 +294,12 @@ class Sweeper:
             return tuple(place_aligned(self._device, tensor[part]) for tensor in work.tensors)
         return self._crossing.boundary(partition, number)
 
-    def _backward(self, visit: Visit, work: _Work) -> Residency:
+    def _backward(self, residency: Residency, visit: Visit, work: _Work) -> None:
         """Forward once more and back, micro-batch by micro-batch."""
-        residency, own = self._enter(visit), visit.partition
+        own = visit.partition
         shared = {name: buffer.clone() for name, buffer in residency.buffers.items() if name in residency.shared}
         for number, part in enumerate(work.parts):
-            self._crossing.begin_random(own, number, work.step)
+            self._crossing.begin_random(own, number, work.gradients.step)
             inputs = self._inputs(own, number, part, work)
             for tensor in inputs:
                 tensor.requires_grad_(visit.hands_back and tensor.is_floating_point())
@@ -304,7 +308,7 @@ class Sweeper:
                 share = (part.stop - part.start) / len(work.labels)
                 labels = place_aligned(self._device, work.labels[part])
                 work.loss += backward_from_loss(
-                    residency.layers, inputs, labels, self._objective, share, self._plan.loss_chunk, work.scale.value
+                    residency.layers, inputs, labels, self._objective, share, self._plan.loss_chunk, work.gradients.scale.value
                 )
             else:
                 self._backward_from_boundary(own, inputs, number)
@@ -318,7 +322,6 @@ class Sweeper:
             self._device.check_budget()
         residency.settle_buffers()
         residency.check_shared_buffers(shared)
-        return residency
 
     def _backward_from_boundary(self, own: int, inputs: tuple[Tensor, ...], number: int) -> None:
         """The outputs went on in the forward visit: only their gradients are of use now."""
@@ -329,40 +332,6 @@ class Sweeper:
         del outputs, pairs
         if learnt:
             torch.autograd.backward([output for output, _ in learnt], [gradient for _, gradient in learnt])
-
-    def _keep(self, partition: int, parameters: dict[str, nn.Parameter], work: _Work) -> None:
-        """Leave gradients for the steps that come when all of them are there."""
-        for name, parameter in parameters.items():
-            assert parameter.grad is not None
-            work.overflowed |= not unscale([parameter.grad], work.scale)
-            work.norms[name] = torch.linalg.vector_norm(parameter.grad)
-            if not work.scale.moves:
-                self._check_finite(name, work.norms[name], partition, work)
-            self._crossing.put_whole(name, parameter.grad)
-            parameter.grad = None
-
-    def _step(self, partition: int, parameters: dict[str, nn.Parameter], work: _Work, file: TensorFile) -> None:
-        """Step a layer's parameters, and have them written."""
-        spec = self._workload.optimizer(partition)
-        state = take_state(spec, parameters, self._device, None if self._forgets_state(work.step) else self._supply.take)
-        # A step that is left out is written all the same: the file may be a new one, without any values.
-        if not work.overflowed:
-            for name, parameter in parameters.items():
-                assert parameter.grad is not None
-                self._check_finite(name, parameter.grad.sum(), partition, work)
-            step(spec, parameters, state, self._workload.learning_rate(partition, work.step, self._total_steps))
-        for name, parameter in parameters.items():
-            self._supply.write(partition, file, weight_key(name), parameter)
-            for key, tensor in state[name].items():
-                self._supply.write(partition, file, state_key(name, key), tensor)
-
-    def _check_finite(self, name: str, value: Tensor, partition: int, work: _Work) -> None:
-        """Refuse a gradient by its sum or norm, before it gets into the weights."""
-        if not math.isfinite(float(value)):
-            raise DivergedError(
-                f"the gradient of {name!r} is no longer finite in {self.title(partition)}, step {work.step + 1}; "
-                "the last commit is kept; try a lower --lr"
-            )
 
     # What is read, in which order.
 
@@ -377,23 +346,7 @@ class Sweeper:
                 yield from self._tensor_keys[number]
                 resident = number
             if is_step or (visit.action == "backpropagate" and visit.learns and not visit.keeps_gradients):
-                for names, keys in zip(self._groups[number], self._state_keys[number], strict=True):
-                    if is_step:
-                        yield from map(weight_key, names)
-                    if not self._forgets_state(step):
-                        yield from keys
-
-    def _keys_of_state(self, partition: int) -> list[list[str]]:
-        meta, spec = self._residencies[partition].shapes(), self._workload.optimizer(partition)
-        return [state_keys(spec, {name: meta[name] for name in names}) for names in self._groups[partition]]
-
-    def _largest_state(self, weights: WeightStore) -> int:
-        """Bytes of the largest optimizer state of a layer."""
-        states = (keys for number in self._sweep.learners for keys in self._state_keys[number])
-        return max((sum(map(weights.nbytes, keys)) for keys in states), default=0)
-
-    def _forgets_state(self, step: int) -> bool:
-        return self._sweep.fresh_state and step == 0
+                yield from self._steps.keys(number, step, with_weights=is_step)
 
 
 def _zeros(part: slice, spec: TensorSpec) -> Tensor:

@@ -1,21 +1,20 @@
 """Sweeping: epochs in which every batch goes through all partitions and back."""
 
-import gc
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 from lowmem_pnn.device import is_out_of_memory
-from lowmem_pnn.errors import BudgetError
-from lowmem_pnn.executor import Tally, too_few
+from lowmem_pnn.executor import too_few
 from lowmem_pnn.feeds import Batch, DatasetFeed, Feed
 from lowmem_pnn.logbook import Pace, log_epoch, log_step
 from lowmem_pnn.measuring import validate
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.numerics import LossScale
+from lowmem_pnn.retreat import go_back_with_less
 from lowmem_pnn.run import Run
+from lowmem_pnn.stage import Tally
 from lowmem_pnn.sweeper import Sweeper
-from lowmem_pnn.units import format_bytes
 
 
 def sweep_all(run: Run, sweep: Sweep) -> None:
@@ -51,7 +50,7 @@ def sweep_all(run: Run, sweep: Sweep) -> None:
             run.display.start_epoch(what, progress.epoch, sweep.epochs, feed.num_samples, progress.tally.num_samples)
             if not _sweep_epoch(run, sweep, sweeper, feed, steps):
                 sweeper.close()
-                _go_back(run)
+                state.sweep_micro_batch = go_back_with_less(run, state.sweep_micro_batch)
                 continue
             run.end_record()
             tally, progress.tally = progress.tally, Tally()
@@ -113,28 +112,6 @@ def _unless_full(sweeper: Sweeper, batch: Batch, step: int, micro_batch: int, sc
         if not is_out_of_memory(error):
             raise
     return None
-
-
-def _go_back(run: Run) -> None:
-    """To the last commit, with half the micro-batch: some partitions of the batch that did not fit have been stepped.
-
-    Raises:
-        BudgetError: it is the smallest already.
-    """
-    used, size = run.device.section_peak_bytes(), run.state.sweep_micro_batch
-    smallest = run.plan.smallest_micro_batch
-    if size <= smallest:
-        raise BudgetError(
-            f"memory ran out with a micro-batch of {size}, the smallest: {format_bytes(used)} of "
-            f"{format_bytes(run.device.budget_bytes)} were in use; give a larger --max-gpu-mem, or more partitions"
-        )
-    run.go_back()
-    gc.collect()  # exceptions and the frames of other threads may hold tensors in cycles
-    run.device.release()
-    run.device.begin_section()
-    run.state.sweep_micro_batch = half = max(smallest, size // 2)
-    run.state.oom_retries += 1
-    run.display.message(f"out of memory; going on from the last commit with a micro-batch of {half}")
 
 
 def _save_swept(sweeper: Sweeper, sweep: Sweep) -> Sequence[int]:

@@ -6,14 +6,16 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from lowmem_pnn.executor import Progress, Stage, Tally
+from lowmem_pnn.executor import SteppedInPart
 from lowmem_pnn.feeds import DatasetFeed, Feed, StoredFeed, StretchFeed, ViewsFeed
 from lowmem_pnn.joining import join
 from lowmem_pnn.logbook import Pace, log_epoch, log_joint_epoch, log_step
 from lowmem_pnn.measuring import check_validation, validate
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.methods.base import Split
+from lowmem_pnn.retreat import go_back_with_less
 from lowmem_pnn.run import Run, Save, nothing_changed
+from lowmem_pnn.stage import Progress, Stage, Tally
 from lowmem_pnn.sweeping import sweep_all
 
 
@@ -48,7 +50,13 @@ def train(run: Run) -> None:
             run.begin_record(item.partition)
             if stage is None:
                 stage = run.stage(item.partition, learns=learns, total_steps=steps.of(item.partition))
-            _learn(run, item, stage, steps.before[state.visit]) if learns else _emit(run, item, stage)
+            if not learns:
+                _emit(run, item, stage)
+            elif not _learn(run, item, stage, steps.before[state.visit]):
+                stage.residency.unload()
+                stage, number = None, item.partition
+                state.micro_batches[number] = go_back_with_less(run, state.micro_batches[number])
+                continue
             run.end_record()
             if learns:
                 save = partial(run.save, stage)
@@ -131,9 +139,18 @@ def steps_of_epoch(visit: Visit, samples: int, batch: int) -> int:
     return math.ceil((end - begin) / batch)
 
 
-def _learn(run: Run, visit: Visit, stage: Stage, steps_before: int) -> None:
+def _learn(run: Run, visit: Visit, stage: Stage, steps_before: int) -> bool:
+    """All epochs of a visit; False if a batch did not fit, after which the weights are no commit's."""
+    try:
+        _learn_epochs(run, visit, stage, steps_before)
+    except SteppedInPart:
+        return False
+    return True
+
+
+def _learn_epochs(run: Run, visit: Visit, stage: Stage, steps_before: int) -> None:
     progress, record = run.state.progress, run.state.records[visit.partition]
-    if stage.residency.optimizer is None:
+    if not stage.residency.optimizers:
         run.display.message(f"{stage.title} has only frozen weights: nothing to learn")
         return
     steps = steps_of_epoch(visit, len(run.workload.splits["train"]), stage.batch_size)

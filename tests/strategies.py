@@ -18,12 +18,13 @@ def layer_costs(draw: st.DrawFn, name: str = "layer") -> LayerCost:
     kept = draw(affines())
     # A backward may free more than it makes, but not more than there is.
     falling = st.builds(Affine, st.integers(0, 60), st.integers(-kept.per_sample, 6))
+    gradients = draw(_BYTES)
     return LayerCost(
         name=name,
         num_params=draw(_BYTES),
         weight_bytes=draw(_BYTES),
         buffer_bytes=draw(st.integers(0, 4)),
-        gradient_bytes=draw(_BYTES),
+        gradient_bytes=gradients,
         optimizer_bytes=draw(_BYTES),
         step_bytes=draw(_BYTES),
         forward_peak=draw(affines()),
@@ -33,6 +34,7 @@ def layer_costs(draw: st.DrawFn, name: str = "layer") -> LayerCost:
         input_bytes=Affine(0, draw(st.integers(0, 5))),
         output_bytes=Affine(0, draw(st.integers(0, 8))),
         forward_macs=draw(_BYTES),
+        passing_bytes=draw(st.sampled_from((0, gradients))),
     )
 
 

@@ -17,7 +17,7 @@ from lowmem_pnn import trainer
 from lowmem_pnn.chain import Chain, TensorSpec, capture
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import BudgetError, DivergedError
-from lowmem_pnn.executor import Executor, Progress, Stage, Tally, micro_batches
+from lowmem_pnn.executor import Executor, micro_batches
 from lowmem_pnn.feeds import DatasetFeed
 from lowmem_pnn.initialisation import partition_layout
 from lowmem_pnn.methods import Labels
@@ -26,6 +26,7 @@ from lowmem_pnn.progress import Display
 from lowmem_pnn.report import Result
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.sources.splits import from_torch
+from lowmem_pnn.stage import Progress, Stage, Tally
 from lowmem_pnn.stores.naming import weight_key
 from lowmem_pnn.stores.tensorfile import TensorFile
 
@@ -91,11 +92,11 @@ def resident(
 def train(
     capacity: int | None, micro_batch: int, pool: ThreadPoolExecutor, steps: int = 3
 ) -> tuple[dict[str, Tensor], list[int], SimulatedDevice]:
-    """A few batches of the small conv net; its tensors, the micro-batches after each shrink, and the device."""
+    """A few batches of the small conv net, stepped after backward; its tensors, micro-batches after each shrink, and the device."""
     shrunk: list[int] = []
     x, y = images(16 * steps)
     with SimulatedDevice(1 << 30, capacity) as device:
-        stage = resident(small_conv, (3, 8, 8), device, pool, micro_batch=micro_batch)
+        stage = resident(small_conv, (3, 8, 8), device, pool, micro_batch=micro_batch, steps_in_backward=False)
         executor = Executor(device, seed=0, on_shrink=lambda stage: shrunk.append(stage.micro_batch))
         for layer in stage.residency.layers:
             layer.module.train()
@@ -248,7 +249,7 @@ def fit_on(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch, *args: Any,
 def test_a_run_goes_on_with_smaller_micro_batches_when_the_device_fills_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"epochs": 3, "batch_size": 12, "val_fraction": 0.1}
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 12, "val_fraction": 0.1, "step_in_backward": False}
     data = images()
     device = SimulatedDevice(1 << 30)
     plain = fit_on(device, monkeypatch, small_conv, data, method="backprop", workdir=tmp_path / "plain", **options)

@@ -47,18 +47,21 @@ def reference_peak(profile, start, stop, micro_batch, batch, objective):
     """The table in the docstring of `lowmem_pnn.costs`, term by term."""
     part = largest_part(batch, micro_batch, profile.smallest_micro_batch)
     layers = profile.layers[start:stop]
-    gradients = sum(one.gradient_bytes for one in layers)
-    during = gradients if part < batch else 0
+    adds_up = part < batch
+    waiting = [one.gradient_bytes - (0 if adds_up else one.passing_bytes) for one in layers]
+    gradients = sum(waiting)
+    during = gradients if adds_up else 0
     base = sum(one.weight_bytes + 2 * one.buffer_bytes + one.optimizer_bytes for one in layers) + objective.fixed
     base += layers[0].input_bytes.at(part)
     moments = [base + gradients + max(one.step_bytes for one in layers)]
     for index, one in enumerate(layers):
         before = sum(other.kept.at(part) for other in layers[:index])
         after = before + one.kept.at(part)
-        later = gradients if part < batch else sum(other.gradient_bytes for other in layers[index + 1 :])
+        later = gradients if adds_up else sum(waiting[index + 1 :])
+        steps = one.step_bytes if one.passing_bytes else 0
         moments.append(base + during + before + one.forward_peak.at(part))
         moments.append(base + during + (one.input_bytes.at(part) if index else 0) + one.emit_peak.at(part))
-        moments.append(base + later + after + one.output_bytes.at(part) + one.backward_peak.at(part))
+        moments.append(base + later + after + one.output_bytes.at(part) + one.backward_peak.at(part) + steps)
     moments.append(base + during + sum(one.kept.at(part) for one in layers) + objective.per_sample * part)
     return max(moments)
 
