@@ -152,9 +152,10 @@ def test_gradients_of_one_layer_at_a_time_are_in_memory(
         flag: fit(wide_mlp, vectors(40, 96), tmp_path / str(flag), monkeypatch, step_in_backward=flag, **options)
         for flag in (True, False)
     }
-    assert runs[True].peak_bytes < share * runs[False].peak_bytes
+    assert runs[True].predicted_peak_bytes < share * runs[False].predicted_peak_bytes
     if method == "exact":
-        return  # what waits to be written is the host's, which the simulated device counts
+        return  # what waits to be written is the host's, and this device counts it
+    assert runs[True].peak_bytes < share * runs[False].peak_bytes
     for run in runs.values():
         assert run.peak_bytes <= 1.02 * run.predicted_peak_bytes
     # Where micro-batches add up, or the norm is clipped, nothing is gained, and nothing is promised.
