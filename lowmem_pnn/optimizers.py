@@ -166,22 +166,27 @@ class ShortStateAdam(torch.optim.Optimizer):
                     self._step_one(parameter, group["lr"])
 
     def _step_one(self, parameter: nn.Parameter, lr: float) -> None:
-        state, codecs = self.state[parameter], self._spec.codecs(parameter)
+        state = self.state[parameter]
         gradient = parameter.grad
         assert gradient is not None
-        if not codecs:
+        if not self._spec.codecs(parameter):
             self._compute(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], lr)
             return
         generator = torch.Generator(parameter.device)
         generator.manual_seed(seed_of(self._spec.seed, "rounding", self._names[parameter], int(state["step"]) + 1))
-        weights, gradients = parameter.view(-1), gradient.reshape(-1)
+        gradients = gradient.reshape(-1)
         for piece in pieces(parameter.numel()):
-            count = state["step"].clone()  # a step counts it up, and there is one for every piece
-            mean, square = (codec.unpack(state, piece) for codec in codecs)
-            self._compute(weights[piece], gradients[piece], mean, square, count, lr)
-            for codec, values in zip(codecs, (mean, square), strict=True):
-                codec.pack(state, piece, values, generator)
+            self._step_piece(parameter, gradients, piece, lr, generator)
         state["step"] += 1
+
+    def _step_piece(self, parameter: nn.Parameter, gradients: Tensor, piece: slice, lr: float, generator: torch.Generator) -> None:
+        """A function of its own, so that nothing of a piece is held when the next one begins."""
+        state, codecs = self.state[parameter], self._spec.codecs(parameter)
+        mean, square = (codec.unpack(state, piece) for codec in codecs)
+        count = state["step"].clone()  # the computation counts it up, and there is one for every piece
+        self._compute(parameter.view(-1)[piece], gradients[piece], mean, square, count, lr)
+        for codec, values in zip(codecs, (mean, square), strict=True):
+            codec.pack(state, piece, values, generator)
 
     def _compute(self, weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, lr: float) -> None:
         """PyTorch's step, with what its Adam and AdamW have for betas and epsilon."""

@@ -157,7 +157,7 @@ class Levels:
     """The 256 values that codes stand for, and how the code of a value is found.
 
     Args:
-        values: ascending, (256,) float32, from -1 (or 0) to 1.
+        values: ascending, (256,) float32; from -0.993 to 1, or from 0 to 1.
         lowest: by the upper 16 bits of a float32, the code of the smallest value that begins with them, (65536,) uint8.
         thresholds: by code, the smallest value that has a higher one, (256,) float32.
     """
