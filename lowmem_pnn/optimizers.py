@@ -179,7 +179,9 @@ class ShortStateAdam(torch.optim.Optimizer):
             self._step_piece(parameter, gradients, piece, lr, generator)
         state["step"] += 1
 
-    def _step_piece(self, parameter: nn.Parameter, gradients: Tensor, piece: slice, lr: float, generator: torch.Generator) -> None:
+    def _step_piece(
+        self, parameter: nn.Parameter, gradients: Tensor, piece: slice, lr: float, generator: torch.Generator
+    ) -> None:
         """A function of its own, so that nothing of a piece is held when the next one begins."""
         state, codecs = self.state[parameter], self._spec.codecs(parameter)
         mean, square = (codec.unpack(state, piece) for codec in codecs)
