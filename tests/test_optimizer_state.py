@@ -300,6 +300,30 @@ def test_the_state_of_small_and_of_other_parameters_stays_as_it_is() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_short_state_on_a_gpu() -> None:
+    values = numbers(PIECE + 300, 0, 3.0)
+    for signed in (True, False):
+        own, codec = (values if signed else values.abs()), Int8("m", signed)
+        state = {key: tensor.cuda() for key, tensor in packed(codec, torch.zeros_like(own)).items()}
+        generator = torch.Generator("cuda")
+        for piece in pieces(len(own)):
+            codec.pack(state, piece, own[piece].cuda(), generator)
+        assert all(torch.equal(state[key].cpu(), tensor) for key, tensor in packed(codec, own).items())
+    for kind in ("bf16", "int8"):
+        spec = OptimizerSpec("adamw", state=kind, seed=2)  # type: ignore[arg-type]
+        found = []
+        for _ in range(2):
+            ours = {name: nn.Parameter(parameter.detach().cuda()) for name, parameter in parameters(*SHAPES).items()}
+            state = {name: {key: tensor.cuda() for key, tensor in one.items()} for name, one in zeros(spec, ours).items()}
+            for parameter in ours.values():
+                parameter.grad = parameter.detach().sin()
+            spec.build(ours, state).step()
+            found.append([*ours.values(), *(tensor for one in state.values() for tensor in one.values())])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 # Training.
 
 
