@@ -138,6 +138,13 @@ class FitConfig:
             "time are in memory."
         ),
     )
+    optimizer_state: Literal["fp32", "bf16", "int8"] = Field(
+        default="fp32",
+        description=(
+            "What the state of adam and adamw is kept as, in memory and on disk, for parameters of 4096 elements and more: fp32 (8 bytes "
+            "a parameter), bf16 with rounding by chance (4), or int8 in blocks with a scale each (2; needs torchao)."
+        ),
+    )
     clip_norm: Positive | None = Field(
         default=None,
         description="Scale gradients down to this norm: of all weights (exact, backprop), or of a partition's (pnn).",
@@ -235,8 +242,8 @@ class FitConfig:
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32",
         description=(
-            "What layers compute in: fp32, or PyTorch's autocast to bf16, or to fp16 with a loss scale that moves; weights, their "
-            "gradients and the optimizer's state stay float32."
+            "What layers compute in: fp32, or PyTorch's autocast to bf16, or to fp16 with a loss scale that moves; weights and "
+            "their gradients stay float32."
         ),
     )
     channels_last: bool = Field(

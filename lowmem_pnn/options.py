@@ -48,6 +48,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
     ("warmup_steps", "--lr-schedule constant or cosine", lambda config: config.lr_schedule != "onecycle"),
     ("momentum", "--optimizer sgd", lambda config: "sgd" in config.optimizer),
+    ("optimizer_state", "--optimizer adam or adamw", lambda config: "sgd" not in config.optimizer),
     ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
     ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
     ("data_root", "a data set that is downloaded", lambda config: config.data in DOWNLOADED),

@@ -8,8 +8,7 @@ samples is the peak. A third number of samples checks it. The chain's own tensor
            <--       <--          backward: the sink makes the gradient that comes in, the source keeps the one that goes out
 """
 
-import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,19 +23,17 @@ from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile, by_itse
 from lowmem_pnn.device.kernels import MAX_COMPILED, compiled, scratch_bytes
 from lowmem_pnn.device.tracking import StorageTracker
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.optimizers import OptimizerSpec
 
 # The two numbers of samples that are compared, and the one that checks. None is 1, which shapes and strides treat as a case of
 # its own; the last is well apart, so that what does not grow in a straight line shows.
 _FEW, _MORE, _MANY = 4, 6, 64
 
-_OPTIMIZERS = ("sgd", "sgd with momentum", "adam")
-
 
 def profile(
     chain: Chain,
     *,
-    optimizer_state_tensors: int,
-    step_temporaries: float,
+    optimizers: Sequence[OptimizerSpec],
     device: torch.device,
     parts_ties: bool = False,
     by_units: bool = False,
@@ -45,9 +42,7 @@ def profile(
 
     Args:
         chain: its tensors may be on the meta device; they are not read.
-        optimizer_state_tensors: tensors of a parameter's size that the optimizer keeps for it: 0 for SGD, 1 with momentum, 2 for
-            Adam.
-        step_temporaries: what a step allocates for a moment, as a multiple of the largest parameter's bytes.
+        optimizers: at least one; of several the largest is counted for all.
         device: where the chain will run; kernels differ between devices in what they save.
         parts_ties: layers that share a tensor may come into different partitions; it is then counted with each of them.
         by_units: every layer goes back from its own head before the next one runs forward.
@@ -71,13 +66,13 @@ def profile(
                 again = _new(layer.parameters().values(), set())
                 again = [tensor for tensor in again if id(tensor) in shared]
                 repeated |= {id(tensor): _nbytes(tensor) for tensor in again if tensor.requires_grad}
-                learnt = sum(_nbytes(tensor) for tensor in again if tensor.requires_grad)
-                repeated_bytes += sum(map(_nbytes, again)) + (1 + optimizer_state_tensors) * learnt
+                learnt = [tensor for tensor in again if tensor.requires_grad]
+                repeated_bytes += sum(map(_nbytes, again)) + sum(map(_nbytes, learnt)) + _state_bytes(learnt, optimizers)
                 counted = set()
             bench = _Bench(
                 layer, chain.boundaries[number], chain.boundaries[number + 1], device, learns_input=number > 0 and not by_units
             )
-            cost = _price(layer, bench, counted, optimizer_state_tensors, step_temporaries)
+            cost = _price(layer, bench, counted, optimizers)
             layers.append(by_itself(cost) if by_units else cost)
             shared |= counted
             compiled_kernels |= bench.compiled
@@ -87,7 +82,7 @@ def profile(
     return MemoryProfile(
         layers=tuple(layers),
         forbidden_cuts=() if parts_ties else tuple(sorted(forbidden)),
-        optimizer=_OPTIMIZERS[optimizer_state_tensors],
+        optimizer=", ".join(dict.fromkeys(map(str, optimizers))),
         smallest_micro_batch=smallest,
         kernel_bytes=sum(sorted(compiled_kernels.values(), reverse=True)[:MAX_COMPILED]),
         repeated_bytes=repeated_bytes,
@@ -95,18 +90,17 @@ def profile(
     )
 
 
-def _price(layer: Layer, bench: "_Bench", counted: set[int], state_tensors: int, step_temporaries: float) -> LayerCost:
+def _price(layer: Layer, bench: "_Bench", counted: set[int], optimizers: Sequence[OptimizerSpec]) -> LayerCost:
     """One layer's cost.
 
     Args:
         layer: the layer.
         bench: where it runs.
         counted: identities of the tensors that layers before it have; this layer's are added.
-        state_tensors: of the optimizer, a parameter.
-        step_temporaries: of the optimizer, as a multiple of the largest parameter.
+        optimizers: that its parameters may have.
     """
     parameters = _new(layer.parameters().values(), counted)
-    trainable = [_nbytes(parameter) for parameter in parameters if parameter.requires_grad]
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
     few, more, many = (bench.measure(size) for size in (_FEW, _MORE, _MANY))
 
     def peak(moments: Callable[[_Runs], list[int]]) -> Envelope:
@@ -118,9 +112,9 @@ def _price(layer: Layer, bench: "_Bench", counted: set[int], state_tensors: int,
         num_params=sum(parameter.numel() for parameter in parameters),
         weight_bytes=sum(map(_nbytes, parameters)),
         buffer_bytes=sum(map(_nbytes, _new(layer.buffers().values(), counted))),
-        gradient_bytes=sum(trainable),
-        optimizer_bytes=state_tensors * sum(trainable),
-        step_bytes=math.ceil(step_temporaries * max(trainable, default=0)),
+        gradient_bytes=sum(map(_nbytes, trainable)),
+        optimizer_bytes=_state_bytes(trainable, optimizers),
+        step_bytes=max((optimizer.step_bytes(parameter) for optimizer in optimizers for parameter in trainable), default=0),
         forward_peak=peak(lambda runs: runs.forward),
         kept=kept,
         backward_peak=peak(lambda runs: runs.backward),
@@ -378,6 +372,10 @@ def _new(tensors: Iterable[Tensor], counted: set[int]) -> list[Tensor]:
             counted.add(id(tensor))
             found.append(tensor)
     return found
+
+
+def _state_bytes(parameters: Sequence[Tensor], optimizers: Sequence[OptimizerSpec]) -> int:
+    return max(sum(map(optimizer.state_bytes, parameters)) for optimizer in optimizers)
 
 
 def _nbytes(tensor: Tensor) -> int:

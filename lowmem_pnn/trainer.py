@@ -20,6 +20,7 @@ from lowmem_pnn.initialisation import build_weights
 from lowmem_pnn.inputs import Inputs, Model, name_of, named_inputs, python_inputs
 from lowmem_pnn.joining import TRAINED
 from lowmem_pnn.lifecycle import check_same_data, check_same_rank, clear, first_state, go_on, halve, score
+from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.options import check_device, check_same, configure, next_workdir
 from lowmem_pnn.planning import describe_plan, make_plan
 from lowmem_pnn.plans import Plan
@@ -28,6 +29,7 @@ from lowmem_pnn.progress import Display
 from lowmem_pnn.ranks import ALONE, Rank
 from lowmem_pnn.report import PlanReport, Result
 from lowmem_pnn.run import Run
+from lowmem_pnn.short_state import prepare_levels
 from lowmem_pnn.state import State
 from lowmem_pnn.stores.disk import IoCounter, allow_many_files
 from lowmem_pnn.stores.rundir import RunDir, read_journal
@@ -261,6 +263,7 @@ def _train(
         # What has to be there before the floor is taken: imports, open data, threads.
         opened = sources()
         _rehearse()
+        _prepare_optimizer(config)
         with _open_device(config, rank) as device:
             workload = make_workload(config, *opened, device.torch_device)
             costs = profile_workload(workload, device)
@@ -306,6 +309,7 @@ def _read_result(path: Path) -> Result:
 
 def _plan(config: FitConfig, sources: Callable[[], Inputs]) -> PlanReport:
     opened = sources()
+    _prepare_optimizer(config)
     with _open_device(config) as device:
         workload = make_workload(config, *opened, device.torch_device)
         return describe_plan(workload, profile_workload(workload, device), device)
@@ -323,7 +327,13 @@ def _rehearse() -> None:
     """Cut and profile a toy, so that what this imports and caches is there before the floor is taken."""
     toy = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     chain = capture(toy, TensorSpec((4,), torch.float32))
-    profile(chain, optimizer_state_tensors=2, step_temporaries=0.0, device=torch.device("cpu"))
+    profile(chain, optimizers=[OptimizerSpec("adam")], device=torch.device("cpu"))
+
+
+def _prepare_optimizer(config: FitConfig) -> None:
+    """The same for what only some states of an optimizer need."""
+    if config.optimizer_state == "int8":
+        prepare_levels()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from lowmem_pnn.plans import Plan
 from lowmem_pnn.profiler import profile
 from lowmem_pnn.schedules import factor
 from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.short_state import SMALLEST, is_shortened
 from lowmem_pnn.sources.building import skeleton
 from lowmem_pnn.sources.datasets import Dataset, Split, find_dataset, subset, train_val
 from lowmem_pnn.sources.imports import one_line
@@ -93,6 +94,8 @@ class Workload:
             config.momentum,
             config.weight_decay,
             config.fused,
+            config.optimizer_state,
+            config.seed,
         )
 
     def learning_rate(self, partition: int, step: int, total_steps: int, batch: int | None = None) -> float:
@@ -185,7 +188,7 @@ def make_workload(
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not _learning(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     _check_input(source, dataset, model)
     numerics = Numerics(config.precision, device.type, config.channels_last)
@@ -193,6 +196,11 @@ def make_workload(
     if config.channels_last and all(parameter.dim() != 4 for parameter in model.parameters()):
         raise ConfigError(
             f"--channels-last has no effect here: {source.spec} has no convolutions of maps (C, H, W); leave it out"
+        )
+    if config.optimizer_state != "fp32" and not any(map(is_shortened, _learning(model))):
+        raise ConfigError(
+            f"--optimizer-state {config.optimizer_state} has no effect here: {source.spec} has no float32 parameters of {SMALLEST} elements "
+            "or more that learn; leave it out"
         )
     (scores,) = chain.boundaries[-1]
     if scores.shape[:-1] != dataset.label_shape or scores.shape[-1] < dataset.num_classes:
@@ -220,6 +228,10 @@ def make_workload(
             "cannot be computed in parts; leave it out"
         )
     return workload
+
+
+def _learning(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _with_heads(workload: Workload) -> Chain:
@@ -264,13 +276,14 @@ def profile_workload(workload: Workload, device: Device) -> MemoryProfile:
     """What each layer needs, by fake tensors: nothing is allocated. Of several optimizers the largest is counted for all."""
     config = workload.config
     optimizers = [
-        OptimizerSpec(name, momentum=config.momentum, weight_decay=config.weight_decay, fused=config.fused)
+        OptimizerSpec(
+            name, momentum=config.momentum, weight_decay=config.weight_decay, fused=config.fused, state=config.optimizer_state
+        )
         for name in config.optimizer
     ]
     return profile(
         workload.chain,
-        optimizer_state_tensors=max(len(optimizer.state_names) for optimizer in optimizers),
-        step_temporaries=max(optimizer.step_temporaries for optimizer in optimizers),
+        optimizers=optimizers,
         device=device.torch_device,
         parts_ties=workload.method.sweeps,
         by_units=workload.method.learns_by_units,

@@ -23,6 +23,7 @@ from lowmem_pnn.exporting import find_exit
 from lowmem_pnn.grouping import alike_cuts, feasible_batch
 from lowmem_pnn.methods import Visit, make_method
 from lowmem_pnn.methods.heads import make_head, num_filters
+from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.options import configure
 from lowmem_pnn.partitioning import peak_of
 from lowmem_pnn.passes import backward_from_loss
@@ -356,8 +357,8 @@ def test_an_exported_exit_is_the_runs_exit_bit_for_bit(tmp_path: Path, monkeypat
 
 def test_a_unit_by_itself_keeps_nothing_but_its_outputs() -> None:
     chain = _with_heads(configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", method="neuroflux"))
-    costs = profile(chain, optimizer_state_tensors=2, step_temporaries=0.0, device=CPU, by_units=True)
-    joined = profile(chain, optimizer_state_tensors=2, step_temporaries=0.0, device=CPU)
+    costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, by_units=True)
+    joined = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU)
     for own, layer in zip(costs.layers, joined.layers, strict=True):
         assert own.kept == Affine(0, 0)
         assert own.state_bytes == layer.state_bytes
@@ -380,7 +381,7 @@ def test_batches_of_blocks_never_pass_the_budget_over_random_networks() -> None:
         with torch.device("meta"):
             model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 4)).to("meta")
         chain = capture(model, TensorSpec((3, 16, 16), torch.float32))
-        costs = profile(chain, optimizer_state_tensors=2, step_temporaries=0.0, device=CPU, by_units=True)
+        costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, by_units=True)
         none = Affine(0, 0)
         least = max(peak_of((layer,), costs.smallest_micro_batch, costs.smallest_micro_batch, none) for layer in costs.layers)
         room = int(least * rng.uniform(1.0, 8.0))

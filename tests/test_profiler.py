@@ -1,5 +1,6 @@
 """The profiler: exact where it can be checked by hand, never far from what real runs hold, and without a trace."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -12,6 +13,7 @@ from lowmem_pnn.chain import TensorSpec, capture
 from lowmem_pnn.costs import Affine, Envelope, largest_part
 from lowmem_pnn.device.tracking import StorageTracker
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.planner import partition_peak
 from lowmem_pnn.profiler import fit_peak, profile
 
@@ -22,8 +24,13 @@ def flat(*shape):
     return TensorSpec(shape, torch.float32)
 
 
-def price(model, spec, state_tensors=0, temporaries=0.0):
-    return profile(capture(model, spec), optimizer_state_tensors=state_tensors, step_temporaries=temporaries, device=CPU)
+SGD = OptimizerSpec("sgd", momentum=0.0)
+ADAM = OptimizerSpec("adam")
+ADAM_BY_LOOPS = OptimizerSpec("adam", fused=False)
+
+
+def price(model, spec, optimizer=SGD):
+    return profile(capture(model, spec), optimizers=[optimizer], device=CPU)
 
 
 def mlp(*widths):
@@ -76,7 +83,7 @@ def tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_linear_layer_by_hand():
-    [first, second] = price(mlp(30, 20, 10), flat(30), state_tensors=2, temporaries=2.0).layers
+    [first, second] = price(mlp(30, 20, 10), flat(30), ADAM_BY_LOOPS).layers
     assert (second.name, second.num_params) == ("1", 210)
     assert second.weight_bytes == second.gradient_bytes == 4 * 210
     assert second.optimizer_bytes == 2 * 4 * 210
@@ -121,7 +128,7 @@ def test_the_model_is_untouched(device):
     torch.manual_seed(3)
     state = torch.random.get_rng_state()
 
-    profile(chain, optimizer_state_tensors=1, step_temporaries=1.0, device=CPU)
+    profile(chain, optimizers=[SGD, ADAM_BY_LOOPS], device=CPU)
 
     assert torch.equal(torch.random.get_rng_state(), state)
     after = [tensor for layer in chain.layers for tensor in (*layer.parameters().values(), *layer.buffers().values())]
@@ -135,7 +142,7 @@ def test_the_model_is_untouched(device):
 def test_a_layer_of_four_terabytes_is_priced_without_them():
     with torch.device("meta"):
         model = mlp(1_000_000, 1_000_000, 10)
-    costs = price(model, flat(1_000_000), state_tensors=2)
+    costs = price(model, flat(1_000_000), ADAM)
     assert costs.layers[0].state_bytes == 16 * (10**12 + 10**6)
     assert costs.layers[0].backward_peak.at(8) == 4 * (10**12 + 10**6)
 
@@ -143,7 +150,7 @@ def test_a_layer_of_four_terabytes_is_priced_without_them():
 def test_frozen_weights_have_no_gradients():
     model = mlp(30, 20, 10)
     model[2].requires_grad_(False)
-    [_, frozen] = price(model, flat(30), state_tensors=2, temporaries=2.0).layers
+    [_, frozen] = price(model, flat(30), ADAM_BY_LOOPS).layers
     assert (frozen.gradient_bytes, frozen.optimizer_bytes, frozen.step_bytes) == (0, 0, 0)
     assert frozen.weight_bytes == 840
     assert frozen.backward_peak.at(7) == 80 * 7
@@ -168,7 +175,7 @@ def test_a_shared_weight_counts_once_and_forbids_the_cuts_between():
 
 def test_whole_numbers_as_input():
     model = nn.Sequential(nn.Embedding(50, 6), nn.Flatten(), nn.Linear(24, 3))
-    costs = profile(capture(model, TensorSpec((4,), torch.int64)), optimizer_state_tensors=0, step_temporaries=0.0, device=CPU)
+    costs = profile(capture(model, TensorSpec((4,), torch.int64)), optimizers=[SGD], device=CPU)
     assert costs.layers[0].input_bytes == Affine(0, 32)
     assert costs.layers[0].kept.at(3) >= 3 * 96
     assert costs.layers[-1].output_bytes == Affine(0, 12)
@@ -186,9 +193,21 @@ def test_the_smallest_micro_batch_is_what_batch_normalisation_accepts(model, spe
     assert price(model, spec).smallest_micro_batch == smallest
 
 
-@pytest.mark.parametrize(("tensors", "words"), [(0, "sgd"), (1, "sgd with momentum"), (2, "adam")])
-def test_the_optimizer_is_named(tensors, words):
-    assert price(mlp(3, 2), flat(3), state_tensors=tensors).optimizer == words
+@pytest.mark.parametrize(
+    ("optimizers", "words"),
+    [
+        ([SGD], "sgd"),
+        ([OptimizerSpec("sgd"), ADAM, ADAM], "sgd with momentum, adam"),
+        ([OptimizerSpec("adamw", state="int8")], "adamw with state in int8"),
+    ],
+)
+def test_the_optimizers_are_named(optimizers, words):
+    assert profile(capture(mlp(3, 2), flat(3)), optimizers=optimizers, device=CPU).optimizer == words
+
+
+def test_of_several_optimizers_the_largest_is_counted():
+    costs = profile(capture(mlp(30, 20, 10), flat(30)), optimizers=[SGD, ADAM_BY_LOOPS, ADAM], device=CPU)
+    assert costs == dataclasses.replace(price(mlp(30, 20, 10), flat(30), ADAM_BY_LOOPS), optimizer="sgd, adam")
 
 
 def test_a_multiply_accumulate_is_counted_once():
@@ -274,7 +293,7 @@ def measured_peak(chain, start, stop, micro_batch, batch, smallest):
 @pytest.mark.parametrize(("micro_batch", "batch"), [(2, 2), (2, 7), (16, 16)])
 def test_predicted_peaks_bound_those_of_real_runs_closely(build, spec, micro_batch, batch):
     chain = capture(build(), spec)
-    costs = profile(chain, optimizer_state_tensors=0, step_temporaries=0.0, device=CPU)
+    costs = profile(chain, optimizers=[SGD], device=CPU)
     end, smallest = len(chain.layers), costs.smallest_micro_batch
     assert end >= 4
     spans = {(0, end), (0, end // 2), (end // 2, end), (1, end - 1), (1, 2)}

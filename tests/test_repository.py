@@ -38,7 +38,7 @@ LEVELS = [
     ["partitioning"],
     ["device", "costs", "optimizers", "options", "ranks"],
     ["config", "plans"],
-    ["chain", "tracer", "dataflow", "stores", "sources", "seeds", "schedules", "streams"],
+    ["chain", "tracer", "dataflow", "stores", "sources", "short_state", "seeds", "schedules", "streams"],
     ["numerics"],
     ["units", "errors", "stalls", "__init__"],
 ]
