@@ -27,6 +27,7 @@ LEVELS = [
     ["footprint", "inputs"],
     ["workload", "scores", "state"],
     ["executor"],
+    ["uploads"],
     ["feeds", "crossing", "stepping"],
     ["passes", "early_stop", "supply", "computation"],
     ["residency"],
