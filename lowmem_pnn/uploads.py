@@ -93,6 +93,7 @@ class Uploads:
             while following is not None:
                 item, following = following, next(iterator, None)
                 yield item, following
+                del item  # or three would be there while the next one is waited for
         finally:
             self.drop()
 

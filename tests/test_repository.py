@@ -20,7 +20,7 @@ LEVELS = [
     ["trainer"],
     ["lifecycle", "exporting"],
     ["preflight", "walk"],
-    ["sweeping"],
+    ["sweeping", "warming"],
     ["joining", "exits", "measuring", "logbook"],
     ["run", "sweeper"],
     ["planning", "initialisation", "progress", "report"],

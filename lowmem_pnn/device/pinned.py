@@ -30,6 +30,8 @@ def slab_bytes_of(budget_bytes: int) -> int:
 class PinnedSlab:
     """Lends pieces of one slab, which is allocated when the first is asked for; safe to share between threads.
 
+    Where the system refuses it, nothing is ever lent.
+
     One slab, and not a block for each tensor: page-locked memory is dear to allocate, PyTorch keeps what is freed of it for ever in
     sizes that nobody may ask for again, and what is used here in one phase of a run (weights) and in the next (samples) has other
     sizes. A piece comes back when the last tensor over it is gone, so who starts a copy holds the tensor until the copy is over.
@@ -84,8 +86,9 @@ class PinnedSlab:
         with self._lock:
             if (offset := self._take(-(-max(1, nbytes) // _ALIGNMENT) * _ALIGNMENT)) is None:
                 return None
-            if self._slab is None:
-                self._slab = self._allocate(self.size)
+            if self._slab is None and not self._make():
+                return None
+            assert self._slab is not None
             memory = self._slab.numpy()[offset : offset + nbytes]
         finalizer = weakref.finalize(memory, self._returned.append, offset)
         finalizer.atexit = False
@@ -106,6 +109,15 @@ class PinnedSlab:
             self._collect()
             if not self._lent:
                 self._slab = None
+
+    def _make(self) -> bool:
+        try:
+            self._slab = self._allocate(self.size)
+        except RuntimeError:
+            # The system locks no more pages for us (a container's limit): copies wait, and all goes on.
+            self._free, self._lent = [], {}
+            return False
+        return True
 
     def _take(self, size: int) -> int | None:
         """The first room that is large enough: pieces live shortly, and so leave few holes."""

@@ -1,6 +1,7 @@
 """A pretended GPU of any capacity on the CPU, so that what a full device and late copies do can be tried and tested without one."""
 
 import threading
+import weakref
 from collections import deque
 from functools import partial
 
@@ -46,24 +47,38 @@ class _LateStream:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: deque[tuple[Tensor, Tensor]] = deque()
+        self._waiting: deque[tuple[_Memory, _Memory]] = deque()
         self._num_begun = self.num_done = 0
 
     def add(self, source: Tensor, target: Tensor) -> "_LateMark":
         assert (source.shape, source.stride(), source.dtype) == (target.shape, target.stride(), target.dtype), "a copy of bytes"
         with self._lock, torch.no_grad():
             target.fill_(float("nan") if target.is_floating_point() else 77)
-            self._waiting.append((source, target))
+            self._waiting.append((_Memory(source), _Memory(target)))
             self._num_begun += 1
             return _LateMark(self, self._num_begun)
 
     def do(self, number: int) -> None:
         """All copies up to one."""
-        with self._lock, torch.no_grad():
+        with self._lock, torch.no_grad(), _disable_current_modes():
             while self.num_done < number:
                 source, target = self._waiting.popleft()
-                target.copy_(source)
+                target.tensor().copy_(source.tensor())
                 self.num_done += 1
+
+
+class _Memory:
+    """A tensor's place, as a GPU knows it: nobody keeps the memory for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage = weakref.ref(tensor.untyped_storage())
+        self._place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        self._dtype = tensor.dtype
+
+    def tensor(self) -> Tensor:
+        storage = self._storage()
+        assert storage is not None, "memory was given up while a copy was under way"
+        return torch.empty(0, dtype=self._dtype).set_(storage, *self._place)
 
 
 class _LateMark:

@@ -71,25 +71,31 @@ class CopyEngine(Protocol):
 class Upload:
     """Tensors on their way to the device, to be taken or closed."""
 
-    def __init__(self, tensors: list[Tensor], mark: Mark | None = None, on_end: Callable[[], None] = lambda: None) -> None:
-        self._tensors = tensors
-        self._mark = mark
-        self._on_end = on_end
+    def __init__(self, on_end: Callable[[], None]) -> None:
+        self.tensors: list[Tensor] = []
+        # Of the last of their copies.
+        self.mark: Mark | None = None
+        self._on_end: Callable[[], None] | None = on_end
+
+    def add(self, tensor: Tensor) -> None:
+        """One more tensor on the device, whose copy is about to begin."""
+        self.tensors.append(tensor)
 
     def get(self) -> tuple[Tensor, ...]:
         """The tensors on the device, once: what is computed from now on waits for their bytes, the host does not."""
-        tensors = tuple(self._tensors)
+        tensors = tuple(self.tensors)
         self.close()
         return tensors
 
     def close(self) -> None:
         """Give up what was not taken. Its memory is free for what is computed after the copy."""
-        if self._mark is not None:
-            self._mark.hold_computing()
-            self._mark = None
-        self._tensors.clear()
-        on_end, self._on_end = self._on_end, lambda: None
-        on_end()
+        if self.mark is not None:
+            self.mark.hold_computing()
+            self.mark = None
+        self.tensors.clear()
+        if self._on_end is not None:
+            self._on_end()
+            self._on_end = None
 
 
 class Download:
@@ -143,8 +149,8 @@ class Transfers:
         self._device = device
         self._window_bytes = window_bytes
         self.slab = slab
-        # Host pieces of uploads, until their copies are over.
-        self._going_up: deque[tuple[Mark, list[Tensor]]] = deque()
+        # Page-locked pieces whose copies are not known to be over.
+        self._going_up: deque[tuple[Mark, Tensor]] = deque()
         self._going_down: deque[Download] = deque()
         self._waiting_bytes = 0
         self._lock = threading.Lock()
@@ -171,11 +177,7 @@ class Transfers:
         nbytes = sum(tensor.nbytes for tensor in tensors)
         if not self._enter(nbytes):
             return None
-        try:
-            return self._begin(tensors, lambda: self._leave(nbytes))
-        except BaseException:
-            self._leave(nbytes)
-            raise
+        return self._begin(tensors, lambda: self._leave(nbytes))
 
     def download(self, tensor: Tensor) -> Download:
         """Begin to bring a tensor down. The host waits only where there is no room for it to go on by itself.
@@ -184,6 +186,8 @@ class Transfers:
             tensor: on the device; it must not change before the copy is over.
         """
         source = tensor.detach()
+        if source.stride() != torch.empty_like(source, device="meta").stride():
+            source = source.clone()  # bytes in one piece: what a copy needs beside them would come from the stream's own memory
         while self._first_down_is_past():
             self._finish_first_down()
         held = source.untyped_storage().nbytes()  # a view holds all of it
@@ -220,26 +224,22 @@ class Transfers:
         return aligned_empty(shape, dtype) if piece is None else piece
 
     def _begin(self, tensors: Sequence[Tensor], on_end: Callable[[], None] = lambda: None) -> Upload:
-        targets: list[Tensor] = []
+        upload = Upload(on_end)
         try:
             for tensor in tensors:
                 # With the strides that `Tensor.to` would give it: kernels round differently for another layout.
-                targets.append(torch.empty_like(tensor, device=self._device))
+                upload.add(torch.empty_like(tensor, device=self._device))
+            for tensor, target in zip(tensors, upload.tensors, strict=True):
+                host = self._staged(tensor, target)
+                if host is None:
+                    target.copy_(tensor)
+                else:
+                    upload.mark = mark = self._engine.up(host, target)
+                    self._going_up.append((mark, host))
         except BaseException:
-            targets.clear()  # the exception's traceback holds this frame
+            upload.close()  # the exception's traceback holds this frame
             raise
-        mark: Mark | None = None
-        held: list[Tensor] = []
-        for tensor, target in zip(tensors, targets, strict=True):
-            host = self._staged(tensor, target)
-            if host is None:
-                target.copy_(tensor)
-                continue
-            mark = self._engine.up(host, target)
-            held.append(host)
-        if mark is not None:
-            self._going_up.append((mark, held))
-        return Upload(targets, mark, on_end)
+        return upload
 
     def _staged(self, tensor: Tensor, target: Tensor) -> Tensor | None:
         """A host tensor in page-locked memory, dense, with the strides of its target; None where there is no room, now or ever."""
