@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem_pnn.device import Device
-from lowmem_pnn.passes import place_aligned
+from lowmem_pnn.device import Device, Download
 from lowmem_pnn.residency import Residency
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.scratch import Scratch
 
+Key = tuple[str, int | str, int]
 Hooks = list[torch.utils.hooks.RemovableHandle]
 
 
@@ -38,20 +38,23 @@ class Crossing:
         self._scratch = Scratch(folder, memory_bytes, counter)
         self._seed = seed
         self._place = place
+        # What was put last, and is still on its way from a device that copies beside its computing.
+        self._behind: tuple[Key, list[Download | None]] | None = None
 
     def put_boundary(self, boundary: int, number: int, tensors: Sequence[Tensor]) -> None:
         """Keep the activations of a micro-batch that flow into partition `boundary`."""
         self._put(("boundary", boundary, number), [tensor.detach() for tensor in tensors])
 
     def boundary(self, boundary: int, number: int) -> tuple[Tensor, ...]:
-        """Those activations, on the device: leaves of a new graph."""
-        kept = self._scratch.get(("boundary", boundary, number))
+        """Those activations, on the host: leaves of a new graph once they are placed."""
+        kept = self._with(("boundary", boundary, number)).get(("boundary", boundary, number))
         # Detached once more: a tensor may be kept for two boundaries, and needs a gradient for one of them at a time.
-        return tuple(place_aligned(self._device, tensor).detach() for tensor in kept if tensor is not None)
+        return tuple(tensor.detach() for tensor in kept if tensor is not None)
 
     def drop_boundary(self, boundary: int, number: int) -> None:
         """They are not needed any more."""
-        self._scratch.drop(("boundary", boundary, number))
+        key = ("boundary", boundary, number)
+        self._with(key).drop(key)
 
     def put_gradients(self, boundary: int, number: int, gradients: Sequence[Tensor | None]) -> None:
         """Keep the gradients of a boundary's tensors; None where a tensor has none."""
@@ -59,7 +62,8 @@ class Crossing:
 
     def pop_gradients(self, boundary: int, number: int) -> tuple[Tensor | None, ...]:
         """Those gradients, on the device, once."""
-        return tuple(self._place_or_none(tensor) for tensor in self._scratch.pop(("gradient", boundary, number)))
+        key = ("gradient", boundary, number)
+        return tuple(self._place_or_none(tensor) for tensor in self._with(key).pop(key))
 
     def begin_random(self, partition: int, number: int, step: int) -> tuple[Tensor, ...]:
         """Bring the generators to where they were when a micro-batch came to a partition, and return their state.
@@ -102,8 +106,9 @@ class Crossing:
         hooks: Hooks = []
         for name in residency.shared & residency.parameters.keys():
             parameter = residency.parameters[name]
-            if parameter.requires_grad and ("shared", name, number) in self._scratch:
-                (carried,) = self._scratch.pop(("shared", name, number))
+            key = ("shared", name, number)
+            if parameter.requires_grad and key in self._with(key):
+                (carried,) = self._scratch.pop(key)
                 assert carried is not None
                 # In this order: autograd adds the gradient that comes later to the one that was there.
                 placed = self._device.place(carried)
@@ -124,20 +129,39 @@ class Crossing:
 
     def pop_whole(self, name: str) -> Tensor:
         """That gradient, on the device, once; the caller may change it."""
-        (gradient,) = self._scratch.pop(("whole", name, 0))
+        (gradient,) = self._with(("whole", name, 0)).pop(("whole", name, 0))
         assert gradient is not None
         return self._device.place(gradient)
 
     def clear(self) -> None:
         """The batch is done: nothing of it is needed."""
+        self._behind = None
         self._scratch.clear()
 
     def close(self) -> None:
         """Give the memory and the file back."""
+        self._behind = None
         self._scratch.close()
 
-    def _put(self, key: tuple[str, int | str, int], tensors: Sequence[Tensor | None]) -> None:
-        self._scratch.put(key, [None if tensor is None else self._device.fetch(tensor) for tensor in tensors])
+    def _put(self, key: Key, tensors: Sequence[Tensor | None]) -> None:
+        """Keep tensors, which do not change any more; where copies go on beside the computing, those that were put before."""
+        if self._device.shares_host:
+            self._scratch.put(key, tensors)
+            return
+        self._catch_up()
+        self._behind = key, [None if tensor is None else self._device.download(tensor) for tensor in tensors]
+
+    def _with(self, key: Key) -> Scratch:
+        """The store, a key that is on its way to it included."""
+        if self._behind is not None and self._behind[0] == key:
+            self._catch_up()
+        return self._scratch
+
+    def _catch_up(self) -> None:
+        if self._behind is not None:
+            (key, downloads), self._behind = self._behind, None
+            # Page-locked memory is only lent: what is kept is a copy.
+            self._scratch.put(key, [None if download is None else download.get().clone() for download in downloads])
 
     def _place_or_none(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else self._device.place(tensor)

@@ -9,23 +9,26 @@ cannot be undone here: `SteppedInPart` says so, and the last commit can be gone 
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.arrivals import Arrivals, late_names
-from lowmem_pnn.device import Device, is_out_of_memory
+from lowmem_pnn.device import Device, Download, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, DataError, DivergedError
 from lowmem_pnn.feeds import Batch, Feed
 from lowmem_pnn.numerics import unscale
-from lowmem_pnn.passes import backward_from_loss, micro_batches, outputs_in_chunks, place_aligned, scores_by_units
+from lowmem_pnn.passes import backward_from_loss, micro_batches, outputs_in_chunks, scores_by_units
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stage import Progress, Stage, Tally
 from lowmem_pnn.stalls import Stalls
 from lowmem_pnn.stores.activations import ActivationWriter
 from lowmem_pnn.units import format_bytes
+from lowmem_pnn.uploads import Piece, Uploads
 
 _T = TypeVar("_T")
 
@@ -55,6 +58,7 @@ class Executor:
         self._device = device
         self._seed = seed
         self._on_shrink = on_shrink
+        self._uploads = Uploads(device)
 
     def prepare(self, stage: Stage) -> None:
         """Make what the stage's objective needs on the device.
@@ -97,11 +101,11 @@ class Executor:
             layer.module.train()
         epoch = epochs_before + progress.epoch
         batches = feed.batches(stage.batch_size, shuffle=stage.shuffle, epoch=epoch, start=progress.batch, drawn=("epoch", epoch))
-        for batch in self._stalls.over(feed.waits_for, batches):
+        for batch, following in self._uploads.over(self._stalls.over(feed.waits_for, batches)):
             loss = None
             if len(batch[1]) >= stage.smallest_micro_batch:  # a last batch of 1 tells BatchNorm nothing
                 step = steps_before + progress.epoch * steps + progress.batch
-                loss = self.train_batch(stage, batch, step)
+                loss = self.train_batch(stage, batch, step, following)
                 if not math.isfinite(loss):
                     raise DivergedError(
                         f"the loss became {loss} in {stage.title}, epoch {progress.epoch + 1}, batch {progress.batch + 1}; "
@@ -109,20 +113,21 @@ class Executor:
                     )
                 progress.tally.add(loss, len(batch[1]))
             progress.batch += 1
-            del batch
+            del batch, following
             on_batch(loss)
         if not progress.tally.num_samples:
             raise too_few(feed.num_samples, stage.title, stage.smallest_micro_batch)
         progress.epoch += 1
         progress.batch = 0
 
-    def train_batch(self, stage: Stage, batch: Batch, step: int) -> float:
+    def train_batch(self, stage: Stage, batch: Batch, step: int, following: Batch | None = None) -> float:
         """One optimizer step; done again with smaller micro-batches until it fits.
 
         Args:
             stage: the partition.
             batch: boundary tensors (B, ...) and labels (B,), on the host.
             step: the partition's steps so far, which seeds the batch's random choices.
+            following: the batch after it, where it is there already.
 
         Returns:
             The batch's mean loss.
@@ -136,9 +141,9 @@ class Executor:
         if buffers is None:
             raise self._too_large(stage, f"with a copy of {stage.title}'s buffers")
         while True:
-            parts = micro_batches(len(batch[1]), stage.micro_batch, stage.smallest_micro_batch)
+            parts = self._parts(stage, batch)
             steps = self._steps(stage, step, at_once=len(parts) == 1)
-            loss = self._unless_full(lambda: self._accumulate(stage, batch, step, parts, steps))  # noqa: B023 - called at once
+            loss = self._unless_full(partial(self._accumulate, stage, batch, step, parts, steps, following))
             if loss is not None:
                 break
             if steps.taken:
@@ -236,14 +241,18 @@ class Executor:
             on_micro_batch: called now and then; what it raises ends the writing.
         """
 
-        def write(fetched: Batch) -> None:
+        def bring_down(outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[tuple[Download, ...], Tensor]:
+            with self._stalls.waiting("copy"):  # for room
+                return tuple(self._device.download(tensor) for tensor in outputs), labels
+
+        def write(downloads: tuple[tuple[Download, ...], Tensor]) -> None:
+            with self._stalls.waiting("copy"):
+                tensors = tuple(download.get() for download in downloads[0])
             with self._stalls.waiting("disk"):
-                writer.append(*fetched)
+                writer.append(tensors, downloads[1])
             on_micro_batch()
 
-        self.forward(
-            stage, feed, lambda outputs, labels: (tuple(self._device.fetch(tensor) for tensor in outputs), labels), write
-        )
+        self.forward(stage, feed, bring_down, write)
 
     def forward(
         self, stage: Stage, feed: Feed, work: Callable[[tuple[Tensor, ...], Tensor], _T], consume: Callable[[_T], None]
@@ -267,48 +276,71 @@ class Executor:
         """Samples through a stage in eval mode; `run` takes a micro-batch on the device, and its labels on the host."""
         for layer in stage.residency.layers:
             layer.module.eval()
-        for inputs, labels in self._stalls.over(feed.waits_for, feed.batches(stage.batch_size, shuffle=False)):
-            begin = 0
-            while begin < len(labels):
+        # Where copies go on beside the computing, what comes of a micro-batch is consumed while the next one is computed.
+        results: deque[_T] = deque()
+        batches = self._stalls.over(feed.waits_for, feed.batches(stage.batch_size, shuffle=False))
+        for batch, following in self._uploads.over(batches):
+            begin, total = 0, len(batch[1])
+            while begin < total:
                 part = slice(begin, begin + stage.micro_batch)
-                batch = tuple(tensor[part] for tensor in inputs), labels[part]
-                result = self._unless_full(lambda batch=batch: self._run_eval(batch, run))  # type: ignore[misc]
-                del batch
+                after = Piece.of(batch, slice(part.stop, part.stop + stage.micro_batch)) if part.stop < total else None
+                if after is None and following is not None:
+                    after = Piece.of(following, slice(0, stage.micro_batch))
+                result = self._unless_full(partial(self._run_eval, Piece.of(batch, part), batch[1][part], after, run))
+                del after
+                self._consume(results, consume)
                 if result is None:
                     self._shrink(stage)
                     continue
-                for item in result:
-                    consume(item)
+                results.extend(result)
                 del result
+                if self._device.shares_host:
+                    self._consume(results, consume)
                 begin = part.stop
-            del inputs, labels  # the feed gives the next before these names are bound to it
+            del batch, following  # the feed gives the next before these names are bound to it
+        self._consume(results, consume)
 
-    def _run_eval(self, batch: Batch, run: Callable[[tuple[Tensor, ...], Tensor], list[_T]]) -> list[_T]:
-        inputs, labels = batch
+    @staticmethod
+    def _consume(results: deque[_T], consume: Callable[[_T], None]) -> None:
+        while results:
+            consume(results.popleft())
+
+    def _run_eval(
+        self, piece: Piece, labels: Tensor, after: Piece | None, run: Callable[[tuple[Tensor, ...], Tensor], list[_T]]
+    ) -> list[_T]:
+        with self._stalls.waiting("copy"):
+            inputs = self._uploads.take(piece, after)
         with torch.no_grad():
-            result = run(tuple(place_aligned(self._device, tensor) for tensor in inputs), labels)
+            result = run(inputs, labels)
         self._device.check_budget()
         return result
 
-    def _accumulate(self, stage: Stage, batch: Batch, step: int, parts: Sequence[slice], steps: Arrivals) -> float:
+    def _accumulate(
+        self, stage: Stage, batch: Batch, step: int, parts: Sequence[slice], steps: Arrivals, following: Batch | None
+    ) -> float:
         """Forward and backward of a batch's micro-batches, in ascending order; each loss weighs its share of the batch."""
-        inputs, labels = batch
+        labels = batch[1]
         loss_sum = 0.0
         chunk_rows = stage.chunk_rows if stage.is_last else None
+        pieces = [Piece.of(batch, part, with_labels=True) for part in parts]
+        then = None if following is None else Piece.of(following, self._parts(stage, following)[0], with_labels=True)
         for number, part in enumerate(parts):
             torch.manual_seed(seed_of(self._seed, "forward", stage.number, step, number))
             share = (part.stop - part.start) / len(labels)
             with self._stalls.waiting("copy"):
-                placed = tuple(place_aligned(self._device, tensor[part]) for tensor in inputs)
-                targets = place_aligned(self._device, labels[part])
+                *placed, targets = self._uploads.take(pieces[number], pieces[number + 1] if number + 1 < len(pieces) else then)
             with steps:
                 loss_sum += backward_from_loss(
-                    stage.residency.layers, placed, targets, stage.objective, share, chunk_rows, stage.loss_scale.value
+                    stage.residency.layers, tuple(placed), targets, stage.objective, share, chunk_rows, stage.loss_scale.value
                 )
             del placed
             if not steps.taken:
                 self._device.check_budget()
         return loss_sum
+
+    @staticmethod
+    def _parts(stage: Stage, batch: Batch) -> Sequence[slice]:
+        return micro_batches(len(batch[1]), stage.micro_batch, stage.smallest_micro_batch)
 
     @staticmethod
     def _unless_full(work: Callable[[], _T]) -> _T | None:
@@ -327,6 +359,8 @@ class Executor:
 
     def _shrink(self, stage: Stage) -> None:
         self._drop_gradients(stage)
+        self._uploads.drop()
+        self._device.settle()
         self._device.release()
         if stage.micro_batch <= stage.smallest_micro_batch:
             raise self._too_large(stage, f"for {stage.title} with a micro-batch of {stage.micro_batch}, the smallest")

@@ -59,7 +59,7 @@ def sweep_bytes(workload: Workload, profile: MemoryProfile, device: Device, io: 
     """The same of a sweep: one layer's optimizer state; batches of the data set, streams of weights, boundary activations."""
     state = max(layer.optimizer_bytes for layer in profile.layers)
     if not device.shares_host:
-        return state
+        return state + io.transfer_bytes
     # The gradient that other partitions left, and the sum with it.
     shared = 2 * profile.shared_bytes
     return state + shared + reading_bytes(workload, device, io, 0, batch) + 2 * stream_bytes(profile, io) + io.boundary_bytes
@@ -71,7 +71,7 @@ def stream_bytes(profile: MemoryProfile, io: IoSizes) -> int:
 
 
 def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int, batch: int) -> int:
-    """Device memory that samples take while they are read: none where the host is not the device.
+    """Device memory that samples take while they are read; where the host is not the device, while they are copied there and back.
 
     Args:
         workload: model and data.
@@ -81,7 +81,7 @@ def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int
         batch: samples a step.
     """
     if not device.shares_host:
-        return 0
+        return io.transfer_bytes
     labels = 8 * workload.rows_per_sample
     beside = labels + 24  # a place in the order
     sample = sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary]) + beside

@@ -26,8 +26,8 @@ _ALIGNMENT = 64
 
 
 def place_aligned(device: Device, tensor: Tensor) -> Tensor:
-    """A host tensor on the device, from a multiple of 64 bytes on."""
-    if tensor.data_ptr() % _ALIGNMENT:
+    """A host tensor on the device, from a multiple of 64 bytes on; a copy on another device always begins at one."""
+    if device.shares_host and tensor.data_ptr() % _ALIGNMENT:
         tensor = tensor.clone()
     return device.place(tensor)
 

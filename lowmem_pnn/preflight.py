@@ -79,8 +79,8 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, costs: MemoryProfil
     number = max(numbers, key=lambda number: plan.partitions[number].predicted_peak_bytes)
     planned = plan.partitions[number]
     size = min(planned.batch, 2 * planned.micro_batch)
-    specs = workload.chain.boundaries[planned.start]
-    held = sum(size * spec.sample_bytes for spec in specs) if device.shares_host else 0
+    specs, io = workload.chain.boundaries[planned.start], IoSizes.of_budget(device.budget_bytes)
+    held = sum(size * spec.sample_bytes for spec in specs) if device.shares_host else io.transfer_bytes
     # Smaller than planned where an earlier process died in this check.
     asked = micro_batch = run.state.sweep_micro_batch if workload.method.sweeps else run.state.micro_batches[number]
     went_through = False
@@ -92,7 +92,6 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, costs: MemoryProfil
         went_through = True
     measured = device.section_peak_bytes()
     # The check holds one batch of zeros, and reads nothing but, in a sweep, the partition's weights.
-    io = IoSizes.of_budget(device.budget_bytes)
     beside = beside_bytes(workload, costs, device, io, planned.start, planned.batch)
     if workload.method.sweeps and device.shares_host:
         own = sum(layer.weight_bytes for layer in costs.layers[planned.start : planned.stop])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lowmem_pnn.chain import Chain, Layer
 from lowmem_pnn.device import Device, is_out_of_memory
+from lowmem_pnn.device.transfers import one_behind
 from lowmem_pnn.errors import BudgetError, CaptureError
 from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.stores.naming import state_key, weight_key
@@ -231,11 +232,10 @@ class Residency:
         Args:
             writer: a file with this partition's layout.
         """
-        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
-            writer.write_from(weight_key(name), self._device.fetch(tensor.detach()))
-        for name, state in self._state.items():
-            for key, tensor in state.items():
-                writer.write_from(state_key(name, key), self._device.fetch(tensor))
+        tensors = {weight_key(name): tensor for name, tensor in (*self._parameters.items(), *self._buffers.items())}
+        tensors.update({state_key(name, key): tensor for name, state in self._state.items() for key, tensor in state.items()})
+        for key, host in one_behind((key, self._device.download(tensor.detach())) for key, tensor in tensors.items()):
+            writer.write_from(key, host)
 
     def unload(self) -> None:
         """Take everything off the device; what was not saved is lost."""

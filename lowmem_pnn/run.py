@@ -280,7 +280,7 @@ class Run:
         residency = Residency(
             workload.chain, planned.start, planned.stop, self.device, workload.optimizer(partition) if learns else None
         )
-        with self.threads.stalls.waiting("disk"), self.weights.tensors() as reader:
+        with self.threads.stalls.waiting("disk"), self.weights.tensors(self.device.host_empty()) as reader:
             residency.load(reader, self.threads.read)
         stage = Stage(
             number=partition,

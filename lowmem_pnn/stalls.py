@@ -1,7 +1,7 @@
 """Stalls: how long computing waited for something, and for what.
 
     disk   weights, optimizer state and boundary activations that were not read yet, or for which there was no room to be written
-    copy   samples on their way to the device
+    copy   samples on their way to the device, results on their way from it
     data   samples of the data set that were not read yet, or made ready
 
 What goes on behind the computing costs nothing and is not counted.

@@ -49,7 +49,8 @@ class Supply:
         Args:
             keys: names in weight files of all tensors that will be taken, in that order.
         """
-        with self._weights.tensors(self._blocks.empty) as self._reader:
+        # What is placed elsewhere passes through page-locked memory; where the host is the device, blocks are what is resident.
+        with self._weights.tensors(self._device.host_empty() or self._blocks.empty) as self._reader:
             requests = (Request(self._weights.nbytes(key), lambda key=key: self._read(key)) for key in keys)  # type: ignore[misc]
             self._stream = ReadAhead(requests, self._threads.read, self._stream_bytes)
             try:
@@ -98,9 +99,10 @@ class Supply:
             key: the tensor's name in it.
             tensor: on the device; it must not change before the next batch is over.
         """
-        host = self._device.fetch(tensor.detach())
+        with self._stalls.waiting("copy"):  # for room
+            download = self._device.download(tensor.detach())
         with self._stalls.waiting("disk"):  # for room
-            future = self._behind.submit(host.nbytes, lambda: file.write_from(key, host))
+            future = self._behind.submit(download.nbytes, lambda: file.write_from(key, download.get()))
         self._now.setdefault(partition, []).append(future)
 
     def settle(self) -> None:

@@ -38,6 +38,7 @@ from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.streams import Threads
 from lowmem_pnn.supply import Supply
 from lowmem_pnn.sweep_steps import Gradients, SweepSteps
+from lowmem_pnn.uploads import Piece, Uploads
 from lowmem_pnn.workload import IoSizes, Workload
 
 
@@ -108,6 +109,7 @@ class Sweeper:
         self._supply = Supply(weights, device, threads, io.stream_bytes, self._steps.largest_state(weights))
         place = "forward" if sweep.place == "epoch" else sweep.place
         self._crossing = Crossing(device, folder, io.boundary_bytes, counter, seed, place)
+        self._uploads = Uploads(device)
         self._objective: Objective = workload.objective(plan, self._last)
         self._objective.prepare(device.torch_device)
 
@@ -194,6 +196,7 @@ class Sweeper:
         for residency in self._residencies:
             for parameter in residency.parameters.values():
                 parameter.grad = None
+        self._uploads.drop()
         self._leave()
         self._supply.close()
         self._crossing.close()
@@ -289,10 +292,15 @@ class Sweeper:
             self._active = None
 
     def _inputs(self, partition: int, number: int, part: slice, work: _Work) -> tuple[Tensor, ...]:
-        """A micro-batch at a partition's boundary, on the device."""
-        if partition == 0:
-            return tuple(place_aligned(self._device, tensor[part]) for tensor in work.tensors)
-        return self._crossing.boundary(partition, number)
+        """A micro-batch at a partition's boundary, on the device; the next one may be on its way after it."""
+
+        def piece(number: int, part: slice) -> Piece:
+            if partition == 0:
+                return Piece.of((work.tensors, work.labels), part)
+            return Piece((partition, number), lambda: self._crossing.boundary(partition, number))
+
+        following = work.parts[number + 1 : number + 2]
+        return self._uploads.take(piece(number, part), piece(number + 1, following[0]) if following else None)
 
     def _backward(self, residency: Residency, visit: Visit, work: _Work) -> None:
         """Forward once more and back, micro-batch by micro-batch."""

@@ -17,6 +17,7 @@ from lowmem_pnn.retreat import go_back_with_less
 from lowmem_pnn.run import Run, Save, nothing_changed
 from lowmem_pnn.stage import Progress, Stage, Tally
 from lowmem_pnn.sweeping import sweep_all
+from lowmem_pnn.warming import Warming, next_partition
 
 
 def train(run: Run) -> None:
@@ -155,9 +156,13 @@ def _learn_epochs(run: Run, visit: Visit, stage: Stage, steps_before: int) -> No
         return
     steps = steps_of_epoch(visit, len(run.workload.splits["train"]), stage.batch_size)
     save = partial(run.save, stage)
+    following = next_partition(run.program, run.state.visit)
+    warming = Warming(None if following is None else run.weights.newest(following), run.threads.read)
 
     def after_batch(loss: float | None) -> None:
         run.after_batch(stage.title)
+        if progress.epoch == visit.epochs - 1:
+            warming.go_on(progress.batch / steps)
         done = steps_before + progress.epoch * steps + progress.batch
         log_step(run, visit.action, visit.epochs_before + progress.epoch, done, loss, stage.learning_rate)
         # At an epoch's last batch the commit is the epoch's own: then position and measurements belong together.

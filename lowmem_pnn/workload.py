@@ -11,6 +11,7 @@ from lowmem_pnn.chain import Chain, TensorSpec, capture
 from lowmem_pnn.config import FitConfig
 from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import Device, is_out_of_memory
+from lowmem_pnn.device.transfers import window_of
 from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.methods import Method, Objective, make_method
 from lowmem_pnn.methods.base import Split as SplitName
@@ -41,18 +42,20 @@ class IoSizes:
         window_bytes: shards that are held while they are read, in use and ahead together.
         stream_bytes: weights and optimizer state of a sweep that were read ahead, and as many that wait to be written.
         boundary_bytes: of a sweep's boundary activations and gradients that are kept in memory; the others go to disk.
+        transfer_bytes: on a device that is not the host: what was copied up ahead of its use, or is being copied down.
     """
 
     shard_bytes: int
     window_bytes: int
     stream_bytes: int
     boundary_bytes: int
+    transfer_bytes: int
 
     @classmethod
     def of_budget(cls, budget_bytes: int) -> "IoSizes":
         """A sixty-fourth of the budget a shard, between 256 KiB and 16 MiB; four shards a window, a stream, and for boundaries."""
         shard = min(max(budget_bytes // 64, MEBIBYTE // 4), 16 * MEBIBYTE)
-        return cls(shard, 4 * shard, 4 * shard, 4 * shard)
+        return cls(shard, 4 * shard, 4 * shard, 4 * shard, window_of(budget_bytes))
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,20 @@
 """The GPU: its budget's accounting with a driver of our own making, and, where there is one, a real run."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from plainloops import images, loaded, small_conv
+from torch import Tensor
 
 import lowmem_pnn
 from lowmem_pnn.device import CudaDevice
+from lowmem_pnn.device.cuda import CudaCopies
+from lowmem_pnn.device.simulated import LateCopies
 from lowmem_pnn.errors import BudgetError, ConfigError
 
 MB = 10**6
@@ -51,6 +57,12 @@ class Driver:
 
     def empty_cache(self) -> None:
         self.emptied += 1
+
+    def pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def copies(self) -> LateCopies:
+        return LateCopies()
 
     def allocate(self, size: int) -> None:
         self.allocated += size
@@ -130,6 +142,75 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         CudaDevice(1_000 * MB, index=9).open()
 
 
+def test_page_locked_memory_counts_as_the_hosts() -> None:
+    with CudaDevice(1_600 * MB, driver=Driver()) as device:
+        assert device.transfers is not None
+        before = device.host_peak_bytes
+        piece = device.transfers.empty((1000,), torch.float32)
+        assert device.host_peak_bytes >= before + device.transfers.slab.size
+        assert device.transfers.slab.size == 1 << 26
+        assert device.transfers.slab.owns(piece)
+
+
+def test_a_copy_waits_for_what_was_computed_and_what_is_computed_then_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The few calls of torch.cuda, in their order: there may be no GPU here."""
+    log: list[tuple[object, ...]] = []
+    current = ["computing"]
+
+    class Event:
+        def __init__(self, of: str) -> None:
+            self.of = of
+
+        def synchronize(self) -> None:
+            log.append(("host waits for", self.of))
+
+        def query(self) -> bool:
+            return False
+
+    class Stream:
+        names = iter(["up", "down"])
+
+        def __init__(self, device: object = None, name: str | None = None) -> None:
+            self.name = name or next(self.names)
+
+        def wait_stream(self, other: "Stream") -> None:
+            log.append((self.name, "waits for", other.name))
+
+        def wait_event(self, event: Event) -> None:
+            log.append((self.name, "waits for", event.of))
+
+        def record_event(self) -> Event:
+            log.append((self.name, "marks"))
+            return Event(self.name)
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        before, current[0] = current[0], stream.name
+        yield
+        current[0] = before
+
+    class Target(Tensor):
+        def copy_(self, source: Tensor, non_blocking: bool = False) -> Tensor:
+            log.append((current[0], "copies", non_blocking))
+            return super().copy_(source)
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(name=current[0]))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    copies = CudaCopies(torch.device("cuda", 0))
+    target = torch.zeros(3).as_subclass(Target)
+    mark = copies.up(torch.ones(3), target)
+    assert target.tolist() == [1, 1, 1]
+    assert not mark.is_past()
+    mark.hold_computing()
+    mark.wait()
+    copies.down(torch.ones(3), target)
+    assert log == [
+        ("up", "waits for", "computing"), ("up", "copies", True), ("up", "marks"), ("computing", "waits for", "up"),
+        ("host waits for", "up"), ("down", "waits for", "computing"), ("down", "copies", True), ("down", "marks"),
+    ]  # fmt: skip
+
+
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
@@ -188,3 +269,94 @@ def test_exact_on_a_gpu_is_as_backprop_with_its_dropout(tmp_path: Path) -> None:
     # Kernels on a GPU may add up in another order each time; another dropout would be far away.
     for name, tensor in weights("exact", cuts="1,2,3").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("options", [{"method": "pnn", "cuts": "2"}, {"method": "exact", "cuts": "1,2,3"}], ids=["pnn", "exact"])
+def test_copies_beside_the_computing_give_the_same_weights_as_synchronous_ones(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+    def weights(folder: str) -> dict[str, Tensor]:
+        result = lowmem_pnn.fit(
+            small_conv, images(64), max_gpu_mem="2GB", device="cuda", workdir=tmp_path / folder, epochs=2, batch_size=16,
+            micro_batch=8, **options,
+        )  # fmt: skip
+        assert 0 < result.peak_bytes <= 2_000_000_000
+        return loaded(small_conv, result.weights_file).state_dict()
+
+    expected = weights("beside")
+    copy = CudaCopies._copy
+
+    def synchronously(self: CudaCopies, stream: torch.cuda.Stream, source: Tensor, target: Tensor) -> Any:
+        torch.cuda.synchronize()
+        mark = copy(self, stream, source, target)
+        torch.cuda.synchronize()
+        return mark
+
+    monkeypatch.setattr(CudaCopies, "_copy", synchronously)
+    for name, tensor in weights("synchronous").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.gpu
+@gpu
+def test_what_goes_ahead_and_behind_on_a_gpu_is_never_overwritten_and_stays_within_the_window() -> None:
+    with CudaDevice(2_000 * MB) as device:
+        transfers = device.transfers
+        assert transfers is not None
+        weight = torch.randn(2048, 2048, device=device.torch_device)
+        downloads = []
+        for number in range(200):
+            upload = device.ahead([torch.full((512, 2048), float(number))])
+            product = weight @ weight  # keeps the device busy while the copy goes on
+            assert upload is not None
+            (tensor,) = upload.get()
+            downloads.append((number, device.download(tensor + 1)))
+            del tensor, product
+            assert 0 < transfers.waiting_bytes <= 2_000 * MB // 32
+            if len(downloads) > 3:
+                number, download = downloads.pop(0)
+                host = download.get()
+                assert (float(host.min()), float(host.max())) == (number + 1, number + 1)
+                del host, download
+        device.settle()
+        assert transfers.waiting_bytes == 0
+        assert device.peak_bytes <= 2_000 * MB
+
+
+@pytest.mark.gpu
+@gpu
+def test_copies_overlap_the_computing_in_a_trace(tmp_path: Path) -> None:
+    """Micro-batches of 32 MB go up, each while products of some milliseconds are computed from the one before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from lowmem_pnn.uploads import Piece, Uploads
+
+    with CudaDevice(4_000 * MB) as device:
+        uploads = Uploads(device)
+        batches = [((torch.randn(2048, 4096),), torch.zeros(2048, dtype=torch.int64)) for _ in range(8)]
+        pieces: list[Piece | None] = [Piece.of(batch, slice(0, 2048)) for batch in batches]
+        weight = torch.randn(4096, 4096, device=device.torch_device)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+            for now, then in zip(pieces, [*pieces[1:], None], strict=True):
+                assert now is not None
+                (x,) = uploads.take(now, then)
+                for _ in range(20):
+                    x = x @ weight
+                    x = x / x.norm()
+                torch.cuda.current_stream().synchronize()  # as the loss is read
+                del x
+        trace.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    copies = [event for event in events if event.get("cat") == "gpu_memcpy" and "HtoD" in event["name"] and event["dur"] > 100]
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    assert len(copies) == len(batches)
+    assert all("Pinned" in event["name"] for event in copies)
+    overlapped = 0.0
+    for copy in copies[1:]:
+        begin, end = copy["ts"], copy["ts"] + copy["dur"]
+        overlapped += sum(max(0.0, min(end, one["ts"] + one["dur"]) - max(begin, one["ts"])) for one in kernels)
+    assert overlapped > 0.5 * sum(copy["dur"] for copy in copies[1:])

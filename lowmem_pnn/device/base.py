@@ -1,12 +1,15 @@
 """What every device offers: a budget, a floor, a meter of what is used above it, and copies to and from it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from types import TracebackType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lowmem_pnn.device.transfers import Download, Transfers, Upload
+from lowmem_pnn.stores.tensorfile import Empty
 from lowmem_pnn.units import MEBIBYTE
 
 # How libraries below us say that memory ran out without raising torch.OutOfMemoryError. oneDNN reports a failed allocation as a
@@ -56,6 +59,8 @@ class Device(ABC):
         self.floor_bytes = 0
         self._section_peak = 0
         self._peak = 0
+        # Copies beside the computing, while it is open; None where host and device are one.
+        self.transfers: Transfers | None = None
 
     @staticmethod
     def reserve_for(budget_bytes: int) -> int:
@@ -137,12 +142,44 @@ class Device(ABC):
         return torch.empty(shape, dtype=dtype, device=self.torch_device)
 
     def place(self, tensor: Tensor) -> Tensor:
-        """A host tensor on the device; the same tensor where host and device are one."""
-        return tensor.to(self.torch_device, non_blocking=True)
+        """A host tensor on the device; the same tensor where host and device are one.
+
+        The host does not wait for the copy, and may write to its tensor at once.
+        """
+        if self.shares_host:
+            return tensor
+        assert self.transfers is not None, "the device is open"
+        (placed,) = self.transfers.place((tensor,))
+        return placed
+
+    def ahead(self, tensors: Sequence[Tensor]) -> Upload | None:
+        """Begin to bring host tensors up for later use; None where that is to be done when they are needed.
+
+        Args:
+            tensors: not written to before they are taken.
+        """
+        return None if self.transfers is None else self.transfers.ahead(tensors)
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        """A device tensor on the host; the same tensor where host and device are one."""
-        return tensor.cpu()
+        """A device tensor on the host, in memory of its own; the same tensor where host and device are one."""
+        return tensor if self.shares_host else tensor.cpu()
+
+    def download(self, tensor: Tensor) -> Download:
+        """Begin to bring a device tensor down; the same tensor, at once, where host and device are one.
+
+        Args:
+            tensor: must not change before the copy is waited for. What comes is lent: it is not kept for long.
+        """
+        return Download(tensor) if self.transfers is None else self.transfers.download(tensor)
+
+    def settle(self) -> None:
+        """Wait until no copy is under way, after which no memory is held for one that nobody takes."""
+        if self.transfers is not None:
+            self.transfers.settle()
+
+    def host_empty(self) -> Empty | None:
+        """Makes host tensors that are to be filled and placed; None for fresh memory."""
+        return None if self.transfers is None else self.transfers.empty
 
     def random_state(self) -> tuple[Tensor, ...]:
         """The state of every generator that a forward may draw from, on the host."""

@@ -4,7 +4,7 @@ import gc
 import sys
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowmem_pnn.device.base import Device
 from lowmem_pnn.device.host import (
@@ -85,14 +85,6 @@ class CpuDevice(Device):
     def release(self) -> None:
         """Give the heap's free pages back."""
         trim_heap()
-
-    def place(self, tensor: Tensor) -> Tensor:
-        """The tensor itself: the host is the device."""
-        return tensor
-
-    def fetch(self, tensor: Tensor) -> Tensor:
-        """The tensor itself: the host is the device."""
-        return tensor
 
 
 def warm_up(device: torch.device) -> None:

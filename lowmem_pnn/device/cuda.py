@@ -10,6 +10,8 @@ from torch import Tensor
 from lowmem_pnn.device.base import Device
 from lowmem_pnn.device.cpu import warm_up
 from lowmem_pnn.device.host import PrivateMemoryMeter, private_bytes
+from lowmem_pnn.device.pinned import PinnedSlab, slab_bytes_of
+from lowmem_pnn.device.transfers import CopyEngine, Transfers, window_of
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.units import format_bytes
 
@@ -43,6 +45,12 @@ class CudaDriver(Protocol):
 
     def empty_cache(self) -> None:
         """Give cached blocks back to the driver."""
+
+    def pinned(self, size: int) -> Tensor:
+        """So many bytes of page-locked host memory (uint8)."""
+
+    def copies(self) -> CopyEngine:
+        """What copies between host and device beside the computing."""
 
 
 class NvidiaDriver:
@@ -117,6 +125,65 @@ class NvidiaDriver:
         """Give cached blocks back to the driver."""
         torch.cuda.empty_cache()
 
+    def pinned(self, size: int) -> Tensor:
+        """From PyTorch's allocator of page-locked memory."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def copies(self) -> CopyEngine:
+        """Streams of this device."""
+        return CudaCopies(self._device)
+
+
+class CudaCopies:
+    """`CopyEngine` by two streams of a GPU, beside the current one, which computes.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def up(self, host: Tensor, target: Tensor) -> "CudaMark":
+        """See `CopyEngine`."""
+        return self._copy(self._up, host, target)
+
+    def down(self, source: Tensor, host: Tensor) -> "CudaMark":
+        """See `CopyEngine`."""
+        return self._copy(self._down, source, host)
+
+    def _copy(self, stream: torch.cuda.Stream, source: Tensor, target: Tensor) -> "CudaMark":
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream), torch.no_grad():
+            target.copy_(source, non_blocking=True)
+        return CudaMark(stream.record_event(), self._device)
+
+
+class CudaMark:
+    """`Mark` by an event.
+
+    Args:
+        event: recorded.
+        device: its GPU.
+    """
+
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self._event = event
+        self._device = device
+
+    def wait(self) -> None:
+        """See `Mark`."""
+        self._event.synchronize()
+
+    def hold_computing(self) -> None:
+        """See `Mark`."""
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def is_past(self) -> bool:
+        """See `Mark`."""
+        return bool(self._event.query())
+
 
 class CudaDevice(Device):
     """One GPU, with PyTorch's allocator capped at the budget less what the process holds outside it.
@@ -179,6 +246,8 @@ class CudaDevice(Device):
             )
         driver.cap_allocator(self.budget_bytes - self._outside)
         driver.reset_peak()
+        slab = PinnedSlab(driver.pinned, slab_bytes_of(self.budget_bytes))
+        self.transfers = Transfers(driver.copies(), self.torch_device, window_of(self.budget_bytes), slab)
         self._host_meter.start()
         self._host_floor = private_bytes()
         self._host_meter.begin_section()
@@ -186,6 +255,8 @@ class CudaDevice(Device):
     def close(self) -> None:
         """Lift the cap; the peaks stay readable."""
         assert self._driver is not None, "the device is open"
+        assert self.transfers is not None, "the device is open"
+        self.transfers.settle()
         self._measure_outside(self._driver)
         self._peak = self.peak_bytes
         self._host_meter.stop()
@@ -230,17 +301,17 @@ class CudaDevice(Device):
 
     @property
     def host_peak_bytes(self) -> int:
-        """The most private host memory above what the process held when the device was opened."""
-        return max(0, self._host_meter.peak() - self._host_floor)
+        """The most private host memory above what the process held when the device was opened, and what is page-locked.
+
+        Page-locked memory is mapped by the driver, and not every system's count of private memory has it: it is added, seen or not.
+        """
+        pinned = 0 if self.transfers is None else self.transfers.slab.held_bytes
+        return max(0, self._host_meter.peak() - self._host_floor) + pinned
 
     def release(self) -> None:
         """Give cached blocks back to the driver."""
         assert self._driver is not None, "the device is open"
         self._driver.empty_cache()
-
-    def place(self, tensor: Tensor) -> Tensor:
-        """A copy on the GPU, asynchronous where the host tensor is pinned."""
-        return tensor.to(self.torch_device, non_blocking=tensor.is_pinned())
 
     def random_state(self) -> tuple[Tensor, ...]:
         """Of the host's generator and the GPU's."""

@@ -1,16 +1,107 @@
-"""A pretended GPU of any capacity on the CPU, so that the handling of a full device can be tried and tested without one."""
+"""A pretended GPU of any capacity on the CPU, so that what a full device and late copies do can be tried and tested without one."""
+
+import threading
+import weakref
+from collections import deque
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowmem_pnn.device.base import Device
+from lowmem_pnn.device.pinned import PinnedSlab, slab_bytes_of
 from lowmem_pnn.device.tracking import StorageTracker
+from lowmem_pnn.device.transfers import Transfers, window_of
+
+
+class LateCopies:
+    """A `CopyEngine` that does every copy at the last moment: when somebody waits for it, or for a later one of its direction.
+
+    Until then the target holds nonsense. So whoever uses a tensor without waiting for it, or gives memory to somebody else that a copy
+    still needs, ends with other numbers, which a comparison with plain copies shows.
+    """
+
+    def __init__(self) -> None:
+        self._streams = {"up": _LateStream(), "down": _LateStream()}
+
+    def up(self, host: Tensor, target: Tensor) -> "_LateMark":
+        """See `CopyEngine`."""
+        return self._streams["up"].add(host, target)
+
+    def down(self, source: Tensor, host: Tensor) -> "_LateMark":
+        """See `CopyEngine`."""
+        return self._streams["down"].add(source, host)
+
+
+class _HostSlab(PinnedSlab):
+    """A slab of ordinary memory, which the device's tracker does not count."""
+
+    def lend(self, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None) -> Tensor | None:
+        with _disable_current_modes():
+            return super().lend(shape, dtype, strides)
+
+
+class _LateStream:
+    """Copies in order, none before it is waited for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[tuple[_Memory, _Memory]] = deque()
+        self._num_begun = self.num_done = 0
+
+    def add(self, source: Tensor, target: Tensor) -> "_LateMark":
+        assert (source.shape, source.stride(), source.dtype) == (target.shape, target.stride(), target.dtype), "a copy of bytes"
+        with self._lock, torch.no_grad():
+            target.fill_(float("nan") if target.is_floating_point() else 77)
+            self._waiting.append((_Memory(source), _Memory(target)))
+            self._num_begun += 1
+            return _LateMark(self, self._num_begun)
+
+    def do(self, number: int) -> None:
+        """All copies up to one."""
+        with self._lock, torch.no_grad(), _disable_current_modes():
+            while self.num_done < number:
+                source, target = self._waiting.popleft()
+                target.tensor().copy_(source.tensor())
+                self.num_done += 1
+
+
+class _Memory:
+    """A tensor's place, as a GPU knows it: nobody keeps the memory for it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._storage = weakref.ref(tensor.untyped_storage())
+        self._place = tensor.storage_offset(), tensor.shape, tensor.stride()
+        self._dtype = tensor.dtype
+
+    def tensor(self) -> Tensor:
+        storage = self._storage()
+        assert storage is not None, "memory was given up while a copy was under way"
+        return torch.empty(0, dtype=self._dtype).set_(storage, *self._place)
+
+
+class _LateMark:
+    """See `Mark`."""
+
+    def __init__(self, stream: _LateStream, number: int) -> None:
+        self._stream, self._number = stream, number
+
+    def wait(self) -> None:
+        self._stream.do(self._number)
+
+    def hold_computing(self) -> None:
+        # Computing here is done when it is asked for, so that it waits now.
+        self._stream.do(self._number)
+
+    def is_past(self) -> bool:
+        return self._stream.num_done >= self._number
 
 
 class SimulatedDevice(Device):
     """Counts every tensor that the opening thread makes, and fails like a full GPU above the budget.
 
-    Copies to it are real copies, so that what is resident is counted; what other threads read ahead is the host's.
+    Copies to it are real copies, so that what is resident is counted, and late ones; what other threads read ahead is the host's.
 
     Args:
         budget_bytes: what plans are made for.
@@ -41,9 +132,13 @@ class SimulatedDevice(Device):
     def open(self) -> None:
         """Start counting."""
         self._tracker.__enter__()
+        slab = _HostSlab(partial(torch.empty, dtype=torch.uint8), slab_bytes_of(self.budget_bytes))
+        self.transfers = Transfers(LateCopies(), self.torch_device, window_of(self.budget_bytes), slab)
 
     def close(self) -> None:
         """Stop counting."""
+        if self.transfers is not None:
+            self.transfers.close()
         self._peak = self.peak_bytes
         self._tracker.__exit__(None, None, None)
 
@@ -65,10 +160,6 @@ class SimulatedDevice(Device):
 
     def release(self) -> None:
         """Nothing is cached."""
-
-    def place(self, tensor: Tensor) -> Tensor:
-        """A counted copy."""
-        return tensor.clone()
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """An own copy, as from a GPU."""

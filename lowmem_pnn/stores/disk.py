@@ -74,6 +74,22 @@ def sha256(path: Path, counter: IoCounter | None = None) -> str:
     return digest.hexdigest()
 
 
+def will_need(path: Path, start: int, stop: int) -> None:
+    """Ask the kernel to bring a file's bytes into its page cache, which is nobody's private memory.
+
+    It is advice: where the system does not take it, or the file is gone, nothing happens. Asking may take as long as the kernel needs
+    to pass the reads on to the drive.
+
+    Args:
+        path: of the file.
+        start: the first byte.
+        stop: the byte after the last.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), io.FileIO(path, "r") as file:
+            os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+
+
 def outgrows_page_cache(nbytes: int) -> bool:
     """Whether files that are read once an epoch should leave the page cache at once.
 

@@ -191,12 +191,16 @@ class WeightStore:
             assert partition in self._committed, "the partition was never sealed"
             return self.folder / self._committed[partition].file
 
-    def reader(self, partition: PartitionName) -> TensorFile:
-        """A handle on a partition's newest bytes: those of the working file if there is one, else the frozen or committed ones."""
+    def newest(self, partition: PartitionName) -> Path:
+        """The file with a partition's newest bytes: the working file if there is one, else the frozen or the committed one."""
         with self._lock:
             newest = self._working.get(partition) or self._frozen.get(partition)
-            path = newest.path if newest is not None else self.committed(partition)
-            return TensorFile.open(path, counter=self._counter, remedy=REMEDY)
+            return newest.path if newest is not None else self.committed(partition)
+
+    def reader(self, partition: PartitionName) -> TensorFile:
+        """A handle on a partition's newest bytes."""
+        with self._lock:
+            return TensorFile.open(self.newest(partition), counter=self._counter, remedy=REMEDY)
 
     def tensors(self, empty: Empty | None = None) -> TensorReader:
         """Handles on the newest bytes of whichever files are asked for.
