@@ -139,7 +139,7 @@ def test_a_step_that_does_not_fit_is_a_budget_error(pool: ThreadPoolExecutor) ->
     spec = OptimizerSpec("adamw", fused=False)
     batch = ((torch.ones(2, 12),), torch.tensor([0, 1]))
     with SimulatedDevice(1 << 30) as device:
-        stage = resident(lambda: nn.Linear(12, 4000), (12,), device, pool, spec, micro_batch=2)
+        stage = resident(lambda: nn.Linear(12, 4000), (12,), device, pool, spec, micro_batch=2, steps_in_backward=False)
         executor = Executor(device, seed=0)
         executor.train_batch(stage, batch, 0)
         # Room for the gradients, and not for the temporaries of the unfused step.
