@@ -151,7 +151,7 @@ class Executor:
             stage.residency.settle_buffers()
             for name, tensor in stage.residency.buffers.items():
                 tensor.copy_(buffers[name])
-            self._shrink(stage)
+            self.shrink(stage)
         stage.residency.settle_buffers()
         # A step that is not finite would poison the weights; the caller stops the run.
         if math.isfinite(loss):
@@ -162,7 +162,7 @@ class Executor:
         self._drop_gradients(stage)
         # What has been stepped stands, be it above the budget: the next batches are for smaller micro-batches.
         if steps.taken and not self._fits(self._device.check_budget):
-            self._shrink(stage)
+            self.shrink(stage)
         return loss
 
     @staticmethod
@@ -290,7 +290,7 @@ class Executor:
                 del after
                 self._consume(results, consume)
                 if result is None:
-                    self._shrink(stage)
+                    self.shrink(stage)
                     continue
                 results.extend(result)
                 del result
@@ -357,7 +357,12 @@ class Executor:
         """Whether the work went through; False if memory ran out in it."""
         return cls._unless_full(lambda: (work(),)) is not None
 
-    def _shrink(self, stage: Stage) -> None:
+    def shrink(self, stage: Stage) -> None:
+        """Give memory back, and go on with half the micro-batch.
+
+        Raises:
+            BudgetError: it is the smallest already.
+        """
         self._drop_gradients(stage)
         self._uploads.drop()
         self._device.settle()

@@ -10,7 +10,7 @@ import torch
 from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CaptureError, LowMemError
-from lowmem_pnn.executor import Executor
+from lowmem_pnn.executor import Executor, SteppedInPart
 from lowmem_pnn.footprint import beside_bytes, stream_bytes
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.numerics import LossScale
@@ -112,8 +112,13 @@ def _learn_once(run: Run, number: int, size: int) -> int:
         specs = run.workload.chain.boundaries[run.plan.partitions[number].start]
         inputs = tuple(torch.zeros(size, *spec.shape, dtype=spec.dtype) for spec in specs)
         batch = inputs, torch.zeros(size, *run.workload.dataset.label_shape, dtype=torch.int64)
-        _run_model(lambda: executor.train_batch(stage, batch, step=0), stage.title)
-        return stage.micro_batch
+        while True:
+            try:
+                _run_model(lambda: executor.train_batch(stage, batch, step=0), stage.title)
+                return stage.micro_batch
+            except SteppedInPart:  # by what is forgotten anyway
+                pass
+            executor.shrink(stage)
     finally:
         stage.residency.unload()
 

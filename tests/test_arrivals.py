@@ -51,7 +51,7 @@ def wide_maps() -> nn.Module:
 
 def fit(build: Build, data: Data, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Result:
     return fit_on(
-        SimulatedDevice(1 << 30), monkeypatch, build, data, workdir=folder, **{"epochs": 2, "batch_size": 10, **options}
+        SimulatedDevice(1 << 22), monkeypatch, build, data, workdir=folder, **{"epochs": 2, "batch_size": 10, **options}
     )
 
 

@@ -336,11 +336,11 @@ def test_a_residency_comes_and_goes_bit_for_bit(tmp_path: Path, pool: ThreadPool
         for layer in chain.layers:
             layer.module.train()
         chain(torch.randn(4, 8)).square().sum().backward()
-        assert residency.optimizer is not None
-        residency.optimizer.step()
+        for optimizer in residency.optimizers:
+            optimizer.step()
         held = {**residency.trainable, **residency.buffers}
         kept = {name: tensor.detach().clone() for name, tensor in held.items()}
-        moments = residency.optimizer.state[residency.trainable["layers.0.weight"]]["exp_avg"].clone()
+        moments = residency.optimizers[0].state[residency.trainable["layers.0.weight"]]["exp_avg"].clone()
         with TensorFile.create(tmp_path / "weights", layout) as file:
             residency.save(file)
         del held
@@ -348,14 +348,14 @@ def test_a_residency_comes_and_goes_bit_for_bit(tmp_path: Path, pool: ThreadPool
         kept_bytes = sum(tensor.nbytes for tensor in kept.values()) + moments.nbytes
         assert device.used_bytes() == kept_bytes, "memory is given back"
         assert {tensor.device.type for layer in chain.layers for tensor in layer.parameters().values()} == {"meta"}
-        assert residency.optimizer is None
+        assert not residency.optimizers
 
         with TensorFile.open(tmp_path / "weights") as file:
             residency.load(file, pool)
         again = {**residency.trainable, **residency.buffers}
         assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
-        assert residency.optimizer is not None
-        state = residency.optimizer.state[residency.trainable["layers.0.weight"]]
+        assert residency.optimizers
+        state = residency.optimizers[0].state[residency.trainable["layers.0.weight"]]
         assert torch.equal(state["exp_avg"], moments)
         assert float(state["step"]) == 1.0
         assert all(tensor.data_ptr() % 64 == 0 for tensor in again.values())
