@@ -11,30 +11,34 @@ from torch import Tensor
 
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError
-from lowmem_pnn.stores.disk import IoCounter, outgrows_page_cache
+from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.encoding import KeptAs, encode
+from lowmem_pnn.stores.header import TensorLayout
+from lowmem_pnn.stores.image import FileImage, WrittenFile
 from lowmem_pnn.stores.shards import (
     Index,
     Shard,
-    allocate,
+    allocate_as_in_file,
     by_tensor,
     describe_all,
     make_empty,
-    resident_bytes,
+    samples_per_shard,
     shard_layout,
+    shard_metadata,
     shard_name,
     write_index,
 )
-from lowmem_pnn.stores.tensorfile import TensorFile
 
-_MAX_UNSYNCED = 8
+# Files that wait for their sync, all open. A sync after each shard would have the writing wait for the drive to empty its cache;
+# many at once share that.
+_MAX_UNSYNCED = 128
 
 
 class ActivationWriter:
     """Writes a store, sample after sample, in order.
 
-    One shard is filled while the pool writes the one before, and another thread hashes that. As a context it ends with `close`, after
-    an exception with `abort`.
+    One shard is filled while the pool writes the one before, past the page cache, and another thread computes its checksum. Shards
+    are synced many at once, beside the writing or at the end. As a context it ends with `close`, after an exception with `abort`.
 
     Args:
         folder: must not exist yet, or hold an incomplete store, which is then emptied.
@@ -42,7 +46,7 @@ class ActivationWriter:
         num_samples: that will be appended.
         shard_bytes: memory for one shard, of which two exist at a time; a sample larger than that gets a shard of its own.
         pool: writes behind, in the order of submission: one thread. `append` and `close` must not run on it.
-        hashing: another thread, which hashes beside it; None to hash on the one that writes.
+        beside: other threads, for checksums and syncs beside it; None to have them on the one that writes.
         counter: counts the bytes written.
         label_shape: of one sample's labels.
         kept_as: what floating tensors are kept as, in memory and on the disk.
@@ -63,7 +67,7 @@ class ActivationWriter:
         shard_bytes: int,
         pool: Executor,
         counter: IoCounter | None = None,
-        hashing: Executor | None = None,
+        beside: Executor | None = None,
         label_shape: tuple[int, ...] = (),
         kept_as: KeptAs = "float32",
     ) -> None:
@@ -73,10 +77,9 @@ class ActivationWriter:
         self.specs = tuple(specs)
         self.label_shape = tuple(label_shape)
         self.kept_as = kept_as
-        sample_bytes = resident_bytes(self.specs, 1, self.label_shape, kept_as)
-        self.shard_samples = min(num_samples, max(1, shard_bytes // sample_bytes))
+        self.shard_samples = samples_per_shard(self.specs, num_samples, shard_bytes, self.label_shape, kept_as)
         self._pool = pool
-        self._hashing = hashing
+        self._beside = beside
         self._counter = counter
         make_empty(self.folder)
         self._filling: list[Tensor] = []
@@ -84,8 +87,8 @@ class ActivationWriter:
         self._writing: tuple[Future[None], list[Tensor]] | None = None
         self._appended = 0
         self._shards: list[Shard] = []
-        self._unsynced: deque[TensorFile] = deque()
-        self._drop_pages = outgrows_page_cache(num_samples * sample_bytes)
+        self._unsynced: list[WrittenFile] = []
+        self._syncing: deque[Future[None]] = deque()
         self._state = "open"
         self._failure: BaseException | None = None
 
@@ -108,7 +111,7 @@ class ActivationWriter:
         done = 0
         while done < len(labels):
             if not self._filling:
-                self._filling = self._spare or allocate(self.specs, self.shard_samples, self.label_shape, self.kept_as)
+                self._filling = self._spare or allocate_as_in_file(self._layout(self.shard_samples), shard_metadata(0))
                 self._spare = []
             filled = self._appended % self.shard_samples
             count = min(len(labels) - done, self.shard_samples - filled)
@@ -139,8 +142,8 @@ class ActivationWriter:
             if self._appended % self.shard_samples:
                 self._flush(self._appended % self.shard_samples)
             self._wait()
-            while self._unsynced:
-                self._sync_oldest()
+            self._begin_sync()
+            self._finish_syncs()
             tensors = tuple((spec.dtype, tuple(spec.shape)) for spec in self.specs)
             index = Index(self.num_samples, self.shard_samples, tensors, tuple(self._shards), self.label_shape, self.kept_as)
             write_index(self.folder, index)
@@ -156,8 +159,11 @@ class ActivationWriter:
         if self._writing is not None:
             wait([self._writing[0]])
             self._writing = None
-        while self._unsynced:
-            self._unsynced.popleft().close()
+        wait(self._syncing)
+        self._syncing.clear()
+        for file in self._unsynced:
+            file.close()
+        self._unsynced.clear()
         self._filling, self._spare = [], []
 
     def __enter__(self) -> ActivationWriter:
@@ -203,28 +209,38 @@ class ActivationWriter:
         self._spare = buffer
 
     def _write(self, buffer: list[Tensor], count: int) -> None:
-        """On the pool: write one shard, and begin to sync it."""
+        """On the pool: write one shard."""
         number = len(self._shards)
         path = self.folder / shard_name(number)
-        layout = shard_layout(self.specs, count, self.label_shape, self.kept_as)
-        file = TensorFile.create(path, layout, {"shard": str(number)}, counter=self._counter)
-        self._unsynced.append(file)
-        tensors = {name: tensor[:count] for name, tensor in zip(file.entries, buffer, strict=True)}
-        hashed = None if self._hashing is None else self._hashing.submit(file.hash_with, tensors)
+        tensors = {name: tensor[:count] for name, tensor in zip(self._layout(count), buffer, strict=True)}
+        image = FileImage(tensors, shard_metadata(number))
+        checksum = None if self._beside is None else self._beside.submit(image.crc32)
         try:
-            for name, tensor in tensors.items():
-                file.write_from(name, tensor)
+            self._unsynced.append(image.write(path, self._counter))
         finally:
             # The buffer is free when both are done with it.
-            digest = file.hash_with(tensors) if hashed is None else hashed.result()
-        self._shards.append(Shard(path.name, count, path.stat().st_size, digest))
-        # The drive works on it from here on, so that the sync, some shards later, has little left to wait for.
-        file.drop_cache()
-        if len(self._unsynced) > _MAX_UNSYNCED:
-            self._sync_oldest()
+            crc32 = image.crc32() if checksum is None else checksum.result()
+        self._shards.append(Shard(path.name, count, image.nbytes, crc32))
+        if len(self._unsynced) >= _MAX_UNSYNCED:
+            self._finish_syncs()  # long done: no more files than twice the limit are open
+            self._begin_sync()
 
-    def _sync_oldest(self) -> None:
-        with self._unsynced.popleft() as file:
-            file.sync()
-            if self._drop_pages:
-                file.drop_cache()
+    def _begin_sync(self) -> None:
+        """Have what is written brought to the drive."""
+        files, self._unsynced = self._unsynced, []
+        for number, file in enumerate(files):
+            if self._beside is not None:
+                self._syncing.append(self._beside.submit(file.sync_and_close))
+                continue
+            try:
+                file.sync_and_close()
+            except BaseException:
+                self._unsynced = files[number + 1 :]
+                raise
+
+    def _finish_syncs(self) -> None:
+        while self._syncing:
+            self._syncing.popleft().result()
+
+    def _layout(self, num_samples: int) -> dict[str, TensorLayout]:
+        return shard_layout(self.specs, num_samples, self.label_shape, self.kept_as)

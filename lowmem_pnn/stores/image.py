@@ -1,0 +1,212 @@
+"""A safetensors file as a whole: its header and its tensors in memory, moved between there and the drive in one request."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.stores.direct import REFUSED, Piece, Transfer, open_direct
+from lowmem_pnn.stores.disk import IoCounter, disk_error, drop_cache, sync_file
+from lowmem_pnn.stores.header import lay_out
+from lowmem_pnn.stores.memory import memory_of
+from lowmem_pnn.units import format_bytes
+
+
+class FileImage:
+    """What a file with these tensors consists of, byte for byte.
+
+    Args:
+        tensors: all of the file's, contiguous, on the CPU; the image shares their memory.
+        metadata: texts for the header.
+
+    Example:
+        >>> import tempfile, torch
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = Path(folder.name) / "x.safetensors"
+        >>> FileImage({"x": torch.tensor([1.0, 2.0])}, {}).write(path).close()
+        >>> back = torch.empty(2)
+        >>> FileImage({"x": back}, {}).read(path), back.tolist()
+        (True, [1.0, 2.0])
+        >>> folder.cleanup()
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self._header, entries = lay_out(layout, metadata)
+        self._tensors: list[Piece] = sorted(
+            ((entries[name].offset, memory_of(tensor).data) for name, tensor in tensors.items() if tensor.nbytes),
+            key=lambda piece: piece[0],
+        )
+        self.nbytes = len(self._header) + sum(len(memory) for _, memory in self._tensors)
+
+    def crc32(self) -> str:
+        """The CRC-32 of the file's bytes, as eight hexadecimal digits."""
+        value = zlib.crc32(self._header)
+        for _, memory in self._tensors:
+            value = zlib.crc32(memory, value)
+        return f"{value:08x}"
+
+    def write(self, path: Path, counter: IoCounter | None = None) -> WrittenFile:
+        """Make the file, past the page cache where the file system lets us; else it is on its way to the drive when this ends.
+
+        Args:
+            path: must not exist yet.
+            counter: counts the bytes written.
+
+        Returns:
+            The file, which is not synced yet.
+
+        Raises:
+            CheckpointError: the file is there already.
+            DiskError: the disk is full, or the file system refused.
+        """
+        pieces = [(0, memoryview(self._header)), *self._tensors]
+        try:
+            written = WrittenFile(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+            try:
+                if not self._write_direct(path, pieces):
+                    _write_through(written.descriptor, pieces)
+                    drop_cache(written.descriptor)
+            except BaseException:
+                written.close()
+                raise
+        except FileExistsError:
+            raise CheckpointError(f"cannot create {str(path)!r}: it exists already; delete it, or use another folder") from None
+        except OSError as error:
+            raise disk_error(path, error, f"write {format_bytes(self.nbytes)}") from error
+        if counter is not None:
+            counter.add(written=self.nbytes)
+        return written
+
+    def read(self, path: Path, counter: IoCounter | None = None, *, direct: bool = False) -> bool:
+        """Fill the tensors from a file.
+
+        Args:
+            path: of it.
+            counter: counts the bytes read.
+            direct: past the page cache, if the file system lets us; else through it, and out of it afterwards.
+
+        Returns:
+            Whether the file is there and is one with this header, of this size: else tensors may hold anything.
+
+        Raises:
+            DiskError: the file system refused.
+        """
+        header = bytearray(len(self._header))
+        pieces = [(0, memoryview(header)), *self._tensors]
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise disk_error(path, error, "open it") from error
+        try:
+            if os.fstat(descriptor).st_size != self.nbytes:
+                return False
+            done = self._read_direct(path, pieces) if direct else None
+            if done is None:
+                done = _read_through(descriptor, pieces)
+                if direct:
+                    drop_cache(descriptor)
+        except OSError as error:
+            raise disk_error(path, error, f"read {format_bytes(self.nbytes)}") from error
+        finally:
+            os.close(descriptor)
+        if counter is not None:
+            counter.add(read=done)
+        return done == self.nbytes and header == self._header
+
+    def _write_direct(self, path: Path, pieces: list[Piece]) -> bool:
+        transfer = Transfer(pieces)
+        descriptor = open_direct(path, writable=True) if transfer.is_worth_it else None
+        if descriptor is None:
+            return False
+        try:
+            transfer.write(descriptor)
+            os.ftruncate(descriptor, self.nbytes)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def _read_direct(self, path: Path, pieces: list[Piece]) -> int | None:
+        """The bytes that were there; None if there are no direct transfers."""
+        transfer = Transfer(pieces)
+        descriptor = open_direct(path, writable=False) if transfer.is_worth_it else None
+        if descriptor is None:
+            return None
+        try:
+            return transfer.read(descriptor)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            return None
+        finally:
+            os.close(descriptor)
+
+
+class WrittenFile:
+    """A file that was written and is not synced: it stays open, since only who has it open is sure to be told of a failed write.
+
+    Args:
+        path: of it.
+        descriptor: open; closed with the file.
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self.descriptor = descriptor
+
+    def sync(self) -> None:
+        """Wait until everything written is on the drive.
+
+        Raises:
+            DiskError: it is not, and may never be.
+        """
+        sync_file(self.path, self.descriptor)
+
+    def sync_and_close(self) -> None:
+        """`sync`, and `close` whatever comes of it.
+
+        Raises:
+            DiskError: not everything is on the drive.
+        """
+        try:
+            self.sync()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close it, without syncing it."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def _write_through(descriptor: int, pieces: list[Piece]) -> None:
+    for offset, memory in pieces:
+        done = 0
+        while done < len(memory):
+            done += os.pwritev(descriptor, [memory[done:]], offset + done)
+
+
+def _read_through(descriptor: int, pieces: list[Piece]) -> int:
+    """The bytes that were there."""
+    total = 0
+    for offset, memory in pieces:
+        done = 0
+        while done < len(memory):
+            count = os.preadv(descriptor, [memory[done:]], offset + done)
+            if count == 0:
+                return total + done
+            done += count
+        total += done
+    return total
