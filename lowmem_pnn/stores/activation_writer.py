@@ -32,6 +32,8 @@ from lowmem_pnn.stores.shards import (
 # Files that wait for their sync, all open. A sync after each shard would have the writing wait for the drive to empty its cache;
 # many at once share that.
 _MAX_UNSYNCED = 128
+# One is filled while the other is written.
+_NUM_BUFFERS = 2
 
 
 class ActivationWriter:
@@ -83,8 +85,9 @@ class ActivationWriter:
         self._counter = counter
         make_empty(self.folder)
         self._filling: list[Tensor] = []
-        self._spare: list[Tensor] = []
-        self._writing: tuple[Future[None], list[Tensor]] | None = None
+        # In the order of their writing, with their buffers.
+        self._writing: deque[tuple[Future[None], list[Tensor]]] = deque()
+        self._submitted = 0
         self._appended = 0
         self._shards: list[Shard] = []
         self._unsynced: list[WrittenFile] = []
@@ -111,8 +114,7 @@ class ActivationWriter:
         done = 0
         while done < len(labels):
             if not self._filling:
-                self._filling = self._spare or allocate_as_in_file(self._layout(self.shard_samples), shard_metadata(0))
-                self._spare = []
+                self._filling = self._free_buffer()
             filled = self._appended % self.shard_samples
             count = min(len(labels) - done, self.shard_samples - filled)
             for kept, tensor in zip(by_tensor(self._filling, self.specs, self.kept_as), (*tensors, labels), strict=True):
@@ -141,7 +143,8 @@ class ActivationWriter:
                 )
             if self._appended % self.shard_samples:
                 self._flush(self._appended % self.shard_samples)
-            self._wait()
+            while self._writing:
+                self._wait_for_oldest()
             self._begin_sync()
             self._finish_syncs()
             tensors = tuple((spec.dtype, tuple(spec.shape)) for spec in self.specs)
@@ -156,15 +159,14 @@ class ActivationWriter:
         if self._state == "closed":
             return
         self._state = "aborted"
-        if self._writing is not None:
-            wait([self._writing[0]])
-            self._writing = None
+        wait([future for future, _ in self._writing])
+        self._writing.clear()
         wait(self._syncing)
         self._syncing.clear()
         for file in self._unsynced:
             file.close()
         self._unsynced.clear()
-        self._filling, self._spare = [], []
+        self._filling = []
 
     def __enter__(self) -> ActivationWriter:
         return self
@@ -190,27 +192,32 @@ class ActivationWriter:
             )
 
     def _flush(self, count: int) -> None:
-        self._wait()
-        self._writing = self._pool.submit(self._write, self._filling, count), self._filling
+        # At once, though the shard before may still be under way: the writing thread goes from one to the next.
+        future = self._pool.submit(self._write, self._submitted, self._filling, count)
+        self._writing.append((future, self._filling))
+        self._submitted += 1
         self._filling = []
 
-    def _wait(self) -> None:
-        """Until the shard before this one is written, and its buffer free."""
+    def _free_buffer(self) -> list[Tensor]:
+        """One of the two buffers, once what it held is written."""
+        if len(self._writing) == _NUM_BUFFERS or (self._writing and self._writing[0][0].done()):
+            return self._wait_for_oldest()
+        return allocate_as_in_file(self._layout(self.shard_samples), shard_metadata(0))
+
+    def _wait_for_oldest(self) -> list[Tensor]:
+        """Until a shard is written; its buffer."""
         if self._failure is not None:
             raise self._failure
-        if self._writing is None:
-            return
-        (future, buffer), self._writing = self._writing, None
+        future, buffer = self._writing.popleft()
         try:
             future.result()
         except BaseException as error:
             self._failure = error
             raise
-        self._spare = buffer
+        return buffer
 
-    def _write(self, buffer: list[Tensor], count: int) -> None:
+    def _write(self, number: int, buffer: list[Tensor], count: int) -> None:
         """On the pool: write one shard."""
-        number = len(self._shards)
         path = self.folder / shard_name(number)
         tensors = {name: tensor[:count] for name, tensor in zip(self._layout(count), buffer, strict=True)}
         image = FileImage(tensors, shard_metadata(number))

@@ -67,7 +67,7 @@ class FileImage:
         """
         pieces = [(0, memoryview(self._header)), *self._tensors]
         try:
-            written = WrittenFile(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+            written = WrittenFile(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), self.nbytes)
             try:
                 if not self._write_direct(path, pieces):
                     _write_through(written.descriptor, pieces)
@@ -128,7 +128,6 @@ class FileImage:
             return False
         try:
             transfer.write(descriptor)
-            os.ftruncate(descriptor, self.nbytes)
         except OSError as error:
             if error.errno not in REFUSED:
                 raise
@@ -156,14 +155,19 @@ class FileImage:
 class WrittenFile:
     """A file that was written and is not synced: it stays open, since only who has it open is sure to be told of a failed write.
 
+    It may be longer than it should be until it is synced or closed: what the last page has too much is cut off only then, since the
+    file system may have one wait for that.
+
     Args:
         path: of it.
         descriptor: open; closed with the file.
+        nbytes: that it will have.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, nbytes: int) -> None:
         self.path = path
         self.descriptor = descriptor
+        self._nbytes = nbytes
 
     def sync(self) -> None:
         """Wait until everything written is on the drive.
@@ -171,6 +175,7 @@ class WrittenFile:
         Raises:
             DiskError: it is not, and may never be.
         """
+        self._cut()
         sync_file(self.path, self.descriptor)
 
     def sync_and_close(self) -> None:
@@ -187,8 +192,18 @@ class WrittenFile:
     def close(self) -> None:
         """Close it, without syncing it."""
         if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+            try:
+                self._cut()
+            finally:
+                os.close(self.descriptor)
+                self.descriptor = -1
+
+    def _cut(self) -> None:
+        try:
+            if os.fstat(self.descriptor).st_size > self._nbytes:
+                os.ftruncate(self.descriptor, self._nbytes)
+        except OSError as error:
+            raise disk_error(self.path, error, f"cut it to {format_bytes(self._nbytes)}") from error
 
 
 def _write_through(descriptor: int, pieces: list[Piece]) -> None:
