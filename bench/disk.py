@@ -44,7 +44,8 @@ from lowmem_pnn.units import parse_bytes
 
 GOAL = 0.8
 SHARD_BYTES = 4 << 20
-WINDOW_BYTES = 32 << 20
+# Four shards, as in a run.
+WINDOW_BYTES = 4 * SHARD_BYTES
 # Boundary activations of a 16-channel 32x32 map, in float32.
 SPEC = TensorSpec((16, 32, 32), torch.float32)
 BATCH = 64
@@ -56,6 +57,7 @@ SEEKS = 2000
 SETTLE_SECONDS = 0.5
 
 IN_PLACE, NEW, READ = "disk, direct write in place", "disk, direct write, new file", "disk, direct read"
+READ_APART = "disk, direct read, each block elsewhere in memory"
 
 
 @dataclass
@@ -139,8 +141,9 @@ class Files:
         self.num_samples = size // SPEC.sample_bytes
         self._names = [f"weight{number}" for number in range(size // TENSOR_BYTES)]
         # Memory that direct transfers can use starts at a page.
-        self._block = memoryview(mmap.mmap(-1, SHARD_BYTES))
-        self._block[:] = os.urandom(SHARD_BYTES)
+        self._memory = memoryview(mmap.mmap(-1, WINDOW_BYTES))
+        self._memory[:] = os.urandom(WINDOW_BYTES)
+        self._block = self._memory[:SHARD_BYTES]
         self._batch = torch.randn(BATCH, *SPEC.shape), torch.zeros(BATCH, dtype=torch.int64)
         self._blocks = BlockPool(2 * TENSOR_BYTES)
         self._tensor = self._blocks.empty((TENSOR_BYTES // 4,), torch.float32)
@@ -152,8 +155,9 @@ class Files:
         sync_folder(self._folder)
         time.sleep(SETTLE_SECONDS)
 
-    def direct(self, *, write: bool, new: bool = False) -> Seen:
-        """Direct transfers, as they are."""
+    def direct(self, *, write: bool, new: bool = False, apart: bool = False) -> Seen:
+        """Direct transfers, as they are: from and into one block of memory, or into those of a window in turn."""
+        blocks = [self._memory[begin : begin + SHARD_BYTES] for begin in range(0, WINDOW_BYTES if apart else 1, SHARD_BYTES)]
         path = self._fresh if new else self._raw
         if new:
             path.unlink(missing_ok=True)
@@ -165,7 +169,7 @@ class Files:
         try:
             with watch.timed():
                 for number in range(self.num_blocks):
-                    done = call(descriptor, [self._block], number * SHARD_BYTES)
+                    done = call(descriptor, [blocks[number % len(blocks)]], number * SHARD_BYTES)
                     assert done == SHARD_BYTES, "a direct transfer was cut short"
                 if write:
                     os.fsync(descriptor)
@@ -273,6 +277,7 @@ def measures(files: Files) -> dict[str, Measure]:
         IN_PLACE: Measure(IN_PLACE, lambda: files.direct(write=True)),
         NEW: Measure(NEW, lambda: files.direct(write=True, new=True)),
         READ: Measure(READ, lambda: files.direct(write=False)),
+        READ_APART: Measure(READ, lambda: files.direct(write=False, apart=True)),
         "weight file, write": Measure(NEW, lambda: files.write_weights(new=True), judged=True),
         "weight file, write in place": Measure(IN_PLACE, lambda: files.write_weights(new=False), judged=True),
         "weight file, read": Measure(READ, files.read_weights, judged=True),

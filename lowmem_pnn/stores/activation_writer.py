@@ -14,7 +14,7 @@ from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.encoding import KeptAs, encode
 from lowmem_pnn.stores.header import TensorLayout
-from lowmem_pnn.stores.image import FileImage, WrittenFile
+from lowmem_pnn.stores.image import FileImage, NewFile
 from lowmem_pnn.stores.shards import (
     Index,
     Shard,
@@ -90,7 +90,7 @@ class ActivationWriter:
         self._submitted = 0
         self._appended = 0
         self._shards: list[Shard] = []
-        self._unsynced: list[WrittenFile] = []
+        self._unsynced: list[NewFile] = []
         self._syncing: deque[Future[None]] = deque()
         self._state = "open"
         self._failure: BaseException | None = None
@@ -192,8 +192,17 @@ class ActivationWriter:
             )
 
     def _flush(self, count: int) -> None:
-        # At once, though the shard before may still be under way: the writing thread goes from one to the next.
-        future = self._pool.submit(self._write, self._submitted, self._filling, count)
+        # All that can be done before its turn: the writing thread goes from one shard to the next.
+        number = self._submitted
+        tensors = {name: tensor[:count] for name, tensor in zip(self._layout(count), self._filling, strict=True)}
+        image = FileImage(tensors, shard_metadata(number))
+        checksum = None if self._beside is None else self._beside.submit(image.crc32)
+        try:
+            file = NewFile.create(self.folder / shard_name(number), image.nbytes)
+            future = self._pool.submit(self._write, image, file, count, checksum)
+        except BaseException as error:
+            self._failure = error
+            raise
         self._writing.append((future, self._filling))
         self._submitted += 1
         self._filling = []
@@ -216,18 +225,15 @@ class ActivationWriter:
             raise
         return buffer
 
-    def _write(self, number: int, buffer: list[Tensor], count: int) -> None:
+    def _write(self, image: FileImage, file: NewFile, count: int, checksum: Future[str] | None) -> None:
         """On the pool: write one shard."""
-        path = self.folder / shard_name(number)
-        tensors = {name: tensor[:count] for name, tensor in zip(self._layout(count), buffer, strict=True)}
-        image = FileImage(tensors, shard_metadata(number))
-        checksum = None if self._beside is None else self._beside.submit(image.crc32)
+        self._unsynced.append(file)
         try:
-            self._unsynced.append(image.write(path, self._counter))
+            image.write_into(file, self._counter)
         finally:
             # The buffer is free when both are done with it.
             crc32 = image.crc32() if checksum is None else checksum.result()
-        self._shards.append(Shard(path.name, count, image.nbytes, crc32))
+        self._shards.append(Shard(file.path.name, count, image.nbytes, crc32))
         if len(self._unsynced) >= _MAX_UNSYNCED:
             self._finish_syncs()  # long done: no more files than twice the limit are open
             self._begin_sync()

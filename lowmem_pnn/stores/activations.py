@@ -185,7 +185,7 @@ class ActivationStore:
         if resident_bytes(self.specs, self.num_samples, self.label_shape, self.kept_as) <= window_bytes:
             if self.cache is None:
                 tensors = self._allocate(self.num_samples)
-                self._load(range(len(self._shards)), tensors)
+                self._load(range(len(self._shards)), tensors, self._images(range(len(self._shards)), tensors))
                 # Only now, so that an exception on the way leaves no half-filled cache.
                 self.cache = tensors
             yield self._window(self.cache, 0, self.num_samples, _order(self.num_samples, seed, "samples", epoch))
@@ -199,8 +199,8 @@ class ActivationStore:
         bases = [0, *accumulate(sum(self._shards[number].samples for number in group) for group in groups)]
         wanted = [number for number in range(len(groups)) if bases[number] < stop and first < bases[number + 1]]
 
-        def load(number: int, tensors: list[Tensor]) -> _Window:
-            self._load(groups[number], tensors)
+        def load(number: int, tensors: list[Tensor], images: list[FileImage]) -> _Window:
+            self._load(groups[number], tensors, images)
             base, end = bases[number], bases[number + 1]
             return self._window(tensors, base, end, _order(end - base, seed, "window", epoch, number))
 
@@ -211,9 +211,11 @@ class ActivationStore:
         ahead: Future[_Window] | None = None
         try:
             for number, next_number in zip(wanted, [*wanted[1:], None], strict=True):
-                window = ahead.result() if ahead is not None else load(number, now)
+                window = ahead.result() if ahead is not None else load(number, now, self._images(groups[number], now))
                 if read_ahead:
-                    ahead = pool.submit(load, next_number, following) if next_number is not None else None
+                    ahead = None
+                    if next_number is not None:
+                        ahead = pool.submit(load, next_number, following, self._images(groups[next_number], following))
                     now, following = following, now
                 yield window
         finally:
@@ -230,21 +232,29 @@ class ActivationStore:
     def _allocate(self, num_samples: int) -> list[Tensor]:
         return [aligned_empty(shape, dtype, alignment=PAGE_BYTES) for dtype, shape in self._layout(num_samples).values()]
 
-    def _load(self, numbers: Sequence[int], tensors: list[Tensor]) -> None:
-        """Read whole shards into consecutive rows."""
-        row = 0
+    def _images(self, numbers: Sequence[int], tensors: list[Tensor]) -> list[FileImage]:
+        """Whole shards, in consecutive rows: what reading them can have done before."""
+        images, row = [], 0
         for number in numbers:
             count = self._shards[number].samples
             rows = {name: tensor[row : row + count] for name, tensor in zip(self._layout(count), tensors, strict=True)}
-            image = FileImage(rows, shard_metadata(number))
+            images.append(FileImage(rows, shard_metadata(number)))
+            row += count
+        return images
+
+    def _load(self, numbers: Sequence[int], tensors: list[Tensor], images: list[FileImage]) -> None:
+        """Read whole shards into consecutive rows."""
+        row = 0
+        for number, image in zip(numbers, images, strict=True):
+            count = self._shards[number].samples
             if not image.read(self.folder / shard_name(number), self._counter, direct=self._direct):
-                self._load_by_tensors(number, rows)
+                self._load_by_tensors(number, [tensor[row : row + count] for tensor in tensors])
             row += count
 
-    def _load_by_tensors(self, number: int, rows: dict[str, Tensor]) -> None:
+    def _load_by_tensors(self, number: int, rows: list[Tensor]) -> None:
         """Read a shard that is not laid out as this version does it; of a damaged one say what is wrong."""
         with self._open_shard(number) as file:
-            for name, tensor in rows.items():
+            for name, tensor in zip(self._layout(self._shards[number].samples), rows, strict=True):
                 file.read_into(name, tensor)
             if self._direct:
                 file.drop_cache()

@@ -43,6 +43,9 @@ class FileImage:
             key=lambda piece: piece[0],
         )
         self.nbytes = len(self._header) + sum(len(memory) for _, memory in self._tensors)
+        # For reading; what is written is the header itself.
+        self._found_header = bytearray(len(self._header))
+        self._transfer = Transfer([(0, memoryview(self._found_header)), *self._tensors])
 
     def crc32(self) -> str:
         """The CRC-32 of the file's bytes, as eight hexadecimal digits."""
@@ -51,37 +54,35 @@ class FileImage:
             value = zlib.crc32(memory, value)
         return f"{value:08x}"
 
-    def write(self, path: Path, counter: IoCounter | None = None) -> WrittenFile:
-        """Make the file, past the page cache where the file system lets us; else it is on its way to the drive when this ends.
+    def write(self, path: Path, counter: IoCounter | None = None) -> NewFile:
+        """Make the file: `NewFile.create`, and `write_into`."""
+        file = NewFile.create(path, self.nbytes)
+        try:
+            self.write_into(file, counter)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def write_into(self, file: NewFile, counter: IoCounter | None = None) -> None:
+        """Fill a new file, past the page cache where the file system lets us; else it is on its way to the drive when this ends.
 
         Args:
-            path: must not exist yet.
+            file: of this image's size.
             counter: counts the bytes written.
 
-        Returns:
-            The file, which is not synced yet.
-
         Raises:
-            CheckpointError: the file is there already.
             DiskError: the disk is full, or the file system refused.
         """
-        pieces = [(0, memoryview(self._header)), *self._tensors]
+        pieces: list[Piece] = [(0, memoryview(self._header)), *self._tensors]
         try:
-            written = WrittenFile(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), self.nbytes)
-            try:
-                if not self._write_direct(path, pieces):
-                    _write_through(written.descriptor, pieces)
-                    drop_cache(written.descriptor)
-            except BaseException:
-                written.close()
-                raise
-        except FileExistsError:
-            raise CheckpointError(f"cannot create {str(path)!r}: it exists already; delete it, or use another folder") from None
+            if not (self._transfer.is_worth_it and file.take(Transfer(pieces))):
+                _write_through(file.descriptor, pieces)
+                drop_cache(file.descriptor)
         except OSError as error:
-            raise disk_error(path, error, f"write {format_bytes(self.nbytes)}") from error
+            raise disk_error(file.path, error, f"write {format_bytes(self.nbytes)}") from error
         if counter is not None:
             counter.add(written=self.nbytes)
-        return written
 
     def read(self, path: Path, counter: IoCounter | None = None, *, direct: bool = False) -> bool:
         """Fill the tensors from a file.
@@ -97,8 +98,6 @@ class FileImage:
         Raises:
             DiskError: the file system refused.
         """
-        header = bytearray(len(self._header))
-        pieces = [(0, memoryview(header)), *self._tensors]
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except (FileNotFoundError, NotADirectoryError):
@@ -108,9 +107,9 @@ class FileImage:
         try:
             if os.fstat(descriptor).st_size != self.nbytes:
                 return False
-            done = self._read_direct(path, pieces) if direct else None
+            done = self._read_direct(path) if direct else None
             if done is None:
-                done = _read_through(descriptor, pieces)
+                done = _read_through(descriptor, [(0, memoryview(self._found_header)), *self._tensors])
                 if direct:
                     drop_cache(descriptor)
         except OSError as error:
@@ -119,31 +118,15 @@ class FileImage:
             os.close(descriptor)
         if counter is not None:
             counter.add(read=done)
-        return done == self.nbytes and header == self._header
+        return done == self.nbytes and self._found_header == self._header
 
-    def _write_direct(self, path: Path, pieces: list[Piece]) -> bool:
-        transfer = Transfer(pieces)
-        descriptor = open_direct(path, writable=True) if transfer.is_worth_it else None
-        if descriptor is None:
-            return False
-        try:
-            transfer.write(descriptor)
-        except OSError as error:
-            if error.errno not in REFUSED:
-                raise
-            return False
-        finally:
-            os.close(descriptor)
-        return True
-
-    def _read_direct(self, path: Path, pieces: list[Piece]) -> int | None:
+    def _read_direct(self, path: Path) -> int | None:
         """The bytes that were there; None if there are no direct transfers."""
-        transfer = Transfer(pieces)
-        descriptor = open_direct(path, writable=False) if transfer.is_worth_it else None
+        descriptor = open_direct(path, writable=False) if self._transfer.is_worth_it else None
         if descriptor is None:
             return None
         try:
-            return transfer.read(descriptor)
+            return self._transfer.read(descriptor)
         except OSError as error:
             if error.errno not in REFUSED:
                 raise
@@ -152,8 +135,8 @@ class FileImage:
             os.close(descriptor)
 
 
-class WrittenFile:
-    """A file that was written and is not synced: it stays open, since only who has it open is sure to be told of a failed write.
+class NewFile:
+    """A file that is not synced yet: it stays open, since only who has it open is sure to be told of a failed write.
 
     It may be longer than it should be until it is synced or closed: what the last page has too much is cut off only then, since the
     file system may have one wait for that.
@@ -161,13 +144,51 @@ class WrittenFile:
     Args:
         path: of it.
         descriptor: open; closed with the file.
+        direct: the same, for transfers past the page cache; None where there are none.
         nbytes: that it will have.
     """
 
-    def __init__(self, path: Path, descriptor: int, nbytes: int) -> None:
+    def __init__(self, path: Path, descriptor: int, direct: int | None, nbytes: int) -> None:
         self.path = path
         self.descriptor = descriptor
+        self._direct = direct
         self._nbytes = nbytes
+
+    @classmethod
+    def create(cls, path: Path, nbytes: int) -> NewFile:
+        """Make an empty file that will have so many bytes.
+
+        Raises:
+            CheckpointError: it is there already.
+            DiskError: the file system refused.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                return cls(path, descriptor, open_direct(path, writable=True), nbytes)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        except FileExistsError:
+            raise CheckpointError(f"cannot create {str(path)!r}: it exists already; delete it, or use another folder") from None
+        except OSError as error:
+            raise disk_error(path, error, f"write {format_bytes(nbytes)}") from error
+
+    def take(self, transfer: Transfer) -> bool:
+        """Write past the page cache; whether the file system has such transfers.
+
+        Raises:
+            OSError: it has, and refused this one.
+        """
+        if self._direct is None:
+            return False
+        try:
+            transfer.write(self._direct)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            return False
+        return True
 
     def sync(self) -> None:
         """Wait until everything written is on the drive.
@@ -195,7 +216,9 @@ class WrittenFile:
             try:
                 self._cut()
             finally:
-                os.close(self.descriptor)
+                for descriptor in (self.descriptor, self._direct):
+                    if descriptor is not None:
+                        os.close(descriptor)
                 self.descriptor = -1
 
     def _cut(self) -> None:
