@@ -211,7 +211,11 @@ class NewFile:
             self.close()
 
     def close(self) -> None:
-        """Close it, without syncing it."""
+        """Close it, without syncing it.
+
+        Raises:
+            DiskError: it could not be cut to its size.
+        """
         if self.descriptor >= 0:
             try:
                 self._cut()

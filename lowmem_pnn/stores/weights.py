@@ -62,7 +62,6 @@ class WeightStore:
         self._layouts = layouts
         self._committed = committed
         self._counter = counter
-        # A step reads and rewrites all of it: what memory cannot hold would push everything else out, and be gone when it is read.
         self._direct = outgrows_page_cache(2 * sum(_nbytes(layout) for layout in layouts.values()))
         self._homes = {key: partition for partition, layout in layouts.items() for key in layout}
         self._lock = threading.RLock()
@@ -177,8 +176,7 @@ class WeightStore:
         Raises:
             CheckpointError: no file holds it.
         """
-        home = self.home(key)
-        return _nbytes({key: self._layouts[home][key]})
+        return _nbytes({key: self._layouts[self.home(key)][key]})
 
     def state(self) -> dict[str, Any]:
         """What the journal must say to come back to the committed files: JSON-able; None for what was never sealed."""
@@ -227,8 +225,8 @@ class WeightStore:
                 path = self.folder / f"{name}.safetensors"
                 file = TensorFile.create(path, self._layouts[partition], {"file": path.name}, counter=self._counter)
                 self._working[partition] = file
-            path = self._working[partition].path
-            return TensorFile.open(path, writable=True, counter=self._counter, remedy=REMEDY, direct=self._direct)
+            working = self._working[partition].path
+            return TensorFile.open(working, writable=True, counter=self._counter, remedy=REMEDY, direct=self._direct)
 
     def freeze(self, partitions: Iterable[PartitionName]) -> None:
         """Take working files out of use, for `seal` to bring to the drive meanwhile: the next `writer` begins new ones.
