@@ -346,6 +346,8 @@ def main() -> None:
         "in place. Rates of activations are those of the float32 values that computing gives or takes, whatever they are kept as.",
         "Writes end when they are on the drive. 'Request' is the mean of the process's reads or writes; 'cached' is what of the files",
         "is in the page cache afterwards. Activations are always written past the page cache.",
+        "Where a drive is virtual, a processor copies what it transfers: one block that is used over and over stays in that processor's",
+        "cache, and the direct rates gain from it. Reading 'each block elsewhere in memory' is what memory that is used gets at best.",
         "",
         markdown_table(("what", "MB/s", "MB/s, all rounds", "of direct", "request, MiB", "cached, MB"), table),
         "",
