@@ -7,7 +7,9 @@ from lowmem_pnn.costs import Affine, MemoryProfile
 from lowmem_pnn.device import Device
 from lowmem_pnn.errors import DiskError
 from lowmem_pnn.plans import Plan
-from lowmem_pnn.stores.encoding import WORK_BYTES, kept_bytes
+from lowmem_pnn.stores.encoding import WORK_BYTES, KeptAs, kept_bytes
+from lowmem_pnn.stores.header import PAGE_BYTES
+from lowmem_pnn.stores.shards import samples_per_shard
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import IoSizes, Workload
 
@@ -109,9 +111,10 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     A visit rewrites one partition at a time. A sweep writes all of them, while the commit before is still on its way to the drive:
     two more generations; and it keeps what crosses partitions for one batch.
     """
-    config = workload.config
+    config, kept_as = workload.config, workload.config.activation_dtype
     stored = [
-        sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in profile.layers[part.start : part.stop])
+        PAGE_BYTES
+        + sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in profile.layers[part.start : part.stop])
         for part in plan.partitions
     ]
     outputs = [part.output_bytes_per_sample for part in plan.partitions[:-1]]
@@ -123,6 +126,7 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     )
     labels = 16 * workload.rows_per_sample
     stores = max(_num_measured(workload) * (_two_of(outputs) + labels), samples * (_two_of(kept) + labels))
+    stores += max(_headers(workload, plan, _num_measured(workload), "float32"), _headers(workload, plan, samples, kept_as))
     working = max(stored) + stores
     if plan.sweep_micro_batch:
         gradients = sum(layer.gradient_bytes for layer in profile.layers) if config.steps_wait else 0
@@ -131,6 +135,15 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
         working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)
     export = sum(layer.weight_bytes + layer.buffer_bytes for layer in profile.layers)
     return sum(stored) * config.keep_commits + max(working, export)
+
+
+def _headers(workload: Workload, plan: Plan, samples: int, kept_as: KeptAs) -> int:
+    """What the headers of two stores take: a page for each shard."""
+    shard_bytes, labels = IoSizes.of_budget(plan.budget_bytes).shard_bytes, workload.dataset.label_shape
+    boundaries = [workload.chain.boundaries[part.stop] for part in plan.partitions[:-1]] if samples else []
+    shards = [math.ceil(samples / samples_per_shard(specs, samples, shard_bytes, labels, kept_as)) for specs in boundaries]
+    # Each part of the data ends in a shard that is not full.
+    return 2 * PAGE_BYTES * (max(shards, default=0) + len(workload.splits))
 
 
 def _two_of(outputs: Sequence[int]) -> int:

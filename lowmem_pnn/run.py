@@ -380,7 +380,7 @@ class Run:
             self._io.shard_bytes,
             self.threads.write,
             self.counter,
-            self.threads.hash,
+            self.threads.beside,
             label_shape=self.workload.dataset.label_shape,
             kept_as=kept_as,
         )

@@ -5,6 +5,7 @@
 What waits in either window is in memory, and in the plan.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowmem_pnn.stalls import Stalls
+
+_NUM_BESIDE = 4
 
 
 class Threads:
@@ -25,8 +28,11 @@ class Threads:
         self.stalls = Stalls()
         self.read = ThreadPoolExecutor(1, "lowmem-read")
         self.write = ThreadPoolExecutor(1, "lowmem-write")
-        self.hash = ThreadPoolExecutor(1, "lowmem-hash")
+        # Checksums, and syncs: several of these at once share the drive's emptying its cache.
+        self.beside = ThreadPoolExecutor(_NUM_BESIDE, "lowmem-beside")
         self.commit = ThreadPoolExecutor(1, "lowmem-commit")
+        started = threading.Barrier(_NUM_BESIDE)
+        wait([self.beside.submit(started.wait) for _ in range(_NUM_BESIDE)])
         for pool in self._pools():
             pool.submit(int).result()
 
@@ -37,7 +43,7 @@ class Threads:
 
     def _pools(self) -> tuple[ThreadPoolExecutor, ...]:
         # In the order of their closing: who gives others work goes before them.
-        return self.read, self.write, self.hash, self.commit
+        return self.read, self.write, self.beside, self.commit
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,27 @@ import shutil
 import tempfile
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pagecache import cached_bytes, watch_transfers
 
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError, DiskError
-from lowmem_pnn.stores import activation_writer, activations
+from lowmem_pnn.stores import activation_writer, activations, image
 from lowmem_pnn.stores.activations import ActivationStore, ActivationWriter
 from lowmem_pnn.stores.encoding import KINDS, OverflowFault, decode, encode, kept_bytes, kept_layout
 from lowmem_pnn.stores.header import CODES
-from lowmem_pnn.stores.shards import resident_bytes
+from lowmem_pnn.stores.image import FileImage
+from lowmem_pnn.stores.shards import resident_bytes, samples_per_shard
 from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile, memory_of
 
 SPECS = (TensorSpec((3,), torch.float32), TensorSpec((2, 2), torch.bfloat16))
@@ -186,15 +190,16 @@ def test_shards_and_windows_hold_the_small_form(tmp_path, pool, kept_as, share):
     write_kept(tmp_path / "a", specs, 20, kept_as, pool)
     store = ActivationStore.open(tmp_path / "a")
     full = 20 * specs[0].sample_bytes
-    assert store.nbytes == pytest.approx(full / share, rel=0.02)
-    assert store.nbytes == pytest.approx(20 * (kept_bytes(specs[0], kept_as) + 8), rel=0.02)
+    headers = 5 * 4096
+    assert store.nbytes - headers == pytest.approx(full / share, rel=0.02)
+    assert store.nbytes == headers + 20 * (kept_bytes(specs[0], kept_as) + 8)
     read(store, 5, pool)
     assert sum(tensor.nbytes for tensor in store.cache) == pytest.approx(full / share, rel=0.01)
 
 
 def test_the_writer_holds_the_small_form_of_what_waits(tmp_path, monkeypatch):
-    made, allocate = [], activation_writer.allocate
-    monkeypatch.setattr(activation_writer, "allocate", lambda *args: made.append(allocate(*args)) or made[-1])
+    made, allocate = [], activation_writer.allocate_as_in_file
+    monkeypatch.setattr(activation_writer, "allocate_as_in_file", lambda *args: made.append(allocate(*args)) or made[-1])
     specs = (TensorSpec((64,), torch.float32),)
     with ThreadPoolExecutor(1) as pool:
         write_kept(tmp_path / "a", specs, 12, "int8", pool)
@@ -214,7 +219,7 @@ def test_default_shards_are_those_of_earlier_versions(tmp_path, pool):
     assert ActivationStore.open(tmp_path / "a", verify=True).kept_as == "float32"
 
 
-def test_scales_are_hashed_and_their_absence_is_noticed(tmp_path, pool):
+def test_scales_are_in_the_checksum_and_their_absence_is_noticed(tmp_path, pool):
     specs = (TensorSpec((4, 16), torch.float32),)
     for folder in "ab":
         write_kept(tmp_path / folder, specs, 8, "int8", pool)
@@ -223,7 +228,7 @@ def test_scales_are_hashed_and_their_absence_is_noticed(tmp_path, pool):
         scales = file.read("0.scales")
         file.write_from("0.scales", scales * 2)
     ActivationStore.open(tmp_path / "a")
-    with pytest.raises(CheckpointError, match=r"a/00001\.safetensors' has sha256"):
+    with pytest.raises(CheckpointError, match=r"a/00001\.safetensors' has CRC-32"):
         ActivationStore.open(tmp_path / "a", verify=True)
     path = tmp_path / "b" / "index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "kept_as": "bfloat16"}))
@@ -448,16 +453,17 @@ def test_skipped_windows_are_not_read(tmp_path, pool):
 
 
 def test_an_iteration_that_is_left_leaves_nothing_behind(tmp_path, pool, monkeypatch):
-    reads, read_into = [], TensorFile.read_into
+    reads, read_image = [], FileImage.read
 
-    def slowly(self, name, tensor, start=0):
+    def slowly(self, path, *arguments, **options):
         time.sleep(0.01)
-        read_into(self, name, tensor, start)
-        reads.append(name)
+        done = read_image(self, path, *arguments, **options)
+        reads.append(path)
+        return done
 
     write(tmp_path / "a", 100, pool)
     store = ActivationStore.open(tmp_path / "a")
-    monkeypatch.setattr(TensorFile, "read_into", slowly)
+    monkeypatch.setattr(FileImage, "read", slowly)
     iterator = store.batches(3, shuffle=True, seed=0, epoch=0, window_bytes=20 * SAMPLE_BYTES, pool=pool)
     next(iterator)
     iterator.close()
@@ -501,13 +507,80 @@ def test_memory_stays_within_windows_and_a_batch(tmp_path, pool):
 
 
 @pytest.mark.parametrize("available", [1 << 40, 1 << 10])
-def test_pages_are_dropped_only_of_stores_that_outgrow_memory(tmp_path, pool, monkeypatch, available):
+def test_only_stores_that_outgrow_memory_are_read_past_the_page_cache(tmp_path, pool, monkeypatch, available):
     write(tmp_path / "a", 20, pool)
-    dropped, drop_cache = [], TensorFile.drop_cache
-    monkeypatch.setattr(TensorFile, "drop_cache", lambda self: dropped.append(self.path.name) or drop_cache(self))
+    asked, read_image = [], FileImage.read
+    monkeypatch.setattr(
+        FileImage, "read", lambda self, *args, direct: asked.append(direct) or read_image(self, *args, direct=direct)
+    )
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     read(ActivationStore.open(tmp_path / "a"), 20, pool)
-    assert dropped == ([f"0000{number}.safetensors" for number in range(5)] if available == 1 << 10 else [])
+    assert asked == [available == 1 << 10] * 5
+
+
+PAGED_SPECS = (TensorSpec((16, 32), torch.float32), TensorSpec((7,), torch.int16))
+
+
+@pytest.mark.parametrize("refused", [False, True])
+@pytest.mark.parametrize("kept_as", KINDS)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_large_shards_come_back_past_the_page_cache_and_without_it(tmp_path, pool, monkeypatch, refused, kept_as, shuffle):
+    if refused:
+        monkeypatch.setattr(image, "open_direct", lambda *_, **__: None)
+    moved = watch_transfers(monkeypatch)
+    # Shards of 350 samples fill pages, the last one does not, and lies in the middle of a window when they are shuffled.
+    tensors, sample_bytes = write_kept(tmp_path / "a", PAGED_SPECS, 1000, kept_as, pool, shard_samples=350, step=64)
+    store = ActivationStore.open(tmp_path / "a", verify=True, direct=True)
+    assert store.shard_samples % 2 == 0
+    batches = read(store, 48, pool, shuffle=shuffle, window_bytes=1500 * sample_bytes)
+    order = torch.cat([labels for _, labels in batches])
+    assert sorted(order.tolist()) == list(range(1000))
+    for number, source in enumerate(tensors):
+        assert bits(torch.cat([given[number] for given, _ in batches])) == bits(through(source, kept_as)[order])
+    assert bool(moved["write"]) == bool(moved["read"]) == (not refused and kept_as != "int8")
+
+
+def test_a_store_leaves_the_page_cache_as_it_is(tmp_path, pool, monkeypatch):
+    moved = watch_transfers(monkeypatch)
+    specs = (TensorSpec((64, 64), torch.float32),)
+    write_kept(tmp_path / "a", specs, 512, "float32", pool, shard_samples=64)
+    read(ActivationStore.open(tmp_path / "a", direct=True), 32, pool, shuffle=True, window_bytes=256 * specs[0].sample_bytes)
+    if not moved["write"]:
+        pytest.skip("the file system takes no direct transfers")
+    shards = sorted((tmp_path / "a").glob("*.safetensors"))
+    assert len(shards) == 8
+    # Opening the store looks at headers, and the kernel reads a little further.
+    assert sum(map(cached_bytes, shards)) <= 8 * (64 << 10) < sum(shard.stat().st_size for shard in shards) / 10
+
+
+def test_shards_laid_out_by_others_are_read(tmp_path, pool):
+    tensors, labels = samples(SPECS, 20)
+    write(tmp_path / "a", 20, pool)
+    index = tmp_path / "a" / "index.json"
+    content = json.loads(index.read_text())
+    for number, shard in enumerate(content["shards"]):
+        path = tmp_path / "a" / shard["file"]
+        safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"shard": str(number)})
+        del shard["crc32"]
+        shard |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    index.write_text(json.dumps({**content, "format": 1}))
+    for direct in (False, True):
+        [(back, found)] = read(ActivationStore.open(tmp_path / "a", verify=True, direct=direct), 20, pool)
+        assert found.tolist() == labels.tolist()
+        assert [bits(tensor) for tensor in back] == [bits(tensor) for tensor in tensors]
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(CheckpointError, match=r"a/00004\.safetensors' has sha256 [0-9a-f]{64}, the index says"):
+        ActivationStore.open(tmp_path / "a", verify=True)
+
+
+@pytest.mark.parametrize(("sample_bytes", "samples_that_fit", "expected"), [
+    (65536, 63, 63), (12544, 334, 320), (12544, 60, 60), (12, 4095, 4095), (12, 4096, 4096), (12, 5000, 4096), (4096, 1, 1),
+])  # fmt: skip
+def test_shards_fill_whole_pages_where_that_costs_little(sample_bytes, samples_that_fit, expected):
+    specs = (TensorSpec((sample_bytes,), torch.uint8),)
+    shard_bytes = samples_that_fit * resident_bytes(specs, 1)
+    assert samples_per_shard(specs, 1 << 20, shard_bytes) == expected
+    assert samples_per_shard(specs, 60, shard_bytes) == min(60, samples_that_fit), "a single shard is as it is"
 
 
 @pytest.mark.gpu
@@ -522,15 +595,15 @@ def test_tensors_on_the_gpu_are_appended(tmp_path, pool):
 
 def test_the_writer_holds_at_most_two_shards_and_goes_on_while_one_is_written(tmp_path, monkeypatch):
     release, alive = threading.Event(), []
-    allocate = activation_writer.allocate
-    monkeypatch.setattr(activation_writer, "allocate", lambda *args: alive.append(allocate(*args)) or alive[-1])
+    allocate = activation_writer.allocate_as_in_file
+    monkeypatch.setattr(activation_writer, "allocate_as_in_file", lambda *args: alive.append(allocate(*args)) or alive[-1])
     tensors, labels = samples(SPECS, 12)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(release.wait)
         writer = ActivationWriter(tmp_path / "a", SPECS, 12, 4 * SAMPLE_BYTES, pool)
         # The first shard waits in the pool; the second one fills, and then stands in the way.
         writer.append(tuple(tensor[:7] for tensor in tensors), labels[:7])
-        assert not (tmp_path / "a" / "00000.safetensors").exists()
+        assert (tmp_path / "a" / "00000.safetensors").stat().st_size == 0
         release.set()
         writer.append(tuple(tensor[7:] for tensor in tensors), labels[7:])
         writer.close()
@@ -556,7 +629,7 @@ def test_bytes_are_counted(tmp_path, pool):
     write(tmp_path / "a", 20, pool, counter=counter)
     store = ActivationStore.open(tmp_path / "a")
     assert counter.bytes_written == store.nbytes
-    assert 0 < counter.bytes_read < store.nbytes, "for the hashes only headers are read back"
+    assert counter.bytes_read == 0, "nothing is read back for the checksums"
 
 
 def test_an_exception_leaves_no_index(tmp_path, pool):
@@ -617,7 +690,18 @@ def test_a_failed_sync_leaves_no_index(tmp_path, pool, monkeypatch):
     assert not (tmp_path / "a" / "index.json").exists()
 
 
-def test_shards_are_synced_before_the_index(tmp_path, pool, monkeypatch):
+def test_nothing_is_synced_while_samples_are_appended(tmp_path, pool, monkeypatch):
+    tensors, labels = samples(SPECS, 20)
+    with ActivationWriter(tmp_path / "a", SPECS, 20, 4 * SAMPLE_BYTES, pool) as writer, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: pytest.fail("the drive was waited for"))
+        writer.append(tensors, labels)
+        pool.submit(int).result()
+    assert ActivationStore.open(tmp_path / "a", verify=True).num_samples == 20
+
+
+@pytest.mark.parametrize("max_unsynced", [1, 10, 128])
+def test_shards_are_synced_before_the_index(tmp_path, pool, monkeypatch, max_unsynced):
+    monkeypatch.setattr(activation_writer, "_MAX_UNSYNCED", max_unsynced)
     synced, fsync = [], os.fsync
 
     def note(descriptor):
@@ -698,8 +782,8 @@ def damage(folder, kind):
         ("truncated", False, r"has \d+ bytes, its header says \d+"),
         ("longer", False, r"has \d+ bytes, its header says \d+"),
         ("swapped", False, "holds shard 2 of a store, in the place of shard 1"),
-        ("zeroed", True, "has sha256 [0-9a-f]{64}, the index says [0-9a-f]{64}"),
-        ("edited", True, "has sha256 [0-9a-f]{64}, the index says [0-9a-f]{64}"),
+        ("zeroed", True, "has CRC-32 [0-9a-f]{8}, the index says [0-9a-f]{8}"),
+        ("edited", True, "has CRC-32 [0-9a-f]{8}, the index says [0-9a-f]{8}"),
         ("another", False, r"holds float16 \(4, 3\), bfloat16 \(4, 2, 2\), int64 \(4,\), the index says float32 \(4, 3\), "),
     ],
 )
@@ -722,13 +806,13 @@ def test_a_shard_damaged_later_is_refused_when_it_is_read(tmp_path, pool, kind, 
     assert store.cache is None
 
 
-def test_shards_of_another_store_are_told_by_their_hash(tmp_path, pool):
+def test_shards_of_another_store_are_told_by_their_checksum(tmp_path, pool):
     write(tmp_path / "a", 20, pool)
     tensors, labels = samples(SPECS, 20, seed=1)
     with ActivationWriter(tmp_path / "b", SPECS, 20, 4 * SAMPLE_BYTES, pool) as writer:
         writer.append(tensors, labels)
     shutil.copy(tmp_path / "b" / "00003.safetensors", tmp_path / "a" / "00003.safetensors")
-    with pytest.raises(CheckpointError, match=r"a/00003\.safetensors' has sha256"):
+    with pytest.raises(CheckpointError, match=r"a/00003\.safetensors' has CRC-32"):
         ActivationStore.open(tmp_path / "a", verify=True)
 
 
@@ -736,15 +820,15 @@ def test_shards_of_another_store_are_told_by_their_hash(tmp_path, pool):
     ("edit", "text"),
     [
         (lambda index: "{", "is no JSON"),
-        (lambda index: [], "has format None, this version reads 1"),
-        (lambda index: {**index, "format": 2}, "has format 2, this version reads 1"),
+        (lambda index: [], "has format None, this version reads 2"),
+        (lambda index: {**index, "format": 3}, "has format 3, this version reads 2"),
         (lambda index: {**index, "num_samples": 21}, "contradicts itself or lacks a part"),
         (lambda index: {**index, "num_samples": "20"}, "contradicts itself or lacks a part"),
         (lambda index: {**index, "shard_samples": 0}, "contradicts itself or lacks a part"),
         (lambda index: {**index, "shard_samples": 5}, "contradicts itself or lacks a part"),
         (lambda index: {**index, "shards": index["shards"][:-1]}, "contradicts itself or lacks a part"),
         (lambda index: {**index, "shards": index["shards"][::-1]}, "contradicts itself or lacks a part"),
-        (lambda index: {**index, "shards": [{**shard, "sha256": None} for shard in index["shards"]]}, "contradicts itself"),
+        (lambda index: {**index, "shards": [{**shard, "crc32": None} for shard in index["shards"]]}, "contradicts itself"),
         (lambda index: {**index, "shards": [{**shard, "bytes": -1} for shard in index["shards"]]}, "contradicts itself"),
         (
             lambda index: {**index, "shards": [{**shard, "file": "/etc/passwd"} for shard in index["shards"]]},
@@ -792,9 +876,10 @@ def test_an_index_that_contradicts_the_shards_is_refused(tmp_path, pool, edit, t
         ActivationStore.open(tmp_path / "a")
 
 
-def test_the_index_names_the_hash_of_every_shard(tmp_path, pool):
+def test_the_index_names_the_checksum_of_every_shard(tmp_path, pool):
     write(tmp_path / "a", 10, pool)
     index = json.loads((tmp_path / "a" / "index.json").read_text())
     assert [shard["samples"] for shard in index["shards"]] == [4, 4, 2]
     for shard in index["shards"]:
-        assert shard["sha256"] == hashlib.sha256((tmp_path / "a" / shard["file"]).read_bytes()).hexdigest()
+        assert int(shard["crc32"], 16) == zlib.crc32((tmp_path / "a" / shard["file"]).read_bytes())
+        assert "sha256" not in shard

@@ -18,9 +18,11 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pagecache import cached_bytes, watch_calls
 from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError, DiskError
+from lowmem_pnn.stores import tensorfile
 from lowmem_pnn.stores.header import CODES, DTYPES, MAX_HEADER_BYTES
 from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile, aligned_empty, memory_of, sha256
 
@@ -98,8 +100,9 @@ def test_tensors_are_aligned_where_the_format_allows(layout):
     with tempfile.TemporaryDirectory() as folder, TensorFile.create(Path(folder) / "x", layout) as file:
         for entry in file.entries.values():
             assert entry.offset % entry.dtype.itemsize == 0
-            if entry.nbytes % 64 == 0:
-                assert entry.offset % 64 == 0
+            for alignment in (64, 4096):
+                if entry.nbytes % alignment == 0:
+                    assert entry.offset % alignment == 0
 
 
 def test_keep_order_keeps_the_order_of_bytes(tmp_path):
@@ -380,28 +383,45 @@ def test_aligned_empty_is_aligned_even_where_the_allocator_is_not(monkeypatch, d
         assert tensor.is_contiguous()
 
 
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"x": torch.arange(7, dtype=torch.uint8), "y": torch.randn(3, 5), "z": torch.ones((), dtype=torch.bfloat16)},
-        {"empty": torch.zeros(0, 4), "x": torch.randn(1000), "also empty": torch.zeros(3, 0, dtype=torch.int64)},
-        {"alone": torch.arange(5)},
-    ],
-)
-@pytest.mark.parametrize("keep_order", [False, True])
-def test_the_hash_from_memory_is_that_of_the_file(tensors: dict[str, torch.Tensor], keep_order: bool, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with TensorFile.create(path, layout, {"about": "it"}, keep_order=keep_order) as file:
-        before = file.hash_with(tensors)
+@pytest.mark.parametrize("refused", ["not", "when opened", "when used"])
+def test_a_direct_file_holds_what_another_does(tmp_path, monkeypatch, refused):
+    layout = {
+        "paged": (torch.float32, (256, 1024)), "odd": (torch.float32, (70_001,)), "bytes": (torch.int8, (1 << 19,)),
+        "few": (torch.int64, (3,)), "none": (torch.float32, (0, 4)),
+    }  # fmt: skip
+    if refused == "when opened":
+        monkeypatch.setattr(tensorfile, "open_direct", lambda *_, **__: None)
+    moved = watch_calls(monkeypatch, refuse=refused == "when used")
+    tensors = {name: random_tensor(*kind, seed) for seed, (name, kind) in enumerate(layout.items())}
+    with TensorFile.create(tmp_path / "a", layout) as plain, TensorFile.create(tmp_path / "b", layout, direct=True) as direct:
         for name, tensor in tensors.items():
-            file.write_from(name, tensor)
-        assert before == file.hash_with(tensors) == sha256(path)
+            plain.write_from(name, tensor)
+            paged = aligned_empty(tensor.shape, tensor.dtype, alignment=4096)
+            direct.write_from(name, paged.copy_(tensor))
+        direct.sync()
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with TensorFile.open(tmp_path / "b", writable=True, direct=True) as file:
+        for name, tensor in tensors.items():
+            assert bits(file.read(name)) == bits(tensor)
+        part = aligned_empty((128, 1024), torch.float32, alignment=4096).fill_(3)
+        file.write_from("paged", part, start=128)
+        # Memory that does not fill pages goes through the cache, and sees what went past it.
+        elsewhere = torch.empty(256 * 1024 + 1)[1:].view(256, 1024)
+        file.read_into("paged", elsewhere)
+    expected = tensors["paged"].clone()
+    expected[128:] = 3
+    assert bits(elsewhere) == bits(expected)
+    if refused == "not":
+        assert set(moved) in ({1 << 20, 1 << 19}, set()), "only what fills pages, and nothing where there are no such transfers"
+    else:
+        assert not moved
 
 
-def test_the_hash_of_other_tensors_is_an_error(tmp_path: Path) -> None:
-    with (
-        TensorFile.create(tmp_path / "x.safetensors", {"x": (torch.float32, (2,))}) as file,
-        pytest.raises(CheckpointError, match="holds x, got y"),
-    ):
-        file.hash_with({"y": torch.zeros(2)})
+def test_a_direct_file_leaves_the_page_cache_as_it_is(tmp_path, monkeypatch):
+    moved = watch_calls(monkeypatch)
+    with TensorFile.create(tmp_path / "x", {"x": (torch.float32, (4 << 20,))}, direct=True) as file:
+        file.write_from("x", aligned_empty((4 << 20,), torch.float32, alignment=4096).zero_())
+        file.read("x")
+    if not moved:
+        pytest.skip("the file system takes no direct transfers")
+    assert cached_bytes(tmp_path / "x") <= 64 << 10

@@ -131,7 +131,7 @@ def test_a_resumed_run_verifies_what_its_activations_are_kept_in(tmp_path: Path)
     shard = next((tmp_path / "run" / "activations").glob("*-train/00000.safetensors"))
     with TensorFile.open(shard, writable=True) as file:
         file.write_from("0.scales", file.read("0.scales") + 1)
-    with pytest.raises(CheckpointError, match=r"00000\.safetensors' has sha256"):
+    with pytest.raises(CheckpointError, match=r"00000\.safetensors' has CRC-32"):
         trainer.resume_run(tmp_path / "run")
 
 
@@ -164,7 +164,8 @@ def test_a_plan_shows_what_activations_are_kept_in() -> None:
         assert sizes == [samples * (512 * each + beside), samples * (256 * each + beside), 0]
         assert str(plans[kept_as]).count(format_bytes(sizes[0])) >= 1
         saved = samples * ((512 + 256) * (4 - each) - 2 * beside)
-        assert plans["float32"].disk_bytes - plans[kept_as].disk_bytes == saved
+        # And the headers of the shards that are not needed.
+        assert saved <= plans["float32"].disk_bytes - plans[kept_as].disk_bytes <= saved + 40 * 4096
         for part, exact in zip(plans[kept_as].partitions, plans["float32"].partitions, strict=True):
             assert part["predicted_peak_bytes"] <= exact["predicted_peak_bytes"] + WORK_BYTES
 

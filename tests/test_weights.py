@@ -7,13 +7,16 @@ import os
 import re
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import safetensors.torch
 import torch
+from pagecache import watch_calls
 
 from lowmem_pnn.errors import CheckpointError, DiskError
+from lowmem_pnn.stores.blocks import BlockPool
 from lowmem_pnn.stores.naming import state_key, weight_key
 from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile
 from lowmem_pnn.stores.weights import WeightStore
@@ -382,3 +385,29 @@ def test_an_export_takes_little_memory(tmp_path):
         store.export(tmp_path / "model.safetensors", [f"{number}.weight" for number in range(6)])
     assert (tmp_path / "model.safetensors").stat().st_size > 96 << 20
     assert peak < 8 << 20
+
+
+@pytest.mark.parametrize("available", [1 << 40, 1 << 10])
+def test_only_weights_that_outgrow_memory_move_past_the_page_cache(tmp_path, monkeypatch, available):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    moved = watch_calls(monkeypatch)
+    layout = {"weight/a": (torch.float32, (300, 1024)), "weight/b": (torch.float32, (70_001,)), "weight/c": (torch.float32, (3,))}
+    blocks = BlockPool(1 << 22)
+    tensors = {}
+    store = WeightStore.create(tmp_path / "weights", [layout])
+    for step in range(2):  # a new file, then in place of what is there
+        with store.writer(0) as file:
+            for name, (dtype, shape) in layout.items():
+                tensors[name] = blocks.empty(shape, dtype).normal_().add_(step)
+                file.write_from(name, tensors[name])
+        with store.tensors(blocks.empty) as reader:
+            for name, tensor in tensors.items():
+                assert torch.equal(reader.read(name), tensor)
+    again = WeightStore.open(tmp_path / "weights", store.seal([0]))
+    with again.tensors() as reader:
+        for name, tensor in tensors.items():
+            assert torch.equal(reader.read(name), tensor)
+    if available == 1 << 40:
+        assert not moved
+    else:
+        assert set(moved) in ({300 * 4096}, set()), "set() where the file system has no direct transfers"

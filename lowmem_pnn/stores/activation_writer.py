@@ -11,30 +11,36 @@ from torch import Tensor
 
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError
-from lowmem_pnn.stores.disk import IoCounter, outgrows_page_cache
+from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.encoding import KeptAs, encode
+from lowmem_pnn.stores.header import TensorLayout
+from lowmem_pnn.stores.image import FileImage, NewFile
 from lowmem_pnn.stores.shards import (
     Index,
     Shard,
-    allocate,
+    allocate_as_in_file,
     by_tensor,
     describe_all,
     make_empty,
-    resident_bytes,
+    samples_per_shard,
     shard_layout,
+    shard_metadata,
     shard_name,
     write_index,
 )
-from lowmem_pnn.stores.tensorfile import TensorFile
 
-_MAX_UNSYNCED = 8
+# Files that wait for their sync, all open. A sync after each shard would have the writing wait for the drive to empty its cache;
+# many at once share that.
+_MAX_UNSYNCED = 128
+# One is filled while the other is written.
+_NUM_BUFFERS = 2
 
 
 class ActivationWriter:
     """Writes a store, sample after sample, in order.
 
-    One shard is filled while the pool writes the one before, and another thread hashes that. As a context it ends with `close`, after
-    an exception with `abort`.
+    One shard is filled while the pool writes the one before, past the page cache, and another thread computes its checksum. Shards
+    are synced many at once, beside the writing or at the end. As a context it ends with `close`, after an exception with `abort`.
 
     Args:
         folder: must not exist yet, or hold an incomplete store, which is then emptied.
@@ -42,7 +48,7 @@ class ActivationWriter:
         num_samples: that will be appended.
         shard_bytes: memory for one shard, of which two exist at a time; a sample larger than that gets a shard of its own.
         pool: writes behind, in the order of submission: one thread. `append` and `close` must not run on it.
-        hashing: another thread, which hashes beside it; None to hash on the one that writes.
+        beside: other threads, for checksums and syncs beside it; None to have them on the one that writes.
         counter: counts the bytes written.
         label_shape: of one sample's labels.
         kept_as: what floating tensors are kept as, in memory and on the disk.
@@ -63,7 +69,7 @@ class ActivationWriter:
         shard_bytes: int,
         pool: Executor,
         counter: IoCounter | None = None,
-        hashing: Executor | None = None,
+        beside: Executor | None = None,
         label_shape: tuple[int, ...] = (),
         kept_as: KeptAs = "float32",
     ) -> None:
@@ -73,19 +79,19 @@ class ActivationWriter:
         self.specs = tuple(specs)
         self.label_shape = tuple(label_shape)
         self.kept_as = kept_as
-        sample_bytes = resident_bytes(self.specs, 1, self.label_shape, kept_as)
-        self.shard_samples = min(num_samples, max(1, shard_bytes // sample_bytes))
+        self.shard_samples = samples_per_shard(self.specs, num_samples, shard_bytes, self.label_shape, kept_as)
         self._pool = pool
-        self._hashing = hashing
+        self._beside = beside
         self._counter = counter
         make_empty(self.folder)
         self._filling: list[Tensor] = []
-        self._spare: list[Tensor] = []
-        self._writing: tuple[Future[None], list[Tensor]] | None = None
+        # In the order of their writing, with their buffers.
+        self._writing: deque[tuple[Future[None], list[Tensor]]] = deque()
+        self._submitted = 0
         self._appended = 0
         self._shards: list[Shard] = []
-        self._unsynced: deque[TensorFile] = deque()
-        self._drop_pages = outgrows_page_cache(num_samples * sample_bytes)
+        self._unsynced: list[NewFile] = []
+        self._syncing: deque[Future[None]] = deque()
         self._state = "open"
         self._failure: BaseException | None = None
 
@@ -108,8 +114,7 @@ class ActivationWriter:
         done = 0
         while done < len(labels):
             if not self._filling:
-                self._filling = self._spare or allocate(self.specs, self.shard_samples, self.label_shape, self.kept_as)
-                self._spare = []
+                self._filling = self._free_buffer()
             filled = self._appended % self.shard_samples
             count = min(len(labels) - done, self.shard_samples - filled)
             for kept, tensor in zip(by_tensor(self._filling, self.specs, self.kept_as), (*tensors, labels), strict=True):
@@ -138,9 +143,10 @@ class ActivationWriter:
                 )
             if self._appended % self.shard_samples:
                 self._flush(self._appended % self.shard_samples)
-            self._wait()
-            while self._unsynced:
-                self._sync_oldest()
+            while self._writing:
+                self._wait_for_oldest()
+            self._begin_sync()
+            self._finish_syncs()
             tensors = tuple((spec.dtype, tuple(spec.shape)) for spec in self.specs)
             index = Index(self.num_samples, self.shard_samples, tensors, tuple(self._shards), self.label_shape, self.kept_as)
             write_index(self.folder, index)
@@ -153,12 +159,14 @@ class ActivationWriter:
         if self._state == "closed":
             return
         self._state = "aborted"
-        if self._writing is not None:
-            wait([self._writing[0]])
-            self._writing = None
-        while self._unsynced:
-            self._unsynced.popleft().close()
-        self._filling, self._spare = [], []
+        wait([future for future, _ in self._writing])
+        self._writing.clear()
+        wait(self._syncing)
+        self._syncing.clear()
+        for file in self._unsynced:
+            file.close()
+        self._unsynced.clear()
+        self._filling = []
 
     def __enter__(self) -> ActivationWriter:
         return self
@@ -184,47 +192,68 @@ class ActivationWriter:
             )
 
     def _flush(self, count: int) -> None:
-        self._wait()
-        self._writing = self._pool.submit(self._write, self._filling, count), self._filling
+        # All that can be done before its turn: the writing thread goes from one shard to the next.
+        number = self._submitted
+        tensors = {name: tensor[:count] for name, tensor in zip(self._layout(count), self._filling, strict=True)}
+        image = FileImage(tensors, shard_metadata(number))
+        checksum = None if self._beside is None else self._beside.submit(image.crc32)
+        try:
+            file = NewFile.create(self.folder / shard_name(number), image.nbytes)
+            future = self._pool.submit(self._write, image, file, count, checksum)
+        except BaseException as error:
+            self._failure = error
+            raise
+        self._writing.append((future, self._filling))
+        self._submitted += 1
         self._filling = []
 
-    def _wait(self) -> None:
-        """Until the shard before this one is written, and its buffer free."""
+    def _free_buffer(self) -> list[Tensor]:
+        """One of the two buffers, once what it held is written."""
+        if len(self._writing) == _NUM_BUFFERS or (self._writing and self._writing[0][0].done()):
+            return self._wait_for_oldest()
+        return allocate_as_in_file(self._layout(self.shard_samples), shard_metadata(0))
+
+    def _wait_for_oldest(self) -> list[Tensor]:
+        """Until a shard is written; its buffer."""
         if self._failure is not None:
             raise self._failure
-        if self._writing is None:
-            return
-        (future, buffer), self._writing = self._writing, None
+        future, buffer = self._writing.popleft()
         try:
             future.result()
         except BaseException as error:
             self._failure = error
             raise
-        self._spare = buffer
+        return buffer
 
-    def _write(self, buffer: list[Tensor], count: int) -> None:
-        """On the pool: write one shard, and begin to sync it."""
-        number = len(self._shards)
-        path = self.folder / shard_name(number)
-        layout = shard_layout(self.specs, count, self.label_shape, self.kept_as)
-        file = TensorFile.create(path, layout, {"shard": str(number)}, counter=self._counter)
+    def _write(self, image: FileImage, file: NewFile, count: int, checksum: Future[str] | None) -> None:
+        """On the pool: write one shard."""
         self._unsynced.append(file)
-        tensors = {name: tensor[:count] for name, tensor in zip(file.entries, buffer, strict=True)}
-        hashed = None if self._hashing is None else self._hashing.submit(file.hash_with, tensors)
         try:
-            for name, tensor in tensors.items():
-                file.write_from(name, tensor)
+            image.write_into(file, self._counter)
         finally:
             # The buffer is free when both are done with it.
-            digest = file.hash_with(tensors) if hashed is None else hashed.result()
-        self._shards.append(Shard(path.name, count, path.stat().st_size, digest))
-        # The drive works on it from here on, so that the sync, some shards later, has little left to wait for.
-        file.drop_cache()
-        if len(self._unsynced) > _MAX_UNSYNCED:
-            self._sync_oldest()
+            crc32 = image.crc32() if checksum is None else checksum.result()
+        self._shards.append(Shard(file.path.name, count, image.nbytes, crc32))
+        if len(self._unsynced) >= _MAX_UNSYNCED:
+            self._finish_syncs()  # long done: no more files than twice the limit are open
+            self._begin_sync()
 
-    def _sync_oldest(self) -> None:
-        with self._unsynced.popleft() as file:
-            file.sync()
-            if self._drop_pages:
-                file.drop_cache()
+    def _begin_sync(self) -> None:
+        """Have what is written brought to the drive."""
+        files, self._unsynced = self._unsynced, []
+        for number, file in enumerate(files):
+            if self._beside is not None:
+                self._syncing.append(self._beside.submit(file.sync_and_close))
+                continue
+            try:
+                file.sync_and_close()
+            except BaseException:
+                self._unsynced = files[number + 1 :]
+                raise
+
+    def _finish_syncs(self) -> None:
+        while self._syncing:
+            self._syncing.popleft().result()
+
+    def _layout(self, num_samples: int) -> dict[str, TensorLayout]:
+        return shard_layout(self.specs, num_samples, self.label_shape, self.kept_as)

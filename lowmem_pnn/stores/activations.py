@@ -22,9 +22,11 @@ from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stores.activation_writer import ActivationWriter
-from lowmem_pnn.stores.disk import CHUNK_BYTES, IoCounter, outgrows_page_cache, sha256
+from lowmem_pnn.stores.disk import CHUNK_BYTES, IoCounter, outgrows_page_cache
 from lowmem_pnn.stores.encoding import KeptAs, decode
-from lowmem_pnn.stores.header import TensorLayout
+from lowmem_pnn.stores.header import PAGE_BYTES, TensorLayout
+from lowmem_pnn.stores.image import FileImage
+from lowmem_pnn.stores.memory import aligned_empty, memory_of
 from lowmem_pnn.stores.shards import (
     Index,
     allocate,
@@ -34,9 +36,10 @@ from lowmem_pnn.stores.shards import (
     remedy,
     resident_bytes,
     shard_layout,
+    shard_metadata,
     shard_name,
 )
-from lowmem_pnn.stores.tensorfile import TensorFile, memory_of
+from lowmem_pnn.stores.tensorfile import TensorFile
 
 __all__ = ["ActivationStore", "ActivationWriter"]
 
@@ -53,6 +56,7 @@ class ActivationStore:
         folder: of the store.
         index: of it.
         counter: counts the bytes read.
+        direct: see `open`.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -69,7 +73,7 @@ class ActivationStore:
     cache: list[Tensor] | None
     """All samples as they are kept, in the stored order, the labels last, once the store was read into a window that held it whole."""
 
-    def __init__(self, folder: Path, index: Index, counter: IoCounter | None) -> None:
+    def __init__(self, folder: Path, index: Index, counter: IoCounter | None, direct: bool | None = None) -> None:
         self.folder = folder
         self.specs = tuple(TensorSpec(shape, dtype) for dtype, shape in index.tensors)
         self.label_shape = index.label_shape
@@ -79,17 +83,21 @@ class ActivationStore:
         self.nbytes = sum(shard.bytes for shard in index.shards)
         self.cache = None
         self._shards = index.shards
-        self._drop_pages = outgrows_page_cache(self.nbytes)
+        self._direct = outgrows_page_cache(self.nbytes) if direct is None else direct
         self._counter = counter
 
     @classmethod
-    def open(cls, folder: Path, verify: bool = False, counter: IoCounter | None = None) -> ActivationStore:
+    def open(
+        cls, folder: Path, verify: bool = False, counter: IoCounter | None = None, *, direct: bool | None = None
+    ) -> ActivationStore:
         """Open a store and check its index and the header of every shard.
 
         Args:
             folder: of the store.
-            verify: also compare the hash of every shard: reads them all.
+            verify: also compare the checksum of every shard: reads them all.
             counter: counts the bytes read.
+            direct: whether shards are read past the page cache, and not kept there for the next epoch; None to do so with stores
+                that would fill it.
 
         Raises:
             CheckpointError: there is no index, or a shard is missing, of another size, in another's place, or holds something
@@ -97,14 +105,16 @@ class ActivationStore:
             DiskError: the file system refused.
         """
         folder = Path(folder)
-        self = cls(folder, read_index(folder), counter)
+        self = cls(folder, read_index(folder), counter, direct)
         for number, shard in enumerate(self._shards):
             with self._open_shard(number) as file:
                 path, size = file.path, file.size
             if size != shard.bytes:
                 raise CheckpointError(f"{str(path)!r} has {size} bytes, the index says {shard.bytes}; {remedy(folder)}")
-            if verify and (digest := sha256(path, counter)) != shard.sha256:
-                raise CheckpointError(f"{str(path)!r} has sha256 {digest}, the index says {shard.sha256}; {remedy(folder)}")
+            if verify:
+                kind, found, wanted = shard.checksum(path, counter)
+                if found != wanted:
+                    raise CheckpointError(f"{str(path)!r} has {kind} {found}, the index says {wanted}; {remedy(folder)}")
         return self
 
     def batches(
@@ -175,7 +185,7 @@ class ActivationStore:
         if resident_bytes(self.specs, self.num_samples, self.label_shape, self.kept_as) <= window_bytes:
             if self.cache is None:
                 tensors = self._allocate(self.num_samples)
-                self._load(range(len(self._shards)), tensors)
+                self._load(range(len(self._shards)), tensors, self._images(range(len(self._shards)), tensors))
                 # Only now, so that an exception on the way leaves no half-filled cache.
                 self.cache = tensors
             yield self._window(self.cache, 0, self.num_samples, _order(self.num_samples, seed, "samples", epoch))
@@ -189,8 +199,8 @@ class ActivationStore:
         bases = [0, *accumulate(sum(self._shards[number].samples for number in group) for group in groups)]
         wanted = [number for number in range(len(groups)) if bases[number] < stop and first < bases[number + 1]]
 
-        def load(number: int, tensors: list[Tensor]) -> _Window:
-            self._load(groups[number], tensors)
+        def load(number: int, tensors: list[Tensor], images: list[FileImage]) -> _Window:
+            self._load(groups[number], tensors, images)
             base, end = bases[number], bases[number + 1]
             return self._window(tensors, base, end, _order(end - base, seed, "window", epoch, number))
 
@@ -201,9 +211,11 @@ class ActivationStore:
         ahead: Future[_Window] | None = None
         try:
             for number, next_number in zip(wanted, [*wanted[1:], None], strict=True):
-                window = ahead.result() if ahead is not None else load(number, now)
+                window = ahead.result() if ahead is not None else load(number, now, self._images(groups[number], now))
                 if read_ahead:
-                    ahead = pool.submit(load, next_number, following) if next_number is not None else None
+                    ahead = None
+                    if next_number is not None:
+                        ahead = pool.submit(load, next_number, following, self._images(groups[next_number], following))
                     now, following = following, now
                 yield window
         finally:
@@ -218,19 +230,34 @@ class ActivationStore:
         return shard_layout(self.specs, num_samples, self.label_shape, self.kept_as)
 
     def _allocate(self, num_samples: int) -> list[Tensor]:
-        return allocate(self.specs, num_samples, self.label_shape, self.kept_as)
+        return [aligned_empty(shape, dtype, alignment=PAGE_BYTES) for dtype, shape in self._layout(num_samples).values()]
 
-    def _load(self, numbers: Sequence[int], tensors: list[Tensor]) -> None:
-        """Read whole shards into consecutive rows."""
-        row = 0
+    def _images(self, numbers: Sequence[int], tensors: list[Tensor]) -> list[FileImage]:
+        """Whole shards, in consecutive rows: what reading them can have done before."""
+        images, row = [], 0
         for number in numbers:
             count = self._shards[number].samples
-            with self._open_shard(number) as file:
-                for name, tensor in zip(self._layout(count), tensors, strict=True):
-                    file.read_into(name, tensor[row : row + count])
-                if self._drop_pages:
-                    file.drop_cache()
+            rows = {name: tensor[row : row + count] for name, tensor in zip(self._layout(count), tensors, strict=True)}
+            images.append(FileImage(rows, shard_metadata(number)))
             row += count
+        return images
+
+    def _load(self, numbers: Sequence[int], tensors: list[Tensor], images: list[FileImage]) -> None:
+        """Read whole shards into consecutive rows."""
+        row = 0
+        for number, image in zip(numbers, images, strict=True):
+            count = self._shards[number].samples
+            if not image.read(self.folder / shard_name(number), self._counter, direct=self._direct):
+                self._load_by_tensors(number, [tensor[row : row + count] for tensor in tensors])
+            row += count
+
+    def _load_by_tensors(self, number: int, rows: list[Tensor]) -> None:
+        """Read a shard that is not laid out as this version does it; of a damaged one say what is wrong."""
+        with self._open_shard(number) as file:
+            for name, tensor in zip(self._layout(self._shards[number].samples), rows, strict=True):
+                file.read_into(name, tensor)
+            if self._direct:
+                file.drop_cache()
 
     def _open_shard(self, number: int) -> TensorFile:
         """Open a shard and compare its header with the index."""

@@ -13,7 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lowmem_pnn.stores.tensorfile import aligned_empty
+from lowmem_pnn.stores.header import PAGE_BYTES
+from lowmem_pnn.stores.memory import aligned_empty
 
 # Smaller ones come out of the allocator's heap, which is not given back after every use.
 _LEAST_BYTES = 1 << 18
@@ -82,7 +83,8 @@ class BlockPool:
                 if block.nbytes == nbytes:
                     return self._free.pop(number)
             self._make_room(nbytes)
-        block = aligned_empty((nbytes,), torch.uint8)
+        # From a page on, so that it can be filled past the page cache.
+        block = aligned_empty((nbytes,), torch.uint8, alignment=PAGE_BYTES)
         with self._lock:
             self._held_bytes += nbytes
         return block

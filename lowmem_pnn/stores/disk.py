@@ -7,6 +7,8 @@ import hashlib
 import io
 import os
 import threading
+import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,17 +62,7 @@ def sha256(path: Path, counter: IoCounter | None = None) -> str:
         DiskError: the file system refused.
     """
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    try:
-        with io.FileIO(path, "r") as file:
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-                if counter is not None:
-                    counter.add(read=count)
-    except FileNotFoundError:
-        raise CheckpointError(f"{str(path)!r} is missing; {REMEDY}") from None
-    except OSError as error:
-        raise disk_error(Path(path), error, "read it") from error
+    _read_through(path, digest.update, counter)
     return digest.hexdigest()
 
 
@@ -90,6 +82,23 @@ def will_need(path: Path, start: int, stop: int) -> None:
             os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
+def crc32(path: Path, counter: IoCounter | None = None) -> str:
+    """The CRC-32 of a file's bytes, as eight hexadecimal digits, read a chunk at a time.
+
+    Raises:
+        CheckpointError: no such file.
+        DiskError: the file system refused.
+    """
+    value = 0
+
+    def update(chunk: memoryview) -> None:
+        nonlocal value
+        value = zlib.crc32(chunk, value)
+
+    _read_through(path, update, counter)
+    return f"{value:08x}"
+
+
 def outgrows_page_cache(nbytes: int) -> bool:
     """Whether files that are read once an epoch should leave the page cache at once.
 
@@ -105,6 +114,37 @@ def outgrows_page_cache(nbytes: int) -> bool:
     """
     available: int = psutil.virtual_memory().available
     return nbytes > available // 2
+
+
+def sync_file(path: Path, descriptor: int) -> None:
+    """Wait until everything that was written to a file so far is on the drive.
+
+    Args:
+        path: of it, for messages.
+        descriptor: open since before the writing.
+
+    Raises:
+        DiskError: it is not, and may never be: the file must be given up, since a second try can succeed without effect.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise disk_error(path, error, "sync it") from error
+    commit_point(f"synced {path.name}")
+
+
+def drop_cache(descriptor: int, offset: int = 0, nbytes: int = 0) -> None:
+    """Ask the kernel to forget a file's pages: those already on the drive go, the others start on their way to it.
+
+    Args:
+        descriptor: of the file.
+        offset: where they start.
+        nbytes: how many; 0 for all up to the file's end.
+    """
+    if hasattr(os, "posix_fadvise"):
+        # Advice only: some file systems do not take it, and nothing depends on it.
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(folder: Path) -> None:
@@ -151,3 +191,17 @@ def disk_error(path: Path, error: OSError, attempt: str) -> DiskError:
             reason += f", {format_bytes(state.f_bavail * state.f_frsize)} are left"
         return DiskError(f"cannot {attempt}: {reason} ({str(path)!r}); make room there, or give a --workdir on another disk")
     return DiskError(f"cannot {attempt}: {reason} ({str(path)!r}); check the disk and its access rights")
+
+
+def _read_through(path: Path, take: Callable[[memoryview], None], counter: IoCounter | None) -> None:
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    try:
+        with io.FileIO(path, "r") as file:
+            while count := file.readinto(buffer):
+                take(buffer[:count])
+                if counter is not None:
+                    counter.add(read=count)
+    except FileNotFoundError:
+        raise CheckpointError(f"{str(path)!r} is missing; {REMEDY}") from None
+    except OSError as error:
+        raise disk_error(Path(path), error, "read it") from error

@@ -9,9 +9,9 @@ The header starts with `{` and may end in spaces. It maps each tensor's name to
 `"__metadata__"`, if there, maps texts to texts. Elements are little-endian and row-major. The tensors cover the data section
 exactly: no gap, no overlap, no byte after the last.
 
-Headers laid out here go further where the format lets them: the data section starts at a multiple of 64 bytes, and the tensors
-are in an order such that each whose size is a multiple of 64 starts at one too, and every other at least at a multiple of its
-element's size.
+Headers laid out here go further where the format lets them: the data section starts at a multiple of 4096 bytes, and the tensors
+are in an order such that each whose size is a multiple of 4096, or of 64, starts at one too, and every other at least at a multiple
+of its element's size.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from lowmem_pnn.units import MEBIBYTE
 
 ALIGNMENT = 64
 """In bytes: the width of a cache line and of the widest vector registers."""
+PAGE_BYTES = 4096
+"""What direct transfers are made of, in a file and in memory: a multiple of every drive's block."""
 MAX_HEADER_BYTES = 16 * MEBIBYTE
 """A larger one is refused: 67 MB of JSON that describe empty tensors take 1.7 GB to parse."""
 
@@ -70,7 +72,7 @@ def lay_out(
     Args:
         tensors: element type and shape by name; the header lists them in this order.
         metadata: texts for the header.
-        keep_order: the bytes are in this order too, unless a tensor would then start inside an element; the 64-byte alignment is
+        keep_order: the bytes are in this order too, unless a tensor would then start inside an element; the alignment is
             given up for it.
 
     Returns:
@@ -88,8 +90,8 @@ def lay_out(
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
     order = list(tensors)
     if not (keep_order and _starts_at_elements(tensors, sizes)):
-        # By the largest power of two, up to 64, that divides the size: every size before a tensor is then a multiple of its own.
-        order.sort(key=lambda name: -min(sizes[name] & -sizes[name] or ALIGNMENT, ALIGNMENT))
+        # By the largest power of two, up to a page, that divides the size: every size before a tensor is then a multiple of its own.
+        order.sort(key=lambda name: -min(sizes[name] & -sizes[name] or PAGE_BYTES, PAGE_BYTES))
     begins, end = {}, 0
     for name in order:
         begins[name] = end
@@ -98,7 +100,7 @@ def lay_out(
     for name, (dtype, shape) in tensors.items():
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begins[name], begins[name] + sizes[name]]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % PAGE_BYTES)
     if len(text) > MAX_HEADER_BYTES:
         raise HeaderFault(f"would need a header of {len(text)} bytes, above the limit of {MAX_HEADER_BYTES}")
     start = 8 + len(text)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.stores.disk import IoCounter, disk_error
-from lowmem_pnn.stores.tensorfile import aligned_empty, memory_of
+from lowmem_pnn.stores.memory import aligned_empty, memory_of
 from lowmem_pnn.units import format_bytes
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,18 +23,21 @@ from torch import Tensor
 
 from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError
-from lowmem_pnn.stores.disk import disk_error, sync_folder
+from lowmem_pnn.stores.disk import IoCounter, crc32, disk_error, sha256, sync_folder
 from lowmem_pnn.stores.encoding import KINDS, KeptAs, kept_layout
-from lowmem_pnn.stores.header import CODES, DTYPES, TensorLayout, describe
+from lowmem_pnn.stores.header import CODES, DTYPES, PAGE_BYTES, TensorLayout, describe, lay_out
+from lowmem_pnn.stores.memory import aligned_empty
 from lowmem_pnn.stores.rundir import write_durably
-from lowmem_pnn.stores.tensorfile import aligned_empty
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)
 
 _INDEX = "index.json"
 _OURS = re.compile(r"\d{5,}\.safetensors|index\.json\.new")
 # Per sample of a window, besides the sample: two 8-byte arrays while its order is drawn, and what the sort needs.
 _ORDER_BYTES = 24
+# A shard is made smaller to fill whole pages only where that is by less than a fifth.
+_LEAST_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,25 @@ class Shard:
     file: str
     samples: int
     bytes: int
-    sha256: str
+    crc32: str | None = None
+    """Of the file, eight hexadecimal digits."""
+    sha256: str | None = None
+    """The same in indices of format 1, which have no CRC-32."""
+
+    def checksum(self, path: Path, counter: IoCounter | None) -> tuple[str, str, str | None]:
+        """What the index says of the bytes of its file: the kind, what it is of a file, what the index says.
+
+        Args:
+            path: the file, which is read.
+            counter: counts the bytes read.
+
+        Raises:
+            CheckpointError: no such file.
+            DiskError: the file system refused.
+        """
+        if self.crc32 is not None:
+            return "CRC-32", crc32(path, counter), self.crc32
+        return "sha256", sha256(path, counter), self.sha256
 
 
 @dataclass(frozen=True)
@@ -72,7 +93,9 @@ def write_index(folder: Path, index: Index) -> None:
     tensors = [{"dtype": CODES[dtype], "shape": list(shape)} for dtype, shape in index.tensors]
     # The names of the shards must be on the drive before the index can be.
     sync_folder(folder)
-    write_durably(folder / _INDEX, json.dumps({"format": FORMAT, **asdict(index), "tensors": tensors}, indent=1))
+    shards = [{key: value for key, value in asdict(shard).items() if value is not None} for shard in index.shards]
+    content = {"format": FORMAT, **asdict(index), "tensors": tensors, "shards": shards}
+    write_durably(folder / _INDEX, json.dumps(content, indent=1))
     sync_folder(folder.parent)
 
 
@@ -93,7 +116,7 @@ def read_index(folder: Path) -> Index:
     except OSError as error:
         raise disk_error(path, error, "read it") from error
     version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT:
+    if version not in _READABLE:
         raise CheckpointError(f"{str(path)!r} has format {version}, this version reads {FORMAT}; {remedy(folder)}")
     index = None
     # A part that is missing or of another kind ends in one of these; what can be wrong is too much to tell apart.
@@ -144,6 +167,11 @@ def shard_name(number: int) -> str:
     return f"{number:05d}.safetensors"
 
 
+def shard_metadata(number: int) -> dict[str, str]:
+    """What a shard's header says of it, so that shards cannot change places."""
+    return {"shard": str(number)}
+
+
 def shard_layout(
     specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = (), kept_as: KeptAs = "float32"
 ) -> dict[str, TensorLayout]:
@@ -160,6 +188,54 @@ def allocate(
 ) -> list[Tensor]:
     """Memory for samples: what keeps the boundary tensors, then the labels, each from a multiple of 64 bytes on."""
     return [aligned_empty(shape, dtype) for dtype, shape in shard_layout(specs, num_samples, label_shape, kept_as).values()]
+
+
+def allocate_as_in_file(layout: Mapping[str, TensorLayout], metadata: Mapping[str, str]) -> list[Tensor]:
+    """Memory for the tensors of a file: one block in which they lie as they do there, so that they can be moved as they are.
+
+    Args:
+        layout: the tensors, in the order of the result.
+        metadata: of the file.
+    """
+    header, entries = lay_out(layout, metadata)
+    first, end = len(header), len(header) + sum(entry.nbytes for entry in entries.values())
+    block = aligned_empty((end - first,), torch.uint8, alignment=PAGE_BYTES)
+    places = {name: slice(entry.offset - first, entry.offset - first + entry.nbytes) for name, entry in entries.items()}
+    return [block[places[name]].view(dtype).view(shape) for name, (dtype, shape) in layout.items()]
+
+
+def samples_per_shard(
+    specs: Sequence[TensorSpec],
+    num_samples: int,
+    shard_bytes: int,
+    label_shape: tuple[int, ...] = (),
+    kept_as: KeptAs = "float32",
+) -> int:
+    """Samples of all shards but the last: as many as fit, and at least one.
+
+    A few less where the largest tensor of a shard then fills whole pages: shards that are read one behind the other into a window
+    all start at pages then, and can be moved past the page cache.
+
+    Args:
+        specs: of one sample's boundary tensors.
+        num_samples: of the store.
+        shard_bytes: memory for one shard.
+        label_shape: of one sample's labels.
+        kept_as: what floating tensors are kept as.
+
+    Example:
+        >>> samples_per_shard([TensorSpec((64, 7, 7), torch.float32)], 10_000, 1 << 20)
+        80
+    """
+    count = max(1, shard_bytes // resident_bytes(specs, 1, label_shape, kept_as))
+    if count < num_samples:
+        row_bytes = max(
+            math.prod(shape) * dtype.itemsize for dtype, shape in shard_layout(specs, 1, label_shape, kept_as).values()
+        )
+        step = PAGE_BYTES // math.gcd(PAGE_BYTES, row_bytes)
+        if count >= _LEAST_STEPS * step:
+            count -= count % step
+    return min(num_samples, count)
 
 
 def by_tensor(tensors: Sequence[Tensor], specs: Sequence[TensorSpec], kept_as: KeptAs) -> list[list[Tensor]]:
@@ -194,5 +270,5 @@ def _is_consistent(index: Index) -> bool:
         index.kept_as in KINDS
         and [shard.samples for shard in index.shards] == [index.shard_samples] * full + [rest] * (rest > 0)
         and [shard.file for shard in index.shards] == [shard_name(number) for number in range(len(index.shards))]
-        and all(isinstance(shard.sha256, str) for shard in index.shards)
+        and all(isinstance(shard.crc32, str) or (shard.crc32 is None and isinstance(shard.sha256, str)) for shard in index.shards)
     )

@@ -6,25 +6,22 @@ second copy of the tensors in memory and does not sync, and its readers map the 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError, DiskError
-from lowmem_pnn.stores import disk
-from lowmem_pnn.stores.disk import CHUNK_BYTES, REMEDY, IoCounter, disk_error, sha256
+from lowmem_pnn.stores.direct import LEAST_BYTES, REFUSED, is_paged, open_direct
+from lowmem_pnn.stores.disk import CHUNK_BYTES, REMEDY, IoCounter, disk_error, drop_cache, sha256, sync_file
 from lowmem_pnn.stores.header import (
     ALIGNMENT,
     MAX_HEADER_BYTES,
+    PAGE_BYTES,
     HeaderFault,
     TensorEntry,
     TensorLayout,
@@ -32,6 +29,7 @@ from lowmem_pnn.stores.header import (
     lay_out,
     parse,
 )
+from lowmem_pnn.stores.memory import aligned_empty, memory_of
 from lowmem_pnn.units import format_bytes
 
 __all__ = ["IoCounter", "TensorEntry", "TensorFile", "TensorLayout", "aligned_empty", "memory_of", "sha256"]
@@ -71,6 +69,7 @@ class TensorFile:
         metadata: dict[str, str],
         counter: IoCounter | None,
         remedy: str,
+        direct: bool = False,
     ) -> None:
         self.path = path
         self.entries = entries
@@ -78,6 +77,12 @@ class TensorFile:
         self._file = file
         self._counter = counter if counter is not None else IoCounter()
         self._remedy = remedy
+        self._past_cache = direct
+        try:
+            self._direct = open_direct(path, writable=file.writable()) if direct else None
+        except OSError as error:
+            file.close()
+            raise disk_error(path, error, "open it") from error
 
     @classmethod
     def create(
@@ -88,6 +93,7 @@ class TensorFile:
         *,
         counter: IoCounter | None = None,
         keep_order: bool = False,
+        direct: bool = False,
     ) -> TensorFile:
         """Make a new file with room for tensors, all zero until they are written.
 
@@ -99,7 +105,8 @@ class TensorFile:
             metadata: texts for the header.
             counter: counts the bytes of every read and write of the file.
             keep_order: store the bytes in the order of `tensors` too, wherever each tensor still starts at a multiple of its
-                element's size. Readers that list tensors by offset then show that order; the 64-byte alignment is not kept.
+                element's size. Readers that list tensors by offset then show that order; the alignment is not kept.
+            direct: see `open`.
 
         Raises:
             CheckpointError: the file is there already, or its header would be too large.
@@ -117,7 +124,7 @@ class TensorFile:
             raise CheckpointError(f"cannot create {str(path)!r}: it exists already; delete it, or use another folder") from None
         except OSError as error:
             raise disk_error(path, error, f"create a file of {format_bytes(size)}") from error
-        self = cls(path, file, entries, dict(metadata or {}), counter, REMEDY)
+        self = cls(path, file, entries, dict(metadata or {}), counter, REMEDY, direct)
         try:
             os.ftruncate(file.fileno(), size)
             self._write_bytes(header, 0)
@@ -130,7 +137,15 @@ class TensorFile:
         return self
 
     @classmethod
-    def open(cls, path: Path, writable: bool = False, *, counter: IoCounter | None = None, remedy: str = REMEDY) -> TensorFile:
+    def open(
+        cls,
+        path: Path,
+        writable: bool = False,
+        *,
+        counter: IoCounter | None = None,
+        remedy: str = REMEDY,
+        direct: bool = False,
+    ) -> TensorFile:
         """Open a file and check its header against the format and against the file's size.
 
         Args:
@@ -138,6 +153,8 @@ class TensorFile:
             writable: whether tensors may be overwritten.
             counter: counts the bytes of every read and write of the file.
             remedy: what to do about a damaged file: the end of the error messages.
+            direct: large tensors move past the page cache where they fill whole pages, in the file and in memory, and the file
+                system lets us; else through it, and out of it at once.
 
         Raises:
             CheckpointError: no such file, or not exactly as the format says; the text names the file and the fault.
@@ -152,7 +169,7 @@ class TensorFile:
             raise CheckpointError(f"{str(path)!r} is a folder, not a safetensors file; {remedy}") from None
         except OSError as error:
             raise disk_error(path, error, "open it") from error
-        self = cls(path, file, {}, {}, counter, remedy)
+        self = cls(path, file, {}, {}, counter, remedy, direct)
         try:
             self._read_header()
         except BaseException:
@@ -195,13 +212,16 @@ class TensorFile:
 
         Args:
             name: of the tensor in the file.
-            empty: makes the tensor that is filled, from shape and element type; None for `aligned_empty`.
+            empty: makes the tensor that is filled, from shape and element type; None for fresh memory.
 
         Raises:
             CheckpointError: the file holds no such tensor, or ends early.
         """
         entry = self._entry(name)
-        tensor = (empty or aligned_empty)(entry.shape, entry.dtype)
+        if empty is not None:
+            tensor = empty(entry.shape, entry.dtype)
+        else:
+            tensor = aligned_empty(entry.shape, entry.dtype, alignment=PAGE_BYTES if self._past_cache else ALIGNMENT)
         self.read_into(name, tensor)
         return tensor
 
@@ -229,52 +249,24 @@ class TensorFile:
         """Of the file, in bytes."""
         return os.fstat(self._file.fileno()).st_size
 
-    def hash_with(self, tensors: Mapping[str, Tensor]) -> str:
-        """The SHA-256 of the file once it holds these tensors, in hexadecimal, without reading them back.
-
-        Args:
-            tensors: all of the file's, contiguous, on the CPU. Other threads run meanwhile, and may write them.
-
-        Raises:
-            CheckpointError: the file holds other tensors.
-            DiskError: the file system refused.
-        """
-        if tensors.keys() != self.entries.keys():
-            raise CheckpointError(f"{str(self.path)!r} holds {', '.join(self.entries)}, got {', '.join(tensors)}; {self._remedy}")
-        entries = sorted(self.entries.values(), key=lambda entry: (entry.offset, entry.nbytes))
-        header = bytearray(entries[0].offset if entries else self.path.stat().st_size)
-        self._read_bytes(memoryview(header), 0, "the header")
-        digest = hashlib.sha256(header)
-        end = len(header)
-        for entry in entries:
-            _, view = self._locate(entry.name, tensors[entry.name], 0)
-            digest.update(bytes(entry.offset - end))  # what alignment leaves free
-            digest.update(view)
-            end = entry.offset + entry.nbytes
-        return digest.hexdigest()
-
     def sync(self) -> None:
         """Wait until everything written so far is on the drive.
 
         Raises:
             DiskError: it is not, and may never be: the file must be given up, since a second try can succeed without effect.
         """
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise disk_error(self.path, error, "sync it") from error
-        disk.commit_point(f"synced {self.path.name}")
+        sync_file(self.path, self._file.fileno())
 
     def drop_cache(self) -> None:
         """Ask the kernel to forget the file's pages: those already on the drive go, the others start on their way to it."""
-        if hasattr(os, "posix_fadvise"):
-            # Advice only: some file systems do not take it, and nothing depends on it.
-            with suppress(OSError):
-                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_cache(self._file.fileno())
 
     def close(self) -> None:
         """Close the file, without syncing it."""
         self._file.close()
+        if self._direct is not None:
+            os.close(self._direct)
+            self._direct = None
 
     def __enter__(self) -> TensorFile:
         return self
@@ -305,7 +297,7 @@ class TensorFile:
         done = 0
         while done < len(target):
             try:
-                count = os.preadv(self._file.fileno(), [target[done : done + _MAX_CALL_BYTES]], offset + done)
+                count = self._call(os.preadv, target[done : done + _MAX_CALL_BYTES], offset + done)
             except OSError as error:
                 raise disk_error(self.path, error, f"read {format_bytes(len(target))}") from error
             if count == 0:
@@ -321,10 +313,24 @@ class TensorFile:
         done = 0
         while done < len(source):
             try:
-                done += os.pwritev(self._file.fileno(), [source[done : done + _MAX_CALL_BYTES]], offset + done)
+                done += self._call(os.pwritev, source[done : done + _MAX_CALL_BYTES], offset + done)
             except OSError as error:
                 raise disk_error(self.path, error, f"write {format_bytes(len(source))}") from error
         self._counter.add(written=done)
+
+    def _call(self, call: Callable[[int, list[memoryview], int], int], memory: memoryview, offset: int) -> int:
+        """Read or write, past the page cache if that is wanted and can be; the bytes moved."""
+        if not self._past_cache or len(memory) < LEAST_BYTES:
+            return call(self._file.fileno(), [memory], offset)
+        if self._direct is not None and is_paged(offset, memory):
+            try:
+                return call(self._direct, [memory], offset)
+            except OSError as error:
+                if error.errno not in REFUSED:
+                    raise
+        count = call(self._file.fileno(), [memory], offset)
+        drop_cache(self._file.fileno(), offset, count)
+        return count
 
     def _read_header(self) -> None:
         size = os.fstat(self._file.fileno()).st_size
@@ -346,42 +352,3 @@ class TensorFile:
 
     def _fault(self, fault: str) -> CheckpointError:
         return CheckpointError(f"{str(self.path)!r} {fault}; {self._remedy}")
-
-
-def aligned_empty(shape: Iterable[int], dtype: torch.dtype, pin: bool = False) -> Tensor:
-    """An uninitialised tensor on the CPU that starts at a multiple of 64 bytes.
-
-    The last bits of a matrix product depend on where its operands start, so what is handed to compute always starts like this.
-
-    Args:
-        shape: in elements.
-        dtype: of the elements.
-        pin: page-locked memory, for copies to a GPU that run by themselves.
-
-    Example:
-        >>> aligned_empty((2, 3), torch.bfloat16).data_ptr() % 64
-        0
-    """
-    shape = tuple(shape)
-    tensor = torch.empty(shape, dtype=dtype, pin_memory=pin)
-    if tensor.data_ptr() % ALIGNMENT:
-        nbytes = tensor.nbytes
-        tensor = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pin)
-        skip = -tensor.data_ptr() % ALIGNMENT
-        tensor = tensor[skip : skip + nbytes].view(dtype).view(shape)
-    return tensor
-
-
-def memory_of(tensor: Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of a contiguous tensor on the CPU, shared with it; any element type.
-
-    Example:
-        >>> memory_of(torch.tensor([1.0, 2.0], dtype=torch.bfloat16)).tolist()
-        [128, 63, 0, 64]
-    """
-    assert tensor.device.type == "cpu", "only tensors on the CPU are read and written"
-    assert tensor.is_contiguous(), "only contiguous tensors are read and written"
-    assert not tensor.is_conj(), "a lazily conjugated tensor does not hold its own values"
-    assert not tensor.is_neg(), "a lazily negated tensor does not hold its own values"
-    view: npt.NDArray[np.uint8] = tensor.detach().view(-1).view(torch.uint8).numpy()
-    return view

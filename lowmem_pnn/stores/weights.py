@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.stores import disk
-from lowmem_pnn.stores.disk import IoCounter, disk_error, sha256, sync_folder
+from lowmem_pnn.stores.disk import IoCounter, disk_error, outgrows_page_cache, sha256, sync_folder
 from lowmem_pnn.stores.header import TensorLayout
 from lowmem_pnn.stores.naming import FORMAT, REMEDY, WEIGHT_FILE, PartitionName, Sealed, parse_name, parse_state, weight_key
 from lowmem_pnn.stores.tensorfile import Empty, TensorFile
@@ -62,6 +62,7 @@ class WeightStore:
         self._layouts = layouts
         self._committed = committed
         self._counter = counter
+        self._direct = outgrows_page_cache(2 * sum(_nbytes(layout) for layout in layouts.values()))
         self._homes = {key: partition for partition, layout in layouts.items() for key in layout}
         self._lock = threading.RLock()
         # One handle stays open from a working file's birth to its seal: only that is sure to be told of a failed write-back.
@@ -175,8 +176,7 @@ class WeightStore:
         Raises:
             CheckpointError: no file holds it.
         """
-        dtype, shape = self._layouts[self.home(key)][key]
-        return math.prod(shape) * dtype.itemsize
+        return _nbytes({key: self._layouts[self.home(key)][key]})
 
     def state(self) -> dict[str, Any]:
         """What the journal must say to come back to the committed files: JSON-able; None for what was never sealed."""
@@ -200,7 +200,7 @@ class WeightStore:
     def reader(self, partition: PartitionName) -> TensorFile:
         """A handle on a partition's newest bytes."""
         with self._lock:
-            return TensorFile.open(self.newest(partition), counter=self._counter, remedy=REMEDY)
+            return TensorFile.open(self.newest(partition), counter=self._counter, remedy=REMEDY, direct=self._direct)
 
     def tensors(self, empty: Empty | None = None) -> TensorReader:
         """Handles on the newest bytes of whichever files are asked for.
@@ -229,7 +229,8 @@ class WeightStore:
                 path = self.folder / f"{name}.safetensors"
                 file = TensorFile.create(path, self._layouts[partition], {"file": path.name}, counter=self._counter)
                 self._working[partition] = file
-            return TensorFile.open(self._working[partition].path, writable=True, counter=self._counter, remedy=REMEDY)
+            working = self._working[partition].path
+            return TensorFile.open(working, writable=True, counter=self._counter, remedy=REMEDY, direct=self._direct)
 
     def freeze(self, partitions: Iterable[PartitionName]) -> None:
         """Take working files out of use, for `seal` to bring to the drive meanwhile: the next `writer` begins new ones.
@@ -264,6 +265,8 @@ class WeightStore:
             for partition, file in changed.items():
                 file.sync()
                 sealed[partition] = Sealed(file.path.name, sha256(file.path, self._counter), file.size)
+                if self._direct:
+                    file.drop_cache()
             if sealed:
                 sync_folder(self.folder)
         except BaseException:
@@ -390,6 +393,10 @@ class TensorReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _nbytes(layout: PartitionLayout) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
 
 
 def _close_all(files: dict[PartitionName, TensorFile]) -> None:
