@@ -24,6 +24,7 @@ from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile, by_itse
 from lowmem_pnn.device.kernels import MAX_COMPILED, compiled, scratch_bytes
 from lowmem_pnn.device.tracking import StorageTracker
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.likeness import likeness
 
 # The two numbers of samples that are compared, and the one that checks. None is 1, which shapes and strides treat as a case of
 # its own; the last is well apart, so that what does not grow in a straight line shows.
@@ -40,6 +41,7 @@ def profile(
     device: torch.device,
     parts_ties: bool = False,
     by_units: bool = False,
+    known: "Known | None" = None,
 ) -> MemoryProfile:
     """Find what every layer of a chain costs.
 
@@ -51,6 +53,7 @@ def profile(
         device: where the chain will run; kernels differ between devices in what they save.
         parts_ties: layers that share a tensor may come into different partitions; it is then counted with each of them.
         by_units: every layer goes back from its own head before the next one runs forward.
+        known: what earlier profiles of the same model, under other methods, have found; it is added to. Chains must still be there.
 
     Returns:
         The costs, layer by layer. A tensor that several layers share is counted with the first of them.
@@ -58,6 +61,7 @@ def profile(
     Raises:
         ConfigError: a layer does not run on such samples.
     """
+    known = {} if known is None else known
     with _modes_kept(chain), torch.random.fork_rng(devices=[]):
         counted: set[int] = set()
         layers = []
@@ -74,15 +78,17 @@ def profile(
                 learnt = sum(_nbytes(tensor) for tensor in again if tensor.requires_grad)
                 repeated_bytes += sum(map(_nbytes, again)) + (1 + optimizer_state_tensors) * learnt
                 counted = set()
-            bench = _Bench(
-                layer, chain.boundaries[number], chain.boundaries[number + 1], device, learns_input=number > 0 and not by_units
-            )
-            cost = _price(layer, bench, counted, optimizer_state_tensors, step_temporaries)
+            before, after = chain.boundaries[number], chain.boundaries[number + 1]
+            learns_input = number > 0 and not by_units
+            key = likeness(layer), before, after, device, learns_input
+            if key not in known:
+                known[key] = _Bench(layer, before, after, device, learns_input).found()
+            found = known[key]
+            cost = _price(layer, found, counted, optimizer_state_tensors, step_temporaries, before, after)
             layers.append(by_itself(cost) if by_units else cost)
             shared |= counted
-            compiled_kernels |= bench.compiled
-            if smallest == 1 and not bench.accepts(1):
-                smallest = 2
+            compiled_kernels |= found.compiled
+            smallest = max(smallest, found.smallest)
     forbidden = {cut for first, last in chain.tied_ranges for cut in range(first + 1, last + 1)}
     return MemoryProfile(
         layers=tuple(layers),
@@ -95,19 +101,29 @@ def profile(
     )
 
 
-def _price(layer: Layer, bench: "_Bench", counted: set[int], state_tensors: int, step_temporaries: float) -> LayerCost:
+def _price(
+    layer: Layer,
+    found: "_Found",
+    counted: set[int],
+    state_tensors: int,
+    step_temporaries: float,
+    before: tuple[TensorSpec, ...],
+    after: tuple[TensorSpec, ...],
+) -> LayerCost:
     """One layer's cost.
 
     Args:
         layer: the layer.
-        bench: where it runs.
+        found: of it, or of one that is alike.
         counted: identities of the tensors that layers before it have; this layer's are added.
         state_tensors: of the optimizer, a parameter.
         step_temporaries: of the optimizer, as a multiple of the largest parameter.
+        before: the boundary that it takes.
+        after: the boundary that it gives.
     """
     parameters = _new(layer.parameters().values(), counted)
     trainable = [_nbytes(parameter) for parameter in parameters if parameter.requires_grad]
-    few, more, many = (bench.measure(size) for size in (_FEW, _MORE, _MANY))
+    few, more, many = found.runs
 
     def peak(moments: Callable[[_Runs], list[int]]) -> Envelope:
         return fit_peak(moments(few), moments(more), moments(many))
@@ -125,9 +141,9 @@ def _price(layer: Layer, bench: "_Bench", counted: set[int], state_tensors: int,
         kept=kept,
         backward_peak=peak(lambda runs: runs.backward),
         emit_peak=peak(lambda runs: runs.emit),
-        input_bytes=Affine(0, sum(spec.sample_bytes for spec in bench.before)),
-        output_bytes=Affine(0, sum(spec.sample_bytes for spec in bench.after)),
-        forward_macs=bench.count_macs(),
+        input_bytes=Affine(0, sum(spec.sample_bytes for spec in before)),
+        output_bytes=Affine(0, sum(spec.sample_bytes for spec in after)),
+        forward_macs=found.macs,
     )
 
 
@@ -146,6 +162,27 @@ class _Runs:
     kept: int = 0
     backward: list[int] = field(default_factory=lambda: [0])
     emit: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the bench says of a layer, and of all that are alike.
+
+    Args:
+        runs: at `_FEW`, `_MORE` and `_MANY` samples.
+        macs: multiply-accumulates of a forward, per sample.
+        smallest: the fewest samples that it accepts in train mode.
+        compiled: bytes of the code that is compiled for it, by its key.
+    """
+
+    runs: tuple[_Runs, _Runs, _Runs]
+    macs: int
+    smallest: int
+    compiled: Mapping[Hashable, int]
+
+
+Known = dict[Hashable, _Found]
+"""What was found of layers, by their likeness, boundaries and device."""
 
 
 class _Timeline(StorageTracker):
@@ -220,6 +257,15 @@ class _Bench:
         self.compiled: dict[Hashable, int] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._tensors = self._fake({**layer.parameters(), **layer.buffers()})
+
+    def found(self) -> _Found:
+        """All that it can tell.
+
+        Raises:
+            ConfigError: the layer does not run.
+        """
+        runs = self.measure(_FEW), self.measure(_MORE), self.measure(_MANY)
+        return _Found(runs, self.count_macs(), 1 if self.accepts(1) else 2, self.compiled)
 
     def count_macs(self) -> int:
         """Multiply-accumulates of a forward in train mode, per sample.

@@ -32,7 +32,7 @@ LEVELS = [
     ["residency"],
     ["methods"],
     ["planner", "profiler"],
-    ["grouping"],
+    ["grouping", "likeness"],
     ["partitioning"],
     ["device", "costs", "optimizers", "options", "ranks"],
     ["config", "plans"],
