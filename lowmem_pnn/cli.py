@@ -19,7 +19,7 @@ from lowmem_pnn.config import FitConfig, flag
 from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
 from lowmem_pnn.options import configure, next_workdir
 from lowmem_pnn.ranks import Rank
-from lowmem_pnn.supervisor import STOP_SIGNALS, is_worker, supervise
+from lowmem_pnn.supervisor import STOP_SIGNALS, as_worker, is_worker, supervise
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -154,14 +154,20 @@ def fit(
 
 @cli.command()
 @_config_options
+@click.option(
+    "--no-timing", is_flag=True, help="Run no layers, which takes a few seconds: no predicted times, and the asked method alone."
+)
 @_outputs
-def plan(as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
-    """Show what `fit` with the same options would do: partitions, micro-batches, predicted peaks, disk. Nothing is trained."""
+def plan(no_timing: bool, as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
+    """Show what `fit` with the same options would do: partitions, micro-batches, predicted peaks, disk; and what an epoch of every
+    method takes. Nothing is trained."""
     config = configure(**_given(given))
+    if not no_timing:
+        as_worker()
     with _stdout_is_ours():
         from lowmem_pnn.trainer import plan_run
 
-        report = plan_run(config)
+        report = plan_run(config, timing=not no_timing)
     click.echo(report.to_json() if as_json else str(report))
     raise SystemExit(report.exit_code)
 

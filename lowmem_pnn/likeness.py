@@ -24,7 +24,8 @@ def likeness(layer: Layer) -> Hashable:
         layer: its tensors may be on the meta device. Graphs hold functions and modules, so that values of layers that are gone mean
             nothing.
     """
-    module, number = layer.module, {}
+    module = layer.module
+    number: dict[fx.Node, int] = {}
     assert isinstance(module, fx.GraphModule)
     steps: list[Hashable] = []
     for node in module.graph.nodes:
@@ -52,7 +53,8 @@ def _module(module: nn.Module) -> Hashable:
     settings = tuple((name, _value(value)) for name, value in sorted(vars(module).items()) if name not in _OWN)
     hooks = tuple(id(module) for name, value in vars(module).items() if name.endswith("_hooks") and value)
     tensors = tuple(
-        (name, None if tensor is None else _value(tensor)) for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        (name, None if tensor is None else _value(tensor))
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
     )
     inside = tuple((name, None if child is None else _module(child)) for name, child in module._modules.items())
     return type(module), settings, hooks, tensors, inside

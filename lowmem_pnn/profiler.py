@@ -351,20 +351,7 @@ class _Bench:
         return timeline.moments
 
     def _run(self, *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
-        """Its outputs; or, if it has a head, the head's scores."""
-        with self._layer.numerics.computing():
-            outputs = torch.func.functional_call(
-                self._layer.module, self._tensors, self._layer.numerics.laid_out(inputs), tie_weights=False
-            )
-        head = self._layer.head
-        if not scores or head is None:
-            return tuple(outputs)
-        prefix = next(name for name, module in self._layer.module.named_modules() if module is head)
-        tensors = {
-            key.removeprefix(f"{prefix}."): tensor for key, tensor in self._tensors.items() if key.startswith(f"{prefix}.")
-        }
-        with self._layer.numerics.computing():
-            return (torch.func.functional_call(head, tensors, outputs, tie_weights=False),)
+        return self._layer.run_on(self._tensors, *inputs, scores=scores)
 
     def _inputs(self, batch: int) -> list[Tensor]:
         return [torch.empty((batch, *spec.shape), dtype=spec.dtype, device=self._device) for spec in self.before]
