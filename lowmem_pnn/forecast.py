@@ -251,14 +251,15 @@ class _Forecast:
         parts = self._parts(batch, self._plan.sweep_micro_batch)
         steps = [visit for visit in sweep.visits if visit.action == "step"]
         resident = None if steps else sweep.visits[-1].partition
-        crossing = batch * sum(size.outputs for size in setting.partitions[:-1])
-        spilt = max(0, crossing - setting.boundary_bytes)
-        learners = sweep.learners
+        # Kept gradients come while activations go.
+        kept = sum(setting.partitions[visit.partition].trainable for visit in steps)
+        to_disk = max(0, kept - setting.boundary_bytes) / kept if kept else 0.0
         for visit in sweep.visits:
             number = visit.partition
             size, part = setting.partitions[number], self._plan.partitions[number]
             if visit.action == "step":
-                total += self._stepped(number, 2 * size.trainable + size.optimizer, size.trainable + size.optimizer)
+                read = size.trainable + round(size.trainable * to_disk) + size.optimizer
+                total += self._stepped(number, read, size.trainable + size.optimizer)
                 resident = None
                 continue
             if resident != number:
@@ -273,12 +274,20 @@ class _Forecast:
             first = None if visit.hands_back else part.start
             total += Work(sum(self._pass(number, one, first, loss=number == self._last) for one in parts))
             if visit.learns and visit.keeps_gradients:
-                total += self._write(size.trainable + size.buffers)
+                total += self._write(round(size.trainable * to_disk) + size.buffers)
             elif visit.learns:
                 total += self._stepped(number, size.optimizer, size.trainable + size.buffers + size.optimizer)
-        if len(learners) and spilt:
-            # Written in the forward visit; read in the next one's, and again in its backward: but for the last partition.
-            total += self._write(spilt) + self._read(2 * spilt)
+        return total + self._crossing(batch)
+
+    def _crossing(self, batch: int) -> Work:
+        """What crosses partitions and has no room in memory: activations that came when it was full, and then their gradients."""
+        total, before = Work(), 0
+        for number, size in enumerate(self._setting.partitions[:-1]):
+            own = batch * size.outputs
+            spilt = min(own, max(0, before + own - self._setting.boundary_bytes))
+            before += own
+            # The last partition goes forward once.
+            total += self._write(2 * spilt) + self._read((2 if number == self._last - 1 else 3) * spilt)
         return total
 
     def _stepped(self, number: int, read: int, written: int) -> Work:
