@@ -35,7 +35,7 @@ _METAVARS = {
     "block_tolerance": "X", "exit_tolerance": "X", "heads": "adaptive|classic|auglocal|linear", "sil_target": "full|pooled",
     "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
-    "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16",
+    "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "plan_for": "size|time",
 }  # fmt: skip
 
 

@@ -118,6 +118,13 @@ class FitConfig:
         default=None,
         description="Samples on the device at once, at most; the planner chooses the largest that fits if not given.",
     )
+    plan_for: Literal["size", "time"] = Field(
+        default="size",
+        description=(
+            "What the planner prefers among the plans that fit: size: the fewest partitions with a good micro-batch, which are the "
+            "same on every machine; time: the least predicted seconds, from layers that are timed first."
+        ),
+    )
     optimizer: Optimizers = Field(default=("adamw",), description="sgd, adam or adamw, one or one per partition.")
     lr: Rates = Field(default=(1e-3,), description="Learning rate, one number or one per partition.")
     lr_schedule: Literal["constant", "cosine", "onecycle"] = Field(

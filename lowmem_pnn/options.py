@@ -46,6 +46,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("activation_dtype", "partitions that learn from activations (no --parallel-sil)", lambda config: not config.parallel_sil),
     ("cuts", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("partitions", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
+    ("plan_for", "cuts that are left to the planner", lambda config: config.cuts is None),
     ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
     ("warmup_steps", "--lr-schedule constant or cosine", lambda config: config.lr_schedule != "onecycle"),
     ("momentum", "--optimizer sgd", lambda config: "sgd" in config.optimizer),
@@ -157,6 +158,8 @@ def _contradictions(config: FitConfig) -> list[str]:
         faults.append(
             "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out"
         )
+    if config.plan_for == "time" and config.batch_size == "auto":
+        faults.append("--plan-for time compares plans for one batch size, and --batch-size auto looks for the largest; give one")
     if config.cuts and config.partitions:
         faults.append("--cuts and --partitions exclude each other; give one")
     if config.micro_batch is not None and config.micro_batch > max(config.batch_sizes):

@@ -55,6 +55,7 @@ class Bench:
     device: Device
     seconds: float = SECONDS
     _known: dict[Hashable, LayerSeconds] = field(default_factory=dict)
+    _machine: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._clock = clock_of(self.device)
@@ -105,6 +106,13 @@ class Bench:
             for number, kind in enumerate(kinds)
         )
         return layers, sum(macs[number] for number in timed) / sum(macs)
+
+    def machine(self, optimizer: OptimizerSpec, folder: Path) -> tuple[float, float, float, float]:
+        """See `machine`; measured once for each optimizer, in half of the budget."""
+        if optimizer.name not in self._machine:
+            room = (self.device.budget_bytes - self.device.reserve_bytes) // 2
+            self._machine[optimizer.name] = machine(self.device, optimizer, folder, room)
+        return self._machine[optimizer.name]
 
     def _time(
         self, chain: Chain, number: int, profile: MemoryProfile, most: int, seconds: float, *, by_units: bool

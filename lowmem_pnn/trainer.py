@@ -26,8 +26,9 @@ from lowmem_pnn.planning import describe_plan, make_plan
 from lowmem_pnn.plans import Plan
 from lowmem_pnn.profiler import Known, profile
 from lowmem_pnn.progress import Display
-from lowmem_pnn.prospects import compare
+from lowmem_pnn.prospects import Clock, compare
 from lowmem_pnn.ranks import ALONE, Rank
+from lowmem_pnn.rates import Bench
 from lowmem_pnn.report import PlanReport, Result
 from lowmem_pnn.run import Run
 from lowmem_pnn.state import State
@@ -267,6 +268,7 @@ def _train(
         with _open_device(config, rank) as device:
             workload = make_workload(config, *opened, device.torch_device)
             costs = profile_workload(workload, device)
+            clock = Clock(workload, costs, device)
             if resume:
                 # Threads end first: a commit that is under way needs the lock.
                 with RunDir.open(path) as rundir, closing(threads):
@@ -285,12 +287,12 @@ def _train(
                         halve(state, workload)
                         state.number += 1
                         rundir.commit(state.to_journal(), config.keep_commits)  # or the next crash would halve it no further
-                    return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
-            planned = make_plan(workload, costs, device)
+                    return go_on(workload, costs, device, rundir, state, threads, display, should_stop, clock)
+            planned = make_plan(workload, costs, device, seconds_of=clock)
             check_disk(workload, planned, costs)
             state = first_state(workload, planned, rank)
             with RunDir.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
-                return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
+                return go_on(workload, costs, device, rundir, state, threads, display, should_stop, clock)
 
 
 def _read_result(path: Path) -> Result:
@@ -312,8 +314,9 @@ def _plan(config: FitConfig, sources: Callable[[], Inputs], timing: bool) -> Pla
     with _open_device(config) as device:
         workload = make_workload(config, *opened, device.torch_device)
         costs = profile_workload(workload, device, known)
-        report = describe_plan(workload, costs, device)
-        return dataclasses.replace(report, prospects=compare(workload, costs, device, known)) if timing else report
+        bench = Bench(device)
+        report = describe_plan(workload, costs, device, Clock(workload, costs, device, bench))
+        return dataclasses.replace(report, prospects=compare(workload, costs, bench, known)) if timing else report
 
 
 def _open_device(config: FitConfig, rank: Rank = ALONE) -> Device:

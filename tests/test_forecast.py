@@ -6,14 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plainloops import stop_at
 
 from lowmem_pnn.config import FitConfig
+from lowmem_pnn.device import CpuDevice
+from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.forecast import LayerSeconds, PartitionBytes, Rates, Seconds, Setting, Work, one_epoch, seconds_text, whole
+from lowmem_pnn.inputs import named_inputs
 from lowmem_pnn.methods import Sweep, Visit, make_method
 from lowmem_pnn.options import configure
 from lowmem_pnn.passes import micro_batches
+from lowmem_pnn.planning import make_plan
 from lowmem_pnn.plans import PartitionPlan, Plan
-from lowmem_pnn.trainer import plan_run, start_run
+from lowmem_pnn.trainer import plan_run, resume_run, start_run
+from lowmem_pnn.workload import make_workload, profile_workload
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
@@ -175,3 +181,51 @@ def test_a_method_that_cannot_says_why() -> None:
     assert whole_model.enough_bytes is not None
     assert whole_model.enough_bytes > 45_000_000
     assert "fits from" in str(tight)
+
+
+# Plans for time.
+
+
+def planned(seconds_of: Any, **options: Any) -> Plan:
+    given = {"method": "exact", "cuts": None, "plan_for": "time", "model": "mlp:64-512-512-512-512-10", "max_gpu_mem": "24MB"}
+    asked = config(**{**given, **options})
+    with CpuDevice(asked.max_gpu_mem) as device:
+        workload = make_workload(asked, *named_inputs(asked), device.torch_device)
+        return make_plan(workload, profile_workload(workload, device), device, seconds_of=seconds_of)
+
+
+def test_the_plan_of_least_predicted_time_is_taken() -> None:
+    asked: list[Plan] = []
+
+    def seconds_of(plan: Plan) -> float:
+        asked.append(plan)
+        return 1.0
+
+    fewest = planned(seconds_of)
+    assert len(asked) > 1, "several candidates"
+    assert len(fewest.partitions) == min(len(plan.partitions) for plan in asked), "of equal ones the fewest partitions"
+    # Whatever takes least time is taken, as far as it fits.
+    most = planned(lambda plan: -len(plan.partitions))
+    assert len(most.partitions) == max(len(plan.partitions) for plan in asked)
+    assert all(part.predicted_peak_bytes <= 24_000_000 for plan in asked for part in plan.partitions)
+    assert fewest in asked
+
+
+def test_a_run_that_is_planned_for_time_ends_and_keeps_its_plan(tmp_path: Path) -> None:
+    asked = config(method="exact", cuts=None, plan_for="time", epochs=2, model="mlp:64-512-512-512-512-10", max_gpu_mem="24MB")
+    with pytest.raises(Stopped):
+        start_run(asked, tmp_path / "run", should_stop=stop_at(2))
+    before = json.loads((tmp_path / "run" / "journal.json").read_text())["body"]["plan"]
+    result = resume_run(tmp_path / "run")
+    assert result is not None
+    assert result.peak_bytes <= 24_000_000
+    assert [part["stop"] for part in result.partitions] == [part["stop"] for part in before["partitions"]]
+
+
+def test_plans_for_time_need_something_to_choose() -> None:
+    for options, text in (
+        ({"cuts": (1,)}, "needs cuts that are left"),
+        ({"batch_size": "auto", "method": "pnn"}, "--batch-size auto"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            config(**{"cuts": None, "method": "exact", "plan_for": "time", **options})
