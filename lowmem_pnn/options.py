@@ -160,6 +160,10 @@ def _contradictions(config: FitConfig) -> list[str]:
         )
     if config.plan_for == "time" and config.batch_size == "auto":
         faults.append("--plan-for time compares plans for one batch size, and --batch-size auto looks for the largest; give one")
+    if config.plan_for == "time" and config.parallel_sil:
+        faults.append(
+            "--plan-for time: processes side by side would each find a plan of their own; leave it out, or --parallel-sil"
+        )
     if config.cuts and config.partitions:
         faults.append("--cuts and --partitions exclude each other; give one")
     if config.micro_batch is not None and config.micro_batch > max(config.batch_sizes):

@@ -179,6 +179,9 @@ class _Runner:
         """Seconds of forward and of backward in train mode."""
         self._layer.module.train()
         inputs = [tensor.requires_grad_(learns_input and tensor.is_floating_point()) for tensor in self._inputs(samples)]
+        if self._device.shares_host:
+            # Activations of a whole partition take fresh pages, which the system has to zero; a layer alone would use its own again.
+            self._device.release()
         with torch.enable_grad():
             outputs: tuple[Tensor, ...] = ()
 

@@ -226,6 +226,7 @@ def test_plans_for_time_need_something_to_choose() -> None:
     for options, text in (
         ({"cuts": (1,)}, "needs cuts that are left"),
         ({"batch_size": "auto", "method": "pnn"}, "--batch-size auto"),
+        ({"parallel_sil": True, "method": "pnn"}, "a plan of their own"),
     ):
         with pytest.raises(ConfigError, match=text):
             config(**{"cuts": None, "method": "exact", "plan_for": "time", **options})
