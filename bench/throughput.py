@@ -5,6 +5,7 @@ in memory, which gives the memory that it needs and the speed that others are a 
 which recomputes as `exact` does: blocks in about as many segments as their number's square root, the last one not checkpointed, ended
 early as PyTorch does. Then every method at every budget. An epoch is timed after one that is not; methods that write boundaries once
 are charged a tenth of that, since ten epochs are the default. The share of time that computing waited is the run's own figure.
+What the plan predicted for an epoch stands beside it, as a ratio (`prediction.py` asks for more of that).
 
     python bench/throughput.py [--only mlp,resnet18,vit,gpt] [--rounds 1] [--quick] [--again]
 
@@ -169,9 +170,10 @@ def ours(network: Network, steps: int, method: str, budget: int) -> dict[str, An
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fields = {**fields_of(network, folder, steps), "method": method, "max_gpu_mem": budget, "device": "cpu"}
-        report = plan_report(fields)
+        report = plan_report({**fields, "epochs": EPOCHS})
         if not report["fits"]:
             return {"reason": report["reason"]}
+        (prospect,) = (one for one in report["prospects"] if one["asked"])
         workdir = folder / "run"
         settings = {**fields, "commit_every": 1_000_000, "log_every": 1_000_000, "workdir": workdir}
         done = run_process(lowmem_pnn("fit", "--json", "--quiet", *arguments_of(settings)))
@@ -186,6 +188,8 @@ def ours(network: Network, steps: int, method: str, budget: int) -> dict[str, An
             waited[kind] = waited.get(kind, 0.0) + share * samples / line["samples_per_second"]
     return {
         "seconds": times["learning"] + times["caching"] / EPOCHS,
+        "predicted_seconds": prospect["seconds_per_epoch"],
+        "timed_share": prospect["measured_share"],
         "waited": {kind: seconds / times["learning"] for kind, seconds in waited.items()},
         "peak": result["peak_bytes"],
         "partitions": len(result["partitions"]),
@@ -226,7 +230,7 @@ def rows_of(name: str, network: Network, found: Mapping[str, dict[str, Any]], st
     for contender, own in found.items():
         if "reason" in own:
             needs = own["reason"].partition("; give")[0]
-            rows.append((name, contender, *(["-"] * 7), needs))
+            rows.append((name, contender, *(["-"] * 8), needs))
             continue
         waited = own.get("waited", {})
         parts = own.get("micro_batches", [])
@@ -241,6 +245,7 @@ def rows_of(name: str, network: Network, found: Mapping[str, dict[str, Any]], st
                 f"{own['peak'] / MB:.0f}",
                 str(len(parts)) if parts else "-",
                 (f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}") if sizes else "-",
+                f"{own['predicted_seconds'] / own['seconds']:.2f}" if "predicted_seconds" in own else "-",
                 f"{sum(waited.values()):.1%}" if waited else "-",
                 ", ".join(f"{kind} {share:.1%}" for kind, share in waited.items() if share >= 0.001),
             )
@@ -297,8 +302,8 @@ def main() -> None:
         found[name] = measure(network, cache, name, steps, arguments.rounds, fractions)
         rows += rows_of(name, network, found[name], steps)
     heads = (
-        "network", "contender, budget", "samples/s", "of plain", "of checkpointed", "peak MB", "partitions", "micro-batch", "waiting",
-        "for",
+        "network", "contender, budget", "samples/s", "of plain", "of checkpointed", "peak MB", "partitions", "micro-batch", "predicted/measured",
+        "waiting", "for",
     )  # fmt: skip
     batches = ", ".join(f"{name} {NETWORKS[name].batch}" for name in names)
     page = [

@@ -123,6 +123,23 @@ class Layer:
         with self.numerics.computing():
             return (self.head(outputs[0]),)
 
+    def run_on(self, tensors: Mapping[str, Tensor], *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
+        """Run it on other parameters and buffers than its own, which are not looked at.
+
+        Args:
+            tensors: by name, all of them, the head's too; buffers may be changed.
+            inputs: the boundary before it.
+            scores: give `scores` of the outputs instead of these.
+        """
+        with self.numerics.computing():
+            outputs = torch.func.functional_call(self.module, dict(tensors), self.numerics.laid_out(inputs), tie_weights=False)
+        if not scores or self.head is None:
+            return tuple(outputs)
+        prefix = next(name for name, module in self.module.named_modules() if module is self.head) + "."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        with self.numerics.computing():
+            return (torch.func.functional_call(self.head, own, outputs, tie_weights=False),)
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Parameters by name in `state_dict` order; one that has several names in this layer is there under each."""
         return {name: self.module.get_parameter(name) for name in self._parameter_names}

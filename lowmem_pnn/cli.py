@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import io
 import os
 import signal
@@ -19,7 +20,7 @@ from lowmem_pnn.config import FitConfig, flag
 from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
 from lowmem_pnn.options import configure, next_workdir
 from lowmem_pnn.ranks import Rank
-from lowmem_pnn.supervisor import STOP_SIGNALS, is_worker, supervise
+from lowmem_pnn.supervisor import STOP_SIGNALS, as_worker, is_worker, supervise
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -35,6 +36,7 @@ _METAVARS = {
     "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
     "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
+    "plan_for": "size|time",
 }  # fmt: skip
 
 
@@ -155,15 +157,24 @@ def fit(
 
 @cli.command()
 @_config_options
+@click.option(
+    "--no-timing", is_flag=True, help="Run no layers, which takes a few seconds: no predicted times, and the asked method alone."
+)
 @_outputs
-def plan(as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
-    """Show what `fit` with the same options would do: partitions, micro-batches, predicted peaks, disk. Nothing is trained."""
+def plan(no_timing: bool, as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
+    """Show what `fit` with the same options would do: partitions, micro-batches, predicted peaks, disk; and what an epoch of each
+    method would take. Nothing is trained.
+    """
     config = configure(**_given(given))
+    if not no_timing:
+        as_worker()
     with _stdout_is_ours():
         from lowmem_pnn.trainer import plan_run
 
-        report = plan_run(config)
+        report = plan_run(config, timing=not no_timing)
     click.echo(report.to_json() if as_json else str(report))
+    # The interpreter would look through all that was imported for cycles once more before it ends: half a second.
+    gc.freeze()
     raise SystemExit(report.exit_code)
 
 

@@ -59,6 +59,9 @@ DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 LARGEST_AUTO_BATCH = 512
 """Above it a step gains no speed, and a small data set has few steps."""
 
+MethodName = Literal["pnn", "neuroflux", "exact", "backprop"]
+METHODS: tuple[MethodName, ...] = ("pnn", "neuroflux", "exact", "backprop")
+
 PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "kappa"]
 
 
@@ -91,7 +94,7 @@ class FitConfig:
         )
     )
     data_root: Path = Field(default=Path("data"), description="Where downloaded data sets are kept.")
-    method: Literal["pnn", "neuroflux", "exact", "backprop"] = Field(
+    method: MethodName = Field(
         default="pnn",
         description=(
             "pnn: partitions one after the other, on synthetic intermediate labels; neuroflux: blocks one after the other, every layer with a "
@@ -114,6 +117,13 @@ class FitConfig:
     micro_batch: PositiveInt | None = Field(
         default=None,
         description="Samples on the device at once, at most; the planner chooses the largest that fits if not given.",
+    )
+    plan_for: Literal["size", "time"] = Field(
+        default="size",
+        description=(
+            "What the planner prefers among the plans that fit: size: the fewest partitions with a good micro-batch, which are the "
+            "same on every machine; time: the least predicted seconds, from layers that are timed first."
+        ),
     )
     optimizer: Optimizers = Field(default=("adamw",), description="sgd, adam or adamw, one or one per partition.")
     lr: Rates = Field(default=(1e-3,), description="Learning rate, one number or one per partition.")
@@ -344,6 +354,12 @@ def flag(name: str) -> str:
 def field_names() -> list[str]:
     """The fields of `FitConfig`, in order."""
     return [field.name for field in dataclasses.fields(FitConfig)]
+
+
+def default_of(name: str) -> Any:
+    """What a field of `FitConfig` is where nobody gives it."""
+    info: Any = next(field for field in dataclasses.fields(FitConfig) if field.name == name).default  # pydantic's
+    return info.get_default(call_default_factory=True)
 
 
 def suggest(word: str, known: list[str]) -> str:

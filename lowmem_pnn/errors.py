@@ -31,9 +31,18 @@ class DataError(ConfigError):
 
 
 class BudgetError(LowMemError):
-    """What was asked for does not fit in the memory budget."""
+    """What was asked for does not fit in the memory budget.
+
+    Args:
+        message: why, and what would help.
+        enough_bytes: the smallest budget that would do, where it is known.
+    """
 
     exit_code = 4
+
+    def __init__(self, message: str, enough_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.enough_bytes = enough_bytes
 
 
 class DiskError(LowMemError):

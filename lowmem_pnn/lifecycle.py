@@ -24,7 +24,7 @@ from lowmem_pnn.joining import TRAINED, forget
 from lowmem_pnn.measuring import measure, validate
 from lowmem_pnn.methods import Sweep, share_of
 from lowmem_pnn.numerics import LossScale
-from lowmem_pnn.planning import describe_partition, make_plan
+from lowmem_pnn.planning import SecondsOf, describe_partition, make_plan
 from lowmem_pnn.plans import Plan
 from lowmem_pnn.preflight import check_tightest
 from lowmem_pnn.progress import Display
@@ -55,6 +55,7 @@ def go_on(
     threads: Threads,
     display: Display,
     should_stop: Callable[[], bool],
+    seconds_of: SecondsOf,
 ) -> Result | None:
     """From any commit to the end; None where it is another rank that joins the partitions, and has the result."""
     began = time.monotonic()
@@ -87,7 +88,7 @@ def go_on(
                 raise BudgetError(f"no plan holds: {check.describe()}; give a larger --max-gpu-mem, or a smaller --batch-size")
             # A step that did not fit does not show what it would have needed: what is kept free doubles.
             missing += max(check.unexplained_bytes, device.reserve_bytes, 0 if check.fits else missing)
-            plan = make_plan(workload, costs, device, missing)
+            plan = make_plan(workload, costs, device, missing, seconds_of)
             display.message(f"planned again: {check.describe()}")
             state.plan = json.loads(plan.to_json())
             state.micro_batches = [part.micro_batch for part in plan.partitions]

@@ -1,5 +1,6 @@
 """What a user gave, made into a configuration: defaults, options that exclude each other, what only a plan or a device can tell."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -8,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError as PydanticError
 
-from lowmem_pnn.config import FitConfig, describe_fault, field_names, flag, recovering
+from lowmem_pnn.config import FitConfig, MethodName, default_of, describe_fault, field_names, flag, recovering
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
 from lowmem_pnn.units import format_bytes
 
@@ -45,6 +46,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("activation_dtype", "partitions that learn from activations (no --parallel-sil)", lambda config: not config.parallel_sil),
     ("cuts", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("partitions", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
+    ("plan_for", "cuts that are left to the planner", lambda config: config.cuts is None),
     ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
     ("warmup_steps", "--lr-schedule constant or cosine", lambda config: config.lr_schedule != "onecycle"),
     ("momentum", "--optimizer sgd", lambda config: "sgd" in config.optimizer),
@@ -96,6 +98,39 @@ def configure(**given: Any) -> FitConfig:
         for name, need, holds in _CONDITIONAL
         if name in given and not holds(config)
     ]
+    faults += _contradictions(config)
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return config
+
+
+def for_method(config: FitConfig, method: MethodName) -> FitConfig:
+    """The same training by another method, without the options that this one does not read.
+
+    Args:
+        config: checked.
+        method: the other one.
+
+    Raises:
+        ConfigError: an option means something that the method cannot do.
+
+    Example:
+        >>> for_method(configure(max_gpu_mem="1GB", kappa=2), "exact").kappa == configure(max_gpu_mem="1GB", method="exact").kappa
+        False
+    """
+    if method == config.method:
+        return config
+    other = dataclasses.replace(config, method=method)
+    unread = {name for name, _, holds in _CONDITIONAL if holds(config) and not holds(other)}
+    other = dataclasses.replace(other, **{name: default_of(name) for name in unread})
+    if faults := _contradictions(other):
+        raise ConfigError("; ".join(faults))
+    return other
+
+
+def _contradictions(config: FitConfig) -> list[str]:
+    """What options say against each other."""
+    faults = []
     if config.method == "exact":
         faults += [
             f"{flag(name)} has {len(getattr(config, name))} values, and --method exact trains all partitions together; give one value"
@@ -124,6 +159,12 @@ def configure(**given: Any) -> FitConfig:
         faults.append(
             "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out"
         )
+    if config.plan_for == "time" and config.batch_size == "auto":
+        faults.append("--plan-for time compares plans for one batch size, and --batch-size auto looks for the largest; give one")
+    if config.plan_for == "time" and config.parallel_sil:
+        faults.append(
+            "--plan-for time: processes side by side would each find a plan of their own; leave it out, or --parallel-sil"
+        )
     if config.cuts and config.partitions:
         faults.append("--cuts and --partitions exclude each other; give one")
     if config.micro_batch is not None and config.micro_batch > max(config.batch_sizes):
@@ -131,9 +172,7 @@ def configure(**given: Any) -> FitConfig:
             f"--micro-batch {config.micro_batch} is above --batch-size {max(config.batch_sizes)}; "
             f"give at most {max(config.batch_sizes)}, or a larger --batch-size"
         )
-    if faults:
-        raise ConfigError("; ".join(faults))
-    return config
+    return faults
 
 
 def check_lengths(config: FitConfig, num_partitions: int) -> None:

@@ -97,7 +97,8 @@ def plan(
     room = budget_bytes - overhead
     floor, bounds = search.best(room, good_micro_batch)
     if bounds is None:
-        raise BudgetError(_explain(wishes, budget_bytes, overhead_bytes))
+        enough = _with_overhead(wishes.search().smallest_room(), overhead_bytes)
+        raise BudgetError(_explain(wishes, budget_bytes, overhead_bytes), enough)
     partitions = []
     chosen = [
         search.largest_micro_batch(number, start, stop, floor, room) for number, (start, stop) in enumerate(pairwise(bounds))

@@ -1,7 +1,7 @@
 """Plans for workloads: the planner's program, fed with what a run needs beside its partitions, and what it will take on disk."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
@@ -35,7 +35,17 @@ from lowmem_pnn.workload import IoSizes, Workload
 _STRUCTURE_BYTES = 64_000
 
 
-def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexplained_bytes: int = 0) -> Plan:
+# Predicted seconds of a whole training by a plan.
+SecondsOf = Callable[[Plan], float]
+
+
+def make_plan(
+    workload: Workload,
+    profile: MemoryProfile,
+    device: Device,
+    unexplained_bytes: int = 0,
+    seconds_of: SecondsOf | None = None,
+) -> Plan:
     """Cut a workload's chain to fit a device.
 
     Args:
@@ -43,6 +53,7 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
         profile: what its layers cost.
         device: open; its budget is the plan's.
         unexplained_bytes: what a measurement showed above the prediction, to be kept free too.
+        seconds_of: asked where the configuration wants the plan that takes least time.
 
     Returns:
         A plan whose predicted peaks are without the device's reserve.
@@ -52,6 +63,9 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
         ConfigError: cuts or lists that the model cannot have.
     """
     config = workload.config
+    if config.plan_for == "time":
+        assert seconds_of is not None, "whoever plans for time can tell it"
+        return _fastest(workload, profile, device, unexplained_bytes, seconds_of)
     if config.batch_size != "auto":
         return _make_plan(workload, profile, device, unexplained_bytes, config.batch_sizes)
     # Two batches wait on the host beside a partition: the fewer samples a batch may have, the more room is left for them.
@@ -72,10 +86,48 @@ def make_plan(workload: Workload, profile: MemoryProfile, device: Device, unexpl
     return dataclasses.replace(plan, partitions=tuple(partitions))
 
 
+def _fastest(workload: Workload, profile: MemoryProfile, device: Device, unexplained_bytes: int, seconds_of: SecondsOf) -> Plan:
+    """The plan of least predicted time; of equal ones that with the fewest partitions.
+
+    Candidates are the planner's own plans, for every least micro-batch (larger ones want more partitions), and for one and two
+    partitions more than these, which may take larger micro-batches still.
+    """
+    batch_sizes = workload.config.batch_sizes
+    floors = [1 << shift for shift in range(max(batch_sizes).bit_length())]
+    found: dict[Plan, None] = {}
+    for floor in floors:
+        with suppress(BudgetError):
+            found[_make_plan(workload, profile, device, unexplained_bytes, batch_sizes, floor)] = None
+    if not found:
+        return _make_plan(workload, profile, device, unexplained_bytes, batch_sizes)  # which says what would help
+    if workload.method.num_partitions is None and workload.config.blocks == "planner":
+        counts = {len(plan.partitions) for plan in found}
+        for number in sorted({count + more for count in counts for more in (1, 2)} - counts):
+            with suppress(BudgetError, ConfigError):  # a chain has only so many layers
+                found[_make_plan(workload, profile, device, unexplained_bytes, batch_sizes, None, number)] = None
+    return min(found, key=lambda plan: (seconds_of(plan), len(plan.partitions)))
+
+
 def _make_plan(
-    workload: Workload, profile: MemoryProfile, device: Device, unexplained_bytes: int, batch_sizes: Sequence[int]
+    workload: Workload,
+    profile: MemoryProfile,
+    device: Device,
+    unexplained_bytes: int,
+    batch_sizes: Sequence[int],
+    good_micro_batch: int | None = None,
+    num_partitions: int | None = None,
 ) -> Plan:
-    """A plan for batches of known sizes, one or one per partition."""
+    """A plan for batches of known sizes, one or one per partition.
+
+    Args:
+        workload: see `make_plan`.
+        profile: see there.
+        device: see there.
+        unexplained_bytes: see there.
+        batch_sizes: samples a step.
+        good_micro_batch: see `planner.plan`; None for what keeps a device busy.
+        num_partitions: instead of the method's own wish.
+    """
     config, chain = workload.config, workload.chain
     cuts = None if config.cuts is None else [chain.layer_index(cut) for cut in config.cuts]
     batch, sweeps = max(batch_sizes), workload.method.sweeps
@@ -111,10 +163,10 @@ def _make_plan(
         overhead_bytes=overhead,
         batch_sizes=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
         cuts=cuts,
-        num_partitions=workload.method.num_partitions if cuts is None else None,
+        num_partitions=(num_partitions or workload.method.num_partitions) if cuts is None else None,
         micro_batch=config.micro_batch,
         objective=lambda stop: objective_memory(workload, stop, chunk),
-        good_micro_batch=_good_micro_batch(workload.rows_per_sample),
+        good_micro_batch=good_micro_batch or _good_micro_batch(workload.rows_per_sample),
         uniform=sweeps,
     )
     check_lengths(config, len(plan.partitions))
@@ -224,12 +276,12 @@ def _with_recovery(workload: Workload, profile: MemoryProfile, device: Device, p
     return dataclasses.replace(plan, partitions=partitions, predicted_peak_bytes=peak, sweep_micro_batch=size)
 
 
-def describe_plan(workload: Workload, profile: MemoryProfile, device: Device) -> PlanReport:
-    """What a run would come to, or why it cannot be."""
+def describe_plan(workload: Workload, profile: MemoryProfile, device: Device, seconds_of: SecondsOf | None = None) -> PlanReport:
+    """What a run would come to, or why it cannot be; arguments as for `make_plan`."""
     config = workload.config
     reason, exit_code, partitions, disk, peak = "", 0, [], 0, 0
     try:
-        plan = make_plan(workload, profile, device)
+        plan = make_plan(workload, profile, device, seconds_of=seconds_of)
         partitions = [describe_partition(workload, part) for part in plan.partitions]
         disk, peak = disk_bytes(workload, plan, profile), plan.predicted_peak_bytes
         check_disk(workload, plan, profile)

@@ -23,6 +23,7 @@ from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile, by_itse
 from lowmem_pnn.device.kernels import MAX_COMPILED, compiled, scratch_bytes
 from lowmem_pnn.device.tracking import StorageTracker
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.likeness import likeness
 from lowmem_pnn.optimizers import OptimizerSpec
 
 # The two numbers of samples that are compared, and the one that checks. None is 1, which shapes and strides treat as a case of
@@ -37,6 +38,7 @@ def profile(
     device: torch.device,
     parts_ties: bool = False,
     by_units: bool = False,
+    known: "Known | None" = None,
 ) -> MemoryProfile:
     """Find what every layer of a chain costs.
 
@@ -46,6 +48,7 @@ def profile(
         device: where the chain will run; kernels differ between devices in what they save.
         parts_ties: layers that share a tensor may come into different partitions; it is then counted with each of them.
         by_units: every layer goes back from its own head before the next one runs forward.
+        known: what earlier profiles of the same model, under other methods, have found; it is added to. Chains must still be there.
 
     Returns:
         The costs, layer by layer. A tensor that several layers share is counted with the first of them.
@@ -53,6 +56,7 @@ def profile(
     Raises:
         ConfigError: a layer does not run on such samples.
     """
+    known = {} if known is None else known
     with _modes_kept(chain), torch.random.fork_rng(devices=[]):
         counted: set[int] = set()
         layers = []
@@ -69,15 +73,17 @@ def profile(
                 learnt = [tensor for tensor in again if tensor.requires_grad]
                 repeated_bytes += sum(map(_nbytes, again)) + sum(map(_nbytes, learnt)) + _state_bytes(learnt, optimizers)
                 counted = set()
-            bench = _Bench(
-                layer, chain.boundaries[number], chain.boundaries[number + 1], device, learns_input=number > 0 and not by_units
-            )
-            cost = _price(layer, bench, counted, optimizers)
+            before, after = chain.boundaries[number], chain.boundaries[number + 1]
+            learns_input = number > 0 and not by_units
+            key = likeness(layer), before, after, device, learns_input
+            if key not in known:
+                known[key] = _Bench(layer, before, after, device, learns_input).found()
+            found = known[key]
+            cost = _price(layer, found, counted, optimizers, before, after)
             layers.append(by_itself(cost) if by_units else cost)
             shared |= counted
-            compiled_kernels |= bench.compiled
-            if smallest == 1 and not bench.accepts(1):
-                smallest = 2
+            compiled_kernels |= found.compiled
+            smallest = max(smallest, found.smallest)
     forbidden = {cut for first, last in chain.tied_ranges for cut in range(first + 1, last + 1)}
     return MemoryProfile(
         layers=tuple(layers),
@@ -90,18 +96,27 @@ def profile(
     )
 
 
-def _price(layer: Layer, bench: "_Bench", counted: set[int], optimizers: Sequence[OptimizerSpec]) -> LayerCost:
+def _price(
+    layer: Layer,
+    found: "_Found",
+    counted: set[int],
+    optimizers: Sequence[OptimizerSpec],
+    before: tuple[TensorSpec, ...],
+    after: tuple[TensorSpec, ...],
+) -> LayerCost:
     """One layer's cost.
 
     Args:
         layer: the layer.
-        bench: where it runs.
+        found: of it, or of one that is alike.
         counted: identities of the tensors that layers before it have; this layer's are added.
         optimizers: that its parameters may have.
+        before: the boundary that it takes.
+        after: the boundary that it gives.
     """
     parameters = _new(layer.parameters().values(), counted)
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    few, more, many = (bench.measure(size) for size in (_FEW, _MORE, _MANY))
+    few, more, many = found.runs
 
     def peak(moments: Callable[[_Runs], list[int]]) -> Envelope:
         return fit_peak(moments(few), moments(more), moments(many))
@@ -119,9 +134,9 @@ def _price(layer: Layer, bench: "_Bench", counted: set[int], optimizers: Sequenc
         kept=kept,
         backward_peak=peak(lambda runs: runs.backward),
         emit_peak=peak(lambda runs: runs.emit),
-        input_bytes=Affine(0, sum(spec.sample_bytes for spec in bench.before)),
-        output_bytes=Affine(0, sum(spec.sample_bytes for spec in bench.after)),
-        forward_macs=bench.count_macs(),
+        input_bytes=Affine(0, sum(spec.sample_bytes for spec in before)),
+        output_bytes=Affine(0, sum(spec.sample_bytes for spec in after)),
+        forward_macs=found.macs,
     )
 
 
@@ -140,6 +155,27 @@ class _Runs:
     kept: int = 0
     backward: list[int] = field(default_factory=lambda: [0])
     emit: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the bench says of a layer, and of all that are alike.
+
+    Args:
+        runs: at `_FEW`, `_MORE` and `_MANY` samples.
+        macs: multiply-accumulates of a forward, per sample.
+        smallest: the fewest samples that it accepts in train mode.
+        compiled: bytes of the code that is compiled for it, by its key.
+    """
+
+    runs: tuple[_Runs, _Runs, _Runs]
+    macs: int
+    smallest: int
+    compiled: Mapping[Hashable, int]
+
+
+Known = dict[Hashable, _Found]
+"""What was found of layers, by their likeness, boundaries and device."""
 
 
 class _Timeline(StorageTracker):
@@ -214,6 +250,15 @@ class _Bench:
         self.compiled: dict[Hashable, int] = {}
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._tensors = self._fake({**layer.parameters(), **layer.buffers()})
+
+    def found(self) -> _Found:
+        """All that it can tell.
+
+        Raises:
+            ConfigError: the layer does not run.
+        """
+        runs = self.measure(_FEW), self.measure(_MORE), self.measure(_MANY)
+        return _Found(runs, self.count_macs(), 1 if self.accepts(1) else 2, self.compiled)
 
     def count_macs(self) -> int:
         """Multiply-accumulates of a forward in train mode, per sample.
@@ -299,20 +344,7 @@ class _Bench:
         return timeline.moments
 
     def _run(self, *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
-        """Its outputs; or, if it has a head, the head's scores."""
-        with self._layer.numerics.computing():
-            outputs = torch.func.functional_call(
-                self._layer.module, self._tensors, self._layer.numerics.laid_out(inputs), tie_weights=False
-            )
-        head = self._layer.head
-        if not scores or head is None:
-            return tuple(outputs)
-        prefix = next(name for name, module in self._layer.module.named_modules() if module is head)
-        tensors = {
-            key.removeprefix(f"{prefix}."): tensor for key, tensor in self._tensors.items() if key.startswith(f"{prefix}.")
-        }
-        with self._layer.numerics.computing():
-            return (torch.func.functional_call(head, tensors, outputs, tie_weights=False),)
+        return self._layer.run_on(self._tensors, *inputs, scores=scores)
 
     def _inputs(self, batch: int) -> list[Tensor]:
         return [torch.empty((batch, *spec.shape), dtype=spec.dtype, device=self._device) for spec in self.before]

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_pnn.forecast import gigabytes, seconds_text
 from lowmem_pnn.stalls import in_words
 from lowmem_pnn.units import format_bytes
 
@@ -153,11 +154,66 @@ def _exits_table(exits: Sequence[Mapping[str, Any]], chosen: int | None) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prospect:
+    """What training by one method would come to; all numbers are 0 where it does not fit.
+
+    Args:
+        method: its name.
+        asked: whether it is the one that the plan is for.
+        fits: whether it can run; else `reason` says why not, and `enough_bytes` is the smallest budget that would do, if any.
+        reason: why it cannot.
+        enough_bytes: a budget.
+        partitions: how many.
+        micro_batches: the smallest and the largest of theirs, in samples.
+        predicted_peak_bytes: of them.
+        seconds_per_epoch: of all partitions, with the validation at its end, and what is done once for all epochs spread over them.
+        seconds: of the whole training, recovery epochs included; commits, start, test and export are not.
+        bytes_read_per_epoch: from the drive, or what the system keeps of it in memory.
+        bytes_written_per_epoch: to it.
+        measured_share: of the multiply-accumulates, whose layers were timed; the others' times are estimated from these.
+    """
+
+    method: str
+    asked: bool
+    fits: bool = False
+    reason: str = ""
+    enough_bytes: int | None = None
+    partitions: int = 0
+    micro_batches: tuple[int, int] = (0, 0)
+    predicted_peak_bytes: int = 0
+    seconds_per_epoch: float = 0.0
+    seconds: float = 0.0
+    bytes_read_per_epoch: int = 0
+    bytes_written_per_epoch: int = 0
+    measured_share: float = 0.0
+
+    def row(self) -> tuple[str, ...]:
+        """Cells of the table of methods."""
+        name = f"{'> ' if self.asked else '  '}{self.method}"
+        if not self.fits:
+            # The first fault, without what would help against it.
+            why = self.reason.partition("; ")[0]
+            needs = why if self.enough_bytes is None else f"fits from {format_bytes(self.enough_bytes)} on"
+            return name, needs, *["-"] * 6
+        least, most = self.micro_batches
+        return (
+            name,
+            "fits",
+            str(self.partitions),
+            str(least) if least == most else f"{least} to {most}",
+            format_bytes(self.predicted_peak_bytes),
+            seconds_text(self.seconds_per_epoch),
+            gigabytes(self.bytes_read_per_epoch),
+            gigabytes(self.bytes_written_per_epoch),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanReport:
     """What a run would come to.
 
     Sizes are bytes. `fits` is whether it can run within the budget and `max_disk`; where it cannot, `reason` says why and
-    `exit_code` is that of the `fit` that would fail so.
+    `exit_code` is that of the `fit` that would fail so. `prospects` are all methods side by side; none where nothing was timed.
     """
 
     method: str
@@ -173,6 +229,7 @@ class PlanReport:
     fits: bool
     reason: str
     exit_code: int
+    prospects: Sequence[Prospect] = ()
 
     def to_json(self) -> str:
         """As JSON text."""
@@ -202,8 +259,20 @@ class PlanReport:
         lines = [f"{self.model} on {self.data}, method {self.method}, {self.device}", ""]
         if rows:
             lines += [text_table(heads, rows), "", f"disk: at most {format_bytes(self.disk_bytes)}"]
+        if self.prospects:
+            lines += [*_prospects_table(self.prospects), ""]
         lines += [f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state)", verdict]
         return "\n".join(lines)
+
+
+def _prospects_table(prospects: Sequence[Prospect]) -> list[str]:
+    """Methods side by side, the asked one marked; and how much of it was measured."""
+    heads = ("  method", "", "partitions", "micro-batch", "predicted peak", "seconds an epoch", "GB read", "GB written")
+    lines = ["", text_table(heads, [prospect.row() for prospect in prospects])]
+    shares = [prospect.measured_share for prospect in prospects if prospect.fits]
+    if shares and min(shares) < 1:
+        lines.append(f"layers with {min(shares):.0%} of the multiply-accumulates were timed, the others estimated from these")
+    return lines
 
 
 def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

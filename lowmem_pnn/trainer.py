@@ -1,5 +1,6 @@
 """The public functions: `fit`, `plan`, `evaluate`, and what the command line calls for them."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -24,9 +25,11 @@ from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.options import check_device, check_same, configure, next_workdir
 from lowmem_pnn.planning import describe_plan, make_plan
 from lowmem_pnn.plans import Plan
-from lowmem_pnn.profiler import profile
+from lowmem_pnn.profiler import Known, profile
 from lowmem_pnn.progress import Display
+from lowmem_pnn.prospects import Clock, compare
 from lowmem_pnn.ranks import ALONE, Rank
+from lowmem_pnn.rates import Bench
 from lowmem_pnn.report import PlanReport, Result
 from lowmem_pnn.run import Run
 from lowmem_pnn.short_state import prepare_levels
@@ -90,22 +93,23 @@ def fit(
     return result
 
 
-def plan(model: Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, **options: Any) -> PlanReport:
-    """Show what `fit` with the same arguments would do; nothing is trained or written.
+def plan(model: Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, timing: bool = True, **options: Any) -> PlanReport:
+    """Show what `fit` with the same arguments would do; nothing is trained or kept.
 
     Args:
         model: as for `fit`.
         train: as for `fit`.
         val: as for `fit`.
         max_gpu_mem: as for `fit`.
+        timing: run layers for a few seconds, within the budget, to say what an epoch of every method takes.
         **options: as for `fit`.
 
     Returns:
-        The partitions, and whether they fit.
+        The partitions, and whether they fit; with `timing` all methods side by side.
     """
     names = {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
     config = configure(max_gpu_mem=max_gpu_mem, **names, **options)
-    return _plan(config, python_inputs(config, model, train, val, None))
+    return _plan(config, python_inputs(config, model, train, val, None), timing)
 
 
 def evaluate(run: str | Path) -> dict[str, float]:
@@ -239,9 +243,9 @@ def _begin_late(workdir: Path, rank: Rank, display: Display, should_stop: Callab
     return start_run(config, workdir, display=display, should_stop=should_stop, rank=rank)
 
 
-def plan_run(config: FitConfig) -> PlanReport:
-    """The plan of a run whose model and data have names."""
-    return _plan(config, lambda: named_inputs(config))
+def plan_run(config: FitConfig, *, timing: bool = True) -> PlanReport:
+    """The plan of a run whose model and data have names; with all methods side by side where they are to be timed."""
+    return _plan(config, lambda: named_inputs(config), timing)
 
 
 def _train(
@@ -267,6 +271,7 @@ def _train(
         with _open_device(config, rank) as device:
             workload = make_workload(config, *opened, device.torch_device)
             costs = profile_workload(workload, device)
+            clock = Clock(workload, costs, device)
             if resume:
                 # Threads end first: a commit that is under way needs the lock.
                 with RunDir.open(path) as rundir, closing(threads):
@@ -285,12 +290,12 @@ def _train(
                         halve(state, workload)
                         state.number += 1
                         rundir.commit(state.to_journal(), config.keep_commits)  # or the next crash would halve it no further
-                    return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
-            planned = make_plan(workload, costs, device)
+                    return go_on(workload, costs, device, rundir, state, threads, display, should_stop, clock)
+            planned = make_plan(workload, costs, device, seconds_of=clock)
             check_disk(workload, planned, costs)
             state = first_state(workload, planned, rank)
             with RunDir.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
-                return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
+                return go_on(workload, costs, device, rundir, state, threads, display, should_stop, clock)
 
 
 def _read_result(path: Path) -> Result:
@@ -307,12 +312,15 @@ def _read_result(path: Path) -> Result:
         ) from error
 
 
-def _plan(config: FitConfig, sources: Callable[[], Inputs]) -> PlanReport:
-    opened = sources()
+def _plan(config: FitConfig, sources: Callable[[], Inputs], timing: bool) -> PlanReport:
+    opened, known = sources(), Known()
     _prepare_optimizer(config)
     with _open_device(config) as device:
         workload = make_workload(config, *opened, device.torch_device)
-        return describe_plan(workload, profile_workload(workload, device), device)
+        costs = profile_workload(workload, device, known)
+        bench = Bench(device)
+        report = describe_plan(workload, costs, device, Clock(workload, costs, device, bench))
+        return dataclasses.replace(report, prospects=compare(workload, costs, bench, known)) if timing else report
 
 
 def _open_device(config: FitConfig, rank: Rank = ALONE) -> Device:

@@ -19,7 +19,7 @@ from lowmem_pnn.numerics import Numerics
 from lowmem_pnn.optimizers import OptimizerSpec
 from lowmem_pnn.passes import works_by_rows
 from lowmem_pnn.plans import Plan
-from lowmem_pnn.profiler import profile
+from lowmem_pnn.profiler import Known, profile
 from lowmem_pnn.schedules import factor
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.short_state import SMALLEST, is_shortened
@@ -69,6 +69,7 @@ class Workload:
         splits: its parts: `train`, and `val` and `test` where there are such.
         method: the training method.
         chain: the model in layers; its tensors are on the meta device until they are resident.
+        bare: the same without auxiliary heads.
     """
 
     config: FitConfig
@@ -77,6 +78,7 @@ class Workload:
     splits: dict[SplitName, Split]
     method: Method
     chain: Chain
+    bare: Chain
 
     @property
     def rows_per_sample(self) -> int:
@@ -217,14 +219,7 @@ def make_workload(
             f"--augment {config.augment} is for images (C, H, W), and the samples of data {dataset.name} are {dataset.sample_shape}; leave "
             "it out"
         )
-    if dataset.label_shape and config.method == "pnn":
-        raise ConfigError(
-            f"--method pnn needs a class for each sample, and data {dataset.name} has one for each token; use --method exact"
-        )
-    method = make_method(config)
-    workload = Workload(config, source, dataset, splits, method, chain)
-    if method.learns_by_units:
-        workload = dataclasses.replace(workload, chain=_with_heads(workload))
+    workload = _by_method(Workload(config, source, dataset, splits, make_method(config), chain, chain))
     if config.loss_chunk is not None and not works_by_rows(chain.layers[-1]):
         raise ConfigError(
             f"--loss-chunk {config.loss_chunk}: the last layer of {source.spec}, {chain.layers[-1].name!r}, is not one nn.Linear and "
@@ -235,6 +230,28 @@ def make_workload(
 
 def _learning(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def by_other_method(workload: Workload, config: FitConfig) -> Workload:
+    """The same model and data, cut already, by another method.
+
+    Args:
+        workload: of some method.
+        config: the same but for the method, and what depends on it.
+
+    Raises:
+        ConfigError: the method cannot train this.
+    """
+    return _by_method(dataclasses.replace(workload, config=config, method=make_method(config), chain=workload.bare))
+
+
+def _by_method(workload: Workload) -> Workload:
+    """A workload that its method can train, with the heads that it learns from."""
+    if workload.dataset.label_shape and workload.config.method == "pnn":
+        raise ConfigError(
+            f"--method pnn needs a class for each sample, and data {workload.dataset.name} has one for each token; use --method exact"
+        )
+    return dataclasses.replace(workload, chain=_with_heads(workload)) if workload.method.learns_by_units else workload
 
 
 def _with_heads(workload: Workload) -> Chain:
@@ -275,8 +292,14 @@ def _check_input(source: ModelSource, dataset: Dataset, model: nn.Module) -> Non
         raise ConfigError(f"model {source.spec} has {found} weights, and samples are float32; have it built with model.float()")
 
 
-def profile_workload(workload: Workload, device: Device) -> MemoryProfile:
-    """What each layer needs, by fake tensors: nothing is allocated. Of several optimizers the largest is counted for all."""
+def profile_workload(workload: Workload, device: Device, known: Known | None = None) -> MemoryProfile:
+    """What each layer needs, by fake tensors: nothing is allocated. Of several optimizers the largest is counted for all.
+
+    Args:
+        workload: cut into layers.
+        device: that will compute.
+        known: what profiles of the same model by other methods found.
+    """
     config = workload.config
     optimizers = [
         OptimizerSpec(
@@ -290,4 +313,5 @@ def profile_workload(workload: Workload, device: Device) -> MemoryProfile:
         device=device.torch_device,
         parts_ties=workload.method.sweeps,
         by_units=workload.method.learns_by_units,
+        known=known,
     )

@@ -505,6 +505,31 @@ def test_a_plan_writes_nothing(folder: Path) -> None:
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_plan_shows_all_methods_side_by_side() -> None:
+    line = "plan --max-gpu-mem 100MB --device cpu --model mlp:20-16-3 --data npz:data.npz --method exact"
+    shown = lowmem_pnn(line)
+    assert shown.code == 0
+    heads = next(row for row in shown.out.splitlines() if "seconds an epoch" in row)
+    assert heads.split("  ")[1].strip() == "method"
+    rows = [row.split() for row in shown.out.splitlines() if " fits " in row]
+    assert [row[:2] if row[0] == ">" else row[:1] for row in rows] == [["pnn"], ["neuroflux"], [">", "exact"], ["backprop"]]
+    prospects = json.loads(lowmem_pnn(f"{line} --json").out)["prospects"]
+    assert [one["asked"] for one in prospects] == [False, False, True, False]
+    assert all(one["fits"] and one["seconds_per_epoch"] > 0 and one["micro_batches"] for one in prospects)
+    without = lowmem_pnn(f"{line} --json --no-timing")
+    assert json.loads(without.out)["prospects"] == []
+
+
+def test_a_plan_says_which_methods_cannot(folder: Path) -> None:
+    (folder / "text").write_bytes(bytes(range(256)) * 40)
+    line = (
+        "plan --max-gpu-mem 100MB --device cpu --model gpt:layers=1,width=16,heads=2,context=16 --data text:text --method exact"
+    )
+    reasons = {one["method"]: one["reason"] for one in json.loads(lowmem_pnn(f"{line} --json").out)["prospects"]}
+    assert "needs a class for each sample" in reasons["pnn"]
+    assert not any(reasons[method] for method in ("exact", "backprop", "neuroflux"))
+
+
 def test_evaluate_gives_the_scores_of_the_run() -> None:
     result = json.loads(train("--json").out)
     done = lowmem_pnn("evaluate run --json")

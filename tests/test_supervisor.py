@@ -305,3 +305,18 @@ def test_the_signals_are_as_they_were_afterwards(folder: Path) -> None:
     assert supervise(["--version"], folder / "run") == 0
     assert [signal.getsignal(number) for number in supervisor.STOP_SIGNALS] == before
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(supervisor.STOP_SIGNALS)
+
+
+def test_a_plan_that_is_timed_runs_with_a_workers_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[list[str], str]] = []
+    monkeypatch.setattr(os, "execve", lambda _, command, environment: begun.append((command[1:], environment["GLIBC_TUNABLES"])))
+    monkeypatch.setattr(sys, "argv", ["lowmem-pnn", "plan", "--max-gpu-mem", "1GB"])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    supervisor.as_worker()
+    assert not begun, "torch is imported: it is too late"
+    monkeypatch.delitem(sys.modules, "torch")
+    supervisor.as_worker()
+    assert begun == [(["-m", "lowmem_pnn", "plan", "--max-gpu-mem", "1GB"], "glibc.malloc.hugetlb=1")]
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    supervisor.as_worker()
+    assert len(begun) == 1, "the user has chosen"
