@@ -43,6 +43,7 @@ _SWITCHES = {
     "fused": ("--fused/--no-fused", " [default: fused]"),
     "parallel_sil": ("--parallel-sil", ""),
     "channels_last": ("--channels-last", ""),
+    "compile": ("--compile", ""),
 }
 
 

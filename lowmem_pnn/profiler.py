@@ -10,7 +10,7 @@ samples is the peak. A third number of samples checks it. The chain's own tensor
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem_pnn.chain import Chain, Layer, TensorSpec
+from lowmem_pnn.chain import Chain, Compiled, Layer, TensorSpec
 from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile, by_itself
 from lowmem_pnn.device.kernels import MAX_COMPILED, compiled, scratch_bytes
 from lowmem_pnn.device.tracking import StorageTracker
@@ -107,12 +107,15 @@ def _price(layer: Layer, bench: "_Bench", counted: set[int], state_tensors: int,
     """
     parameters = _new(layer.parameters().values(), counted)
     trainable = [_nbytes(parameter) for parameter in parameters if parameter.requires_grad]
-    few, more, many = (bench.measure(size) for size in (_FEW, _MORE, _MANY))
+    # A layer with code runs without it now and then (one sample; rows in chunks), so that it costs the more of both.
+    ways = [False] if layer.compiled is None else [False, True]
+    runs = [[bench.measure(size, with_code) for size in (_FEW, _MORE, _MANY)] for with_code in ways]
 
     def peak(moments: Callable[[_Runs], list[int]]) -> Envelope:
-        return fit_peak(moments(few), moments(more), moments(many))
+        return Envelope.over(moment for sizes in runs for moment in fit_peak(*map(moments, sizes)).moments)
 
-    kept = fit_peak([few.kept], [more.kept], [many.kept]).moments[-1]
+    kepts = [fit_peak(*([run.kept] for run in sizes)).moments[-1] for sizes in runs]
+    kept = Affine(max(kept.fixed for kept in kepts), max(kept.per_sample for kept in kepts))
     return LayerCost(
         name=layer.name,
         num_params=sum(parameter.numel() for parameter in parameters),
@@ -217,9 +220,16 @@ class _Bench:
         self.after = after
         self._device = device
         self._learns_input = learns_input
-        self.compiled: dict[Hashable, int] = {}
+        # By whether the layer's own code ran.
+        self._kernels: dict[bool, dict[Hashable, int]] = {False: {}, True: {}}
+        self._code: Compiled | None = None
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._tensors = self._fake({**layer.parameters(), **layer.buffers()})
+
+    @property
+    def compiled(self) -> dict[Hashable, int]:
+        """What oneDNN compiled for the layer, as far as it was measured."""
+        return self._kernels[False] | self._kernels[True]
 
     def count_macs(self) -> int:
         """Multiply-accumulates of a forward in train mode, per sample.
@@ -231,17 +241,19 @@ class _Bench:
             self._run(*self._inputs(_FEW), scores=True)
         return int(flops.get_total_flops()) // 2 // _FEW
 
-    def measure(self, batch: int) -> _Runs:
+    def measure(self, batch: int, with_code: bool = False) -> _Runs:
         """Run the layer forward and backward in train mode, and forward in eval mode.
 
         Args:
             batch: number of samples.
+            with_code: run what was compiled of it, where that applies.
 
         Raises:
             ConfigError: it does not run.
         """
+        self._code = self._layer.compiled if with_code else None
         try:
-            with self._mode:
+            with self._mode, nullcontext() if self._code is None else self._code.rehearsing():
                 runs = self._train(batch)
                 runs.emit = self._emit(batch)
                 return runs
@@ -252,6 +264,8 @@ class _Bench:
                 f"layer {self._layer.name!r} does not run forward and backward on {batch} samples of {samples}: "
                 f"{type(error).__name__}: {reason}; its memory cannot be foreseen, mend its forward"
             ) from error
+        finally:
+            self._code = None
 
     def accepts(self, batch: int) -> bool:
         """Whether the layer runs on so few samples in train mode: BatchNorm over single values does not."""
@@ -287,7 +301,7 @@ class _Bench:
             coming = sum(tensor.nbytes for tensor in learnt)
             with timeline:
                 torch.autograd.backward(end, begin)
-            self.compiled = timeline.compiled
+            self._kernels[self._code is not None] = timeline.compiled
             # The first moments are the making of the gradient that comes in.
             runs.backward = [0, *(live - runs.kept - coming for live in timeline.moments)]
         for tensor in self._tensors.values():
@@ -301,24 +315,31 @@ class _Bench:
         with torch.no_grad(), timeline:
             self._run(*inputs)
         # Of one number of samples: the last measured.
-        self.compiled = self.compiled | {("eval", key): nbytes for key, nbytes in timeline.compiled.items()}
+        self._kernels[self._code is not None] |= {("eval", key): nbytes for key, nbytes in timeline.compiled.items()}
         return timeline.moments
 
     def _run(self, *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
         """Its outputs; or, if it has a head, the head's scores."""
-        with self._layer.numerics.computing():
-            outputs = torch.func.functional_call(
-                self._layer.module, self._tensors, self._layer.numerics.laid_out(inputs), tie_weights=False
-            )
+        outputs = self._outputs(inputs)
         head = self._layer.head
         if not scores or head is None:
-            return tuple(outputs)
+            return outputs
         prefix = next(name for name, module in self._layer.module.named_modules() if module is head)
         tensors = {
             key.removeprefix(f"{prefix}."): tensor for key, tensor in self._tensors.items() if key.startswith(f"{prefix}.")
         }
         with self._layer.numerics.computing():
             return (torch.func.functional_call(head, tensors, outputs, tie_weights=False),)
+
+    def _outputs(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        module = self._layer.module
+        made = None if self._code is None else self._code(module.training, self._tensors, inputs)
+        if made is not None:
+            return made
+        with self._layer.numerics.computing():
+            return tuple(
+                torch.func.functional_call(module, self._tensors, self._layer.numerics.laid_out(inputs), tie_weights=False)
+            )
 
     def _inputs(self, batch: int) -> list[Tensor]:
         return [torch.empty((batch, *spec.shape), dtype=spec.dtype, device=self._device) for spec in self.before]

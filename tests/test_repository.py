@@ -31,7 +31,7 @@ LEVELS = [
     ["passes", "early_stop", "supply", "computation"],
     ["residency"],
     ["methods"],
-    ["planner", "profiler"],
+    ["planner", "profiler", "compiling"],
     ["grouping"],
     ["partitioning"],
     ["device", "costs", "optimizers", "options", "ranks"],
