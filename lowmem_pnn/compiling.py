@@ -65,7 +65,7 @@ class CompiledLayer:
     """
 
     def __init__(self, layer: Layer, codes: Mapping[Use, Sequence[Code]]) -> None:
-        self._names = tuple(_own_names(layer))
+        self._names = tuple(_own_tensors(layer))
         self._numerics = layer.numerics
         self._codes = dict(codes)
 
@@ -83,7 +83,10 @@ class CompiledLayer:
         code = self._code_for(trains, inputs)
         if code is None:
             return None
-        arguments = [*(tensors[name] for name in self._names), *(_regular(tensor, self._numerics.channels_last) for tensor in inputs)]
+        arguments = [
+            *(tensors[name] for name in self._names),
+            *(_regular(tensor, self._numerics.channels_last) for tensor in inputs),
+        ]
         if torch.is_grad_enabled() or not trains:
             return tuple(code.call(*arguments))
         # The same code as with gradients, so that a forward that will be done again gives the same bits.
@@ -210,7 +213,7 @@ class _Program:
         source = ConstantSource("samples")
         self._symbol = self._shapes.create_symbol(size, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
         samples = self._shapes.create_symintnode(self._symbol, hint=size, source=source)
-        own = _own_names(layer)
+        own = _own_tensors(layer)
         with FakeTensorMode(shape_env=self._shapes, allow_non_fake_inputs=True):
             tensors = [
                 torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device).requires_grad_(like.requires_grad)
@@ -279,13 +282,13 @@ class _Program:
                 for operation, how in select_decomp_table().items()
                 if operation is not torch.ops.aten.embedding_dense_backward.default
             }
-            call = compile_fx.compile_fx(self._graph, self._arguments, inner_compile=inner, decompositions=table)
+            call: Any = compile_fx.compile_fx(self._graph, self._arguments, inner_compile=inner, decompositions=table)
         bounds = self._shapes.var_to_range[self._symbol]
         holds = frozenset(
             size
             for size in sizes
             if bounds.lower <= size <= bounds.upper
-            and all(bool(guard.expr.xreplace({self._symbol: _integer(size)})) for guard in self._shapes.guards)
+            and all(bool(guard.expr.subs(self._symbol, size)) for guard in self._shapes.guards)
         )
         modules = tuple(compiled.current_callable.__globals__ for compiled in made)
         return Code(call, holds, modules)
@@ -295,11 +298,11 @@ def _few_ranges() -> AbstractContextManager[Any]:
     """Where the compiler takes a number of samples for any number, 1 too, unless it has to know."""
     from torch.fx.experimental import _config
 
-    patched: AbstractContextManager[Any] = _config.patch(backed_size_oblivious=True)
+    patched: AbstractContextManager[Any] = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     return patched
 
 
-def _own_names(layer: Layer) -> dict[str, Tensor]:
+def _own_tensors(layer: Layer) -> dict[str, Tensor]:
     """A layer's tensors, without its head's, each once, under its first name."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in {**layer.parameters(), **layer.buffers()}.items():
@@ -311,12 +314,6 @@ def _own_names(layer: Layer) -> dict[str, Tensor]:
 def _regular(tensor: Tensor, channels_last: bool) -> Tensor:
     """A tensor as code takes it and gives it: contiguous, in one of the two orders that maps have."""
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last and tensor.dim() == 4 else tensor.contiguous()
-
-
-def _integer(value: int) -> Any:
-    import sympy
-
-    return sympy.Integer(value)
 
 
 @contextmanager

@@ -185,7 +185,9 @@ def check_device(config: FitConfig, on_cpu: bool, memory_bytes: int) -> None:
     """
     if not on_cpu:
         if config.compile:
-            raise ConfigError("--compile has no effect here: it needs the CPU, and this run is on a GPU; leave it out, or give --device cpu")
+            raise ConfigError(
+                "--compile has no effect here: it needs the CPU, and this run is on a GPU; leave it out, or give --device cpu"
+            )
         return
     for name, need in (
         ("budget_scope", "a CUDA device"),

@@ -286,6 +286,8 @@ def _train(
                     return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
             planned = make_plan(workload, costs, device)
             check_disk(workload, planned, costs)
+            if config.compile and config.micro_batch != 1 and any(part.micro_batch == 1 < part.batch for part in planned.partitions):
+                display.message("one sample at a time is not compiled unless it is asked for; give --micro-batch 1")
             state = first_state(workload, planned, rank)
             with RunDir.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
                 return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
@@ -313,7 +315,9 @@ def _plan(config: FitConfig, sources: Callable[[], Inputs]) -> PlanReport:
 
 
 @contextmanager
-def _opened(config: FitConfig, inputs: Inputs, rank: Rank = ALONE, display: Display | None = None) -> Iterator[tuple[Device, Workload]]:
+def _opened(
+    config: FitConfig, inputs: Inputs, rank: Rank = ALONE, display: Display | None = None
+) -> Iterator[tuple[Device, Workload]]:
     """The device, open, and what is to be done on it.
 
     Code is compiled before the floor is taken: the compiler is no part of training, and when it runs nothing of the model is there.
