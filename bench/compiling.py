@@ -12,6 +12,7 @@ About 30 minutes on one core. There is no reference to be measured against: PyTo
 """
 
 import argparse
+import json
 import os
 import tempfile
 from itertools import pairwise
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import arguments_of, fit, markdown_table, write_results
+from common import RESULTS, arguments_of, fit, markdown_table, write_results
 
 MB = 1e6
 STEPS, EPOCHS = 3, 4
@@ -130,14 +131,16 @@ def table_of(found: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="comma list of networks")
+    parser.add_argument("--only", help="comma list of networks; figures of others are kept")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="two small networks, one round; nothing is written")
     arguments = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     networks = SMALLER if arguments.quick else NETWORKS
     names = arguments.only.split(",") if arguments.only else list(networks)
-    found: dict[str, dict[str, Any]] = {}
+    file = RESULTS / "compiling.json"
+    kept = json.loads(file.read_text())["networks"] if arguments.only and not arguments.quick and file.exists() else {}
+    found: dict[str, dict[str, Any]] = {name: kept[name] for name in kept if name not in names}
     for name in names:
         found[name] = measure(name, networks[name], 1 if arguments.quick else arguments.rounds)
         text = (

@@ -286,7 +286,11 @@ def _train(
                     return go_on(workload, costs, device, rundir, state, threads, display, should_stop)
             planned = make_plan(workload, costs, device)
             check_disk(workload, planned, costs)
-            if config.compile and config.micro_batch != 1 and any(part.micro_batch == 1 < part.batch for part in planned.partitions):
+            if (
+                config.compile
+                and config.micro_batch != 1
+                and any(part.micro_batch == 1 < part.batch for part in planned.partitions)
+            ):
                 display.message("one sample at a time is not compiled unless it is asked for; give --micro-batch 1")
             state = first_state(workload, planned, rank)
             with RunDir.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
