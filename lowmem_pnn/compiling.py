@@ -65,10 +65,12 @@ class CompiledLayer:
 
     Args:
         layer: whose tensors it takes.
+        before: the boundary that it takes.
         codes: for each use, by ranges.
     """
 
-    def __init__(self, layer: Layer, codes: Mapping[Use, Sequence[Code]]) -> None:
+    def __init__(self, layer: Layer, before: Sequence[TensorSpec], codes: Mapping[Use, Sequence[Code]]) -> None:
+        self._shapes = [spec.shape for spec in before]
         self._names = tuple(_own_tensors(layer))
         self._numerics = layer.numerics
         self._codes = dict(codes)
@@ -101,6 +103,8 @@ class CompiledLayer:
         with_gradients = torch.is_grad_enabled()
         if not trains and with_gradients:
             return None
+        if [tuple(tensor.shape[1:]) for tensor in inputs] != self._shapes:
+            return None  # rows of a last layer in chunks
         learns_input = trains and (not with_gradients or any(tensor.requires_grad for tensor in inputs))
         codes = self._codes.get(Use(trains, learns_input))
         if codes is None and trains and (not with_gradients or not learns_input):
@@ -151,7 +155,7 @@ class Compiler:
         began = time.monotonic()
         modes = {module: module.training for module in layer.module.modules()}
         try:
-            layer.compiled = CompiledLayer(layer, {use: self._codes(layer, before, use) for use in uses})
+            layer.compiled = CompiledLayer(layer, before, {use: self._codes(layer, before, use) for use in uses})
         except Exception as error:  # whatever a compiler may raise over a user's layer
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(

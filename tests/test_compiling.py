@@ -148,7 +148,9 @@ def test_layers_run_as_they_are_where_there_is_no_code() -> None:
     assert layer.compiled(True, tensors, (many,)) is None
     assert layer.compiled(False, tensors, (some,)) is None  # eval mode, with gradients
     assert layer.compiled(True, tensors, (some,)) is not None
-    for x in (one, many, some):
+    rows = torch.randn(5, 2, 3)
+    assert layer.compiled(True, tensors, (rows,)) is None
+    for x in (one, many, some, rows):
         torch.testing.assert_close(layer(x)[0], layer.module(x)[0])
 
 
