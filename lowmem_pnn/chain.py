@@ -11,8 +11,10 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -60,6 +62,18 @@ class TensorSpec:
         return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
 
 
+class Compiled(Protocol):
+    """Code in the place of a layer's forward."""
+
+    def __call__(self, trains: bool, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Run it on a layer's tensors and inputs; None where there is no code for such inputs."""
+        ...
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Where it can be given fake tensors."""
+        ...
+
+
 class Layer:
     """The smallest piece of a model that can be cut off.
 
@@ -89,6 +103,9 @@ class Layer:
         assert len(self._parameter_names) == len(parameters)
         assert len(self._buffer_names) == len(buffers)
 
+    compiled: Compiled | None = None
+    """Code that is run instead of the module where it applies; the head is run as it is."""
+
     head: nn.Module | None = None
     """What gives class scores from its outputs: an auxiliary head; its weights are among the layer's."""
 
@@ -111,6 +128,10 @@ class Layer:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run it, from the boundary before it to the one after it; what it does not use goes through as it is."""
+        if self.compiled is not None:
+            made = self.compiled(self.module.training, {**self.parameters(), **self.buffers()}, tensors)
+            if made is not None:
+                return made
         with self.numerics.computing():
             # Not module(...): a GraphModule prints to stderr before it raises, and running out of memory is no news here.
             result: tuple[Tensor, ...] = self.module.forward(*self.numerics.laid_out(tensors))
@@ -133,8 +154,17 @@ class Layer:
         """
         with self.numerics.computing():
             outputs = torch.func.functional_call(self.module, dict(tensors), self.numerics.laid_out(inputs), tie_weights=False)
-        if not scores or self.head is None:
-            return tuple(outputs)
+        return self.scores_on(tensors, tuple(outputs)) if scores else tuple(outputs)
+
+    def scores_on(self, tensors: Mapping[str, Tensor], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`scores`, with other parameters and buffers than its own.
+
+        Args:
+            tensors: by name, as in `run_on`.
+            outputs: of the layer.
+        """
+        if self.head is None:
+            return outputs
         prefix = next(name for name, module in self.module.named_modules() if module is self.head) + "."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         with self.numerics.computing():

@@ -46,6 +46,7 @@ _SWITCHES = {
     "step_in_backward": ("--step-in-backward/--no-step-in-backward", " [default: step-in-backward]"),
     "parallel_sil": ("--parallel-sil", ""),
     "channels_last": ("--channels-last", ""),
+    "compile": ("--compile", ""),
 }
 
 

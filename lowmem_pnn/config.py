@@ -260,6 +260,13 @@ class FitConfig:
         default=False,
         description="Maps (B, C, H, W) lie in memory position by position: convolutions may be faster, last bits differ.",
     )
+    compile: bool = Field(
+        default=False,
+        description=(
+            "Run layers as code that PyTorch's compiler makes before training, once for all layers that are alike (CPU; needs a C++ "
+            "compiler); last bits differ."
+        ),
+    )
     budget_scope: Literal["process", "allocator"] = Field(
         default="process",
         description="What the budget bounds on a GPU: all that the process holds, or PyTorch's allocator alone.",

@@ -225,6 +225,7 @@ def _make_result(
         partitions=partitions,
         epochs=epochs,
         seconds=state.seconds,
+        compiled=workload.compiled,
         samples_per_second=samples_learnt(program, samples) / max(state.seconds, 1e-9),
         train_loss=last.train_loss,
         val_loss=last.val_loss,

@@ -159,6 +159,8 @@ def _contradictions(config: FitConfig) -> list[str]:
         faults.append(
             "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out"
         )
+    if config.plan_for == "time" and config.compile:
+        faults.append("--plan-for time runs layers as they are, and --compile makes code of them; leave one out")
     if config.plan_for == "time" and config.batch_size == "auto":
         faults.append("--plan-for time compares plans for one batch size, and --batch-size auto looks for the largest; give one")
     if config.plan_for == "time" and config.parallel_sil:
@@ -224,6 +226,10 @@ def check_device(config: FitConfig, on_cpu: bool, memory_bytes: int) -> None:
         BudgetError: on the CPU, a budget above the memory that there is.
     """
     if not on_cpu:
+        if config.compile:
+            raise ConfigError(
+                "--compile has no effect here: it needs the CPU, and this run is on a GPU; leave it out, or give --device cpu"
+            )
         return
     for name, need in (
         ("budget_scope", "a CUDA device"),

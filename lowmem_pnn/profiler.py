@@ -9,7 +9,7 @@ samples is the peak. A third number of samples checks it. The chain's own tensor
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem_pnn.chain import Chain, Layer, TensorSpec
+from lowmem_pnn.chain import Chain, Compiled, Layer, TensorSpec
 from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile, by_itself
 from lowmem_pnn.device.kernels import MAX_COMPILED, compiled, scratch_bytes
 from lowmem_pnn.device.tracking import StorageTracker
@@ -75,7 +75,8 @@ def profile(
                 counted = set()
             before, after = chain.boundaries[number], chain.boundaries[number + 1]
             learns_input = number > 0 and not by_units
-            key = likeness(layer), before, after, device, learns_input
+            # Code is a layer's own: it may be for other uses than that of a layer which is alike.
+            key = likeness(layer), layer.compiled, before, after, device, learns_input
             if key not in known:
                 known[key] = _Bench(layer, before, after, device, learns_input).found()
             found = known[key]
@@ -116,12 +117,12 @@ def _price(
     """
     parameters = _new(layer.parameters().values(), counted)
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    few, more, many = found.runs
 
     def peak(moments: Callable[[_Runs], list[int]]) -> Envelope:
-        return fit_peak(moments(few), moments(more), moments(many))
+        return Envelope.over(moment for sizes in found.runs for moment in fit_peak(*map(moments, sizes)).moments)
 
-    kept = fit_peak([few.kept], [more.kept], [many.kept]).moments[-1]
+    kepts = [fit_peak(*([run.kept] for run in sizes)).moments[-1] for sizes in found.runs]
+    kept = Affine(max(kept.fixed for kept in kepts), max(kept.per_sample for kept in kepts))
     return LayerCost(
         name=layer.name,
         num_params=sum(parameter.numel() for parameter in parameters),
@@ -162,13 +163,13 @@ class _Found:
     """What the bench says of a layer, and of all that are alike.
 
     Args:
-        runs: at `_FEW`, `_MORE` and `_MANY` samples.
+        runs: at `_FEW`, `_MORE` and `_MANY` samples; where there is code for it, without the code and with it.
         macs: multiply-accumulates of a forward, per sample.
         smallest: the fewest samples that it accepts in train mode.
         compiled: bytes of the code that is compiled for it, by its key.
     """
 
-    runs: tuple[_Runs, _Runs, _Runs]
+    runs: Sequence[tuple[_Runs, ...]]
     macs: int
     smallest: int
     compiled: Mapping[Hashable, int]
@@ -247,7 +248,9 @@ class _Bench:
         self.after = after
         self._device = device
         self._learns_input = learns_input
-        self.compiled: dict[Hashable, int] = {}
+        # By whether the layer's own code ran.
+        self._kernels: dict[bool, dict[Hashable, int]] = {False: {}, True: {}}
+        self._code: Compiled | None = None
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._tensors = self._fake({**layer.parameters(), **layer.buffers()})
 
@@ -257,8 +260,11 @@ class _Bench:
         Raises:
             ConfigError: the layer does not run.
         """
-        runs = self.measure(_FEW), self.measure(_MORE), self.measure(_MANY)
-        return _Found(runs, self.count_macs(), 1 if self.accepts(1) else 2, self.compiled)
+        # A layer with code runs without it now and then (one sample; rows in chunks), so that it costs the more of both.
+        ways = [False] if self._layer.compiled is None else [False, True]
+        runs = [tuple(self.measure(size, with_code) for size in (_FEW, _MORE, _MANY)) for with_code in ways]
+        kernels = self._kernels[False] | self._kernels[True]
+        return _Found(runs, self.count_macs(), 1 if self.accepts(1) else 2, kernels)
 
     def count_macs(self) -> int:
         """Multiply-accumulates of a forward in train mode, per sample.
@@ -270,17 +276,19 @@ class _Bench:
             self._run(*self._inputs(_FEW), scores=True)
         return int(flops.get_total_flops()) // 2 // _FEW
 
-    def measure(self, batch: int) -> _Runs:
+    def measure(self, batch: int, with_code: bool = False) -> _Runs:
         """Run the layer forward and backward in train mode, and forward in eval mode.
 
         Args:
             batch: number of samples.
+            with_code: run what was compiled of it, where that applies.
 
         Raises:
             ConfigError: it does not run.
         """
+        self._code = self._layer.compiled if with_code else None
         try:
-            with self._mode:
+            with self._mode, nullcontext() if self._code is None else self._code.rehearsing():
                 runs = self._train(batch)
                 runs.emit = self._emit(batch)
                 return runs
@@ -291,6 +299,8 @@ class _Bench:
                 f"layer {self._layer.name!r} does not run forward and backward on {batch} samples of {samples}: "
                 f"{type(error).__name__}: {reason}; its memory cannot be foreseen, mend its forward"
             ) from error
+        finally:
+            self._code = None
 
     def accepts(self, batch: int) -> bool:
         """Whether the layer runs on so few samples in train mode: BatchNorm over single values does not."""
@@ -326,7 +336,7 @@ class _Bench:
             coming = sum(tensor.nbytes for tensor in learnt)
             with timeline:
                 torch.autograd.backward(end, begin)
-            self.compiled = timeline.compiled
+            self._kernels[self._code is not None] = timeline.compiled
             # The first moments are the making of the gradient that comes in.
             runs.backward = [0, *(live - runs.kept - coming for live in timeline.moments)]
         for tensor in self._tensors.values():
@@ -340,11 +350,15 @@ class _Bench:
         with torch.no_grad(), timeline:
             self._run(*inputs)
         # Of one number of samples: the last measured.
-        self.compiled = self.compiled | {("eval", key): nbytes for key, nbytes in timeline.compiled.items()}
+        self._kernels[self._code is not None] |= {("eval", key): nbytes for key, nbytes in timeline.compiled.items()}
         return timeline.moments
 
     def _run(self, *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
-        return self._layer.run_on(self._tensors, *inputs, scores=scores)
+        """Its outputs; or, if it has a head, the head's scores."""
+        made = None if self._code is None else self._code(self._layer.module.training, self._tensors, inputs)
+        if made is None:
+            return self._layer.run_on(self._tensors, *inputs, scores=scores)
+        return self._layer.scores_on(self._tensors, made) if scores else made
 
     def _inputs(self, batch: int) -> list[Tensor]:
         return [torch.empty((batch, *spec.shape), dtype=spec.dtype, device=self._device) for spec in self.before]

@@ -22,6 +22,9 @@ class Result:
 
     Exits are numbered from 1, as `export --exit` takes them; `chosen_exit` is the number of the one that `auto` takes.
 
+    `compiled` has the number of `layers` and of `functions` that they share, and the `seconds` that compiling took in the last
+    process; `seconds` of the run are without them. It is empty without --compile.
+
     `skipped_steps` are those of fp16 that were left out because a gradient overflowed.
 
     Sizes are bytes; peaks are above the floor, which is what the process held before training. `test_accuracy`, or `perplexity`
@@ -46,6 +49,7 @@ class Result:
     partitions: Sequence[Mapping[str, Any]]
     epochs: Sequence[int]
     seconds: float
+    compiled: Mapping[str, float] = dataclasses.field(default_factory=dict)
     samples_per_second: float
     train_loss: float | None
     val_loss: float | None

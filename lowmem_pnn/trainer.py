@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lowmem_pnn.chain import TensorSpec, capture
+from lowmem_pnn.compiling import check_compiler
 from lowmem_pnn.config import FitConfig
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
@@ -37,7 +38,7 @@ from lowmem_pnn.state import State
 from lowmem_pnn.stores.disk import IoCounter, allow_many_files
 from lowmem_pnn.stores.rundir import RunDir, read_journal
 from lowmem_pnn.streams import Threads
-from lowmem_pnn.workload import make_workload, profile_workload
+from lowmem_pnn.workload import Workload, make_workload, profile_workload, with_code
 
 
 def fit(
@@ -135,8 +136,7 @@ def evaluate(run: str | Path) -> dict[str, float]:
         if "test" not in sources[2]:
             raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
         _rehearse()
-        with _open_device(config) as device:
-            workload = make_workload(config, *sources, device.torch_device)
+        with _opened(config, sources) as (device, workload):
             check_same_data(state, workload, path)
             plan = Plan.from_json(state.plan)
             counter = IoCounter()
@@ -265,11 +265,11 @@ def _train(
     # The caller's random state stays his.
     with torch.random.fork_rng(devices=[]), _full_is_a_budget_error(), _threads() as threads, _closing(display):
         # What has to be there before the floor is taken: imports, open data, threads.
+        if config.compile:
+            check_compiler()
         opened = sources()
         _rehearse()
-        _prepare_optimizer(config)
-        with _open_device(config, rank) as device:
-            workload = make_workload(config, *opened, device.torch_device)
+        with _opened(config, opened, rank, display) as (device, workload):
             costs = profile_workload(workload, device)
             clock = Clock(workload, costs, device)
             if resume:
@@ -293,6 +293,12 @@ def _train(
                     return go_on(workload, costs, device, rundir, state, threads, display, should_stop, clock)
             planned = make_plan(workload, costs, device, seconds_of=clock)
             check_disk(workload, planned, costs)
+            if (
+                config.compile
+                and config.micro_batch != 1
+                and any(part.micro_batch == 1 < part.batch for part in planned.partitions)
+            ):
+                display.message("one sample at a time is not compiled unless it is asked for; give --micro-batch 1")
             state = first_state(workload, planned, rank)
             with RunDir.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
                 return go_on(workload, costs, device, rundir, state, threads, display, should_stop, clock)
@@ -313,19 +319,42 @@ def _read_result(path: Path) -> Result:
 
 
 def _plan(config: FitConfig, sources: Callable[[], Inputs], timing: bool) -> PlanReport:
-    opened, known = sources(), Known()
-    _prepare_optimizer(config)
-    with _open_device(config) as device:
-        workload = make_workload(config, *opened, device.torch_device)
+    if config.compile:
+        check_compiler()
+    known = Known()
+    with _opened(config, sources()) as (device, workload):
         costs = profile_workload(workload, device, known)
         bench = Bench(device)
         report = describe_plan(workload, costs, device, Clock(workload, costs, device, bench))
-        return dataclasses.replace(report, prospects=compare(workload, costs, bench, known)) if timing else report
+        # Layers are timed as they are, without code.
+        if not timing or config.compile:
+            return report
+        return dataclasses.replace(report, prospects=compare(workload, costs, bench, known))
+
+
+@contextmanager
+def _opened(
+    config: FitConfig, inputs: Inputs, rank: Rank = ALONE, display: Display | None = None
+) -> Iterator[tuple[Device, Workload]]:
+    """The device, open, and what is to be done on it.
+
+    Code is compiled before the floor is taken: the compiler is no part of training, and when it runs nothing of the model is there.
+    """
+    _prepare_optimizer(config)
+    device = _open_device(config, rank)
+    compiled = None
+    if config.compile:
+        if display is not None:
+            display.message("compiling layers")
+        compiled = with_code(make_workload(config, *inputs, device.torch_device), device.torch_device)
+    with device:
+        yield device, compiled or make_workload(config, *inputs, device.torch_device)
 
 
 def _open_device(config: FitConfig, rank: Rank = ALONE) -> Device:
     kind, _, index = config.device.partition(":")
     if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
+        check_device(config, on_cpu=False, memory_bytes=psutil.virtual_memory().total)
         return CudaDevice(config.max_gpu_mem, int(index or rank.local), config.budget_scope)
     check_device(config, on_cpu=True, memory_bytes=psutil.virtual_memory().total)
     return CpuDevice(config.max_gpu_mem)

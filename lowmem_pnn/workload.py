@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from lowmem_pnn.chain import Chain, TensorSpec, capture
+from lowmem_pnn.compiling import Compiler, Use
 from lowmem_pnn.config import FitConfig
 from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import Device, is_out_of_memory
@@ -70,6 +72,7 @@ class Workload:
         method: the training method.
         chain: the model in layers; its tensors are on the meta device until they are resident.
         bare: the same without auxiliary heads.
+        compiled: `layers`, `functions` that they share, and the `seconds` it took to compile them; empty where they run as they are.
     """
 
     config: FitConfig
@@ -79,6 +82,7 @@ class Workload:
     method: Method
     chain: Chain
     bare: Chain
+    compiled: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def rows_per_sample(self) -> int:
@@ -252,6 +256,42 @@ def _by_method(workload: Workload) -> Workload:
             f"--method pnn needs a class for each sample, and data {workload.dataset.name} has one for each token; use --method exact"
         )
     return dataclasses.replace(workload, chain=_with_heads(workload)) if workload.method.learns_by_units else workload
+
+
+def with_code(workload: Workload, device: torch.device) -> Workload:
+    """The workload, its layers compiled for all that a run does with them.
+
+    Args:
+        workload: with `--compile`.
+        device: that will compute.
+
+    Raises:
+        ConfigError: a layer cannot be compiled.
+    """
+    config = workload.config
+    most = min(max(config.batch_sizes), config.micro_batch or max(config.batch_sizes))
+    compiler = Compiler(range(min(2, most), most + 1), device)
+    for number, layer in enumerate(workload.chain.layers):
+        compiler.compile(layer, workload.chain.boundaries[number], [*_training_uses(workload, number), Use(trains=False)])
+    counted = {"layers": len(workload.chain.layers), "functions": compiler.num_functions, "seconds": compiler.seconds}
+    return dataclasses.replace(workload, compiled=counted)
+
+
+def _training_uses(workload: Workload, number: int) -> list[Use]:
+    """How a layer is trained: its inputs have gradients, unless they are the model's, a partition's that learns alone, or a unit's."""
+    config, method = workload.config, workload.method
+    if number == 0:
+        return [Use(trains=True)]
+    if method.sweeps or config.method == "backprop":
+        inside, first = True, False
+    elif method.learns_by_units:
+        inside, first = config.recovery_epochs > 0, True
+    else:
+        # Without cuts the plan, which is made later, says where partitions begin.
+        begins = {workload.chain.layer_index(cut) for cut in config.cuts or ()}
+        first = config.cuts is None or number in begins
+        inside = number not in begins or config.recovery_epochs > 0
+    return [Use(trains=True, learns_input=learns) for learns, wanted in ((True, inside), (False, first)) if wanted]
 
 
 def _with_heads(workload: Workload) -> Chain:

@@ -31,7 +31,7 @@ def chain_of(*layers: nn.Module, shape: tuple[int, ...] = (16,), numerics: Numer
 
 
 def profile_of(chain: Chain) -> MemoryProfile:
-    return profile(chain, optimizer_state_tensors=2, step_temporaries=0.0, device=torch.device("cpu"))
+    return profile(chain, optimizers=[OptimizerSpec("adam")], device=torch.device("cpu"))
 
 
 def kinds(chain: Chain) -> list[int]:

@@ -36,7 +36,7 @@ LEVELS = [
     ["passes", "early_stop", "supply", "computation"],
     ["residency"],
     ["methods"],
-    ["planner", "profiler"],
+    ["planner", "profiler", "compiling"],
     ["grouping", "likeness"],
     ["partitioning"],
     ["device", "costs", "optimizers", "options", "ranks"],

@@ -20,7 +20,11 @@ PACKING_BYTES = 1_600_000
 # The same of a matrix product in bfloat16, on a processor that has instructions for it. Measured: 2.05 MB for the three of a linear
 # layer, forward and backward; in float32 and float16 nothing is compiled.
 PRODUCT_BYTES = 700_000
-_PRODUCTS = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
+_PRODUCTS = frozenset(
+    variant
+    for product in (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+    for variant in (product.default, product.out)
+)
 # oneDNN keeps so many compiled operations, and forgets the ones that were not used for the longest time.
 MAX_COMPILED = 1024
 
