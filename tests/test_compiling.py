@@ -20,8 +20,9 @@ from lowmem_pnn import compiling, trainer
 from lowmem_pnn.chain import Chain, Layer, TensorSpec, capture
 from lowmem_pnn.compiling import Code, Compiler, Use
 from lowmem_pnn.errors import ConfigError, Stopped
+from lowmem_pnn.fakebench import _Sink
 from lowmem_pnn.options import configure
-from lowmem_pnn.profiler import _Sink, profile
+from lowmem_pnn.profiler import profile
 from lowmem_pnn.report import Result
 from lowmem_pnn.sources.gpt import GPT, GptShape
 

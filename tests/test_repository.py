@@ -37,7 +37,7 @@ LEVELS = [
     ["residency"],
     ["methods"],
     ["planner", "profiler", "compiling"],
-    ["grouping", "likeness"],
+    ["grouping", "likeness", "fakebench"],
     ["partitioning"],
     ["device", "costs", "optimizers", "options", "ranks"],
     ["config", "plans"],
