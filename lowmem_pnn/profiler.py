@@ -1,8 +1,9 @@
 """The profiler: what each layer of a chain costs in memory, found with fake tensors: nothing is allocated.
 
-Each layer runs alone on a bench (`lowmem_pnn.fakebench`), forward and backward, at two numbers of samples. Every moment of a run (the end of an operation) is matched
-with the same moment of the other run, which gives its bytes as a straight line, and the highest of these lines at any number of
-samples is the peak. A third number of samples checks it. The chain's own tensors are neither read nor changed.
+Each layer runs alone on a bench (`lowmem_pnn.fakebench`), forward and backward, at two numbers of samples. Every moment of a run (the
+end of an operation) is matched with the same moment of the other run, which gives its bytes as a straight line, and the highest of
+these lines at any number of samples is the peak. A third number of samples checks it. The chain's own tensors are neither read nor
+changed.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
