@@ -270,6 +270,8 @@ class _Program:
         from torch._inductor.decomposition import select_decomp_table
 
         made: list[Any] = []
+        # How what forward keeps lies in memory is told to backward as numbers, for one number of samples; as symbols it holds for all.
+        self._shapes.evaluate_symexpr = self._shapes.deserialize_symexpr  # type: ignore[assignment, method-assign]
 
         def inner(*arguments: Any, **options: Any) -> Any:
             made.append(compile_fx.compile_fx_inner(*arguments, **options))
