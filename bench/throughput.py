@@ -62,7 +62,7 @@ class Network:
     """
 
     model: str
-    model_arg: Mapping[str, str]
+    model_arg: Mapping[str, Any]
     data: str
     batch: int
 
@@ -70,7 +70,7 @@ class Network:
 NETWORKS = {
     "mlp": Network("mlp:" + "-".join(["1024"] * 25) + "-10", {}, "grey", 1024),
     "resnet18": Network("cifar-resnet18", {}, "images", 64),
-    "vit": Network("networks:vit", {"depth": "8", "width": "384", "heads": "6"}, "images", 64),
+    "vit": Network("networks:vit", {"depth": 8, "width": 384, "heads": 6}, "images", 64),
     "gpt": Network("gpt:layers=8,width=512,heads=8,context=256", {}, "text", 16),
 }
 
