@@ -6,7 +6,7 @@ and that training is up to 2.5 times as fast on a GPU. Pinned memory, the third 
 
     python bench/accelerations.py [--data npz:cifar10.npz,cifar100] [--device auto] [--full] [--quick] [--again]
 
-The plain form is for one CPU core: 2,000 images, three epochs, about a quarter of an hour; --full takes all images, ten epochs, for a GPU.
+The plain form is for one CPU core: 1,000 images, three epochs, about a quarter of an hour; --full takes all images, ten epochs, for a GPU.
 Finished runs are kept in bench/.cache/.
 """
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="forget the runs that are finished")
     arguments = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    limits: dict[str, Any] = {} if arguments.full else {"train_limit": 2000, "test_limit": 1000}
+    limits: dict[str, Any] = {} if arguments.full else {"train_limit": 1000, "test_limit": 1000}
     epochs, networks = 10 if arguments.full else 3, NETWORKS
     if arguments.quick:
         limits, epochs = {"train_limit": 256, "test_limit": 100}, 1

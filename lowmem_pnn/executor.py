@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.arrivals import Arrivals, late_names
+from lowmem_pnn.arrivals import Arrivals
 from lowmem_pnn.device import Device, Download, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, DataError, DivergedError
 from lowmem_pnn.feeds import Batch, Feed
@@ -177,12 +177,12 @@ class Executor:
             optimizer.step()
             optimizer.zero_grad()
 
-        by_units, in_chunks = stage.objective.by_units, stage.is_last and stage.chunk_rows is not None
-        late = late_names(residency.layers, residency.name_of, by_units=by_units, in_chunks=in_chunks)
         # What is to be clipped, or may have overflowed, waits for all gradients.
         waits = stage.clip_norm is not None or stage.loss_scale.moves
         at_once = at_once and stage.steps_in_backward and not waits
-        return Arrivals(residency.groups, residency.parameters, late, act, at_once=at_once, by_units=by_units)
+        return Arrivals(
+            residency.groups, residency.parameters, stage.late, act, at_once=at_once, by_units=stage.objective.by_units
+        )
 
     @staticmethod
     def _finish(stage: Stage, steps: Arrivals) -> None:

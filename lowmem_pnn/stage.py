@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from lowmem_pnn.arrivals import late_names
 from lowmem_pnn.methods import Objective
 from lowmem_pnn.numerics import LossScale
 from lowmem_pnn.residency import Residency
@@ -78,3 +80,13 @@ class Stage:
     chunk_rows: int | None = None
     shuffle: bool = True
     steps_in_backward: bool = True
+
+    @cached_property
+    def late(self) -> frozenset[str]:
+        """Parameters whose gradients come from more than one backward of a micro-batch."""
+        return late_names(
+            self.residency.layers,
+            self.residency.name_of,
+            by_units=self.objective.by_units,
+            in_chunks=self.is_last and self.chunk_rows is not None,
+        )

@@ -71,14 +71,13 @@ class SweepSteps:
         self._total_steps = total_steps
         # Gradient norms are added up in the order in which the model names its parameters.
         self._rank = {name: number for number, name in enumerate(workload.chain.persistent)}
+        # Of each partition, the parameters whose gradients are whole only after backward, even if a batch goes through at once.
+        self.late = [
+            late_names(own.layers, own.name_of, by_units=False, in_chunks=own is residencies[-1] and plan.loss_chunk is not None)
+            for own in residencies
+        ]
         # Names in weight files, which do not change: of the optimizer's state of each group.
         self._state_keys = [self._keys_of_state(number) for number in range(len(residencies))]
-
-    def late(self, partition: int) -> frozenset[str]:
-        """Parameters whose gradients are whole only after backward, even if a batch goes through at once."""
-        residency = self._residencies[partition]
-        in_chunks = partition == len(self._residencies) - 1 and self._plan.loss_chunk is not None
-        return late_names(residency.layers, residency.name_of, by_units=False, in_chunks=in_chunks)
 
     def keys(self, partition: int, step: int, *, with_weights: bool) -> Iterator[str]:
         """Names in weight files of the tensors that the steps of a partition take, in their order.
@@ -88,7 +87,7 @@ class SweepSteps:
             step: optimizer steps before.
             with_weights: they are not resident.
         """
-        for number in arrival_order(self._residencies[partition].groups, self.late(partition)):
+        for number in arrival_order(self._residencies[partition].groups, self.late[partition]):
             if with_weights:
                 yield from map(weight_key, self._residencies[partition].groups[number])
             if not self._forgets_state(step):
@@ -126,7 +125,7 @@ class SweepSteps:
             norms = [norm for _, norm in sorted(batch.norms.items(), key=lambda item: self._rank[item[0]])]
             batch.total_norm = nn.utils.get_total_norm(norms)
         groups = self._residencies[partition].groups
-        for number in arrival_order(groups, self.late(partition)):
+        for number in arrival_order(groups, self.late[partition]):
             parameters = {}
             for name in groups[number]:
                 parameters[name] = nn.Parameter(self._device.place(supply.take()))

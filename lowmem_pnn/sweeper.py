@@ -260,7 +260,7 @@ class Sweeper:
 
     def _arrivals(self, visit: Visit, work: _Work, act: Callable[[int], None]) -> Arrivals:
         residency = self._residencies[visit.partition]
-        late, at_once = self._steps.late(visit.partition), self._workload.config.step_in_backward and len(work.parts) == 1
+        late, at_once = self._steps.late[visit.partition], self._workload.config.step_in_backward and len(work.parts) == 1
         return Arrivals(residency.groups, residency.parameters, late, act, at_once=at_once)
 
     def _apply(self, visit: Visit, work: _Work, file: TensorFile, number: int) -> None:
