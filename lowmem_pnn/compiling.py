@@ -266,9 +266,13 @@ class _Program:
             sizes: numbers of samples that the code may be for.
         """
         from torch._functorch import config as autograd_config
-        from torch._inductor import compile_fx, config
+        from torch._inductor import compile_fx, config, lowering
         from torch._inductor.decomposition import select_decomp_table
 
+        for operation in _LEFT_WHOLE:
+            if operation not in lowering.lowerings:
+                # Said beforehand: where the variable CI is set, the compiler refuses to find out by itself.
+                lowering.make_fallback(operation, warn=False, override_decomp=True)
         made: list[Any] = []
         # How what forward keeps lies in memory is told to backward as numbers, for one number of samples; as symbols it holds for all.
         self._shapes.evaluate_symexpr = self._shapes.deserialize_symexpr  # type: ignore[assignment, method-assign]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowmem_pnn import profiler
+from lowmem_pnn import fakebench
 from lowmem_pnn.chain import TensorSpec, capture
 from lowmem_pnn.costs import Affine, Envelope, largest_part
 from lowmem_pnn.device.tracking import StorageTracker
@@ -79,7 +79,7 @@ def resnet18():
 @pytest.fixture
 def tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what kernels hold beside tensors, for comparisons with a tracker, which sees tensors."""
-    monkeypatch.setattr(profiler, "scratch_bytes", lambda *_: 0)
+    monkeypatch.setattr(fakebench, "scratch_bytes", lambda *_: 0)
 
 
 def test_a_linear_layer_by_hand():
