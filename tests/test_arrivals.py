@@ -11,13 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plainloops import Data, assert_same_weights, images, loaded, small_conv, small_mlp, train_by_backprop, vectors
 from test_exact import _Forgets, small_gpt, tokens
-from test_executor import chain_of, fit_on
+from test_executor import _Squeeze, chain_of, fit_on
 from torch import Tensor, nn
 
 from lowmem_pnn.arrivals import Arrivals, arrival_order, late_names, of_one_backward
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import CaptureError, DivergedError
-from lowmem_pnn.progress import Display
 from lowmem_pnn.report import Result
 
 Build = Callable[[], nn.Module]
@@ -182,21 +181,6 @@ def test_exact_keeps_gradients_that_are_to_be_clipped_outside_of_memory_while_ba
     }
     assert_same_weights(*(loaded(wide_mlp, run.weights_file) for run in runs.values()))
     assert runs[True].partitions[0]["predicted_peak_bytes"] < runs[False].partitions[0]["predicted_peak_bytes"]
-
-
-class _Squeeze(Display):
-    """Takes memory away from the device when the second epoch begins."""
-
-    def __init__(self, device: SimulatedDevice, capacity: int) -> None:
-        self._device, self._capacity = device, capacity
-        self.messages: list[str] = []
-
-    def start_epoch(self, title: str, epoch: int, epochs: int, num_samples: int, done: int) -> None:
-        if epoch == 1:
-            self._device.capacity_bytes = self._capacity
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
 
 
 def test_a_batch_that_was_stepped_in_part_is_done_again_from_the_last_commit(
