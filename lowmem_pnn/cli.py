@@ -36,7 +36,7 @@ _METAVARS = {
     "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
     "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
-    "plan_for": "size|time",
+    "plan_for": "auto|size|time",
 }  # fmt: skip
 
 

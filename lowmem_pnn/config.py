@@ -118,11 +118,12 @@ class FitConfig:
         default=None,
         description="Samples on the device at once, at most; the planner chooses the largest that fits if not given.",
     )
-    plan_for: Literal["size", "time"] = Field(
-        default="size",
+    plan_for: Literal["auto", "size", "time"] = Field(
+        default="auto",
         description=(
-            "What the planner prefers among the plans that fit: size: the fewest partitions with a good micro-batch, which are the "
-            "same on every machine; time: the least predicted seconds, from layers that are timed first."
+            "What the planner prefers among the plans that fit: size: the fewest partitions with a good micro-batch; time: the least "
+            "predicted seconds, from layers that are timed first; auto: size, but for exact, which trains the same by any plan, the "
+            "least seconds by nominal rates, which are the same on every machine."
         ),
     )
     optimizer: Optimizers = Field(default=("adamw",), description="sgd, adam or adamw, one or one per partition.")

@@ -64,12 +64,12 @@ def sweep_bytes(workload: Workload, profile: MemoryProfile, device: Device, io: 
         return state + io.transfer_bytes
     # The gradient that other partitions left, and the sum with it.
     shared = 2 * profile.shared_bytes
-    return state + shared + reading_bytes(workload, device, io, 0, batch) + 2 * stream_bytes(profile, io) + io.boundary_bytes
+    return state + shared + reading_bytes(workload, device, io, 0, batch) + 2 * stream_bytes(profile, io.stream_bytes) + io.boundary_bytes
 
 
-def stream_bytes(profile: MemoryProfile, io: IoSizes) -> int:
-    """What a sweep reads ahead, and as much that it writes behind: a tensor that is larger than the stream waits alone."""
-    return max(io.stream_bytes, max(layer.weight_bytes for layer in profile.layers))
+def stream_bytes(profile: MemoryProfile, window_bytes: int) -> int:
+    """What a sweep reads ahead, and as much that it writes behind: a tensor that is larger than the window waits alone."""
+    return max(window_bytes, max(layer.weight_bytes for layer in profile.layers))
 
 
 def reading_bytes(workload: Workload, device: Device, io: IoSizes, boundary: int, batch: int) -> int:

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
+from torch import nn
 
 from lowmem_pnn import planner
 from lowmem_pnn.arrivals import of_one_backward
+from lowmem_pnn.clocks import Clock
 from lowmem_pnn.config import LARGEST_AUTO_BATCH
 from lowmem_pnn.costs import MemoryProfile, in_chunks, stepped_in_backward, streamed
 from lowmem_pnn.device import Device
@@ -20,6 +22,7 @@ from lowmem_pnn.footprint import (
     disk_bytes,
     objective_memory,
     reading_bytes,
+    stream_bytes,
     sweep_bytes,
 )
 from lowmem_pnn.grouping import alike_cuts
@@ -53,7 +56,7 @@ def make_plan(
         profile: what its layers cost.
         device: open; its budget is the plan's.
         unexplained_bytes: what a measurement showed above the prediction, to be kept free too.
-        seconds_of: asked where the configuration wants the plan that takes least time.
+        seconds_of: asked where the configuration wants the plan that takes least time, by measurement.
 
     Returns:
         A plan whose predicted peaks are without the device's reserve.
@@ -66,6 +69,8 @@ def make_plan(
     if config.plan_for == "time":
         assert seconds_of is not None, "whoever plans for time can tell it"
         return _fastest(workload, profile, device, unexplained_bytes, seconds_of)
+    if config.plan_for == "auto" and _is_free(workload):
+        return _fastest(workload, profile, device, unexplained_bytes, Clock.nominal(workload, profile, device))
     if config.batch_size != "auto":
         return _make_plan(workload, profile, device, unexplained_bytes, config.batch_sizes)
     # Two batches wait on the host beside a partition: the fewer samples a batch may have, the more room is left for them.
@@ -84,6 +89,16 @@ def make_plan(
         dataclasses.replace(part, batch=size, micro_batch=size) for part, size in zip(plan.partitions, sizes, strict=True)
     )
     return dataclasses.replace(plan, partitions=tuple(partitions))
+
+
+def _is_free(workload: Workload) -> bool:
+    """Whether training comes to the same by any plan, and there is something to choose."""
+    config, layers = workload.config, workload.chain.layers
+    if not workload.method.sweeps or config.batch_size == "auto" or config.cuts is not None or config.partitions is not None:
+        return False
+    # BatchNorm sees a micro-batch, and the more samples the better.
+    kinds = nn.modules.batchnorm._BatchNorm
+    return not any(isinstance(module, kinds) for layer in layers for module in layer.module.modules())
 
 
 def _fastest(workload: Workload, profile: MemoryProfile, device: Device, unexplained_bytes: int, seconds_of: SecondsOf) -> Plan:
@@ -180,7 +195,24 @@ def _make_plan(
         loss_chunk=chunk,
         sweep_micro_batch=partitions[0].micro_batch if sweeps else 0,
     )
-    return plan if sweeps or not config.recovery_epochs else _with_recovery(workload, profile, device, plan, fixed)
+    if sweeps:
+        return _with_streams(profile, device, plan)
+    return plan if not config.recovery_epochs else _with_recovery(workload, profile, device, plan, fixed)
+
+
+def _with_streams(profile: MemoryProfile, device: Device, plan: Plan) -> Plan:
+    """A plan that reads up to twice as far ahead, where it leaves room for that: a partition's first layers are waited for less."""
+    window = IoSizes.of_budget(device.budget_bytes).stream_bytes
+    if not device.shares_host:
+        return dataclasses.replace(plan, stream_bytes=window)
+    spare = device.budget_bytes - device.reserve_bytes - plan.predicted_peak_bytes
+    longer = window + min(window, max(0, spare) // 2)
+    more = 2 * (stream_bytes(profile, longer) - stream_bytes(profile, window))
+    partitions = tuple(
+        dataclasses.replace(part, predicted_peak_bytes=part.predicted_peak_bytes + more) for part in plan.partitions
+    )
+    peak = plan.predicted_peak_bytes + more
+    return dataclasses.replace(plan, partitions=partitions, predicted_peak_bytes=peak, stream_bytes=longer)
 
 
 def _check_cuts_apart(workload: Workload, plan: Plan) -> None:

@@ -47,6 +47,7 @@ class Plan:
         smallest_micro_batch: the fewest samples that the modules accept at once, to which an executor may shrink.
         loss_chunk: rows for which the last layer and the loss are computed at once; None for all of a micro-batch.
         sweep_micro_batch: samples on the device at once in sweeps, the same for all partitions; 0 where there are none.
+        stream_bytes: of weights and optimizer state that a method by sweeps reads ahead, and as many that wait to be written; 0 else.
     """
 
     partitions: tuple[PartitionPlan, ...]
@@ -56,6 +57,7 @@ class Plan:
     smallest_micro_batch: int
     loss_chunk: int | None = None
     sweep_micro_batch: int = 0
+    stream_bytes: int = 0
 
     def title(self, number: int, layers: Sequence[str]) -> str:
         """A partition in words.

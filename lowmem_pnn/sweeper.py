@@ -106,7 +106,8 @@ class Sweeper:
         self._steps = SweepSteps(workload, plan, sweep, self._residencies, device, total_steps)
         self._active: int | None = None
         io, seed = IoSizes.of_budget(device.budget_bytes), workload.config.seed
-        self._supply = Supply(weights, device, threads, io.stream_bytes, self._steps.largest_state(weights))
+        window = plan.stream_bytes or io.stream_bytes
+        self._supply = Supply(weights, device, threads, window, self._steps.largest_state(weights))
         place = "forward" if sweep.place == "epoch" else sweep.place
         self._crossing = Crossing(device, folder, io.boundary_bytes, counter, seed, place)
         self._uploads = Uploads(device)

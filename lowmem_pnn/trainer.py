@@ -13,6 +13,7 @@ from torch import nn
 
 from lowmem_pnn.chain import TensorSpec, capture
 from lowmem_pnn.compiling import check_compiler
+from lowmem_pnn.clocks import Clock
 from lowmem_pnn.config import FitConfig
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
@@ -28,7 +29,7 @@ from lowmem_pnn.planning import describe_plan, make_plan
 from lowmem_pnn.plans import Plan
 from lowmem_pnn.profiler import Known, profile
 from lowmem_pnn.progress import Display
-from lowmem_pnn.prospects import Clock, compare
+from lowmem_pnn.prospects import compare
 from lowmem_pnn.ranks import ALONE, Rank
 from lowmem_pnn.rates import Bench
 from lowmem_pnn.report import PlanReport, Result
@@ -271,7 +272,7 @@ def _train(
         _rehearse()
         with _opened(config, opened, rank, display) as (device, workload):
             costs = profile_workload(workload, device)
-            clock = Clock(workload, costs, device)
+            clock = Clock.measured(workload, costs, device)
             if resume:
                 # Threads end first: a commit that is under way needs the lock.
                 with RunDir.open(path) as rundir, closing(threads):
@@ -325,7 +326,7 @@ def _plan(config: FitConfig, sources: Callable[[], Inputs], timing: bool) -> Pla
     with _opened(config, sources()) as (device, workload):
         costs = profile_workload(workload, device, known)
         bench = Bench(device)
-        report = describe_plan(workload, costs, device, Clock(workload, costs, device, bench))
+        report = describe_plan(workload, costs, device, Clock.measured(workload, costs, device, bench))
         # Layers are timed as they are, without code.
         if not timing or config.compile:
             return report

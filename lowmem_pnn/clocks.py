@@ -1,0 +1,105 @@
+"""Clocks: what a workload's training takes by any plan, from rates that are measured here and now, or from nominal ones."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+from lowmem_pnn import nominal
+from lowmem_pnn.costs import MemoryProfile
+from lowmem_pnn.device import Device
+from lowmem_pnn.footprint import activation_bytes
+from lowmem_pnn.forecast import PartitionBytes, Rates, Setting, Work, one_epoch, whole
+from lowmem_pnn.plans import Plan
+from lowmem_pnn.rates import Bench
+from lowmem_pnn.workload import IoSizes, Workload
+
+
+class Clock:
+    """Predicted seconds of a workload's whole training, by any plan.
+
+    Args:
+        workload: model, data and method.
+        profile: what its layers cost.
+        find_rates: how fast they are; called when the clock is first asked.
+    """
+
+    def __init__(self, workload: Workload, profile: MemoryProfile, find_rates: Callable[[], Rates]) -> None:
+        self._workload, self._profile, self._find_rates = workload, profile, find_rates
+
+    @classmethod
+    def measured(cls, workload: Workload, profile: MemoryProfile, device: Device, bench: Bench | None = None) -> "Clock":
+        """A clock whose rates are measured: each layer with up to as many samples as a batch has.
+
+        Args:
+            workload: model, data and method.
+            profile: what its layers cost.
+            device: open; layers run on it, within its budget.
+            bench: that has timed some of them already, or None.
+        """
+        timer = Bench(device) if bench is None else bench
+
+        def find_rates() -> Rates:
+            most, by_units = max(workload.config.batch_sizes), workload.method.learns_by_units
+            layers, share = timer.layers(workload.chain, profile, most, by_units=by_units)
+            rates = Rates(layers, *timer.machine(workload.optimizer(0), Path.cwd()), share)
+            # What is kept free of it for further use is not to stand in the way of what was planned.
+            device.release()
+            return rates
+
+        return cls(workload, profile, find_rates)
+
+    @classmethod
+    def nominal(cls, workload: Workload, profile: MemoryProfile, device: Device) -> "Clock":
+        """A clock that goes the same on every machine with a device of this kind; arguments as for `measured`."""
+        machine = nominal.CPU if device.shares_host else nominal.CUDA
+        return cls(workload, profile, lambda: nominal.nominal_rates(profile, machine))
+
+    @cached_property
+    def rates(self) -> Rates:
+        """How fast layers, optimizer and drive are."""
+        return self._find_rates()
+
+    def work(self, plan: Plan) -> tuple[Work, Work]:
+        """Of an epoch, and of the whole training."""
+        method = self._workload.method
+        setting = setting_of(self._workload, self._profile, plan)
+        program = method.program(len(plan.partitions), self._workload.training_splits)
+        return one_epoch(program, plan, setting, self.rates), whole(program, plan, setting, self.rates)
+
+    def __call__(self, plan: Plan) -> float:
+        """Seconds of the whole training."""
+        return self.work(plan)[1].seconds
+
+
+def setting_of(workload: Workload, profile: MemoryProfile, plan: Plan) -> Setting:
+    """What a forecast needs to know of a workload.
+
+    Args:
+        workload: model, data and method.
+        profile: what its layers cost.
+        plan: how it is cut.
+    """
+    io = IoSizes.of_budget(plan.budget_bytes)
+    partitions = []
+    for part in plan.partitions:
+        layers = profile.layers[part.start : part.stop]
+        buffers = sum(layer.buffer_bytes for layer in layers)
+        partitions.append(
+            PartitionBytes(
+                weights=buffers + sum(layer.weight_bytes for layer in layers),
+                buffers=buffers,
+                trainable=sum(layer.gradient_bytes for layer in layers),
+                optimizer=sum(layer.optimizer_bytes for layer in layers),
+                inputs=activation_bytes(workload, part.start),
+                outputs=part.output_bytes_per_sample,
+                kept=activation_bytes(workload, part.stop),
+            )
+        )
+    return Setting(
+        partitions,
+        workload.training_splits,
+        by_units=workload.method.learns_by_units,
+        stream_bytes=plan.stream_bytes or io.stream_bytes,
+        boundary_bytes=io.boundary_bytes,
+        window_bytes=io.window_bytes,
+    )
