@@ -6,20 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from plainloops import stop_at
+from torch import nn
 
+import lowmem_pnn
 from lowmem_pnn.config import FitConfig
+from lowmem_pnn.costs import Affine, LayerCost, MemoryProfile
 from lowmem_pnn.device import CpuDevice
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.forecast import LayerSeconds, PartitionBytes, Rates, Seconds, Setting, Work, one_epoch, seconds_text, whole
 from lowmem_pnn.inputs import named_inputs
 from lowmem_pnn.methods import Sweep, Visit, make_method
+from lowmem_pnn.nominal import Machine, nominal_rates
 from lowmem_pnn.options import configure
 from lowmem_pnn.passes import micro_batches
 from lowmem_pnn.planning import make_plan
 from lowmem_pnn.plans import PartitionPlan, Plan
+from lowmem_pnn.report import PlanReport
 from lowmem_pnn.trainer import plan_run, resume_run, start_run
-from lowmem_pnn.workload import make_workload, profile_workload
+from lowmem_pnn.workload import IoSizes, make_workload, profile_workload
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
@@ -209,6 +215,59 @@ def test_the_plan_of_least_predicted_time_is_taken() -> None:
     assert len(most.partitions) == max(len(plan.partitions) for plan in asked)
     assert all(part.predicted_peak_bytes <= 24_000_000 for plan in asked for part in plan.partitions)
     assert fewest in asked
+
+
+def of_convolutions(norm: bool, **options: Any) -> PlanReport:
+    """The plan of a network whose activations outweigh its weights."""
+
+    def build() -> nn.Module:
+        layers: list[nn.Module] = []
+        for number in range(6):
+            layers += [nn.Conv2d(32 if number else 3, 32, 3, padding=1), *([nn.BatchNorm2d(32)] if norm else []), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 256, 5))
+
+    data = torch.rand(128, 3, 16, 16), torch.arange(128) % 5
+    given = {"max_gpu_mem": "24MB", "timing": False, "device": "cpu", "batch_size": 64, **options}
+    return lowmem_pnn.plan(build, data, **given)
+
+
+def test_exact_recomputes_less_with_smaller_micro_batches() -> None:
+    by_size, by_default = (of_convolutions(False, method="exact", plan_for=wish) for wish in ("size", "auto"))
+    (only,) = by_default.partitions
+    assert len(by_size.partitions) == 2
+    assert only["micro_batch"] < by_size.partitions[0]["micro_batch"]
+    assert of_convolutions(False, method="exact").partitions == by_default.partitions, "the default, and always the same"
+    assert by_default.predicted_peak_bytes <= 24_000_000
+
+
+@pytest.mark.parametrize("options", [{"norm": True, "method": "exact"}, {"norm": False, "method": "pnn"}], ids=str)
+def test_where_a_plan_changes_what_is_learnt_its_size_decides(options: dict[str, Any]) -> None:
+    assert of_convolutions(**options).partitions == of_convolutions(**options, plan_for="size").partitions
+
+
+def test_streams_are_longer_where_the_plan_leaves_room() -> None:
+    tight, roomy = (planned(lambda plan: 0.0, max_gpu_mem=budget, plan_for="size") for budget in ("16MB", "100MB"))
+    for found, budget in ((tight, 16_000_000), (roomy, 100_000_000)):
+        window = IoSizes.of_budget(budget).stream_bytes
+        assert window <= found.stream_bytes <= 2 * window
+        assert all(part.predicted_peak_bytes <= budget for part in found.partitions)
+    assert roomy.stream_bytes == 2 * IoSizes.of_budget(100_000_000).stream_bytes
+    assert Plan.from_json(roomy.to_json()) == roomy
+
+
+# Nominal rates.
+
+
+def test_nominal_rates_are_sums_of_counts() -> None:
+    machine = Machine(mac=1.0, forward_weight=1e3, backward_weight=1e4, call=1e6, touch=1e9, step=2.0, read=3.0, write=4.0)
+    nothing = Affine(0, 0)
+    layer = LayerCost("a", 7, 28, 0, 28, 56, 0, nothing, Affine(5, 3), nothing, nothing, nothing, nothing, forward_macs=11)
+    found = nominal_rates(MemoryProfile((layer,)), machine)
+    assert (found.step, found.read, found.write, found.touch) == (2.0, 3.0, 4.0, 1e9)
+    (seconds,) = found.layers
+    assert seconds.forward == seconds.emit == Seconds(1e6 + 7e3, 11 + 3e9)
+    assert seconds.backward == Seconds(2e6 + 7e4, 22 + 6e9)
+    assert seconds.backward_first == Seconds(2e6 + 7e4, 11 + 6e9)
 
 
 def test_a_run_that_is_planned_for_time_ends_and_keeps_its_plan(tmp_path: Path) -> None:
