@@ -64,7 +64,13 @@ def sweep_bytes(workload: Workload, profile: MemoryProfile, device: Device, io: 
         return state + io.transfer_bytes
     # The gradient that other partitions left, and the sum with it.
     shared = 2 * profile.shared_bytes
-    return state + shared + reading_bytes(workload, device, io, 0, batch) + 2 * stream_bytes(profile, io.stream_bytes) + io.boundary_bytes
+    return (
+        state
+        + shared
+        + reading_bytes(workload, device, io, 0, batch)
+        + 2 * stream_bytes(profile, io.stream_bytes)
+        + io.boundary_bytes
+    )
 
 
 def stream_bytes(profile: MemoryProfile, window_bytes: int) -> int:

@@ -36,9 +36,7 @@ class Machine:
 
 
 # Rounded from what `lowmem_pnn.rates` measures: one core of a server's processor with AVX-512, and a virtual NVMe drive.
-CPU = Machine(
-    mac=2e-11, forward_weight=1.4e-9, backward_weight=3e-9, call=1e-4, touch=1e-10, step=1e-9, read=4e-10, write=6e-10
-)
+CPU = Machine(mac=2e-11, forward_weight=1.4e-9, backward_weight=3e-9, call=1e-4, touch=1e-10, step=1e-9, read=4e-10, write=6e-10)
 # Counted from data sheets of small GPUs: half of 10 TFLOP/s, 300 GB/s, some ten kernels a layer; weights come through the host.
 CUDA = Machine(
     mac=2e-13, forward_weight=1.3e-11, backward_weight=4e-11, call=1e-4, touch=3e-12, step=1e-10, read=5e-10, write=7e-10

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from lowmem_pnn.chain import TensorSpec, capture
-from lowmem_pnn.compiling import check_compiler
 from lowmem_pnn.clocks import Clock
+from lowmem_pnn.compiling import check_compiler
 from lowmem_pnn.config import FitConfig
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device, is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
