@@ -19,36 +19,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import RESULTS, arguments_of, fit, markdown_table, write_results
+from workloads import Network, chosen, fields_of
 
 MB = 1e6
 STEPS, EPOCHS = 3, 4
 
-# Model, its arguments, data, batch.
-NETWORKS: dict[str, tuple[str, dict[str, str], str, int]] = {
-    "mlp": ("mlp:" + "-".join(["1024"] * 13) + "-10", {}, "grey", 256),
-    "resnet18": ("cifar-resnet18", {"width": "0.5"}, "images", 32),
-    "vit": ("networks:vit", {"depth": "6", "width": "256", "heads": "4"}, "images", 32),
-    "gpt": ("gpt:layers=6,width=256,heads=4,context=128", {}, "text", 8),
+NETWORKS = {
+    "mlp": Network("mlp:" + "-".join(["1024"] * 13) + "-10", "grey", 256),
+    "resnet18": Network("cifar-resnet18", "images", 32, {"width": "0.5"}),
+    "vit": Network("networks:vit", "images", 32, {"depth": "6", "width": "256", "heads": "4"}),
+    "gpt": Network("gpt:layers=6,width=256,heads=4,context=128", "text", 8, context=128),
 }
-SMALLER: dict[str, tuple[str, dict[str, str], str, int]] = {
-    "mlp": ("mlp:1024-256-256-10", {}, "grey", 32),
-    "gpt": ("gpt:layers=2,width=64,heads=4,context=32", {}, "text", 8),
+SMALLER = {
+    "mlp": Network("mlp:1024-256-256-10", "grey", 32),
+    "gpt": Network("gpt:layers=2,width=64,heads=4,context=32", "text", 8, context=32),
 }
-
-
-def make_data(kind: str, samples: int, folder: Path) -> str:
-    """Random samples, as `--data` takes them."""
-    random = np.random.Generator(np.random.Philox(0))
-    if kind == "text":
-        file = folder / "text"
-        file.write_bytes(random.bytes(samples * 128 * 2))
-        return f"text:{file}"
-    shape = (samples, 32, 32) if kind == "grey" else (samples, 32, 32, 3)
-    x, y = random.integers(256, size=shape, dtype=np.uint8), random.integers(10, size=samples)
-    np.savez(folder / "data.npz", x_train=x, y_train=y, x_test=x[:16], y_test=y[:16])
-    return f"npz:{folder / 'data.npz'}"
 
 
 def run(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -61,16 +47,12 @@ def run(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "result": result}
 
 
-def measure(name: str, network: tuple[str, dict[str, str], str, int], rounds: int) -> dict[str, Any]:
+def measure(name: str, network: Network, rounds: int) -> dict[str, Any]:
     """Both contenders, in turns."""
-    model, model_arg, data, batch = network
     with tempfile.TemporaryDirectory() as place:
-        folder, samples = Path(place), batch * STEPS
-        fields = {
-            "max_gpu_mem": "1500MB", "method": "backprop", "model": model, **({"model_arg": model_arg} if model_arg else {}),
-            "data": make_data(data, samples, folder), "batch_size": batch, "micro_batch": batch, "train_limit": samples, "test_limit": 8,
-            "epochs": EPOCHS, "lr": 1e-4, "val_fraction": 0.0,
-        }  # fmt: skip
+        folder, samples = Path(place), network.batch * STEPS
+        alike = {"max_gpu_mem": "1500MB", "method": "backprop", "micro_batch": network.batch}
+        fields = {**fields_of(network, folder, STEPS, EPOCHS), **alike}
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")
         found: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
         for number in range(rounds):
@@ -137,14 +119,14 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     networks = SMALLER if arguments.quick else NETWORKS
-    names = arguments.only.split(",") if arguments.only else list(networks)
+    names = chosen(parser, arguments.only, networks)
     file = RESULTS / "compiling.json"
     kept = json.loads(file.read_text())["networks"] if arguments.only and not arguments.quick and file.exists() else {}
     found: dict[str, dict[str, Any]] = {name: kept[name] for name in kept if name not in names}
     for name in names:
         found[name] = measure(name, networks[name], 1 if arguments.quick else arguments.rounds)
         text = (
-            f"{__doc__.split(chr(10) * 2)[1]}\n\nBatches of {', '.join(f'{networks[name][3]} ({name})' for name in found)}; {STEPS} "
+            f"{__doc__.split(chr(10) * 2)[1]}\n\nBatches of {', '.join(f'{networks[name].batch} ({name})' for name in found)}; {STEPS} "
             "steps an epoch. A function is a forward with its backward, or a forward for eval mode: a shape of layers has two. Peaks are "
             f"above the floor.\n\n{table_of(found)}"
         )
