@@ -7,15 +7,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from torch import nn
 
-from lowmem_pnn.chain import TensorSpec, capture
 from lowmem_pnn.clocks import Clock
 from lowmem_pnn.compiling import check_compiler
 from lowmem_pnn.config import FitConfig
-from lowmem_pnn.device import CpuDevice, CudaDevice, Device, is_out_of_memory
+from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.exporting import export_exit, find_exit
 from lowmem_pnn.footprint import check_disk
@@ -23,23 +20,22 @@ from lowmem_pnn.initialisation import build_weights
 from lowmem_pnn.inputs import Inputs, Model, name_of, named_inputs, python_inputs
 from lowmem_pnn.joining import TRAINED
 from lowmem_pnn.lifecycle import check_same_data, check_same_rank, clear, first_state, go_on, halve, score
-from lowmem_pnn.optimizers import OptimizerSpec
-from lowmem_pnn.options import check_device, check_same, configure, next_workdir
+from lowmem_pnn.opening import opened, rehearse
+from lowmem_pnn.options import check_same, configure, next_workdir
 from lowmem_pnn.planning import describe_plan, make_plan
 from lowmem_pnn.plans import Plan
-from lowmem_pnn.profiler import Known, profile
+from lowmem_pnn.profiler import Known
 from lowmem_pnn.progress import Display
 from lowmem_pnn.prospects import compare
 from lowmem_pnn.ranks import ALONE, Rank
 from lowmem_pnn.rates import Bench
 from lowmem_pnn.report import PlanReport, Result
 from lowmem_pnn.run import Run
-from lowmem_pnn.short_state import prepare_levels
 from lowmem_pnn.state import State
 from lowmem_pnn.stores.disk import IoCounter, allow_many_files
 from lowmem_pnn.stores.rundir import RunDir, read_journal
 from lowmem_pnn.streams import Threads
-from lowmem_pnn.workload import Workload, make_workload, profile_workload, with_code
+from lowmem_pnn.workload import make_workload, profile_workload
 
 
 def fit(
@@ -136,8 +132,8 @@ def evaluate(run: str | Path) -> dict[str, float]:
         sources = named_inputs(config)
         if "test" not in sources[2]:
             raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
-        _rehearse()
-        with _opened(config, sources) as (device, workload):
+        rehearse()
+        with opened(config, sources) as (device, workload):
             check_same_data(state, workload, path)
             plan = Plan.from_json(state.plan)
             counter = IoCounter()
@@ -268,9 +264,9 @@ def _train(
         # What has to be there before the floor is taken: imports, open data, threads.
         if config.compile:
             check_compiler()
-        opened = sources()
-        _rehearse()
-        with _opened(config, opened, rank, display) as (device, workload):
+        inputs = sources()
+        rehearse()
+        with opened(config, inputs, rank, display) as (device, workload):
             costs = profile_workload(workload, device)
             clock = Clock.measured(workload, costs, device)
             if resume:
@@ -323,7 +319,7 @@ def _plan(config: FitConfig, sources: Callable[[], Inputs], timing: bool) -> Pla
     if config.compile:
         check_compiler()
     known = Known()
-    with _opened(config, sources()) as (device, workload):
+    with opened(config, sources()) as (device, workload):
         costs = profile_workload(workload, device, known)
         bench = Bench(device)
         report = describe_plan(workload, costs, device, Clock.measured(workload, costs, device, bench))
@@ -331,47 +327,6 @@ def _plan(config: FitConfig, sources: Callable[[], Inputs], timing: bool) -> Pla
         if not timing or config.compile:
             return report
         return dataclasses.replace(report, prospects=compare(workload, costs, bench, known))
-
-
-@contextmanager
-def _opened(
-    config: FitConfig, inputs: Inputs, rank: Rank = ALONE, display: Display | None = None
-) -> Iterator[tuple[Device, Workload]]:
-    """The device, open, and what is to be done on it.
-
-    Code is compiled before the floor is taken: the compiler is no part of training, and when it runs nothing of the model is there.
-    """
-    _prepare_optimizer(config)
-    device = _open_device(config, rank)
-    compiled = None
-    if config.compile:
-        if display is not None:
-            display.message("compiling layers")
-        compiled = with_code(make_workload(config, *inputs, device.torch_device), device.torch_device)
-    with device:
-        yield device, compiled or make_workload(config, *inputs, device.torch_device)
-
-
-def _open_device(config: FitConfig, rank: Rank = ALONE) -> Device:
-    kind, _, index = config.device.partition(":")
-    if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
-        check_device(config, on_cpu=False, memory_bytes=psutil.virtual_memory().total)
-        return CudaDevice(config.max_gpu_mem, int(index or rank.local), config.budget_scope)
-    check_device(config, on_cpu=True, memory_bytes=psutil.virtual_memory().total)
-    return CpuDevice(config.max_gpu_mem)
-
-
-def _rehearse() -> None:
-    """Cut and profile a toy, so that what this imports and caches is there before the floor is taken."""
-    toy = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    chain = capture(toy, TensorSpec((4,), torch.float32))
-    profile(chain, optimizers=[OptimizerSpec("adam")], device=torch.device("cpu"))
-
-
-def _prepare_optimizer(config: FitConfig) -> None:
-    """The same for what only some states of an optimizer need."""
-    if config.optimizer_state == "int8":
-        prepare_levels()
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import lowmem_pnn
-from lowmem_pnn import trainer
+from lowmem_pnn import opening, trainer
 from lowmem_pnn.chain import TensorSpec, capture
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import CaptureError, ConfigError, DataError, DivergedError, Stopped
@@ -656,11 +656,11 @@ def test_a_batch_that_does_not_fit_is_done_again_with_smaller_micro_batches(
     peaks = {}
     for size in (12, 6):
         device = SimulatedDevice(1 << 30)
-        monkeypatch.setattr(trainer, "_open_device", lambda config, rank=None, device=device: device)
+        monkeypatch.setattr(opening, "_open_device", lambda config, rank=None, device=device: device)
         peaks[size] = fit(small_conv, images(), tmp_path / str(size), max_gpu_mem=1 << 30, micro_batch=size, **options).peak_bytes
     device = SimulatedDevice(1 << 30)
     display = _Squeeze(device, (peaks[12] + peaks[6]) // 2)
-    monkeypatch.setattr(trainer, "_open_device", lambda config, rank=None: device)
+    monkeypatch.setattr(opening, "_open_device", lambda config, rank=None: device)
     result = fit(small_conv, images(), tmp_path / "run", max_gpu_mem=1 << 30, display=display, **options)
     assert result.oom_retries == 1
     assert {part["micro_batch"] for part in result.partitions} == {6}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowmem_pnn
-from lowmem_pnn import trainer
+from lowmem_pnn import opening
 from lowmem_pnn.chain import Chain, TensorSpec, capture
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import BudgetError, DivergedError
@@ -242,7 +242,7 @@ class _Squeeze(Display):
 
 
 def fit_on(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> Result:
-    monkeypatch.setattr(trainer, "_open_device", lambda config, rank=None: device)
+    monkeypatch.setattr(opening, "_open_device", lambda config, rank=None: device)
     return lowmem_pnn.fit(*args, max_gpu_mem=device.budget_bytes, **options)
 
 
