@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import stat
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,9 +22,10 @@ from hypothesis import strategies as st
 from pagecache import cached_bytes, watch_calls
 from torch import Tensor
 
+from lowmem_pnn.device.host import private_and_data_bytes
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.stores import tensorfile
-from lowmem_pnn.stores.header import CODES, DTYPES, MAX_HEADER_BYTES
+from lowmem_pnn.stores.header import CODES, DTYPES, MAX_HEADER_BYTES, PAGE_BYTES
 from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile, aligned_empty, memory_of, sha256
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
@@ -365,6 +367,24 @@ def test_pinned_tensors_are_aligned_and_filled_from_files(tmp_path):
         file.write_from("x", tensor)
         file.read_into("x", pinned)
     assert bits(pinned) == bits(tensor)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="huge pages are Linux's")
+@pytest.mark.parametrize("nbytes", [2 << 20, (5 << 20) + 4096, 7_000_001])
+def test_large_memory_for_direct_transfers_lies_in_huge_pages_and_counts_for_what_it_is(nbytes: int) -> None:
+    aligned_empty((nbytes,), torch.uint8, alignment=PAGE_BYTES).fill_(1)  # whatever that needs once
+    before = private_and_data_bytes()
+    tensor = aligned_empty((nbytes,), torch.uint8, alignment=PAGE_BYTES)
+    tensor.fill_(1)
+    private, data = (now - then for now, then in zip(private_and_data_bytes(), before, strict=True))
+    assert tensor.data_ptr() % (2 << 20) == 0
+    assert nbytes <= data < nbytes + (1 << 19), "what is mapped around it is no data"
+    assert abs(private - nbytes) < 1 << 19
+    kept = tensor[nbytes // 2 :].view(-1)
+    del tensor
+    assert int(kept.sum()) == len(kept), "a view keeps it"
+    del kept
+    assert private_and_data_bytes()[1] - before[1] < 1 << 19
 
 
 @pytest.mark.parametrize("dtype", sorted(CODES, key=str), ids=str)

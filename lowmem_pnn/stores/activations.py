@@ -22,6 +22,7 @@ from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stores.activation_writer import ActivationWriter
+from lowmem_pnn.stores.blocks import BlockPool
 from lowmem_pnn.stores.disk import CHUNK_BYTES, IoCounter, outgrows_page_cache
 from lowmem_pnn.stores.encoding import KeptAs, decode
 from lowmem_pnn.stores.header import PAGE_BYTES, TensorLayout
@@ -159,12 +160,14 @@ class ActivationStore:
         position = min(start * batch_size, stop)
         batch: list[Tensor] = []
         filled = 0
+        # Two batches, as many as wait at most: fresh memory for each would take longer than filling it.
+        blocks = BlockPool(2 * resident_bytes(self.specs, batch_size, self.label_shape))
         with closing(self._windows(seed if shuffle else None, epoch, position, stop, window_bytes, pool)) as windows:
             for window in windows:
                 while position < min(window.end, stop):
                     if not batch:
                         size, filled = min(batch_size, stop - position), 0
-                        batch = allocate(self.specs, size, self.label_shape)
+                        batch = allocate(self.specs, size, self.label_shape, blocks.empty)
                     count = min(size - filled, window.end - position)
                     window.copy_rows(position, count, batch, filled)
                     filled += count

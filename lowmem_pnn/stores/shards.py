@@ -28,6 +28,7 @@ from lowmem_pnn.stores.encoding import KINDS, KeptAs, kept_layout
 from lowmem_pnn.stores.header import CODES, DTYPES, PAGE_BYTES, TensorLayout, describe, lay_out
 from lowmem_pnn.stores.memory import aligned_empty
 from lowmem_pnn.stores.rundir import write_durably
+from lowmem_pnn.stores.tensorfile import Empty
 
 FORMAT = 2
 _READABLE = (1, 2)
@@ -183,11 +184,9 @@ def shard_layout(
     return {**layout, "labels": (torch.int64, (num_samples, *label_shape))}
 
 
-def allocate(
-    specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = (), kept_as: KeptAs = "float32"
-) -> list[Tensor]:
-    """Memory for samples: what keeps the boundary tensors, then the labels, each from a multiple of 64 bytes on."""
-    return [aligned_empty(shape, dtype) for dtype, shape in shard_layout(specs, num_samples, label_shape, kept_as).values()]
+def allocate(specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...], empty: Empty) -> list[Tensor]:
+    """Memory for a batch: boundary tensors, then labels, made by `empty` from shape and element type."""
+    return [empty(shape, dtype) for dtype, shape in shard_layout(specs, num_samples, label_shape).values()]
 
 
 def allocate_as_in_file(layout: Mapping[str, TensorLayout], metadata: Mapping[str, str]) -> list[Tensor]:
