@@ -50,7 +50,7 @@ MB = 1e6
 
 # Prints what a worker of ours holds once it has imported what it needs, in kibibytes: cutting and pricing a toy imports the last of it.
 IMPORTS = (
-    "import re; from pathlib import Path; from lowmem_pnn.opening import rehearse; rehearse();"
+    "import re; from pathlib import Path; import lowmem_pnn.trainer; from lowmem_pnn.opening import rehearse; rehearse();"
     "print(re.search(r'VmRSS:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
 )
 

@@ -1,6 +1,6 @@
 """Clocks: what a workload's training takes by any plan, from rates that are measured here and now, or from nominal ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import Device
 from lowmem_pnn.footprint import activation_bytes
 from lowmem_pnn.forecast import PartitionBytes, Rates, Setting, Work, one_epoch, whole
+from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.plans import Plan
 from lowmem_pnn.rates import Bench
 from lowmem_pnn.workload import IoSizes, Workload
@@ -59,16 +60,17 @@ class Clock:
         """How fast layers, optimizer and drive are."""
         return self._find_rates()
 
-    def work(self, plan: Plan) -> tuple[Work, Work]:
-        """Of an epoch, and of the whole training."""
-        method = self._workload.method
-        setting = setting_of(self._workload, self._profile, plan)
-        program = method.program(len(plan.partitions), self._workload.training_splits)
-        return one_epoch(program, plan, setting, self.rates), whole(program, plan, setting, self.rates)
+    def epoch(self, plan: Plan) -> Work:
+        """Of an epoch of all partitions."""
+        return self._work(one_epoch, plan)
 
     def __call__(self, plan: Plan) -> float:
         """Seconds of the whole training."""
-        return self.work(plan)[1].seconds
+        return self._work(whole, plan).seconds
+
+    def _work(self, rule: Callable[[Sequence[Visit | Sweep], Plan, Setting, Rates], Work], plan: Plan) -> Work:
+        program = self._workload.method.program(len(plan.partitions), self._workload.training_splits)
+        return rule(program, plan, setting_of(self._workload, self._profile, plan), self.rates)
 
 
 def setting_of(workload: Workload, profile: MemoryProfile, plan: Plan) -> Setting:

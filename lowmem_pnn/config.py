@@ -122,8 +122,8 @@ class FitConfig:
         default="auto",
         description=(
             "What the planner prefers among the plans that fit: size: the fewest partitions with a good micro-batch; time: the least "
-            "predicted seconds, from layers that are timed first; auto: size, but for exact, which trains the same by any plan, the "
-            "least seconds by nominal rates, which are the same on every machine."
+            "predicted seconds, from layers that are timed first; auto: size, but for exact, which trains the same by any plan up to "
+            "rounding, the least seconds by nominal rates, which are the same on every machine."
         ),
     )
     optimizer: Optimizers = Field(default=("adamw",), description="sgd, adam or adamw, one or one per partition.")

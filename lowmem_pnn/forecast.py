@@ -13,6 +13,7 @@ run beside training), the start of a run, its test and its export.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -248,7 +249,7 @@ class _Forecast:
     def _swept(self, sweep: Sweep, batch: int) -> Work:
         """A batch through all partitions and back."""
         setting, rates, total = self._setting, self._rates, Work()
-        parts = self._parts(batch, self._plan.sweep_micro_batch)
+        parts = Counter(self._parts(batch, self._plan.sweep_micro_batch))
         steps = [visit for visit in sweep.visits if visit.action == "step"]
         resident = None if steps else sweep.visits[-1].partition
         # Kept gradients come while activations go.
@@ -268,11 +269,12 @@ class _Forecast:
             layers = rates.layers[part.start : part.stop]
             if visit.action == "emit":
                 kind = [layer.forward for layer in layers] if visit.learns else [layer.emit for layer in layers]
-                total += Work(sum(seconds.at(one) for one in parts for seconds in kind))
+                total += Work(sum(count * seconds.at(one) for one, count in parts.items() for seconds in kind))
                 continue
             # Layers before the first that learns need no gradient, so that of a first partition nobody asks for its inputs'.
             first = None if visit.hands_back else part.start
-            total += Work(sum(self._pass(number, one, first, loss=number == self._last) for one in parts))
+            passes = (count * self._pass(number, one, first, loss=number == self._last) for one, count in parts.items())
+            total += Work(sum(passes))
             if visit.learns and visit.keeps_gradients:
                 total += self._write(round(size.trainable * to_disk) + size.buffers)
             elif visit.learns:

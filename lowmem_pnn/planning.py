@@ -92,12 +92,18 @@ def make_plan(
 
 
 def _is_free(workload: Workload) -> bool:
-    """Whether training comes to the same by any plan, and there is something to choose."""
+    """Whether training comes to the same by any plan, up to rounding, and there is something to choose."""
     config, layers = workload.config, workload.chain.layers
     if not workload.method.sweeps or config.batch_size == "auto" or config.cuts is not None or config.partitions is not None:
         return False
+    # These say something of each partition, or of the last ones.
+    if config.recovery_epochs or len(config.lr) > 1 or len(config.optimizer) > 1:
+        return False
+    # Code is not made for single samples.
+    if config.compile:
+        return False
     # BatchNorm sees a micro-batch, and the more samples the better.
-    kinds = nn.modules.batchnorm._BatchNorm
+    kinds = nn.modules.batchnorm._NormBase
     return not any(isinstance(module, kinds) for layer in layers for module in layer.module.modules())
 
 
@@ -108,13 +114,19 @@ def _fastest(workload: Workload, profile: MemoryProfile, device: Device, unexpla
     partitions more than these, which may take larger micro-batches still.
     """
     batch_sizes = workload.config.batch_sizes
-    floors = [1 << shift for shift in range(max(batch_sizes).bit_length())]
+    most = min(max(batch_sizes), workload.config.micro_batch or max(batch_sizes))
     found: dict[Plan, None] = {}
-    for floor in floors:
-        with suppress(BudgetError):
-            found[_make_plan(workload, profile, device, unexplained_bytes, batch_sizes, floor)] = None
+    reached = 0
+    for floor in (1 << shift for shift in range(most.bit_length())):
+        if floor <= reached:  # the plan before has such micro-batches already
+            continue
+        # Where the first does not fit, none does. Lists may be for another number of partitions than this plan's.
+        with suppress(ConfigError):
+            plan = _make_plan(workload, profile, device, unexplained_bytes, batch_sizes, floor)
+            found[plan] = None
+            reached = min(part.micro_batch for part in plan.partitions)
     if not found:
-        return _make_plan(workload, profile, device, unexplained_bytes, batch_sizes)  # which says what would help
+        return _make_plan(workload, profile, device, unexplained_bytes, batch_sizes)  # which says what is wrong
     if workload.method.num_partitions is None and workload.config.blocks == "planner":
         counts = {len(plan.partitions) for plan in found}
         for number in sorted({count + more for count in counts for more in (1, 2)} - counts):
@@ -205,7 +217,8 @@ def _with_streams(profile: MemoryProfile, device: Device, plan: Plan) -> Plan:
     window = IoSizes.of_budget(device.budget_bytes).stream_bytes
     if not device.shares_host:
         return dataclasses.replace(plan, stream_bytes=window)
-    spare = device.budget_bytes - device.reserve_bytes - plan.predicted_peak_bytes
+    # The check before training may find a little more than was planned, as ever.
+    spare = device.budget_bytes - 2 * device.reserve_bytes - plan.predicted_peak_bytes
     longer = window + min(window, max(0, spare) // 2)
     more = 2 * (stream_bytes(profile, longer) - stream_bytes(profile, window))
     partitions = tuple(

@@ -95,8 +95,8 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, costs: MemoryProfil
     beside = beside_bytes(workload, costs, device, io, planned.start, planned.batch)
     if workload.method.sweeps and device.shares_host:
         own = sum(layer.weight_bytes for layer in costs.layers[planned.start : planned.stop])
-        window = stream_bytes(costs, plan.stream_bytes)
-        beside += 2 * (window - stream_bytes(costs, io.stream_bytes)) - min(own, window)
+        window, least = stream_bytes(costs, plan.stream_bytes or io.stream_bytes), stream_bytes(costs, io.stream_bytes)
+        beside += 2 * (window - least) - min(own, least)
     predicted = planned.predicted_peak_bytes - beside + held
     fits = went_through and micro_batch == asked
     return Check(number, predicted, measured, fits, micro_batch if went_through else None)

@@ -41,7 +41,7 @@ def _by(method: MethodName, asked: Workload, profile: MemoryProfile, bench: Benc
         return Prospect(method=method, asked=is_asked, reason=str(error), enough_bytes=error.enough_bytes)
     except (ConfigError, DiskError) as error:
         return Prospect(method=method, asked=is_asked, reason=str(error))
-    epoch, total = clock.work(plan)
+    epoch = clock.epoch(plan)
     sizes = [part.micro_batch for part in plan.partitions]
     return Prospect(
         method=method,
@@ -51,7 +51,7 @@ def _by(method: MethodName, asked: Workload, profile: MemoryProfile, bench: Benc
         micro_batches=(min(sizes), max(sizes)),
         predicted_peak_bytes=plan.predicted_peak_bytes,
         seconds_per_epoch=epoch.seconds,
-        seconds=total.seconds,
+        seconds=clock(plan),
         bytes_read_per_epoch=epoch.read,
         bytes_written_per_epoch=epoch.written,
         measured_share=clock.rates.measured,

@@ -443,6 +443,23 @@ def test_batches_are_the_receivers_own(tmp_path, pool):
                 labels.fill_(7)
 
 
+def test_what_is_kept_of_a_batch_stays_when_its_memory_would_be_used_again(tmp_path, pool):
+    specs = (TensorSpec((1024,), torch.float32),)  # a batch of more than the smallest block that is used again
+    (source,), _ = write(tmp_path / "a", 800, pool, specs=specs, shard_samples=50, step=100)
+    store = ActivationStore.open(tmp_path / "a")
+    kept, addresses = [], []
+    for number, ((tensor,), labels) in enumerate(
+        store.batches(100, shuffle=True, seed=0, epoch=0, window_bytes=1 << 20, pool=pool)
+    ):
+        addresses.append(tensor.data_ptr())
+        if number % 3 == 0:
+            kept.append((tensor[90:, 7:], labels[90:].tolist()))
+        del tensor, labels
+    assert len(set(addresses)) < len(addresses), "memory is used again"
+    for rows, labels in kept:
+        assert bits(rows) == bits(source[labels][:, 7:])
+
+
 def test_skipped_windows_are_not_read(tmp_path, pool):
     counter = IoCounter()
     write(tmp_path / "a", 1000, pool, shard_samples=10)

@@ -240,7 +240,25 @@ def test_exact_recomputes_less_with_smaller_micro_batches() -> None:
     assert by_default.predicted_peak_bytes <= 24_000_000
 
 
-@pytest.mark.parametrize("options", [{"norm": True, "method": "exact"}, {"norm": False, "method": "pnn"}], ids=str)
+def test_a_budget_that_no_plan_fits_says_what_would_do() -> None:
+    reports = [of_convolutions(False, method="exact", max_gpu_mem="8MB", plan_for=wish) for wish in ("size", "auto")]
+    assert not any(report.fits for report in reports)
+    assert reports[0].reason == reports[1].reason
+    assert "give --max-gpu-mem" in reports[0].reason
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": True, "method": "exact"},
+        {"norm": False, "method": "pnn"},
+        {"norm": False, "method": "exact", "lr": (1e-3, 1e-4)},
+        {"norm": False, "method": "exact", "optimizer": ("sgd", "adam")},
+        {"norm": False, "method": "exact", "recovery_epochs": 1},
+        {"norm": False, "method": "exact", "partitions": 3},
+    ],
+    ids=str,
+)
 def test_where_a_plan_changes_what_is_learnt_its_size_decides(options: dict[str, Any]) -> None:
     assert of_convolutions(**options).partitions == of_convolutions(**options, plan_for="size").partitions
 

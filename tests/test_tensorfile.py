@@ -1,5 +1,6 @@
 """Tests of tensor files: the format, both ways with the safetensors library; damage; full disks."""
 
+import copy
 import errno
 import hashlib
 import json
@@ -380,6 +381,7 @@ def test_large_memory_for_direct_transfers_lies_in_huge_pages_and_counts_for_wha
     assert tensor.data_ptr() % (2 << 20) == 0
     assert nbytes <= data < nbytes + (1 << 19), "what is mapped around it is no data"
     assert abs(private - nbytes) < 1 << 19
+    assert torch.equal(copy.deepcopy(tensor), tensor), "its storage is these bytes alone"
     kept = tensor[nbytes // 2 :].view(-1)
     del tensor
     assert int(kept.sum()) == len(kept), "a view keeps it"

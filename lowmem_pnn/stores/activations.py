@@ -148,7 +148,8 @@ class ActivationStore:
             drop_last: leave a short last batch out.
 
         Yields:
-            The boundary tensors, each (B, ...), and the labels (B, *label_shape): fresh, contiguous, from multiples of 64 bytes on.
+            The boundary tensors, each (B, ...), and the labels (B, *label_shape): the receiver's alone as long as anything
+            holds them, contiguous, from multiples of 64 bytes on.
 
         Raises:
             CheckpointError: a shard was damaged since the store was opened.

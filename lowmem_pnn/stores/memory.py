@@ -7,6 +7,7 @@ import ctypes
 import math
 import mmap
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -58,21 +59,27 @@ def _in_huge_pages(nbytes: int) -> Tensor:
         mapped = mmap.mmap(-1, nbytes + _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{nbytes} bytes of host memory cannot be had: {error}") from error
-    whole = torch.frombuffer(mapped, dtype=torch.uint8)
-    begin = -whole.data_ptr() % _HUGE_BYTES
+    address = np.frombuffer(mapped, np.uint8).__array_interface__["data"][0]
+    begin = -address % _HUGE_BYTES
     end = begin + nbytes
     with contextlib.suppress(OSError):  # a system without them
         mapped.madvise(mmap.MADV_HUGEPAGE, begin, nbytes // _HUGE_BYTES * _HUGE_BYTES)
     # What lies around them is never touched; as long as it could be, it would count as data, which has a limit.
-    _close_off(whole.data_ptr(), begin)
-    _close_off(whole.data_ptr() + _round_up(end), len(mapped) - _round_up(end))
-    return whole[begin:end]
+    _close_off(address, begin)
+    _close_off(address + _round_up(end), len(mapped) - _round_up(end))
+    # A storage of these bytes alone: what copies a tensor's whole storage must not find what is closed.
+    return torch.from_numpy(np.frombuffer(mapped, np.uint8, nbytes, begin))
 
 
 def _close_off(address: int, nbytes: int) -> None:
     """Make pages nobody's to read or write."""
     if nbytes > 0:
-        ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _PROT_NONE)
+        _libc().mprotect(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _PROT_NONE)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _round_up(offset: int) -> int:
