@@ -177,6 +177,8 @@ def measure(network: Network, cache: Cache, name: str, steps: int, rounds: int, 
         for fraction in fractions:
             budget = int(runs["plain"][0]["peak"] / fraction)
             for contender, (method, plan_for) in CONTENDERS.items():
+                if method == "pnn" and network.data == "text":  # it has a code for each class of samples, not of tokens
+                    continue
                 # By the fraction, since the budget is measured.
                 own = cache.get(
                     {**key, "contender": contender, "fraction": fraction}, partial(ours, network, steps, method, budget, plan_for)
