@@ -69,6 +69,7 @@ def draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> bool:
     """Both losses by epoch, a column per network, where there is matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
+    from matplotlib import ticker  # type: ignore[import-not-found, unused-ignore]
     from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
 
     figure = Figure(figsize=(4.5 * len(found), 7), layout="constrained")
@@ -77,6 +78,7 @@ def draw(found: dict[str, dict[str, dict[str, Any]]], path: Path) -> bool:
         for row, key in enumerate(("train_loss", "val_loss")):
             for variant, own in variants.items():
                 axes[row][column].plot(range(1, 1 + len(own[key])), own[key], "o-", label=variant)
+            axes[row][column].xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
             axes[row][column].set(title=network, xlabel="epoch", ylabel="training loss" if row == 0 else "validation loss")
     axes[0][0].legend(fontsize="small")
     figure.savefig(path, dpi=90)
@@ -139,6 +141,12 @@ def main() -> None:
             "",
             f"AdamW, learning rate {LR:g} for {MICRO_BATCH} samples a step. Accumulation is of {ACCUMULATED} samples, {MICRO_BATCH} at a "
             "time. The fastest epoch counts.",
+            *(
+                [
+                    "Accuracies after so few steps compare ways that take as many of them; they say nothing of what a network reaches."
+                ]
+                * bool(limits)
+            ),
             "",
             table_of(found),
             "",
