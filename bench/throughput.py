@@ -245,6 +245,21 @@ def verdicts(found: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[str]:
     ]
 
 
+def wander(found: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
+    """How much slower one run was than another of the same plan: what ratios are to be read with."""
+    ratios = {}
+    for name, contenders in found.items():
+        for contender, own in contenders.items():
+            other = contenders.get(contender.replace("exact ", "exact, by time "), own)
+            if other is not own and "seconds" in own and own["micro_batches"] == other.get("micro_batches"):
+                times = own["seconds"], other["seconds"]
+                ratios[f"{name} {contender}"] = max(times) / min(times)
+    if not ratios:
+        return "- no plan ran twice: nothing says how much the machine's speed wanders"
+    listed = ", ".join(f"{label} {ratio:.2f}" for label, ratio in ratios.items())
+    return f"- the machine's speed wanders: `exact` took the same plan both ways, and one run took so many times as long as the other: {listed}"
+
+
 def main() -> None:
     """Run all contenders and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -280,6 +295,7 @@ def main() -> None:
         markdown_table(heads, rows),
         "",
         *verdicts(found),
+        wander(found),
     ]
     if arguments.quick:
         print("\n".join(page))
