@@ -28,6 +28,8 @@ MICRO_BATCH, ACCUMULATED = 32, 128
 # A batch that is several times as large takes fewer steps; its rate grows with its square root (Malladi et al. 2022, for Adam).
 LR = 1e-3
 
+OF_FEW_STEPS = "Accuracies after so few steps compare ways that take as many of them; they say nothing of what a network reaches."
+
 NETWORKS: dict[str, dict[str, Any]] = {
     "ResNet-50": {"model": "resnet50"},
     "ViT, 4 blocks of 192": {"model": "networks:vit", "model_arg": {"depth": "4", "width": "192", "heads": "3"}},
@@ -141,12 +143,7 @@ def main() -> None:
             "",
             f"AdamW, learning rate {LR:g} for {MICRO_BATCH} samples a step. Accumulation is of {ACCUMULATED} samples, {MICRO_BATCH} at a "
             "time. The fastest epoch counts.",
-            *(
-                [
-                    "Accuracies after so few steps compare ways that take as many of them; they say nothing of what a network reaches."
-                ]
-                * bool(limits)
-            ),
+            *([OF_FEW_STEPS] if limits else []),
             "",
             table_of(found),
             "",
