@@ -56,20 +56,27 @@ def measure(name: str, network: Network, rounds: int) -> dict[str, Any]:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")
         found: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
         for number in range(rounds):
-            for with_code in (False, True):
-                found[with_code].append(
-                    run({**fields, **({"compile": True} if with_code else {})}, folder / f"run{number}{with_code}")
+            for with_compiled_layers in (False, True):
+                found[with_compiled_layers].append(
+                    run(
+                        {**fields, **({"compile": True} if with_compiled_layers else {})},
+                        folder / f"run{number}{with_compiled_layers}",
+                    )
                 )
-                seconds, cpu = (found[with_code][-1][key] for key in ("seconds", "cpu_seconds"))
+                seconds, cpu = (found[with_compiled_layers][-1][key] for key in ("seconds", "cpu_seconds"))
                 print(
-                    name, number + 1, "compiled" if with_code else "as it is", f"{seconds:.2f} s, {cpu:.2f} s of CPU", flush=True
+                    name,
+                    number + 1,
+                    "compiled" if with_compiled_layers else "as it is",
+                    f"{seconds:.2f} s, {cpu:.2f} s of CPU",
+                    flush=True,
                 )
 
     def best(key: str) -> tuple[float, float]:
         return min(run[key] for run in found[False]), min(run[key] for run in found[True])
 
     (plain, code), (plain_cpu, code_cpu) = best("seconds"), best("cpu_seconds")
-    results = {with_code: [run["result"] for run in runs] for with_code, runs in found.items()}
+    results = {with_compiled_layers: [run["result"] for run in runs] for with_compiled_layers, runs in found.items()}
     return {
         "samples_per_second": {"as it is": samples / plain, "compiled": samples / code},
         "ratio": plain / code,

@@ -33,14 +33,13 @@ import psutil
 import torch
 from common import markdown_table, write_results
 
-from lowmem_pnn.chain import TensorSpec
+from lowmem_pnn.memory.aligned import PAGE_BYTES, aligned_empty
+from lowmem_pnn.memory.pool import MemoryPool
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.activation_writer import ActivationWriter
 from lowmem_pnn.stores.activations import ActivationStore
-from lowmem_pnn.stores.blocks import BlockPool
 from lowmem_pnn.stores.disk import sync_folder
 from lowmem_pnn.stores.encoding import KeptAs
-from lowmem_pnn.stores.header import PAGE_BYTES
-from lowmem_pnn.stores.memory import aligned_empty
 from lowmem_pnn.stores.tensorfile import TensorFile
 from lowmem_pnn.units import parse_bytes
 
@@ -147,7 +146,7 @@ class Files:
         self._memory[:] = os.urandom(WINDOW_BYTES)
         self._block = self._memory[:SHARD_BYTES]
         self._batch = torch.randn(BATCH, *SPEC.shape), torch.zeros(BATCH, dtype=torch.int64)
-        self._blocks = BlockPool(2 * TENSOR_BYTES)
+        self._blocks = MemoryPool(2 * TENSOR_BYTES)
         self._tensor = self._blocks.empty((TENSOR_BYTES // 4,), torch.float32)
         self._tensor.normal_()
         self.direct(write=True)
@@ -345,7 +344,7 @@ def main() -> None:
         f"Files of {size / MB:.0f} MB, shards and direct blocks of {SHARD_BYTES >> 20} MiB, batches of {BATCH} samples of "
         f"{SPEC.sample_bytes >> 10} KiB, tensors of {TENSOR_BYTES >> 20} MiB.",
         f"Medians of {rounds} round(s); ratios are to the direct rate of the same round: of reading, of writing a new file, or of writing",
-        "in place. Rates of activations are those of the float32 values that computing gives or takes, whatever they are kept as.",
+        "in place. MachineTimings of activations are those of the float32 values that computing gives or takes, whatever they are kept as.",
         "Writes end when they are on the drive. 'Request' is the mean of the process's reads or writes; 'cached' is what of the files",
         "is in the page cache afterwards. Activations are always written past the page cache.",
         "Where a drive is virtual, a processor copies what it transfers: one block that is used over and over stays in that processor's",

@@ -50,7 +50,7 @@ MB = 1e6
 
 # Prints what a worker of ours holds once it has imported what it needs, in kibibytes: cutting and pricing a toy imports the last of it.
 IMPORTS = (
-    "import re; from pathlib import Path; import lowmem_pnn.trainer; from lowmem_pnn.opening import rehearse; rehearse();"
+    "import re; from pathlib import Path; import lowmem_pnn.api; from lowmem_pnn.training.setup import rehearse; rehearse();"
     "print(re.search(r'VmRSS:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
 )
 
@@ -252,7 +252,7 @@ def contend(name: str, job: Job) -> None:
 
 def prepare(folder: Path, steps: int) -> None:
     """Write the data set as a file for ours, and as batches, in the order in which ours takes them, for the others."""
-    from lowmem_pnn.options import configure
+    from lowmem_pnn.config.options import configure
     from lowmem_pnn.seeds import permutation_of
     from lowmem_pnn.workload import open_data
 

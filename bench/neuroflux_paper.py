@@ -35,7 +35,7 @@ from neuroflux_runs import (
     Setting,
 )
 
-from lowmem_pnn.exits import choose_exit
+from lowmem_pnn.evaluation.exits import choose_exit
 
 # Whose accuracy is measured: accumulation learns the same with checkpoints and without, from the micro-batch that fits.
 LEARNERS = (NEUROFLUX, SMALL_BATCH, ACCUMULATION, CLASSIC, EXACT)

@@ -70,8 +70,8 @@ def make_optimizer(kind: str, named: dict[str, Any]) -> Any:
     """
     import torch
 
-    from lowmem_pnn.optimizers import OptimizerSpec
-    from lowmem_pnn.short_state import prepare_levels
+    from lowmem_pnn.optim.low_precision import prepare_levels
+    from lowmem_pnn.optim.optimizers import OptimizerSpec
 
     if kind in ("plain", "nearest"):
         return torch.optim.AdamW(named.values(), lr=LR, weight_decay=0.0, fused=True)
@@ -122,7 +122,7 @@ def in_memory(kind: str, fields: dict[str, Any]) -> None:
     import numpy as np
     import torch
 
-    from lowmem_pnn.options import configure
+    from lowmem_pnn.config.options import configure
     from lowmem_pnn.seeds import permutation_of
     from lowmem_pnn.workload import open_data
 
@@ -181,7 +181,7 @@ def exact(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from lowmem_pnn.optimizers import OptimizerSpec
+    from lowmem_pnn.optim.optimizers import OptimizerSpec
     from lowmem_pnn.sources.models import find_model
 
     with torch.device("meta"):

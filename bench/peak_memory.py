@@ -52,8 +52,8 @@ def plain(depth: int) -> None:
     """The same work in plain PyTorch, measured by the same meter; prints JSON."""
     import torch
 
+    from lowmem_pnn.config.options import configure
     from lowmem_pnn.device import CpuDevice
-    from lowmem_pnn.options import configure
     from lowmem_pnn.workload import open_data
 
     config = configure(max_gpu_mem="1TB", model=model_spec(depth), data="digits", seed=SEED)

@@ -60,8 +60,8 @@ def in_memory(steps: int, text: Path, micro_batch: int) -> None:
     """Plain PyTorch; prints JSON as the last line."""
     import torch
 
-    from lowmem_pnn.options import configure
-    from lowmem_pnn.schedules import factor
+    from lowmem_pnn.config.options import configure
+    from lowmem_pnn.optim.lr_schedules import factor
     from lowmem_pnn.seeds import permutation_of
     from lowmem_pnn.workload import open_data
 

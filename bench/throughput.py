@@ -65,10 +65,10 @@ def in_memory(file: Path) -> None:
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from lowmem_pnn.chain import Layer, TensorSpec, capture
+    from lowmem_pnn.config.options import configure
     from lowmem_pnn.device.cpu import warm_up
-    from lowmem_pnn.options import configure
-    from lowmem_pnn.passes import forward
+    from lowmem_pnn.engine.passes import forward
+    from lowmem_pnn.model.chain import Layer, TensorSpec, capture
     from lowmem_pnn.workload import open_data
 
     settings = json.loads(file.read_text())

@@ -3,19 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowmem_pnn.report import PlanReport, Result
-    from lowmem_pnn.trainer import evaluate, export, fit, plan
+    from lowmem_pnn.api import evaluate, export, fit, plan
+    from lowmem_pnn.reporting.report import PlanReport, Result
 
 __version__ = "0.1.0"
 __all__ = ["PlanReport", "Result", "__version__", "evaluate", "export", "fit", "plan"]
 
 _HOMES = {
-    "PlanReport": "report",
-    "Result": "report",
-    "evaluate": "trainer",
-    "export": "trainer",
-    "fit": "trainer",
-    "plan": "trainer",
+    "PlanReport": "reporting.report",
+    "Result": "reporting.report",
+    "evaluate": "api",
+    "export": "api",
+    "fit": "api",
+    "plan": "api",
 }
 
 

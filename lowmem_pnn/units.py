@@ -1,5 +1,6 @@
 """Sizes in bytes, as people write and read them: the one file that knows 1000 from 1024."""
 
+import math
 import re
 
 from lowmem_pnn.errors import UnitError
@@ -65,3 +66,24 @@ def format_bytes(size: int | float) -> str:
         if abs(size) >= factor - factor // 2000:
             return f"{size / factor:.{digits}f} {unit}"
     return f"{int(size)} B"
+
+
+def gigabytes(nbytes: float) -> str:
+    """Bytes as tables of forecasts have them.
+
+    Example:
+        >>> gigabytes(1_234_567_890), gigabytes(0)
+        ('1.23', '0')
+    """
+    return f"{nbytes / 1e9:.2f}" if nbytes >= 5_000_000 else "0" if not nbytes else f"{nbytes / 1e9:.1g}"
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds as tables of forecasts have them.
+
+    Example:
+        >>> seconds_text(0.0123), seconds_text(12.34), seconds_text(7200)
+        ('0.012', '12.3', '7200')
+    """
+    digits = max(0, 2 - math.floor(math.log10(seconds))) if seconds >= 1 else 3
+    return f"{seconds:.{min(digits, 3)}f}" if seconds < 100 else f"{seconds:.0f}"

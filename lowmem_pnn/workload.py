@@ -8,56 +8,28 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from lowmem_pnn.chain import Chain, TensorSpec, capture
-from lowmem_pnn.compiling import Compiler, Use
-from lowmem_pnn.config import FitConfig
-from lowmem_pnn.costs import MemoryProfile
+from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device, is_out_of_memory
-from lowmem_pnn.device.transfers import window_of
 from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.methods import Method, Objective, make_method
-from lowmem_pnn.methods.base import Split as SplitName
-from lowmem_pnn.numerics import Numerics
-from lowmem_pnn.optimizers import OptimizerSpec
-from lowmem_pnn.passes import works_by_rows
-from lowmem_pnn.plans import Plan
-from lowmem_pnn.profiler import Known, profile
-from lowmem_pnn.schedules import factor
+from lowmem_pnn.methods.base import SplitName
+from lowmem_pnn.model.chain import Chain, TensorSpec, capture, works_by_rows
+from lowmem_pnn.model.compiler import Compiler, Use
+from lowmem_pnn.model.precision import Precision
+from lowmem_pnn.optim.low_precision import SMALLEST, is_quantized
+from lowmem_pnn.optim.lr_schedules import factor
+from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.profiling.costs import MemoryProfile
+from lowmem_pnn.profiling.profiler import Known, profile
 from lowmem_pnn.seeds import seed_of
-from lowmem_pnn.short_state import SMALLEST, is_shortened
-from lowmem_pnn.sources.building import skeleton
 from lowmem_pnn.sources.datasets import Dataset, Split, find_dataset, subset, train_val
+from lowmem_pnn.sources.deferred_init import skeleton
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.models import ModelSource, find_model
-from lowmem_pnn.units import MEBIBYTE
 
 # What `lr` is meant for where the batch is chosen: the default batch size.
 _BATCH_OF_LR = 64
-
-
-@dataclass(frozen=True)
-class IoSizes:
-    """Sizes of the buffers between disk and device, a small share of the budget.
-
-    Args:
-        shard_bytes: of one shard of boundary activations; two are held while they are written.
-        window_bytes: shards that are held while they are read, in use and ahead together.
-        stream_bytes: weights and optimizer state of a sweep that were read ahead, and as many that wait to be written.
-        boundary_bytes: of a sweep's boundary activations and gradients that are kept in memory; the others go to disk.
-        transfer_bytes: on a device that is not the host: what was copied up ahead of its use, or is being copied down.
-    """
-
-    shard_bytes: int
-    window_bytes: int
-    stream_bytes: int
-    boundary_bytes: int
-    transfer_bytes: int
-
-    @classmethod
-    def of_budget(cls, budget_bytes: int) -> "IoSizes":
-        """A sixty-fourth of the budget a shard, between 256 KiB and 16 MiB; four shards a window, a stream, and for boundaries."""
-        shard = min(max(budget_bytes // 64, MEBIBYTE // 4), 16 * MEBIBYTE)
-        return cls(shard, 4 * shard, 4 * shard, 4 * shard, window_of(budget_bytes))
 
 
 @dataclass(frozen=True)
@@ -200,13 +172,13 @@ def make_workload(
     if not _learning(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     _check_input(source, dataset, model)
-    numerics = Numerics(config.precision, device.type, config.channels_last)
-    chain = capture(model, TensorSpec(dataset.sample_shape, dataset.dtype), numerics)
+    precision = Precision(config.precision, device.type, config.channels_last)
+    chain = capture(model, TensorSpec(dataset.sample_shape, dataset.dtype), precision)
     if config.channels_last and all(parameter.dim() != 4 for parameter in model.parameters()):
         raise ConfigError(
             f"--channels-last has no effect here: {source.spec} has no convolutions of maps (C, H, W); leave it out"
         )
-    if config.optimizer_state != "fp32" and not any(map(is_shortened, _learning(model))):
+    if config.optimizer_state != "fp32" and not any(map(is_quantized, _learning(model))):
         raise ConfigError(
             f"--optimizer-state {config.optimizer_state} has no effect here: {source.spec} has no float32 parameters of {SMALLEST} elements "
             "or more that learn; leave it out"
@@ -255,10 +227,10 @@ def _by_method(workload: Workload) -> Workload:
         raise ConfigError(
             f"--method pnn needs a class for each sample, and data {workload.dataset.name} has one for each token; use --method exact"
         )
-    return dataclasses.replace(workload, chain=_with_heads(workload)) if workload.method.learns_by_units else workload
+    return dataclasses.replace(workload, chain=_with_heads(workload)) if workload.method.learns_per_layer else workload
 
 
-def with_code(workload: Workload, device: torch.device) -> Workload:
+def with_compiled_layers(workload: Workload, device: torch.device) -> Workload:
     """The workload, its layers compiled for all that a run does with them.
 
     Args:
@@ -284,7 +256,7 @@ def _training_uses(workload: Workload, number: int) -> list[Use]:
         return [Use(trains=True)]
     if method.sweeps or config.method == "backprop":
         inside, first = True, False
-    elif method.learns_by_units:
+    elif method.learns_per_layer:
         inside, first = config.recovery_epochs > 0, True
     else:
         # Without cuts the plan, which is made later, says where partitions begin.
@@ -352,6 +324,6 @@ def profile_workload(workload: Workload, device: Device, known: Known | None = N
         optimizers=optimizers,
         device=device.torch_device,
         parts_ties=workload.method.sweeps,
-        by_units=workload.method.learns_by_units,
+        per_layer_loss=workload.method.learns_per_layer,
         known=known,
     )

@@ -11,8 +11,8 @@ from unittest import mock
 
 import numpy as np
 
-from lowmem_pnn import cli
-from lowmem_pnn.supervisor import WORKER_VARIABLE
+from lowmem_pnn.cli import commands as cli
+from lowmem_pnn.cli.supervisor import WORKER_VARIABLE
 
 
 @dataclass

@@ -28,7 +28,7 @@ import sklearn.metrics  # noqa: F401
 import torch
 import torch._dynamo
 
-from lowmem_pnn import trainer
+from lowmem_pnn import api as trainer
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.stores import disk
 

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lowmem_pnn.chain import Chain, TensorSpec
+from lowmem_pnn.model.chain import Chain, TensorSpec
 
 models = torchvision.models
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lowmem_pnn.config import FitConfig
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.options import configure
 from lowmem_pnn.methods.sil import draw_codes
-from lowmem_pnn.options import configure
-from lowmem_pnn.schedules import factor
+from lowmem_pnn.optim.lr_schedules import factor
 from lowmem_pnn.seeds import permutation_of, seed_of
 from lowmem_pnn.sources.datasets import Split, make_dataset
 from lowmem_pnn.workload import split_data

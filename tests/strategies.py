@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile
+from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost, MemoryProfile
 
 _BYTES = st.integers(0, 60)
 
@@ -34,7 +34,7 @@ def layer_costs(draw: st.DrawFn, name: str = "layer") -> LayerCost:
         input_bytes=Affine(0, draw(st.integers(0, 5))),
         output_bytes=Affine(0, draw(st.integers(0, 8))),
         forward_macs=draw(_BYTES),
-        passing_bytes=draw(st.sampled_from((0, gradients))),
+        freed_gradient_bytes=draw(st.sampled_from((0, gradients))),
     )
 
 

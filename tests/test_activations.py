@@ -24,13 +24,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pagecache import cached_bytes, watch_transfers
 
-from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError, DiskError
-from lowmem_pnn.stores import activation_writer, activations, image
+from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.stores import activation_writer, activations
+from lowmem_pnn.stores import shard_file as image
 from lowmem_pnn.stores.activations import ActivationStore, ActivationWriter
 from lowmem_pnn.stores.encoding import KINDS, OverflowFault, decode, encode, kept_bytes, kept_layout
 from lowmem_pnn.stores.header import CODES
-from lowmem_pnn.stores.image import FileImage
+from lowmem_pnn.stores.shard_file import ShardFile
 from lowmem_pnn.stores.shards import resident_bytes, samples_per_shard
 from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile, memory_of
 
@@ -470,7 +471,7 @@ def test_skipped_windows_are_not_read(tmp_path, pool):
 
 
 def test_an_iteration_that_is_left_leaves_nothing_behind(tmp_path, pool, monkeypatch):
-    reads, read_image = [], FileImage.read
+    reads, read_image = [], ShardFile.read
 
     def slowly(self, path, *arguments, **options):
         time.sleep(0.01)
@@ -480,7 +481,7 @@ def test_an_iteration_that_is_left_leaves_nothing_behind(tmp_path, pool, monkeyp
 
     write(tmp_path / "a", 100, pool)
     store = ActivationStore.open(tmp_path / "a")
-    monkeypatch.setattr(FileImage, "read", slowly)
+    monkeypatch.setattr(ShardFile, "read", slowly)
     iterator = store.batches(3, shuffle=True, seed=0, epoch=0, window_bytes=20 * SAMPLE_BYTES, pool=pool)
     next(iterator)
     iterator.close()
@@ -526,9 +527,9 @@ def test_memory_stays_within_windows_and_a_batch(tmp_path, pool):
 @pytest.mark.parametrize("available", [1 << 40, 1 << 10])
 def test_only_stores_that_outgrow_memory_are_read_past_the_page_cache(tmp_path, pool, monkeypatch, available):
     write(tmp_path / "a", 20, pool)
-    asked, read_image = [], FileImage.read
+    asked, read_image = [], ShardFile.read
     monkeypatch.setattr(
-        FileImage, "read", lambda self, *args, direct: asked.append(direct) or read_image(self, *args, direct=direct)
+        ShardFile, "read", lambda self, *args, direct: asked.append(direct) or read_image(self, *args, direct=direct)
     )
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     read(ActivationStore.open(tmp_path / "a"), 20, pool)

@@ -14,10 +14,11 @@ from test_exact import _Forgets, small_gpt, tokens
 from test_executor import _Squeeze, chain_of, fit_on
 from torch import Tensor, nn
 
-from lowmem_pnn.arrivals import Arrivals, arrival_order, late_names, of_one_backward
 from lowmem_pnn.device import SimulatedDevice
+from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward, after_backward_names, step_order
 from lowmem_pnn.errors import CaptureError, DivergedError
-from lowmem_pnn.report import Result
+from lowmem_pnn.model.chain import has_one_backward
+from lowmem_pnn.reporting.report import Result
 
 Build = Callable[[], nn.Module]
 
@@ -73,7 +74,7 @@ def backward(model: nn.Sequential, late: set[str], at_once: bool) -> tuple[list[
         for name in groups[number]:
             parameters[name].grad = None
 
-    with Arrivals(groups, parameters, late, act, at_once=at_once) as arrivals:
+    with OptimizerInBackward(groups, parameters, late, act, at_once=at_once) as arrivals:
         model(torch.ones(3, 4)).sum().backward()
     before = list(during)
     assert arrivals.taken == {name for number in before for name in groups[number]}
@@ -94,7 +95,7 @@ def test_groups_are_acted_on_from_the_last_to_the_first_and_late_ones_after_back
     assert (
         before + after
         == expected + sorted(waiting, reverse=True)
-        == arrival_order([[f"{n}.weight", f"{n}.bias"] for n in range(4)], late)
+        == step_order([[f"{n}.weight", f"{n}.bias"] for n in range(4)], late)
     )
 
 
@@ -110,13 +111,13 @@ def test_what_is_late_comes_from_more_than_one_backward() -> None:
             return scores
 
     chain = chain_of(Tied, 4)
-    late = functools.partial(late_names, chain.layers, lambda name: name.replace("2.weight", "0.weight"))
-    assert late(by_units=False, in_chunks=False) == frozenset()
-    assert late(by_units=True, in_chunks=False) == {"layers.0.weight"}
-    assert late(by_units=False, in_chunks=True) == {"layers.0.weight", "layers.2.bias"}
+    late = functools.partial(after_backward_names, chain.layers, lambda name: name.replace("2.weight", "0.weight"))
+    assert late(per_layer_loss=False, in_chunks=False) == frozenset()
+    assert late(per_layer_loss=True, in_chunks=False) == {"layers.0.weight"}
+    assert late(per_layer_loss=False, in_chunks=True) == {"layers.0.weight", "layers.2.bias"}
     # Plans count on less: the tied weight's gradient waits for the first layer's.
-    assert of_one_backward(chain.layers, in_chunks=False) == [False, True, False]
-    assert of_one_backward(chain_of(wide_mlp, 96).layers, in_chunks=True) == [True] * 5 + [False]
+    assert has_one_backward(chain.layers, in_chunks=False) == [False, True, False]
+    assert has_one_backward(chain_of(wide_mlp, 96).layers, in_chunks=True) == [True] * 5 + [False]
 
 
 # Training.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.errors import ConfigError, DiskError
-from lowmem_pnn.sources.building import file_backed, skeleton
+from lowmem_pnn.sources.deferred_init import file_backed, skeleton
 from lowmem_pnn.sources.models import find_model
 
 
@@ -155,7 +155,7 @@ def test_a_large_model_takes_no_private_memory(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         import torch
-        from lowmem_pnn.sources.building import file_backed
+        from lowmem_pnn.sources.deferred_init import file_backed
         from lowmem_pnn.sources.models import find_model
 
         def private_bytes():

@@ -23,8 +23,8 @@ from networks import (
 )
 from torch import Tensor, nn
 
-from lowmem_pnn.chain import Chain, TensorSpec, capture
 from lowmem_pnn.errors import CaptureError, ConfigError
+from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 
 models = torchvision.models
 

@@ -12,10 +12,10 @@ from commands import lowmem_pnn
 from torch import Tensor, nn
 from torchvision import models
 
-from lowmem_pnn.chain import Chain, TensorSpec, capture
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.sources.building import file_backed, skeleton
+from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.sources.cifar import CIFAR_MODELS
+from lowmem_pnn.sources.deferred_init import file_backed, skeleton
 from lowmem_pnn.sources.models import find_model
 
 NARROW = {"width": 0.25}

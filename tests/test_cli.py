@@ -665,7 +665,7 @@ def test_a_fault_of_ours_is_code_1_on_one_line(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("two\nlines")
 
-    monkeypatch.setattr("lowmem_pnn.trainer.plan_run", fail)
+    monkeypatch.setattr("lowmem_pnn.api.plan_run", fail)
     done = lowmem_pnn("plan --max-gpu-mem 100MB")
     assert done.code == 1
     assert done.fault == "a fault of its own: AssertionError: two lines; run again with --debug for the traceback"
@@ -675,7 +675,7 @@ def test_memory_that_ends_outside_of_training_is_the_budget(monkeypatch: pytest.
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("lowmem_pnn.trainer.plan_run", fail)
+    monkeypatch.setattr("lowmem_pnn.api.plan_run", fail)
     done = lowmem_pnn("plan --max-gpu-mem 100MB")
     assert done.code == 4
     assert done.fault.startswith("out of memory outside of training (MemoryError:); give a larger --max-gpu-mem")

@@ -16,15 +16,16 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as watch
 
 import lowmem_pnn
-from lowmem_pnn import compiling, trainer
-from lowmem_pnn.chain import Chain, Layer, TensorSpec, capture
-from lowmem_pnn.compiling import Code, Compiler, Use
+from lowmem_pnn import api as trainer
+from lowmem_pnn.config.options import configure
 from lowmem_pnn.errors import ConfigError, Stopped
-from lowmem_pnn.fakebench import _Sink
-from lowmem_pnn.optimizers import OptimizerSpec
-from lowmem_pnn.options import configure
-from lowmem_pnn.profiler import profile
-from lowmem_pnn.report import Result
+from lowmem_pnn.model import compiler as compiling
+from lowmem_pnn.model.chain import Chain, Layer, TensorSpec, capture
+from lowmem_pnn.model.compiler import Code, Compiler, Use
+from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.profiling.fake_run import _Sink
+from lowmem_pnn.profiling.profiler import profile
+from lowmem_pnn.reporting.report import Result
 from lowmem_pnn.sources.gpt import GPT, GptShape
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
@@ -119,11 +120,11 @@ def test_code_gives_what_layers_give_draws_included_and_changes_buffers_in_place
     buffers = dict(model.named_buffers())
     x = torch.randn(6, 3, 8, 8)
 
-    def run(with_code: bool) -> tuple[dict[str, Tensor], Tensor]:
+    def run(with_compiled_layers: bool) -> tuple[dict[str, Tensor], Tensor]:
         model.load_state_dict(values)
         model.zero_grad()
         for layer, code in zip(chain.layers, codes, strict=True):
-            layer.compiled = code if with_code else None
+            layer.compiled = code if with_compiled_layers else None
         torch.manual_seed(1)
         torch.autograd.backward(chain.train()(x).square().sum())
         with torch.no_grad():

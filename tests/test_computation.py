@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from plainloops import stop_at
 
-from lowmem_pnn.computation import macs_until, program_macs, samples_learnt
-from lowmem_pnn.config import FitConfig
+from lowmem_pnn.api import resume_run, start_run
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.options import configure
 from lowmem_pnn.errors import Stopped
 from lowmem_pnn.methods import Sweep, Visit, make_method, share_of
-from lowmem_pnn.options import configure
-from lowmem_pnn.plans import PartitionPlan, Plan
-from lowmem_pnn.trainer import resume_run, start_run
+from lowmem_pnn.partition_plan import PartitionPlan, Plan
+from lowmem_pnn.run.macs import macs_until, program_macs, samples_learnt
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 

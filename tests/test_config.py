@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_pnn.config import FitConfig, field_names
+from lowmem_pnn.config.fit_config import FitConfig, field_names
+from lowmem_pnn.config.options import (
+    DEMONSTRATION,
+    check_device,
+    check_lengths,
+    check_same_options,
+    configure,
+    next_workdir,
+    run_name,
+)
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
-from lowmem_pnn.options import DEMONSTRATION, check_device, check_lengths, check_same, configure, next_workdir, run_name
 
 
 def make(**options: object) -> FitConfig:
@@ -185,9 +193,9 @@ def test_json_of_another_version_names_what_it_does_not_know() -> None:
 
 
 def test_another_configuration_does_not_resume_a_run() -> None:
-    check_same(make(), make(), Path("run"))
+    check_same_options(make(), make(), Path("run"))
     with pytest.raises(CheckpointError, match=r"the run in run began with --lr \(0.1,\), not \(0.2,\); give the same"):
-        check_same(make(lr=0.2), make(lr=0.1), Path("run"))
+        check_same_options(make(lr=0.2), make(lr=0.1), Path("run"))
 
 
 def test_next_workdir_is_the_first_that_is_free(tmp_path: Path) -> None:

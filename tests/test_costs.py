@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import affines, profiles
 
-from lowmem_pnn.costs import Affine, Envelope, LayerCost, MemoryProfile, Prices, default_objective, largest_part
+from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost, MemoryProfile, Prices, default_objective, largest_part
 
 LAYER = LayerCost(
     name="fc",

@@ -234,7 +234,7 @@ def test_a_run_on_a_gpu_stays_within_its_budget(method: str, tmp_path: Path) -> 
 @gpu
 def test_a_run_on_a_gpu_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     from lowmem_pnn.errors import Stopped
-    from lowmem_pnn.progress import Display
+    from lowmem_pnn.reporting.progress import Display
 
     def run(folder: Path, display: Display, **options: bool) -> Callable[[], torch.nn.Module]:
         result = lowmem_pnn.fit(
@@ -310,7 +310,7 @@ def test_what_goes_ahead_and_behind_on_a_gpu_is_never_overwritten_and_stays_with
         weight = torch.randn(2048, 2048, device=device.torch_device)
         downloads = []
         for number in range(200):
-            upload = device.ahead([torch.full((512, 2048), float(number))])
+            upload = device.upload([torch.full((512, 2048), float(number))])
             product = weight @ weight  # keeps the device busy while the copy goes on
             assert upload is not None
             (tensor,) = upload.get()
@@ -333,7 +333,7 @@ def test_copies_overlap_the_computing_in_a_trace(tmp_path: Path) -> None:
     """Micro-batches of 32 MB go up, each while products of some milliseconds are computed from the one before."""
     from torch.profiler import ProfilerActivity, profile
 
-    from lowmem_pnn.uploads import Piece, Uploads
+    from lowmem_pnn.engine.uploads import Piece, Uploads
 
     with CudaDevice(4_000 * MB) as device:
         uploads = Uploads(device)

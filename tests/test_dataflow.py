@@ -15,7 +15,7 @@ from networks import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowmem_pnn.chain import capture
+from lowmem_pnn.model.chain import capture
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import torch
 
 from lowmem_pnn.device import SimulatedDevice, is_out_of_memory
 from lowmem_pnn.device.base import OverBudget
-from lowmem_pnn.device.host import PrivateMemoryMeter, private_bytes
+from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
 from lowmem_pnn.units import MEBIBYTE
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the wall is RLIMIT_DATA")
@@ -73,7 +73,7 @@ def test_the_cpu_has_a_floor_a_meter_and_a_wall() -> None:
         import torch
         from lowmem_pnn.device import CpuDevice, is_out_of_memory
         from lowmem_pnn.device.cpu import warm_up
-        from lowmem_pnn.device.host import private_bytes
+        from lowmem_pnn.memory.process_meter import private_bytes
         from lowmem_pnn.units import MEBIBYTE
 
         found = {"before": resource.getrlimit(resource.RLIMIT_DATA), "private_before": private_bytes()}
@@ -194,7 +194,7 @@ def test_a_stricter_limit_of_the_user_stays() -> None:
 
 
 def test_the_meter_sees_a_peak_between_two_questions() -> None:
-    meter = PrivateMemoryMeter()
+    meter = ProcessMemoryMeter()
     meter.start()
     meter.begin_section()
     before = private_bytes()
@@ -214,7 +214,7 @@ def test_the_meter_sees_a_peak_between_two_questions() -> None:
 def test_a_simulated_device_fails_above_its_capacity_and_keeps_its_peaks() -> None:
     device = SimulatedDevice(10_000, 4_000)
     with device:
-        x = device.place(torch.zeros(500))
+        x = device.to_device(torch.zeros(500))
         with pytest.raises(torch.OutOfMemoryError, match=r"asked for 2\.4 kB where 2\.0 kB of 4\.0 kB are in use"):
             torch.zeros(600)
         assert (device.used_bytes(), device.peak_bytes <= 4_000) == (2_000, True)

@@ -15,10 +15,10 @@ from pagecache import watch_calls
 from test_tensorfile import LAYOUTS, bits, random_tensor
 
 from lowmem_pnn.errors import CheckpointError, DiskError
+from lowmem_pnn.memory.aligned import aligned_empty, memory_of
 from lowmem_pnn.stores import direct
 from lowmem_pnn.stores.direct import Transfer, is_paged
-from lowmem_pnn.stores.image import FileImage
-from lowmem_pnn.stores.memory import aligned_empty, memory_of
+from lowmem_pnn.stores.shard_file import ShardFile
 from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile
 
 PAGE = 4096
@@ -123,7 +123,7 @@ def test_an_image_is_the_file_bit_for_bit(layout, refuse, shift, seed):
         patch.setattr(direct, "_MOST_SCRATCH", 1 << 30)
         watch_calls(patch, refuse=refuse)
         path, counter = Path(folder) / "x.safetensors", IoCounter()
-        whole = FileImage(tensors, {"about": "it"})
+        whole = ShardFile(tensors, {"about": "it"})
         with_sync = whole.write(path, counter)
         with_sync.sync()
         with_sync.close()
@@ -135,7 +135,7 @@ def test_an_image_is_the_file_bit_for_bit(layout, refuse, shift, seed):
             assert (list(file.entries), file.metadata) == (list(layout), {"about": "it"})
         for past in (False, True):
             back = {name: aligned_empty(shape, dtype, alignment=PAGE) for name, (dtype, shape) in layout.items()}
-            assert FileImage(back, {"about": "it"}).read(path, counter, direct=past)
+            assert ShardFile(back, {"about": "it"}).read(path, counter, direct=past)
             assert {name: bits(tensor) for name, tensor in back.items()} == {name: bits(t) for name, t in tensors.items()}
         assert counter.bytes_read == 2 * whole.nbytes
 
@@ -143,21 +143,21 @@ def test_an_image_is_the_file_bit_for_bit(layout, refuse, shift, seed):
 @pytest.mark.parametrize("size", [5, 1 << 17])
 def test_a_file_that_is_not_as_its_image_is_told(tmp_path, size):
     tensors = {"x": aligned_empty((size,), torch.float32, alignment=PAGE).fill_(1)}
-    FileImage(tensors, {"shard": "1"}).write(tmp_path / "x").close()
+    ShardFile(tensors, {"shard": "1"}).write(tmp_path / "x").close()
     for past in (False, True):
-        assert FileImage(tensors, {"shard": "1"}).read(tmp_path / "x", direct=past)
-        assert not FileImage(tensors, {"shard": "2"}).read(tmp_path / "x", direct=past)
-        assert not FileImage(tensors, {"shard": "1"}).read(tmp_path / "gone", direct=past)
-        assert not FileImage({"x": tensors["x"][:-1]}, {"shard": "1"}).read(tmp_path / "x", direct=past)
+        assert ShardFile(tensors, {"shard": "1"}).read(tmp_path / "x", direct=past)
+        assert not ShardFile(tensors, {"shard": "2"}).read(tmp_path / "x", direct=past)
+        assert not ShardFile(tensors, {"shard": "1"}).read(tmp_path / "gone", direct=past)
+        assert not ShardFile({"x": tensors["x"][:-1]}, {"shard": "1"}).read(tmp_path / "x", direct=past)
         os.truncate(tmp_path / "x", (tmp_path / "x").stat().st_size - 1)
-        assert not FileImage(tensors, {"shard": "1"}).read(tmp_path / "x", direct=past)
+        assert not ShardFile(tensors, {"shard": "1"}).read(tmp_path / "x", direct=past)
         os.truncate(tmp_path / "x", (tmp_path / "x").stat().st_size + 1)
 
 
 @pytest.mark.parametrize("size", [5, 1 << 17])
 def test_what_the_file_system_refuses_is_a_disk_error(tmp_path, monkeypatch, size):
     tensors = {"x": aligned_empty((size,), torch.float32, alignment=PAGE).fill_(1)}
-    whole = FileImage(tensors, {})
+    whole = ShardFile(tensors, {})
     whole.write(tmp_path / "x").close()
     with pytest.raises(CheckpointError, match=r"cannot create '.*x': it exists already"):
         whole.write(tmp_path / "x")

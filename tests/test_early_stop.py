@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.chain import Layer
-from lowmem_pnn.early_stop import unneeded_products, without_products
+from lowmem_pnn.model.chain import Layer
+from lowmem_pnn.sweep.recompute import unneeded_products, without_products
 
 WIDTH = 8
 

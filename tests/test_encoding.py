@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_pnn.chain import TensorSpec
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.encoding import KINDS, OverflowFault, decode, encode, kept_bytes, kept_layout
 from lowmem_pnn.stores.header import CODES
 

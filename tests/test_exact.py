@@ -31,16 +31,17 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import lowmem_pnn
-from lowmem_pnn import opening, trainer
-from lowmem_pnn.chain import TensorSpec, capture
+from lowmem_pnn import api as trainer
+from lowmem_pnn.config.options import configure
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import CaptureError, ConfigError, DataError, DivergedError, Stopped
-from lowmem_pnn.options import configure
-from lowmem_pnn.progress import Display
-from lowmem_pnn.report import Result
-from lowmem_pnn.schedules import factor
+from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.optim.lr_schedules import factor
+from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.reporting.report import Result
 from lowmem_pnn.sources.gpt import GPT, GptShape, make_gpt
 from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.training import setup as opening
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 

@@ -13,22 +13,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowmem_pnn
-from lowmem_pnn import opening
-from lowmem_pnn.chain import Chain, TensorSpec, capture
 from lowmem_pnn.device import SimulatedDevice
+from lowmem_pnn.engine.active_partition import ActivePartition
+from lowmem_pnn.engine.executor import Executor, micro_batches
+from lowmem_pnn.engine.loaders import DatasetLoader
+from lowmem_pnn.engine.residency import Residency
+from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.errors import BudgetError, DivergedError
-from lowmem_pnn.executor import Executor, micro_batches
-from lowmem_pnn.feeds import DatasetFeed
-from lowmem_pnn.initialisation import partition_layout
 from lowmem_pnn.methods import Labels
-from lowmem_pnn.optimizers import OptimizerSpec
-from lowmem_pnn.progress import Display
-from lowmem_pnn.report import Result
-from lowmem_pnn.residency import Residency
+from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.reporting.report import Result
 from lowmem_pnn.sources.splits import from_torch
-from lowmem_pnn.stage import Progress, Stage, Tally
-from lowmem_pnn.stores.naming import weight_key
+from lowmem_pnn.stores.keys import weight_key
 from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.training import setup as opening
+from lowmem_pnn.training.initial_weights import partition_layout
 
 ADAM = OptimizerSpec("adam", lr=0.01)
 
@@ -72,7 +73,7 @@ def resident(
     pool: ThreadPoolExecutor,
     spec: OptimizerSpec | None = ADAM,
     **options: Any,
-) -> Stage:
+) -> ActivePartition:
     """The whole model, loaded on the device, ready to work."""
     chain = chain_of(build, *shape)
     residency = Residency(chain, 0, len(chain.layers), device, spec)
@@ -84,7 +85,7 @@ def resident(
         "smallest_micro_batch": 2,
         "learning_rate": lambda step: ADAM.lr,
     }
-    return Stage(
+    return ActivePartition(
         number=0, title="partition 1 of 1", residency=residency, objective=Labels(), is_last=True, **{**defaults, **options}
     )
 
@@ -173,16 +174,16 @@ def test_objective_that_does_not_fit_is_a_budget_error(pool: ThreadPoolExecutor)
 
 def test_measuring_on_a_full_device_counts_every_sample_once(pool: ThreadPoolExecutor) -> None:
     x, y = images(30)
-    feed = DatasetFeed(from_torch((x, y)), 0, pool, mix=False)
+    loader = DatasetLoader(from_torch((x, y)), 0, pool, mix=False)
     with SimulatedDevice(1 << 30) as device:
         stage = resident(small_conv, (3, 8, 8), device, pool, None, batch_size=16)
         executor = Executor(device, seed=0)
-        [expected] = executor.measure(stage, feed)
+        [expected] = executor.measure(stage, loader)
         device.begin_section()
         before = device.used_bytes()
-        executor.measure(stage, feed)
+        executor.measure(stage, loader)
         device.capacity_bytes = before + (device.section_peak_bytes() - before) // 2
-        [found] = executor.measure(stage, feed)
+        [found] = executor.measure(stage, loader)
         assert stage.micro_batch < 16
     assert found.num_samples == expected.num_samples == 30
     assert found.accuracy == expected.accuracy
@@ -192,14 +193,14 @@ def test_measuring_on_a_full_device_counts_every_sample_once(pool: ThreadPoolExe
 def test_a_loss_that_is_not_finite_stops_and_leaves_the_weights(pool: ThreadPoolExecutor) -> None:
     x, y = vectors(32)
     x[20] = 3e38
-    feed = DatasetFeed(from_torch((x, y)), 0, pool, mix=False)
+    loader = DatasetLoader(from_torch((x, y)), 0, pool, mix=False)
     with SimulatedDevice(1 << 30) as device:
         stage = resident(
             lambda: nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 4)), (12,), device, pool, batch_size=32
         )
         before = {name: tensor.detach().clone() for name, tensor in stage.residency.trainable.items()}
         with pytest.raises(DivergedError, match=r"the loss became (nan|inf) in partition 1 of 1, epoch 1, batch 1; .*lower --lr"):
-            Executor(device, seed=0).learn_epoch(stage, feed, Progress(), lambda loss: None)
+            Executor(device, seed=0).learn_epoch(stage, loader, EpochProgress(), lambda loss: None)
         assert all(torch.equal(tensor, before[name]) for name, tensor in stage.residency.trainable.items())
 
 

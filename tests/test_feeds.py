@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_pnn.chain import TensorSpec
-from lowmem_pnn.feeds import Batch, CodesFeed, DatasetFeed, Feed, ShardFeed
+from lowmem_pnn.engine.loaders import Batch, DatasetLoader, Loader, ShardLoader, SyntheticLabelLoader
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.seeds import permutation_of, seed_of
 from lowmem_pnn.sources.splits import from_torch
 from lowmem_pnn.stores.activations import ActivationStore, ActivationWriter
@@ -35,18 +35,20 @@ def samples(num_samples: int = NUM_SAMPLES, num_classes: int = 4) -> tuple[Tenso
     return x, torch.arange(num_samples) % num_classes
 
 
-def feed_of(kind: str, folder: Path, pool: ThreadPoolExecutor, seed: int = 0, data: tuple[Tensor, Tensor] | None = None) -> Feed:
+def feed_of(
+    kind: str, folder: Path, pool: ThreadPoolExecutor, seed: int = 0, data: tuple[Tensor, Tensor] | None = None
+) -> Loader:
     x, y = data or samples()
     if kind.startswith("data set"):
-        return DatasetFeed(from_torch((x, y)), seed, pool, mix=kind == "data set, mixed")
+        return DatasetLoader(from_torch((x, y)), seed, pool, mix=kind == "data set, mixed")
     if kind == "codes":
         # Each sample is a class of its own, whose code holds its number.
-        return CodesFeed(from_torch((x, torch.arange(len(x)))), (x,), seed)
+        return SyntheticLabelLoader(from_torch((x, torch.arange(len(x)))), (x,), seed)
     if not folder.exists():
         with ActivationWriter(folder, (TensorSpec((3,), torch.float32),), len(x), 100, pool) as writer:
             writer.append((x,), y)
     window = 1 << 20 if kind == "shards in memory" else 250
-    return ShardFeed(ActivationStore.open(folder), seed, pool, window)
+    return ShardLoader(ActivationStore.open(folder), seed, pool, window)
 
 
 def numbers(batches: Iterator[Batch]) -> list[list[int]]:
@@ -68,15 +70,15 @@ KINDS = ["data set", "shards in memory", "shards in windows", "codes"]
 def test_an_epoch_has_every_sample_once_in_an_order_made_of_seed_and_epoch(
     kind: str, tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    feed = feed_of(kind, tmp_path / "store", pool)
-    first = numbers(feed.batches(5, shuffle=True, epoch=0))
+    loader = feed_of(kind, tmp_path / "store", pool)
+    first = numbers(loader.batches(5, shuffle=True, epoch=0))
     assert [len(batch) for batch in first] == [5, 5, 5, 5, 3]
     assert sorted(flat(first)) == list(range(NUM_SAMPLES))
     assert flat(first) != list(range(NUM_SAMPLES))
-    assert numbers(feed.batches(5, shuffle=True, epoch=1)) != first
+    assert numbers(loader.batches(5, shuffle=True, epoch=1)) != first
     assert numbers(feed_of(kind, tmp_path / "store", pool).batches(5, shuffle=True, epoch=0)) == first
     assert numbers(feed_of(kind, tmp_path / "store", pool, seed=1).batches(5, shuffle=True, epoch=0)) != first
-    feed.close()
+    loader.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,38 +87,38 @@ def test_an_epoch_has_every_sample_once_in_an_order_made_of_seed_and_epoch(
 def test_an_epoch_that_is_taken_up_again_gives_the_batches_that_were_left(
     kind: str, shuffle: bool, start: int, tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    feed = feed_of(kind, tmp_path / "store", pool)
-    whole = numbers(feed.batches(5, shuffle=shuffle, epoch=2))
-    assert numbers(feed.batches(5, shuffle=shuffle, epoch=2, start=start)) == whole[start:]
-    feed.close()
+    loader = feed_of(kind, tmp_path / "store", pool)
+    whole = numbers(loader.batches(5, shuffle=shuffle, epoch=2))
+    assert numbers(loader.batches(5, shuffle=shuffle, epoch=2, start=start)) == whole[start:]
+    loader.close()
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_without_shuffling_samples_come_in_their_own_order(kind: str, tmp_path: Path, pool: ThreadPoolExecutor) -> None:
-    feed = feed_of(kind, tmp_path / "store", pool)
-    assert flat(numbers(feed.batches(4, shuffle=False))) == list(range(NUM_SAMPLES))
-    feed.close()
+    loader = feed_of(kind, tmp_path / "store", pool)
+    assert flat(numbers(loader.batches(4, shuffle=False))) == list(range(NUM_SAMPLES))
+    loader.close()
 
 
 def test_the_own_order_of_training_data_is_a_fixed_mixture(pool: ThreadPoolExecutor) -> None:
-    feed = DatasetFeed(from_torch(samples()), 3, pool, mix=True)
-    order = flat(numbers(feed.batches(4, shuffle=False)))
+    loader = DatasetLoader(from_torch(samples()), 3, pool, mix=True)
+    order = flat(numbers(loader.batches(4, shuffle=False)))
     assert order == permutation_of(NUM_SAMPLES, 3, "own order").tolist() != list(range(NUM_SAMPLES))
-    assert flat(numbers(feed.batches(6, shuffle=False, epoch=1))) == order
+    assert flat(numbers(loader.batches(6, shuffle=False, epoch=1))) == order
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_codes_come_in_the_order_of_the_training_data(shuffle: bool, tmp_path: Path, pool: ThreadPoolExecutor) -> None:
     codes, data = (feed_of(kind, tmp_path, pool, seed=7) for kind in ("codes", "data set, mixed"))
     for epoch in range(3):
-        orders = [numbers(feed.batches(5, shuffle=shuffle, epoch=epoch)) for feed in (codes, data)]
+        orders = [numbers(loader.batches(5, shuffle=shuffle, epoch=epoch)) for loader in (codes, data)]
         assert orders[0] == orders[1]
 
 
 def test_every_tensor_of_a_boundary_has_its_codes() -> None:
     x, y = samples()
     codes = torch.arange(4.0)[:, None], torch.arange(8.0).view(4, 2)
-    batches = list(CodesFeed(from_torch((x, y)), codes, 0).batches(10, shuffle=True))
+    batches = list(SyntheticLabelLoader(from_torch((x, y)), codes, 0).batches(10, shuffle=True))
     assert [len(labels) for _, labels in batches] == [10, 10, 3]
     for (one, two), labels in batches:
         assert torch.equal(one[:, 0], labels.float())
@@ -138,17 +140,17 @@ def test_every_sample_has_its_own_label_in_every_order(
     x, y = samples(num_samples)[0], torch.tensor(labels[:num_samples])
     y[0] = 3  # of four classes
     with ThreadPoolExecutor(1) as pool, tempfile.TemporaryDirectory() as folder:
-        feed = feed_of(kind, Path(folder, "store"), pool, seed, (x, y))
-        assert feed.num_samples == num_samples
+        loader = feed_of(kind, Path(folder, "store"), pool, seed, (x, y))
+        assert loader.num_samples == num_samples
         orders: dict[bool, list[list[int]]] = {True: [], False: []}
         for shuffle in orders:
             for epoch in range(3):
-                batches = [(held[0], given) for held, given in feed.batches(batch_size, shuffle=shuffle, epoch=epoch)]
+                batches = [(held[0], given) for held, given in loader.batches(batch_size, shuffle=shuffle, epoch=epoch)]
                 order = torch.cat([held[:, 0] for held, _ in batches]).long()
                 found = torch.cat([given for _, given in batches])
                 assert torch.equal(found, order if kind == "codes" else y[order])
                 orders[shuffle].append(order.tolist())
-        feed.close()
+        loader.close()
     assert all(sorted(order) == list(range(num_samples)) for order in orders[True] + orders[False])
     assert orders[False][0] == orders[False][1] == orders[False][2]
     if num_samples >= 30:
@@ -175,7 +177,7 @@ class _Held:
 def test_no_more_than_two_batches_are_held(pool: ThreadPoolExecutor) -> None:
     split = _Held()
     gc.collect()
-    for batch in DatasetFeed(split, 0, pool, mix=False).batches(4, shuffle=True):
+    for batch in DatasetLoader(split, 0, pool, mix=False).batches(4, shuffle=True):
         del batch
     assert split.most <= 2
 

@@ -11,21 +11,24 @@ from plainloops import stop_at
 from torch import nn
 
 import lowmem_pnn
-from lowmem_pnn.config import FitConfig
-from lowmem_pnn.costs import Affine, LayerCost, MemoryProfile
+from lowmem_pnn.api import plan_run, resume_run, start_run
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.options import configure
 from lowmem_pnn.device import CpuDevice
+from lowmem_pnn.device.buffers import BufferSizes
+from lowmem_pnn.engine.passes import micro_batches
 from lowmem_pnn.errors import ConfigError, Stopped
-from lowmem_pnn.forecast import LayerSeconds, PartitionBytes, Rates, Seconds, Setting, Work, one_epoch, seconds_text, whole
-from lowmem_pnn.inputs import named_inputs
 from lowmem_pnn.methods import Sweep, Visit, make_method
-from lowmem_pnn.nominal import Machine, nominal_rates
-from lowmem_pnn.options import configure
-from lowmem_pnn.passes import micro_batches
-from lowmem_pnn.planning import make_plan
-from lowmem_pnn.plans import PartitionPlan, Plan
-from lowmem_pnn.report import PlanReport
-from lowmem_pnn.trainer import plan_run, resume_run, start_run
-from lowmem_pnn.workload import IoSizes, make_workload, profile_workload
+from lowmem_pnn.partition_plan import PartitionPlan, Plan
+from lowmem_pnn.planning.forecast import PartitionBytes, Setting, Work, one_epoch, whole
+from lowmem_pnn.planning.make_plan import make_plan
+from lowmem_pnn.profiling.costs import Affine, LayerCost, MemoryProfile
+from lowmem_pnn.profiling.nominal import Machine, nominal_rates
+from lowmem_pnn.profiling.timings import LayerSeconds, MachineTimings, Seconds
+from lowmem_pnn.reporting.report import PlanReport
+from lowmem_pnn.training.inputs import named_inputs
+from lowmem_pnn.units import seconds_text
+from lowmem_pnn.workload import make_workload, profile_workload
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
@@ -46,9 +49,9 @@ def plan(micro_batch: int = 5, batch: int = 16) -> Plan:
     return Plan(tuple(parts), 1, 0, 1, smallest_micro_batch=2, sweep_micro_batch=micro_batch)
 
 
-def rates(**changes: Any) -> Rates:
+def rates(**changes: Any) -> MachineTimings:
     layers = tuple(LayerSeconds(one, NOTHING, NOTHING, NOTHING) for one in FORWARD)
-    return dataclasses.replace(Rates(layers, step=0.0, read=0.0, write=0.0, touch=0.0), **changes)
+    return dataclasses.replace(MachineTimings(layers, step=0.0, read=0.0, write=0.0, touch=0.0), **changes)
 
 
 def setting(**changes: Any) -> Setting:
@@ -114,7 +117,7 @@ def test_only_the_first_layer_of_a_partition_that_learns_apart_gives_its_inputs_
 
     assert seconds("pnn") == pytest.approx(50 * 2002)
     assert seconds("exact") == pytest.approx(50 * 1003)
-    assert seconds("neuroflux", by_units=True) == pytest.approx(50 * 4000)
+    assert seconds("neuroflux", per_layer_loss=True) == pytest.approx(50 * 4000)
 
 
 def test_smaller_micro_batches_take_no_less() -> None:
@@ -266,10 +269,10 @@ def test_where_a_plan_changes_what_is_learnt_its_size_decides(options: dict[str,
 def test_streams_are_longer_where_the_plan_leaves_room() -> None:
     tight, roomy = (planned(lambda plan: 0.0, max_gpu_mem=budget, plan_for="size") for budget in ("26MB", "100MB"))
     for found, budget in ((tight, 26_000_000), (roomy, 100_000_000)):
-        window = IoSizes.of_budget(budget).stream_bytes
+        window = BufferSizes.of_budget(budget).stream_bytes
         assert window <= found.stream_bytes <= 2 * window
         assert all(part.predicted_peak_bytes <= budget for part in found.partitions)
-    assert roomy.stream_bytes == 2 * IoSizes.of_budget(100_000_000).stream_bytes
+    assert roomy.stream_bytes == 2 * BufferSizes.of_budget(100_000_000).stream_bytes
     assert Plan.from_json(roomy.to_json()) == roomy
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.chain import Chain, TensorSpec, capture
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.sources.building import file_backed, skeleton
+from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.sources.deferred_init import file_backed, skeleton
 from lowmem_pnn.sources.gpt import GptShape, parse_gpt
 from lowmem_pnn.sources.models import find_model
 

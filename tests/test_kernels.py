@@ -13,13 +13,13 @@ MEASURE = """
 import json, sys, time
 import torch
 from lowmem_pnn.device.cpu import warm_up
-from lowmem_pnn.device.host import PrivateMemoryMeter, fix_malloc_thresholds, private_bytes, trim_heap
+from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, fix_malloc_thresholds, private_bytes, trim_heap
 from lowmem_pnn.device.kernels import scratch_bytes
 
 channels_in, channels_out, size, batch = json.loads(sys.argv[1])
 fix_malloc_thresholds(0)
 warm_up(torch.device("cpu"))
-meter = PrivateMemoryMeter(interval=0.0002)
+meter = ProcessMemoryMeter(interval=0.0002)
 meter.start()
 layer = torch.nn.Conv2d(channels_in, channels_out, 3, padding=1)
 x = torch.rand(batch, channels_in, size, size)

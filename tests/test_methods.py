@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem_pnn.chain import TensorSpec
-from lowmem_pnn.config import FitConfig
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.options import configure
 from lowmem_pnn.methods import Labels, Sweep, SyntheticLabels, Visit, make_method
 from lowmem_pnn.methods.base import evaluation
 from lowmem_pnn.methods.sil import draw_codes
-from lowmem_pnn.options import configure
+from lowmem_pnn.model.chain import TensorSpec
 
 CPU = torch.device("cpu")
 FLAT, MAP, TOKENS = TensorSpec((50,), torch.float32), TensorSpec((3, 4, 4), torch.float32), TensorSpec((6,), torch.int64)
@@ -39,11 +39,11 @@ def test_pnn_trains_a_partition_writes_its_outputs_once_and_goes_on() -> None:
 
 def test_partitions_that_train_apart_write_nothing_and_learn_from_labels() -> None:
     method = make_method(config(epochs=(3, 1, 2), parallel_sil=True))
-    assert method.trains_apart
+    assert method.partitions_are_independent
     assert method.visits(3, ["train", "val"]) == [
-        Visit("learn", 0, "train", 3), Visit("learn", 1, "train", 1, from_codes=True), Visit("learn", 2, "train", 2, from_codes=True),
+        Visit("learn", 0, "train", 3), Visit("learn", 1, "train", 1, from_synthetic_labels=True), Visit("learn", 2, "train", 2, from_synthetic_labels=True),
     ]  # fmt: skip
-    assert not any(make_method(config(method=name)).trains_apart for name in ("pnn", "exact", "backprop"))
+    assert not any(make_method(config(method=name)).partitions_are_independent for name in ("pnn", "exact", "backprop"))
 
 
 def test_backprop_is_one_partition_with_the_true_labels() -> None:
@@ -221,7 +221,7 @@ def test_exact_goes_forward_through_all_partitions_and_back() -> None:
     assert isinstance(sweep, Sweep)
     assert (sweep.epochs, sweep.batch_size, sweep.learners, sweep.fresh_state) == (3, 16, (0, 1, 2), False)
     assert steps(sweep.visits) == ["emit 0", "emit 1", "backpropagate 2", "backpropagate 1", "backpropagate 0"]
-    assert [visit.hands_back for visit in sweep.visits[2:]] == [True, True, False]
+    assert [visit.returns_input_gradient for visit in sweep.visits[2:]] == [True, True, False]
     assert not any(visit.keeps_gradients for visit in sweep.visits)
 
 
@@ -258,6 +258,6 @@ def test_recovery_goes_back_to_the_first_partition_that_learns(recover: Any, exp
     *before, sweep = method.program(3, ["train"])
     assert before == method.visits(3, ["train"])
     assert isinstance(sweep, Sweep)
-    assert (sweep.epochs, sweep.batch_size, sweep.place, sweep.fresh_state) == (4, 32, "recovery", True)
+    assert (sweep.epochs, sweep.batch_size, sweep.phase, sweep.fresh_state) == (4, 32, "recovery", True)
     assert steps(sweep.visits) == expected
     assert sweep.learners == {None: (0, 1), (3,): (2,), "2": (1,), "all": (0, 1, 2)}[recover]

@@ -14,21 +14,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowmem_pnn
-from lowmem_pnn.chain import Chain, TensorSpec, capture, head_prefix
-from lowmem_pnn.config import FitConfig
-from lowmem_pnn.costs import Affine, by_itself
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.options import configure
+from lowmem_pnn.engine.passes import backward_from_loss
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.exits import ExitModel, choose_exit
-from lowmem_pnn.exporting import find_exit
-from lowmem_pnn.grouping import alike_cuts, feasible_batch
+from lowmem_pnn.evaluation.exits import ExitModel, choose_exit
 from lowmem_pnn.methods import Visit, make_method
 from lowmem_pnn.methods.heads import make_head, num_filters
-from lowmem_pnn.optimizers import OptimizerSpec
-from lowmem_pnn.options import configure
-from lowmem_pnn.partitioning import peak_of
-from lowmem_pnn.passes import backward_from_loss
-from lowmem_pnn.profiler import profile
+from lowmem_pnn.model.chain import Chain, TensorSpec, capture, head_prefix
+from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.planning.neuroflux_blocks import feasible_batch, similar_batch_cuts
+from lowmem_pnn.profiling.costs import Affine, peak_of, with_local_loss
+from lowmem_pnn.profiling.profiler import profile
 from lowmem_pnn.seeds import permutation_of, seed_of
+from lowmem_pnn.training.export import find_exit
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
@@ -239,7 +238,7 @@ def _stop(folder: Path, data: Data, after: int, options: dict[str, Any]) -> None
     class Broken(Exception):
         """The crash."""
 
-    class Breaking(lowmem_pnn.progress.Display):  # type: ignore[misc, name-defined]
+    class Breaking(lowmem_pnn.reporting.progress.Display):  # type: ignore[misc, name-defined]
         def advance(self, *_: Any) -> None:
             if next(seen) == after:
                 raise Broken
@@ -259,7 +258,7 @@ def test_laps_and_macro_batches_pass_over_every_sample_as_often_as_asked() -> No
     ]  # fmt: skip
     woven = make_method(config(epochs=2, visits="interleaved", batch_size=10, macro_batches=4)).visits(3, sizes)
     for partition in range(3):
-        seen = [v.stretch for v in woven if isinstance(v, Visit) and (v.action, v.partition) == ("learn", partition)]
+        seen = [v.macro_batch for v in woven if isinstance(v, Visit) and (v.action, v.partition) == ("learn", partition)]
         assert seen == 2 * [(0, 40), (40, 80), (80, 100)]
     assert [v.measures for v in woven if isinstance(v, Visit) and v.commits] == [False, False, True] * 2
 
@@ -276,7 +275,7 @@ def test_interleaved_blocks_learn_from_what_the_block_before_has_just_learnt(tmp
 
 
 def test_interleaved_blocks_with_batches_of_their_own_count_every_step_once(tmp_path: Path) -> None:
-    """A stretch of 16 samples is one step of the first block, and two, of 12 and 4 samples, of the second."""
+    """A macro_batch of 16 samples is one step of the first block, and two, of 12 and 4 samples, of the second."""
     options: dict[str, Any] = {"macro_batches": 1, "batch_size": (16, 12), "lr_schedule": "cosine", "log_every": 1, "epochs": 2}
     fit(tmp_path / "run", images(48), visits="interleaved", cuts="2", val_fraction=0.0, **options)
     lines = step_lines(tmp_path / "run")
@@ -357,7 +356,7 @@ def test_an_exported_exit_is_the_runs_exit_bit_for_bit(tmp_path: Path, monkeypat
 
 def test_a_unit_by_itself_keeps_nothing_but_its_outputs() -> None:
     chain = _with_heads(configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", method="neuroflux"))
-    costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, by_units=True)
+    costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, per_layer_loss=True)
     joined = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU)
     for own, layer in zip(costs.layers, joined.layers, strict=True):
         assert own.kept == Affine(0, 0)
@@ -368,7 +367,7 @@ def test_a_unit_by_itself_keeps_nothing_but_its_outputs() -> None:
     largest = max(peak_of((layer,), 64, 64, Affine(0, 0)) - layer.state_bytes for layer in costs.layers)
     states = sum(layer.state_bytes for layer in costs.layers)
     assert whole <= states + largest + max(layer.buffer_bytes for layer in costs.layers) * 8
-    assert by_itself(joined.layers[0]).kept == Affine(0, 0)
+    assert with_local_loss(joined.layers[0]).kept == Affine(0, 0)
 
 
 def test_batches_of_blocks_never_pass_the_budget_over_random_networks() -> None:
@@ -381,11 +380,11 @@ def test_batches_of_blocks_never_pass_the_budget_over_random_networks() -> None:
         with torch.device("meta"):
             model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 4)).to("meta")
         chain = capture(model, TensorSpec((3, 16, 16), torch.float32))
-        costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, by_units=True)
+        costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, per_layer_loss=True)
         none = Affine(0, 0)
         least = max(peak_of((layer,), costs.smallest_micro_batch, costs.smallest_micro_batch, none) for layer in costs.layers)
         room = int(least * rng.uniform(1.0, 8.0))
-        cuts = alike_cuts(costs, most=256, room=room, objectives=[none] * len(costs.layers), tolerance=rng.random())
+        cuts = similar_batch_cuts(costs, most=256, room=room, objectives=[none] * len(costs.layers), tolerance=rng.random())
         for start, stop in itertools.pairwise([0, *cuts, len(costs.layers)]):
             batch = feasible_batch(costs, start, stop, 256, room, none)
             assert batch >= costs.smallest_micro_batch

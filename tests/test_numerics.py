@@ -1,4 +1,4 @@
-"""Numerics: layers under autocast, the loss's scale, maps that lie position by position."""
+"""Precision: layers under autocast, the loss's scale, maps that lie position by position."""
 
 import math
 from collections.abc import Callable
@@ -24,13 +24,13 @@ from test_exact import small_gpt, small_resnet, small_vit, tokens
 from torch import Tensor, nn
 
 import lowmem_pnn
-from lowmem_pnn import trainer
-from lowmem_pnn.chain import TensorSpec, capture
+from lowmem_pnn import api as trainer
+from lowmem_pnn.config.options import configure
 from lowmem_pnn.errors import ConfigError, DivergedError, Stopped
-from lowmem_pnn.numerics import AS_IT_IS, LossScale, Numerics, unscale
-from lowmem_pnn.options import configure
-from lowmem_pnn.report import Result
-from lowmem_pnn.state import State
+from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.model.precision import AS_IT_IS, LossScale, Precision, unscale
+from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.run.state import State
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
@@ -95,7 +95,7 @@ def test_every_method_learns_in_lower_precision(method: str, precision: str, tmp
 def test_a_chain_computes_what_autocast_of_the_model_does() -> None:
     model = small_conv().eval()
     x, _ = images(6)
-    chain = capture(model, TensorSpec((3, 8, 8), torch.float32), Numerics("bf16"))
+    chain = capture(model, TensorSpec((3, 8, 8), torch.float32), Precision("bf16"))
     assert [specs[0].dtype for specs in chain.boundaries] == [torch.float32, *[torch.bfloat16] * 4]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(chain(x), model(x))
@@ -189,7 +189,7 @@ def test_without_a_scale_nothing_is_touched() -> None:
 def test_full_precision_has_no_autocast() -> None:
     with AS_IT_IS.computing():
         assert not torch.is_autocast_enabled("cpu")
-    with Numerics("bf16").computing():
+    with Precision("bf16").computing():
         assert torch.is_autocast_enabled("cpu")
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
 
@@ -242,7 +242,7 @@ def test_channels_last_needs_maps(tmp_path: Path) -> None:
 
 
 def test_a_chain_keeps_maps_position_by_position() -> None:
-    chain = capture(small_conv().eval(), TensorSpec((3, 8, 8), torch.float32), Numerics(channels_last=True))
+    chain = capture(small_conv().eval(), TensorSpec((3, 8, 8), torch.float32), Precision(channels_last=True))
     x, _ = images(6)
     with torch.no_grad():
         (maps,) = chain.layers[0](x)

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torchao.optim.subclass_8bit import OptimState8bit
 
 import lowmem_pnn
-from lowmem_pnn import short_state, trainer
-from lowmem_pnn.device.tracking import StorageTracker
+from lowmem_pnn import api as trainer
+from lowmem_pnn.config.options import configure
 from lowmem_pnn.errors import ConfigError, Stopped
-from lowmem_pnn.optimizers import OptimizerSpec
-from lowmem_pnn.options import configure
-from lowmem_pnn.report import Result
-from lowmem_pnn.short_state import BLOCK, PIECE, SMALLEST, Bfloat16, Codec, Int8, is_shortened, pieces
+from lowmem_pnn.memory.storage_tracker import StorageTracker
+from lowmem_pnn.optim import low_precision as short_state
+from lowmem_pnn.optim.low_precision import BLOCK, PIECE, SMALLEST, Bfloat16, Codec, Int8, is_quantized, pieces
+from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.reporting.report import Result
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
@@ -287,10 +288,10 @@ def test_the_state_of_small_and_of_other_parameters_stays_as_it_is() -> None:
     for kind, num_bytes in (("bf16", 4.0), ("int8", 2 + 8 / BLOCK)):
         spec = OptimizerSpec("adamw", state=kind)  # type: ignore[arg-type]
         large, small = torch.empty(64, 64, device="meta"), torch.empty(63, 65, device="meta")
-        assert is_shortened(large)
+        assert is_quantized(large)
         assert spec.state_bytes(large) == num_bytes * 4096
         for other in (small, large.to(torch.bfloat16), large.double()):
-            assert not is_shortened(other)
+            assert not is_quantized(other)
             assert spec.layout(other) == OptimizerSpec("adamw").layout(other)
             assert spec.state_bytes(other) == 2 * other.nbytes
     assert OptimizerSpec("adamw", state="int8").layout(torch.empty(65, 65)) == {

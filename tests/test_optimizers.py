@@ -5,8 +5,8 @@ import torch
 from plainloops import OPTIMIZERS
 from torch import Tensor, nn
 
-from lowmem_pnn.device.tracking import StorageTracker
-from lowmem_pnn.optimizers import OptimizerSpec
+from lowmem_pnn.memory.storage_tracker import StorageTracker
+from lowmem_pnn.optim.optimizers import OptimizerSpec
 
 SPECS = [
     OptimizerSpec(name, lr=0.05, momentum=momentum, weight_decay=decay, fused=fused)

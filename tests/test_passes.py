@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.chain import Chain, TensorSpec, capture
+from lowmem_pnn.engine.passes import backward_from_loss, outputs_in_chunks
 from lowmem_pnn.methods import Labels
-from lowmem_pnn.passes import backward_from_loss, outputs_in_chunks, works_by_rows
+from lowmem_pnn.model.chain import Chain, TensorSpec, capture, works_by_rows
 
 
 class _Tokens(nn.Module):

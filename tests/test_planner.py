@@ -9,10 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import profiles
 
-from lowmem_pnn.costs import Affine, LayerCost, MemoryProfile, largest_part
 from lowmem_pnn.errors import BudgetError, ConfigError
-from lowmem_pnn.planner import partition_peak, plan, smallest_budget
-from lowmem_pnn.plans import Plan
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.planning.planner import partition_peak, plan, smallest_budget
+from lowmem_pnn.profiling.costs import Affine, LayerCost, MemoryProfile, largest_part
 
 MB = 1_000_000
 
@@ -44,11 +44,11 @@ def equal_layers(count, **values):
 
 
 def reference_peak(profile, start, stop, micro_batch, batch, objective):
-    """The table in the docstring of `lowmem_pnn.costs`, term by term."""
+    """The table in the docstring of `lowmem_pnn.profiling.costs`, term by term."""
     part = largest_part(batch, micro_batch, profile.smallest_micro_batch)
     layers = profile.layers[start:stop]
     adds_up = part < batch
-    waiting = [one.gradient_bytes - (0 if adds_up else one.passing_bytes) for one in layers]
+    waiting = [one.gradient_bytes - (0 if adds_up else one.freed_gradient_bytes) for one in layers]
     gradients = sum(waiting)
     during = gradients if adds_up else 0
     base = sum(one.weight_bytes + 2 * one.buffer_bytes + one.optimizer_bytes for one in layers) + objective.fixed
@@ -58,7 +58,7 @@ def reference_peak(profile, start, stop, micro_batch, batch, objective):
         before = sum(other.kept.at(part) for other in layers[:index])
         after = before + one.kept.at(part)
         later = gradients if adds_up else sum(waiting[index + 1 :])
-        steps = one.step_bytes if one.passing_bytes else 0
+        steps = one.step_bytes if one.freed_gradient_bytes else 0
         moments.append(base + during + before + one.forward_peak.at(part))
         moments.append(base + during + (one.input_bytes.at(part) if index else 0) + one.emit_peak.at(part))
         moments.append(base + later + after + one.output_bytes.at(part) + one.backward_peak.at(part) + steps)

@@ -33,15 +33,15 @@ from plainloops import (
 from torch import Tensor, nn
 
 import lowmem_pnn
-from lowmem_pnn.chain import TensorSpec
-from lowmem_pnn.config import FitConfig
+from lowmem_pnn.api import resume_run, start_run
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.options import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.methods import SyntheticLabels, Visit, make_method
-from lowmem_pnn.options import configure
-from lowmem_pnn.report import Result
-from lowmem_pnn.run import Run, Save, nothing_changed
-from lowmem_pnn.stores.naming import weight_key
-from lowmem_pnn.trainer import resume_run, start_run
+from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.run.run import Run, Save, nothing_changed
+from lowmem_pnn.stores.keys import weight_key
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowmem_pnn import fakebench
-from lowmem_pnn.chain import TensorSpec, capture
-from lowmem_pnn.costs import Affine, Envelope, largest_part
-from lowmem_pnn.device.tracking import StorageTracker
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.optimizers import OptimizerSpec
-from lowmem_pnn.planner import partition_peak
-from lowmem_pnn.profiler import fit_peak, profile
+from lowmem_pnn.memory.storage_tracker import StorageTracker
+from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.planning.planner import partition_peak
+from lowmem_pnn.profiling import fake_run as fakebench
+from lowmem_pnn.profiling.costs import Affine, Envelope, largest_part
+from lowmem_pnn.profiling.profiler import fit_peak, profile
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lowmem_pnn.progress import Display, TerminalDisplay
+from lowmem_pnn.reporting.progress import Display, TerminalDisplay
 
 LINE: dict[str, Any] = {
     "epoch": 1, "train_loss": 0.25, "val_loss": 0.5, "val_accuracy": 0.75, "samples_per_second": 1234.0, "peak_bytes": 42_000_000,

@@ -15,14 +15,14 @@ from commands import lowmem_pnn, write_data
 from plainloops import stop_at
 from torch import Tensor, nn
 
-from lowmem_pnn.config import FitConfig
+from lowmem_pnn.api import resume_run, start_run
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.options import configure
 from lowmem_pnn.errors import CheckpointError, ConfigError, Stopped
 from lowmem_pnn.methods import Sweep, Visit, make_method, share_of
-from lowmem_pnn.options import configure
-from lowmem_pnn.ranks import ALONE, Rank, rank_folder
-from lowmem_pnn.report import Result
+from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.run.ranks import ALONE, Rank, rank_folder
 from lowmem_pnn.stores.rundir import read_journal, seal_journal
-from lowmem_pnn.trainer import resume_run, start_run
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
@@ -140,7 +140,10 @@ def test_a_rank_learns_its_partition_and_the_first_one_does_all_that_follows() -
     first, joining, sweep = shares[0]
     assert [first, joining] == [Visit("learn", 0, "train", 2), Visit("join", 0, "train")]
     assert isinstance(sweep, Sweep)
-    assert shares[1:] == [[Visit("learn", 1, "train", 3, from_codes=True)], [Visit("learn", 2, "train", 4, from_codes=True)]]
+    assert shares[1:] == [
+        [Visit("learn", 1, "train", 3, from_synthetic_labels=True)],
+        [Visit("learn", 2, "train", 4, from_synthetic_labels=True)],
+    ]
     assert share_of(program, 0, 1) == program
 
 

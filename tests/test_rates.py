@@ -1,4 +1,4 @@
-"""Rates: what is timed and how often; what must stay as it was; within the budget."""
+"""MachineTimings: what is timed and how often; what must stay as it was; within the budget."""
 
 from pathlib import Path
 from typing import Any
@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn import rates
-from lowmem_pnn.chain import Chain, TensorSpec, capture
-from lowmem_pnn.costs import MemoryProfile
 from lowmem_pnn.device import CpuDevice
 from lowmem_pnn.device.simulated import SimulatedDevice
-from lowmem_pnn.forecast import LayerSeconds, Seconds
-from lowmem_pnn.likeness import likeness
-from lowmem_pnn.numerics import Numerics
-from lowmem_pnn.optimizers import OptimizerSpec
-from lowmem_pnn.profiler import profile
-from lowmem_pnn.rates import Bench, machine
+from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.fingerprint import layer_fingerprint
+from lowmem_pnn.model.precision import Precision
+from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.profiling import benchmark as rates
+from lowmem_pnn.profiling.benchmark import LayerBenchmark, machine
+from lowmem_pnn.profiling.costs import MemoryProfile
+from lowmem_pnn.profiling.profiler import profile
+from lowmem_pnn.profiling.timings import LayerSeconds, Seconds
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
@@ -26,8 +26,8 @@ def block(width: int, **dropout: float) -> nn.Module:
     return nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(**dropout))
 
 
-def chain_of(*layers: nn.Module, shape: tuple[int, ...] = (16,), numerics: Numerics | None = None) -> Chain:
-    return capture(nn.Sequential(*layers), TensorSpec(shape, torch.float32), numerics or Numerics())
+def chain_of(*layers: nn.Module, shape: tuple[int, ...] = (16,), precision: Precision | None = None) -> Chain:
+    return capture(nn.Sequential(*layers), TensorSpec(shape, torch.float32), precision or Precision())
 
 
 def profile_of(chain: Chain) -> MemoryProfile:
@@ -37,7 +37,7 @@ def profile_of(chain: Chain) -> MemoryProfile:
 def kinds(chain: Chain) -> list[int]:
     """For each layer the first one that is alike."""
     known: dict[Any, int] = {}
-    return [known.setdefault(likeness(layer), number) for number, layer in enumerate(chain.layers)]
+    return [known.setdefault(layer_fingerprint(layer), number) for number, layer in enumerate(chain.layers)]
 
 
 class Scaled(nn.Linear):
@@ -86,14 +86,14 @@ def test_hooks_make_layers_differ() -> None:
 def test_a_layer_with_a_head_is_not_like_one_without() -> None:
     chain = chain_of(block(16), block(16))
     first, second = chain.layers
-    assert likeness(first) == likeness(second)
-    assert likeness(first.with_head(nn.Linear(16, 3), 0)) != likeness(second)
+    assert layer_fingerprint(first) == layer_fingerprint(second)
+    assert layer_fingerprint(first.with_head(nn.Linear(16, 3), 0)) != layer_fingerprint(second)
 
 
 def test_likeness_profiles_the_same_as_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     chain = chain_of(*(block(16) for _ in range(3)), nn.Linear(16, 8))
     found = profile_of(chain)
-    monkeypatch.setattr("lowmem_pnn.profiler.likeness", id)
+    monkeypatch.setattr("lowmem_pnn.profiling.profiler.layer_fingerprint", id)
     assert profile_of(chain) == found
 
 
@@ -117,7 +117,7 @@ def test_layers_that_are_alike_are_timed_once(monkeypatch: pytest.MonkeyPatch) -
     chain = chain_of(*(block(16) for _ in range(4)), nn.Linear(16, 8))
     names = counting(monkeypatch)
     with CpuDevice(200_000_000) as device:
-        bench = Bench(device, seconds=5.0)
+        bench = LayerBenchmark(device, seconds=5.0)
         layers, share = bench.layers(chain, profile_of(chain), 16)
         # The first asks for no gradient of its inputs.
         assert sorted(names) == ["0.0", "1.0", "4"]
@@ -137,7 +137,7 @@ def test_nothing_of_the_model_changes() -> None:
     }
     state = torch.get_rng_state()
     with CpuDevice(200_000_000) as device:
-        Bench(device).layers(chain, profile_of(chain), 16)
+        LayerBenchmark(device).layers(chain, profile_of(chain), 16)
     assert torch.equal(torch.get_rng_state(), state)
     assert [layer.module.training for layer in chain.layers[:2]] == [False, True]
     for layer in chain.layers:
@@ -150,7 +150,7 @@ def test_a_chain_without_values_is_timed() -> None:
         model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
     chain = capture(model, TensorSpec((16,), torch.float32))
     with CpuDevice(200_000_000) as device:
-        _, share = Bench(device).layers(chain, profile_of(chain), 16)
+        _, share = LayerBenchmark(device).layers(chain, profile_of(chain), 16)
     assert share == 1
 
 
@@ -160,7 +160,7 @@ def test_layers_are_run_within_the_budget(budget: int) -> None:
     costs = profile_of(chain)
     device = SimulatedDevice(budget, capacity_bytes=1_000_000_000)
     with device:
-        _, share = Bench(device, seconds=60.0).layers(chain, costs, 64)
+        _, share = LayerBenchmark(device, seconds=60.0).layers(chain, costs, 64)
         machine(device, OptimizerSpec("adamw"), Path(), budget // 2)
     assert device.peak_bytes <= budget
     # The last layer's state alone is 4.2 MB; it is estimated from the others.
@@ -170,7 +170,7 @@ def test_layers_are_run_within_the_budget(budget: int) -> None:
 def test_what_there_is_no_time_for_is_estimated() -> None:
     chain = chain_of(nn.Linear(16, 32), nn.Linear(32, 512), nn.Linear(512, 16))
     with CpuDevice(200_000_000) as device:
-        bench = Bench(device, seconds=0.0)
+        bench = LayerBenchmark(device, seconds=0.0)
         _, share = bench.layers(chain, profile_of(chain), 16)
         assert share == 0
     costs, found = profile_of(chain), LayerSeconds(*[Seconds(1.0, 2.0)] * 4)
@@ -188,11 +188,11 @@ def test_layers_run_as_they_will_be_run(options: dict[str, Any], monkeypatch: py
         seen.append((x.dtype, x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()))
         return real(x)
 
-    chain = chain_of(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()), shape=(4, 8, 8), numerics=Numerics(**options))
+    chain = chain_of(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()), shape=(4, 8, 8), precision=Precision(**options))
     costs = profile_of(chain)
     with CpuDevice(200_000_000) as device:
         monkeypatch.setattr(nn.functional, "relu", relu)
-        Bench(device).layers(chain, costs, 16)
+        LayerBenchmark(device).layers(chain, costs, 16)
     lower = options.get("precision") == "bf16"
     assert {*seen} == {(torch.bfloat16 if lower else torch.float32, bool(options.get("channels_last")))}
 

@@ -24,8 +24,8 @@ from torch import nn
 
 import lowmem_pnn
 from lowmem_pnn.errors import ConfigError, Stopped
-from lowmem_pnn.progress import Display
-from lowmem_pnn.report import Result
+from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.reporting.report import Result
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 

@@ -12,8 +12,8 @@ import torch
 from sklearn.metrics import f1_score
 from torch import nn
 
-from lowmem_pnn.report import PlanReport, Result, text_table
-from lowmem_pnn.scores import Scores
+from lowmem_pnn.evaluation.scores import Scores
+from lowmem_pnn.reporting.report import PlanReport, Result, text_table
 
 RESULT = Result(
     method="pnn", model="mlp:64-32-10", data="digits", seed=0, device="cpu", budget_bytes=100_000_000, budget_scope="process",

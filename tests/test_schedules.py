@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from lowmem_pnn.schedules import Schedule, factor
+from lowmem_pnn.optim.lr_schedules import Schedule, factor
 
 LR = 0.3
 LENGTHS = [1, 2, 3, 4, 5, 7, 10, 33, 1000]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from lowmem_pnn import fit
+from lowmem_pnn.engine.stalls import KINDS, Stalls, in_words, shares
 from lowmem_pnn.sources.splits import SampleSplit
-from lowmem_pnn.stalls import KINDS, Stalls, in_words, shares
 
 
-class Clock:
+class TimeEstimator:
     """Time that goes on only when it is told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +22,7 @@ class Clock:
 
 
 def test_seconds_add_up_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, stalls = Clock(monkeypatch), Stalls()
+    clock, stalls = TimeEstimator(monkeypatch), Stalls()
     for kind, seconds in (("disk", 2), ("data", 3), ("disk", 4)):
         clock.now += 10
         with stalls.waiting(kind):  # type: ignore[arg-type]
@@ -31,7 +31,7 @@ def test_seconds_add_up_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wait_inside_of_a_wait_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, stalls = Clock(monkeypatch), Stalls()
+    clock, stalls = TimeEstimator(monkeypatch), Stalls()
     with stalls.waiting("data"):
         clock.now += 1
         with stalls.waiting("disk"):
@@ -40,7 +40,7 @@ def test_a_wait_inside_of_a_wait_is_part_of_it(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_wait_that_fails_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, stalls = Clock(monkeypatch), Stalls()
+    clock, stalls = TimeEstimator(monkeypatch), Stalls()
 
     def fail() -> None:
         with stalls.waiting("disk"):
@@ -55,7 +55,7 @@ def test_a_wait_that_fails_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_iterating_counts_the_making_of_items_and_not_their_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, stalls = Clock(monkeypatch), Stalls()
+    clock, stalls = TimeEstimator(monkeypatch), Stalls()
 
     def make() -> Iterator[int]:
         for number in range(3):

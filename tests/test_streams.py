@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowmem_pnn.engine.prefetch import Prefetcher, Request, WriteBehind
 from lowmem_pnn.errors import DiskError
-from lowmem_pnn.stores.blocks import BlockPool
+from lowmem_pnn.memory.pool import MemoryPool
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.scratch import Scratch
-from lowmem_pnn.streams import ReadAhead, Request, WriteBehind
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ class _Disk:
 def test_tensors_come_in_order_and_no_more_than_the_window_waits(sizes: list[int], window: int) -> None:
     disk = _Disk()
     with ThreadPoolExecutor(1) as pool:
-        ahead = ReadAhead((disk.request(number, size) for number, size in enumerate(sizes)), pool, window)
+        ahead = Prefetcher((disk.request(number, size) for number, size in enumerate(sizes)), pool, window)
         for number, size in enumerate(sizes):
             tensor = ahead.take()
             assert tensor.tolist() == [number] * size
@@ -60,7 +60,7 @@ def test_tensors_come_in_order_and_no_more_than_the_window_waits(sizes: list[int
 
 def test_a_stream_that_is_closed_reads_no_more(pool: ThreadPoolExecutor) -> None:
     disk = _Disk()
-    ahead = ReadAhead((disk.request(number, 10) for number in range(100)), pool, 50)
+    ahead = Prefetcher((disk.request(number, 10) for number in range(100)), pool, 50)
     ahead.take()
     ahead.close()
     before = disk.most
@@ -72,7 +72,7 @@ def test_a_failed_read_is_raised_where_its_tensor_is_taken(pool: ThreadPoolExecu
     def fail() -> Tensor:
         raise DiskError("gone")
 
-    ahead = ReadAhead(iter([Request(1, lambda: torch.ones(1)), Request(1, fail)]), pool, 10)
+    ahead = Prefetcher(iter([Request(1, lambda: torch.ones(1)), Request(1, fail)]), pool, 10)
     ahead.take()
     with pytest.raises(DiskError, match="gone"):
         ahead.take()
@@ -118,7 +118,7 @@ def test_a_failed_write_is_raised_by_a_later_one_or_by_the_wait(pool: ThreadPool
 
 
 def test_blocks_are_used_again_and_never_twice_at_once() -> None:
-    pool = BlockPool(4 << 20)
+    pool = MemoryPool(4 << 20)
     first = pool.empty((1 << 20,), torch.uint8).fill_(1)
     second = pool.empty((1 << 18,), torch.float32).fill_(2)
     assert pool.held_bytes == 2 << 20
@@ -138,7 +138,7 @@ def test_blocks_are_used_again_and_never_twice_at_once() -> None:
 
 
 def test_free_blocks_stay_within_the_limit() -> None:
-    pool = BlockPool(3 << 20)
+    pool = MemoryPool(3 << 20)
     for size in (1 << 20, 2 << 20, 1 << 19, 3 << 20):
         pool.empty((size,), torch.uint8)
         gc.collect()
@@ -150,7 +150,7 @@ def test_free_blocks_stay_within_the_limit() -> None:
 
 
 def test_a_parameter_holds_its_block_and_small_tensors_take_none() -> None:
-    pool = BlockPool(8 << 20)
+    pool = MemoryPool(8 << 20)
     parameter = torch.nn.Parameter(pool.empty((1 << 18,), torch.float32).fill_(5))
     other = pool.empty((1 << 18,), torch.float32).fill_(6)
     assert parameter.unique().tolist() == [5]

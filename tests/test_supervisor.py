@@ -13,9 +13,9 @@ import psutil
 import pytest
 from commands import lowmem_pnn, write_data
 
-from lowmem_pnn import supervisor
+from lowmem_pnn.cli import supervisor
+from lowmem_pnn.cli.supervisor import supervise
 from lowmem_pnn.errors import BudgetError, LowMemError
-from lowmem_pnn.supervisor import supervise
 
 # A data set that files beside it make slow, or stuck, or crash once; and a model that always does.
 _FACTORIES = """

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from pagecache import cached_bytes, watch_calls
 from torch import Tensor
 
-from lowmem_pnn.device.host import private_and_data_bytes
 from lowmem_pnn.errors import CheckpointError, DiskError
+from lowmem_pnn.memory.aligned import PAGE_BYTES
+from lowmem_pnn.memory.process_meter import private_and_data_bytes
 from lowmem_pnn.stores import tensorfile
-from lowmem_pnn.stores.header import CODES, DTYPES, MAX_HEADER_BYTES, PAGE_BYTES
+from lowmem_pnn.stores.header import CODES, DTYPES, MAX_HEADER_BYTES
 from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile, aligned_empty, memory_of, sha256
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda name: name != "__metadata__")

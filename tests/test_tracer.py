@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lowmem_pnn.chain import capture
 from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.chain import capture
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowmem_pnn.device.tracking import StorageTracker
+from lowmem_pnn.memory.storage_tracker import StorageTracker
 
 
 def test_a_storage_counts_from_its_making_until_its_last_view_goes():

@@ -12,10 +12,10 @@ from plainloops import Data, assert_same_weights, images, loaded, small_conv, sm
 from torch import nn
 
 import lowmem_pnn
-from lowmem_pnn import trainer
+from lowmem_pnn import api as trainer
+from lowmem_pnn.config.options import configure
 from lowmem_pnn.errors import CaptureError, CheckpointError, ConfigError, Stopped
-from lowmem_pnn.options import configure
-from lowmem_pnn.report import PlanReport, Result
+from lowmem_pnn.reporting.report import PlanReport, Result
 from lowmem_pnn.stores.encoding import WORK_BYTES
 from lowmem_pnn.stores.tensorfile import TensorFile
 from lowmem_pnn.units import format_bytes

@@ -18,17 +18,17 @@ from test_executor import fit_on, resident
 from torch import Tensor
 
 import lowmem_pnn
-from lowmem_pnn import executor as executor_module
 from lowmem_pnn.device import SimulatedDevice
-from lowmem_pnn.device.pinned import PinnedSlab
 from lowmem_pnn.device.simulated import LateCopies
 from lowmem_pnn.device.transfers import Transfers, one_behind, window_of
-from lowmem_pnn.executor import Executor, Progress
-from lowmem_pnn.feeds import Batch, DatasetFeed
-from lowmem_pnn.progress import Display
+from lowmem_pnn.engine import executor as executor_module
+from lowmem_pnn.engine.executor import EpochProgress, Executor
+from lowmem_pnn.engine.loaders import Batch, DatasetLoader
+from lowmem_pnn.engine.uploads import Piece, Uploads
+from lowmem_pnn.memory.pinned import PinnedSlab
+from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.sources.splits import from_torch
 from lowmem_pnn.stores import disk
-from lowmem_pnn.uploads import Piece, Uploads
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_values_types_and_strides_come_as_plain_copies_bring_them(slab: int) -> 
         base, base.permute(0, 3, 1, 2), base.to(memory_format=torch.channels_last), base[:, 1], base[:, :1].expand(2, 3, 4, 5),
         torch.randn(()), torch.empty(0, 3), torch.arange(6).to(torch.bfloat16), torch.tensor([True, False]), torch.arange(5),
     ]  # fmt: skip
-    for tensor, placed in zip(tensors, transfers.place(tensors), strict=True):
+    for tensor, placed in zip(tensors, transfers.to_device(tensors), strict=True):
         assert torch.equal(tensor, placed)
         assert (placed.dtype, placed.stride()) == (tensor.dtype, torch.empty_like(tensor).stride())
         assert placed.data_ptr() != tensor.data_ptr() or not tensor.numel()
@@ -104,7 +104,7 @@ def test_values_types_and_strides_come_as_plain_copies_bring_them(slab: int) -> 
 
 def test_a_host_tensor_may_be_written_to_as_soon_as_its_upload_has_begun() -> None:
     transfers, host = transfers_of(), torch.ones(100)
-    upload = transfers.ahead([host])
+    upload = transfers.upload([host])
     assert upload is not None
     host.zero_()
     (tensor,) = upload.get()
@@ -113,7 +113,7 @@ def test_a_host_tensor_may_be_written_to_as_soon_as_its_upload_has_begun() -> No
 
 def test_the_device_has_nothing_before_the_upload_is_taken_so_that_taking_it_is_what_waits() -> None:
     transfers = transfers_of()
-    upload = transfers.ahead([torch.ones(100)])
+    upload = transfers.upload([torch.ones(100)])
     assert upload is not None
     assert upload.tensors[0].isnan().all(), "the simulated copy is late"
     (tensor,) = upload.get()
@@ -122,7 +122,7 @@ def test_the_device_has_nothing_before_the_upload_is_taken_so_that_taking_it_is_
 
 def test_many_uploads_go_through_a_slab_with_room_for_two() -> None:
     transfers = transfers_of(slab=2 * 4096)
-    uploads = [transfers.ahead([torch.full((1024,), float(number))]) for number in range(20)]
+    uploads = [transfers.upload([torch.full((1024,), float(number))]) for number in range(20)]
     for number, upload in enumerate(uploads):
         assert upload is not None
         (tensor,) = upload.get()
@@ -132,11 +132,11 @@ def test_many_uploads_go_through_a_slab_with_room_for_two() -> None:
 
 def test_what_waits_on_the_device_stays_within_the_window() -> None:
     transfers = transfers_of(window=1000)
-    first = transfers.ahead([torch.ones(100), torch.ones(50)])
+    first = transfers.upload([torch.ones(100), torch.ones(50)])
     assert first is not None
     assert transfers.waiting_bytes == 600
-    assert transfers.ahead([torch.ones(101)]) is None
-    second = transfers.ahead([torch.ones(100)])
+    assert transfers.upload([torch.ones(101)]) is None
+    second = transfers.upload([torch.ones(100)])
     assert second is not None
     assert transfers.waiting_bytes == 1000
     first.get()
@@ -212,14 +212,14 @@ def test_an_upload_that_runs_out_of_memory_leaves_nothing_behind() -> None:
         transfers = device.transfers
         assert transfers is not None
         with pytest.raises(torch.OutOfMemoryError) as raised:
-            device.ahead(host)
+            device.upload(host)
         assert device.used_bytes() == 0, "the exception, which is still here, holds no tensor"
         assert (transfers.waiting_bytes, transfers.slab.lent_bytes) == (0, 0)
         assert "out of memory" in str(raised.value)
         with pytest.raises(torch.OutOfMemoryError):
-            transfers.place(host)
+            transfers.to_device(host)
         assert device.used_bytes() == 0
-        upload = device.ahead(host[:1])
+        upload = device.upload(host[:1])
         assert upload is not None
         upload.close()
         assert device.used_bytes() == 0
@@ -233,7 +233,7 @@ def test_a_reader_gets_page_locked_memory_only_as_far_as_copies_can_do_without_i
     first.fill_(1)
     # It goes up as it is.
     before = transfers.slab.lent_bytes
-    upload = transfers.ahead([first])
+    upload = transfers.upload([first])
     assert upload is not None
     assert transfers.slab.lent_bytes == before
     del first
@@ -318,8 +318,8 @@ def test_a_micro_batch_goes_up_before_the_one_before_it_is_computed_across_batch
     with SimulatedDevice(1 << 30) as device:
         stage = resident(small_conv, (3, 8, 8), device, pool, batch_size=8, micro_batch=4)
         _log_copies(device, log, monkeypatch)
-        feed = DatasetFeed(from_torch(images(16)), 0, pool, mix=False)
-        Executor(device, 0).learn_epoch(stage, feed, Progress(), lambda loss: None)
+        loader = DatasetLoader(from_torch(images(16)), 0, pool, mix=False)
+        Executor(device, 0).learn_epoch(stage, loader, EpochProgress(), lambda loss: None)
         assert device.transfers is not None
         assert device.transfers.waiting_bytes == 0
     # Samples and labels of each of two micro-batches in each of two batches.
@@ -348,9 +348,9 @@ def test_outputs_go_down_while_the_next_micro_batch_is_computed(
     with SimulatedDevice(1 << 30) as device:
         stage = resident(small_conv, (3, 8, 8), device, pool, batch_size=8, micro_batch=4)
         _log_copies(device, log, monkeypatch)
-        feed, writer = DatasetFeed(from_torch(images(12)), 0, pool, mix=False), Writer()
-        Executor(device, 0).emit(stage, feed, writer, lambda: None)  # type: ignore[arg-type]
-        (samples,), _ = next(iter(feed.batches(12, shuffle=False)))
+        loader, writer = DatasetLoader(from_torch(images(12)), 0, pool, mix=False), Writer()
+        Executor(device, 0).emit(stage, loader, writer, lambda: None)  # type: ignore[arg-type]
+        (samples,), _ = next(iter(loader.batches(12, shuffle=False)))
         with torch.no_grad():
             tensors: tuple[Tensor, ...] = (samples.clone(),)
             for layer in stage.residency.layers:
@@ -476,6 +476,6 @@ def test_a_slab_that_the_system_refuses_leaves_plain_copies() -> None:
         raise RuntimeError("CUDA error: out of memory")
 
     transfers = Transfers(LateCopies(), torch.device("cpu"), 1 << 20, PinnedSlab(refuse, 1 << 20))
-    (tensor,) = transfers.place([torch.ones(10)])
+    (tensor,) = transfers.to_device([torch.ones(10)])
     assert tensor.tolist() == transfers.download(tensor).get().tolist() == [1.0] * 10
     assert transfers.empty((3,), torch.float32).shape == (3,)

@@ -16,8 +16,8 @@ import torch
 from pagecache import watch_calls
 
 from lowmem_pnn.errors import CheckpointError, DiskError
-from lowmem_pnn.stores.blocks import BlockPool
-from lowmem_pnn.stores.naming import state_key, weight_key
+from lowmem_pnn.memory.pool import MemoryPool
+from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 
@@ -392,7 +392,7 @@ def test_only_weights_that_outgrow_memory_move_past_the_page_cache(tmp_path, mon
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     moved = watch_calls(monkeypatch)
     layout = {"weight/a": (torch.float32, (300, 1024)), "weight/b": (torch.float32, (70_001,)), "weight/c": (torch.float32, (3,))}
-    blocks = BlockPool(1 << 22)
+    blocks = MemoryPool(1 << 22)
     tensors = {}
     store = WeightStore.create(tmp_path / "weights", [layout])
     for step in range(2):  # a new file, then in place of what is there

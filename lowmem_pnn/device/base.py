@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.device.transfers import Download, Transfers, Upload
-from lowmem_pnn.stores.tensorfile import Empty
+from lowmem_pnn.memory.aligned import Empty
 from lowmem_pnn.units import MEBIBYTE
 
 # How libraries below us say that memory ran out without raising torch.OutOfMemoryError. oneDNN reports a failed allocation as a
@@ -141,7 +141,7 @@ class Device(ABC):
         """An uninitialised tensor on the device, 64-byte aligned."""
         return torch.empty(shape, dtype=dtype, device=self.torch_device)
 
-    def place(self, tensor: Tensor) -> Tensor:
+    def to_device(self, tensor: Tensor) -> Tensor:
         """A host tensor on the device; the same tensor where host and device are one.
 
         The host does not wait for the copy, and may write to its tensor at once.
@@ -149,18 +149,18 @@ class Device(ABC):
         if self.shares_host:
             return tensor
         assert self.transfers is not None, "the device is open"
-        (placed,) = self.transfers.place((tensor,))
+        (placed,) = self.transfers.to_device((tensor,))
         return placed
 
-    def ahead(self, tensors: Sequence[Tensor]) -> Upload | None:
+    def upload(self, tensors: Sequence[Tensor]) -> Upload | None:
         """Begin to bring host tensors up for later use; None where that is to be done when they are needed.
 
         Args:
             tensors: not written to before they are taken.
         """
-        return None if self.transfers is None else self.transfers.ahead(tensors)
+        return None if self.transfers is None else self.transfers.upload(tensors)
 
-    def fetch(self, tensor: Tensor) -> Tensor:
+    def to_host(self, tensor: Tensor) -> Tensor:
         """A device tensor on the host, in memory of its own; the same tensor where host and device are one."""
         return tensor if self.shares_host else tensor.cpu()
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from lowmem_pnn.device.base import Device
-from lowmem_pnn.device.host import (
+from lowmem_pnn.memory.process_meter import (
     DataLimit,
     HeapRelief,
-    PrivateMemoryMeter,
+    ProcessMemoryMeter,
     fix_malloc_thresholds,
     private_bytes,
     trim_heap,
@@ -32,7 +32,7 @@ class CpuDevice(Device):
         super().__init__(torch.device("cpu"), budget_bytes)
         self._wall = DataLimit(budget_bytes + self.reserve_bytes)
         self._relief = HeapRelief(sys.maxsize)
-        self._meter = PrivateMemoryMeter(on_sample=self._follow)
+        self._meter = ProcessMemoryMeter(on_sample=self._follow)
 
     @staticmethod
     def slack_for(budget_bytes: int) -> int:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lowmem_pnn.device.base import Device
 from lowmem_pnn.device.cpu import warm_up
-from lowmem_pnn.device.host import PrivateMemoryMeter, private_bytes
-from lowmem_pnn.device.pinned import PinnedSlab, slab_bytes_of
 from lowmem_pnn.device.transfers import CopyEngine, Transfers, window_of
 from lowmem_pnn.errors import BudgetError, ConfigError
+from lowmem_pnn.memory.pinned import PinnedSlab, slab_bytes_of
+from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
 from lowmem_pnn.units import format_bytes
 
 
@@ -211,7 +211,7 @@ class CudaDevice(Device):
         self._scope = scope
         self._driver = driver
         self._outside = 0
-        self._host_meter = PrivateMemoryMeter(interval=0.02)
+        self._host_meter = ProcessMemoryMeter(interval=0.02)
         self._host_floor = 0
 
     def open(self) -> None:

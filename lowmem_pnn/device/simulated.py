@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowmem_pnn.device.base import Device
-from lowmem_pnn.device.pinned import PinnedSlab, slab_bytes_of
-from lowmem_pnn.device.tracking import StorageTracker
 from lowmem_pnn.device.transfers import Transfers, window_of
+from lowmem_pnn.memory.pinned import PinnedSlab, slab_bytes_of
+from lowmem_pnn.memory.storage_tracker import StorageTracker
 
 
 class LateCopies:
@@ -161,6 +161,6 @@ class SimulatedDevice(Device):
     def release(self) -> None:
         """Nothing is cached."""
 
-    def fetch(self, tensor: Tensor) -> Tensor:
+    def to_host(self, tensor: Tensor) -> Tensor:
         """An own copy, as from a GPU."""
         return tensor.clone()

@@ -21,7 +21,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lowmem_pnn.device.pinned import PinnedSlab
+from lowmem_pnn.memory.pinned import PinnedSlab
 from lowmem_pnn.stores.tensorfile import aligned_empty
 
 _T = TypeVar("_T")
@@ -160,7 +160,7 @@ class Transfers:
         """Device memory of what is ahead or behind, now."""
         return self._waiting_bytes
 
-    def place(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def to_device(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Host tensors on the device, for use now: what is computed from now on waits for them, the host does not.
 
         Args:
@@ -168,7 +168,7 @@ class Transfers:
         """
         return self._begin(tensors).get()
 
-    def ahead(self, tensors: Sequence[Tensor]) -> Upload | None:
+    def upload(self, tensors: Sequence[Tensor]) -> Upload | None:
         """Begin to bring tensors up, for later use; None where the window has no room for them.
 
         Args:

@@ -1,6 +1,6 @@
 """Training methods: which visits in which order, and what each partition learns."""
 
-from lowmem_pnn.config import FitConfig
+from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.methods.backprop import Backprop
 from lowmem_pnn.methods.base import Labels, Method, Objective, Sweep, Visit, share_of
 from lowmem_pnn.methods.exact import Exact

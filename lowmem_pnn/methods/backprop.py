@@ -2,8 +2,8 @@
 
 from collections.abc import Collection
 
-from lowmem_pnn.chain import TensorSpec
-from lowmem_pnn.methods.base import Labels, Method, Objective, Split, Sweep, Visit
+from lowmem_pnn.methods.base import Labels, Method, Objective, SplitName, Sweep, Visit
+from lowmem_pnn.model.chain import TensorSpec
 
 
 class Backprop(Method):
@@ -14,7 +14,7 @@ class Backprop(Method):
         """Always one."""
         return 1
 
-    def visits(self, num_partitions: int, splits: Collection[Split]) -> list[Visit | Sweep]:
+    def visits(self, num_partitions: int, splits: Collection[SplitName]) -> list[Visit | Sweep]:
         """One visit of all epochs."""
         assert num_partitions == 1
         return [Visit("learn", 0, "train", self.config.value_for("epochs", 0))]

@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.chain import Chain, TensorSpec
-from lowmem_pnn.config import FitConfig, recovering
-from lowmem_pnn.costs import Affine
+from lowmem_pnn.config.fit_config import FitConfig, recovering
+from lowmem_pnn.model.chain import Chain, TensorSpec
+from lowmem_pnn.profiling.costs import Affine
 
-Split = Literal["train", "val", "test"]
+SplitName = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
@@ -28,28 +28,28 @@ class Visit:
         split: which part of the data; a sweep's visits get batches of it.
         epochs: passes over the samples, of `learn`.
         epochs_before: of its earlier visits, of `learn`.
-        stretch: of an epoch's order only these samples, first and after the last; None for all of them.
+        macro_batch: of an epoch's order only these samples, first and after the last; None for all of them.
         view: which of several augmented copies is written, of `emit`.
         commits: the run can be resumed from its end; else only from an earlier one.
         measures: at its end the whole model is measured on the validation split.
-        from_codes: the inputs of `learn` are the synthetic labels of the boundary before it, instead of activations.
+        from_synthetic_labels: the inputs of `learn` are the synthetic labels of the boundary before it, instead of activations.
         learns: in a sweep: its weights change, it is in train mode, writes buffers, and steps; else it is frozen, in eval mode.
-        hands_back: a partition before it learns, and needs the gradient of its inputs.
+        returns_input_gradient: a partition before it learns, and needs the gradient of its inputs.
         keeps_gradients: `backpropagate` keeps them for a `step` visit, instead of stepping at once.
     """
 
     action: Literal["learn", "emit", "backpropagate", "step", "join"]
     partition: int
-    split: Split
+    split: SplitName
     epochs: int = 1
     epochs_before: int = 0
-    stretch: tuple[int, int] | None = None
+    macro_batch: tuple[int, int] | None = None
     view: int = 0
     commits: bool = True
     measures: bool = False
-    from_codes: bool = False
+    from_synthetic_labels: bool = False
     learns: bool = False
-    hands_back: bool = False
+    returns_input_gradient: bool = False
     keeps_gradients: bool = False
 
 
@@ -61,7 +61,7 @@ class Sweep:
         visits: of one batch.
         epochs: passes over the samples.
         batch_size: samples a step.
-        place: a word that its data order and its random choices follow from: `epoch` for training from the start, as `backprop`
+        phase: a word that its data order and its random choices follow from: `epoch` for training from the start, as `backprop`
             has it.
         fresh_state: the optimizer's state of earlier visits is forgotten at its first step.
         shuffle: every epoch has an order of its own.
@@ -70,7 +70,7 @@ class Sweep:
     visits: tuple[Visit, ...]
     epochs: int
     batch_size: int
-    place: Literal["epoch", "recovery"] = "epoch"
+    phase: Literal["epoch", "recovery"] = "epoch"
     fresh_state: bool = False
     shuffle: bool = True
 
@@ -103,7 +103,7 @@ def sweep_visits(num_partitions: int, learners: Sequence[int], *, deferred: bool
             number,
             "train",
             learns=number in learners,
-            hands_back=number > first,
+            returns_input_gradient=number > first,
             keeps_gradients=deferred and number in learners,
         )
         for number in reversed(range(first, num_partitions))
@@ -115,7 +115,7 @@ def sweep_visits(num_partitions: int, learners: Sequence[int], *, deferred: bool
 class Objective(ABC):
     """What a partition's outputs are measured against."""
 
-    by_units: ClassVar[bool] = False
+    per_layer_loss: ClassVar[bool] = False
     """Every layer of the partition has scores, and a loss, of its own; no gradient passes from one to another."""
 
     @abstractmethod
@@ -212,7 +212,7 @@ class Method(ABC):
         return False
 
     @property
-    def learns_by_units(self) -> bool:
+    def learns_per_layer(self) -> bool:
         """Whether every layer has a head, and learns from it alone."""
         return False
 
@@ -228,12 +228,12 @@ class Method(ABC):
         return None
 
     @property
-    def trains_apart(self) -> bool:
+    def partitions_are_independent(self) -> bool:
         """Whether partitions learn without anything of each other's, and meet at the end."""
         return False
 
     @abstractmethod
-    def visits(self, num_partitions: int, splits: Collection[Split]) -> list[Visit | Sweep]:
+    def visits(self, num_partitions: int, splits: Collection[SplitName]) -> list[Visit | Sweep]:
         """The training, as data.
 
         Args:
@@ -241,7 +241,7 @@ class Method(ABC):
             splits: the parts of the training data: `train`, and `val` where there is one; with their sizes where they are known.
         """
 
-    def program(self, num_partitions: int, splits: Collection[Split]) -> list[Visit | Sweep]:
+    def program(self, num_partitions: int, splits: Collection[SplitName]) -> list[Visit | Sweep]:
         """`visits`, and the recovery epochs after them (PNN, section 5).
 
         Args:
@@ -256,7 +256,7 @@ class Method(ABC):
                     sweep_visits(num_partitions, learners, deferred=self.config.steps_wait),
                     self.config.recovery_epochs,
                     self.config.value_for("batch_size", num_partitions - 1),
-                    place="recovery",
+                    phase="recovery",
                     fresh_state=True,
                     shuffle=self.config.value_for("shuffle", num_partitions - 1),
                 )
@@ -284,7 +284,7 @@ def share_of(program: Sequence[Visit | Sweep], rank: int, ranks: int) -> list[Vi
         ranks: how many there are; with 1 it does everything.
 
     Example:
-        >>> program = [Visit("learn", 0, "train"), Visit("learn", 1, "train", from_codes=True)]
+        >>> program = [Visit("learn", 0, "train"), Visit("learn", 1, "train", from_synthetic_labels=True)]
         >>> [(visit.action, visit.partition) for visit in share_of(program, 0, 2)]
         [('learn', 0), ('join', 0)]
     """
@@ -294,6 +294,6 @@ def share_of(program: Sequence[Visit | Sweep], rank: int, ranks: int) -> list[Vi
     return own if rank else [*own, Visit("join", 0, "train"), *(item for item in program if isinstance(item, Sweep))]
 
 
-def evaluation(num_partitions: int, split: Split = "test") -> list[Visit]:
+def evaluation(num_partitions: int, split: SplitName = "test") -> list[Visit]:
     """The visits that measure a trained model: each partition once, forward."""
     return [Visit("emit", partition, split) for partition in range(num_partitions)]

@@ -13,8 +13,8 @@ Losses and weights are those of plain PyTorch, bit for bit, on the CPU in float3
 
 from collections.abc import Collection
 
-from lowmem_pnn.chain import TensorSpec
-from lowmem_pnn.methods.base import Labels, Method, Objective, Passing, Split, Sweep, Visit, sweep_visits
+from lowmem_pnn.methods.base import Labels, Method, Objective, Passing, SplitName, Sweep, Visit, sweep_visits
+from lowmem_pnn.model.chain import TensorSpec
 
 
 class Exact(Method):
@@ -25,7 +25,7 @@ class Exact(Method):
         """Always."""
         return True
 
-    def visits(self, num_partitions: int, splits: Collection[Split]) -> list[Visit | Sweep]:
+    def visits(self, num_partitions: int, splits: Collection[SplitName]) -> list[Visit | Sweep]:
         """One sweep of all epochs."""
         learners = range(num_partitions)
         config = self.config

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.chain import TensorSpec
+from lowmem_pnn.model.chain import TensorSpec
 
 HeadKind = Literal["adaptive", "classic", "auglocal", "linear"]
 

@@ -14,10 +14,10 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from lowmem_pnn.chain import Chain, TensorSpec
-from lowmem_pnn.costs import Affine
-from lowmem_pnn.methods.base import Labels, Method, Objective, Split, Sweep, Visit
+from lowmem_pnn.methods.base import Labels, Method, Objective, SplitName, Sweep, Visit
 from lowmem_pnn.methods.heads import make_head
+from lowmem_pnn.model.chain import Chain, TensorSpec
+from lowmem_pnn.profiling.costs import Affine
 
 _FLOAT_BYTES = 4
 
@@ -30,7 +30,7 @@ class LocalLabels(Labels):
         num_classes: of the data.
     """
 
-    by_units = True
+    per_layer_loss = True
 
     def __init__(self, label_smoothing: float, num_classes: int) -> None:
         super().__init__(label_smoothing)
@@ -45,11 +45,11 @@ class NeuroFlux(Method):
     """Block after block; inside a block all units learn, each from its own head."""
 
     @property
-    def learns_by_units(self) -> bool:
+    def learns_per_layer(self) -> bool:
         """Always."""
         return True
 
-    def visits(self, num_partitions: int, splits: Collection[Split]) -> list[Visit | Sweep]:
+    def visits(self, num_partitions: int, splits: Collection[SplitName]) -> list[Visit | Sweep]:
         """As `--visits` says.
 
         sequential: each block learns for all its epochs, then writes its outputs once, in as many views as asked. laps=L: the same L
@@ -71,23 +71,32 @@ class NeuroFlux(Method):
                     visits += [Visit("emit", partition, split) for split in splits if split != "train"]
         return visits
 
-    def _interleaved(self, num_partitions: int, splits: Mapping[Split, int]) -> list[Visit | Sweep]:
+    def _interleaved(self, num_partitions: int, splits: Mapping[SplitName, int]) -> list[Visit | Sweep]:
         visits: list[Visit | Sweep] = []
         samples, last = splits["train"], num_partitions - 1
         size = self.config.macro_batches * max(self.config.batch_sizes)
         for epoch in range(self.config.value_for("epochs", 0)):
             for begin in range(0, samples, size):
-                stretch = (begin, min(begin + size, samples))
+                macro_batch = (begin, min(begin + size, samples))
                 for partition in range(num_partitions):
                     ends = partition == last
-                    measures = ends and stretch[1] == samples and "val" in splits
+                    measures = ends and macro_batch[1] == samples and "val" in splits
                     visits.append(
                         Visit(
-                            "learn", partition, "train", 1, epochs_before=epoch, stretch=stretch, commits=ends, measures=measures
+                            "learn",
+                            partition,
+                            "train",
+                            1,
+                            epochs_before=epoch,
+                            macro_batch=macro_batch,
+                            commits=ends,
+                            measures=measures,
                         )
                     )
                     if not ends:
-                        visits.append(Visit("emit", partition, "train", epochs_before=epoch, stretch=stretch, commits=False))
+                        visits.append(
+                            Visit("emit", partition, "train", epochs_before=epoch, macro_batch=macro_batch, commits=False)
+                        )
         return visits
 
     def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:

@@ -15,9 +15,9 @@ With `--parallel-sil` (figure 5) no partition waits for another: its inputs are 
 
 from collections.abc import Collection
 
-from lowmem_pnn.chain import TensorSpec
-from lowmem_pnn.methods.base import Labels, Method, Objective, Split, Sweep, Visit
+from lowmem_pnn.methods.base import Labels, Method, Objective, SplitName, Sweep, Visit
 from lowmem_pnn.methods.sil import SyntheticLabels
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.seeds import seed_of
 
 
@@ -25,17 +25,21 @@ class Pnn(Method):
     """Partition after partition, each with its own epochs, batch, optimizer, learning rate and order of samples."""
 
     @property
-    def trains_apart(self) -> bool:
+    def partitions_are_independent(self) -> bool:
         """With `parallel_sil`."""
         return self.config.parallel_sil
 
-    def visits(self, num_partitions: int, splits: Collection[Split]) -> list[Visit | Sweep]:
+    def visits(self, num_partitions: int, splits: Collection[SplitName]) -> list[Visit | Sweep]:
         """For each partition: learn for its epochs; then, but for the last, write its outputs once, if the next one reads them."""
         visits: list[Visit | Sweep] = []
         for partition in range(num_partitions):
             epochs = self.config.value_for("epochs", partition)
-            visits.append(Visit("learn", partition, "train", epochs, from_codes=self.trains_apart and partition > 0))
-            if partition < num_partitions - 1 and not self.trains_apart:
+            visits.append(
+                Visit(
+                    "learn", partition, "train", epochs, from_synthetic_labels=self.partitions_are_independent and partition > 0
+                )
+            )
+            if partition < num_partitions - 1 and not self.partitions_are_independent:
                 visits += [Visit("emit", partition, split) for split in splits]
         return visits
 

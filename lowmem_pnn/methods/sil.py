@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.chain import TensorSpec
-from lowmem_pnn.costs import Affine
 from lowmem_pnn.methods.base import Objective, in_full
+from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.profiling.costs import Affine
 
 Distribution = Literal["uniform", "normal", "orthogonal", "sparse"]
 Target = Literal["full", "pooled"]

@@ -1,1 +1,1 @@
-"""Where models and data sets come from: names, files and factories turned into constructors and indexed samples."""
+"""Models and data sets, by name or as Python objects."""

@@ -21,17 +21,8 @@ from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_labels, as_tensor
 from lowmem_pnn.sources.images import ImageSplit, class_names
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
-from lowmem_pnn.sources.presentation import Wants, holds_tokens
-from lowmem_pnn.sources.splits import (
-    ArraySplit,
-    Indices,
-    SampleSplit,
-    Split,
-    count_classes,
-    from_torch,
-    subset,
-    train_val,
-)
+from lowmem_pnn.sources.preprocessing import Wants, holds_tokens
+from lowmem_pnn.sources.splits import ArraySplit, Indices, SampleSplit, Split, count_classes, from_torch, subset, train_val
 from lowmem_pnn.sources.text import DEFAULT_CONTEXT, NUM_TOKENS, open_text
 
 __all__ = ["Dataset", "Indices", "Split", "find_dataset", "from_torch", "make_dataset", "subset", "train_val"]

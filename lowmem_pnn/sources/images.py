@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import DataError
-from lowmem_pnn.sources.presentation import Presentation, Wants
+from lowmem_pnn.sources.preprocessing import Presentation, Wants
 from lowmem_pnn.sources.splits import SampleSplit
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_label, as_labels, as_tensor, hash_tensor
 from lowmem_pnn.sources.imports import one_line
-from lowmem_pnn.sources.presentation import Presentation, Wants, holds_tokens
+from lowmem_pnn.sources.preprocessing import Presentation, Wants, holds_tokens
 
 Indices: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]]"
 

@@ -1,1 +1,1 @@
-"""Bytes on disk: tensor files written in place, boundary activations in shards, weights by generation, the run directory."""
+"""Bytes on disk: weights, activations, journals."""

@@ -9,12 +9,12 @@ from types import TracebackType
 
 from torch import Tensor
 
-from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.encoding import KeptAs, encode
 from lowmem_pnn.stores.header import TensorLayout
-from lowmem_pnn.stores.image import FileImage, NewFile
+from lowmem_pnn.stores.shard_file import NewFile, ShardFile
 from lowmem_pnn.stores.shards import (
     Index,
     Shard,
@@ -195,7 +195,7 @@ class ActivationWriter:
         # All that can be done before its turn: the writing thread goes from one shard to the next.
         number = self._submitted
         tensors = {name: tensor[:count] for name, tensor in zip(self._layout(count), self._filling, strict=True)}
-        image = FileImage(tensors, shard_metadata(number))
+        image = ShardFile(tensors, shard_metadata(number))
         checksum = None if self._beside is None else self._beside.submit(image.crc32)
         try:
             file = NewFile.create(self.folder / shard_name(number), image.nbytes)
@@ -225,7 +225,7 @@ class ActivationWriter:
             raise
         return buffer
 
-    def _write(self, image: FileImage, file: NewFile, count: int, checksum: Future[str] | None) -> None:
+    def _write(self, image: ShardFile, file: NewFile, count: int, checksum: Future[str] | None) -> None:
         """On the pool: write one shard."""
         self._unsynced.append(file)
         try:

@@ -18,16 +18,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.memory.aligned import PAGE_BYTES, aligned_empty, memory_of
+from lowmem_pnn.memory.pool import MemoryPool
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stores.activation_writer import ActivationWriter
-from lowmem_pnn.stores.blocks import BlockPool
 from lowmem_pnn.stores.disk import CHUNK_BYTES, IoCounter, outgrows_page_cache
 from lowmem_pnn.stores.encoding import KeptAs, decode
-from lowmem_pnn.stores.header import PAGE_BYTES, TensorLayout
-from lowmem_pnn.stores.image import FileImage
-from lowmem_pnn.stores.memory import aligned_empty, memory_of
+from lowmem_pnn.stores.header import TensorLayout
+from lowmem_pnn.stores.shard_file import ShardFile
 from lowmem_pnn.stores.shards import (
     Index,
     allocate,
@@ -162,7 +162,7 @@ class ActivationStore:
         batch: list[Tensor] = []
         filled = 0
         # Two batches, as many as wait at most: fresh memory for each would take longer than filling it.
-        blocks = BlockPool(2 * resident_bytes(self.specs, batch_size, self.label_shape))
+        blocks = MemoryPool(2 * resident_bytes(self.specs, batch_size, self.label_shape))
         with closing(self._windows(seed if shuffle else None, epoch, position, stop, window_bytes, pool)) as windows:
             for window in windows:
                 while position < min(window.end, stop):
@@ -203,7 +203,7 @@ class ActivationStore:
         bases = [0, *accumulate(sum(self._shards[number].samples for number in group) for group in groups)]
         wanted = [number for number in range(len(groups)) if bases[number] < stop and first < bases[number + 1]]
 
-        def load(number: int, tensors: list[Tensor], images: list[FileImage]) -> _Window:
+        def load(number: int, tensors: list[Tensor], images: list[ShardFile]) -> _Window:
             self._load(groups[number], tensors, images)
             base, end = bases[number], bases[number + 1]
             return self._window(tensors, base, end, _order(end - base, seed, "window", epoch, number))
@@ -236,17 +236,17 @@ class ActivationStore:
     def _allocate(self, num_samples: int) -> list[Tensor]:
         return [aligned_empty(shape, dtype, alignment=PAGE_BYTES) for dtype, shape in self._layout(num_samples).values()]
 
-    def _images(self, numbers: Sequence[int], tensors: list[Tensor]) -> list[FileImage]:
+    def _images(self, numbers: Sequence[int], tensors: list[Tensor]) -> list[ShardFile]:
         """Whole shards, in consecutive rows: what reading them can have done before."""
         images, row = [], 0
         for number in numbers:
             count = self._shards[number].samples
             rows = {name: tensor[row : row + count] for name, tensor in zip(self._layout(count), tensors, strict=True)}
-            images.append(FileImage(rows, shard_metadata(number)))
+            images.append(ShardFile(rows, shard_metadata(number)))
             row += count
         return images
 
-    def _load(self, numbers: Sequence[int], tensors: list[Tensor], images: list[FileImage]) -> None:
+    def _load(self, numbers: Sequence[int], tensors: list[Tensor], images: list[ShardFile]) -> None:
         """Read whole shards into consecutive rows."""
         row = 0
         for number, image in zip(numbers, images, strict=True):

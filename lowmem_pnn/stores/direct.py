@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lowmem_pnn.stores.header import PAGE_BYTES
+from lowmem_pnn.memory.aligned import PAGE_BYTES
 
 Piece = tuple[int, memoryview]
 """Where bytes are in the file, and where in memory."""

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lowmem_pnn.chain import TensorSpec
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.disk import CHUNK_BYTES
 from lowmem_pnn.stores.header import TensorLayout
 

@@ -24,12 +24,9 @@ from typing import Any
 
 import torch
 
+from lowmem_pnn.memory.aligned import PAGE_BYTES
 from lowmem_pnn.units import MEBIBYTE
 
-ALIGNMENT = 64
-"""In bytes: the width of a cache line and of the widest vector registers."""
-PAGE_BYTES = 4096
-"""What direct transfers are made of, in a file and in memory: a multiple of every drive's block."""
 MAX_HEADER_BYTES = 16 * MEBIBYTE
 """A larger one is refused: 67 MB of JSON that describe empty tensors take 1.7 GB to parse."""
 

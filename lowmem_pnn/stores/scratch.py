@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowmem_pnn.memory.aligned import aligned_empty, memory_of
 from lowmem_pnn.stores.disk import IoCounter, disk_error
-from lowmem_pnn.stores.memory import aligned_empty, memory_of
 from lowmem_pnn.units import format_bytes
 
 

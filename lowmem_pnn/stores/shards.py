@@ -21,14 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem_pnn.chain import TensorSpec
 from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.memory.aligned import PAGE_BYTES, Empty, aligned_empty
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.disk import IoCounter, crc32, disk_error, sha256, sync_folder
 from lowmem_pnn.stores.encoding import KINDS, KeptAs, kept_layout
-from lowmem_pnn.stores.header import CODES, DTYPES, PAGE_BYTES, TensorLayout, describe, lay_out
-from lowmem_pnn.stores.memory import aligned_empty
+from lowmem_pnn.stores.header import CODES, DTYPES, TensorLayout, describe, lay_out
 from lowmem_pnn.stores.rundir import write_durably
-from lowmem_pnn.stores.tensorfile import Empty
 
 FORMAT = 2
 _READABLE = (1, 2)

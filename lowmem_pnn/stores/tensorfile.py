@@ -12,30 +12,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError, DiskError
+from lowmem_pnn.memory.aligned import ALIGNMENT, PAGE_BYTES, Empty, aligned_empty, memory_of
 from lowmem_pnn.stores.direct import LEAST_BYTES, REFUSED, is_paged, open_direct
 from lowmem_pnn.stores.disk import CHUNK_BYTES, REMEDY, IoCounter, disk_error, drop_cache, sha256, sync_file
-from lowmem_pnn.stores.header import (
-    ALIGNMENT,
-    MAX_HEADER_BYTES,
-    PAGE_BYTES,
-    HeaderFault,
-    TensorEntry,
-    TensorLayout,
-    describe,
-    lay_out,
-    parse,
-)
-from lowmem_pnn.stores.memory import aligned_empty, memory_of
+from lowmem_pnn.stores.header import MAX_HEADER_BYTES, HeaderFault, TensorEntry, TensorLayout, describe, lay_out, parse
 from lowmem_pnn.units import format_bytes
 
 __all__ = ["IoCounter", "TensorEntry", "TensorFile", "TensorLayout", "aligned_empty", "memory_of", "sha256"]
 
-Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""Makes an uninitialised host tensor that starts at a multiple of 64 bytes."""
 
 _MAX_CALL_BYTES = 1 << 30  # Linux moves at most 0x7ffff000 bytes in one call
 

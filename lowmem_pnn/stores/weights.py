@@ -23,11 +23,12 @@ from typing import Any
 from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.memory.aligned import Empty
 from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import IoCounter, disk_error, outgrows_page_cache, sha256, sync_folder
 from lowmem_pnn.stores.header import TensorLayout
-from lowmem_pnn.stores.naming import FORMAT, REMEDY, WEIGHT_FILE, PartitionName, Sealed, parse_name, parse_state, weight_key
-from lowmem_pnn.stores.tensorfile import Empty, TensorFile
+from lowmem_pnn.stores.keys import FORMAT, REMEDY, WEIGHT_FILE, PartitionName, Sealed, parse_name, parse_state, weight_key
+from lowmem_pnn.stores.tensorfile import TensorFile
 
 PartitionLayout = Mapping[str, TensorLayout]
 """Element type and shape of every tensor of a partition, by its name in the file (`weight_key`, `state_key`)."""

@@ -1,0 +1,307 @@
+"""What a user gave, made into a configuration: defaults, options that exclude each other, what only a plan or a device can tell."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError as PydanticError
+
+from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, describe_fault, field_names, flag, recovering
+from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
+from lowmem_pnn.units import format_bytes
+
+# What is trained when neither a model nor data is named: larger than 2 GB with its optimizer state, and learnt in a minute.
+DEMONSTRATION: Mapping[str, Any] = {
+    "model": "mlp:64-8192-8192-8192-10",
+    "data": "digits",
+    "epochs": (3,),
+    "lr": (1e-4,),
+    "kappa": (1.0,),
+}
+
+# Data sets that are kept in `data_root`.
+DOWNLOADED = ("mnist", "fashion-mnist", "emnist-balanced", "cifar10", "cifar100")
+
+# Options that only some choice of another option reads: (option, what it needs, does this run have it?).
+_CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
+    ("kappa", "--method pnn", lambda config: config.method == "pnn"),
+    ("sil", "--method pnn", lambda config: config.method == "pnn"),
+    ("sil_target", "--method pnn", lambda config: config.method == "pnn"),
+    ("visits", "--method neuroflux", lambda config: config.method == "neuroflux"),
+    ("macro_batches", "--visits interleaved", lambda config: config.visits == "interleaved"),
+    (
+        "views",
+        "--augment basic and --visits sequential or laps=L",
+        lambda config: config.augment != "none" and config.visits != "interleaved",
+    ),
+    ("blocks", "--method neuroflux", lambda config: config.method == "neuroflux"),
+    ("block_tolerance", "--blocks alike", lambda config: config.blocks == "alike"),
+    ("exit_tolerance", "--method neuroflux", lambda config: config.method == "neuroflux"),
+    ("heads", "--method neuroflux", lambda config: config.method == "neuroflux"),
+    ("parallel_sil", "--method pnn", lambda config: config.method == "pnn"),
+    ("activation_dtype", "--method pnn or neuroflux", lambda config: config.method in ("pnn", "neuroflux")),
+    ("activation_dtype", "partitions that learn from activations (no --parallel-sil)", lambda config: not config.parallel_sil),
+    ("cuts", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
+    ("partitions", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
+    ("plan_for", "cuts that are left to the planner", lambda config: config.cuts is None),
+    ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
+    ("warmup_steps", "--lr-schedule constant or cosine", lambda config: config.lr_schedule != "onecycle"),
+    ("momentum", "--optimizer sgd", lambda config: "sgd" in config.optimizer),
+    ("optimizer_state", "--optimizer adam or adamw", lambda config: "sgd" not in config.optimizer),
+    ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
+    ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
+    ("data_root", "a data set that is downloaded", lambda config: config.data in DOWNLOADED),
+    (
+        "model_arg",
+        "a model that is built by a factory (not mlp: or gpt:)",
+        lambda config: config.model.partition(":")[0] not in ("mlp", "gpt"),
+    ),
+)
+
+
+def configure(**given: Any) -> FitConfig:
+    """Make a configuration from what a user gave, with the defaults for the rest.
+
+    With neither `model` nor `data` this is the demonstration: a multilayer perceptron with 2.16 GB of training state, on the digits
+    that come with scikit-learn.
+
+    Args:
+        **given: fields of `FitConfig`; None means not given.
+
+    Returns:
+        A checked configuration.
+
+    Raises:
+        ConfigError: all faults, in one line.
+
+    Example:
+        >>> configure(max_gpu_mem="2GB").model
+        'mlp:64-8192-8192-8192-10'
+        >>> configure(max_gpu_mem="2GB", method="pnm")
+        Traceback (most recent call last):
+        lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, neuroflux, exact, backprop; did you mean 'pnn'?
+    """
+    given = {name: _absolute(name, value) for name, value in given.items() if value is not None}
+    values = {"data_root": Path("data").absolute(), **given}
+    if "model" not in given and "data" not in given:
+        values = {**DEMONSTRATION, **values}
+    try:
+        config = FitConfig(**values)
+    except PydanticError as error:
+        # A list has a fault for each of its values.
+        raise ConfigError("; ".join(dict.fromkeys(describe_fault(fault) for fault in error.errors()))) from None
+    faults = [
+        f"{flag(name)} has no effect here: it needs {need}"
+        for name, need, holds in _CONDITIONAL
+        if name in given and not holds(config)
+    ]
+    faults += _contradictions(config)
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return config
+
+
+def for_method(config: FitConfig, method: MethodName) -> FitConfig:
+    """The same training by another method, without the options that this one does not read.
+
+    Args:
+        config: checked.
+        method: the other one.
+
+    Raises:
+        ConfigError: an option means something that the method cannot do.
+
+    Example:
+        >>> for_method(configure(max_gpu_mem="1GB", kappa=2), "exact").kappa == configure(max_gpu_mem="1GB", method="exact").kappa
+        False
+    """
+    if method == config.method:
+        return config
+    other = dataclasses.replace(config, method=method)
+    unread = {name for name, _, holds in _CONDITIONAL if holds(config) and not holds(other)}
+    other = dataclasses.replace(other, **{name: default_of(name) for name in unread})
+    if faults := _contradictions(other):
+        raise ConfigError("; ".join(faults))
+    return other
+
+
+def _contradictions(config: FitConfig) -> list[str]:
+    """What options say against each other."""
+    faults = []
+    if config.method == "exact":
+        faults += [
+            f"{flag(name)} has {len(getattr(config, name))} values, and --method exact trains all partitions together; give one value"
+            for name in ("epochs", "batch_size", "shuffle")
+            if getattr(config, name) != "auto" and len(getattr(config, name)) > 1
+        ]
+    if config.batch_size == "auto" and (config.method not in ("pnn", "neuroflux") or config.recovery_epochs):
+        faults.append(
+            "--batch-size auto: only partitions that learn by themselves can each have a batch of their own; give a number"
+        )
+    if config.views > 1 and config.method != "neuroflux":
+        faults.append("--views has no effect here: it needs --method neuroflux")
+    if config.visits == "interleaved" and len(config.epochs) > 1:
+        faults.append("--visits interleaved trains all blocks for the same epochs; give one number of --epochs")
+    if config.laps > min(config.epochs):
+        faults.append(
+            f"--visits laps={config.laps}: there are {min(config.epochs)} epochs; give at most laps={min(config.epochs)}"
+        )
+    if config.blocks == "alike" and (config.cuts or config.partitions):
+        faults.append("--blocks alike finds the cuts, and --cuts or --partitions give them; give one")
+    if config.method == "neuroflux" and config.recovery_epochs:
+        faults.append("--recovery-epochs has no effect here: it needs --method pnn, exact or backprop")
+    if config.method == "neuroflux" and config.loss_chunk is not None:
+        faults.append("--loss-chunk has no effect here: every unit of --method neuroflux has a loss of its own")
+    if config.parallel_sil and config.sil_target == "pooled":
+        faults.append(
+            "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out"
+        )
+    if config.plan_for == "time" and config.compile:
+        faults.append("--plan-for time runs layers as they are, and --compile makes code of them; leave one out")
+    if config.plan_for == "time" and config.batch_size == "auto":
+        faults.append("--plan-for time compares plans for one batch size, and --batch-size auto looks for the largest; give one")
+    if config.plan_for == "time" and config.parallel_sil:
+        faults.append(
+            "--plan-for time: processes side by side would each find a plan of their own; leave it out, or --parallel-sil"
+        )
+    if config.cuts and config.partitions:
+        faults.append("--cuts and --partitions exclude each other; give one")
+    if config.micro_batch is not None and config.micro_batch > max(config.batch_sizes):
+        faults.append(
+            f"--micro-batch {config.micro_batch} is above --batch-size {max(config.batch_sizes)}; "
+            f"give at most {max(config.batch_sizes)}, or a larger --batch-size"
+        )
+    return faults
+
+
+def check_lengths(config: FitConfig, num_partitions: int) -> None:
+    """Check that the per-partition lists fit the number of partitions.
+
+    Args:
+        config: the run's configuration.
+        num_partitions: of the plan.
+
+    Raises:
+        ConfigError: a list of another length.
+    """
+    if config.recovery_epochs:
+        learners = recovering(config, num_partitions)
+        if not learners or learners[-1] >= num_partitions:
+            which = "is one partition, the last" if num_partitions == 1 else f"are {num_partitions} partitions"
+            raise ConfigError(
+                f"--recover {_shown(config.recover)}: there {which}; give numbers from 1 to {num_partitions}, or all"
+            )
+    for name, wanted in (
+        ("epochs", num_partitions),
+        ("batch_size", num_partitions),
+        ("optimizer", num_partitions),
+        ("lr", num_partitions),
+        ("shuffle", num_partitions),
+        ("kappa", num_partitions - 1),
+    ):
+        found = len(config.batch_sizes if name == "batch_size" else getattr(config, name))
+        if found not in (1, wanted):
+            what = "boundary" if name == "kappa" else "partition"
+            plural = {"boundary": "boundaries"}.get(what, what + "s")
+            raise ConfigError(
+                f"{flag(name)} has {found} values, and there {'is' if wanted == 1 else 'are'} {wanted or 'no'} "
+                f"{what if wanted == 1 else plural}; give one value{f' or {wanted}' if wanted > 1 else ''}, "
+                "or set --cuts or --partitions"
+            )
+
+
+def check_device(config: FitConfig, on_cpu: bool, memory_bytes: int) -> None:
+    """Check what can only be told once the device is known.
+
+    Args:
+        config: the run's configuration.
+        on_cpu: the training device is the host.
+        memory_bytes: of the host.
+
+    Raises:
+        ConfigError: an option that would have no effect there.
+        BudgetError: on the CPU, a budget above the memory that there is.
+    """
+    if not on_cpu:
+        if config.compile:
+            raise ConfigError(
+                "--compile has no effect here: it needs the CPU, and this run is on a GPU; leave it out, or give --device cpu"
+            )
+        return
+    for name, need in (
+        ("budget_scope", "a CUDA device"),
+        ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem is that bound)"),
+    ):
+        if getattr(config, name) not in (None, "process"):
+            raise ConfigError(f"{flag(name)} has no effect here: it needs {need}, and this run is on the CPU; leave it out")
+    if config.max_gpu_mem > memory_bytes:
+        raise BudgetError(
+            f"--max-gpu-mem {format_bytes(config.max_gpu_mem)} is more than this machine has, {format_bytes(memory_bytes)}; give less"
+        )
+
+
+def check_same_options(config: FitConfig, stored: FitConfig, where: Path) -> None:
+    """Check that a run is resumed with the configuration that it began with.
+
+    Args:
+        config: what is asked now.
+        stored: the run's.
+        where: the run's folder, for the message.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    other = [name for name in field_names() if getattr(config, name) != getattr(stored, name)]
+    if other:
+        name = other[0]
+        raise CheckpointError(
+            f"the run in {where} began with {flag(name)} {getattr(stored, name)}, not {getattr(config, name)}; "
+            "give the same to resume it, or begin a new run"
+        )
+
+
+def run_name(config: FitConfig) -> str:
+    """A folder name for a run, from its model and method: letters, digits, '.', '_' and '-' alone.
+
+    Example:
+        >>> run_name(configure(max_gpu_mem="1GB", model="mlp:64-32-10", data="digits"))
+        'mlp-64-32-10-pnn'
+    """
+    model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name).strip("-.") or "model"
+    return f"{model[:60]}-{config.method}"
+
+
+def next_workdir(config: FitConfig, parent: Path = Path("runs")) -> Path:
+    """The first folder `runs/MODEL-METHOD-N` that does not exist, N from 1."""
+    number = 1
+    while (path := parent / f"{run_name(config)}-{number}").exists():
+        number += 1
+    return path
+
+
+def _shown(value: Any) -> str:
+    """A value as one would write it on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else "(all but the last)" if value is None else str(value)
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """Paths in full: a run may be resumed from another folder than it was begun in."""
+    if name == "data_root":
+        return _full(value)
+    if name not in ("model", "data") or not isinstance(value, str):
+        return value
+    kind, colon, path = value.partition(":")
+    if name == "data" and kind in ("npz", "imagefolder", "text") and path:
+        return f"{kind}:{_full(path)}"
+    file, colon, factory = value.rpartition(":")
+    return f"{_full(file)}{colon}{factory}" if file.endswith(".py") else value
+
+
+def _full(path: str | Path) -> Path:
+    # A user who is not known has no home: then `~name` is a folder's name, and will not be found.
+    with suppress(RuntimeError):
+        path = Path(path).expanduser()
+    return Path(path).absolute()

@@ -1,0 +1,1 @@
+"""One resident partition at work: load, prefetch, forward, backward, step."""

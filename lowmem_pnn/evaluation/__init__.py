@@ -1,0 +1,1 @@
+"""How good a model is: samples through all partitions, scores, early exits."""

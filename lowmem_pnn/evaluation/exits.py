@@ -1,0 +1,148 @@
+"""Early exits: how good and how fast each is, which one is taken, and the model that ends there.
+
+x --[unit 1]--[unit 2]--[unit 3]-- scores        the whole model
+                  |
+                head 2 -- scores                 exit 2: units 1 and 2, and a head
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_pnn.model.chain import Chain, is_of_head
+from lowmem_pnn.run.run import Run
+
+HEADS_FILE = "heads.safetensors"
+"""In a run's folder: the trained heads."""
+
+_REPEATS = 3
+_MOST_SAMPLES = 64
+
+
+def choose_exit(accuracies: Sequence[float], tolerance: float) -> int:
+    """The smallest prefix that is nearly as good as the best.
+
+    Args:
+        accuracies: of every exit on the validation split, the whole model's last.
+        tolerance: how far below the best it may be.
+
+    Returns:
+        The number of the exit, from 0.
+
+    Example:
+        >>> choose_exit([0.50, 0.79, 0.795, 0.80], tolerance=0.01)
+        1
+    """
+    best = max(accuracies)
+    return next(number for number, accuracy in enumerate(accuracies) if accuracy >= best - tolerance)
+
+
+def chosen_exit(exits: Sequence[Mapping[str, Any]], tolerance: float) -> int | None:
+    """The number, from 1, that `choose_exit` gives for what `describe_exits` gave; None where none was validated."""
+    accuracies = [exit["val_accuracy"] for exit in exits]
+    return None if not exits or None in accuracies else 1 + choose_exit(accuracies, tolerance)
+
+
+def head_names(chain: Chain) -> list[str]:
+    """The names of all heads' tensors."""
+    return [name for layer in chain.layers for name in (*layer.parameters(), *layer.buffers()) if is_of_head(name)]
+
+
+def num_parameters(chain: Chain, number: int) -> int:
+    """Elements of the parameters of the model that ends at an exit: its layers, and its head."""
+    body = {
+        id(p): p.numel() for layer in chain.layers[: number + 1] for name, p in layer.parameters().items() if not is_of_head(name)
+    }
+    head = chain.layers[number].head
+    return sum(body.values()) + (sum(p.numel() for p in head.parameters()) if head is not None else 0)
+
+
+def throughputs(run: Run) -> list[float]:
+    """Samples a second through the model that ends at each exit, in eval mode; one partition is resident at a time.
+
+    Args:
+        run: trained.
+    """
+    bodies, heads = [], []
+    for number, part in enumerate(run.plan.partitions):
+        stage = run.stage(number, learns=False)
+        try:
+            samples = min(stage.micro_batch, _MOST_SAMPLES)
+            specs = run.workload.chain.boundaries[part.start]
+            device = run.device.torch_device
+            tensors = tuple(torch.zeros(samples, *spec.shape, dtype=spec.dtype, device=device) for spec in specs)
+            with torch.no_grad():
+                for layer in stage.residency.layers:
+                    layer.module.eval()
+                    outputs = layer(*tensors)
+                    bodies.append(_seconds(run, layer, tensors) / samples)
+                    heads.append(0.0 if layer.head is None else _seconds(run, layer.scores, (outputs,)) / samples)
+                    tensors = outputs
+        finally:
+            stage.residency.unload()
+    return [1 / (sum(bodies[: number + 1]) + head) for number, head in enumerate(heads)]
+
+
+def _seconds(run: Run, work: Callable[..., object], arguments: tuple[Any, ...]) -> float:
+    """What a call takes: the median of a few."""
+    times = []
+    for _ in range(_REPEATS):
+        run.device.synchronize()
+        began = time.perf_counter()
+        work(*arguments)
+        run.device.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def describe_exits(run: Run, test_accuracies: Sequence[float | None]) -> list[dict[str, Any]]:
+    """What `result.json` says of every exit.
+
+    Args:
+        run: trained, by units.
+        test_accuracies: of every exit, or None where there is no test data.
+    """
+    validated = [accuracy for record in run.state.records for accuracy in record.unit_val_accuracies]
+    chain, speeds = run.workload.chain, throughputs(run)
+    return [
+        {
+            "number": number + 1,
+            "layer": layer.name,
+            "params": num_parameters(chain, number),
+            "val_accuracy": validated[number] if validated else None,
+            "test_accuracy": test_accuracies[number],
+            "samples_per_second": speeds[number],
+        }
+        for number, layer in enumerate(chain.layers)
+    ]
+
+
+class ExitModel(nn.Module):
+    """The model up to an exit, as one module: (B, ...) samples to (B, classes) scores.
+
+    Args:
+        chain: with its tensors.
+        number: of the exit, from 0.
+    """
+
+    def __init__(self, chain: Chain, number: int) -> None:
+        super().__init__()
+        layers = chain.layers[: number + 1]
+        self.head = layers[-1].head
+        self.body = nn.ModuleList(layer.module for layer in layers)
+        for layer in layers:
+            if layer.head is not None:
+                # No head but the exit's is part of the model.
+                container = next(name for name, _ in layer.module.named_children() if is_of_head(f"{name}."))
+                delattr(layer.module, container)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores."""
+        tensors: tuple[Tensor, ...] = (x,)
+        for module in self.body:
+            tensors = module(*tensors)
+        return tensors[0] if self.head is None else self.head(tensors[0])

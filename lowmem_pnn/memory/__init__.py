@@ -1,0 +1,1 @@
+"""Host memory: aligned, pooled, page-locked, metered."""

@@ -1,0 +1,357 @@
+"""The data flow of a traced model: which values cross which point of its graph, and so where it can be cut.
+
+The graph is run on tensors that have shapes but no values, at two batch sizes and in both modes, and every value, and every
+storage that an operation changes in place, is noted.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.precision import Precision
+from lowmem_pnn.model.tracer import Trace, copy_structure, random_state_kept, reason
+
+MAX_TENSORS = 64
+"""Most tensors that a boundary may have."""
+
+_NORM_CLASS = re.compile(r"norm(\dd)?$", re.IGNORECASE)
+_JOINING_FUNCTIONS = {
+    F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm, F.prelu, torch.batch_norm, torch.layer_norm,
+    torch.group_norm, torch.instance_norm, torch.rms_norm, torch.prelu,
+}  # fmt: skip
+
+
+@dataclass
+class _Run:
+    """What a run on fake tensors showed, by node."""
+
+    batch: int
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    writes: dict[fx.Node, set[int]] = field(default_factory=dict)
+    """Storages that the node changed in place, those that are gone by now too."""
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the operations on the input, weights and what comes of them, and the storages that operations write to."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.log: list[tuple[Any, ...]] = []
+        self.storages: set[int] = set()
+        # The tensors themselves, not their ids alone: an id is used again once its tensor is gone.
+        self._dependent = {id(tensor): tensor for tensor in tensors}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                self.storages |= _storages(value)
+        result = func(*args, **kwargs)
+        # Constants are computed while tracing, and so not again by the graph; `prim` has only questions, as for a device.
+        if func.namespace != "prim" and any(id(tensor) in self._dependent for tensor in _tensors((args, kwargs))):
+            self._dependent.update((id(tensor), tensor) for tensor in _tensors(result))
+            self.log.append((func, torch.is_grad_enabled(), _plain((args, kwargs))))
+        return result
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph node by node and keeps every value, so that no storage's identity is used twice."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, run: _Run, watch: _Watch, where: str) -> None:
+        super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False  # it would be added to the text of our errors
+        self._run, self._watch, self._where = run, watch, where
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._watch.storages = set()
+        try:
+            value = super().run_node(n)
+        except Exception as error:  # whatever a user's module raises on a shape it does not take
+            raise CaptureError(f"{self._where}, at {str(n.target)!r}: {_why(error)}") from error
+        self._run.values[n], self._run.writes[n] = value, self._watch.storages
+        return value
+
+
+def _run_fake(
+    model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: torch.dtype, precision: Precision, batch: int, training: bool
+) -> _Run:
+    """Run the traced graph, and the model itself, on tensors that have shapes but no values.
+
+    All are on the CPU, wherever the model's are; where it matters what is cast, on the device that computes.
+    """
+    device = "cpu" if precision.dtype == "fp32" else precision.device_type
+    mode_text = "train" if training else "eval"
+    where = (
+        f"model {type(model).__name__} does not run on samples of {shape} {str(dtype).removeprefix('torch.')} in {mode_text} mode"
+    )
+    if precision.channels_last:
+        where += ", its maps channels last (--channels-last)"
+    run = _Run(batch)
+
+    def watched(forward: Callable[[nn.Module, Tensor, _Watch], Any]) -> list[tuple[Any, ...]]:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            (sample,) = precision.laid_out((torch.empty((batch, *shape), dtype=dtype, device=device),))
+            fakes: dict[int, Tensor] = {}
+            for tensor in [*model.parameters(), *model.buffers()]:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        root = _complete(copy_structure(model, fakes), traced).train(training)
+        watch = _Watch([sample, *fakes.values()])
+        with random_state_kept(), _quiet(), mode, torch.enable_grad(), precision.computing(), watch:
+            forward(root, sample, watch)
+        return watch.log
+
+    def run_model(root: nn.Module, sample: Tensor, watch: _Watch) -> None:
+        try:
+            root(sample)
+        except Exception as error:  # as above
+            raise CaptureError(f"{where}: {_why(error)}") from error
+
+    found = watched(lambda root, sample, watch: _Recorder(root, traced.graph, run, watch, where).run(sample))
+    expected = watched(run_model)
+    if found != expected:
+        # A forward can tell stand-ins from tensors: by isinstance(x, Tensor), for one, and then silently do something else.
+        step = next((step for step, (one, other) in enumerate(zip(found, expected, strict=False)) if one != other), len(found))
+        names = [str(log[step][0]) if step < len(log) else "nothing" for log in (expected, found)]
+        raise CaptureError(
+            f"model {type(model).__name__} cannot be cut into layers: in {mode_text} mode it does {names[0]} as operation "
+            f"{step}, where its traced forward does {names[1]}; keep isinstance(x, Tensor) and the like in a module of their own"
+        )
+    return run
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging the traceback of an operation that shapes rule out: it is in the error that we raise."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, DataDependentOutputException):
+        return "it reads a tensor's value (as by .item(), or in a condition), where capturing has shapes only"
+    return reason(error)
+
+
+def _complete(root: nn.Module, traced: Trace) -> nn.Module:
+    """Give a copy of the model what the trace refers to beyond the model's own."""
+    for target, tensor in traced.constants.items():
+        path, _, attribute = target.rpartition(".")
+        setattr(root.get_submodule(path), attribute, tensor)
+    for target, module in traced.by_mode.items():
+        module.train(root.training)
+        root.add_module(target, module)
+    return root
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _storages(value: Any) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in _tensors(value)}
+
+
+def _plain(value: Any) -> Any:
+    """Arguments of an operation in a form that can be compared with those of another run."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else repr(value)
+
+
+class _Constant(nn.Module):
+    """A tensor that is no parameter and no buffer: it follows the layer's input to its device, and into a fake mode."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, like: Tensor) -> Tensor:
+        value = like.fake_mode.from_tensor(self.value) if isinstance(like, FakeTensor) else self.value
+        return value.to(like.device)
+
+
+class DataFlow:
+    """Which values flow where in a traced graph, and so where it can be cut."""
+
+    def __init__(self, model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> None:
+        self._traced = traced
+        modes = ((2, True), (3, True), (2, False))
+        self._runs = [_run_fake(model, traced, shape, dtype, precision, batch, training) for batch, training in modes]
+        self._where = f"model {type(model).__name__}"
+        self._root = _complete(copy_structure(model), traced)
+        self._input = next(node for node in traced.graph.nodes if node.op == "placeholder")
+        [self._output] = [node for node in traced.graph.nodes if node.op == "output"]
+        self._steps = [node for node in traced.graph.nodes if node.op.startswith("call_") and not traced.is_free(node)]
+        self._position = {self._input: -1, **{node: index for index, node in enumerate(self._steps)}}
+        self._last_use = dict(self._position)
+        for user in [*self._steps, self._output]:
+            for node in user.all_input_nodes:
+                if node in self._last_use:
+                    self._last_use[node] = self._position.get(user, len(self._steps))
+        self._check_output()
+        self._cuts = self._find_cuts()
+        self._live = [[self._input], *(self._alive_at(cut) for cut in self._cuts), [self._result]]
+
+    def boundaries(self) -> list[list[tuple[tuple[int, ...], torch.dtype]]]:
+        """Shapes without the batch axis, and types, of what flows into the first layer, between layers, and out of the last."""
+        return [[self._spec(node) for node in live] for live in self._live]
+
+    def pieces(self) -> list[tuple[str, fx.GraphModule]]:
+        """Make a module of each stretch between two cuts, and name it."""
+        starts, stops = [0, *self._cuts], [*self._cuts, len(self._steps)]
+        seen: Counter[str] = Counter()
+        pieces = []
+        for start, stop, before, after in zip(starts, stops, self._live[:-1], self._live[1:], strict=True):
+            name = self._name(self._steps[start:stop])
+            seen[name] += 1
+            unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
+            pieces.append((unique, self._build(self._steps[start:stop], before, after)))
+        return pieces
+
+    def trained(self) -> set[int]:
+        """Identities of the parameters that the model's output depends on."""
+        needed = {self._output}
+        for run in self._runs:
+            known = _storages(run.values[self._input])
+            for node in self._steps:
+                if run.writes[node] & known:
+                    needed.add(node)  # it changes an earlier value in place, which the output may depend on
+                known |= _storages(run.values[node])
+        stack = list(needed)
+        while stack:
+            for node in stack.pop().all_input_nodes:
+                if node not in needed:
+                    needed.add(node)
+                    stack.append(node)
+        found: set[int] = set()
+        for node in needed:
+            found.update(map(id, self._weights(node).values()))
+        return found
+
+    def _check_output(self) -> None:
+        result = self._output.args[0]
+        for run in self._runs:
+            value = run.values[result] if isinstance(result, fx.Node) else result
+            if not isinstance(value, Tensor):
+                kind = type(value).__name__.removeprefix("immutable_")
+                many = f" of {len(value)}" if isinstance(value, (tuple, list, dict)) else ""
+                raise CaptureError(
+                    f"{self._where} returns {kind}{many}, not one tensor; wrap it in a module that returns the tensor to train on"
+                )
+            if value.dim() == 0 or value.shape[0] != run.batch:
+                raise CaptureError(
+                    f"{self._where} returns a tensor of shape {tuple(value.shape)} for a batch of {run.batch}; its "
+                    "first axis must be the batch"
+                )
+        assert isinstance(result, fx.Node)
+        if self._traced.is_free(result):
+            raise CaptureError(f"{self._where} returns {result.target!r}, which does not depend on its input")
+        self._result = result
+
+    def _find_cuts(self) -> list[int]:
+        candidates = [position for position, node in enumerate(self._steps) if self._starts_layer(node)]
+        # All before the first weights goes with them: the first layer begins at the model's input.
+        return [position for position in candidates[1:] if self._can_cut(position)]
+
+    def _starts_layer(self, node: fx.Node) -> bool:
+        if not self._weights(node):
+            return False
+        if node.op != "call_module":
+            return node.target not in _JOINING_FUNCTIONS
+        module = self._root.get_submodule(str(node.target))
+        joins = isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU))
+        is_norm = _NORM_CLASS.search(type(module).__name__) is not None and not list(module.children())
+        return not joins and not is_norm
+
+    def _weights(self, node: fx.Node) -> dict[str, nn.Parameter]:
+        """Parameters that a node uses, its module's or those it is given."""
+        if node.op == "call_module":
+            module = self._root.get_submodule(str(node.target))
+            found = {f"{node.target}.{name}": parameter for name, parameter in module.named_parameters()}
+        else:
+            found = {}
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source.target not in self._traced.constants:
+                path, _, attribute = str(source.target).rpartition(".")
+                value = getattr(self._root.get_submodule(path), attribute)
+                if isinstance(value, nn.Parameter):
+                    found[str(source.target)] = value
+        return found
+
+    def _alive_at(self, cut: int) -> list[fx.Node]:
+        return [node for node, position in self._position.items() if position < cut <= self._last_use[node]]
+
+    def _can_cut(self, cut: int) -> bool:
+        live = self._alive_at(cut)
+        if not 0 < len(live) <= MAX_TENSORS:
+            return False
+        for run in self._runs:
+            values = [run.values[node] for node in live]
+            if not all(isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == run.batch for value in values):
+                return False
+            crossing = _storages(values)
+            if any(run.writes[node] & crossing for node in self._steps[cut:]):
+                return False
+        return len({tuple((run.values[node].shape[1:], run.values[node].dtype) for node in live) for run in self._runs}) == 1
+
+    def _spec(self, node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
+        value = self._runs[0].values[node]
+        return tuple(value.shape[1:]), value.dtype
+
+    def _name(self, steps: list[fx.Node]) -> str:
+        for node in steps:
+            weights = self._weights(node)
+            if weights:
+                return str(node.target) if node.op == "call_module" else next(iter(weights))
+        modules = [str(node.target) for node in steps if node.op == "call_module"]
+        return (modules or [node.name for node in steps] or [self._input.name])[0]
+
+    def _build(self, steps: list[fx.Node], before: list[fx.Node], after: list[fx.Node]) -> fx.GraphModule:
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in before}
+        anchor = copies[before[0]]
+        if self._input in before and any(
+            run.writes[node] & _storages(run.values[self._input]) for run in self._runs for node in steps
+        ):
+            # A model may change its input in place; what it is given here may be a buffer that is read again.
+            copies[self._input] = graph.call_method("clone", (copies[self._input],))
+
+        def fetch(node: fx.Node) -> fx.Node:
+            if node not in copies:
+                if node.op == "get_attr" and node.target in self._traced.constants:
+                    module_name = f"_lowmem_constant_{node.name}"
+                    if not hasattr(self._root, module_name):
+                        self._root.add_module(module_name, _Constant(self._traced.constants[str(node.target)]))
+                    copies[node] = graph.create_node("call_module", module_name, (anchor,))
+                else:
+                    copies[node] = graph.node_copy(node, fetch)
+            return copies[node]
+
+        for node in steps:
+            fetch(node)
+        graph.output(tuple(fetch(node) for node in after))
+        return fx.GraphModule(self._root, graph)

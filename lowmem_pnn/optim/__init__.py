@@ -1,0 +1,1 @@
+"""Optimizers with state by name, state in fewer bytes, learning-rate schedules."""

@@ -1,0 +1,200 @@
+"""Optimizers: PyTorch's own, with their state laid out by name, so that it can live in a file between residencies."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+
+from lowmem_pnn.optim.low_precision import CODECS, PIECE, Codec, is_quantized, pieces
+from lowmem_pnn.seeds import seed_of
+
+StateKind = Literal["fp32", "bf16", "int8"]
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer and its settings, apart from the parameters that it will step.
+
+    Args:
+        name: `sgd`, `adam` or `adamw`.
+        lr: learning rate.
+        momentum: of sgd.
+        weight_decay: added to the gradient (sgd, adam) or decoupled (adamw).
+        fused: use PyTorch's fused kernels.
+        state: what adam and adamw keep their state as; `fp32` is the parameter's own type.
+        seed: of the run; rounding by chance follows from it.
+    """
+
+    name: Literal["sgd", "adam", "adamw"]
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    fused: bool = True
+    state: StateKind = "fp32"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """What decides how much state there is."""
+        if self.name == "sgd":
+            return "sgd with momentum" if self.momentum else "sgd"
+        return self.name if self.state == "fp32" else f"{self.name} with state in {self.state}"
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """State tensors of a parameter's shape."""
+        if self.name == "sgd":
+            return ("momentum_buffer",) if self.momentum else ()
+        return ("exp_avg", "exp_avg_sq")
+
+    @property
+    def step_temporaries(self) -> float:
+        """What a step allocates at most, as a multiple of the largest parameter's bytes, where state is not short.
+
+        The unfused loops make the decayed gradient (sgd, adam), and the square root and the denominator (adam, adamw), of one
+        parameter at a time.
+        """
+        if self.fused:
+            return 0.0
+        decayed = float(self.weight_decay > 0 and self.name != "adamw")
+        return decayed if self.name == "sgd" else 2.0 + decayed
+
+    def codecs(self, parameter: Tensor) -> tuple[Codec, ...]:
+        """The short forms of a parameter's state, one for each of `state_names`; none where it is kept as it is.
+
+        Args:
+            parameter: of any shape; only its type and shape are read.
+        """
+        if self.state == "fp32" or not is_quantized(parameter):
+            return ()
+        assert self.name != "sgd", "options refuse it"
+        return tuple(CODECS[self.state](name, signed=name != "exp_avg_sq") for name in self.state_names)
+
+    def layout(self, parameter: Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name, type and shape of the state of one parameter. All of it starts as zeros.
+
+        Args:
+            parameter: of any shape; only its type and shape are read.
+        """
+        shape = tuple(parameter.shape)
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for codec in self.codecs(parameter):
+            layout |= codec.layout(shape)
+        if not layout:
+            layout = dict.fromkeys(self.state_names, (parameter.dtype, shape))
+        if self.name != "sgd":
+            layout["step"] = (torch.float32, ())
+        return layout
+
+    def state_bytes(self, parameter: Tensor) -> int:
+        """Bytes of the state of one parameter; its count of steps, a number, is left out.
+
+        Args:
+            parameter: of any shape; only its type and shape are read.
+        """
+        return sum(dtype.itemsize * math.prod(shape) for name, (dtype, shape) in self.layout(parameter).items() if name != "step")
+
+    def step_bytes(self, parameter: Tensor) -> int:
+        """What a step of one parameter allocates at most.
+
+        Args:
+            parameter: of any shape; only its type and shape are read.
+        """
+        codecs = self.codecs(parameter)
+        if not codecs:
+            return math.ceil(self.step_temporaries * parameter.numel() * parameter.element_size())
+        beside = max(self.step_temporaries * _FLOAT_BYTES, *(codec.beside_bytes for codec in codecs))
+        return math.ceil(min(PIECE, parameter.numel()) * (len(codecs) * _FLOAT_BYTES + beside))
+
+    def build(self, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Mapping[str, Tensor]]) -> torch.optim.Optimizer:
+        """Make the optimizer over parameters that are in memory, with state that is in memory.
+
+        Args:
+            parameters: by name; only trainable ones, each tensor once.
+            state: for each name, the tensors of `layout`, which the optimizer will update in place.
+
+        Returns:
+            One of torch.optim's, or one that computes as they do.
+        """
+        values = list(parameters.values())
+        optimizer: torch.optim.Optimizer
+        if self.name == "sgd":
+            # fused SGD keeps its momentum buffer from the first step on; zeros give the same first step as none.
+            optimizer = torch.optim.SGD(
+                values, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, foreach=False, fused=self.fused
+            )
+        elif self.state != "fp32":
+            optimizer = QuantizedStateAdam(self, parameters)
+        else:
+            kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
+            # foreach would hold temporaries of every parameter at once.
+            optimizer = kind(
+                values, lr=self.lr, weight_decay=self.weight_decay, foreach=False if not self.fused else None, fused=self.fused
+            )
+        for name, parameter in parameters.items():
+            optimizer.state[parameter] = dict(state[name])
+        return optimizer
+
+
+class QuantizedStateAdam(torch.optim.Optimizer):
+    """Adam or AdamW whose moments are in short form: PyTorch's own step, on a piece of a parameter at a time.
+
+    Rounding by chance starts, for every parameter and step, from `seed_of(seed, "rounding", name, step)`, where `step` counts from 1.
+
+    Args:
+        spec: its settings.
+        parameters: by name; `state` is for the caller to give.
+    """
+
+    def __init__(self, spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(list(parameters.values()), {"lr": spec.lr})
+        self._spec = spec
+        self._names = {parameter: name for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """Step every parameter that has a gradient."""
+        assert closure is None, "gradients are there before a step"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, group["lr"])
+
+    def _step_one(self, parameter: nn.Parameter, lr: float) -> None:
+        state = self.state[parameter]
+        gradient = parameter.grad
+        assert gradient is not None
+        if not self._spec.codecs(parameter):
+            self._compute(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], lr)
+            return
+        generator = torch.Generator(parameter.device)
+        generator.manual_seed(seed_of(self._spec.seed, "rounding", self._names[parameter], int(state["step"]) + 1))
+        gradients = gradient.reshape(-1)
+        for piece in pieces(parameter.numel()):
+            self._step_piece(parameter, gradients, piece, lr, generator)
+        state["step"] += 1
+
+    def _step_piece(
+        self, parameter: nn.Parameter, gradients: Tensor, piece: slice, lr: float, generator: torch.Generator
+    ) -> None:
+        """A function of its own, so that nothing of a piece is held when the next one begins."""
+        state, codecs = self.state[parameter], self._spec.codecs(parameter)
+        mean, square = (codec.unpack(state, piece) for codec in codecs)
+        count = state["step"].clone()  # the computation counts it up, and there is one for every piece
+        self._compute(parameter.view(-1)[piece], gradients[piece], mean, square, count, lr)
+        for codec, values in zip(codecs, (mean, square), strict=True):
+            codec.pack(state, piece, values, generator)
+
+    def _compute(self, weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, lr: float) -> None:
+        """PyTorch's step, with what its Adam and AdamW have for betas and epsilon."""
+        compute = adamw if self._spec.name == "adamw" else adam
+        compute(
+            [weights], [gradient], [exp_avg], [exp_avg_sq], [], [count],
+            foreach=False, fused=self._spec.fused, amsgrad=False, beta1=0.9, beta2=0.999, eps=1e-8, maximize=False,
+            lr=lr, weight_decay=self._spec.weight_decay,
+        )  # fmt: skip

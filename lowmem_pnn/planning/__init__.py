@@ -1,0 +1,1 @@
+"""Where to cut, with which micro-batches, and in how many seconds."""

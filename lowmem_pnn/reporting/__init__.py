@@ -1,0 +1,1 @@
+"""What people read: results, plans, and the live display."""

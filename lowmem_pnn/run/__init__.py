@@ -1,0 +1,1 @@
+"""A run in its directory: its state, its commits, its partitions, its metrics."""

@@ -1,0 +1,1 @@
+"""One batch forward through all partitions and back: exact training, and recovery."""

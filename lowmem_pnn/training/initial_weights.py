@@ -1,0 +1,113 @@
+"""Initial weights: the constructor's own values, brought to the run's weight files without the model ever being whole in memory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.model.chain import Chain, Layer, head_prefix, is_of_head
+from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.sources.deferred_init import file_backed
+from lowmem_pnn.stores.disk import IoCounter
+from lowmem_pnn.stores.header import TensorLayout
+from lowmem_pnn.stores.keys import state_key, weight_key
+from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.weights import WeightStore
+from lowmem_pnn.workload import Workload
+
+
+def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCounter, trained: Path | None = None) -> WeightStore:
+    """Build the model in mapped files, and write each partition's share of it to a weight file of its own.
+
+    Optimizer state needs no writing: all of it starts as zeros, and the holes of a new file read as zeros.
+
+    Args:
+        workload: whose model is built, after `torch.manual_seed(config.seed)`.
+        plan: its partitions get a file each.
+        folder: of the new store; the mapped files are made beside it.
+        counter: counts the bytes.
+        trained: a file of trained weights with the model's own names, whose values take the place of the constructor's.
+
+    Returns:
+        The store, sealed.
+    """
+    chain = workload.chain
+    layouts: list[Mapping[str, TensorLayout]] = []
+    for number, part in enumerate(plan.partitions):
+        layout = partition_layout(chain, chain.layers[part.start : part.stop], workload.optimizer(number))
+        # A weight that several partitions share is at home with the first of them.
+        layouts.append({key: entry for key, entry in layout.items() if not any(key in before for before in layouts)})
+    folder.mkdir(parents=True, exist_ok=True)
+    with file_backed(folder) as files:
+        model = workload.build_model(workload.config.seed)
+    tensors: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    rest: dict[str, TensorLayout] = {weight_key(name): (tensors[name].dtype, tuple(tensors[name].shape)) for name in chain.unused}
+    store = WeightStore.create(folder, layouts, counter, rest=rest)
+    homes: list[int | str] = [*range(len(layouts)), *(["rest"] if rest else [])]
+    layouts_of = {key: layout for part in (*layouts, rest) for key, layout in part.items()}
+    source = TensorFile.open(trained, counter=counter) if trained is not None else None
+    for home in homes:
+        with store.writer(home) as file:  # type: ignore[arg-type]
+            if isinstance(home, int):
+                _write_heads(workload, range(plan.partitions[home].start, plan.partitions[home].stop), file)
+            for key in file.entries:
+                kind, _, name = key.partition("/")
+                if kind != "weight" or is_of_head(name):
+                    continue
+                if source is not None and name in source.entries:
+                    file.copy_from(key, source, name)
+                else:
+                    _check_layout(workload, name, tensors.get(name), layouts_of[key])
+                    file.write_from(key, tensors[name].detach().contiguous())
+                    files.let_go(tensors[name])
+    if source is not None:
+        source.close()
+    store.seal(homes)  # type: ignore[arg-type]
+    return store
+
+
+def _write_heads(workload: Workload, layers: range, file: TensorFile) -> None:
+    """The values that auxiliary heads begin with, one head at a time."""
+    for number in layers:
+        head = workload.head(number)
+        for name, tensor in (head.state_dict() if head is not None else {}).items():
+            file.write_from(weight_key(head_prefix(number) + name), tensor.contiguous())
+
+
+def _check_layout(workload: Workload, name: str, tensor: Tensor | None, wanted: TensorLayout) -> None:
+    """A factory must build the same model every time: it was cut after another call than this one."""
+    found = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
+    if found != wanted:
+        raise ConfigError(
+            f"model {workload.source.spec} is another one each time it is built: {name} is now {found or 'missing'}, and was {wanted}; "
+            "make its factory give the same shapes every time"
+        )
+
+
+def partition_layout(chain: Chain, layers: tuple[Layer, ...], optimizer: OptimizerSpec) -> Mapping[str, TensorLayout]:
+    """The tensors of a partition's weight file: weights, buffers and optimizer state, each tensor once.
+
+    Args:
+        chain: the model.
+        layers: the partition's.
+        optimizer: its optimizer.
+    """
+    owner = owners(chain)
+    layout: dict[str, TensorLayout] = {}
+    for layer in layers:
+        for alias, tensor in (*layer.parameters().items(), *layer.buffers().items()):
+            name = owner.get(alias, alias)
+            layout[weight_key(name)] = (tensor.dtype, tuple(tensor.shape))
+            if tensor.requires_grad:
+                layout |= {state_key(name, state): entry for state, entry in optimizer.layout(tensor).items()}
+    return layout
+
+
+def owners(chain: Chain) -> dict[str, str]:
+    """For each name of a tensor that has several, the one that it is stored under."""
+    return {alias: group[0] for group in chain.ties for alias in group}
