@@ -40,7 +40,7 @@ from lowmem_pnn.stores.activation_writer import ActivationWriter
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.disk import sync_folder
 from lowmem_pnn.stores.encoding import KeptAs
-from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.units import parse_bytes
 
 GOAL = 0.8

@@ -28,7 +28,7 @@ from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.state import State
 from lowmem_pnn.stores.disk import IoCounter, allow_many_files
-from lowmem_pnn.stores.rundir import RunDir, read_journal
+from lowmem_pnn.stores.run_directory import RunDirectory, read_journal
 from lowmem_pnn.training.export import export_exit, find_exit
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.inputs import Inputs, Model, name_of, named_inputs, python_inputs
@@ -124,7 +124,7 @@ def evaluate(run: str | Path) -> dict[str, float]:
         ConfigError: its data has no test part, or it was started from Python with a model or data of its own.
     """
     path = Path(run)
-    with RunDir.open(path) as rundir, _threads() as threads:
+    with RunDirectory.open(path) as rundir, _threads() as threads:
         config = FitConfig.from_json(rundir.config_json())
         state = State.from_journal(rundir.journal())
         if state.stage != "done":
@@ -164,7 +164,7 @@ def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None 
         ConfigError: it has no such exit, or was started from Python with a model or data of its own.
     """
     path = Path(run)
-    with RunDir.open(path) as rundir:
+    with RunDirectory.open(path) as rundir:
         config = FitConfig.from_json(rundir.config_json())
         if State.from_journal(rundir.journal()).stage != "done":
             raise CheckpointError(f"{path} has not finished; fit --resume --workdir {path} goes on with it")
@@ -213,7 +213,7 @@ def resume_run(
     """
     if not rank.is_alone and rank.number and not (workdir / "journal.json").exists():
         return _begin_late(workdir, rank, display or Display(), should_stop)
-    with RunDir.open(workdir) as rundir:
+    with RunDirectory.open(workdir) as rundir:
         config = FitConfig.from_json(rundir.config_json())
         if rundir.journal()["stage"] == "done":
             return _read_result(workdir)
@@ -271,7 +271,7 @@ def _train(
             clock = TimeEstimator.measured(workload, costs, device)
             if resume:
                 # WorkerThreads end first: a commit that is under way needs the lock.
-                with RunDir.open(path) as rundir, closing(threads):
+                with RunDirectory.open(path) as rundir, closing(threads):
                     check_same_options(config, FitConfig.from_json(rundir.config_json()), path)
                     state = State.from_journal(rundir.journal())
                     check_same_data(state, workload, path)
@@ -297,7 +297,7 @@ def _train(
             ):
                 display.message("one sample at a time is not compiled unless it is asked for; give --micro-batch 1")
             state = first_state(workload, planned, rank)
-            with RunDir.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
+            with RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
                 return go_on(workload, costs, device, rundir, state, threads, display, should_stop, clock)
 
 

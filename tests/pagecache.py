@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowmem_pnn.stores.direct import Transfer
+from lowmem_pnn.stores.direct_io import Transfer
 
 
 def cached_bytes(path: Path) -> int:

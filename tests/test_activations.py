@@ -26,14 +26,13 @@ from pagecache import cached_bytes, watch_transfers
 
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.model.chain import TensorSpec
-from lowmem_pnn.stores import activation_writer, activations
-from lowmem_pnn.stores import shard_file as image
+from lowmem_pnn.stores import activation_writer, activations, shard_file
 from lowmem_pnn.stores.activations import ActivationStore, ActivationWriter
 from lowmem_pnn.stores.encoding import KINDS, OverflowFault, decode, encode, kept_bytes, kept_layout
 from lowmem_pnn.stores.header import CODES
 from lowmem_pnn.stores.shard_file import ShardFile
 from lowmem_pnn.stores.shards import resident_bytes, samples_per_shard
-from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile, memory_of
+from lowmem_pnn.stores.tensor_file import IoCounter, TensorFile, memory_of
 
 SPECS = (TensorSpec((3,), torch.float32), TensorSpec((2, 2), torch.bfloat16))
 SAMPLE_BYTES = 12 + 8 + 8 + 24  # two tensors, the label, the sample's part of a window's order
@@ -544,7 +543,7 @@ PAGED_SPECS = (TensorSpec((16, 32), torch.float32), TensorSpec((7,), torch.int16
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_large_shards_come_back_past_the_page_cache_and_without_it(tmp_path, pool, monkeypatch, refused, kept_as, shuffle):
     if refused:
-        monkeypatch.setattr(image, "open_direct", lambda *_, **__: None)
+        monkeypatch.setattr(shard_file, "open_direct", lambda *_, **__: None)
     moved = watch_transfers(monkeypatch)
     # Shards of 350 samples fill pages, the last one does not, and lies in the middle of a window when they are shuffled.
     tensors, sample_bytes = write_kept(tmp_path / "a", PAGED_SPECS, 1000, kept_as, pool, shard_samples=350, step=64)

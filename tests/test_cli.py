@@ -19,7 +19,7 @@ import torch
 from commands import Outcome, lowmem_pnn, write_data
 from safetensors.torch import load_file
 
-from lowmem_pnn.stores import rundir
+from lowmem_pnn.stores import run_directory
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMANDS = ["", "fit", "plan", "evaluate"]
@@ -29,7 +29,7 @@ FIT = "fit --max-gpu-mem 100MB --device cpu --epochs 1 "
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rundir, "_LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(run_directory, "_LOCK_PATIENCE_SECONDS", 0.2)
     write_data(tmp_path / "data.npz")
     return tmp_path
 
@@ -438,7 +438,7 @@ def test_a_workdir_that_is_empty_is_taken_as_it_is(folder: Path, monkeypatch: py
 
 def test_a_workdir_in_use() -> None:
     assert train().code == 0
-    with rundir.RunDir.open(Path("run")):
+    with run_directory.RunDirectory.open(Path("run")):
         done = train("--overwrite")
         assert done.code == 8
         assert done.fault == f"--workdir run is in use by process {os.getpid()}; wait for it, or choose another folder"

@@ -16,10 +16,10 @@ from test_tensorfile import LAYOUTS, bits, random_tensor
 
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.memory.aligned import aligned_empty, memory_of
-from lowmem_pnn.stores import direct
-from lowmem_pnn.stores.direct import Transfer, is_paged
+from lowmem_pnn.stores import direct_io
+from lowmem_pnn.stores.direct_io import Transfer, is_paged
 from lowmem_pnn.stores.shard_file import ShardFile
-from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile
+from lowmem_pnn.stores.tensor_file import IoCounter, TensorFile
 
 PAGE = 4096
 # Bytes of a piece, and where in a page its memory starts beside its place in the file: 0 is as in the file.
@@ -60,7 +60,7 @@ def test_pages_of_large_pieces_move_straight_and_in_one_call(tmp_path, monkeypat
     header, tensor, labels = 100, (1 << 20) + 3996, 77
     pieces = cut(os.urandom(header + tensor + labels), [(header, 5), (tensor, 0), (labels, 9)], 0)
     (tmp_path / "x").touch()
-    descriptor = direct.open_direct(tmp_path / "x", writable=True)
+    descriptor = direct_io.open_direct(tmp_path / "x", writable=True)
     if descriptor is None:
         pytest.skip("the file system takes no direct transfers")
     moved = watch_calls(monkeypatch)
@@ -107,11 +107,11 @@ def test_a_file_system_without_direct_transfers_has_none(tmp_path, monkeypatch):
     (tmp_path / "x").touch()
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", refuse)
-        assert direct.open_direct(tmp_path / "x", writable=True) is None
+        assert direct_io.open_direct(tmp_path / "x", writable=True) is None
     with pytest.raises(FileNotFoundError):
-        direct.open_direct(tmp_path / "gone", writable=False)
+        direct_io.open_direct(tmp_path / "gone", writable=False)
     monkeypatch.delattr(os, "O_DIRECT")
-    assert direct.open_direct(tmp_path / "x", writable=True) is None
+    assert direct_io.open_direct(tmp_path / "x", writable=True) is None
 
 
 @given(layout=LAYOUTS, refuse=st.booleans(), shift=st.sampled_from([0, 64]), seed=st.integers(0, 9))
@@ -119,8 +119,8 @@ def test_a_file_system_without_direct_transfers_has_none(tmp_path, monkeypatch):
 def test_an_image_is_the_file_bit_for_bit(layout, refuse, shift, seed):
     tensors = {name: random_tensor(*kind, seed + number) for number, (name, kind) in enumerate(layout.items())}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(direct, "LEAST_BYTES", 0)
-        patch.setattr(direct, "_MOST_SCRATCH", 1 << 30)
+        patch.setattr(direct_io, "LEAST_BYTES", 0)
+        patch.setattr(direct_io, "_MOST_SCRATCH", 1 << 30)
         watch_calls(patch, refuse=refuse)
         path, counter = Path(folder) / "x.safetensors", IoCounter()
         whole = ShardFile(tensors, {"about": "it"})

@@ -40,7 +40,7 @@ from lowmem_pnn.optim.lr_schedules import factor
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.report import Result
 from lowmem_pnn.sources.gpt import GPT, GptShape, make_gpt
-from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.training import setup as opening
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")

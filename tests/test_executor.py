@@ -27,7 +27,7 @@ from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.report import Result
 from lowmem_pnn.sources.splits import from_torch
 from lowmem_pnn.stores.keys import weight_key
-from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.training import setup as opening
 from lowmem_pnn.training.initial_weights import partition_layout
 

@@ -22,7 +22,7 @@ from lowmem_pnn.errors import CheckpointError, ConfigError, Stopped
 from lowmem_pnn.methods import Sweep, Visit, make_method, share_of
 from lowmem_pnn.reporting.report import Result
 from lowmem_pnn.run.ranks import ALONE, Rank, rank_folder
-from lowmem_pnn.stores.rundir import read_journal, seal_journal
+from lowmem_pnn.stores.run_directory import read_journal, seal_journal
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lowmem_pnn.errors import BusyError, CheckpointError, ConfigError, DiskError
-from lowmem_pnn.stores import disk, rundir
-from lowmem_pnn.stores.rundir import RunDir, write_durably
+from lowmem_pnn.stores import disk, run_directory
+from lowmem_pnn.stores.run_directory import RunDirectory, write_durably
 
 
 def body(number: int = 0, **more: Any) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def body(number: int = 0, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rundir, "_LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(run_directory, "_LOCK_PATIENCE_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def make(path: Path, **options: Any) -> RunDir:
-    return RunDir.create(path, '{"lr": 1}', body(), **options)
+def make(path: Path, **options: Any) -> RunDirectory:
+    return RunDirectory.create(path, '{"lr": 1}', body(), **options)
 
 
 def test_a_run_is_born_with_its_configuration_and_journal(path: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_run_is_born_with_its_configuration_and_journal(path: Path) -> None:
         assert run.config_json() == '{"lr": 1}'
         assert run.journal() == body()
         assert {entry.name for entry in run.path.iterdir()} == {"config.json", "journal.json", "lock"}
-        assert run.path.stat().st_mode & 0o777 == 0o777 & ~rundir._umask()
+        assert run.path.stat().st_mode & 0o777 == 0o777 & ~run_directory._umask()
     assert [entry.name for entry in (path / "deep").iterdir()] == ["ü ñ"], "nothing is left beside it"
 
 
@@ -128,10 +128,10 @@ def test_an_overwriting_that_is_cut_short_can_be_done_again_but_not_resumed(path
     with monkeypatch.context() as patched:
         patched.setattr(disk, "commit_point", fail)
         with pytest.raises(KeyboardInterrupt):
-            RunDir.create(path, '{"lr": 2}', body(), overwrite=True)
-    with RunDir.open(path) as run, pytest.raises(CheckpointError, match="is not the configuration that the run began with"):
+            RunDirectory.create(path, '{"lr": 2}', body(), overwrite=True)
+    with RunDirectory.open(path) as run, pytest.raises(CheckpointError, match="is not the configuration that the run began with"):
         run.config_json()
-    RunDir.create(path, '{"lr": 2}', body(), overwrite=True).__exit__()
+    RunDirectory.create(path, '{"lr": 2}', body(), overwrite=True).__exit__()
 
 
 def test_the_place_is_taken_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,8 +154,8 @@ def test_a_place_that_cannot_be_made(tmp_path: Path, place: str) -> None:
 
 
 def test_one_process_at_a_time(path: Path) -> None:
-    holder = "import sys; from pathlib import Path; from lowmem_pnn.stores.rundir import RunDir\n"
-    holder += "run = RunDir.open(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    holder = "import sys; from pathlib import Path; from lowmem_pnn.stores.run_directory import RunDirectory\n"
+    holder += "run = RunDirectory.open(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     make(path).__exit__()
     other = subprocess.Popen([sys.executable, "-c", holder, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with other:
@@ -163,23 +163,23 @@ def test_one_process_at_a_time(path: Path) -> None:
         assert other.stdout.readline() == "held\n"
         text = f"run is in use by process {other.pid}; wait for it, or choose another folder"
         with pytest.raises(BusyError, match=text):
-            RunDir.open(path)
+            RunDirectory.open(path)
         with pytest.raises(BusyError, match=text):
             make(path, overwrite=True)
         assert (path / "journal.json").exists()
         other.kill()
         # At once: the lock of a process that is dying is waited for.
-        RunDir.open(path).__exit__()
+        RunDirectory.open(path).__exit__()
 
 
 def test_a_folder_that_is_no_run_is_not_opened(path: Path) -> None:
     with pytest.raises(
         CheckpointError, match="run holds no run to resume or evaluate; give the folder of one, or leave --resume out to begin"
     ):
-        RunDir.open(path)
+        RunDirectory.open(path)
     path.mkdir()
     with pytest.raises(CheckpointError, match="holds no run"):
-        RunDir.open(path)
+        RunDirectory.open(path)
     assert list(path.iterdir()) == [], "looking leaves nothing behind"
 
 
@@ -200,14 +200,14 @@ def test_a_damaged_journal_is_refused_and_the_lock_freed(path: Path, damage: Any
     journal = path / "journal.json"
     journal.write_text(damage(journal.read_text()))
     with pytest.raises(CheckpointError, match=text):
-        RunDir.open(path)
+        RunDirectory.open(path)
     make(path, overwrite=True).__exit__()
 
 
 def test_a_configuration_that_was_edited_is_refused(path: Path) -> None:
     make(path).__exit__()
     (path / "config.json").write_text('{"lr": 2}')
-    with RunDir.open(path) as run:
+    with RunDirectory.open(path) as run:
         with pytest.raises(CheckpointError, match=r"config.json is not the configuration that the run began with"):
             run.config_json()
         (path / "config.json").unlink()
@@ -223,7 +223,7 @@ def test_a_commit_replaces_the_journal_and_keeps_what_was_asked(path: Path) -> N
         assert run.commit(body(4), keep=2) == [body(4), body(3)]
         assert run.older_journals() == [body(3)]
         assert run.commit(body(5)) == [body(5)]
-    with RunDir.open(path) as run:
+    with RunDirectory.open(path) as run:
         assert (run.journal(), run.older_journals(), run.config_json()) == (body(5), [], '{"lr": 1}')
 
 

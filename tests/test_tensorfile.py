@@ -26,9 +26,9 @@ from torch import Tensor
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.memory.aligned import PAGE_BYTES
 from lowmem_pnn.memory.process_meter import private_and_data_bytes
-from lowmem_pnn.stores import tensorfile
+from lowmem_pnn.stores import tensor_file
 from lowmem_pnn.stores.header import CODES, DTYPES, MAX_HEADER_BYTES
-from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile, aligned_empty, memory_of, sha256
+from lowmem_pnn.stores.tensor_file import IoCounter, TensorFile, aligned_empty, memory_of, sha256
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
@@ -413,7 +413,7 @@ def test_a_direct_file_holds_what_another_does(tmp_path, monkeypatch, refused):
         "few": (torch.int64, (3,)), "none": (torch.float32, (0, 4)),
     }  # fmt: skip
     if refused == "when opened":
-        monkeypatch.setattr(tensorfile, "open_direct", lambda *_, **__: None)
+        monkeypatch.setattr(tensor_file, "open_direct", lambda *_, **__: None)
     moved = watch_calls(monkeypatch, refuse=refused == "when used")
     tensors = {name: random_tensor(*kind, seed) for seed, (name, kind) in enumerate(layout.items())}
     with TensorFile.create(tmp_path / "a", layout) as plain, TensorFile.create(tmp_path / "b", layout, direct=True) as direct:

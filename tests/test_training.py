@@ -17,7 +17,7 @@ from lowmem_pnn.config.options import configure
 from lowmem_pnn.errors import CaptureError, CheckpointError, ConfigError, Stopped
 from lowmem_pnn.reporting.report import PlanReport, Result
 from lowmem_pnn.stores.encoding import WORK_BYTES
-from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.units import format_bytes
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], Data]] = {"mlp": (small_mlp, vectors()), "conv": (small_conv, images())}

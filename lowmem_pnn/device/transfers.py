@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.memory.pinned import PinnedSlab
-from lowmem_pnn.stores.tensorfile import aligned_empty
+from lowmem_pnn.stores.tensor_file import aligned_empty
 
 _T = TypeVar("_T")
 

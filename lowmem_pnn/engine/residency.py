@@ -15,7 +15,7 @@ from lowmem_pnn.errors import BudgetError, CaptureError
 from lowmem_pnn.model.chain import Chain, Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.stores.keys import state_key, weight_key
-from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.units import format_bytes
 
 

@@ -23,7 +23,7 @@ from lowmem_pnn.model.fingerprint import layer_fingerprint
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.costs import Affine, MemoryProfile, peak_of
 from lowmem_pnn.profiling.timings import LayerSeconds, Seconds
-from lowmem_pnn.stores.tensorfile import TensorFile, aligned_empty
+from lowmem_pnn.stores.tensor_file import TensorFile, aligned_empty
 
 SECONDS = 2.0
 """For the layers of a chain; with the rest of the machine about half a second more."""

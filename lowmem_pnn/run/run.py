@@ -30,7 +30,7 @@ from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.activations import ActivationStore, ActivationWriter
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.encoding import KeptAs, OverflowFault
-from lowmem_pnn.stores.rundir import RunDir
+from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
@@ -66,7 +66,7 @@ class Run:
         workload: Workload,
         plan: Plan,
         device: Device,
-        rundir: RunDir,
+        rundir: RunDirectory,
         weights: WeightStore,
         state: State,
         threads: WorkerThreads,

@@ -40,7 +40,7 @@ from lowmem_pnn.stores.shards import (
     shard_metadata,
     shard_name,
 )
-from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 
 __all__ = ["ActivationStore", "ActivationWriter"]
 

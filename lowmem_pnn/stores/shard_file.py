@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.memory.aligned import memory_of
-from lowmem_pnn.stores.direct import REFUSED, Piece, Transfer, open_direct
+from lowmem_pnn.stores.direct_io import REFUSED, Piece, Transfer, open_direct
 from lowmem_pnn.stores.disk import IoCounter, disk_error, drop_cache, sync_file
 from lowmem_pnn.stores.header import lay_out
 from lowmem_pnn.units import format_bytes

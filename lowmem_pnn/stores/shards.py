@@ -27,7 +27,7 @@ from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.disk import IoCounter, crc32, disk_error, sha256, sync_folder
 from lowmem_pnn.stores.encoding import KINDS, KeptAs, kept_layout
 from lowmem_pnn.stores.header import CODES, DTYPES, TensorLayout, describe, lay_out
-from lowmem_pnn.stores.rundir import write_durably
+from lowmem_pnn.stores.run_directory import write_durably
 
 FORMAT = 2
 _READABLE = (1, 2)

@@ -28,7 +28,7 @@ from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import IoCounter, disk_error, outgrows_page_cache, sha256, sync_folder
 from lowmem_pnn.stores.header import TensorLayout
 from lowmem_pnn.stores.keys import FORMAT, REMEDY, WEIGHT_FILE, PartitionName, Sealed, parse_name, parse_state, weight_key
-from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 
 PartitionLayout = Mapping[str, TensorLayout]
 """Element type and shape of every tensor of a partition, by its name in the file (`weight_key`, `state_key`)."""

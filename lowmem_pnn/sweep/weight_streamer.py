@@ -13,7 +13,7 @@ from lowmem_pnn.device import Device
 from lowmem_pnn.engine.prefetch import Prefetcher, Request, WriteBehind
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.memory.pool import MemoryPool
-from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import TensorReader, WeightStore
 
 

@@ -13,7 +13,7 @@ from lowmem_pnn.sources.deferred_init import file_backed
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.header import TensorLayout
 from lowmem_pnn.stores.keys import state_key, weight_key
-from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.workload import Workload
 

@@ -9,7 +9,7 @@ from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.run.ranks import rank_folder
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.state import State
-from lowmem_pnn.stores.rundir import RunDir, read_journal
+from lowmem_pnn.stores.run_directory import RunDirectory, read_journal
 from lowmem_pnn.stores.weights import WeightStore
 
 TRAINED = "trained"
@@ -43,7 +43,7 @@ def join(run: Run) -> Sequence[int]:
     return list(others)
 
 
-def forget(rundir: RunDir, ranks: int) -> None:
+def forget(rundir: RunDirectory, ranks: int) -> None:
     """Delete the other ranks' folders: the first one has what was in them."""
     for number in range(1, ranks):
         shutil.rmtree(rank_folder(rundir.path, number), ignore_errors=True)
@@ -57,7 +57,7 @@ def _is_trained(folder: Path) -> bool:
 
 def _take(run: Run, number: int, folder: Path) -> None:
     # The lock comes free when the rank's process has ended its run.
-    with RunDir.open(folder) as rundir:
+    with RunDirectory.open(folder) as rundir:
         theirs = State.from_journal(rundir.journal())
         if rundir.config_json() != run.rundir.config_json() or theirs.data != run.state.data:
             raise CheckpointError(

@@ -34,7 +34,7 @@ from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.state import PartitionRecord, State
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.disk import IoCounter
-from lowmem_pnn.stores.rundir import RunDir, write_durably
+from lowmem_pnn.stores.run_directory import RunDirectory, write_durably
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.training.initial_weights import build_weights, owners
 from lowmem_pnn.training.join import TRAINED, forget
@@ -50,7 +50,7 @@ def go_on(
     workload: Workload,
     costs: MemoryProfile,
     device: Device,
-    rundir: RunDir,
+    rundir: RunDirectory,
     state: State,
     threads: WorkerThreads,
     display: Display,
@@ -111,7 +111,7 @@ def go_on(
     return _finish(run, workload, plan, costs, device, rundir)
 
 
-def _open_committed(rundir: RunDir, state: State, counter: IoCounter) -> WeightStore:
+def _open_committed(rundir: RunDirectory, state: State, counter: IoCounter) -> WeightStore:
     """The weights of the last commit, every byte of them and of its activations checked."""
     for name in state.activations.values():
         ActivationStore.open(rundir.path / "activations" / name, verify=True, counter=counter).close()
@@ -119,7 +119,7 @@ def _open_committed(rundir: RunDir, state: State, counter: IoCounter) -> WeightS
     return WeightStore.open(rundir.path / "weights", state.weights, counter=counter, keep=older)
 
 
-def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, device: Device, rundir: RunDir) -> Result:
+def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, device: Device, rundir: RunDirectory) -> Result:
     """Test, export, write the result, and only then mark the run as done."""
     weights_file = rundir.path / "model.safetensors"
     # Nothing after training needs the boundaries; without them the export fits on the disk.
@@ -149,7 +149,7 @@ def _finish(run: Run, workload: Workload, plan: Plan, costs: MemoryProfile, devi
     return result
 
 
-def clear(rundir: RunDir) -> None:
+def clear(rundir: RunDirectory) -> None:
     """Delete the working files of a run that is done, and the older commits, which need them."""
     for name in ("weights", "activations"):
         shutil.rmtree(rundir.path / name, ignore_errors=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.memory.aligned import ALIGNMENT, PAGE_BYTES, Empty, aligned_empty, memory_of
-from lowmem_pnn.stores.direct import LEAST_BYTES, REFUSED, is_paged, open_direct
+from lowmem_pnn.stores.direct_io import LEAST_BYTES, REFUSED, is_paged, open_direct
 from lowmem_pnn.stores.disk import CHUNK_BYTES, REMEDY, IoCounter, disk_error, drop_cache, sha256, sync_file
 from lowmem_pnn.stores.header import MAX_HEADER_BYTES, HeaderFault, TensorEntry, TensorLayout, describe, lay_out, parse
 from lowmem_pnn.units import format_bytes

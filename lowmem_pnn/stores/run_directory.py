@@ -99,7 +99,7 @@ def read_journal(path: Path) -> tuple[dict[str, Any], str]:
     return body, config_sha256
 
 
-class RunDir:
+class RunDirectory:
     """A run directory that this process holds the lock of.
 
     Made by `create` or `open`; used as a context, which frees the lock.
@@ -117,7 +117,7 @@ class RunDir:
         self._metrics: IO[bytes] | None = None
 
     @classmethod
-    def create(cls, path: Path, config_json: str, journal: dict[str, Any], *, overwrite: bool = False) -> "RunDir":
+    def create(cls, path: Path, config_json: str, journal: dict[str, Any], *, overwrite: bool = False) -> "RunDirectory":
         """Make a run directory.
 
         It is made beside its place, complete with configuration and first journal, then renamed. In a folder that exists (which may
@@ -146,7 +146,7 @@ class RunDir:
             raise DiskError(f"cannot make --workdir {path}: {reason}; choose a folder that can be written") from error
 
     @classmethod
-    def open(cls, path: Path) -> "RunDir":
+    def open(cls, path: Path) -> "RunDirectory":
         """Take over an existing run.
 
         Raises:
@@ -263,7 +263,7 @@ class RunDir:
                     size += os.lstat(os.path.join(folder, name)).st_blocks * 512  # noqa: PTH118 - called for every commit
         return size
 
-    def __enter__(self) -> "RunDir":
+    def __enter__(self) -> "RunDirectory":
         return self
 
     def __exit__(self, *_: object) -> None:
