@@ -18,7 +18,7 @@ from pagecache import watch_calls
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.memory.pool import MemoryPool
 from lowmem_pnn.stores.keys import state_key, weight_key
-from lowmem_pnn.stores.tensorfile import IoCounter, TensorFile
+from lowmem_pnn.stores.tensor_file import IoCounter, TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 
 LAYOUTS = [
