@@ -14,7 +14,7 @@ from torch import Tensor
 import lowmem_pnn
 from lowmem_pnn.device import CudaDevice
 from lowmem_pnn.device.cuda import CudaCopies
-from lowmem_pnn.device.simulated import LateCopies
+from lowmem_pnn.device.simulated import DelayedCopies
 from lowmem_pnn.errors import BudgetError, ConfigError
 
 MB = 10**6
@@ -61,8 +61,8 @@ class Driver:
     def pinned(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
-    def copies(self) -> LateCopies:
-        return LateCopies()
+    def copies(self) -> DelayedCopies:
+        return DelayedCopies()
 
     def allocate(self, size: int) -> None:
         self.allocated += size
@@ -199,12 +199,12 @@ def test_a_copy_waits_for_what_was_computed_and_what_is_computed_then_for_the_co
     monkeypatch.setattr(torch.cuda, "stream", on)
     copies = CudaCopies(torch.device("cuda", 0))
     target = torch.zeros(3).as_subclass(Target)
-    mark = copies.up(torch.ones(3), target)
+    mark = copies.upload(torch.ones(3), target)
     assert target.tolist() == [1, 1, 1]
-    assert not mark.is_past()
-    mark.hold_computing()
+    assert not mark.is_complete()
+    mark.block_computing()
     mark.wait()
-    copies.down(torch.ones(3), target)
+    copies.download(torch.ones(3), target)
     assert log == [
         ("up", "waits for", "computing"), ("up", "copies", True), ("up", "marks"), ("computing", "waits for", "up"),
         ("host waits for", "up"), ("down", "waits for", "computing"), ("down", "copies", True), ("down", "marks"),
@@ -316,14 +316,14 @@ def test_what_goes_ahead_and_behind_on_a_gpu_is_never_overwritten_and_stays_with
             (tensor,) = upload.get()
             downloads.append((number, device.download(tensor + 1)))
             del tensor, product
-            assert 0 < transfers.waiting_bytes <= 2_000 * MB // 32
+            assert 0 < transfers.in_flight_bytes <= 2_000 * MB // 32
             if len(downloads) > 3:
                 number, download = downloads.pop(0)
                 host = download.get()
                 assert (float(host.min()), float(host.max())) == (number + 1, number + 1)
                 del host, download
-        device.settle()
-        assert transfers.waiting_bytes == 0
+        device.finish_transfers()
+        assert transfers.in_flight_bytes == 0
         assert device.peak_bytes <= 2_000 * MB
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lowmem_pnn.device import SimulatedDevice, is_out_of_memory
-from lowmem_pnn.device.base import OverBudget
+from lowmem_pnn.device.budget import OverBudget
 from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
 from lowmem_pnn.units import MEBIBYTE
 
@@ -142,7 +142,7 @@ def test_holes_in_the_heap_are_given_back_while_more_is_in_use_than_foreseen() -
         from lowmem_pnn.units import MEBIBYTE
         def used_with(expected):
             with CpuDevice(256 * MEBIBYTE) as device:
-                device.expect(expected)
+                device.set_expected_peak(expected)
                 blocks = [torch.ones(MEBIBYTE // 4) for _ in range(100)]
                 del blocks[::2]
                 # Asking in vain, while all of it was in use, has made the meter wait for up to half a second.

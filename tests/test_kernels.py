@@ -7,14 +7,15 @@ import sys
 import pytest
 import torch
 
-from lowmem_pnn.device.kernels import compiled, scratch_bytes
+from lowmem_pnn.device.kernel_memory import cached_primitives, scratch_bytes
 
 MEASURE = """
 import json, sys, time
 import torch
 from lowmem_pnn.device.cpu import warm_up
-from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, fix_malloc_thresholds, private_bytes, trim_heap
-from lowmem_pnn.device.kernels import scratch_bytes
+from lowmem_pnn.memory.heap import fix_malloc_thresholds, trim_heap
+from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
+from lowmem_pnn.device.kernel_memory import scratch_bytes
 
 channels_in, channels_out, size, batch = json.loads(sys.argv[1])
 fix_malloc_thresholds(0)
@@ -52,23 +53,25 @@ def test_only_convolutions_on_the_cpu_count() -> None:
     assert scratch_bytes(convolution, (x, weight), y) == x.nbytes + weight.nbytes + y.nbytes
     assert scratch_bytes(convolution, (x.to("meta"), weight.to("meta")), y.to("meta")) == 0
     assert scratch_bytes(torch.ops.aten.mm.default, (x, weight), y) == 0
-    assert compiled(torch.ops.aten.mm.default, (x, weight)) == {}
+    assert cached_primitives(torch.ops.aten.mm.default, (x, weight)) == {}
 
 
 def test_matrix_products_are_compiled_in_bfloat16_alone() -> None:
     x, weight = torch.zeros(4, 3), torch.zeros(3, 5)
     mm = torch.ops.aten.mm.default
-    assert compiled(mm, (x, weight)) == compiled(mm, (x.half(), weight.half())) == {}
-    [(key, nbytes)] = compiled(mm, (x.bfloat16(), weight.bfloat16())).items()
+    assert cached_primitives(mm, (x, weight)) == cached_primitives(mm, (x.half(), weight.half())) == {}
+    [(key, nbytes)] = cached_primitives(mm, (x.bfloat16(), weight.bfloat16())).items()
     assert nbytes > 500_000
-    assert compiled(torch.ops.aten.addmm.default, (torch.zeros(5), x.bfloat16(), weight.bfloat16())) == {key: nbytes}
-    assert key not in compiled(mm, (x[:2].bfloat16(), weight.bfloat16()))
+    assert cached_primitives(torch.ops.aten.addmm.default, (torch.zeros(5), x.bfloat16(), weight.bfloat16())) == {key: nbytes}
+    assert key not in cached_primitives(mm, (x[:2].bfloat16(), weight.bfloat16()))
 
 
 def test_code_is_shared_by_convolutions_of_one_shape() -> None:
     x, weight, rest = torch.zeros(2, 3, 8, 8), torch.zeros(4, 3, 3, 3), (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
     convolution = torch.ops.aten.convolution.default
-    assert compiled(convolution, (x, weight, *rest)) == compiled(convolution, (x.clone(), weight.clone(), *rest))
-    assert compiled(convolution, (x, weight, *rest)) != compiled(convolution, (x[:1], weight, *rest))
+    assert cached_primitives(convolution, (x, weight, *rest)) == cached_primitives(
+        convolution, (x.clone(), weight.clone(), *rest)
+    )
+    assert cached_primitives(convolution, (x, weight, *rest)) != cached_primitives(convolution, (x[:1], weight, *rest))
     gradient = torch.zeros(2, 4, 8, 8)
-    assert len(compiled(torch.ops.aten.convolution_backward.default, (gradient, x, weight, [0], *rest[1:]))) == 2
+    assert len(cached_primitives(torch.ops.aten.convolution_backward.default, (gradient, x, weight, [0], *rest[1:]))) == 2

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import lowmem_pnn
 from lowmem_pnn.device import SimulatedDevice
-from lowmem_pnn.device.simulated import LateCopies
-from lowmem_pnn.device.transfers import Transfers, one_behind, window_of
+from lowmem_pnn.device.simulated import DelayedCopies
+from lowmem_pnn.device.transfers import Transfers, in_flight_bytes_of, overlapped_downloads
 from lowmem_pnn.engine import executor as executor_module
 from lowmem_pnn.engine.executor import EpochProgress, Executor
 from lowmem_pnn.engine.loaders import Batch, DatasetLoader
@@ -41,8 +41,8 @@ def slab_of(size: int) -> PinnedSlab:
     return PinnedSlab(lambda size: torch.empty(size, dtype=torch.uint8), size)
 
 
-def transfers_of(window: int = 1 << 20, slab: int = 1 << 20) -> Transfers:
-    return Transfers(LateCopies(), torch.device("cpu"), window, slab_of(slab))
+def transfers_of(limit: int = 1 << 20, slab: int = 1 << 20) -> Transfers:
+    return Transfers(DelayedCopies(), torch.device("cpu"), limit, slab_of(slab))
 
 
 # The slab.
@@ -131,32 +131,32 @@ def test_many_uploads_go_through_a_slab_with_room_for_two() -> None:
 
 
 def test_what_waits_on_the_device_stays_within_the_window() -> None:
-    transfers = transfers_of(window=1000)
+    transfers = transfers_of(limit=1000)
     first = transfers.upload([torch.ones(100), torch.ones(50)])
     assert first is not None
-    assert transfers.waiting_bytes == 600
+    assert transfers.in_flight_bytes == 600
     assert transfers.upload([torch.ones(101)]) is None
     second = transfers.upload([torch.ones(100)])
     assert second is not None
-    assert transfers.waiting_bytes == 1000
+    assert transfers.in_flight_bytes == 1000
     first.get()
-    assert transfers.waiting_bytes == 400, "what was taken is the taker's"
+    assert transfers.in_flight_bytes == 400, "what was taken is the taker's"
     second.close()
-    assert transfers.waiting_bytes == 0
+    assert transfers.in_flight_bytes == 0
     downloads = []
     for number in range(10):
         downloads.append(transfers.download(torch.full((100,), float(number))))
-        assert transfers.waiting_bytes <= 1000
+        assert transfers.in_flight_bytes <= 1000
     larger = transfers.download(torch.full((1000,), 5.0))
     assert larger.get().unique().tolist() == [5]
     assert [download.get().unique().tolist() for download in downloads] == [[number] for number in range(10)]
-    assert transfers.waiting_bytes == 0
+    assert transfers.in_flight_bytes == 0
 
 
 def test_a_view_counts_with_all_the_memory_that_it_holds() -> None:
-    transfers = transfers_of(window=1000)
+    transfers = transfers_of(limit=1000)
     download = transfers.download(torch.ones(200)[:10])
-    assert transfers.waiting_bytes == 800
+    assert transfers.in_flight_bytes == 800
     assert download.get().tolist() == [1.0] * 10
 
 
@@ -171,7 +171,7 @@ def test_a_download_holds_the_tensor_of_the_device_until_the_copy_is_over_and_no
         # Nobody waits for this one.
         device.download(torch.ones(1000))
         assert device.used_bytes() == 4000
-        device.settle()
+        device.finish_transfers()
         assert device.used_bytes() == 0
         assert device.transfers is not None
         del host, download
@@ -179,7 +179,7 @@ def test_a_download_holds_the_tensor_of_the_device_until_the_copy_is_over_and_no
 
 
 def test_downloads_are_waited_for_on_another_thread_while_others_begin(pool: ThreadPoolExecutor) -> None:
-    transfers = transfers_of(window=4000, slab=8192)
+    transfers = transfers_of(limit=4000, slab=8192)
     begun = threading.Event()
 
     def check(download: Any, number: int) -> bool:
@@ -191,7 +191,7 @@ def test_downloads_are_waited_for_on_another_thread_while_others_begin(pool: Thr
         futures.append(pool.submit(check, transfers.download(torch.full((200,), float(number))), number))
         begun.set()
     assert all(future.result() for future in futures)
-    assert transfers.waiting_bytes == 0
+    assert transfers.in_flight_bytes == 0
 
 
 def test_each_of_a_row_of_downloads_is_waited_for_after_the_next_has_begun() -> None:
@@ -202,7 +202,7 @@ def test_each_of_a_row_of_downloads_is_waited_for_after_the_next_has_begun() -> 
             begun.append(number)
             yield number, transfers.download(torch.tensor([number]))
 
-    seen = [(number, host.tolist(), len(begun)) for number, host in one_behind(begin())]
+    seen = [(number, host.tolist(), len(begun)) for number, host in overlapped_downloads(begin())]
     assert seen == [(0, [0], 2), (1, [1], 3), (2, [2], 3)]
 
 
@@ -214,7 +214,7 @@ def test_an_upload_that_runs_out_of_memory_leaves_nothing_behind() -> None:
         with pytest.raises(torch.OutOfMemoryError) as raised:
             device.upload(host)
         assert device.used_bytes() == 0, "the exception, which is still here, holds no tensor"
-        assert (transfers.waiting_bytes, transfers.slab.lent_bytes) == (0, 0)
+        assert (transfers.in_flight_bytes, transfers.slab.lent_bytes) == (0, 0)
         assert "out of memory" in str(raised.value)
         with pytest.raises(torch.OutOfMemoryError):
             transfers.to_device(host)
@@ -266,7 +266,7 @@ def test_the_next_piece_is_brought_up_and_one_that_is_not_wanted_any_more_is_dro
         uploads.take(first, second)
         uploads.drop()
         assert device.transfers is not None
-        assert device.transfers.waiting_bytes == 0
+        assert device.transfers.in_flight_bytes == 0
 
 
 def test_pieces_that_the_window_has_no_room_for_are_asked_for_once() -> None:
@@ -296,14 +296,14 @@ def _log_copies(device: SimulatedDevice, log: list[str], monkeypatch: pytest.Mon
         def noted(source: Tensor, target: Tensor) -> Any:
             log.append(name)
             mark = work(source, target)
-            if name == "down":
+            if name == "download":
                 wait = mark.wait
                 mark.wait = lambda: (log.append("wait"), wait())
             return mark
 
         return noted
 
-    for name in ("up", "down"):
+    for name in ("upload", "download"):
         monkeypatch.setattr(engine, name, noting(name, getattr(engine, name)))
 
 
@@ -321,9 +321,9 @@ def test_a_micro_batch_goes_up_before_the_one_before_it_is_computed_across_batch
         loader = DatasetLoader(from_torch(images(16)), 0, pool, mix=False)
         Executor(device, 0).learn_epoch(stage, loader, EpochProgress(), lambda loss: None)
         assert device.transfers is not None
-        assert device.transfers.waiting_bytes == 0
+        assert device.transfers.in_flight_bytes == 0
     # Samples and labels of each of two micro-batches in each of two batches.
-    assert log == ["up"] * 4 + ["compute"] + ["up"] * 2 + ["compute"] + ["up"] * 2 + ["compute"] * 2
+    assert log == ["upload"] * 4 + ["compute"] + ["upload"] * 2 + ["compute"] + ["upload"] * 2 + ["compute"] * 2
 
 
 def test_outputs_go_down_while_the_next_micro_batch_is_computed(
@@ -357,7 +357,8 @@ def test_outputs_go_down_while_the_next_micro_batch_is_computed(
                 tensors = layer(*tensors)
         torch.testing.assert_close(torch.cat(writer.kept), tensors[0])
     assert log == [
-        "up", "up", "compute", "down", "up", "compute", "down", "wait", "write", "compute", "down", "wait", "write", "wait", "write",
+        "upload", "upload", "compute", "download", "upload", "compute", "download", "wait", "write", "compute", "download",
+        "wait", "write", "wait", "write",
     ]  # fmt: skip
 
 
@@ -382,27 +383,27 @@ def test_a_run_with_late_copies_is_as_one_without_copies(
     data = images(48)
     plain = lowmem_pnn.fit(small_conv, data, test=data, max_gpu_mem="300MB", device="cpu", workdir=tmp_path / "cpu", **options)
     device, most = SimulatedDevice(30_000_000), 0
-    enter = Transfers._enter
+    enter = Transfers._claim
 
     def watch(self: Transfers, nbytes: int) -> bool:
         nonlocal most
         entered = enter(self, nbytes)
-        most = max(most, self.waiting_bytes)
+        most = max(most, self.in_flight_bytes)
         return entered
 
-    monkeypatch.setattr(Transfers, "_enter", watch)
+    monkeypatch.setattr(Transfers, "_claim", watch)
     result = fit_on(device, monkeypatch, small_conv, data, test=data, workdir=tmp_path / "late", **options)
     assert [part["micro_batch"] for part in result.partitions] == [part["micro_batch"] for part in plain.partitions]
     assert_same_weights(loaded(small_conv, result.weights_file), loaded(small_conv, plain.weights_file))
     assert (result.test_accuracy, result.test_loss) == (plain.test_accuracy, plain.test_loss)
-    assert 0 < most <= window_of(device.budget_bytes)
+    assert 0 < most <= in_flight_bytes_of(device.budget_bytes)
     assert result.peak_bytes <= result.predicted_peak_bytes
 
 
 def test_a_run_whose_window_is_too_small_for_anything_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"method": "exact", "cuts": "1,2,3", "epochs": 1, "batch_size": 16, "micro_batch": 8}
     plain = lowmem_pnn.fit(small_conv, images(48), max_gpu_mem="300MB", device="cpu", workdir=tmp_path / "cpu", **options)
-    monkeypatch.setattr("lowmem_pnn.device.simulated.window_of", lambda budget: 0)
+    monkeypatch.setattr("lowmem_pnn.device.simulated.in_flight_bytes_of", lambda budget: 0)
     monkeypatch.setattr("lowmem_pnn.device.simulated.slab_bytes_of", lambda budget: 64)
     result = fit_on(SimulatedDevice(30_000_000), monkeypatch, small_conv, images(48), workdir=tmp_path / "late", **options)
     assert_same_weights(loaded(small_conv, result.weights_file), loaded(small_conv, plain.weights_file))
@@ -475,7 +476,7 @@ def test_a_slab_that_the_system_refuses_leaves_plain_copies() -> None:
     def refuse(size: int) -> Tensor:
         raise RuntimeError("CUDA error: out of memory")
 
-    transfers = Transfers(LateCopies(), torch.device("cpu"), 1 << 20, PinnedSlab(refuse, 1 << 20))
+    transfers = Transfers(DelayedCopies(), torch.device("cpu"), 1 << 20, PinnedSlab(refuse, 1 << 20))
     (tensor,) = transfers.to_device([torch.ones(10)])
     assert tensor.tolist() == transfers.download(tensor).get().tolist() == [1.0] * 10
     assert transfers.empty((3,), torch.float32).shape == (3,)

@@ -1,9 +1,10 @@
-"""Devices: what a memory budget means on each, how its use is measured, and the wall that enforces it."""
+"""Training devices: the memory budget and its enforcement on each of them, meters of their use, copies between host and device."""
 
-from lowmem_pnn.device.base import Device, is_out_of_memory
+from lowmem_pnn.device.base import Device
+from lowmem_pnn.device.budget import OverBudget, is_out_of_memory
 from lowmem_pnn.device.cpu import CpuDevice
 from lowmem_pnn.device.cuda import CudaDevice
 from lowmem_pnn.device.simulated import SimulatedDevice
 from lowmem_pnn.device.transfers import Download
 
-__all__ = ["CpuDevice", "CudaDevice", "Device", "Download", "SimulatedDevice", "is_out_of_memory"]
+__all__ = ["CpuDevice", "CudaDevice", "Device", "Download", "OverBudget", "SimulatedDevice", "is_out_of_memory"]

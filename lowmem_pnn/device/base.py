@@ -1,4 +1,4 @@
-"""What every device offers: a budget, a floor, a meter of what is used above it, and copies to and from it."""
+"""The interface of every training device: its budget, a meter of the memory in use, copies to and from it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,45 +8,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowmem_pnn.device.budget import check_peak, reserve_bytes_of
 from lowmem_pnn.device.transfers import Download, Transfers, Upload
-from lowmem_pnn.memory.aligned import Empty
-from lowmem_pnn.units import MEBIBYTE
-
-# How libraries below us say that memory ran out without raising torch.OutOfMemoryError. oneDNN reports a failed allocation as a
-# primitive that cannot be made; on Jetson the caching allocator's NVML query fails instead of the allocation.
-_OUT_OF_MEMORY_TEXTS = (
-    "can't allocate memory",
-    "could not create a primitive",
-    "could not create a memory object",
-    "could not execute a primitive",
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "NVML_SUCCESS == r INTERNAL ASSERT",
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out: the one place that knows.
-
-    Args:
-        error: whatever a computation or an allocation raised.
-    """
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
-
-
-class OverBudget(MemoryError):
-    """The meter saw more than the budget: treated as running out of memory, before the wall does it."""
+from lowmem_pnn.memory.aligned import HostAllocator
 
 
 class Device(ABC):
     """A training device inside a budget of bytes.
 
-    Used as a context: entering takes the floor and raises the wall, leaving takes the wall down. Everything that is to count as floor
-    (imports, the data source, threads) must be there before.
+    Used as a context: entering measures the floor and sets the memory limit, leaving lifts the limit. The *floor* is the memory that
+    the process holds before training, and no part of the budget. Everything that is to count as floor (imports, the data source,
+    threads) must be there before.
     """
 
     kind: ClassVar[str]
@@ -59,138 +31,141 @@ class Device(ABC):
         self.floor_bytes = 0
         self._section_peak = 0
         self._peak = 0
-        # Copies beside the computing, while it is open; None where host and device are one.
+        # Copies beside the computing, while the device is open; None where host and device are one.
         self.transfers: Transfers | None = None
 
     @staticmethod
     def reserve_for(budget_bytes: int) -> int:
-        """What plans leave free of a budget for what they cannot foresee: a thirty-second of it, at least 4 MiB."""
-        return max(4 * MEBIBYTE, budget_bytes // 32)
+        """Return the part of a budget that plans keep free: see `budget.reserve_bytes_of`."""
+        return reserve_bytes_of(budget_bytes)
 
     @property
     def reserve_bytes(self) -> int:
-        """`reserve_for` this device's budget."""
+        """The part of this device's budget that plans keep free."""
         return self.reserve_for(self.budget_bytes)
 
     @staticmethod
     def slack_for(budget_bytes: int) -> int:
-        """What the allocator holds beside tensors with a budget: free memory that it does not give back."""
+        """Return how much freed memory the allocator keeps under a budget instead of giving it back."""
         return 0
 
     @property
     def fixed_bytes(self) -> int:
-        """What is in use above the floor before anything is trained: a CUDA context, else nothing."""
+        """Memory in use above the floor before training: a CUDA context, else nothing."""
         return 0
 
     @abstractmethod
     def open(self) -> None:
-        """Take the floor, start the meter, raise the wall."""
+        """Measure the floor, start the meter, set the memory limit."""
 
     @abstractmethod
     def close(self) -> None:
-        """Take the wall down and stop the meter; the peaks stay readable."""
+        """Lift the memory limit and stop the meter; the peaks stay readable."""
 
     @abstractmethod
     def used_bytes(self) -> int:
-        """What is in use now, above the floor."""
+        """Return the memory in use now, above the floor."""
 
     @abstractmethod
     def section_peak_bytes(self) -> int:
-        """The most that was in use since `begin_section`, above the floor."""
+        """Return the highest memory use since `begin_section`, above the floor."""
 
     @abstractmethod
     def begin_section(self) -> None:
-        """Start a new stretch for `section_peak_bytes`."""
+        """Begin a section: `section_peak_bytes` starts anew."""
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was in use since the device was opened, above the floor."""
+        """The highest memory use since the device was opened, above the floor."""
         self._peak = max(self._peak, self.section_peak_bytes())
         return self._peak
 
     @property
     def host_peak_bytes(self) -> int:
-        """The most private host memory above what the process held when the device was opened."""
+        """The highest private host memory above the amount in use when the device was opened."""
         return self.peak_bytes
 
-    def expect(self, peak_bytes: int) -> None:  # noqa: B027 - most devices need not be told
-        """What comes is foreseen to need no more than this, above the floor: what is freed may be kept below it for further use.
+    def set_expected_peak(self, peak_bytes: int) -> None:  # noqa: B027 - most devices need not be told
+        """Announce the predicted peak of the next computations: freed memory may be kept for further use up to it.
 
         Args:
-            peak_bytes: as planned.
+            peak_bytes: predicted peak, above the floor.
         """
 
     def check_budget(self) -> None:
-        """Raise if the present section went over the budget.
+        """Check the peak of the present section against the budget.
 
         Raises:
-            OverBudget: it did; `is_out_of_memory` knows it.
+            OverBudget: the peak is above the budget; `is_out_of_memory` recognises it.
         """
-        if (found := self.section_peak_bytes()) > self.budget_bytes:
-            raise OverBudget(f"{found} bytes in use, above the budget of {self.budget_bytes}")
+        check_peak(self.section_peak_bytes(), self.budget_bytes)
 
     @abstractmethod
     def release(self) -> None:
-        """Give freed memory back to the system, so that the meter and the wall no longer see it."""
+        """Give freed memory back to the system, so that the meter and the memory limit no longer count it."""
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Wait until all that was asked of it is done."""
+        """Wait until all computations and copies that were asked for are done."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor on the device, 64-byte aligned."""
+        """Make an uninitialised tensor on the device, 64-byte aligned."""
         return torch.empty(shape, dtype=dtype, device=self.torch_device)
 
     def to_device(self, tensor: Tensor) -> Tensor:
-        """A host tensor on the device; the same tensor where host and device are one.
+        """Copy a host tensor to the device, or return it where host and device are one.
 
         The host does not wait for the copy, and may write to its tensor at once.
         """
         if self.shares_host:
             return tensor
         assert self.transfers is not None, "the device is open"
-        (placed,) = self.transfers.to_device((tensor,))
-        return placed
+        (on_device,) = self.transfers.to_device((tensor,))
+        return on_device
 
     def upload(self, tensors: Sequence[Tensor]) -> Upload | None:
-        """Begin to bring host tensors up for later use; None where that is to be done when they are needed.
+        """Begin to copy host tensors to the device for later use.
 
         Args:
-            tensors: not written to before they are taken.
+            tensors: host tensors that nobody writes to until `Upload.get` or `Upload.close`.
+
+        Returns:
+            The upload; None where `to_device` is to be used when the tensors are needed: host and device are one, or too much is in
+            flight.
         """
         return None if self.transfers is None else self.transfers.upload(tensors)
 
     def to_host(self, tensor: Tensor) -> Tensor:
-        """A device tensor on the host, in memory of its own; the same tensor where host and device are one."""
+        """Copy a device tensor to host memory of its own, or return it where host and device are one."""
         return tensor if self.shares_host else tensor.cpu()
 
     def download(self, tensor: Tensor) -> Download:
-        """Begin to bring a device tensor down; the same tensor, at once, where host and device are one.
+        """Begin to copy a device tensor to the host; the download is that tensor, and done, where host and device are one.
 
         Args:
-            tensor: must not change before the copy is waited for. What comes is lent: it is not kept for long.
+            tensor: device tensor that must not change before the copy was waited for. Its host copy is lent: it is not kept for long.
         """
         return Download(tensor) if self.transfers is None else self.transfers.download(tensor)
 
-    def settle(self) -> None:
-        """Wait until no copy is under way, after which no memory is held for one that nobody takes."""
+    def finish_transfers(self) -> None:
+        """Wait until no copy is in flight; memory of copies that nobody took is then free."""
         if self.transfers is not None:
-            self.transfers.settle()
+            self.transfers.finish()
 
-    def host_empty(self) -> Empty | None:
-        """Makes host tensors that are to be filled and placed; None for fresh memory."""
+    def host_allocator(self) -> HostAllocator | None:
+        """Return the function that makes host tensors which are to be copied to the device; None for fresh memory."""
         return None if self.transfers is None else self.transfers.empty
 
     def random_state(self) -> tuple[Tensor, ...]:
-        """The state of every generator that a forward may draw from, on the host."""
+        """Return the state of every generator that a forward may draw from, on the host."""
         return (torch.get_rng_state(),)
 
     def set_random_state(self, state: tuple[Tensor, ...]) -> None:
-        """Go back to what `random_state` gave."""
+        """Restore a state that `random_state` returned."""
         torch.set_rng_state(state[0])
 
     def describe(self) -> str:
-        """The device's name, for people."""
+        """Return the device's name, for people."""
         return str(self.torch_device)
 
     def __enter__(self) -> "Device":

@@ -1,21 +1,21 @@
-"""Sizes of the buffers between disk, host and device: a small share of the budget."""
+"""Sizes of the buffers between disk, host and device: small shares of the budget."""
 
 from dataclasses import dataclass
 
-from lowmem_pnn.device.transfers import window_of
+from lowmem_pnn.device.transfers import in_flight_bytes_of
 from lowmem_pnn.units import MEBIBYTE
 
 
 @dataclass(frozen=True)
 class BufferSizes:
-    """Sizes of the buffers between disk and device, a small share of the budget.
+    """Sizes of the buffers between disk, host and device.
 
     Args:
-        shard_bytes: of one shard of boundary activations; two are held while they are written.
-        window_bytes: shards that are held while they are read, in use and ahead together.
-        stream_bytes: weights and optimizer state of a sweep that were read ahead, and as many that wait to be written.
-        boundary_bytes: of a sweep's boundary activations and gradients that are kept in memory; the others go to disk.
-        transfer_bytes: on a device that is not the host: what was copied up ahead of its use, or is being copied down.
+        shard_bytes: size of one shard of boundary activations; two are held while they are written.
+        window_bytes: size of the shards that are held while they are read, in use and prefetched together.
+        stream_bytes: size of the weights and optimizer state that a sweep has prefetched, and of as many that wait to be written.
+        boundary_bytes: size of the boundary activations and gradients that a sweep keeps in memory; the others go to disk.
+        transfer_bytes: device memory of copies in flight, on a device that is not the host: uploads ahead of their use, and downloads.
     """
 
     shard_bytes: int
@@ -26,6 +26,9 @@ class BufferSizes:
 
     @classmethod
     def of_budget(cls, budget_bytes: int) -> "BufferSizes":
-        """A sixty-fourth of the budget a shard, between 256 KiB and 16 MiB; four shards a window, a stream, and for boundaries."""
+        """Derive all sizes from the budget.
+
+        A shard is a sixty-fourth of the budget, between 256 KiB and 16 MiB; window, stream and boundary buffers are four shards each.
+        """
         shard = min(max(budget_bytes // 64, MEBIBYTE // 4), 16 * MEBIBYTE)
-        return cls(shard, 4 * shard, 4 * shard, 4 * shard, window_of(budget_bytes))
+        return cls(shard, 4 * shard, 4 * shard, 4 * shard, in_flight_bytes_of(budget_bytes))

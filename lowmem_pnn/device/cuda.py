@@ -1,4 +1,4 @@
-"""An NVIDIA GPU as the training device: the budget bounds what the process holds there, context and libraries too."""
+"""An NVIDIA GPU as the training device: the budget bounds all memory of the process there, context and libraries too."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowmem_pnn.device.base import Device
 from lowmem_pnn.device.cpu import warm_up
-from lowmem_pnn.device.transfers import CopyEngine, Transfers, window_of
+from lowmem_pnn.device.transfers import CopyEngine, Transfers, in_flight_bytes_of
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.memory.pinned import PinnedSlab, slab_bytes_of
 from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
@@ -17,25 +17,25 @@ from lowmem_pnn.units import format_bytes
 
 
 class CudaDriver(Protocol):
-    """The few questions that `CudaDevice` asks of the machine; a test answers them without a GPU."""
+    """The queries and settings that `CudaDevice` needs of the machine; a test answers them without a GPU."""
 
     def start(self) -> None:
         """Create the context and load the libraries that training uses."""
 
     def device_used(self) -> int:
-        """Bytes in use on the device, by everybody."""
+        """Return the bytes in use on the device, by all processes."""
 
     def process_used(self) -> int | None:
-        """Bytes that this process holds on the device, or None where the driver does not know the process."""
+        """Return the bytes that this process holds on the device; None where the driver does not know the process."""
 
     def total(self) -> int:
-        """The device's memory in bytes."""
+        """Return the device's memory in bytes."""
 
     def reserved(self) -> int:
-        """Bytes that PyTorch's allocator holds."""
+        """Return the bytes that PyTorch's allocator holds."""
 
     def peak_reserved(self) -> int:
-        """The most that the allocator held since `reset_peak`."""
+        """Return the most bytes that the allocator held since `reset_peak`."""
 
     def reset_peak(self) -> None:
         """Start `peak_reserved` anew."""
@@ -47,17 +47,17 @@ class CudaDriver(Protocol):
         """Give cached blocks back to the driver."""
 
     def pinned(self, size: int) -> Tensor:
-        """So many bytes of page-locked host memory (uint8)."""
+        """Make a tensor of page-locked host memory, uint8, of so many bytes."""
 
     def copies(self) -> CopyEngine:
-        """What copies between host and device beside the computing."""
+        """Make the engine that copies between host and device beside the computing."""
 
 
 class NvidiaDriver:
     """`CudaDriver` through torch.cuda and NVML.
 
     Args:
-        index: of the device, as torch counts.
+        index: number of the device, as torch counts.
     """
 
     def __init__(self, index: int) -> None:
@@ -80,7 +80,7 @@ class NvidiaDriver:
             torch.cuda.empty_cache()
 
     def device_used(self) -> int:
-        """Bytes in use on the device: NVML's figure, else what cudaMemGetInfo does not call free."""
+        """Return the bytes in use on the device: NVML's figure, else the part that cudaMemGetInfo does not call free."""
         if self._nvml_handle is not None:
             import pynvml
 
@@ -90,7 +90,7 @@ class NvidiaDriver:
         return total - free
 
     def process_used(self) -> int | None:
-        """This process's entry in NVML's list, if it is there."""
+        """Return the bytes of this process in NVML's list, if it is there."""
         if self._nvml_handle is None:
             return None
         import pynvml
@@ -102,15 +102,15 @@ class NvidiaDriver:
         return None
 
     def total(self) -> int:
-        """The device's memory in bytes."""
+        """Return the device's memory in bytes."""
         return int(torch.cuda.get_device_properties(self._device).total_memory)
 
     def reserved(self) -> int:
-        """Bytes that PyTorch's allocator holds."""
+        """Return the bytes that PyTorch's allocator holds."""
         return torch.cuda.memory_reserved(self._device)
 
     def peak_reserved(self) -> int:
-        """The allocator's highest reservation since `reset_peak`."""
+        """Return the allocator's highest reservation since `reset_peak`, in bytes."""
         return torch.cuda.max_memory_reserved(self._device)
 
     def reset_peak(self) -> None:
@@ -126,11 +126,11 @@ class NvidiaDriver:
         torch.cuda.empty_cache()
 
     def pinned(self, size: int) -> Tensor:
-        """From PyTorch's allocator of page-locked memory."""
+        """Make a tensor of so many bytes by PyTorch's allocator of page-locked memory."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def copies(self) -> CopyEngine:
-        """Streams of this device."""
+        """Make the copy streams of this device."""
         return CudaCopies(self._device)
 
 
@@ -143,29 +143,29 @@ class CudaCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._upload_stream, self._download_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def up(self, host: Tensor, target: Tensor) -> "CudaMark":
+    def upload(self, host: Tensor, target: Tensor) -> "CudaCopyEvent":
         """See `CopyEngine`."""
-        return self._copy(self._up, host, target)
+        return self._copy(self._upload_stream, host, target)
 
-    def down(self, source: Tensor, host: Tensor) -> "CudaMark":
+    def download(self, source: Tensor, host: Tensor) -> "CudaCopyEvent":
         """See `CopyEngine`."""
-        return self._copy(self._down, source, host)
+        return self._copy(self._download_stream, source, host)
 
-    def _copy(self, stream: torch.cuda.Stream, source: Tensor, target: Tensor) -> "CudaMark":
+    def _copy(self, stream: torch.cuda.Stream, source: Tensor, target: Tensor) -> "CudaCopyEvent":
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream), torch.no_grad():
             target.copy_(source, non_blocking=True)
-        return CudaMark(stream.record_event(), self._device)
+        return CudaCopyEvent(stream.record_event(), self._device)
 
 
-class CudaMark:
-    """`Mark` by an event.
+class CudaCopyEvent:
+    """`CopyEvent` by a CUDA event.
 
     Args:
-        event: recorded.
-        device: its GPU.
+        event: recorded event.
+        device: GPU of the event.
     """
 
     def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
@@ -173,29 +173,29 @@ class CudaMark:
         self._device = device
 
     def wait(self) -> None:
-        """See `Mark`."""
+        """See `CopyEvent`."""
         self._event.synchronize()
 
-    def hold_computing(self) -> None:
-        """See `Mark`."""
+    def block_computing(self) -> None:
+        """See `CopyEvent`."""
         torch.cuda.current_stream(self._device).wait_event(self._event)
 
-    def is_past(self) -> bool:
-        """See `Mark`."""
+    def is_complete(self) -> bool:
+        """See `CopyEvent`."""
         return bool(self._event.query())
 
 
 class CudaDevice(Device):
-    """One GPU, with PyTorch's allocator capped at the budget less what the process holds outside it.
+    """One GPU, with PyTorch's allocator capped at the budget less the memory that the process holds outside the allocator.
 
     `set_per_process_memory_fraction` alone bounds the allocator, not the process (pytorch#58466): the context and the libraries, some
     300 to 600 MB, are measured first.
 
     Args:
-        budget_bytes: what the process (or, with scope `allocator`, PyTorch's allocator) may hold on the device.
-        index: of the device, as torch counts.
-        scope: what the budget bounds.
-        driver: what answers for the machine.
+        budget_bytes: memory that the process (or, with scope `allocator`, PyTorch's allocator) may hold on the device.
+        index: number of the device, as torch counts.
+        scope: holder of the memory that the budget bounds.
+        driver: driver of the machine; None for `NvidiaDriver`.
     """
 
     kind = "cuda"
@@ -210,6 +210,7 @@ class CudaDevice(Device):
         super().__init__(torch.device("cuda", index), budget_bytes)
         self._scope = scope
         self._driver = driver
+        # Bytes that the process holds on the device outside PyTorch's allocator: context, kernels, libraries.
         self._outside = 0
         self._host_meter = ProcessMemoryMeter(interval=0.02)
         self._host_floor = 0
@@ -247,7 +248,7 @@ class CudaDevice(Device):
         driver.cap_allocator(self.budget_bytes - self._outside)
         driver.reset_peak()
         slab = PinnedSlab(driver.pinned, slab_bytes_of(self.budget_bytes))
-        self.transfers = Transfers(driver.copies(), self.torch_device, window_of(self.budget_bytes), slab)
+        self.transfers = Transfers(driver.copies(), self.torch_device, in_flight_bytes_of(self.budget_bytes), slab)
         self._host_meter.start()
         self._host_floor = private_bytes()
         self._host_meter.begin_section()
@@ -256,7 +257,7 @@ class CudaDevice(Device):
         """Lift the cap; the peaks stay readable."""
         assert self._driver is not None, "the device is open"
         assert self.transfers is not None, "the device is open"
-        self.transfers.settle()
+        self.transfers.finish()
         self._measure_outside(self._driver)
         self._peak = self.peak_bytes
         self._host_meter.stop()
@@ -265,16 +266,16 @@ class CudaDevice(Device):
 
     @property
     def fixed_bytes(self) -> int:
-        """What the process holds on the device outside PyTorch's allocator: 0 with scope `allocator`."""
+        """Memory that the process holds on the device outside PyTorch's allocator: 0 with scope `allocator`."""
         return self._outside
 
     def used_bytes(self) -> int:
-        """The allocator's reservation and the context, in bytes."""
+        """Return the allocator's reservation and the context, in bytes."""
         assert self._driver is not None, "the device is open"
         return self._outside + self._driver.reserved()
 
     def section_peak_bytes(self) -> int:
-        """The allocator's highest reservation of the section, and the context."""
+        """Return the allocator's highest reservation of the section, and the context, in bytes."""
         assert self._driver is not None, "the device is open"
         return self._outside + self._driver.peak_reserved()
 
@@ -283,16 +284,16 @@ class CudaDevice(Device):
         torch.cuda.synchronize(self.torch_device)
 
     def begin_section(self) -> None:
-        """Start a new stretch for `section_peak_bytes`."""
+        """Begin a section: `section_peak_bytes` starts anew."""
         assert self._driver is not None, "the device is open"
         self._measure_outside(self._driver)
         self._peak = max(self._peak, self.section_peak_bytes())
         self._driver.reset_peak()
 
     def _measure_outside(self, driver: CudaDriver) -> None:
-        """Look again at what the process holds outside the allocator: kernels and libraries are loaded at their first use.
+        """Measure again the memory outside the allocator: kernels and libraries are loaded at their first use.
 
-        Only where the driver knows the process: the device's use may be anybody's.
+        Only where the driver knows the process: the memory in use on the device may be another process's.
         """
         process = driver.process_used() if self._scope == "process" else None
         if process is not None and (outside := process - driver.reserved()) > self._outside:
@@ -301,9 +302,9 @@ class CudaDevice(Device):
 
     @property
     def host_peak_bytes(self) -> int:
-        """The most private host memory above what the process held when the device was opened, and what is page-locked.
+        """The highest private host memory above the amount in use when the device was opened, and the page-locked memory.
 
-        Page-locked memory is mapped by the driver, and not every system's count of private memory has it: it is added, seen or not.
+        Page-locked memory is mapped by the driver, and not every system counts it as private memory: it is added, counted or not.
         """
         pinned = 0 if self.transfers is None else self.transfers.slab.held_bytes
         return max(0, self._host_meter.peak() - self._host_floor) + pinned
@@ -314,14 +315,14 @@ class CudaDevice(Device):
         self._driver.empty_cache()
 
     def random_state(self) -> tuple[Tensor, ...]:
-        """Of the host's generator and the GPU's."""
+        """Return the states of the host's generator and the GPU's."""
         return torch.get_rng_state(), torch.cuda.get_rng_state(self.torch_device)
 
     def set_random_state(self, state: tuple[Tensor, ...]) -> None:
-        """Both."""
+        """Restore both states."""
         torch.set_rng_state(state[0])
         torch.cuda.set_rng_state(state[1], self.torch_device)
 
     def describe(self) -> str:
-        """The GPU's name, for people."""
+        """Return the GPU's name, for people."""
         return torch.cuda.get_device_name(self.torch_device)

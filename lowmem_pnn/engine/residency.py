@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.device import Device, is_out_of_memory
-from lowmem_pnn.device.transfers import one_behind
+from lowmem_pnn.device.transfers import overlapped_downloads
 from lowmem_pnn.engine.prefetch import Prefetcher, Request
 from lowmem_pnn.errors import BudgetError, CaptureError
 from lowmem_pnn.model.chain import Chain, Layer
@@ -234,7 +234,7 @@ class Residency:
         """
         tensors = {weight_key(name): tensor for name, tensor in (*self._parameters.items(), *self._buffers.items())}
         tensors.update({state_key(name, key): tensor for name, state in self._state.items() for key, tensor in state.items()})
-        for key, host in one_behind((key, self._device.download(tensor.detach())) for key, tensor in tensors.items()):
+        for key, host in overlapped_downloads((key, self._device.download(tensor.detach())) for key, tensor in tensors.items()):
             writer.write_from(key, host)
 
     def unload(self) -> None:

@@ -1,1 +1,1 @@
-"""Host memory: aligned, pooled, page-locked, metered."""
+"""Host memory: aligned, pooled, page-locked, metered; glibc's heap."""

@@ -1,4 +1,4 @@
-"""Host memory of tensors: allocated at multiples of an alignment, and seen as bytes."""
+"""Aligned host tensors: allocated at multiples of an alignment, and viewed as bytes."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
-"""In bytes: the width of a cache line and of the widest vector registers."""
+"""Alignment in bytes: the width of a cache line and of the widest vector registers."""
 PAGE_BYTES = 4096
-"""What direct transfers are made of, in a file and in memory: a multiple of every drive's block."""
+"""Unit of direct transfers, in a file and in memory, in bytes: a multiple of every drive's block."""
 
-Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
-"""Makes an uninitialised host tensor that starts at a multiple of 64 bytes."""
+HostAllocator = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""A function (shape, dtype) that makes an uninitialised host tensor which starts at a multiple of 64 bytes."""
 
 _HUGE_BYTES = 1 << 21
 _PROT_NONE = 0
 
 
 def aligned_empty(shape: Iterable[int], dtype: torch.dtype, pin: bool = False, alignment: int = ALIGNMENT) -> Tensor:
-    """An uninitialised tensor on the CPU that starts at a multiple of 64 bytes.
+    """Make an uninitialised tensor on the CPU that starts at a multiple of 64 bytes.
 
-    The last bits of a matrix product depend on where its operands start, so what is handed to compute always starts like this.
+    The last bits of a matrix product depend on the address where its operands start, so operands always start like this.
 
     Args:
-        shape: in elements.
-        dtype: of the elements.
-        pin: page-locked memory, for copies to a GPU that run by themselves.
-        alignment: in bytes, a multiple of 64: of a page for what is moved past the page cache, which then lies in huge pages where
-            the system has them.
+        shape: shape in elements.
+        dtype: type of the elements.
+        pin: whether to allocate page-locked memory, for asynchronous copies to a GPU.
+        alignment: alignment in bytes, a multiple of 64; `PAGE_BYTES` for direct transfers past the page cache, whose memory then lies
+            in huge pages where the system has them.
 
     Example:
         >>> aligned_empty((2, 3), torch.bfloat16).data_ptr() % 64
         0
     """
     shape = tuple(shape)
-    if alignment == ALIGNMENT:  # which PyTorch's allocator mostly keeps to
+    if alignment == ALIGNMENT:  # PyTorch's allocator mostly keeps to it
         tensor = torch.empty(shape, dtype=dtype, pin_memory=pin)
         if tensor.data_ptr() % alignment == 0:
             return tensor
@@ -57,7 +57,7 @@ def aligned_empty(shape: Iterable[int], dtype: torch.dtype, pin: bool = False, a
 
 
 def _in_huge_pages(nbytes: int) -> Tensor:
-    """Bytes in pages of 2 MiB, as many of these as they fill: the system looks up every page of a direct transfer.
+    """Allocate bytes in pages of 2 MiB, as many as they fill: the system looks up every page of a direct transfer.
 
     Measured: reading past the page cache at 2.3 GB/s instead of 1.2.
     """
@@ -70,15 +70,15 @@ def _in_huge_pages(nbytes: int) -> Tensor:
     end = begin + nbytes
     with contextlib.suppress(OSError):  # a system without them
         mapped.madvise(mmap.MADV_HUGEPAGE, begin, nbytes // _HUGE_BYTES * _HUGE_BYTES)
-    # What lies around them is never touched; as long as it could be, it would count as data, which has a limit.
-    _close_off(address, begin)
-    _close_off(address + _round_up(end), len(mapped) - _round_up(end))
-    # A storage of these bytes alone: what copies a tensor's whole storage must not find what is closed.
+    # The mapping around the tensor is never touched; while it is accessible it would count against RLIMIT_DATA.
+    _make_inaccessible(address, begin)
+    _make_inaccessible(address + _round_up(end), len(mapped) - _round_up(end))
+    # A storage of these bytes alone: a copy of the tensor's whole storage must not reach into the inaccessible pages.
     return torch.from_numpy(np.frombuffer(mapped, np.uint8, nbytes, begin))
 
 
-def _close_off(address: int, nbytes: int) -> None:
-    """Make pages nobody's to read or write."""
+def _make_inaccessible(address: int, nbytes: int) -> None:
+    """Forbid to read and to write pages."""
     if nbytes > 0:
         _libc().mprotect(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _PROT_NONE)
 
@@ -93,7 +93,7 @@ def _round_up(offset: int) -> int:
 
 
 def memory_of(tensor: Tensor) -> npt.NDArray[np.uint8]:
-    """The bytes of a contiguous tensor on the CPU, shared with it; any element type.
+    """View the bytes of a contiguous tensor on the CPU, of any element type; they share its memory.
 
     Example:
         >>> memory_of(torch.tensor([1.0, 2.0], dtype=torch.bfloat16)).tolist()

@@ -1,4 +1,4 @@
-"""StorageTracker: counts the bytes of the tensors that are alive, real or fake, and can refuse to pass a capacity."""
+"""A counter of live tensors' bytes, real or fake, that can refuse to exceed a capacity: `StorageTracker`."""
 
 import threading
 import weakref
@@ -16,20 +16,20 @@ from lowmem_pnn.units import format_bytes
 
 _Tracker = TypeVar("_Tracker", bound="StorageTracker")
 
-# torch.tensor() makes its storage outside the dispatcher and shows it first as the argument of this.
+# torch.tensor() makes its storage outside the dispatcher, which first sees it as the argument of one of these operations.
 _FRESH = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
 
 
 class StorageTracker(TorchDispatchMode):
-    """Counts storages made while it is active, from the operation that makes one until its last reference goes.
+    """A mode that counts the storages made while it is active, from the operation that makes one until its last reference goes.
 
-    A storage counts once however many tensors view it. What was made before entering does not count, and neither does what a
-    kernel allocates and frees inside. Fake tensors (`FakeTensorMode` entered before this) count what real ones would need. What
-    is counted stays counted after leaving, until it is freed; entering again goes on.
+    A storage counts once however many tensors view it. Storages made before entering do not count, and neither do temporaries that a
+    kernel allocates and frees inside. Fake tensors (`FakeTensorMode` entered before this) count as many bytes as real ones. A
+    counted storage stays counted after leaving, until it is freed; entering again resumes counting.
 
     Args:
-        capacity_bytes: an operation whose result would take the live bytes above it raises, as on a full device; None: no limit.
-        fake: whether tensors without bytes (fake, on the meta device) count with what they stand for.
+        capacity_bytes: most live bytes; an operation whose result would exceed them raises, as on a full device. None for no limit.
+        fake: whether tensors without bytes (fake, on the meta device) count as many bytes as real ones.
 
     Example:
         >>> with StorageTracker() as tracker:
@@ -59,11 +59,11 @@ class StorageTracker(TorchDispatchMode):
 
     @property
     def peak(self) -> int:
-        """The most that was alive since `reset_peak`, or since the first entering."""
+        """The most bytes that were alive since `reset_peak`, or since the first entering."""
         return self._peak
 
     def reset_peak(self) -> None:
-        """Start `peak` anew, at what is alive now."""
+        """Start `peak` anew, at the bytes that are alive now."""
         with self._lock:
             self._peak = self._live
 
@@ -73,7 +73,7 @@ class StorageTracker(TorchDispatchMode):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Stop counting what is made from now on."""
+        """Stop counting new storages."""
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
@@ -82,7 +82,7 @@ class StorageTracker(TorchDispatchMode):
         """Run one operation and count the storages that it made.
 
         Raises:
-            torch.OutOfMemoryError: they would take the live bytes above the capacity; the result is freed.
+            torch.OutOfMemoryError: the new storages would take the live bytes above the capacity; the result is freed.
         """
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -91,30 +91,30 @@ class StorageTracker(TorchDispatchMode):
         given = set() if func in _FRESH else {id(storage) for storage in self._storages((args, kwargs))}
         added = 0
         # An argument may have been resized in place, so known storages are looked at again.
-        found = {id(storage): storage for storage in self._storages(result)}
-        for key, storage in found.items():
+        results = {id(storage): storage for storage in self._storages(result)}
+        for key, storage in results.items():
             if key in self._known:
                 added += storage.nbytes() - self._known[key][1]
             elif key not in given:
                 added += storage.nbytes()
         if self.capacity_bytes is not None and added > 0 and self._live + added > self.capacity_bytes:
-            # The exception's traceback holds this frame: without this the refused result would outlive the refusal.
+            # The exception's traceback holds this frame: without `del` the refused result would outlive the refusal.
             message = (
                 f"out of memory: {func} asked for {format_bytes(added)} where {format_bytes(self._live)} of "
                 f"{format_bytes(self.capacity_bytes)} are in use"
             )
-            del result, found, storage
+            del result, results, storage
             raise torch.OutOfMemoryError(message)
-        for key, storage in found.items():
+        for key, storage in results.items():
             if key in self._known or key not in given:
                 self._count(key, storage)
         with self._lock:
             self._peak = max(self._peak, self._live)
-        self._after(func, args, result)
+        self._after_operation(func, args, result)
         return result
 
-    def _after(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        """Called after every operation, for those who want more than the peak."""
+    def _after_operation(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Do nothing; a subclass that measures more than the peak overrides this, and is called after every operation."""
 
     def _count(self, key: int, storage: torch.UntypedStorage) -> None:
         with self._lock:
@@ -139,7 +139,7 @@ class StorageTracker(TorchDispatchMode):
         return forget
 
     def _storages(self, tree: Any) -> Iterable[torch.UntypedStorage]:
-        """The storages of the strided tensors in a nest of lists, tuples and dicts; sparse tensors have none."""
+        """Yield the storages of the strided tensors in nested lists, tuples and dicts; sparse tensors have none."""
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor) and leaf.layout == torch.strided and (self._fake or _is_real(leaf)):
                 yield leaf.untyped_storage()

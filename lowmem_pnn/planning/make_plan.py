@@ -11,7 +11,7 @@ from lowmem_pnn.config.fit_config import LARGEST_AUTO_BATCH
 from lowmem_pnn.config.options import check_lengths
 from lowmem_pnn.device import Device
 from lowmem_pnn.device.buffers import BufferSizes
-from lowmem_pnn.device.kernels import PACKING_BYTES
+from lowmem_pnn.device.kernel_memory import MATMUL_PACKING_BYTES
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError
 from lowmem_pnn.model.chain import has_one_backward, works_by_rows
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
@@ -163,7 +163,7 @@ def _make_plan(
 
     fixed = device.fixed_bytes + profile.kernel_bytes + unexplained_bytes
     if device.shares_host:
-        fixed += torch.get_num_threads() * PACKING_BYTES + len(chain.layers) * _STRUCTURE_BYTES
+        fixed += torch.get_num_threads() * MATMUL_PACKING_BYTES + len(chain.layers) * _STRUCTURE_BYTES
 
     def overhead(budget_bytes: int) -> int:
         io = BufferSizes.of_budget(budget_bytes)

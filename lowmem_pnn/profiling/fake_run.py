@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem_pnn.device.kernels import compiled, scratch_bytes
+from lowmem_pnn.device.kernel_memory import cached_primitives, scratch_bytes
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.storage_tracker import StorageTracker
 from lowmem_pnn.model.chain import Compiled, Layer, TensorSpec
@@ -66,9 +66,9 @@ class _Timeline(StorageTracker):
         self.moments = [0]
         self.compiled: dict[Hashable, int] = {}
 
-    def _after(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+    def _after_operation(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         self.moments.append(self.live + scratch_bytes(func, args, result))
-        self.compiled.update(compiled(func, args))
+        self.compiled.update(cached_primitives(func, args))
 
 
 class _Source(torch.autograd.Function):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lowmem_pnn.device.kernels import MAX_COMPILED
+from lowmem_pnn.device.kernel_memory import PRIMITIVE_CACHE_CAPACITY
 from lowmem_pnn.model.chain import Chain, Layer, TensorSpec
 from lowmem_pnn.model.fingerprint import layer_fingerprint
 from lowmem_pnn.optim.optimizers import OptimizerSpec
@@ -83,7 +83,7 @@ def profile(
         forbidden_cuts=() if parts_ties else tuple(sorted(forbidden)),
         optimizer=", ".join(dict.fromkeys(map(str, optimizers))),
         smallest_micro_batch=smallest,
-        kernel_bytes=sum(sorted(compiled_kernels.values(), reverse=True)[:MAX_COMPILED]),
+        kernel_bytes=sum(sorted(compiled_kernels.values(), reverse=True)[:PRIMITIVE_CACHE_CAPACITY]),
         repeated_bytes=repeated_bytes,
         shared_bytes=sum(repeated.values()),
     )

@@ -15,7 +15,7 @@ from types import TracebackType
 from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError, DiskError
-from lowmem_pnn.memory.aligned import ALIGNMENT, PAGE_BYTES, Empty, aligned_empty, memory_of
+from lowmem_pnn.memory.aligned import ALIGNMENT, PAGE_BYTES, HostAllocator, aligned_empty, memory_of
 from lowmem_pnn.stores.direct_io import LEAST_BYTES, REFUSED, is_paged, open_direct
 from lowmem_pnn.stores.disk import CHUNK_BYTES, REMEDY, IoCounter, disk_error, drop_cache, sha256, sync_file
 from lowmem_pnn.stores.header import MAX_HEADER_BYTES, HeaderFault, TensorEntry, TensorLayout, describe, lay_out, parse
@@ -194,7 +194,7 @@ class TensorFile:
         offset, view = self._locate(name, tensor, start)
         self._write_bytes(view, offset)
 
-    def read(self, name: str, empty: Empty | None = None) -> Tensor:
+    def read(self, name: str, empty: HostAllocator | None = None) -> Tensor:
         """A tensor of the file, in memory that starts at a multiple of 64 bytes.
 
         Args:

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError
-from lowmem_pnn.memory.aligned import Empty
+from lowmem_pnn.memory.aligned import HostAllocator
 from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import IoCounter, disk_error, outgrows_page_cache, sha256, sync_folder
 from lowmem_pnn.stores.header import TensorLayout
@@ -203,7 +203,7 @@ class WeightStore:
         with self._lock:
             return TensorFile.open(self.newest(partition), counter=self._counter, remedy=REMEDY, direct=self._direct)
 
-    def tensors(self, empty: Empty | None = None) -> TensorReader:
+    def tensors(self, empty: HostAllocator | None = None) -> TensorReader:
         """Handles on the newest bytes of whichever files are asked for.
 
         Args:
@@ -362,7 +362,7 @@ class TensorReader:
         empty: makes the tensors that are filled; None for fresh memory.
     """
 
-    def __init__(self, store: WeightStore, empty: Empty | None = None) -> None:
+    def __init__(self, store: WeightStore, empty: HostAllocator | None = None) -> None:
         self._store = store
         self._empty = empty
         self._lock = threading.Lock()

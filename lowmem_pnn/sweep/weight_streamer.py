@@ -51,7 +51,7 @@ class WeightStreamer:
             keys: names in weight files of all tensors that will be taken, in that order.
         """
         # What is placed elsewhere passes through page-locked memory; where the host is the device, blocks are what is resident.
-        with self._weights.tensors(self._device.host_empty() or self._blocks.empty) as self._reader:
+        with self._weights.tensors(self._device.host_allocator() or self._blocks.empty) as self._reader:
             requests = (Request(self._weights.nbytes(key), lambda key=key: self._read(key)) for key in keys)  # type: ignore[misc]
             self._stream = Prefetcher(requests, self._threads.read, self._stream_bytes)
             try:

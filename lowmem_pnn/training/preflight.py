@@ -85,7 +85,7 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, costs: MemoryProfil
     # Smaller than planned where an earlier process died in this check.
     asked = micro_batch = run.state.sweep_micro_batch if workload.method.sweeps else run.state.micro_batches[number]
     went_through = False
-    device.expect(planned.predicted_peak_bytes)
+    device.set_expected_peak(planned.predicted_peak_bytes)
     device.begin_section()
     # Where it does not load, or not even the smallest micro-batch fits, another plan may do.
     with contextlib.suppress(BudgetError):

@@ -1,9 +1,9 @@
-"""What CPU kernels hold beside tensors: scratch memory inside an operation, and code that was compiled for it.
+"""Memory that CPU kernels hold beside tensors: scratch memory inside an operation, and oneDNN's cache of compiled primitives.
 
 Convolutions run in oneDNN, in blocked memory formats of its own: an operand in PyTorch's format is copied into a blocked one, and a
 result is made blocked before it is copied out (oneDNN's developer guide, "Understanding Memory Formats"). So for a moment the
 operands and results of a convolution exist twice. On 2 cores this explained, to a few percent, peaks that were up to three times
-what the tensors came to, when the weights are large and the maps small.
+the size of the tensors, when the weights are large and the maps small.
 """
 
 from collections.abc import Hashable, Sequence
@@ -12,59 +12,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Code that oneDNN compiles for one direction of a convolution of one shape, with the copies around it, and keeps. Measured: 8.3 MB
-# for the 33 of a ResNet-18 without its last block, 21.7 MB for about 105 of a MobileNetV2.
-CODE_BYTES = 230_000
-# What matrix products hold from the first one on, to pack their operands, for each thread. Measured: 3.2 MB for two.
-PACKING_BYTES = 1_600_000
-# The same of a matrix product in bfloat16, on a processor that has instructions for it. Measured: 2.05 MB for the three of a linear
-# layer, forward and backward; in float32 and float16 nothing is compiled.
-PRODUCT_BYTES = 700_000
-_PRODUCTS = frozenset(
+# Size of the primitive that oneDNN compiles for one direction of a convolution of one shape, with the copies around it, and keeps.
+# Measured: 8.3 MB for the 33 of a ResNet-18 without its last block, 21.7 MB for about 105 of a MobileNetV2.
+CONVOLUTION_PRIMITIVE_BYTES = 230_000
+# Memory that matrix products hold from the first one on, to pack their operands, for each thread. Measured: 3.2 MB for two.
+MATMUL_PACKING_BYTES = 1_600_000
+# Size of the primitive of a matrix product in bfloat16, on a processor that has instructions for it. Measured: 2.05 MB for the three of
+# a linear layer, forward and backward; in float32 and float16 nothing is compiled.
+MATMUL_PRIMITIVE_BYTES = 700_000
+_MATMULS = frozenset(
     variant
-    for product in (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-    for variant in (product.default, product.out)
+    for matmul in (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+    for variant in (matmul.default, matmul.out)
 )
-# oneDNN keeps so many compiled operations, and forgets the ones that were not used for the longest time.
-MAX_COMPILED = 1024
+# oneDNN keeps so many primitives, and drops the least recently used ones.
+PRIMITIVE_CACHE_CAPACITY = 1024
 
 
-def compiled(operation: Any, arguments: Sequence[Any]) -> dict[Hashable, int]:
-    """What oneDNN compiles for an operation: equal keys share their code.
+def cached_primitives(operation: Any, arguments: Sequence[Any]) -> dict[Hashable, int]:
+    """Return the primitives that oneDNN compiles for an operation: equal keys share one primitive.
 
     Args:
-        operation: as `torch.utils._python_dispatch` names it.
-        arguments: its positional arguments.
+        operation: operator as `torch.utils._python_dispatch` names it.
+        arguments: positional arguments of the operation.
 
     Returns:
         Bytes by a key for each direction of a convolution, and for each matrix product in bfloat16, on the CPU; nothing for other
         operations.
     """
-    if operation in _PRODUCTS:
+    if operation in _MATMULS:
         left, right = arguments[-2:]
         if left.device.type != "cpu" or left.dtype != torch.bfloat16:
             return {}
         key = tuple((tuple(operand.shape), operand.stride()) for operand in (left, right))
-        return {("product", key): PRODUCT_BYTES}
+        return {("product", key): MATMUL_PRIMITIVE_BYTES}
     if operation is torch.ops.aten.convolution.default:
-        directions, rest = ["forward"], arguments[3:]
+        directions, settings = ["forward"], arguments[3:]
     elif operation is torch.ops.aten.convolution_backward.default:
-        directions, rest = ["input gradient", "weight gradient"], arguments[4:]
+        directions, settings = ["input gradient", "weight gradient"], arguments[4:]
     else:
         return {}
     if arguments[0].device.type != "cpu":
         return {}
     shapes = tuple(tuple(argument.shape) for argument in arguments[:3] if isinstance(argument, Tensor))
-    return {(direction, shapes, str(rest)): CODE_BYTES for direction in directions}
+    return {(direction, shapes, str(settings)): CONVOLUTION_PRIMITIVE_BYTES for direction in directions}
 
 
 def scratch_bytes(operation: Any, arguments: Sequence[Any], result: Any) -> int:
-    """The most that a kernel holds above its arguments and all its results.
+    """Estimate the most that a kernel holds beside its arguments and all its results.
 
     Args:
-        operation: as `torch.utils._python_dispatch` names it.
-        arguments: its positional arguments.
-        result: what it returned.
+        operation: operator as `torch.utils._python_dispatch` names it.
+        arguments: positional arguments of the operation.
+        result: value that the operation returned.
 
     Returns:
         Bytes; 0 for operations that need none worth counting, and on devices other than the CPU.

@@ -1,0 +1,134 @@
+"""Enforcement of the memory budget: the reserve, the check of a measured peak, the limit by the operating system, out-of-memory errors.
+
+A budget is kept in three steps, each for what the one before it missed:
+
+    plan    partitions and micro-batches are chosen so that the predicted peak stays `reserve_bytes` below the budget
+    check   after each step the measured peak is compared with the budget (`check_peak`); above it the step counts as out of memory
+    limit   an allocation above budget + reserve fails: `DataLimit` on the CPU, the cap of PyTorch's allocator on a GPU (`cuda.py`)
+
+`is_out_of_memory` recognises the failures of the last two; the executor then undoes the batch and halves the micro-batch.
+"""
+
+import sys
+from collections import deque
+
+import torch
+
+from lowmem_pnn.memory.process_meter import private_and_data_bytes
+from lowmem_pnn.units import MEBIBYTE
+
+# How libraries below us say that memory ran out without raising torch.OutOfMemoryError. oneDNN reports a failed allocation as a
+# primitive that cannot be made; on Jetson the caching allocator's NVML query fails instead of the allocation.
+_OUT_OF_MEMORY_TEXTS = (
+    "can't allocate memory",
+    "could not create a primitive",
+    "could not create a memory object",
+    "could not execute a primitive",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "NVML_SUCCESS == r INTERNAL ASSERT",
+)
+
+
+class OverBudget(MemoryError):
+    """A measured peak above the budget: treated as running out of memory, before an allocation fails."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Decide whether an exception means that memory ran out.
+
+    Args:
+        error: an exception that a computation or an allocation raised.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+
+
+def reserve_bytes_of(budget_bytes: int) -> int:
+    """Return the part of a budget that plans keep free for unforeseen allocations: a thirty-second, at least 4 MiB."""
+    return max(4 * MEBIBYTE, budget_bytes // 32)
+
+
+def check_peak(peak_bytes: int, budget_bytes: int) -> None:
+    """Refuse a measured peak above the budget.
+
+    Raises:
+        OverBudget: the peak is above the budget.
+
+    Example:
+        >>> check_peak(99, budget_bytes=100)
+    """
+    if peak_bytes > budget_bytes:
+        raise OverBudget(f"{peak_bytes} bytes in use, above the budget of {budget_bytes}")
+
+
+class DataLimit:
+    """RLIMIT_DATA, set so that the allocation which takes private memory past an allowance fails in this process.
+
+    Linux counts mappings, touched or not. Mappings that are never touched (oneDNN keeps 256 KiB for each kernel that it compiles, and
+    fills a tenth of it) would leave less and less below a fixed limit, so the limit is adjusted: it stands where present mappings,
+    with private memory grown to the allowance, would reach. One large mapping still fails at once. On other systems there is no
+    limit, and the plan and the meter stand alone.
+
+    Args:
+        allowance_bytes: private memory above the amount in use when the limit is set.
+    """
+
+    # Moving the limit for less would be a system call for nothing.
+    _STEP = MEBIBYTE
+    # A mapping untouched for so many samples will stay untouched; a block that is being filled is no reason to move the limit.
+    _SAMPLES = 20
+
+    def __init__(self, allowance_bytes: int) -> None:
+        self._allowance_bytes = allowance_bytes
+        # Soft and hard limit before `set`; None while the limit is not ours.
+        self._previous: tuple[int, int] | None = None
+        self._floor_bytes = 0
+        self._limit_bytes = 0
+        self._untouched: deque[int] = deque(maxlen=self._SAMPLES)
+
+    def set(self) -> None:
+        """Set the limit. A stricter one that is already set stays."""
+        if not sys.platform.startswith("linux"):
+            return
+        import resource
+
+        self._floor_bytes, data = private_and_data_bytes()
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = data + self._allowance_bytes
+        if soft != resource.RLIM_INFINITY and soft <= limit:
+            return
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+        self._untouched.extend([data - self._floor_bytes] * self._SAMPLES)
+        self._previous, self._limit_bytes = (soft, hard), limit
+
+    def adjust(self, private: int, data: int) -> None:
+        """Move the limit by the size of mappings without use; called often while the limit is set.
+
+        Args:
+            private: bytes in use.
+            data: bytes mapped.
+        """
+        if self._previous is None:
+            return
+        import resource
+
+        soft, hard = self._previous
+        self._untouched.append(data - private)
+        limit = min(self._untouched) + self._floor_bytes + self._allowance_bytes
+        if soft != resource.RLIM_INFINITY:
+            limit = min(limit, soft)
+        if abs(limit - self._limit_bytes) >= self._STEP:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+            self._limit_bytes = limit
+
+    def restore(self) -> None:
+        """Restore the limit from before `set`."""
+        if self._previous is not None:
+            import resource
+
+            previous, self._previous = self._previous, None
+            resource.setrlimit(resource.RLIMIT_DATA, previous)
