@@ -42,35 +42,37 @@ def objective_memory(workload: Workload, stop: int, chunk: int | None = None, *,
     return Affine(memory.fixed + math.ceil(memory.per_sample * chunk / workload.rows_per_sample), 0)
 
 
-def beside_bytes(workload: Workload, profile: MemoryProfile, device: Device, io: BufferSizes, boundary: int, batch: int) -> int:
+def beside_bytes(
+    workload: Workload, profile: MemoryProfile, device: Device, buffers: BufferSizes, boundary: int, batch: int
+) -> int:
     """Device memory that is needed beside a partition while it trains, for its samples and its streams.
 
     Args:
         workload: model, data and method.
         profile: what the layers cost.
         device: the training device.
-        io: sizes of buffers.
+        buffers: sizes of the buffers between disk, host and device.
         boundary: where the partition's samples come from: 0 is the data set.
         batch: samples a step.
     """
-    reading = reading_bytes(workload, device, io, boundary, batch)
+    reading = reading_bytes(workload, device, buffers, boundary, batch)
     # Samples at inner boundaries of a sweep are read from shards when the model is measured.
-    return max(reading, sweep_bytes(workload, profile, device, io, batch)) if workload.method.sweeps else reading
+    return max(reading, sweep_bytes(workload, profile, device, buffers, batch)) if workload.method.sweeps else reading
 
 
-def sweep_bytes(workload: Workload, profile: MemoryProfile, device: Device, io: BufferSizes, batch: int) -> int:
+def sweep_bytes(workload: Workload, profile: MemoryProfile, device: Device, buffers: BufferSizes, batch: int) -> int:
     """The same of a sweep: one layer's optimizer state; batches of the data set, streams of weights, boundary activations."""
     state = max(layer.optimizer_bytes for layer in profile.layers)
     if not device.shares_host:
-        return state + io.transfer_bytes
+        return state + buffers.transfer_bytes
     # The gradient that other partitions left, and the sum with it.
     shared = 2 * profile.shared_bytes
     return (
         state
         + shared
-        + reading_bytes(workload, device, io, 0, batch)
-        + 2 * stream_bytes(profile, io.stream_bytes)
-        + io.boundary_bytes
+        + reading_bytes(workload, device, buffers, 0, batch)
+        + 2 * stream_bytes(profile, buffers.stream_bytes)
+        + buffers.boundary_bytes
     )
 
 
@@ -79,18 +81,18 @@ def stream_bytes(profile: MemoryProfile, window_bytes: int) -> int:
     return max(window_bytes, max(layer.weight_bytes for layer in profile.layers))
 
 
-def reading_bytes(workload: Workload, device: Device, io: BufferSizes, boundary: int, batch: int) -> int:
+def reading_bytes(workload: Workload, device: Device, buffers: BufferSizes, boundary: int, batch: int) -> int:
     """Device memory that samples take while they are read; where the host is not the device, while they are copied there and back.
 
     Args:
         workload: model and data.
         device: the training device.
-        io: sizes of buffers.
+        buffers: sizes of the buffers between disk, host and device.
         boundary: where the samples are read: 0 is the data set.
         batch: samples a step.
     """
     if not device.shares_host:
-        return io.transfer_bytes
+        return buffers.transfer_bytes
     labels = 8 * workload.rows_per_sample
     beside = labels + 24  # a place in the order
     sample = sum(spec.sample_bytes for spec in workload.chain.boundaries[boundary]) + beside
@@ -105,10 +107,10 @@ def reading_bytes(workload: Workload, device: Device, io: BufferSizes, boundary:
         return batches + codes + 32 * len(workload.splits["train"])  # labels, and the epoch's order while it is made
     # The validation set's window is open while the training set's stays in memory for the next epoch.
     kept = activation_bytes(workload, boundary) + beside
-    train = min(io.window_bytes, len(workload.splits["train"]) * kept)
-    val = min(io.window_bytes // 2, len(workload.splits["val"]) * kept) if "val" in workload.splits else 0
+    train = min(buffers.window_bytes, len(workload.splits["train"]) * kept)
+    val = min(buffers.window_bytes // 2, len(workload.splits["val"]) * kept) if "val" in workload.splits else 0
     # Where that is less than there is, the model is still measured on all of it.
-    measured = min(io.window_bytes // 2, _num_measured(workload) * sample) if kept < sample else 0
+    measured = min(buffers.window_bytes // 2, _num_measured(workload) * sample) if kept < sample else 0
     return batches + max(train + val, measured)
 
 

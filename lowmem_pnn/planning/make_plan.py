@@ -166,14 +166,14 @@ def _make_plan(
         fixed += torch.get_num_threads() * MATMUL_PACKING_BYTES + len(chain.layers) * _STRUCTURE_BYTES
 
     def overhead(budget_bytes: int) -> int:
-        io = BufferSizes.of_budget(budget_bytes)
-        beside = max(beside_bytes(workload, profile, device, io, boundary, batch) for boundary in range(len(chain.layers)))
+        buffers = BufferSizes.of_budget(budget_bytes)
+        beside = max(beside_bytes(workload, profile, device, buffers, boundary, batch) for boundary in range(len(chain.layers)))
         return (
             device.reserve_for(budget_bytes)
             + device.slack_for(budget_bytes)
             + fixed
             + beside
-            + (2 * io.shard_bytes if device.shares_host else 0)
+            + (2 * buffers.shard_bytes if device.shares_host else 0)
         )
 
     if config.blocks == "alike":
@@ -288,8 +288,8 @@ def _with_recovery(workload: Workload, profile: MemoryProfile, device: Device, p
         BudgetError: not even the smallest does.
     """
     costs = _costs(workload, profile, plan.loss_chunk, sweeps=True)
-    io, batch = BufferSizes.of_budget(device.budget_bytes), plan.partitions[-1].batch
-    beside = fixed + device.slack_for(device.budget_bytes) + sweep_bytes(workload, profile, device, io, batch)
+    buffers, batch = BufferSizes.of_budget(device.budget_bytes), plan.partitions[-1].batch
+    beside = fixed + device.slack_for(device.budget_bytes) + sweep_bytes(workload, profile, device, buffers, batch)
     size = min(batch, workload.config.micro_batch or batch)
     while True:
         needs = [
@@ -385,16 +385,17 @@ def _refine(
     fixed: int,
 ) -> PartitionPlan:
     """The partition with the peak of its own visits, instead of one with the overhead that all partitions keep free."""
-    io = BufferSizes.of_budget(device.budget_bytes)
-    learn = part.predicted_peak_bytes - plan.overhead_bytes + beside_bytes(workload, profile, device, io, part.start, part.batch)
+    buffers = BufferSizes.of_budget(device.budget_bytes)
+    own = beside_bytes(workload, profile, device, buffers, part.start, part.batch)
+    learn = part.predicted_peak_bytes - plan.overhead_bytes + own
     layers = costs.layers[part.start : part.stop]
     writing = 0
     if device.shares_host and part.stop < len(profile.layers):
         # Gradients are gone while outputs are written, and two shards are there.
         emit = max(layer.input_bytes.at(part.micro_batch) + layer.emit_peak.at(part.micro_batch) for layer in layers)
-        writing = part.state_bytes - sum(layer.gradient_bytes for layer in layers) + emit + 2 * io.shard_bytes
+        writing = part.state_bytes - sum(layer.gradient_bytes for layer in layers) + emit + 2 * buffers.shard_bytes
         writing += objective_memory(workload, part.stop, chunk).fixed
-        writing += reading_bytes(workload, device, io, part.start, part.batch)
+        writing += reading_bytes(workload, device, buffers, part.start, part.batch)
     state = sum(layer.state_bytes for layer in profile.layers[part.start : part.stop])
     peak = max(learn, writing) + fixed + device.slack_for(device.budget_bytes)
     return dataclasses.replace(part, predicted_peak_bytes=peak, state_bytes=state)

@@ -85,7 +85,7 @@ def setting_of(workload: Workload, profile: MemoryProfile, plan: Plan) -> Settin
         profile: what its layers cost.
         plan: how it is cut.
     """
-    io = BufferSizes.of_budget(plan.budget_bytes)
+    buffer_sizes = BufferSizes.of_budget(plan.budget_bytes)
     partitions = []
     for part in plan.partitions:
         layers = profile.layers[part.start : part.stop]
@@ -105,7 +105,7 @@ def setting_of(workload: Workload, profile: MemoryProfile, plan: Plan) -> Settin
         partitions,
         workload.training_splits,
         per_layer_loss=workload.method.learns_per_layer,
-        stream_bytes=plan.stream_bytes or io.stream_bytes,
-        boundary_bytes=io.boundary_bytes,
-        window_bytes=io.window_bytes,
+        stream_bytes=plan.stream_bytes or buffer_sizes.stream_bytes,
+        boundary_bytes=buffer_sizes.boundary_bytes,
+        window_bytes=buffer_sizes.window_bytes,
     )

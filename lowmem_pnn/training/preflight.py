@@ -80,8 +80,8 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, costs: MemoryProfil
     number = max(numbers, key=lambda number: plan.partitions[number].predicted_peak_bytes)
     planned = plan.partitions[number]
     size = min(planned.batch, 2 * planned.micro_batch)
-    specs, io = workload.chain.boundaries[planned.start], BufferSizes.of_budget(device.budget_bytes)
-    held = sum(size * spec.sample_bytes for spec in specs) if device.shares_host else io.transfer_bytes
+    specs, buffers = workload.chain.boundaries[planned.start], BufferSizes.of_budget(device.budget_bytes)
+    held = sum(size * spec.sample_bytes for spec in specs) if device.shares_host else buffers.transfer_bytes
     # Smaller than planned where an earlier process died in this check.
     asked = micro_batch = run.state.sweep_micro_batch if workload.method.sweeps else run.state.micro_batches[number]
     went_through = False
@@ -93,10 +93,10 @@ def check_tightest(run: Run, workload: Workload, plan: Plan, costs: MemoryProfil
         went_through = True
     measured = device.section_peak_bytes()
     # The check holds one batch of zeros, and reads nothing but, in a sweep, the partition's weights.
-    beside = beside_bytes(workload, costs, device, io, planned.start, planned.batch)
+    beside = beside_bytes(workload, costs, device, buffers, planned.start, planned.batch)
     if workload.method.sweeps and device.shares_host:
         own = sum(layer.weight_bytes for layer in costs.layers[planned.start : planned.stop])
-        window, least = stream_bytes(costs, plan.stream_bytes or io.stream_bytes), stream_bytes(costs, io.stream_bytes)
+        window, least = stream_bytes(costs, plan.stream_bytes or buffers.stream_bytes), stream_bytes(costs, buffers.stream_bytes)
         beside += 2 * (window - least) - min(own, least)
     predicted = planned.predicted_peak_bytes - beside + held
     fits = went_through and micro_batch == asked
