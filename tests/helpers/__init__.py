@@ -1,0 +1,1 @@
+"""What tests share: data, networks, plain training loops, the command line in process, hypothesis strategies."""

@@ -1,0 +1,439 @@
+"""`neuroflux`: units that learn alone, held against plain PyTorch; heads, blocks, batches, exits and their export."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lowmem_pnn
+from helpers.plainloops import built, loaded, make_optimizer, step_lines, training_split
+from helpers.small_networks import Data, conv_layers, images, vectors
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.options import configure
+from lowmem_pnn.engine.passes import backward_from_loss
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.evaluation.exits import ExitModel, choose_exit
+from lowmem_pnn.methods import Visit, make_method
+from lowmem_pnn.methods.heads import make_head, num_filters
+from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.layer import head_prefix
+from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.planning.neuroflux_blocks import feasible_batch, similar_batch_cuts
+from lowmem_pnn.profiling.costs import Affine, peak_of, with_local_loss
+from lowmem_pnn.profiling.profiler import profile
+from lowmem_pnn.seeds import permutation_of, seed_of
+from lowmem_pnn.training.export import find_exit
+
+pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
+
+CPU = torch.device("cpu")
+OPTIONS: dict[str, Any] = {"method": "neuroflux", "epochs": 2, "batch_size": 16, "lr": 0.01, "device": "cpu", "val_fraction": 0.2}
+
+
+BOUNDS = [0, 4, 7, 11, 12]
+
+
+def fit(folder: Path, data: Data, build: Any = conv_layers, **options: Any) -> Any:
+    return lowmem_pnn.fit(build, data, max_gpu_mem="200MB", workdir=folder, **{**OPTIONS, **options})
+
+
+def drawn_head(number: int, seed: int, shapes: list[tuple[int, ...]]) -> nn.Module:
+    torch.manual_seed(seed_of(seed, "head", number))
+    specs = [TensorSpec(shape, torch.float32) for shape in shapes]
+    return make_head("adaptive", specs[number], specs[number + 1 :], 4, tokens=False)
+
+
+def train_locally(data: Data, blocks: list[int], epochs: int, **options: Any) -> tuple[nn.Module, list[nn.Module | None]]:
+    """What `--method neuroflux` is to give for `conv_layers`, in plain PyTorch.
+
+    Args:
+        data: samples and labels.
+        blocks: for each unit, its block.
+        epochs: of every block.
+        **options: of the configuration.
+    """
+    config = configure(max_gpu_mem="1GB", model="python:model", data="python:data", **{**OPTIONS, **options, "epochs": epochs})
+    split = training_split(data, **{**OPTIONS, **options, "epochs": epochs})
+    model = built(conv_layers, config.seed)
+    assert isinstance(model, nn.Sequential)
+    parts = [model[start:stop] for start, stop in itertools.pairwise(BOUNDS)]
+    heads: list[nn.Module | None] = [drawn_head(unit, config.seed, [(16, 8, 8), (24, 4, 4), (384,)]) for unit in range(3)]
+    heads.append(None)
+    x, y = split.batch(np.arange(len(split)))
+    for block in range(max(blocks) + 1):
+        own = [unit for unit, place in enumerate(blocks) if place == block]
+        parameters = [
+            p for unit in own for module in (parts[unit], heads[unit]) if module is not None for p in module.parameters()
+        ]
+        optimizer = make_optimizer(config, block, parameters)
+        for unit in own:
+            parts[unit].train()
+            (heads[unit] or nn.Identity()).train()
+        step = 0
+        for epoch in range(epochs):
+            word = "samples" if block else "epoch"
+            order = permutation_of(len(split), config.seed, word, epoch)
+            for begin in range(0, len(order), config.batch_sizes[0]):
+                chosen = order[begin : begin + config.batch_sizes[0]]
+                torch.manual_seed(seed_of(config.seed, "forward", block, step, 0))
+                tensor = x[chosen].clone()
+                for unit in own:
+                    tensor = parts[unit](tensor)
+                    head = heads[unit]
+                    nn.functional.cross_entropy(tensor if head is None else head(tensor), y[chosen]).backward()  # type: ignore[no-untyped-call]
+                    tensor = tensor.detach()
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+        if block == 0:
+            chosen = permutation_of(len(split), config.seed, "own order")
+            x, y = x[chosen], y[chosen]
+        with torch.no_grad():
+            for unit in own:
+                parts[unit].eval()
+            size = config.batch_sizes[0]
+            batches = []
+            for begin in range(0, len(x), size):
+                tensor = x[begin : begin + size].clone()
+                for unit in own:
+                    tensor = parts[unit](tensor)
+                batches.append(tensor)
+            x = torch.cat(batches)
+    return model, heads
+
+
+@pytest.mark.parametrize(("cuts", "blocks"), [(None, [0, 0, 0, 0]), ("2", [0, 0, 1, 1]), ("1,2,3", [0, 1, 2, 3])])
+def test_units_learn_as_in_plain_pytorch(cuts: str | None, blocks: list[int], tmp_path: Path) -> None:
+    data = images(60)
+    cut = {"cuts": cuts} if cuts else {"partitions": 1}
+    result = fit(tmp_path / "run", data, **cut)
+    expected, heads = train_locally(data, blocks, epochs=2)
+    trained = load_file(result.weights_file)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(trained[name], tensor), name
+    kept = load_file(tmp_path / "run" / "heads.safetensors")
+    for number, head in enumerate(heads):
+        for name, tensor in (head.state_dict() if head is not None else {}).items():
+            assert torch.equal(kept[head_prefix(number) + name], tensor), name
+
+
+def test_units_of_a_block_do_not_exchange_gradients() -> None:
+    torch.manual_seed(0)
+    config = configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", **{k: v for k, v in OPTIONS.items() if k != "device"})
+    method = make_method(config)
+    data = images(8)
+
+    def gradients(spoilt: int | None) -> list[dict[str, Tensor]]:
+        chain = _with_heads(config)
+        for number, layer in enumerate(chain.layers):
+            if number == spoilt:
+                for parameter in layer.parameters().values():
+                    parameter.data += 1
+        objective = method.objective(0, 1, chain.boundaries[-1], 4)
+        torch.manual_seed(1)
+        backward_from_loss(chain.train().layers, (data[0],), data[1], objective, 1.0, None)
+        return [{name: p.grad.clone() for name, p in layer.parameters().items() if p.grad is not None} for layer in chain.layers]
+
+    whole = gradients(None)
+    for later in (1, 2, 3):
+        other = gradients(later)
+        for number in range(later):
+            assert whole[number].keys() == other[number].keys()
+            assert all(torch.equal(whole[number][name], other[number][name]) for name in whole[number])
+        assert any(not torch.equal(whole[later][name], other[later][name]) for name in whole[later])
+
+
+def _with_heads(config: FitConfig) -> Chain:
+    """`conv_layers` with real weights and heads."""
+    chain = capture(built(conv_layers), TensorSpec((3, 8, 8), torch.float32))
+    method, layers = make_method(config), []
+    for number, layer in enumerate(chain.layers):
+        torch.manual_seed(number)
+        head = method.head(chain, number, 4, tokens=False)
+        layers.append(layer if head is None else layer.with_head(head, number))
+    return Chain(tuple(layers), chain.boundaries, chain.ties, chain.tied_ranges, chain.unused, chain.persistent)
+
+
+def test_a_block_that_is_trained_does_not_move(tmp_path: Path) -> None:
+    data = images(60)
+    first = fit(tmp_path / "one", data, cuts="2", epochs=(2, 1))
+    second = fit(tmp_path / "two", data, cuts="2", epochs=(2, 4))
+    one, two = load_file(first.weights_file), load_file(second.weights_file)
+    frozen = [name for name in one if int(name.split(".")[0]) < 7]
+    assert any("running_mean" in name for name in frozen)
+    assert all(torch.equal(one[name], two[name]) for name in frozen)
+    assert not torch.equal(one["11.weight"], two["11.weight"])
+
+
+def test_the_number_of_filters_follows_the_rule() -> None:
+    assert [num_filters("adaptive", channels, side) for channels, side in ((64, 32), (128, 16), (256, 8), (512, 4))] == [
+        32,
+        64,
+        128,
+        256,
+    ]
+    assert num_filters("adaptive", 8, 32) == 16
+    assert num_filters("adaptive", 2048, 2) == 256
+    for kind in ("adaptive", "classic", "auglocal"):
+        head = make_head(kind, TensorSpec((32, 16, 16), torch.float32), [TensorSpec((48, 8, 8), torch.float32)], 7, tokens=False)
+        convolutions = [module for module in head.modules() if isinstance(module, nn.Conv2d)]
+        assert [module.out_channels for module in convolutions] == {"adaptive": [16], "classic": [256], "auglocal": [48]}[kind]
+        assert head.eval()(torch.zeros(2, 32, 16, 16)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "classic", "auglocal", "linear"])
+def test_vectors_tokens_and_maps_have_heads_of_their_kind(kind: Any) -> None:
+    for shape, tokens, expected in (
+        ((30,), False, (2, 5)),
+        ((9, 30), False, (2, 5)),
+        ((9, 30), True, (2, 9, 5)),
+        ((6, 4, 4), False, (2, 5)),
+    ):
+        head = make_head(kind, TensorSpec(shape, torch.float32), [], 5, tokens=tokens)
+        assert head(torch.randn(2, *shape)).shape == expected
+
+
+def test_only_the_last_unit_has_no_head() -> None:
+    chain = _with_heads(configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", method="neuroflux"))
+    assert [layer.head is None for layer in chain.layers] == [False, False, False, True]
+    assert not any(name.startswith("auxiliary_heads") for name in chain.persistent)
+
+
+@pytest.mark.parametrize(
+    ("visits", "extra"),
+    [("sequential", {}), ("laps=2", {}), ("interleaved", {"macro_batches": 2}), ("sequential", {"augment": "basic", "views": 2})],
+)
+def test_a_stopped_run_goes_on_to_the_same_bytes(visits: str, extra: dict[str, Any], tmp_path: Path) -> None:
+    data = images(80)
+    options = {"visits": visits, "cuts": "2", "epochs": 2, "commit_every": 0.0, **extra}
+    fit(tmp_path / "whole", data, **options)
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    for number, stop_after in enumerate((2, 5, 9, 12)):
+        folder = tmp_path / f"stopped{number}"
+        _stop(folder, data, stop_after, options)
+        fit(folder, data, resume=True, **options)
+        assert (folder / "model.safetensors").read_bytes() == whole, stop_after
+        assert not (folder / "activations").exists()
+
+
+def _stop(folder: Path, data: Data, after: int, options: dict[str, Any]) -> None:
+    """Begin a run, and break off after some batches, as a crash would."""
+    seen = itertools.count(1)
+
+    class Broken(Exception):
+        """The crash."""
+
+    class Breaking(lowmem_pnn.reporting.progress.Display):  # type: ignore[misc, name-defined]
+        def advance(self, *_: Any) -> None:
+            if next(seen) == after:
+                raise Broken
+
+    with pytest.raises(Broken):
+        fit(folder, data, display=Breaking(), **options)
+
+
+def test_laps_and_macro_batches_pass_over_every_sample_as_often_as_asked() -> None:
+    def config(**options: Any) -> FitConfig:
+        return configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", method="neuroflux", **options)
+
+    sizes = {"train": 100, "val": 10}
+    laps = make_method(config(epochs=5, visits="laps=2")).visits(2, sizes)
+    assert [(v.partition, v.epochs_before, v.epochs) for v in laps if isinstance(v, Visit) and v.action == "learn"] == [
+        (0, 0, 2), (1, 0, 2), (0, 2, 3), (1, 2, 3),
+    ]  # fmt: skip
+    woven = make_method(config(epochs=2, visits="interleaved", batch_size=10, macro_batches=4)).visits(3, sizes)
+    for partition in range(3):
+        seen = [v.macro_batch for v in woven if isinstance(v, Visit) and (v.action, v.partition) == ("learn", partition)]
+        assert seen == 2 * [(0, 40), (40, 80), (80, 100)]
+    assert [v.measures for v in woven if isinstance(v, Visit) and v.commits] == [False, False, True] * 2
+
+
+def test_interleaved_blocks_learn_from_what_the_block_before_has_just_learnt(tmp_path: Path) -> None:
+    """With one macro-batch an epoch, and one epoch, it is the sequential method but for the order of samples."""
+    data = images(64)
+    result = fit(tmp_path / "run", data, visits="interleaved", cuts="2", epochs=1, val_fraction=0.0)
+    lines = step_lines(tmp_path / "run")
+    assert result.test_accuracy is None
+    assert lines == []  # 100 steps a line
+    model = loaded(conv_layers, result.weights_file)
+    assert torch.isfinite(model(data[0])).all()
+
+
+def test_interleaved_blocks_with_batches_of_their_own_count_every_step_once(tmp_path: Path) -> None:
+    """A macro_batch of 16 samples is one step of the first block, and two, of 12 and 4 samples, of the second."""
+    options: dict[str, Any] = {"macro_batches": 1, "batch_size": (16, 12), "lr_schedule": "cosine", "log_every": 1, "epochs": 2}
+    fit(tmp_path / "run", images(48), visits="interleaved", cuts="2", val_fraction=0.0, **options)
+    lines = step_lines(tmp_path / "run")
+    first, second = ([line["step"] for line in lines if line["visit"] % 3 == number] for number in (0, 2))  # learn, emit, learn
+    assert first == list(range(1, 7))
+    assert second == list(range(1, 13))
+    assert lines[-1]["lr"] < 0.001  # the schedule's end
+
+
+def test_the_exit_is_the_smallest_within_the_tolerance() -> None:
+    assert choose_exit([0.2, 0.7, 0.71, 0.715], tolerance=0.02) == 1
+    assert choose_exit([0.2, 0.7, 0.71, 0.715], tolerance=0.0) == 3
+    assert choose_exit([0.9, 0.7], tolerance=0.0) == 0
+
+
+def test_exits_are_chosen_without_the_test_data(tmp_path: Path) -> None:
+    data = images(80)
+    right, wrong = images(40, seed=1), (images(40, seed=1)[0], (images(40, seed=1)[1] + 1) % 4)
+    one = fit(tmp_path / "one", data, test=right, partitions=2)
+    two = fit(tmp_path / "two", data, test=wrong, partitions=2)
+    assert one.test_accuracy != two.test_accuracy
+    assert one.chosen_exit == two.chosen_exit
+    assert [exit["val_accuracy"] for exit in one.exits] == [exit["val_accuracy"] for exit in two.exits]
+    assert one.exits[-1]["test_accuracy"] == one.test_accuracy
+    assert all(exit["samples_per_second"] > 0 for exit in one.exits)
+
+
+def test_exits_are_numbered_as_export_takes_them(tmp_path: Path) -> None:
+    result = fit(tmp_path / "run", images(80), partitions=2)
+    assert [exit["number"] for exit in result.exits] == [1, 2, 3, 4]
+    best = choose_exit([exit["val_accuracy"] for exit in result.exits], 0.01)
+    assert result.chosen_exit == best + 1
+    assert find_exit(result, "auto", tmp_path) == find_exit(result, result.chosen_exit, tmp_path) == best
+    assert f"{result.chosen_exit} chosen" in str(result)
+    assert f"{result.exits[0]['params']:,}" in str(result)
+
+
+def test_an_exported_exit_is_the_runs_exit_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        "import sys",
+        f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})",
+        "from plainloops import images",
+        "from helpers.small_networks import conv_layers",
+        "def net(num_classes=4): return conv_layers()",
+        "def data(): return images(80), images(40, seed=1)",
+    ]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    options = {**OPTIONS, "partitions": 2}
+    result = lowmem_pnn.fit(
+        f"{tmp_path}/mine.py:net", f"{tmp_path}/mine.py:data", max_gpu_mem="200MB", workdir=tmp_path / "run", **options
+    )
+    x = images(40, seed=1)[0]
+    for number, exit in enumerate(result.exits):
+        report = lowmem_pnn.export(tmp_path / "run", exit=number + 1, out=tmp_path / f"exit{number}")
+        exported = torch.export.load(report["program"]).module()
+        model = loaded(conv_layers, result.weights_file)
+        chain = capture(model, TensorSpec((3, 8, 8), torch.float32))
+        expected = x
+        with torch.no_grad():
+            for layer in chain.eval().layers[: number + 1]:
+                (expected,) = layer(expected)
+            if number < 3:
+                head = drawn_head(number, 0, [(16, 8, 8), (24, 4, 4), (384,)])
+                kept = load_file(tmp_path / "run" / "heads.safetensors")
+                prefix = head_prefix(number)
+                head.load_state_dict({name.removeprefix(prefix): t for name, t in kept.items() if name.startswith(prefix)})
+                expected = head.eval()(expected)
+            assert torch.equal(exported(x), expected)
+            assert torch.equal(exported(x[:1]), expected[:1]) or torch.allclose(exported(x[:1]), expected[:1], atol=1e-6)
+        right = (expected.argmax(1) == images(40, seed=1)[1]).float().mean()
+        assert float(right) == pytest.approx(exit["test_accuracy"])
+        weights = load_file(report["weights"])
+        learnt = sum(t.numel() for name, t in weights.items() if "running" not in name and "num_batches" not in name)
+        assert learnt == report["params"] == exit["params"]
+    with pytest.raises(ConfigError, match="exits 1 to 4"):
+        lowmem_pnn.export(tmp_path / "run", exit=5)
+
+
+def test_a_unit_by_itself_keeps_nothing_but_its_outputs() -> None:
+    chain = _with_heads(configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", method="neuroflux"))
+    costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, per_layer_loss=True)
+    joined = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU)
+    for own, layer in zip(costs.layers, joined.layers, strict=True):
+        assert own.kept == Affine(0, 0)
+        assert own.state_bytes == layer.state_bytes
+    whole = peak_of(costs.layers, 64, 64, Affine(0, 0))
+    assert whole < peak_of(joined.layers, 64, 64, Affine(0, 0))
+    # State of all units, and the activations of the largest.
+    largest = max(peak_of((layer,), 64, 64, Affine(0, 0)) - layer.state_bytes for layer in costs.layers)
+    states = sum(layer.state_bytes for layer in costs.layers)
+    assert whole <= states + largest + max(layer.buffer_bytes for layer in costs.layers) * 8
+    assert with_local_loss(joined.layers[0]).kept == Affine(0, 0)
+
+
+def test_batches_of_blocks_never_pass_the_budget_over_random_networks() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        widths = [rng.choice([8, 16, 32, 64]) for _ in range(rng.randint(2, 5))]
+        parts: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise([3, *widths]):
+            parts += [nn.Conv2d(inputs, outputs, 3, rng.choice([1, 2]), 1), nn.BatchNorm2d(outputs), nn.ReLU()]
+        with torch.device("meta"):
+            model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 4)).to("meta")
+        chain = capture(model, TensorSpec((3, 16, 16), torch.float32))
+        costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, per_layer_loss=True)
+        none = Affine(0, 0)
+        least = max(peak_of((layer,), costs.smallest_micro_batch, costs.smallest_micro_batch, none) for layer in costs.layers)
+        room = int(least * rng.uniform(1.0, 8.0))
+        cuts = similar_batch_cuts(costs, most=256, room=room, objectives=[none] * len(costs.layers), tolerance=rng.random())
+        for start, stop in itertools.pairwise([0, *cuts, len(costs.layers)]):
+            batch = feasible_batch(costs, start, stop, 256, room, none)
+            assert batch >= costs.smallest_micro_batch
+            assert peak_of(costs.layers[start:stop], batch, batch, none) <= room
+            assert batch == 256 or peak_of(costs.layers[start:stop], batch + 1, batch + 1, none) > room
+
+
+def test_the_learning_rate_follows_a_batch_that_was_chosen(tmp_path: Path) -> None:
+    result = fit(tmp_path / "run", vectors(256), build=_mlp, batch_size="auto", log_every=1, optimizer="sgd", val_fraction=0.0)
+    batch = result.partitions[0]["batch"]
+    assert batch == 256
+    assert step_lines(tmp_path / "run")[0]["lr"] == pytest.approx(0.01 * 256 / 64)
+    adam = fit(tmp_path / "adam", vectors(256), build=_mlp, batch_size="auto", log_every=1, val_fraction=0.0)
+    assert step_lines(tmp_path / "adam")[0]["lr"] == pytest.approx(0.01 * 2)
+    assert adam.oom_retries == 0
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "pnn", "heads": "linear"}, "--heads has no effect here: it needs --method neuroflux"),
+        ({"recovery_epochs": 1}, "--recovery-epochs has no effect here"),
+        ({"visits": "laps=9", "epochs": 3}, "there are 3 epochs; give at most laps=3"),
+        ({"visits": "sideways"}, "--visits 'sideways'"),
+        ({"views": 2}, "--views has no effect here"),
+        ({"macro_batches": 2}, "--macro-batches has no effect here"),
+        ({"visits": "interleaved", "epochs": (1, 2)}, "give one number of --epochs"),
+        ({"blocks": "alike", "partitions": 2}, "--blocks alike finds the cuts"),
+        ({"method": "exact", "batch_size": "auto"}, "--batch-size auto"),
+        ({"block_tolerance": 0.2}, "--block-tolerance has no effect here: it needs --blocks alike"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", **{"method": "neuroflux", **options})
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_learn_by_units_too(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(bytes(random.Random(0).choices(range(97, 105), k=4000)))
+    result = lowmem_pnn.fit(
+        "gpt:layers=2,width=16,heads=2,context=16", f"text:{tmp_path}/text.txt", max_gpu_mem="100MB", workdir=tmp_path / "run",
+        **{**OPTIONS, "epochs": 1},
+    )  # fmt: skip
+    assert result.perplexity is not None
+    assert len(result.exits) > 2
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["exits"][0]["params"] > 0
+
+
+def test_the_model_of_an_exit_has_no_other_head() -> None:
+    chain = _with_heads(configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", method="neuroflux"))
+    model = ExitModel(chain, 1)
+    prefixes = {name.split(".")[0] for name in model.state_dict()}
+    assert prefixes == {"head", "body"}
+    assert not any("auxiliary_heads" in name for name in model.state_dict())

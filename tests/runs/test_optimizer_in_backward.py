@@ -1,0 +1,218 @@
+"""Steps in the midst of backward: the same bits as after it, gradients of one layer at a time, and what happens when memory runs out."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from helpers.plainloops import assert_same_weights, loaded, train_by_backprop
+from helpers.simulated import Squeeze, chain_of, fit_on
+from helpers.small_networks import Data, Forgets, images, small_conv, small_gpt, small_mlp, tokens, vectors
+from lowmem_pnn.device import SimulatedDevice
+from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward, after_backward_names, step_order
+from lowmem_pnn.errors import CaptureError, DivergedError
+from lowmem_pnn.model.layer import gradients_complete_at_once
+from lowmem_pnn.reporting.report import Result
+
+Build = Callable[[], nn.Module]
+
+KINDS: dict[str, tuple[Build, Data, dict[str, Any]]] = {
+    "mlp": (small_mlp, vectors(), {}),
+    "conv": (small_conv, images(), {}),
+    "gpt, tied": (functools.partial(small_gpt, tied=True), tokens(), {}),
+    "loss in chunks": (small_mlp, vectors(), {"loss_chunk": 3}),
+}
+
+
+def wide_mlp() -> nn.Module:
+    """Six layers whose weights outweigh their activations."""
+    layers = [nn.Sequential(nn.Linear(96, 96), nn.ReLU()) for _ in range(5)]
+    return nn.Sequential(*(module for layer in layers for module in layer), nn.Linear(96, 4))
+
+
+def wide_maps() -> nn.Module:
+    """Convolutions whose maps outweigh all else: backward needs most when the last layer has stepped."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.Tanh(),
+        nn.MaxPool2d(8),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
+def fit(build: Build, data: Data, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Result:
+    return fit_on(
+        SimulatedDevice(1 << 22), monkeypatch, build, data, workdir=folder, **{"epochs": 2, "batch_size": 10, **options}
+    )
+
+
+def one_partition(method: str) -> dict[str, int]:
+    return {} if method == "backprop" else {"partitions": 1}
+
+
+# The noun by itself.
+
+
+def backward(model: nn.Sequential, late: set[str], at_once: bool) -> tuple[list[int], list[int]]:
+    """Groups in the order in which they were acted on: during backward, and after it."""
+    during: list[int] = []
+    parameters = dict(model.named_parameters())
+    groups = [[name for name in parameters if name.startswith(f"{number}.")] for number in range(len(model))]
+
+    def act(number: int) -> None:
+        assert all(parameters[name].grad is not None for name in groups[number])
+        during.append(number)
+        for name in groups[number]:
+            parameters[name].grad = None
+
+    with OptimizerInBackward(groups, parameters, late, act, at_once=at_once) as arrivals:
+        model(torch.ones(3, 4)).sum().backward()
+    before = list(during)
+    assert arrivals.taken == {name for number in before for name in groups[number]}
+    arrivals.finish()
+    assert arrivals.taken == set(parameters)
+    # No hook is left: nothing is acted on again.
+    model(torch.ones(3, 4)).sum().backward()
+    return before, during[len(before) :]
+
+
+@given(st.sets(st.sampled_from(["0.bias", "1.weight", "3.weight", "3.bias"])), st.booleans())
+def test_groups_are_acted_on_from_the_last_to_the_first_and_late_ones_after_backward(late: set[str], at_once: bool) -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    waiting = {int(name[0]) for name in late}
+    before, after = backward(model, late, at_once)
+    expected = [number for number in (3, 2, 1, 0) if number not in waiting]
+    assert before == (expected if at_once else [])
+    assert (
+        before + after
+        == expected + sorted(waiting, reverse=True)
+        == step_order([[f"{n}.weight", f"{n}.bias"] for n in range(4)], late)
+    )
+
+
+def test_what_is_late_comes_from_more_than_one_backward() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+            self.layers[2].weight = self.layers[0].weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.layers(x)
+            return scores
+
+    chain = chain_of(Tied, 4)
+    late = functools.partial(after_backward_names, chain.layers, lambda name: name.replace("2.weight", "0.weight"))
+    assert late(per_layer_loss=False, in_chunks=False) == frozenset()
+    assert late(per_layer_loss=True, in_chunks=False) == {"layers.0.weight"}
+    assert late(per_layer_loss=False, in_chunks=True) == {"layers.0.weight", "layers.2.bias"}
+    # Plans count on less: the tied weight's gradient waits for the first layer's.
+    assert gradients_complete_at_once(chain.layers, in_chunks=False) == [False, True, False]
+    assert gradients_complete_at_once(chain_of(wide_mlp, 96).layers, in_chunks=True) == [True] * 5 + [False]
+
+
+# Training.
+
+
+@pytest.mark.parametrize("method", ["exact", "backprop", "pnn", "neuroflux"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stepping_in_backward_is_same_as_after_it(
+    kind: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, data, options = KINDS[kind]
+    if method == "neuroflux" and kind != "conv" and kind != "mlp":
+        pytest.skip("has no chunks, and no heads for tokens")
+    if method in ("pnn", "exact"):
+        options = {**options, "cuts": "1" if method == "pnn" and kind == "gpt, tied" else "2"}
+    if method == "pnn" and kind == "gpt, tied":
+        pytest.skip("pnn does not part tied weights")
+    runs = {
+        flag: fit(build, data, tmp_path / str(flag), monkeypatch, method=method, step_in_backward=flag, **options)
+        for flag in (True, False)
+    }
+    assert_same_weights(*(loaded(build, run.weights_file) for run in runs.values()))
+    assert runs[True].train_loss == runs[False].train_loss
+
+
+@pytest.mark.parametrize(("method", "share"), [("exact", 0.9), ("backprop", 0.9), ("pnn", 0.9), ("neuroflux", 0.9)])
+def test_gradients_of_one_layer_at_a_time_are_in_memory(
+    method: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"method": method, "epochs": 1, **one_partition(method)}
+    runs = {
+        flag: fit(wide_mlp, vectors(40, 96), tmp_path / str(flag), monkeypatch, step_in_backward=flag, **options)
+        for flag in (True, False)
+    }
+    assert runs[True].predicted_peak_bytes < share * runs[False].predicted_peak_bytes
+    if method == "exact":
+        return  # what waits to be written is the host's, and this device counts it
+    assert runs[True].peak_bytes < share * runs[False].peak_bytes
+    for run in runs.values():
+        assert run.peak_bytes <= 1.02 * run.predicted_peak_bytes
+    # Where micro-batches add up, or the norm is clipped, nothing is gained, and nothing is promised.
+    for name, waiting in {"added": {"micro_batch": 5}, "clipped": {"clip_norm": 1.0}}.items():
+        run = fit(wide_mlp, vectors(40, 96), tmp_path / name, monkeypatch, **options, **waiting)
+        assert 1.02 * run.predicted_peak_bytes >= run.peak_bytes > share * runs[False].peak_bytes
+
+
+def test_exact_keeps_gradients_that_are_to_be_clipped_outside_of_memory_while_backward_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {
+        flag: fit(
+            wide_mlp,
+            vectors(40, 96),
+            tmp_path / str(flag),
+            monkeypatch,
+            method="exact",
+            partitions=1,
+            clip_norm=0.1,
+            step_in_backward=flag,
+        )
+        for flag in (True, False)
+    }
+    assert_same_weights(*(loaded(wide_mlp, run.weights_file) for run in runs.values()))
+    assert runs[True].partitions[0]["predicted_peak_bytes"] < runs[False].partitions[0]["predicted_peak_bytes"]
+
+
+def test_a_batch_that_was_stepped_in_part_is_done_again_from_the_last_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 12, "commit_every": 0.0, "method": "backprop"}
+    plain = fit(wide_maps, images(), tmp_path / "plain", monkeypatch, **options)
+    device = SimulatedDevice(1 << 30)
+    display = Squeeze(device, int(plain.peak_bytes * 0.85))
+    result = fit_on(device, monkeypatch, wide_maps, images(), workdir=tmp_path / "run", display=display, **options)
+    assert result.oom_retries == 1
+    assert "out of memory; going on from the last commit with a micro-batch of 6" in display.messages
+    # 36 samples are 3 batches an epoch.
+    del options["method"]
+    expected = train_by_backprop(wide_maps, images(), micro_batch_of=lambda step: 12 if step < 3 else 6, **options)
+    assert_same_weights(loaded(wide_maps, result.weights_file), expected)
+
+
+@pytest.mark.parametrize("method", ["exact", "backprop"])
+def test_a_parameter_without_gradient_is_an_error_though_others_have_stepped(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CaptureError, match=r"parameter 'blocks\.1\.forgotten\.weight' got no gradient in partition 1 of 1"):
+        fit(Forgets, vectors(), tmp_path / "run", monkeypatch, method=method, **one_partition(method))
+
+
+@pytest.mark.parametrize("method", ["exact", "backprop"])
+def test_a_loss_that_is_not_finite_ends_the_run_before_anything_steps(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = vectors()
+    x[:] = 3e38
+    with pytest.raises(DivergedError, match=r"the loss became (nan|inf) in partition 1 of 1"):
+        fit(small_mlp, (x, y), tmp_path / "run", monkeypatch, method=method, batch_size=40, **one_partition(method))

@@ -1,0 +1,38 @@
+"""A run that is killed at any moment and resumed ends with the bits of one that was left alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import kill_trials
+
+TRIALS = Path(kill_trials.__file__)
+
+
+def _trials(method: str, folder: Path, *arguments: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(TRIALS), method, str(folder), *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert not found["failed"], f"{found['failed']}\n{done.stderr}"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pnn", "exact", "recovery"])
+def test_kill_at_every_kind_of_commit_point_and_resume_is_same_as_uninterrupted(method: str, tmp_path: Path) -> None:
+    found = _trials(method, tmp_path / "trials", "points")
+    assert found["killed"] == found["trials"] >= 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pnn", "exact"])
+def test_kill_at_random_and_resume_is_same_as_uninterrupted(method: str, tmp_path: Path) -> None:
+    found = _trials(method, tmp_path / "trials", "random", "12", "0")
+    assert found["trials"] == 12
+    assert found["killed"] >= 6  # a kill may come late, and find the run done, where the machine was slower at first

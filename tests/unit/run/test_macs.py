@@ -1,0 +1,177 @@
+"""Computation: multiply-accumulates up to a place in a program, against sums by hand; what a run's log says of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.plainloops import stop_at
+from lowmem_pnn.api import resume_run, start_run
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.options import configure
+from lowmem_pnn.errors import Stopped
+from lowmem_pnn.methods import Sweep, Visit, make_method, share_of
+from lowmem_pnn.partition_plan import PartitionPlan, Plan
+from lowmem_pnn.run.macs import macs_until, program_macs, samples_learnt
+
+pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
+
+# A sample's forward through three partitions; sums show which of them it took.
+MACS = (100, 10, 1)
+SAMPLES = 50
+
+
+def plan(macs: tuple[int, ...] = MACS) -> Plan:
+    sizes: dict[str, int] = {
+        "micro_batch": 8, "batch": 8, "predicted_peak_bytes": 1, "state_bytes": 1, "num_params": 1, "input_bytes_per_sample": 1,
+        "output_bytes_per_sample": 1,
+    }  # fmt: skip
+    parts = [PartitionPlan(start=number, stop=number + 1, forward_macs=each, **sizes) for number, each in enumerate(macs)]
+    return Plan(tuple(parts), budget_bytes=1, overhead_bytes=0, predicted_peak_bytes=1, smallest_micro_batch=1)
+
+
+def config(**options: Any) -> FitConfig:
+    return configure(max_gpu_mem="100MB", device="cpu", model="mlp:64-32-16-10", data="digits", **options)
+
+
+def program(**options: Any) -> list[Visit | Sweep]:
+    return make_method(config(**options)).program(3, ["train", "val"])
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        # visit, finished epochs of it, samples of the epoch under way; per sample
+        ((0,), 0),
+        ((0, 0, 20), 100 * 20),
+        ((0, 1, 20), 100 * 70),
+        ((0, 2, 49), 100 * 149),
+        ((1,), 300 * 50),
+        ((1, 1), 400 * 50),
+        ((2,), 400 * 50),
+        ((2, 1), 400 * 50),  # the validation samples are not trained on
+        ((3, 0, 1), 400 * 50 + 10),
+        ((4,), 410 * 50),
+        ((6,), 420 * 50),
+        ((6, 1, 10), 421 * 50 + 10),
+        ((7,), 422 * 50),
+    ],
+)
+def test_pnn_counts_learning_and_what_is_written(place: tuple[int, ...], expected: int) -> None:
+    assert macs_until(program(epochs=(3, 1, 2)), plan(), SAMPLES, *place) == expected
+
+
+def test_without_activations_only_learning_counts() -> None:
+    items = program(epochs=(3, 1, 2), parallel_sil=True)
+    assert [macs_until(items, plan(), SAMPLES, visit) for visit in range(4)] == [0, 300 * 50, 310 * 50, 312 * 50]
+    assert macs_until(items, plan(), SAMPLES, 2, 1, 7) == 311 * 50 + 7
+
+
+@pytest.mark.parametrize(
+    ("options", "each"),
+    [
+        # All but the last run forward twice; a step runs nothing.
+        ({}, 221),
+        ({"clip_norm": 1.0}, 221),
+    ],
+)
+def test_exact_counts_what_runs_forward_once_more(options: dict[str, Any], each: int) -> None:
+    items = program(method="exact", epochs=4, **options)
+    assert program_macs(items, plan(), SAMPLES) == 4 * 50 * each
+    assert macs_until(items, plan(), SAMPLES, 0, 3, 8) == (3 * 50 + 8) * each
+
+
+@pytest.mark.parametrize(("recover", "each"), [((1,), 221), ((2,), 121), ((3,), 111), ((1, 3), 221), ("all", 221), (None, 221)])
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}, {"parallel_sil": True}], ids=["plain", "clipped", "parallel"])
+def test_recovery_counts_from_the_first_partition_that_learns(recover: Any, each: int, options: dict[str, Any]) -> None:
+    without = program_macs(program(epochs=2, **options), plan(), SAMPLES)
+    assert without == (222 if "parallel_sil" in options else 222 + 110) * 50
+    items = program(epochs=2, recovery_epochs=3, recover=recover, **options)
+    assert program_macs(items, plan(), SAMPLES) == without + 3 * 50 * each
+    assert macs_until(items, plan(), SAMPLES, len(items) - 1, 1, 9) == without + 59 * each
+
+
+def test_backprop_counts_the_model_once() -> None:
+    items = make_method(config(method="backprop", epochs=3)).program(1, ["train", "val"])
+    assert program_macs(items, plan((111,)), SAMPLES) == 3 * 50 * 111
+
+
+def test_what_several_processes_do_adds_up_to_the_whole() -> None:
+    items = program(epochs=(3, 1, 2), parallel_sil=True, recovery_epochs=2)
+    each = [program_macs(share_of(items, rank, 3), plan(), SAMPLES) for rank in range(3)]
+    # The first one joins, which computes nothing, and recovers.
+    assert each == [(300 + 2 * 221) * 50, 10 * 50, 2 * 50]
+    assert sum(each) == program_macs(items, plan(), SAMPLES)
+
+
+def test_samples_of_several_partitions_count_for_each() -> None:
+    assert samples_learnt(program(epochs=(3, 1, 2), recovery_epochs=2), SAMPLES) == (3 + 1 + 2 + 2) * 50
+    assert samples_learnt(program(method="exact", epochs=3), SAMPLES) == 3 * 50
+
+
+@pytest.mark.parametrize("options", [{}, {"parallel_sil": True}, {"recovery_epochs": 2}, {"method": "exact"}])
+def test_no_place_has_more_than_a_later_one(options: dict[str, Any]) -> None:
+    items = program(epochs=2, **options)
+    places = [
+        (visit, epoch, done) for visit, item in enumerate(items) for epoch in range(item.epochs) for done in range(SAMPLES + 1)
+    ]
+    counts = [macs_until(items, plan(), SAMPLES, *place) for place in places]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, program_macs(items, plan(), SAMPLES))
+
+
+# In a run.
+
+
+def macs_of(folder: Path) -> list[int]:
+    return [json.loads(line)["macs"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def seen(folder: Path, stop: int | None = None, **options: Any) -> tuple[list[int], int]:
+    """The counts in a run's log, and in its result; with `stop` it was stopped at that batch, and resumed."""
+    # 90 samples of 100 are trained on: a batch of 40 is followed by another, and by one of 10.
+    asked = config(partitions=3, train_limit=100, batch_size=40, log_every=1, **options)
+    if stop is None:
+        result = start_run(asked, folder)
+    else:
+        with pytest.raises(Stopped):
+            start_run(asked, folder, should_stop=stop_at(stop))
+        assert macs_of(folder)[-1] < program_macs(make_method(asked).program(3, ["train"]), plan((2048, 512, 160)), 90)
+        result = resume_run(folder)
+    assert result is not None
+    return macs_of(folder), result.macs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": (2, 1, 2)},
+        {"epochs": (1, 2, 1), "parallel_sil": True},
+        {"epochs": 1, "recovery_epochs": 2, "recover": (2,), "clip_norm": 1.0},
+        {"epochs": 2, "method": "exact", "clip_norm": 1.0},
+    ],
+    ids=["pnn", "parallel", "recovery", "exact"],
+)
+def test_every_line_of_the_log_says_how_much_was_computed(options: dict[str, Any], tmp_path: Path) -> None:
+    found, total = seen(tmp_path / "run", **options)
+    expected = program_macs(make_method(config(**options)).program(3, ["train"]), plan((64 * 32, 32 * 16, 16 * 10)), 90)
+    assert found == sorted(found)
+    assert 0 < found[0] < found[-1] == total == expected
+    assert seen(tmp_path / "stopped", stop=5, commit_every=0.0, **options) == (found, total)
+
+
+def test_batches_count_the_samples_that_they_have(tmp_path: Path) -> None:
+    found, _ = seen(tmp_path / "run", epochs=(2, 1, 1), parallel_sil=True)
+    # Three steps and the epoch's own line, each epoch.
+    counts = [40, 80, 90, 90, 130, 170, 180, 180]
+    assert found[:8] == [2048 * count for count in counts]
+    assert found[8:12] == [2048 * 180 + 512 * count for count in (40, 80, 90, 90)]
+
+
+def test_of_a_pnn_run_lines_are_written_when_outputs_are(tmp_path: Path) -> None:
+    found, _ = seen(tmp_path / "run", epochs=1)
+    each, other = 2048 * 90, 512 * 90
+    # Learning, then outputs of the training and of the validation samples.
+    assert found[3:6] == [each, 2 * each, 2 * each]
+    assert found[9:12] == [2 * each + other, 2 * each + 2 * other, 2 * each + 2 * other]

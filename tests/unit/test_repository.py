@@ -1,0 +1,109 @@
+"""The shape of the project: imports point one way, public names exist, documents are true."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import lowmem_pnn
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "lowmem_pnn"
+
+PYTHON_FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None  # noqa: PT018
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = _generate()
+
+
+def _place(path: Path) -> str:
+    """What the order of imports calls a file: its folder, or itself in the package's root."""
+    return path.stem if path.parent == PACKAGE else path.relative_to(PACKAGE).parts[0]
+
+
+def test_the_order_of_imports_names_every_folder_and_file_of_the_root() -> None:
+    there = {_place(path) for path in PYTHON_FILES} - {"__init__", "__main__"}
+    assert there == set(generate.FOLDERS)
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way_between_folders(path: Path) -> None:
+    order = {"__main__": -1, **{name: number for number, name in enumerate(generate.FOLDERS)}, "__init__": len(generate.FOLDERS)}
+    own = _place(path)
+    if own == "__init__":
+        pytest.skip("the package's lazy public names")
+    upward = {_place(other) for other in generate.imported_modules(path) if order[_place(other)] < order[own]}
+    assert not upward, f"{own} imports {sorted(upward)}, which stand above it"
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in PYTHON_FILES}), ids=lambda folder: folder.name)
+def test_imports_point_one_way_inside_folders(folder: Path) -> None:
+    assert generate.files_in_import_order(folder), "a folder holds files"
+
+
+def test_folders_and_files_stay_small_enough_to_take_in() -> None:
+    for folder in {path.parent for path in PYTHON_FILES}:
+        files = [path for path in folder.iterdir() if path.is_file()]
+        assert len(files) <= (12 if folder == PACKAGE else 20), f"{folder} holds {len(files)} files"
+    for root, most in ((PACKAGE, 400), (ROOT / "tests", 600)):
+        for path in root.rglob("*.py"):
+            lines = len(path.read_text().splitlines())
+            assert lines <= most, f"{path.relative_to(ROOT)} has {lines} lines, above {most}"
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_file_says_what_it_is_in_one_line(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring is not None
+    assert docstring.splitlines()[0].endswith((".", ":", ")."))
+
+
+def test_all_is_complete() -> None:
+    for name in lowmem_pnn.__all__:
+        assert getattr(lowmem_pnn, name) is not None
+    public = {name for name in vars(lowmem_pnn) if not name.startswith("_")}
+    submodules = {name for name in public if isinstance(getattr(lowmem_pnn, name), ModuleType)}
+    assert public - submodules - {"TYPE_CHECKING", "Any"} <= set(lowmem_pnn.__all__)
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys\nfrom lowmem_pnn.cli.commands import cli\n"
+        "try:\n    cli(['--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_readme_has_the_two_commands_and_ci_runs_the_test_one() -> None:
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    assert "lowmem-pnn fit --max-gpu-mem 2GB" in readme
+    for text in (readme, ci):
+        assert "-e '.[dev]'" in text
+        assert "python -m pytest" in text.replace('"$venv/bin/python"', "python")
+
+
+def test_architecture_lists_the_files_as_they_are() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    assert text == generate.with_file_list(text), "run python docs/generate.py"
+
+
+def test_nothing_names_this_machine() -> None:
+    files = [path for pattern in ("*.md", "*.toml", "*.cfg", "*.py") for path in ROOT.rglob(pattern) if ".venv" not in path.parts]
+    assert files
+    for path in files:
+        if path != Path(__file__):
+            assert not re.search(r"/(root|home/\w+|work/main)/", path.read_text()), path
