@@ -68,7 +68,8 @@ def in_memory(file: Path) -> None:
     from lowmem_pnn.config.options import configure
     from lowmem_pnn.device.cpu import warm_up
     from lowmem_pnn.engine.passes import forward
-    from lowmem_pnn.model.chain import Layer, TensorSpec, capture
+    from lowmem_pnn.model.chain import TensorSpec, capture
+    from lowmem_pnn.model.layer import Layer
     from lowmem_pnn.workload import open_data
 
     settings = json.loads(file.read_text())

@@ -13,8 +13,9 @@ from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.methods import Method, Objective, make_method
 from lowmem_pnn.methods.base import SplitName
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture, works_by_rows
+from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.model.compiler import Compiler, Use
+from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.optim.low_precision import SMALLEST, is_quantized
 from lowmem_pnn.optim.lr_schedules import factor
@@ -196,7 +197,7 @@ def make_workload(
             "it out"
         )
     workload = _by_method(Workload(config, source, dataset, splits, make_method(config), chain, chain))
-    if config.loss_chunk is not None and not works_by_rows(chain.layers[-1]):
+    if config.loss_chunk is not None and not is_rowwise(chain.layers[-1]):
         raise ConfigError(
             f"--loss-chunk {config.loss_chunk}: the last layer of {source.spec}, {chain.layers[-1].name!r}, is not one nn.Linear and "
             "cannot be computed in parts; leave it out"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.device.budget import check_peak, reserve_bytes_of
+from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.device.transfers import Download, Transfers, Upload
 from lowmem_pnn.memory.aligned import HostAllocator
 
@@ -48,6 +49,11 @@ class Device(ABC):
     def slack_for(budget_bytes: int) -> int:
         """Return how much freed memory the allocator keeps under a budget instead of giving it back."""
         return 0
+
+    @property
+    def buffer_sizes(self) -> BufferSizes:
+        """Sizes of the buffers between disk, host and this device."""
+        return BufferSizes.of_budget(self.budget_bytes)
 
     @property
     def fixed_bytes(self) -> int:

@@ -12,7 +12,8 @@ from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.device.transfers import overlapped_downloads
 from lowmem_pnn.engine.prefetch import Prefetcher, Request
 from lowmem_pnn.errors import BudgetError, CaptureError
-from lowmem_pnn.model.chain import Chain, Layer
+from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile

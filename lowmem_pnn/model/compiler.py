@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.model.chain import Layer, TensorSpec, is_of_head
+from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.model.layer import Layer, is_of_head
 
 # Codes for ranges of numbers of samples that a program may have; layers run as they are at any other number.
 _MAX_RANGES = 3
@@ -241,8 +242,8 @@ class _Program:
 
         def run(*arguments: Tensor) -> tuple[Tensor, ...]:
             given = dict(zip(own, arguments, strict=False))
-            with layer.precision.computing():
-                laid_out = layer.precision.laid_out(arguments[len(own) :])
+            with layer.precision.autocast():
+                laid_out = layer.precision.to_memory_format(arguments[len(own) :])
                 mapping = {alias: given[name] for alias, name in aliases.items()}
                 outputs = torch.func.functional_call(layer.module, mapping, laid_out, tie_weights=False)
             return tuple(_regular(tensor, layer.precision.channels_last) for tensor in outputs)

@@ -103,14 +103,14 @@ def _run_fake(
     def watched(forward: Callable[[nn.Module, Tensor, _Watch], Any]) -> list[tuple[Any, ...]]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
-            (sample,) = precision.laid_out((torch.empty((batch, *shape), dtype=dtype, device=device),))
+            (sample,) = precision.to_memory_format((torch.empty((batch, *shape), dtype=dtype, device=device),))
             fakes: dict[int, Tensor] = {}
             for tensor in [*model.parameters(), *model.buffers()]:
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
                 fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         root = _complete(copy_structure(model, fakes), traced).train(training)
         watch = _Watch([sample, *fakes.values()])
-        with random_state_kept(), _quiet(), mode, torch.enable_grad(), precision.computing(), watch:
+        with random_state_kept(), _quiet(), mode, torch.enable_grad(), precision.autocast(), watch:
             forward(root, sample, watch)
         return watch.log
 

@@ -9,8 +9,8 @@ from lowmem_pnn.errors import DiskError
 from lowmem_pnn.memory.aligned import PAGE_BYTES
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.profiling.costs import Affine, MemoryProfile
-from lowmem_pnn.stores.encoding import WORK_BYTES, KeptAs, kept_bytes
-from lowmem_pnn.stores.shards import samples_per_shard
+from lowmem_pnn.stores.encoding import WORK_BYTES, Encoding, encoded_bytes
+from lowmem_pnn.stores.shard_layout import samples_per_shard
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
 
@@ -120,7 +120,7 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     A visit rewrites one partition at a time. A sweep writes all of them, while the commit before is still on its way to the drive:
     two more generations; and it keeps what crosses partitions for one batch.
     """
-    config, kept_as = workload.config, workload.config.activation_dtype
+    config, encoding = workload.config, workload.config.activation_dtype
     stored = [
         PAGE_BYTES
         + sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in profile.layers[part.start : part.stop])
@@ -135,7 +135,7 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     )
     labels = 16 * workload.rows_per_sample
     stores = max(_num_measured(workload) * (_two_of(outputs) + labels), samples * (_two_of(kept) + labels))
-    stores += max(_headers(workload, plan, _num_measured(workload), "float32"), _headers(workload, plan, samples, kept_as))
+    stores += max(_headers(workload, plan, _num_measured(workload), "float32"), _headers(workload, plan, samples, encoding))
     working = max(stored) + stores
     if plan.sweep_micro_batch:
         gradients = sum(layer.gradient_bytes for layer in profile.layers) if config.steps_wait else 0
@@ -146,11 +146,11 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     return sum(stored) * config.keep_commits + max(working, export)
 
 
-def _headers(workload: Workload, plan: Plan, samples: int, kept_as: KeptAs) -> int:
+def _headers(workload: Workload, plan: Plan, samples: int, encoding: Encoding) -> int:
     """What the headers of two stores take: a page for each shard."""
     shard_bytes, labels = BufferSizes.of_budget(plan.budget_bytes).shard_bytes, workload.dataset.label_shape
     boundaries = [workload.chain.boundaries[part.stop] for part in plan.partitions[:-1]] if samples else []
-    shards = [math.ceil(samples / samples_per_shard(specs, samples, shard_bytes, labels, kept_as)) for specs in boundaries]
+    shards = [math.ceil(samples / samples_per_shard(specs, samples, shard_bytes, labels, encoding)) for specs in boundaries]
     # Each part of the data ends in a shard that is not full.
     return 2 * PAGE_BYTES * (max(shards, default=0) + len(workload.splits))
 
@@ -172,7 +172,7 @@ def activation_bytes(workload: Workload, boundary: int) -> int:
         workload: model, data and the type they are kept as.
         boundary: where.
     """
-    return sum(kept_bytes(spec, workload.config.activation_dtype) for spec in workload.chain.boundaries[boundary])
+    return sum(encoded_bytes(spec, workload.config.activation_dtype) for spec in workload.chain.boundaries[boundary])
 
 
 def check_disk(workload: Workload, plan: Plan, profile: MemoryProfile) -> None:

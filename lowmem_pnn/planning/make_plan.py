@@ -13,7 +13,7 @@ from lowmem_pnn.device import Device
 from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.device.kernel_memory import MATMUL_PACKING_BYTES
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError
-from lowmem_pnn.model.chain import has_one_backward, works_by_rows
+from lowmem_pnn.model.layer import gradients_complete_at_once, is_rowwise
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning import planner
 from lowmem_pnn.planning.footprint import (
@@ -214,7 +214,7 @@ def _make_plan(
 
 def _with_streams(profile: MemoryProfile, device: Device, plan: Plan) -> Plan:
     """A plan that reads up to twice as far ahead, where it leaves room for that: a partition's first layers are waited for less."""
-    window = BufferSizes.of_budget(device.budget_bytes).stream_bytes
+    window = device.buffer_sizes.stream_bytes
     if not device.shares_host:
         return dataclasses.replace(plan, stream_bytes=window)
     # The check before training may find a little more than was planned, as ever.
@@ -261,7 +261,7 @@ def _costs(workload: Workload, profile: MemoryProfile, chunk: int | None, sweeps
         layers[-1] = in_chunks(layers[-1], chunk / workload.rows_per_sample)
     # Gradients that wait for each other are kept outside of memory in a sweep, and in it elsewhere.
     if workload.config.step_in_backward and (sweeps or not workload.config.steps_wait):
-        passing = has_one_backward(workload.chain.layers, in_chunks=chunk is not None)
+        passing = gradients_complete_at_once(workload.chain.layers, in_chunks=chunk is not None)
         layers = [stepped_in_backward(layer) if alone else layer for layer, alone in zip(layers, passing, strict=True)]
     if sweeps:
         layers = [streamed(layer) for layer in layers]
@@ -273,7 +273,7 @@ def _loss_chunk(workload: Workload, device: Device) -> int | None:
     config, chain = workload.config, workload.chain
     if config.loss_chunk is not None:
         return config.loss_chunk if config.loss_chunk < max(config.batch_sizes) * workload.rows_per_sample else None
-    if workload.method.learns_per_layer or not works_by_rows(chain.layers[-1]):
+    if workload.method.learns_per_layer or not is_rowwise(chain.layers[-1]):
         return None
     row_bytes = chain.boundaries[-1][0].sample_bytes // workload.rows_per_sample
     if max(config.batch_sizes) * workload.rows_per_sample * row_bytes <= device.budget_bytes // 16:
@@ -288,7 +288,7 @@ def _with_recovery(workload: Workload, profile: MemoryProfile, device: Device, p
         BudgetError: not even the smallest does.
     """
     costs = _costs(workload, profile, plan.loss_chunk, sweeps=True)
-    buffers, batch = BufferSizes.of_budget(device.budget_bytes), plan.partitions[-1].batch
+    buffers, batch = device.buffer_sizes, plan.partitions[-1].batch
     beside = fixed + device.slack_for(device.budget_bytes) + sweep_bytes(workload, profile, device, buffers, batch)
     size = min(batch, workload.config.micro_batch or batch)
     while True:
@@ -385,7 +385,7 @@ def _refine(
     fixed: int,
 ) -> PartitionPlan:
     """The partition with the peak of its own visits, instead of one with the overhead that all partitions keep free."""
-    buffers = BufferSizes.of_budget(device.budget_bytes)
+    buffers = device.buffer_sizes
     own = beside_bytes(workload, profile, device, buffers, part.start, part.batch)
     learn = part.predicted_peak_bytes - plan.overhead_bytes + own
     layers = costs.layers[part.start : part.stop]

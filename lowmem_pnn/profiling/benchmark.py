@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import DiskError
-from lowmem_pnn.model.chain import Chain, Layer, TensorSpec
+from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.fingerprint import layer_fingerprint
+from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.costs import Affine, MemoryProfile, peak_of
 from lowmem_pnn.profiling.timings import LayerSeconds, Seconds

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowmem_pnn.device.kernel_memory import cached_primitives, scratch_bytes
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.storage_tracker import StorageTracker
-from lowmem_pnn.model.chain import Compiled, Layer, TensorSpec
+from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.model.layer import CompiledForward, Layer
 
 # The two numbers of samples that are compared, and the one that checks. None is 1, which shapes and strides treat as a case of
 # its own; the last is well apart, so that what does not grow in a straight line shows.
@@ -129,7 +130,7 @@ class FakeRun:
         self._learns_input = learns_input
         # By whether the layer's own code ran.
         self._kernels: dict[bool, dict[Hashable, int]] = {False: {}, True: {}}
-        self._code: Compiled | None = None
+        self._code: CompiledForward | None = None
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._tensors = self._fake({**layer.parameters(), **layer.buffers()})
 
@@ -167,7 +168,7 @@ class FakeRun:
         """
         self._code = self._layer.compiled if with_compiled_layers else None
         try:
-            with self._mode, nullcontext() if self._code is None else self._code.rehearsing():
+            with self._mode, nullcontext() if self._code is None else self._code.accepting_fake_tensors():
                 runs = self._train(batch)
                 runs.emit = self._emit(batch)
                 return runs

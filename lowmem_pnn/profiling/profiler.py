@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.device.kernel_memory import PRIMITIVE_CACHE_CAPACITY
-from lowmem_pnn.model.chain import Chain, Layer, TensorSpec
+from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.fingerprint import layer_fingerprint
+from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost, MemoryProfile, with_local_loss
 from lowmem_pnn.profiling.fake_run import FEW, MANY, MORE, FakeRun, Found, Runs

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem_pnn.model.chain import Layer
+from lowmem_pnn.model.layer import Layer
 
 # What gives gradients without a look at the values that go in. Nothing that works in place: what else shows the same memory does not
 # follow from it in the graph.

@@ -1,0 +1,195 @@
+"""A layer: the smallest part of a model that can be cut off, with its tensors, its precision and its auxiliary head."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, fx, nn
+
+from lowmem_pnn.model.precision import FULL_PRECISION, Precision
+
+
+def head_prefix(number: int) -> str:
+    """Return the prefix of the weights' names of an auxiliary head.
+
+    Args:
+        number: number of the head's layer.
+    """
+    return f"auxiliary_heads.{number}."
+
+
+def is_of_head(name: str) -> bool:
+    """Decide whether a name is that of an auxiliary head's tensor."""
+    return name.startswith(head_prefix(0).partition(".")[0] + ".")
+
+
+class CompiledForward(Protocol):
+    """A compiled function in the place of a layer's forward."""
+
+    def __call__(self, trains: bool, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Run the function on a layer's tensors and inputs; None where nothing was compiled for such inputs."""
+        ...
+
+    def accepting_fake_tensors(self) -> AbstractContextManager[None]:
+        """Return a context in which the function may be given fake tensors."""
+        ...
+
+
+class Layer:
+    """The smallest part of a model that can be cut off.
+
+    Args:
+        name: see `Layer.name`.
+        module: see `Layer.module`.
+        order: names of all the model's parameters and buffers.
+        precision: see `Layer.precision`.
+    """
+
+    name: str
+    """Qualified name of its first module or parameter with weights ('layer1.0', 'fc'), or, where that is a number, the layer's own
+    number from 0; unique in a chain."""
+
+    module: nn.Module
+    """An `fx.GraphModule` whose parameters and buffers have the names they have in the model."""
+
+    precision: Precision
+    """Compute precision and memory format of the layer and its head."""
+
+    def __init__(self, name: str, module: nn.Module, order: Iterable[str], precision: Precision = FULL_PRECISION) -> None:
+        self.name, self.module, self.precision = name, module, precision
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        buffers = dict(module.named_buffers(remove_duplicate=False))
+        self._parameter_names = tuple(key for key in order if key in parameters)
+        self._buffer_names = tuple(key for key in order if key in buffers)
+        assert len(self._parameter_names) == len(parameters)
+        assert len(self._buffer_names) == len(buffers)
+
+    compiled: CompiledForward | None = None
+    """A function that runs instead of the module where it applies; the head always runs as a module."""
+
+    head: nn.Module | None = None
+    """The auxiliary head, which makes class scores from the layer's outputs; its weights are among the layer's."""
+
+    def with_head(self, head: nn.Module, number: int) -> "Layer":
+        """Return the layer with a head whose weights are called `auxiliary_heads.NUMBER....`; running the layer does not run the head.
+
+        Args:
+            head: module of the head.
+            number: number of the layer.
+        """
+        prefix = head_prefix(number)
+        container, _, own = prefix.rstrip(".").rpartition(".")
+        self.module.add_module(container, nn.Module())
+        self.module.get_submodule(container).add_module(own, head)
+        names = [*head.state_dict(keep_vars=True), *dict(head.named_buffers())]
+        order = [*self._parameter_names, *self._buffer_names, *dict.fromkeys(prefix + name for name in names)]
+        layer = Layer(self.name, self.module, order, self.precision)
+        layer.head = head
+        return layer
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the layer, from the boundary before it to the one after it; tensors that the layer does not use pass through."""
+        if self.compiled is not None:
+            outputs = self.compiled(self.module.training, {**self.parameters(), **self.buffers()}, tensors)
+            if outputs is not None:
+                return outputs
+        with self.precision.autocast():
+            # Not module(...): a GraphModule prints to stderr before it raises, and running out of memory is no news here.
+            result: tuple[Tensor, ...] = self.module.forward(*self.precision.to_memory_format(tensors))
+        return result
+
+    def scores(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return the tensors of the layer's own loss: its head's class scores of the outputs; without a head, the outputs."""
+        if self.head is None:
+            return outputs
+        with self.precision.autocast():
+            return (self.head(outputs[0]),)
+
+    def run_on(self, tensors: Mapping[str, Tensor], *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
+        """Run the layer on other parameters and buffers than its own.
+
+        Args:
+            tensors: all parameters and buffers by name, the head's too; buffers may be changed.
+            inputs: tensors of the boundary before the layer.
+            scores: whether to return `scores` of the outputs instead of the outputs.
+        """
+        with self.precision.autocast():
+            inputs = self.precision.to_memory_format(inputs)
+            outputs = torch.func.functional_call(self.module, dict(tensors), inputs, tie_weights=False)
+        return self.scores_on(tensors, tuple(outputs)) if scores else tuple(outputs)
+
+    def scores_on(self, tensors: Mapping[str, Tensor], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Compute `scores` with other parameters and buffers than the head's own.
+
+        Args:
+            tensors: all parameters and buffers by name, as in `run_on`.
+            outputs: outputs of the layer.
+        """
+        if self.head is None:
+            return outputs
+        prefix = next(name for name, module in self.module.named_modules() if module is self.head) + "."
+        own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        with self.precision.autocast():
+            return (torch.func.functional_call(self.head, own, outputs, tie_weights=False),)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters by name in `state_dict` order; one that has several names in this layer is there under each."""
+        return {name: self.module.get_parameter(name) for name in self._parameter_names}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the buffers by name, those that are not in the `state_dict` too."""
+        return {name: self.module.get_buffer(name) for name in self._buffer_names}
+
+    def set_tensor(self, name: str, tensor: Tensor) -> None:
+        """Replace a parameter or buffer of this layer.
+
+        Args:
+            name: one of `parameters()` or `buffers()`. Tied tensors are for the caller to replace.
+            tensor: new tensor. In the place of a parameter, a tensor that is none becomes one, which requires a gradient if the
+                replaced one did.
+
+        Raises:
+            KeyError: the layer has no tensor of that name.
+        """
+        path, _, attribute = name.rpartition(".")
+        if name in self._parameter_names:
+            if not isinstance(tensor, nn.Parameter):
+                tensor = nn.Parameter(tensor, self.module.get_parameter(name).requires_grad)
+        elif name not in self._buffer_names:
+            raise KeyError(f"layer {self.name!r} has no parameter or buffer {name!r}")
+        # By setattr, for modules that keep a list of their weights beside it, as nn.LSTM does.
+        setattr(self.module.get_submodule(path), attribute, tensor)
+
+    def __repr__(self) -> str:
+        return f"Layer({self.name!r})"
+
+
+def is_rowwise(layer: Layer) -> bool:
+    """Decide whether a layer computes each row (all axes but the last) by itself: whether it is one `nn.Linear` over the last axis."""
+    module = layer.module
+    assert isinstance(module, fx.GraphModule)
+    operations = [node for node in module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    if len(operations) != 1:
+        return False
+    if operations[0].op == "call_module":
+        return type(module.get_submodule(str(operations[0].target))) is nn.Linear
+    return bool(operations[0].target is nn.functional.linear)
+
+
+def gradients_complete_at_once(layers: Sequence[Layer], *, in_chunks: bool) -> list[bool]:
+    """Decide for each layer whether one backward through that layer alone completes its gradients.
+
+    Not so for a layer with weights that another layer uses too, and for one whose backward runs in chunks of rows.
+
+    Args:
+        layers: layers of a chain, however it is partitioned.
+        in_chunks: whether the backward of the last layer runs in chunks.
+    """
+    users: dict[int, set[int]] = {}
+    tensors: list[list[Tensor]] = [list(layer.parameters().values()) for layer in layers]
+    for number, own in enumerate(tensors):
+        for tensor in own:
+            users.setdefault(id(tensor), set()).add(number)
+    chunked = len(layers) - 1 if in_chunks else None
+    return [number != chunked and all(users[id(tensor)] == {number} for tensor in own) for number, own in enumerate(tensors)]
