@@ -6,16 +6,12 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_pnn.stores.header import CODES
-from lowmem_pnn.stores.tensor_file import memory_of
+from lowmem_pnn.stores.header import NAME_BY_DTYPE
+from lowmem_pnn.memory.aligned import memory_of
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
-
-
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
-
-
-LAYOUTS = st.dictionaries(NAMES, st.tuples(st.sampled_from(sorted(CODES, key=str)), SHAPES), max_size=6)
+LAYOUTS = st.dictionaries(NAMES, st.tuples(st.sampled_from(sorted(NAME_BY_DTYPE, key=str)), SHAPES), max_size=6)
 
 
 def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> Tensor:

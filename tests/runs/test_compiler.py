@@ -17,11 +17,11 @@ from helpers.commands import lowmem_pnn as command
 from helpers.plainloops import assert_same_weights, loaded, stop_at
 from helpers.small_networks import Data, images, small_conv, small_gpt, small_mlp, small_vit, tokens, vectors
 from lowmem_pnn import api as trainer
-from lowmem_pnn.config.options import configure
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.model import compiler as compiling
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
-from lowmem_pnn.model.compiler import Code, Compiler, Use
+from lowmem_pnn.model.compiler import CompiledFunction, Compiler, CompileVariant
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.fake_run import _Sink
@@ -46,7 +46,9 @@ def compiled(model: nn.Module, spec: TensorSpec) -> tuple[Chain, Compiler]:
     chain = capture(model, spec)
     compiler = Compiler(range(2, 9), CPU)
     for number, layer in enumerate(chain.layers):
-        compiler.compile(layer, chain.boundaries[number], [Use(trains=True, learns_input=number > 0), Use(trains=False)])
+        compiler.compile(
+            layer, chain.boundaries[number], [CompileVariant(trains=True, learns_input=number > 0), CompileVariant(trains=False)]
+        )
     return chain, compiler
 
 
@@ -67,17 +69,17 @@ def test_layers_that_are_alike_share_code() -> None:
 def test_a_gpt_of_twelve_blocks_compiles_one(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def note(program: Any, sizes: Sequence[int]) -> Code:
+    def note(program: Any, sizes: Sequence[int]) -> CompiledFunction:
         made.append(program)
-        return Code(lambda *tensors: [], frozenset(sizes), ())
+        return CompiledFunction(lambda *tensors: [], frozenset(sizes), ())
 
-    monkeypatch.setattr(compiling._Program, "compile", note)
+    monkeypatch.setattr(compiling._TracedLayer, "compile", note)
     with torch.device("meta"):
         model = GPT(GptShape(layers=12, width=16, heads=2, context=8, dropout=0.1), 13)
     chain, compiler = capture(model, TensorSpec((8,), torch.int64)), Compiler(range(2, 9), CPU)
     assert len(chain.layers) == 1 + 2 * 12 + 1
     for number, layer in enumerate(chain.layers):
-        compiler.compile(layer, chain.boundaries[number], [Use(trains=False)])
+        compiler.compile(layer, chain.boundaries[number], [CompileVariant(trains=False)])
     # Embedding, attention, MLP; the last MLP, which ends in a norm; the last layer.
     assert len(made) == compiler.num_functions == 5
 
@@ -93,12 +95,14 @@ def test_layers_that_differ_in_what_shapes_do_not_show_share_nothing() -> None:
             return scaled
 
     chain = capture(nn.Sequential(Scaled(2.0), Scaled(3.0)), TensorSpec((4,), torch.float32))
-    programs = [compiling._Program(layer, chain.boundaries[0], Use(trains=True), 4, CPU) for layer in chain.layers]
+    programs = [compiling._TracedLayer(layer, chain.boundaries[0], CompileVariant(trains=True), 4, CPU) for layer in chain.layers]
     assert programs[0].key != programs[1].key
 
 
 def test_compiling_leaves_mode_weights_and_random_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling._Program, "compile", lambda program, sizes: Code(lambda *tensors: [], frozenset(sizes), ()))
+    monkeypatch.setattr(
+        compiling._TracedLayer, "compile", lambda program, sizes: CompiledFunction(lambda *tensors: [], frozenset(sizes), ())
+    )
     model = small_conv().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -309,8 +313,8 @@ def test_a_layer_that_cannot_be_compiled_is_named() -> None:
     chain = capture(nn.Sequential(nn.Linear(4, 4)), TensorSpec((4,), torch.float32))
     layer = dataclasses.replace(chain).layers[0]
     layer.module = Counting()
-    with pytest.raises(ConfigError, match=r"--compile: PyTorch's compiler makes no code of layer '0': .*; leave --compile out"):
-        Compiler(range(2, 5), CPU).compile(layer, chain.boundaries[0], [Use(trains=True)])
+    with pytest.raises(ConfigError, match=r"--compile: PyTorch's compiler cannot compile layer '0': .*; leave --compile out"):
+        Compiler(range(2, 5), CPU).compile(layer, chain.boundaries[0], [CompileVariant(trains=True)])
 
 
 def test_one_sample_at_a_time_is_compiled_where_it_is_asked_for(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lowmem_pnn.config.configure import configure
 from torch import Tensor, nn
 
 import lowmem_pnn
@@ -36,7 +37,6 @@ from helpers.small_networks import (
     vectors,
 )
 from lowmem_pnn import api as trainer
-from lowmem_pnn.config.options import configure
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import CaptureError, ConfigError, DataError, DivergedError, Stopped
 from lowmem_pnn.model.chain import TensorSpec, capture

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowmem_pnn.config.configure import configure
 from torch import Tensor, nn
 
 import lowmem_pnn
@@ -30,7 +31,6 @@ from helpers.plainloops import (
 from helpers.small_networks import Data, images, small_conv, small_mlp, small_tokens, vectors
 from lowmem_pnn.api import resume_run, start_run
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.options import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.methods import SyntheticLabels, Visit, make_method
 from lowmem_pnn.model.chain import TensorSpec
@@ -248,7 +248,7 @@ def commits_of(
 
     def read(run: Run, save: Save = nothing_changed) -> None:
         commit(run, save)
-        with run.weights.tensors() as reader:
+        with run.weights.tensor_reader() as reader:
             files = [{key: reader.read(key) for key in run.weights.layout(part)} for part in range(run.weights.num_partitions)]
         seen.append((run.state.visit, files))
 

@@ -5,9 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-
-from lowmem_pnn.config.fit_config import FitConfig, field_names
-from lowmem_pnn.config.options import (
+from lowmem_pnn.config.configure import (
     DEMONSTRATION,
     check_device,
     check_lengths,
@@ -16,6 +14,8 @@ from lowmem_pnn.config.options import (
     next_workdir,
     run_name,
 )
+
+from lowmem_pnn.config.fit_config import FitConfig, field_names
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
 
 

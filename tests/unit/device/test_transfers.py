@@ -32,12 +32,6 @@ from lowmem_pnn.sources.splits import from_torch
 from lowmem_pnn.stores import disk
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(1) as pool:
-        yield pool
-
-
 def slab_of(size: int) -> PinnedSlab:
     return PinnedSlab(lambda size: torch.empty(size, dtype=torch.uint8), size)
 

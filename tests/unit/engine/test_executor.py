@@ -1,6 +1,5 @@
 """The executor and residencies on a simulated device: what a full device undoes, and what it says when nothing fits."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,6 @@ from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.sources.splits import from_torch
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.training.initial_weights import partition_layout
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(1) as pool:
-        yield pool
 
 
 def train(

@@ -24,12 +24,6 @@ from lowmem_pnn.stores.activations import ActivationStore
 NUM_SAMPLES = 23
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(1) as pool:
-        yield pool
-
-
 def samples(num_samples: int = NUM_SAMPLES, num_classes: int = 4) -> tuple[Tensor, Tensor]:
     """Sample k holds the number k."""
     x = torch.arange(num_samples, dtype=torch.float32)[:, None].repeat(1, 3)

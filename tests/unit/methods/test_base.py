@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from lowmem_pnn.config.configure import configure
 from torch import nn
 
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.options import configure
 from lowmem_pnn.methods import Labels, Sweep, SyntheticLabels, Visit, make_method
 from lowmem_pnn.methods.base import evaluation
 from lowmem_pnn.methods.sil import draw_codes
@@ -41,8 +41,10 @@ def test_partitions_that_train_apart_write_nothing_and_learn_from_labels() -> No
     method = make_method(config(epochs=(3, 1, 2), parallel_sil=True))
     assert method.partitions_are_independent
     assert method.visits(3, ["train", "val"]) == [
-        Visit("learn", 0, "train", 3), Visit("learn", 1, "train", 1, from_synthetic_labels=True), Visit("learn", 2, "train", 2, from_synthetic_labels=True),
-    ]  # fmt: skip
+        Visit("learn", 0, "train", 3),
+        Visit("learn", 1, "train", 1, from_synthetic_labels=True),
+        Visit("learn", 2, "train", 2, from_synthetic_labels=True),
+    ]
     assert not any(make_method(config(method=name)).partitions_are_independent for name in ("pnn", "exact", "backprop"))
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from lowmem_pnn.config.configure import configure
 from torch import nn
 
 import lowmem_pnn
 from helpers.plainloops import stop_at
 from lowmem_pnn.api import plan_run, resume_run, start_run
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.options import configure
 from lowmem_pnn.device import CpuDevice
 from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.engine.passes import micro_batches

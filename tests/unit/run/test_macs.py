@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lowmem_pnn.config.configure import configure
 
 from helpers.plainloops import stop_at
 from lowmem_pnn.api import resume_run, start_run
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.options import configure
 from lowmem_pnn.errors import Stopped
 from lowmem_pnn.methods import Sweep, Visit, make_method, share_of
 from lowmem_pnn.partition_plan import PartitionPlan, Plan

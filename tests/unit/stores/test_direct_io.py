@@ -18,8 +18,9 @@ from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.memory.aligned import aligned_empty, memory_of
 from lowmem_pnn.stores import direct_io
 from lowmem_pnn.stores.direct_io import Transfer, is_page_aligned
+from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.shard_file import ShardFile
-from lowmem_pnn.stores.tensor_file import IoCounter, TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 
 PAGE = 4096
 # Bytes of a piece, and where in a page its memory starts beside its place in the file: 0 is as in the file.

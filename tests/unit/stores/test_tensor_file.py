@@ -24,11 +24,12 @@ from hypothesis import strategies as st
 from helpers.pagecache import cached_bytes, watch_calls
 from helpers.tensors import LAYOUTS, NAMES, bits, random_tensor
 from lowmem_pnn.errors import CheckpointError, DiskError
-from lowmem_pnn.memory.aligned import PAGE_BYTES
+from lowmem_pnn.memory.aligned import PAGE_BYTES, aligned_empty
 from lowmem_pnn.memory.process_meter import private_and_data_bytes
 from lowmem_pnn.stores import tensor_file
+from lowmem_pnn.stores.disk import IoCounter, sha256
 from lowmem_pnn.stores.header import DTYPE_BY_NAME, MAX_HEADER_BYTES, NAME_BY_DTYPE
-from lowmem_pnn.stores.tensor_file import IoCounter, TensorFile, aligned_empty, sha256
+from lowmem_pnn.stores.tensor_file import TensorFile
 
 REMEDY = "; restore it from a copy, or delete it and run again"
 

@@ -17,8 +17,9 @@ import torch
 from helpers.pagecache import watch_calls
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.memory.pool import MemoryPool
+from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.keys import state_key, weight_key
-from lowmem_pnn.stores.tensor_file import IoCounter, TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 
 LAYOUTS = [
@@ -74,8 +75,8 @@ def test_a_commit_is_come_back_to(store):
     assert [again.layout(number) for number in range(3)] == LAYOUTS
     assert again.layout("rest") == REST
     assert [set(values(again, partition).values()) for partition in (0, 1, 2, "rest")] == [{0}, {1}, {2}, {9}]
-    assert again.home(weight_key("1.running_mean")) == 1
-    assert again.home(weight_key("unused.table")) == "rest"
+    assert again.partition_of(weight_key("1.running_mean")) == 1
+    assert again.partition_of(weight_key("unused.table")) == "rest"
 
 
 def test_a_store_without_a_rest_has_none(tmp_path):
@@ -90,11 +91,11 @@ def test_a_store_without_a_rest_has_none(tmp_path):
 def test_committed_bytes_are_never_written_to(store):
     before = {path: path.read_bytes() for path in store.folder.iterdir()}
     fill(store, 0, 5)
-    assert store.committed(0).name == "p000.g000000.safetensors"
+    assert store.committed_file(0).name == "p000.g000000.safetensors"
     assert set(values(store, 0).values()) == {5}, "the newest bytes are read"
     state = store.seal([0])
     assert {path: path.read_bytes() for path in before} == before
-    assert store.committed(0).name == state["partitions"][0]["file"] == "p000.g000001.safetensors"
+    assert store.committed_file(0).name == state["partitions"][0]["file"] == "p000.g000001.safetensors"
     assert set(values(store, 0).values()) == {5}
 
 
@@ -123,18 +124,18 @@ def test_sealing_leaves_other_partitions_as_they_are(store):
 def test_a_working_file_begins_as_zeros_and_is_then_the_same_for_all(store):
     fill(store, 2, 5)
     store.seal([2])
-    assert not store.has_working(2)
+    assert not store.has_working_file(2)
     with store.writer(2) as file, store.writer(2) as same:
         assert file.read(weight_key("2.weight")).count_nonzero() == 0
         file.write_from(weight_key("2.weight"), torch.full((4, 3), 8.0))
         assert same.read(weight_key("2.weight")).unique().tolist() == [8]
-    assert store.has_working(2)
+    assert store.has_working_file(2)
 
 
 def test_a_frozen_file_is_read_and_sealed_while_the_next_is_written(store):
     fill(store, 1, 5)
     store.freeze([0, 1])
-    assert not store.has_working(1)
+    assert not store.has_working_file(1)
     assert set(values(store, 1).values()) == {5}
     fill(store, 1, 6)
     state = store.seal([0, 1])
@@ -155,12 +156,12 @@ def test_a_frozen_file_is_not_obsolete(store):
 
 
 def test_tensors_are_read_from_their_homes(store):
-    with store.tensors() as tensors:
+    with store.tensor_reader() as tensors:
         assert tensors.read(weight_key("2.weight")).unique().tolist() == [2]
         assert tensors.read(weight_key("1.running_mean")).unique().tolist() == [1]
         with pytest.raises(CheckpointError, match=r"holds no tensor 'weight/3\.weight'"):
             tensors.read(weight_key("3.weight"))
-    assert store.nbytes(weight_key("2.weight")) == 4 * 3 * 4
+    assert store.tensor_bytes(weight_key("2.weight")) == 4 * 3 * 4
 
 
 def test_what_is_not_in_the_state_did_not_happen(store):
@@ -218,7 +219,7 @@ def test_create_begins_anew(store):
 
 
 def damage(store, kind):
-    path, other = store.committed(0), store.committed(2)
+    path, other = store.committed_file(0), store.committed_file(2)
     if kind == "missing":
         path.unlink()
     elif kind == "short":
@@ -260,7 +261,7 @@ def test_swapped_files_are_told_even_without_hashes(tmp_path):
     fill(store, 0, 0)
     fill(store, 1, 1)
     state = store.seal([0, 1])
-    store.committed(0).write_bytes(store.committed(1).read_bytes())
+    store.committed_file(0).write_bytes(store.committed_file(1).read_bytes())
     with pytest.raises(CheckpointError, match=r"p000\.g000000\.safetensors' holds what was written as 'p001\.g000000"):
         WeightStore.open(tmp_path / "weights", state, verify=False)
 
@@ -315,7 +316,7 @@ def test_bytes_are_counted(tmp_path):
     assert counter.bytes_written == store.seal([0])["partitions"][0]["bytes"]
     before = counter.bytes_read
     values(store, 0)
-    assert counter.bytes_read - before == store.committed(0).stat().st_size
+    assert counter.bytes_read - before == store.committed_file(0).stat().st_size
 
 
 def test_an_export_holds_the_models_own_names(store, tmp_path):
@@ -400,11 +401,11 @@ def test_only_weights_that_outgrow_memory_move_past_the_page_cache(tmp_path, mon
             for name, (dtype, shape) in layout.items():
                 tensors[name] = blocks.empty(shape, dtype).normal_().add_(step)
                 file.write_from(name, tensors[name])
-        with store.tensors(blocks.empty) as reader:
+        with store.tensor_reader(blocks.empty) as reader:
             for name, tensor in tensors.items():
                 assert torch.equal(reader.read(name), tensor)
     again = WeightStore.open(tmp_path / "weights", store.seal([0]))
-    with again.tensors() as reader:
+    with again.tensor_reader() as reader:
         for name, tensor in tensors.items():
             assert torch.equal(reader.read(name), tensor)
     if available == 1 << 40:
