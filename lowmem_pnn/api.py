@@ -1,16 +1,18 @@
-"""The public functions: `fit`, `plan`, `evaluate`, and what the command line calls for them."""
+"""The public functions: `fit`, `plan`, `evaluate`, `export`, and what the command line calls for them."""
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.options import check_same_options, configure, next_workdir
+from lowmem_pnn.config.resume import resumed_config
+from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
@@ -25,17 +27,22 @@ from lowmem_pnn.profiling.profiler import Known
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.report import PlanReport, Result
 from lowmem_pnn.run.ranks import ALONE, Rank
+from lowmem_pnn.run.resume import check_same_data, count_resume, resumed_state
 from lowmem_pnn.run.run import Run
+from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
-from lowmem_pnn.stores.disk import IoCounter, allow_many_files
+from lowmem_pnn.run.unfinished import unfinished_run
+from lowmem_pnn.stores.disk import allow_many_files
 from lowmem_pnn.stores.run_directory import RunDirectory, read_journal
 from lowmem_pnn.training.export import export_exit, find_exit
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.inputs import Inputs, Model, name_of, named_inputs, python_inputs
-from lowmem_pnn.training.join import TRAINED
-from lowmem_pnn.training.lifecycle import check_same_data, check_same_rank, clear, first_state, go_on, halve, score
-from lowmem_pnn.training.setup import open_workload, rehearse
+from lowmem_pnn.training.lifecycle import clear, run_to_end, score
+from lowmem_pnn.training.setup import open_workload, warm_up_profiler
 from lowmem_pnn.workload import make_workload, profile_workload
+
+OpenInputs = Callable[[FitConfig], Inputs]
+"""Opens model and data for a configuration."""
 
 
 def fit(
@@ -61,8 +68,9 @@ def fit(
         val: a data set or tensors to validate on; None takes `val_fraction` of `train`.
         max_gpu_mem: the budget, as a size ("2GB") or in bytes.
         test: a data set or tensors to test on after training.
-        workdir: the run's folder; None takes the next free one under `runs`.
-        resume: go on with the run in `workdir`; model and data must be given as before.
+        workdir: the run's folder; None takes the next free one under `runs`, or, to resume, that of the only unfinished run there
+            that was begun with the same options.
+        resume: go on with a run; options may be given as before, or left out. A finished run gives its result.
         overwrite: replace the run in `workdir`.
         display: is told of the run's progress; None shows nothing.
         **options: other fields of `FitConfig`.
@@ -82,11 +90,17 @@ def fit(
         >>> result.peak_bytes < 100_000_000
         True
     """
-    names = {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
-    config = configure(max_gpu_mem=max_gpu_mem, **names, **options)
-    path = Path(workdir) if workdir is not None else next_workdir(config)
-    sources = python_inputs(config, model, train, val, test)
-    result = _train(config, path, sources, resume=resume, overwrite=overwrite, display=display or Display())
+    if resume and overwrite:
+        raise ConfigError("resume goes on with a run, and overwrite replaces it; give one")
+    given = {"max_gpu_mem": max_gpu_mem, **_names(model, train), **options}
+    open_inputs = python_inputs(model, train, val, test)
+    if resume:
+        folder = unfinished_run(given) if workdir is None else Path(workdir)
+        result = _resume(folder, given, open_inputs, display=display or Display())
+    else:
+        config = configure(**given)
+        folder = next_workdir(config) if workdir is None else Path(workdir)
+        result = _begin(config, folder, open_inputs, overwrite=overwrite, display=display or Display())
     assert result is not None, "one process trains all partitions"
     return result
 
@@ -105,9 +119,8 @@ def plan(model: Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, t
     Returns:
         The partitions, and whether they fit; with `timing` all methods side by side.
     """
-    names = {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
-    config = configure(max_gpu_mem=max_gpu_mem, **names, **options)
-    return _plan(config, python_inputs(config, model, train, val, None), timing)
+    config = configure(max_gpu_mem=max_gpu_mem, **_names(model, train), **options)
+    return _plan(config, python_inputs(model, train, val, None), timing)
 
 
 def evaluate(run: str | Path) -> dict[str, float]:
@@ -124,24 +137,20 @@ def evaluate(run: str | Path) -> dict[str, float]:
         ConfigError: its data has no test part, or it was started from Python with a model or data of its own.
     """
     path = Path(run)
-    with RunDirectory.open(path) as rundir, _threads() as threads:
-        config = FitConfig.from_json(rundir.config_json())
-        state = State.from_journal(rundir.journal())
-        if state.stage != "done":
-            raise CheckpointError(f"{path} has not finished; fit --resume --workdir {path} goes on with it")
-        sources = named_inputs(config)
-        if "test" not in sources[2]:
+    with RunDirectory.open(path) as rundir, _worker_threads() as threads:
+        config, state = _finished(rundir)
+        inputs = named_inputs(config)
+        if "test" not in inputs[2]:
             raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
-        rehearse()
-        with open_workload(config, sources) as (device, workload):
+        warm_up_profiler()
+        with open_workload(config, inputs) as (device, workload):
             check_same_data(state, workload, path)
             plan = Plan.from_json(state.plan)
-            counter = IoCounter()
-            folder = rundir.path / "evaluation"
+            session = Session(device, rundir, threads)
+            folder = path / "evaluation"
             try:
-                weights = build_weights(workload, plan, folder, counter, trained=rundir.path / "model.safetensors")
-                run_ = Run(workload, plan, device, rundir, weights, state, threads, counter, Display())
-                return score(run_, workload)
+                weights = build_weights(workload, plan, folder, session.counter, trained=path / "model.safetensors")
+                return score(Run(session, workload, plan, weights, state))
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
                 clear(rundir)
@@ -165,15 +174,13 @@ def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None 
     """
     path = Path(run)
     with RunDirectory.open(path) as rundir:
-        config = FitConfig.from_json(rundir.config_json())
-        if State.from_journal(rundir.journal()).stage != "done":
-            raise CheckpointError(f"{path} has not finished; fit --resume --workdir {path} goes on with it")
+        config, _ = _finished(rundir)
         result = _read_result(path)
         workload = make_workload(config, *named_inputs(config), torch.device("cpu"))
         return export_exit(workload, result, find_exit(result, exit, path), path, None if out is None else Path(out))
 
 
-def start_run(
+def begin_run(
     config: FitConfig,
     workdir: Path,
     *,
@@ -182,127 +189,179 @@ def start_run(
     should_stop: Callable[[], bool] = lambda: False,
     rank: Rank = ALONE,
 ) -> Result | None:
-    """Begin a run whose model and data have names; None where another rank has the result."""
-    return _train(
-        config,
-        workdir,
-        lambda: named_inputs(config),
-        overwrite=overwrite,
-        display=display or Display(),
-        should_stop=should_stop,
-        rank=rank,
+    """Begin a run whose model and data have names.
+
+    Args:
+        config: options of the run.
+        workdir: folder of the run.
+        overwrite: replace the run that is there.
+        display: is told of the run's progress.
+        should_stop: asked after every batch.
+        rank: which of several processes this is.
+
+    Returns:
+        What `result.json` says; None where another process has the result.
+    """
+    open_inputs = named_inputs
+    return _begin(
+        config, workdir, open_inputs, overwrite=overwrite, display=display or Display(), should_stop=should_stop, rank=rank
     )
 
 
 def resume_run(
     workdir: Path,
+    options: Mapping[str, Any] | None = None,
     *,
     display: Display | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     after_crash: bool = False,
     rank: Rank = ALONE,
 ) -> Result | None:
-    """Go on with a run from its last commit; None where another rank has the result.
+    """Go on with a run, whose model and data have names, from its last commit.
 
     Args:
-        workdir: its folder.
+        workdir: folder of the run.
+        options: fields of `FitConfig` that are given again; see `resumed_config`.
         display: is told of the run's progress.
         should_stop: asked after every batch.
-        after_crash: the last process died at the wall: halve the micro-batch of the partition that was resident.
+        after_crash: whether the last process died at the memory limit: the micro-batch that was in use is then halved.
         rank: which of several processes this is.
+
+    Returns:
+        What `result.json` says; None where another process has the result.
     """
+    display = display or Display()
     if not rank.is_alone and rank.number and not (workdir / "journal.json").exists():
-        return _begin_late(workdir, rank, display or Display(), should_stop)
-    with RunDirectory.open(workdir) as rundir:
-        config = FitConfig.from_json(rundir.config_json())
-        if rundir.journal()["stage"] == "done":
-            return _read_result(workdir)
-    return _train(
-        config,
+        return _begin_late(workdir, options or {}, rank, display, should_stop)
+    return _resume(
         workdir,
-        lambda: named_inputs(config),
-        resume=True,
-        display=display or Display(),
+        options or {},
+        named_inputs,
+        display=display,
         should_stop=should_stop,
         after_crash=after_crash,
         rank=rank,
     )
 
 
-def _begin_late(workdir: Path, rank: Rank, display: Display, should_stop: Callable[[], bool]) -> Result | None:
-    """Resume a rank that has no run: it never had one, or the first rank has joined it and is done."""
-    first = workdir.with_name(workdir.name.removesuffix(f".rank{rank.number}"))
-    if not (first / "journal.json").exists():
-        raise CheckpointError(f"{first} holds no run to resume; leave --resume out to begin")
-    if read_journal(first / "journal.json")[0]["stage"] == "done":
-        return None
-    config = FitConfig.from_json((first / "config.json").read_text())
-    return start_run(config, workdir, display=display, should_stop=should_stop, rank=rank)
-
-
 def plan_run(config: FitConfig, *, timing: bool = True) -> PlanReport:
-    """The plan of a run whose model and data have names; with all methods side by side where they are to be timed."""
-    return _plan(config, lambda: named_inputs(config), timing)
+    """Return the plan of a run whose model and data have names.
+
+    Args:
+        config: options of the run.
+        timing: time layers, and show all methods side by side.
+    """
+    return _plan(config, named_inputs, timing)
 
 
-def _train(
+def _names(model: Model, train: Any) -> dict[str, str]:
+    """Return what a run's configuration calls model and data."""
+    return {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
+
+
+def _begin(
     config: FitConfig,
     path: Path,
-    sources: Callable[[], Inputs],
+    open_inputs: OpenInputs,
     *,
-    resume: bool = False,
-    overwrite: bool = False,
+    overwrite: bool,
     display: Display,
     should_stop: Callable[[], bool] = lambda: False,
-    after_crash: bool = False,
     rank: Rank = ALONE,
 ) -> Result | None:
     rank.check(config)
-    allow_many_files()
-    # The caller's random state stays his.
-    with torch.random.fork_rng(devices=[]), _full_is_a_budget_error(), _threads() as threads, _closing(display):
-        # What has to be there before the floor is taken: imports, open data, threads.
-        if config.compile:
-            check_compiler()
-        inputs = sources()
-        rehearse()
+    with _environment(display) as threads:
+        inputs = _open_before_floor(config, open_inputs)
         with open_workload(config, inputs, rank, display) as (device, workload):
-            costs = profile_workload(workload, device)
-            clock = TimeEstimator.measured(workload, costs, device)
-            if resume:
-                # WorkerThreads end first: a commit that is under way needs the lock.
-                with RunDirectory.open(path) as rundir, closing(threads):
-                    check_same_options(config, FitConfig.from_json(rundir.config_json()), path)
-                    state = State.from_journal(rundir.journal())
-                    check_same_data(state, workload, path)
-                    check_same_rank(state, rank, path)
-                    if state.stage == TRAINED:
-                        return None
-                    if state.stage == "done":
-                        clear(rundir)
-                        return _read_result(path)
-                    rundir.cut_metrics(state.metrics_bytes)
-                    state.resumed += 1
-                    if after_crash:
-                        halve(state, workload)
-                        state.number += 1
-                        rundir.commit(state.to_journal(), config.keep_commits)  # or the next crash would halve it no further
-                    return go_on(workload, costs, device, rundir, state, threads, display, should_stop, clock)
-            planned = make_plan(workload, costs, device, seconds_of=clock)
-            check_disk(workload, planned, costs)
+            profile = profile_workload(workload, device)
+            estimator = TimeEstimator.measured(workload, profile, device)
+            planned = make_plan(workload, profile, device, seconds_of=estimator)
+            check_disk(workload, planned, profile)
             if (
                 config.compile
                 and config.micro_batch != 1
                 and any(part.micro_batch == 1 < part.batch for part in planned.partitions)
             ):
                 display.message("one sample at a time is not compiled unless it is asked for; give --micro-batch 1")
-            state = first_state(workload, planned, rank)
+            state = State.first(workload, planned, rank)
+            # Threads end first: a commit that is under way needs the lock.
             with RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
-                return go_on(workload, costs, device, rundir, state, threads, display, should_stop, clock)
+                session = Session(device, rundir, threads, display, should_stop)
+                return run_to_end(session, workload, profile, state, estimator)
+
+
+def _resume(
+    path: Path,
+    options: Mapping[str, Any],
+    open_inputs: OpenInputs,
+    *,
+    display: Display,
+    should_stop: Callable[[], bool] = lambda: False,
+    after_crash: bool = False,
+    rank: Rank = ALONE,
+) -> Result | None:
+    with RunDirectory.open(path) as rundir:
+        config = resumed_config(FitConfig.from_json(rundir.config_json()), options, path)
+        stage = rundir.journal()["stage"]
+        if stage == "done":
+            clear(rundir)
+            return _read_result(path)
+        if stage == "trained":
+            return None
+    rank.check(config)
+    with _environment(display) as threads:
+        inputs = _open_before_floor(config, open_inputs)
+        with open_workload(config, inputs, rank, display) as (device, workload):
+            profile = profile_workload(workload, device)
+            estimator = TimeEstimator.measured(workload, profile, device)
+            with RunDirectory.open(path) as rundir, closing(threads):
+                state = resumed_state(rundir, workload, rank)
+                count_resume(rundir, state, workload, after_crash=after_crash)
+                return run_to_end(Session(device, rundir, threads, display, should_stop), workload, profile, state, estimator)
+
+
+def _begin_late(
+    workdir: Path, options: Mapping[str, Any], rank: Rank, display: Display, should_stop: Callable[[], bool]
+) -> Result | None:
+    """Resume a process of several that has no run: it never had one, or the first process has joined it and is done."""
+    first = workdir.with_name(workdir.name.removesuffix(f".rank{rank.number}"))
+    if not (first / "journal.json").exists():
+        raise CheckpointError(f"{first} holds no run to resume; leave --resume out to begin")
+    if read_journal(first / "journal.json")[0]["stage"] == "done":
+        return None
+    stored = FitConfig.from_json((first / "config.json").read_text())
+    resumed_config(stored, options, first)
+    return begin_run(stored, workdir, display=display, should_stop=should_stop, rank=rank)
+
+
+def _plan(config: FitConfig, open_inputs: OpenInputs, timing: bool) -> PlanReport:
+    if config.compile:
+        check_compiler()
+    known = Known()
+    with open_workload(config, open_inputs(config)) as (device, workload):
+        profile = profile_workload(workload, device, known)
+        benchmark = LayerBenchmark(device)
+        report = describe_plan(workload, profile, device, TimeEstimator.measured(workload, profile, device, benchmark))
+        # Layers are timed as they are, uncompiled.
+        if not timing or config.compile:
+            return report
+        return dataclasses.replace(report, prospects=compare(workload, profile, benchmark, known))
+
+
+def _finished(rundir: RunDirectory) -> tuple[FitConfig, State]:
+    """Return options and state of a run that has finished.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    state = State.from_journal(rundir.journal())
+    if state.stage != "done":
+        raise CheckpointError(f"{rundir.path} has not finished; fit --resume --workdir {rundir.path} goes on with it")
+    return FitConfig.from_json(rundir.config_json()), state
 
 
 def _read_result(path: Path) -> Result:
-    """What a finished run came to."""
+    """Return what a finished run came to."""
     try:
         if not (path / "model.safetensors").is_file():
             raise CheckpointError(
@@ -315,23 +374,29 @@ def _read_result(path: Path) -> Result:
         ) from error
 
 
-def _plan(config: FitConfig, sources: Callable[[], Inputs], timing: bool) -> PlanReport:
+def _open_before_floor(config: FitConfig, open_inputs: OpenInputs) -> Inputs:
+    """Open what has to be there before the floor is taken: model and data, and what libraries import on their first use."""
     if config.compile:
         check_compiler()
-    known = Known()
-    with open_workload(config, sources()) as (device, workload):
-        costs = profile_workload(workload, device, known)
-        bench = LayerBenchmark(device)
-        report = describe_plan(workload, costs, device, TimeEstimator.measured(workload, costs, device, bench))
-        # Layers are timed as they are, without code.
-        if not timing or config.compile:
-            return report
-        return dataclasses.replace(report, prospects=compare(workload, costs, bench, known))
+    inputs = open_inputs(config)
+    warm_up_profiler()
+    return inputs
+
+
+@contextmanager
+def _environment(display: Display) -> Iterator[WorkerThreads]:
+    """What a training needs around it: the caller's random state kept, background threads, and a display that is closed at the end."""
+    allow_many_files()
+    with torch.random.fork_rng(devices=[]), _full_is_a_budget_error(), _worker_threads() as threads:
+        try:
+            yield threads
+        finally:
+            display.close()
 
 
 @contextmanager
 def _full_is_a_budget_error() -> Iterator[None]:
-    """Running out of memory outside of a batch, which could have been made smaller, ends the run."""
+    """Memory that runs out outside of a batch, which could have been made smaller, ends the run."""
     try:
         yield
     except LowMemError:
@@ -344,17 +409,9 @@ def _full_is_a_budget_error() -> Iterator[None]:
 
 
 @contextmanager
-def _threads() -> Iterator[WorkerThreads]:
+def _worker_threads() -> Iterator[WorkerThreads]:
     threads = WorkerThreads()
     try:
         yield threads
     finally:
         threads.close()
-
-
-@contextmanager
-def _closing(display: Display) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        display.close()

@@ -59,6 +59,8 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
             return code
         if len(stops) > 1:
             return 128 + stops[-1]
+        if stops and _identity(workdir) != other and _is_done(workdir):
+            return 0  # the signal came while the worker, whose result is printed, was leaving
         number = signal.Signals(-code)
         crashed = number in _CRASHES or (number == signal.SIGKILL and _oom_kills() > kills_before)
         position = _commit_number(workdir) if _identity(workdir) != other else None
@@ -83,12 +85,9 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
             file=sys.stderr,
         )
         command = [
-            "fit",
+            *(argument for argument in arguments if argument not in ("--overwrite", "--resume")),
             "--resume",
-            "--workdir",
-            str(workdir),
             *(["--after-crash"] if crashed else []),
-            *_display_flags(arguments),
         ]
 
 
@@ -158,18 +157,22 @@ def _identity(workdir: Path) -> tuple[int, int] | None:
 
 
 def _commit_number(workdir: Path) -> int | None:
+    """Return the number of a run's last commit; None where no run is."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return int(json.loads((workdir / "journal.json").read_text())["body"]["number"])
     return None
 
 
+def _is_done(workdir: Path) -> bool:
+    """Whether a run has its result."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads((workdir / "journal.json").read_text())["body"]["stage"] == "done")
+    return False
+
+
 def _resume_hint(workdir: Path, position: int | None) -> str:
     hint = f"; lowmem-pnn fit --resume --workdir {shlex.quote(str(workdir))} goes on from the last commit"
     return hint if position is not None else " before the run began; nothing was written"
-
-
-def _display_flags(arguments: Sequence[str]) -> list[str]:
-    return [argument for argument in arguments if argument in ("--json", "--quiet", "--debug")]
 
 
 def _oom_kills() -> int:

@@ -4,57 +4,29 @@ No torch here: the command line reads this file to print its help.
 """
 
 import dataclasses
-import difflib
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt, TypeAdapter
+from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter
 from pydantic import ValidationError as PydanticError
 from pydantic.dataclasses import dataclass
 
-from lowmem_pnn.errors import CheckpointError, UnitError
-from lowmem_pnn.units import parse_bytes
-
-
-def _size(value: Any) -> Any:
-    # pydantic collects ValueErrors, and UnitError is one.
-    return parse_bytes(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
-
-
-def _list(value: Any) -> Any:
-    """A comma list, one value, or a sequence, as a tuple."""
-    if isinstance(value, str):
-        parts = tuple(part.strip() for part in value.split(","))
-        if not all(parts):
-            raise ValueError("there is nothing between two commas, or nothing at all; write one value, or several as A,B")
-        return parts
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def _layer_names(value: Any) -> Any:
-    return None if value is None else tuple(str(part) for part in _list(value))
-
-
-def _numbers_or_all(value: Any) -> Any:
-    return value if value in (None, "all") else _list(value)
-
-
-Size = Annotated[PositiveInt, BeforeValidator(_size)]
-Batches = Annotated[
-    tuple[PositiveInt, ...] | Literal["auto"], BeforeValidator(lambda value: value if value == "auto" else _list(value))
-]
-Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_list), Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Flags = Annotated[tuple[bool, ...], BeforeValidator(_list), Field(min_length=1)]
-Optimizers = Annotated[tuple[Literal["sgd", "adam", "adamw"], ...], BeforeValidator(_list), Field(min_length=1)]
-LearningRates = Annotated[tuple[Positive, ...], BeforeValidator(_list), Field(min_length=1)]
-Layers = Annotated[tuple[str, ...] | None, BeforeValidator(_layer_names)]
-Recovering = Annotated[tuple[PositiveInt, ...] | Literal["all"] | None, BeforeValidator(_numbers_or_all)]
-DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
-
+from lowmem_pnn.config.faults import describe_fault
+from lowmem_pnn.config.field_types import (
+    Batches,
+    Counts,
+    DeviceName,
+    Flags,
+    Layers,
+    LearningRates,
+    NotNegative,
+    Optimizers,
+    Positive,
+    Recovering,
+    Size,
+)
+from lowmem_pnn.errors import CheckpointError
 
 LARGEST_AUTO_BATCH = 512
 """Above it a step gains no speed, and a small data set has few steps."""
@@ -93,43 +65,44 @@ class FitConfig:
             "tokens), or file.py:factory."
         )
     )
-    data_root: Path = Field(default=Path("data"), description="Where downloaded data sets are kept.")
+    data_root: Path = Field(default=Path("data"), description="Folder that downloaded data sets are kept in.")
     method: MethodName = Field(
         default="pnn",
         description=(
-            "pnn: partitions one after the other, on synthetic intermediate labels; neuroflux: blocks one after the other, every layer with a "
-            "head and a loss of its own; exact: ordinary training, one partition on the "
-            "device at a time; backprop: ordinary training, the whole model on the device."
+            "Training method. pnn: partitions one after the other, each on synthetic intermediate labels. neuroflux: blocks one after "
+            "the other, every layer with an auxiliary head and a loss of its own. exact: ordinary training, one partition on the "
+            "device at a time. backprop: ordinary training, the whole model on the device."
         ),
     )
     partitions: PositiveInt | None = Field(
-        default=None, description="Number of partitions; the planner chooses if neither this nor --cuts is given."
+        default=None, description="Number of partitions; chosen by the planner if neither this nor --cuts is given."
     )
-    cuts: Layers = Field(default=None, description="Comma list of layers, by name or number from 0; each starts a new partition.")
-    epochs: Counts = Field(default=(10,), description="Epochs, one number or one per partition.")
+    cuts: Layers = Field(
+        default=None, description="Layers that each start a new partition, by name or by number from 0, separated by commas."
+    )
+    epochs: Counts = Field(default=(10,), description="Number of epochs: one value, or one per partition.")
     batch_size: Batches = Field(
         default=(64,),
         description=(
-            "Samples per optimizer step, one number or one per partition; auto: as many as fit at once, partition by partition, up to "
-            "512, --lr being meant for 64 (pnn, neuroflux)."
+            "Samples per optimizer step: one value, or one per partition. auto (pnn, neuroflux): as many as fit on the device at once, "
+            "partition by partition, up to 512; --lr is then meant for 64."
         ),
     )
     micro_batch: PositiveInt | None = Field(
         default=None,
-        description="Samples on the device at once, at most; the planner chooses the largest that fits if not given.",
+        description="Largest number of samples on the device at once (gradient accumulation); by default the largest that fits.",
     )
     plan_for: Literal["auto", "size", "time"] = Field(
         default="auto",
         description=(
-            "What the planner prefers among the plans that fit: size: the fewest partitions with a good micro-batch; time: the least "
-            "predicted seconds, from layers that are timed first; auto: size, but for exact, which trains the same by any plan up to "
-            "rounding, the least seconds by nominal rates, which are the same on every machine."
+            "Goal of the planner. size: fewest partitions. time: shortest predicted training, after timing each layer. auto: size; "
+            "for --method exact, shortest by built-in estimates (same on every machine)."
         ),
     )
-    optimizer: Optimizers = Field(default=("adamw",), description="sgd, adam or adamw, one or one per partition.")
-    lr: LearningRates = Field(default=(1e-3,), description="Learning rate, one number or one per partition.")
+    optimizer: Optimizers = Field(default=("adamw",), description="Optimizer: one value, or one per partition.")
+    lr: LearningRates = Field(default=(1e-3,), description="Learning rate: one value, or one per partition.")
     lr_schedule: Literal["constant", "cosine", "onecycle"] = Field(
-        default="constant", description="How the learning rate moves over the steps."
+        default="constant", description="Schedule of the learning rate over the steps."
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Steps over which the learning rate first rises to --lr (constant, cosine)."
@@ -137,28 +110,32 @@ class FitConfig:
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of sgd.")
     weight_decay: NotNegative = Field(default=0.0, description="Weight decay.")
     shuffle: Flags = Field(
-        default=(True,), description="Whether every epoch has an order of its own: yes or no, one or one per partition."
+        default=(True,),
+        description="Whether to shuffle the training samples anew in every epoch: one value, or one per partition.",
     )
     fused: bool = Field(
-        default=True, description="Use PyTorch's fused optimizers: faster, and without temporaries; last bits differ."
+        default=True, description="Use PyTorch's fused optimizers: faster and without temporary tensors; last bits differ."
     )
     step_in_backward: bool = Field(
         default=True,
         description=(
-            "Step a layer's weights as soon as their gradients are whole, where a batch goes through at once: those of one layer at a "
-            "time are in memory."
+            "Step each layer's weights during backward, as soon as its gradients are complete, so that only one layer's gradients are "
+            "in memory; only where a batch goes through at once."
         ),
     )
     optimizer_state: Literal["fp32", "bf16", "int8"] = Field(
         default="fp32",
         description=(
-            "What the state of adam and adamw is kept as, in memory and on disk, for parameters of 4096 elements and more: fp32 (8 bytes "
-            "a parameter), bf16 with rounding by chance (4), or int8 in blocks with a scale each (2; needs torchao)."
+            "Type of the state of adam and adamw, in memory and on disk, for parameters of 4096 elements or more: fp32 (8 bytes per "
+            "element), bf16 with stochastic rounding (4), or int8 in blocks with a scale each (2; needs torchao)."
         ),
     )
     clip_norm: Positive | None = Field(
         default=None,
-        description="Scale gradients down to this norm: of all weights (exact, backprop), or of a partition's (pnn).",
+        description=(
+            "Gradient clipping: norm that gradients are scaled down to, over all weights (exact, backprop), the weights of a partition "
+            "(pnn), or those of a layer (neuroflux)."
+        ),
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="Smoothing of the true labels in the training loss."
@@ -166,134 +143,140 @@ class FitConfig:
     loss_chunk: PositiveInt | None = Field(
         default=None,
         description=(
-            "Rows (samples; tokens of text) for which the last layer and the loss are computed at once; chosen if not given: all "
-            "where their outputs are small."
+            "Rows (samples, or tokens of text) for which the last layer and the loss are computed at once; by default all of a "
+            "micro-batch, or fewer where the last layer is wide."
         ),
     )
     recovery_epochs: Annotated[int, Field(ge=0)] = Field(
         default=0,
-        description="Epochs after training in which some partitions learn on, exactly, through the others, which are frozen.",
+        description="Epochs after training in which some partitions learn on by exact gradients, through the others, which are frozen.",
     )
     recover: Recovering = Field(
         default=None,
-        description="Comma list of the partitions that learn in them, from 1, or all; all but the last if not given.",
+        description="Partitions that learn in the recovery epochs, by number from 1, separated by commas; by default all but the last.",
     )
     kappa: LearningRates = Field(
-        default=(10.0,), description="Scale of the synthetic intermediate labels, one number or one per boundary (pnn)."
+        default=(10.0,), description="Scale of the synthetic intermediate labels: one value, or one per boundary."
     )
     sil: Literal["uniform", "normal", "orthogonal", "sparse"] = Field(
         default="uniform",
         description=(
-            "How synthetic intermediate labels are drawn: uniform (the paper's), normal or orthogonal, all with the mean and the "
-            "deviation of kappa * U(0, 1); or sparse: a fifth of the elements kappa, the others 0, as a ReLU has it (pnn)."
+            "Distribution of the synthetic intermediate labels. uniform: kappa * U(0, 1), as in the paper. normal, orthogonal: with the "
+            "same mean and deviation. sparse: a fifth of the elements are kappa, the others 0, as after a ReLU."
         ),
     )
     sil_target: Literal["full", "pooled"] = Field(
         default="full",
         description=(
-            "What is compared with them: the boundary's tensors, or their means over positions: one value a channel, or a feature (pnn)."
+            "Outputs that the synthetic labels are compared with. full: a boundary's whole tensors. pooled: their means over positions, "
+            "one value per channel or feature."
         ),
     )
     parallel_sil: bool = Field(
         default=False,
         description=(
-            "Partitions learn independently of each other, from the labels of one boundary to those of the next; under torchrun side "
-            "by side, one process each (pnn)."
+            "Train partitions independently of each other, from the synthetic labels of one boundary to those of the next; under "
+            "torchrun side by side, one process each."
         ),
     )
     visits: Annotated[str, Field(pattern=r"^(sequential|interleaved|laps=[1-9]\d*)$")] = Field(
         default="sequential",
         description=(
-            "How blocks take turns (neuroflux): sequential: all epochs of one, then the next; laps=L: so L times over, with an L-th of "
-            "the epochs each; interleaved: macro-batch by macro-batch."
+            "Order in which blocks take turns. sequential: all epochs of one block, then the next. laps=L: the same L times over, with an "
+            "L-th of the epochs each. interleaved: macro-batch by macro-batch."
         ),
     )
     macro_batches: PositiveInt = Field(
         default=64,
         description=(
-            "Batches that go through a block before the next one takes them (--visits interleaved); of 512 samples with "
-            "--batch-size auto."
+            "Batches of a macro-batch, which go through one block before the next block takes them (--visits interleaved); with "
+            "--batch-size auto, batches of 512 samples."
         ),
     )
     views: PositiveInt = Field(
-        default=1, description="Augmented copies of a block's outputs that are kept, one epoch reading one of them (neuroflux)."
+        default=1,
+        description="Augmented copies of the training samples whose block outputs are kept; each epoch reads one of them.",
     )
     blocks: Literal["planner", "alike"] = Field(
         default="planner",
         description=(
-            "Where blocks are cut (neuroflux): planner: as few as fit with a good micro-batch; alike: neighbours that can take about "
-            "the same batch, as the paper has it."
+            "How blocks are found. planner: as few as fit with a good micro-batch. alike: neighbouring layers that can take about the "
+            "same batch size, as in the paper."
         ),
     )
     block_tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.5, description="How far the batches of a block's layers may differ, as a share of the largest (--blocks alike)."
+        default=0.5, description="Largest difference between batch sizes in a block, as a share of the largest (--blocks alike)."
     )
     heads: Literal["adaptive", "classic", "auglocal", "linear"] = Field(
         default="adaptive",
         description=(
-            "Auxiliary heads (neuroflux): adaptive has fewer filters where maps are large; classic has 256 everywhere; auglocal "
-            "copies the shapes of later layers; linear is a mean and a linear layer."
+            "Kind of auxiliary heads. adaptive: fewer filters where feature maps are large. classic: 256 filters everywhere. auglocal: "
+            "shaped like later layers. linear: mean and a linear layer."
         ),
     )
     exit_tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.01,
-        description="How far below the best exit's validation accuracy the chosen one may be, the smallest of them (neuroflux).",
+        description="How far below the best exit's validation accuracy the chosen exit may be; the smallest such exit is taken.",
     )
     activation_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
         default="float32",
         description=(
-            "What boundary activations are kept as on disk while partitions learn from them: float32 keeps them as they are; int8 has "
-            "a scale per channel or token (pnn, neuroflux)."
+            "Type of boundary activations on disk while partitions learn from them (pnn, neuroflux). float32: as they are. int8: with a "
+            "scale per channel or token."
         ),
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=0, description="Seed of the initial weights, the data order and all else that is random."
+        default=0, description="Seed of the initial weights, the data order and all other random choices."
     )
-    device: DeviceName = Field(default="auto", description="auto, cpu, cuda or cuda:INDEX; auto takes a GPU where there is one.")
+    device: DeviceName = Field(
+        default="auto", description="Training device: cpu, cuda or cuda:INDEX; auto takes a GPU where there is one."
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32",
         description=(
-            "What layers compute in: fp32, or PyTorch's autocast to bf16, or to fp16 with a loss scale that moves; weights and "
-            "their gradients stay float32."
+            "Mixed precision: type that layers compute in under PyTorch's autocast, fp16 with a dynamic loss scale; weights and their "
+            "gradients stay float32."
         ),
     )
     channels_last: bool = Field(
         default=False,
-        description="Maps (B, C, H, W) lie in memory position by position: convolutions may be faster, last bits differ.",
+        description="Keep feature maps (B, C, H, W) in channels-last memory format: convolutions may be faster; last bits differ.",
     )
     compile: bool = Field(
         default=False,
         description=(
-            "Run layers as code that PyTorch's compiler makes before training, once for all layers that are alike (CPU; needs a C++ "
+            "Compile layers with PyTorch's compiler before training, once for all layers with the same program (CPU; needs a C++ "
             "compiler); last bits differ."
         ),
     )
     budget_scope: Literal["process", "allocator"] = Field(
         default="process",
-        description="What the budget bounds on a GPU: all that the process holds, or PyTorch's allocator alone.",
+        description="What the budget bounds on a GPU: all device memory of the process, or that of PyTorch's allocator alone.",
     )
     max_host_mem: Size | None = Field(
         default=None, description="Bound on host memory above what the process starts with (GPU runs)."
     )
-    max_disk: Size | None = Field(default=None, description="Bound on the run directory's size on disk.")
-    commit_every: NotNegative = Field(default=60.0, description="Least seconds between two commits to the run directory.")
-    keep_commits: PositiveInt = Field(default=1, description="Commits kept on disk.")
+    max_disk: Size | None = Field(default=None, description="Bound on the size of the run's folder.")
+    commit_every: NotNegative = Field(
+        default=60.0, description="Least number of seconds between two commits to the run's folder."
+    )
+    keep_commits: PositiveInt = Field(default=1, description="Number of commits kept in the run's folder.")
     augment: Literal["none", "basic"] = Field(
-        default="none", description="basic: training images are cropped out of padded ones, and flipped, anew in every epoch."
+        default="none", description="Augmentation of training images. basic: random crops and flips, anew in every epoch."
     )
     log_every: PositiveInt = Field(default=100, description="Optimizer steps between two lines of metrics.jsonl.")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.1, description="Share of the training data kept for validation."
+        default=0.1, description="Share of the training data that is kept for validation."
     )
-    train_limit: PositiveInt | None = Field(default=None, description="Use at most this many training samples.")
-    test_limit: PositiveInt | None = Field(default=None, description="Use at most this many test samples.")
+    train_limit: PositiveInt | None = Field(default=None, description="Largest number of training samples to use.")
+    test_limit: PositiveInt | None = Field(default=None, description="Largest number of test samples to use.")
 
     def value_for(self, field: PerPartition, partition: int) -> Any:
-        """One partition's value of a field that may have one per partition.
+        """Return one partition's value of a field that may have one per partition.
 
         Args:
-            field: the field's name.
-            partition: from 0.
+            field: name of the field.
+            partition: number of the partition, from 0.
 
         Returns:
             The partition's own value, or the only one.
@@ -308,16 +291,19 @@ class FitConfig:
 
     @property
     def steps_wait(self) -> bool:
-        """Whether no partition of a sweep may step before all gradients are there: to clip their norm, or since any may overflow."""
-        return self.clip_norm is not None or self.precision == "fp16"
+        """Whether steps wait until all gradients of a batch are there: to clip their norm, or since any of them may overflow.
+
+        Layers that learn by losses of their own (neuroflux) are clipped one by one, and need not wait.
+        """
+        return (self.clip_norm is not None and self.method != "neuroflux") or self.precision == "fp16"
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Samples a step as far as they are known before the plan: with `auto` the most that it may choose."""
+        """Samples per step as far as they are known before the plan: with `auto` the most that it may choose."""
         return (LARGEST_AUTO_BATCH,) if self.batch_size == "auto" else self.batch_size
 
     def to_json(self) -> str:
-        """The configuration as JSON text, which `from_json` reads back."""
+        """Return the configuration as JSON text, which `from_json` reads back."""
         return json.dumps(TypeAdapter(FitConfig).dump_python(self, mode="json"), indent=1)
 
     @staticmethod
@@ -330,18 +316,20 @@ class FitConfig:
         try:
             return TypeAdapter(FitConfig).validate_json(text)
         except PydanticError as error:
-            faults = "; ".join(describe_fault(fault) if fault["loc"] else str(fault["msg"]) for fault in error.errors())
+            faults = "; ".join(
+                describe_fault(fault, field_names()) if fault["loc"] else str(fault["msg"]) for fault in error.errors()
+            )
             raise CheckpointError(
                 f"the run's config.json is not one that this version wrote ({faults}); resume with the version that wrote it"
             ) from None
 
 
 def recovering(config: FitConfig, num_partitions: int) -> tuple[int, ...]:
-    """The partitions that learn in the recovery epochs, from 0, ascending.
+    """Return the partitions that learn in the recovery epochs, from 0, ascending.
 
     Args:
-        config: the run's configuration.
-        num_partitions: of the plan.
+        config: options of the run.
+        num_partitions: partitions of the plan.
 
     Example:
         >>> recovering(FitConfig(max_gpu_mem="2GB", model="mlp:4-4-2", data="digits", recovery_epochs=1), num_partitions=3)
@@ -354,48 +342,16 @@ def recovering(config: FitConfig, num_partitions: int) -> tuple[int, ...]:
     return tuple(sorted({number - 1 for number in config.recover}))
 
 
-def flag(name: str) -> str:
-    """The command line's name of a field: `--max-gpu-mem` for `max_gpu_mem`."""
-    return "--" + name.replace("_", "-")
-
-
 def field_names() -> list[str]:
-    """The fields of `FitConfig`, in order."""
+    """Return the fields of `FitConfig`, in order."""
     return [field.name for field in dataclasses.fields(FitConfig)]
 
 
 def default_of(name: str) -> Any:
-    """What a field of `FitConfig` is where nobody gives it."""
+    """Return what a field of `FitConfig` is where nobody gives it.
+
+    Args:
+        name: name of the field.
+    """
     info: Any = next(field for field in dataclasses.fields(FitConfig) if field.name == name).default  # pydantic's
     return info.get_default(call_default_factory=True)
-
-
-def suggest(word: str, known: list[str]) -> str:
-    """A tail for an error message: `; did you mean 'x'?`, or nothing if no known word is near."""
-    near = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def describe_fault(fault: Any) -> str:
-    """One pydantic fault in the words of the command line."""
-    name = str(fault["loc"][0])
-    value = fault.get("input")
-    if fault["type"] == "missing":
-        example = {"max_gpu_mem": "2GB", "model": "mlp:64-256-10", "data": "digits"}[name]
-        return f"{flag(name)} is missing; give {flag(name)} {example}"
-    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"there is no option {flag(name)}{suggest(name, field_names())}"
-    if fault["type"] == "literal_error":
-        known = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
-        return f"{flag(name)} {value!r} is none of {', '.join(known)}{suggest(str(value), known)}"
-    cause = fault.get("ctx", {}).get("error")
-    if isinstance(cause, UnitError):
-        return f"{flag(name)}: {cause}"
-    if name == "device":
-        return f"--device {value!r} is none of auto, cpu, cuda, cuda:INDEX{suggest(str(value), ['auto', 'cpu', 'cuda'])}"
-    if fault["type"] == "bool_parsing":
-        return f"{flag(name)} {value!r} is none of yes, no"
-    if fault["type"] == "too_short":
-        return f"{flag(name)} {value!r} is empty; give one value, or one per partition"
-    message = str(fault["msg"]).replace("Input should be", "must be").replace("Value error, ", "")
-    return f"{flag(name)} {value!r}: {message[0].lower()}{message[1:]}"

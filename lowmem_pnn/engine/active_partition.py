@@ -1,4 +1,4 @@
-"""A stage: a resident partition and how it is worked on; how far its work is, and what was measured of it."""
+"""The active partition: the one that is resident, with everything that says how it is trained or run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,23 +12,23 @@ from lowmem_pnn.model.precision import LossScale
 
 @dataclass
 class ActivePartition:
-    """A resident partition and how it is worked on.
+    """The partition that is resident, and how it is trained or run.
 
     Args:
-        number: the partition's, in the plan.
-        title: for messages: its number and layers.
-        residency: loaded.
-        objective: prepared.
-        batch_size: samples a step.
-        micro_batch: samples on the device at once; halves when they do not fit.
-        smallest_micro_batch: what the modules accept at least.
-        is_last: whether its outputs are class scores.
-        learning_rate: of a step, counted from 0.
-        loss_scale: moved on with every step.
-        clip_norm: norm that the partition's gradients are scaled down to, or None.
+        number: number of the partition in the plan, from 0.
+        title: number and layers of the partition, for messages.
+        residency: loaded tensors.
+        objective: prepared objective.
+        batch_size: samples per optimizer step.
+        micro_batch: samples on the device at once; halved when they do not fit.
+        smallest_micro_batch: samples that the modules accept at least.
+        is_last: whether the partition's outputs are class scores.
+        learning_rate: learning rate of a step, which is counted from 0.
+        loss_scale: factor on the loss, moved on with every step.
+        clip_norm: norm that gradients are scaled down to (of each layer, where each learns by a loss of its own), or None.
         chunk_rows: rows for which the last layer and the loss are computed at once, or None for all.
-        shuffle: every epoch has an order of its own.
-        steps_in_backward: layers step as soon as their gradients are whole, where a batch goes through at once.
+        shuffle: whether every epoch has an order of its own.
+        steps_in_backward: whether layers step as soon as their gradients are complete, where a batch goes through at once.
     """
 
     number: int
@@ -47,11 +47,26 @@ class ActivePartition:
     steps_in_backward: bool = True
 
     @cached_property
-    def late(self) -> frozenset[str]:
-        """Parameters whose gradients come from more than one backward of a micro-batch."""
+    def after_backward(self) -> frozenset[str]:
+        """Names of the parameters whose gradients come from more than one backward of a micro-batch."""
         return after_backward_names(
             self.residency.layers,
             self.residency.name_of,
             per_layer_loss=self.objective.per_layer_loss,
             in_chunks=self.is_last and self.chunk_rows is not None,
         )
+
+    def train(self) -> None:
+        """Bring the modules into train mode."""
+        for layer in self.residency.layers:
+            layer.module.train()
+
+    def eval(self) -> None:
+        """Bring the modules into eval mode."""
+        for layer in self.residency.layers:
+            layer.module.eval()
+
+    def drop_gradients(self) -> None:
+        """Free the gradients of all parameters that learn."""
+        for parameter in self.residency.trainable.values():
+            parameter.grad = None

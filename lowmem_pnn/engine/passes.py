@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowmem_pnn.device import Device
 from lowmem_pnn.methods import Labels, Objective
-from lowmem_pnn.model.chain import Layer
+from lowmem_pnn.model.layer import Layer
 
 _T = TypeVar("_T")
 
@@ -30,24 +30,6 @@ def to_device_aligned(device: Device, tensor: Tensor) -> Tensor:
     if device.shares_host and tensor.data_ptr() % _ALIGNMENT:
         tensor = tensor.clone()
     return device.to_device(tensor)
-
-
-def micro_batches(total: int, size: int, smallest: int) -> Sequence[slice]:
-    """Cut a batch into micro-batches of `size`; a rest that would be under `smallest` joins the one before it.
-
-    Args:
-        total: samples in the batch.
-        size: samples in a micro-batch.
-        smallest: what the modules accept at least.
-
-    Example:
-        >>> [part.stop - part.start for part in micro_batches(9, 4, smallest=2)]
-        [4, 5]
-    """
-    starts = list(range(0, total, size))
-    if len(starts) > 1 and total - starts[-1] < smallest:
-        starts.pop()
-    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], total], strict=True)]
 
 
 def forward(layers: Sequence[Layer], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

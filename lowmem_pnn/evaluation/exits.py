@@ -1,8 +1,8 @@
 """Early exits: how good and how fast each is, which one is taken, and the model that ends there.
 
-x --[unit 1]--[unit 2]--[unit 3]-- scores        the whole model
-                  |
-                head 2 -- scores                 exit 2: units 1 and 2, and a head
+x --[layer 1]--[layer 2]--[layer 3]-- scores        the whole model
+                   |
+                 head 2 -- scores                   exit 2: layers 1 and 2, and a head
 """
 
 import statistics
@@ -13,22 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.model.chain import Chain, is_of_head
+from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.run.run import Run
 
 HEADS_FILE = "heads.safetensors"
-"""In a run's folder: the trained heads."""
+"""Name of the file of trained heads in a run's folder."""
 
 _REPEATS = 3
 _MOST_SAMPLES = 64
 
 
 def choose_exit(accuracies: Sequence[float], tolerance: float) -> int:
-    """The smallest prefix that is nearly as good as the best.
+    """Choose the smallest prefix of the model that is nearly as good as the best.
 
     Args:
-        accuracies: of every exit on the validation split, the whole model's last.
-        tolerance: how far below the best it may be.
+        accuracies: accuracy of every exit on the validation split, the whole model's last.
+        tolerance: how far below the best accuracy the chosen exit's may be.
 
     Returns:
         The number of the exit, from 0.
@@ -42,18 +43,23 @@ def choose_exit(accuracies: Sequence[float], tolerance: float) -> int:
 
 
 def chosen_exit(exits: Sequence[Mapping[str, Any]], tolerance: float) -> int | None:
-    """The number, from 1, that `choose_exit` gives for what `describe_exits` gave; None where none was validated."""
+    """Return the number, from 1, of the exit that `choose_exit` takes; None where none was validated.
+
+    Args:
+        exits: what `describe_exits` gave.
+        tolerance: as for `choose_exit`.
+    """
     accuracies = [exit["val_accuracy"] for exit in exits]
     return None if not exits or None in accuracies else 1 + choose_exit(accuracies, tolerance)
 
 
 def head_names(chain: Chain) -> list[str]:
-    """The names of all heads' tensors."""
+    """Return the names of all heads' tensors."""
     return [name for layer in chain.layers for name in (*layer.parameters(), *layer.buffers()) if is_of_head(name)]
 
 
 def num_parameters(chain: Chain, number: int) -> int:
-    """Elements of the parameters of the model that ends at an exit: its layers, and its head."""
+    """Count the elements of the parameters of the model that ends at an exit: its layers, and its head."""
     body = {
         id(p): p.numel() for layer in chain.layers[: number + 1] for name, p in layer.parameters().items() if not is_of_head(name)
     }
@@ -62,49 +68,49 @@ def num_parameters(chain: Chain, number: int) -> int:
 
 
 def throughputs(run: Run) -> list[float]:
-    """Samples a second through the model that ends at each exit, in eval mode; one partition is resident at a time.
+    """Measure samples per second through the model that ends at each exit, in eval mode; one partition is resident at a time.
 
     Args:
-        run: trained.
+        run: a trained run.
     """
     bodies, heads = [], []
     for number, part in enumerate(run.plan.partitions):
-        stage = run.stage(number, learns=False)
+        active = run.partitions.load(number, learns=False)
         try:
-            samples = min(stage.micro_batch, _MOST_SAMPLES)
+            samples = min(active.micro_batch, _MOST_SAMPLES)
             specs = run.workload.chain.boundaries[part.start]
-            device = run.device.torch_device
+            device = run.session.device.torch_device
             tensors = tuple(torch.zeros(samples, *spec.shape, dtype=spec.dtype, device=device) for spec in specs)
             with torch.no_grad():
-                for layer in stage.residency.layers:
+                for layer in active.residency.layers:
                     layer.module.eval()
                     outputs = layer(*tensors)
                     bodies.append(_seconds(run, layer, tensors) / samples)
                     heads.append(0.0 if layer.head is None else _seconds(run, layer.scores, (outputs,)) / samples)
                     tensors = outputs
         finally:
-            stage.residency.unload()
+            active.residency.unload()
     return [1 / (sum(bodies[: number + 1]) + head) for number, head in enumerate(heads)]
 
 
 def _seconds(run: Run, work: Callable[..., object], arguments: tuple[Any, ...]) -> float:
-    """What a call takes: the median of a few."""
+    """Time a call: the median of a few, in seconds."""
     times = []
     for _ in range(_REPEATS):
-        run.device.synchronize()
+        run.session.device.synchronize()
         began = time.perf_counter()
         work(*arguments)
-        run.device.synchronize()
+        run.session.device.synchronize()
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 
 
 def describe_exits(run: Run, test_accuracies: Sequence[float | None]) -> list[dict[str, Any]]:
-    """What `result.json` says of every exit.
+    """Return what `result.json` says of every exit.
 
     Args:
-        run: trained, by units.
-        test_accuracies: of every exit, or None where there is no test data.
+        run: a trained run whose layers learnt by losses of their own.
+        test_accuracies: accuracy of every exit on the test data, or None where there is no test data.
     """
     validated = [accuracy for record in run.state.records for accuracy in record.unit_val_accuracies]
     chain, speeds = run.workload.chain, throughputs(run)
@@ -125,8 +131,8 @@ class ExitModel(nn.Module):
     """The model up to an exit, as one module: (B, ...) samples to (B, classes) scores.
 
     Args:
-        chain: with its tensors.
-        number: of the exit, from 0.
+        chain: the model, with its tensors.
+        number: number of the exit, from 0.
     """
 
     def __init__(self, chain: Chain, number: int) -> None:
@@ -141,7 +147,7 @@ class ExitModel(nn.Module):
                 delattr(layer.module, container)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores."""
+        """Return class scores."""
         tensors: tuple[Tensor, ...] = (x,)
         for module in self.body:
             tensors = module(*tensors)

@@ -1,4 +1,4 @@
-"""Measuring: samples through all partitions of a model, one after the other, in eval mode."""
+"""Samples through all partitions of a model, one after the other, in eval mode: validation, and any other measure of outputs."""
 
 import math
 import shutil
@@ -26,33 +26,37 @@ def measure(
     consume: Callable[[_T], None],
     *,
     may_stop: bool = True,
-    on_partition: Callable[[ActivePartition, Loader], None] = lambda stage, loader: None,
+    on_partition: Callable[[ActivePartition, Loader], None] = lambda active, loader: None,
 ) -> None:
     """Send one part of the data through all partitions, one after the other, in eval mode.
 
     Args:
-        run: nothing of it is resident.
-        split: which part.
+        run: the run, with no partition resident.
+        split: part of the data.
         work: what to do with outputs, on the device, and labels, on the host; done again where memory runs out in it.
         consume: takes what `work` gave, once for every sample.
-        may_stop: the run is at a commit, and can end here if it is asked to.
+        may_stop: whether the run is at a commit, and can end here if it is asked to.
         on_partition: called with every partition that is resident, and its samples.
     """
+    partitions = run.partitions
     folders: list[Path] = []
     for visit in evaluation(len(run.plan.partitions), split):
-        stage = run.stage(visit.partition, learns=False)
+        active = partitions.load(visit.partition, learns=False)
         try:
             with ExitStack() as stack:
-                loader = run.loader(stack, visit.partition, visit.split, folders[-1] if folders else None)
-                on_partition(stage, loader)
-                if stage.is_last:
-                    run.executor.forward(stage, loader, work, consume)
+                loader = partitions.loader(stack, visit.partition, visit.split, folders[-1] if folders else None)
+                on_partition(active, loader)
+                if active.is_last:
+                    partitions.executor.forward(active, loader, work, consume)
                 else:
-                    folders.append(run.activations / f"b{visit.partition + 1:02d}-{visit.split}-measured")
-                    run.write(stage, loader, folders[-1], may_stop=may_stop)
+                    folders.append(run.commits.activations / f"b{visit.partition + 1:02d}-{visit.split}-measured")
+                    if may_stop:
+                        partitions.write_outputs(active, loader, folders[-1], on_micro_batch=run.commits.stop_if_asked)
+                    else:
+                        partitions.write_outputs(active, loader, folders[-1])
         finally:
-            stage.residency.unload()
-        for folder in folders[:-1] if not stage.is_last else folders:
+            active.residency.unload()
+        for folder in folders[:-1] if not active.is_last else folders:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -60,42 +64,40 @@ def validate(run: Run, where: str) -> None:
     """Measure the whole model on the validation split, into the last partition's record.
 
     Args:
-        run: with no partition resident.
-        where: for the message of what it raises.
+        run: the run, with no partition resident.
+        where: what was trained, for the message of an error.
 
     Raises:
         DivergedError: the loss is not finite.
     """
     tally = Tally()
-    objective = run.workload.objective(run.plan, len(run.plan.partitions) - 1)
-    objective.prepare(run.device.torch_device)
+    objective = run.workload.objective(run.plan, run.partitions.last)
+    device = run.session.device
+    objective.prepare(device.torch_device)
 
     def work(outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[float, int, int | None]:
-        labels = run.device.to_device(labels)
+        labels = device.to_device(labels)
         return float(objective.loss(outputs, labels)), labels.numel(), objective.num_correct(outputs, labels)
 
-    def of_units(stage: ActivePartition, loader: Loader) -> None:
-        if stage.objective.per_layer_loss:
-            tallies = run.executor.measure(stage, loader)
-            record = run.state.records[stage.number]
-            record.val_loss, record.val_accuracy = tallies[-1].loss, tallies[-1].accuracy
-            record.unit_val_accuracies = [tally.accuracy or 0.0 for tally in tallies]
+    def measure_layers(active: ActivePartition, loader: Loader) -> None:
+        if active.objective.per_layer_loss:
+            tallies = run.partitions.executor.measure(active, loader)
+            run.record_validation(active.number, tallies[-1], tallies)
 
-    measure(run, "val", work, lambda counts: tally.add(*counts), may_stop=False, on_partition=of_units)
+    measure(run, "val", work, lambda counts: tally.add(*counts), may_stop=False, on_partition=measure_layers)
     check_validation(tally, where)
-    record = run.state.records[-1]
-    record.val_loss, record.val_accuracy = tally.loss, tally.accuracy
+    run.record_validation(run.partitions.last, tally)
 
 
 def check_validation(measured: Tally, where: str) -> None:
     """Refuse a validation loss that is not finite.
 
     Args:
-        measured: of the split.
-        where: for the message.
+        measured: loss over the validation split.
+        where: what was trained, for the message.
 
     Raises:
-        DivergedError: it is not.
+        DivergedError: it is not finite.
     """
     if not math.isfinite(measured.loss):
         raise DivergedError(f"the validation loss became {measured.loss} in {where}; the last commit is kept; try a lower --lr")

@@ -1,113 +1,215 @@
-"""The logbook: lines of `metrics.jsonl` about steps and epochs."""
+"""Metrics: what a run has taken and reached so far, by partition and in all, and the lines of `metrics.jsonl`."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lowmem_pnn.engine.stalls import shares
+from lowmem_pnn.engine.stalls import Stalls, shares
+from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.methods import Sweep, Visit
-from lowmem_pnn.run.run import Run
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.run.macs import macs_until
+from lowmem_pnn.run.session import Session
+from lowmem_pnn.run.state import State
+from lowmem_pnn.units import format_bytes
+from lowmem_pnn.workload import Workload
 
 
 class EpochTimer:
-    """How fast an epoch goes; made when it begins.
+    """How fast an epoch goes; made when the epoch begins.
 
     Args:
-        run: that it is of.
-        num_done: samples of it that were done before.
+        stalls: counter of the time spent waiting.
+        num_done: samples of the epoch that an earlier process has done.
     """
 
     samples_per_second = 0.0
     waiting: Mapping[str, float] = {}
-    """What part of the time nothing was computed, by what was waited for."""
+    """Share of the time in which nothing was computed, by what was waited for."""
 
-    def __init__(self, run: Run, num_done: int) -> None:
+    def __init__(self, stalls: Stalls, num_done: int) -> None:
         self._began, self._num_done = time.monotonic(), num_done
-        self._stalls = run.threads.stalls
-        self._waited = self._stalls.seconds()
+        self._stalls = stalls
+        self._waited = stalls.seconds()
 
     def end(self, num_samples: int) -> None:
-        """The epoch is over.
+        """Take the time at the epoch's end.
 
         Args:
-            num_samples: of it that were done, those before included.
+            num_samples: samples of the epoch that were done, those of an earlier process included.
         """
         seconds = max(time.monotonic() - self._began, 1e-9)
         self.samples_per_second = (num_samples - self._num_done) / seconds
         self.waiting = shares(self._waited, self._stalls.seconds(), seconds)
 
 
-def log_step(run: Run, action: str, epoch: int, steps_done: int, loss: float | None, rate: Callable[[int], float]) -> None:
-    """A step, where it is one to be logged.
+class Metrics:
+    """Keeps the records of a run's state up to date, and writes `metrics.jsonl`.
 
     Args:
-        run: whose file it goes to.
-        action: `learn` or `sweep`.
-        epoch: finished ones before it.
-        steps_done: optimizer steps, this one included.
-        loss: of its batch; None if that was left out.
-        rate: gives the learning rate of a step, counted from 0.
+        session: the process's side of the run.
+        workload: model, data and method.
+        plan: partitions of the model.
+        program: visits and sweeps of the run.
+        state: state of the run, whose records and totals are changed.
     """
-    if steps_done % run.workload.config.log_every:
-        return
-    line: dict[str, Any] = {
-        "visit": run.state.visit,
-        "action": action,
-        "epoch": epoch + 1,
-        "step": steps_done,
-        "loss": loss,
-        "lr": rate(steps_done - 1),
-        **run.totals(),
-    }
-    run.rundir.log(line)
 
+    def __init__(self, session: Session, workload: Workload, plan: Plan, program: Sequence[Visit | Sweep], state: State) -> None:
+        self._session = session
+        self._workload = workload
+        self._plan = plan
+        self._program = program
+        self._state = state
+        # The partition whose visit is under way, when its record was last brought up to date, and what had been waited for by then.
+        self._recording: tuple[int, float, dict[str, float]] | None = None
+        # Totals of earlier processes of this run; what this one adds comes on top.
+        self._earlier = (state.seconds, state.bytes_read, state.bytes_written, state.peak_bytes, state.host_peak_bytes)
 
-def log_epoch(run: Run, item: Visit | Sweep, partition: int, micro_batch: int, pace: EpochTimer) -> None:
-    """An epoch of a partition, or of a sweep; shown to people too.
+    # Records of partitions.
 
-    Args:
-        run: whose file it goes to.
-        item: the visit or sweep.
-        partition: whose record tells the losses.
-        micro_batch: samples on the device at once.
-        pace: of the epoch, which is over.
-    """
-    record, device = run.state.records[partition], run.device
-    line: dict[str, Any] = {
-        "visit": run.state.visit,
-        "action": item.action if isinstance(item, Visit) else "sweep",
-        "partition": partition,
-        "epoch": run.state.progress.epoch,
-        "train_loss": record.train_loss,
-        "val_loss": record.val_loss,
-        "val_accuracy": record.val_accuracy,
-        "samples_per_second": pace.samples_per_second,
-        "waiting": pace.waiting,
-        "micro_batch": micro_batch,
-        "used_bytes": device.used_bytes(),
-        "peak_bytes": device.section_peak_bytes() if isinstance(item, Visit) else device.peak_bytes,
-        **run.totals(),
-    }
-    run.rundir.log(line)
-    run.display.end_epoch(line)
+    def begin_record(self, partition: int) -> None:
+        """Count time and peak for a partition from now on, since its visit begins.
 
+        Args:
+            partition: number of the partition.
+        """
+        self.update_record()
+        device = self._session.device
+        device.set_expected_peak(self._plan.partitions[partition].predicted_peak_bytes)
+        device.begin_section()
+        self._recording = partition, time.monotonic(), self._session.threads.stalls.seconds()
 
-def log_joint_epoch(run: Run, epoch: int) -> None:
-    """An epoch of all partitions in turns, a line for each.
+    def update_record(self) -> None:
+        """Bring the record of the partition whose visit is under way up to now."""
+        if self._recording is None:
+            return
+        partition, since, waited = self._recording
+        record, now, stalls = self._state.records[partition], time.monotonic(), self._session.threads.stalls.seconds()
+        record.seconds += now - since
+        record.waited = {kind: record.waited.get(kind, 0.0) + stalls[kind] - waited[kind] for kind in stalls}
+        record.peak_bytes = max(record.peak_bytes, self._session.device.section_peak_bytes())
+        self._recording = partition, now, stalls
 
-    Args:
-        run: whose file it goes to.
-        epoch: finished ones, this one included.
-    """
-    for number, record in enumerate(run.state.records):
-        line = {
-            "visit": run.state.visit,
-            "action": "learn",
-            "partition": number,
-            "epoch": epoch,
-            "train_loss": record.train_loss,
-            "val_loss": record.val_loss,
-            "val_accuracy": record.val_accuracy,
-            **run.totals(),
+    def end_record(self) -> None:
+        """Bring the record up to now, and stop counting, since the visit is over."""
+        self.update_record()
+        self._recording = None
+
+    def drop_record(self) -> None:
+        """Stop counting without a record, since the visit did not happen."""
+        self._recording = None
+
+    # Totals of the run.
+
+    def update_totals(self) -> None:
+        """Bring times, bytes and peaks of the state up to now."""
+        state, device, (_, _, _, peak, host_peak) = self._state, self._session.device, self._earlier
+        totals = self.totals()
+        state.seconds, state.bytes_read, state.bytes_written = totals["seconds"], totals["bytes_read"], totals["bytes_written"]
+        state.peak_bytes = max(peak, device.peak_bytes)
+        state.host_peak_bytes = max(host_peak, device.host_peak_bytes)
+
+    def totals(self) -> dict[str, Any]:
+        """Return MACs, bytes and seconds so far, over all processes of the run: a part of every line of `metrics.jsonl`."""
+        seconds, read, written, _, _ = self._earlier
+        session, state, samples = self._session, self._state, len(self._workload.splits["train"])
+        done = 0
+        if state.visit < len(self._program):
+            item = self._program[state.visit]
+            batch = item.batch_size if isinstance(item, Sweep) else self._plan.partitions[item.partition].batch
+            done = min(samples, state.progress.batch * batch)
+        return {
+            "macs": macs_until(self._program, self._plan, samples, state.visit, state.progress.epoch, done),
+            "bytes_read": read + session.counter.bytes_read,
+            "bytes_written": written + session.counter.bytes_written,
+            "seconds": seconds + time.monotonic() - session.began,
         }
-        run.rundir.log(line)
+
+    def after_batch(self, title: str) -> None:
+        """Show where the run is, and hold the host's memory against its bound.
+
+        Args:
+            title: what learns, in words.
+
+        Raises:
+            BudgetError: the host's memory is above `--max-host-mem`.
+        """
+        device, limit = self._session.device, self._workload.config.max_host_mem
+        self._session.display.advance(self._state.progress.tally.num_samples, device.used_bytes(), device.budget_bytes)
+        if limit is not None and (peak := device.host_peak_bytes) > limit:
+            raise BudgetError(
+                f"{format_bytes(peak)} of host memory were in use in {title}, above --max-host-mem {format_bytes(limit)}; "
+                "give more, or a smaller --batch-size"
+            )
+
+    # Lines of `metrics.jsonl`.
+
+    def epoch_timer(self) -> EpochTimer:
+        """Return a timer of the epoch that begins, or goes on, now."""
+        return EpochTimer(self._session.threads.stalls, self._state.progress.tally.num_samples)
+
+    def log_step(self, action: str, epoch: int, steps_done: int, loss: float | None, rate: Callable[[int], float]) -> None:
+        """Log a step, if it is one of every `--log-every`.
+
+        Args:
+            action: `learn` or `sweep`.
+            epoch: finished epochs before it.
+            steps_done: optimizer steps, this one included.
+            loss: loss of its batch; None if the batch was left out.
+            rate: gives the learning rate of a step, counted from 0.
+        """
+        if steps_done % self._workload.config.log_every:
+            return
+        self._log({"action": action, "epoch": epoch + 1, "step": steps_done, "loss": loss, "lr": rate(steps_done - 1)})
+
+    def log_epoch(self, action: str, partition: int, micro_batch: int, timer: EpochTimer) -> None:
+        """Log an epoch of a partition, or of a sweep, and show it.
+
+        Args:
+            action: `learn` or `sweep`.
+            partition: number of the partition whose record tells the losses.
+            micro_batch: samples on the device at once.
+            timer: timer of the epoch, which is over.
+        """
+        device = self._session.device
+        line = self._log(
+            {
+                "action": action,
+                "partition": partition,
+                "epoch": self._state.progress.epoch,
+                **self._scores_of(partition),
+                "samples_per_second": timer.samples_per_second,
+                "waiting": timer.waiting,
+                "micro_batch": micro_batch,
+                "used_bytes": device.used_bytes(),
+                "peak_bytes": device.section_peak_bytes() if action == "learn" else device.peak_bytes,
+            }
+        )
+        self._session.display.end_epoch(line)
+
+    def log_joint_epoch(self, epoch: int) -> None:
+        """Log an epoch in which all partitions took turns, a line for each.
+
+        Args:
+            epoch: finished epochs, this one included.
+        """
+        for number in range(len(self._state.records)):
+            self._log({"action": "learn", "partition": number, "epoch": epoch, **self._scores_of(number)})
+
+    def log_emit(self, visit: Visit) -> None:
+        """Log that a partition's outputs were written.
+
+        Args:
+            visit: the visit that wrote them.
+        """
+        self._log({"action": visit.action, "partition": visit.partition, "split": visit.split})
+
+    def _scores_of(self, partition: int) -> dict[str, float | None]:
+        record = self._state.records[partition]
+        return {"train_loss": record.train_loss, "val_loss": record.val_loss, "val_accuracy": record.val_accuracy}
+
+    def _log(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Write a line, with the visit before it and the totals after it, and return it."""
+        whole = {"visit": self._state.visit, **line, **self.totals()}
+        self._session.rundir.log(whole)
+        return whole

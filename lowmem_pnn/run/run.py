@@ -1,434 +1,216 @@
-"""A run: a workload in its directory, with everything that training it needs at hand, and commits that it can be resumed from."""
+"""A run in its directory: where it is in its method's program, and the only place that changes its state."""
 
 import gc
-import shlex
-import shutil
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+import json
+from collections.abc import Sequence
 
-import torch
-
-from lowmem_pnn.device import Device
-from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.executor import Executor
-from lowmem_pnn.engine.loaders import DatasetLoader, Loader, ShardLoader, SyntheticLabelLoader
-from lowmem_pnn.engine.residency import Residency
-from lowmem_pnn.engine.worker_threads import WorkerThreads
-from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, DivergedError, Stopped
-from lowmem_pnn.methods import Sweep, SyntheticLabels, share_of
-from lowmem_pnn.methods.base import SplitName
+from lowmem_pnn.engine.micro_batches import halved
+from lowmem_pnn.engine.tally import EpochProgress, Tally
+from lowmem_pnn.errors import BudgetError
+from lowmem_pnn.methods import Sweep, Visit, share_of
+from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.reporting.progress import Display
-from lowmem_pnn.run.macs import macs_until
-from lowmem_pnn.run.state import State
-from lowmem_pnn.stores import disk
-from lowmem_pnn.stores.activations import ActivationStore, ActivationWriter
-from lowmem_pnn.stores.disk import IoCounter
-from lowmem_pnn.stores.encoding import KeptAs, OverflowFault
-from lowmem_pnn.stores.run_directory import RunDirectory
+from lowmem_pnn.run.commits import Commits
+from lowmem_pnn.run.metrics import Metrics
+from lowmem_pnn.run.partitions import Partitions
+from lowmem_pnn.run.session import Session
+from lowmem_pnn.run.state import PartitionRecord, RunStatus, State
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
-
-Save = Callable[[], Sequence[int]]
-"""Brings the present weights into working files, and says which partitions' files changed since the last commit."""
-
-
-def nothing_changed() -> Sequence[int]:
-    """No weights moved."""
-    return ()
 
 
 class Run:
     """A run in its directory.
 
     Args:
-        workload: what is trained.
-        plan: how it is cut.
-        device: open.
-        rundir: locked by this process.
-        weights: the run's, at the state of the last commit.
-        state: of the last commit.
-        threads: for reading ahead and writing behind.
-        counter: counts every byte read and written.
-        display: told what happens.
-        should_stop: asked after every batch; when it says so the run commits and raises `Stopped`.
-        began: when the process did, on the monotonic clock.
+        session: the process's side of the run.
+        workload: model, data and method.
+        plan: partitions of the model.
+        weights: weight files of the run, as of the last commit.
+        state: state of the run, as of the last commit; it changes through the run alone.
+
+    `partitions` loads and saves them, `metrics` counts and logs, `commits` makes the state durable.
     """
 
-    def __init__(
-        self,
-        workload: Workload,
-        plan: Plan,
-        device: Device,
-        rundir: RunDirectory,
-        weights: WeightStore,
-        state: State,
-        threads: WorkerThreads,
-        counter: IoCounter,
-        display: Display,
-        should_stop: Callable[[], bool] = lambda: False,
-        began: float | None = None,
-    ) -> None:
+    def __init__(self, session: Session, workload: Workload, plan: Plan, weights: WeightStore, state: State) -> None:
+        self.session = session
         self.workload = workload
         self.plan = plan
-        self.device = device
-        self.rundir = rundir
         self.weights = weights
         self.state = state
-        self.threads = threads
-        self.counter = counter
-        self.display = display
-        program = workload.method.program(len(plan.partitions), workload.training_splits)
-        self.program = share_of(program, state.rank, state.ranks)
-        self.executor = Executor(device, workload.config.seed, self._note_shrink, threads.stalls)
-        self._should_stop = should_stop
-        self._io = BufferSizes.of_budget(workload.config.max_gpu_mem)
-        self._pending: Future[None] | None = None
-        self._once_named = {
-            folder for body in (state.to_journal(), *rundir.older_journals()) for folder in body["activations"].values()
-        }
-        # Stores that some commit has named, which only the end of that commit may delete; and partitions kept since the last one.
-        self._promised = set(self._once_named)
-        self._kept: set[int] = set()
-        # The partition whose visit is under way, when its record was last brought up to date, and what had been waited for by then.
-        self._recording: tuple[int, float, dict[str, float]] | None = None
-        # Totals of earlier processes of this run; what this one adds comes on top.
-        self._earlier = (state.seconds, state.bytes_read, state.bytes_written, state.peak_bytes, state.host_peak_bytes)
-        self._last_commit = time.monotonic()
-        self._began = self._last_commit if began is None else began
+        whole_program = workload.method.program(len(plan.partitions), workload.training_splits)
+        self.program = share_of(whole_program, state.rank, state.ranks)
+        executor = Executor(session.device, workload.config.seed, self._note_shrink, session.threads.stalls)
+        self.partitions = Partitions(session, workload, plan, weights, state, executor)
+        self.metrics = Metrics(session, workload, plan, self.program, state)
+        self.commits = Commits(session, workload.config, weights, state, self.metrics)
 
-    # Commits.
-
-    def commit(self, save: Save = nothing_changed) -> None:
-        """Make the present state the one to resume from. Syncing and hashing go on in the background.
-
-        Args:
-            save: brings weights that moved since the last commit into working files.
-        """
-        self.wait()
-        self.update_record()
-        changed = sorted({*save(), *self._kept})
-        self._kept.clear()
-        self.weights.freeze(changed)
-        self.update_totals()
-        self.state.number += 1
-        self.state.metrics_bytes = self.rundir.metrics_bytes()
-        journal = self.state.to_journal()
-        self._promised.update(journal["activations"].values())
-        self._pending = self.threads.commit.submit(self._finish_commit, journal, changed)
-        self._last_commit = time.monotonic()
-
-    def keep(self, save: Save) -> None:
-        """Bring weights into working files now, for the next commit to take them up.
-
-        Args:
-            save: what brings them there.
-        """
-        self._kept.update(save())
-
-    def drop_store(self, name: str) -> None:
-        """Delete a store of activations that no commit names; one that a commit names goes when that does.
-
-        Args:
-            name: of its folder.
-        """
-        if name not in self._promised:
-            shutil.rmtree(self.activations / name, ignore_errors=True)
-
-    def maybe_commit(self, save: Save) -> None:
-        """Commit if it is time to, or if the run is to stop.
-
-        Raises:
-            Stopped: it was asked to; everything up to now is committed.
-        """
-        if self._should_stop():
-            self.commit(save)
-            self.stop_if_asked()
-        if time.monotonic() - self._last_commit >= self.workload.config.commit_every:
-            self.commit(save)
-
-    def stop_if_asked(self) -> None:
-        """End the run if it was asked to.
-
-        Raises:
-            Stopped: it was.
-        """
-        if self._should_stop():
-            self.wait()
-            folder = shlex.quote(str(self.rundir.path))
-            raise Stopped(f"stopped; lowmem-pnn fit --resume --workdir {folder} goes on from the last commit")
-
-    def wait(self) -> None:
-        """Wait until the last commit is durable."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
-
-    def go_back(self) -> None:
-        """Return to the last commit: what was trained since then did not happen. Nothing may be resident."""
-        self.wait()
-        self.weights.rollback()
-        self._kept.clear()
-        commit = State.from_journal(self.rundir.journal())
-        self.state.go_back_to(commit)
-        self.rundir.cut_metrics(commit.metrics_bytes)
-        self._recording = None
-
-    def _finish_commit(self, journal: dict[str, Any], changed: Sequence[int]) -> None:
-        if changed:
-            journal["weights"] = self.state.weights = self.weights.seal(changed)
-        kept = self.rundir.commit(journal, self.workload.config.keep_commits)
-        # Deleted only now that no journal names it.
-        self.weights.discard_obsolete([body["weights"] for body in kept if body["weights"]])
-        named = {folder for body in kept for folder in body["activations"].values()}
-        # Only what a commit has named: other stores are being written for the next one meanwhile.
-        for folder in self._once_named - named:
-            shutil.rmtree(self.activations / folder, ignore_errors=True)
-        self._once_named = named
-        disk.commit_point("discarded")
-        limit = self.workload.config.max_disk
-        if limit is not None and journal["stage"] != "done" and (found := self.rundir.disk_bytes()) > limit:
-            raise DiskError(f"the run takes {format_bytes(found)} on disk, above --max-disk {format_bytes(limit)}; give more")
-
-    # Totals and records.
-
-    def begin_record(self, partition: int) -> None:
-        """A visit of a partition begins: its time and its peak are the partition's from now on."""
-        self.update_record()
-        self.device.expect(self.plan.partitions[partition].predicted_peak_bytes)
-        self.device.begin_section()
-        self._recording = partition, time.monotonic(), self.threads.stalls.seconds()
-
-    def update_record(self) -> None:
-        """Bring the record of the present visit up to now."""
-        if self._recording is not None:
-            partition, since, waited = self._recording
-            record, now, stalls = self.state.records[partition], time.monotonic(), self.threads.stalls.seconds()
-            record.seconds += now - since
-            record.waited = {kind: record.waited.get(kind, 0.0) + stalls[kind] - waited[kind] for kind in stalls}
-            record.peak_bytes = max(record.peak_bytes, self.device.section_peak_bytes())
-            self._recording = partition, now, stalls
-
-    def end_record(self) -> None:
-        """The visit is over."""
-        self.update_record()
-        self._recording = None
-
-    def update_totals(self) -> None:
-        """Bring times, bytes and peaks of the state up to now."""
-        state, (_, _, _, peak, host_peak) = self.state, self._earlier
-        totals = self.totals()
-        state.seconds, state.bytes_read, state.bytes_written = totals["seconds"], totals["bytes_read"], totals["bytes_written"]
-        state.peak_bytes = max(peak, self.device.peak_bytes)
-        state.host_peak_bytes = max(host_peak, self.device.host_peak_bytes)
-
-    def totals(self) -> dict[str, Any]:
-        """Computation, bytes and seconds so far, over all processes of the run: for `metrics.jsonl`."""
-        seconds, read, written, _, _ = self._earlier
-        state, samples = self.state, len(self.workload.splits["train"])
-        done = 0
-        if state.visit < len(self.program):
-            item = self.program[state.visit]
-            batch = item.batch_size if isinstance(item, Sweep) else self.plan.partitions[item.partition].batch
-            done = min(samples, state.progress.batch * batch)
-        return {
-            "macs": macs_until(self.program, self.plan, samples, state.visit, state.progress.epoch, done),
-            "bytes_read": read + self.counter.bytes_read,
-            "bytes_written": written + self.counter.bytes_written,
-            "seconds": seconds + time.monotonic() - self._began,
-        }
-
-    def after_batch(self, title: str) -> None:
-        """Show where the run is, and see to the host's memory.
-
-        Raises:
-            BudgetError: the host's memory is above its bound.
-        """
-        self.display.advance(self.state.progress.tally.num_samples, self.device.used_bytes(), self.device.budget_bytes)
-        limit = self.workload.config.max_host_mem
-        if limit is not None and (found := self.device.host_peak_bytes) > limit:
-            raise BudgetError(
-                f"{format_bytes(found)} of host memory were in use in {title}, above --max-host-mem {format_bytes(limit)}; "
-                "give more, or a smaller --batch-size"
-            )
-
-    # Stages and their samples.
+    # The way through the program.
 
     @property
-    def activations(self) -> Path:
-        """Where stores of boundary activations are."""
-        return self.rundir.path / "activations"
+    def item(self) -> Visit | Sweep | None:
+        """The visit or sweep that is under way or comes next; None at the program's end."""
+        return self.program[self.state.visit] if self.state.visit < len(self.program) else None
 
-    def stage(self, partition: int, *, learns: bool, total_steps: int = 1) -> ActivePartition:
-        """A partition on the device, ready to work; the caller unloads its residency.
+    def complete_item(self) -> None:
+        """Go on to the next visit or sweep of the program."""
+        self.state.visit += 1
+        self.state.progress = EpochProgress()
+        self._drop_unread_stores()
+
+    def complete_epoch(self, partition: int) -> None:
+        """Record the training loss of an epoch that is over, and begin to count the next.
 
         Args:
-            partition: its number.
-            learns: with the optimizer and its state.
-            total_steps: optimizer steps that its learning rate's schedule stretches over.
+            partition: number of the partition whose record tells the loss.
+        """
+        progress = self.state.progress
+        self.state.records[partition].train_loss = progress.tally.loss
+        progress.tally = Tally()
+
+    def record_validation(self, partition: int, tally: Tally, layers: Sequence[Tally] = ()) -> None:
+        """Record what was measured of a partition on the validation split.
+
+        Args:
+            partition: number of the partition.
+            tally: loss and accuracy of its outputs.
+            layers: the same of each of its layers, where these have scores of their own.
+        """
+        record = self.state.records[partition]
+        record.val_loss, record.val_accuracy = tally.loss, tally.accuracy
+        if layers:
+            record.unit_val_accuracies = [layer.accuracy or 0.0 for layer in layers]
+
+    # Stores of activations that later visits read.
+
+    def store_of(self, key: str) -> str | None:
+        """Return the name of the store that the partition before has written; None where there is none.
+
+        Args:
+            key: split, or split and view, of its samples.
+        """
+        return self.state.activations.get(key)
+
+    def replace_store(self, key: str, name: str) -> None:
+        """Have later visits read a store that is complete, instead of the one before it.
+
+        Args:
+            key: split, or split and view, of its samples.
+            name: name of the store's folder.
+        """
+        if (before := self.state.activations.get(key)) is not None:
+            self.commits.drop_store(before)
+        self.state.activations[key] = name
+        self.state.progress.epoch = 1
+
+    def forget_stores(self) -> None:
+        """Have the next commit name no stores, since nothing after training needs the boundaries."""
+        self.state.activations = {}
+
+    def _drop_unread_stores(self) -> None:
+        """Delete the stores that no later visit reads: the next one begins with the data set, or belongs to a sweep."""
+        item = self.item
+        if isinstance(item, Visit) and (item.partition != 0 or item.action == "emit"):
+            return
+        for name in self.state.activations.values():
+            self.commits.drop_store(name)
+        self.state.activations = {}
+
+    # Micro-batches, which are part of the results.
+
+    def roll_back_with_smaller_micro_batch(self, partition: int | None) -> None:
+        """Return to the last commit, since memory ran out when some weights had been stepped, with half the micro-batch.
+
+        No partition may be resident.
+
+        Args:
+            partition: number of the partition that did not fit; None for a sweep, which has one micro-batch for all.
 
         Raises:
-            BudgetError: it does not fit.
+            BudgetError: the micro-batch is the smallest already.
         """
-        planned, workload = self.plan.partitions[partition], self.workload
-        title = self.plan.title(partition, [layer.name for layer in workload.chain.layers])
-        self.display.enter(title)
-        residency = Residency(
-            workload.chain, planned.start, planned.stop, self.device, workload.optimizer(partition) if learns else None
-        )
-        with self.threads.stalls.waiting("disk"), self.weights.tensors(self.device.host_empty()) as reader:
-            residency.load(reader, self.threads.read)
-        stage = ActivePartition(
-            number=partition,
-            title=title,
-            residency=residency,
-            objective=workload.objective(self.plan, partition),
-            batch_size=planned.batch,
-            micro_batch=self.state.micro_batches[partition],
-            smallest_micro_batch=self.plan.smallest_micro_batch,
-            is_last=partition == len(self.plan.partitions) - 1,
-            loss_scale=self.state.loss_scales[partition],
-            learning_rate=lambda step: workload.learning_rate(partition, step, total_steps, planned.batch),
-            clip_norm=workload.config.clip_norm,
-            chunk_rows=self.plan.loss_chunk,
-            shuffle=workload.config.value_for("shuffle", partition),
-            steps_in_backward=workload.config.step_in_backward,
-        )
-        try:
-            self.executor.prepare(stage)
-        except BaseException:
-            residency.unload()
-            raise
-        return stage
-
-    def save(self, stage: ActivePartition) -> Sequence[int]:
-        """A stage's weights and optimizer state to a working file: the `Save` of its visits.
-
-        Raises:
-            DivergedError: a weight is no longer finite.
-        """
-        # A commit must be one that training can go on from: an infinite gradient shows only in the weights.
-        if (name := stage.residency.first_infinite()) is not None:
-            raise DivergedError(
-                f"weight {name!r} is no longer finite in {stage.title}; the last commit is kept; try a lower --lr"
+        device, state = self.session.device, self.state
+        micro_batch = state.sweep_micro_batch if partition is None else state.micro_batches[partition]
+        used, half = device.section_peak_bytes(), halved(micro_batch, self.plan.smallest_micro_batch)
+        if half is None:
+            raise BudgetError(
+                f"memory ran out with a micro-batch of {micro_batch}, the smallest: {format_bytes(used)} of "
+                f"{format_bytes(device.budget_bytes)} were in use; give a larger --max-gpu-mem, or more partitions"
             )
-        with self.weights.writer(stage.number) as writer:
-            stage.residency.save(writer)
-        return (stage.number,)
+        self.commits.roll_back()
+        gc.collect()  # exceptions and the frames of other threads may hold tensors in cycles
+        device.release()
+        device.begin_section()
+        state.oom_retries += 1
+        self.session.display.message(f"out of memory; going on from the last commit with a micro-batch of {half}")
+        self.set_micro_batch(partition, half)
 
-    def loader(self, stack: ExitStack, partition: int, split: SplitName, folder: Path | None) -> Loader:
-        """`open_loader`, closed by the stack."""
-        loader = self.open_loader(partition, split, folder)
-        stack.callback(loader.close)
-        return loader
-
-    def open_loader(self, partition: int, split: SplitName, folder: Path | None) -> Loader:
-        """The samples of one part of the data at a partition's boundary; the caller closes it.
+    def set_micro_batch(self, partition: int | None, micro_batch: int) -> None:
+        """Go on with another micro-batch.
 
         Args:
-            partition: its number.
-            split: which part.
-            folder: of the store that the partition before has written; None for the first partition, which reads the data set.
+            partition: number of the partition; None for sweeps, which have one micro-batch for all.
+            micro_batch: samples on the device at once.
         """
-        seed, pool = self.workload.config.seed, self.threads.read
-        if partition == 0:
-            augments = split == "train" and self.workload.config.augment != "none"
-            return DatasetLoader(self.workload.splits[split], seed, pool, mix=split == "train", augments=augments)
-        assert folder is not None, "the partition before has written its outputs"
-        # Training samples may stay in memory from epoch to epoch while the validation set passes through.
-        window = self._io.window_bytes if split == "train" else self._io.window_bytes // 2
-        return ShardLoader(ActivationStore.open(folder, counter=self.counter), seed, pool, window)
+        if partition is None:
+            self.state.sweep_micro_batch = micro_batch
+        else:
+            self.state.micro_batches[partition] = micro_batch
 
-    def synthetic_label_loader(self, partition: int) -> Loader:
-        """The synthetic labels of the boundary before a partition as its training samples.
-
-        Args:
-            partition: not the first.
-        """
-        workload = self.workload
-        objective = workload.objective(self.plan, partition - 1)
-        assert isinstance(objective, SyntheticLabels)
-        objective.prepare(torch.device("cpu"))
-        return SyntheticLabelLoader(workload.splits["train"], objective.codes, workload.config.seed)
-
-    def write(
-        self, stage: ActivePartition, loader: Loader, folder: Path, *, may_stop: bool = True, kept_as: KeptAs = "float32"
-    ) -> None:
-        """Send a loader through a stage, into a new store.
-
-        Args:
-            stage: resident.
-            loader: at its boundary.
-            folder: of the new store.
-            may_stop: nothing is lost if the run ends here.
-            kept_as: of a store that a partition learns from; what the model is measured on stays exact.
-
-        Raises:
-            ConfigError: an output cannot be kept as that.
-            Stopped: the run was asked to stop.
-        """
-        if folder.exists():
-            shutil.rmtree(folder)  # what an earlier process wrote and never committed
-        folder.parent.mkdir(exist_ok=True)
-        specs = self.workload.chain.boundaries[self.plan.partitions[stage.number].stop]
-        writer = ActivationWriter(
-            folder,
-            specs,
-            loader.num_samples,
-            self._io.shard_bytes,
-            self.threads.write,
-            self.counter,
-            self.threads.beside,
-            label_shape=self.workload.dataset.label_shape,
-            kept_as=kept_as,
-        )
-        try:
-            with writer:
-                self.executor.emit(stage, loader, writer, self.stop_if_asked if may_stop else lambda: None)
-        except OverflowFault as fault:
-            others = "float32" if kept_as == "bfloat16" else "bfloat16 or float32"
-            raise ConfigError(
-                f"{stage.title} gives {fault.value:g} at its boundary, and --activation-dtype {kept_as} ends at {fault.limit:g}; "
-                f"begin again with {others}"
-            ) from None
-
-    def _note_shrink(self, stage: ActivePartition) -> None:
-        self.update_record()
-        self.state.micro_batches[stage.number] = stage.micro_batch
+    def _note_shrink(self, active: ActivePartition) -> None:
+        self.metrics.update_record()
+        self.set_micro_batch(active.number, active.micro_batch)
         self.state.oom_retries += 1
-        self.display.message(f"{stage.title}: out of memory; going on with a micro-batch of {stage.micro_batch}")
+        self.session.display.message(f"{active.title}: out of memory; going on with a micro-batch of {active.micro_batch}")
 
+    # From one status to the next.
 
-def roll_back_with_smaller_micro_batch(run: Run, micro_batch: int) -> int:
-    """Return to the last commit.
+    def replan(self, plan: Plan) -> None:
+        """Note another plan in the state, before anything is trained; the caller begins anew with the plan's own weight files.
 
-    Args:
-        run: nothing of it is resident.
-        micro_batch: samples on the device at once that did not fit.
+        Args:
+            plan: the new plan.
+        """
+        state = self.state
+        state.plan = json.loads(plan.to_json())
+        state.micro_batches = [part.micro_batch for part in plan.partitions]
+        state.sweep_micro_batch = plan.sweep_micro_batch
+        state.records = [PartitionRecord() for _ in plan.partitions]
+        state.loss_scales = [LossScale.initial(self.workload.config.precision) for _ in plan.partitions]
 
-    Returns:
-        The micro-batch to go on with.
+    def begin_training(self, check: dict[str, int]) -> None:
+        """Commit the initial weights: from now on the run can be resumed.
 
-    Raises:
-        BudgetError: it is the smallest already.
-    """
-    used, smallest = run.device.section_peak_bytes(), run.plan.smallest_micro_batch
-    if micro_batch <= smallest:
-        raise BudgetError(
-            f"memory ran out with a micro-batch of {micro_batch}, the smallest: {format_bytes(used)} of "
-            f"{format_bytes(run.device.budget_bytes)} were in use; give a larger --max-gpu-mem, or more partitions"
-        )
-    run.go_back()
-    gc.collect()  # exceptions and the frames of other threads may hold tensors in cycles
-    run.device.release()
-    run.device.begin_section()
-    run.state.oom_retries += 1
-    half = max(smallest, micro_batch // 2)
-    run.display.message(f"out of memory; going on from the last commit with a micro-batch of {half}")
-    return half
+        Args:
+            check: prediction and measurement of the check before training.
+        """
+        self.state.check = check
+        self.state.stage = "training"
+        self.state.weights = self.weights.state()
+        self.commits.commit()
+
+    def end(self, status: RunStatus) -> None:
+        """Commit a status after which nothing is trained any more, and wait until it is durable.
+
+        Args:
+            status: `trained` where another rank joins the partition, `done` where the result is written.
+        """
+        self.state.stage = status
+        self.commits.commit()
+        self.commits.wait()
+
+    def take_over(self, partition: int, theirs: State) -> None:
+        """Take over what another process has recorded of the partition that it trained.
+
+        Args:
+            partition: number of the partition.
+            theirs: state of the other process's run.
+        """
+        self.state.records[partition] = theirs.records[partition]
+        self.state.micro_batches[partition] = theirs.micro_batches[partition]
+        self.state.loss_scales[partition] = theirs.loss_scales[partition]
+        self.state.oom_retries += theirs.oom_retries
+        self.session.counter.add(read=theirs.bytes_read, written=theirs.bytes_written)

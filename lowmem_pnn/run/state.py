@@ -1,10 +1,17 @@
 """The state of a run: what the journal holds, and a resume goes on from."""
 
+import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.model.precision import LossScale
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.run.ranks import Rank
+from lowmem_pnn.workload import Workload
+
+RunStatus = Literal["born", "training", "trained", "done"]
+"""`born`: planned, nothing is written; `training`; `trained`: the first rank has yet to join the partition; `done`: with a result."""
 
 
 @dataclass
@@ -12,13 +19,13 @@ class PartitionRecord:
     """What is known of a partition once it was trained.
 
     Args:
-        seconds: in its visits.
-        waited: of them, without computing, by what was waited for.
-        peak_bytes: the most that was in use during them, above the floor.
-        train_loss: mean over its last epoch.
-        val_loss: after its last epoch.
-        val_accuracy: likewise, for the last partition, and where every layer has scores.
-        unit_val_accuracies: likewise, of each of its layers, where they have scores of their own.
+        seconds: time spent in its visits.
+        waited: share of that time without computing, in seconds, by what was waited for.
+        peak_bytes: highest use of memory during its visits, above the floor.
+        train_loss: mean loss over its last epoch.
+        val_loss: validation loss after its last epoch.
+        val_accuracy: validation accuracy after its last epoch, where its outputs are class scores.
+        unit_val_accuracies: validation accuracy of each of its layers, where these have scores of their own.
     """
 
     seconds: float = 0.0
@@ -32,26 +39,26 @@ class PartitionRecord:
 
 @dataclass
 class State:
-    """Where a run is, and what belongs to that place.
+    """Where a run is, and what belongs to that point. Its fields are the journal's keys.
 
     Args:
-        plan: of the run, as `Plan.to_json` writes it.
-        micro_batches: of each partition, as they are by now.
-        sweep_micro_batch: of all partitions in sweeps, likewise.
-        loss_scales: of each partition; that of the last one is a sweep's.
-        data: the data set's fingerprint.
-        number: of the commit.
-        stage: `born`, `training` or `done`; `trained` where the first rank has yet to take the partition over.
+        plan: plan of the run, as `Plan.to_json` writes it.
+        micro_batches: present micro-batch of each partition, in samples.
+        sweep_micro_batch: present micro-batch of all partitions in sweeps, in samples.
+        loss_scales: factor on the loss of each partition; that of the last one is a sweep's.
+        data: fingerprint of the data set.
+        number: number of the commit.
+        stage: status of the run.
         visit: position in the method's program.
-        progress: within it.
-        weights: the weight store's committed files.
-        activations: names of the stores that later visits read, by split.
-        records: of each partition.
-        check: prediction and measurement before training.
-        seconds: so far, over all processes of the run; as are the bytes, the peaks and the counts that follow.
+        progress: position within the visit or sweep.
+        weights: committed files of the weight store.
+        activations: names of the stores that later visits read, by split and view.
+        records: records of the partitions.
+        check: prediction and measurement of the check before training, in bytes.
+        seconds: time so far, over all processes of the run, as are the bytes, peaks and counts that follow.
         metrics_bytes: length of `metrics.jsonl`.
-        rank: which of several processes this is, each training one partition; the first joins them.
-        ranks: how many they are.
+        rank: number of this process, where several train a partition each; the first joins them.
+        ranks: number of these processes.
     """
 
     plan: dict[str, Any]
@@ -60,7 +67,7 @@ class State:
     loss_scales: list[LossScale] = field(default_factory=list)
     data: str = ""
     number: int = 0
-    stage: str = "born"
+    stage: RunStatus = "born"
     visit: int = 0
     progress: EpochProgress = field(default_factory=EpochProgress)
     weights: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +86,26 @@ class State:
     ranks: int = 1
 
     @classmethod
+    def first(cls, workload: Workload, plan: Plan, rank: Rank) -> "State":
+        """Return the state of a run that is planned, with nothing written.
+
+        Args:
+            workload: model, data and method.
+            plan: partitions of the model.
+            rank: which of several processes this is.
+        """
+        return cls(
+            plan=json.loads(plan.to_json()),
+            micro_batches=[part.micro_batch for part in plan.partitions],
+            sweep_micro_batch=plan.sweep_micro_batch,
+            loss_scales=[LossScale.initial(workload.config.precision) for _ in plan.partitions],
+            records=[PartitionRecord() for _ in plan.partitions],
+            data=workload.dataset.fingerprint,
+            rank=rank.number,
+            ranks=rank.of,
+        )
+
+    @classmethod
     def from_journal(cls, body: dict[str, Any]) -> "State":
         """Read what `to_journal` gave."""
         progress = dict(body["progress"])
@@ -94,14 +121,14 @@ class State:
         )
 
     def to_journal(self) -> dict[str, Any]:
-        """A JSON-able copy."""
+        """Return a copy that JSON can hold."""
         return asdict(self)
 
     def go_back_to(self, commit: "State") -> None:
-        """Take over the place of a commit, in the same process: what was spent since then stays spent.
+        """Take over the position of a commit, in the same process: what was spent since then stays spent.
 
         Args:
-            commit: of this run.
+            commit: state of this run at the commit.
         """
         for name in ("visit", "progress", "weights", "activations", "loss_scales"):
             setattr(self, name, getattr(commit, name))

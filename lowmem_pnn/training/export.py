@@ -1,4 +1,4 @@
-"""Exporting: a trained model, up to one of its exits, as a program and weights that plain PyTorch reads."""
+"""Export: a trained model, up to one of its exits, as a program and weights that plain PyTorch reads."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from lowmem_pnn.errors import CheckpointError, ConfigError, DiskError
 from lowmem_pnn.evaluation.exits import HEADS_FILE, ExitModel, num_parameters
-from lowmem_pnn.model.chain import is_of_head
+from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.reporting.report import Result
 from lowmem_pnn.workload import Workload
 
@@ -40,11 +40,11 @@ def export_exit(workload: Workload, result: Result, number: int | None, path: Pa
     """Write the model that ends at an exit.
 
     Args:
-        workload: of the run; its chain's tensors are replaced.
-        result: of the run.
-        number: of the exit, from 0; None for the whole model.
-        path: of the run.
-        out: folder for the files; None for one in the run's.
+        workload: model of the run; its chain's tensors are replaced.
+        result: result of the run.
+        number: number of the exit, from 0; None for the whole model.
+        path: folder of the run.
+        out: folder for the files; None for one in the run's folder.
 
     Returns:
         What was written, and what is known of the exit.
@@ -83,9 +83,8 @@ def export_exit(workload: Workload, result: Result, number: int | None, path: Pa
 
 
 def _fill(workload: Workload, last: int, path: Path) -> None:
-    """Trained values for the layers up to an exit, and for its head."""
+    """Give the layers up to an exit, and its head, their trained values."""
     chain = workload.chain
-    owner = {alias: group[0] for group in chain.ties for alias in group}
     values: dict[str, torch.Tensor] = {}
     for file in (path / "model.safetensors", path / HEADS_FILE):
         if not file.exists():
@@ -94,14 +93,14 @@ def _fill(workload: Workload, last: int, path: Path) -> None:
             held = set(source.keys())
             for number, layer in enumerate(chain.layers[: last + 1]):
                 for alias in (*layer.parameters(), *layer.buffers()):
-                    name = owner.get(alias, alias)
+                    name = chain.owner_of(alias)
                     if name in held and name not in values and (number == last or not is_of_head(name)):
                         values[name] = source.get_tensor(name)
     for number, layer in enumerate(chain.layers[: last + 1]):
         for alias in (*layer.parameters(), *layer.buffers()):
             if is_of_head(alias) and number < last:
                 continue
-            name = owner.get(alias, alias)
+            name = chain.owner_of(alias)
             if name not in values:
                 raise CheckpointError(f"{path} holds no trained {name!r}; restore its files from a copy")
             layer.set_tensor(alias, values[name])

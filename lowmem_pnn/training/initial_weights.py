@@ -1,4 +1,4 @@
-"""Initial weights: the constructor's own values, brought to the run's weight files without the model ever being whole in memory."""
+"""Initial weights: the constructor's own values, written to the run's weight files without the model ever being whole in memory."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.model.chain import Chain, Layer, head_prefix, is_of_head
+from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.model.layer import Layer, head_prefix, is_of_head
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.sources.deferred_init import file_backed
@@ -24,11 +25,11 @@ def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCount
     Optimizer state needs no writing: all of it starts as zeros, and the holes of a new file read as zeros.
 
     Args:
-        workload: whose model is built, after `torch.manual_seed(config.seed)`.
-        plan: its partitions get a file each.
-        folder: of the new store; the mapped files are made beside it.
-        counter: counts the bytes.
-        trained: a file of trained weights with the model's own names, whose values take the place of the constructor's.
+        workload: source of the model, which is built after `torch.manual_seed(config.seed)`.
+        plan: partitions of the model, which get a file each.
+        folder: folder of the new store; the mapped files are made beside it.
+        counter: counter of the bytes read and written.
+        trained: file of trained weights with the model's own names, whose values take the place of the constructor's.
 
     Returns:
         The store, sealed.
@@ -72,7 +73,7 @@ def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCount
 
 
 def _write_heads(workload: Workload, layers: range, file: TensorFile) -> None:
-    """The values that auxiliary heads begin with, one head at a time."""
+    """Write the initial values of auxiliary heads, one head at a time."""
     for number in layers:
         head = workload.head(number)
         for name, tensor in (head.state_dict() if head is not None else {}).items():
@@ -80,34 +81,28 @@ def _write_heads(workload: Workload, layers: range, file: TensorFile) -> None:
 
 
 def _check_layout(workload: Workload, name: str, tensor: Tensor | None, wanted: TensorLayout) -> None:
-    """A factory must build the same model every time: it was cut after another call than this one."""
-    found = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
-    if found != wanted:
+    """Refuse a factory that builds another model each time: the model was cut after another call than this one."""
+    built = None if tensor is None else (tensor.dtype, tuple(tensor.shape))
+    if built != wanted:
         raise ConfigError(
-            f"model {workload.source.spec} is another one each time it is built: {name} is now {found or 'missing'}, and was {wanted}; "
+            f"model {workload.source.spec} is another one each time it is built: {name} is now {built or 'missing'}, and was {wanted}; "
             "make its factory give the same shapes every time"
         )
 
 
 def partition_layout(chain: Chain, layers: tuple[Layer, ...], optimizer: OptimizerSpec) -> Mapping[str, TensorLayout]:
-    """The tensors of a partition's weight file: weights, buffers and optimizer state, each tensor once.
+    """Return the tensors of a partition's weight file: weights, buffers and optimizer state, each tensor once.
 
     Args:
         chain: the model.
-        layers: the partition's.
-        optimizer: its optimizer.
+        layers: layers of the partition.
+        optimizer: optimizer of the partition.
     """
-    owner = owners(chain)
     layout: dict[str, TensorLayout] = {}
     for layer in layers:
         for alias, tensor in (*layer.parameters().items(), *layer.buffers().items()):
-            name = owner.get(alias, alias)
+            name = chain.owner_of(alias)
             layout[weight_key(name)] = (tensor.dtype, tuple(tensor.shape))
             if tensor.requires_grad:
                 layout |= {state_key(name, state): entry for state, entry in optimizer.layout(tensor).items()}
     return layout
-
-
-def owners(chain: Chain) -> dict[str, str]:
-    """For each name of a tensor that has several, the one that it is stored under."""
-    return {alias: group[0] for group in chain.ties for alias in group}

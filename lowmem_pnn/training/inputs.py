@@ -1,4 +1,4 @@
-"""Models and data as a caller gives them: by name, or as objects of Python."""
+"""Models and data as a caller gives them: by name, or as Python objects."""
 
 import dataclasses
 import hashlib
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.options import run_name
+from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.sources.datasets import Dataset, find_dataset, from_torch, make_dataset
 from lowmem_pnn.sources.models import ModelSource, find_model
@@ -16,14 +16,17 @@ from lowmem_pnn.sources.splits import SampleSplit
 from lowmem_pnn.workload import open_data, split_data
 
 Model = str | nn.Module | Callable[[], nn.Module]
-"""A name, a model, or what builds one."""
+"""A name, a model, or a function that builds one."""
 
 Inputs = tuple[ModelSource, Dataset, dict[Any, Any]]
-"""What a workload is made of: the model, the data set, and its parts by name."""
+"""Model, data set, and the parts of the data set by name."""
 
 
 def named_inputs(config: FitConfig) -> Inputs:
-    """Model and data by the names in a run's configuration.
+    """Open model and data by the names in a run's configuration.
+
+    Args:
+        config: options of the run.
 
     Raises:
         ConfigError: the run was started from Python with objects; or there is no such model or data.
@@ -36,18 +39,17 @@ def named_inputs(config: FitConfig) -> Inputs:
     return open_data(config)
 
 
-def python_inputs(config: FitConfig, model: Model, train: Any, val: Any, test: Any) -> Callable[[], Inputs]:
-    """Model and data that were given as objects, or by name: what opens them.
+def python_inputs(model: Model, train: Any, val: Any, test: Any) -> Callable[[FitConfig], Inputs]:
+    """Return what opens model and data that were given as objects, or by name.
 
     Args:
-        config: of the run.
         model: as `fit` takes it.
         train: as `fit` takes it.
         val: as `fit` takes it.
         test: as `fit` takes it.
     """
 
-    def sources() -> Inputs:
+    def open_inputs(config: FitConfig) -> Inputs:
         named = find_model(model, config.model_arg, None) if isinstance(model, str) else None
         wants = named.wants if named is not None else "any"
         if isinstance(train, str):
@@ -71,11 +73,11 @@ def python_inputs(config: FitConfig, model: Model, train: Any, val: Any, test: A
             dataset = dataclasses.replace(dataset, fingerprint=hashlib.sha256("".join(parts).encode()).hexdigest())
         return source, dataset, splits
 
-    return sources
+    return open_inputs
 
 
 def name_of(model: Model) -> str:
-    """What a run's configuration calls a model: its own name, or "python:" and the class's or function's."""
+    """Return what a run's configuration calls a model: its own name, or "python:" and the name of its class or function."""
     if isinstance(model, str):
         return model
     return f"python:{model.__class__.__name__ if isinstance(model, nn.Module) else getattr(model, '__name__', 'factory')}"

@@ -1,4 +1,4 @@
-"""Joining: the first rank takes over the partitions that the others have trained."""
+"""Join: the first of several processes takes over the partitions that the others have trained."""
 
 import shutil
 import time
@@ -12,9 +12,6 @@ from lowmem_pnn.run.state import State
 from lowmem_pnn.stores.run_directory import RunDirectory, read_journal
 from lowmem_pnn.stores.weights import WeightStore
 
-TRAINED = "trained"
-"""The stage of a rank that has left its partition for the first one to take."""
-
 _LOOK_EVERY_SECONDS = 0.2
 
 
@@ -22,7 +19,7 @@ def join(run: Run) -> Sequence[int]:
     """Wait for the other ranks, and copy what they have trained into working files.
 
     Args:
-        run: of the first rank; its partition is trained.
+        run: run of the first process, whose own partition is trained.
 
     Returns:
         The partitions whose files changed.
@@ -33,48 +30,50 @@ def join(run: Run) -> Sequence[int]:
     """
     others = range(1, run.state.ranks)
     for number in others:
-        folder = rank_folder(run.rundir.path, number)
+        folder = rank_folder(run.session.rundir.path, number)
         if not _is_trained(folder):
-            run.display.message(f"waiting for partition {number + 1} of {run.state.ranks}")
+            run.session.display.message(f"waiting for partition {number + 1} of {run.state.ranks}")
         while not _is_trained(folder):
-            run.stop_if_asked()
+            run.commits.stop_if_asked()
             time.sleep(_LOOK_EVERY_SECONDS)
         _take(run, number, folder)
     return list(others)
 
 
 def forget(rundir: RunDirectory, ranks: int) -> None:
-    """Delete the other ranks' folders: the first one has what was in them."""
+    """Delete the other processes' folders: the first one has what was in them.
+
+    Args:
+        rundir: directory of the first process's run.
+        ranks: number of processes.
+    """
     for number in range(1, ranks):
         shutil.rmtree(rank_folder(rundir.path, number), ignore_errors=True)
 
 
 def _is_trained(folder: Path) -> bool:
-    """Whether a rank is done; its folder may not even be there yet."""
+    """Whether a process is done with its partition; its folder may not even be there yet."""
     path = folder / "journal.json"
-    return path.exists() and read_journal(path)[0]["stage"] == TRAINED
+    return path.exists() and read_journal(path)[0]["stage"] == "trained"
 
 
 def _take(run: Run, number: int, folder: Path) -> None:
+    """Copy a partition's trained weights, and take over what was recorded of it."""
     # The lock comes free when the rank's process has ended its run.
     with RunDirectory.open(folder) as rundir:
         theirs = State.from_journal(rundir.journal())
-        if rundir.config_json() != run.rundir.config_json() or theirs.data != run.state.data:
+        if rundir.config_json() != run.session.rundir.config_json() or theirs.data != run.state.data:
             raise CheckpointError(
                 f"the run in {folder} is not of this one: another configuration, or other data; begin again with --overwrite"
             )
         cuts = [[part["start"] for part in state.plan["partitions"]] for state in (run.state, theirs)]
         if cuts[0] != cuts[1]:
             raise CheckpointError(
-                f"the ranks cut the model differently, since less memory was free for one: {run.rundir.path} before layers {cuts[0][1:]}, "
+                f"the ranks cut the model differently, since less memory was free for one: {run.session.rundir.path} before layers {cuts[0][1:]}, "
                 f"{folder} before layers {cuts[1][1:]}; begin again with --overwrite and --cuts"
             )
-        store = WeightStore.open(folder / "weights", theirs.weights, counter=run.counter)
+        store = WeightStore.open(folder / "weights", theirs.weights, counter=run.session.counter)
         with store.reader(number) as source, run.weights.writer(number) as target:
             for name in store.layout(number):
                 target.copy_from(name, source, name)
-    run.state.records[number] = theirs.records[number]
-    run.state.micro_batches[number] = theirs.micro_batches[number]
-    run.state.loss_scales[number] = theirs.loss_scales[number]
-    run.state.oom_retries += theirs.oom_retries
-    run.counter.add(read=theirs.bytes_read, written=theirs.bytes_written)
+    run.take_over(number, theirs)

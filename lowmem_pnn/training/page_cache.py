@@ -1,4 +1,4 @@
-"""PageCachePrefetch: while the last epoch of a partition runs, the weight file of the next one comes into the page cache.
+"""Page-cache prefetch: the next partition's weight file is read by the kernel while the last epoch of the present one runs.
 
 The next partition cannot be resident before this one leaves, and in memory of ours it would count against the budget wherever the host
 is the device. The page cache is the kernel's, which gives it up when somebody needs the memory.
@@ -17,7 +17,7 @@ class PageCachePrefetch:
     """Has a file read by the kernel, a share at a time, so that what else the reading thread does is not held up.
 
     Args:
-        path: of the file; None for nothing to do.
+        path: the file; None for nothing to do.
         pool: a thread that reads.
     """
 
@@ -29,24 +29,24 @@ class PageCachePrefetch:
         if disk.outgrows_page_cache(self._size):
             self._size = 0  # its own end would push its beginning out
 
-    def go_on(self, share: float) -> None:
+    def prefetch(self, share: float) -> None:
         """Ask for more of the file.
 
         Args:
-            share: of it that is to be there soon: 0 to 1.
+            share: part of the file that is to be there soon, 0 to 1.
         """
         until = min(self._size, int(self._size * share))
         if self._path is not None and until > self._asked:
-            self._pool.submit(disk.will_need, self._path, self._asked, until)
+            self._pool.submit(disk.prefetch_into_page_cache, self._path, self._asked, until)
             self._asked = until
 
 
 def next_partition(program: Sequence[Visit | Sweep], visit: int) -> int | None:
-    """The partition whose weights are read next after a visit's; None where none is, or a sweep's own stream sees to them.
+    """Return the partition whose weights are read next after a visit's; None where none is, or a sweep's own stream sees to them.
 
     Args:
-        program: of a method.
-        visit: the visit's place in it.
+        program: visits and sweeps of a run.
+        visit: position of the visit in it.
     """
     present = program[visit]
     assert isinstance(present, Visit)

@@ -1,4 +1,4 @@
-"""Opening: the device and the workload on it, ready for a plan; and what has to be there before the floor is taken."""
+"""Setup: the device and the workload on it, ready for a plan, and what has to be in memory before the floor is taken."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +7,8 @@ import psutil
 import torch
 from torch import nn
 
+from lowmem_pnn.config.checks import check_device
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.options import check_device
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device
 from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.optim.low_precision import prepare_levels
@@ -24,12 +24,22 @@ from lowmem_pnn.workload import Workload, make_workload, with_compiled_layers
 def open_workload(
     config: FitConfig, inputs: Inputs, rank: Rank = ALONE, display: Display | None = None
 ) -> Iterator[tuple[Device, Workload]]:
-    """The device, open, and what is to be done on it.
+    """Open the training device, and make the workload that is to be trained on it.
 
-    Code is compiled before the floor is taken: the compiler is no part of training, and when it runs nothing of the model is there.
+    Layers are compiled before the floor is taken: the compiler is no part of training, and nothing of the model is there while it runs.
+
+    Args:
+        config: options of the run.
+        inputs: model and data, open.
+        rank: which of several processes this is.
+        display: is told that layers are compiled.
+
+    Yields:
+        The open device, and the workload.
     """
-    _prepare_optimizer(config)
-    device = _open_device(config, rank)
+    if config.optimizer_state == "int8":
+        prepare_levels()
+    device = _device_of(config, rank)
     compiled = None
     if config.compile:
         if display is not None:
@@ -39,7 +49,7 @@ def open_workload(
         yield device, compiled or make_workload(config, *inputs, device.torch_device)
 
 
-def _open_device(config: FitConfig, rank: Rank = ALONE) -> Device:
+def _device_of(config: FitConfig, rank: Rank) -> Device:
     kind, _, index = config.device.partition(":")
     if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
         check_device(config, on_cpu=False, memory_bytes=psutil.virtual_memory().total)
@@ -48,14 +58,8 @@ def _open_device(config: FitConfig, rank: Rank = ALONE) -> Device:
     return CpuDevice(config.max_gpu_mem)
 
 
-def rehearse() -> None:
-    """Cut and profile a toy, so that what this imports and caches is there before the floor is taken."""
-    toy = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    chain = capture(toy, TensorSpec((4,), torch.float32))
+def warm_up_profiler() -> None:
+    """Profile a tiny model once, so that lazy imports and caches count in the memory baseline."""
+    tiny = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    chain = capture(tiny, TensorSpec((4,), torch.float32))
     profile(chain, optimizers=[OptimizerSpec("adam")], device=torch.device("cpu"))
-
-
-def _prepare_optimizer(config: FitConfig) -> None:
-    """The same as `rehearse` for what only some states of an optimizer need."""
-    if config.optimizer_state == "int8":
-        prepare_levels()

@@ -1,7 +1,6 @@
-"""What a user gave, made into a configuration: defaults, options that exclude each other, what only a plan or a device can tell."""
+"""The configuration of a run, made from what a user gave: defaults, checks, and options that exclude each other."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError as PydanticError
 
-from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, describe_fault, field_names, flag, recovering
-from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
-from lowmem_pnn.units import format_bytes
+from lowmem_pnn.config.faults import describe_fault, flag
+from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, field_names
+from lowmem_pnn.errors import ConfigError
 
-# What is trained when neither a model nor data is named: larger than 2 GB with its optimizer state, and learnt in a minute.
+# Trained when neither a model nor data is named: larger than 2 GB with its optimizer state, and learnt in a minute.
 DEMONSTRATION: Mapping[str, Any] = {
     "model": "mlp:64-8192-8192-8192-10",
     "data": "digits",
@@ -84,15 +83,11 @@ def configure(**given: Any) -> FitConfig:
         Traceback (most recent call last):
         lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, neuroflux, exact, backprop; did you mean 'pnn'?
     """
-    given = {name: _absolute(name, value) for name, value in given.items() if value is not None}
+    given = given_options(given)
     values = {"data_root": Path("data").absolute(), **given}
     if "model" not in given and "data" not in given:
         values = {**DEMONSTRATION, **values}
-    try:
-        config = FitConfig(**values)
-    except PydanticError as error:
-        # A list has a fault for each of its values.
-        raise ConfigError("; ".join(dict.fromkeys(describe_fault(fault) for fault in error.errors()))) from None
+    config = checked(values)
     faults = [
         f"{flag(name)} has no effect here: it needs {need}"
         for name, need, holds in _CONDITIONAL
@@ -104,12 +99,38 @@ def configure(**given: Any) -> FitConfig:
     return config
 
 
-def for_method(config: FitConfig, method: MethodName) -> FitConfig:
-    """The same training by another method, without the options that this one does not read.
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, paths in full: a run may be resumed from another folder than it was begun in.
 
     Args:
-        config: checked.
-        method: the other one.
+        options: fields of `FitConfig`; None means not given.
+    """
+    return {name: _absolute(name, value) for name, value in options.items() if value is not None}
+
+
+def checked(values: Mapping[str, Any]) -> FitConfig:
+    """Make a configuration from values, each checked by itself.
+
+    Args:
+        values: fields of `FitConfig`.
+
+    Raises:
+        ConfigError: all faults, in one line.
+    """
+    try:
+        return FitConfig(**values)
+    except PydanticError as error:
+        # A list has a fault for each of its values.
+        faults = dict.fromkeys(describe_fault(fault, field_names()) for fault in error.errors())
+        raise ConfigError("; ".join(faults)) from None
+
+
+def for_method(config: FitConfig, method: MethodName) -> FitConfig:
+    """Return the same training by another method, without the options that this one does not read.
+
+    Args:
+        config: checked options.
+        method: the other method.
 
     Raises:
         ConfigError: an option means something that the method cannot do.
@@ -129,7 +150,7 @@ def for_method(config: FitConfig, method: MethodName) -> FitConfig:
 
 
 def _contradictions(config: FitConfig) -> list[str]:
-    """What options say against each other."""
+    """Return what options say against each other, a text each."""
     faults = []
     if config.method == "exact":
         faults += [
@@ -177,118 +198,8 @@ def _contradictions(config: FitConfig) -> list[str]:
     return faults
 
 
-def check_lengths(config: FitConfig, num_partitions: int) -> None:
-    """Check that the per-partition lists fit the number of partitions.
-
-    Args:
-        config: the run's configuration.
-        num_partitions: of the plan.
-
-    Raises:
-        ConfigError: a list of another length.
-    """
-    if config.recovery_epochs:
-        learners = recovering(config, num_partitions)
-        if not learners or learners[-1] >= num_partitions:
-            which = "is one partition, the last" if num_partitions == 1 else f"are {num_partitions} partitions"
-            raise ConfigError(
-                f"--recover {_shown(config.recover)}: there {which}; give numbers from 1 to {num_partitions}, or all"
-            )
-    for name, wanted in (
-        ("epochs", num_partitions),
-        ("batch_size", num_partitions),
-        ("optimizer", num_partitions),
-        ("lr", num_partitions),
-        ("shuffle", num_partitions),
-        ("kappa", num_partitions - 1),
-    ):
-        found = len(config.batch_sizes if name == "batch_size" else getattr(config, name))
-        if found not in (1, wanted):
-            what = "boundary" if name == "kappa" else "partition"
-            plural = {"boundary": "boundaries"}.get(what, what + "s")
-            raise ConfigError(
-                f"{flag(name)} has {found} values, and there {'is' if wanted == 1 else 'are'} {wanted or 'no'} "
-                f"{what if wanted == 1 else plural}; give one value{f' or {wanted}' if wanted > 1 else ''}, "
-                "or set --cuts or --partitions"
-            )
-
-
-def check_device(config: FitConfig, on_cpu: bool, memory_bytes: int) -> None:
-    """Check what can only be told once the device is known.
-
-    Args:
-        config: the run's configuration.
-        on_cpu: the training device is the host.
-        memory_bytes: of the host.
-
-    Raises:
-        ConfigError: an option that would have no effect there.
-        BudgetError: on the CPU, a budget above the memory that there is.
-    """
-    if not on_cpu:
-        if config.compile:
-            raise ConfigError(
-                "--compile has no effect here: it needs the CPU, and this run is on a GPU; leave it out, or give --device cpu"
-            )
-        return
-    for name, need in (
-        ("budget_scope", "a CUDA device"),
-        ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem is that bound)"),
-    ):
-        if getattr(config, name) not in (None, "process"):
-            raise ConfigError(f"{flag(name)} has no effect here: it needs {need}, and this run is on the CPU; leave it out")
-    if config.max_gpu_mem > memory_bytes:
-        raise BudgetError(
-            f"--max-gpu-mem {format_bytes(config.max_gpu_mem)} is more than this machine has, {format_bytes(memory_bytes)}; give less"
-        )
-
-
-def check_same_options(config: FitConfig, stored: FitConfig, where: Path) -> None:
-    """Check that a run is resumed with the configuration that it began with.
-
-    Args:
-        config: what is asked now.
-        stored: the run's.
-        where: the run's folder, for the message.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    other = [name for name in field_names() if getattr(config, name) != getattr(stored, name)]
-    if other:
-        name = other[0]
-        raise CheckpointError(
-            f"the run in {where} began with {flag(name)} {getattr(stored, name)}, not {getattr(config, name)}; "
-            "give the same to resume it, or begin a new run"
-        )
-
-
-def run_name(config: FitConfig) -> str:
-    """A folder name for a run, from its model and method: letters, digits, '.', '_' and '-' alone.
-
-    Example:
-        >>> run_name(configure(max_gpu_mem="1GB", model="mlp:64-32-10", data="digits"))
-        'mlp-64-32-10-pnn'
-    """
-    model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name).strip("-.") or "model"
-    return f"{model[:60]}-{config.method}"
-
-
-def next_workdir(config: FitConfig, parent: Path = Path("runs")) -> Path:
-    """The first folder `runs/MODEL-METHOD-N` that does not exist, N from 1."""
-    number = 1
-    while (path := parent / f"{run_name(config)}-{number}").exists():
-        number += 1
-    return path
-
-
-def _shown(value: Any) -> str:
-    """A value as one would write it on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else "(all but the last)" if value is None else str(value)
-
-
 def _absolute(name: str, value: Any) -> Any:
-    """Paths in full: a run may be resumed from another folder than it was begun in."""
+    """Return an option's value with its path in full."""
     if name == "data_root":
         return _full(value)
     if name not in ("model", "data") or not isinstance(value, str):

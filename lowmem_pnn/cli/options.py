@@ -1,0 +1,153 @@
+"""Options of the commands: one for each field of `FitConfig`, in groups by what they are about."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from lowmem_pnn.config.faults import as_typed, flag
+from lowmem_pnn.config.fit_config import FitConfig
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Model": ("model", "model_arg", "precision", "channels_last", "compile"),
+    "Data": ("data", "data_root", "augment", "shuffle", "val_fraction", "train_limit", "test_limit"),
+    "Method": ("method", "epochs", "partitions", "cuts", "recovery_epochs", "recover"),
+    "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
+    "Method neuroflux": (
+        "heads", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
+    ),
+    "Optimisation": (
+        "batch_size", "optimizer", "lr", "lr_schedule", "warmup_steps", "momentum", "weight_decay", "clip_norm",
+        "label_smoothing", "fused", "seed",
+    ),
+    "Budget": (
+        "max_gpu_mem", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "loss_chunk",
+        "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
+    ),
+    "Output": (
+        "workdir", "resume", "overwrite", "commit_every", "keep_commits", "log_every", "as_json", "quiet", "debug", "help",
+    ),
+}  # fmt: skip
+"""Headings of `fit --help`, and the options under each."""
+
+# What an option's value is called in the help.
+_METAVARS = {
+    "max_gpu_mem": "SIZE", "max_host_mem": "SIZE", "max_disk": "SIZE", "model_arg": "KEY=VALUE", "data_root": "DIR",
+    "cuts": "LAYER,...", "epochs": "N,...", "batch_size": "N,...|auto", "lr": "X,...", "shuffle": "yes|no,...", "kappa": "X,...",
+    "model": "NAME", "data": "NAME", "device": "NAME", "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
+    "train_limit": "N", "test_limit": "N", "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS",
+    "method": "pnn|neuroflux|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal|sparse",
+    "visits": "sequential|interleaved|laps=L", "macro_batches": "N", "views": "N", "augment": "none|basic", "blocks": "planner|alike",
+    "block_tolerance": "X", "exit_tolerance": "X", "heads": "adaptive|classic|auglocal|linear", "sil_target": "full|pooled",
+    "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
+    "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
+    "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
+    "plan_for": "auto|size|time",
+}  # fmt: skip
+
+# Options without a value: their names, and what the help says of the default.
+_SWITCHES = {
+    "fused": ("--fused/--no-fused", " [default: fused]"),
+    "step_in_backward": ("--step-in-backward/--no-step-in-backward", " [default: step-in-backward]"),
+    "parallel_sil": ("--parallel-sil", ""),
+    "channels_last": ("--channels-last", ""),
+    "compile": ("--compile", ""),
+}
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists its options by group."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for each group that the command has options of."""
+        records = {param.name: record for param in self.get_params(ctx) if (record := param.get_help_record(ctx)) is not None}
+        for title, names in GROUPS.items():
+            if rows := [records[name] for name in names if name in records]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def config_options(command: _Command) -> _Command:
+    """Add an option for each field of `FitConfig`; values stay text, which `configure` reads and checks."""
+    for field in reversed(dataclasses.fields(FitConfig)):
+        info: Any = field.default  # pydantic's, with description and default
+        text = info.description
+        if field.name in _SWITCHES:
+            names, default = _SWITCHES[field.name]
+            command = click.option(names, field.name, is_flag=True, default=None, help=text + default)(command)
+            continue
+        default_value = None if info.is_required() else info.get_default(call_default_factory=True)
+        if default_value not in (None, {}):
+            text += f" [default: {as_typed(default_value)}]"
+        command = click.option(
+            flag(field.name), field.name, metavar=_METAVARS[field.name], multiple=field.name == "model_arg", help=text
+        )(command)
+    return command
+
+
+def run_options(command: _Command) -> _Command:
+    """Add the options that say which run a command begins or goes on with."""
+    folder = click.Path(path_type=Path)
+    for option in (
+        click.option("--overwrite", is_flag=True, help="Replace the run in --workdir."),
+        click.option(
+            "--resume",
+            is_flag=True,
+            help=(
+                "Go on with a run from its last commit: the one in --workdir, else the only unfinished run under runs/ that was begun "
+                "with the same options. Options may be given as before, or left out."
+            ),
+        ),
+        click.option("--workdir", type=folder, metavar="DIR", help="Folder of the run. [default: runs/MODEL-METHOD-N]"),
+    ):
+        command = option(command)
+    return command
+
+
+def output_options(command: _Command) -> _Command:
+    """Add the options that say what a command prints."""
+    for option in (
+        click.option("--debug", is_flag=True, help="On a failure, show the traceback too."),
+        click.option("--quiet", is_flag=True, help="Show no progress."),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout, and nothing else there."),
+    ):
+        command = option(command)
+    return command
+
+
+def given_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were on the command line; repeated KEY=VALUE texts as one dictionary.
+
+    Args:
+        options: fields of `FitConfig`, as click gives them.
+
+    Raises:
+        ConfigError: a model's argument that is not KEY=VALUE.
+    """
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    if "model_arg" in given:
+        # Not at the top: it imports torch.
+        from lowmem_pnn.sources.models import parse_model_arguments
+
+        given["model_arg"] = parse_model_arguments(given["model_arg"])
+    return given
+
+
+def command_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were on the command line, of a command that needs a budget.
+
+    Args:
+        options: fields of `FitConfig`, as click gives them.
+
+    Raises:
+        click.UsageError: the budget is missing.
+        ConfigError: a model's argument that is not KEY=VALUE.
+    """
+    given = given_options(options)
+    if "max_gpu_mem" not in given:
+        raise click.UsageError("--max-gpu-mem is missing; give --max-gpu-mem 2GB", click.get_current_context())
+    return given

@@ -1,0 +1,67 @@
+"""Faults in options, in the words of the command line."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lowmem_pnn.errors import UnitError
+
+
+def flag(name: str) -> str:
+    """Return the command line's name of a field: `--max-gpu-mem` for `max_gpu_mem`."""
+    return "--" + name.replace("_", "-")
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """Return a tail for an error message: `; did you mean 'x'?`, or nothing if no known word is near."""
+    near = difflib.get_close_matches(word.lower(), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def describe_fault(fault: Any, known: Sequence[str]) -> str:
+    """Say one of pydantic's faults in the words of the command line.
+
+    Args:
+        fault: one of `ValidationError.errors()`.
+        known: names of all options.
+    """
+    name = str(fault["loc"][0])
+    value = fault.get("input")
+    if fault["type"] == "missing":
+        example = {"max_gpu_mem": "2GB", "model": "mlp:64-256-10", "data": "digits"}[name]
+        return f"{flag(name)} is missing; give {flag(name)} {example}"
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"there is no option {flag(name)}{suggest(name, known)}"
+    if fault["type"] == "literal_error":
+        choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
+        return f"{flag(name)} {value!r} is none of {', '.join(choices)}{suggest(str(value), choices)}"
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, UnitError):
+        return f"{flag(name)}: {cause}"
+    if name == "device":
+        return f"--device {value!r} is none of auto, cpu, cuda, cuda:INDEX{suggest(str(value), ['auto', 'cpu', 'cuda'])}"
+    if fault["type"] == "bool_parsing":
+        return f"{flag(name)} {value!r} is none of yes, no"
+    if fault["type"] == "too_short":
+        return f"{flag(name)} {value!r} is empty; give one value, or one per partition"
+    message = str(fault["msg"]).replace("Input should be", "must be").replace("Value error, ", "")
+    return f"{flag(name)} {value!r}: {message[0].lower()}{message[1:]}"
+
+
+def as_typed(value: Any) -> str:
+    """Return a value as one would type it on the command line.
+
+    Example:
+        >>> as_typed((5, 160)), as_typed(True), as_typed(None)
+        ('5,160', 'yes', '(not given)')
+    """
+    if isinstance(value, tuple):
+        return ",".join(map(as_typed, value))
+    if isinstance(value, dict):
+        return " ".join(f"{key}={as_typed(item)}" for key, item in value.items()) or "(not given)"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "(not given)" if value is None else str(value)

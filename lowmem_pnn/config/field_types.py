@@ -1,0 +1,65 @@
+"""Types of the options: how each reads what a command line or a call gives, and what it refuses."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PositiveInt
+
+from lowmem_pnn.units import parse_bytes
+
+
+def _size(value: Any) -> Any:
+    # pydantic collects ValueErrors, and UnitError is one.
+    return parse_bytes(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
+
+
+def _list(value: Any) -> Any:
+    """A comma list, one value, or a sequence, as a tuple."""
+    if isinstance(value, str):
+        parts = tuple(part.strip() for part in value.split(","))
+        if not all(parts):
+            raise ValueError("there is nothing between two commas, or nothing at all; write one value, or several as A,B")
+        return parts
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _layer_names(value: Any) -> Any:
+    return None if value is None else tuple(str(part) for part in _list(value))
+
+
+def _numbers_or_all(value: Any) -> Any:
+    return value if value in (None, "all") else _list(value)
+
+
+Size = Annotated[PositiveInt, BeforeValidator(_size)]
+
+
+Batches = Annotated[
+    tuple[PositiveInt, ...] | Literal["auto"], BeforeValidator(lambda value: value if value == "auto" else _list(value))
+]
+
+
+Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_list), Field(min_length=1)]
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+Flags = Annotated[tuple[bool, ...], BeforeValidator(_list), Field(min_length=1)]
+
+
+Optimizers = Annotated[tuple[Literal["sgd", "adam", "adamw"], ...], BeforeValidator(_list), Field(min_length=1)]
+
+
+LearningRates = Annotated[tuple[Positive, ...], BeforeValidator(_list), Field(min_length=1)]
+
+
+Layers = Annotated[tuple[str, ...] | None, BeforeValidator(_layer_names)]
+
+
+Recovering = Annotated[tuple[PositiveInt, ...] | Literal["all"] | None, BeforeValidator(_numbers_or_all)]
+
+
+DeviceName = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]

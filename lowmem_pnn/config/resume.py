@@ -1,0 +1,75 @@
+"""The configuration that a run is resumed with: the one that it began with, and what may be given anew."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_pnn.config.configure import checked, given_options
+from lowmem_pnn.config.faults import as_typed, flag
+from lowmem_pnn.config.fit_config import FitConfig, field_names
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.units import format_bytes
+
+FREE_TO_DIFFER = ("commit_every", "keep_commits", "log_every", "max_disk")
+"""Options that change nothing in a run's result."""
+
+_SIZES = ("max_gpu_mem", "max_host_mem")
+
+
+def resumed_config(stored: FitConfig, options: Mapping[str, Any], where: Path) -> FitConfig:
+    """Return the configuration that a run goes on with.
+
+    Args:
+        stored: options that the run began with.
+        options: fields of `FitConfig` that are given now; None means not given. Those that change nothing in the result replace the
+            stored ones.
+        where: folder of the run, for the message.
+
+    Raises:
+        ConfigError: an option that would change the result differs, or is no such option.
+
+    Example:
+        >>> stored = FitConfig(max_gpu_mem="1GB", model="mlp:64-10", data="digits")
+        >>> resumed_config(stored, {"epochs": 10, "commit_every": 5}, Path("runs/a")).commit_every
+        5.0
+    """
+    config = checked({**_values(stored), **given_options(options)})
+    differing = _differing(config, stored)
+    if differing:
+        texts = [_texts(name, getattr(stored, name), getattr(config, name)) for name in differing]
+        began = ", ".join(f"{flag(name)} {before}" for name, (before, _) in zip(differing, texts, strict=True))
+        given = ", ".join(f"{flag(name)} {now}" for name, (_, now) in zip(differing, texts, strict=True))
+        many = len(differing) > 1
+        raise ConfigError(
+            f"the run in {where} began with {began}, and {given} {'are' if many else 'is'} given now; leave {'them' if many else 'it'} "
+            "out to resume the run, or begin a new one"
+        )
+    return config
+
+
+def began_alike(config: FitConfig, stored: FitConfig) -> bool:
+    """Return whether a run began with the options of another command, but for those that change nothing in its result.
+
+    Args:
+        config: options of the command.
+        stored: options that the run began with.
+    """
+    return not _differing(config, stored)
+
+
+def _differing(config: FitConfig, stored: FitConfig) -> list[str]:
+    names = (name for name in field_names() if name not in FREE_TO_DIFFER)
+    return [name for name in names if getattr(config, name) != getattr(stored, name)]
+
+
+def _values(config: FitConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _texts(name: str, before: Any, now: Any) -> tuple[str, str]:
+    """Return both values of an option as one would type them; sizes to the byte where rounding would make them look the same."""
+    if name not in _SIZES or before is None or now is None:
+        return as_typed(before), as_typed(now)
+    rounded = format_bytes(before).replace(" ", ""), format_bytes(now).replace(" ", "")
+    return rounded if rounded[0] != rounded[1] else (str(before), str(now))

@@ -1,0 +1,81 @@
+"""One epoch of training, batch by batch: the innermost loop of every method, from wherever its progress says."""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from lowmem_pnn.engine.loaders import Batch
+from lowmem_pnn.engine.tally import EpochProgress
+from lowmem_pnn.errors import DataError
+
+
+class Learner(Protocol):
+    """What learns in an epoch: one resident partition, or all partitions in turn."""
+
+    title: str
+    """What learns, in words."""
+
+    num_samples: int
+    """Samples of an epoch."""
+
+    steps_per_epoch: int
+    """Batches of an epoch, a short last one included."""
+
+    smallest_batch: int
+    """Samples that the modules need at once; a last batch of fewer is left out."""
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Batch, Batch | None]]:
+        """Iterate over an epoch's batches, each with the one after it where that is there already.
+
+        Args:
+            epoch: number of the epoch in the present visit or sweep, from 0.
+            start: batches to skip.
+        """
+        ...
+
+    def train_batch(self, batch: Batch, step: int, following: Batch | None) -> float:
+        """Take one optimizer step, and return the batch's mean loss, which is finite.
+
+        Args:
+            batch: boundary tensors (B, ...) and labels (B, ...), on the host.
+            step: optimizer steps of the present visit or sweep before it.
+            following: the batch after it, where it is there already.
+
+        Raises:
+            SteppedInPart: memory ran out after some of the weights were stepped.
+            BudgetError: not even the smallest micro-batch fits.
+            DivergedError: the loss became NaN or infinite.
+        """
+        ...
+
+
+def train_epoch(learner: Learner, progress: EpochProgress, after_batch: Callable[[float | None], None]) -> None:
+    """Train over one epoch's samples.
+
+    Args:
+        learner: what learns.
+        progress: how far the epoch is; moved on after every batch, and at the end to the next epoch's begin.
+        after_batch: called after every batch with its loss (None if it was left out as too small), when `progress`, weights and
+            optimizer state belong together.
+
+    Raises:
+        SteppedInPart: memory ran out, and only a commit can be gone back to.
+        BudgetError: not even the smallest micro-batch fits.
+        DivergedError: the loss became NaN or infinite.
+        CaptureError: a parameter got no gradient.
+        DataError: there are fewer samples than the modules need at once.
+    """
+    for batch, following in learner.batches(progress.epoch, progress.batch):
+        loss = None
+        if len(batch[1]) >= learner.smallest_batch:  # a last batch of 1 tells BatchNorm nothing
+            loss = learner.train_batch(batch, progress.epoch * learner.steps_per_epoch + progress.batch, following)
+            progress.tally.add(loss, len(batch[1]))
+        progress.batch += 1
+        del batch, following
+        after_batch(loss)
+    if not progress.tally.num_samples:
+        raise DataError(
+            f"{learner.num_samples} training samples make no batch that {learner.title} can learn from: its modules need at least "
+            f"{learner.smallest_batch} samples at once; give more samples"
+        )
+    progress.epoch += 1
+    progress.batch = 0

@@ -1,0 +1,35 @@
+"""Micro-batches: a batch cut into what goes through the device at once, and half of it where memory ran out."""
+
+from collections.abc import Sequence
+
+
+def micro_batches(total: int, size: int, smallest: int) -> Sequence[slice]:
+    """Cut a batch into micro-batches of `size`; a rest that would be under `smallest` joins the one before it.
+
+    Args:
+        total: samples in the batch.
+        size: samples in a micro-batch.
+        smallest: samples that the modules accept at least.
+
+    Example:
+        >>> [part.stop - part.start for part in micro_batches(9, 4, smallest=2)]
+        [4, 5]
+    """
+    starts = list(range(0, total, size))
+    if len(starts) > 1 and total - starts[-1] < smallest:
+        starts.pop()
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], total], strict=True)]
+
+
+def halved(micro_batch: int, smallest: int) -> int | None:
+    """Return half a micro-batch, at least the smallest; None where it is the smallest already.
+
+    Args:
+        micro_batch: samples on the device at once, which did not fit.
+        smallest: samples that the modules accept at least.
+
+    Example:
+        >>> halved(12, smallest=2), halved(3, smallest=2), halved(2, smallest=2)
+        (6, 2, None)
+    """
+    return None if micro_batch <= smallest else max(smallest, micro_batch // 2)

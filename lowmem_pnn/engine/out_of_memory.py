@@ -1,0 +1,48 @@
+"""Work that may run out of memory, and what is said where it did."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from lowmem_pnn.device import Device, is_out_of_memory
+from lowmem_pnn.errors import BudgetError
+from lowmem_pnn.units import format_bytes
+
+_T = TypeVar("_T")
+
+
+class SteppedInPart(BudgetError):
+    """Memory ran out in a batch when some of the weights had been stepped: training cannot go on from them, only from a commit."""
+
+
+def unless_out_of_memory(work: Callable[[], _T]) -> _T | None:
+    """Return the work's result, or None if memory ran out in it; the exception, which holds tensors, is gone by then.
+
+    Args:
+        work: a computation whose result is never None.
+    """
+    try:
+        return work()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
+
+
+def fits(work: Callable[[], object]) -> bool:
+    """Do the work, and say whether it went through; False if memory ran out in it.
+
+    Args:
+        work: a computation whose result is of no interest.
+    """
+    return unless_out_of_memory(lambda: (work(),)) is not None
+
+
+def too_large(device: Device, what: str) -> BudgetError:
+    """Return the error of memory that ran out where nothing smaller can be tried.
+
+    Args:
+        device: the training device, whose present section tells how much was in use.
+        what: the work, as the message goes on after "memory ran out".
+    """
+    used, budget = format_bytes(device.section_peak_bytes()), format_bytes(device.budget_bytes)
+    return BudgetError(f"memory ran out {what}: {used} of {budget} were in use; give a larger --max-gpu-mem, or more partitions")

@@ -1,0 +1,162 @@
+"""Commits: states of a run that a resume can go on from, made durable in the background."""
+
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.errors import DiskError, Stopped
+from lowmem_pnn.run.metrics import Metrics
+from lowmem_pnn.run.session import Session
+from lowmem_pnn.run.state import State
+from lowmem_pnn.stores import disk
+from lowmem_pnn.stores.weights import WeightStore
+from lowmem_pnn.units import format_bytes
+
+Save = Callable[[], Sequence[int]]
+"""Writes the present weights to working files, and returns the partitions whose files changed since the last commit."""
+
+
+def nothing_changed() -> Sequence[int]:
+    """Write nothing, since no weights moved."""
+    return ()
+
+
+class Commits:
+    """Makes the present state of a run the one to resume from, or returns to the last such state.
+
+    Args:
+        session: the process's side of the run.
+        config: options of the run.
+        weights: weight files of the run, as of the last commit.
+        state: state of the run, as of the last commit.
+        metrics: records of the run, which are brought up to date before a commit.
+    """
+
+    def __init__(self, session: Session, config: FitConfig, weights: WeightStore, state: State, metrics: Metrics) -> None:
+        self._session = session
+        self._config = config
+        self._weights = weights
+        self._state = state
+        self._metrics = metrics
+        self._pending: Future[None] | None = None
+        self._last_commit = time.monotonic()
+        # Stores of activations that a journal on disk names, and all that some commit has named, which only the end of that
+        # commit may delete.
+        journals = (state.to_journal(), *session.rundir.older_journals())
+        self._named = {folder for body in journals for folder in body["activations"].values()}
+        self._promised = set(self._named)
+        # Partitions whose working files the next commit includes.
+        self._staged: set[int] = set()
+
+    def commit(self, save: Save = nothing_changed) -> None:
+        """Make the present state the one to resume from. Syncing and hashing go on in the background.
+
+        Args:
+            save: writes weights that moved since the last commit to working files.
+
+        Raises:
+            DiskError: the commit before this one could not be made durable.
+        """
+        self.wait()
+        self._metrics.update_record()
+        changed = sorted({*save(), *self._staged})
+        self._staged.clear()
+        self._weights.freeze(changed)
+        self._metrics.update_totals()
+        self._state.number += 1
+        self._state.metrics_bytes = self._session.rundir.metrics_bytes()
+        journal = self._state.to_journal()
+        self._promised.update(journal["activations"].values())
+        self._pending = self._session.threads.commit.submit(self._finish, journal, changed)
+        self._last_commit = time.monotonic()
+
+    def stage_for_commit(self, save: Save) -> None:
+        """Write weights to working files now; the next commit includes them.
+
+        Args:
+            save: writes the weights.
+        """
+        self._staged.update(save())
+
+    def commit_if_due(self, save: Save) -> None:
+        """Commit if `--commit-every` seconds have passed since the last commit, or if the run is to stop.
+
+        Args:
+            save: writes weights that moved since the last commit to working files.
+
+        Raises:
+            Stopped: the run was asked to stop; everything up to now is committed.
+        """
+        if self._session.should_stop():
+            self.commit(save)
+            self.stop_if_asked()
+        if time.monotonic() - self._last_commit >= self._config.commit_every:
+            self.commit(save)
+
+    def stop_if_asked(self) -> None:
+        """End the run if it was asked to stop.
+
+        Raises:
+            Stopped: it was.
+        """
+        if self._session.should_stop():
+            self.wait()
+            folder = shlex.quote(str(self._session.rundir.path))
+            raise Stopped(f"stopped; lowmem-pnn fit --resume --workdir {folder} goes on from the last commit")
+
+    def wait(self) -> None:
+        """Wait until the last commit is durable.
+
+        Raises:
+            DiskError: it could not be made so.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def roll_back(self) -> None:
+        """Return to the last commit: what was trained since then did not happen. No partition may be resident."""
+        self.wait()
+        self._weights.rollback()
+        self._staged.clear()
+        commit = State.from_journal(self._session.rundir.journal())
+        self._state.go_back_to(commit)
+        self._session.rundir.cut_metrics(commit.metrics_bytes)
+        self._metrics.drop_record()
+
+    @property
+    def activations(self) -> Path:
+        """Folder of the stores of boundary activations."""
+        return self._session.rundir.path / "activations"
+
+    def drop_store(self, name: str) -> None:
+        """Delete a store of activations that no commit names; a store that a commit names is deleted with that commit.
+
+        Args:
+            name: name of the store's folder.
+        """
+        if name not in self._promised:
+            shutil.rmtree(self.activations / name, ignore_errors=True)
+
+    def _finish(self, journal: dict[str, Any], changed: Sequence[int]) -> None:
+        """On the committing thread: seal the weight files, write the journal, and delete what no kept journal names."""
+        if changed:
+            journal["weights"] = self._state.weights = self._weights.seal(changed)
+        rundir = self._session.rundir
+        kept = rundir.commit(journal, self._config.keep_commits)
+        # Deleted only now that no journal names it.
+        self._weights.discard_obsolete([body["weights"] for body in kept if body["weights"]])
+        named = {folder for body in kept for folder in body["activations"].values()}
+        # Only what a commit has named: other stores are being written for the next one meanwhile.
+        for folder in self._named - named:
+            shutil.rmtree(self.activations / folder, ignore_errors=True)
+        self._named = named
+        disk.commit_point("discarded")
+        limit = self._config.max_disk
+        if limit is not None and journal["stage"] != "done" and (taken := rundir.disk_bytes()) > limit:
+            raise DiskError(f"the run takes {format_bytes(taken)} on disk, above --max-disk {format_bytes(limit)}; give more")

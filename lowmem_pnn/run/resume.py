@@ -1,0 +1,95 @@
+"""What a resume begins with: the state of the last commit, if it belongs to what is asked now."""
+
+from pathlib import Path
+
+from lowmem_pnn.engine.micro_batches import halved
+from lowmem_pnn.errors import BudgetError, CheckpointError
+from lowmem_pnn.methods import Sweep, share_of
+from lowmem_pnn.run.ranks import Rank
+from lowmem_pnn.run.state import State
+from lowmem_pnn.stores.run_directory import RunDirectory
+from lowmem_pnn.workload import Workload
+
+
+def resumed_state(rundir: RunDirectory, workload: Workload, rank: Rank) -> State:
+    """Return the state of a run's last commit.
+
+    Args:
+        rundir: directory of the run.
+        workload: model, data and method, opened as the run's configuration says.
+        rank: which of several processes this is.
+
+    Raises:
+        CheckpointError: the data is not what the run began with, or it was begun by another process of several.
+    """
+    state = State.from_journal(rundir.journal())
+    check_same_data(state, workload, rundir.path)
+    if (state.rank, state.ranks) != (rank.number, rank.of):
+        raise CheckpointError(
+            f"the run in {rundir.path} is process {state.rank + 1} of {state.ranks}, and this is {rank.number + 1} of {rank.of}; resume it "
+            + (f"by torchrun with {state.ranks} processes" if state.ranks > 1 else "without torchrun")
+        )
+    return state
+
+
+def check_same_data(state: State, workload: Workload, path: Path) -> None:
+    """Refuse data that is not what a run began with.
+
+    Args:
+        state: state of the run.
+        workload: data that was opened now.
+        path: folder of the run, for the message.
+
+    Raises:
+        CheckpointError: it is other data.
+    """
+    if state.data != workload.dataset.fingerprint:
+        raise CheckpointError(
+            f"the data {workload.config.data} is not what the run in {path} began with; bring it back, or begin a new run"
+        )
+
+
+def count_resume(rundir: RunDirectory, state: State, workload: Workload, *, after_crash: bool) -> None:
+    """Bring a run's files back to its last commit, and its state to what the process goes on with.
+
+    Args:
+        rundir: directory of the run.
+        state: state of the last commit, which is changed.
+        workload: model, data and method.
+        after_crash: whether the last process died at the memory limit: the micro-batch that was in use is then halved.
+
+    Raises:
+        BudgetError: the micro-batch is the smallest already.
+    """
+    rundir.cut_metrics(state.metrics_bytes)
+    state.resumed += 1
+    if after_crash:
+        _halve_micro_batches(state, workload)
+        state.number += 1
+        rundir.commit(state.to_journal(), workload.config.keep_commits)  # or the next crash would halve it no further
+
+
+def _halve_micro_batches(state: State, workload: Workload) -> None:
+    """Halve the micro-batch of the partition that was resident when the process died, or of all that may have been."""
+    program = share_of(workload.method.program(len(state.micro_batches), workload.training_splits), state.rank, state.ranks)
+    smallest = state.plan["smallest_micro_batch"]
+    item = program[state.visit] if state.visit < len(program) else None
+    if state.stage == "born":
+        peaks = [part["predicted_peak_bytes"] for part in state.plan["partitions"]]
+        numbers = [peaks.index(max(peaks))]  # the one that is checked
+    elif item is None or isinstance(item, Sweep):
+        numbers = list(range(len(state.micro_batches)))  # any of them: while the model was measured
+    else:
+        numbers = [item.partition]
+    halves = {number: halved(state.micro_batches[number], smallest) for number in numbers}
+    is_sweeping = workload.method.sweeps or isinstance(item, Sweep)
+    sweep_half = halved(state.sweep_micro_batch, smallest) if is_sweeping else None
+    if sweep_half is None and not any(halves.values()):
+        raise BudgetError(
+            f"partition {numbers[0] + 1} died at the memory limit with a micro-batch of {smallest}, the smallest; "
+            "give a larger --max-gpu-mem"
+        )
+    for number, half in halves.items():
+        state.micro_batches[number] = half or state.micro_batches[number]
+    state.sweep_micro_batch = sweep_half or state.sweep_micro_batch
+    state.oom_retries += 1

@@ -1,0 +1,223 @@
+"""A method's program, carried out: its visits and sweeps, one after the other, from wherever the run's state says."""
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from lowmem_pnn.engine.active_partition import ActivePartition
+from lowmem_pnn.engine.loaders import DatasetLoader, Loader, MacroBatchLoader, StoredMacroBatchLoader, ViewsLoader
+from lowmem_pnn.engine.out_of_memory import SteppedInPart
+from lowmem_pnn.evaluation.measure import validate
+from lowmem_pnn.methods import Sweep, Visit
+from lowmem_pnn.methods.base import SplitName
+from lowmem_pnn.run.commits import Save, nothing_changed
+from lowmem_pnn.run.run import Run
+from lowmem_pnn.training.join import join
+from lowmem_pnn.training.loop import train_epochs
+from lowmem_pnn.training.page_cache import PageCachePrefetch, next_partition
+from lowmem_pnn.training.partition_learner import PartitionLearner
+from lowmem_pnn.training.sweep_learner import SweepLearner
+
+
+def carry_out(run: Run) -> None:
+    """Go through what is left of a run's program.
+
+    Args:
+        run: at a commit.
+
+    Raises:
+        Stopped: the run was asked to stop; everything up to then is committed.
+        DivergedError: a loss is not finite.
+        BudgetError: not even the smallest micro-batch fits.
+    """
+    steps = StepCounts(run)
+    active: ActivePartition | None = None
+    while (item := run.item) is not None:
+        if active is not None and (isinstance(item, Sweep) or item.action == "join" or active.number != item.partition):
+            active.residency.unload()
+            active = None
+        save: Save = nothing_changed
+        if isinstance(item, Sweep):
+            if not _sweep(run, item):
+                run.roll_back_with_smaller_micro_batch(None)
+                continue
+            save = partial(_learners, item)
+        elif item.action == "join":
+            save = partial(join, run)
+        else:
+            learns = item.action == "learn"
+            run.metrics.begin_record(item.partition)
+            if active is None:
+                active = run.partitions.load(item.partition, learns=learns, total_steps=steps.of(item.partition))
+            if not learns:
+                _emit(run, item, active)
+            elif not _learn(run, item, active, steps.before[run.state.visit]):
+                active.residency.unload()
+                active = None
+                run.roll_back_with_smaller_micro_batch(item.partition)
+                continue
+            run.metrics.end_record()
+            if learns:
+                save = partial(run.partitions.save, active)
+        run.complete_item()
+        if isinstance(item, Visit) and item.macro_batch is not None:
+            _end_macro_batch(run, item, active, save)
+            active = None
+            continue
+        run.commits.commit(save)
+        if run.item is not None:
+            run.commits.stop_if_asked()
+    if active is not None:
+        active.residency.unload()
+    run.commits.wait()
+
+
+def _end_macro_batch(run: Run, visit: Visit, active: ActivePartition | None, save: Save) -> None:
+    """End a visit of a macro-batch: the run is committed now and then, after the last of these visits."""
+    if visit.action == "learn":
+        run.commits.stage_for_commit(save)
+    if active is not None:
+        active.residency.unload()
+    if visit.measures:
+        validate(run, f"epoch {visit.epochs_before + 1}")
+        run.metrics.log_joint_epoch(visit.epochs_before + 1)
+    if visit.commits:
+        run.commits.commit_if_due(nothing_changed)
+
+
+class StepCounts:
+    """Optimizer steps of a run's program, by partition.
+
+    Args:
+        run: the run; the steps of its sweeps are not counted, since they count for themselves.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._total = [0] * len(run.plan.partitions)
+        # Before each item of the program, of its own partition.
+        self.before: list[int] = []
+        samples = len(run.workload.splits["train"])
+        for item in run.program:
+            if isinstance(item, Sweep):
+                self.before.append(0)
+                continue
+            self.before.append(self._total[item.partition])
+            if item.action == "learn":
+                batch = run.plan.partitions[item.partition].batch
+                self._total[item.partition] += item.epochs * steps_of_epoch(item, samples, batch)
+
+    def of(self, partition: int) -> int:
+        """Return the steps of all visits of a partition.
+
+        Args:
+            partition: number of the partition.
+        """
+        return self._total[partition]
+
+
+def steps_of_epoch(visit: Visit, samples: int, batch: int) -> int:
+    """Return the optimizer steps of one epoch of a visit, whose last batch may be short.
+
+    Args:
+        visit: a `learn` visit.
+        samples: training samples.
+        batch: samples per step.
+    """
+    begin, end = visit.macro_batch or (0, samples)
+    return math.ceil((end - begin) / batch)
+
+
+def _sweep(run: Run, sweep: Sweep) -> bool:
+    """Train all epochs of a sweep; return False if a batch did not fit, after which the weights are no commit's."""
+    learner = SweepLearner(run, sweep)
+    try:
+        train_epochs(run, learner)
+    except SteppedInPart:
+        return False
+    finally:
+        learner.close()
+    return True
+
+
+def _learners(sweep: Sweep) -> Sequence[int]:
+    """Return the partitions that a sweep has changed: all of it is in the working files."""
+    return sweep.learners
+
+
+def _learn(run: Run, visit: Visit, active: ActivePartition, steps_before: int) -> bool:
+    """Train all epochs of a visit; return False if a batch did not fit, after which the weights are no commit's."""
+    if not active.residency.optimizers:
+        run.session.display.message(f"{active.title} has only frozen weights: nothing to learn")
+        return True
+    following = next_partition(run.program, run.state.visit)
+    weight_file = None if following is None else run.weights.newest_file(following)
+    page_cache = PageCachePrefetch(weight_file, run.session.threads.read)
+    with ExitStack() as stack:
+        val = None
+        if visit.from_synthetic_labels:
+            # What it would be measured on are the very labels that it learns from.
+            train = run.partitions.synthetic_label_loader(visit.partition)
+        else:
+            train = _training_samples(run, stack, visit)
+            if "val" in run.workload.splits and visit.macro_batch is None:
+                val = run.partitions.loader(stack, visit.partition, "val", _folder(run, "val"))
+        try:
+            train_epochs(run, PartitionLearner(run, visit, active, train, val, steps_before, page_cache))
+        except SteppedInPart:
+            return False
+    return True
+
+
+def _emit(run: Run, visit: Visit, active: ActivePartition) -> None:
+    """Write a partition's outputs for one part of the data, or one view of it."""
+    config = run.workload.config
+    # A store that a commit names is not written to: where blocks take several turns, each has stores of its own.
+    turn = f"-{run.state.visit}" if config.visits != "sequential" or config.views > 1 else ""
+    folder = run.commits.activations / f"b{visit.partition + 1:02d}-{visit.split}{turn}"
+    with ExitStack() as stack:
+        if visit.split == "train" and (visit.macro_batch is not None or config.views > 1):
+            loader = _training_samples(run, stack, visit)
+        else:
+            loader = run.partitions.loader(stack, visit.partition, visit.split, _folder(run, visit.split))
+        run.session.display.start_emit(active.title, visit.split, loader.num_samples)
+        run.partitions.write_outputs(
+            active, loader, folder, on_micro_batch=run.commits.stop_if_asked, encoding=config.activation_dtype
+        )
+    run.replace_store(_store_key(visit.split, visit.view), folder.name)
+    run.metrics.log_emit(visit)
+
+
+def _training_samples(run: Run, stack: ExitStack, visit: Visit) -> Loader:
+    """Open the training samples of a visit: an epoch's, a macro-batch of one, or those of a view."""
+    config, partition, partitions = run.workload.config, visit.partition, run.partitions
+    if visit.macro_batch is not None:
+        loader = partitions.loader(stack, partition, "train", _folder(run, "train"))
+        if partition > 0:
+            return StoredMacroBatchLoader(loader)
+        assert isinstance(loader, DatasetLoader)
+        epoch = visit.epochs_before
+        return MacroBatchLoader(loader, config.value_for("shuffle", 0), epoch, slice(*visit.macro_batch), ("epoch", epoch))
+    if visit.action == "emit" and partition == 0:
+        loader = partitions.loader(stack, partition, "train", None)
+        assert isinstance(loader, DatasetLoader)
+        return MacroBatchLoader(loader, False, 0, slice(None), ("view", visit.view))
+    if partition == 0 or config.views == 1:
+        return partitions.loader(stack, partition, "train", _folder(run, "train"))
+    if visit.action == "emit":
+        return partitions.loader(stack, partition, "train", _folder(run, "train", visit.view))
+    views = ViewsLoader(lambda view: partitions.open_loader(partition, "train", _folder(run, "train", view)), config.views)
+    stack.callback(views.close)
+    return views
+
+
+def _store_key(split: SplitName, view: int) -> str:
+    """Return what the journal calls the store of a split, or of one of its views."""
+    return f"{split}+{view}" if view else split
+
+
+def _folder(run: Run, split: SplitName, view: int = 0) -> Path | None:
+    """Return the store that a visit reads; None where it reads the data set."""
+    name = run.store_of(_store_key(split, view))
+    return None if name is None else run.commits.activations / name

@@ -1,0 +1,89 @@
+"""The result of a run: what `result.json` says."""
+
+import importlib.metadata
+import platform
+from typing import Any
+
+from lowmem_pnn.evaluation.exits import chosen_exit
+from lowmem_pnn.planning.make_plan import describe_partition
+from lowmem_pnn.profiling.costs import MemoryProfile
+from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.run.macs import program_macs, samples_learnt
+from lowmem_pnn.run.run import Run
+
+_PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
+
+
+def make_result(run: Run, profile: MemoryProfile, scores: dict[str, float], exits: list[dict[str, Any]]) -> Result:
+    """Return what a run has come to.
+
+    Args:
+        run: a trained run.
+        profile: costs of the model's layers.
+        scores: scores on the test data; empty where there is none.
+        exits: early exits, as `describe_exits` gives them.
+    """
+    workload, plan, state, device = run.workload, run.plan, run.state, run.session.device
+    config, last, path = workload.config, state.records[-1], run.session.rundir.path
+    # Of all processes, where several train a partition each.
+    program, samples = workload.method.program(len(plan.partitions), workload.training_splits), len(workload.splits["train"])
+    return Result(
+        method=config.method,
+        model=config.model,
+        data=config.data,
+        seed=config.seed,
+        precision=config.precision,
+        device=device.describe(),
+        budget_bytes=device.budget_bytes,
+        budget_scope=config.budget_scope,
+        floor_bytes=device.floor_bytes,
+        peak_bytes=max(state.peak_bytes, *(record.peak_bytes for record in state.records)),  # of any process
+        host_peak_bytes=state.host_peak_bytes,
+        predicted_peak_bytes=plan.predicted_peak_bytes,
+        reserve_bytes=device.reserve_bytes,
+        check=state.check,
+        training_state_bytes=profile.training_state_bytes,
+        partitions=_partitions(run),
+        epochs=[config.value_for("epochs", number) for number in range(len(plan.partitions))],
+        seconds=state.seconds,
+        compiled=workload.compiled,
+        samples_per_second=samples_learnt(program, samples) / max(state.seconds, 1e-9),
+        train_loss=last.train_loss,
+        val_loss=last.val_loss,
+        val_accuracy=last.val_accuracy,
+        test_loss=scores.get("test_loss"),
+        test_accuracy=scores.get("test_accuracy"),
+        test_f1=scores.get("test_f1"),
+        perplexity=scores.get("perplexity"),
+        macs=program_macs(program, plan, samples),
+        exits=exits,
+        chosen_exit=chosen_exit(exits, config.exit_tolerance),
+        bytes_read=state.bytes_read,
+        bytes_written=state.bytes_written,
+        oom_retries=state.oom_retries,
+        skipped_steps=sum(scale.skipped for scale in state.loss_scales),
+        resumed=state.resumed,
+        workdir=str(path),
+        weights_file=str(path / "model.safetensors"),
+        preprocessing=workload.dataset.preprocessing,
+        versions={
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+    )
+
+
+def _partitions(run: Run) -> list[dict[str, Any]]:
+    """Return what is said of each partition: its plan, and what it took."""
+    workload, state = run.workload, run.state
+    return [
+        {
+            **describe_partition(workload, part),
+            "micro_batch": state.sweep_micro_batch if workload.method.sweeps else state.micro_batches[number],
+            "epochs": workload.config.value_for("epochs", number),
+            "peak_bytes": record.peak_bytes,
+            "seconds": record.seconds,
+            "waited": record.waited,
+        }
+        for number, (part, record) in enumerate(zip(run.plan.partitions, state.records, strict=True))
+    ]

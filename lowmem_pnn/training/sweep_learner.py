@@ -1,0 +1,99 @@
+"""A sweep: all partitions train together, every batch going through all of them and back."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from lowmem_pnn.engine.loaders import Batch, DatasetLoader
+from lowmem_pnn.engine.out_of_memory import SteppedInPart, unless_out_of_memory
+from lowmem_pnn.evaluation.measure import validate
+from lowmem_pnn.methods import Sweep
+from lowmem_pnn.run.run import Run
+from lowmem_pnn.sweep.sweeper import Sweeper
+
+
+class SweepLearner:
+    """Trains all partitions of a sweep, epoch by epoch (see `lowmem_pnn.training.loop.EpochsLearner`).
+
+    Args:
+        run: the run, inside the sweep, with no partition resident.
+        sweep: visits that every batch goes through.
+    """
+
+    action: Literal["learn", "sweep"] = "sweep"
+
+    def __init__(self, run: Run, sweep: Sweep) -> None:
+        workload, session = run.workload, run.session
+        train, config = workload.splits["train"], workload.config
+        self._run, self._sweep = run, sweep
+        self._loader = DatasetLoader(
+            train, config.seed, session.threads.read, mix=True, phase=sweep.phase, augments=config.augment != "none"
+        )
+        self.partition = run.partitions.last
+        self.title = "recovery" if sweep.phase == "recovery" else "all partitions"
+        self.num_samples, self.smallest_batch = len(train), run.plan.smallest_micro_batch
+        self.steps_per_epoch = math.ceil(len(train) / sweep.batch_size)
+        self.num_epochs, self.epochs_before, self.steps_before = sweep.epochs, 0, 0
+        self.is_joint = False
+        self._total_steps = sweep.epochs * self.steps_per_epoch
+        self._sweeper = Sweeper(
+            workload,
+            run.plan,
+            sweep,
+            session.device,
+            run.weights,
+            session.threads,
+            session.counter,
+            session.rundir.path,
+            self._total_steps,
+            run.metrics.begin_record,
+        )
+
+    @property
+    def micro_batch(self) -> int:
+        """See `EpochsLearner`."""
+        return self._run.state.sweep_micro_batch
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Batch, Batch | None]]:
+        """See `Learner`; no batch is read before its turn, since the partitions take the memory."""
+        sweep, loader = self._sweep, self._loader
+        batches = loader.batches(sweep.batch_size, shuffle=sweep.shuffle, epoch=epoch, start=start, drawn=(sweep.phase, epoch))
+        return _alone(self._run.session.threads.stalls.over(loader.waits_for, batches))
+
+    def train_batch(self, batch: Batch, step: int, following: Batch | None) -> float:
+        """See `Learner`."""
+        scale = self._run.state.loss_scales[-1]
+        loss = unless_out_of_memory(lambda: self._sweeper.train_batch(batch, step, self.micro_batch, scale))
+        if loss is None:
+            raise SteppedInPart("memory ran out in a sweep, when later partitions may have been stepped")
+        return loss
+
+    def learning_rate(self, step: int) -> float:
+        """See `EpochsLearner`."""
+        return self._run.workload.learning_rate(self.partition, step, self._total_steps)
+
+    def after_batch(self, epoch: int, share: float) -> None:
+        """See `EpochsLearner`: the sweeper's own stream prefetches."""
+
+    def save(self) -> Sequence[int]:
+        """See `EpochsLearner`: all that was stepped is on its way to the working files."""
+        self._sweeper.settle()
+        return self._sweep.learners
+
+    def after_epoch(self, epoch: int) -> None:
+        """See `EpochsLearner`."""
+        self._run.metrics.end_record()
+        self._sweeper.settle()
+        if "val" in self._run.workload.splits:
+            self._sweeper.rest()
+            validate(self._run, f"epoch {epoch}")
+
+    def close(self) -> None:
+        """Free all memory, and give up what waits to be written."""
+        self._sweeper.close()
+
+
+def _alone(batches: Iterator[Batch]) -> Iterator[tuple[Batch, None]]:
+    for batch in batches:
+        yield batch, None
+        del batch  # or two would be there while the next one is waited for
