@@ -39,7 +39,7 @@ from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.activation_writer import ActivationWriter
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.disk import sync_folder
-from lowmem_pnn.stores.encoding import KeptAs
+from lowmem_pnn.stores.encoding import Encoding
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.units import parse_bytes
 
@@ -178,14 +178,16 @@ class Files:
             os.close(descriptor)
         return watch.seen(self.num_blocks * SHARD_BYTES, [path])
 
-    def write_store(self, kept_as: KeptAs) -> Seen:
+    def write_store(self, encoding: Encoding) -> Seen:
         """Float32 values that a store takes, until it is synced."""
         for path in self._store.glob("*"):
             path.unlink()
         self.settle()
         watch = Watch()
         with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(4) as beside, watch.timed():
-            writer = ActivationWriter(self._store, (SPEC,), self.num_samples, SHARD_BYTES, pool, beside=beside, kept_as=kept_as)
+            writer = ActivationWriter(
+                self._store, (SPEC,), self.num_samples, SHARD_BYTES, pool, helpers=beside, encoding=encoding
+            )
             tensor, labels = self._batch
             with writer:
                 for begin in range(0, self.num_samples, BATCH):
@@ -295,12 +297,12 @@ def measures(files: Files) -> dict[str, Measure]:
         "through the cache: weight file, first reading": Measure(READ, lambda: files.read_weights(direct=False)),
         "through the cache: weight file, next reading": Measure(READ, lambda: files.read_weights(direct=False, cold=False)),
     }
-    kinds: tuple[KeptAs, ...] = ("bfloat16", "int8")
-    for kept_as in kinds:
+    kinds: tuple[Encoding, ...] = ("bfloat16", "int8")
+    for encoding in kinds:
         rows |= {
-            f"activations as {kept_as}, write": Measure(NEW, lambda kept_as=kept_as: files.write_store(kept_as)),
-            f"activations as {kept_as}, read in sequence": Measure(READ, lambda: files.read_store(shuffle=False)),
-            f"activations as {kept_as}, read shuffled": Measure(READ, lambda: files.read_store(shuffle=True)),
+            f"activations as {encoding}, write": Measure(NEW, lambda encoding=encoding: files.write_store(encoding)),
+            f"activations as {encoding}, read in sequence": Measure(READ, lambda: files.read_store(shuffle=False)),
+            f"activations as {encoding}, read shuffled": Measure(READ, lambda: files.read_store(shuffle=True)),
         }
     return rows
 

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import DiskError
+from lowmem_pnn.memory.aligned import aligned_empty
 from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.fingerprint import layer_fingerprint
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.costs import Affine, MemoryProfile, peak_of
 from lowmem_pnn.profiling.timings import LayerSeconds, Seconds
-from lowmem_pnn.stores.tensor_file import TensorFile, aligned_empty
+from lowmem_pnn.stores.tensor_file import TensorFile
 
 SECONDS = 2.0
 """For the layers of a chain; with the rest of the machine about half a second more."""

@@ -1,18 +1,18 @@
-"""Transfers between memory and the pages of a file, past the system's page cache.
+"""Direct I/O: transfers between memory and the pages of a file, past the system's page cache (O_DIRECT).
 
 Through the page cache every byte is copied once more, into pages that are taken from everybody else and that cost more to get than
-to fill. A direct transfer moves bytes between the drive and the caller's memory. In exchange it wants whole pages: the place in the
-file, the place in memory and the length are multiples of `PAGE_BYTES`.
+to fill. A direct transfer moves bytes between the drive and the caller's memory. In exchange it works by whole pages: the offset in
+the file, the address in memory and the length are multiples of `PAGE_BYTES`.
 
-A stretch of a file often lies in memory in *pieces*: a header here, a tensor there. Then those pages move straight that one piece
-fills and that start at a page in memory too; the others, at the pieces' ends, are put together in scratch. All of it is one request:
+A range of a file often lies in memory in *pieces*: a header here, a tensor there. Pages that one piece fills, and that start at a
+page in memory too, move straight; the others, at the pieces' ends, are put together in a scratch buffer. All of it is one request:
 
     file     | page | page | page | page | page |
     pieces   |header.|tensor ........|labels.|
     moves    |scratch| straight   |  scratch  |
 
-Not every file system takes direct transfers, and none has to: `open_direct` gives None, `transfer` raises OSError with EINVAL, and
-the caller goes through the page cache.
+Not every file system takes direct transfers, and none has to: `open_direct` returns None, or a transfer raises OSError with one of
+`REFUSED`, and the caller goes through the page cache.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ import numpy as np
 from lowmem_pnn.memory.aligned import PAGE_BYTES
 
 Piece = tuple[int, memoryview]
-"""Where bytes are in the file, and where in memory."""
+"""Offset of bytes in the file, and their memory."""
 
-_MOST_SCRATCH = 1 << 18
+_MOST_SCRATCH_BYTES = 1 << 18
 _MOST_SEGMENTS = 1024  # of one call: IOV_MAX of Linux
 
 LEAST_BYTES = 1 << 18
-"""Less than this goes through the page cache: the drive would take longer to answer than to move it."""
+"""Transfers of fewer bytes go through the page cache: the drive would take longer to answer than to move them."""
 REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
-"""What file systems answer to a direct transfer that they do not take."""
+"""Error numbers of file systems that do not take a direct transfer."""
 
 
 def open_direct(path: str | os.PathLike[str], *, writable: bool) -> int | None:
     """Open an existing file for direct transfers.
 
     Returns:
-        The descriptor; None if the system or the file system has no such transfers.
+        The descriptor; None if the system or the file system has no direct transfers.
 
     Raises:
-        OSError: the file cannot be opened at all.
+        OSError: The file cannot be opened at all.
     """
     if not hasattr(os, "O_DIRECT"):
         return None
@@ -58,21 +58,21 @@ def open_direct(path: str | os.PathLike[str], *, writable: bool) -> int | None:
 
 
 class Transfer:
-    """One stretch of a file and the pieces of memory that it is to be moved from or into.
+    """Direct transfer of one range of a file, from or into pieces of memory.
 
     Args:
-        pieces: one after the other, without a gap, from a multiple of `PAGE_BYTES` on. Where the last ends inside a page, the rest
-            of that page is zeros in the file (which may then be cut), and is not looked at when it is read.
+        pieces: Pieces one after the other, without a gap, from a multiple of `PAGE_BYTES` on. Where the last ends inside a page, the
+            rest of that page is zeros in the file (which may then be cut), and is not looked at when it is read.
 
     Example:
-        >>> Transfer([(0, memoryview(b"header, labels: not worth a request of their own"))]).is_worth_it
+        >>> Transfer([(0, memoryview(b"header, labels: not worth a request of their own"))]).is_worthwhile
         False
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = [piece for piece in pieces if len(piece[1])]
         self.begin, self.end = self._pieces[0][0], self._pieces[-1][0] + len(self._pieces[-1][1])
-        """In the file, in bytes."""
+        """First byte of the range in the file, and the byte after the last."""
         assert self.begin % PAGE_BYTES == 0, "a direct transfer starts at a page"
         self._straight: list[Piece] = []
         for offset, memory in self._pieces:
@@ -82,17 +82,17 @@ class Transfer:
         self._scratch_bytes = _round_up(self.end) - self.begin - sum(len(memory) for _, memory in self._straight)
 
     @property
-    def is_worth_it(self) -> bool:
-        """Whether it is large, and most bytes move straight: copying them all into scratch would gain nothing, and take memory."""
-        straight = _round_up(self.end) - self.begin - self._scratch_bytes
-        scarce = self._scratch_bytes <= min(straight, _MOST_SCRATCH)
-        return scarce and straight >= LEAST_BYTES and 2 * len(self._straight) < _MOST_SEGMENTS
+    def is_worthwhile(self) -> bool:
+        """Whether the range is large and most bytes move straight: copying all of them into scratch would gain nothing, and take memory."""
+        straight_bytes = _round_up(self.end) - self.begin - self._scratch_bytes
+        scratch_is_small = self._scratch_bytes <= min(straight_bytes, _MOST_SCRATCH_BYTES)
+        return scratch_is_small and straight_bytes >= LEAST_BYTES and 2 * len(self._straight) < _MOST_SEGMENTS
 
     def write(self, descriptor: int) -> None:
         """Write the pieces, and zeros after them up to a page's end.
 
         Raises:
-            OSError: with one of `REFUSED` if the file system takes no direct transfers.
+            OSError: The file system refused; with one of `REFUSED` if it takes no direct transfers.
         """
         done = self._run(os.pwritev, descriptor, gather=True)
         if done < self.end - self.begin:
@@ -102,55 +102,55 @@ class Transfer:
         """Fill the pieces from the file.
 
         Returns:
-            The bytes that were there: fewer than asked for where the file ends early.
+            The number of bytes that were read: fewer than asked for where the file ends early.
 
         Raises:
-            OSError: with one of `REFUSED` if the file system takes no direct transfers.
+            OSError: The file system refused; with one of `REFUSED` if it takes no direct transfers.
         """
         return self._run(os.preadv, descriptor, gather=False)
 
     def _run(self, call: Callable[[int, list[memoryview], int], int], descriptor: int, *, gather: bool) -> int:
         scratch = memoryview(mmap.mmap(-1, self._scratch_bytes or PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        through: list[Piece] = []
+        via_scratch: list[Piece] = []
         used, end = 0, self.begin
         for offset, memory in [*self._straight, (_round_up(self.end), memoryview(b""))]:
             if offset > end:
-                through.append((end, scratch[used : used + offset - end]))
+                via_scratch.append((end, scratch[used : used + offset - end]))
                 used += offset - end
             end = offset + len(memory)
         if gather:
-            for target, source in self._overlaps(through):
+            for target, source in self._overlaps(via_scratch):
                 target[:] = source
-        segments = sorted([*self._straight, *through], key=lambda segment: segment[0])
+        segments = sorted([*self._straight, *via_scratch], key=lambda segment: segment[0])
         done = _move(call, descriptor, segments)
         if not gather:
-            for source, target in self._overlaps(through):
+            for source, target in self._overlaps(via_scratch):
                 target[:] = source
         return min(done, self.end - self.begin)
 
-    def _overlaps(self, through: Sequence[Piece]) -> list[tuple[memoryview, memoryview]]:
-        """The same bytes in scratch and in the pieces."""
-        found = []
-        for start, scratch in through:
+    def _overlaps(self, via_scratch: Sequence[Piece]) -> list[tuple[memoryview, memoryview]]:
+        """Return the memory of the same bytes in scratch and in the pieces, as pairs."""
+        pairs = []
+        for start, scratch in via_scratch:
             for offset, memory in self._pieces:
                 first, stop = max(start, offset), min(start + len(scratch), offset + len(memory))
                 if first < stop:
-                    found.append((scratch[first - start : stop - start], memory[first - offset : stop - offset]))
-        return found
+                    pairs.append((scratch[first - start : stop - start], memory[first - offset : stop - offset]))
+        return pairs
 
 
-def is_paged(offset: int, memory: memoryview) -> bool:
-    """Whether bytes are whole pages, in the file and in memory.
+def is_page_aligned(offset: int, memory: memoryview) -> bool:
+    """Decide whether bytes are whole pages, in the file and in memory.
 
     Args:
-        offset: in the file.
-        memory: where they are, or are to be.
+        offset: Offset of the bytes in the file.
+        memory: Memory of the bytes, to write from or to read into.
     """
     return offset % PAGE_BYTES == 0 and len(memory) % PAGE_BYTES == 0 and _address(memory) % PAGE_BYTES == 0
 
 
 def _move(call: Callable[[int, list[memoryview], int], int], descriptor: int, segments: Sequence[Piece]) -> int:
-    """Move segments that follow each other, in as few calls as the system needs; the bytes moved, up to the file's end."""
+    """Move segments that follow each other, in as few calls as the system needs; return the bytes moved, up to the file's end."""
     begin, rest = segments[0][0], [memory for _, memory in segments]
     done = 0
     while rest:

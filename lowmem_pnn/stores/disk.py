@@ -1,4 +1,4 @@
-"""Disk: byte counts, hashes, syncs, and what a file system's refusal means."""
+"""Disk access: byte counts, checksums, syncs, page-cache advice, and errors of the file system as one line."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.units import MEBIBYTE, format_bytes
 
 CHUNK_BYTES = MEBIBYTE // 4
-"""What is read, hashed or copied at a time."""
-REMEDY = "restore it from a copy, or delete it and run again"
-"""What to do about a damaged file, where nothing more is known of it."""
+"""Bytes that are read, hashed or copied at a time."""
+FILE_REMEDY = "restore it from a copy, or delete it and run again"
+"""What to do about a damaged file, where nothing more is known of it: the end of error messages."""
+RUN_REMEDY = "restore the run's folder from a copy, or start again with --overwrite"
+"""What to do about a damaged file of a run: the end of error messages."""
 
 
 def commit_point(name: str) -> None:
-    """A step of the commit protocol is done. Does nothing: tests replace it by a function that kills the process here.
+    """Mark that a step of the commit protocol is done. Does nothing: tests replace it by a function that kills the process here.
 
     Args:
-        name: of the step.
+        name: Name of the step.
     """
 
 
 class IoCounter:
-    """Bytes that went to and came from files; safe to share between threads.
+    """Counter of the bytes read from and written to files; safe to share between threads.
 
     Example:
         >>> counter = IoCounter()
@@ -48,34 +50,34 @@ class IoCounter:
         self._lock = threading.Lock()
 
     def add(self, *, read: int = 0, written: int = 0) -> None:
-        """Count some more bytes."""
+        """Add bytes to the counts."""
         with self._lock:
             self.bytes_read += read
             self.bytes_written += written
 
 
 def sha256(path: Path, counter: IoCounter | None = None) -> str:
-    """The hash of a file's bytes, in hexadecimal, read a chunk at a time.
+    """Return the SHA-256 of a file's bytes, in hexadecimal, read a chunk at a time.
 
     Raises:
-        CheckpointError: no such file.
-        DiskError: the file system refused.
+        CheckpointError: There is no such file.
+        DiskError: The file system refused.
     """
     digest = hashlib.sha256()
-    _read_through(path, digest.update, counter)
+    _read_in_chunks(path, digest.update, counter)
     return digest.hexdigest()
 
 
-def will_need(path: Path, start: int, stop: int) -> None:
+def prefetch_into_page_cache(path: Path, start: int, stop: int) -> None:
     """Ask the kernel to bring a file's bytes into its page cache, which is nobody's private memory.
 
-    It is advice: where the system does not take it, or the file is gone, nothing happens. Asking may take as long as the kernel needs
-    to pass the reads on to the drive.
+    This is advice: where the system does not take it, or the file is gone, nothing happens. Asking may take as long as the kernel
+    needs to pass the reads on to the drive.
 
     Args:
-        path: of the file.
-        start: the first byte.
-        stop: the byte after the last.
+        path: Path of the file.
+        start: First byte.
+        stop: Byte after the last.
     """
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError), io.FileIO(path, "r") as file:
@@ -83,11 +85,11 @@ def will_need(path: Path, start: int, stop: int) -> None:
 
 
 def crc32(path: Path, counter: IoCounter | None = None) -> str:
-    """The CRC-32 of a file's bytes, as eight hexadecimal digits, read a chunk at a time.
+    """Return the CRC-32 of a file's bytes, as eight hexadecimal digits, read a chunk at a time.
 
     Raises:
-        CheckpointError: no such file.
-        DiskError: the file system refused.
+        CheckpointError: There is no such file.
+        DiskError: The file system refused.
     """
     value = 0
 
@@ -95,18 +97,18 @@ def crc32(path: Path, counter: IoCounter | None = None) -> str:
         nonlocal value
         value = zlib.crc32(chunk, value)
 
-    _read_through(path, update, counter)
+    _read_in_chunks(path, update, counter)
     return f"{value:08x}"
 
 
 def outgrows_page_cache(nbytes: int) -> bool:
-    """Whether files that are read once an epoch should leave the page cache at once.
+    """Decide whether files that are read once an epoch should leave the page cache at once.
 
-    Files that fit are read from the drive once. Those that do not would push each other, and everything else, out before they are
-    read again.
+    Files that fit the cache are read from the drive once. Files that do not fit would push each other, and everything else, out
+    before they are read again.
 
     Args:
-        nbytes: of all the files together.
+        nbytes: Bytes of all the files together.
 
     Example:
         >>> outgrows_page_cache(1), outgrows_page_cache(1 << 60)
@@ -120,11 +122,12 @@ def sync_file(path: Path, descriptor: int) -> None:
     """Wait until everything that was written to a file so far is on the drive.
 
     Args:
-        path: of it, for messages.
-        descriptor: open since before the writing.
+        path: Path of the file, for messages.
+        descriptor: Descriptor of the file, open since before the writing.
 
     Raises:
-        DiskError: it is not, and may never be: the file must be given up, since a second try can succeed without effect.
+        DiskError: The bytes are not there, and may never be: the file must be given up, since a second try can succeed without
+            effect.
     """
     try:
         os.fsync(descriptor)
@@ -134,15 +137,15 @@ def sync_file(path: Path, descriptor: int) -> None:
 
 
 def drop_cache(descriptor: int, offset: int = 0, nbytes: int = 0) -> None:
-    """Ask the kernel to forget a file's pages: those already on the drive go, the others start on their way to it.
+    """Ask the kernel to drop a file's pages from its cache: pages that are on the drive go, the others are sent to the drive.
 
     Args:
-        descriptor: of the file.
-        offset: where they start.
-        nbytes: how many; 0 for all up to the file's end.
+        descriptor: Descriptor of the file.
+        offset: First byte to drop.
+        nbytes: Number of bytes; 0 for all up to the file's end.
     """
     if hasattr(os, "posix_fadvise"):
-        # Advice only: some file systems do not take it, and nothing depends on it.
+        # Advice only: some file systems do not take it, and nothing depends on its being taken.
         with suppress(OSError):
             os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
@@ -151,7 +154,7 @@ def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder (files made, renamed, deleted) are on the drive.
 
     Raises:
-        DiskError: they are not.
+        DiskError: The names are not there.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -174,15 +177,15 @@ def allow_many_files() -> None:
 
 
 def disk_error(path: Path, error: OSError, attempt: str) -> DiskError:
-    """What the file system refused, in one line.
+    """Make the error to raise where the file system refused something, in one line.
 
     Args:
-        path: the file or folder that was worked on.
-        error: from the file system.
-        attempt: what was to be done, such as `write 4.0 MB`.
+        path: File or folder that was worked on.
+        error: Error from the file system.
+        attempt: What was to be done, such as `write 4.0 MB`.
 
     Returns:
-        The error to raise. A full disk says what is left of it.
+        The error. Of a full disk it says how much room is left.
     """
     reason = (error.strerror or str(error)).lower()
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -193,15 +196,15 @@ def disk_error(path: Path, error: OSError, attempt: str) -> DiskError:
     return DiskError(f"cannot {attempt}: {reason} ({str(path)!r}); check the disk and its access rights")
 
 
-def _read_through(path: Path, take: Callable[[memoryview], None], counter: IoCounter | None) -> None:
+def _read_in_chunks(path: Path, process: Callable[[memoryview], None], counter: IoCounter | None) -> None:
     buffer = memoryview(bytearray(CHUNK_BYTES))
     try:
         with io.FileIO(path, "r") as file:
             while count := file.readinto(buffer):
-                take(buffer[:count])
+                process(buffer[:count])
                 if counter is not None:
                     counter.add(read=count)
     except FileNotFoundError:
-        raise CheckpointError(f"{str(path)!r} is missing; {REMEDY}") from None
+        raise CheckpointError(f"{str(path)!r} is missing; {FILE_REMEDY}") from None
     except OSError as error:
         raise disk_error(Path(path), error, "read it") from error

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: laid out for writing, checked after reading; no file is touched.
+"""Header of a safetensors file: laid out for writing, parsed and checked after reading; no file is touched.
 
 The format (https://huggingface.co/docs/safetensors):
 
@@ -28,55 +28,57 @@ from lowmem_pnn.memory.aligned import PAGE_BYTES
 from lowmem_pnn.units import MEBIBYTE
 
 MAX_HEADER_BYTES = 16 * MEBIBYTE
-"""A larger one is refused: 67 MB of JSON that describe empty tensors take 1.7 GB to parse."""
+"""A larger header is refused: 67 MB of JSON that describe empty tensors take 1.7 GB to parse."""
 
-_CODES_BY_NAME = {
+_FORMAT_NAMES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "int32": "I32", "uint32": "U32", "int64": "I64",
     "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64", "complex64": "C64",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
 }  # fmt: skip
 # The last of these is missing from older PyTorch releases.
-DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in _CODES_BY_NAME.items() if hasattr(torch, name)}
+DTYPE_BY_NAME: dict[str, torch.dtype] = {
+    name: getattr(torch, torch_name) for torch_name, name in _FORMAT_NAMES.items() if hasattr(torch, torch_name)
+}
 """Every element type that can be stored, by the format's name for it."""
-CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+NAME_BY_DTYPE: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 """The format's names, by element type."""
 
 TensorLayout = tuple[torch.dtype, tuple[int, ...]]
-"""Element type and shape."""
+"""Element type and shape of a tensor."""
 
 
 class HeaderFault(ValueError):
-    """What is wrong with a header, worded to follow the file's name; the file's reader turns it into an error for the user."""
+    """Fault of a header, worded to follow the file's name; the file's reader turns it into an error for the user."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor is in its file."""
+    """Entry of a header: where a tensor is in its file."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    """From the start of the file, in bytes."""
+    """Bytes from the start of the file."""
     nbytes: int
 
 
 def lay_out(
     tensors: Mapping[str, TensorLayout], metadata: Mapping[str, str], keep_order: bool = False
 ) -> tuple[bytes, dict[str, TensorEntry]]:
-    """Give every tensor its place in a new file.
+    """Lay out the tensors of a new file, and write the header that says so.
 
     Args:
-        tensors: element type and shape by name; the header lists them in this order.
-        metadata: texts for the header.
-        keep_order: the bytes are in this order too, unless a tensor would then start inside an element; the alignment is
+        tensors: Element type and shape by name; the header lists the tensors in this order.
+        metadata: Texts for the header.
+        keep_order: Whether the bytes are in this order too, unless a tensor would then start inside an element; the alignment is
             given up for it.
 
     Returns:
-        The file's first bytes, up to its data section, and the tensors' places.
+        The file's first bytes, up to its data section, and the tensors' entries by name.
 
     Raises:
-        HeaderFault: the header would be above `MAX_HEADER_BYTES`.
+        HeaderFault: The header would be above `MAX_HEADER_BYTES`.
 
     Example:
         >>> first, entries = lay_out({"bias": (torch.float32, (3,)), "weight": (torch.float32, (16, 3))}, {})
@@ -87,7 +89,7 @@ def lay_out(
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
     order = list(tensors)
     if not (keep_order and _starts_at_elements(tensors, sizes)):
-        # By the largest power of two, up to a page, that divides the size: every size before a tensor is then a multiple of its own.
+        # By the largest power of two, up to a page, that divides the size: all sizes before a tensor are then multiples of its own.
         order.sort(key=lambda name: -min(sizes[name] & -sizes[name] or PAGE_BYTES, PAGE_BYTES))
     begins, end = {}, 0
     for name in order:
@@ -95,7 +97,11 @@ def lay_out(
         end += sizes[name]
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, (dtype, shape) in tensors.items():
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begins[name], begins[name] + sizes[name]]}
+        header[name] = {
+            "dtype": NAME_BY_DTYPE[dtype],
+            "shape": list(shape),
+            "data_offsets": [begins[name], begins[name] + sizes[name]],
+        }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-(8 + len(text)) % PAGE_BYTES)
     if len(text) > MAX_HEADER_BYTES:
@@ -108,18 +114,18 @@ def lay_out(
     return len(text).to_bytes(8, "little") + text, entries
 
 
-def parse(text: bytes | bytearray, file_bytes: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Check a header against the format and the file's size.
+def parse_header(text: bytes | bytearray, file_bytes: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Parse a header, and check it against the format and the file's size.
 
     Args:
-        text: the header, without the 8 bytes of its length.
-        file_bytes: the size of the file.
+        text: The header, without the 8 bytes of its length.
+        file_bytes: Size of the file.
 
     Returns:
-        The tensors' places, in the header's order, and the metadata.
+        The tensors' entries by name, in the header's order, and the metadata.
 
     Raises:
-        HeaderFault: anything is not as the format says.
+        HeaderFault: Anything is not as the format says.
     """
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
@@ -143,7 +149,7 @@ def parse(text: bytes | bytearray, file_bytes: int) -> tuple[dict[str, TensorEnt
 
 
 def describe(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    """Element type and shape as error messages say them.
+    """Return element type and shape as error messages say them.
 
     Example:
         >>> describe(torch.float32, (3, 4))
@@ -164,15 +170,16 @@ def _starts_at_elements(tensors: Mapping[str, TensorLayout], sizes: Mapping[str,
 def _parse_entry(name: str, value: Any, data_start: int) -> TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise HeaderFault(f"describes tensor {name!r} by something else than dtype, shape and data_offsets")
-    code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
-        raise HeaderFault(f"has tensor {name!r} of element type {code!r}, known are {', '.join(DTYPES)}")
+    dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPE_BY_NAME:
+        raise HeaderFault(f"has tensor {name!r} of element type {dtype_name!r}, known are {', '.join(DTYPE_BY_NAME)}")
     if not (_is_naturals(shape) and _is_naturals(offsets) and len(offsets) == 2):
         raise HeaderFault(f"has tensor {name!r} of shape {shape!r} at offsets {offsets!r}")
-    nbytes = math.prod(shape) * DTYPES[code].itemsize
+    dtype = DTYPE_BY_NAME[dtype_name]
+    nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise HeaderFault(f"has tensor {name!r} of {nbytes} bytes at offsets {offsets!r}")
-    return TensorEntry(name, DTYPES[code], tuple(shape), data_start + offsets[0], nbytes)
+    return TensorEntry(name, dtype, tuple(shape), data_start + offsets[0], nbytes)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Naming: weight files, the tensors in them, and committed files in a journal."""
+"""Names in weight files and journals: keys of weights and optimizer state, file names, and the entries of committed files."""
 
 import re
 from collections.abc import Mapping
@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.stores.disk import RUN_REMEDY
 
 FORMAT = 1
 
 PartitionName = int | Literal["rest"]
-"""A partition's number, or the tensors that no partition uses."""
+"""Number of a partition, or `rest` for the tensors that no partition uses."""
 
 WEIGHT_FILE = re.compile(r"(?:p(?P<partition>\d{3,})|rest)\.g(?P<generation>\d+)\.safetensors")
-REMEDY = "restore the run's folder from a copy, or start again with --overwrite"
 
 
 def weight_key(name: str) -> str:
-    """A parameter's or buffer's name in a weight file.
+    """Return the name of a parameter or buffer in a weight file.
 
     Example:
         >>> weight_key("layer1.0.bn1.running_mean")
@@ -28,7 +28,7 @@ def weight_key(name: str) -> str:
 
 
 def state_key(name: str, state: str) -> str:
-    """The name of a parameter's optimizer state in a weight file.
+    """Return the name of a parameter's optimizer state in a weight file.
 
     Example:
         >>> state_key("fc.bias", "exp_avg")
@@ -38,8 +38,8 @@ def state_key(name: str, state: str) -> str:
 
 
 @dataclass(frozen=True)
-class Sealed:
-    """A committed file, as the journal names it."""
+class CommittedFile:
+    """Committed weight file, as the journal names it."""
 
     file: str
     sha256: str
@@ -47,14 +47,22 @@ class Sealed:
 
 
 def parse_name(file: str) -> tuple[PartitionName, int]:
-    """Partition and generation of a weight file's name."""
+    """Return the partition and the generation in a weight file's name."""
     match = WEIGHT_FILE.fullmatch(file)
     assert match is not None, "only weight files are parsed"
     return ("rest" if match["partition"] is None else int(match["partition"])), int(match["generation"])
 
 
-def parse_state(folder: Path, state: Mapping[str, Any]) -> dict[PartitionName, Sealed]:
-    """The files that a state names."""
+def parse_state(folder: Path, state: Mapping[str, Any]) -> dict[PartitionName, CommittedFile]:
+    """Return the files that a journal's state of weights names.
+
+    Args:
+        folder: Folder of the weight files, for messages.
+        state: State, as `WeightStore.state` returned it.
+
+    Raises:
+        CheckpointError: The state is of another version, or names no file, or a wrong one, for a partition.
+    """
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"the journal's weights in {str(folder)!r} have format {state.get('format')}, this version reads {FORMAT}; "
@@ -67,8 +75,8 @@ def parse_state(folder: Path, state: Mapping[str, Any]) -> dict[PartitionName, S
     for partition, entry in entries:
         if entry is None:
             raise CheckpointError(f"partition {partition} in {str(folder)!r} was never committed; start again with --overwrite")
-        sealed = Sealed(**entry)
-        if WEIGHT_FILE.fullmatch(sealed.file) is None or parse_name(sealed.file)[0] != partition:
-            raise CheckpointError(f"the journal names {sealed.file!r} for partition {partition} in {str(folder)!r}; {REMEDY}")
-        committed[partition] = sealed
+        file = CommittedFile(**entry)
+        if WEIGHT_FILE.fullmatch(file.file) is None or parse_name(file.file)[0] != partition:
+            raise CheckpointError(f"the journal names {file.file!r} for partition {partition} in {str(folder)!r}; {RUN_REMEDY}")
+        committed[partition] = file
     return committed

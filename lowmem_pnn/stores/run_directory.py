@@ -1,7 +1,7 @@
-"""The run directory: born whole, locked by one process, moved from commit to commit by its journal.
+"""Run directory: created complete, locked by one process, moved from commit to commit by its journal.
 
     RUN/
-      config.json           what was asked
+      config.json           the configuration
       journal.json          the last commit: plan, position, names and hashes of the files that belong to it
       journal.000041.json   an older commit, where more than one is kept
       metrics.jsonl         a line per logged step; what a commit does not cover is cut off at resume
@@ -9,8 +9,8 @@
       weights/ activations/ gone when the run is done
       model.safetensors result.json
 
-A commit: new bytes lie in files of their own, on the platter; then the journal is written beside its place, synced, and renamed; then
-what no journal names is deleted. What is not in the journal did not happen. A folder without a journal is no run.
+A commit: new bytes lie in files of their own, on the drive; then the journal is written under another name, synced, and renamed; then
+files that no journal names are deleted. What is not in the journal did not happen. A folder without a journal is no run.
 """
 
 import contextlib
@@ -35,19 +35,19 @@ FORMAT = 1
 _DAMAGED = "restore it from a copy, or begin again with --overwrite"
 # A worker that was killed may hold the lock until the kernel has taken its memory back.
 _LOCK_PATIENCE_SECONDS = 3.0
-# What a birth in an empty folder leaves behind when it is cut short.
-_UNBORN = {"lock", "config.json", "config.json.new", "journal.json.new"}
+# Files that the creation of a run in an empty folder leaves behind when it is interrupted.
+_FILES_BEFORE_JOURNAL = {"lock", "config.json", "config.json.new", "journal.json.new"}
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace a file so that it is whole, old or new, whatever happens.
+    """Replace a file atomically: whatever happens, the file is whole, old or new.
 
     Args:
-        path: the file; its folder must exist.
-        text: the new content, written as UTF-8.
+        path: Path of the file; its folder must exist.
+        text: New content, written as UTF-8.
 
     Raises:
-        DiskError: the disk is full or not writable.
+        DiskError: The disk is full or not writable.
     """
     beside = path.with_name(path.name + ".new")
     try:
@@ -66,7 +66,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def seal_journal(body: dict[str, Any], config_sha256: str) -> str:
-    """A journal's text: the body with its checksum, and that of the configuration that it belongs to."""
+    """Return a journal's text: the body with its checksum, and the checksum of the run's configuration."""
     sealed = {"format": FORMAT, "sha256": _digest(body, config_sha256), "config_sha256": config_sha256, "body": body}
     return json.dumps(sealed, indent=1, sort_keys=True)
 
@@ -75,11 +75,11 @@ def read_journal(path: Path) -> tuple[dict[str, Any], str]:
     """Read and check a journal.
 
     Returns:
-        Its body, and the checksum of the configuration that it belongs to.
+        The journal's body, and the checksum of the run's configuration.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another version.
-        DiskError: the file system refused.
+        CheckpointError: The journal is missing, damaged, or of another version.
+        DiskError: The file system refused.
     """
     try:
         sealed = json.loads(path.read_text(encoding="utf-8"))
@@ -100,14 +100,14 @@ def read_journal(path: Path) -> tuple[dict[str, Any], str]:
 
 
 class RunDirectory:
-    """A run directory that this process holds the lock of.
+    """Run directory whose lock this process holds.
 
     Made by `create` or `open`; used as a context, which frees the lock.
 
     Args:
-        path: the directory.
-        lock: the open lock file.
-        config_sha256: of the configuration's text.
+        path: Path of the directory.
+        lock: Open lock file.
+        config_sha256: SHA-256 of the configuration's text.
     """
 
     def __init__(self, path: Path, lock: IO[str], config_sha256: str) -> None:
@@ -118,47 +118,46 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, config_json: str, journal: dict[str, Any], *, overwrite: bool = False) -> "RunDirectory":
-        """Make a run directory.
+        """Create a run directory.
 
-        It is made beside its place, complete with configuration and first journal, then renamed. In a folder that exists (which may
-        be a mount) the journal comes last instead, and makes it a run.
+        The directory is made under another name, complete with configuration and first journal, then renamed. In a folder that exists
+        (which may be a mount) the journal is written last instead, and makes the folder a run.
 
         Args:
-            path: its place. It may exist if it is empty.
-            config_json: the configuration's text.
-            journal: the first commit.
-            overwrite: replace a run that is there.
+            path: Path of the directory. It may exist if it is empty.
+            config_json: The configuration's text.
+            journal: Body of the first journal.
+            overwrite: Whether to replace a run that is there.
 
         Raises:
-            ConfigError: something else is there, or a run and not `overwrite`.
-            BusyError: another process works in the run that would be replaced.
-            DiskError: the place is not writable.
+            ConfigError: Something else is there, or a run and not `overwrite`.
+            BusyError: Another process works in the run that would be replaced.
+            DiskError: The folder is not writable.
         """
         digest = hashlib.sha256(config_json.encode()).hexdigest()
         try:
             if path.is_symlink():
                 path = path.resolve()
-            if _check_place(path, overwrite):
-                return cls(path, _fill(path, config_json, seal_journal(journal, digest)), digest)
-            return cls(path, _bear(path, config_json, seal_journal(journal, digest)), digest)
+            create = _create_in_folder if _is_usable_folder(path, overwrite) else _create_and_rename
+            return cls(path, create(path, config_json, seal_journal(journal, digest)), digest)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise DiskError(f"cannot make --workdir {path}: {reason}; choose a folder that can be written") from error
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
-        """Take over an existing run.
+        """Open an existing run, and lock it.
 
         Raises:
-            CheckpointError: there is no run, or its journal is damaged.
-            BusyError: another process works in it.
-            DiskError: it cannot be written to.
+            CheckpointError: There is no run, or its journal is damaged.
+            BusyError: Another process works in the run.
+            DiskError: The directory cannot be written to.
         """
         try:
-            found = (path / "journal.json").exists()
+            is_run = (path / "journal.json").exists()
         except OSError as error:
             raise disk_error(path, error, "look into it") from error
-        if not found:
+        if not is_run:
             raise CheckpointError(
                 f"{path} holds no run to resume or evaluate; give the folder of one, or leave --resume out to begin"
             )
@@ -170,10 +169,10 @@ class RunDirectory:
             raise
 
     def config_json(self) -> str:
-        """The configuration's text, as the journal's checksum says it is.
+        """Return the configuration's text, compared with its checksum in the journal.
 
         Raises:
-            CheckpointError: it is missing, or was changed.
+            CheckpointError: The configuration is missing, or was changed.
         """
         path = self.path / "config.json"
         try:
@@ -185,36 +184,36 @@ class RunDirectory:
         return content.decode()
 
     def journal(self) -> dict[str, Any]:
-        """The last commit."""
+        """Return the body of the last commit's journal."""
         return read_journal(self.path / "journal.json")[0]
 
     def older_journals(self) -> list[dict[str, Any]]:
-        """The commits before the last one that are kept, newest first."""
+        """Return the bodies of the kept journals before the last one, newest first."""
         return [read_journal(path)[0] for path in sorted(self.path.glob("journal.*.json"), reverse=True)]
 
     def commit(self, journal: dict[str, Any], keep: int = 1) -> list[dict[str, Any]]:
-        """Move to a new commit. The files that it names must be on the platter.
+        """Move to a new commit. The files that its journal names must be on the drive.
 
         Args:
-            journal: JSON-able; `number`, one higher than the last one's, is part of it.
-            keep: how many commits to keep, this one included.
+            journal: Body of the journal, JSON-able, with `number`, one higher than in the last one.
+            keep: Number of commits to keep, this one included.
 
         Returns:
-            The kept commits, newest first: what none of them names can be deleted.
+            The bodies of the kept journals, newest first: files that none of them names can be deleted.
 
         Raises:
-            DiskError: the disk is full or not writable; the last commit stands.
+            DiskError: The disk is full or not writable; the last commit stands.
         """
         current = self.path / "journal.json"
         try:
             if keep > 1:
                 # A copy by link: the rename below then replaces the name, not the bytes.
-                kept = self.path / f"journal.{read_journal(current)[0]['number']:06d}.json"
+                previous = self.path / f"journal.{read_journal(current)[0]['number']:06d}.json"
                 with contextlib.suppress(FileExistsError):
                     try:
-                        os.link(current, kept)
+                        os.link(current, previous)
                     except PermissionError:  # a file system without links
-                        write_durably(kept, current.read_text(encoding="utf-8"))
+                        write_durably(previous, current.read_text(encoding="utf-8"))
             write_durably(current, seal_journal(journal, self._config_sha256))
             older = sorted(self.path.glob("journal.*.json"), reverse=True)
             for path in older[keep - 1 :]:
@@ -227,24 +226,24 @@ class RunDirectory:
         """Append a line to `metrics.jsonl`.
 
         Raises:
-            DiskError: the disk is full or not writable.
+            DiskError: The disk is full or not writable.
         """
         path = self.path / "metrics.jsonl"
         try:
             if self._metrics is None:
-                # Unbuffered: what a full disk refused would be refused once more when the file is closed.
+                # Unbuffered: a buffered line that a full disk refused would be refused once more when the file is closed.
                 self._metrics = path.open("ab", buffering=0)
             self._metrics.write((json.dumps(line) + "\n").encode())
         except OSError as error:
             raise disk_error(path, error, "write a line to it") from error
 
     def metrics_bytes(self) -> int:
-        """The present length of `metrics.jsonl`, for the journal."""
+        """Return the present length of `metrics.jsonl`, for the journal."""
         path = self.path / "metrics.jsonl"
         return path.stat().st_size if path.exists() else 0
 
     def cut_metrics(self, size: int) -> None:
-        """Drop what `metrics.jsonl` holds after the last commit."""
+        """Cut `metrics.jsonl` to its length at the last commit."""
         path = self.path / "metrics.jsonl"
         # A longer size would fill the file up with zeros.
         if self.metrics_bytes() > size:
@@ -254,7 +253,7 @@ class RunDirectory:
                 raise disk_error(path, error, "cut it") from error
 
     def disk_bytes(self) -> int:
-        """What the run takes on disk now."""
+        """Return the bytes that the run takes on disk now."""
         size = 0
         for folder, _, names in os.walk(self.path):
             for name in names:
@@ -272,8 +271,8 @@ class RunDirectory:
         self._lock.close()
 
 
-def _check_place(path: Path, overwrite: bool) -> bool:
-    """Whether a run directory's place is a folder already; one that may become a run."""
+def _is_usable_folder(path: Path, overwrite: bool) -> bool:
+    """Decide whether a path is a folder already; raise if it is one that may not become a run."""
     if not path.is_dir():
         if path.exists():
             raise ConfigError(f"--workdir {path} is a file; give a folder")
@@ -284,24 +283,24 @@ def _check_place(path: Path, overwrite: bool) -> bool:
             raise ConfigError(
                 f"--workdir {path} holds a run already; give --resume to go on with it, or --overwrite to replace it"
             )
-    elif names and not ("lock" in names and names <= _UNBORN):
+    elif names and not ("lock" in names and names <= _FILES_BEFORE_JOURNAL):
         raise ConfigError(f"--workdir {path} is not empty and holds no run; give another folder")
     return True
 
 
-def _bear(path: Path, config_json: str, journal: str) -> IO[str]:
-    """Make a run where nothing is; returns its lock."""
+def _create_and_rename(path: Path, config_json: str, journal: str) -> IO[str]:
+    """Create a run where nothing is, under another name first; return its lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    born = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}.", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}.", dir=path.parent))
     lock: IO[str] | None = None
     try:
-        born.chmod(0o777 & ~_umask())
-        write_durably(born / "config.json", config_json)
-        write_durably(born / "journal.json", journal)
-        lock = _take_lock(born)
+        temporary.chmod(0o777 & ~_umask())
+        write_durably(temporary / "config.json", config_json)
+        write_durably(temporary / "journal.json", journal)
+        lock = _take_lock(temporary)
         disk.commit_point("born")
         try:
-            born.rename(path)
+            temporary.rename(path)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise BusyError(f"--workdir {path} was taken by another process just now; choose another folder") from error
@@ -310,13 +309,13 @@ def _bear(path: Path, config_json: str, journal: str) -> IO[str]:
     except BaseException:
         if lock is not None:
             lock.close()
-        shutil.rmtree(born, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return lock
 
 
-def _fill(path: Path, config_json: str, journal: str) -> IO[str]:
-    """Make a run of a folder, in place of the run that it may hold; returns its lock."""
+def _create_in_folder(path: Path, config_json: str, journal: str) -> IO[str]:
+    """Make a folder a run, in place of the run that it may hold; return its lock."""
     was_run = (path / "journal.json").exists()
     lock = _take_lock(path)
     try:
@@ -331,7 +330,7 @@ def _fill(path: Path, config_json: str, journal: str) -> IO[str]:
         write_durably(path / "journal.json", journal)
     except BaseException:
         if not was_run:
-            for name in ("journal.json", *_UNBORN):
+            for name in ("journal.json", *_FILES_BEFORE_JOURNAL):
                 (path / name).unlink(missing_ok=True)
         lock.close()
         raise
@@ -344,10 +343,7 @@ def _digest(body: dict[str, Any], config_sha256: str) -> str:
 
 
 def _take_lock(folder: Path) -> IO[str]:
-    """Open and lock `folder/lock`; the lock ends with the process, however that ends.
-
-    A lock that is held is waited for, a few seconds.
-    """
+    """Open and lock `folder/lock`, and wait a few seconds for a lock that is held; the lock ends with the process, however that ends."""
     try:
         lock = (folder / "lock").open("a+", encoding="utf-8")
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Tensors of one batch, by key: in memory up to a share of the budget, the rest in a file that ends with the process.
+"""Scratch store of one batch's tensors, by key: in memory up to a share of the budget, the rest in a file that ends with the process.
 
-What crosses the partitions in a sweep (boundary activations, their gradients, random states, gradients that wait for a step) grows
-with the depth of the model; memory must not.
+A sweep keeps boundary activations, their gradients, random states, and gradients that wait for a step. Together these grow with the
+depth of the model; memory must not.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from lowmem_pnn.units import format_bytes
 
 @dataclass(frozen=True)
 class _Slot:
-    """A tensor in the file."""
+    """Location and layout of a tensor in the file."""
 
     offset: int
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     order: tuple[int, ...]
-    """Its axes by falling stride."""
+    """Axes of the tensor by falling stride."""
 
 
-_Kept = Tensor | _Slot | None
+_Stored = Tensor | _Slot | None
 
 
 class Scratch:
-    """Keeps tuples of host tensors.
+    """Scratch store of tuples of host tensors.
 
     A tensor comes back with the values and the strides that it had: kernels round differently for another layout. Room in the file
     that is given back is used again for tensors of the same size, so that a loop of equal batches keeps rewriting the same pages.
 
     Args:
-        folder: where the file is made when it is needed; it has no name there.
-        memory_bytes: of tensors in memory.
-        counter: counts the bytes written and read.
+        folder: Folder where the file is made when it is needed; the file has no name there.
+        memory_bytes: Most bytes of tensors in memory.
+        counter: Counts the bytes written and read.
 
     Example:
         >>> with Scratch(Path("."), memory_bytes=0, counter=IoCounter()) as scratch:
@@ -57,66 +57,66 @@ class Scratch:
         self._folder = folder
         self._memory_bytes = memory_bytes
         self._counter = counter
-        self._kept: dict[Hashable, tuple[_Kept, ...]] = {}
-        self._used = 0
+        self._stored: dict[Hashable, tuple[_Stored, ...]] = {}
+        self._used_bytes = 0
         self._file: int | None = None
         self._end = 0
         self._free: dict[int, list[int]] = {}
 
     @property
     def file_bytes(self) -> int:
-        """Of the file."""
+        """Size of the file, with the room that is free in it."""
         return self._end
 
     def put(self, key: Hashable, tensors: Sequence[Tensor | None]) -> None:
-        """Keep tensors; those in memory are kept as they are, not copied.
+        """Store tensors; where they stay in memory they are kept as they are, not copied.
 
         Args:
-            key: new.
-            tensors: on the host; None is kept too.
+            key: New key.
+            tensors: Tensors on the host; None is stored too.
 
         Raises:
-            DiskError: the disk is full, or the file system refused.
+            DiskError: The disk is full, or the file system refused.
         """
-        assert key not in self._kept, "each key is put once"
-        self._kept[key] = tuple(None if tensor is None else self._keep(tensor.detach()) for tensor in tensors)
+        assert key not in self._stored, "each key is put once"
+        self._stored[key] = tuple(None if tensor is None else self._store(tensor.detach()) for tensor in tensors)
 
     def get(self, key: Hashable) -> tuple[Tensor | None, ...]:
-        """The tensors of a key, not to be written to; those from the file are fresh and 64-byte aligned.
+        """Return the tensors of a key, not to be written to; tensors from the file are fresh and 64-byte aligned.
 
         Raises:
-            KeyError: nothing was put there.
-            DiskError: the file system refused.
+            KeyError: Nothing was put under the key.
+            DiskError: The file system refused.
         """
-        return tuple(self._read(kept) if isinstance(kept, _Slot) else kept for kept in self._kept[key])
+        return tuple(self._read(stored) if isinstance(stored, _Slot) else stored for stored in self._stored[key])
 
     def pop(self, key: Hashable) -> tuple[Tensor | None, ...]:
-        """`get`, and `drop`."""
+        """Return the tensors of a key, and forget the key."""
         tensors = self.get(key)
         self.drop(key)
         return tensors
 
     def drop(self, key: Hashable) -> None:
-        """Forget a key, if it is there."""
-        for kept in self._kept.pop(key, ()):
-            if isinstance(kept, _Slot):
-                self._free.setdefault(kept.nbytes, []).append(kept.offset)
-            elif kept is not None:
-                self._used -= kept.nbytes
+        """Forget a key and its tensors, if it is there."""
+        for stored in self._stored.pop(key, ()):
+            if isinstance(stored, _Slot):
+                self._free.setdefault(stored.nbytes, []).append(stored.offset)
+            elif stored is not None:
+                self._used_bytes -= stored.nbytes
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._kept
+        return key in self._stored
 
     def clear(self) -> None:
         """Forget everything; the file stays for the next batch."""
-        for key in list(self._kept):
+        for key in list(self._stored):
             self.drop(key)
 
     def close(self) -> None:
         """Forget everything, and give the file's room back."""
-        self._kept.clear()
+        self._stored.clear()
         self._free.clear()
-        self._end = self._used = 0
+        self._end = self._used_bytes = 0
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -127,19 +127,19 @@ class Scratch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _keep(self, tensor: Tensor) -> Tensor | _Slot:
-        # By stride, and where strides are equal by place: the axes of a dense tensor in the order of its bytes.
+    def _store(self, tensor: Tensor) -> Tensor | _Slot:
+        # By stride, and where strides are equal by number: the axes of a dense tensor in the order of its bytes.
         strides = tensor.stride()
         order = tuple(sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], axis)))
         dense = tensor.permute(order)
         if not dense.is_contiguous():
             order, dense = tuple(range(tensor.dim())), tensor.contiguous()
-        if self._used + tensor.nbytes <= self._memory_bytes:
+        if self._used_bytes + tensor.nbytes <= self._memory_bytes:
             if tensor.untyped_storage().nbytes() > tensor.nbytes or dense.data_ptr() != tensor.data_ptr():
                 tensor = dense.clone().permute(_inverse(order))  # not the large tensor that it is a piece of
-            self._used += tensor.nbytes
+            self._used_bytes += tensor.nbytes
             return tensor
-        slot = _Slot(self._room(tensor.nbytes), tensor.nbytes, tensor.dtype, tuple(dense.shape), order)
+        slot = _Slot(self._find_room(tensor.nbytes), tensor.nbytes, tensor.dtype, tuple(dense.shape), order)
         self._move(memory_of(dense).data, slot.offset, write=True)
         return slot
 
@@ -148,14 +148,14 @@ class Scratch:
         self._move(memory_of(tensor).data, slot.offset, write=False)
         return tensor.permute(_inverse(slot.order))
 
-    def _room(self, nbytes: int) -> int:
+    def _find_room(self, nbytes: int) -> int:
         if self._free.get(nbytes):
             return self._free[nbytes].pop()
         offset, self._end = self._end, self._end + nbytes
         return offset
 
     def _move(self, memory: memoryview, offset: int, *, write: bool) -> None:
-        """Write memory to the file, or fill it from there."""
+        """Write memory to the file, or fill memory from the file."""
         try:
             if self._file is None:
                 with tempfile.TemporaryFile(dir=self._folder) as file:

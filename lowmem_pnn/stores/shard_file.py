@@ -1,4 +1,4 @@
-"""A safetensors file as a whole: its header and its tensors in memory, moved between there and the drive in one request."""
+"""Shard file: a whole safetensors file in memory, header and tensors, read or written past the page cache in one request."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lowmem_pnn.units import format_bytes
 
 
 class ShardFile:
-    """What a file with these tensors consists of, byte for byte.
+    """Whole content of a safetensors file with some tensors, byte for byte.
 
     Args:
-        tensors: all of the file's, contiguous, on the CPU; the image shares their memory.
-        metadata: texts for the header.
+        tensors: All tensors of the file, contiguous, on the CPU; their memory is shared.
+        metadata: Texts for the header.
 
     Example:
         >>> import tempfile, torch
@@ -43,19 +43,19 @@ class ShardFile:
             key=lambda piece: piece[0],
         )
         self.nbytes = len(self._header) + sum(len(memory) for _, memory in self._tensors)
-        # For reading; what is written is the header itself.
-        self._found_header = bytearray(len(self._header))
-        self._transfer = Transfer([(0, memoryview(self._found_header)), *self._tensors])
+        # For reading; for writing the header itself is used.
+        self._header_read = bytearray(len(self._header))
+        self._transfer = Transfer([(0, memoryview(self._header_read)), *self._tensors])
 
     def crc32(self) -> str:
-        """The CRC-32 of the file's bytes, as eight hexadecimal digits."""
+        """Return the CRC-32 of the file's bytes, as eight hexadecimal digits."""
         value = zlib.crc32(self._header)
         for _, memory in self._tensors:
             value = zlib.crc32(memory, value)
         return f"{value:08x}"
 
     def write(self, path: Path, counter: IoCounter | None = None) -> NewFile:
-        """Make the file: `NewFile.create`, and `write_into`."""
+        """Create the file and write it: `NewFile.create`, and `write_into`."""
         file = NewFile.create(path, self.nbytes)
         try:
             self.write_into(file, counter)
@@ -65,19 +65,19 @@ class ShardFile:
         return file
 
     def write_into(self, file: NewFile, counter: IoCounter | None = None) -> None:
-        """Fill a new file, past the page cache where the file system lets us; else it is on its way to the drive when this ends.
+        """Fill a new file, past the page cache where the file system lets us; else its pages are on their way to the drive afterwards.
 
         Args:
-            file: of this image's size.
-            counter: counts the bytes written.
+            file: New file of `nbytes` bytes.
+            counter: Counts the bytes written.
 
         Raises:
-            DiskError: the disk is full, or the file system refused.
+            DiskError: The disk is full, or the file system refused.
         """
         pieces: list[Piece] = [(0, memoryview(self._header)), *self._tensors]
         try:
-            if not (self._transfer.is_worth_it and file.take(Transfer(pieces))):
-                _write_through(file.descriptor, pieces)
+            if not (self._transfer.is_worthwhile and file.write_direct(Transfer(pieces))):
+                _write_through_cache(file.descriptor, pieces)
                 drop_cache(file.descriptor)
         except OSError as error:
             raise disk_error(file.path, error, f"write {format_bytes(self.nbytes)}") from error
@@ -88,15 +88,16 @@ class ShardFile:
         """Fill the tensors from a file.
 
         Args:
-            path: of it.
-            counter: counts the bytes read.
-            direct: past the page cache, if the file system lets us; else through it, and out of it afterwards.
+            path: Path of the file.
+            counter: Counts the bytes read.
+            direct: Whether to read past the page cache, if the file system lets us; else through the cache, which drops the pages
+                afterwards.
 
         Returns:
-            Whether the file is there and is one with this header, of this size: else tensors may hold anything.
+            Whether the file is there, and has this header and this size: else tensors may hold anything.
 
         Raises:
-            DiskError: the file system refused.
+            DiskError: The file system refused.
         """
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -109,7 +110,7 @@ class ShardFile:
                 return False
             done = self._read_direct(path) if direct else None
             if done is None:
-                done = _read_through(descriptor, [(0, memoryview(self._found_header)), *self._tensors])
+                done = _read_through_cache(descriptor, [(0, memoryview(self._header_read)), *self._tensors])
                 if direct:
                     drop_cache(descriptor)
         except OSError as error:
@@ -118,11 +119,11 @@ class ShardFile:
             os.close(descriptor)
         if counter is not None:
             counter.add(read=done)
-        return done == self.nbytes and self._found_header == self._header
+        return done == self.nbytes and self._header_read == self._header
 
     def _read_direct(self, path: Path) -> int | None:
-        """The bytes that were there; None if there are no direct transfers."""
-        descriptor = open_direct(path, writable=False) if self._transfer.is_worth_it else None
+        """Read past the page cache; return the number of bytes read, or None if the file takes no direct transfers."""
+        descriptor = open_direct(path, writable=False) if self._transfer.is_worthwhile else None
         if descriptor is None:
             return None
         try:
@@ -136,16 +137,16 @@ class ShardFile:
 
 
 class NewFile:
-    """A file that is not synced yet: it stays open, since only who has it open is sure to be told of a failed write.
+    """New file that is not synced yet: it stays open, since only who has a file open is sure to be told of a failed write.
 
-    It may be longer than it should be until it is synced or closed: what the last page has too much is cut off only then, since the
-    file system may have one wait for that.
+    The file may be longer than it should be until it is synced or closed: the rest of the last page is cut off only then, since the
+    file system may make one wait for the cut.
 
     Args:
-        path: of it.
-        descriptor: open; closed with the file.
-        direct: the same, for transfers past the page cache; None where there are none.
-        nbytes: that it will have.
+        path: Path of the file.
+        descriptor: Open descriptor; closed with the file.
+        direct: Second descriptor, for transfers past the page cache; None where the file system has none.
+        nbytes: Bytes that the file will have.
     """
 
     def __init__(self, path: Path, descriptor: int, direct: int | None, nbytes: int) -> None:
@@ -156,11 +157,11 @@ class NewFile:
 
     @classmethod
     def create(cls, path: Path, nbytes: int) -> NewFile:
-        """Make an empty file that will have so many bytes.
+        """Create an empty file that will have `nbytes` bytes.
 
         Raises:
-            CheckpointError: it is there already.
-            DiskError: the file system refused.
+            CheckpointError: The file is there already.
+            DiskError: The file system refused.
         """
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -174,11 +175,14 @@ class NewFile:
         except OSError as error:
             raise disk_error(path, error, f"write {format_bytes(nbytes)}") from error
 
-    def take(self, transfer: Transfer) -> bool:
-        """Write past the page cache; whether the file system has such transfers.
+    def write_direct(self, transfer: Transfer) -> bool:
+        """Write past the page cache.
+
+        Returns:
+            Whether the file system takes direct transfers: else nothing is written.
 
         Raises:
-            OSError: it has, and refused this one.
+            OSError: The file system takes them, and refused this one.
         """
         if self._direct is None:
             return False
@@ -191,19 +195,19 @@ class NewFile:
         return True
 
     def sync(self) -> None:
-        """Wait until everything written is on the drive.
+        """Wait until all bytes written are on the drive.
 
         Raises:
-            DiskError: it is not, and may never be.
+            DiskError: They are not, and may never be.
         """
         self._cut()
         sync_file(self.path, self.descriptor)
 
     def sync_and_close(self) -> None:
-        """`sync`, and `close` whatever comes of it.
+        """Sync the file, and close it whether or not that succeeds.
 
         Raises:
-            DiskError: not everything is on the drive.
+            DiskError: Not all bytes are on the drive.
         """
         try:
             self.sync()
@@ -211,10 +215,10 @@ class NewFile:
             self.close()
 
     def close(self) -> None:
-        """Close it, without syncing it.
+        """Close the file, without syncing it.
 
         Raises:
-            DiskError: it could not be cut to its size.
+            DiskError: The file could not be cut to its size.
         """
         if self.descriptor >= 0:
             try:
@@ -233,15 +237,15 @@ class NewFile:
             raise disk_error(self.path, error, f"cut it to {format_bytes(self._nbytes)}") from error
 
 
-def _write_through(descriptor: int, pieces: list[Piece]) -> None:
+def _write_through_cache(descriptor: int, pieces: list[Piece]) -> None:
     for offset, memory in pieces:
         done = 0
         while done < len(memory):
             done += os.pwritev(descriptor, [memory[done:]], offset + done)
 
 
-def _read_through(descriptor: int, pieces: list[Piece]) -> int:
-    """The bytes that were there."""
+def _read_through_cache(descriptor: int, pieces: list[Piece]) -> int:
+    """Return the number of bytes read: fewer than asked for where the file ends early."""
     total = 0
     for offset, memory in pieces:
         done = 0

@@ -1,7 +1,7 @@
-"""A safetensors file whose tensors are read and written in place, at their offsets.
+"""Safetensors file whose tensors are read and written in place, at their offsets.
 
 The format is in `header.py`. The safetensors library reads these files, and its files are read here; but its writer holds a
-second copy of the tensors in memory and does not sync, and its readers map the file, or read whole tensors into memory of theirs.
+second copy of the tensors in memory and does not sync, and its readers map the file, or read whole tensors into memory of their own.
 """
 
 from __future__ import annotations
@@ -16,25 +16,22 @@ from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.memory.aligned import ALIGNMENT, PAGE_BYTES, HostAllocator, aligned_empty, memory_of
-from lowmem_pnn.stores.direct_io import LEAST_BYTES, REFUSED, is_paged, open_direct
-from lowmem_pnn.stores.disk import CHUNK_BYTES, REMEDY, IoCounter, disk_error, drop_cache, sha256, sync_file
-from lowmem_pnn.stores.header import MAX_HEADER_BYTES, HeaderFault, TensorEntry, TensorLayout, describe, lay_out, parse
+from lowmem_pnn.stores.direct_io import LEAST_BYTES, REFUSED, is_page_aligned, open_direct
+from lowmem_pnn.stores.disk import CHUNK_BYTES, FILE_REMEDY, IoCounter, disk_error, drop_cache, sync_file
+from lowmem_pnn.stores.header import MAX_HEADER_BYTES, HeaderFault, TensorEntry, TensorLayout, describe, lay_out, parse_header
 from lowmem_pnn.units import format_bytes
-
-__all__ = ["IoCounter", "TensorEntry", "TensorFile", "TensorLayout", "aligned_empty", "memory_of", "sha256"]
-
 
 _MAX_CALL_BYTES = 1 << 30  # Linux moves at most 0x7ffff000 bytes in one call
 
 
 class TensorFile:
-    """An open safetensors file.
+    """Open safetensors file.
 
     Positions are absolute, so several threads may read and write different tensors (or rows) of one file at once; none may use it
     during or after `close`. Get one from `create` or `open`.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> folder = tempfile.TemporaryDirectory()
         >>> with TensorFile.create(Path(folder.name) / "x.safetensors", {"x": (torch.float32, (3, 2))}) as file:
         ...     file.write_from("x", torch.ones(2, 2), start=1)
@@ -45,8 +42,9 @@ class TensorFile:
 
     path: Path
     entries: dict[str, TensorEntry]
-    """By name, in the header's order (which need not be that of the bytes)."""
+    """The tensors' entries by name, in the header's order (which need not be that of the bytes)."""
     metadata: dict[str, str]
+    """Texts in the header."""
 
     def __init__(
         self,
@@ -64,7 +62,7 @@ class TensorFile:
         self._file = file
         self._counter = counter if counter is not None else IoCounter()
         self._remedy = remedy
-        self._past_cache = direct
+        self._bypasses_cache = direct
         try:
             self._direct = open_direct(path, writable=file.writable()) if direct else None
         except OSError as error:
@@ -87,17 +85,17 @@ class TensorFile:
         Nothing is synced, and the room is not reserved on the disk: a full disk shows when tensors are written.
 
         Args:
-            path: must not exist yet. Its access rights follow the umask.
-            tensors: element type and shape by name; the header lists them in this order.
-            metadata: texts for the header.
-            counter: counts the bytes of every read and write of the file.
-            keep_order: store the bytes in the order of `tensors` too, wherever each tensor still starts at a multiple of its
+            path: Path of the file, which must not exist yet. Its access rights follow the umask.
+            tensors: Element type and shape by name; the header lists the tensors in this order.
+            metadata: Texts for the header.
+            counter: Counts the bytes of every read and write of the file.
+            keep_order: Whether the bytes are in the order of `tensors` too, wherever each tensor still starts at a multiple of its
                 element's size. Readers that list tensors by offset then show that order; the alignment is not kept.
-            direct: see `open`.
+            direct: Whether large tensors move past the page cache; see `open`.
 
         Raises:
-            CheckpointError: the file is there already, or its header would be too large.
-            DiskError: the file system refused.
+            CheckpointError: The file is there already, or its header would be too large.
+            DiskError: The file system refused.
         """
         path = Path(path)
         try:
@@ -111,7 +109,7 @@ class TensorFile:
             raise CheckpointError(f"cannot create {str(path)!r}: it exists already; delete it, or use another folder") from None
         except OSError as error:
             raise disk_error(path, error, f"create a file of {format_bytes(size)}") from error
-        self = cls(path, file, entries, dict(metadata or {}), counter, REMEDY, direct)
+        self = cls(path, file, entries, dict(metadata or {}), counter, FILE_REMEDY, direct)
         try:
             os.ftruncate(file.fileno(), size)
             self._write_bytes(header, 0)
@@ -130,22 +128,22 @@ class TensorFile:
         writable: bool = False,
         *,
         counter: IoCounter | None = None,
-        remedy: str = REMEDY,
+        remedy: str = FILE_REMEDY,
         direct: bool = False,
     ) -> TensorFile:
         """Open a file and check its header against the format and against the file's size.
 
         Args:
-            path: any safetensors file, of this program or of another.
-            writable: whether tensors may be overwritten.
-            counter: counts the bytes of every read and write of the file.
-            remedy: what to do about a damaged file: the end of the error messages.
-            direct: large tensors move past the page cache where they fill whole pages, in the file and in memory, and the file
-                system lets us; else through it, and out of it at once.
+            path: Path of any safetensors file, of this program or of another.
+            writable: Whether tensors may be overwritten.
+            counter: Counts the bytes of every read and write of the file.
+            remedy: What to do about a damaged file: the end of the error messages.
+            direct: Whether large tensors move past the page cache where they fill whole pages, in the file and in memory, and the
+                file system lets us; else they move through the cache, which drops the pages at once.
 
         Raises:
-            CheckpointError: no such file, or not exactly as the format says; the text names the file and the fault.
-            DiskError: the file system refused.
+            CheckpointError: There is no such file, or it is not exactly as the format says; the text names the file and the fault.
+            DiskError: The file system refused.
         """
         path = Path(path)
         try:
@@ -168,13 +166,13 @@ class TensorFile:
         """Fill a tensor from the file. Other threads run meanwhile; autograd does not notice.
 
         Args:
-            name: of the tensor in the file.
-            tensor: contiguous, on the CPU, with the entry's element type: shape (rows, *entry.shape[1:]).
-            start: the first row, on axis 0, of those to read; 0 for a tensor without axes.
+            name: Name of the tensor in the file.
+            tensor: Tensor to fill, contiguous, on the CPU, with the entry's element type: shape (rows, *entry.shape[1:]).
+            start: First row to read, on axis 0; 0 for a tensor without axes.
 
         Raises:
-            CheckpointError: the file holds no such tensor or rows, or ends early.
-            DiskError: the file system refused.
+            CheckpointError: The file holds no such tensor or rows, or ends early.
+            DiskError: The file system refused.
         """
         offset, view = self._locate(name, tensor, start)
         self._read_bytes(view, offset, name)
@@ -183,69 +181,69 @@ class TensorFile:
         """Overwrite a tensor of the file, or rows of it. Other threads run meanwhile.
 
         Args:
-            name: of the tensor in the file.
-            tensor: contiguous, on the CPU, with the entry's element type: shape (rows, *entry.shape[1:]).
-            start: the first row, on axis 0, of those to write; 0 for a tensor without axes.
+            name: Name of the tensor in the file.
+            tensor: Values to write, contiguous, on the CPU, with the entry's element type: shape (rows, *entry.shape[1:]).
+            start: First row to write, on axis 0; 0 for a tensor without axes.
 
         Raises:
-            CheckpointError: the file holds no such tensor or rows.
-            DiskError: the disk is full, or the file system refused.
+            CheckpointError: The file holds no such tensor or rows.
+            DiskError: The disk is full, or the file system refused.
         """
         offset, view = self._locate(name, tensor, start)
         self._write_bytes(view, offset)
 
-    def read(self, name: str, empty: HostAllocator | None = None) -> Tensor:
-        """A tensor of the file, in memory that starts at a multiple of 64 bytes.
+    def read(self, name: str, allocate: HostAllocator | None = None) -> Tensor:
+        """Read a tensor of the file, into memory that starts at a multiple of 64 bytes.
 
         Args:
-            name: of the tensor in the file.
-            empty: makes the tensor that is filled, from shape and element type; None for fresh memory.
+            name: Name of the tensor in the file.
+            allocate: Allocates the tensor that is filled, from shape and element type; None for fresh memory.
 
         Raises:
-            CheckpointError: the file holds no such tensor, or ends early.
+            CheckpointError: The file holds no such tensor, or ends early.
         """
         entry = self._entry(name)
-        if empty is not None:
-            tensor = empty(entry.shape, entry.dtype)
+        if allocate is not None:
+            tensor = allocate(entry.shape, entry.dtype)
         else:
-            tensor = aligned_empty(entry.shape, entry.dtype, alignment=PAGE_BYTES if self._past_cache else ALIGNMENT)
+            tensor = aligned_empty(entry.shape, entry.dtype, alignment=PAGE_BYTES if self._bypasses_cache else ALIGNMENT)
         self.read_into(name, tensor)
         return tensor
 
     def copy_from(self, name: str, source: TensorFile, source_name: str) -> None:
-        """Copy a tensor from another file, through a buffer of 4 MiB.
+        """Copy a tensor from another file, through a buffer of `CHUNK_BYTES`.
 
         Raises:
-            CheckpointError: one of the files holds no such tensor, or theirs differ in element type or shape.
-            DiskError: the disk is full, or the file system refused.
+            CheckpointError: One of the files holds no such tensor, or the tensors differ in element type or shape.
+            DiskError: The disk is full, or the file system refused.
         """
-        mine, theirs = self._entry(name), source._entry(source_name)
-        if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
+        target, origin = self._entry(name), source._entry(source_name)
+        if (target.dtype, target.shape) != (origin.dtype, origin.shape):
             raise CheckpointError(
-                f"{str(source.path)!r} holds {source_name!r} as {describe(theirs.dtype, theirs.shape)}, "
-                f"{str(self.path)!r} has room for {describe(mine.dtype, mine.shape)}; {source._remedy}"
+                f"{str(source.path)!r} holds {source_name!r} as {describe(origin.dtype, origin.shape)}, "
+                f"{str(self.path)!r} has room for {describe(target.dtype, target.shape)}; {source._remedy}"
             )
-        buffer = memoryview(bytearray(min(CHUNK_BYTES, mine.nbytes)))
-        for done in range(0, mine.nbytes, CHUNK_BYTES):
-            chunk = buffer[: min(CHUNK_BYTES, mine.nbytes - done)]
-            source._read_bytes(chunk, theirs.offset + done, source_name)
-            self._write_bytes(chunk, mine.offset + done)
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, target.nbytes)))
+        for done in range(0, target.nbytes, CHUNK_BYTES):
+            chunk = buffer[: min(CHUNK_BYTES, target.nbytes - done)]
+            source._read_bytes(chunk, origin.offset + done, source_name)
+            self._write_bytes(chunk, target.offset + done)
 
     @property
     def size(self) -> int:
-        """Of the file, in bytes."""
+        """Size of the file, in bytes."""
         return os.fstat(self._file.fileno()).st_size
 
     def sync(self) -> None:
-        """Wait until everything written so far is on the drive.
+        """Wait until all bytes written so far are on the drive.
 
         Raises:
-            DiskError: it is not, and may never be: the file must be given up, since a second try can succeed without effect.
+            DiskError: They are not, and may never be: the file must be given up, since a second try can succeed without effect.
         """
         sync_file(self.path, self._file.fileno())
 
     def drop_cache(self) -> None:
-        """Ask the kernel to forget the file's pages: those already on the drive go, the others start on their way to it."""
+        """Ask the kernel to drop the file's pages from its cache: pages that are on the drive go, the others are sent to the drive."""
         drop_cache(self._file.fileno())
 
     def close(self) -> None:
@@ -267,7 +265,7 @@ class TensorFile:
         return self.entries[name]
 
     def _locate(self, name: str, tensor: Tensor, start: int) -> tuple[int, memoryview]:
-        """The offset of some rows, and the tensor's memory."""
+        """Return the offset of some rows in the file, and the tensor's memory."""
         entry = self._entry(name)
         rows = len(tensor) if tensor.dim() else 0
         fits = tensor.dim() == len(entry.shape) and tensor.shape[1:] == entry.shape[1:] and start >= 0
@@ -280,16 +278,16 @@ class TensorFile:
         row_bytes = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else 0
         return entry.offset + start * row_bytes, memory_of(tensor).data
 
-    def _read_bytes(self, target: memoryview, offset: int, what: str) -> None:
+    def _read_bytes(self, memory: memoryview, offset: int, name: str) -> None:
         done = 0
-        while done < len(target):
+        while done < len(memory):
             try:
-                count = self._call(os.preadv, target[done : done + _MAX_CALL_BYTES], offset + done)
+                count = self._call(os.preadv, memory[done : done + _MAX_CALL_BYTES], offset + done)
             except OSError as error:
-                raise disk_error(self.path, error, f"read {format_bytes(len(target))}") from error
+                raise disk_error(self.path, error, f"read {format_bytes(len(memory))}") from error
             if count == 0:
                 raise CheckpointError(
-                    f"{str(self.path)!r} ends at byte {offset + done}, inside {what!r}, which goes to {offset + len(target)}; "
+                    f"{str(self.path)!r} ends at byte {offset + done}, inside {name!r}, which goes to {offset + len(memory)}; "
                     f"{self._remedy}"
                 )
             done += count
@@ -306,10 +304,10 @@ class TensorFile:
         self._counter.add(written=done)
 
     def _call(self, call: Callable[[int, list[memoryview], int], int], memory: memoryview, offset: int) -> int:
-        """Read or write, past the page cache if that is wanted and can be; the bytes moved."""
-        if not self._past_cache or len(memory) < LEAST_BYTES:
+        """Read or write once, past the page cache if that is wanted and possible; return the bytes moved."""
+        if not self._bypasses_cache or len(memory) < LEAST_BYTES:
             return call(self._file.fileno(), [memory], offset)
-        if self._direct is not None and is_paged(offset, memory):
+        if self._direct is not None and is_page_aligned(offset, memory):
             try:
                 return call(self._direct, [memory], offset)
             except OSError as error:
@@ -333,7 +331,7 @@ class TensorFile:
         text = bytearray(length)
         self._read_bytes(memoryview(text), 8, "the header")
         try:
-            self.entries, self.metadata = parse(text, size)
+            self.entries, self.metadata = parse_header(text, size)
         except HeaderFault as fault:
             raise self._fault(str(fault)) from None
 

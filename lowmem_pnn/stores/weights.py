@@ -1,12 +1,12 @@
-"""Weights, buffers and optimizer state of a model on disk: a file per partition, in generations.
+"""Store of a model's weights, buffers and optimizer state: a file per partition, in generations.
 
     FOLDER/
       p003.g000012.safetensors   partition 3, generation 12: tensors 'weight/NAME' and 'optimizer/NAME/STATE'
       rest.g0.safetensors        tensors of the model that no partition uses
 
-A file of the last commit is never written to: changes go to a *working* file of the next generation. `freeze` ends its being
-written to, and `seal` makes it the committed one once it is on the drive; meanwhile the next working file may be begun. Which files
-are committed is for the run's journal to say: the store tells it, and then believes nothing else.
+A file of the last commit is never written to: changes go to a *working* file of the next generation. `freeze` closes the working
+file for writing, and `seal` makes it the committed one once it is on the drive; meanwhile the next working file may be begun. The
+run's journal alone says which files are committed: `seal` returns what the journal must say, and `open` believes nothing else.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.memory.aligned import HostAllocator
 from lowmem_pnn.stores import disk
-from lowmem_pnn.stores.disk import IoCounter, disk_error, outgrows_page_cache, sha256, sync_folder
+from lowmem_pnn.stores.disk import RUN_REMEDY, IoCounter, disk_error, outgrows_page_cache, sha256, sync_folder
 from lowmem_pnn.stores.header import TensorLayout
-from lowmem_pnn.stores.keys import FORMAT, REMEDY, WEIGHT_FILE, PartitionName, Sealed, parse_name, parse_state, weight_key
+from lowmem_pnn.stores.keys import FORMAT, WEIGHT_FILE, CommittedFile, PartitionName, parse_name, parse_state, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
+from lowmem_pnn.stores.tensor_reader import TensorReader
 
 PartitionLayout = Mapping[str, TensorLayout]
 """Element type and shape of every tensor of a partition, by its name in the file (`weight_key`, `state_key`)."""
 
 
 class WeightStore:
-    """The weight files of a run. Make one with `create`, come back to one with `open`.
+    """Weight files of a run. Make a store with `create`, come back to one with `open`.
 
-    The methods may be called from several threads. Every `reader` and `writer` is a handle of its caller's own, closed by it.
+    The methods may be called from several threads. Every `reader` and `writer` is an open file of its caller's own, closed by the
+    caller.
 
     Example:
         >>> import tempfile, torch
@@ -56,19 +56,19 @@ class WeightStore:
         self,
         folder: Path,
         layouts: dict[PartitionName, dict[str, TensorLayout]],
-        committed: dict[PartitionName, Sealed],
+        committed: dict[PartitionName, CommittedFile],
         counter: IoCounter | None,
     ) -> None:
         self.folder = folder
         self._layouts = layouts
         self._committed = committed
         self._counter = counter
-        self._direct = outgrows_page_cache(2 * sum(_nbytes(layout) for layout in layouts.values()))
-        self._homes = {key: partition for partition, layout in layouts.items() for key in layout}
+        self._direct = outgrows_page_cache(2 * sum(_layout_bytes(layout) for layout in layouts.values()))
+        self._partition_of = {key: partition for partition, layout in layouts.items() for key in layout}
         self._lock = threading.RLock()
-        # One handle stays open from a working file's birth to its seal: only that is sure to be told of a failed write-back.
+        # Open from a working file's creation to its seal: only a file that stays open is sure to be told of a failed write-back.
         self._working: dict[PartitionName, TensorFile] = {}
-        # Files that were working ones until `freeze`, and are not yet on the drive.
+        # Files that were working files until `freeze`, and are not yet on the drive.
         self._frozen: dict[PartitionName, TensorFile] = {}
         self._generations: dict[PartitionName, int] = {}
         for path in self._files():
@@ -86,22 +86,24 @@ class WeightStore:
         *,
         rest: PartitionLayout | None = None,
     ) -> WeightStore:
-        """Begin a store that holds nothing yet: write each partition, and the rest, and seal them.
+        """Make an empty store: the caller writes each partition, and the rest, and seals them.
 
         Args:
-            folder: made if it is not there. Weight files in it are deleted: no journal names them.
-            partitions: the tensors of each.
-            counter: counts the bytes read and written.
-            rest: the tensors that no partition uses, if there are any: partition 'rest'.
+            folder: Folder of the store, made if it is not there. Weight files in it are deleted: no journal names them.
+            partitions: Layout of each partition's tensors.
+            counter: Counts the bytes read and written.
+            rest: Layout of the tensors that no partition uses, if there are any: partition 'rest'.
 
         Raises:
-            DiskError: the folder cannot be made or emptied.
+            DiskError: The folder cannot be made or emptied.
         """
         folder = Path(folder)
         layouts: dict[PartitionName, dict[str, TensorLayout]] = {k: dict(layout) for k, layout in enumerate(partitions)}
         if rest:
             layouts["rest"] = dict(rest)
-        assert len({key for layout in layouts.values() for key in layout}) == sum(map(len, layouts.values())), "each has one home"
+        assert len({key for layout in layouts.values() for key in layout}) == sum(map(len, layouts.values())), (
+            "each tensor is in one file"
+        )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.iterdir():
@@ -121,106 +123,106 @@ class WeightStore:
         *,
         keep: Iterable[Mapping[str, Any]] = (),
     ) -> WeightStore:
-        """Come back to a store as a commit left it; weight files that no given state names are deleted.
+        """Open a store as a commit left it; weight files that no given state names are deleted.
 
         Args:
-            folder: of the store.
-            state: of the commit, as `seal` returned it.
-            verify: compare every file's hash: reads them all.
-            counter: counts the bytes read and written.
-            keep: states of other commits, whose files are left alone (and unchecked).
+            folder: Folder of the store.
+            state: State of the commit, as `seal` returned it.
+            verify: Whether to compare every file's hash, which reads all of them.
+            counter: Counts the bytes read and written.
+            keep: States of other commits, whose files are left alone (and unchecked).
 
         Raises:
-            CheckpointError: a file is missing, of another size, in another's place, not in the format, or (with `verify`) was
+            CheckpointError: A file is missing, of another size, in another's place, not in the format, or (with `verify`) was
                 changed in any byte. The text names the file. Nothing is deleted then.
-            DiskError: the file system refused.
+            DiskError: The file system refused.
         """
         folder = Path(folder)
         layouts: dict[PartitionName, dict[str, TensorLayout]] = {}
         committed = parse_state(folder, state)
-        for partition, sealed in committed.items():
-            path = folder / sealed.file
-            with TensorFile.open(path, counter=counter, remedy=REMEDY) as file:
+        for partition, expected in committed.items():
+            path = folder / expected.file
+            with TensorFile.open(path, counter=counter, remedy=RUN_REMEDY) as file:
                 layouts[partition] = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
-                if file.size != sealed.bytes:
-                    raise CheckpointError(f"{str(path)!r} has {file.size} bytes, the journal says {sealed.bytes}; {REMEDY}")
-                if (held := file.metadata.get("file")) != sealed.file:
-                    raise CheckpointError(f"{str(path)!r} holds what was written as {held!r}; {REMEDY}")
-            if verify and (digest := sha256(path, counter)) != sealed.sha256:
-                raise CheckpointError(f"{str(path)!r} has sha256 {digest}, the journal says {sealed.sha256}; {REMEDY}")
+                if file.size != expected.bytes:
+                    raise CheckpointError(f"{str(path)!r} has {file.size} bytes, the journal says {expected.bytes}; {RUN_REMEDY}")
+                if (written_as := file.metadata.get("file")) != expected.file:
+                    raise CheckpointError(f"{str(path)!r} holds what was written as {written_as!r}; {RUN_REMEDY}")
+            if verify and (digest := sha256(path, counter)) != expected.sha256:
+                raise CheckpointError(f"{str(path)!r} has sha256 {digest}, the journal says {expected.sha256}; {RUN_REMEDY}")
         self = cls(folder, layouts, committed, counter)
         self.discard_obsolete([state, *keep])
         return self
 
     @property
     def num_partitions(self) -> int:
-        """Without the rest."""
+        """Number of partitions, without the rest."""
         return len(self._layouts) - ("rest" in self._layouts)
 
     def layout(self, partition: PartitionName) -> dict[str, TensorLayout]:
-        """Element type and shape of a partition's tensors, by name in the file."""
+        """Return element type and shape of a partition's tensors, by name in the file."""
         return dict(self._layouts[partition])
 
-    def home(self, key: str) -> PartitionName:
-        """The partition whose file holds a tensor.
+    def partition_of(self, key: str) -> PartitionName:
+        """Return the partition whose file holds a tensor.
 
         Raises:
-            CheckpointError: none does.
+            CheckpointError: No file holds the tensor.
         """
-        if key not in self._homes:
-            raise CheckpointError(f"{str(self.folder)!r} holds no tensor {key!r}; {REMEDY}")
-        return self._homes[key]
+        if key not in self._partition_of:
+            raise CheckpointError(f"{str(self.folder)!r} holds no tensor {key!r}; {RUN_REMEDY}")
+        return self._partition_of[key]
 
-    def nbytes(self, key: str) -> int:
-        """Of a tensor.
+    def tensor_bytes(self, key: str) -> int:
+        """Return the size of a tensor.
 
         Raises:
-            CheckpointError: no file holds it.
+            CheckpointError: No file holds the tensor.
         """
-        return _nbytes({key: self._layouts[self.home(key)][key]})
+        return _layout_bytes({key: self._layouts[self.partition_of(key)][key]})
 
     def state(self) -> dict[str, Any]:
-        """What the journal must say to come back to the committed files: JSON-able; None for what was never sealed."""
+        """Return what the journal must say to come back to the committed files: JSON-able; None for a partition never sealed."""
         with self._lock:
-            named = {partition: asdict(sealed) for partition, sealed in self._committed.items()}
+            entries = {partition: asdict(file) for partition, file in self._committed.items()}
         numbers = range(self.num_partitions)
-        return {"format": FORMAT, "partitions": [named.get(number) for number in numbers], "rest": named.get("rest")}
+        return {"format": FORMAT, "partitions": [entries.get(number) for number in numbers], "rest": entries.get("rest")}
 
-    def committed(self, partition: PartitionName) -> Path:
-        """A partition's committed file."""
+    def committed_file(self, partition: PartitionName) -> Path:
+        """Return the path of a partition's committed file."""
         with self._lock:
             assert partition in self._committed, "the partition was never sealed"
             return self.folder / self._committed[partition].file
 
-    def newest(self, partition: PartitionName) -> Path:
-        """The file with a partition's newest bytes: the working file if there is one, else the frozen or the committed one."""
+    def newest_file(self, partition: PartitionName) -> Path:
+        """Return the path of a partition's newest file: the working file if there is one, else the frozen or the committed one."""
         with self._lock:
             newest = self._working.get(partition) or self._frozen.get(partition)
-            return newest.path if newest is not None else self.committed(partition)
+            return newest.path if newest is not None else self.committed_file(partition)
 
     def reader(self, partition: PartitionName) -> TensorFile:
-        """A handle on a partition's newest bytes."""
+        """Open a partition's newest file for reading."""
         with self._lock:
-            return TensorFile.open(self.newest(partition), counter=self._counter, remedy=REMEDY, direct=self._direct)
+            return TensorFile.open(self.newest_file(partition), counter=self._counter, remedy=RUN_REMEDY, direct=self._direct)
 
-    def tensors(self, empty: HostAllocator | None = None) -> TensorReader:
-        """Handles on the newest bytes of whichever files are asked for.
+    def tensor_reader(self, allocate: HostAllocator | None = None) -> TensorReader:
+        """Return a reader of single tensors, from the newest files of all partitions.
 
         Args:
-            empty: makes the tensors that are filled; None for fresh memory.
+            allocate: Allocates the tensors that are filled; None for fresh memory.
         """
-        return TensorReader(self, empty)
+        return TensorReader(self.partition_of, self.reader, allocate)
 
-    def has_working(self, partition: PartitionName) -> bool:
-        """Whether `writer` would give a file that was written before, and not a new one that must be filled."""
+    def has_working_file(self, partition: PartitionName) -> bool:
+        """Decide whether `writer` would open a file that was written before, and not a new file that must be filled."""
         with self._lock:
             return partition in self._working
 
     def writer(self, partition: PartitionName) -> TensorFile:
-        """A handle on a partition's working file, which is made if there is none: as zeros, every tensor must be written then.
+        """Open a partition's working file for writing; a new one is made if there is none, all zeros, of which every tensor must be written.
 
         Raises:
-            DiskError: the disk is full, or the file system refused.
+            DiskError: The disk is full, or the file system refused.
         """
         with self._lock:
             if partition not in self._working:
@@ -231,13 +233,13 @@ class WeightStore:
                 file = TensorFile.create(path, self._layouts[partition], {"file": path.name}, counter=self._counter)
                 self._working[partition] = file
             working = self._working[partition].path
-            return TensorFile.open(working, writable=True, counter=self._counter, remedy=REMEDY, direct=self._direct)
+            return TensorFile.open(working, writable=True, counter=self._counter, remedy=RUN_REMEDY, direct=self._direct)
 
     def freeze(self, partitions: Iterable[PartitionName]) -> None:
-        """Take working files out of use, for `seal` to bring to the drive meanwhile: the next `writer` begins new ones.
+        """Close working files for writing, so that `seal` can bring them to the drive while the next `writer` begins new ones.
 
         Args:
-            partitions: those without a working file stay as they are. Nobody may be writing to them.
+            partitions: Partitions that nobody is writing to; those without a working file stay as they are.
         """
         with self._lock:
             for partition in partitions:
@@ -249,13 +251,13 @@ class WeightStore:
         """Make working or frozen files the committed ones, once they are on the drive. The files that they replace stay.
 
         Args:
-            partitions: those without such a file stay as they are. Nobody may be writing to them.
+            partitions: Partitions that nobody is writing to; those without a working or frozen file stay as they are.
 
         Returns:
             The new state, for the journal.
 
         Raises:
-            DiskError: a file did not reach the drive. These files are gone then, as a second try could seem to succeed.
+            DiskError: A file did not reach the drive. The files are deleted then, as a second try could seem to succeed.
         """
         partitions = list(partitions)
         with self._lock:
@@ -265,7 +267,7 @@ class WeightStore:
         try:
             for partition, file in changed.items():
                 file.sync()
-                sealed[partition] = Sealed(file.path.name, sha256(file.path, self._counter), file.size)
+                sealed[partition] = CommittedFile(file.path.name, sha256(file.path, self._counter), file.size)
                 if self._direct:
                     file.drop_cache()
             if sealed:
@@ -280,19 +282,19 @@ class WeightStore:
         return self.state()
 
     def rollback(self) -> None:
-        """Delete the working files: what was written since the last `seal` did not happen."""
+        """Delete the working files, and so all that was written since the last `seal`."""
         with self._lock:
             self._drop(self._working, list(self._working))
 
     def discard_obsolete(self, keep: Iterable[Mapping[str, Any]]) -> None:
-        """Delete the weight files that neither any of these states nor this store uses.
+        """Delete the weight files that neither the kept commits nor this store use.
 
         Args:
-            keep: states, as `seal` returned them, of all commits that are kept.
+            keep: States, as `seal` returned them, of all commits that are kept.
         """
         with self._lock:
             open_files = (*self._working.values(), *self._frozen.values())
-            named = {sealed.file for sealed in self._committed.values()} | {file.path.name for file in open_files}
+            named = {file.file for file in self._committed.values()} | {file.path.name for file in open_files}
             for state in keep:
                 entries = [*state["partitions"], state["rest"]]
                 named |= {entry["file"] for entry in entries if entry is not None}
@@ -301,37 +303,37 @@ class WeightStore:
                     path.unlink(missing_ok=True)
 
     def export(self, path: Path, names: Sequence[str], aliases: Mapping[str, str] | None = None) -> None:
-        """Write committed weights into one safetensors file with the model's own names, through a buffer of 4 MiB.
+        """Write committed weights into one safetensors file with the model's own names, through a small buffer.
 
         The file appears whole or not at all, replaces one that was there, and has the access rights of the umask.
 
         Args:
-            path: the new file.
-            names: the entries of the model's `state_dict`, in its order.
-            aliases: for a name of a tensor that has several, the name that it is stored under; it is written under each.
+            path: Path of the new file.
+            names: Entries of the model's `state_dict`, in its order.
+            aliases: Name in the store, for each other name of a tensor that has several; the tensor is written under each.
 
         Raises:
-            CheckpointError: a name is not in the store.
-            DiskError: the disk is full, or the file system refused.
+            CheckpointError: A name is not in the store.
+            DiskError: The disk is full, or the file system refused.
         """
         path = Path(path)
         keys = {name: weight_key((aliases or {}).get(name, name)) for name in names}
-        layout = {name: self._layouts[self.home(key)][key] for name, key in keys.items()}
+        layout = {name: self._layouts[self.partition_of(key)][key] for name, key in keys.items()}
         beside = path.with_name(path.name + ".new")
         try:
             beside.unlink(missing_ok=True)
             with ExitStack() as stack:
                 sources = {
                     partition: stack.enter_context(
-                        TensorFile.open(self.committed(partition), counter=self._counter, remedy=REMEDY)
+                        TensorFile.open(self.committed_file(partition), counter=self._counter, remedy=RUN_REMEDY)
                     )
-                    for partition in dict.fromkeys(self.home(key) for key in keys.values())
+                    for partition in dict.fromkeys(self.partition_of(key) for key in keys.values())
                 }
                 # "pt" is what other readers of the format expect of PyTorch's tensors.
                 target = TensorFile.create(beside, layout, {"format": "pt"}, counter=self._counter, keep_order=True)
                 with target:
                     for name, key in keys.items():
-                        target.copy_from(name, sources[self.home(key)], key)
+                        target.copy_from(name, sources[self.partition_of(key)], key)
                     target.sync()
                     target.drop_cache()
             beside.replace(path)
@@ -354,49 +356,7 @@ class WeightStore:
                 file.path.unlink(missing_ok=True)
 
 
-class TensorReader:
-    """Reads tensors from the files that are their homes, which it opens as they are needed.
-
-    Args:
-        store: whose newest bytes are read.
-        empty: makes the tensors that are filled; None for fresh memory.
-    """
-
-    def __init__(self, store: WeightStore, empty: HostAllocator | None = None) -> None:
-        self._store = store
-        self._empty = empty
-        self._lock = threading.Lock()
-        self._files: dict[PartitionName, TensorFile] = {}
-
-    def read(self, key: str) -> Tensor:
-        """A tensor, from a multiple of 64 bytes on.
-
-        Raises:
-            CheckpointError: no file holds it.
-        """
-        return self.open(self._store.home(key)).read(key, self._empty)
-
-    def open(self, partition: PartitionName) -> TensorFile:
-        """The handle on a partition's file: of the bytes that were the newest when it was first asked for."""
-        with self._lock:
-            if partition not in self._files:
-                self._files[partition] = self._store.reader(partition)
-            return self._files[partition]
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-
-    def __enter__(self) -> TensorReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _nbytes(layout: PartitionLayout) -> int:
+def _layout_bytes(layout: PartitionLayout) -> int:
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
 
 

@@ -14,7 +14,8 @@ from lowmem_pnn.engine.prefetch import Prefetcher, Request, WriteBehind
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.memory.pool import MemoryPool
 from lowmem_pnn.stores.tensor_file import TensorFile
-from lowmem_pnn.stores.weights import TensorReader, WeightStore
+from lowmem_pnn.stores.tensor_reader import TensorReader
+from lowmem_pnn.stores.weights import WeightStore
 
 
 class WeightStreamer:
@@ -51,8 +52,8 @@ class WeightStreamer:
             keys: names in weight files of all tensors that will be taken, in that order.
         """
         # What is placed elsewhere passes through page-locked memory; where the host is the device, blocks are what is resident.
-        with self._weights.tensors(self._device.host_allocator() or self._blocks.empty) as self._reader:
-            requests = (Request(self._weights.nbytes(key), lambda key=key: self._read(key)) for key in keys)  # type: ignore[misc]
+        with self._weights.tensor_reader(self._device.host_allocator() or self._blocks.empty) as self._reader:
+            requests = (Request(self._weights.tensor_bytes(key), lambda key=key: self._read(key)) for key in keys)  # type: ignore[misc]
             self._stream = Prefetcher(requests, self._threads.read, self._stream_bytes)
             try:
                 yield
@@ -73,7 +74,7 @@ class WeightStreamer:
         Args:
             keys: of its tensors.
         """
-        self._blocks.set_limit(sum(map(self._weights.nbytes, keys)) + self._beside_bytes)
+        self._blocks.set_limit(sum(map(self._weights.tensor_bytes, keys)) + self._beside_bytes)
 
     @contextmanager
     def writing(self, partition: int) -> Iterator[tuple[TensorFile, bool]]:
@@ -81,7 +82,7 @@ class WeightStreamer:
         # A resident weight must not change while it is being written.
         with self._stalls.waiting("disk"):
             self._wait_for(partition)
-        is_new = not self._weights.has_working(partition)
+        is_new = not self._weights.has_working_file(partition)
         if is_new and self._reader is not None:
             # What is still to be read of the partition is in the file before, not in this one, which is empty.
             self._reader.open(partition)
@@ -127,7 +128,7 @@ class WeightStreamer:
 
     def _read(self, key: str) -> Tensor:
         """On the reading thread: a tensor's bytes after the batch before this one, once they are written."""
-        home = self._weights.home(key)
+        home = self._weights.partition_of(key)
         assert isinstance(home, int)
         self._wait_for(home)
         assert self._reader is not None
