@@ -16,8 +16,8 @@ from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.profiler import profile
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.run.ranks import ALONE, Rank
-from lowmem_pnn.training.inputs import Inputs
 from lowmem_pnn.workload import Workload, make_workload, with_compiled_layers
+from lowmem_pnn.workload.inputs import Inputs
 
 
 @contextmanager

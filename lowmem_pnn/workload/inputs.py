@@ -5,20 +5,22 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.methods.base import SplitName
+from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.datasets import Dataset, find_dataset, from_torch, make_dataset
 from lowmem_pnn.sources.models import ModelSource, find_model
-from lowmem_pnn.sources.splits import SampleSplit
-from lowmem_pnn.workload import open_data, split_data
+from lowmem_pnn.sources.splits import SampleSplit, Split, subset, train_val
 
 Model = str | nn.Module | Callable[[], nn.Module]
 """A name, a model, or a function that builds one."""
 
-Inputs = tuple[ModelSource, Dataset, dict[Any, Any]]
+Inputs = tuple[ModelSource, Dataset, dict[SplitName, Split]]
 """Model, data set, and the parts of the data set by name."""
 
 
@@ -81,3 +83,42 @@ def name_of(model: Model) -> str:
     if isinstance(model, str):
         return model
     return f"python:{model.__class__.__name__ if isinstance(model, nn.Module) else getattr(model, '__name__', 'factory')}"
+
+
+def open_data(config: FitConfig) -> Inputs:
+    """Find the model's factory and open the data by name.
+
+    Args:
+        config: options of the run.
+
+    Raises:
+        ConfigError: no such model, data set, or argument.
+        DataError: the data cannot be trained on.
+    """
+    # The data set says how many classes the model gets; the model how images are to be shown to it, and how long a text.
+    named = find_model(config.model, config.model_arg, None)
+    dataset = find_dataset(config.data, config.data_root, named.wants, context=named.context)
+    source = find_model(config.model, config.model_arg, dataset.num_classes)
+    return source, dataset, split_data(dataset, config)
+
+
+def split_data(dataset: Dataset, config: FitConfig) -> dict[SplitName, Split]:
+    """Split a data set into training, validation and test parts.
+
+    Args:
+        dataset: open data set.
+        config: options of the run.
+
+    Raises:
+        ConfigError: an option for a part that is not there.
+    """
+    train, val = train_val(dataset.train, config.val_fraction, seed_of(config.seed, "split"), config.train_limit)
+    splits: dict[SplitName, Split] = {"train": train}
+    if val is not None:
+        splits["val"] = val
+    if dataset.test is not None:
+        size = min(len(dataset.test), config.test_limit or len(dataset.test))
+        splits["test"] = subset(dataset.test, torch.arange(size).numpy())
+    elif config.test_limit is not None:
+        raise ConfigError(f"--test-limit has no effect here: data {config.data} has no test part; leave it out")
+    return splits

@@ -1,0 +1,171 @@
+"""Assembly: model, data and method put together as a workload, or refused in words where they do not fit together."""
+
+import dataclasses
+import math
+
+import torch
+from torch import nn
+
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.device import Device, is_out_of_memory
+from lowmem_pnn.errors import ConfigError, LowMemError
+from lowmem_pnn.methods import make_method
+from lowmem_pnn.methods.base import SplitName
+from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.layer import is_rowwise
+from lowmem_pnn.model.precision import Precision
+from lowmem_pnn.optim.low_precision import SMALLEST, is_quantized
+from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.profiling.costs import MemoryProfile
+from lowmem_pnn.profiling.profiler import Known, profile
+from lowmem_pnn.sources.datasets import Dataset, Split
+from lowmem_pnn.sources.deferred_init import skeleton
+from lowmem_pnn.sources.imports import one_line
+from lowmem_pnn.sources.models import ModelSource
+from lowmem_pnn.workload.workload import Workload
+
+
+def make_workload(
+    config: FitConfig, source: ModelSource, dataset: Dataset, splits: dict[SplitName, Split], device: torch.device
+) -> Workload:
+    """Cut the model into layers, without its weights.
+
+    Args:
+        config: options of the run.
+        source: constructor of the model.
+        dataset: open data set.
+        splits: parts of the data set.
+        device: training device; what autocast casts differs between devices.
+
+    Raises:
+        CaptureError: the model cannot be cut.
+        ConfigError: model and data do not fit together.
+    """
+    try:
+        model = skeleton(source.build)
+    except Exception as error:
+        if isinstance(error, LowMemError) or is_out_of_memory(error):
+            raise
+        raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
+    if not _trainable(model):
+        raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
+    _check_input(source, dataset, model)
+    precision = Precision(config.precision, device.type, config.channels_last)
+    chain = capture(model, TensorSpec(dataset.sample_shape, dataset.dtype), precision)
+    if config.channels_last and all(parameter.dim() != 4 for parameter in model.parameters()):
+        raise ConfigError(
+            f"--channels-last has no effect here: {source.spec} has no convolutions of maps (C, H, W); leave it out"
+        )
+    if config.optimizer_state != "fp32" and not any(map(is_quantized, _trainable(model))):
+        raise ConfigError(
+            f"--optimizer-state {config.optimizer_state} has no effect here: {source.spec} has no float32 parameters of {SMALLEST} elements "
+            "or more that learn; leave it out"
+        )
+    (scores,) = chain.boundaries[-1]
+    if scores.shape[:-1] != dataset.label_shape or scores.shape[-1] < dataset.num_classes:
+        wanted = ", ".join(["batch", *map(str, dataset.label_shape), str(dataset.num_classes)])
+        raise ConfigError(
+            f"model {source.spec} gives outputs of shape (batch, {', '.join(map(str, scores.shape))}), and data {dataset.name} has "
+            f"{dataset.num_classes} classes; it should give ({wanted}), or more scores than that"
+        )
+    if config.augment != "none" and (len(dataset.sample_shape) != 3 or not dataset.dtype.is_floating_point):
+        raise ConfigError(
+            f"--augment {config.augment} is for images (C, H, W), and the samples of data {dataset.name} are {dataset.sample_shape}; leave "
+            "it out"
+        )
+    workload = _by_method(Workload(config, source, dataset, splits, make_method(config), chain, chain))
+    if config.loss_chunk is not None and not is_rowwise(chain.layers[-1]):
+        raise ConfigError(
+            f"--loss-chunk {config.loss_chunk}: the last layer of {source.spec}, {chain.layers[-1].name!r}, is not one nn.Linear and "
+            "cannot be computed in parts; leave it out"
+        )
+    return workload
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def by_other_method(workload: Workload, config: FitConfig) -> Workload:
+    """Return the workload of another method, with the same model, cut already, and the same data.
+
+    Args:
+        workload: workload of some method.
+        config: the same options but for the method, and what depends on it.
+
+    Raises:
+        ConfigError: the method cannot train this.
+    """
+    return _by_method(dataclasses.replace(workload, config=config, method=make_method(config), chain=workload.bare))
+
+
+def _by_method(workload: Workload) -> Workload:
+    """Return a workload with the auxiliary heads that its method learns from, if its method can train it."""
+    if workload.dataset.label_shape and workload.config.method == "pnn":
+        raise ConfigError(
+            f"--method pnn needs a class for each sample, and data {workload.dataset.name} has one for each token; use --method exact"
+        )
+    return dataclasses.replace(workload, chain=_with_heads(workload)) if workload.method.learns_per_layer else workload
+
+
+def _with_heads(workload: Workload) -> Chain:
+    """Return the chain with a head at every layer that has no class scores of its own, on the meta device."""
+    chain, layers = workload.chain, []
+    for number, layer in enumerate(chain.layers):
+        after = chain.boundaries[number + 1]
+        if len(after) > 1 or not after[0].dtype.is_floating_point:
+            tensors = ", ".join(map(str, after))
+            raise ConfigError(
+                f"--method neuroflux needs layers that hand on one tensor each, and {layer.name!r} of {workload.source.spec} hands on "
+                f"{tensors}; use --method exact"
+            )
+        with torch.device("meta"):
+            head = workload.head(number)
+        layers.append(layer if head is None else layer.with_head(head, number))
+    return dataclasses.replace(chain, layers=tuple(layers))
+
+
+def _check_input(source: ModelSource, dataset: Dataset, model: nn.Module) -> None:
+    """Refuse the commonest ways in which a model does not take the samples, in words that say what to write."""
+    widths = source.spec.removeprefix("mlp:").split("-")
+    if source.spec.startswith("mlp:") and dataset.sample_shape != (int(widths[0]),):
+        size = math.prod(dataset.sample_shape)
+        raise ConfigError(
+            f"model {source.spec} takes {widths[0]} values, and the samples of data {dataset.name} have {size}; "
+            f"write mlp:{'-'.join([str(size), *widths[1:]])}"
+        )
+    if source.context is not None and (dataset.dtype != torch.int64 or dataset.sample_shape[0] > source.context):
+        found = f"{dataset.sample_shape} {str(dataset.dtype).removeprefix('torch.')}"
+        raise ConfigError(
+            f"model {source.spec} takes up to {source.context} tokens (int64), and the samples of data {dataset.name} are {found}; give "
+            f"--data text:FILE, or tokens of shape ({source.context},)"
+        )
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(dtypes) == 1 and dataset.dtype.is_floating_point and dataset.dtype not in dtypes:
+        found = str(dtypes.pop()).removeprefix("torch.")
+        raise ConfigError(f"model {source.spec} has {found} weights, and samples are float32; have it built with model.float()")
+
+
+def profile_workload(workload: Workload, device: Device, known: Known | None = None) -> MemoryProfile:
+    """Profile what each layer needs, by fake tensors. Of several optimizers the largest is counted for all.
+
+    Args:
+        workload: model, data and method.
+        device: training device.
+        known: what profiles of the same model by other methods found.
+    """
+    config = workload.config
+    optimizers = [
+        OptimizerSpec(
+            name, momentum=config.momentum, weight_decay=config.weight_decay, fused=config.fused, state=config.optimizer_state
+        )
+        for name in config.optimizer
+    ]
+    return profile(
+        workload.chain,
+        optimizers=optimizers,
+        device=device.torch_device,
+        parts_ties=workload.method.sweeps,
+        per_layer_loss=workload.method.learns_per_layer,
+        known=known,
+    )

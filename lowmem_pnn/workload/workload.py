@@ -1,0 +1,107 @@
+"""The workload: model, data and method of a run, open and cut into layers, with nothing allocated yet."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.methods import Method, Objective
+from lowmem_pnn.methods.base import SplitName
+from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.optim.lr_schedules import factor
+from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.sources.datasets import Dataset, Split
+from lowmem_pnn.sources.models import ModelSource
+
+# Batch size that `lr` is meant for where the batch is chosen: the default one.
+_BATCH_OF_LR = 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Model, data and method of a run.
+
+    Args:
+        config: options of the run.
+        source: constructor of the model.
+        dataset: source of the samples.
+        splits: parts of the data set: `train`, and `val` and `test` where there are such.
+        method: training method.
+        chain: the model in layers; its tensors are on the meta device until they are resident.
+        bare: the same chain without auxiliary heads.
+        compiled: number of compiled `layers`, of `functions` that they share, and `seconds` it took to compile them; empty where
+            layers run as they are.
+    """
+
+    config: FitConfig
+    source: ModelSource
+    dataset: Dataset
+    splits: dict[SplitName, Split]
+    method: Method
+    chain: Chain
+    bare: Chain
+    compiled: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Number of labels of one sample: 1, or its tokens."""
+        return math.prod(self.dataset.label_shape)
+
+    @property
+    def training_splits(self) -> dict[SplitName, int]:
+        """Names of the parts that training reads, with their numbers of samples."""
+        return {name: len(self.splits[name]) for name in ("train", "val") if name in self.splits}
+
+    def optimizer(self, partition: int) -> OptimizerSpec:
+        """Return a partition's optimizer."""
+        config = self.config
+        return OptimizerSpec(
+            config.value_for("optimizer", partition),
+            config.value_for("lr", partition),
+            config.momentum,
+            config.weight_decay,
+            config.fused,
+            config.optimizer_state,
+            config.seed,
+        )
+
+    def learning_rate(self, partition: int, step: int, total_steps: int, batch: int | None = None) -> float:
+        """Return a partition's learning rate.
+
+        Where the batch is `auto`, `lr` is meant for 64 samples, and follows the batch: in proportion with sgd (Goyal et al. 2017,
+        section 2.1), as its square root with adam and adamw (Malladi et al. 2022).
+
+        Args:
+            partition: number of the partition.
+            step: optimizer steps before this one, from 0.
+            total_steps: optimizer steps of the training that the schedule covers.
+            batch: samples per step; None where it is as asked.
+        """
+        config = self.config
+        rate: float = config.value_for("lr", partition)
+        if config.batch_size == "auto" and batch is not None:
+            share = batch / _BATCH_OF_LR
+            rate *= share if config.value_for("optimizer", partition) == "sgd" else math.sqrt(share)
+        return rate * factor(config.lr_schedule, step, total_steps, config.warmup_steps)
+
+    def objective(self, plan: Plan, partition: int) -> Objective:
+        """Return what a partition learns."""
+        boundary = self.chain.boundaries[plan.partitions[partition].stop]
+        return self.method.objective(partition, len(plan.partitions), boundary, self.dataset.num_classes)
+
+    def head(self, number: int) -> nn.Module | None:
+        """Return the auxiliary head of a layer, as drawn after `torch.manual_seed(seed_of(config.seed, "head", number))`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.config.seed, "head", number))
+            return self.method.head(self.chain, number, self.dataset.num_classes, bool(self.dataset.label_shape))
+
+    def build_model(self, seed: int) -> nn.Module:
+        """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.source.build()
