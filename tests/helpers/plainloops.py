@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from lowmem_pnn.config.configure import configure
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from helpers.small_networks import Data
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.methods.sil import draw_codes
 from lowmem_pnn.optim.lr_schedules import factor

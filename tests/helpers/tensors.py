@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_pnn.stores.header import NAME_BY_DTYPE
 from lowmem_pnn.memory.aligned import memory_of
+from lowmem_pnn.stores.header import NAME_BY_DTYPE
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lowmem_pnn.config.configure import configure
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowmem_pnn
 from helpers.plainloops import built, loaded, make_optimizer, step_lines, training_split
 from helpers.small_networks import Data, conv_layers, images, vectors
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.engine.passes import backward_from_loss
 from lowmem_pnn.errors import ConfigError

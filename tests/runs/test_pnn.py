@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowmem_pnn.config.configure import configure
 from torch import Tensor, nn
 
 import lowmem_pnn
@@ -30,6 +29,7 @@ from helpers.plainloops import (
 )
 from helpers.small_networks import Data, images, small_conv, small_mlp, small_tokens, vectors
 from lowmem_pnn.api import resume_run, start_run
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.methods import SyntheticLabels, Visit, make_method

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lowmem_pnn.config.configure import configure
 from torch import Tensor, nn
 
 import lowmem_pnn
 from helpers.plainloops import assert_same_weights, built, loaded, stop_at, train_by_exact
 from helpers.small_networks import Data, images, small_conv, small_gpt, small_mlp, small_resnet, small_vit, tokens, vectors
 from lowmem_pnn import api as trainer
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, DivergedError, Stopped
 from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.model.precision import FULL_PRECISION, LossScale, Precision, unscale

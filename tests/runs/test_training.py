@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem_pnn.config.configure import configure
 from torch import nn
 
 import lowmem_pnn
@@ -15,6 +14,7 @@ from helpers import plainloops
 from helpers.plainloops import assert_same_weights, loaded, train_by_backprop, train_by_pnn
 from helpers.small_networks import Data, images, small_conv, small_mlp, vectors
 from lowmem_pnn import api as trainer
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import CaptureError, CheckpointError, ConfigError, Stopped
 from lowmem_pnn.reporting.report import PlanReport, Result
 from lowmem_pnn.stores.encoding import WORK_BYTES

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from lowmem_pnn.config.configure import (
     DEMONSTRATION,
     check_device,
@@ -14,7 +15,6 @@ from lowmem_pnn.config.configure import (
     next_workdir,
     run_name,
 )
-
 from lowmem_pnn.config.fit_config import FitConfig, field_names
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
 

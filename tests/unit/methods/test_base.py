@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem_pnn.config.configure import configure
 from torch import nn
 
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.methods import Labels, Sweep, SyntheticLabels, Visit, make_method
 from lowmem_pnn.methods.base import evaluation

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowmem_pnn.config.configure import configure
 from torch import Tensor, nn
 from torchao.optim.subclass_8bit import OptimState8bit
 
@@ -21,6 +20,7 @@ from helpers import plainloops
 from helpers.plainloops import assert_same_weights, loaded, make_optimizer, train_by_backprop, train_by_exact
 from helpers.small_networks import Data, vectors
 from lowmem_pnn import api as trainer
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.memory.storage_tracker import StorageTracker
 from lowmem_pnn.optim import low_precision as short_state

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem_pnn.config.configure import configure
 from torch import nn
 
 import lowmem_pnn
 from helpers.plainloops import stop_at
 from lowmem_pnn.api import plan_run, resume_run, start_run
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import CpuDevice
 from lowmem_pnn.device.buffers import BufferSizes
@@ -26,7 +26,7 @@ from lowmem_pnn.profiling.costs import Affine, LayerCost, MemoryProfile
 from lowmem_pnn.profiling.nominal import Machine, nominal_rates
 from lowmem_pnn.profiling.timings import LayerSeconds, MachineTimings, Seconds
 from lowmem_pnn.reporting.report import PlanReport
-from lowmem_pnn.training.inputs import named_inputs
+from lowmem_pnn.workload.inputs import named_inputs
 from lowmem_pnn.units import seconds_text
 from lowmem_pnn.workload import make_workload, profile_workload
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lowmem_pnn.config.configure import configure
 
 from helpers.plainloops import stop_at
 from lowmem_pnn.api import resume_run, start_run
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import Stopped
 from lowmem_pnn.methods import Sweep, Visit, make_method, share_of
