@@ -1,167 +1,16 @@
-"""Configurations: what is refused, in which words, and what is kept."""
+"""`FitConfig`: to JSON and back, and what its fields say."""
 
 import json
-import math
-from pathlib import Path
 
 import pytest
 
-from lowmem_pnn.config.configure import (
-    DEMONSTRATION,
-    check_device,
-    check_lengths,
-    check_same_options,
-    configure,
-    next_workdir,
-    run_name,
-)
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig, field_names
-from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
+from lowmem_pnn.errors import CheckpointError
 
 
 def make(**options: object) -> FitConfig:
     return configure(**{"max_gpu_mem": "1GB", "model": "mlp:64-10", "data": "digits", **options})
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"max_gpu_mem": "512 megs"}, "--max-gpu-mem: '512 megs' is not a size; write 512MB or 512MiB"),
-        ({"max_gpu_mem": "0"}, "--max-gpu-mem: '0' is a size of 0 bytes; write a positive one, as 512MB or 512MiB"),
-        ({"max_gpu_mem": None}, "--max-gpu-mem is missing; give --max-gpu-mem 2GB"),
-        ({"model": None}, "--model is missing; give --model mlp:64-256-10"),
-        ({"data": None}, "--data is missing; give --data digits"),
-        ({"method": "pnm"}, "--method 'pnm' is none of pnn, neuroflux, exact, backprop; did you mean 'pnn'?"),
-        ({"method": "PNN"}, "--method 'PNN' is none of pnn, neuroflux, exact, backprop; did you mean 'pnn'?"),
-        ({"optimizer": "adamm"}, "--optimizer 'adamm' is none of sgd, adam, adamw; did you mean 'adam'?"),
-        ({"optimizer": "sgd,sgdd"}, "--optimizer 'sgdd' is none of sgd, adam, adamw; did you mean 'sgd'?"),
-        ({"optimizer": ()}, "--optimizer () is empty; give one value, or one per partition"),
-        ({"shuffle": "maybe"}, "--shuffle 'maybe' is none of yes, no"),
-        ({"shuffle": "yes,2,no,2"}, "--shuffle '2' is none of yes, no"),
-        ({"shuffle": 2}, "--shuffle 2 is none of yes, no"),
-        ({"sil": "Sparse"}, "--sil 'Sparse' is none of uniform, normal, orthogonal, sparse; did you mean 'sparse'?"),
-        ({"sil_target": "pool"}, "--sil-target 'pool' is none of full, pooled; did you mean 'pooled'?"),
-        ({"optimiser": "adam"}, "there is no option --optimiser; did you mean 'optimizer'?"),
-        ({"device": "CPU"}, "--device 'CPU' is none of auto, cpu, cuda, cuda:INDEX; did you mean 'cpu'?"),
-        ({"device": "cuda:x"}, "--device 'cuda:x' is none of auto, cpu, cuda, cuda:INDEX; did you mean 'cuda'?"),
-        ({"lr": "0"}, "--lr '0': must be greater than 0"),
-        ({"lr": "inf"}, "--lr 'inf': must be a finite number"),
-        ({"lr": math.nan}, "--lr nan: must be a finite number"),
-        ({"lr": "fast"}, "--lr 'fast': must be a valid number, unable to parse string as a number"),
-        ({"lr": ","}, "--lr ',': there is nothing between two commas, or nothing at all; write one value, or several as A,B"),
-        ({"cuts": ""}, "--cuts '': there is nothing between two commas, or nothing at all; write one value, or several as A,B"),
-        ({"epochs": "0"}, "--epochs '0': must be greater than 0"),
-        ({"epochs": "1.5"}, "--epochs '1.5': must be a valid integer, unable to parse string as an integer"),
-        ({"epochs": ()}, "--epochs () is empty; give one value, or one per partition"),
-        ({"seed": "-1"}, "--seed '-1': must be greater than or equal to 0"),
-        ({"seed": 2**63}, "--seed 9223372036854775808: must be less than 9223372036854775808"),
-        ({"val_fraction": "1"}, "--val-fraction '1': must be less than 1"),
-        ({"weight_decay": "-1"}, "--weight-decay '-1': must be greater than or equal to 0"),
-        ({"keep_commits": 0}, "--keep-commits 0: must be greater than 0"),
-        ({"train_limit": "0"}, "--train-limit '0': must be greater than 0"),
-        ({"momentum": 0.5}, "--momentum has no effect here: it needs --optimizer sgd"),
-        ({"method": "backprop", "cuts": "1"}, "--cuts has no effect here: it needs --method pnn, neuroflux or exact"),
-        ({"momentum": 0.5, "optimizer": "adam,adamw"}, "--momentum has no effect here: it needs --optimizer sgd"),
-        ({"method": "backprop", "kappa": 3}, "--kappa has no effect here: it needs --method pnn"),
-        ({"method": "exact", "sil": "uniform"}, "--sil has no effect here: it needs --method pnn"),
-        ({"method": "exact", "sil_target": "full"}, "--sil-target has no effect here: it needs --method pnn"),
-        ({"method": "backprop", "parallel_sil": True}, "--parallel-sil has no effect here: it needs --method pnn"),
-        (
-            {"method": "exact", "shuffle": "yes,no"},
-            "--shuffle has 2 values, and --method exact trains all partitions together; give one value",
-        ),
-        (
-            {"parallel_sil": True, "sil_target": "pooled"},
-            "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out",
-        ),
-        ({"cuts": "1", "partitions": 2}, "--cuts and --partitions exclude each other; give one"),
-        ({"device": "cpu", "budget_scope": "allocator"}, "--budget-scope has no effect here: it needs a CUDA device"),
-        ({"micro_batch": 128}, "--micro-batch 128 is above --batch-size 64; give at most 64, or a larger --batch-size"),
-        ({"lr": "0", "seed": "-1"}, "--lr '0': must be greater than 0; --seed '-1': must be greater than or equal to 0"),
-    ],
-)
-def test_refused_in_one_line(options: dict[str, object], text: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        make(**options)
-    assert str(error.value) == text
-
-
-def test_lists_take_one_value_or_several() -> None:
-    config = make(epochs="5,160", lr=0.1, batch_size=[16, 32], cuts="layer1, 3")
-    assert (config.epochs, config.lr, config.batch_size, config.cuts) == ((5, 160), (0.1,), (16, 32), ("layer1", "3"))
-    assert [config.value_for("epochs", 1), config.value_for("lr", 1)] == [160, 0.1]
-    config = make(optimizer="sgd, adamw", shuffle="no,yes")
-    assert (config.optimizer, config.shuffle) == (("sgd", "adamw"), (False, True))
-    assert [config.value_for("optimizer", 1), config.value_for("shuffle", 0)] == ["adamw", False]
-    config = make(optimizer=["adam"], shuffle=False)
-    assert (config.optimizer, config.shuffle) == (("adam",), (False,))
-    assert (make().optimizer, make().shuffle) == (("adamw",), (True,))
-
-
-def test_momentum_is_for_whichever_partition_has_sgd() -> None:
-    assert make(momentum=0.5, optimizer="adam,sgd").momentum == 0.5
-
-
-def test_the_demonstration_is_taken_with_neither_model_nor_data() -> None:
-    assert configure(max_gpu_mem="2GB").model == DEMONSTRATION["model"]
-    assert configure(max_gpu_mem="2GB", epochs=1).epochs == (1,)
-    with pytest.raises(ConfigError, match="--data is missing"):
-        configure(max_gpu_mem="2GB", model="mlp:64-10")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "text"),
-    [
-        (
-            "epochs",
-            "1,2,3",
-            "--epochs has 3 values, and there are 2 partitions; give one value or 2, or set --cuts or --partitions",
-        ),
-        (
-            "optimizer",
-            "sgd,adam,sgd",
-            "--optimizer has 3 values, and there are 2 partitions; give one value or 2, or set --cuts or --partitions",
-        ),
-        (
-            "shuffle",
-            "yes,no,yes",
-            "--shuffle has 3 values, and there are 2 partitions; give one value or 2, or set --cuts or --partitions",
-        ),
-        ("kappa", "1,2,3", "--kappa has 3 values, and there is 1 boundary; give one value, or set --cuts or --partitions"),
-    ],
-)
-def test_lists_of_another_length_than_the_plan(name: str, value: str, text: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        check_lengths(make(**{name: value}), 2)
-    assert str(error.value) == text
-
-
-def test_lists_that_fit_the_plan() -> None:
-    check_lengths(make(epochs="1,2", kappa="3", lr="1,2", optimizer="sgd,adam", shuffle="no,yes"), 2)
-
-
-def test_what_only_a_gpu_run_reads_is_refused_when_the_device_is_the_cpu_after_all() -> None:
-    config = make(budget_scope="allocator")
-    check_device(config, on_cpu=False, memory_bytes=10**12)
-    with pytest.raises(ConfigError, match="--budget-scope has no effect here: it needs a CUDA device"):
-        check_device(config, on_cpu=True, memory_bytes=10**12)
-
-
-def test_a_budget_above_the_machine_is_refused() -> None:
-    with pytest.raises(BudgetError) as error:
-        check_device(make(), on_cpu=True, memory_bytes=999_000_000)
-    assert str(error.value) == "--max-gpu-mem 1.00 GB is more than this machine has, 999.0 MB; give less"
-
-
-def test_paths_are_kept_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    config = make(model="my nets/net.py:build", data="npz:set.npz")
-    assert config.model == f"{tmp_path}/my nets/net.py:build"
-    assert config.data == f"npz:{tmp_path}/set.npz"
-    assert make(data="cifar10", data_root="sets").data_root == tmp_path / "sets"
-    assert make(data="imagefolder:a/b").data == f"imagefolder:{tmp_path}/a/b"
-    assert make().data_root == tmp_path / "data"
-    assert make(model="package.module:build", data="digits").model == "package.module:build"
 
 
 def test_json_gives_the_same_configuration() -> None:
@@ -190,20 +39,6 @@ def test_json_of_another_version_names_what_it_does_not_know() -> None:
     values = {**json.loads(make().to_json()), "momentums": 1}
     with pytest.raises(CheckpointError, match=r"there is no option --momentums; did you mean 'momentum'\?"):
         FitConfig.from_json(json.dumps(values))
-
-
-def test_another_configuration_does_not_resume_a_run() -> None:
-    check_same_options(make(), make(), Path("run"))
-    with pytest.raises(CheckpointError, match=r"the run in run began with --lr \(0.1,\), not \(0.2,\); give the same"):
-        check_same_options(make(lr=0.2), make(lr=0.1), Path("run"))
-
-
-def test_next_workdir_is_the_first_that_is_free(tmp_path: Path) -> None:
-    config = make(model="some where/net.py:build")
-    assert run_name(config) == "net.py-build-pnn"
-    assert next_workdir(config, tmp_path).name == "net.py-build-pnn-1"
-    (tmp_path / "net.py-build-pnn-1").mkdir()
-    assert next_workdir(config, tmp_path).name == "net.py-build-pnn-2"
 
 
 def test_every_field_says_what_it_is() -> None:
