@@ -34,9 +34,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowmem_pnn
-from lowmem_pnn.config.options import configure
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import DivergedError
-from lowmem_pnn.methods.sil import draw_codes
+from lowmem_pnn.methods.sil import draw_class_vectors
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
 from lowmem_pnn.workload import open_data
 
@@ -342,7 +342,7 @@ def gradient_norms(
         if end == len(fresh):
             loss = nn.functional.cross_entropy(outputs, labels)
         else:
-            (codes,) = draw_codes([tuple(outputs.shape[1:])], 47, kappa, seed=number)
+            (codes,) = draw_class_vectors([tuple(outputs.shape[1:])], 47, kappa, seed=number)
             loss = nn.functional.mse_loss(outputs, codes[labels])
         loss.backward()
         norms.append([math.sqrt(w.grad.square().sum()) for w in part.parameters() if w.grad is not None and w.dim() == 2])

@@ -13,7 +13,7 @@ from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.loaders import Loader
 from lowmem_pnn.engine.tally import Tally
 from lowmem_pnn.errors import DivergedError
-from lowmem_pnn.methods.base import SplitName, evaluation
+from lowmem_pnn.methods import SplitName, evaluation_visits
 from lowmem_pnn.run.run import Run
 
 _T = TypeVar("_T")
@@ -40,7 +40,7 @@ def measure(
     """
     partitions = run.partitions
     folders: list[Path] = []
-    for visit in evaluation(len(run.plan.partitions), split):
+    for visit in evaluation_visits(len(run.plan.partitions), split):
         active = partitions.load(visit.partition, learns=False)
         try:
             with ExitStack() as stack:

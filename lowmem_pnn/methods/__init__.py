@@ -1,12 +1,14 @@
-"""Training methods: which visits in which order, and what each partition learns."""
+"""Training methods: their programs of visits and sweeps, and the objective of each partition."""
 
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.methods.backprop import Backprop
-from lowmem_pnn.methods.base import Labels, Method, Objective, Sweep, Visit, share_of
+from lowmem_pnn.methods.base import Method
 from lowmem_pnn.methods.exact import Exact
 from lowmem_pnn.methods.neuroflux import NeuroFlux
+from lowmem_pnn.methods.objectives import Labels, Objective
 from lowmem_pnn.methods.pnn import Pnn
 from lowmem_pnn.methods.sil import SyntheticLabels
+from lowmem_pnn.methods.visits import SplitName, Sweep, Visit, evaluation_visits, visits_of_rank
 
 __all__ = [
     "Backprop",
@@ -16,15 +18,17 @@ __all__ = [
     "NeuroFlux",
     "Objective",
     "Pnn",
+    "SplitName",
     "Sweep",
     "SyntheticLabels",
     "Visit",
+    "evaluation_visits",
     "make_method",
-    "share_of",
+    "visits_of_rank",
 ]
 
 
 def make_method(config: FitConfig) -> Method:
-    """The method that a configuration names."""
+    """Return the method that a configuration names."""
     methods: dict[str, type[Method]] = {"pnn": Pnn, "neuroflux": NeuroFlux, "exact": Exact, "backprop": Backprop}
     return methods[config.method](config)

@@ -1,32 +1,34 @@
-"""`exact`: ordinary training, one partition on the device at a time. The gradient crosses partitions.
+"""`exact`: ordinary training with one partition on the device at a time; the gradient crosses partitions.
 
-    batch --[ p0 ]--> b1 --[ p1 ]--> b2 --[ p2 ]--> loss       forward: only boundaries are kept
+    batch --[ p0 ]--> b1 --[ p1 ]--> b2 --[ p2 ]--> loss       forward: only boundary tensors are kept
             [ p0 ]<-- g1 --[ p1 ]<-- g2 --[ p2 ]<--            backward: each partition runs forward once more, then back
 
 All micro-batches of a batch go through a partition before the next one is loaded, so that its weights are read once for all of them
 (the vertical schedule of L2L, Pudipeddi et al. 2020). Each partition steps as soon as its gradients are complete; with gradient
-clipping, whose norm is over all partitions, and in fp16, where any of them may overflow, gradients are kept on disk until the last of
-them is there: 4 bytes a weight more are written, 8 more are read (the gradient, and the weight once more).
+clipping, whose norm is over all partitions, and in fp16, where any of them may overflow, gradients are kept on disk until the last
+one is complete: 4 bytes more per weight are written, 8 more are read (the gradient, and the weight once more).
 
-Losses and weights are those of plain PyTorch, bit for bit, on the CPU in float32.
+On the CPU in float32, losses and weights equal those of plain PyTorch bit for bit.
 """
 
 from collections.abc import Collection
 
-from lowmem_pnn.methods.base import Labels, Method, Objective, Passing, SplitName, Sweep, Visit, sweep_visits
+from lowmem_pnn.methods.base import Method
+from lowmem_pnn.methods.objectives import Labels, NoObjective, Objective
+from lowmem_pnn.methods.visits import SplitName, Sweep, Visit, sweep_visits
 from lowmem_pnn.model.chain import TensorSpec
 
 
 class Exact(Method):
-    """Every batch goes forward through all partitions and back."""
+    """Exact training: every batch goes forward through all partitions and back."""
 
     @property
     def sweeps(self) -> bool:
-        """Always."""
+        """Always True."""
         return True
 
     def visits(self, num_partitions: int, splits: Collection[SplitName]) -> list[Visit | Sweep]:
-        """One sweep of all epochs."""
+        """Return one sweep of all epochs."""
         learners = range(num_partitions)
         config = self.config
         visits = sweep_visits(num_partitions, learners, deferred=config.steps_wait)
@@ -34,5 +36,5 @@ class Exact(Method):
         return [Sweep(visits, config.value_for("epochs", 0), config.value_for("batch_size", 0), shuffle=shuffle)]
 
     def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:
-        """The true labels, at the end."""
-        return Labels(self.config.label_smoothing) if partition == num_partitions - 1 else Passing()
+        """Return the loss against the true labels for the last partition, no objective for the others."""
+        return Labels(self.config.label_smoothing) if partition == num_partitions - 1 else NoObjective()

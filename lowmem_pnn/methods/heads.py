@@ -1,4 +1,4 @@
-"""Auxiliary heads: the small networks that give a unit its own class scores, and so its own loss; and an early exit.
+"""Auxiliary heads: small networks that give a layer class scores of its own, for its local loss and as an early exit.
 
     maps    (C, H, W)   [mean to at most 8x8] - 3x3 convolution to F filters - BatchNorm - ReLU - mean to 2x2 - linear
     vectors (D,)        linear to F - ReLU - linear
@@ -6,14 +6,14 @@
 
 | kind | heads of maps |
 | --- | --- |
-| `adaptive` | F = the least of 1024 / side and C / 2, between 16 and 256: fewer where the map is large; on a map of at most 8x8 |
-| `classic` | F = 256 everywhere, on the whole map: what local learning had before |
-| `auglocal` | convolutions with the shapes of d later boundaries, evenly taken; d from 3 down to 1 (AugLocal, Ma et al. 2024) |
+| `adaptive` | F = min(1024 / side, C / 2), between 16 and 256: fewer filters where the map is large; on a map of at most 8x8 |
+| `classic` | F = 256 everywhere, on the whole map: the heads of earlier local learning |
+| `auglocal` | convolutions with the shapes of d later boundaries, evenly spaced; d from 3 down to 1 (AugLocal, Ma et al. 2024) |
 | `linear` | mean over positions, and a linear layer |
 
-NeuroFlux (arXiv 2402.14139) says that filters vary with the layer, not how. This rule is ours: a head's map takes memory in
-proportion to the side instead of to its square, a head is no larger than what it teaches, and at 512 channels of 4x4 it is the
-classic one.
+NeuroFlux (arXiv 2402.14139) says that the number of filters varies with the layer, not how. The rule of `adaptive` is ours: the memory
+of a head's map grows with the side instead of its square, a head has no more channels than its layer, and at 512 channels of 4x4 the
+head equals the classic one.
 """
 
 import math
@@ -27,19 +27,19 @@ from lowmem_pnn.model.chain import TensorSpec
 
 HeadKind = Literal["adaptive", "classic", "auglocal", "linear"]
 
-_CLASSIC_FILTERS, _FEWEST_FILTERS = 256, 16
-_LARGEST_SIDE = 8
+_CLASSIC_FILTERS, _MIN_FILTERS = 256, 16
+_MAX_SIDE = 8
 _POOLED_SIDE = 2
-_MOST_COPIES = 3
+_MAX_COPIES = 3
 
 
 def num_filters(kind: HeadKind, channels: int, side: float) -> int:
-    """Filters of a head's convolution.
+    """Return the number of filters in a head's convolution.
 
     Args:
-        kind: of head; `linear` has none.
-        channels: of the map.
-        side: of the map, in positions: the square root of its area.
+        kind: Kind of head; `linear` has no filters.
+        channels: Channels of the map.
+        side: Side of the map in positions: the square root of its area.
 
     Example:
         >>> [num_filters("adaptive", *map) for map in ((64, 32), (128, 16), (512, 4), (64, 4))], num_filters("classic", 64, 32)
@@ -49,29 +49,29 @@ def num_filters(kind: HeadKind, channels: int, side: float) -> int:
         return 0
     if kind == "classic":
         return _CLASSIC_FILTERS
-    return max(_FEWEST_FILTERS, min(_CLASSIC_FILTERS, int(4 * _CLASSIC_FILTERS / side), channels // 2))
+    return max(_MIN_FILTERS, min(_CLASSIC_FILTERS, int(4 * _CLASSIC_FILTERS / side), channels // 2))
 
 
 def make_head(kind: HeadKind, boundary: TensorSpec, later: Sequence[TensorSpec], num_classes: int, tokens: bool) -> nn.Module:
-    """A head for the outputs of a unit.
+    """Make a head for the outputs of a layer.
 
     Args:
-        kind: of head.
-        boundary: what the unit gives.
-        later: what the units after it give, class scores left out.
-        num_classes: of the data.
-        tokens: each token has a label of its own.
+        kind: Kind of head.
+        boundary: Output tensor of the layer.
+        later: Output tensors of the layers after it, without the model's class scores.
+        num_classes: Number of classes in the data.
+        tokens: Whether each token has a label of its own.
 
     Returns:
-        A module from (B, *boundary.shape) to (B, classes), or (B, T, classes) for tokens; its weights are drawn from PyTorch's
-        generator, on the default device.
+        A module from (B, *boundary.shape) to (B, classes), or (B, T, classes) for tokens, on the default device; the weights are drawn
+        from PyTorch's generator.
     """
     shape = boundary.shape
     if len(shape) >= 3:
         return _map_head(kind, shape, [spec.shape for spec in later if len(spec.shape) == len(shape)], num_classes)
     if len(shape) == 2:
         return _token_head(kind, shape[-1], num_classes, tokens)
-    width = {"linear": 0, "classic": _CLASSIC_FILTERS}.get(kind, min(_CLASSIC_FILTERS, max(_FEWEST_FILTERS, shape[0])))
+    width = {"linear": 0, "classic": _CLASSIC_FILTERS}.get(kind, min(_CLASSIC_FILTERS, max(_MIN_FILTERS, shape[0])))
     hidden = [nn.Linear(shape[0], width), nn.ReLU()] if width else []
     return nn.Sequential(*hidden, nn.Linear(width or shape[0], num_classes))
 
@@ -79,20 +79,20 @@ def make_head(kind: HeadKind, boundary: TensorSpec, later: Sequence[TensorSpec],
 def _map_head(kind: HeadKind, shape: tuple[int, ...], later: Sequence[tuple[int, ...]], num_classes: int) -> nn.Module:
     channels, positions = shape[0], len(shape) - 1
     side = math.prod(shape[1:]) ** (1 / positions)
-    convolution, norm, pool = _BY_AXES[positions]
+    convolution, norm, pool = _MODULES_BY_AXES[positions]
     parts: list[nn.Module] = []
     if kind == "auglocal":
-        copies = min(len(later), 1 + round((_MOST_COPIES - 1) * len(later) / (len(later) + 2)))
-        # Evenly spaced, the last one included.
+        copies = min(len(later), 1 + round((_MAX_COPIES - 1) * len(later) / (len(later) + 2)))
+        # Evenly spaced boundaries, the last one included.
         for number in range(copies):
-            wanted = later[(number + 1) * len(later) // copies - 1]
-            stride = max(1, round(side / math.prod(wanted[1:]) ** (1 / positions)))
-            parts += [convolution(channels, wanted[0], 3, stride, 1, bias=False), norm(wanted[0]), nn.ReLU()]
-            channels, side = wanted[0], side / stride
+            copied = later[(number + 1) * len(later) // copies - 1]
+            stride = max(1, round(side / math.prod(copied[1:]) ** (1 / positions)))
+            parts += [convolution(channels, copied[0], 3, stride, 1, bias=False), norm(copied[0]), nn.ReLU()]
+            channels, side = copied[0], side / stride
     if kind in ("adaptive", "classic") or (kind == "auglocal" and not later):
         filters = num_filters("classic" if kind == "classic" else "adaptive", channels, side)
-        if kind != "classic" and side > _LARGEST_SIDE:
-            parts.append(pool(_LARGEST_SIDE))
+        if kind != "classic" and side > _MAX_SIDE:
+            parts.append(pool(_MAX_SIDE))
         parts += [convolution(channels, filters, 3, 1, 1, bias=False), norm(filters), nn.ReLU()]
         channels = filters
     grid = 1 if kind == "linear" else _POOLED_SIDE
@@ -106,15 +106,15 @@ def _token_head(kind: HeadKind, width: int, num_classes: int, tokens: bool) -> n
 
 
 class _MeanOverTokens(nn.Module):
-    """(B, T, D) to (B, D)."""
+    """Mean over tokens: (B, T, D) to (B, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Average."""
+        """Return the mean over tokens."""
         return torch.mean(x, 1)
 
 
-# By the number of axes of a map.
-_BY_AXES = {
+# Convolution, norm and pooling by the number of a map's spatial axes.
+_MODULES_BY_AXES = {
     2: (nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d),
     3: (nn.Conv3d, nn.BatchNorm3d, nn.AdaptiveAvgPool3d),
 }

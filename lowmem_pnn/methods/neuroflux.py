@@ -1,21 +1,24 @@
-"""`neuroflux`: adaptive local learning (NeuroFlux, arXiv 2402.14139): every unit learns from a loss of its own.
+"""`neuroflux`: adaptive local learning (NeuroFlux, arXiv 2402.14139): every layer learns from a loss of its own.
 
-    block 1                                 disk          block 2
-    x --[unit]--> --[unit]--> --[unit]--> activations --> --[unit]--> --[unit]--> scores
-           |          |          |                          |
-         head       head       head                       head          a loss each; no gradient passes an arrow
+    block 1                                    disk          block 2
+    x --[layer]--> --[layer]--> --[layer]--> activations --> --[layer]--> --[layer]--> scores
+           |           |           |                            |
+         head        head        head                         head         a loss each; no gradient passes an arrow
 
-A block is a partition; one is on the device at a time, with its heads. Inside it a unit's backward is done before the next unit runs
-forward, so that a block holds the activations of its largest unit alone, whatever its depth. When a block is trained its outputs are
-written once, and it is never run again. The chain's last unit has the model's own scores; every other unit is an early exit.
+A block is a partition; one block at a time is on the device, with its heads. Inside a block the backward of a layer is done before the
+next layer runs forward, so that a block holds the activations of its largest layer alone, whatever its depth. When a block is trained
+its outputs are written once, and the block is never run again. The last layer of the chain gives the model's own class scores; every
+other layer is an early exit.
 """
 
 from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from lowmem_pnn.methods.base import Labels, Method, Objective, SplitName, Sweep, Visit
+from lowmem_pnn.methods.base import Method
 from lowmem_pnn.methods.heads import make_head
+from lowmem_pnn.methods.objectives import Labels, Objective
+from lowmem_pnn.methods.visits import SplitName, Sweep, Visit
 from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.profiling.costs import Affine
 
@@ -23,11 +26,11 @@ _FLOAT_BYTES = 4
 
 
 class LocalLabels(Labels):
-    """The true labels, against the scores of every unit's head.
+    """Mean cross entropy against the true labels, for the class scores of every layer's head.
 
     Args:
-        label_smoothing: of the labels while training.
-        num_classes: of the data.
+        label_smoothing: Smoothing of the labels in training.
+        num_classes: Number of classes in the data.
     """
 
     per_layer_loss = True
@@ -37,27 +40,28 @@ class LocalLabels(Labels):
         self._num_classes = num_classes
 
     def memory(self, output_bytes: int) -> Affine:
-        """Log probabilities, and their gradient, of one head at a time."""
+        """Return the bytes of the log probabilities and of their gradient, for one head at a time."""
         return Affine(0, 2 * _FLOAT_BYTES * self._num_classes)
 
 
 class NeuroFlux(Method):
-    """Block after block; inside a block all units learn, each from its own head."""
+    """NeuroFlux training: one block after the other; inside a block every layer learns from its own head."""
 
     @property
     def learns_per_layer(self) -> bool:
-        """Always."""
+        """Always True."""
         return True
 
     def visits(self, num_partitions: int, splits: Collection[SplitName]) -> list[Visit | Sweep]:
-        """As `--visits` says.
+        """Return the visits in the order that `--visits` names.
 
-        sequential: each block learns for all its epochs, then writes its outputs once, in as many views as asked. laps=L: the same L
-        times over, with an L-th of the epochs each. interleaved: a macro-batch of an epoch goes through one block after the other:
-        learn, write; then the next macro-batch.
+        - `sequential`: Each block learns for all its epochs, then writes its outputs once, in as many views as configured.
+        - `laps=L`: The same L times over, with an L-th of the epochs each.
+        - `interleaved`: Each macro-batch of an epoch goes through all blocks; a block learns from a macro-batch, then writes its
+          outputs for the next block.
         """
         if self.config.visits == "interleaved":
-            assert isinstance(splits, Mapping), "the number of samples is known"
+            assert isinstance(splits, Mapping), "the sizes of the splits are known"
             return self._interleaved(num_partitions, splits)
         visits: list[Visit | Sweep] = []
         laps = self.config.laps
@@ -79,8 +83,8 @@ class NeuroFlux(Method):
             for begin in range(0, samples, size):
                 macro_batch = (begin, min(begin + size, samples))
                 for partition in range(num_partitions):
-                    ends = partition == last
-                    measures = ends and macro_batch[1] == samples and "val" in splits
+                    is_last = partition == last
+                    validates = is_last and macro_batch[1] == samples and "val" in splits
                     visits.append(
                         Visit(
                             "learn",
@@ -89,24 +93,24 @@ class NeuroFlux(Method):
                             1,
                             epochs_before=epoch,
                             macro_batch=macro_batch,
-                            commits=ends,
-                            measures=measures,
+                            commits=is_last,
+                            validates=validates,
                         )
                     )
-                    if not ends:
+                    if not is_last:
                         visits.append(
                             Visit("emit", partition, "train", epochs_before=epoch, macro_batch=macro_batch, commits=False)
                         )
         return visits
 
     def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:
-        """The true labels, for every unit."""
+        """Return the loss against the true labels, for every layer."""
         return LocalLabels(self.config.label_smoothing, num_classes)
 
-    def head(self, chain: Chain, unit: int, num_classes: int, tokens: bool) -> nn.Module | None:
-        """The head of a unit; None for the last, which gives the model's own scores."""
-        if unit == len(chain.layers) - 1:
+    def head(self, chain: Chain, layer: int, num_classes: int, tokens: bool) -> nn.Module | None:
+        """Make the head of a layer; None for the last layer, which gives the model's own class scores."""
+        if layer == len(chain.layers) - 1:
             return None
-        (boundary,) = chain.boundaries[unit + 1]
-        later = [spec for (spec,) in chain.boundaries[unit + 2 : -1]]
+        (boundary,) = chain.boundaries[layer + 1]
+        later = [spec for (spec,) in chain.boundaries[layer + 2 : -1]]
         return make_head(self.config.heads, boundary, later, num_classes, tokens)

@@ -5,32 +5,35 @@
                 |                     |                |
                SIL 1                 SIL 2           labels
 
-Partition k < K-1 regresses to one random code per class, then its outputs are written once and become the inputs of partition k+1;
-the last partition learns the true labels (section 2, figures 3 and 4).
+Partition k < K-1 regresses to one random vector per class; then its outputs are written once, as the inputs of partition k+1. The
+last partition learns the true labels (section 2, figures 3 and 4).
 
-With `--parallel-sil` (figure 5) no partition waits for another: its inputs are the codes of the boundary before it.
+With `--parallel-sil` (figure 5) no partition waits for another: the inputs of a partition are the synthetic labels of the boundary
+before it.
 
     images --[ p0 ]-- SIL 1    SIL 1 --[ p1 ]-- SIL 2    SIL 2 --[ p2 ]-- labels
 """
 
 from collections.abc import Collection
 
-from lowmem_pnn.methods.base import Labels, Method, Objective, SplitName, Sweep, Visit
+from lowmem_pnn.methods.base import Method
+from lowmem_pnn.methods.objectives import Labels, Objective
 from lowmem_pnn.methods.sil import SyntheticLabels
+from lowmem_pnn.methods.visits import SplitName, Sweep, Visit
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.seeds import seed_of
 
 
 class Pnn(Method):
-    """Partition after partition, each with its own epochs, batch, optimizer, learning rate and order of samples."""
+    """PNN training: one partition after the other, each with its own epochs, batch size, optimizer, learning rate and data order."""
 
     @property
     def partitions_are_independent(self) -> bool:
-        """With `parallel_sil`."""
+        """Whether `parallel_sil` is set."""
         return self.config.parallel_sil
 
     def visits(self, num_partitions: int, splits: Collection[SplitName]) -> list[Visit | Sweep]:
-        """For each partition: learn for its epochs; then, but for the last, write its outputs once, if the next one reads them."""
+        """Return for each partition a `learn` visit of its epochs, then an `emit` visit for each split if the next partition reads them."""
         visits: list[Visit | Sweep] = []
         for partition in range(num_partitions):
             epochs = self.config.value_for("epochs", partition)
@@ -44,7 +47,7 @@ class Pnn(Method):
         return visits
 
     def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:
-        """Synthetic intermediate labels, and the true ones at the end."""
+        """Return the loss against the true labels for the last partition, against synthetic intermediate labels for the others."""
         if partition == num_partitions - 1:
             return Labels(self.config.label_smoothing)
         return SyntheticLabels(

@@ -12,8 +12,7 @@ from lowmem_pnn.engine.executor import Executor
 from lowmem_pnn.engine.loaders import DatasetLoader, Loader, ShardLoader, SyntheticLabelLoader
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.errors import ConfigError, DivergedError
-from lowmem_pnn.methods import SyntheticLabels
-from lowmem_pnn.methods.base import SplitName
+from lowmem_pnn.methods import SplitName, SyntheticLabels
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
@@ -161,7 +160,7 @@ class Partitions:
         objective = workload.objective(self._plan, partition - 1)
         assert isinstance(objective, SyntheticLabels)
         objective.prepare(torch.device("cpu"))
-        return SyntheticLabelLoader(workload.splits["train"], objective.codes, workload.config.seed)
+        return SyntheticLabelLoader(workload.splits["train"], objective.class_vectors, workload.config.seed)
 
     def write_outputs(
         self,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lowmem_pnn.engine.micro_batches import halved
 from lowmem_pnn.errors import BudgetError, CheckpointError
-from lowmem_pnn.methods import Sweep, share_of
+from lowmem_pnn.methods import Sweep, visits_of_rank
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.state import State
 from lowmem_pnn.stores.run_directory import RunDirectory
@@ -71,7 +71,7 @@ def count_resume(rundir: RunDirectory, state: State, workload: Workload, *, afte
 
 def _halve_micro_batches(state: State, workload: Workload) -> None:
     """Halve the micro-batch of the partition that was resident when the process died, or of all that may have been."""
-    program = share_of(workload.method.program(len(state.micro_batches), workload.training_splits), state.rank, state.ranks)
+    program = visits_of_rank(workload.method.program(len(state.micro_batches), workload.training_splits), state.rank, state.ranks)
     smallest = state.plan["smallest_micro_batch"]
     item = program[state.visit] if state.visit < len(program) else None
     if state.stage == "born":

@@ -9,7 +9,7 @@ from lowmem_pnn.engine.executor import Executor
 from lowmem_pnn.engine.micro_batches import halved
 from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.errors import BudgetError
-from lowmem_pnn.methods import Sweep, Visit, share_of
+from lowmem_pnn.methods import Sweep, Visit, visits_of_rank
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.commits import Commits
@@ -42,7 +42,7 @@ class Run:
         self.weights = weights
         self.state = state
         whole_program = workload.method.program(len(plan.partitions), workload.training_splits)
-        self.program = share_of(whole_program, state.rank, state.ranks)
+        self.program = visits_of_rank(whole_program, state.rank, state.ranks)
         executor = Executor(session.device, workload.config.seed, self._note_shrink, session.threads.stalls)
         self.partitions = Partitions(session, workload, plan, weights, state, executor)
         self.metrics = Metrics(session, workload, plan, self.program, state)

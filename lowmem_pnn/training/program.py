@@ -10,8 +10,7 @@ from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.loaders import DatasetLoader, Loader, MacroBatchLoader, StoredMacroBatchLoader, ViewsLoader
 from lowmem_pnn.engine.out_of_memory import SteppedInPart
 from lowmem_pnn.evaluation.measure import validate
-from lowmem_pnn.methods import Sweep, Visit
-from lowmem_pnn.methods.base import SplitName
+from lowmem_pnn.methods import SplitName, Sweep, Visit
 from lowmem_pnn.run.commits import Save, nothing_changed
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.training.join import join
@@ -80,7 +79,7 @@ def _end_macro_batch(run: Run, visit: Visit, active: ActivePartition | None, sav
         run.commits.stage_for_commit(save)
     if active is not None:
         active.residency.unload()
-    if visit.measures:
+    if visit.validates:
         validate(run, f"epoch {visit.epochs_before + 1}")
         run.metrics.log_joint_epoch(visit.epochs_before + 1)
     if visit.commits:

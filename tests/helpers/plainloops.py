@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from helpers.small_networks import Data
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.methods.sil import draw_codes
+from lowmem_pnn.methods.sil import draw_class_vectors
 from lowmem_pnn.optim.lr_schedules import factor
 from lowmem_pnn.seeds import permutation_of, seed_of
 from lowmem_pnn.sources.datasets import Split, make_dataset
@@ -359,7 +359,7 @@ def draw(config: FitConfig, partition: int, shape: tuple[int, ...]) -> Tensor:
         shape = {1: shape, 2: shape[1:], 3: shape[:1]}[len(shape)]
     if config.sil == "uniform":
         return torch.rand(4, *shape, generator=torch.Generator().manual_seed(seed)) * kappa
-    [codes] = draw_codes([shape], 4, kappa, seed, config.sil)
+    [codes] = draw_class_vectors([shape], 4, kappa, seed, config.sil)
     return codes
 
 

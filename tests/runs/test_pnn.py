@@ -331,7 +331,7 @@ def codes_of(config: FitConfig, boundaries: list[tuple[TensorSpec, ...]], num_cl
         objective = method.objective(partition, len(boundaries) + 1, boundary, num_classes)
         assert isinstance(objective, SyntheticLabels)
         objective.prepare(CPU)
-        codes += objective.codes
+        codes += objective.class_vectors
     return codes
 
 

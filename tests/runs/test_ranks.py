@@ -19,7 +19,7 @@ from lowmem_pnn.api import resume_run, start_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import CheckpointError, ConfigError, Stopped
-from lowmem_pnn.methods import Sweep, Visit, make_method, share_of
+from lowmem_pnn.methods import Sweep, Visit, make_method, visits_of_rank
 from lowmem_pnn.reporting.report import Result
 from lowmem_pnn.run.ranks import ALONE, Rank, rank_folder
 from lowmem_pnn.stores.run_directory import read_journal, seal_journal
@@ -136,7 +136,7 @@ def test_a_rank_has_a_folder_of_its_own_beside_the_first_ones() -> None:
 
 def test_a_rank_learns_its_partition_and_the_first_one_does_all_that_follows() -> None:
     program = make_method(config(epochs=(2, 3, 4), recovery_epochs=1)).program(3, ["train", "val"])
-    shares = [share_of(program, rank, 3) for rank in range(3)]
+    shares = [visits_of_rank(program, rank, 3) for rank in range(3)]
     first, joining, sweep = shares[0]
     assert [first, joining] == [Visit("learn", 0, "train", 2), Visit("join", 0, "train")]
     assert isinstance(sweep, Sweep)
@@ -144,7 +144,7 @@ def test_a_rank_learns_its_partition_and_the_first_one_does_all_that_follows() -
         [Visit("learn", 1, "train", 3, from_synthetic_labels=True)],
         [Visit("learn", 2, "train", 4, from_synthetic_labels=True)],
     ]
-    assert share_of(program, 0, 1) == program
+    assert visits_of_rank(program, 0, 1) == program
 
 
 # Ranks in this process: the last of them is the first one, which then waits for nobody.

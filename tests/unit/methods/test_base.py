@@ -8,9 +8,8 @@ from torch import nn
 
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.methods import Labels, Sweep, SyntheticLabels, Visit, make_method
-from lowmem_pnn.methods.base import evaluation
-from lowmem_pnn.methods.sil import draw_codes
+from lowmem_pnn.methods import Labels, Sweep, SyntheticLabels, Visit, evaluation_visits, make_method
+from lowmem_pnn.methods.sil import draw_class_vectors
 from lowmem_pnn.model.chain import TensorSpec
 
 CPU = torch.device("cpu")
@@ -63,18 +62,18 @@ def test_only_the_last_partition_of_pnn_learns_the_true_labels() -> None:
     for kind in kinds[:2]:
         kind.prepare(CPU)
         assert isinstance(kind, SyntheticLabels)
-        codes.append(kind.codes[0])
+        codes.append(kind.class_vectors[0])
     # Each boundary has its own codes, and its own kappa.
     assert not torch.equal(codes[0] / 2, codes[1] / 3)
     assert codes[0].max() < 2 < codes[1].max() < 3
 
 
 def test_evaluation_sends_samples_through_all_partitions() -> None:
-    assert evaluation(2) == [Visit("emit", 0, "test"), Visit("emit", 1, "test")]
+    assert evaluation_visits(2) == [Visit("emit", 0, "test"), Visit("emit", 1, "test")]
 
 
 def test_codes_are_one_for_each_class_uniform_from_0_to_kappa() -> None:
-    [codes] = synthetic(TensorSpec((20_000,), torch.float32), kappa=4.0).codes
+    [codes] = synthetic(TensorSpec((20_000,), torch.float32), kappa=4.0).class_vectors
     assert codes.shape == (6, 20_000)
     assert 0 <= float(codes.min()) < 0.001
     assert 3.999 < float(codes.max()) < 4
@@ -91,16 +90,16 @@ DISTRIBUTIONS: list[Any] = ["uniform", "normal", "orthogonal", "sparse"]
     ("classes", "shape"), [(6, (50,)), (5, (3, 4, 4)), (7, (7,)), (40, (3, 2)), (9, (1,)), (4, ()), (1, (8,))]
 )
 def test_codes_have_the_shape_of_what_is_compared_with_them(distribution: Any, classes: int, shape: tuple[int, ...]) -> None:
-    codes = draw_codes([shape, (11,)], classes, 3.0, 0, distribution)
+    codes = draw_class_vectors([shape, (11,)], classes, 3.0, 0, distribution)
     assert [(tuple(one.shape), one.dtype) for one in codes] == [
         ((classes, *shape), torch.float32),
         ((classes, 11), torch.float32),
     ]
     assert all(bool(one.isfinite().all()) for one in codes)
     # What is drawn for one tensor does not depend on those after it.
-    assert torch.equal(draw_codes([shape], classes, 3.0, 0, distribution)[0], codes[0])
+    assert torch.equal(draw_class_vectors([shape], classes, 3.0, 0, distribution)[0], codes[0])
     # Kappa is a scale, and nothing else.
-    torch.testing.assert_close(draw_codes([shape], classes, 6.0, 0, distribution)[0], 2 * codes[0])
+    torch.testing.assert_close(draw_class_vectors([shape], classes, 6.0, 0, distribution)[0], 2 * codes[0])
 
 
 @pytest.mark.parametrize("distribution", ["normal", "orthogonal"])
@@ -109,8 +108,8 @@ def test_normal_and_orthogonal_codes_have_the_mean_and_the_deviation_of_uniform_
     distribution: Any, classes: int, shape: tuple[int, ...]
 ) -> None:
     kappa = 4.0
-    [found] = draw_codes([shape], classes, kappa, 0, distribution)
-    [uniform] = draw_codes([shape], classes, kappa, 1, "uniform")
+    [found] = draw_class_vectors([shape], classes, kappa, 0, distribution)
+    [uniform] = draw_class_vectors([shape], classes, kappa, 1, "uniform")
     # Four standard errors of a mean of so many elements, and as much for the deviation.
     error = 4 * kappa / (12 * found.numel()) ** 0.5
     for codes in (found, uniform):
@@ -121,7 +120,7 @@ def test_normal_and_orthogonal_codes_have_the_mean_and_the_deviation_of_uniform_
 @pytest.mark.parametrize(("classes", "shape"), [(6, (50,)), (10, (3, 4, 4)), (8, (8,))])
 def test_orthogonal_codes_are_equally_far_apart(classes: int, shape: tuple[int, ...]) -> None:
     kappa = 4.0
-    [codes] = draw_codes([shape], classes, kappa, 3, "orthogonal")
+    [codes] = draw_class_vectors([shape], classes, kappa, 3, "orthogonal")
     deviations = codes.flatten(1) - kappa / 2
     expected = deviations.shape[1] * kappa**2 / 12
     torch.testing.assert_close(deviations @ deviations.T, expected * torch.eye(classes), rtol=1e-5, atol=1e-4)
@@ -130,7 +129,7 @@ def test_orthogonal_codes_are_equally_far_apart(classes: int, shape: tuple[int, 
 
 
 def test_of_more_classes_than_elements_the_elements_are_orthogonal() -> None:
-    [codes] = draw_codes([(5,)], 30, 4.0, 0, "orthogonal")
+    [codes] = draw_class_vectors([(5,)], 30, 4.0, 0, "orthogonal")
     deviations = codes - 2
     torch.testing.assert_close(deviations.T @ deviations, 30 * 16 / 12 * torch.eye(5), rtol=1e-5, atol=1e-4)
     assert len({tuple(row) for row in codes.tolist()}) == 30
@@ -138,13 +137,13 @@ def test_of_more_classes_than_elements_the_elements_are_orthogonal() -> None:
 
 @pytest.mark.parametrize(("classes", "elements"), [(6, 20_000), (2_000, 60)])
 def test_a_fifth_of_the_elements_of_sparse_codes_is_kappa(classes: int, elements: int) -> None:
-    [codes] = draw_codes([(elements,)], classes, 7.0, 0, "sparse")
+    [codes] = draw_class_vectors([(elements,)], classes, 7.0, 0, "sparse")
     assert set(codes.unique().tolist()) == {0.0, 7.0}
     assert float((codes == 7).float().mean()) == pytest.approx(0.2, abs=4 * (0.2 * 0.8 / codes.numel()) ** 0.5)
 
 
 def test_codes_follow_from_the_seed_alone() -> None:
-    first, again, other = (synthetic(FLAT, MAP, seed=seed).codes for seed in (1, 1, 2))
+    first, again, other = (synthetic(FLAT, MAP, seed=seed).class_vectors for seed in (1, 1, 2))
     torch.manual_seed(99)
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
     assert not any(torch.equal(one, two) for one, two in zip(first, other, strict=True))
@@ -153,7 +152,7 @@ def test_codes_follow_from_the_seed_alone() -> None:
 def test_targets_follow_the_labels_in_any_order() -> None:
     objective = synthetic(FLAT)
     labels = torch.tensor([3, 0, 5, 3, 1])
-    outputs = objective.codes[0][labels]
+    outputs = objective.class_vectors[0][labels]
     assert float(objective.loss((outputs,), labels)) == 0
     order = torch.tensor([4, 2, 0, 1, 3])
     assert float(objective.loss((outputs[order],), labels[order])) == 0
@@ -164,7 +163,7 @@ def test_the_loss_is_the_mean_over_all_elements_of_all_tensors() -> None:
     objective = synthetic(FLAT, MAP)
     labels = torch.tensor([0, 2])
     outputs = tuple(torch.zeros(2, *spec.shape, requires_grad=True) for spec in (FLAT, MAP))
-    squares = torch.cat([codes[labels].flatten() ** 2 for codes in objective.codes])
+    squares = torch.cat([codes[labels].flatten() ** 2 for codes in objective.class_vectors])
     assert float(objective.loss(outputs, labels).detach()) == pytest.approx(float(squares.mean()), rel=1e-6)
 
 
@@ -173,7 +172,7 @@ def test_tensors_that_pass_through_do_not_count_in_training_nor_in_what_is_measu
     labels = torch.tensor([0, 2, 1])
     learnt = torch.zeros(3, *MAP.shape, requires_grad=True)
     passing, tokens = torch.zeros(3, *FLAT.shape), torch.zeros(3, *TOKENS.shape, dtype=torch.int64)
-    expected = nn.functional.mse_loss(learnt.detach(), objective.codes[1][labels])
+    expected = nn.functional.mse_loss(learnt.detach(), objective.class_vectors[1][labels])
     assert torch.equal(objective.loss((passing, learnt, tokens), labels).detach(), expected)
     with torch.no_grad():
         assert torch.equal(objective.loss((passing, learnt.detach(), tokens), labels), expected)
@@ -185,18 +184,20 @@ SEQUENCE = TensorSpec((5, 7), torch.float32)
 def test_pooled_labels_are_compared_with_means_over_positions() -> None:
     objective = synthetic(MAP, SEQUENCE, FLAT, target="pooled")
     # One value a channel, a feature, an element.
-    assert [tuple(codes.shape) for codes in objective.codes] == [(6, 3), (6, 7), (6, 50)]
+    assert [tuple(codes.shape) for codes in objective.class_vectors] == [(6, 3), (6, 7), (6, 50)]
     labels = torch.tensor([0, 2, 0])
     generator = torch.Generator().manual_seed(0)
     outputs = [torch.rand(3, *spec.shape, generator=generator).requires_grad_() for spec in (MAP, SEQUENCE, FLAT)]
     means = [outputs[0].mean((2, 3)), outputs[1].mean(1), outputs[2]]
-    squares = torch.cat([((mean - codes[labels]) ** 2).flatten() for mean, codes in zip(means, objective.codes, strict=True)])
+    squares = torch.cat(
+        [((mean - codes[labels]) ** 2).flatten() for mean, codes in zip(means, objective.class_vectors, strict=True)]
+    )
     torch.testing.assert_close(objective.loss(tuple(outputs), labels), squares.mean())
 
 
 def test_of_vectors_pooled_labels_are_the_full_ones() -> None:
     full, pooled = synthetic(FLAT), synthetic(FLAT, target="pooled")
-    assert torch.equal(full.codes[0], pooled.codes[0])
+    assert torch.equal(full.class_vectors[0], pooled.class_vectors[0])
     outputs, labels = (torch.rand(4, 50, requires_grad=True),), torch.tensor([0, 5, 2, 2])
     assert torch.equal(full.loss(outputs, labels), pooled.loss(outputs, labels))
 

@@ -11,7 +11,7 @@ from lowmem_pnn.api import resume_run, start_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import Stopped
-from lowmem_pnn.methods import Sweep, Visit, make_method, share_of
+from lowmem_pnn.methods import Sweep, Visit, make_method, visits_of_rank
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.run.macs import macs_until, program_macs, samples_learnt
 
@@ -99,7 +99,7 @@ def test_backprop_counts_the_model_once() -> None:
 
 def test_what_several_processes_do_adds_up_to_the_whole() -> None:
     items = program(epochs=(3, 1, 2), parallel_sil=True, recovery_epochs=2)
-    each = [program_macs(share_of(items, rank, 3), plan(), SAMPLES) for rank in range(3)]
+    each = [program_macs(visits_of_rank(items, rank, 3), plan(), SAMPLES) for rank in range(3)]
     # The first one joins, which computes nothing, and recovers.
     assert each == [(300 + 2 * 221) * 50, 10 * 50, 2 * 50]
     assert sum(each) == program_macs(items, plan(), SAMPLES)

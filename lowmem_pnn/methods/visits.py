@@ -1,0 +1,132 @@
+"""Visits and sweeps: the steps of a training program, as plain data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+SplitName = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One partition, resident on the device, doing one thing with some samples.
+
+    Args:
+        action: What the partition does. `learn`: run epochs over the samples against the partition's own objective. `emit`: run the
+            samples forward without gradients and write the activations of the next boundary. `backpropagate`: run forward once more
+            and then backward, from the gradient that the next partition left (or from the loss), and leave a gradient for the
+            previous partition. `step`: apply kept gradients. `join`: take over the partitions that other processes have trained.
+        partition: Number of the partition in the plan.
+        split: Split of the data that the samples are from; the visits of a sweep get batches of it.
+        epochs: Passes over the samples (`learn`).
+        epochs_before: Passes over the samples in the partition's earlier visits (`learn`).
+        macro_batch: First position, and the position after the last, of the samples in the order of the epoch; None for all samples.
+        view: Number of the augmented copy of the samples that is written (`emit`).
+        commits: Whether the run can be resumed from the end of this visit; else only from the end of an earlier one.
+        validates: Whether the whole model is evaluated on the validation split at the end of this visit.
+        from_synthetic_labels: Whether the inputs are the synthetic labels of the boundary before the partition, instead of
+            activations (`learn`).
+        learns: Whether the partition learns in a sweep: it is in train mode, updates its buffers and steps. Else the partition is
+            frozen, in eval mode.
+        returns_input_gradient: Whether the gradient of the partition's inputs is computed, for an earlier partition that learns.
+        keeps_gradients: Whether gradients are kept for a later `step` visit, instead of being applied at once (`backpropagate`).
+    """
+
+    action: Literal["learn", "emit", "backpropagate", "step", "join"]
+    partition: int
+    split: SplitName
+    epochs: int = 1
+    epochs_before: int = 0
+    macro_batch: tuple[int, int] | None = None
+    view: int = 0
+    commits: bool = True
+    validates: bool = False
+    from_synthetic_labels: bool = False
+    learns: bool = False
+    returns_input_gradient: bool = False
+    keeps_gradients: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Visits that every batch of an epoch goes through, one after the other: the gradient crosses partitions.
+
+    Args:
+        visits: Visits of one batch, in order.
+        epochs: Passes over the samples.
+        batch_size: Samples of an optimizer step.
+        phase: Word that seeds the data order and all random choices: `epoch` for training from the start (as `backprop` does),
+            `recovery` for the epochs after it.
+        fresh_state: Whether the optimizer state of earlier visits is dropped at the first step.
+        shuffle: Whether every epoch has a data order of its own.
+    """
+
+    visits: tuple[Visit, ...]
+    epochs: int
+    batch_size: int
+    phase: Literal["epoch", "recovery"] = "epoch"
+    fresh_state: bool = False
+    shuffle: bool = True
+
+    @property
+    def learners(self) -> tuple[int, ...]:
+        """Numbers of the partitions that learn, ascending."""
+        return tuple(sorted({visit.partition for visit in self.visits if visit.learns}))
+
+
+def sweep_visits(num_partitions: int, learners: Sequence[int], *, deferred: bool) -> tuple[Visit, ...]:
+    """Return the visits of one batch in exact training, or in recovery.
+
+    Args:
+        num_partitions: Number of partitions in the plan.
+        learners: Numbers of the partitions that learn, at least one; the others are frozen.
+        deferred: Whether all gradients are kept until the last one is complete, and applied by `step` visits.
+
+    Returns:
+        Forward through all partitions but the last, back from the last partition to the first that learns, then the steps.
+
+    Example:
+        >>> [(visit.action, visit.partition) for visit in sweep_visits(3, [1], deferred=False)]
+        [('emit', 0), ('emit', 1), ('backpropagate', 2), ('backpropagate', 1)]
+    """
+    first = min(learners)
+    forward = [Visit("emit", number, "train", learns=number in learners) for number in range(num_partitions - 1)]
+    back = [
+        Visit(
+            "backpropagate",
+            number,
+            "train",
+            learns=number in learners,
+            returns_input_gradient=number > first,
+            keeps_gradients=deferred and number in learners,
+        )
+        for number in reversed(range(first, num_partitions))
+    ]
+    steps = [Visit("step", number, "train", learns=True) for number in sorted(learners)] if deferred else []
+    return (*forward, *back, *steps)
+
+
+def evaluation_visits(num_partitions: int, split: SplitName = "test") -> list[Visit]:
+    """Return the visits that evaluate a trained model: each partition once, forward."""
+    return [Visit("emit", partition, split) for partition in range(num_partitions)]
+
+
+def visits_of_rank(program: Sequence[Visit | Sweep], rank: int, ranks: int) -> list[Visit | Sweep]:
+    """Return the share of one process in a program whose partitions are independent.
+
+    Every rank trains the partition of its number; rank 0 joins all partitions and does what follows.
+
+    Args:
+        program: Visits and sweeps of the whole run.
+        rank: Rank of the process, from 0.
+        ranks: Number of processes; a single one does everything.
+
+    Example:
+        >>> program = [Visit("learn", 0, "train"), Visit("learn", 1, "train", from_synthetic_labels=True)]
+        >>> [(visit.action, visit.partition) for visit in visits_of_rank(program, 0, 2)]
+        [('learn', 0), ('join', 0)]
+    """
+    if ranks == 1:
+        return list(program)
+    own: list[Visit | Sweep] = [item for item in program if isinstance(item, Visit) and item.partition == rank]
+    return own if rank else [*own, Visit("join", 0, "train"), *(item for item in program if isinstance(item, Sweep))]
