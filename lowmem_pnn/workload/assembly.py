@@ -9,8 +9,7 @@ from torch import nn
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import ConfigError, LowMemError
-from lowmem_pnn.methods import make_method
-from lowmem_pnn.methods.base import SplitName
+from lowmem_pnn.methods import SplitName, make_method
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.model.precision import Precision

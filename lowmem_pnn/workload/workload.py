@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.methods import Method, Objective
-from lowmem_pnn.methods.base import SplitName
+from lowmem_pnn.methods import Method, Objective, SplitName
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.optim.lr_schedules import factor
 from lowmem_pnn.optim.optimizers import OptimizerSpec

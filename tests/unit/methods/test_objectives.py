@@ -1,0 +1,12 @@
+"""Objectives: cross entropy against the true labels."""
+
+import torch
+from torch import nn
+
+from lowmem_pnn.methods import Labels
+
+
+def test_labels_are_cross_entropy_and_count_right_answers() -> None:
+    scores, labels = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)), torch.arange(9) % 5
+    assert torch.equal(Labels().loss((scores,), labels), nn.functional.cross_entropy(scores, labels))
+    assert Labels().num_correct((scores,), labels) == int((scores.argmax(1) == labels).sum())
