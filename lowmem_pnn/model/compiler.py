@@ -1,15 +1,20 @@
-"""Compiling: layers as code that PyTorch's compiler makes, once for all layers that come to the same program.
+"""Compilation of layers by PyTorch's compiler, once for all layers with the same operations and shapes.
 
-    layer --traced on fake tensors--> program --text and shapes known?--> the code that is there
-                                              --new?--> TorchInductor, forward and backward --> code
+    layer --traced on fake tensors--> graph --operations and shapes known?--> the function that is there
+                                            --new?--> TorchInductor, forward and backward --> function
 
 It is `torch.compile` without its first half: Dynamo finds graphs in Python code and guards the objects that it saw there, but a layer
-is a graph already, and every residency gives it other objects. So a program takes all of a layer's tensors as arguments, in order, and
-whichever layer has the same program calls the same code with its own. The number of samples stays a symbol: code does not depend on a
-plan, and is not made again for the rest of a batch. Where the compiler decides something by it, the code holds for a range of numbers,
-and the others get code of their own. One sample alone is such a case in most layers: it is left to the layer as it is.
+is a graph already, and every residency gives it other objects. So a traced graph takes all of a layer's tensors as arguments, in order,
+and whichever layer has the same graph calls the same function with its own tensors. The number of samples stays a symbol: functions do
+not depend on a plan, and the rest of a batch needs none of its own. Where the compiler decides something by the number of samples, the
+function holds for a range of numbers, and the others get functions of their own. One sample alone is such a case in most layers: the
+layer then runs as a module.
 
-All is compiled before training, on fake tensors: nothing is allocated or run, and what the compiler takes is no training memory.
+All functions are compiled before training, on fake tensors: nothing is allocated or run, and the compiler's memory is no training
+memory.
+
+This file uses private modules of torch, which change between its minor versions: `check_compiler` refuses versions that were not
+tested.
 """
 
 import time
@@ -25,20 +30,23 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.layer import Layer, is_of_head
 
-# Codes for ranges of numbers of samples that a program may have; layers run as they are at any other number.
+# Minor versions of torch with which the tests of this file have passed.
+_TESTED_TORCH = ("2.14",)
+
+# Functions, each for a range of numbers of samples, that a graph may have; at any other number layers run as modules.
 _MAX_RANGES = 3
 
-# What PyTorch's own kernels do better: the gradient of an embedding in a fixed order, whatever the threads; that of ReLU from its result,
-# which is there anyway, where the compiler would write a mask, slowly (3.5 ms for 262,144 elements, where ReLU takes 0.4).
-_LEFT_WHOLE = frozenset({torch.ops.aten.embedding_dense_backward.default, torch.ops.aten.threshold_backward.default})
+# Operations that PyTorch's own kernels do better: the gradient of an embedding in a fixed order, whatever the threads; that of ReLU from
+# its result, which is there anyway, where the compiler would write a mask, slowly (3.5 ms for 262,144 elements, where ReLU takes 0.4).
+_NOT_DECOMPOSED = frozenset({torch.ops.aten.embedding_dense_backward.default, torch.ops.aten.threshold_backward.default})
 
 
 @dataclass(frozen=True)
-class Use:
-    """A way in which layers are run, which has code of its own.
+class CompileVariant:
+    """A way to run a layer that is compiled by itself.
 
     Args:
-        trains: in train mode and with gradients; else in eval mode and without.
+        trains: whether the layer runs in train mode and with gradients; else in eval mode and without.
         learns_input: whether inputs have gradients too.
     """
 
@@ -47,13 +55,13 @@ class Use:
 
 
 @dataclass(frozen=True, eq=False)
-class Code:
-    """What the compiler made of a program.
+class CompiledFunction:
+    """A function that the compiler made of a traced layer.
 
     Args:
-        call: takes a layer's tensors and its inputs; differentiable where it was made for training. Buffers change in place.
-        sizes: the numbers of samples that it holds for.
-        modules: the global names of the generated modules, forward and backward.
+        call: function of a layer's tensors and its inputs; differentiable where it was compiled for training. Buffers change in place.
+        sizes: numbers of samples that the function holds for.
+        modules: global names of the generated modules, forward and backward.
     """
 
     call: Callable[..., Sequence[Tensor]]
@@ -62,131 +70,142 @@ class Code:
 
 
 class CompiledLayer:
-    """A layer's code for every use, in the place of its module's forward.
+    """A layer's compiled functions, in the place of its module's forward.
 
     Args:
-        layer: whose tensors it takes.
-        before: the boundary that it takes.
-        codes: for each use, by ranges.
+        layer: layer whose tensors are the functions' arguments.
+        before: boundary before the layer.
+        functions: for each variant, the functions for ranges of numbers of samples.
     """
 
-    def __init__(self, layer: Layer, before: Sequence[TensorSpec], codes: Mapping[Use, Sequence[Code]]) -> None:
+    def __init__(
+        self, layer: Layer, before: Sequence[TensorSpec], functions: Mapping[CompileVariant, Sequence[CompiledFunction]]
+    ) -> None:
         self._shapes = [spec.shape for spec in before]
         self._names = tuple(_own_tensors(layer))
-        self._numerics = layer.precision
-        self._codes = dict(codes)
+        self._channels_last = layer.precision.channels_last
+        self._functions = dict(functions)
 
     def __call__(self, trains: bool, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Run it.
+        """Run the function for these inputs.
 
         Args:
             trains: whether the layer is in train mode.
-            tensors: its parameters and buffers, by name.
-            inputs: of the boundary before it, each (B, ...).
+            tensors: parameters and buffers of the layer, by name.
+            inputs: tensors of the boundary before the layer, each (B, ...).
 
         Returns:
-            The boundary after it; None where there is no code for that: another number of samples, or of axes; eval mode with gradients.
+            Tensors of the boundary after the layer; None where no function holds: another number of samples, or of axes; eval mode
+            with gradients.
         """
-        code = self._code_for(trains, inputs)
-        if code is None:
+        function = self._function_for(trains, inputs)
+        if function is None:
             return None
         arguments = [
             *(tensors[name] for name in self._names),
-            *(_regular(tensor, self._numerics.channels_last) for tensor in inputs),
+            *(_contiguous(tensor, self._channels_last) for tensor in inputs),
         ]
         if torch.is_grad_enabled() or not trains:
-            return tuple(code.call(*arguments))
-        # The same code as with gradients, so that a forward that will be done again gives the same bits.
+            return tuple(function.call(*arguments))
+        # The same function as with gradients, so that a recomputed forward gives the same bits.
         with torch.enable_grad():
-            return tuple(tensor.detach() for tensor in code.call(*arguments))
+            return tuple(tensor.detach() for tensor in function.call(*arguments))
 
-    def _code_for(self, trains: bool, inputs: tuple[Tensor, ...]) -> Code | None:
+    def _function_for(self, trains: bool, inputs: tuple[Tensor, ...]) -> CompiledFunction | None:
         with_gradients = torch.is_grad_enabled()
         if not trains and with_gradients:
             return None
         if [tuple(tensor.shape[1:]) for tensor in inputs] != self._shapes:
             return None  # rows of a last layer in chunks
         learns_input = trains and (not with_gradients or any(tensor.requires_grad for tensor in inputs))
-        codes = self._codes.get(Use(trains, learns_input))
-        if codes is None and trains and (not with_gradients or not learns_input):
+        functions = self._functions.get(CompileVariant(trains, learns_input))
+        if functions is None and trains and (not with_gradients or not learns_input):
             # Gradients of inputs that nobody asks for are dropped; a forward without any needs none.
-            codes = self._codes.get(Use(trains, not learns_input))
+            functions = self._functions.get(CompileVariant(trains, not learns_input))
         size = len(inputs[0])
-        return next((code for code in codes or () if size in code.sizes), None)
+        return next((function for function in functions or () if size in function.sizes), None)
 
     @contextmanager
-    def rehearsing(self) -> Iterator[None]:
-        """Have the generated code allocate, and call PyTorch, but run none of its own kernels: so it can be given fake tensors."""
+    def accepting_fake_tensors(self) -> Iterator[None]:
+        """Have the generated modules allocate, and call PyTorch, but run none of their own kernels: so they accept fake tensors."""
         with ExitStack() as stack:
-            for codes in self._codes.values():
-                for code in codes:
-                    for names in code.modules:
+            for functions in self._functions.values():
+                for function in functions:
+                    for names in function.modules:
                         stack.enter_context(_without_kernels(names))
             yield
 
 
 @dataclass
 class Compiler:
-    """Compiles layers, and knows what it has compiled.
+    """A compiler of layers, which keeps its functions for layers with the same graph.
 
     Args:
-        sizes: the numbers of samples that occur.
-        device: where layers run.
-        seconds: spent so far.
-        num_functions: codes made so far: a forward with its backward is one.
+        sizes: numbers of samples that occur.
+        device: device of the layers.
+        seconds: seconds spent so far.
+        num_functions: number of functions compiled so far: a forward with its backward is one.
     """
 
     sizes: Sequence[int]
     device: torch.device
     seconds: float = 0.0
     num_functions: int = 0
-    _known: dict[Any, list[Code]] = field(default_factory=dict)
+    _functions: dict[Any, list[CompiledFunction]] = field(default_factory=dict)
 
-    def compile(self, layer: Layer, before: Sequence[TensorSpec], uses: Iterable[Use]) -> None:
-        """Give a layer code.
+    def compile(self, layer: Layer, before: Sequence[TensorSpec], variants: Iterable[CompileVariant]) -> None:
+        """Compile a layer, and set `Layer.compiled`.
 
         Args:
-            layer: its tensors may be on the meta device; mode and tensors stay as they are.
-            before: the boundary that it takes.
-            uses: in which it is run.
+            layer: layer whose tensors may be on the meta device; mode and tensors stay as they are.
+            before: boundary before the layer.
+            variants: ways in which the layer is run.
 
         Raises:
-            ConfigError: the compiler cannot make code of it.
+            ConfigError: the compiler cannot compile the layer.
         """
         began = time.monotonic()
         modes = {module: module.training for module in layer.module.modules()}
         try:
-            layer.compiled = CompiledLayer(layer, before, {use: self._codes(layer, before, use) for use in uses})
+            layer.compiled = CompiledLayer(
+                layer, before, {variant: self._compile_variant(layer, before, variant) for variant in variants}
+            )
         except Exception as error:  # whatever a compiler may raise over a user's layer
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
-                f"--compile: PyTorch's compiler makes no code of layer {layer.name!r}: {type(error).__name__}: {reason}; leave --compile out"
+                f"--compile: PyTorch's compiler cannot compile layer {layer.name!r}: {type(error).__name__}: {reason}; leave --compile out"
             ) from error
         finally:
             for module, training in modes.items():
                 module.training = training
             self.seconds += time.monotonic() - began
 
-    def _codes(self, layer: Layer, before: Sequence[TensorSpec], use: Use) -> list[Code]:
-        program = _Program(layer, before, use, max(self.sizes), self.device)
-        if program.key not in self._known:
-            codes = [program.compile(self.sizes)]
-            left = {*self.sizes} - codes[0].sizes
-            while left and len(codes) < _MAX_RANGES:
+    def _compile_variant(self, layer: Layer, before: Sequence[TensorSpec], variant: CompileVariant) -> list[CompiledFunction]:
+        traced = _TracedLayer(layer, before, variant, max(self.sizes), self.device)
+        if traced.key not in self._functions:
+            functions = [traced.compile(self.sizes)]
+            left = {*self.sizes} - functions[0].sizes
+            while left and len(functions) < _MAX_RANGES:
                 size = max(left)
-                codes.append(_Program(layer, before, use, size, self.device).compile(self.sizes))
-                left -= codes[-1].sizes | {size}
-            self._known[program.key] = codes
-            self.num_functions += len(codes)
-        return self._known[program.key]
+                functions.append(_TracedLayer(layer, before, variant, size, self.device).compile(self.sizes))
+                left -= functions[-1].sizes | {size}
+            self._functions[traced.key] = functions
+            self.num_functions += len(functions)
+        return self._functions[traced.key]
 
 
 def check_compiler() -> None:
-    """Refuse to begin where nothing can be compiled.
+    """Refuse `--compile` where nothing can be compiled, or nobody knows whether it can.
 
     Raises:
-        ConfigError: there is no C++ compiler.
+        ConfigError: this version of torch was not tested, or there is no C++ compiler.
     """
+    version = str(torch.__version__)
+    if ".".join(version.split(".")[:2]) not in _TESTED_TORCH:
+        tested = ", ".join(f"{minor}.x" for minor in _TESTED_TORCH)
+        raise ConfigError(
+            f"--compile is tested with torch {tested}, and this is torch {version}; leave --compile out or install a tested version"
+        )
     from torch._inductor import config, cpp_builder, exc
 
     # In this process: workers would each hold what it imports.
@@ -200,24 +219,26 @@ def check_compiler() -> None:
         ) from None
 
 
-class _Program:
+class _TracedLayer:
     """A layer as a graph of PyTorch's operations, all of its tensors being arguments.
 
     Args:
         layer: the layer.
-        before: the boundary that it takes.
-        use: how it is run.
-        size: a number of samples, to decide by where the compiler has to.
-        device: where it runs.
+        before: boundary before the layer.
+        variant: way in which the layer is run.
+        size: number of samples to decide by where the compiler has to.
+        device: device that the layer runs on.
     """
 
-    def __init__(self, layer: Layer, before: Sequence[TensorSpec], use: Use, size: int, device: torch.device) -> None:
+    def __init__(
+        self, layer: Layer, before: Sequence[TensorSpec], variant: CompileVariant, size: int, device: torch.device
+    ) -> None:
         from torch._dynamo.source import ConstantSource
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
         from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-        self._trains = use.trains
+        self._trains = variant.trains
         self._shapes = ShapeEnv()
         source = ConstantSource("samples")
         self._symbol = self._shapes.create_symbol(size, source, DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
@@ -229,69 +250,70 @@ class _Program:
                 for like in own.values()
             ]
             inputs = [
-                _regular(torch.empty((samples, *spec.shape), dtype=spec.dtype, device=device), layer.precision.channels_last)
+                _contiguous(torch.empty((samples, *spec.shape), dtype=spec.dtype, device=device), layer.precision.channels_last)
                 for spec in before
             ]
             for tensor in inputs:
-                tensor.requires_grad_(use.learns_input and tensor.is_floating_point())
+                tensor.requires_grad_(variant.learns_input and tensor.is_floating_point())
         self._arguments = [*tensors, *inputs]
 
         names = {id(tensor): name for name, tensor in own.items()}
-        everything = {**layer.parameters(), **layer.buffers()}
-        aliases = {alias: names[id(tensor)] for alias, tensor in everything.items() if id(tensor) in names}
+        all_tensors = {**layer.parameters(), **layer.buffers()}
+        aliases = {alias: names[id(tensor)] for alias, tensor in all_tensors.items() if id(tensor) in names}
 
         def run(*arguments: Tensor) -> tuple[Tensor, ...]:
             given = dict(zip(own, arguments, strict=False))
             with layer.precision.autocast():
-                laid_out = layer.precision.to_memory_format(arguments[len(own) :])
+                inputs = layer.precision.to_memory_format(arguments[len(own) :])
                 mapping = {alias: given[name] for alias, name in aliases.items()}
-                outputs = torch.func.functional_call(layer.module, mapping, laid_out, tie_weights=False)
-            return tuple(_regular(tensor, layer.precision.channels_last) for tensor in outputs)
+                outputs = torch.func.functional_call(layer.module, mapping, inputs, tie_weights=False)
+            return tuple(_contiguous(tensor, layer.precision.channels_last) for tensor in outputs)
 
-        layer.module.train(use.trains)
-        with torch.set_grad_enabled(use.trains), torch.random.fork_rng(devices=[]), _few_ranges():
+        layer.module.train(variant.trains)
+        with torch.set_grad_enabled(variant.trains), torch.random.fork_rng(devices=[]), _size_oblivious():
             self._graph: fx.GraphModule = make_fx(run, _allow_non_fake_inputs=True)(*self._arguments)
 
     @property
     def key(self) -> Any:
-        """What equal programs have in common. One that holds tensors of its own is like no other."""
-        holds = any(node.op == "get_attr" for node in self._graph.graph.nodes)
+        """Equality key of layers that share a function. A graph that holds tensors of its own equals no other."""
+        holds_tensors = any(node.op == "get_attr" for node in self._graph.graph.nodes)
         shapes = tuple((tuple(map(str, tensor.shape)), tensor.dtype, tensor.requires_grad) for tensor in self._arguments)
         strides = tuple(tuple(map(str, tensor.stride())) for tensor in self._arguments)
-        return self._graph.code, shapes, strides, self._trains, id(self) if holds else None
+        return self._graph.code, shapes, strides, self._trains, id(self) if holds_tensors else None
 
-    def compile(self, sizes: Iterable[int]) -> Code:
-        """Its code; the program is used up.
+    def compile(self, sizes: Iterable[int]) -> CompiledFunction:
+        """Compile the graph; it cannot be compiled twice.
 
         Args:
-            sizes: numbers of samples that the code may be for.
+            sizes: numbers of samples that the function may be for.
         """
         from torch._functorch import config as autograd_config
         from torch._inductor import compile_fx, config, lowering
         from torch._inductor.decomposition import select_decomp_table
 
-        for operation in _LEFT_WHOLE:
+        for operation in _NOT_DECOMPOSED:
             if operation not in lowering.lowerings:
-                # Said beforehand: where the variable CI is set, the compiler refuses to find out by itself.
+                # Declared beforehand: where the variable CI is set, the compiler refuses an operation without a lowering.
                 lowering.make_fallback(operation, warn=False, override_decomp=True)
-        made: list[Any] = []
-        # How what forward keeps lies in memory is told to backward as numbers, for one number of samples; as symbols it holds for all.
+        modules: list[Any] = []
+        # Strides of the tensors that forward keeps are passed to backward as numbers, for one number of samples; as symbols they hold
+        # for all.
         self._shapes.evaluate_symexpr = self._shapes.deserialize_symexpr  # type: ignore[assignment, method-assign]
 
         def inner(*arguments: Any, **options: Any) -> Any:
-            made.append(compile_fx.compile_fx_inner(*arguments, **options))
-            return made[-1]
+            modules.append(compile_fx.compile_fx_inner(*arguments, **options))
+            return modules[-1]
 
         with (
-            # Random numbers as without compiling, so that a generator's state can be kept and gone back to; maps lie as the layer's
-            # precision say: the compiler would keep copies of weights in the other order.
+            # Random numbers as without compiling, so that a generator's state can be saved and restored; maps in the layer's memory
+            # format: the compiler would keep copies of weights in the other order.
             config.patch(compile_threads=1, fallback_random=True, layout_optimization=False),
-            # Backward is compiled now, not when it is first needed; and a cache of both together would not show them.
+            # Backward is compiled now, not when it is first needed; and a cache of both together would bypass `inner`.
             autograd_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False),
             nullcontext() if self._trains else torch.no_grad(),
-            _few_ranges(),
+            _size_oblivious(),
         ):
-            table = {operation: how for operation, how in select_decomp_table().items() if operation not in _LEFT_WHOLE}
+            table = {operation: how for operation, how in select_decomp_table().items() if operation not in _NOT_DECOMPOSED}
             call: Any = compile_fx.compile_fx(self._graph, self._arguments, inner_compile=inner, decompositions=table)
         bounds = self._shapes.var_to_range[self._symbol]
         holds = frozenset(
@@ -300,12 +322,11 @@ class _Program:
             if bounds.lower <= size <= bounds.upper
             and all(bool(guard.expr.subs(self._symbol, size)) for guard in self._shapes.guards)
         )
-        modules = tuple(compiled.current_callable.__globals__ for compiled in made)
-        return Code(call, holds, modules)
+        return CompiledFunction(call, holds, tuple(module.current_callable.__globals__ for module in modules))
 
 
-def _few_ranges() -> AbstractContextManager[Any]:
-    """Where the compiler takes a number of samples for any number, 1 too, unless it has to know."""
+def _size_oblivious() -> AbstractContextManager[Any]:
+    """Return a context in which the compiler takes a number of samples for any number, 1 too, unless it has to know."""
     from torch.fx.experimental import _config
 
     patched: AbstractContextManager[Any] = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
@@ -313,31 +334,31 @@ def _few_ranges() -> AbstractContextManager[Any]:
 
 
 def _own_tensors(layer: Layer) -> dict[str, Tensor]:
-    """A layer's tensors, without its head's, each once, under its first name."""
-    found: dict[int, tuple[str, Tensor]] = {}
+    """Return a layer's tensors, without its head's, each once, under its first name."""
+    tensors: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in {**layer.parameters(), **layer.buffers()}.items():
         if not is_of_head(name):
-            found.setdefault(id(tensor), (name, tensor))
-    return dict(found.values())
+            tensors.setdefault(id(tensor), (name, tensor))
+    return dict(tensors.values())
 
 
-def _regular(tensor: Tensor, channels_last: bool) -> Tensor:
-    """A tensor as code takes it and gives it: contiguous, in one of the two orders that maps have."""
+def _contiguous(tensor: Tensor, channels_last: bool) -> Tensor:
+    """Return a tensor as compiled functions take and return it: contiguous, maps in one of their two memory formats."""
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last and tensor.dim() == 4 else tensor.contiguous()
 
 
 @contextmanager
 def _without_kernels(names: dict[str, Any]) -> Iterator[None]:
-    """A generated module whose allocations go through PyTorch's dispatcher, and whose kernels do nothing.
+    """Change a generated module so that its allocations go through PyTorch's dispatcher, and its kernels do nothing.
 
     Args:
-        names: its global names.
+        names: global names of the module.
     """
 
-    def nothing(*_: object) -> None:
-        """In the place of a kernel, or of a check of real tensors."""
+    def do_nothing(*_: object) -> None:
+        """Replace a kernel, or a check of real tensors."""
 
-    changed: dict[str, Any] = {name: nothing for name in names if name.startswith(("cpp_", "assert_"))}
+    changed: dict[str, Any] = {name: do_nothing for name in names if name.startswith(("cpp_", "assert_"))}
     changed["empty_strided_cpu"] = lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype)
     changed["reinterpret_tensor"] = torch.as_strided
     before = {name: names[name] for name in changed}
