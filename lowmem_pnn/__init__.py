@@ -4,14 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowmem_pnn.api import evaluate, export, fit, plan
-    from lowmem_pnn.reporting.report import PlanReport, Result
+    from lowmem_pnn.reporting.plan_report import PlanReport
+    from lowmem_pnn.reporting.result import Result
 
 __version__ = "0.1.0"
 __all__ = ["PlanReport", "Result", "__version__", "evaluate", "export", "fit", "plan"]
 
 _HOMES = {
-    "PlanReport": "reporting.report",
-    "Result": "reporting.report",
+    "PlanReport": "reporting.plan_report",
+    "Result": "reporting.result",
     "evaluate": "api",
     "export": "api",
     "fit": "api",

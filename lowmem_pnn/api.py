@@ -25,7 +25,8 @@ from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
 from lowmem_pnn.profiling.profiler import Known
 from lowmem_pnn.reporting.progress import Display
-from lowmem_pnn.reporting.report import PlanReport, Result
+from lowmem_pnn.reporting.plan_report import PlanReport
+from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.run.resume import check_same_data, count_resume, resumed_state
 from lowmem_pnn.run.run import Run
@@ -36,7 +37,7 @@ from lowmem_pnn.stores.disk import allow_many_files
 from lowmem_pnn.stores.run_directory import RunDirectory, read_journal
 from lowmem_pnn.training.export import export_exit, find_exit
 from lowmem_pnn.training.initial_weights import build_weights
-from lowmem_pnn.training.inputs import Inputs, Model, name_of, named_inputs, python_inputs
+from lowmem_pnn.workload.inputs import Inputs, Model, name_of, named_inputs, python_inputs
 from lowmem_pnn.training.lifecycle import clear, run_to_end, score
 from lowmem_pnn.training.setup import open_workload, warm_up_profiler
 from lowmem_pnn.workload import make_workload, profile_workload

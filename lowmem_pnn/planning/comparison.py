@@ -1,7 +1,7 @@
 """Prospects: every method side by side: whether it fits, and what an epoch would take, from rates that are measured here and now."""
 
+from lowmem_pnn.config.configure import for_method
 from lowmem_pnn.config.fit_config import METHODS, MethodName
-from lowmem_pnn.config.options import for_method
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError
 from lowmem_pnn.planning.footprint import check_disk
 from lowmem_pnn.planning.make_plan import make_plan
@@ -9,7 +9,7 @@ from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.profiler import Known
-from lowmem_pnn.reporting.report import MethodEstimate
+from lowmem_pnn.reporting.method_estimate import MethodEstimate
 from lowmem_pnn.workload import Workload, by_other_method, profile_workload
 
 

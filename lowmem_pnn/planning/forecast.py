@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lowmem_pnn.methods.base import SplitName, Sweep, Visit
+from lowmem_pnn.methods import SplitName, Sweep, Visit
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.profiling.costs import largest_part
 from lowmem_pnn.profiling.timings import MachineTimings

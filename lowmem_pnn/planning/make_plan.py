@@ -7,8 +7,8 @@ from contextlib import suppress
 import torch
 from torch import nn
 
+from lowmem_pnn.config.checks import check_lengths
 from lowmem_pnn.config.fit_config import LARGEST_AUTO_BATCH
-from lowmem_pnn.config.options import check_lengths
 from lowmem_pnn.device import Device
 from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.device.kernel_memory import MATMUL_PACKING_BYTES
@@ -30,7 +30,7 @@ from lowmem_pnn.planning.neuroflux_blocks import similar_batch_cuts
 from lowmem_pnn.planning.search import GOOD_MICRO_BATCH
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.profiling.costs import MemoryProfile, in_chunks, stepped_in_backward, streamed
-from lowmem_pnn.reporting.report import PlanReport
+from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
 

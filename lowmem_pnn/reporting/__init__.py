@@ -1,1 +1,1 @@
-"""What people read: results, plans, and the live display."""
+"""Output for people and programs: results, plans, and the live display."""

@@ -1,4 +1,4 @@
-"""Progress for people: what a run tells while it works. On a terminal a live line; elsewhere nothing but messages."""
+"""Progress display: a live line on a terminal, elsewhere messages alone."""
 
 from typing import Any
 
@@ -10,35 +10,35 @@ from lowmem_pnn.units import format_bytes
 
 
 class Display:
-    """Takes the events of a run and shows nothing."""
+    """Receiver of a run's events that shows nothing; the base of every display."""
 
     def enter(self, title: str) -> None:
-        """A partition comes onto the device."""
+        """Take note that a partition is being loaded onto the device."""
 
     def start_epoch(self, title: str, epoch: int, epochs: int, num_samples: int, done: int) -> None:
-        """An epoch begins, `done` samples into it."""
+        """Take note that an epoch begins, or goes on after `done` samples."""
 
     def start_emit(self, title: str, split: str, num_samples: int) -> None:
-        """A partition's outputs are being written."""
+        """Take note that the outputs of a partition are being written."""
 
     def advance(self, num_samples: int, used_bytes: int, budget_bytes: int) -> None:
-        """So many samples of the epoch are done."""
+        """Take note that `num_samples` samples of the epoch are done."""
 
     def end_epoch(self, line: dict[str, Any]) -> None:
-        """An epoch ended; `line` is its line of `metrics.jsonl`."""
+        """Take note that an epoch ended; `line` is its line of `metrics.jsonl`."""
 
     def message(self, text: str) -> None:
-        """Something that a person should know."""
+        """Tell people something."""
 
     def close(self) -> None:
-        """The run ended."""
+        """Take note that the run ended."""
 
 
 class TerminalDisplay(Display):
-    """A live progress line on a terminal, one finished line per epoch; elsewhere only messages.
+    """Display with a live progress line on a terminal and a line per finished epoch; elsewhere messages alone.
 
     Args:
-        console: writes to standard error.
+        console: Console on standard error.
     """
 
     def __init__(self, console: Console) -> None:
@@ -58,16 +58,16 @@ class TerminalDisplay(Display):
             self._live.start()
 
     def start_epoch(self, title: str, epoch: int, epochs: int, num_samples: int, done: int) -> None:
-        """Show a bar for the epoch."""
+        """Show a progress bar for the epoch."""
         self._title = title
-        self._start(f"{title}, epoch {epoch + 1} of {epochs}", num_samples, done)
+        self._start_bar(f"{title}, epoch {epoch + 1} of {epochs}", num_samples, done)
 
     def start_emit(self, title: str, split: str, num_samples: int) -> None:
-        """Show that activations are written."""
-        self._start(f"{title}, writing its outputs ({split})", None, 0)
+        """Show that the outputs of a partition are being written."""
+        self._start_bar(f"{title}, writing its outputs ({split})", None, 0)
 
     def advance(self, num_samples: int, used_bytes: int, budget_bytes: int) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         if self._live is not None and self._task is not None:
             task = self._live.tasks[0]
             speed = f"{task.speed:.0f} samples/s" if task.speed else ""
@@ -75,7 +75,7 @@ class TerminalDisplay(Display):
             self._live.update(self._task, completed=num_samples, note=f"{speed}  {memory}")
 
     def end_epoch(self, line: dict[str, Any]) -> None:
-        """Leave a line behind on a terminal."""
+        """Print a line for the epoch, on a terminal."""
         if self._live is not None:
             validation = "" if line["val_loss"] is None else f", validation {line['val_loss']:.4g}"
             accuracy = "" if line["val_accuracy"] is None else f", accuracy {line['val_accuracy']:.1%}"
@@ -87,15 +87,15 @@ class TerminalDisplay(Display):
             )
 
     def message(self, text: str) -> None:
-        """Print it, on a terminal or not."""
+        """Print a message, on a terminal or elsewhere."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         if self._live is not None:
             self._live.stop()
 
-    def _start(self, description: str, total: int | None, done: int) -> None:
+    def _start_bar(self, description: str, total: int | None, done: int) -> None:
         if self._live is None:
             return
         if self._task is not None:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from lowmem_pnn.errors import CheckpointError, ConfigError, DiskError
 from lowmem_pnn.evaluation.exits import HEADS_FILE, ExitModel, num_parameters
 from lowmem_pnn.model.layer import is_of_head
-from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.workload import Workload
 
 

@@ -15,7 +15,7 @@ from lowmem_pnn.evaluation.scores import Scores
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.profiling.costs import MemoryProfile
-from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State

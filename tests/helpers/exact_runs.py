@@ -29,7 +29,7 @@ from helpers.small_networks import (
     vectors,
 )
 from lowmem_pnn.model.chain import TensorSpec, capture
-from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.reporting.result import Result
 
 
 @dataclass

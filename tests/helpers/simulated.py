@@ -17,7 +17,7 @@ from lowmem_pnn.methods import Labels
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.reporting.progress import Display
-from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.stores.keys import weight_key
 from lowmem_pnn.training import setup as opening
 

@@ -509,7 +509,7 @@ def test_a_plan_shows_all_methods_side_by_side() -> None:
     line = "plan --max-gpu-mem 100MB --device cpu --model mlp:20-16-3 --data npz:data.npz --method exact"
     shown = lowmem_pnn(line)
     assert shown.code == 0
-    heads = next(row for row in shown.out.splitlines() if "seconds an epoch" in row)
+    heads = next(row for row in shown.out.splitlines() if "seconds per epoch" in row)
     assert heads.split("  ")[1].strip() == "method"
     rows = [row.split() for row in shown.out.splitlines() if " fits " in row]
     assert [row[:2] if row[0] == ">" else row[:1] for row in rows] == [["pnn"], ["neuroflux"], [">", "exact"], ["backprop"]]

@@ -26,7 +26,7 @@ from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.fake_run import _Sink
 from lowmem_pnn.profiling.profiler import profile
-from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.sources.gpt import GPT, GptShape
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")

@@ -25,7 +25,7 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import CaptureError, ConfigError, DataError, DivergedError, Stopped
 from lowmem_pnn.reporting.progress import Display
-from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.training import setup as opening
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")

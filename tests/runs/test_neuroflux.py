@@ -88,6 +88,9 @@ def train_locally(data: Data, blocks: list[int], epochs: int, **options: Any) ->
                     tensor = parts[unit](tensor)
                     head = heads[unit]
                     nn.functional.cross_entropy(tensor if head is None else head(tensor), y[chosen]).backward()  # type: ignore[no-untyped-call]
+                    if config.clip_norm is not None:
+                        learning = [p for module in (parts[unit], head) if module is not None for p in module.parameters()]
+                        nn.utils.clip_grad_norm_(learning, config.clip_norm)
                     tensor = tensor.detach()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -122,6 +125,24 @@ def test_units_learn_as_in_plain_pytorch(cuts: str | None, blocks: list[int], tm
     for number, head in enumerate(heads):
         for name, tensor in (head.state_dict() if head is not None else {}).items():
             assert torch.equal(kept[head_prefix(number) + name], tensor), name
+
+
+@pytest.mark.parametrize("step_in_backward", [True, False])
+def test_clipping_is_by_layer_whatever_the_blocks(step_in_backward: bool, tmp_path: Path) -> None:
+    data = images(60)
+    options = {"clip_norm": 0.05, "step_in_backward": step_in_backward}
+    whole, cut = (
+        load_file(fit(tmp_path / name, data, **options, **own).weights_file)
+        for name, own in (("whole", {"partitions": 1}), ("cut", {"cuts": "1,2"}))
+    )
+    expected = train_locally(data, [0, 0, 0, 0], epochs=2, clip_norm=0.05)[0].state_dict()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in expected.items())
+    # The first layer of all sees the same samples in the same order, wherever its block ends.
+    first = [name for name in whole if name.startswith(("0.", "1."))]
+    assert first
+    assert all(torch.equal(whole[name], cut[name]) for name in first)
+    unclipped = load_file(fit(tmp_path / "free", data, partitions=1).weights_file)
+    assert not torch.equal(unclipped[first[0]], whole[first[0]])
 
 
 def test_units_of_a_block_do_not_exchange_gradients() -> None:

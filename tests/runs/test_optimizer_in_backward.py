@@ -18,7 +18,7 @@ from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward, after_backward_names, step_order
 from lowmem_pnn.errors import CaptureError, DivergedError
 from lowmem_pnn.model.layer import gradients_complete_at_once
-from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.reporting.result import Result
 
 Build = Callable[[], nn.Module]
 

@@ -34,7 +34,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.methods import SyntheticLabels, Visit, make_method
 from lowmem_pnn.model.chain import TensorSpec
-from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.run import Run, Save, nothing_changed
 from lowmem_pnn.stores.keys import weight_key
 

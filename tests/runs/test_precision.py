@@ -18,7 +18,7 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, DivergedError, Stopped
 from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.model.precision import FULL_PRECISION, LossScale, Precision, unscale
-from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.state import State
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")

@@ -20,7 +20,7 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import CheckpointError, ConfigError, Stopped
 from lowmem_pnn.methods import Sweep, Visit, make_method, visits_of_rank
-from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.ranks import ALONE, Rank, rank_folder
 from lowmem_pnn.stores.run_directory import read_journal, seal_journal
 

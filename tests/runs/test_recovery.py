@@ -13,7 +13,7 @@ from helpers.plainloops import Trained, assert_same_weights, loaded, recover_pla
 from helpers.small_networks import Data, images, small_conv, small_mlp, vectors
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.progress import Display
-from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.reporting.result import Result
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 

@@ -16,7 +16,8 @@ from helpers.small_networks import Data, images, small_conv, small_mlp, vectors
 from lowmem_pnn import api as trainer
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import CaptureError, CheckpointError, ConfigError, Stopped
-from lowmem_pnn.reporting.report import PlanReport, Result
+from lowmem_pnn.reporting.plan_report import PlanReport
+from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.stores.encoding import WORK_BYTES
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.units import format_bytes

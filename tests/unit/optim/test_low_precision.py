@@ -26,7 +26,7 @@ from lowmem_pnn.memory.storage_tracker import StorageTracker
 from lowmem_pnn.optim import low_precision as short_state
 from lowmem_pnn.optim.low_precision import BLOCK, PIECE, SMALLEST, Bfloat16, Codec, Int8, is_quantized, pieces
 from lowmem_pnn.optim.optimizers import OptimizerSpec
-from lowmem_pnn.reporting.report import Result
+from lowmem_pnn.reporting.result import Result
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 

@@ -25,10 +25,10 @@ from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.profiling.costs import Affine, LayerCost, MemoryProfile
 from lowmem_pnn.profiling.nominal import Machine, nominal_rates
 from lowmem_pnn.profiling.timings import LayerSeconds, MachineTimings, Seconds
-from lowmem_pnn.reporting.report import PlanReport
-from lowmem_pnn.workload.inputs import named_inputs
+from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.units import seconds_text
 from lowmem_pnn.workload import make_workload, profile_workload
+from lowmem_pnn.workload.inputs import named_inputs
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 

@@ -1,0 +1,68 @@
+"""The report of `plan`: a table of the partitions, whether they fit, and all methods side by side."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem_pnn.reporting.method_estimate import MethodEstimate, method_table
+from lowmem_pnn.reporting.tables import layer_range, text_table
+from lowmem_pnn.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanReport:
+    """Preview of a run.
+
+    Sizes are in bytes. `fits` says whether the run fits the budget and `max_disk`; where it does not, `reason` says why and `exit_code`
+    is the exit code with which `fit` would end. `prospects` are the estimates of all methods; empty where nothing was timed.
+    """
+
+    method: str
+    model: str
+    data: str
+    device: str
+    budget_bytes: int
+    reserve_bytes: int
+    training_state_bytes: int
+    predicted_peak_bytes: int
+    disk_bytes: int
+    partitions: Sequence[Mapping[str, Any]]
+    fits: bool
+    reason: str
+    exit_code: int
+    prospects: Sequence[MethodEstimate] = ()
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def __str__(self) -> str:
+        """Return the report for people: the table of partitions, the table of methods, and whether the run fits."""
+        rows = [
+            (
+                str(number + 1),
+                layer_range(partition["layers"]),
+                f"{partition['params']:,}",
+                f"{partition['micro_batch']} of {partition['batch']}",
+                format_bytes(partition["state_bytes"]),
+                format_bytes(partition["predicted_peak_bytes"]),
+                format_bytes(partition["activation_bytes"]) if partition["activation_bytes"] else "-",
+            )
+            for number, partition in enumerate(self.partitions)
+        ]
+        headings = ("partition", "layers", "parameters", "micro-batch", "training state", "predicted peak", "stored outputs")
+        verdict = (
+            f"fits: predicted peak {format_bytes(self.predicted_peak_bytes)} and a reserve of {format_bytes(self.reserve_bytes)} "
+            f"within {format_bytes(self.budget_bytes)}"
+            if self.fits
+            else f"does not fit: {self.reason}"
+        )
+        lines = [f"{self.model} on {self.data}, method {self.method}, {self.device}", ""]
+        if rows:
+            lines += [text_table(headings, rows), "", f"disk: at most {format_bytes(self.disk_bytes)}"]
+        if self.prospects:
+            lines += ["", method_table(self.prospects), ""]
+        lines += [f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state)", verdict]
+        return "\n".join(lines)

@@ -1,0 +1,158 @@
+"""The result of a run: the content of `result.json`, and the page that people read."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem_pnn.engine.stalls import in_words
+from lowmem_pnn.reporting.tables import layer_range, text_table
+from lowmem_pnn.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Result of a run: the content of `result.json`.
+
+    Exits are numbered from 1, as `export --exit` takes them; `chosen_exit` is the exit that `export --exit auto` takes.
+
+    `compiled` holds the number of compiled `layers`, the number of `functions` that they share, and the `seconds` of compiling in the
+    last process, which `seconds` of the run leave out; empty without --compile.
+
+    `skipped_steps` counts the steps in fp16 that were skipped because a gradient overflowed.
+
+    Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
+    where the data is text, belongs to `weights_file`. Values that were not measured are None.
+    """
+
+    method: str
+    model: str
+    data: str
+    seed: int
+    precision: str = "fp32"
+    device: str
+    budget_bytes: int
+    budget_scope: str
+    floor_bytes: int
+    peak_bytes: int
+    host_peak_bytes: int
+    predicted_peak_bytes: int
+    reserve_bytes: int
+    check: Mapping[str, int]
+    training_state_bytes: int
+    partitions: Sequence[Mapping[str, Any]]
+    epochs: Sequence[int]
+    seconds: float
+    compiled: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    samples_per_second: float
+    train_loss: float | None
+    val_loss: float | None
+    val_accuracy: float | None
+    test_loss: float | None
+    test_accuracy: float | None
+    test_f1: float | None
+    perplexity: float | None = None
+    macs: int
+    exits: Sequence[Mapping[str, Any]] = ()
+    chosen_exit: int | None = None
+    bytes_read: int
+    bytes_written: int
+    oom_retries: int
+    skipped_steps: int = 0
+    resumed: int
+    workdir: str
+    weights_file: str
+    preprocessing: str
+    versions: Mapping[str, str]
+
+    def to_json(self) -> str:
+        """Return the text of `result.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Result":
+        """Read a result that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+    def __str__(self) -> str:
+        """Return the result for people; the last line names model size, budget and peak."""
+        lines = [f"{self.model} on {self.data}, method {self.method}, {self.device}", "", self._partition_table()]
+        if self.exits:
+            lines += ["", self._exit_table()]
+        lines += ["", self._scores(), f"{self.seconds:.1f} s, {self.samples_per_second:.0f} samples/s"]
+        if self.precision != "fp32":
+            skipped = f", {self.skipped_steps} steps skipped" if self.skipped_steps else ""
+            lines.append(f"computed in {self.precision}{skipped}")
+        lines.append(self._disk())
+        if self.oom_retries:
+            lines.append(f"{self.oom_retries} batches did not fit and were done again with smaller micro-batches")
+        if self.check:
+            lines.append(
+                f"checked before training: predicted {format_bytes(self.check['predicted_bytes'])}, "
+                f"measured {format_bytes(self.check['measured_bytes'])}, unexplained {format_bytes(self.check['unexplained_bytes'])}"
+            )
+        lines += [
+            f"weights: {self.weights_file}",
+            f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state), "
+            f"budget {format_bytes(self.budget_bytes)}, peak {format_bytes(self.peak_bytes)}",
+        ]
+        return "\n".join(lines)
+
+    def _partition_table(self) -> str:
+        rows = [
+            (
+                str(number + 1),
+                layer_range(partition["layers"]),
+                f"{partition['params']:,}",
+                f"{partition['micro_batch']} of {partition['batch']}",
+                str(partition["epochs"]),
+                format_bytes(partition["predicted_peak_bytes"]),
+                format_bytes(partition["peak_bytes"]),
+                f"{partition['seconds']:.1f}",
+            )
+            for number, partition in enumerate(self.partitions)
+        ]
+        headings = ("partition", "layers", "parameters", "micro-batch", "epochs", "predicted peak", "measured peak", "seconds")
+        return text_table(headings, rows)
+
+    def _exit_table(self) -> str:
+        """Return the table of early exits, with the chosen one marked."""
+
+        def percent(value: float | None) -> str:
+            return "-" if value is None else f"{value:.1%}"
+
+        rows = [
+            (
+                f"{number}{' chosen' if number == self.chosen_exit else ''}",
+                exit["layer"],
+                f"{exit['params']:,}",
+                percent(exit["val_accuracy"]),
+                percent(exit["test_accuracy"]),
+                f"{exit['samples_per_second']:.0f}",
+            )
+            for number, exit in enumerate(self.exits, 1)
+        ]
+        return text_table(("exit", "after layer", "parameters", "validation", "test", "samples/s"), rows)
+
+    def _scores(self) -> str:
+        scores = (
+            ("training loss", self.train_loss, ".4g"),
+            ("validation loss", self.val_loss, ".4g"),
+            ("validation accuracy", self.val_accuracy, ".1%"),
+            ("test accuracy", self.test_accuracy, ".1%"),
+            ("test F1", self.test_f1, ".3f"),
+            ("test loss", self.test_loss if self.test_accuracy is None else None, ".4g"),
+            ("perplexity", self.perplexity, ".2f"),
+        )
+        return ", ".join(f"{name} {value:{form}}" for name, value, form in scores if value is not None)
+
+    def _disk(self) -> str:
+        """Return the traffic of the drive, and the shares of the training time in which computing waited."""
+        text = f"disk: {format_bytes(self.bytes_read)} read, {format_bytes(self.bytes_written)} written"
+        waited = [partition.get("waited", {}) for partition in self.partitions]
+        seconds = sum(partition["seconds"] for partition in self.partitions)
+        kinds = dict.fromkeys(kind for own in waited for kind in own)
+        if seconds and kinds:
+            text += "; " + in_words({kind: sum(own.get(kind, 0.0) for own in waited) / seconds for kind in kinds})
+        return text

@@ -1,0 +1,27 @@
+"""Reports of plans as text and JSON."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lowmem_pnn.reporting.plan_report import PlanReport
+
+
+def plan_report(**changes: Any) -> PlanReport:
+    partition: Mapping[str, Any] = {
+        "layers": ["0"], "params": 5, "micro_batch": 2, "batch": 4, "state_bytes": 100, "predicted_peak_bytes": 200,
+        "activation_bytes": 0,
+    }  # fmt: skip
+    report = PlanReport(
+        method="pnn", model="m", data="d", device="cpu", budget_bytes=1000, reserve_bytes=100, training_state_bytes=80,
+        predicted_peak_bytes=200, disk_bytes=50, partitions=[partition], fits=True, reason="", exit_code=0,
+    )  # fmt: skip
+    return dataclasses.replace(report, **changes)
+
+
+def test_a_plan_says_whether_it_fits() -> None:
+    assert str(plan_report()).endswith("fits: predicted peak 200 B and a reserve of 100 B within 1.0 kB")
+    refused = plan_report(fits=False, reason="layer 'x' alone needs more", partitions=[])
+    assert str(refused).endswith("does not fit: layer 'x' alone needs more")
+    assert json.loads(refused.to_json())["fits"] is False

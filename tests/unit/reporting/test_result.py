@@ -1,0 +1,64 @@
+"""Results of runs as text and JSON."""
+
+import dataclasses
+import json
+
+from lowmem_pnn.reporting.result import Result
+
+RESULT = Result(
+    method="pnn", model="mlp:64-32-10", data="digits", seed=0, device="cpu", budget_bytes=100_000_000, budget_scope="process",
+    floor_bytes=400_000_000, peak_bytes=42_000_000, host_peak_bytes=42_000_000, predicted_peak_bytes=40_000_000,
+    reserve_bytes=4_000_000, check={"partition": 0, "predicted_bytes": 10, "measured_bytes": 12, "unexplained_bytes": 2},
+    training_state_bytes=30_000_000,
+    partitions=[
+        {"start": 0, "stop": 2, "layers": ["0", "2"], "params": 1234, "micro_batch": 16, "batch": 64, "epochs": 2,
+         "predicted_peak_bytes": 40_000_000, "peak_bytes": 42_000_000, "seconds": 1.25},
+        {"start": 2, "stop": 3, "layers": ["4"], "params": 330, "micro_batch": 64, "batch": 64, "epochs": 3,
+         "predicted_peak_bytes": 1_000_000, "peak_bytes": 900_000, "seconds": 0.5},
+    ],
+    epochs=[2, 3], seconds=2.0, samples_per_second=3000.0, train_loss=0.25, val_loss=0.5, val_accuracy=0.9, test_loss=0.4,
+    test_accuracy=0.875, test_f1=0.87, macs=10**9, bytes_read=10**6, bytes_written=2 * 10**6, oom_retries=0, resumed=0,
+    workdir="runs/one", weights_file="runs/one/model.safetensors", preprocessing="uint8 / 255", versions={"torch": "2.15"},
+)  # fmt: skip
+
+
+def test_a_result_comes_back_from_its_json() -> None:
+    body = json.loads(RESULT.to_json())
+    assert set(body) == {field.name for field in dataclasses.fields(Result)}
+    assert (body["exits"], body["chosen_exit"]) == ([], None)
+    assert json.loads(Result.from_json(RESULT.to_json()).to_json()) == body
+
+
+def test_a_result_is_a_page_whose_last_line_says_model_budget_and_peak() -> None:
+    lines = str(RESULT).splitlines()
+    assert lines[0] == "mlp:64-32-10 on digits, method pnn, cpu"
+    assert lines[-1] == "model 30.0 MB (weights, gradients and optimizer state), budget 100.0 MB, peak 42.0 MB"
+    text = str(RESULT)
+    for part in ("0 to 2", "16 of 64", "1,234", "training loss 0.25", "test accuracy 87.5%", "test F1 0.870", "unexplained 2 B"):
+        assert part in text
+    assert "did not fit" not in text
+    assert "3 batches did not fit" in str(dataclasses.replace(RESULT, oom_retries=3))
+
+
+def test_a_language_model_has_loss_and_perplexity() -> None:
+    text = str(
+        dataclasses.replace(RESULT, test_accuracy=None, test_f1=None, val_accuracy=None, test_loss=1.692, perplexity=5.4304)
+    )
+    assert "validation loss 0.5, test loss 1.692, perplexity 5.43\n" in text
+    assert "accuracy" not in text
+    assert "test loss" not in str(RESULT)
+    assert "perplexity" not in str(RESULT)
+
+
+def test_a_result_without_a_perplexity_is_read() -> None:
+    body = json.loads(RESULT.to_json())
+    del body["perplexity"]
+    assert Result.from_json(json.dumps(body)) == Result.from_json(RESULT.to_json())
+
+
+def test_what_was_not_measured_is_not_shown() -> None:
+    nothing = dict.fromkeys(("val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_f1"))
+    text = str(dataclasses.replace(RESULT, **nothing, check={}))
+    assert "validation" not in text
+    assert "test" not in text
+    assert "checked" not in text
