@@ -217,8 +217,8 @@ def test_a_crash_before_the_run_began_is_one_line(folder: Path, monkeypatch: pyt
 class Script:
     """Stands in for workers: each ends as it is told, after it has committed to the run directory."""
 
-    def __init__(self, path: Path, ends: Iterator[tuple[int, int | None, list[int]]]) -> None:
-        self.path, self.ends = path, ends
+    def __init__(self, path: Path, ends: Iterator[tuple[int, int | None, list[int]]], stage: str) -> None:
+        self.path, self.ends, self.stage = path, ends, stage
         self.commands: list[list[str]] = []
 
     def __call__(self, arguments: list[str]) -> tuple[int, list[int]]:
@@ -227,21 +227,21 @@ class Script:
         if commit is not None:
             self.path.mkdir(exist_ok=True)
             (self.path / "config.json").touch()
-            (self.path / "journal.json").write_text(json.dumps({"body": {"number": commit}}))
+            (self.path / "journal.json").write_text(json.dumps({"body": {"number": commit, "stage": self.stage}}))
         return code, stops
 
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Script]:
-    def play(*ends: tuple[int, int | None, list[int]]) -> Script:
-        made = Script(tmp_path / "run", iter(ends))
+    def play(*ends: tuple[int, int | None, list[int]], stage: str = "training") -> Script:
+        made = Script(tmp_path / "run", iter(ends), stage)
         monkeypatch.setattr(supervisor, "_run_worker", made)
         return made
 
     return play
 
 
-_ARGUMENTS = ["fit", "--max-gpu-mem", "1GB", "--json", "--lr", "1", "--debug"]
+_ARGUMENTS = ["fit", "--max-gpu-mem", "1GB", "--json", "--lr", "1", "--debug", "--workdir", "run"]
 
 
 @pytest.mark.parametrize("code", [0, 3, 75, 130])
@@ -249,15 +249,23 @@ def test_the_workers_exit_code_is_handed_on(script: Callable[..., Script], tmp_p
     assert supervise(_ARGUMENTS, script((code, 1, [])).path) == code
 
 
-def test_a_crashed_worker_is_resumed_with_the_flags_of_the_display(script: Callable[..., Script]) -> None:
+def test_a_crashed_worker_is_resumed_by_the_same_command(script: Callable[..., Script]) -> None:
     played = script((-signal.SIGABRT, 1, []), (-signal.SIGKILL, 2, []), (0, 3, []))
-    assert supervise(_ARGUMENTS, played.path) == 0
-    resume = ["fit", "--resume", "--workdir", str(played.path)]
+    assert supervise([*_ARGUMENTS, "--overwrite"], played.path) == 0
     assert played.commands == [
-        _ARGUMENTS,
-        [*resume, "--after-crash", "--json", "--debug"],
-        [*resume, "--json", "--debug"],
+        [*_ARGUMENTS, "--overwrite"],
+        [*_ARGUMENTS, "--resume", "--after-crash"],
+        [*_ARGUMENTS, "--resume"],
     ]
+
+
+def test_a_signal_after_the_run_is_done_is_no_failure(script: Callable[..., Script], capsys: pytest.CaptureFixture[str]) -> None:
+    assert supervise(_ARGUMENTS, script((-signal.SIGTERM, 3, [signal.SIGTERM]), stage="done").path) == 0
+    assert capsys.readouterr().err == ""
+    # The second signal is somebody who wants it to end, and another run in the folder says nothing of this one.
+    played = script((-signal.SIGKILL, 4, [signal.SIGTERM, signal.SIGTERM]), stage="done")
+    assert supervise(_ARGUMENTS, played.path) == 143
+    assert supervise(_ARGUMENTS, script((-signal.SIGTERM, None, [signal.SIGTERM])).path) == 143
 
 
 def test_a_worker_that_gets_no_further_is_given_up(script: Callable[..., Script]) -> None:

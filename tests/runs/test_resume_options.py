@@ -1,0 +1,148 @@
+"""`fit --resume` with the options of the run, with others, and without a folder; from Python by the same rule."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lowmem_pnn
+from helpers.commands import Outcome, write_data
+from helpers.commands import lowmem_pnn as command
+from lowmem_pnn.api import begin_run
+from lowmem_pnn.config.configure import configure
+from lowmem_pnn.errors import ConfigError, Stopped
+
+OPTIONS = "--max-gpu-mem 100MB --device cpu --model mlp:20-16-3 --data npz:data.npz --epochs 3 --cuts 1 --batch-size 16 --quiet"
+VALUES: dict[str, Any] = {
+    "max_gpu_mem": "100MB", "device": "cpu", "model": "mlp:20-16-3", "data": "npz:data.npz", "epochs": 3, "cuts": "1", "batch_size": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, and a run in it that was stopped."""
+    folder = tmp_path_factory.mktemp("begun")
+    write_data(folder / "data.npz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        _stop("runs/a")
+    return folder
+
+
+@pytest.fixture
+def folder(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, which is the present folder."""
+    # The data's folder is part of the run's options.
+    shutil.copytree(begun / "runs", tmp_path / "runs")
+    for config in tmp_path.glob("runs/*/config.json"):
+        assert str(begun / "data.npz") in config.read_text()
+    monkeypatch.chdir(begun)
+    shutil.rmtree("runs")
+    shutil.copytree(tmp_path / "runs", "runs")
+    return begun
+
+
+def _stop(workdir: str, **values: Any) -> None:
+    """Begin a run, and stop it in the middle of an epoch."""
+    asked = iter([False] * 9)
+    with pytest.raises(Stopped):
+        begin_run(configure(**{**VALUES, **values}), Path(workdir), should_stop=lambda: next(asked, None) is not False)
+
+
+def resume(options: str) -> Outcome:
+    return command(f"fit --resume {options}")
+
+
+def result_of(workdir: str) -> Any:
+    return json.loads((Path(workdir) / "result.json").read_text())
+
+
+def test_the_same_command_and_resume_goes_on_to_the_same_bits(folder: Path) -> None:
+    done = resume(f"{OPTIONS} --workdir runs/a --json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["resumed"] == 1
+    assert command(f"fit {OPTIONS} --workdir whole --overwrite").code == 0
+    assert Path("whole/model.safetensors").read_bytes() == Path("runs/a/model.safetensors").read_bytes()
+    # A finished run prints its result, whatever is repeated of its options.
+    again = resume("--workdir runs/a --epochs 3 --json")
+    assert (again.code, again.out) == (0, done.out)
+    refused = resume("--workdir runs/a --epochs 4")
+    assert (refused.code, "began with --epochs 3, and --epochs 4 is given now" in refused.fault) == (3, True)
+
+
+@pytest.mark.parametrize("more", ["--commit-every 7", "--keep-commits 2", "--log-every 1", "--max-disk 1GB", "--debug"])
+def test_options_that_change_nothing_may_differ(more: str, folder: Path) -> None:
+    done = resume(f"{OPTIONS} --workdir runs/a {more}")
+    assert done.code == 0, done.err
+    if "--log-every" in more:
+        lines = [json.loads(line) for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
+        assert any("step" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ("--epochs 20", "the run in runs/a began with --epochs 3, and --epochs 20 is given now; leave it out to resume the run"),
+        ("--max-gpu-mem 200MB", "began with --max-gpu-mem 100.0MB, and --max-gpu-mem 200.0MB is given now"),
+        ("--precision bf16 --seed 3", "began with --seed 0, --precision fp32, and --seed 3, --precision bf16 are given now"),
+        ("--overwrite", "--resume goes on with a run, and --overwrite replaces it; give one"),
+    ],
+)
+def test_options_that_would_change_the_result_are_refused(more: str, text: str, folder: Path) -> None:
+    before = Path("runs/a/journal.json").read_bytes()
+    done = resume(f"--workdir runs/a {more}")
+    assert (done.code, text in done.fault) == (3, True), done.fault
+    assert Path("runs/a/journal.json").read_bytes() == before
+
+
+def test_without_a_folder_the_only_unfinished_run_of_the_same_command_goes_on(folder: Path) -> None:
+    _stop("runs/other", seed=5)
+    (Path("runs") / "a file").touch()
+    assert "several unfinished runs began with these options: runs/a, runs/other; give --workdir DIR" in resume("").fault
+    assert resume("").code == 3
+    done = resume(OPTIONS + " --commit-every 1")
+    assert done.code == 0, done.err
+    assert result_of("runs/a")["resumed"] == 1
+    none = resume(OPTIONS)
+    assert none.code == 3
+    assert "no unfinished run in runs began with these options; unfinished there: runs/other; give --workdir DIR" in none.fault
+    # Some of its options are enough where no budget says that they are all; and none of them, where only one is left.
+    assert resume("--seed 5").code == 0
+    assert result_of("runs/other")["resumed"] == 1
+    assert resume("").fault == "--resume: there is no unfinished run in runs; give --workdir DIR, or leave --resume out to begin"
+
+
+def test_a_command_with_more_options_is_another_run(folder: Path) -> None:
+    assert resume(f"{OPTIONS} --lr 0.5").code == 3
+    # The run began with more than this.
+    assert resume("--max-gpu-mem 100MB --model mlp:20-16-3 --data npz:data.npz").code == 3
+
+
+def _model() -> nn.Module:
+    return nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def _data() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.rand(90, 20), torch.randint(3, (90,))
+
+
+def test_python_resumes_by_the_same_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"max_gpu_mem": "100MB", "epochs": 2, "device": "cpu", "batch_size": 16, "cuts": "1"}
+    with pytest.raises(ConfigError, match="there is no unfinished run in runs"):
+        lowmem_pnn.fit(_model, _data(), resume=True, **options)
+    whole = lowmem_pnn.fit(_model, _data(), workdir="whole", **options)
+    lowmem_pnn.fit(_model, _data(), **options)
+    journal = json.loads(Path("runs/_model-pnn-1/journal.json").read_text())
+    assert journal["body"]["stage"] == "done"
+    with pytest.raises(ConfigError, match=r"began with --epochs 2, and --epochs 5 is given now"):
+        lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **{**options, "epochs": 5})
+    assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **options) == whole
+    assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, max_gpu_mem="100MB", log_every=3) == whole
+    with pytest.raises(ConfigError, match="resume goes on with a run, and overwrite replaces it"):
+        lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, overwrite=True, **options)
