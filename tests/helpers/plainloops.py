@@ -18,9 +18,10 @@ from helpers.small_networks import Data
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.methods.sil import draw_class_vectors
-from lowmem_pnn.optim.lr_schedules import factor
+from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.seeds import permutation_of, seed_of
-from lowmem_pnn.sources.datasets import Split, make_dataset
+from lowmem_pnn.sources.datasets import make_dataset
+from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.workload import split_data
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -186,7 +187,7 @@ def train_epochs(
                     nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
                 for optimizer, rate in zip(optimizers, rates, strict=True):
                     [group] = optimizer.param_groups
-                    group["lr"] = rate * factor(config.lr_schedule, step, total_steps, config.warmup_steps)
+                    group["lr"] = rate * lr_factor(config.lr_schedule, step, total_steps, config.warmup_steps)
                     if scaler is None:
                         optimizer.step()
                     else:

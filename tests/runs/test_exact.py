@@ -198,6 +198,3 @@ def test_an_embedding_that_is_tied_to_the_head_is_same_as_in_plain_pytorch(
 def test_a_weight_that_several_partitions_use_several_times_accumulates_as_in_plain_pytorch(cuts: str, tmp_path: Path) -> None:
     # Plain PyTorch adds up a tied weight's gradients use by use, and then micro-batch by micro-batch: the order decides the last bits.
     check_equal(TiedThrice, vectors(), tmp_path / "run", cuts=cuts, micro_batch=3, **{**COMMON, "optimizer": "sgd"})
-
-
-# A run's life.

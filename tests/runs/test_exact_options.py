@@ -23,7 +23,7 @@ from helpers.small_networks import (
     vectors,
 )
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.optim.lr_schedules import factor
+from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.sources.gpt import GptShape, make_gpt
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
@@ -66,7 +66,9 @@ def test_schedules_are_same_as_in_plain_pytorch(method: str, schedule: dict[str,
     lines = step_lines(tmp_path / "run")
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
     name, warmup = options["lr_schedule"], options.get("warmup_steps", 0)
-    assert [line["lr"] for line in lines] == pytest.approx([0.01 * factor(name, line["step"] - 1, 12, warmup) for line in lines])
+    assert [line["lr"] for line in lines] == pytest.approx(
+        [0.01 * lr_factor(name, line["step"] - 1, 12, warmup) for line in lines]
+    )
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""Short optimizer state: what its codes keep, and that training with it is the same wherever the model is cut, stopped and resumed."""
+"""Quantized optimizer state: its precision, and that training with it is the same wherever the model is cut, stopped and resumed."""
 
 import builtins
 import functools
@@ -23,14 +23,21 @@ from lowmem_pnn import api as trainer
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.memory.storage_tracker import StorageTracker
-from lowmem_pnn.optim import low_precision as short_state
-from lowmem_pnn.optim.low_precision import BLOCK, PIECE, SMALLEST, Bfloat16, Codec, Int8, is_quantized, pieces
+from lowmem_pnn.optim import low_precision
+from lowmem_pnn.optim.low_precision import BLOCK_SIZE, MIN_QUANTIZED_SIZE, PIECE_SIZE, Bfloat16, Codec, Int8, is_quantized, pieces
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.reporting.result import Result
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
-SIZES = [SMALLEST, SMALLEST + 1, 20 * BLOCK - 1, PIECE, PIECE + 3 * BLOCK + 7, 2 * PIECE]
+SIZES = [
+    MIN_QUANTIZED_SIZE,
+    MIN_QUANTIZED_SIZE + 1,
+    20 * BLOCK_SIZE - 1,
+    PIECE_SIZE,
+    PIECE_SIZE + 3 * BLOCK_SIZE + 7,
+    2 * PIECE_SIZE,
+]
 
 
 def numbers(size: int, seed: int, spread: float) -> Tensor:
@@ -39,57 +46,57 @@ def numbers(size: int, seed: int, spread: float) -> Tensor:
     return torch.randn(size, generator=generator) * torch.exp(spread * torch.randn(size, generator=generator))
 
 
-def packed(codec: Codec, values: Tensor, seed: int = 0) -> dict[str, Tensor]:
+def quantized(codec: Codec, values: Tensor, seed: int = 0) -> dict[str, Tensor]:
     state = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in codec.layout(tuple(values.shape)).items()}
     generator = torch.Generator().manual_seed(seed)
     for piece in pieces(values.numel()):
-        codec.pack(state, piece, values.view(-1)[piece].clone(), generator)
+        codec.quantize(state, piece, values.view(-1)[piece].clone(), generator)
     return state
 
 
-def unpacked(codec: Codec, state: Mapping[str, Tensor], size: int) -> Tensor:
-    return torch.cat([codec.unpack(state, piece) for piece in pieces(size)])
+def dequantized(codec: Codec, state: Mapping[str, Tensor], size: int) -> Tensor:
+    return torch.cat([codec.dequantize(state, piece) for piece in pieces(size)])
 
 
 # Codes.
 
 
-@given(size=st.integers(1, 3 * PIECE))
+@given(size=st.integers(1, 3 * PIECE_SIZE))
 def test_pieces_cover_all_and_are_whole_blocks_but_for_the_last(size: int) -> None:
     found = list(pieces(size))
     assert [piece.start for piece in found] == [0, *(piece.stop for piece in found[:-1])]
     assert found[-1].stop == size
-    assert all((piece.stop - piece.start) % BLOCK == 0 for piece in found if piece.stop != size or size % BLOCK == 0)
-    assert all(0 < piece.stop - piece.start <= PIECE for piece in found)
+    assert all((piece.stop - piece.start) % BLOCK_SIZE == 0 for piece in found if piece.stop != size or size % BLOCK_SIZE == 0)
+    assert all(0 < piece.stop - piece.start <= PIECE_SIZE for piece in found)
 
 
 @settings(max_examples=40, deadline=None)
 @given(blocks=st.integers(1, 300), seed=st.integers(0, 2**32), spread=st.floats(0, 6), signed=st.booleans())
 def test_int8_is_same_as_torchao_but_that_no_square_becomes_zero(blocks: int, seed: int, spread: float, signed: bool) -> None:
-    values = numbers(blocks * BLOCK, seed, spread)
+    values = numbers(blocks * BLOCK_SIZE, seed, spread)
     values = values if signed else values.square()
     values[:3] = 0
     theirs = OptimState8bit.zeros(values.shape, signed=signed)
     theirs.copy_(values)
     codec = Int8("moment", signed)
-    state = packed(codec, values)
+    state = quantized(codec, values)
     assert torch.equal(state["moment.scale"], theirs.scale)
     expected = theirs.codes if signed else theirs.codes.maximum((values > 0).to(torch.uint8))
     assert torch.equal(state["moment.codes"], expected)
     if signed:
-        assert torch.equal(unpacked(codec, state, len(values)), theirs.dequantize())
+        assert torch.equal(dequantized(codec, state, len(values)), theirs.dequantize())
 
 
 def test_int8_of_every_threshold_is_that_of_torchao() -> None:
     for signed in (True, False):
-        levels = short_state._levels(signed, torch.device("cpu"))
+        levels = low_precision._int8_levels(signed, torch.device("cpu"))
         at = levels.thresholds[:-1]
         down, up = torch.nextafter(at, torch.tensor(-2.0)), torch.nextafter(at, torch.tensor(2.0))
         scaled = torch.cat([at, down, up, levels.values, torch.tensor([1.0, 0.0])])
-        theirs = short_state._torchao().quantize_8bit_with_qmap(scaled, levels.values)
-        assert torch.equal(levels.codes_of(scaled), theirs if signed else theirs.maximum((scaled > 0).to(torch.uint8)))
+        theirs = low_precision._torchao().quantize_8bit_with_qmap(scaled, levels.values)
+        assert torch.equal(levels.quantize(scaled), theirs if signed else theirs.maximum((scaled > 0).to(torch.uint8)))
         # The first value above, not the last one below.
-        assert torch.equal(levels.codes_of(at).int() - levels.codes_of(down).int(), torch.ones(len(at), dtype=torch.int32))
+        assert torch.equal(levels.quantize(at).int() - levels.quantize(down).int(), torch.ones(len(at), dtype=torch.int32))
 
 
 @settings(max_examples=25, deadline=None)
@@ -98,10 +105,10 @@ def test_int8_keeps_the_nearest_level(size: int, seed: int, spread: float, signe
     values = numbers(size, seed, spread)
     values = values if signed else values.abs()
     codec = Int8("moment", signed)
-    state = packed(codec, values)
-    found = unpacked(codec, state, size)
-    scale = state["moment.scale"].repeat_interleave(BLOCK)[:size]
-    levels = torch.tensor(short_state._torchao().create_dynamic_map(signed=signed), dtype=torch.float64)
+    state = quantized(codec, values)
+    found = dequantized(codec, state, size)
+    scale = state["moment.scale"].repeat_interleave(BLOCK_SIZE)[:size]
+    levels = torch.tensor(low_precision._torchao().create_dynamic_map(signed=signed), dtype=torch.float64)
     scaled = (values / scale).double()
     above = torch.searchsorted(levels, scaled).clamp(1, 255)
     nearest = torch.minimum((scaled - levels[above - 1]).abs(), (scaled - levels[above]).abs())
@@ -114,9 +121,9 @@ def test_int8_keeps_the_nearest_level(size: int, seed: int, spread: float, signe
 
 
 def test_a_last_block_that_is_not_whole_is_same_as_one_with_zeros_behind() -> None:
-    values = numbers(SMALLEST + 100, 0, 2.0)
-    whole = torch.cat([values, torch.zeros(BLOCK - 100)])
-    ours, padded = packed(Int8("m", True), values), packed(Int8("m", True), whole)
+    values = numbers(MIN_QUANTIZED_SIZE + 100, 0, 2.0)
+    whole = torch.cat([values, torch.zeros(BLOCK_SIZE - 100)])
+    ours, padded = quantized(Int8("m", True), values), quantized(Int8("m", True), whole)
     assert torch.equal(ours["m.scale"], padded["m.scale"])
     assert torch.equal(ours["m.codes"], padded["m.codes"][: len(values)])
 
@@ -126,7 +133,7 @@ def test_a_last_block_that_is_not_whole_is_same_as_one_with_zeros_behind() -> No
 def test_bf16_keeps_one_of_two_neighbours(size: int, seed: int, spread: float) -> None:
     values = numbers(size, seed, spread)
     values[:4] = torch.tensor([0.0, 1.0, -2.5, 2.0**-20])
-    state = packed(Bfloat16("moment", True), values, seed)["moment"]
+    state = quantized(Bfloat16("moment", True), values, seed)["moment"]
     assert state.dtype == torch.bfloat16
     assert state[:4].tolist() == values[:4].tolist()
     towards = (values.view(torch.int32) & -0x10000).view(torch.float32)
@@ -137,13 +144,13 @@ def test_bf16_keeps_one_of_two_neighbours(size: int, seed: int, spread: float) -
 
 def test_bf16_is_right_in_the_mean_and_follows_from_its_seed() -> None:
     values = torch.tensor([1.0 + 2**-10, -3.3, 1e-20, 7.77]).repeat_interleave(1 << 15)
-    found = packed(Bfloat16("moment", True), values, seed=5)["moment"]
+    found = quantized(Bfloat16("moment", True), values, seed=5)["moment"]
     for own, exact in zip(found.float().double().view(4, -1), values.view(4, -1)[:, 0].double(), strict=True):
         step = float(own.max() - own.min())
         assert step > 0
         assert abs(float(own.mean() - exact)) < 5 * step / 2 / math.sqrt(own.numel())
-    assert torch.equal(found, packed(Bfloat16("moment", True), values, seed=5)["moment"])
-    assert not torch.equal(found, packed(Bfloat16("moment", True), values, seed=6)["moment"])
+    assert torch.equal(found, quantized(Bfloat16("moment", True), values, seed=5)["moment"])
+    assert not torch.equal(found, quantized(Bfloat16("moment", True), values, seed=6)["moment"])
 
 
 # A step.
@@ -167,14 +174,14 @@ def give_gradients(parameters: Mapping[str, nn.Parameter], step: int, scale: flo
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
 
 
-SHAPES = [(64, 65), (17,), (), (300, 257), (PIECE // 64 + 1, 64), (8, 8, 8, 8)]
+SHAPES = [(64, 65), (17,), (), (300, 257), (PIECE_SIZE // 64 + 1, 64), (8, 8, 8, 8)]
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "loops"])
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_steps_with_int8_are_same_as_plain_pytorch_with_state_that_torchao_has_quantized(name: str, fused: bool) -> None:
     spec = OptimizerSpec(name, lr=0.05, weight_decay=0.1, fused=fused, state="int8")  # type: ignore[arg-type]
-    shapes = [(64, 64), (17,), (), (300, 256), (PIECE // 64 + 4, 64)]
+    shapes = [(64, 64), (17,), (), (300, 256), (PIECE_SIZE // 64 + 4, 64)]
     ours, plain = parameters(*shapes), parameters(*shapes)
     reference = plainloops.OPTIMIZERS[name](plain.values(), lr=0.05, weight_decay=0.1, fused=fused, foreach=False)
     state = zeros(spec, ours)
@@ -186,12 +193,12 @@ def test_steps_with_int8_are_same_as_plain_pytorch_with_state_that_torchao_has_q
         for parameter in plain.values():
             if parameter.numel() >= 4096:
                 for moment, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-                    long = reference.state[parameter][moment]
-                    short = OptimState8bit.zeros(long.shape, signed=signed)
-                    short.copy_(long)
+                    values = reference.state[parameter][moment]
+                    quantized = OptimState8bit.zeros(values.shape, signed=signed)
+                    quantized.copy_(values)
                     if not signed:
-                        short.codes.copy_(short.codes.maximum((long > 0).to(torch.uint8)))
-                    long.copy_(short.dequantize())
+                        quantized.codes.copy_(quantized.codes.maximum((values > 0).to(torch.uint8)))
+                    values.copy_(quantized.dequantize())
         assert all(torch.equal(ours[key], plain[key]) for key in plain)
         assert all(float(state[key]["step"]) == step + 1 for key in state)
 
@@ -270,9 +277,9 @@ def test_an_input_that_is_seldom_on_moves_its_weights_with_int8_as_little_as_wit
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "loops"])
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
-@pytest.mark.parametrize("shape", [(64, 64), (PIECE + 100,), (4 * PIECE,)])
+@pytest.mark.parametrize("shape", [(64, 64), (PIECE_SIZE + 100,), (4 * PIECE_SIZE,)])
 def test_a_step_allocates_what_was_foreseen(kind: Any, fused: bool, shape: tuple[int, ...]) -> None:
-    short_state.prepare_levels()
+    low_precision.load_int8_levels()
     spec = OptimizerSpec("adam", weight_decay=0.1, fused=fused, state=kind)
     ours = parameters(shape)
     optimizer = spec.build(ours, zeros(spec, ours))
@@ -286,7 +293,7 @@ def test_a_step_allocates_what_was_foreseen(kind: Any, fused: bool, shape: tuple
 
 
 def test_the_state_of_small_and_of_other_parameters_stays_as_it_is() -> None:
-    for kind, num_bytes in (("bf16", 4.0), ("int8", 2 + 8 / BLOCK)):
+    for kind, num_bytes in (("bf16", 4.0), ("int8", 2 + 8 / BLOCK_SIZE)):
         spec = OptimizerSpec("adamw", state=kind)  # type: ignore[arg-type]
         large, small = torch.empty(64, 64, device="meta"), torch.empty(63, 65, device="meta")
         assert is_quantized(large)
@@ -304,15 +311,15 @@ def test_the_state_of_small_and_of_other_parameters_stays_as_it_is() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_short_state_on_a_gpu() -> None:
-    values = numbers(PIECE + 300, 0, 3.0)
+def test_quantized_state_on_a_gpu() -> None:
+    values = numbers(PIECE_SIZE + 300, 0, 3.0)
     for signed in (True, False):
         own, codec = (values if signed else values.abs()), Int8("m", signed)
-        state = {key: tensor.cuda() for key, tensor in packed(codec, torch.zeros_like(own)).items()}
+        state = {key: tensor.cuda() for key, tensor in quantized(codec, torch.zeros_like(own)).items()}
         generator = torch.Generator("cuda")
         for piece in pieces(len(own)):
-            codec.pack(state, piece, own[piece].cuda(), generator)
-        assert all(torch.equal(state[key].cpu(), tensor) for key, tensor in packed(codec, own).items())
+            codec.quantize(state, piece, own[piece].cuda(), generator)
+        assert all(torch.equal(state[key].cpu(), tensor) for key, tensor in quantized(codec, own).items())
     for kind in ("bf16", "int8"):
         spec = OptimizerSpec("adamw", state=kind, seed=2)  # type: ignore[arg-type]
         found = []
@@ -335,7 +342,7 @@ def mlp() -> nn.Module:
 
 
 @pytest.fixture
-def plain_short_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_quantized_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain loops step the whole model by one optimizer of the configuration's specification."""
     names = [name for name, _ in mlp().named_parameters()]
 
@@ -364,8 +371,8 @@ def fit(folder: Path, data: Data | None = None, **options: Any) -> Result:
     [{"partitions": 1}, {"cuts": "1"}, {"cuts": "1,2", "micro_batch": 4}, {"cuts": "1,2", "clip_norm": 0.5, "optimizer": "adam"}],
     ids=["whole", "two", "accumulated", "clipped"],
 )
-@pytest.mark.usefixtures("plain_short_state")
-def test_exact_with_short_state_is_same_as_one_optimizer_over_the_whole_model(
+@pytest.mark.usefixtures("plain_quantized_state")
+def test_exact_with_quantized_state_is_same_as_one_optimizer_over_the_whole_model(
     kind: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     options = {**COMMON, **options, "optimizer_state": kind}
@@ -373,13 +380,15 @@ def test_exact_with_short_state_is_same_as_one_optimizer_over_the_whole_model(
     expected = train_by_exact(mlp, vectors(), **options)
     assert_same_weights(loaded(mlp, result.weights_file), expected.model)
     assert result.train_loss == expected.train_loss
-    long = train_by_exact(mlp, vectors(), **{**options, "optimizer_state": "fp32"})
-    assert not torch.equal(long.model.state_dict()["2.weight"], expected.model.state_dict()["2.weight"])
+    unquantized = train_by_exact(mlp, vectors(), **{**options, "optimizer_state": "fp32"})
+    assert not torch.equal(unquantized.model.state_dict()["2.weight"], expected.model.state_dict()["2.weight"])
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
-@pytest.mark.usefixtures("plain_short_state")
-def test_a_resident_partition_with_short_state_is_same_as_one_optimizer_over_the_whole_model(kind: str, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("plain_quantized_state")
+def test_a_resident_partition_with_quantized_state_is_same_as_one_optimizer_over_the_whole_model(
+    kind: str, tmp_path: Path
+) -> None:
     options = {**COMMON, "micro_batch": 5, "optimizer_state": kind}
     result = fit(tmp_path / "run", method="backprop", **options)
     assert_same_weights(loaded(mlp, result.weights_file), train_by_backprop(mlp, vectors(), **options))
@@ -387,7 +396,7 @@ def test_a_resident_partition_with_short_state_is_same_as_one_optimizer_over_the
 
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 @pytest.mark.parametrize("method", ["exact", "pnn", "backprop"])
-def test_a_run_with_short_state_that_was_stopped_and_resumed_is_same_as_uninterrupted(
+def test_a_run_with_quantized_state_that_was_stopped_and_resumed_is_same_as_uninterrupted(
     kind: str, method: str, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {
@@ -437,7 +446,7 @@ def test_the_plan_foresees_less_and_the_peak_keeps_to_it(method: str, tmp_path: 
         assert result.oom_retries == 0
         assert result.peak_bytes <= result.predicted_peak_bytes
     params = 64 * 2048 + 2048**2 + 2048 * 10
-    for kind, per_parameter in (("bf16", 4.0), ("int8", 6 - 8 / BLOCK)):
+    for kind, per_parameter in (("bf16", 4.0), ("int8", 6 - 8 / BLOCK_SIZE)):
         saved = per_parameter * params
         assert found["fp32"][1] - found[kind][1] == pytest.approx(saved, rel=1e-3)
         assert found["fp32"][2] - found[kind][2] >= 0.99 * saved  # headers
@@ -471,8 +480,8 @@ def test_a_missing_torchao_is_named_with_the_command_that_installs_it(tmp_path: 
         return imports(name, *args, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    short_state._torchao.cache_clear()
-    short_state._levels.cache_clear()
+    low_precision._torchao.cache_clear()
+    low_precision._int8_levels.cache_clear()
     for act in (functools.partial(lowmem_pnn.fit, workdir=tmp_path / "run"), lowmem_pnn.plan):
         with pytest.raises(ConfigError) as caught:
             act(mlp, vectors(), max_gpu_mem="400MB", device="cpu", optimizer_state="int8")  # type: ignore[operator]

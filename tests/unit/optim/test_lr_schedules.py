@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from lowmem_pnn.optim.lr_schedules import Schedule, factor
+from lowmem_pnn.optim.lr_schedules import Schedule, lr_factor
 
 LR = 0.3
 LENGTHS = [1, 2, 3, 4, 5, 7, 10, 33, 1000]
@@ -26,7 +26,7 @@ def rates_of(make: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler], 
 
 
 def factors(schedule: Schedule, total_steps: int, warmup_steps: int = 0) -> list[float]:
-    return [factor(schedule, step, total_steps, warmup_steps) for step in range(total_steps)]
+    return [lr_factor(schedule, step, total_steps, warmup_steps) for step in range(total_steps)]
 
 
 @pytest.mark.parametrize("total_steps", LENGTHS)

@@ -143,9 +143,9 @@ def test_parameters_grow_with_the_square_of_the_width(spec: str) -> None:
 @pytest.mark.parametrize("spec", CIFAR_MODELS)
 def test_they_are_made_for_the_data(spec: str) -> None:
     source = find_model(spec, {**NARROW, "in_channels": 1}, 100)
-    assert (source.name, source.spec, source.wants, source.context) == (spec, spec, "any", None)
+    assert (source.name, source.spec, source.input_form, source.context) == (spec, spec, "any", None)
     assert source.build()(images(2, channels=1)).shape == (2, 100)
-    assert find_model(spec, NARROW, 100).wants == "image3"
+    assert find_model(spec, NARROW, 100).input_form == "image3"
     with torch.device("meta"):
         assert find_model(spec, {}, None).build()(torch.empty(2, 3, 32, 32)).shape == (2, 10)
         assert find_model(spec, {"num_classes": 12}, 10).build()(torch.empty(2, 3, 64, 64)).shape == (2, 12)

@@ -41,7 +41,7 @@ def test_all_is_in_the_name() -> None:
 
 def test_a_source_says_how_it_takes_text() -> None:
     source = find_model(TINY, {}, 50)
-    assert (source.name, source.spec, source.wants, source.context) == ("gpt-2x32", TINY, "any", 16)
+    assert (source.name, source.spec, source.input_form, source.context) == ("gpt-2x32", TINY, "any", 16)
     assert find_model("mlp:8-4", {}, 4).context is None
     with torch.device("meta"):
         sizes = [tuple(find_model("gpt", {}, number).build().head.weight.shape) for number in (None, 60)]

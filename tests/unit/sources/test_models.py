@@ -29,7 +29,7 @@ def test_mlp_is_linear_and_relu_but_the_last() -> None:
     model = source.build()
     assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
     assert [tuple(weight.shape) for weight in model.parameters()] == [(80, 784), (80,), (60, 80), (60,), (47, 60), (47,)]
-    assert (source.name, source.spec, source.wants) == ("mlp-784-80-60-47", "mlp:784-80-60-47", "flat")
+    assert (source.name, source.spec, source.input_form) == ("mlp-784-80-60-47", "mlp:784-80-60-47", "flat")
 
 
 def test_build_draws_from_the_global_generator() -> None:
@@ -70,7 +70,7 @@ def test_torchvision_models_are_built_for_the_classes(name: str, arguments: dict
         model = source.build().eval()
         size = arguments.get("image_size", 96)
         assert model(torch.empty(2, 3, size, size)).shape == (2, 7)
-    assert (source.name, source.wants) == (name, "image3")
+    assert (source.name, source.input_form) == (name, "image3")
 
 
 def test_torchvision_values_are_the_constructors_own() -> None:
@@ -130,7 +130,7 @@ def test_every_accepted_torchvision_default_can_be_named() -> None:
 def test_a_factory_in_a_file_gets_its_arguments(tmp_path: Path) -> None:
     spec = write(tmp_path, "from torch import nn\ndef make(width, depth=1):\n    return nn.Linear(width, depth)\n") + ":make"
     source = find_model(spec, {"width": 3, "depth": 2}, 2)
-    assert (source.name, source.wants) == ("net-make", "any")
+    assert (source.name, source.input_form) == ("net-make", "any")
     assert source.build().weight.shape == (2, 3)
 
 

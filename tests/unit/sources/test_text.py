@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem_pnn.errors import ConfigError, DataError
-from lowmem_pnn.sources.datasets import Dataset, find_dataset, subset, train_val
+from lowmem_pnn.sources.datasets import Dataset, find_dataset
+from lowmem_pnn.sources.subsets import subset, train_val_split
 from lowmem_pnn.sources.text import open_text
 
 NOWHERE = Path("no-such-root")
@@ -101,7 +102,7 @@ def test_a_batch_is_the_receivers_own_and_aligned(tmp_path: Path) -> None:
 
 def test_it_can_be_divided_further(tmp_path: Path) -> None:
     whole = find(write(tmp_path, 1101), 10).train
-    train, val = train_val(whole, 0.2, seed=0, limit=50)
+    train, val = train_val_split(whole, 0.2, seed=0, limit=50)
     assert val is not None
     assert (len(train), len(val)) == (40, 10)
     windows = [tuple(row.tolist()) for part in (train, val) for row in everything(part)[0]]
