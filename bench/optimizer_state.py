@@ -70,7 +70,7 @@ def make_optimizer(kind: str, named: dict[str, Any]) -> Any:
     """
     import torch
 
-    from lowmem_pnn.optim.low_precision import prepare_levels
+    from lowmem_pnn.optim.low_precision import load_int8_levels
     from lowmem_pnn.optim.optimizers import OptimizerSpec
 
     if kind in ("plain", "nearest"):
@@ -82,7 +82,7 @@ def make_optimizer(kind: str, named: dict[str, Any]) -> Any:
             torch.compiler.set_stance("force_eager")
         return AdamW8bit(named.values(), lr=LR, weight_decay=0.0)
     if kind == "int8":
-        prepare_levels()
+        load_int8_levels()
     spec = OptimizerSpec("adamw", lr=LR, state=kind)  # type: ignore[arg-type]
     state = {
         name: {key: torch.zeros(shape, dtype=dtype) for key, (dtype, shape) in spec.layout(parameter).items()}
@@ -122,7 +122,7 @@ def in_memory(kind: str, fields: dict[str, Any]) -> None:
     import numpy as np
     import torch
 
-    from lowmem_pnn.config.options import configure
+    from lowmem_pnn.config.configure import configure
     from lowmem_pnn.seeds import permutation_of
     from lowmem_pnn.workload import open_data
 

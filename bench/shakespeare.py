@@ -60,8 +60,8 @@ def in_memory(steps: int, text: Path, micro_batch: int) -> None:
     """Plain PyTorch; prints JSON as the last line."""
     import torch
 
-    from lowmem_pnn.config.options import configure
-    from lowmem_pnn.optim.lr_schedules import factor
+    from lowmem_pnn.config.configure import configure
+    from lowmem_pnn.optim.lr_schedules import lr_factor
     from lowmem_pnn.seeds import permutation_of
     from lowmem_pnn.workload import open_data
 
@@ -87,7 +87,7 @@ def in_memory(steps: int, text: Path, micro_batch: int) -> None:
             loss = loss_of(samples[part], labels[part]) * (len(chosen[part]) / BATCH)
             torch.autograd.backward(loss)
             total += loss.item()
-        optimizer.param_groups[0]["lr"] = LR * factor(config.lr_schedule, step, steps, config.warmup_steps)
+        optimizer.param_groups[0]["lr"] = LR * lr_factor(config.lr_schedule, step, steps, config.warmup_steps)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)

@@ -1,1 +1,1 @@
-"""A model as a chain of layers: traced, cut, compiled; what its layers compute in."""
+"""A model as a chain of layers: traced, cut, compiled; compute precision."""

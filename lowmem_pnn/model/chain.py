@@ -178,8 +178,8 @@ def capture(model: nn.Module, input_spec: TensorSpec, precision: Precision = FUL
     flow = DataFlow(model, trace(model), input_spec.shape, input_spec.dtype, precision)
     # A module of an nn.Sequential is called '4': its layer is named by the layer's own number, so that no layer has the number of
     # another one for a name.
-    pieces = ((str(number) if name.isdigit() else name, module) for number, (name, module) in enumerate(flow.pieces()))
-    layers = [Layer(name, module, names, precision) for name, module in pieces]
+    named = ((str(number) if name.isdigit() else name, module) for number, (name, module) in enumerate(flow.layers()))
+    layers = [Layer(name, module, names, precision) for name, module in named]
     held: dict[int, list[int]] = {}
     for index, layer in enumerate(layers):
         for tensor in {**layer.parameters(), **layer.buffers()}.values():

@@ -1,7 +1,7 @@
-"""The data flow of a traced model: which values cross which point of its graph, and so where it can be cut.
+"""The data flow of a traced model: which values are alive at each point of its graph, and so where it can be cut.
 
-The graph is run on tensors that have shapes but no values, at two batch sizes and in both modes, and every value, and every
-storage that an operation changes in place, is noted.
+The graph is run on fake tensors, which have shapes but no values, at two batch sizes and in both modes, and every value, and every
+storage that an operation changes in place, is recorded.
 """
 
 import logging
@@ -20,35 +20,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.precision import Precision
-from lowmem_pnn.model.tracer import Trace, copy_structure, random_state_kept, reason
+from lowmem_pnn.model.tracer import Trace, copy_structure, first_line, preserve_random_state
 
 MAX_TENSORS = 64
-"""Most tensors that a boundary may have."""
+"""The most tensors that a boundary may have."""
 
 _NORM_CLASS = re.compile(r"norm(\dd)?$", re.IGNORECASE)
-_JOINING_FUNCTIONS = {
+# Functions with weights that stay in the layer of the operation before them.
+_ATTACHED_FUNCTIONS = {
     F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm, F.prelu, torch.batch_norm, torch.layer_norm,
     torch.group_norm, torch.instance_norm, torch.rms_norm, torch.prelu,
 }  # fmt: skip
 
 
 @dataclass
-class _Run:
-    """What a run on fake tensors showed, by node."""
+class _Recording:
+    """Values and in-place changes of a run on fake tensors, by node."""
 
     batch: int
     values: dict[fx.Node, Any] = field(default_factory=dict)
     writes: dict[fx.Node, set[int]] = field(default_factory=dict)
-    """Storages that the node changed in place, those that are gone by now too."""
+    """Storages that the node changed in place, also those that are freed by now."""
 
 
-class _Watch(TorchDispatchMode):
-    """Notes the operations on the input, weights and what comes of them, and the storages that operations write to."""
+class _OperationLog(TorchDispatchMode):
+    """A mode that logs the operations on given tensors and on the results, and the storages that operations write to.
+
+    Args:
+        tensors: input and weights of a model.
+    """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.log: list[tuple[Any, ...]] = []
-        self.storages: set[int] = set()
+        self.entries: list[tuple[Any, ...]] = []
+        self.written_storages: set[int] = set()
         # The tensors themselves, not their ids alone: an id is used again once its tensor is gone.
         self._dependent = {id(tensor): tensor for tensor in tensors}
 
@@ -57,50 +62,50 @@ class _Watch(TorchDispatchMode):
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
-                self.storages |= _storages(value)
+                self.written_storages |= _storages(value)
         result = func(*args, **kwargs)
-        # Constants are computed while tracing, and so not again by the graph; `prim` has only questions, as for a device.
+        # Constants are computed while tracing, and so not again by the graph; operations of `prim` only query, as for a device.
         if func.namespace != "prim" and any(id(tensor) in self._dependent for tensor in _tensors((args, kwargs))):
             self._dependent.update((id(tensor), tensor) for tensor in _tensors(result))
-            self.log.append((func, torch.is_grad_enabled(), _plain((args, kwargs))))
+            self.entries.append((func, torch.is_grad_enabled(), _comparable((args, kwargs))))
         return result
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph node by node and keeps every value, so that no storage's identity is used twice."""
+class _RecordingInterpreter(fx.Interpreter):
+    """An interpreter that runs a graph node by node and keeps every value, so that no storage's identity is used twice."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, run: _Run, watch: _Watch, where: str) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, recording: _Recording, log: _OperationLog, error_prefix: str) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False  # it would be added to the text of our errors
-        self._run, self._watch, self._where = run, watch, where
+        self._recording, self._log, self._error_prefix = recording, log, error_prefix
 
     def run_node(self, n: fx.Node) -> Any:
-        self._watch.storages = set()
+        self._log.written_storages = set()
         try:
             value = super().run_node(n)
         except Exception as error:  # whatever a user's module raises on a shape it does not take
-            raise CaptureError(f"{self._where}, at {str(n.target)!r}: {_why(error)}") from error
-        self._run.values[n], self._run.writes[n] = value, self._watch.storages
+            raise CaptureError(f"{self._error_prefix}, at {str(n.target)!r}: {_explain(error)}") from error
+        self._recording.values[n], self._recording.writes[n] = value, self._log.written_storages
         return value
 
 
-def _run_fake(
+def _record(
     model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: torch.dtype, precision: Precision, batch: int, training: bool
-) -> _Run:
-    """Run the traced graph, and the model itself, on tensors that have shapes but no values.
+) -> _Recording:
+    """Run the traced graph, and the model itself, on fake tensors; both must do the same operations.
 
-    All are on the CPU, wherever the model's are; where it matters what is cast, on the device that computes.
+    All fake tensors are on the CPU, wherever the model's are; under autocast, whose casts depend on the device, on the training device.
     """
     device = "cpu" if precision.dtype == "fp32" else precision.device_type
     mode_text = "train" if training else "eval"
-    where = (
+    error_prefix = (
         f"model {type(model).__name__} does not run on samples of {shape} {str(dtype).removeprefix('torch.')} in {mode_text} mode"
     )
     if precision.channels_last:
-        where += ", its maps channels last (--channels-last)"
-    run = _Run(batch)
+        error_prefix += ", its maps channels last (--channels-last)"
+    recording = _Recording(batch)
 
-    def watched(forward: Callable[[nn.Module, Tensor, _Watch], Any]) -> list[tuple[Any, ...]]:
+    def logged(forward: Callable[[nn.Module, Tensor, _OperationLog], Any]) -> list[tuple[Any, ...]]:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             (sample,) = precision.to_memory_format((torch.empty((batch, *shape), dtype=dtype, device=device),))
@@ -108,34 +113,37 @@ def _run_fake(
             for tensor in [*model.parameters(), *model.buffers()]:
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
                 fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-        root = _complete(copy_structure(model, fakes), traced).train(training)
-        watch = _Watch([sample, *fakes.values()])
-        with random_state_kept(), _quiet(), mode, torch.enable_grad(), precision.autocast(), watch:
-            forward(root, sample, watch)
-        return watch.log
+        root = _with_constants(copy_structure(model, fakes), traced).train(training)
+        log = _OperationLog([sample, *fakes.values()])
+        with preserve_random_state(), _fake_tensor_log_disabled(), mode, torch.enable_grad(), precision.autocast(), log:
+            forward(root, sample, log)
+        return log.entries
 
-    def run_model(root: nn.Module, sample: Tensor, watch: _Watch) -> None:
+    def run_graph(root: nn.Module, sample: Tensor, log: _OperationLog) -> None:
+        _RecordingInterpreter(root, traced.graph, recording, log, error_prefix).run(sample)
+
+    def run_model(root: nn.Module, sample: Tensor, log: _OperationLog) -> None:
         try:
             root(sample)
         except Exception as error:  # as above
-            raise CaptureError(f"{where}: {_why(error)}") from error
+            raise CaptureError(f"{error_prefix}: {_explain(error)}") from error
 
-    found = watched(lambda root, sample, watch: _Recorder(root, traced.graph, run, watch, where).run(sample))
-    expected = watched(run_model)
-    if found != expected:
-        # A forward can tell stand-ins from tensors: by isinstance(x, Tensor), for one, and then silently do something else.
-        step = next((step for step, (one, other) in enumerate(zip(found, expected, strict=False)) if one != other), len(found))
-        names = [str(log[step][0]) if step < len(log) else "nothing" for log in (expected, found)]
+    traced_log, model_log = logged(run_graph), logged(run_model)
+    if traced_log != model_log:
+        # A forward can tell proxies from tensors: by isinstance(x, Tensor), for one, and then silently do something else.
+        pairs = enumerate(zip(traced_log, model_log, strict=False))
+        step = next((step for step, (one, other) in pairs if one != other), len(traced_log))
+        names = [str(log[step][0]) if step < len(log) else "nothing" for log in (model_log, traced_log)]
         raise CaptureError(
             f"model {type(model).__name__} cannot be cut into layers: in {mode_text} mode it does {names[0]} as operation "
             f"{step}, where its traced forward does {names[1]}; keep isinstance(x, Tensor) and the like in a module of their own"
         )
-    return run
+    return recording
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging the traceback of an operation that shapes rule out: it is in the error that we raise."""
+def _fake_tensor_log_disabled() -> Iterator[None]:
+    """Keep torch from logging the traceback of an operation that does not take its shapes: it is in the error that we raise."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
@@ -144,18 +152,18 @@ def _quiet() -> Iterator[None]:
         log.disabled = before
 
 
-def _why(error: Exception) -> str:
+def _explain(error: Exception) -> str:
     if isinstance(error, DataDependentOutputException):
         return "it reads a tensor's value (as by .item(), or in a condition), where capturing has shapes only"
-    return reason(error)
+    return first_line(error)
 
 
-def _complete(root: nn.Module, traced: Trace) -> nn.Module:
-    """Give a copy of the model what the trace refers to beyond the model's own."""
+def _with_constants(root: nn.Module, traced: Trace) -> nn.Module:
+    """Add to a copy of the model the constants that the trace refers to."""
     for target, tensor in traced.constants.items():
         path, _, attribute = target.rpartition(".")
         setattr(root.get_submodule(path), attribute, tensor)
-    for target, module in traced.by_mode.items():
+    for target, module in traced.mode_constants.items():
         module.train(root.training)
         root.add_module(target, module)
     return root
@@ -173,17 +181,17 @@ def _storages(value: Any) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in _tensors(value)}
 
 
-def _plain(value: Any) -> Any:
-    """Arguments of an operation in a form that can be compared with those of another run."""
+def _comparable(value: Any) -> Any:
+    """Return arguments of an operation in a form that can be compared with those of another run."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.stride(), value.dtype
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else repr(value)
+        return {key: _comparable(item) for key, item in value.items()}
+    return [_comparable(item) for item in value] if isinstance(value, (tuple, list)) else repr(value)
 
 
 class _Constant(nn.Module):
-    """A tensor that is no parameter and no buffer: it follows the layer's input to its device, and into a fake mode."""
+    """A tensor that is no parameter and no buffer, as a module: it follows the layer's input to its device, and into a fake mode."""
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -195,17 +203,28 @@ class _Constant(nn.Module):
 
 
 class DataFlow:
-    """Which values flow where in a traced graph, and so where it can be cut."""
+    """The values that are alive at each point of a traced graph, and so its cuts and its layers.
+
+    Args:
+        model: the traced model.
+        traced: its trace.
+        shape: shape of one sample.
+        dtype: type of the samples.
+        precision: compute precision and memory format of the layers.
+
+    Raises:
+        CaptureError: the model does not take such samples, or does not return one tensor of the same batch.
+    """
 
     def __init__(self, model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> None:
         self._traced = traced
         modes = ((2, True), (3, True), (2, False))
-        self._runs = [_run_fake(model, traced, shape, dtype, precision, batch, training) for batch, training in modes]
-        self._where = f"model {type(model).__name__}"
-        self._root = _complete(copy_structure(model), traced)
+        self._recordings = [_record(model, traced, shape, dtype, precision, batch, training) for batch, training in modes]
+        self._error_prefix = f"model {type(model).__name__}"
+        self._root = _with_constants(copy_structure(model), traced)
         self._input = next(node for node in traced.graph.nodes if node.op == "placeholder")
         [self._output] = [node for node in traced.graph.nodes if node.op == "output"]
-        self._steps = [node for node in traced.graph.nodes if node.op.startswith("call_") and not traced.is_free(node)]
+        self._steps = [node for node in traced.graph.nodes if node.op.startswith("call_") and not traced.only_fetches(node)]
         self._position = {self._input: -1, **{node: index for index, node in enumerate(self._steps)}}
         self._last_use = dict(self._position)
         for user in [*self._steps, self._output]:
@@ -217,90 +236,90 @@ class DataFlow:
         self._live = [[self._input], *(self._alive_at(cut) for cut in self._cuts), [self._result]]
 
     def boundaries(self) -> list[list[tuple[tuple[int, ...], torch.dtype]]]:
-        """Shapes without the batch axis, and types, of what flows into the first layer, between layers, and out of the last."""
+        """Return shapes without the batch axis, and types, of the tensors before the first layer, between layers, and after the last."""
         return [[self._spec(node) for node in live] for live in self._live]
 
-    def pieces(self) -> list[tuple[str, fx.GraphModule]]:
-        """Make a module of each stretch between two cuts, and name it."""
+    def layers(self) -> list[tuple[str, fx.GraphModule]]:
+        """Make a module of the operations between two cuts, and name it, for all cuts in order."""
         starts, stops = [0, *self._cuts], [*self._cuts, len(self._steps)]
         seen: Counter[str] = Counter()
-        pieces = []
+        layers = []
         for start, stop, before, after in zip(starts, stops, self._live[:-1], self._live[1:], strict=True):
             name = self._name(self._steps[start:stop])
             seen[name] += 1
             unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
-            pieces.append((unique, self._build(self._steps[start:stop], before, after)))
-        return pieces
+            layers.append((unique, self._build(self._steps[start:stop], before, after)))
+        return layers
 
     def trained(self) -> set[int]:
-        """Identities of the parameters that the model's output depends on."""
+        """Return the identities of the parameters that the model's output depends on."""
         needed = {self._output}
-        for run in self._runs:
-            known = _storages(run.values[self._input])
+        for recording in self._recordings:
+            known = _storages(recording.values[self._input])
             for node in self._steps:
-                if run.writes[node] & known:
+                if recording.writes[node] & known:
                     needed.add(node)  # it changes an earlier value in place, which the output may depend on
-                known |= _storages(run.values[node])
+                known |= _storages(recording.values[node])
         stack = list(needed)
         while stack:
             for node in stack.pop().all_input_nodes:
                 if node not in needed:
                     needed.add(node)
                     stack.append(node)
-        found: set[int] = set()
+        parameters: set[int] = set()
         for node in needed:
-            found.update(map(id, self._weights(node).values()))
-        return found
+            parameters.update(map(id, self._weights(node).values()))
+        return parameters
 
     def _check_output(self) -> None:
         result = self._output.args[0]
-        for run in self._runs:
-            value = run.values[result] if isinstance(result, fx.Node) else result
+        for recording in self._recordings:
+            value = recording.values[result] if isinstance(result, fx.Node) else result
             if not isinstance(value, Tensor):
                 kind = type(value).__name__.removeprefix("immutable_")
                 many = f" of {len(value)}" if isinstance(value, (tuple, list, dict)) else ""
                 raise CaptureError(
-                    f"{self._where} returns {kind}{many}, not one tensor; wrap it in a module that returns the tensor to train on"
+                    f"{self._error_prefix} returns {kind}{many}, not one tensor; wrap it in a module that returns the tensor to train on"
                 )
-            if value.dim() == 0 or value.shape[0] != run.batch:
+            if value.dim() == 0 or value.shape[0] != recording.batch:
                 raise CaptureError(
-                    f"{self._where} returns a tensor of shape {tuple(value.shape)} for a batch of {run.batch}; its "
+                    f"{self._error_prefix} returns a tensor of shape {tuple(value.shape)} for a batch of {recording.batch}; its "
                     "first axis must be the batch"
                 )
         assert isinstance(result, fx.Node)
-        if self._traced.is_free(result):
-            raise CaptureError(f"{self._where} returns {result.target!r}, which does not depend on its input")
+        if self._traced.only_fetches(result):
+            raise CaptureError(f"{self._error_prefix} returns {result.target!r}, which does not depend on its input")
         self._result = result
 
     def _find_cuts(self) -> list[int]:
         candidates = [position for position, node in enumerate(self._steps) if self._starts_layer(node)]
-        # All before the first weights goes with them: the first layer begins at the model's input.
+        # Operations before the first weights belong to the first layer, which begins at the model's input.
         return [position for position in candidates[1:] if self._can_cut(position)]
 
     def _starts_layer(self, node: fx.Node) -> bool:
         if not self._weights(node):
             return False
         if node.op != "call_module":
-            return node.target not in _JOINING_FUNCTIONS
+            return node.target not in _ATTACHED_FUNCTIONS
         module = self._root.get_submodule(str(node.target))
-        joins = isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU))
+        is_attached = isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU))
         is_norm = _NORM_CLASS.search(type(module).__name__) is not None and not list(module.children())
-        return not joins and not is_norm
+        return not is_attached and not is_norm
 
     def _weights(self, node: fx.Node) -> dict[str, nn.Parameter]:
-        """Parameters that a node uses, its module's or those it is given."""
+        """Return the parameters that a node uses, its module's or its arguments."""
         if node.op == "call_module":
             module = self._root.get_submodule(str(node.target))
-            found = {f"{node.target}.{name}": parameter for name, parameter in module.named_parameters()}
+            weights = {f"{node.target}.{name}": parameter for name, parameter in module.named_parameters()}
         else:
-            found = {}
+            weights = {}
         for source in node.all_input_nodes:
             if source.op == "get_attr" and source.target not in self._traced.constants:
                 path, _, attribute = str(source.target).rpartition(".")
                 value = getattr(self._root.get_submodule(path), attribute)
                 if isinstance(value, nn.Parameter):
-                    found[str(source.target)] = value
-        return found
+                    weights[str(source.target)] = value
+        return weights
 
     def _alive_at(self, cut: int) -> list[fx.Node]:
         return [node for node, position in self._position.items() if position < cut <= self._last_use[node]]
@@ -309,17 +328,19 @@ class DataFlow:
         live = self._alive_at(cut)
         if not 0 < len(live) <= MAX_TENSORS:
             return False
-        for run in self._runs:
-            values = [run.values[node] for node in live]
-            if not all(isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == run.batch for value in values):
+        specs = set()
+        for recording in self._recordings:
+            values = [recording.values[node] for node in live]
+            if not all(isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == recording.batch for value in values):
                 return False
-            crossing = _storages(values)
-            if any(run.writes[node] & crossing for node in self._steps[cut:]):
+            storages = _storages(values)
+            if any(recording.writes[node] & storages for node in self._steps[cut:]):
                 return False
-        return len({tuple((run.values[node].shape[1:], run.values[node].dtype) for node in live) for run in self._runs}) == 1
+            specs.add(tuple((value.shape[1:], value.dtype) for value in values))
+        return len(specs) == 1
 
     def _spec(self, node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
-        value = self._runs[0].values[node]
+        value = self._recordings[0].values[node]
         return tuple(value.shape[1:]), value.dtype
 
     def _name(self, steps: list[fx.Node]) -> str:
@@ -335,9 +356,9 @@ class DataFlow:
         copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in before}
         anchor = copies[before[0]]
         if self._input in before and any(
-            run.writes[node] & _storages(run.values[self._input]) for run in self._runs for node in steps
+            recording.writes[node] & _storages(recording.values[self._input]) for recording in self._recordings for node in steps
         ):
-            # A model may change its input in place; what it is given here may be a buffer that is read again.
+            # A model may change its input in place; the input here may be a buffer that is read again.
             copies[self._input] = graph.call_method("clone", (copies[self._input],))
 
         def fetch(node: fx.Node) -> fx.Node:

@@ -1,1 +1,1 @@
-"""Optimizers with state by name, state in fewer bytes, learning-rate schedules."""
+"""Optimizers with state by name, quantized state, learning-rate schedules."""

@@ -1,18 +1,19 @@
-"""Short state: an optimizer's moments in one or two bytes an element, long only while they are stepped, a piece at a time.
+"""Quantized optimizer state: moments in int8 or bfloat16, dequantized only while they are stepped, a piece at a time.
 
     int8   a code (uint8) for each element, one of 256 levels, and a scale (float32) for each block of 256 elements: 1.016 bytes
-    bf16   the upper half of a float32, rounded away from zero or towards it by chance: 2 bytes
+    bf16   the upper half of a float32, after stochastic rounding: 2 bytes
 
-The levels of int8 are those of Dettmers et al. 2022 (arXiv 2110.02861, sections 2.1 and 2.2), as torchao has them: dense near zero, and
-signed for the mean of gradients, unsigned for the mean of their squares. torchao's search for a code takes 90 ns an element on a CPU's
-core; here a table, which is filled by that search, gives the same code in a twentieth of it.
+The levels of int8 are the dynamic quantization of Dettmers et al. 2022 (arXiv 2110.02861, sections 2.1 and 2.2), by torchao's functions:
+dense near zero, and signed for the mean of gradients, unsigned for the mean of their squares. torchao's search for a code takes 90 ns an
+element on a CPU's core; here a table, which is filled by that search, gives the same code in a twentieth of the time.
 
-With one exception: a square that is not zero does not become zero. Where gradients of a block differ by more than four orders of
-magnitude the mean of a small one is above the lowest level of its kind while the mean of its squares is not, and a step, which is their
-ratio, would be as large as the smallest denominator allows: weights of an input that is seldom on grew from 0.08 to 12.
+With one exception: a square that is not zero is not quantized to zero. Where gradients of a block differ by more than four orders of
+magnitude the mean of a small one is above the lowest signed level while the mean of its squares is below the lowest unsigned level, and
+a step, which is their ratio, would be as large as the smallest denominator allows: weights of an input that is seldom active grew from
+0.08 to 12.
 
-A mean that moves by a thousandth of a distance each step moves by less than bfloat16 can tell, and would stand still if it were rounded
-to the nearest value; rounded by chance it is right in the mean.
+A mean that moves by a thousandth of a distance each step moves by less than the precision of bfloat16, and would stand still if it were
+rounded to the nearest value; stochastic rounding is right in the mean.
 """
 
 import functools
@@ -28,89 +29,89 @@ from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError
 
-BLOCK = 256
-"""Elements that share a scale."""
+BLOCK_SIZE = 256
+"""Number of elements that share a scale."""
 
-SMALLEST = 4096
-"""Tensors of fewer elements stay as they are, as with torchao: biases and norms, which are sensitive, and small beside the others."""
+MIN_QUANTIZED_SIZE = 4096
+"""Number of elements below which tensors are not quantized, as with torchao: biases and norms, which are sensitive, and small."""
 
-PIECE = 1 << 16
-"""Elements that are long at one time: few enough for a core's cache, enough for the calls to cost little beside the work."""
+PIECE_SIZE = 1 << 16
+"""Number of elements that are dequantized at one time: few enough for a core's cache, enough for the overhead of calls to be small."""
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def is_quantized(parameter: Tensor) -> bool:
-    """Whether the state of a parameter is kept in short form; only its type and shape are read."""
-    return parameter.dtype == torch.float32 and parameter.numel() >= SMALLEST
+    """Decide whether the state of a parameter is quantized; only its type and shape are read."""
+    return parameter.dtype == torch.float32 and parameter.numel() >= MIN_QUANTIZED_SIZE
 
 
 def pieces(num_elements: int) -> Iterator[slice]:
-    """Cut a flat tensor into pieces of whole blocks; a last block that is not whole is a piece of its own.
+    """Divide a flat tensor into pieces of whole blocks; a last block that is not whole is a piece of its own.
 
     Example:
         >>> [(piece.start, piece.stop) for piece in pieces(65536 + 300)]
         [(0, 65536), (65536, 65792), (65792, 65836)]
     """
-    whole = num_elements - num_elements % BLOCK
-    for begin in range(0, whole, PIECE):
-        yield slice(begin, min(begin + PIECE, whole))
+    whole = num_elements - num_elements % BLOCK_SIZE
+    for begin in range(0, whole, PIECE_SIZE):
+        yield slice(begin, min(begin + PIECE_SIZE, whole))
     if whole < num_elements:
         yield slice(whole, num_elements)
 
 
 @dataclass(frozen=True)
 class Codec(ABC):
-    """The short form of one tensor of an optimizer's state.
+    """The quantization of one tensor of an optimizer's state.
 
     Args:
-        name: the tensor's, in PyTorch's optimizer.
-        signed: whether it has negative values.
+        name: name of the tensor in PyTorch's optimizer.
+        signed: whether the tensor has negative values.
     """
 
     name: str
     signed: bool
 
-    beside_bytes: ClassVar[int]
-    """What `pack` allocates at most for each element of a piece, beside its values."""
+    temporary_bytes: ClassVar[int]
+    """Bytes that `quantize` allocates at most for each element of a piece, beside its values."""
 
     @abstractmethod
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Name, type and shape of what it becomes; all of it zero stands for zeros."""
+        """Return name, type and shape of the quantized tensors; zeros in all of them stand for zeros."""
 
     @abstractmethod
-    def unpack(self, state: Mapping[str, Tensor], piece: slice) -> Tensor:
-        """Values of a piece, flat and in float32.
+    def dequantize(self, state: Mapping[str, Tensor], piece: slice) -> Tensor:
+        """Return the values of a piece, flat and in float32.
 
         Args:
-            state: short tensors, by the names of `layout`.
+            state: quantized tensors, by the names of `layout`.
             piece: one of `pieces`.
         """
 
     @abstractmethod
-    def pack(self, state: Mapping[str, Tensor], piece: slice, values: Tensor, generator: torch.Generator) -> None:
-        """Put new values in the place of a piece's.
+    def quantize(self, state: Mapping[str, Tensor], piece: slice, values: Tensor, generator: torch.Generator) -> None:
+        """Replace the values of a piece.
 
         Args:
-            state: as for `unpack`; changed.
+            state: quantized tensors as for `dequantize`; they are changed.
             piece: one of `pieces`.
-            values: flat, float32; spoilt.
-            generator: what chance is drawn from.
+            values: new values, flat, float32; their memory is overwritten.
+            generator: random generator of stochastic rounding.
         """
 
 
 class Bfloat16(Codec):
-    """The upper half of a float32, rounded by chance."""
+    """The upper half of a float32, after stochastic rounding."""
 
-    beside_bytes = 6  # draws, and noise
+    temporary_bytes = 6  # draws, and noise
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         return {self.name: (torch.bfloat16, shape)}
 
-    def unpack(self, state: Mapping[str, Tensor], piece: slice) -> Tensor:
+    def dequantize(self, state: Mapping[str, Tensor], piece: slice) -> Tensor:
         return state[self.name].view(-1)[piece].float()
 
-    def pack(self, state: Mapping[str, Tensor], piece: slice, values: Tensor, generator: torch.Generator) -> None:
+    def quantize(self, state: Mapping[str, Tensor], piece: slice, values: Tensor, generator: torch.Generator) -> None:
         size = len(values)
         # The 64 bits of a draw serve four elements.
         draws = torch.empty(math.ceil(size / 4), dtype=torch.int64, device=values.device)
@@ -122,30 +123,30 @@ class Bfloat16(Codec):
 
 
 class Int8(Codec):
-    """A level's number for each element, and a scale for each block: its largest magnitude."""
+    """A code, the number of a level, for each element, and a scale for each block: its largest magnitude."""
 
-    beside_bytes = 15  # scaled values, places in the table, codes, thresholds, whether they are passed; scales
+    temporary_bytes = 15  # scaled values, indices into the table, codes, thresholds, results of comparisons; scales
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         return {
             f"{self.name}.codes": (torch.uint8, shape),
-            f"{self.name}.scale": (torch.float32, (math.ceil(math.prod(shape) / BLOCK),)),
+            f"{self.name}.scale": (torch.float32, (math.ceil(math.prod(shape) / BLOCK_SIZE),)),
         }
 
-    def unpack(self, state: Mapping[str, Tensor], piece: slice) -> Tensor:
+    def dequantize(self, state: Mapping[str, Tensor], piece: slice) -> Tensor:
         codes, scale = self._parts(state, piece)
-        values = _levels(self.signed, codes.device).values.index_select(0, codes.int())
+        values = _int8_levels(self.signed, codes.device).values.index_select(0, codes.int())
         values.view(len(scale), -1).mul_(scale.view(-1, 1))
         return values
 
-    def pack(self, state: Mapping[str, Tensor], piece: slice, values: Tensor, generator: torch.Generator) -> None:
+    def quantize(self, state: Mapping[str, Tensor], piece: slice, values: Tensor, generator: torch.Generator) -> None:
         codes, scale = self._parts(state, piece)
-        scaled, largest = _torchao().scale_tensor(values, min(BLOCK, len(values)))
+        scaled, largest = _torchao().scale_tensor(values, min(BLOCK_SIZE, len(values)))
         scale.copy_(largest)
-        codes.copy_(_levels(self.signed, codes.device).codes_of(scaled))
+        codes.copy_(_int8_levels(self.signed, codes.device).quantize(scaled))
 
     def _parts(self, state: Mapping[str, Tensor], piece: slice) -> tuple[Tensor, Tensor]:
-        blocks = slice(piece.start // BLOCK, math.ceil(piece.stop / BLOCK))
+        blocks = slice(piece.start // BLOCK_SIZE, math.ceil(piece.stop / BLOCK_SIZE))
         return state[f"{self.name}.codes"].view(-1)[piece], state[f"{self.name}.scale"][blocks]
 
 
@@ -153,24 +154,29 @@ CODECS: dict[Literal["bf16", "int8"], type[Codec]] = {"bf16": Bfloat16, "int8": 
 
 
 @dataclass(frozen=True)
-class Levels:
-    """The 256 values that codes stand for, and how the code of a value is found.
+class QuantizationLevels:
+    """The 256 values that codes stand for, and a table that gives the code of a value.
 
     Args:
-        values: ascending, (256,) float32; from -0.993 to 1, or from 0 to 1.
+        values: values by code, ascending, (256,) float32; from -0.993 to 1, or from 0 to 1.
         lowest: by the upper 16 bits of a float32, the code of the smallest value that begins with them, (65536,) uint8.
-        thresholds: by code, the smallest value that has a higher one, (256,) float32.
+        thresholds: by code, the smallest value that has a higher code, (256,) float32.
     """
 
     values: Tensor
     lowest: Tensor
     thresholds: Tensor
 
-    def codes_of(self, scaled: Tensor) -> Tensor:
-        """The level nearest to each value, as torchao's search finds it; the lowest but zero for what is nearer to zero, but above.
+    def quantize(self, scaled: Tensor) -> Tensor:
+        """Return the code of the level nearest to each value, as torchao's search does.
+
+        Unsigned levels: the code of the lowest level above zero for values that are positive and nearest to zero.
 
         Args:
-            scaled: (N,) float32 from -1 to 1.
+            scaled: values from -1 to 1, (N,) float32.
+
+        Returns:
+            Codes, (N,) uint8.
         """
         index = scaled.view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF)
         codes = self.lowest.index_select(0, index)
@@ -180,7 +186,7 @@ class Levels:
 
 
 @functools.lru_cache
-def _levels(signed: bool, device: torch.device) -> Levels:
+def _int8_levels(signed: bool, device: torch.device) -> QuantizationLevels:
     torchao = _torchao()
     values = torch.tensor(torchao.create_dynamic_map(signed=signed), dtype=torch.float32)
 
@@ -200,27 +206,27 @@ def _levels(signed: bool, device: torch.device) -> Levels:
         higher = search(middle) > codes
         below, above = torch.where(higher, below, middle), torch.where(higher, middle, above)
     thresholds = torch.cat([above, torch.tensor([math.inf])])
-    return Levels(values.to(device), lowest.to(device), thresholds.to(device))
+    return QuantizationLevels(values.to(device), lowest.to(device), thresholds.to(device))
 
 
-def prepare_levels() -> None:
-    """Import and make what `int8` needs: some megabytes, which belong to the process, and not to what it trains.
+def load_int8_levels() -> None:
+    """Import torchao and make the tables of `int8`: some megabytes, which belong to the process, not to a training.
 
     Raises:
         ConfigError: torchao cannot be imported.
     """
     for signed in (True, False):
-        _levels(signed, torch.device("cpu"))
+        _int8_levels(signed, torch.device("cpu"))
 
 
 @functools.lru_cache
 def _torchao() -> Any:
-    """Torchao's functions for short state.
+    """Import torchao's module of functions for quantized optimizer state.
 
     Raises:
-        ConfigError: it is not installed, or does not go with this PyTorch.
+        ConfigError: torchao is not installed, or does not run with this version of PyTorch.
     """
-    # Of its many parts one logs a warning to its authors when it is imported.
+    # One of its modules logs a warning meant for its authors when it is imported.
     logger = logging.getLogger("torch.utils._pytree")
     level = logger.level
     logger.setLevel(logging.ERROR)

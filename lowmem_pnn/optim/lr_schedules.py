@@ -1,18 +1,18 @@
-"""Learning-rate schedules: the factor on the learning rate as a pure function of the step, so that a resumed run needs no state."""
+"""Learning-rate schedules: the factor on the learning rate as a pure function of the step, so that resuming needs no state."""
 
 import math
 from typing import Literal
 
 Schedule = Literal["constant", "cosine", "onecycle"]
 
-# What torch.optim.lr_scheduler.OneCycleLR does unless told otherwise.
-_RISING_SHARE = 0.3
-_FIRST = 1 / 25
-_LAST = _FIRST / 1e4
+# Defaults of torch.optim.lr_scheduler.OneCycleLR.
+_WARMUP_SHARE = 0.3
+_INITIAL_FACTOR = 1 / 25
+_FINAL_FACTOR = _INITIAL_FACTOR / 1e4
 
 
-def factor(schedule: Schedule, step: int, total_steps: int, warmup_steps: int = 0) -> float:
-    """What the learning rate is multiplied by at one step.
+def lr_factor(schedule: Schedule, step: int, total_steps: int, warmup_steps: int = 0) -> float:
+    """Return the factor on the learning rate at one step.
 
     With s for `step`, T for `total_steps`, w for `warmup_steps`:
 
@@ -26,20 +26,21 @@ def factor(schedule: Schedule, step: int, total_steps: int, warmup_steps: int = 
       `torch.optim.lr_scheduler.OneCycleLR`. A training of one step is its last.
 
     Args:
-        schedule: its name.
-        step: of the optimizer, from 0 over the whole training.
-        total_steps: that the training takes, at least 1.
-        warmup_steps: steps in which the learning rate first rises; may be more than there are. Not with `onecycle`, which rises itself.
+        schedule: name of the schedule.
+        step: step of the optimizer, from 0 over the whole training.
+        total_steps: number of steps of the training, at least 1.
+        warmup_steps: number of steps in which the learning rate first rises; may exceed `total_steps`. Must be 0 with `onecycle`, which
+            rises by itself.
 
     Returns:
         A number above 0 and at most 1.
 
     Example:
-        >>> [factor("cosine", step, 4) for step in (0, 2)]
+        >>> [lr_factor("cosine", step, 4) for step in (0, 2)]
         [1.0, 0.5]
-        >>> [factor("constant", step, 4, warmup_steps=2) for step in range(4)]
+        >>> [lr_factor("constant", step, 4, warmup_steps=2) for step in range(4)]
         [0.5, 1.0, 1.0, 1.0]
-        >>> [round(factor("onecycle", step, 10), 6) for step in (0, 2, 9)]
+        >>> [round(lr_factor("onecycle", step, 10), 6) for step in (0, 2, 9)]
         [0.04, 1.0, 4e-06]
     """
     assert 0 <= step < total_steps, f"step {step} of {total_steps}"
@@ -54,13 +55,13 @@ def factor(schedule: Schedule, step: int, total_steps: int, warmup_steps: int = 
 
 
 def _one_cycle(step: int, total_steps: int) -> float:
-    # Neither has to be a whole number; a training of up to three steps begins above 1/25.
-    top, end = _RISING_SHARE * total_steps - 1, total_steps - 1
+    # The top need not be a whole number; a training of up to three steps begins above 1/25.
+    top, end = _WARMUP_SHARE * total_steps - 1, total_steps - 1
     if step <= top:
-        return _half_cosine(_FIRST, 1.0, step / top)
-    return _half_cosine(1.0, _LAST, (step - top) / (end - top))
+        return _half_cosine(_INITIAL_FACTOR, 1.0, step / top)
+    return _half_cosine(1.0, _FINAL_FACTOR, (step - top) / (end - top))
 
 
 def _half_cosine(first: float, last: float, share: float) -> float:
-    """From `first` to `last`, flat at both ends, as `share` goes from 0 to 1."""
+    """Interpolate from `first` to `last`, flat at both ends, as `share` goes from 0 to 1."""
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))

@@ -1,4 +1,4 @@
-"""Optimizers: PyTorch's own, with their state laid out by name, so that it can live in a file between residencies."""
+"""Optimizers: PyTorch's own, with their state by name, so that it can be kept in a file between residencies."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from lowmem_pnn.optim.low_precision import CODECS, PIECE, Codec, is_quantized, pieces
+from lowmem_pnn.optim.low_precision import CODECS, PIECE_SIZE, Codec, is_quantized, pieces
 from lowmem_pnn.seeds import seed_of
 
 StateKind = Literal["fp32", "bf16", "int8"]
@@ -19,16 +19,16 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """An optimizer and its settings, apart from the parameters that it will step.
+    """An optimizer and its settings, without parameters.
 
     Args:
         name: `sgd`, `adam` or `adamw`.
         lr: learning rate.
-        momentum: of sgd.
-        weight_decay: added to the gradient (sgd, adam) or decoupled (adamw).
-        fused: use PyTorch's fused kernels.
-        state: what adam and adamw keep their state as; `fp32` is the parameter's own type.
-        seed: of the run; rounding by chance follows from it.
+        momentum: momentum of sgd.
+        weight_decay: weight decay, added to the gradient (sgd, adam) or decoupled (adamw).
+        fused: whether to use PyTorch's fused kernels.
+        state: format of the state of adam and adamw; `fp32` is the parameter's own type.
+        seed: seed of the run; stochastic rounding follows from it.
     """
 
     name: Literal["sgd", "adam", "adamw"]
@@ -40,23 +40,23 @@ class OptimizerSpec:
     seed: int = 0
 
     def __str__(self) -> str:
-        """What decides how much state there is."""
+        """Name the settings that determine the size of the state."""
         if self.name == "sgd":
             return "sgd with momentum" if self.momentum else "sgd"
         return self.name if self.state == "fp32" else f"{self.name} with state in {self.state}"
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """State tensors of a parameter's shape."""
+        """Names of the state tensors of a parameter's shape."""
         if self.name == "sgd":
             return ("momentum_buffer",) if self.momentum else ()
         return ("exp_avg", "exp_avg_sq")
 
     @property
     def step_temporaries(self) -> float:
-        """What a step allocates at most, as a multiple of the largest parameter's bytes, where state is not short.
+        """The most that a step allocates, as a multiple of the largest parameter's bytes, where state is not quantized.
 
-        The unfused loops make the decayed gradient (sgd, adam), and the square root and the denominator (adam, adamw), of one
+        The unfused loops allocate the decayed gradient (sgd, adam), and the square root and the denominator (adam, adamw), of one
         parameter at a time.
         """
         if self.fused:
@@ -65,10 +65,10 @@ class OptimizerSpec:
         return decayed if self.name == "sgd" else 2.0 + decayed
 
     def codecs(self, parameter: Tensor) -> tuple[Codec, ...]:
-        """The short forms of a parameter's state, one for each of `state_names`; none where it is kept as it is.
+        """Return the codecs of a parameter's state, one for each of `state_names`; none where the state is not quantized.
 
         Args:
-            parameter: of any shape; only its type and shape are read.
+            parameter: parameter of any shape; only its type and shape are read.
         """
         if self.state == "fp32" or not is_quantized(parameter):
             return ()
@@ -76,10 +76,10 @@ class OptimizerSpec:
         return tuple(CODECS[self.state](name, signed=name != "exp_avg_sq") for name in self.state_names)
 
     def layout(self, parameter: Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name, type and shape of the state of one parameter. All of it starts as zeros.
+        """Return name, type and shape of the state tensors of one parameter, all of which start as zeros.
 
         Args:
-            parameter: of any shape; only its type and shape are read.
+            parameter: parameter of any shape; only its type and shape are read.
         """
         shape = tuple(parameter.shape)
         layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -92,34 +92,34 @@ class OptimizerSpec:
         return layout
 
     def state_bytes(self, parameter: Tensor) -> int:
-        """Bytes of the state of one parameter; its count of steps, a number, is left out.
+        """Return the bytes of the state of one parameter, without its count of steps.
 
         Args:
-            parameter: of any shape; only its type and shape are read.
+            parameter: parameter of any shape; only its type and shape are read.
         """
         return sum(dtype.itemsize * math.prod(shape) for name, (dtype, shape) in self.layout(parameter).items() if name != "step")
 
     def step_bytes(self, parameter: Tensor) -> int:
-        """What a step of one parameter allocates at most.
+        """Return the most bytes that a step of one parameter allocates.
 
         Args:
-            parameter: of any shape; only its type and shape are read.
+            parameter: parameter of any shape; only its type and shape are read.
         """
         codecs = self.codecs(parameter)
         if not codecs:
             return math.ceil(self.step_temporaries * parameter.numel() * parameter.element_size())
-        beside = max(self.step_temporaries * _FLOAT_BYTES, *(codec.beside_bytes for codec in codecs))
-        return math.ceil(min(PIECE, parameter.numel()) * (len(codecs) * _FLOAT_BYTES + beside))
+        temporaries = max(self.step_temporaries * _FLOAT_BYTES, *(codec.temporary_bytes for codec in codecs))
+        return math.ceil(min(PIECE_SIZE, parameter.numel()) * (len(codecs) * _FLOAT_BYTES + temporaries))
 
     def build(self, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Mapping[str, Tensor]]) -> torch.optim.Optimizer:
         """Make the optimizer over parameters that are in memory, with state that is in memory.
 
         Args:
-            parameters: by name; only trainable ones, each tensor once.
+            parameters: trainable parameters by name, each tensor once.
             state: for each name, the tensors of `layout`, which the optimizer will update in place.
 
         Returns:
-            One of torch.optim's, or one that computes as they do.
+            An optimizer of torch.optim, or `QuantizedStateAdam`.
         """
         values = list(parameters.values())
         optimizer: torch.optim.Optimizer
@@ -132,7 +132,7 @@ class OptimizerSpec:
             optimizer = QuantizedStateAdam(self, parameters)
         else:
             kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
-            # foreach would hold temporaries of every parameter at once.
+            # foreach would allocate temporaries of all parameters at once.
             optimizer = kind(
                 values, lr=self.lr, weight_decay=self.weight_decay, foreach=False if not self.fused else None, fused=self.fused
             )
@@ -142,13 +142,13 @@ class OptimizerSpec:
 
 
 class QuantizedStateAdam(torch.optim.Optimizer):
-    """Adam or AdamW whose moments are in short form: PyTorch's own step, on a piece of a parameter at a time.
+    """Adam or AdamW with quantized moments: PyTorch's own step, on a piece of a parameter at a time.
 
-    Rounding by chance starts, for every parameter and step, from `seed_of(seed, "rounding", name, step)`, where `step` counts from 1.
+    Stochastic rounding starts, for every parameter and step, from `seed_of(seed, "rounding", name, step)`, where `step` counts from 1.
 
     Args:
-        spec: its settings.
-        parameters: by name; `state` is for the caller to give.
+        spec: settings of the optimizer.
+        parameters: parameters by name; the caller sets `state`.
     """
 
     def __init__(self, spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -163,9 +163,9 @@ class QuantizedStateAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_one(parameter, group["lr"])
+                    self._step_parameter(parameter, group["lr"])
 
-    def _step_one(self, parameter: nn.Parameter, lr: float) -> None:
+    def _step_parameter(self, parameter: nn.Parameter, lr: float) -> None:
         state = self.state[parameter]
         gradient = parameter.grad
         assert gradient is not None
@@ -182,16 +182,16 @@ class QuantizedStateAdam(torch.optim.Optimizer):
     def _step_piece(
         self, parameter: nn.Parameter, gradients: Tensor, piece: slice, lr: float, generator: torch.Generator
     ) -> None:
-        """A function of its own, so that nothing of a piece is held when the next one begins."""
+        """Step one piece; a function of its own, so that no tensor of a piece is held when the next one begins."""
         state, codecs = self.state[parameter], self._spec.codecs(parameter)
-        mean, square = (codec.unpack(state, piece) for codec in codecs)
-        count = state["step"].clone()  # the computation counts it up, and there is one for every piece
+        mean, square = (codec.dequantize(state, piece) for codec in codecs)
+        count = state["step"].clone()  # the step increments it, and all pieces have the same count
         self._compute(parameter.view(-1)[piece], gradients[piece], mean, square, count, lr)
         for codec, values in zip(codecs, (mean, square), strict=True):
-            codec.pack(state, piece, values, generator)
+            codec.quantize(state, piece, values, generator)
 
     def _compute(self, weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, lr: float) -> None:
-        """PyTorch's step, with what its Adam and AdamW have for betas and epsilon."""
+        """Do PyTorch's step, with the default betas and epsilon of its Adam and AdamW."""
         compute = adamw if self._spec.name == "adamw" else adam
         compute(
             [weights], [gradient], [exp_avg], [exp_avg_sq], [], [count],

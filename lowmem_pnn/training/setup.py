@@ -11,7 +11,7 @@ from lowmem_pnn.config.checks import check_device
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device
 from lowmem_pnn.model.chain import TensorSpec, capture
-from lowmem_pnn.optim.low_precision import prepare_levels
+from lowmem_pnn.optim.low_precision import load_int8_levels
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.profiler import profile
 from lowmem_pnn.reporting.progress import Display
@@ -38,7 +38,7 @@ def open_workload(
         The open device, and the workload.
     """
     if config.optimizer_state == "int8":
-        prepare_levels()
+        load_int8_levels()
     device = _device_of(config, rank)
     compiled = None
     if config.compile:
