@@ -1,4 +1,4 @@
-"""Training devices: the memory budget and its enforcement on each of them, meters of their use, copies between host and device."""
+"""Training devices: the memory budget and its enforcement, meters of the memory in use, copies between host and device."""
 
 from lowmem_pnn.device.base import Device
 from lowmem_pnn.device.budget import OverBudget, is_out_of_memory

@@ -30,7 +30,6 @@ class Device(ABC):
         self.torch_device = torch_device
         self.budget_bytes = budget_bytes
         self.floor_bytes = 0
-        self._section_peak = 0
         self._peak = 0
         # Copies beside the computing, while the device is open; None where host and device are one.
         self.transfers: Transfers | None = None

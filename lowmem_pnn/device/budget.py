@@ -1,6 +1,6 @@
-"""Enforcement of the memory budget: the reserve, the check of a measured peak, the limit by the operating system, out-of-memory errors.
+"""Enforcement of the memory budget: reserve, check of the measured peak, operating-system limit, out-of-memory errors.
 
-A budget is kept in three steps, each for what the one before it missed:
+The budget is kept in three steps, each for allocations that the step before it did not foresee:
 
     plan    partitions and micro-batches are chosen so that the predicted peak stays `reserve_bytes` below the budget
     check   after each step the measured peak is compared with the budget (`check_peak`); above it the step counts as out of memory

@@ -85,7 +85,7 @@ class LossScale:
 
     @classmethod
     def initial(cls, precision: PrecisionName) -> "LossScale":
-        """Return the scale at the begin of a training."""
+        """Return the scale at the start of a training."""
         return cls(_INITIAL_SCALE, moves=True) if precision == "fp16" else cls()
 
     @property

@@ -1,4 +1,4 @@
-"""Devices: what counts as out of memory, the CPU's floor, meter and wall, and the simulated device."""
+"""Devices: errors that count as out of memory, the CPU's floor, meter and memory limit, and the simulated device."""
 
 import json
 import mmap
@@ -17,7 +17,7 @@ from lowmem_pnn.device.budget import OverBudget
 from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
 from lowmem_pnn.units import MEBIBYTE
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the wall is RLIMIT_DATA")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the memory limit is RLIMIT_DATA")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_other_errors_are_not(error: BaseException) -> None:
 
 
 def _in_a_process(code: str) -> dict[str, Any]:
-    """What a fresh process prints as JSON: the floor and the wall are a whole process's."""
+    """What a fresh process prints as JSON: the floor and the memory limit are a whole process's."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -67,7 +67,7 @@ def _in_a_process(code: str) -> dict[str, Any]:
 
 
 @linux
-def test_the_cpu_has_a_floor_a_meter_and_a_wall() -> None:
+def test_the_cpu_has_a_floor_a_meter_and_a_memory_limit() -> None:
     found = _in_a_process("""
         import gc, json, resource, time
         import torch
@@ -95,7 +95,7 @@ def test_the_cpu_has_a_floor_a_meter_and_a_wall() -> None:
             found["section"] = device.section_peak_bytes() - start
             device.begin_section()
             found["next_section"] = device.section_peak_bytes()
-            # Above the budget, and below the wall: it is used by now, and seen afterwards.
+            # Above the budget, and below the memory limit: it is used by now, and seen afterwards.
             x = torch.ones((66 * MEBIBYTE - start) // 4)
             time.sleep(0.05)
             try:

@@ -200,11 +200,11 @@ def test_a_copy_waits_for_what_was_computed_and_what_is_computed_then_for_the_co
     monkeypatch.setattr(torch.cuda, "stream", on)
     copies = CudaCopies(torch.device("cuda", 0))
     target = torch.zeros(3).as_subclass(Target)
-    mark = copies.upload(torch.ones(3), target)
+    event = copies.upload(torch.ones(3), target)
     assert target.tolist() == [1, 1, 1]
-    assert not mark.is_complete()
-    mark.block_computing()
-    mark.wait()
+    assert not event.is_complete()
+    event.block_computing()
+    event.wait()
     copies.download(torch.ones(3), target)
     assert log == [
         ("up", "waits for", "computing"), ("up", "copies", True), ("up", "marks"), ("computing", "waits for", "up"),
@@ -304,7 +304,7 @@ def test_copies_beside_the_computing_give_the_same_weights_as_synchronous_ones(
 
 @pytest.mark.gpu
 @gpu
-def test_what_goes_ahead_and_behind_on_a_gpu_is_never_overwritten_and_stays_within_the_window() -> None:
+def test_copies_in_flight_on_a_gpu_are_never_overwritten_and_stay_within_the_limit() -> None:
     with CudaDevice(2_000 * MB) as device:
         transfers = device.transfers
         assert transfers is not None

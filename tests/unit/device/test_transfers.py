@@ -87,10 +87,10 @@ def test_values_types_and_strides_come_as_plain_copies_bring_them(slab: int) -> 
         base, base.permute(0, 3, 1, 2), base.to(memory_format=torch.channels_last), base[:, 1], base[:, :1].expand(2, 3, 4, 5),
         torch.randn(()), torch.empty(0, 3), torch.arange(6).to(torch.bfloat16), torch.tensor([True, False]), torch.arange(5),
     ]  # fmt: skip
-    for tensor, placed in zip(tensors, transfers.to_device(tensors), strict=True):
-        assert torch.equal(tensor, placed)
-        assert (placed.dtype, placed.stride()) == (tensor.dtype, torch.empty_like(tensor).stride())
-        assert placed.data_ptr() != tensor.data_ptr() or not tensor.numel()
+    for tensor, on_device in zip(tensors, transfers.to_device(tensors), strict=True):
+        assert torch.equal(tensor, on_device)
+        assert (on_device.dtype, on_device.stride()) == (tensor.dtype, torch.empty_like(tensor).stride())
+        assert on_device.data_ptr() != tensor.data_ptr() or not tensor.numel()
     for tensor in tensors:
         host = transfers.download(tensor).get()
         assert torch.equal(tensor, host)
@@ -110,7 +110,7 @@ def test_the_device_has_nothing_before_the_upload_is_taken_so_that_taking_it_is_
     transfers = transfers_of()
     upload = transfers.upload([torch.ones(100)])
     assert upload is not None
-    assert upload.tensors[0].isnan().all(), "the simulated copy is late"
+    assert upload.tensors[0].isnan().all(), "the simulated copy is delayed"
     (tensor,) = upload.get()
     assert tensor.unique().tolist() == [1]
 
@@ -125,7 +125,7 @@ def test_many_uploads_go_through_a_slab_with_room_for_two() -> None:
     assert transfers.slab.lent_bytes <= transfers.slab.size
 
 
-def test_what_waits_on_the_device_stays_within_the_window() -> None:
+def test_copies_in_flight_stay_within_the_limit() -> None:
     transfers = transfers_of(limit=1000)
     first = transfers.upload([torch.ones(100), torch.ones(50)])
     assert first is not None
@@ -189,7 +189,7 @@ def test_downloads_are_waited_for_on_another_thread_while_others_begin(pool: Thr
     assert transfers.in_flight_bytes == 0
 
 
-def test_each_of_a_row_of_downloads_is_waited_for_after_the_next_has_begun() -> None:
+def test_each_of_the_overlapped_downloads_is_waited_for_after_the_next_has_begun() -> None:
     transfers, begun = transfers_of(), []
 
     def begin() -> Iterator[tuple[int, Any]]:
@@ -264,7 +264,7 @@ def test_the_next_piece_is_brought_up_and_one_that_is_not_wanted_any_more_is_dro
         assert device.transfers.in_flight_bytes == 0
 
 
-def test_pieces_that_the_window_has_no_room_for_are_asked_for_once() -> None:
+def test_pieces_beyond_the_limit_are_asked_for_once() -> None:
     asked: list[int] = []
 
     def piece(number: int) -> Piece:
@@ -274,7 +274,7 @@ def test_pieces_that_the_window_has_no_room_for_are_asked_for_once() -> None:
 
         return Piece(number, tensors)
 
-    with SimulatedDevice(3200) as device:  # a window of 100 bytes
+    with SimulatedDevice(3200) as device:  # a limit of 100 bytes in flight
         uploads = Uploads(device)
         for number in range(3):
             (tensor,) = uploads.take(piece(number), piece(number + 1))
@@ -290,11 +290,11 @@ def _log_copies(device: SimulatedDevice, log: list[str], monkeypatch: pytest.Mon
     def noting(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def noted(source: Tensor, target: Tensor) -> Any:
             log.append(name)
-            mark = work(source, target)
+            event = work(source, target)
             if name == "download":
-                wait = mark.wait
-                mark.wait = lambda: (log.append("wait"), wait())
-            return mark
+                wait = event.wait
+                event.wait = lambda: (log.append("wait"), wait())
+            return event
 
         return noted
 
@@ -370,7 +370,7 @@ METHODS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", METHODS, ids=lambda options: "-".join(map(str, options.values())))
-def test_a_run_with_late_copies_is_as_one_without_copies(
+def test_a_run_with_delayed_copies_is_as_one_without_copies(
     options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights and scores, bit by bit: whoever used a tensor before it was there, or memory that a copy still needed, would differ."""
@@ -387,7 +387,7 @@ def test_a_run_with_late_copies_is_as_one_without_copies(
         return entered
 
     monkeypatch.setattr(Transfers, "_claim", watch)
-    result = fit_on(device, monkeypatch, small_conv, data, test=data, workdir=tmp_path / "late", **options)
+    result = fit_on(device, monkeypatch, small_conv, data, test=data, workdir=tmp_path / "delayed", **options)
     assert [part["micro_batch"] for part in result.partitions] == [part["micro_batch"] for part in plain.partitions]
     assert_same_weights(loaded(small_conv, result.weights_file), loaded(small_conv, plain.weights_file))
     assert (result.test_accuracy, result.test_loss) == (plain.test_accuracy, plain.test_loss)
@@ -395,12 +395,12 @@ def test_a_run_with_late_copies_is_as_one_without_copies(
     assert result.peak_bytes <= result.predicted_peak_bytes
 
 
-def test_a_run_whose_window_is_too_small_for_anything_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_limit_of_copies_in_flight_is_zero_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"method": "exact", "cuts": "1,2,3", "epochs": 1, "batch_size": 16, "micro_batch": 8}
     plain = lowmem_pnn.fit(small_conv, images(48), max_gpu_mem="300MB", device="cpu", workdir=tmp_path / "cpu", **options)
     monkeypatch.setattr("lowmem_pnn.device.simulated.in_flight_bytes_of", lambda budget: 0)
     monkeypatch.setattr("lowmem_pnn.device.simulated.slab_bytes_of", lambda budget: 64)
-    result = fit_on(SimulatedDevice(30_000_000), monkeypatch, small_conv, images(48), workdir=tmp_path / "late", **options)
+    result = fit_on(SimulatedDevice(30_000_000), monkeypatch, small_conv, images(48), workdir=tmp_path / "delayed", **options)
     assert_same_weights(loaded(small_conv, result.weights_file), loaded(small_conv, plain.weights_file))
 
 
