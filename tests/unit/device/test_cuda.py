@@ -293,9 +293,9 @@ def test_copies_beside_the_computing_give_the_same_weights_as_synchronous_ones(
 
     def synchronously(self: CudaCopies, stream: torch.cuda.Stream, source: Tensor, target: Tensor) -> Any:
         torch.cuda.synchronize()
-        mark = copy(self, stream, source, target)
+        event = copy(self, stream, source, target)
         torch.cuda.synchronize()
-        return mark
+        return event
 
     monkeypatch.setattr(CudaCopies, "_copy", synchronously)
     for name, tensor in weights("synchronous").items():
