@@ -14,6 +14,8 @@ import numpy as np
 from lowmem_pnn.cli import commands as cli
 from lowmem_pnn.cli.supervisor import WORKER_VARIABLE
 
+FIT = "fit --max-gpu-mem 100MB --device cpu --epochs 1 "
+
 
 @dataclass
 class Outcome:
@@ -60,3 +62,8 @@ def write_data(path: Path, **changes: np.ndarray) -> Path:
     arrays = {"x_train": x[:120], "y_train": y[:120], "x_test": x[120:], "y_test": y[120:], **changes}
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
+
+
+def train(more: str = "", model: str = "mlp:20-16-3", data: str = "npz:data.npz", workdir: str = "run") -> Outcome:
+    """Train for one epoch on the data in the folder `data_folder`, with `more` options."""
+    return lowmem_pnn(f"{FIT} --model '{model}' --data '{data}' --workdir '{workdir}' {more}")

@@ -26,7 +26,8 @@ from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.model.layer import head_prefix
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.planning.neuroflux_blocks import feasible_batch, similar_batch_cuts
-from lowmem_pnn.profiling.costs import Affine, peak_of, with_local_loss
+from lowmem_pnn.profiling.costs import Affine, with_local_loss
+from lowmem_pnn.profiling.peaks import peak_of
 from lowmem_pnn.profiling.profiler import profile
 from lowmem_pnn.seeds import permutation_of, seed_of
 from lowmem_pnn.training.export import find_exit

@@ -12,7 +12,8 @@ from helpers.strategies import profiles
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.planner import partition_peak, plan, smallest_budget
-from lowmem_pnn.profiling.costs import Affine, LayerCost, MemoryProfile, largest_part
+from lowmem_pnn.profiling.costs import Affine, LayerCost, MemoryProfile
+from lowmem_pnn.profiling.peaks import largest_micro_batch
 
 MB = 1_000_000
 
@@ -45,7 +46,7 @@ def equal_layers(count, **values):
 
 def reference_peak(profile, start, stop, micro_batch, batch, objective):
     """The table in the docstring of `lowmem_pnn.profiling.costs`, term by term."""
-    part = largest_part(batch, micro_batch, profile.smallest_micro_batch)
+    part = largest_micro_batch(batch, micro_batch, profile.smallest_micro_batch)
     layers = profile.layers[start:stop]
     adds_up = part < batch
     waiting = [one.gradient_bytes - (0 if adds_up else one.freed_gradient_bytes) for one in layers]

@@ -13,8 +13,9 @@ from lowmem_pnn.memory.storage_tracker import StorageTracker
 from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.planning.planner import partition_peak
-from lowmem_pnn.profiling import fake_run as fakebench
-from lowmem_pnn.profiling.costs import Affine, Envelope, largest_part
+from lowmem_pnn.profiling import fake_run
+from lowmem_pnn.profiling.costs import Affine, Envelope
+from lowmem_pnn.profiling.peaks import largest_micro_batch
 from lowmem_pnn.profiling.profiler import fit_peak, profile
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def resnet18():
 @pytest.fixture
 def tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what kernels hold beside tensors, for comparisons with a tracker, which sees tensors."""
-    monkeypatch.setattr(fakebench, "scratch_bytes", lambda *_: 0)
+    monkeypatch.setattr(fake_run, "scratch_bytes", lambda *_: 0)
 
 
 def test_a_linear_layer_by_hand():
@@ -305,8 +306,8 @@ def test_predicted_peaks_bound_those_of_real_runs_closely(build, spec, micro_bat
         # Scalars (the loss and its gradient) are not in the objective's bytes.
         assert real - 64 <= predicted
         # At the most: the gradient of a partition's inputs, which nobody asks for here, and gradients of one layer twice.
-        part = largest_part(batch, micro_batch, smallest)
-        slack = max(layer.input_bytes.at(part) + layer.output_bytes.at(part) + layer.gradient_bytes for layer in layers)
+        largest = largest_micro_batch(batch, micro_batch, smallest)
+        slack = max(layer.input_bytes.at(largest) + layer.output_bytes.at(largest) + layer.gradient_bytes for layer in layers)
         assert predicted <= real * 1.15 + slack
     whole = measured_peak(chain, 0, end, micro_batch, batch, smallest) + sum(
         layer.weight_bytes + 2 * layer.buffer_bytes for layer in costs.layers

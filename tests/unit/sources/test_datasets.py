@@ -17,10 +17,7 @@ from lowmem_pnn.sources.datasets import find_dataset, make_dataset
 from lowmem_pnn.sources.splits import from_torch
 from lowmem_pnn.sources.subsets import subset, train_val_split
 
-# Dividing.
-
-
-# From Python
+# From Python.
 
 
 def test_a_map_style_data_set_of_anything() -> None:
@@ -142,7 +139,7 @@ def test_a_fingerprint_changes_with_the_data_only() -> None:
     assert maps[0] == maps[1] != maps[2]
 
 
-# Names.
+# By name.
 
 
 def test_digits_are_divided_in_equal_shares() -> None:
@@ -240,7 +237,7 @@ def test_a_failed_download_is_said(error: Exception, monkeypatch: pytest.MonkeyP
     assert "\n" not in str(raised.value)
 
 
-# Npz.
+# Files of arrays.
 
 
 def test_npz_of_the_keras_layout(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""The command on file systems that are full or cannot be written to, and on terminals without letters."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers.commands import FIT, lowmem_pnn, train
+
+pytestmark = pytest.mark.usefixtures("data_folder")
+
+
+@pytest.fixture
+def small_disk(data_folder: Path) -> Iterator[Path]:
+    """A file system of 100 kB."""
+    place = data_folder / "disk"
+    place.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", place], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a file system can be mounted only by root")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(small_disk: Path) -> None:
+    line = f"{FIT} --model mlp:20-60-60-3 --cuts 1 --epochs 2 --data npz:data.npz --workdir"
+    done = lowmem_pnn(f"{line} disk/run")
+    assert done.code == 5
+    assert "no space left on device" in done.fault
+    assert done.fault.endswith("make room there, or give a --workdir on another disk")
+    assert not (small_disk / "run" / "result.json").exists()
+    assert not (small_disk / "run" / "model.safetensors").exists()
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    assert lowmem_pnn("fit --resume --workdir disk/run").code == 0
+    assert lowmem_pnn(f"{line} whole").code == 0
+    assert Path("whole/model.safetensors").read_bytes() == (small_disk / "run" / "model.safetensors").read_bytes()
+
+
+def test_a_disk_that_cannot_be_written_to(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert (
+        train(workdir="disk/run").fault
+        == "cannot make --workdir disk/run: read-only file system; choose a folder that can be written"
+    )
+    done = train(workdir="disk")
+    assert (done.code, "read-only file system" in done.fault) == (5, True)
+
+
+def test_a_terminal_without_the_letters_gets_the_result() -> None:
+    # A process of its own costs seconds: one in which the work is done, and only the page is printed.
+    code = "import sys; from lowmem_pnn import cli; cli.plan.callback = lambda **_: cli.click.echo('\u2500 layer \u00fc'); cli.main()"
+    command = [sys.executable, "-c", code, "plan"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True, check=True)
+    assert done.stdout == b"? layer \xfc\n"

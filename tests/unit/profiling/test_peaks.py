@@ -1,0 +1,79 @@
+"""Peak memory of ranges of layers, by hand and by its rules."""
+
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from helpers.strategies import profiles
+from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost
+from lowmem_pnn.profiling.peaks import RangePeaks, default_objective, largest_micro_batch
+
+LAYER = LayerCost(
+    name="fc",
+    num_params=10,
+    weight_bytes=40,
+    buffer_bytes=3,
+    gradient_bytes=36,
+    optimizer_bytes=72,
+    step_bytes=8,
+    forward_peak=Affine(5, 7),
+    kept=Affine(2, 6),
+    backward_peak=Envelope((Affine(36, 1), Affine(0, 9))),
+    emit_peak=Affine(0, 4),
+    input_bytes=Affine(0, 11),
+    output_bytes=Affine(0, 4),
+    forward_macs=10,
+)
+
+
+def test_a_layer_alone_by_hand():
+    # weights, twice the buffers, the optimizer's state, and inputs of 2 samples
+    resident = 40 + 6 + 72 + 22
+    [(peak, held)] = RangePeaks([LAYER], 2, accumulates=False).ranges(0)
+    assert held == resident + 14
+    assert peak == resident + 14 + 8 + max(36 + 2, 18)
+    [(peak, held)] = RangePeaks([LAYER], 2, accumulates=True).ranges(0)
+    assert held == resident + 36 + 14
+    assert peak == resident + 36 + 14 + 8 + 38
+
+
+def test_with_few_samples_the_optimizers_step_can_be_the_peak():
+    [(peak, _)] = RangePeaks([LAYER], 0, accumulates=False).ranges(0)
+    assert peak == 40 + 6 + 72 + 36 + 8
+
+
+def test_gradients_of_later_layers_are_in_memory_in_an_earlier_backward():
+    [_, (peak, _)] = RangePeaks([LAYER, LAYER], 100, accumulates=False).ranges(0)
+    resident = 2 * (40 + 6 + 72) + 1100
+    last, first = 2 * 602 + 400 + 900, 602 + 400 + 900 + 36
+    assert peak == resident + max(last, first)
+    [_, (peak, _)] = RangePeaks([LAYER, LAYER], 1, accumulates=False).ranges(0)
+    assert peak == 2 * (40 + 6 + 72) + 11 + max(2 * 8 + 4 + 37, 8 + 4 + 37 + 36, 2 * 36 + 8)
+
+
+def test_an_objective_is_fixed_all_the_time_and_grows_between_forward_and_backward():
+    prices = RangePeaks([LAYER], 2, accumulates=False)
+    [run] = prices.runs(0)
+    assert prices.with_objective(run, Affine(1000, 0)) == run[0] + 1000
+    assert prices.with_objective(run, Affine(0, 1000)) == run[1] + 2000
+
+
+def test_the_default_objective_is_three_times_the_outputs():
+    assert default_objective(LAYER) == Affine(0, 12)
+
+
+@given(profiles(), st.integers(1, 40), st.booleans())
+def test_a_ranges_peak_never_falls_as_it_grows(profile, batch, accumulates):
+    for start in range(len(profile.layers)):
+        peaks = [peak for peak, _ in RangePeaks(profile.layers, batch, accumulates).ranges(start)]
+        assert len(peaks) == len(profile.layers) - start
+        assert peaks == sorted(peaks)
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 3))
+def test_the_largest_micro_batch_takes_a_small_remainder(batch, size, smallest):
+    assume(size >= smallest)
+    sizes = [size] * (batch // size) + ([batch % size] if batch % size else [])
+    if len(sizes) > 1 and sizes[-1] < smallest:
+        remainder = sizes.pop()
+        sizes[-1] += remainder
+    assert largest_micro_batch(batch, size, smallest) == max(sizes)
