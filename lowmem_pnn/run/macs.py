@@ -1,4 +1,4 @@
-"""Computation: the forward multiply-accumulates of a program, up to any place in it.
+"""MACs: forward multiply-accumulates of a program, up to any position in it.
 
 What PNN's paper puts on the x axis (arXiv 2403.11204, sections 3 and 4): forward passes over training samples, of the partition that
 runs. Here outputs that are written and forwards that are computed again count too; measuring the model does not, nor do batches that
@@ -14,12 +14,12 @@ Program = Sequence[Visit | Sweep]
 
 
 def epoch_macs(item: Visit | Sweep, plan: Plan, samples: int) -> int:
-    """Multiply-accumulates of one pass of a visit or sweep over the training samples; 0 if it reads others.
+    """Return the MACs of one pass of a visit or sweep over the training samples; 0 if it reads others.
 
     Args:
-        item: of the program.
-        plan: how the model is cut.
-        samples: to train on, or as many of them as were passed so far.
+        item: visit or sweep of the program.
+        plan: partitions of the model.
+        samples: training samples, or as many of them as were passed so far.
     """
     visits = item.visits if isinstance(item, Sweep) else (item,)
     forwards = [visit for visit in visits if visit.split == "train" and visit.action not in ("step", "join")]
@@ -29,15 +29,15 @@ def epoch_macs(item: Visit | Sweep, plan: Plan, samples: int) -> int:
 
 
 def macs_until(program: Program, plan: Plan, samples: int, visit: int, epoch: int = 0, samples_done: int = 0) -> int:
-    """Multiply-accumulates before a place in a program.
+    """Return the MACs before a position in a program.
 
     Args:
-        program: of the run.
-        plan: how the model is cut.
-        samples: to train on.
+        program: visits and sweeps of the run.
+        plan: partitions of the model.
+        samples: training samples.
         visit: position in the program.
-        epoch: finished ones of the item there.
-        samples_done: of the epoch under way.
+        epoch: finished epochs of the visit or sweep there.
+        samples_done: samples passed in the epoch under way.
     """
     total = sum(item.epochs * epoch_macs(item, plan, samples) for item in program[:visit])
     if visit < len(program):
@@ -46,10 +46,10 @@ def macs_until(program: Program, plan: Plan, samples: int, visit: int, epoch: in
 
 
 def program_macs(program: Program, plan: Plan, samples: int) -> int:
-    """Multiply-accumulates of a whole program."""
+    """Return the MACs of a whole program; arguments as for `macs_until`."""
     return macs_until(program, plan, samples, len(program))
 
 
 def samples_learnt(program: Program, samples: int) -> int:
-    """Samples in all epochs of learning; those of several partitions count for each of them."""
+    """Count the samples in all epochs of learning; those of several partitions count for each of them."""
     return sum(samples * item.epochs for item in program if isinstance(item, Sweep) or item.action == "learn")

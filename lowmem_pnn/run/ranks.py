@@ -23,18 +23,18 @@ class Rank:
     """One process of several.
 
     Args:
-        number: from 0; trains the partition of that number.
-        of: how many there are.
-        local: its number on its machine, which is its GPU's.
+        number: number of the process, from 0, and of the partition that it trains.
+        size: number of processes.
+        local: number of the process on its machine, which is its GPU's.
     """
 
     number: int = 0
-    of: int = 1
+    size: int = 1
     local: int = 0
 
     @classmethod
     def of_environment(cls) -> "Rank":
-        """As torchrun says, or the only one.
+        """Return the process that torchrun's variables name, or the only one.
 
         Raises:
             ConfigError: the variables are no such numbers.
@@ -42,44 +42,48 @@ class Rank:
         if "WORLD_SIZE" not in os.environ:
             return cls()
         try:
-            number, of, local = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
-            if not 0 <= number < of or local < 0:
+            number, size, local = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
+            if not 0 <= number < size or local < 0:
                 raise ValueError
         except ValueError:
-            found = ", ".join(f"{name}={os.environ.get(name, default)}" for name, default in _VARIABLES)
-            raise ConfigError(f"the environment has {found}, which are not torchrun's; unset them") from None
-        return cls(number, of, local)
+            variables = ", ".join(f"{name}={os.environ.get(name, default)}" for name, default in _VARIABLES)
+            raise ConfigError(f"the environment has {variables}, which are not torchrun's; unset them") from None
+        return cls(number, size, local)
 
     @property
     def is_alone(self) -> bool:
         """Whether this process trains all partitions."""
-        return self.of == 1
+        return self.size == 1
 
     def folder(self, workdir: Path) -> Path:
-        """The rank's own folder, given the whole run's, or its own."""
+        """Return the process's own folder.
+
+        Args:
+            workdir: folder of the whole run, or the process's own.
+        """
         return workdir if self.number and workdir.suffix == f".rank{self.number}" else rank_folder(workdir, self.number)
 
     def check(self, config: FitConfig) -> None:
         """Refuse what several processes cannot share.
 
         Args:
-            config: the run's.
+            config: options of the run.
 
         Raises:
-            ConfigError: anything but partitions that train apart, or another number of them.
+            ConfigError: anything but independent partitions, or another number of them than of processes.
         """
         if self.is_alone:
             return
         if not config.parallel_sil:
             raise ConfigError(
-                f"torchrun started {self.of} processes, and partitions train side by side only with --method pnn --parallel-sil; "
+                f"torchrun started {self.size} processes, and partitions train side by side only with --method pnn --parallel-sil; "
                 "give that, or start one process"
             )
         asked = len(config.cuts) + 1 if config.cuts else config.partitions
-        if asked != self.of:
-            found = "the planner is to choose the partitions" if asked is None else f"there are {asked} partitions"
+        if asked != self.size:
+            chosen = "the planner is to choose the partitions" if asked is None else f"there are {asked} partitions"
             raise ConfigError(
-                f"torchrun started {self.of} processes, and {found}; give --partitions {self.of}, or as many --cuts"
+                f"torchrun started {self.size} processes, and {chosen}; give --partitions {self.size}, or as many --cuts"
             )
 
 
@@ -87,7 +91,12 @@ _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
 def rank_folder(workdir: Path, number: int) -> Path:
-    """A rank's folder, given the whole run's, which is the first one's."""
+    """Return the folder of a process.
+
+    Args:
+        workdir: folder of the whole run, which is the first process's.
+        number: number of the process.
+    """
     if not number:
         return workdir
     # '.' and '..' have no name to add to.

@@ -24,9 +24,9 @@ def resumed_state(rundir: RunDirectory, workload: Workload, rank: Rank) -> State
     """
     state = State.from_journal(rundir.journal())
     check_same_data(state, workload, rundir.path)
-    if (state.rank, state.ranks) != (rank.number, rank.of):
+    if (state.rank, state.ranks) != (rank.number, rank.size):
         raise CheckpointError(
-            f"the run in {rundir.path} is process {state.rank + 1} of {state.ranks}, and this is {rank.number + 1} of {rank.of}; resume it "
+            f"the run in {rundir.path} is process {state.rank + 1} of {state.ranks}, and this is {rank.number + 1} of {rank.size}; resume it "
             + (f"by torchrun with {state.ranks} processes" if state.ranks > 1 else "without torchrun")
         )
     return state

@@ -102,7 +102,7 @@ class State:
             records=[PartitionRecord() for _ in plan.partitions],
             data=workload.dataset.fingerprint,
             rank=rank.number,
-            ranks=rank.of,
+            ranks=rank.size,
         )
 
     @classmethod

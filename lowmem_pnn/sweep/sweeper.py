@@ -3,7 +3,7 @@
     forward   p0 -> p1 -> ... -> pK-2          activations of all micro-batches are kept at each boundary
     backward  pK-1 -> ... -> p1 -> p0          each partition runs forward once more, with the random state it had, and then back
 
-Every weight and every piece of optimizer state of a batch is read in an order that is known beforehand: the supply reads ahead while
+Every weight and every piece of optimizer state of a batch is read in an order that is known beforehand: the weights reads ahead while
 a partition computes, across the partitions' ends. What was stepped is written behind.
 
 Buffers (BatchNorm's statistics) are what they were before the batch when a partition runs forward once more, since what the first
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.device import Device
-from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.engine.loaders import Batch
+from lowmem_pnn.engine.micro_batches import micro_batches
 from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward
-from lowmem_pnn.engine.passes import backward_from_loss, forward, micro_batches, to_device_aligned
+from lowmem_pnn.engine.passes import backward_from_loss, forward, to_device_aligned
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.engine.uploads import Piece, Uploads
 from lowmem_pnn.engine.worker_threads import WorkerThreads
@@ -34,7 +34,7 @@ from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.keys import weight_key
-from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
 from lowmem_pnn.sweep.optimizer_steps import Gradients, SweepOptimizerSteps
@@ -106,11 +106,11 @@ class Sweeper:
         self._tensor_keys = [residency.keys() for residency in self._residencies]
         self._steps = SweepOptimizerSteps(workload, plan, sweep, self._residencies, device, total_steps)
         self._active: int | None = None
-        io, seed = BufferSizes.of_budget(device.budget_bytes), workload.config.seed
-        window = plan.stream_bytes or io.stream_bytes
-        self._supply = WeightStreamer(weights, device, threads, window, self._steps.largest_state(weights))
+        buffer_sizes, seed = device.buffer_sizes, workload.config.seed
+        window = plan.stream_bytes or buffer_sizes.stream_bytes
+        self._weights = WeightStreamer(weights, device, threads, window, self._steps.largest_state(weights))
         phase = "forward" if sweep.phase == "epoch" else sweep.phase
-        self._crossing = BoundaryBuffers(device, folder, io.boundary_bytes, counter, seed, phase)
+        self._boundary = BoundaryBuffers(device, folder, buffer_sizes.boundary_bytes, counter, seed, phase)
         self._uploads = Uploads(device)
         self._objective: Objective = workload.objective(plan, self._last)
         self._objective.prepare(device.torch_device)
@@ -139,16 +139,16 @@ class Sweeper:
             "backpropagate": self._backpropagate,
             "step": self._step_kept,
         }
-        with self._supply.batch(self._keys(step)):
+        with self._weights.batch(self._keys(step)):
             for visit in self._sweep.visits:
                 self._on_visit(visit.partition)
                 actions[visit.action](visit, work)
                 self._device.check_budget()
-        self._crossing.clear()
+        self._boundary.clear()
         scale.update(overflowed=work.gradients.overflowed)
         return work.loss
 
-    def rehearse(self, number: int, samples: int, micro_batch: int) -> None:
+    def try_partition(self, number: int, samples: int, micro_batch: int) -> None:
         """Take zeros forward and back through one partition, and forget it.
 
         Args:
@@ -167,15 +167,15 @@ class Sweeper:
         work = _Work(tensors, labels, parts, Gradients(0, LossScale()))
         for part_number, part in enumerate(work.parts):
             if number > 0:
-                self._crossing.put_boundary(number, part_number, [_zeros(part, spec) for spec in before])
+                self._boundary.put_boundary(number, part_number, [_zeros(part, spec) for spec in before])
             if number < self._last:
                 gradients = [_zeros(part, spec) if spec.dtype.is_floating_point else None for spec in after]
-                self._crossing.put_gradients(number + 1, part_number, gradients)
+                self._boundary.put_gradients(number + 1, part_number, gradients)
         try:
-            with self._supply.batch(self._tensor_keys[number]):
+            with self._weights.batch(self._tensor_keys[number]):
                 visit = Visit("backpropagate", number, "train", learns=True, returns_input_gradient=number > 0)
                 residency = self._enter(visit)
-                with self._arrivals(visit, work, partial(self._forget, residency)):
+                with self._layer_steps(visit, work, partial(self._forget, residency)):
                     self._backward(residency, visit, work)
         finally:
             self.close()
@@ -186,12 +186,12 @@ class Sweeper:
         Raises:
             DiskError: it could not be written.
         """
-        self._supply.settle()
+        self._weights.settle()
 
     def rest(self) -> None:
         """Free all memory, for something else to be done before the next batch."""
         self._leave()
-        self._supply.rest()
+        self._weights.rest()
 
     def close(self) -> None:
         """Give everything up: what waits to be written is written, or not."""
@@ -200,8 +200,8 @@ class Sweeper:
                 parameter.grad = None
         self._uploads.drop()
         self._leave()
-        self._supply.close()
-        self._crossing.close()
+        self._weights.close()
+        self._boundary.close()
 
     def title(self, number: int) -> str:
         """A partition in words."""
@@ -212,13 +212,13 @@ class Sweeper:
     def _emit(self, visit: Visit, work: _Work) -> None:
         residency, own = self._enter(visit), visit.partition
         for number, part in enumerate(work.parts):
-            began = self._crossing.begin_random(own, number, work.gradients.step)
+            began = self._boundary.begin_random(own, number, work.gradients.step)
             inputs = self._inputs(own, number, part, work)
             with torch.no_grad():
                 outputs = forward(residency.layers, inputs)
-            self._crossing.put_boundary(own + 1, number, outputs)
+            self._boundary.put_boundary(own + 1, number, outputs)
             del inputs, outputs
-            self._crossing.end_random(own, number, began)
+            self._boundary.end_random(own, number, began)
             self._device.check_budget()
         self._leave()
 
@@ -228,28 +228,28 @@ class Sweeper:
             self._backward(residency, visit, work)
             self._check_loss(visit, work)
             return
-        with self._supply.writing(own) as (file, is_new):
-            act = partial(self._keep, visit, work) if visit.keeps_gradients else partial(self._apply, visit, work, file)
-            with self._arrivals(visit, work, act) as arrivals:
+        with self._weights.writing(own) as (file, is_new):
+            step_fn = partial(self._keep, visit, work) if visit.keeps_gradients else partial(self._apply, visit, work, file)
+            with self._layer_steps(visit, work, step_fn) as steps:
                 self._backward(residency, visit, work)
             self._check_loss(visit, work)
-            residency.check_gradients(self.title(own), arrivals.taken)
+            residency.check_gradients(self.title(own), steps.stepped)
             # Frozen weights go into a new file once; buffers change with every batch.
             for name, parameter in residency.parameters.items():
                 if is_new and not parameter.requires_grad and name not in residency.borrowed:
-                    self._supply.write(own, file, weight_key(name), parameter)
+                    self._weights.write(own, file, weight_key(name), parameter)
             for name, buffer in residency.buffers.items():
                 if name in residency.borrowed:
                     continue
                 # A copy: the next batch's forward changes it, if the partition stays, while this is being written.
-                self._supply.write(own, file, weight_key(name), buffer.clone())
-            arrivals.finish()
+                self._weights.write(own, file, weight_key(name), buffer.clone())
+            steps.finish()
 
     def _step_kept(self, visit: Visit, work: _Work) -> None:
         """Apply kept gradients; the partition need not be resident."""
         self._leave()
-        with self._supply.writing(visit.partition) as (file, _):
-            self._steps.apply_kept(visit.partition, work.gradients, self._supply, self._crossing, file)
+        with self._weights.writing(visit.partition) as (file, _):
+            self._steps.apply_kept(visit.partition, work.gradients, self._weights, self._boundary, file)
 
     def _check_loss(self, visit: Visit, work: _Work) -> None:
         if visit.partition == self._last and not math.isfinite(work.loss):
@@ -260,16 +260,19 @@ class Sweeper:
 
     # What is done with a layer's gradients.
 
-    def _arrivals(self, visit: Visit, work: _Work, act: Callable[[int], None]) -> OptimizerInBackward:
+    def _layer_steps(self, visit: Visit, work: _Work, step_fn: Callable[[int], None]) -> OptimizerInBackward:
         residency = self._residencies[visit.partition]
-        late, at_once = self._steps.late[visit.partition], self._workload.config.step_in_backward and len(work.parts) == 1
-        return OptimizerInBackward(residency.groups, residency.parameters, late, act, at_once=at_once)
+        after_backward, at_once = (
+            self._steps.after_backward[visit.partition],
+            self._workload.config.step_in_backward and len(work.parts) == 1,
+        )
+        return OptimizerInBackward(residency.groups, residency.parameters, after_backward, step_fn, at_once=at_once)
 
     def _apply(self, visit: Visit, work: _Work, file: TensorFile, number: int) -> None:
-        self._steps.apply(visit.partition, number, work.gradients, self._supply, file)
+        self._steps.apply(visit.partition, number, work.gradients, self._weights, file)
 
     def _keep(self, visit: Visit, work: _Work, number: int) -> None:
-        self._steps.keep(visit.partition, number, work.gradients, self._crossing)
+        self._steps.keep(visit.partition, number, work.gradients, self._boundary)
 
     def _forget(self, residency: Residency, number: int) -> None:
         for name in residency.groups[number]:
@@ -282,8 +285,8 @@ class Sweeper:
         if self._active != visit.partition:
             self._leave()
             self._active = visit.partition
-            self._supply.expect(self._tensor_keys[visit.partition])
-            residency.fill(self._supply.take)
+            self._weights.expect(self._tensor_keys[visit.partition])
+            residency.fill(self._weights.take)
         for layer in residency.layers:
             layer.module.train(visit.learns)
         return residency
@@ -299,7 +302,7 @@ class Sweeper:
         def piece(number: int, part: slice) -> Piece:
             if partition == 0:
                 return Piece.of((work.tensors, work.labels), part)
-            return Piece((partition, number), lambda: self._crossing.boundary(partition, number))
+            return Piece((partition, number), lambda: self._boundary.boundary(partition, number))
 
         following = work.parts[number + 1 : number + 2]
         return self._uploads.take(piece(number, part), piece(number + 1, following[0]) if following else None)
@@ -309,11 +312,11 @@ class Sweeper:
         own = visit.partition
         shared = {name: buffer.clone() for name, buffer in residency.buffers.items() if name in residency.shared}
         for number, part in enumerate(work.parts):
-            self._crossing.begin_random(own, number, work.gradients.step)
+            self._boundary.begin_random(own, number, work.gradients.step)
             inputs = self._inputs(own, number, part, work)
             for tensor in inputs:
                 tensor.requires_grad_(visit.returns_input_gradient and tensor.is_floating_point())
-            hooks = self._crossing.add_shared(residency, number)
+            hooks = self._boundary.add_shared(residency, number)
             if own == self._last:
                 share = (part.stop - part.start) / len(work.labels)
                 labels = to_device_aligned(self._device, work.labels[part])
@@ -325,10 +328,10 @@ class Sweeper:
             for hook in hooks:
                 hook.remove()
             if visit.returns_input_gradient:
-                self._crossing.put_gradients(own, number, [tensor.grad for tensor in inputs])
+                self._boundary.put_gradients(own, number, [tensor.grad for tensor in inputs])
             del inputs
-            self._crossing.put_shared(residency, number)
-            self._crossing.drop_boundary(own, number)
+            self._boundary.put_shared(residency, number)
+            self._boundary.drop_boundary(own, number)
             self._device.check_budget()
         residency.settle_buffers()
         residency.check_shared_buffers(shared)
@@ -337,7 +340,7 @@ class Sweeper:
         """The outputs went on in the forward visit: only their gradients are of use now."""
         with without_products(self._unneeded[own]):
             outputs = forward(self._residencies[own].layers, inputs)
-        pairs = zip(outputs, self._crossing.pop_gradients(own + 1, number), strict=True)
+        pairs = zip(outputs, self._boundary.pop_gradients(own + 1, number), strict=True)
         learnt = [(output, gradient) for output, gradient in pairs if gradient is not None and output.requires_grad]
         del outputs, pairs
         if learnt:

@@ -65,7 +65,7 @@ def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCount
                 else:
                     _check_layout(workload, name, tensors.get(name), layouts_of[key])
                     file.write_from(key, tensors[name].detach().contiguous())
-                    files.let_go(tensors[name])
+                    files.evict(tensors[name])
     if source is not None:
         source.close()
     store.seal(homes)  # type: ignore[arg-type]
