@@ -210,3 +210,9 @@ def conv_layers() -> nn.Sequential:
         nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Flatten(),
         nn.Linear(24 * 16, 4),
     )  # fmt: skip
+
+
+def wide_mlp() -> nn.Module:
+    """Six layers whose weights outweigh their activations."""
+    layers = [nn.Sequential(nn.Linear(96, 96), nn.ReLU()) for _ in range(5)]
+    return nn.Sequential(*(module for layer in layers for module in layer), nn.Linear(96, 4))

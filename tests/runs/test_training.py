@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import lowmem_pnn
-from helpers import plainloops
+from helpers import networks, plainloops
 from helpers.plainloops import assert_same_weights, loaded, train_by_backprop, train_by_pnn
+from helpers.simulated import chain_of, fit_on
 from helpers.small_networks import Data, images, small_conv, small_mlp, vectors
 from lowmem_pnn import api as trainer
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.errors import CaptureError, CheckpointError, ConfigError, Stopped
+from lowmem_pnn.device import SimulatedDevice
+from lowmem_pnn.errors import CaptureError, CheckpointError, ConfigError, DivergedError, Stopped
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.stores.encoding import WORK_BYTES
@@ -292,3 +295,63 @@ def test_batches_too_small_for_the_model_are_an_error(tmp_path: Path) -> None:
         fit(small_conv, images(), tmp_path / "run", method="backprop", epochs=1, batch_size=1)
     with pytest.raises(ConfigError, match="samples"):
         fit(small_conv, images(1), tmp_path / "other", method="backprop", epochs=1, batch_size=8)
+
+
+def test_boundaries_of_several_tensors_train_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, side = networks.FAMILIES["densenet"]
+    data = images(24, side, 7)
+    chain = chain_of(build, 3, side, side)
+    cut = max(range(1, len(chain.layers)), key=lambda number: len(chain.boundaries[number]))
+    assert len(chain.boundaries[cut]) > 1
+    device = SimulatedDevice(1 << 30)
+    result = fit_on(
+        device, monkeypatch, build, data, workdir=tmp_path / "run", cuts=str(cut), epochs=(3, 2), batch_size=8, test=data,
+        lr=3e-3, kappa=1.0,
+    )  # fmt: skip
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [float(line.split('"train_loss": ')[1].split(",")[0]) for line in lines if "train_loss" in line]
+    assert losses[2] < losses[0]
+    with torch.no_grad():
+        scores = loaded(build, result.weights_file)(data[0])
+    assert result.test_accuracy == pytest.approx(float((scores.argmax(1) == data[1]).float().mean()))
+    assert all(part["peak_bytes"] <= part["predicted_peak_bytes"] * 1.02 for part in result.partitions), [
+        (part["peak_bytes"], part["predicted_peak_bytes"]) for part in result.partitions
+    ]
+
+
+class _Averaged(nn.Module):
+    """Keeps a running mean by assigning to its buffer, as many moving averages do."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        return x + 0 * self.mean
+
+
+def test_a_buffer_that_a_forward_replaces_is_kept(tmp_path: Path) -> None:
+    x, y = torch.rand(64, 8), torch.arange(64) % 3
+    build = lambda: nn.Sequential(nn.Linear(8, 8), _Averaged(), nn.Linear(8, 3))  # noqa: E731
+    options = {"max_gpu_mem": "100MB", "method": "backprop", "epochs": 1, "batch_size": 32, "val_fraction": 0.0, "device": "cpu"}
+    result = lowmem_pnn.fit(build, (x, y), workdir=tmp_path / "run", **options)
+    assert load_file(result.weights_file)["1.mean"].abs().sum() > 0
+
+
+def test_the_callers_random_state_is_kept(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    lowmem_pnn.fit("mlp:64-8-10", "digits", max_gpu_mem="100MB", epochs=1, train_limit=40, workdir=tmp_path / "run", device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_last_step_that_diverges_is_no_result(tmp_path: Path) -> None:
+    x, y = torch.rand(32, 8), torch.arange(32) % 3
+    options = {"max_gpu_mem": "100MB", "method": "backprop", "epochs": 1, "batch_size": 32, "val_fraction": 0.0, "device": "cpu"}
+    with pytest.raises(DivergedError, match=r"the trained model's test loss is (nan|inf); try a lower --lr"):
+        lowmem_pnn.fit("mlp:8-8-3", (x, y), test=(x, y), optimizer="sgd", lr=1e38, workdir=tmp_path / "run", **options)
+    assert not (tmp_path / "run" / "model.safetensors").exists()

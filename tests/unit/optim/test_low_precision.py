@@ -1,10 +1,6 @@
 """Quantized optimizer state: its precision, and that training with it is the same wherever the model is cut, stopped and resumed."""
 
-import builtins
-import functools
-import itertools
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torchao.optim.subclass_8bit import OptimState8bit
 
-import lowmem_pnn
 from helpers import plainloops
-from helpers.plainloops import assert_same_weights, loaded, make_optimizer, train_by_backprop, train_by_exact
-from helpers.small_networks import Data, vectors
-from lowmem_pnn import api as trainer
+from helpers.plainloops import make_optimizer
+from helpers.quantized_state import PARAMETER_SHAPES, dequantized, give_gradients, numbers, parameters, quantized, zeros
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.memory.storage_tracker import StorageTracker
 from lowmem_pnn.optim import low_precision
-from lowmem_pnn.optim.low_precision import BLOCK_SIZE, MIN_QUANTIZED_SIZE, PIECE_SIZE, Bfloat16, Codec, Int8, is_quantized, pieces
+from lowmem_pnn.optim.low_precision import BLOCK_SIZE, MIN_QUANTIZED_SIZE, PIECE_SIZE, Bfloat16, Int8, is_quantized, pieces
 from lowmem_pnn.optim.optimizers import OptimizerSpec
-from lowmem_pnn.reporting.result import Result
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
@@ -38,24 +30,6 @@ SIZES = [
     PIECE_SIZE + 3 * BLOCK_SIZE + 7,
     2 * PIECE_SIZE,
 ]
-
-
-def numbers(size: int, seed: int, spread: float) -> Tensor:
-    """Both signs; magnitudes over so many powers of e."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, generator=generator) * torch.exp(spread * torch.randn(size, generator=generator))
-
-
-def quantized(codec: Codec, values: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    state = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in codec.layout(tuple(values.shape)).items()}
-    generator = torch.Generator().manual_seed(seed)
-    for piece in pieces(values.numel()):
-        codec.quantize(state, piece, values.view(-1)[piece].clone(), generator)
-    return state
-
-
-def dequantized(codec: Codec, state: Mapping[str, Tensor], size: int) -> Tensor:
-    return torch.cat([codec.dequantize(state, piece) for piece in pieces(size)])
 
 
 # Codes.
@@ -156,27 +130,6 @@ def test_bf16_is_right_in_the_mean_and_follows_from_its_seed() -> None:
 # A step.
 
 
-def parameters(*shapes: tuple[int, ...], seed: int = 4) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return {f"p{number}": nn.Parameter(torch.randn(shape, generator=generator)) for number, shape in enumerate(shapes)}
-
-
-def zeros(spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
-    return {
-        name: {state: torch.zeros(shape, dtype=dtype) for state, (dtype, shape) in spec.layout(parameter).items()}
-        for name, parameter in parameters.items()
-    }
-
-
-def give_gradients(parameters: Mapping[str, nn.Parameter], step: int, scale: float = 1.0) -> None:
-    generator = torch.Generator().manual_seed(step)
-    for parameter in parameters.values():
-        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
-
-
-SHAPES = [(64, 65), (17,), (), (300, 257), (PIECE_SIZE // 64 + 1, 64), (8, 8, 8, 8)]
-
-
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "loops"])
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_steps_with_int8_are_same_as_plain_pytorch_with_state_that_torchao_has_quantized(name: str, fused: bool) -> None:
@@ -206,7 +159,7 @@ def test_steps_with_int8_are_same_as_plain_pytorch_with_state_that_torchao_has_q
 @pytest.mark.parametrize("kind", ["bf16", "int8"])
 def test_steps_of_one_parameter_at_a_time_are_same_as_of_all_together(kind: Any) -> None:
     spec = OptimizerSpec("adamw", lr=0.05, state=kind, seed=7)
-    ours, others = parameters(*SHAPES), parameters(*SHAPES)
+    ours, others = parameters(*PARAMETER_SHAPES), parameters(*PARAMETER_SHAPES)
     state, other_state = zeros(spec, ours), zeros(spec, others)
     optimizer = spec.build(ours, state)
     torch.manual_seed(1)
@@ -309,112 +262,7 @@ def test_the_state_of_small_and_of_other_parameters_stays_as_it_is() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_quantized_state_on_a_gpu() -> None:
-    values = numbers(PIECE_SIZE + 300, 0, 3.0)
-    for signed in (True, False):
-        own, codec = (values if signed else values.abs()), Int8("m", signed)
-        state = {key: tensor.cuda() for key, tensor in quantized(codec, torch.zeros_like(own)).items()}
-        generator = torch.Generator("cuda")
-        for piece in pieces(len(own)):
-            codec.quantize(state, piece, own[piece].cuda(), generator)
-        assert all(torch.equal(state[key].cpu(), tensor) for key, tensor in quantized(codec, own).items())
-    for kind in ("bf16", "int8"):
-        spec = OptimizerSpec("adamw", state=kind, seed=2)  # type: ignore[arg-type]
-        found = []
-        for _ in range(2):
-            ours = {name: nn.Parameter(parameter.detach().cuda()) for name, parameter in parameters(*SHAPES).items()}
-            state = {name: {key: tensor.cuda() for key, tensor in one.items()} for name, one in zeros(spec, ours).items()}
-            for parameter in ours.values():
-                parameter.grad = parameter.detach().sin()
-            spec.build(ours, state).step()
-            found.append([*ours.values(), *(tensor for one in state.values() for tensor in one.values())])
-        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
 # Training.
-
-
-def mlp() -> nn.Module:
-    """Of three weights one is in one piece and one in two, both with a last block that is not whole; one stays float32."""
-    return nn.Sequential(nn.Linear(12, 400), nn.ReLU(), nn.Linear(400, 300), nn.ReLU(), nn.Dropout(0.1), nn.Linear(300, 4))
-
-
-@pytest.fixture
-def plain_quantized_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain loops step the whole model by one optimizer of the configuration's specification."""
-    names = [name for name, _ in mlp().named_parameters()]
-
-    def make(config: Any, partition: int, learning: list[nn.Parameter]) -> torch.optim.Optimizer:
-        spec = OptimizerSpec(
-            config.optimizer[0], config.lr[0], weight_decay=config.weight_decay, fused=config.fused, state=config.optimizer_state,
-            seed=config.seed,
-        )  # fmt: skip
-        named = dict(zip(names, learning, strict=True))
-        return spec.build(named, zeros(spec, named))
-
-    monkeypatch.setattr(plainloops, "make_optimizer", make)
-
-
-COMMON: dict[str, Any] = {"epochs": 2, "batch_size": 10, "lr": 0.01, "seed": 3, "val_fraction": 0.1}
-
-
-def fit(folder: Path, data: Data | None = None, **options: Any) -> Result:
-    options = {"method": "exact", "max_gpu_mem": "400MB", "device": "cpu", **options}
-    return lowmem_pnn.fit(mlp, data or vectors(), workdir=folder, **options)
-
-
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
-@pytest.mark.parametrize(
-    "options",
-    [{"partitions": 1}, {"cuts": "1"}, {"cuts": "1,2", "micro_batch": 4}, {"cuts": "1,2", "clip_norm": 0.5, "optimizer": "adam"}],
-    ids=["whole", "two", "accumulated", "clipped"],
-)
-@pytest.mark.usefixtures("plain_quantized_state")
-def test_exact_with_quantized_state_is_same_as_one_optimizer_over_the_whole_model(
-    kind: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    options = {**COMMON, **options, "optimizer_state": kind}
-    result = fit(tmp_path / "run", **options)
-    expected = train_by_exact(mlp, vectors(), **options)
-    assert_same_weights(loaded(mlp, result.weights_file), expected.model)
-    assert result.train_loss == expected.train_loss
-    unquantized = train_by_exact(mlp, vectors(), **{**options, "optimizer_state": "fp32"})
-    assert not torch.equal(unquantized.model.state_dict()["2.weight"], expected.model.state_dict()["2.weight"])
-
-
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
-@pytest.mark.usefixtures("plain_quantized_state")
-def test_a_resident_partition_with_quantized_state_is_same_as_one_optimizer_over_the_whole_model(
-    kind: str, tmp_path: Path
-) -> None:
-    options = {**COMMON, "micro_batch": 5, "optimizer_state": kind}
-    result = fit(tmp_path / "run", method="backprop", **options)
-    assert_same_weights(loaded(mlp, result.weights_file), train_by_backprop(mlp, vectors(), **options))
-
-
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
-@pytest.mark.parametrize("method", ["exact", "pnn", "backprop"])
-def test_a_run_with_quantized_state_that_was_stopped_and_resumed_is_same_as_uninterrupted(
-    kind: str, method: str, tmp_path: Path
-) -> None:
-    options: dict[str, Any] = {
-        "max_gpu_mem": "400MB", "device": "cpu", "model": "mlp:64-100-100-10", "data": "digits", "train_limit": 60, "test_limit": 50,
-        "method": method, "epochs": 3, "batch_size": 16, "lr": 0.01, "optimizer_state": kind,
-    }  # fmt: skip
-    if method != "backprop":
-        options["cuts"] = "1,2"
-    whole = trainer.start_run(configure(**options), tmp_path / "whole")
-    for stop in (3, 7):
-        asked = itertools.count(1)
-        with pytest.raises(Stopped):
-            trainer.start_run(
-                configure(**options), tmp_path / f"run{stop}", should_stop=lambda at=stop, asked=asked: next(asked) >= at
-            )
-        result = trainer.resume_run(tmp_path / f"run{stop}")
-        assert result.resumed == 1
-        assert Path(result.weights_file).read_bytes() == Path(whole.weights_file).read_bytes()
 
 
 def test_another_seed_rounds_otherwise(tmp_path: Path) -> None:
@@ -429,68 +277,7 @@ def test_another_seed_rounds_otherwise(tmp_path: Path) -> None:
     assert not torch.equal(*found)
 
 
-# Memory.
-
-
-@pytest.mark.parametrize("method", ["backprop", "exact"])
-def test_the_plan_foresees_less_and_the_peak_keeps_to_it(method: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_gpu_mem": "600MB", "device": "cpu", "epochs": 1, "batch_size": 64, "method": method}
-    if method == "exact":
-        options["cuts"] = "1,2"
-    found = {}
-    for kind in ("fp32", "bf16", "int8"):
-        own = {**options, "optimizer_state": kind}
-        plan = lowmem_pnn.plan("mlp:64-2048-2048-10", "digits", **own)
-        result = lowmem_pnn.fit("mlp:64-2048-2048-10", "digits", workdir=tmp_path / kind, train_limit=200, test_limit=100, **own)
-        found[kind] = plan.predicted_peak_bytes, result.training_state_bytes, result.bytes_written
-        assert result.oom_retries == 0
-        assert result.peak_bytes <= result.predicted_peak_bytes
-    params = 64 * 2048 + 2048**2 + 2048 * 10
-    for kind, per_parameter in (("bf16", 4.0), ("int8", 6 - 8 / BLOCK_SIZE)):
-        saved = per_parameter * params
-        assert found["fp32"][1] - found[kind][1] == pytest.approx(saved, rel=1e-3)
-        assert found["fp32"][2] - found[kind][2] >= 0.99 * saved  # headers
-        temporaries = OptimizerSpec("adamw", state=kind).step_bytes(torch.empty(2048, 2048, device="meta"))  # type: ignore[arg-type]
-        assert found["fp32"][0] - found[kind][0] >= 0.9 * (saved if method == "backprop" else 4 * 2048**2) - temporaries
-
-
 # Refusals.
-
-
-def test_an_option_without_effect_is_refused(tmp_path: Path) -> None:
-    for optimizer in ("sgd", "adam,sgd"):
-        with pytest.raises(ConfigError, match=r"^--optimizer-state has no effect here: it needs --optimizer adam or adamw$"):
-            configure(max_gpu_mem="1GB", optimizer=optimizer, optimizer_state="int8")
-    with pytest.raises(ConfigError, match=r"^--optimizer-state 'int4' is none of fp32, bf16, int8; did you mean 'int8'\?$"):
-        configure(max_gpu_mem="1GB", optimizer_state="int4")
-    with pytest.raises(
-        ConfigError, match=r"^--optimizer-state bf16 has no effect here: .* no float32 parameters of 4096 elements or more"
-    ):
-        lowmem_pnn.fit(
-            "mlp:12-16-4", vectors(), max_gpu_mem="400MB", device="cpu", optimizer_state="bf16", workdir=tmp_path / "run"
-        )
-
-
-def test_a_missing_torchao_is_named_with_the_command_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    imports = builtins.__import__
-
-    def without(name: str, *args: Any, **more: Any) -> Any:
-        if name.partition(".")[0] == "torchao":
-            raise ModuleNotFoundError("No module named 'torchao'", name="torchao")
-        return imports(name, *args, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    low_precision._torchao.cache_clear()
-    low_precision._int8_levels.cache_clear()
-    for act in (functools.partial(lowmem_pnn.fit, workdir=tmp_path / "run"), lowmem_pnn.plan):
-        with pytest.raises(ConfigError) as caught:
-            act(mlp, vectors(), max_gpu_mem="400MB", device="cpu", optimizer_state="int8")  # type: ignore[operator]
-        assert str(caught.value) == (
-            "--optimizer-state int8 needs torchao, which cannot be imported (No module named 'torchao'); pip install "
-            "'lowmem-pnn[torchao]', or give bf16"
-        )
-    assert not (tmp_path / "run").exists()
-    fit(tmp_path / "other", **{**COMMON, "epochs": 1, "cuts": "1", "optimizer_state": "bf16"})
 
 
 def test_state_in_fp32_is_pytorchs_own_optimizer() -> None:

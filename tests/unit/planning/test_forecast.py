@@ -23,8 +23,8 @@ from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning.forecast import PartitionBytes, Setting, Work, one_epoch, whole
 from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.profiling.costs import Affine, LayerCost, MemoryProfile
-from lowmem_pnn.profiling.nominal import Machine, nominal_rates
-from lowmem_pnn.profiling.timings import LayerSeconds, MachineTimings, Seconds
+from lowmem_pnn.profiling.nominal import MachineSpeed, nominal_timings
+from lowmem_pnn.profiling.timings import LayerTimings, MachineTimings, Seconds
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.units import seconds_text
 from lowmem_pnn.workload import make_workload, profile_workload
@@ -50,8 +50,10 @@ def plan(micro_batch: int = 5, batch: int = 16) -> Plan:
 
 
 def rates(**changes: Any) -> MachineTimings:
-    layers = tuple(LayerSeconds(one, NOTHING, NOTHING, NOTHING) for one in FORWARD)
-    return dataclasses.replace(MachineTimings(layers, step=0.0, read=0.0, write=0.0, touch=0.0), **changes)
+    layers = tuple(LayerTimings(one, NOTHING, NOTHING, NOTHING) for one in FORWARD)
+    return dataclasses.replace(
+        MachineTimings(layers, step_per_parameter=0.0, read_per_byte=0.0, write_per_byte=0.0, memory_per_byte=0.0), **changes
+    )
 
 
 def setting(**changes: Any) -> Setting:
@@ -95,14 +97,14 @@ def test_exact_runs_all_but_the_last_partition_forward_twice() -> None:
 
 def test_every_step_is_counted_and_none_twice() -> None:
     # 4 batches an epoch; 10 parameters in one partition, 100 in the other.
-    found = one_epoch(program("pnn", epochs=3), plan(), setting(), rates(layers=(LayerSeconds(*[NOTHING] * 4),) * 4, step=1.0))
+    found = one_epoch(program("pnn", epochs=3), plan(), setting(), rates(layers=(LayerTimings(*[NOTHING] * 4),) * 4, step=1.0))
     assert found.seconds == pytest.approx(4 * 110)
-    found = one_epoch(program("exact", epochs=3), plan(), setting(), rates(layers=(LayerSeconds(*[NOTHING] * 4),) * 4, step=1.0))
+    found = one_epoch(program("exact", epochs=3), plan(), setting(), rates(layers=(LayerTimings(*[NOTHING] * 4),) * 4, step=1.0))
     assert found.seconds == pytest.approx(4 * 110)
 
 
 def test_validation_and_writing_are_eval_forwards() -> None:
-    layers = tuple(LayerSeconds(NOTHING, NOTHING, NOTHING, Seconds(0.0, 10.0**layer)) for layer in range(4))
+    layers = tuple(LayerTimings(NOTHING, NOTHING, NOTHING, Seconds(0.0, 10.0**layer)) for layer in range(4))
     # The first partition's outputs are written once for its epochs, of training and validation samples.
     expected = 7 * (1111) + (50 + 7) * 11 / 3
     assert one_epoch(program("pnn", epochs=3), plan(), setting(), rates(layers=layers)).seconds == pytest.approx(expected)
@@ -110,7 +112,7 @@ def test_validation_and_writing_are_eval_forwards() -> None:
 
 
 def test_only_the_first_layer_of_a_partition_that_learns_apart_gives_its_inputs_no_gradient() -> None:
-    layers = tuple(LayerSeconds(NOTHING, Seconds(0.0, 1.0), Seconds(0.0, 1000.0), NOTHING) for _ in range(4))
+    layers = tuple(LayerTimings(NOTHING, Seconds(0.0, 1.0), Seconds(0.0, 1000.0), NOTHING) for _ in range(4))
 
     def seconds(method: str, **changes: Any) -> float:
         return one_epoch(program(method), plan(), setting(**changes), rates(layers=layers)).seconds
@@ -136,7 +138,7 @@ def test_a_sweep_reads_weights_twice_and_state_once() -> None:
 
 
 def test_moving_bytes_takes_time_beyond_what_the_streams_hold() -> None:
-    items, some = program("exact"), rates(layers=(LayerSeconds(*[NOTHING] * 4),) * 4, read=1.0)
+    items, some = program("exact"), rates(layers=(LayerTimings(*[NOTHING] * 4),) * 4, read=1.0)
     alone = one_epoch(items, plan(), setting(), some).seconds
     ahead = one_epoch(items, plan(), setting(stream_bytes=50), some).seconds
     assert 0 < ahead < alone
@@ -276,19 +278,26 @@ def test_streams_are_longer_where_the_plan_leaves_room() -> None:
     assert Plan.from_json(roomy.to_json()) == roomy
 
 
-# Nominal rates.
+# Nominal timings.
 
 
-def test_nominal_rates_are_sums_of_counts() -> None:
-    machine = Machine(mac=1.0, forward_weight=1e3, backward_weight=1e4, call=1e6, touch=1e9, step=2.0, read=3.0, write=4.0)
+def test_nominal_timings_are_sums_of_counts() -> None:
+    speed = MachineSpeed(
+        mac=1.0, forward_weight=1e3, backward_weight=1e4, call=1e6, memory_byte=1e9, step=2.0, read_byte=3.0, written_byte=4.0
+    )
     nothing = Affine(0, 0)
     layer = LayerCost("a", 7, 28, 0, 28, 56, 0, nothing, Affine(5, 3), nothing, nothing, nothing, nothing, forward_macs=11)
-    found = nominal_rates(MemoryProfile((layer,)), machine)
-    assert (found.step, found.read, found.write, found.touch) == (2.0, 3.0, 4.0, 1e9)
-    (seconds,) = found.layers
+    timings = nominal_timings(MemoryProfile((layer,)), speed)
+    assert (timings.step_per_parameter, timings.read_per_byte, timings.write_per_byte, timings.memory_per_byte) == (
+        2.0,
+        3.0,
+        4.0,
+        1e9,
+    )
+    (seconds,) = timings.layers
     assert seconds.forward == seconds.emit == Seconds(1e6 + 7e3, 11 + 3e9)
     assert seconds.backward == Seconds(2e6 + 7e4, 22 + 6e9)
-    assert seconds.backward_first == Seconds(2e6 + 7e4, 11 + 6e9)
+    assert seconds.backward_to_weights == Seconds(2e6 + 7e4, 11 + 6e9)
 
 
 def test_a_run_that_is_planned_for_time_ends_and_keeps_its_plan(tmp_path: Path) -> None:

@@ -7,14 +7,6 @@ from hypothesis import strategies as st
 
 from helpers.strategies import affines, profiles
 from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost, MemoryProfile
-    Affine,
-    Envelope,
-    LayerCost,
-    MemoryProfile,
-    RangePeaks,
-    default_objective,
-    largest_micro_batch,
-)
 
 LAYER = LayerCost(
     name="fc",

@@ -1,15 +1,12 @@
 """Tests of tensor files: the format, both ways with the safetensors library; damage; full disks."""
 
-import copy
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import resource
 import stat
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,8 +21,7 @@ from hypothesis import strategies as st
 from helpers.pagecache import cached_bytes, watch_calls
 from helpers.tensors import LAYOUTS, NAMES, bits, random_tensor
 from lowmem_pnn.errors import CheckpointError, DiskError
-from lowmem_pnn.memory.aligned import PAGE_BYTES, aligned_empty
-from lowmem_pnn.memory.process_meter import private_and_data_bytes
+from lowmem_pnn.memory.aligned import aligned_empty
 from lowmem_pnn.stores import tensor_file
 from lowmem_pnn.stores.disk import IoCounter, sha256
 from lowmem_pnn.stores.header import DTYPE_BY_NAME, MAX_HEADER_BYTES, NAME_BY_DTYPE
@@ -341,54 +337,6 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
     assert counter.bytes_read == len(content)
     with pytest.raises(CheckpointError, match="gone' is missing"):
         sha256(tmp_path / "gone")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_pinned_tensors_are_aligned_and_filled_from_files(tmp_path):
-    pinned = aligned_empty((5, 7), torch.float16, pin=True)
-    assert pinned.is_pinned()
-    assert pinned.data_ptr() % 64 == 0
-    with TensorFile.create(tmp_path / "x", {"x": (torch.float16, (5, 7))}) as file:
-        tensor = random_tensor(torch.float16, (5, 7))
-        file.write_from("x", tensor)
-        file.read_into("x", pinned)
-    assert bits(pinned) == bits(tensor)
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="huge pages are Linux's")
-@pytest.mark.parametrize("nbytes", [2 << 20, (5 << 20) + 4096, 7_000_001])
-def test_large_memory_for_direct_transfers_lies_in_huge_pages_and_counts_for_what_it_is(nbytes: int) -> None:
-    aligned_empty((nbytes,), torch.uint8, alignment=PAGE_BYTES).fill_(1)  # whatever that needs once
-    before = private_and_data_bytes()
-    tensor = aligned_empty((nbytes,), torch.uint8, alignment=PAGE_BYTES)
-    tensor.fill_(1)
-    private, data = (now - then for now, then in zip(private_and_data_bytes(), before, strict=True))
-    assert tensor.data_ptr() % (2 << 20) == 0
-    assert nbytes <= data < nbytes + (1 << 19), "what is mapped around it is no data"
-    assert abs(private - nbytes) < 1 << 19
-    assert torch.equal(copy.deepcopy(tensor), tensor), "its storage is these bytes alone"
-    kept = tensor[nbytes // 2 :].view(-1)
-    del tensor
-    assert int(kept.sum()) == len(kept), "a view keeps it"
-    del kept
-    assert private_and_data_bytes()[1] - before[1] < 1 << 19
-
-
-@pytest.mark.parametrize("dtype", sorted(NAME_BY_DTYPE, key=str), ids=str)
-def test_aligned_empty_is_aligned_even_where_the_allocator_is_not(monkeypatch, dtype):
-    empty = torch.empty
-
-    def off_by_eight(shape, *, dtype, pin_memory):
-        shape = shape if isinstance(shape, tuple) else (shape,)
-        return empty(math.prod(shape) * dtype.itemsize + 8, dtype=torch.uint8)[8:].view(dtype).view(shape)
-
-    monkeypatch.setattr(torch, "empty", off_by_eight)
-    for shape in ((), (3,), (5, 7)):
-        tensor = aligned_empty(shape, dtype)
-        assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape)
-        assert tensor.data_ptr() % 64 == 0
-        assert tensor.is_contiguous()
 
 
 @pytest.mark.parametrize("refused", ["not", "when opened", "when used"])

@@ -1,0 +1,57 @@
+"""Runs with copies beside the computing, on a simulated device whose copies are done at the last moment."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lowmem_pnn
+from helpers.plainloops import assert_same_weights, loaded
+from helpers.simulated import fit_on
+from helpers.small_networks import images, small_conv
+from lowmem_pnn.device import SimulatedDevice
+from lowmem_pnn.device.transfers import Transfers, in_flight_bytes_of
+
+METHODS: list[dict[str, Any]] = [
+    {"method": "backprop"},
+    {"method": "pnn", "cuts": "1,2"},
+    {"method": "neuroflux", "cuts": "2"},
+    {"method": "exact", "cuts": "1,2,3"},
+    {"method": "exact", "cuts": "2", "clip_norm": 0.1, "optimizer": "adamw"},
+    {"method": "pnn", "cuts": "2", "recovery_epochs": 1},
+]
+
+
+@pytest.mark.parametrize("options", METHODS, ids=lambda options: "-".join(map(str, options.values())))
+def test_a_run_with_delayed_copies_is_as_one_without_copies(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and scores, bit by bit: whoever used a tensor before it was there, or memory that a copy still needed, would differ."""
+    options = {"epochs": 2, "batch_size": 16, "micro_batch": 8, "val_fraction": 0.2, **options}
+    data = images(48)
+    plain = lowmem_pnn.fit(small_conv, data, test=data, max_gpu_mem="300MB", device="cpu", workdir=tmp_path / "cpu", **options)
+    device, most = SimulatedDevice(30_000_000), 0
+    enter = Transfers._claim
+
+    def watch(self: Transfers, nbytes: int) -> bool:
+        nonlocal most
+        entered = enter(self, nbytes)
+        most = max(most, self.in_flight_bytes)
+        return entered
+
+    monkeypatch.setattr(Transfers, "_claim", watch)
+    result = fit_on(device, monkeypatch, small_conv, data, test=data, workdir=tmp_path / "delayed", **options)
+    assert [part["micro_batch"] for part in result.partitions] == [part["micro_batch"] for part in plain.partitions]
+    assert_same_weights(loaded(small_conv, result.weights_file), loaded(small_conv, plain.weights_file))
+    assert (result.test_accuracy, result.test_loss) == (plain.test_accuracy, plain.test_loss)
+    assert 0 < most <= in_flight_bytes_of(device.budget_bytes)
+    assert result.peak_bytes <= result.predicted_peak_bytes
+
+
+def test_a_run_whose_limit_of_copies_in_flight_is_zero_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"method": "exact", "cuts": "1,2,3", "epochs": 1, "batch_size": 16, "micro_batch": 8}
+    plain = lowmem_pnn.fit(small_conv, images(48), max_gpu_mem="300MB", device="cpu", workdir=tmp_path / "cpu", **options)
+    monkeypatch.setattr("lowmem_pnn.device.simulated.in_flight_bytes_of", lambda budget: 0)
+    monkeypatch.setattr("lowmem_pnn.device.simulated.slab_bytes_of", lambda budget: 64)
+    result = fit_on(SimulatedDevice(30_000_000), monkeypatch, small_conv, images(48), workdir=tmp_path / "delayed", **options)
+    assert_same_weights(loaded(small_conv, result.weights_file), loaded(small_conv, plain.weights_file))
