@@ -216,3 +216,30 @@ def wide_mlp() -> nn.Module:
     """Six layers whose weights outweigh their activations."""
     layers = [nn.Sequential(nn.Linear(96, 96), nn.ReLU()) for _ in range(5)]
     return nn.Sequential(*(module for layer in layers for module in layer), nn.Linear(96, 4))
+
+
+class Overflows(nn.Module):
+    """Gradients that are infinite in float16 unless the loss's scale is small; the scores are ordinary ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 16)
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.last(self.first(x).relu() * 4096) / 64
+        return scores
+
+
+class Floats(nn.Module):
+    """Float32 crosses its cuts, whatever it computes in; gradients overflow in float16 until the loss's scale is small."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1)).relu().float() * 64
+        x = self.second(x).relu().float() * 64
+        scores: Tensor = self.last(x) / 64
+        return scores

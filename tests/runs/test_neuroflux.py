@@ -10,25 +10,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import lowmem_pnn
 from helpers.plainloops import built, loaded, make_optimizer, step_lines, training_split
 from helpers.small_networks import Data, conv_layers, images, vectors
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.engine.passes import backward_from_loss
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.evaluation.exits import ExitModel, choose_exit
-from lowmem_pnn.methods import Visit, make_method
-from lowmem_pnn.methods.heads import make_head, num_filters
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.evaluation.exits import choose_exit
+from lowmem_pnn.methods.heads import make_head
+from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.model.layer import head_prefix
-from lowmem_pnn.optim.optimizers import OptimizerSpec
-from lowmem_pnn.planning.neuroflux_blocks import feasible_batch, similar_batch_cuts
-from lowmem_pnn.profiling.costs import Affine, with_local_loss
-from lowmem_pnn.profiling.peaks import peak_of
-from lowmem_pnn.profiling.profiler import profile
 from lowmem_pnn.seeds import permutation_of, seed_of
 from lowmem_pnn.training.export import find_exit
 
@@ -146,43 +138,6 @@ def test_clipping_is_by_layer_whatever_the_blocks(step_in_backward: bool, tmp_pa
     assert not torch.equal(unclipped[first[0]], whole[first[0]])
 
 
-def test_units_of_a_block_do_not_exchange_gradients() -> None:
-    torch.manual_seed(0)
-    config = configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", **{k: v for k, v in OPTIONS.items() if k != "device"})
-    method = make_method(config)
-    data = images(8)
-
-    def gradients(spoilt: int | None) -> list[dict[str, Tensor]]:
-        chain = _with_heads(config)
-        for number, layer in enumerate(chain.layers):
-            if number == spoilt:
-                for parameter in layer.parameters().values():
-                    parameter.data += 1
-        objective = method.objective(0, 1, chain.boundaries[-1], 4)
-        torch.manual_seed(1)
-        backward_from_loss(chain.train().layers, (data[0],), data[1], objective, 1.0, None)
-        return [{name: p.grad.clone() for name, p in layer.parameters().items() if p.grad is not None} for layer in chain.layers]
-
-    whole = gradients(None)
-    for later in (1, 2, 3):
-        other = gradients(later)
-        for number in range(later):
-            assert whole[number].keys() == other[number].keys()
-            assert all(torch.equal(whole[number][name], other[number][name]) for name in whole[number])
-        assert any(not torch.equal(whole[later][name], other[later][name]) for name in whole[later])
-
-
-def _with_heads(config: FitConfig) -> Chain:
-    """`conv_layers` with real weights and heads."""
-    chain = capture(built(conv_layers), TensorSpec((3, 8, 8), torch.float32))
-    method, layers = make_method(config), []
-    for number, layer in enumerate(chain.layers):
-        torch.manual_seed(number)
-        head = method.head(chain, number, 4, tokens=False)
-        layers.append(layer if head is None else layer.with_head(head, number))
-    return Chain(tuple(layers), chain.boundaries, chain.ties, chain.tied_ranges, chain.unused, chain.persistent)
-
-
 def test_a_block_that_is_trained_does_not_move(tmp_path: Path) -> None:
     data = images(60)
     first = fit(tmp_path / "one", data, cuts="2", epochs=(2, 1))
@@ -192,40 +147,6 @@ def test_a_block_that_is_trained_does_not_move(tmp_path: Path) -> None:
     assert any("running_mean" in name for name in frozen)
     assert all(torch.equal(one[name], two[name]) for name in frozen)
     assert not torch.equal(one["11.weight"], two["11.weight"])
-
-
-def test_the_number_of_filters_follows_the_rule() -> None:
-    assert [num_filters("adaptive", channels, side) for channels, side in ((64, 32), (128, 16), (256, 8), (512, 4))] == [
-        32,
-        64,
-        128,
-        256,
-    ]
-    assert num_filters("adaptive", 8, 32) == 16
-    assert num_filters("adaptive", 2048, 2) == 256
-    for kind in ("adaptive", "classic", "auglocal"):
-        head = make_head(kind, TensorSpec((32, 16, 16), torch.float32), [TensorSpec((48, 8, 8), torch.float32)], 7, tokens=False)
-        convolutions = [module for module in head.modules() if isinstance(module, nn.Conv2d)]
-        assert [module.out_channels for module in convolutions] == {"adaptive": [16], "classic": [256], "auglocal": [48]}[kind]
-        assert head.eval()(torch.zeros(2, 32, 16, 16)).shape == (2, 7)
-
-
-@pytest.mark.parametrize("kind", ["adaptive", "classic", "auglocal", "linear"])
-def test_vectors_tokens_and_maps_have_heads_of_their_kind(kind: Any) -> None:
-    for shape, tokens, expected in (
-        ((30,), False, (2, 5)),
-        ((9, 30), False, (2, 5)),
-        ((9, 30), True, (2, 9, 5)),
-        ((6, 4, 4), False, (2, 5)),
-    ):
-        head = make_head(kind, TensorSpec(shape, torch.float32), [], 5, tokens=tokens)
-        assert head(torch.randn(2, *shape)).shape == expected
-
-
-def test_only_the_last_unit_has_no_head() -> None:
-    chain = _with_heads(configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", method="neuroflux"))
-    assert [layer.head is None for layer in chain.layers] == [False, False, False, True]
-    assert not any(name.startswith("auxiliary_heads") for name in chain.persistent)
 
 
 @pytest.mark.parametrize(
@@ -261,22 +182,6 @@ def _stop(folder: Path, data: Data, after: int, options: dict[str, Any]) -> None
         fit(folder, data, display=Breaking(), **options)
 
 
-def test_laps_and_macro_batches_pass_over_every_sample_as_often_as_asked() -> None:
-    def config(**options: Any) -> FitConfig:
-        return configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", method="neuroflux", **options)
-
-    sizes = {"train": 100, "val": 10}
-    laps = make_method(config(epochs=5, visits="laps=2")).visits(2, sizes)
-    assert [(v.partition, v.epochs_before, v.epochs) for v in laps if isinstance(v, Visit) and v.action == "learn"] == [
-        (0, 0, 2), (1, 0, 2), (0, 2, 3), (1, 2, 3),
-    ]  # fmt: skip
-    woven = make_method(config(epochs=2, visits="interleaved", batch_size=10, macro_batches=4)).visits(3, sizes)
-    for partition in range(3):
-        seen = [v.macro_batch for v in woven if isinstance(v, Visit) and (v.action, v.partition) == ("learn", partition)]
-        assert seen == 2 * [(0, 40), (40, 80), (80, 100)]
-    assert [v.validates for v in woven if isinstance(v, Visit) and v.commits] == [False, False, True] * 2
-
-
 def test_interleaved_blocks_learn_from_what_the_block_before_has_just_learnt(tmp_path: Path) -> None:
     """With one macro-batch an epoch, and one epoch, it is the sequential method but for the order of samples."""
     data = images(64)
@@ -297,12 +202,6 @@ def test_interleaved_blocks_with_batches_of_their_own_count_every_step_once(tmp_
     assert first == list(range(1, 7))
     assert second == list(range(1, 13))
     assert lines[-1]["lr"] < 0.001  # the schedule's end
-
-
-def test_the_exit_is_the_smallest_within_the_tolerance() -> None:
-    assert choose_exit([0.2, 0.7, 0.71, 0.715], tolerance=0.02) == 1
-    assert choose_exit([0.2, 0.7, 0.71, 0.715], tolerance=0.0) == 3
-    assert choose_exit([0.9, 0.7], tolerance=0.0) == 0
 
 
 def test_exits_are_chosen_without_the_test_data(tmp_path: Path) -> None:
@@ -368,44 +267,6 @@ def test_an_exported_exit_is_the_runs_exit_bit_for_bit(tmp_path: Path, monkeypat
         lowmem_pnn.export(tmp_path / "run", exit=5)
 
 
-def test_a_unit_by_itself_keeps_nothing_but_its_outputs() -> None:
-    chain = _with_heads(configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", method="neuroflux"))
-    costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, per_layer_loss=True)
-    joined = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU)
-    for own, layer in zip(costs.layers, joined.layers, strict=True):
-        assert own.kept == Affine(0, 0)
-        assert own.state_bytes == layer.state_bytes
-    whole = peak_of(costs.layers, 64, 64, Affine(0, 0))
-    assert whole < peak_of(joined.layers, 64, 64, Affine(0, 0))
-    # State of all units, and the activations of the largest.
-    largest = max(peak_of((layer,), 64, 64, Affine(0, 0)) - layer.state_bytes for layer in costs.layers)
-    states = sum(layer.state_bytes for layer in costs.layers)
-    assert whole <= states + largest + max(layer.buffer_bytes for layer in costs.layers) * 8
-    assert with_local_loss(joined.layers[0]).kept == Affine(0, 0)
-
-
-def test_batches_of_blocks_never_pass_the_budget_over_random_networks() -> None:
-    rng = random.Random(0)
-    for _ in range(50):
-        widths = [rng.choice([8, 16, 32, 64]) for _ in range(rng.randint(2, 5))]
-        parts: list[nn.Module] = []
-        for inputs, outputs in itertools.pairwise([3, *widths]):
-            parts += [nn.Conv2d(inputs, outputs, 3, rng.choice([1, 2]), 1), nn.BatchNorm2d(outputs), nn.ReLU()]
-        with torch.device("meta"):
-            model = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 4)).to("meta")
-        chain = capture(model, TensorSpec((3, 16, 16), torch.float32))
-        costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, per_layer_loss=True)
-        none = Affine(0, 0)
-        least = max(peak_of((layer,), costs.smallest_micro_batch, costs.smallest_micro_batch, none) for layer in costs.layers)
-        room = int(least * rng.uniform(1.0, 8.0))
-        cuts = similar_batch_cuts(costs, most=256, room=room, objectives=[none] * len(costs.layers), tolerance=rng.random())
-        for start, stop in itertools.pairwise([0, *cuts, len(costs.layers)]):
-            batch = feasible_batch(costs, start, stop, 256, room, none)
-            assert batch >= costs.smallest_micro_batch
-            assert peak_of(costs.layers[start:stop], batch, batch, none) <= room
-            assert batch == 256 or peak_of(costs.layers[start:stop], batch + 1, batch + 1, none) > room
-
-
 def test_the_learning_rate_follows_a_batch_that_was_chosen(tmp_path: Path) -> None:
     result = fit(tmp_path / "run", vectors(256), build=_mlp, batch_size="auto", log_every=1, optimizer="sgd", val_fraction=0.0)
     batch = result.partitions[0]["batch"]
@@ -451,11 +312,3 @@ def test_tokens_learn_by_units_too(tmp_path: Path) -> None:
     assert result.perplexity is not None
     assert len(result.exits) > 2
     assert json.loads((tmp_path / "run" / "result.json").read_text())["exits"][0]["params"] > 0
-
-
-def test_the_model_of_an_exit_has_no_other_head() -> None:
-    chain = _with_heads(configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", method="neuroflux"))
-    model = ExitModel(chain, 1)
-    prefixes = {name.split(".")[0] for name in model.state_dict()}
-    assert prefixes == {"head", "body"}
-    assert not any("auxiliary_heads" in name for name in model.state_dict())

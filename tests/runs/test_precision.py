@@ -1,6 +1,5 @@
 """Precision: layers under autocast, the loss's scale, maps that lie position by position."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,22 @@ from torch import Tensor, nn
 
 import lowmem_pnn
 from helpers.plainloops import assert_same_weights, built, loaded, stop_at, train_by_exact
-from helpers.small_networks import Data, images, small_conv, small_gpt, small_mlp, small_resnet, small_vit, tokens, vectors
+from helpers.small_networks import (
+    Data,
+    Overflows,
+    images,
+    small_conv,
+    small_gpt,
+    small_mlp,
+    small_resnet,
+    small_vit,
+    tokens,
+    vectors,
+)
 from lowmem_pnn import api as trainer
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.errors import ConfigError, DivergedError, Stopped
-from lowmem_pnn.model.chain import TensorSpec, capture
-from lowmem_pnn.model.precision import FULL_PRECISION, LossScale, Precision, unscale
+from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.state import State
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
@@ -81,36 +88,12 @@ def test_every_method_learns_in_lower_precision(method: str, precision: str, tmp
     assert {tensor.dtype for tensor in weights.parameters()} == {torch.float32}
 
 
-def test_a_chain_computes_what_autocast_of_the_model_does() -> None:
-    model = small_conv().eval()
-    x, _ = images(6)
-    chain = capture(model, TensorSpec((3, 8, 8), torch.float32), Precision("bf16"))
-    assert [specs[0].dtype for specs in chain.boundaries] == [torch.float32, *[torch.bfloat16] * 4]
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(chain(x), model(x))
-
-
-class _Overflows(nn.Module):
-    """Gradients that are infinite in float16 unless the loss's scale is small; the scores are ordinary ones."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(12, 16)
-        self.last = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.last(self.first(x).relu() * 4096) / 64
-        return scores
-
-
 @pytest.mark.parametrize("method", ["exact", "backprop"])
 def test_steps_that_overflow_are_left_out_as_plain_scaling_leaves_them_out(method: str, tmp_path: Path) -> None:
     options = {**COMMON, "precision": "fp16", "clip_norm": 1.0}
-    result = fit(
-        _Overflows, vectors(), tmp_path / "run", method=method, **options, **({"cuts": "1"} if method == "exact" else {})
-    )
-    expected = train_by_exact(_Overflows, vectors(), **options)
-    assert_same_weights(loaded(_Overflows, result.weights_file), expected.model)
+    result = fit(Overflows, vectors(), tmp_path / "run", method=method, **options, **({"cuts": "1"} if method == "exact" else {}))
+    expected = train_by_exact(Overflows, vectors(), **options)
+    assert_same_weights(loaded(Overflows, result.weights_file), expected.model)
     assert result.skipped_steps > 0
 
 
@@ -119,7 +102,7 @@ def test_the_scale_outlives_a_stop(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x_train=x.numpy(), y_train=y.numpy())
     config = configure(
         max_gpu_mem="400MB", device="cpu", method="exact", precision="fp16", cuts="1", commit_every=0.0,
-        model="test_numerics:_Overflows", data=f"npz:{tmp_path / 'data.npz'}", **COMMON,
+        model="helpers.small_networks:Overflows", data=f"npz:{tmp_path / 'data.npz'}", **COMMON,
     )  # fmt: skip
     whole = trainer.start_run(config, tmp_path / "whole")
     with pytest.raises(Stopped):
@@ -130,57 +113,7 @@ def test_the_scale_outlives_a_stop(tmp_path: Path) -> None:
     assert resumed.resumed == 1
     assert whole.skipped_steps > 0
     assert resumed.skipped_steps == whole.skipped_steps
-    assert_same_weights(loaded(_Overflows, resumed.weights_file), loaded(_Overflows, whole.weights_file))
-
-
-def test_a_journal_of_a_time_without_scales_is_read() -> None:
-    state = State(plan={}, micro_batches=[4, 8], loss_scales=[LossScale.initial("fp16")] * 2)
-    body = state.to_journal()
-    assert State.from_journal(body) == state
-    del body["loss_scales"]
-    assert State.from_journal(body).loss_scales == [LossScale(), LossScale()]
-
-
-def test_a_scale_moves_as_pytorch_moves_it() -> None:
-    ours = LossScale.initial("fp16")
-    theirs = torch.amp.GradScaler("cpu")
-    parameter = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.SGD([parameter], lr=0.0)
-    overflows = [True, True, *[False] * 2000, True, *[False] * 2001]
-    for overflowed in overflows:
-        parameter.grad = torch.full((3,), math.inf if overflowed else 1.0)
-        theirs.scale(torch.zeros(()))
-        theirs.unscale_(optimizer)
-        theirs.step(optimizer)
-        theirs.update()
-        finite = unscale([torch.full((3,), math.inf if overflowed else 1.0)], ours)
-        ours.update(overflowed=not finite)
-        assert ours.value == theirs.get_scale()
-    assert ours.skipped == 3
-
-
-def test_gradients_that_overflow_at_any_scale_end_the_run() -> None:
-    scale = LossScale.initial("fp16")
-    for _ in range(32):
-        scale.update(overflowed=True)
-    with pytest.raises(DivergedError, match=r"gradients are not finite in float16, whatever .* 33 steps were left out"):
-        scale.update(overflowed=True)
-
-
-def test_without_a_scale_nothing_is_touched() -> None:
-    gradient = torch.tensor([math.inf])
-    assert unscale([gradient], LossScale.initial("bf16"))
-    scale = LossScale.initial("fp32")
-    scale.update(overflowed=False)
-    assert scale == LossScale()
-
-
-def test_full_precision_has_no_autocast() -> None:
-    with FULL_PRECISION.autocast():
-        assert not torch.is_autocast_enabled("cpu")
-    with Precision("bf16").autocast():
-        assert torch.is_autocast_enabled("cpu")
-        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+    assert_same_weights(loaded(Overflows, resumed.weights_file), loaded(Overflows, whole.weights_file))
 
 
 def test_built_models_stay_float32(tmp_path: Path) -> None:
@@ -228,11 +161,3 @@ def test_other_methods_learn_with_channels_last(tmp_path: Path) -> None:
 def test_channels_last_needs_maps(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--channels-last has no effect here: .* has no convolutions of maps"):
         fit(small_mlp, vectors(), tmp_path / "run", channels_last=True, **COMMON)
-
-
-def test_a_chain_keeps_maps_position_by_position() -> None:
-    chain = capture(small_conv().eval(), TensorSpec((3, 8, 8), torch.float32), Precision(channels_last=True))
-    x, _ = images(6)
-    with torch.no_grad():
-        (maps,) = chain.layers[0](x)
-    assert maps.is_contiguous(memory_format=torch.channels_last)

@@ -1,27 +1,19 @@
 """Ranks: partitions that train side by side end as in one process, stopped, killed and resumed; what several cannot share."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
 
-from helpers.commands import lowmem_pnn, write_data
+from helpers.commands import lowmem_pnn
 from helpers.plainloops import stop_at
 from lowmem_pnn.api import resume_run, start_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.errors import CheckpointError, ConfigError, Stopped
-from lowmem_pnn.methods import Sweep, Visit, make_method, visits_of_rank
+from lowmem_pnn.errors import CheckpointError, Stopped
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.ranks import ALONE, Rank, rank_folder
+from lowmem_pnn.run.ranks import Rank, rank_folder
 from lowmem_pnn.stores.run_directory import read_journal, seal_journal
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
@@ -38,113 +30,12 @@ def _no_torchrun_here(monkeypatch: pytest.MonkeyPatch) -> None:
 # Which process it is.
 
 
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({}, ALONE),
-        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, ALONE),
-        ({"RANK": "2", "WORLD_SIZE": "3", "LOCAL_RANK": "1"}, Rank(2, 3, 1)),
-    ],
-)
-def test_torchrun_says_which_process_it_is(values: dict[str, str], expected: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
-    assert Rank.of_environment() == expected
-    assert expected.is_alone == (expected.of == 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "found"),
-    [
-        ("RANK", "x", "RANK=x, WORLD_SIZE=1, LOCAL_RANK=0"),
-        ("RANK", "-1", "RANK=-1, WORLD_SIZE=1, LOCAL_RANK=0"),
-        ("RANK", "5", "RANK=5, WORLD_SIZE=1, LOCAL_RANK=0"),
-        ("WORLD_SIZE", "0", "RANK=0, WORLD_SIZE=0, LOCAL_RANK=0"),
-        ("WORLD_SIZE", "", "RANK=0, WORLD_SIZE=, LOCAL_RANK=0"),
-        ("LOCAL_RANK", "1.5", "RANK=0, WORLD_SIZE=1, LOCAL_RANK=1.5"),
-    ],
-)
-def test_variables_that_are_no_numbers_are_not_torchruns(
-    name: str, value: str, found: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv(name, value)
-    done = lowmem_pnn("fit --max-gpu-mem 100MB")
-    assert (done.code, done.fault) == (3, f"the environment has {found}, which are not torchrun's; unset them")
-
-
 def config(**options: Any) -> FitConfig:
     defaults: dict[str, Any] = {
         "max_gpu_mem": "100MB", "device": "cpu", "model": "mlp:64-32-32-10", "data": "digits", "train_limit": 100, "batch_size": 32,
         "epochs": 2, "parallel_sil": True, "partitions": 3,
     }  # fmt: skip
     return configure(**{**defaults, **options})
-
-
-@pytest.mark.parametrize(
-    ("options", "of", "text"),
-    [
-        (
-            {"parallel_sil": None},
-            3,
-            "torchrun started 3 processes, and partitions train side by side only with --method pnn --parallel-sil; give that, or start "
-            "one process",
-        ),
-        ({}, 4, "torchrun started 4 processes, and there are 3 partitions; give --partitions 4, or as many --cuts"),
-        (
-            {"partitions": None},
-            2,
-            "torchrun started 2 processes, and the planner is to choose the partitions; give --partitions 2, or as many --cuts",
-        ),
-        (
-            {"partitions": None, "cuts": "1"},
-            3,
-            "torchrun started 3 processes, and there are 2 partitions; give --partitions 3, or as many --cuts",
-        ),
-    ],
-)
-def test_what_several_processes_cannot_share_is_refused(options: dict[str, Any], of: int, text: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        Rank(1, of, 1).check(config(**options))
-    assert str(error.value) == text
-    ALONE.check(config(**options))
-
-
-def test_as_many_processes_as_partitions_are_right() -> None:
-    Rank(1, 3).check(config())
-    Rank(1, 3).check(config(partitions=None, cuts="1,2"))
-
-
-def test_processes_need_a_folder_that_they_agree_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    done = lowmem_pnn("fit --max-gpu-mem 100MB --model mlp:64-32-32-10 --data digits --partitions 3 --parallel-sil")
-    assert (done.code, done.fault) == (3, "the processes of torchrun need a folder that they agree on; give --workdir DIR")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_rank_has_a_folder_of_its_own_beside_the_first_ones() -> None:
-    workdir = Path("some/run 1.5")
-    assert [Rank(number, 3).folder(workdir) for number in range(3)] == [
-        workdir, Path("some/run 1.5.rank1"), Path("some/run 1.5.rank2"),
-    ]  # fmt: skip
-    # A worker that is started again is given its own.
-    assert Rank(2, 3).folder(Path("some/run 1.5.rank2")) == Path("some/run 1.5.rank2")
-    assert [rank_folder(workdir, number) for number in range(2)] == [workdir, Path("some/run 1.5.rank1")]
-
-
-def test_a_rank_learns_its_partition_and_the_first_one_does_all_that_follows() -> None:
-    program = make_method(config(epochs=(2, 3, 4), recovery_epochs=1)).program(3, ["train", "val"])
-    shares = [visits_of_rank(program, rank, 3) for rank in range(3)]
-    first, joining, sweep = shares[0]
-    assert [first, joining] == [Visit("learn", 0, "train", 2), Visit("join", 0, "train")]
-    assert isinstance(sweep, Sweep)
-    assert shares[1:] == [
-        [Visit("learn", 1, "train", 3, from_synthetic_labels=True)],
-        [Visit("learn", 2, "train", 4, from_synthetic_labels=True)],
-    ]
-    assert visits_of_rank(program, 0, 1) == program
 
 
 # Ranks in this process: the last of them is the first one, which then waits for nobody.
@@ -166,22 +57,8 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-class Floats(nn.Module):
-    """Float32 crosses its cuts, whatever it computes in; gradients overflow in float16 until the loss's scale is small."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x.flatten(1)).relu().float() * 64
-        x = self.second(x).relu().float() * 64
-        scores: Tensor = self.last(x) / 64
-        return scores
-
-
 HALF: dict[str, Any] = {
-    "model": "test_ranks:Floats", "model_arg": {"num_classes": 10}, "precision": "fp16", "recovery_epochs": 1, "recover": "all",
+    "model": "helpers.small_networks:Floats", "model_arg": {"num_classes": 10}, "precision": "fp16", "recovery_epochs": 1, "recover": "all",
 }  # fmt: skip
 MORE: dict[str, Any] = {
     "epochs": (2, 3, 1), "optimizer": ("sgd", "adam", "adamw"), "shuffle": (True, False, True), "kappa": (2.0, 3.0), "sil": "sparse",
@@ -324,140 +201,3 @@ def test_a_ranks_run_goes_on_as_that_rank_alone(one_done: Path, monkeypatch: pyt
     assert (done.code, done.fault) == (
         6, f"the run in {one_done}/alone is process 1 of 1, and this is 1 of 3; resume it without torchrun",
     )  # fmt: skip
-
-
-# Under torchrun itself.
-
-# A model that a file beside it makes slow.
-_SLOW = """
-import time
-from pathlib import Path
-import torch
-
-SLOW = Path(__file__).with_name("slow")
-
-class Slow(torch.nn.Module):
-    def forward(self, x):
-        if len(x) and type(x) is torch.Tensor and x.device.type == "cpu" and SLOW.exists():
-            time.sleep(0.15)
-        return x
-
-def build():
-    layers = [torch.nn.Linear(20, 16), Slow(), torch.nn.Linear(16, 16), Slow(), torch.nn.Linear(16, 3), Slow()]
-    return torch.nn.Sequential(*layers)
-"""
-_FIT = (
-    "fit --max-gpu-mem 100MB --device cpu --model it.py:build --data npz:data.npz --epochs 3 --cuts 1,2 --parallel-sil --batch-size 16 "
-    "--commit-every 0"
-)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The weights of the run of one process."""
-    place = tmp_path_factory.mktemp("whole")
-    write(place)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        assert lowmem_pnn(f"{_FIT} --workdir run --quiet").code == 0
-    return weights(place / "run")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write(tmp_path)
-    return tmp_path
-
-
-def write(folder: Path) -> None:
-    write_data(folder / "data.npz")
-    (folder / "it.py").write_text(_SLOW)
-
-
-class Torchrun:
-    """`torchrun --nproc-per-node 3 -m lowmem_pnn ARGUMENTS`."""
-
-    def __init__(self, folder: Path, arguments: str) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "lowmem_pnn"]
-        self.process = subprocess.Popen(
-            [*command, *arguments.split()],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def end(self) -> tuple[int, str, str]:
-        """Wait for it; its exit code, stdout and stderr."""
-        out, err = self.process.communicate(timeout=120)
-        return self.process.returncode, out, err
-
-
-@pytest.fixture
-def torchrun(folder: Path) -> Iterator[Callable[[str], Torchrun]]:
-    """Starts torchrun; what still runs at the end is ended, so that a test that fails leaves nothing behind."""
-    started: list[Torchrun] = []
-
-    def run(arguments: str) -> Torchrun:
-        started.append(Torchrun(folder, arguments))
-        return started[-1]
-
-    yield run
-    for each in started:
-        if each.process.poll() is None:
-            each.process.terminate()
-            each.process.communicate(timeout=60)
-
-
-def wait_for(happens: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
-    while not happens():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.02)
-
-
-def journal(folder: Path) -> dict[str, Any]:
-    return read_journal(folder / "journal.json")[0]
-
-
-def commits(folder: Path) -> int:
-    return int(journal(folder)["number"]) if (folder / "journal.json").exists() else 0
-
-
-def test_torchrun_gives_the_bits_of_one_process_and_one_result(
-    folder: Path, torchrun: Callable[[str], Torchrun], whole: bytes
-) -> None:
-    code, out, err = torchrun(f"{_FIT} --workdir run --json --quiet").end()
-    assert code == 0, err
-    assert json.loads(out) == json.loads((folder / "run" / "result.json").read_text())
-    assert weights(folder / "run") == whole
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir() and "pycache" not in path.name) == ["run"]
-
-
-@pytest.mark.slow
-def test_torchrun_that_was_stopped_is_resumed_and_a_rank_that_is_killed_goes_on(
-    folder: Path, torchrun: Callable[[str], Torchrun], whole: bytes
-) -> None:
-    ranks = [rank_folder(folder / "run", number) for number in range(3)]
-    (folder / "slow").touch()
-    stopped = torchrun(f"{_FIT} --workdir run")
-    wait_for(lambda: min(map(commits, ranks)) > 2, stopped.process)
-    stopped.process.send_signal(signal.SIGTERM)
-    code, out, err = stopped.end()
-    assert (code != 0, out) == (True, "")
-    assert err.count("lowmem-pnn: stopped; lowmem-pnn fit --resume --workdir run") == 3
-    assert {journal(rank)["stage"] for rank in ranks} == {"training"}
-    before = [commits(rank) for rank in ranks]
-
-    resumed = torchrun("fit --resume --workdir run --json --quiet")
-    wait_for(lambda: commits(ranks[2]) > before[2] + 2, resumed.process)
-    os.kill(int((ranks[2] / "lock").read_text()), signal.SIGKILL)
-    (folder / "slow").unlink()
-    code, out, err = resumed.end()
-    assert code == 0, err
-    assert "lowmem-pnn: the worker died of SIGKILL; going on from the last commit" in err
-    assert json.loads(out)["resumed"] == 1
-    assert weights(folder / "run") == whole
-    assert not [rank for rank in ranks[1:] if rank.exists()]

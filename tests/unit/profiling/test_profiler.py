@@ -8,14 +8,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from helpers.neuroflux_layers import layers_with_heads
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.storage_tracker import StorageTracker
 from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.planning.planner import partition_peak
 from lowmem_pnn.profiling import fake_run
-from lowmem_pnn.profiling.costs import Affine, Envelope
-from lowmem_pnn.profiling.peaks import largest_micro_batch
+from lowmem_pnn.profiling.costs import Affine, Envelope, with_local_loss
+from lowmem_pnn.profiling.peaks import largest_micro_batch, peak_of
 from lowmem_pnn.profiling.profiler import fit_peak, profile
 
 CPU = torch.device("cpu")
@@ -315,3 +317,19 @@ def test_predicted_peaks_bound_those_of_real_runs_closely(build, spec, micro_bat
     # Gradients of two tensors at a cut are often one tensor, which cannot be seen from one layer.
     bound = 1.3 if any(len(specs) > 1 for specs in chain.boundaries) else 1.1
     assert partition_peak(costs, 0, end, micro_batch, batch) <= bound * whole
+
+
+def test_a_unit_by_itself_keeps_nothing_but_its_outputs() -> None:
+    chain = layers_with_heads(configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", method="neuroflux"))
+    costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, per_layer_loss=True)
+    joined = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU)
+    for own, layer in zip(costs.layers, joined.layers, strict=True):
+        assert own.kept == Affine(0, 0)
+        assert own.state_bytes == layer.state_bytes
+    whole = peak_of(costs.layers, 64, 64, Affine(0, 0))
+    assert whole < peak_of(joined.layers, 64, 64, Affine(0, 0))
+    # State of all units, and the activations of the largest.
+    largest = max(peak_of((layer,), 64, 64, Affine(0, 0)) - layer.state_bytes for layer in costs.layers)
+    states = sum(layer.state_bytes for layer in costs.layers)
+    assert whole <= states + largest + max(layer.buffer_bytes for layer in costs.layers) * 8
+    assert with_local_loss(joined.layers[0]).kept == Affine(0, 0)

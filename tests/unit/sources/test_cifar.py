@@ -1,17 +1,14 @@
 """The cifar models: that they are the published networks, at any width, and how they are cut into layers."""
 
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from helpers.commands import lowmem_pnn
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.sources.cifar import CIFAR_MODELS
@@ -42,7 +39,7 @@ def count(model: nn.Module) -> int:
     return sum(map(torch.numel, model.parameters()))
 
 
-# ---- the published networks
+# The published networks.
 
 
 @pytest.mark.parametrize(
@@ -112,7 +109,7 @@ def test_initial_values_keep_the_scale(spec: str) -> None:
     assert bool(model(images(8)).isfinite().all())
 
 
-# ---- width, classes, channels
+# Width, classes, channels.
 
 
 @pytest.mark.parametrize("spec", CIFAR_MODELS)
@@ -190,7 +187,7 @@ def test_what_cannot_be_built_is_said(spec: str, arguments: dict[str, Any], mess
     assert "\n" not in str(raised.value)
 
 
-# ---- their layers
+# Their layers.
 
 
 @pytest.mark.parametrize(
@@ -253,37 +250,3 @@ def test_they_learn() -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.3
-
-
-# ---- from the command line
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Callable[[int], str]:
-    def write(side: int) -> str:
-        random = np.random.RandomState(0)
-        x, y = random.randint(0, 256, (24, side, side, 3), dtype=np.uint8), np.arange(24) % 4
-        np.savez(tmp_path / f"{side}.npz", x_train=x, y_train=y, x_test=x[:8], y_test=y[:8])
-        return f"npz:{tmp_path}/{side}.npz"
-
-    return write
-
-
-@pytest.mark.parametrize("spec", CIFAR_MODELS)
-def test_they_are_planned(spec: str, data: Callable[[int], str]) -> None:
-    done = lowmem_pnn(f"plan --max-gpu-mem 300MB --device cpu --model {spec} --data {data(32)} --model-arg width=0.25")
-    assert done.code == 0, done.err
-    assert spec in done.out
-
-
-def test_one_is_trained(data: Callable[[int], str], tmp_path: Path) -> None:
-    arguments = f"--max-gpu-mem 100MB --device cpu --epochs 1 --cuts layer3.0 --data {data(32)} --workdir {tmp_path}/run"
-    done = lowmem_pnn(f"fit {arguments} --model cifar-resnet18 --model-arg width=0.125")
-    assert done.code == 0, done.err
-    assert lowmem_pnn(f"evaluate {tmp_path}/run").code == 0
-
-
-def test_images_that_are_too_small_are_refused(data: Callable[[int], str]) -> None:
-    done = lowmem_pnn(f"plan --max-gpu-mem 300MB --device cpu --model cifar-vgg11 --data {data(28)}")
-    assert done.code == 3
-    assert "does not run on samples of (3, 28, 28) float32 in train mode, at 'features.28'" in done.fault

@@ -30,7 +30,7 @@ def cut(model: nn.Module) -> Chain:
     return capture(model, TensorSpec((16,), torch.int64))
 
 
-# ---- its name
+# Its name.
 
 
 def test_all_is_in_the_name() -> None:
@@ -86,7 +86,7 @@ def test_model_arguments_belong_into_the_name(spec: str, better: str) -> None:
         find_model(spec, {"width": 64}, 50)
 
 
-# ---- the model
+# The model.
 
 
 def test_it_is_the_standard_decoder() -> None:
@@ -182,7 +182,7 @@ def test_it_learns() -> None:
     assert loss.item() < 0.2
 
 
-# ---- its layers
+# Its layers.
 
 
 @pytest.mark.parametrize("on_meta", [False, True])

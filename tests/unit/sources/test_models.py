@@ -1,6 +1,5 @@
 """Models by name: what is built, what is refused, and what the refusal says."""
 
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,8 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.sources import imports
-from lowmem_pnn.sources.imports import import_torchvision, load_factory
 from lowmem_pnn.sources.models import find_model, parse_model_arguments
 
 
@@ -124,7 +121,7 @@ def test_every_accepted_torchvision_default_can_be_named() -> None:
         assert find_model("resnet18", {"zero_init_residual": True}, 10).build().fc.out_features == 10
 
 
-# ---- factories
+# Factories.
 
 
 def test_a_factory_in_a_file_gets_its_arguments(tmp_path: Path) -> None:
@@ -171,13 +168,6 @@ def make():
     new = {name for name in set(sys.modules) - modules if not name.startswith("lowmem_pnn_test_")}
     assert "net" not in new
     assert len([name for name in new if name.startswith("_lowmem_pnn_file_")]) == 1
-
-
-def test_a_file_is_read_once_until_it_changes(tmp_path: Path) -> None:
-    path = write(tmp_path, "box = []\ndef a():\n    return box\ndef b():\n    return box\n")
-    assert load_factory(f"{path}:a")() is load_factory(f"{path}:b")()
-    write(tmp_path, "def a():\n    return 'changed'\n")
-    assert load_factory(f"{path}:a")() == "changed"
 
 
 BODY = "from torch import nn\ndef make(num_classes, *, width=3):\n    return nn.Linear(width, num_classes)\nvalue = 3\n"
@@ -229,37 +219,7 @@ def test_a_missing_file_and_module_are_said(tmp_path: Path) -> None:
         find_model("no.such.module:make", {}, None)
 
 
-# ---- torchvision
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (RuntimeError("operator torchvision::nms does not exist"), r"torch .* and torchvision .* do not match.*nms.*pip install"),
-        (AttributeError("partially initialized module 'torchvision'"), r"do not match: importing torchvision failed with Attr"),
-        (ModuleNotFoundError("No module named 'torchvision'", name="torchvision"), r"torchvision is not installed; run: "),
-        (ModuleNotFoundError("No module named 'PIL'", name="PIL"), r"torchvision needs 'PIL'.*; run: pip install PIL"),
-    ],
-)  # fmt: skip
-def test_a_torchvision_that_does_not_import(error: Exception, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> None:
-        raise error
-
-    monkeypatch.setattr(imports.importlib, "import_module", fail)
-    with pytest.raises(ConfigError, match=message):
-        import_torchvision("models")
-
-
-def test_torchvision_and_sklearn_are_imported_only_when_needed() -> None:
-    script = (
-        "import sys; from lowmem_pnn.sources import building, datasets, models; models.find_model('mlp:8-2', {}, 2).build(); "
-        "print([name for name in ('torchvision', 'sklearn', 'PIL') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-# ---- arguments
+# Arguments.
 
 
 def test_model_arguments_are_literals_or_text() -> None:

@@ -1,0 +1,89 @@
+"""What a run's log says of how much was computed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.plainloops import stop_at
+from lowmem_pnn.api import resume_run, start_run
+from lowmem_pnn.config.configure import configure
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.errors import Stopped
+from lowmem_pnn.methods import make_method
+from lowmem_pnn.partition_plan import PartitionPlan, Plan
+from lowmem_pnn.run.macs import program_macs
+
+pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
+
+
+# A sample's forward through three partitions; sums show which of them it took.
+MACS = (100, 10, 1)
+SAMPLES = 50
+
+
+def plan(macs: tuple[int, ...] = MACS) -> Plan:
+    sizes: dict[str, int] = {
+        "micro_batch": 8, "batch": 8, "predicted_peak_bytes": 1, "state_bytes": 1, "num_params": 1, "input_bytes_per_sample": 1,
+        "output_bytes_per_sample": 1,
+    }  # fmt: skip
+    parts = [PartitionPlan(start=number, stop=number + 1, forward_macs=each, **sizes) for number, each in enumerate(macs)]
+    return Plan(tuple(parts), budget_bytes=1, overhead_bytes=0, predicted_peak_bytes=1, smallest_micro_batch=1)
+
+
+def config(**options: Any) -> FitConfig:
+    return configure(max_gpu_mem="100MB", device="cpu", model="mlp:64-32-16-10", data="digits", **options)
+
+
+def macs_of(folder: Path) -> list[int]:
+    return [json.loads(line)["macs"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def seen(folder: Path, stop: int | None = None, **options: Any) -> tuple[list[int], int]:
+    """The counts in a run's log, and in its result; with `stop` it was stopped at that batch, and resumed."""
+    # 90 samples of 100 are trained on: a batch of 40 is followed by another, and by one of 10.
+    asked = config(partitions=3, train_limit=100, batch_size=40, log_every=1, **options)
+    if stop is None:
+        result = start_run(asked, folder)
+    else:
+        with pytest.raises(Stopped):
+            start_run(asked, folder, should_stop=stop_at(stop))
+        assert macs_of(folder)[-1] < program_macs(make_method(asked).program(3, ["train"]), plan((2048, 512, 160)), 90)
+        result = resume_run(folder)
+    assert result is not None
+    return macs_of(folder), result.macs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": (2, 1, 2)},
+        {"epochs": (1, 2, 1), "parallel_sil": True},
+        {"epochs": 1, "recovery_epochs": 2, "recover": (2,), "clip_norm": 1.0},
+        {"epochs": 2, "method": "exact", "clip_norm": 1.0},
+    ],
+    ids=["pnn", "parallel", "recovery", "exact"],
+)
+def test_every_line_of_the_log_says_how_much_was_computed(options: dict[str, Any], tmp_path: Path) -> None:
+    found, total = seen(tmp_path / "run", **options)
+    expected = program_macs(make_method(config(**options)).program(3, ["train"]), plan((64 * 32, 32 * 16, 16 * 10)), 90)
+    assert found == sorted(found)
+    assert 0 < found[0] < found[-1] == total == expected
+    assert seen(tmp_path / "stopped", stop=5, commit_every=0.0, **options) == (found, total)
+
+
+def test_batches_count_the_samples_that_they_have(tmp_path: Path) -> None:
+    found, _ = seen(tmp_path / "run", epochs=(2, 1, 1), parallel_sil=True)
+    # Three steps and the epoch's own line, each epoch.
+    counts = [40, 80, 90, 90, 130, 170, 180, 180]
+    assert found[:8] == [2048 * count for count in counts]
+    assert found[8:12] == [2048 * 180 + 512 * count for count in (40, 80, 90, 90)]
+
+
+def test_of_a_pnn_run_lines_are_written_when_outputs_are(tmp_path: Path) -> None:
+    found, _ = seen(tmp_path / "run", epochs=1)
+    each, other = 2048 * 90, 512 * 90
+    # Learning, then outputs of the training and of the validation samples.
+    assert found[3:6] == [each, 2 * each, 2 * each]
+    assert found[9:12] == [2 * each + other, 2 * each + 2 * other, 2 * each + 2 * other]

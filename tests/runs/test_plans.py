@@ -1,0 +1,172 @@
+"""Plans held against runs: bytes that are moved, methods side by side, plans for time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem_pnn
+from helpers.plainloops import stop_at
+from lowmem_pnn.api import plan_run, resume_run, start_run
+from lowmem_pnn.config.configure import configure
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.device import CpuDevice
+from lowmem_pnn.device.buffers import BufferSizes
+from lowmem_pnn.errors import ConfigError, Stopped
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.planning.make_plan import make_plan
+from lowmem_pnn.reporting.plan_report import PlanReport
+from lowmem_pnn.workload import make_workload, profile_workload
+from lowmem_pnn.workload.inputs import named_inputs
+
+pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
+
+
+def config(**options: Any) -> FitConfig:
+    given = {
+        "model": "mlp:64-256-256-256-10",
+        "data": "digits",
+        "train_limit": 512,
+        "epochs": 3,
+        "cuts": (1, 2, 3),
+        "val_fraction": 0,
+    }
+    return configure(**{"max_gpu_mem": "100MB", "device": "cpu", **given, **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}, {"optimizer": "sgd"}, {"micro_batch": 16}], ids=str)
+def test_what_exact_moves_is_what_a_run_reports(options: dict[str, Any], tmp_path: Path) -> None:
+    asked = config(method="exact", log_every=10**6, commit_every=10**6, **options)
+    (found,) = [one for one in plan_run(asked).prospects if one.asked]
+    start_run(asked, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    ends = [line for line in lines if "samples_per_second" in line]
+    moved = {name: ends[2][name] - ends[1][name] for name in ("bytes_read", "bytes_written")}
+    assert found.bytes_written_per_epoch == pytest.approx(moved["bytes_written"], rel=0.05)
+    assert found.bytes_read_per_epoch == pytest.approx(moved["bytes_read"], rel=0.05)
+
+
+def test_all_methods_are_forecast_side_by_side() -> None:
+    prospects = {one.method: one for one in plan_run(config(method="pnn", kappa=1.0)).prospects}
+    assert list(prospects) == ["pnn", "neuroflux", "exact", "backprop"]
+    assert [name for name, one in prospects.items() if one.asked] == ["pnn"]
+    assert all(one.fits and one.seconds_per_epoch > 0 and one.measured_share == 1 for one in prospects.values())
+    assert {name: one.partitions for name, one in prospects.items()} == {"pnn": 4, "neuroflux": 4, "exact": 4, "backprop": 1}
+    # Three epochs, and each partition's weights moved once.
+    assert prospects["pnn"].seconds == pytest.approx(3 * prospects["pnn"].seconds_per_epoch)
+
+
+def test_a_method_that_cannot_says_why() -> None:
+    prospects = {one.method: one for one in plan_run(config(batch_size="auto", cuts=None)).prospects}
+    assert "--batch-size auto" in prospects["exact"].reason
+    assert not prospects["exact"].fits
+    tight = plan_run(config(method="exact", cuts=None, model="mlp:64-1024-1024-1024-10", max_gpu_mem="45MB"))
+    whole_model = next(one for one in tight.prospects if one.method == "backprop")
+    assert whole_model.enough_bytes is not None
+    assert whole_model.enough_bytes > 45_000_000
+    assert "fits from" in str(tight)
+
+
+def planned(seconds_of: Any, **options: Any) -> Plan:
+    given = {"method": "exact", "cuts": None, "plan_for": "time", "model": "mlp:64-512-512-512-512-10", "max_gpu_mem": "24MB"}
+    asked = config(**{**given, **options})
+    with CpuDevice(asked.max_gpu_mem) as device:
+        workload = make_workload(asked, *named_inputs(asked), device.torch_device)
+        return make_plan(workload, profile_workload(workload, device), device, seconds_of=seconds_of)
+
+
+def test_the_plan_of_least_predicted_time_is_taken() -> None:
+    asked: list[Plan] = []
+
+    def seconds_of(plan: Plan) -> float:
+        asked.append(plan)
+        return 1.0
+
+    fewest = planned(seconds_of)
+    assert len(asked) > 1, "several candidates"
+    assert len(fewest.partitions) == min(len(plan.partitions) for plan in asked), "of equal ones the fewest partitions"
+    # Whatever takes least time is taken, as far as it fits.
+    most = planned(lambda plan: -len(plan.partitions))
+    assert len(most.partitions) == max(len(plan.partitions) for plan in asked)
+    assert all(part.predicted_peak_bytes <= 24_000_000 for plan in asked for part in plan.partitions)
+    assert fewest in asked
+
+
+def of_convolutions(norm: bool, **options: Any) -> PlanReport:
+    """The plan of a network whose activations outweigh its weights."""
+
+    def build() -> nn.Module:
+        layers: list[nn.Module] = []
+        for number in range(6):
+            layers += [nn.Conv2d(32 if number else 3, 32, 3, padding=1), *([nn.BatchNorm2d(32)] if norm else []), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 256, 5))
+
+    data = torch.rand(128, 3, 16, 16), torch.arange(128) % 5
+    given = {"max_gpu_mem": "24MB", "timing": False, "device": "cpu", "batch_size": 64, **options}
+    return lowmem_pnn.plan(build, data, **given)
+
+
+def test_exact_recomputes_less_with_smaller_micro_batches() -> None:
+    by_size, by_default = (of_convolutions(False, method="exact", plan_for=wish) for wish in ("size", "auto"))
+    (only,) = by_default.partitions
+    assert len(by_size.partitions) == 2
+    assert only["micro_batch"] < by_size.partitions[0]["micro_batch"]
+    assert of_convolutions(False, method="exact").partitions == by_default.partitions, "the default, and always the same"
+    assert by_default.predicted_peak_bytes <= 24_000_000
+
+
+def test_a_budget_that_no_plan_fits_says_what_would_do() -> None:
+    reports = [of_convolutions(False, method="exact", max_gpu_mem="8MB", plan_for=wish) for wish in ("size", "auto")]
+    assert not any(report.fits for report in reports)
+    assert reports[0].reason == reports[1].reason
+    assert "give --max-gpu-mem" in reports[0].reason
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": True, "method": "exact"},
+        {"norm": False, "method": "pnn"},
+        {"norm": False, "method": "exact", "lr": (1e-3, 1e-4)},
+        {"norm": False, "method": "exact", "optimizer": ("sgd", "adam")},
+        {"norm": False, "method": "exact", "recovery_epochs": 1},
+        {"norm": False, "method": "exact", "partitions": 3},
+    ],
+    ids=str,
+)
+def test_where_a_plan_changes_what_is_learnt_its_size_decides(options: dict[str, Any]) -> None:
+    assert of_convolutions(**options).partitions == of_convolutions(**options, plan_for="size").partitions
+
+
+def test_streams_are_longer_where_the_plan_leaves_room() -> None:
+    tight, roomy = (planned(lambda plan: 0.0, max_gpu_mem=budget, plan_for="size") for budget in ("26MB", "100MB"))
+    for found, budget in ((tight, 26_000_000), (roomy, 100_000_000)):
+        window = BufferSizes.of_budget(budget).stream_bytes
+        assert window <= found.stream_bytes <= 2 * window
+        assert all(part.predicted_peak_bytes <= budget for part in found.partitions)
+    assert roomy.stream_bytes == 2 * BufferSizes.of_budget(100_000_000).stream_bytes
+    assert Plan.from_json(roomy.to_json()) == roomy
+
+
+def test_a_run_that_is_planned_for_time_ends_and_keeps_its_plan(tmp_path: Path) -> None:
+    asked = config(method="exact", cuts=None, plan_for="time", epochs=2, model="mlp:64-512-512-512-512-10", max_gpu_mem="24MB")
+    with pytest.raises(Stopped):
+        start_run(asked, tmp_path / "run", should_stop=stop_at(2))
+    before = json.loads((tmp_path / "run" / "journal.json").read_text())["body"]["plan"]
+    result = resume_run(tmp_path / "run")
+    assert result is not None
+    assert result.peak_bytes <= 24_000_000
+    assert [part["stop"] for part in result.partitions] == [part["stop"] for part in before["partitions"]]
+
+
+def test_plans_for_time_need_something_to_choose() -> None:
+    for options, text in (
+        ({"cuts": (1,)}, "needs cuts that are left"),
+        ({"batch_size": "auto", "method": "pnn"}, "--batch-size auto"),
+        ({"parallel_sil": True, "method": "pnn"}, "a plan of their own"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            config(**{"cuts": None, "method": "exact", "plan_for": "time", **options})

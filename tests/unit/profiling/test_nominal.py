@@ -1,0 +1,28 @@
+"""Nominal timings: sums of counts."""
+
+import pytest
+
+from lowmem_pnn.profiling.costs import Affine, LayerCost, MemoryProfile
+from lowmem_pnn.profiling.nominal import MachineSpeed, nominal_timings
+from lowmem_pnn.profiling.timings import Seconds
+
+pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
+
+
+def test_nominal_timings_are_sums_of_counts() -> None:
+    speed = MachineSpeed(
+        mac=1.0, forward_weight=1e3, backward_weight=1e4, call=1e6, memory_byte=1e9, step=2.0, read_byte=3.0, written_byte=4.0
+    )
+    nothing = Affine(0, 0)
+    layer = LayerCost("a", 7, 28, 0, 28, 56, 0, nothing, Affine(5, 3), nothing, nothing, nothing, nothing, forward_macs=11)
+    timings = nominal_timings(MemoryProfile((layer,)), speed)
+    assert (timings.step_per_parameter, timings.read_per_byte, timings.write_per_byte, timings.memory_per_byte) == (
+        2.0,
+        3.0,
+        4.0,
+        1e9,
+    )
+    (seconds,) = timings.layers
+    assert seconds.forward == seconds.emit == Seconds(1e6 + 7e3, 11 + 3e9)
+    assert seconds.backward == Seconds(2e6 + 7e4, 22 + 6e9)
+    assert seconds.backward_to_weights == Seconds(2e6 + 7e4, 11 + 6e9)

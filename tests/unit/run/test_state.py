@@ -1,0 +1,16 @@
+"""The state of a run in its journal."""
+
+import pytest
+
+from lowmem_pnn.model.precision import LossScale
+from lowmem_pnn.run.state import State
+
+pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
+
+
+def test_a_journal_of_a_time_without_scales_is_read() -> None:
+    state = State(plan={}, micro_batches=[4, 8], loss_scales=[LossScale.initial("fp16")] * 2)
+    body = state.to_journal()
+    assert State.from_journal(body) == state
+    del body["loss_scales"]
+    assert State.from_journal(body).loss_scales == [LossScale(), LossScale()]
