@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lowmem_pnn.engine.stalls import Kind
 from lowmem_pnn.seeds import permutation_of
-from lowmem_pnn.sources.augment import Crops
-from lowmem_pnn.sources.datasets import Split
+from lowmem_pnn.sources.augment import RandomCropFlip
+from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.stores.activations import ActivationStore
 
 # Samples that are read at once where only their labels are wanted.
@@ -92,7 +92,7 @@ class DatasetLoader:
     ) -> Iterator[Batch]:
         """See `Loader`; of the epoch's order only a macro_batch. `exact` and `backprop` of one seed see the same batches."""
         order = self._order(shuffle, epoch)[macro_batch]
-        crops = Crops(self.num_samples, self._seed, drawn) if self._augments and drawn is not None else None
+        crops = RandomCropFlip(self.num_samples, self._seed, drawn) if self._augments and drawn is not None else None
 
         def read(numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
             samples, labels = self._split.batch(numbers)

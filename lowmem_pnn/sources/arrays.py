@@ -1,4 +1,4 @@
-"""Raw values as tensors: what users and files give (arrays, images, numbers), checked, and hashed."""
+"""Conversion of users' arrays, images and numbers to tensors and labels, with checks; and hashes of tensors."""
 
 import warnings
 from typing import Any, Protocol
@@ -21,20 +21,20 @@ def as_tensor(value: Any, where: str) -> Tensor:
     """View a value as a CPU tensor, without a copy where that is possible.
 
     Args:
-        value: a tensor, an array, a number, or a PIL image.
-        where: what to call it in messages.
+        value: A tensor, an array, a number, or a PIL image.
+        where: Name of the value in messages.
 
     Returns:
         A tensor that may share memory with `value`: not to be written to.
 
     Raises:
-        DataError: it is none of these, or holds no real numbers.
+        DataError: The value is none of these, or holds no real numbers.
     """
     if isinstance(value, Tensor):
         if value.layout != torch.strided:
             raise DataError(f"{where} holds a sparse tensor; make it dense with to_dense()")
         return value.detach().cpu()
-    # PIL images say so by this attribute, which spares importing PIL here.
+    # PIL images have this attribute; to ask for it spares importing PIL here.
     if not isinstance(value, np.ndarray | np.generic | int | float) and not hasattr(value, "__array_interface__"):
         raise DataError(f"{where} holds a {type(value).__name__}; give tensors, arrays or images")
     array = np.asarray(value)
@@ -43,25 +43,25 @@ def as_tensor(value: Any, where: str) -> Tensor:
     if not array.dtype.isnative or any(stride < 0 for stride in array.strides) or array.dtype.itemsize > 8:
         array = np.ascontiguousarray(array, dtype=np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("="))
     with warnings.catch_warnings():
-        # Read-only arrays stay so: nothing of ours writes to a data set.
+        # Read-only arrays stay unchanged: nothing here writes to a data set.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
 
 
 def as_labels(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> Tensor:
-    """Class numbers as int64.
+    """Convert class numbers to int64.
 
     Args:
-        value: (), (N,) or (N, 1): integers, or floats without fractions, as a tensor, an array, a list or a number. Beside
-            tokens also integers of the tokens' shape: a label for each token.
-        where: what to call them in messages.
-        tokens: shape of the samples, where those are tokens.
+        value: Class numbers (), (N,) or (N, 1): integers, or floats without fractions, as a tensor, an array, a list or a number.
+            For samples of tokens also integers of the tokens' shape: a label for each token.
+        where: Name of the data in messages.
+        tokens: Shape of the samples, where they are tokens.
 
     Returns:
-        (), (N,) or the tokens' shape; int64.
+        Labels (), (N,) or of the tokens' shape; int64.
 
     Raises:
-        DataError: they are not class numbers.
+        DataError: The values are not class numbers.
 
     Example:
         >>> as_labels(np.array([[3.0], [1.0]]), "y_train")
@@ -85,18 +85,18 @@ def as_labels(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> 
 
 
 def as_label(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> Tensor:
-    """The class number of one sample, or of each of its tokens.
+    """Convert the class number of one sample, or of each of its tokens, to int64.
 
     Args:
-        value: () or (1,): a number, a tensor or an array; beside tokens also integers of the tokens' shape.
-        where: what to call the sample in messages.
-        tokens: shape of the sample, where it is tokens.
+        value: Class number () or (1,): a number, a tensor or an array; for a sample of tokens also integers of its shape.
+        where: Name of the sample in messages.
+        tokens: Shape of the sample, where it is tokens.
 
     Returns:
-        () or the tokens' shape; int64.
+        Label () or of the tokens' shape; int64.
 
     Raises:
-        DataError: it is not one class number.
+        DataError: The value is not one class number.
 
     Example:
         >>> as_label(torch.tensor([3]), "sample 0")
@@ -116,12 +116,12 @@ def as_label(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> T
 def hash_tensor(digest: _Digest, tensor: Tensor) -> None:
     """Add a tensor's shape, dtype and values to a hash.
 
-    Beyond 64 MB it is 64 pieces of 1 MiB, evenly spaced, and the sum of all words: any single change is seen, in the time that it
-    takes to read the memory once.
+    Of a tensor beyond 64 MB, 64 pieces of 1 MiB, evenly spaced, and the sum of all words are added: any single change is seen, in the
+    time of one pass over the memory.
 
     Args:
-        digest: of hashlib.
-        tensor: on the CPU.
+        digest: Hash object of hashlib.
+        tensor: Tensor on the CPU.
     """
     digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
     if not tensor.numel():

@@ -1,4 +1,4 @@
-"""Augmentation: random crops and flips of images, each a function of (seed, epoch, sample), so that no state needs saving."""
+"""Augmentation: random crops and flips of images, each a function of (seed, key, sample), so that no state needs saving."""
 
 from typing import Literal
 
@@ -15,34 +15,34 @@ Augmentation = Literal["none", "basic"]
 _PADDING_SHARE = 8
 
 
-class Crops:
-    """Random crops of padded images, and horizontal flips: what is usual for CIFAR.
+class RandomCropFlip:
+    """Random crops of padded images, and horizontal flips: the usual augmentation for CIFAR.
 
     Args:
-        num_samples: of the split.
-        seed: of the run.
-        place: an epoch, or a view: each has its own.
+        num_samples: Number of samples in the split.
+        seed: Seed of the run.
+        key: Word and number that name an epoch, or a view: each has crops of its own.
 
     Example:
-        >>> crops = Crops(num_samples=10, seed=0, place=("epoch", 0))
-        >>> crops(torch.zeros(2, 3, 32, 32), np.array([7, 3])).shape
+        >>> augment = RandomCropFlip(num_samples=10, seed=0, key=("epoch", 0))
+        >>> augment(torch.zeros(2, 3, 32, 32), np.array([7, 3])).shape
         torch.Size([2, 3, 32, 32])
     """
 
-    def __init__(self, num_samples: int, seed: int, place: tuple[str, int]) -> None:
+    def __init__(self, num_samples: int, seed: int, key: tuple[str, int]) -> None:
         # Random words are all that is taken of numpy: they may not change from release to release.
-        words = np.random.Philox(key=seed_of(seed, "augment", *place)).random_raw(num_samples)
+        words = np.random.Philox(key=seed_of(seed, "augment", *key)).random_raw(num_samples)
         self._draws = (words[:, None] >> np.array([0, 20, 40], dtype=np.uint64)).astype(np.int64) & 0xFFFFF
 
     def __call__(self, images: Tensor, numbers: npt.NDArray[np.int64]) -> Tensor:
         """Augment samples.
 
         Args:
-            images: (B, C, H, W).
-            numbers: (B,), the samples' places in the split.
+            images: Images (B, C, H, W).
+            numbers: Numbers of the samples in the split, (B,).
 
         Returns:
-            (B, C, H, W), fresh.
+            Augmented images (B, C, H, W), in fresh memory.
         """
         height, width = images.shape[2:]
         rows, columns = height // _PADDING_SHARE, width // _PADDING_SHARE

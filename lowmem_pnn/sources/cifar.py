@@ -1,9 +1,9 @@
-"""`cifar-resnet18` and others: the usual networks for small images, of any width.
+"""Models `cifar-resnet18`, `cifar-vgg11`, `cifar-vgg16` and `cifar-mobilenetv2`: the usual networks for small images, of any width.
 
     images (B, C, 32, 32) -> blocks (B, W, S, S) -> mean over positions (B, W) -> linear -> scores (B, classes)
 
 B samples, C input channels, W channels of the last block, S side of its map. These are published networks without the early strides
-that images of 224 pixels need. Modules have the names they have in torchvision, so that weights of the blocks can be exchanged.
+that images of 224 pixels need. Modules have their names in torchvision, so that weights of the blocks can be exchanged.
 
 | name | early layers here | S | parameters (10 classes) | from |
 | --- | --- | --- | --- | --- |
@@ -34,12 +34,12 @@ _MOBILENET_V2 = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6,
 
 @dataclass(frozen=True, kw_only=True)
 class CifarShape:
-    """What the arguments of a model say of it.
+    """Sizes of a model, as its arguments say them.
 
     Args:
-        num_classes: scores of a sample.
-        width: factor of all channels but the input's.
-        in_channels: of the images.
+        num_classes: Scores of a sample.
+        width: Factor of all channels but the input's.
+        in_channels: Channels of the images.
     """
 
     num_classes: int = 10
@@ -48,14 +48,14 @@ class CifarShape:
 
 
 def make_cifar(spec: str, shape: CifarShape) -> Callable[[], nn.Module]:
-    """The constructor of a model.
+    """Return the constructor of a model.
 
     Args:
-        spec: one of `CIFAR_MODELS`.
-        shape: of the model; its values may be of any type, as they come from the command line.
+        spec: Name of the model, one of `CIFAR_MODELS`.
+        shape: Sizes of the model; the values may be of any type, as they come from the command line.
 
     Raises:
-        ConfigError: a value that a model cannot have.
+        ConfigError: A value is one that a model cannot have.
     """
     for name in ("num_classes", "in_channels"):
         value = getattr(shape, name)
@@ -78,11 +78,11 @@ def make_cifar(spec: str, shape: CifarShape) -> Callable[[], nn.Module]:
 
 
 def scale_channels(channels: int, width: float) -> int:
-    """Channels of a layer in a network of another width: the nearest multiple of 8, and at least 8.
+    """Return the channels of a layer in a network of another width: the nearest multiple of 8, and at least 8.
 
     Args:
-        channels: at width 1.
-        width: factor.
+        channels: Channels at width 1.
+        width: Factor of the channels.
 
     Example:
         >>> [scale_channels(64, width) for width in (0.01, 0.25, 0.3, 1, 2.0)]
@@ -92,10 +92,10 @@ def scale_channels(channels: int, width: float) -> int:
 
 
 class ResNet18(nn.Module):
-    """A residual network of four stages with two basic blocks each, at 1, 1/2, 1/4 and 1/8 of the image's side.
+    """Residual network of four stages with two basic blocks each, at 1, 1/2, 1/4 and 1/8 of the image's side.
 
     Args:
-        shape: of the model.
+        shape: Sizes of the model.
     """
 
     def __init__(self, shape: CifarShape) -> None:
@@ -120,12 +120,12 @@ class ResNet18(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, added to what came in; where the shapes differ, to a 1x1 convolution of it.
+    """Two 3x3 convolutions, added to the block's input; where the shapes differ, to a 1x1 convolution of the input.
 
     Args:
-        channels_in: of what comes in.
-        channels: of what goes out.
-        stride: of the first convolution.
+        channels_in: Channels of the input.
+        channels: Channels of the output.
+        stride: Stride of the first convolution.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:
@@ -142,7 +142,7 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels_in, S, S) to (B, channels, S / stride, S / stride)."""
+        """Map (B, channels_in, S, S) to (B, channels, S / stride, S / stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         out: Tensor = self.relu(x + shortcut)
@@ -150,12 +150,12 @@ class BasicBlock(nn.Module):
 
 
 class FeatureClassifier(nn.Module):
-    """A chain of blocks, the mean over what positions they leave, and a linear layer.
+    """Blocks one after the other, the mean over the positions of the last one's output, and a linear layer.
 
     Args:
-        features: the blocks.
-        channels: that they give.
-        num_classes: scores of a sample.
+        features: Blocks.
+        channels: Channels of the last block's output.
+        num_classes: Scores of a sample.
     """
 
     def __init__(self, features: Sequence[nn.Module], channels: int, num_classes: int) -> None:
@@ -171,13 +171,13 @@ class FeatureClassifier(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """A 1x1 convolution to more channels, a depthwise 3x3 one, a 1x1 one to few; added to what came in where the shapes are the same.
+    """A 1x1 convolution to more channels, a depthwise 3x3 and a 1x1 to few; added to the block's input where the shapes are the same.
 
     Args:
-        channels_in: of what comes in.
-        channels: of what goes out.
-        stride: of the depthwise convolution.
-        expansion: how many times as many channels are in between; 1 leaves the first convolution out.
+        channels_in: Channels of the input.
+        channels: Channels of the output.
+        stride: Stride of the depthwise convolution.
+        expansion: Factor of the channels in between; 1 leaves the first convolution out.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int, expansion: int) -> None:
@@ -192,20 +192,20 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels_in, S, S) to (B, channels, S / stride, S / stride)."""
+        """Map (B, channels_in, S, S) to (B, channels, S / stride, S / stride)."""
         added: Tensor = self.conv(x)
         return x + added if self.is_residual else added
 
 
 def _vgg(shape: CifarShape, configuration: Sequence[int]) -> nn.Module:
-    """The convolutions of a VGG, which have biases as in the paper, and a linear layer after the last pool."""
+    """Build the convolutions of a VGG, with biases as in the paper, and a linear layer after the last pool."""
     layers: list[nn.Module] = []
     channels = shape.in_channels
-    for wanted in configuration:
-        if wanted == 0:
+    for channels_at_1 in configuration:
+        if channels_at_1 == 0:
             layers.append(nn.MaxPool2d(2))
             continue
-        channels_in, channels = channels, scale_channels(wanted, shape.width)
+        channels_in, channels = channels, scale_channels(channels_at_1, shape.width)
         layers += [nn.Conv2d(channels_in, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
     return FeatureClassifier(layers, channels, shape.num_classes)
 
@@ -213,9 +213,9 @@ def _vgg(shape: CifarShape, configuration: Sequence[int]) -> nn.Module:
 def _mobilenet_v2(shape: CifarShape) -> nn.Module:
     channels = scale_channels(32, shape.width)
     blocks: list[nn.Module] = [_conv_norm_relu6(shape.in_channels, channels)]
-    for expansion, wanted, num_blocks, first_stride in _MOBILENET_V2:
+    for expansion, channels_at_1, num_blocks, first_stride in _MOBILENET_V2:
         for number in range(num_blocks):
-            channels_in, channels = channels, scale_channels(wanted, shape.width)
+            channels_in, channels = channels, scale_channels(channels_at_1, shape.width)
             blocks.append(InvertedResidual(channels_in, channels, first_stride if number == 0 else 1, expansion))
     # Section 4 of the paper: below width 1 all layers are narrower but the last convolution.
     last = scale_channels(_MOST_CHANNELS, max(1.0, shape.width))
@@ -224,7 +224,7 @@ def _mobilenet_v2(shape: CifarShape) -> nn.Module:
 
 
 def _convolution(channels_in: int, channels: int, *, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution that a BatchNorm follows, and so without biases."""
+    """Build a convolution without biases, since a BatchNorm follows."""
     return nn.Conv2d(channels_in, channels, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
 
 
@@ -234,12 +234,12 @@ def _conv_norm_relu6(channels_in: int, channels: int, *, kernel: int = 3, stride
 
 
 def _mean_over_positions(x: Tensor) -> Tensor:
-    """(B, W, S, S) to (B, W)."""
+    """Map (B, W, S, S) to (B, W)."""
     return x.mean((2, 3))
 
 
 def _initialise(model: nn.Module) -> None:
-    """Give convolutions the values of He et al. 2015 (arXiv 1502.01852), section 2.2, by what goes out of them."""
+    """Initialise convolutions as He et al. 2015 (arXiv 1502.01852), section 2.2, by the number of their outputs."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -255,4 +255,4 @@ _BUILDERS: dict[str, Callable[[CifarShape], nn.Module]] = {
 }
 
 CIFAR_MODELS = (*_BUILDERS,)
-"""Their names."""
+"""Names of the models."""

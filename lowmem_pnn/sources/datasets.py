@@ -1,4 +1,4 @@
-"""Data sets by name: bundled, downloaded by torchvision, from a file or a folder, or from a factory of the user's."""
+"""Data sets by name: bundled, downloaded by torchvision, from a file or a folder, or from a user's factory function."""
 
 import contextlib
 import functools
@@ -19,13 +19,11 @@ from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_labels, as_tensor
-from lowmem_pnn.sources.images import ImageSplit, class_names
+from lowmem_pnn.sources.image_folder import ImageFolderSplit, class_names
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
-from lowmem_pnn.sources.preprocessing import Wants, holds_tokens
-from lowmem_pnn.sources.splits import ArraySplit, Indices, SampleSplit, Split, count_classes, from_torch, subset, train_val
+from lowmem_pnn.sources.preprocessing import InputForm, holds_tokens
+from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, Split, count_classes, from_torch
 from lowmem_pnn.sources.text import DEFAULT_CONTEXT, NUM_TOKENS, open_text
-
-__all__ = ["Dataset", "Indices", "Split", "find_dataset", "from_torch", "make_dataset", "subset", "train_val"]
 
 # name -> (class in torchvision.datasets, its arguments)
 _TORCHVISION: dict[str, tuple[str, dict[str, str]]] = {
@@ -41,18 +39,18 @@ _FORMS = "npz:FILE, imagefolder:DIR, text:FILE, package.module:factory or file.p
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples to train on and to test with, as a model sees them.
+    """Samples to train on and to test with, as a model takes them.
 
     Args:
-        name: for run folders and results: letters, digits, '-', '_' and '.' only.
-        train: at least one sample.
-        test: None if there are none.
-        num_classes: labels are from 0 to below it.
-        sample_shape: of one sample, without the batch axis.
-        dtype: of the samples: float32, or int64 for tokens.
-        preprocessing: what was done to the raw samples, in words, so that anyone can do it again.
-        fingerprint: changes when the data does.
-        label_shape: of one sample's labels: (), or `sample_shape` where each token has a label.
+        name: Name for run folders and results: letters, digits, '-', '_' and '.' only.
+        train: Training part, of at least one sample.
+        test: Test part; None if there is none.
+        num_classes: Number of classes; labels are from 0 to below it.
+        sample_shape: Shape of one sample, without the batch axis.
+        dtype: Element type of the samples: float32, or int64 for tokens.
+        preprocessing: Steps from the raw samples to these, in words, so that anyone can do them again.
+        fingerprint: Hash that changes when the data does.
+        label_shape: Shape of one sample's labels: (), or `sample_shape` where each token has a label.
     """
 
     name: str
@@ -66,24 +64,24 @@ class Dataset:
     label_shape: tuple[int, ...] = ()
 
 
-def find_dataset(spec: str, root: Path, wants: Wants, *, context: int | None = None) -> Dataset:
+def find_dataset(spec: str, root: Path, input_form: InputForm, *, context: int | None = None) -> Dataset:
     """Open the data set that a text names.
 
     Args:
-        spec: `digits`, `mnist`, `fashion-mnist`, `emnist-balanced`, `cifar10`, `cifar100`, `npz:FILE` (arrays x_train, y_train
-            and, for a test, x_test, y_test), `imagefolder:DIR` (folders train and test or val, or only class folders),
-            `text:FILE` (its bytes are tokens), `package.module:factory` or `path/to/file.py:factory` (returns train,
+        spec: Name of a data set: `digits`, `mnist`, `fashion-mnist`, `emnist-balanced`, `cifar10`, `cifar100`, `npz:FILE` (arrays
+            x_train, y_train and, for a test, x_test, y_test), `imagefolder:DIR` (folders train and test or val, or only class
+            folders), `text:FILE` (its bytes are tokens), `package.module:factory` or `path/to/file.py:factory` (returns train,
             (train, test) or a `Dataset`).
-        root: the folder where downloaded data sets are looked for and put.
-        wants: how the model takes samples: flattened, as images of three channels, or as they are.
-        context: tokens of a sample of text, which is the model's context; None: 256. Nothing else is divided by it.
+        root: Folder of downloaded data sets.
+        input_form: Form of the samples that the model takes.
+        context: Tokens of a sample of text, which is the model's context; None for 256. Only text is divided by it.
 
     Returns:
         The data set.
 
     Raises:
-        ConfigError: no data set of that name, or a factory that cannot be imported.
-        DataError: it is missing, empty, damaged, or not of a kind that the model takes.
+        ConfigError: There is no data set of that name, or its factory cannot be imported.
+        DataError: The data set is missing, empty, damaged, or not of a form that the model takes.
 
     Example:
         >>> data = find_dataset("digits", Path("data"), "flat")
@@ -93,17 +91,17 @@ def find_dataset(spec: str, root: Path, wants: Wants, *, context: int | None = N
     if spec in ("npz:", "imagefolder:", "text:", "npz", "imagefolder", "text"):
         raise ConfigError(f"data set {spec!r} says no place; others than the named ones are given as {_FORMS}")
     if spec.startswith("npz:"):
-        return _npz(Path(spec.removeprefix("npz:")).expanduser(), wants)
+        return _npz(Path(spec.removeprefix("npz:")).expanduser(), input_form)
     if spec.startswith("imagefolder:"):
-        return _imagefolder(Path(spec.removeprefix("imagefolder:")).expanduser(), wants)
+        return _imagefolder(Path(spec.removeprefix("imagefolder:")).expanduser(), input_form)
     if spec.startswith("text:"):
-        return _text(Path(spec.removeprefix("text:")).expanduser(), wants, DEFAULT_CONTEXT if context is None else context)
+        return _text(Path(spec.removeprefix("text:")).expanduser(), input_form, DEFAULT_CONTEXT if context is None else context)
     if spec == "digits":
-        return _digits(wants)
+        return _digits(input_form)
     if spec in _TORCHVISION:
-        return _torchvision(spec, root, wants)
+        return _torchvision(spec, root, input_form)
     if ":" in spec:
-        return _factory(spec, wants)
+        return _factory(spec, input_form)
     for suffix, form in ((".npz", "npz"), (".txt", "text")):
         if Path(spec).suffix == suffix:
             raise ConfigError(f"data set {spec!r} is a file; write {form}:{spec}")
@@ -112,48 +110,52 @@ def find_dataset(spec: str, root: Path, wants: Wants, *, context: int | None = N
     )
 
 
-def make_dataset(train: Any, test: Any = None, *, name: str, wants: Wants = "any", num_classes: int | None = None) -> Dataset:
-    """Make a data set of what `from_torch` takes.
+def make_dataset(
+    train: Any, test: Any = None, *, name: str, input_form: InputForm = "any", num_classes: int | None = None
+) -> Dataset:
+    """Make a data set of PyTorch data sets or tensors.
 
     Args:
-        train: a map-style data set of (x, class number), or a pair of tensors (x, y). Tokens, int64 of shape (N, T), may have a
-            label each: y of the same shape.
-        test: the same, or None.
-        name: of the data set.
-        wants: how the model takes samples.
-        num_classes: None: as many as the labels of both parts, and tokens that have labels, show.
+        train: Map-style data set of (x, class number), or a pair of tensors (x, y). Tokens, int64 of shape (N, T), may have a label
+            each: y of the same shape.
+        test: Test part, as `train`; None if there is none.
+        name: Name of the data set.
+        input_form: Form of the samples that the model takes.
+        num_classes: Number of classes; None to count the classes that labels, and tokens that have labels, show in both parts.
 
     Returns:
         The data set.
 
     Raises:
-        DataError: a part is empty or not usable, or the parts do not fit together.
+        DataError: A part is empty or not usable, or the parts do not fit together.
 
     Example:
         >>> data = make_dataset((torch.zeros(6, 4), torch.arange(6)), name="zeros")
         >>> data.num_classes, data.preprocessing
         (6, 'float32 as it is')
     """
-    train_split = from_torch(train, num_classes=num_classes, wants=wants, where=f"{name} (training part)")
+    train_split = from_torch(train, num_classes=num_classes, input_form=input_form, where=f"{name} (training part)")
     if test is None:
         return _dataset(name, train_split, None)
-    return _dataset(name, train_split, from_torch(test, num_classes=num_classes, wants=wants, where=f"{name} (test part)"))
+    return _dataset(
+        name, train_split, from_torch(test, num_classes=num_classes, input_form=input_form, where=f"{name} (test part)")
+    )
 
 
-def _dataset(name: str, train: SampleSplit, test: SampleSplit | None, steps: tuple[str, ...] | None = None) -> Dataset:
-    """Put two parts together; `steps` replaces the first words of the preprocessing, where the source did something itself."""
-    shown = train.presentation
+def _dataset(name: str, train: SampleSplit, test: SampleSplit | None, first_steps: tuple[str, ...] | None = None) -> Dataset:
+    """Put two parts together; `first_steps` replaces the first step of the preprocessing, where the source did something itself."""
+    preprocessing = train.preprocessing
     if test is not None:
-        if (test.presentation.shape, test.presentation.dtype) != (shown.shape, shown.dtype):
+        if (test.preprocessing.shape, test.preprocessing.dtype) != (preprocessing.shape, preprocessing.dtype):
             raise DataError(
-                f"data set {name!r}: training samples are {shown.shape} {shown.dtype}, test samples {test.presentation.shape} "
-                f"{test.presentation.dtype}; give both one shape and dtype"
+                f"data set {name!r}: training samples are {preprocessing.shape} {preprocessing.dtype}, test samples "
+                f"{test.preprocessing.shape} {test.preprocessing.dtype}; give both one shape and dtype"
             )
-        kinds = [(part.presentation.raw_dtype == torch.uint8, part.presentation.words[1:]) for part in (train, test)]
+        kinds = [(part.preprocessing.raw_dtype == torch.uint8, part.preprocessing.steps[1:]) for part in (train, test)]
         if kinds[0] != kinds[1]:
             raise DataError(
-                f"data set {name!r}: training samples are presented as {', '.join(shown.words)}, test samples as "
-                f"{', '.join(test.presentation.words)}; store both alike"
+                f"data set {name!r}: training samples are presented as {', '.join(preprocessing.steps)}, test samples as "
+                f"{', '.join(test.preprocessing.steps)}; store both alike"
             )
         if train.label_shape != test.label_shape:
             raise DataError(
@@ -164,17 +166,17 @@ def _dataset(name: str, train: SampleSplit, test: SampleSplit | None, steps: tup
     for part in (train, test):
         if isinstance(part, ArraySplit):
             part.check()
-    prints = [part.fingerprint() for part in (train, test) if part is not None]
-    words = shown.words if steps is None else (*steps, *shown.words[1:])
+    fingerprints = [part.fingerprint() for part in (train, test) if part is not None]
+    steps = preprocessing.steps if first_steps is None else (*first_steps, *preprocessing.steps[1:])
     return Dataset(
         name=_folder_name(name),
         train=train,
         test=test,
         num_classes=train.num_classes,
-        sample_shape=shown.shape,
-        dtype=shown.dtype,
-        preprocessing=", ".join(words),
-        fingerprint=hashlib.sha256("\n".join([*prints, *words]).encode()).hexdigest(),
+        sample_shape=preprocessing.shape,
+        dtype=preprocessing.dtype,
+        preprocessing=", ".join(steps),
+        fingerprint=hashlib.sha256("\n".join([*fingerprints, *steps]).encode()).hexdigest(),
         label_shape=train.label_shape,
     )
 
@@ -183,8 +185,8 @@ def _folder_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:60] or "data"
 
 
-def _digits(wants: Wants) -> Dataset:
-    """Scikit-learn's 1,797 digits of 8x8; every fifth of each class, in a shuffled order, is for the test."""
+def _digits(input_form: InputForm) -> Dataset:
+    """Open scikit-learn's 1,797 digits of 8x8; every fifth of each class, in a shuffled order, is for the test."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -197,17 +199,17 @@ def _digits(wants: Wants) -> Dataset:
     y = as_labels(labels, "digits")
 
     def part(chosen: Tensor, where: str) -> ArraySplit:
-        return ArraySplit(x[chosen], y[chosen], 10, wants, where)
+        return ArraySplit(x[chosen], y[chosen], 10, input_form, where)
 
     test = torch.from_numpy(is_test)
     return _dataset("digits", part(~test, "digits (training part)"), part(test, "digits (test part)"), ("values / 16",))
 
 
-def _torchvision(spec: str, root: Path, wants: Wants) -> Dataset:
-    """A data set that torchvision downloads; it is in memory as bytes."""
+def _torchvision(spec: str, root: Path, input_form: InputForm) -> Dataset:
+    """Open a data set that torchvision downloads; it is in memory as bytes."""
     class_name, settings = _TORCHVISION[spec]
     make: Callable[..., Any] = getattr(import_torchvision("datasets"), class_name)
-    steps = ("uint8 / 255",) if spec != "emnist-balanced" else ("made upright", "uint8 / 255")
+    first_steps = ("uint8 / 255",) if spec != "emnist-balanced" else ("made upright", "uint8 / 255")
     parts: list[ArraySplit] = []
     for train in (True, False):
         data, targets = _load_torchvision(spec, root, functools.partial(make, root=root, train=train, download=True, **settings))
@@ -217,12 +219,12 @@ def _torchvision(spec: str, root: Path, wants: Wants) -> Dataset:
             images = images.transpose(1, 2).contiguous()
         where = f"{spec} ({'training' if train else 'test'} part)"
         labels = as_labels(targets, where)
-        parts.append(ArraySplit(images, labels, int(labels.max()) + 1, wants, where))
-    return _dataset(spec, parts[0], parts[1], steps)
+        parts.append(ArraySplit(images, labels, int(labels.max()) + 1, input_form, where))
+    return _dataset(spec, parts[0], parts[1], first_steps)
 
 
 def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[Any, Any]:
-    """Images and labels of one part, with what torchvision prints sent to stderr."""
+    """Return images and labels of one part; the text that torchvision prints goes to stderr."""
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             # CIFAR's pickles are older than numpy's present rules.
@@ -230,7 +232,7 @@ def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[A
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
             dataset = make()
             return dataset.data, dataset.targets
-    # What torchvision raises for a failed download and for a file that a broken download left: RuntimeError, URLError (OSError),
+    # Torchvision raises for a failed download and for a file that a broken download left: RuntimeError, URLError (OSError),
     # EOFError, BadZipFile, zlib.error, ValueError, AssertionError, UnpicklingError.
     except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, AssertionError, LookupError) as error:
         raise DataError(
@@ -239,18 +241,18 @@ def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[A
         ) from error
 
 
-def _npz(path: Path, wants: Wants) -> Dataset:
-    """Arrays of a .npz file, the Keras layout."""
+def _npz(path: Path, input_form: InputForm) -> Dataset:
+    """Open the arrays of a .npz file, as Keras names them."""
     arrays = _read_npz(path)
     needed = _KEYS if {"x_test", "y_test"} & set(arrays) else _KEYS[:2]
     missing = [key for key in needed if key not in arrays]
     if missing:
-        found = ", ".join(sorted(arrays)) or "nothing"
-        raise DataError(f"{path} lacks {', '.join(missing)}; it holds {found}; save {', '.join(_KEYS)} with numpy.savez")
+        content = ", ".join(sorted(arrays)) or "nothing"
+        raise DataError(f"{path} lacks {', '.join(missing)}; it holds {content}; save {', '.join(_KEYS)} with numpy.savez")
 
     def part(x_key: str, y_key: str, where: str) -> tuple[Tensor, Tensor, str]:
         x = as_tensor(arrays[x_key], f"{path}: {x_key}")
-        y = as_labels(arrays[y_key], f"{path}: {y_key}", tuple(x.shape) if holds_tokens(x.dtype, wants) else None)
+        y = as_labels(arrays[y_key], f"{path}: {y_key}", tuple(x.shape) if holds_tokens(x.dtype, input_form) else None)
         if x.ndim < 1 or y.ndim < 1:
             raise DataError(f"{path}: {x_key} has shape {tuple(x.shape)} and {y_key} {tuple(y.shape)}; give (N, ...) and (N,)")
         if len(y) and int(y.min()) < 0:
@@ -261,7 +263,7 @@ def _npz(path: Path, wants: Wants) -> Dataset:
     if len(needed) == 4:
         parts.append(part("x_test", "y_test", f"{path} (test part)"))
     num_classes = max([count_classes(x, y) for x, y, _ in parts if len(y)], default=1)
-    train, *tests = [ArraySplit(x, y, num_classes, wants, where) for x, y, where in parts]
+    train, *tests = [ArraySplit(x, y, num_classes, input_form, where) for x, y, where in parts]
     return _dataset(path.stem, train, tests[0] if tests else None)
 
 
@@ -276,15 +278,15 @@ def _read_npz(path: Path) -> dict[str, Any]:
                 raise DataError(f"{path} holds a single array; save {', '.join(_KEYS)} with numpy.savez")
             with file:
                 return {key: file[key] if key in _KEYS else None for key in file.files}
-    # What numpy and zipfile raise for files that are damaged, of another kind, or hold pickled objects.
+    # Errors of numpy and zipfile for files that are damaged, of another kind, or hold pickled objects.
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, LowMemError):
             raise
         raise DataError(f"{path} cannot be read as .npz: {one_line(error)}; save arrays of numbers with numpy.savez") from error
 
 
-def _imagefolder(path: Path, wants: Wants) -> Dataset:
-    """A folder of class folders, or of `train` and `test` (or `val`) of them."""
+def _imagefolder(path: Path, input_form: InputForm) -> Dataset:
+    """Open a folder of class folders, or a folder with such folders `train` and `test` (or `val`)."""
     if not path.is_dir():
         raise DataError(f"there is no folder {path.absolute()}; give imagefolder:DIR with a folder of images for each class")
     train = path / "train" if (path / "train").is_dir() else path
@@ -292,15 +294,17 @@ def _imagefolder(path: Path, wants: Wants) -> Dataset:
     if train != path:
         test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     classes = class_names(train)
-    test_split = ImageSplit(test, classes, wants) if test is not None else None
-    return _dataset(path.resolve().name, ImageSplit(train, classes, wants), test_split, ("decoded to RGB", "uint8 / 255"))
+    test_split = ImageFolderSplit(test, classes, input_form) if test is not None else None
+    return _dataset(
+        path.resolve().name, ImageFolderSplit(train, classes, input_form), test_split, ("decoded to RGB", "uint8 / 255")
+    )
 
 
-def _text(path: Path, wants: Wants, context: int) -> Dataset:
-    """The bytes of a file as tokens."""
-    if wants != "any":
+def _text(path: Path, input_form: InputForm, context: int) -> Dataset:
+    """Open the bytes of a file as tokens."""
+    if input_form != "any":
         raise ConfigError(
-            f"data set 'text:{path}' holds tokens, and the model takes {'images' if wants == 'image3' else 'flat vectors'}; give a "
+            f"data set 'text:{path}' holds tokens, and the model takes {'images' if input_form == 'image3' else 'flat vectors'}; give a "
             f"model of tokens, such as --model gpt:layers=2,width=64,heads=2,context={context}"
         )
     text = open_text(path, context)
@@ -317,24 +321,28 @@ def _text(path: Path, wants: Wants, context: int) -> Dataset:
     )
 
 
-def _factory(spec: str, wants: Wants) -> Dataset:
-    """A function of the user's that returns data sets."""
+def _factory(spec: str, input_form: InputForm) -> Dataset:
+    """Open the data sets that a user's function returns."""
     factory = load_factory(spec)
     try:
-        made = factory()
+        result = factory()
     except (LowMemError, MemoryError):
         raise
     # Whatever a user's function raises is the user's to see, on one line, with the original as the cause.
     except Exception as error:
         raise DataError(f"data set {spec!r} cannot be opened: {one_line(error)}; see to the function") from error
-    if isinstance(made, Dataset):
-        return made
-    place, _, name = spec.rpartition(":")
-    label = f"{Path(place).stem if place.endswith('.py') else place}-{name}"
-    train, test = made, None
+    if isinstance(result, Dataset):
+        return result
+    location, _, name = spec.rpartition(":")
+    label = f"{Path(location).stem if location.endswith('.py') else location}-{name}"
+    train, test = result, None
     # (train, test), unless it is one part as (x, y).
-    if isinstance(made, tuple | list) and len(made) == 2 and not all(isinstance(part, Tensor | np.ndarray) for part in made):
-        train, test = made
+    if (
+        isinstance(result, tuple | list)
+        and len(result) == 2
+        and not all(isinstance(part, Tensor | np.ndarray) for part in result)
+    ):
+        train, test = result
     if train is None:
         raise DataError(f"data set {spec!r}: {name}() returned no data; return train, (train, test) or a lowmem_pnn Dataset")
-    return make_dataset(train, test, name=label, wants=wants)
+    return make_dataset(train, test, name=label, input_form=input_form)

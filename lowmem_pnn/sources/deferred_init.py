@@ -1,8 +1,8 @@
-"""Building a model without holding it: tensors in mapped files (`file_backed`), or structure only (`skeleton`).
+"""Deferred initialisation: builds models with tensors in mapped files (`file_backed`), or structure without values (`skeleton`).
 
-A constructor fills its tensors from the global random generator, so the values it would give can only be had by running it. Under
-`file_backed` it runs unchanged, but each large tensor it makes is a shared mapping of an unlinked file: its dirty pages are the
-kernel's to write back, and the process's private memory does not grow with the model.
+A constructor fills its tensors from the global random generator, so only the constructor itself can make its values. Under
+`file_backed` it runs unchanged, but each large tensor that it makes is a shared mapping of an unlinked file: the kernel writes dirty
+pages back, and the process's private memory does not grow with the model.
 """
 
 import errno
@@ -28,7 +28,7 @@ from lowmem_pnn.units import MEBIBYTE, format_bytes
 _aten = torch.ops.aten
 _META = torch.device("meta")
 
-# Operations that make a tensor from its size alone, and how each fills it. What is not here (arange, mul, cat) is computed by
+# Operations that make a tensor from its size alone, and how each fills it. Results of others (arange, mul, cat) are computed by
 # torch and then moved, at the price of one private tensor for a moment.
 _FILLS: dict[Any, Callable[[Tensor, tuple[Any, ...], Mapping[str, Any]], object]] = {
     # A new file reads as zeros.
@@ -54,20 +54,20 @@ _FILLS: dict[Any, Callable[[Tensor, tuple[Any, ...], Mapping[str, Any]], object]
 
 @contextmanager
 def file_backed(folder: Path, at_least: int = MEBIBYTE) -> Iterator["FileBacked"]:
-    """Let large CPU tensors that are made inside live in files of `folder`, with the values they would have had anyway.
+    """Keep large CPU tensors that are made in this context in files of `folder`, with the values that they would have in memory.
 
     Tensors keep their file as long as they live, also after the block. The files have no name, so that nothing is left behind
     however the process ends. On a file system in memory (tmpfs) the tensors are in memory still.
 
     Args:
-        folder: an existing folder on a disk with room for the model.
-        at_least: the smallest tensor that gets a file, in bytes.
+        folder: Existing folder on a disk with room for the model.
+        at_least: Bytes of the smallest tensor that gets a file.
 
     Yields:
-        What keeps track of the files; its `let_go` takes a tensor out of resident memory.
+        The mode that makes the files; its `evict` takes a tensor out of resident memory.
 
     Raises:
-        DiskError: the disk is full or the folder cannot be written to.
+        DiskError: The disk is full or the folder cannot be written to.
 
     Example:
         >>> with file_backed(Path(tempfile.gettempdir())):
@@ -83,18 +83,18 @@ def skeleton(build: Callable[[], nn.Module], folder: Path | None = None) -> nn.M
     """Build a model's structure: names, shapes, dtypes and ties of its tensors, but not their values.
 
     The model is built on the meta device. If its constructor cannot run there (it reads values), or keeps a tensor that is
-    neither a parameter nor a buffer (whose value would be lost), it is built with its values in mapped files instead. The random
-    states of torch, numpy and Python are afterwards what they were.
+    neither a parameter nor a buffer (whose value would be lost), the model is built with its values in mapped files instead. The
+    random states of torch, numpy and Python are afterwards the same as before.
 
     Args:
-        build: calls the constructor.
-        folder: where the files of the second way go; the system's folder for temporary files if None.
+        build: Calls the constructor.
+        folder: Folder of the mapped files; the system's folder for temporary files if None.
 
     Returns:
         The model, with tensors on the meta device or in mapped files.
 
     Raises:
-        DiskError: it had to be built in files, and the disk is full.
+        DiskError: The model had to be built in files, and the disk is full.
 
     Example:
         >>> skeleton(lambda: nn.Linear(10**6, 10**6)).weight.device
@@ -109,11 +109,11 @@ def skeleton(build: Callable[[], nn.Module], folder: Path | None = None) -> nn.M
 
 
 def _on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
-    """The model on the meta device, or None if it cannot be built there faithfully."""
+    """Build the model on the meta device; return None if it cannot be built there faithfully."""
     try:
         with _META:
             model = build()
-    # Any constructor may fail in any way on tensors without values; the other way of building then says what is really wrong.
+    # Any constructor may fail in any way on tensors without values; building in files then shows what is really wrong.
     except Exception:
         return None
     registered = list(model.parameters()) + list(model.buffers())
@@ -123,10 +123,10 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
 
 
 def _has_plain_tensor(model: nn.Module, registered: list[Tensor]) -> bool:
-    """Whether a module, or a container or plain object in it, holds a tensor that the model does not register."""
+    """Decide whether a module, or a container or plain object in it, holds a tensor that the model does not register."""
     seen = {id(tensor) for tensor in registered}
-    own = ("_parameters", "_buffers", "_modules")
-    pending = [value for module in model.modules() for name, value in vars(module).items() if name not in own]
+    registries = ("_parameters", "_buffers", "_modules")
+    pending = [value for module in model.modules() for name, value in vars(module).items() if name not in registries]
     while pending:
         value = pending.pop()
         if id(value) in seen or isinstance(value, nn.Module | type | str | bytes | int | float):
@@ -156,24 +156,24 @@ def _random_state_kept() -> Iterator[None]:
 
 
 class FileBacked(TorchDispatchMode):
-    """Answers operations that make a large CPU tensor with one that lives in a file.
+    """Dispatch mode under which operations that make a large CPU tensor return one that lives in a file.
 
-    At the dispatcher, not at the Python functions: there `copy.deepcopy` of a module (as `nn.TransformerEncoder` does) is seen
-    too, and an operator's schema says whether its result is new or a view of something.
+    The mode works at the dispatcher, and not at the Python functions: there `copy.deepcopy` of a module (as `nn.TransformerEncoder`
+    does) is seen too, and an operator's schema says whether its result is new or a view.
     """
 
     def __init__(self, folder: Path, at_least: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._folder = folder
         self._at_least = at_least
-        # By the address where they begin.
+        # Mapped files, by the address of their first byte.
         self._maps: dict[int, mmap.mmap] = {}
 
-    def let_go(self, tensor: Tensor) -> None:
+    def evict(self, tensor: Tensor) -> None:
         """Take a tensor's pages out of resident memory; the values stay in its file, and come back when they are read.
 
         Args:
-            tensor: any; one that has no file is left alone.
+            tensor: Any tensor; one that has no file is left alone.
         """
         start = _storage_start(tensor)
         if start in self._maps:
@@ -190,15 +190,15 @@ class FileBacked(TorchDispatchMode):
         kwargs = kwargs or {}
         fill = _FILLS.get(func.overloadpacket)
         if fill is not None and "out" not in kwargs:
-            wanted = _request(func, args, kwargs)
-            if wanted is not None and self._is_large(wanted):
-                out = self._map_like(wanted)
+            template = _result_on_meta(func, args, kwargs)
+            if template is not None and self._is_large(template):
+                out = self._map_like(template)
                 fill(out, args, kwargs)
-                self.let_go(out)
+                self.evict(out)
                 return out
         result = func(*args, **kwargs)
         if func._schema.is_mutable and args and isinstance(args[0], Tensor):
-            self.let_go(args[0])  # an initialiser has filled it, and goes on to the next one
+            self.evict(args[0])  # an initialiser has filled it, and goes on to the next tensor
         returns = func._schema.returns
         if len(returns) == 1 and returns[0].alias_info is None and self._should_move(result, args):
             return self._map_like(result).copy_(result)
@@ -208,7 +208,7 @@ class FileBacked(TorchDispatchMode):
         return tensor.nbytes >= max(self._at_least, 1)
 
     def _should_move(self, result: object, args: tuple[Any, ...]) -> bool:
-        """Whether a result is a large new tensor in private memory."""
+        """Decide whether a result is a large new tensor in private memory."""
         if type(result) is not Tensor or result.device.type != "cpu" or result.layout != torch.strided:
             return False
         if not self._is_large(result) or not _is_dense(result):
@@ -216,9 +216,9 @@ class FileBacked(TorchDispatchMode):
         start = result.untyped_storage().data_ptr()
         return not any(isinstance(arg, Tensor) and _storage_start(arg) == start for arg in args)
 
-    def _map_like(self, wanted: Tensor) -> Tensor:
-        """A new tensor in a file, of the size, strides and dtype of another one."""
-        size = wanted.nbytes
+    def _map_like(self, template: Tensor) -> Tensor:
+        """Make a tensor in a new file, of the size, strides and dtype of a template."""
+        size = template.nbytes
         try:
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 # Reserved now: a page of a sparse file that finds the disk full later is a SIGBUS, not an error.
@@ -226,13 +226,13 @@ class FileBacked(TorchDispatchMode):
                 mapped = mmap.mmap(file.fileno(), size)
         except OSError as error:
             raise _disk_error(self._folder, size, error) from error
-        tensor = torch.frombuffer(mapped, dtype=wanted.dtype).as_strided(wanted.shape, wanted.stride())
+        tensor = torch.frombuffer(mapped, dtype=template.dtype).as_strided(template.shape, template.stride())
         self._maps[tensor.untyped_storage().data_ptr()] = mapped
         return tensor
 
 
-def _request(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The tensor that an operation of `_FILLS` would make, on the meta device; None if that is not a plain CPU tensor."""
+def _result_on_meta(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the tensor that an operation of `_FILLS` would make, on the meta device; None if it would not be a plain CPU tensor."""
     source = next((arg for arg in args if isinstance(arg, Tensor)), None)
     device = kwargs.get("device") or (source.device if source is not None else torch.device("cpu"))
     if torch.device(device).type != "cpu" or kwargs.get("layout") not in (None, torch.strided) or kwargs.get("pin_memory"):
@@ -241,17 +241,17 @@ def _request(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Ten
         return None
     if func.overloadpacket is _aten.clone:
         meta = source.to(_META) if source is not None else None
-        wanted = func(meta, **kwargs)
+        result = func(meta, **kwargs)
     else:
-        numberless = {name: value for name, value in kwargs.items() if name not in ("generator", "pin_memory", "names")}
+        settings = {name: value for name, value in kwargs.items() if name not in ("generator", "pin_memory", "names")}
         if "generator" in kwargs:
-            numberless["generator"] = None
-        wanted = func(*args, **{**numberless, "device": _META})
-    return wanted if _is_dense(wanted) else None
+            settings["generator"] = None
+        result = func(*args, **{**settings, "device": _META})
+    return result if _is_dense(result) else None
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each at a place of its own."""
+    """Decide whether the elements fill one range of memory, each at an address of its own."""
     expected = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda axis: axis[1]):
         if size != 1:
@@ -266,9 +266,9 @@ def _storage_start(tensor: Tensor) -> int | None:
 
 
 def _disk_error(folder: Path, size: int, error: OSError) -> DiskError:
-    """What to say when a file for a tensor could not be made."""
-    wanted = f"a tensor of {format_bytes(size)} needs a file in {folder} while the model is built"
+    """Make the error to raise when a file for a tensor could not be made."""
+    need = f"a tensor of {format_bytes(size)} needs a file in {folder} while the model is built"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = format_bytes(shutil.disk_usage(folder).free)
-        return DiskError(f"{wanted}, and {free} are free there; free some space or use a folder on a larger disk")
-    return DiskError(f"{wanted}, and that failed with {error.strerror or error}; use a folder that can be written to")
+        return DiskError(f"{need}, and {free} are free there; free some space or use a folder on a larger disk")
+    return DiskError(f"{need}, and that failed with {error.strerror or error}; use a folder that can be written to")

@@ -1,9 +1,9 @@
-"""`gpt:layers=12,width=768,...`: a small, standard decoder for language models, all of which is in its name.
+"""Model `gpt:layers=12,width=768,...`: a small, standard decoder for language models, whose sizes are all in its name.
 
     ids (B, T) -> embedding -> [attention -> mlp] x layers -> norm -> head -> scores (B, T, vocab)
 
-B samples, T tokens of each, W width, H heads. Each of attention and mlp adds to what flows through, (B, T, W), so that a chain can
-be cut before every one of them with nothing else crossing the cut. The head is one `nn.Linear` that nothing else is joined to.
+B samples, T tokens of each, W width, H heads. Each attention and each mlp adds to the residual stream (B, T, W), so that a chain can
+be cut before every one of them with only the stream at the boundary. The head is one `nn.Linear`, a layer by itself.
 """
 
 import re
@@ -19,10 +19,11 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.sources.imports import did_you_mean
 
 BYTE_VOCABULARY = 256
-"""Tokens of a model whose data does not say how many it has: bytes."""
+"""Vocabulary of a model whose data set does not say its number of tokens: bytes."""
 
 _EXAMPLE = "gpt:layers=12,width=768,heads=12,context=256"
-# Of every weight, but for what is added to the stream; Radford et al. 2019 (GPT-2), section 2.3, and the code they released.
+# Deviation of every initial weight but for projections into the residual stream: Radford et al. 2019 (GPT-2), section 2.3, and the
+# code that they released.
 _INITIAL_DEVIATION = 0.02
 # Bytes of a tensor, and of what training keeps with it, are counted in 64 bits.
 _MOST_VALUES = 2**56
@@ -30,15 +31,15 @@ _MOST_VALUES = 2**56
 
 @dataclass(frozen=True, kw_only=True)
 class GptShape:
-    """What the name of a model says of it.
+    """Sizes of a model, as its name says them.
 
     Args:
-        layers: pairs of attention and mlp.
-        width: of what flows through the model, a multiple of `heads`.
-        heads: of each attention.
-        context: most tokens of a sample.
-        dropout: 0 <= dropout < 1: of the embedding, of attention weights and of what is added to the stream.
-        tied: whether head and token embedding are one tensor.
+        layers: Number of pairs of attention and mlp.
+        width: Width of the residual stream, a multiple of `heads`.
+        heads: Number of heads of each attention.
+        context: Most tokens of a sample.
+        dropout: Dropout, 0 <= dropout < 1, of the embedding, of attention weights and of all that is added to the residual stream.
+        tied: Whether head and token embedding are one tensor.
     """
 
     layers: int = 12
@@ -50,13 +51,13 @@ class GptShape:
 
 
 def parse_gpt(spec: str) -> GptShape:
-    """Read a model's name.
+    """Read the sizes in a model's name.
 
     Args:
-        spec: `gpt`, or `gpt:NAME=VALUE,...` with any of layers, width, heads, context, dropout and tied.
+        spec: Name of the model: `gpt`, or `gpt:NAME=VALUE,...` with any of layers, width, heads, context, dropout and tied.
 
     Raises:
-        ConfigError: an unknown name, one given twice, or a value that is none.
+        ConfigError: A name is unknown or given twice, or a value is out of range.
 
     Example:
         >>> parse_gpt("gpt:layers=2,width=64,heads=4,tied=false")
@@ -92,28 +93,28 @@ def parse_gpt(spec: str) -> GptShape:
 
 
 def make_gpt(shape: GptShape, vocabulary: int) -> Callable[[], nn.Module]:
-    """The constructor of a model.
+    """Return the constructor of a model.
 
     Args:
-        shape: of the model.
-        vocabulary: how many tokens there are; it is given numbers from 0 to below that, and scores each of them.
+        shape: Sizes of the model.
+        vocabulary: Number of tokens: inputs are from 0 to below it, and each token gets a score.
     """
     return lambda: GPT(shape, vocabulary)
 
 
 class GPT(nn.Module):
-    """A pre-norm decoder, initialised as GPT-2 (Radford et al. 2019): normal values of deviation 0.02, and those of the two
-    projections of each layer that add to the stream divided by the square root of their number, 2 * layers.
+    """Pre-norm decoder, initialised as GPT-2 (Radford et al. 2019): normal values of deviation 0.02, which for the two projections
+    of each layer into the residual stream is divided by the square root of the number of such projections, 2 * layers.
 
     Args:
-        shape: its sizes.
-        vocabulary: number of tokens.
+        shape: Sizes of the model.
+        vocabulary: Number of tokens.
     """
 
     def __init__(self, shape: GptShape, vocabulary: int) -> None:
         super().__init__()
         self.embedding = Embedding(shape, vocabulary)
-        # Plain containers: what cuts the model into layers looks into these, and leaves attention and mlp whole.
+        # Plain containers: the cutting into layers looks into these, and leaves attention and mlp whole.
         self.blocks = nn.ModuleList()
         for _ in range(shape.layers):
             block = nn.Sequential()
@@ -128,13 +129,13 @@ class GPT(nn.Module):
             nn.init.normal_(self.head.weight, std=_INITIAL_DEVIATION)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Score every token that could come next, at every place.
+        """Score every token that could come next, at every position.
 
         Args:
-            ids: (B, T) int64 token numbers; T is at most the context.
+            ids: Token numbers (B, T), int64; T is at most the context.
 
         Returns:
-            (B, T, vocabulary).
+            Scores (B, T, vocabulary).
         """
         x: Tensor = self.embedding(ids)
         for block in self.blocks:
@@ -146,11 +147,11 @@ class GPT(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Tokens and their places as vectors: the beginning of the stream.
+    """Embedding of tokens and their positions: the beginning of the residual stream.
 
     Args:
-        shape: of the model.
-        vocabulary: number of tokens.
+        shape: Sizes of the model.
+        vocabulary: Number of tokens.
     """
 
     def __init__(self, shape: GptShape, vocabulary: int) -> None:
@@ -165,7 +166,7 @@ class Embedding(nn.Module):
         """Embed (B, T) token numbers as (B, T, W).
 
         Raises:
-            ValueError: there are more tokens than the context has places.
+            ValueError: There are more tokens than the context has positions.
         """
         length, context = ids.shape[1], self.positions.shape[0]
         if length > context:
@@ -175,10 +176,10 @@ class Embedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, added to the stream.
+    """Causal self-attention, added to the residual stream.
 
     Args:
-        shape: of the model.
+        shape: Sizes of the model.
     """
 
     def __init__(self, shape: GptShape) -> None:
@@ -190,7 +191,7 @@ class Attention(nn.Module):
         self.residual_dropout = nn.Dropout(shape.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Take and give (B, T, W)."""
+        """Add to the residual stream (B, T, W)."""
         # (B, T, 3W) -> three of (B, H, T, W / H).
         heads = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
         queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind(0)
@@ -202,10 +203,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two matrices with a GELU between them, four times as wide inside, added to the stream.
+    """Two matrices with a GELU between them, four times as wide inside, added to the residual stream.
 
     Args:
-        shape: of the model.
+        shape: Sizes of the model.
     """
 
     def __init__(self, shape: GptShape) -> None:
@@ -216,13 +217,13 @@ class Mlp(nn.Module):
         self.residual_dropout = nn.Dropout(shape.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Take and give (B, T, W)."""
+        """Add to the residual stream (B, T, W)."""
         added: Tensor = self.residual_dropout(self.down(nn.functional.gelu(self.up(self.norm(x)))))
         return x + added
 
 
 def _linear(width_in: int, width_out: int, added_times: int = 1) -> nn.Linear:
-    """A matrix with GPT-2's initial values; `added_times`: how many outputs of its kind are summed up in the stream."""
+    """Make a matrix with GPT-2's initial values; the residual stream is a sum of the outputs of `added_times` such matrices."""
     layer = nn.Linear(width_in, width_out)
     nn.init.normal_(layer.weight, std=_INITIAL_DEVIATION / added_times**0.5)
     nn.init.zeros_(layer.bias)
@@ -230,7 +231,7 @@ def _linear(width_in: int, width_out: int, added_times: int = 1) -> nn.Linear:
 
 
 def _value(spec: str, name: str, text: str) -> int | float | bool:
-    """One argument's value."""
+    """Read the value of one argument."""
     if name == "tied":
         if text.lower() not in ("true", "false"):
             raise ConfigError(f"model {spec!r}: tied={text} is neither true nor false; give one of them")

@@ -1,4 +1,4 @@
-"""Importing what a user named (a factory in a module or a file) and torchvision, with errors that say what to do."""
+"""Import of a user's factory functions (from a module or a file) and of torchvision, with errors that say what to do."""
 
 import difflib
 import functools
@@ -19,34 +19,34 @@ _PAIR = "pip install --force-reinstall torch torchvision --index-url https://dow
 
 
 def load_factory(spec: str) -> Callable[..., Any]:
-    """The callable that `package.module:factory` or `path/to/file.py:factory` names.
+    """Import the callable that `package.module:factory` or `path/to/file.py:factory` names.
 
     Neighbours of the file (or the working directory, for a module) can be imported while the file is read and while the factory
     runs; `sys.path` is afterwards what it was. A file is read once for each state of it on disk.
 
     Args:
-        spec: a module or a path that ends in `.py`, a colon, a name in it.
+        spec: A module or a path that ends in `.py`, a colon, and a name in it.
 
     Returns:
         The callable, with its own signature and name.
 
     Raises:
-        ConfigError: no such file, module or name; the import failed; or the name is not callable.
+        ConfigError: There is no such file, module or name; the import failed; or the name is not callable.
 
     Example:
         >>> load_factory("collections:Counter")("aab")
         Counter({'a': 2, 'b': 1})
     """
-    place, _, name = spec.rpartition(":")
-    if not place or not name.isidentifier():
+    location, _, name = spec.rpartition(":")
+    if not location or not name.isidentifier():
         raise ConfigError(f"{spec!r} names no factory; write package.module:factory or path/to/file.py:factory")
-    if place.endswith(".py"):
-        path = Path(place).expanduser().resolve()
+    if location.endswith(".py"):
+        path = Path(location).expanduser().resolve()
         if not path.is_file():
             raise ConfigError(f"{spec!r}: there is no file {path}; give the path of a Python file that defines {name}")
         folder, load = path.parent, functools.partial(_import_file, path)
     else:
-        folder, load = Path.cwd(), functools.partial(importlib.import_module, place)
+        folder, load = Path.cwd(), functools.partial(importlib.import_module, location)
     with _importable(folder):
         try:
             module = load()
@@ -54,11 +54,11 @@ def load_factory(spec: str) -> Callable[..., Any]:
         # true of a script that ends the process.
         except (Exception, SystemExit) as error:
             raise ConfigError(
-                f"{spec!r}: importing {place} failed with {one_line(error)}; see that `python` imports it"
+                f"{spec!r}: importing {location} failed with {one_line(error)}; see that `python` imports it"
             ) from error
     factory = getattr(module, name, None)
     if factory is None:
-        raise ConfigError(f"{spec!r}: {place} defines no {name!r}{did_you_mean(name, _public_callables(module))}")
+        raise ConfigError(f"{spec!r}: {location} defines no {name!r}{did_you_mean(name, _public_callables(module))}")
     if not callable(factory):
         raise ConfigError(
             f"{spec!r}: {name} has type {type(factory).__name__}, it is not a function; give the name of a function or class"
@@ -79,13 +79,13 @@ def import_torchvision(submodule: str) -> ModuleType:
     """Import a part of torchvision, which is slow to import and may be missing or broken where it is not needed.
 
     Args:
-        submodule: its name, such as `models`.
+        submodule: Name of the part, such as `models`.
 
     Returns:
         The module.
 
     Raises:
-        ConfigError: torchvision is not installed, or was built for another torch.
+        ConfigError: Torchvision is not installed, or was built for another torch.
     """
     try:
         return importlib.import_module(f"torchvision.{submodule}")
@@ -105,11 +105,11 @@ def import_torchvision(submodule: str) -> ModuleType:
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """The end of a message about an unknown word: the nearest known ones, or a few of them.
+    """Return the end of a message about an unknown word: the nearest known words, or a few of them.
 
     Args:
-        word: as the user wrote it.
-        known: what would have been accepted.
+        word: The word as the user wrote it.
+        known: Words that would have been accepted.
 
     Returns:
         A text that starts with `; ` or is empty.
@@ -125,10 +125,10 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    r"""An exception as `Type: first line of its text`.
+    r"""Return an exception as `Type: first line of its text`.
 
     Args:
-        error: any exception.
+        error: Any exception.
 
     Returns:
         One line of at most about 200 characters.
@@ -145,7 +145,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Let `folder` come first in imports, and leave no trace of it in `sys.path`."""
+    """Put a folder first in `sys.path`, and take it out again at the end."""
     entry = str(folder)
     sys.path.insert(0, entry)
     try:
@@ -167,7 +167,7 @@ def _import_file(path: Path) -> ModuleType:
     assert module_spec is not None
     assert module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    # Before it runs: dataclasses and pickling look their module up.
+    # Before the module runs: dataclasses and pickling look their module up.
     sys.modules[name] = module
     try:
         module_spec.loader.exec_module(module)
@@ -178,7 +178,7 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def _public_callables(module: ModuleType) -> list[str]:
-    """Names that a module itself defines and that can be called."""
+    """Return the names of callables that a module itself defines."""
     return [
         name
         for name, value in vars(module).items()
@@ -187,7 +187,7 @@ def _public_callables(module: ModuleType) -> list[str]:
 
 
 def _version(package: str) -> str:
-    """The installed version of a package, without importing it."""
+    """Return the installed version of a package, without importing it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

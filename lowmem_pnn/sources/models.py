@@ -1,4 +1,4 @@
-"""Models by name: `mlp:`, `gpt:`, `cifar-...`, torchvision's classifiers, and factories of the user's, as constructors to call later."""
+"""Models by name: `mlp:`, `gpt:`, `cifar-...`, torchvision's classifiers, and users' factories, as constructors to call later."""
 
 import ast
 import inspect
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -17,8 +17,7 @@ from lowmem_pnn.sources.cifar import CIFAR_MODELS, CifarShape, make_cifar
 from lowmem_pnn.sources.deferred_init import skeleton
 from lowmem_pnn.sources.gpt import BYTE_VOCABULARY, make_gpt, parse_gpt
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
-
-Wants = Literal["flat", "image3", "any"]
+from lowmem_pnn.sources.preprocessing import InputForm
 
 # Bytes of a tensor, and of what training keeps with it, are counted in 64 bits.
 _MOST_VALUES = 2**56
@@ -27,7 +26,7 @@ _FORMS = (
     f"mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,..., {', '.join(CIFAR_MODELS)}, a torchvision classifier such as resnet18, "
     "package.module:factory or file.py:factory"
 )
-# What some torchvision builders take out of their keyword arguments before they call the class, which lists them as required.
+# Keyword arguments that some torchvision builders take out before they call the class, which lists them as required.
 _POPPED = frozenset({"dropout", "image_size", "input_size"})
 # GoogLeNet and Inception return a tuple with their auxiliary classifiers, and warn when init_weights is left to them.
 _AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
@@ -35,20 +34,20 @@ _AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("go
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that can be built, as often as needed.
+    """Source of a model: its constructor, to be called as often as needed.
 
     Args:
-        name: for run folders: letters, digits, '-', '_' and '.' only.
-        spec: as the user gave it.
-        build: calls the constructor; the weights are random, from torch's global generator, which it does not seed.
-        wants: how samples are presented to it: flattened, as images of three channels, or as they are.
-        context: how many tokens a sample of text has for it; None where the model does not say.
+        name: Name for run folders: letters, digits, '-', '_' and '.' only.
+        spec: Text by which the user named the model.
+        build: Calls the constructor; the weights are random, from torch's global generator, which is not seeded by it.
+        input_form: Form of the samples that the model takes.
+        context: Number of tokens of a sample of text; None where the model does not say.
     """
 
     name: str
     spec: str
     build: Callable[[], nn.Module]
-    wants: Wants
+    input_form: InputForm
     context: int | None = None
 
 
@@ -58,18 +57,18 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None)
     Nothing large is built: a torchvision model with arguments is tried on the meta device.
 
     Args:
-        spec: `mlp:784-80-47` (widths, ReLU after every layer but the last), `gpt:layers=12,width=768,heads=12,context=256` (a
-            decoder, see `gpt.py`), `cifar-resnet18` and others of `cifar.py`, a torchvision classifier, `package.module:factory`
+        spec: Name of a model: `mlp:784-80-47` (widths, ReLU after every layer but the last), `gpt:layers=12,width=768` (a decoder,
+            see `gpt.py` for all sizes), `cifar-resnet18` and others of `cifar.py`, a torchvision classifier, `package.module:factory`
             or `path/to/file.py:factory`.
-        arguments: keyword arguments of the constructor.
-        num_classes: of the data set; what a `cifar-` or torchvision model gets where `arguments` do not say it, and how many
-            tokens a gpt knows. None where it is not known.
+        arguments: Keyword arguments of the constructor.
+        num_classes: Number of classes of the data set: the default of `cifar-` and torchvision models, and the number of tokens
+            of a gpt. None where the number is not known.
 
     Returns:
         The model's source.
 
     Raises:
-        ConfigError: no such model, or it does not take these arguments.
+        ConfigError: There is no such model, or it does not take these arguments.
 
     Example:
         >>> find_model("mlp:784-80-47", {}, 47).build()
@@ -96,13 +95,14 @@ def parse_model_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     """Read `--model-arg NAME=VALUE` options.
 
     Args:
-        pairs: texts; a value that reads as a Python literal is that literal, `true` and `false` are booleans, all else is text.
+        pairs: Texts of the options; a value that reads as a Python literal is that literal, `true` and `false` are booleans, any
+            other value is text.
 
     Returns:
         Keyword arguments by name.
 
     Raises:
-        ConfigError: a text without '=', a name that is none, or a name given twice.
+        ConfigError: A text has no '=', a name is no identifier, or a name is given twice.
 
     Example:
         >>> parse_model_arguments(["depth=12", "norm=true", "widths=[8, 16]", "act=gelu"])
@@ -125,13 +125,13 @@ def _parse_value(text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    # What literal_eval documents for text that is no literal, or one nested too deep.
+    # Errors that literal_eval documents for text that is no literal, or a literal nested too deep.
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
 def _mlp(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
-    """A multi-layer perceptron from the widths in its name."""
+    """Return the source of a multi-layer perceptron, from the widths in its name."""
     if arguments:
         names = ", ".join(map(repr, arguments))
         raise ConfigError(
@@ -162,7 +162,7 @@ def _mlp(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> Mo
 
 
 def _gpt(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
-    """A decoder from the sizes in its name, for as many tokens as the data set has."""
+    """Return the source of a decoder, from the sizes in its name, for as many tokens as the data set has."""
     if arguments:
         names = ", ".join(map(repr, arguments))
         name, value = next(iter(arguments.items()))
@@ -176,7 +176,7 @@ def _gpt(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> Mo
 
 
 def _cifar(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
-    """A network for small images, with a score for each class of the data set."""
+    """Return the source of a network for small images, with a score for each class of the data set."""
     name, colon, _ = spec.partition(":")
     if colon:
         raise ConfigError(f"there is no model {spec!r}; write --model {name}, and, for example, --model-arg width=0.5")
@@ -188,7 +188,7 @@ def _cifar(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> 
 
 
 def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
-    """One of torchvision's classifiers, with random weights."""
+    """Return the source of one of torchvision's classifiers, with random weights."""
     models = import_torchvision("models")
     known = models.list_models(module=models)
     if spec not in known:
@@ -212,7 +212,7 @@ def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | Non
     def build() -> nn.Module:
         try:
             model = builder(**settings)
-        # What constructors raise for values they refuse. A RuntimeError may be the memory's end, which is not for here.
+        # Errors of constructors for values that they refuse. A RuntimeError may mean that memory ran out, which is handled elsewhere.
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
             raise ConfigError(_refused(spec, arguments, error)) from error
         assert isinstance(model, nn.Module)
@@ -228,7 +228,7 @@ def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | Non
 
 
 def _torchvision_arguments(builder: Callable[..., Any]) -> list[str]:
-    """Keyword arguments that a torchvision builder passes on to its class, in the class's order."""
+    """Return the keyword arguments that a torchvision builder passes on to its class, in the class's order."""
     model_class = typing.get_type_hints(builder)["return"]
     own = inspect.signature(builder).parameters.values()
     passed_on = list(inspect.signature(model_class.__init__).parameters.values())[1:]
@@ -237,12 +237,12 @@ def _torchvision_arguments(builder: Callable[..., Any]) -> list[str]:
 
 
 def _factory(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
-    """A function of the user's that returns a model."""
+    """Return the source of a model that a user's function returns."""
     factory = load_factory(spec)
     _check_arguments(spec, factory, arguments, num_classes)
     _check_num_classes(spec, arguments, num_classes)
-    place, _, name = spec.rpartition(":")
-    stem = Path(place).stem if place.endswith(".py") else place
+    location, _, name = spec.rpartition(":")
+    stem = Path(location).stem if location.endswith(".py") else location
 
     def build() -> nn.Module:
         try:
@@ -262,10 +262,10 @@ def _factory(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -
 
 
 def _check_arguments(spec: str, factory: Callable[..., Any], arguments: Mapping[str, Any], num_classes: int | None) -> None:
-    """Refuse arguments that a factory does not take, and the lack of those that it needs, before it runs."""
+    """Raise if a factory does not take an argument, or needs another one, before the factory runs."""
     try:
         parameters = inspect.signature(factory).parameters
-    # Callables written in C may have no signature; calling them will tell.
+    # Callables written in C may have no signature; the call itself will show.
     except (TypeError, ValueError):
         return
     positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
@@ -283,7 +283,7 @@ def _check_arguments(spec: str, factory: Callable[..., Any], arguments: Mapping[
 
 
 def _check_num_classes(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> None:
-    """Refuse a classifier with fewer outputs than the data set has classes."""
+    """Raise if a classifier has fewer outputs than the data set has classes."""
     given = arguments.get("num_classes")
     if num_classes is not None and type(given) is int and given < num_classes:
         raise ConfigError(
@@ -292,7 +292,7 @@ def _check_num_classes(spec: str, arguments: Mapping[str, Any], num_classes: int
 
 
 def _accepted(name: str, accepted: list[str]) -> str:
-    """The end of a message about an unknown argument."""
+    """Return the end of a message about an unknown argument."""
     if not accepted:
         return "; it takes none"
     guess = did_you_mean(name, accepted)
@@ -300,7 +300,7 @@ def _accepted(name: str, accepted: list[str]) -> str:
 
 
 def _refused(spec: str, arguments: Mapping[str, Any], error: Exception) -> str:
-    """The message for a constructor that raised."""
+    """Return the message for a constructor that raised."""
     twice = re.search(r"multiple values for (?:keyword )?argument '(\w+)'", str(error))
     if twice:
         return f"model {spec!r} sets {twice[1]!r} itself; leave that argument out or take another model"

@@ -1,7 +1,7 @@
-"""Text for language models: the bytes of a file as tokens, in windows, each with the byte after it as its label.
+"""Text for language models: the bytes of a file as tokens, in windows, each token with the next byte as its label.
 
     bytes   0 ......... T ......... 2T ........ 3T
-    x       [window 0 )[window 1 )[window 2 )      T tokens each; what is left at the end is no window
+    x       [window 0 )[window 1 )[window 2 )      T tokens each; bytes left over at the end are in no window
     y        [window 0 )[window 1 )[window 2 )     the same, one byte later
             ------ train -------- ---- test --     the last tenth of the windows
 
@@ -32,13 +32,13 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Text:
-    """A text that is open, as parts of a data set.
+    """Open text, as training and test part of a data set.
 
     Args:
-        train: all windows but the last tenth.
-        test: the last tenth of the windows, at least one.
-        preprocessing: what was done, in words.
-        fingerprint: of all bytes, and of how they are divided.
+        train: All windows but the last tenth.
+        test: The last tenth of the windows, at least one.
+        preprocessing: Steps from the bytes to the samples, in words.
+        fingerprint: Hash of all bytes, and of the way they are divided.
     """
 
     train: "TextSplit"
@@ -50,17 +50,17 @@ class Text:
 def open_text(path: Path, context: int) -> Text:
     """Open a file of text and read it once, for its fingerprint.
 
-    Labels of the test part are in no window of the training part: that ends with the byte which is the test part's first input.
+    Labels of the test part are in no window of the training part: its last label is the byte that is the test part's first input.
 
     Args:
-        path: of the file; any bytes will do.
-        context: tokens of a window, T.
+        path: Path of the file; any bytes will do.
+        context: Tokens of a window, T.
 
     Returns:
-        Its two parts.
+        The text's two parts.
 
     Raises:
-        DataError: there is no such file, it cannot be read, or is shorter than two windows and a byte.
+        DataError: There is no such file, it cannot be read, or it is shorter than two windows and a byte.
     """
     assert context > 0, "a window has at least one token"
     file = _File(path)
@@ -87,13 +87,13 @@ def open_text(path: Path, context: int) -> Text:
 
 
 class TextSplit:
-    """Neighbouring windows of a file: `Split`, with labels (B, T).
+    """Split of neighbouring windows of a file, with labels (B, T).
 
     Args:
-        file: open.
-        context: tokens of a window, T.
-        first: number of the first window.
-        num_windows: how many there are.
+        file: Open file.
+        context: Tokens of a window, T.
+        first: Number of the first window.
+        num_windows: Number of windows.
     """
 
     def __init__(self, file: "_File", context: int, first: int, num_windows: int) -> None:
@@ -103,17 +103,17 @@ class TextSplit:
         return self._num_windows
 
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
-        """Windows, and what comes after each of their tokens.
+        """Return windows, and for each of their tokens the next one as its label.
 
         Args:
-            indices: B of them.
+            indices: Numbers of B windows.
 
         Returns:
-            (B, T) int64 twice, contiguous and the caller's own.
+            Tokens (B, T) and labels (B, T), both int64, contiguous and the caller's own.
 
         Raises:
-            DataError: the file was changed since it was opened.
-            IndexError: an index out of range.
+            DataError: The file was changed since it was opened.
+            IndexError: An index is out of range.
         """
         numbers = as_indices(indices, len(self))
         self._file.check()
@@ -126,7 +126,7 @@ class TextSplit:
 
 
 class _File:
-    """A file mapped into memory, which notices when it is changed under the map."""
+    """File mapped into memory, which notices when it is changed under the map."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -137,30 +137,30 @@ class _File:
             with path.open("rb") as stream:
                 self._descriptor = os.dup(stream.fileno())
                 weakref.finalize(self, os.close, self._descriptor)
-                self._state = self._found()
+                self._state = self._size_and_time()
                 self.size = self._state[0]
-                """In bytes."""
+                """Size in bytes."""
                 # An empty file cannot be mapped.
                 mapped = np.memmap(stream, dtype=np.uint8, mode="r") if self.size else np.empty(0, dtype=np.uint8)
                 self.bytes = mapped.view(np.ndarray)
-                """(size,) uint8, read-only."""
+                """Content (size,), uint8, read-only."""
         except FileNotFoundError as error:
             raise DataError(f"there is no file {path.absolute()}; give text:FILE") from error
         except OSError as error:
             raise DataError(f"text {str(path)!r} cannot be read: {error.strerror or error}; give text:FILE") from error
 
     def check(self) -> None:
-        """Refuse to go on when the file was written to: to read behind its end would kill the process, other bytes are other data.
+        """Raise if the file was written to: a read behind its end would kill the process, and other bytes are other data.
 
         Raises:
-            DataError: it was changed.
+            DataError: The file was changed.
         """
-        if (found := self._found()) != self._state:
+        if (state := self._size_and_time()) != self._state:
             raise DataError(
-                f"text {str(self._path)!r} was changed while it is used: it had {self.size:,} bytes, it has {found[0]:,} and another "
+                f"text {str(self._path)!r} was changed while it is used: it had {self.size:,} bytes, it has {state[0]:,} and another "
                 "time of change; put it back and go on with --resume, or begin again with --overwrite"
             )
 
-    def _found(self) -> tuple[int, int]:
+    def _size_and_time(self) -> tuple[int, int]:
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns

@@ -50,7 +50,7 @@ class ActivationStore:
     encoding: Encoding
     """How floating tensors are stored, on the disk and in windows; batches have them in their own type."""
     cache: list[Tensor] | None
-    """All samples as they are stored, in the stored order, the labels last, once the store was read into a window that held it whole."""
+    """All samples as they are stored, in the stored order, the labels last; None until a window has held the whole store."""
 
     def __init__(self, folder: Path, index: Index, counter: IoCounter | None, direct: bool | None = None) -> None:
         self.folder = folder

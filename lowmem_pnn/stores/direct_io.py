@@ -83,7 +83,7 @@ class Transfer:
 
     @property
     def is_worthwhile(self) -> bool:
-        """Whether the range is large and most bytes move straight: copying all of them into scratch would gain nothing, and take memory."""
+        """Whether the range is large and most bytes move straight; to copy most of them into scratch would only take memory."""
         straight_bytes = _round_up(self.end) - self.begin - self._scratch_bytes
         scratch_is_small = self._scratch_bytes <= min(straight_bytes, _MOST_SCRATCH_BYTES)
         return scratch_is_small and straight_bytes >= LEAST_BYTES and 2 * len(self._straight) < _MOST_SEGMENTS

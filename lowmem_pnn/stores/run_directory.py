@@ -319,7 +319,7 @@ def _create_in_folder(path: Path, config_json: str, journal: str) -> IO[str]:
     was_run = (path / "journal.json").exists()
     lock = _take_lock(path)
     try:
-        # The old journal is the last to go, by the new one's rename: in between the folder is a damaged run, which can be overwritten.
+        # The old journal goes last, by the new one's rename: in between the folder is a damaged run, which can be overwritten.
         for entry in path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -343,7 +343,10 @@ def _digest(body: dict[str, Any], config_sha256: str) -> str:
 
 
 def _take_lock(folder: Path) -> IO[str]:
-    """Open and lock `folder/lock`, and wait a few seconds for a lock that is held; the lock ends with the process, however that ends."""
+    """Open and lock `folder/lock`, after a few seconds if another process holds it.
+
+    The lock ends with the process, however the process ends.
+    """
     try:
         lock = (folder / "lock").open("a+", encoding="utf-8")
     except OSError as error:

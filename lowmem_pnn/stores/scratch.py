@@ -1,4 +1,4 @@
-"""Scratch store of one batch's tensors, by key: in memory up to a share of the budget, the rest in a file that ends with the process.
+"""Scratch store of one batch's tensors, by key: in memory up to a share of the budget, the rest in a temporary file.
 
 A sweep keeps boundary activations, their gradients, random states, and gradients that wait for a step. Together these grow with the
 depth of the model; memory must not.

@@ -65,7 +65,7 @@ class ShardFile:
         return file
 
     def write_into(self, file: NewFile, counter: IoCounter | None = None) -> None:
-        """Fill a new file, past the page cache where the file system lets us; else its pages are on their way to the drive afterwards.
+        """Fill a new file, past the page cache where the file system lets us; else the cache is asked to drop its pages.
 
         Args:
             file: New file of `nbytes` bytes.

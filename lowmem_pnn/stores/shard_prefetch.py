@@ -32,7 +32,7 @@ class Window:
     """Row of each sample; None where the rows are in order."""
 
     def copy_rows(self, position: int, count: int, batch: list[Tensor], row: int) -> None:
-        """Copy samples [position, position + count) into rows of a batch, from its row `row` on; decode them where they are encoded."""
+        """Copy samples [position, position + count) into rows of a batch, decoded, from row `row` on."""
         first = position - self.begin
         for stored, target in zip(self.tensors, batch, strict=True):
             if target.nbytes == 0:

@@ -243,7 +243,7 @@ class TensorFile:
         sync_file(self.path, self._file.fileno())
 
     def drop_cache(self) -> None:
-        """Ask the kernel to drop the file's pages from its cache: pages that are on the drive go, the others are sent to the drive."""
+        """Ask the kernel to drop the file's pages from its cache: pages on the drive go, the others are sent to the drive."""
         drop_cache(self._file.fileno())
 
     def close(self) -> None:

@@ -219,7 +219,7 @@ class WeightStore:
             return partition in self._working
 
     def writer(self, partition: PartitionName) -> TensorFile:
-        """Open a partition's working file for writing; a new one is made if there is none, all zeros, of which every tensor must be written.
+        """Open a partition's working file for writing; if there is none, a new one, all zeros, whose every tensor must be written.
 
         Raises:
             DiskError: The disk is full, or the file system refused.

@@ -13,14 +13,15 @@ from lowmem_pnn.methods import SplitName, make_method
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.model.precision import Precision
-from lowmem_pnn.optim.low_precision import SMALLEST, is_quantized
+from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.costs import MemoryProfile
-from lowmem_pnn.profiling.profiler import Known, profile
-from lowmem_pnn.sources.datasets import Dataset, Split
+from lowmem_pnn.profiling.profiler import MeasurementCache, profile
+from lowmem_pnn.sources.datasets import Dataset
 from lowmem_pnn.sources.deferred_init import skeleton
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.models import ModelSource
+from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.workload.workload import Workload
 
 
@@ -57,8 +58,8 @@ def make_workload(
         )
     if config.optimizer_state != "fp32" and not any(map(is_quantized, _trainable(model))):
         raise ConfigError(
-            f"--optimizer-state {config.optimizer_state} has no effect here: {source.spec} has no float32 parameters of {SMALLEST} elements "
-            "or more that learn; leave it out"
+            f"--optimizer-state {config.optimizer_state} has no effect here: {source.spec} has no float32 parameters of "
+            f"{MIN_QUANTIZED_SIZE} elements or more that learn; leave it out"
         )
     (scores,) = chain.boundaries[-1]
     if scores.shape[:-1] != dataset.label_shape or scores.shape[-1] < dataset.num_classes:
@@ -145,13 +146,13 @@ def _check_input(source: ModelSource, dataset: Dataset, model: nn.Module) -> Non
         raise ConfigError(f"model {source.spec} has {found} weights, and samples are float32; have it built with model.float()")
 
 
-def profile_workload(workload: Workload, device: Device, known: Known | None = None) -> MemoryProfile:
+def profile_workload(workload: Workload, device: Device, cache: MeasurementCache | None = None) -> MemoryProfile:
     """Profile what each layer needs, by fake tensors. Of several optimizers the largest is counted for all.
 
     Args:
         workload: model, data and method.
         device: training device.
-        known: what profiles of the same model by other methods found.
+        cache: measurements of profiles of the same model under other methods; new ones are added.
     """
     config = workload.config
     optimizers = [
@@ -164,7 +165,7 @@ def profile_workload(workload: Workload, device: Device, known: Known | None = N
         workload.chain,
         optimizers=optimizers,
         device=device.torch_device,
-        parts_ties=workload.method.sweeps,
+        cuts_through_ties=workload.method.sweeps,
         per_layer_loss=workload.method.learns_per_layer,
-        known=known,
+        cache=cache,
     )

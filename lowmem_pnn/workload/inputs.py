@@ -11,11 +11,12 @@ from torch import nn
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.methods.base import SplitName
+from lowmem_pnn.methods import SplitName
 from lowmem_pnn.seeds import seed_of
-from lowmem_pnn.sources.datasets import Dataset, find_dataset, from_torch, make_dataset
+from lowmem_pnn.sources.datasets import Dataset, find_dataset, make_dataset
 from lowmem_pnn.sources.models import ModelSource, find_model
-from lowmem_pnn.sources.splits import SampleSplit, Split, subset, train_val
+from lowmem_pnn.sources.splits import SampleSplit, Split, from_torch
+from lowmem_pnn.sources.subsets import subset, train_val_split
 
 Model = str | nn.Module | Callable[[], nn.Module]
 """A name, a model, or a function that builds one."""
@@ -53,22 +54,22 @@ def python_inputs(model: Model, train: Any, val: Any, test: Any) -> Callable[[Fi
 
     def open_inputs(config: FitConfig) -> Inputs:
         named = find_model(model, config.model_arg, None) if isinstance(model, str) else None
-        wants = named.wants if named is not None else "any"
+        input_form = named.input_form if named is not None else "any"
         if isinstance(train, str):
             context = named.context if named is not None else None
-            dataset = find_dataset(train, config.data_root, wants, context=context)
+            dataset = find_dataset(train, config.data_root, input_form, context=context)
         else:
-            dataset = make_dataset(train, test, name=config.data, wants=wants)
+            dataset = make_dataset(train, test, name=config.data, input_form=input_form)
         if isinstance(model, str):
             source = find_model(model, config.model_arg, dataset.num_classes)
         else:
             build = (lambda: model) if isinstance(model, nn.Module) else model
-            source = ModelSource(name=run_name(config), spec=config.model, build=build, wants=wants)
+            source = ModelSource(name=run_name(config), spec=config.model, build=build, input_form=input_form)
         splits = split_data(dataset, config if val is None else dataclasses.replace(config, val_fraction=0.0))
         if val is not None:
-            splits["val"] = from_torch(val, num_classes=dataset.num_classes, wants=wants)
+            splits["val"] = from_torch(val, num_classes=dataset.num_classes, input_form=input_form)
         if test is not None and isinstance(train, str):
-            splits["test"] = from_torch(test, num_classes=dataset.num_classes, wants=wants)
+            splits["test"] = from_torch(test, num_classes=dataset.num_classes, input_form=input_form)
         parts = [dataset.fingerprint, *(part.fingerprint() for part in splits.values() if isinstance(part, SampleSplit))]
         if len(parts) > 1:
             # Parts that were given apart from the data set belong to the run's data too.
@@ -97,7 +98,7 @@ def open_data(config: FitConfig) -> Inputs:
     """
     # The data set says how many classes the model gets; the model how images are to be shown to it, and how long a text.
     named = find_model(config.model, config.model_arg, None)
-    dataset = find_dataset(config.data, config.data_root, named.wants, context=named.context)
+    dataset = find_dataset(config.data, config.data_root, named.input_form, context=named.context)
     source = find_model(config.model, config.model_arg, dataset.num_classes)
     return source, dataset, split_data(dataset, config)
 
@@ -112,7 +113,7 @@ def split_data(dataset: Dataset, config: FitConfig) -> dict[SplitName, Split]:
     Raises:
         ConfigError: an option for a part that is not there.
     """
-    train, val = train_val(dataset.train, config.val_fraction, seed_of(config.seed, "split"), config.train_limit)
+    train, val = train_val_split(dataset.train, config.val_fraction, seed_of(config.seed, "split"), config.train_limit)
     splits: dict[SplitName, Split] = {"train": train}
     if val is not None:
         splits["val"] = val

@@ -10,12 +10,13 @@ from torch import nn
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.methods import Method, Objective, SplitName
 from lowmem_pnn.model.chain import Chain
-from lowmem_pnn.optim.lr_schedules import factor
+from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.seeds import seed_of
-from lowmem_pnn.sources.datasets import Dataset, Split
+from lowmem_pnn.sources.datasets import Dataset
 from lowmem_pnn.sources.models import ModelSource
+from lowmem_pnn.sources.splits import Split
 
 # Batch size that `lr` is meant for where the batch is chosen: the default one.
 _BATCH_OF_LR = 64
@@ -86,7 +87,7 @@ class Workload:
         if config.batch_size == "auto" and batch is not None:
             share = batch / _BATCH_OF_LR
             rate *= share if config.value_for("optimizer", partition) == "sgd" else math.sqrt(share)
-        return rate * factor(config.lr_schedule, step, total_steps, config.warmup_steps)
+        return rate * lr_factor(config.lr_schedule, step, total_steps, config.warmup_steps)
 
     def objective(self, plan: Plan, partition: int) -> Objective:
         """Return what a partition learns."""

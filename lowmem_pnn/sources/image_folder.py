@@ -1,4 +1,4 @@
-"""Folders of images, one folder for each class, decoded when a sample is asked for."""
+"""Image folders: a data split of image files, one folder for each class, decoded when a sample is asked for."""
 
 import hashlib
 import os
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import DataError
-from lowmem_pnn.sources.preprocessing import Presentation, Wants
+from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
 from lowmem_pnn.sources.splits import SampleSplit
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 def class_names(folder: Path) -> list[str]:
-    """The folders in `folder`, sorted: their positions are the class numbers.
+    """Return the names of the folders in `folder`, sorted: their positions are the class numbers.
 
     Args:
-        folder: of one folder for each class.
+        folder: Folder that holds one folder for each class.
 
     Raises:
-        DataError: there are none.
+        DataError: There are no folders in it.
     """
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
@@ -33,19 +33,19 @@ def class_names(folder: Path) -> list[str]:
     return names
 
 
-class ImageSplit(SampleSplit):
-    """Images below `folder`, in the order of class and path.
+class ImageFolderSplit(SampleSplit):
+    """Split of the images below a folder, in the order of class and path.
 
     Args:
-        folder: holds one folder for each class, with images at any depth.
-        classes: all class names of the data set; the position is the label.
-        wants: what the model takes.
+        folder: Folder that holds one folder for each class, with images at any depth.
+        classes: Class names of the data set; their positions are the labels.
+        input_form: Form of the samples that the model takes.
 
     Raises:
-        DataError: no images, or a class of the folder is not among `classes`.
+        DataError: There are no images, or a class of the folder is not among `classes`.
     """
 
-    def __init__(self, folder: Path, classes: list[str], wants: Wants) -> None:
+    def __init__(self, folder: Path, classes: list[str], input_form: InputForm) -> None:
         numbers = {name: number for number, name in enumerate(classes)}
         self.where, self.num_classes = str(folder), len(classes)
         self._paths: list[Path] = []
@@ -61,10 +61,10 @@ class ImageSplit(SampleSplit):
         super().__init__(len(self._paths))
         self._labels = torch.tensor(labels, dtype=torch.int64)
         first = _decode(self._paths[0])
-        self.presentation = Presentation.of(first.shape, torch.uint8, wants, self.where)
+        self.preprocessing = Preprocessing.choose(first.shape, torch.uint8, input_form, self.where)
 
     def fingerprint(self) -> str:
-        """A hash of all paths, sizes and times of change."""
+        """Return a hash of all paths, sizes and times of change."""
         digest = hashlib.sha256()
         for path in self._paths:
             status = path.stat()
@@ -72,7 +72,7 @@ class ImageSplit(SampleSplit):
         return digest.hexdigest()
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        expected = self.presentation.raw_shape
+        expected = self.preprocessing.raw_shape
         x = torch.empty(len(numbers), *expected, dtype=torch.uint8)
         for row, number in enumerate(numbers):
             path = self._paths[number]
@@ -96,6 +96,6 @@ def _decode(path: Path) -> npt.NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))
-    # PIL raises SyntaxError for some broken PNGs, and its own error for what it takes for an attack.
+    # PIL raises SyntaxError for some broken PNGs, and an error of its own for images that it takes for an attack.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image ({error}); repair or remove it") from error

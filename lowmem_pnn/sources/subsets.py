@@ -1,0 +1,91 @@
+"""Subsets of data splits: chosen samples, and the seeded division into a training and a validation part."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from lowmem_pnn.errors import ConfigError, DataError
+from lowmem_pnn.sources.splits import Indices, Split, as_indices
+
+
+class SubsetSplit:
+    """Split of some samples of another split, in a given order."""
+
+    def __init__(self, base: Split, numbers: npt.NDArray[np.int64]) -> None:
+        self._base, self._numbers = base, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Return samples and classes, as `Split.batch` does; messages give the sample's number in the whole split."""
+        return self._base.batch(self._numbers[as_indices(indices, len(self))])
+
+
+def subset(split: Split, indices: npt.NDArray[np.integer[Any]]) -> Split:
+    """Take some samples of a split, in the order given.
+
+    Args:
+        split: Split to take the samples from.
+        indices: Numbers of the samples, (M,) integers; M is at least 1.
+
+    Raises:
+        DataError: There are no indices.
+        IndexError: An index is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lowmem_pnn.sources.splits import from_torch
+        >>> whole = from_torch((torch.zeros(6, 4), torch.arange(6)))
+        >>> subset(whole, np.array([5, 3])).batch([0])[1]
+        tensor([5])
+    """
+    if not len(indices):
+        raise DataError(f"a subset of 0 of {len(split):,} samples cannot be trained on; choose at least 1")
+    return SubsetSplit(split, as_indices(indices, len(split)).copy())
+
+
+def train_val_split(split: Split, val_fraction: float, seed: int, limit: int | None) -> tuple[Split, Split | None]:
+    """Divide a split into a part to train on and a part to validate on, by a seeded permutation.
+
+    Both come in the permutation's order: samples that are stored by class would otherwise make shards of one class each.
+
+    Args:
+        split: Split to divide.
+        val_fraction: Share to validate on, 0 <= val_fraction < 1; rounded to samples, at least one if positive.
+        seed: Seed of the permutation.
+        limit: Number of samples to use, the first of the permutation; None, or more than there are, for all.
+
+    Returns:
+        The training part and the validation part; they are disjoint and cover the samples that `limit` leaves. The second is None
+        if `val_fraction` is 0.
+
+    Raises:
+        ConfigError: A fraction, a seed or a limit is out of range.
+        DataError: No sample would be left to train on.
+
+    Example:
+        >>> import torch
+        >>> from lowmem_pnn.sources.splits import from_torch
+        >>> whole = from_torch((torch.zeros(10, 4), torch.arange(10)))
+        >>> [len(part) for part in train_val_split(whole, 0.2, seed=0, limit=None)]
+        [8, 2]
+    """
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"a validation fraction of {val_fraction} is not in 0 <= fraction < 1; give, for example, 0.1")
+    if seed < 0:
+        raise ConfigError(f"a seed of {seed} is negative; give 0 or more")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"a limit of {limit} samples leaves none; give at least 1")
+    # RandomState's stream is frozen for good, a Generator's is not: the same seed must give the same parts in years to come.
+    chosen = np.random.RandomState(seed % 2**32).permutation(len(split)).astype(np.int64)[:limit]
+    num_val = max(round(len(chosen) * val_fraction), 1) if val_fraction else 0
+    if num_val >= len(chosen):
+        raise DataError(
+            f"a validation fraction of {val_fraction} of {len(chosen)} samples leaves none to train on; "
+            "use more samples or fraction 0 (--train-limit, --val-fraction)"
+        )
+    train = SubsetSplit(split, chosen[: len(chosen) - num_val])
+    return train, SubsetSplit(split, chosen[len(chosen) - num_val :]) if num_val else None
