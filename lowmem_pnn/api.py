@@ -23,7 +23,7 @@ from lowmem_pnn.planning.footprint import check_disk
 from lowmem_pnn.planning.make_plan import describe_plan, make_plan
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
-from lowmem_pnn.profiling.profiler import Known
+from lowmem_pnn.profiling.profiler import MeasurementCache
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.result import Result
@@ -338,15 +338,15 @@ def _begin_late(
 def _plan(config: FitConfig, open_inputs: OpenInputs, timing: bool) -> PlanReport:
     if config.compile:
         check_compiler()
-    known = Known()
+    cache = MeasurementCache()
     with open_workload(config, open_inputs(config)) as (device, workload):
-        profile = profile_workload(workload, device, known)
+        profile = profile_workload(workload, device, cache)
         benchmark = LayerBenchmark(device)
         report = describe_plan(workload, profile, device, TimeEstimator.measured(workload, profile, device, benchmark))
         # Layers are timed as they are, uncompiled.
         if not timing or config.compile:
             return report
-        return dataclasses.replace(report, prospects=compare(workload, profile, benchmark, known))
+        return dataclasses.replace(report, prospects=compare(workload, profile, benchmark, cache))
 
 
 def _finished(rundir: RunDirectory) -> tuple[FitConfig, State]:

@@ -8,32 +8,34 @@ from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
 from lowmem_pnn.profiling.costs import MemoryProfile
-from lowmem_pnn.profiling.profiler import Known
+from lowmem_pnn.profiling.profiler import MeasurementCache
 from lowmem_pnn.reporting.method_estimate import MethodEstimate
 from lowmem_pnn.workload import Workload, by_other_method, profile_workload
 
 
-def compare(workload: Workload, profile: MemoryProfile, bench: LayerBenchmark, known: Known) -> list[MethodEstimate]:
+def compare(workload: Workload, profile: MemoryProfile, bench: LayerBenchmark, cache: MeasurementCache) -> list[MethodEstimate]:
     """What every method would come to, with the same options where it reads them.
 
     Args:
         workload: of the method that was asked for.
         profile: of it.
         bench: layers that are alike are timed once for all methods.
-        known: what profiling has found so far; added to.
+        cache: measurements of profiles so far; new ones are added.
 
     Returns:
         A row for each method, in the order in which the option lists them.
     """
-    return [_by(method, workload, profile, bench, known) for method in METHODS]
+    return [_by(method, workload, profile, bench, cache) for method in METHODS]
 
 
-def _by(method: MethodName, asked: Workload, profile: MemoryProfile, bench: LayerBenchmark, known: Known) -> MethodEstimate:
+def _by(
+    method: MethodName, asked: Workload, profile: MemoryProfile, bench: LayerBenchmark, cache: MeasurementCache
+) -> MethodEstimate:
     """One method's row."""
     is_asked, device = method == asked.config.method, bench.device
     try:
         workload = asked if is_asked else by_other_method(asked, for_method(asked.config, method))
-        own = profile if is_asked else profile_workload(workload, device, known)
+        own = profile if is_asked else profile_workload(workload, device, cache)
         clock = TimeEstimator.measured(workload, own, device, bench)
         plan = make_plan(workload, own, device, seconds_of=clock)
         check_disk(workload, plan, own)
@@ -54,5 +56,5 @@ def _by(method: MethodName, asked: Workload, profile: MemoryProfile, bench: Laye
         seconds=clock(plan),
         bytes_read_per_epoch=epoch.read,
         bytes_written_per_epoch=epoch.written,
-        measured_share=clock.rates.measured,
+        measured_share=clock.rates.measured_share,
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from lowmem_pnn.methods import SplitName, Sweep, Visit
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.profiling.costs import largest_part
+from lowmem_pnn.profiling.peaks import largest_micro_batch
 from lowmem_pnn.profiling.timings import MachineTimings
 
 # How often a loss and its gradient go through memory, for each byte of a partition's outputs: targets, difference, square and gradient,
@@ -172,7 +172,7 @@ class _Forecast:
         begin, end = visit.macro_batch or (0, self._setting.samples[visit.split])
         through, written = self._through(visit.partition, end - begin), (end - begin) * size.kept
         # A thread writes behind, and copies what it writes.
-        behind = written * (self._rates.write + self._rates.touch)
+        behind = written * (self._rates.write_per_byte + self._rates.memory_per_byte)
         return Work(max(through.seconds, behind), through.read, written)
 
     def sweep_epoch(self, sweep: Sweep) -> Work:
@@ -209,7 +209,7 @@ class _Forecast:
                 resident = None
                 continue
             if resident != number:
-                total += Work(max(0, size.weights - setting.stream_bytes) * rates.read, size.weights)
+                total += Work(max(0, size.weights - setting.stream_bytes) * rates.read_per_byte, size.weights)
                 resident = number
             layers = rates.layers[part.start : part.stop]
             if visit.action == "emit":
@@ -240,7 +240,7 @@ class _Forecast:
     def _stepped(self, number: int, read: int, written: int) -> Work:
         """The optimizer's step, layer by layer: its own time, or that of what is read and written beyond what the streams hold."""
         rates, stream = self._rates, self._setting.stream_bytes
-        moving = max(0, read - stream) * rates.read + max(0, written - stream) * rates.write
+        moving = max(0, read - stream) * rates.read_per_byte + max(0, written - stream) * rates.write_per_byte
         return Work(max(self._step(number), moving), read, written)
 
     def _pass(self, number: int, samples: int, first: int | None, *, loss: bool = True) -> float:
@@ -257,14 +257,14 @@ class _Forecast:
         for layer in range(part.start, part.stop):
             apart = layer == first or self._setting.per_layer_loss
             own = rates.layers[layer]
-            seconds += own.forward.at(samples) + (own.backward_first if apart else own.backward).at(samples)
+            seconds += own.forward.at(samples) + (own.backward_to_weights if apart else own.backward).at(samples)
         if loss and not self._setting.per_layer_loss:
-            seconds += _LOSS_PASSES * samples * self._setting.partitions[number].outputs * rates.touch
+            seconds += _LOSS_PASSES * samples * self._setting.partitions[number].outputs * rates.memory_per_byte
         return seconds
 
     def _step(self, number: int) -> float:
         """The optimizer's step of a partition; seconds. Parameters have four bytes."""
-        return self._setting.partitions[number].trainable / 4 * self._rates.step
+        return self._setting.partitions[number].trainable / 4 * self._rates.step_per_parameter
 
     def _through(self, number: int, samples: int) -> Work:
         """Samples forward through a partition in eval mode, read where they are stored."""
@@ -279,21 +279,21 @@ class _Forecast:
     def _stored(self, number: int, samples: int) -> Work:
         """Samples read from their store and put together as batches; what stays in memory is read once, and not counted."""
         nbytes = samples * self._setting.partitions[number].inputs
-        together = 2 * nbytes * self._rates.touch
+        together = 2 * nbytes * self._rates.memory_per_byte
         if nbytes <= self._setting.window_bytes:
             return Work(together)
-        return Work(nbytes * self._rates.read + together, nbytes)
+        return Work(nbytes * self._rates.read_per_byte + together, nbytes)
 
     def _parts(self, batch: int, micro_batch: int) -> list[int]:
         """Samples of each micro-batch of a batch."""
-        largest = largest_part(batch, micro_batch, self._plan.smallest_micro_batch)
+        largest = largest_micro_batch(batch, micro_batch, self._plan.smallest_micro_batch)
         if largest == batch:
             return [batch]
         full, rest = divmod(batch, micro_batch)
         return [micro_batch] * (full - (largest > micro_batch)) + ([largest] if largest > micro_batch else [rest] if rest else [])
 
     def _read(self, nbytes: int) -> Work:
-        return Work(nbytes * self._rates.read, nbytes)
+        return Work(nbytes * self._rates.read_per_byte, nbytes)
 
     def _write(self, nbytes: int) -> Work:
-        return Work(nbytes * self._rates.write, 0, nbytes)
+        return Work(nbytes * self._rates.write_per_byte, 0, nbytes)

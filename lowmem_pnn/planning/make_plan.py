@@ -29,7 +29,7 @@ from lowmem_pnn.planning.footprint import (
 from lowmem_pnn.planning.neuroflux_blocks import similar_batch_cuts
 from lowmem_pnn.planning.search import GOOD_MICRO_BATCH
 from lowmem_pnn.planning.time_estimate import TimeEstimator
-from lowmem_pnn.profiling.costs import MemoryProfile, in_chunks, stepped_in_backward, streamed
+from lowmem_pnn.profiling.costs import MemoryProfile, with_chunked_loss, with_step_in_backward, with_streamed_state
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
@@ -258,13 +258,13 @@ def _costs(workload: Workload, profile: MemoryProfile, chunk: int | None, sweeps
     """What layers cost in the way they are going to be run."""
     layers = list(profile.layers)
     if chunk is not None:
-        layers[-1] = in_chunks(layers[-1], chunk / workload.rows_per_sample)
+        layers[-1] = with_chunked_loss(layers[-1], chunk / workload.rows_per_sample)
     # Gradients that wait for each other are kept outside of memory in a sweep, and in it elsewhere.
     if workload.config.step_in_backward and (sweeps or not workload.config.steps_wait):
         passing = gradients_complete_at_once(workload.chain.layers, in_chunks=chunk is not None)
-        layers = [stepped_in_backward(layer) if alone else layer for layer, alone in zip(layers, passing, strict=True)]
+        layers = [with_step_in_backward(layer) if alone else layer for layer, alone in zip(layers, passing, strict=True)]
     if sweeps:
-        layers = [streamed(layer) for layer in layers]
+        layers = [with_streamed_state(layer) for layer in layers]
     return dataclasses.replace(profile, layers=tuple(layers))
 
 

@@ -9,7 +9,8 @@ differ by less than a tolerance, and as it fits with the least of them (the Part
 
 from collections.abc import Sequence
 
-from lowmem_pnn.profiling.costs import Affine, MemoryProfile, peak_of
+from lowmem_pnn.profiling.costs import Affine, MemoryProfile
+from lowmem_pnn.profiling.peaks import peak_of
 
 
 def feasible_batch(profile: MemoryProfile, start: int, stop: int, most: int, room: int, objective: Affine) -> int:

@@ -18,7 +18,8 @@ from itertools import pairwise
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning.search import GOOD_MICRO_BATCH, Search, UniformSearch, possible_starts
-from lowmem_pnn.profiling.costs import Affine, MemoryProfile, default_objective, largest_part, peak_of
+from lowmem_pnn.profiling.costs import Affine, MemoryProfile
+from lowmem_pnn.profiling.peaks import default_objective, largest_micro_batch, peak_of
 from lowmem_pnn.units import format_bytes
 
 # The objective of a partition, from the number of the layer after its last.
@@ -52,7 +53,7 @@ def partition_peak(
         Bytes.
     """
     objective = default_objective(profile.layers[stop - 1]) if loss is None else loss
-    part = largest_part(batch, micro_batch, profile.smallest_micro_batch)
+    part = largest_micro_batch(batch, micro_batch, profile.smallest_micro_batch)
     return peak_of(profile.layers[start:stop], part, batch, objective) + overhead_bytes
 
 
@@ -202,9 +203,9 @@ class _Wishes:
         if not self.uniform:
             return search(None)
         smallest, most = self.profile.smallest_micro_batch, min(self.micro_batch or max(batches), *batches)
-        possible = [largest_part(size, most, smallest) == size for size in batches]
+        possible = [largest_micro_batch(size, most, smallest) == size for size in batches]
         ways = [True] if all(possible) else []
-        if all(largest_part(size, smallest, smallest) < size for size in batches):
+        if all(largest_micro_batch(size, smallest, smallest) < size for size in batches):
             ways.append(False)
         return UniformSearch([search(whole) for whole in ways])
 

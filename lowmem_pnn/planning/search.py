@@ -4,14 +4,15 @@
     best[t]
 
 compared in this order. Taken from the last layer to the first; a run's peak is extended by a layer in constant time
-(`Prices.runs`), so a chain of L layers takes L * L / 2 steps a micro-batch, and as many again for each partition where their
+(`RangePeaks.runs`), so a chain of L layers takes L * L / 2 steps a micro-batch, and as many again for each partition where their
 number is given.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 
-from lowmem_pnn.profiling.costs import Affine, MemoryProfile, Prices, largest_part, peak_of
+from lowmem_pnn.profiling.costs import Affine, MemoryProfile
+from lowmem_pnn.profiling.peaks import RangePeaks, largest_micro_batch, peak_of
 
 GOOD_MICRO_BATCH = 32
 """A smaller micro-batch leaves a device idle; a larger one gains little."""
@@ -54,7 +55,7 @@ class Search:
         self._objectives = objectives
         self._whole = whole
         self._states = [0, *accumulate(layer.state_bytes for layer in profile.layers)]
-        self._priced: dict[tuple[int, int], list[Prices]] = {}
+        self._priced: dict[tuple[int, int], list[RangePeaks]] = {}
 
     def best(self, room: int, good_micro_batch: int = GOOD_MICRO_BATCH) -> tuple[int, list[int] | None]:
         """The best plan with the highest least micro-batch at which there is one.
@@ -125,7 +126,7 @@ class Search:
         chosen = most
         if self._whole is not True and (
             self._whole is False
-            or largest_part(batch, most, self._smallest) < batch
+            or largest_micro_batch(batch, most, self._smallest) < batch
             or peak_of(layers, batch, batch, objective) > room
         ):
             # Below the whole batch a peak never falls as samples are added.
@@ -134,8 +135,10 @@ class Search:
             while low < high:
                 middle = (low + high + 1) // 2
                 low, high = (middle, high) if peak_of(layers, middle, batch, objective) <= room else (low, middle - 1)
-            chosen = next(size for size in range(min(low, most), 0, -1) if largest_part(batch, size, self._smallest) <= low)
-        peak = peak_of(layers, largest_part(batch, chosen, self._smallest), batch, objective)
+            chosen = next(
+                size for size in range(min(low, most), 0, -1) if largest_micro_batch(batch, size, self._smallest) <= low
+            )
+        peak = peak_of(layers, largest_micro_batch(batch, chosen, self._smallest), batch, objective)
         assert peak <= room, "the search chose a partition that fits"
         return chosen, peak
 
@@ -149,7 +152,7 @@ class Search:
             micro_batch: samples at once, as asked.
         """
         batch = self._batch(number)
-        part = largest_part(batch, micro_batch, self._smallest)
+        part = largest_micro_batch(batch, micro_batch, self._smallest)
         return peak_of(self._layers[start:stop], part, batch, self._objectives[stop - 1])
 
     def needs(self, bounds: Sequence[int], floor: int | None = None) -> list[int]:
@@ -225,7 +228,7 @@ class Search:
         for start in self._starts:
             found = set()
             for prices in self._choices(batch, floor):
-                for stop, run in enumerate(prices.runs(start), start + 1):
+                for stop, run in enumerate(prices.ranges(start), start + 1):
                     if run[0] > room:
                         break  # it never falls as the run grows
                     if stop in allowed and prices.with_objective(run, self._objectives[stop - 1]) <= room:
@@ -238,13 +241,13 @@ class Search:
         priced = [
             [
                 prices.with_objective(run, objective)
-                for run, objective in zip(prices.runs(start), self._objectives[start:], strict=True)
+                for run, objective in zip(prices.ranges(start), self._objectives[start:], strict=True)
             ]
             for prices in self._choices(batch, self._smallest)
         ]
         return [min(needs) for needs in zip(*priced, strict=True)]
 
-    def _choices(self, batch: int, floor: int) -> list[Prices]:
+    def _choices(self, batch: int, floor: int) -> list[RangePeaks]:
         """The micro-batches among which the cheapest that is not below `floor` is.
 
         That is the smallest; or the whole batch, which takes more for activations, but no gradients are there during its forward.
@@ -253,14 +256,19 @@ class Search:
             most = min(batch, self._cap or batch)
             least = max(self._smallest, min(floor, most))
             sizes = range(least, min(least + self._smallest - 1, most) + 1)
-            parts = {min(largest_part(batch, size, self._smallest) for size in sizes), largest_part(batch, most, self._smallest)}
+            parts = {
+                min(largest_micro_batch(batch, size, self._smallest) for size in sizes),
+                largest_micro_batch(batch, most, self._smallest),
+            }
             if self._whole is True:
                 parts = {batch}
             elif self._whole is False:
                 parts = {
-                    next(part for size in range(least, 0, -1) if (part := largest_part(batch, size, self._smallest)) < batch)
+                    next(
+                        part for size in range(least, 0, -1) if (part := largest_micro_batch(batch, size, self._smallest)) < batch
+                    )
                 }
-            self._priced[batch, floor] = [Prices(self._layers, part, part < batch) for part in sorted(parts)]
+            self._priced[batch, floor] = [RangePeaks(self._layers, part, part < batch) for part in sorted(parts)]
         return self._priced[batch, floor]
 
     def _state(self, start: int, stop: int) -> int:

@@ -45,8 +45,8 @@ class TimeEstimator:
 
         def find_timings() -> MachineTimings:
             most, per_layer_loss = max(workload.config.batch_sizes), workload.method.learns_per_layer
-            layers, share = timer.layers(workload.chain, profile, most, per_layer_loss=per_layer_loss)
-            rates = MachineTimings(layers, *timer.machine(workload.optimizer(0), Path.cwd()), share)
+            layers, share = timer.time_layers(workload.chain, profile, most, per_layer_loss=per_layer_loss)
+            rates = MachineTimings(layers, *timer.time_machine(workload.optimizer(0), Path.cwd()), share)
             # What is kept free of it for further use is not to stand in the way of what was planned.
             device.release()
             return rates
@@ -57,7 +57,7 @@ class TimeEstimator:
     def nominal(cls, workload: Workload, profile: MemoryProfile, device: Device) -> "TimeEstimator":
         """A clock that goes the same on every machine with a device of this kind; arguments as for `measured`."""
         machine = nominal.CPU if device.shares_host else nominal.CUDA
-        return cls(workload, profile, lambda: nominal.nominal_rates(profile, machine))
+        return cls(workload, profile, lambda: nominal.nominal_timings(profile, machine))
 
     @cached_property
     def rates(self) -> MachineTimings:

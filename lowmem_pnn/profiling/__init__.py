@@ -1,1 +1,1 @@
-"""What a layer costs, in bytes and seconds."""
+"""The cost of each layer, in bytes and in seconds."""

@@ -1,7 +1,7 @@
-"""A bench of fake tensors: one layer runs on it, forward and backward, and the live bytes at the end of each operation are noted.
+"""Runs of one layer on fake tensors, forward and backward, that record the live bytes at the end of each operation.
 
-source --> layer --> sink     forward: the source is the boundary before, the sink the boundary after
-<--       <--          backward: the sink makes the gradient that comes in, the source keeps the one that goes out
+source --> layer --> sink     forward: the source is the boundary before the layer, the sink the boundary after it
+       <--       <--          backward: the sink makes the incoming gradient, the source keeps the outgoing one
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -20,20 +20,20 @@ from lowmem_pnn.memory.storage_tracker import StorageTracker
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.layer import CompiledForward, Layer
 
-# The two numbers of samples that are compared, and the one that checks. None is 1, which shapes and strides treat as a case of
-# its own; the last is well apart, so that what does not grow in a straight line shows.
+# Two numbers of samples that are compared, and one that checks. None is 1, which shapes and strides treat as a case of its own; the
+# last is far from the others, so that bytes which do not grow in a straight line show.
 FEW, MORE, MANY = 4, 6, 64
 
 
 @dataclass
-class Runs:
-    """A layer's runs at one number of samples: live bytes at the end of each operation, above what was live before the run.
+class MemoryTrace:
+    """Live bytes at the end of each operation of a layer's runs, at one number of samples, above those before the run.
 
     Args:
-        forward: in train mode.
-        kept: after it.
-        backward: above `kept` and the gradient that comes in.
-        emit: in eval mode, without gradients.
+        forward: Live bytes of a forward in train mode.
+        kept: Live bytes after the forward.
+        backward: Live bytes of the backward, above `kept` and the incoming gradient.
+        emit: Live bytes of a forward in eval mode, without gradients.
     """
 
     forward: list[int] = field(default_factory=lambda: [0])
@@ -43,24 +43,24 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the bench says of a layer, and of all that are alike.
+class LayerMeasurement:
+    """Measurement of a layer on fake tensors; it holds for every layer with the same fingerprint and boundaries.
 
     Args:
-        runs: at `FEW`, `MORE` and `MANY` samples; where there is code for it, without the code and with it.
-        macs: multiply-accumulates of a forward, per sample.
-        smallest: the fewest samples that it accepts in train mode.
-        compiled: bytes of the code that is compiled for it, by its key.
+        traces: Traces at `FEW`, `MORE` and `MANY` samples; of a compiled layer, those of its module and those of its compiled code.
+        macs: Multiply-accumulates of a forward, per sample.
+        smallest: Fewest samples that the layer accepts in train mode.
+        compiled: Bytes of the kernels that are compiled for the layer, by their keys.
     """
 
-    runs: Sequence[tuple[Runs, ...]]
+    traces: Sequence[tuple[MemoryTrace, ...]]
     macs: int
     smallest: int
     compiled: Mapping[Hashable, int]
 
 
-class _Timeline(StorageTracker):
-    """Notes the live bytes at the end of every operation, with what its kernel held for the moment."""
+class _LiveBytes(StorageTracker):
+    """Recorder of the live bytes at the end of every operation, with the scratch memory of its kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,11 +73,11 @@ class _Timeline(StorageTracker):
 
 
 class _Source(torch.autograd.Function):
-    """Where a layer's inputs come from: keeps their gradients, as the layer before would receive them, without a copy."""
+    """Source of a layer's inputs: keeps their gradients as the layer before would receive them, without a copy."""
 
     @staticmethod
     def forward(ctx: Any, kept: list[Tensor | None], *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors, as results of an operation."""
+        """Return the tensors as results of an operation."""
         ctx.kept = kept
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
@@ -89,30 +89,30 @@ class _Source(torch.autograd.Function):
 
 
 class _Sink(torch.autograd.Function):
-    """Where a layer's outputs go: makes their gradients only when backward begins, so that nobody else holds them."""
+    """Sink of a layer's outputs: makes their gradients only when backward begins, so that nothing else holds them."""
 
     @staticmethod
     def forward(ctx: Any, device: torch.device, *tensors: Tensor) -> Tensor:
-        """A scalar."""
+        """Return a scalar."""
         ctx.like = [(tensor.shape, tensor.dtype) for tensor in tensors]
         ctx.device = device
         return torch.empty((), device=device)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the tensors' shapes."""
+        """Make gradients of the tensors' shapes."""
         return None, *(torch.empty(shape, dtype=dtype, device=ctx.device) for shape, dtype in ctx.like)
 
 
 class FakeRun:
-    """Runs one layer on fake tensors.
+    """Runs of one layer on fake tensors.
 
     Args:
-        layer: its own tensors are not used.
-        before: the boundary that it takes.
-        after: the boundary that it gives.
-        device: where its fake tensors pretend to be.
-        learns_input: whether its inputs have gradients: not the model's own.
+        layer: The layer; its own tensors are not used.
+        before: Boundary before the layer.
+        after: Boundary after the layer.
+        device: Device that the fake tensors pretend to be on.
+        learns_input: Whether the layer's inputs have gradients; those of the model have none.
     """
 
     def __init__(
@@ -128,26 +128,26 @@ class FakeRun:
         self.after = after
         self._device = device
         self._learns_input = learns_input
-        # By whether the layer's own code ran.
+        # Compiled kernels, by whether the layer's compiled code ran.
         self._kernels: dict[bool, dict[Hashable, int]] = {False: {}, True: {}}
         self._code: CompiledForward | None = None
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._tensors = self._fake({**layer.parameters(), **layer.buffers()})
 
-    def found(self) -> Found:
-        """All that it can tell.
+    def measure(self) -> LayerMeasurement:
+        """Measure the layer.
 
         Raises:
-            ConfigError: the layer does not run.
+            ConfigError: The layer does not run.
         """
-        # A layer with code runs without it now and then (one sample; rows in chunks), so that it costs the more of both.
+        # A compiled layer runs as a module at times (one sample; rows in chunks), so that its cost is the greater of both.
         ways = [False] if self._layer.compiled is None else [False, True]
-        runs = [tuple(self.measure(size, with_compiled_layers) for size in (FEW, MORE, MANY)) for with_compiled_layers in ways]
+        traces = [tuple(self.trace(size, compiled=compiled) for size in (FEW, MORE, MANY)) for compiled in ways]
         kernels = self._kernels[False] | self._kernels[True]
-        return Found(runs, self.count_macs(), 1 if self.accepts(1) else 2, kernels)
+        return LayerMeasurement(traces, self.count_macs(), 1 if self.accepts(1) else 2, kernels)
 
     def count_macs(self) -> int:
-        """Multiply-accumulates of a forward in train mode, per sample.
+        """Count the multiply-accumulates of a forward in train mode, per sample.
 
         Eval mode may take fused kernels that are not in PyTorch's table of operations.
         """
@@ -156,22 +156,22 @@ class FakeRun:
             self._run(*self._inputs(FEW), scores=True)
         return int(flops.get_total_flops()) // 2 // FEW
 
-    def measure(self, batch: int, with_compiled_layers: bool = False) -> Runs:
+    def trace(self, batch: int, *, compiled: bool = False) -> MemoryTrace:
         """Run the layer forward and backward in train mode, and forward in eval mode.
 
         Args:
-            batch: number of samples.
-            with_compiled_layers: run what was compiled of it, where that applies.
+            batch: Number of samples.
+            compiled: Whether to run the layer's compiled code, where that takes the inputs.
 
         Raises:
-            ConfigError: it does not run.
+            ConfigError: The layer does not run.
         """
-        self._code = self._layer.compiled if with_compiled_layers else None
+        self._code = self._layer.compiled if compiled else None
         try:
             with self._mode, nullcontext() if self._code is None else self._code.accepting_fake_tensors():
-                runs = self._train(batch)
-                runs.emit = self._emit(batch)
-                return runs
+                trace = self._train(batch)
+                trace.emit = self._emit(batch)
+                return trace
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
             reason = str(error).strip().partition("\n")[0]
             samples = " and ".join(map(str, self.before))
@@ -183,7 +183,7 @@ class FakeRun:
             self._code = None
 
     def accepts(self, batch: int) -> bool:
-        """Whether the layer runs on so few samples in train mode: BatchNorm over single values does not."""
+        """Decide whether the layer runs on `batch` samples in train mode: BatchNorm over single values does not."""
         self._layer.module.train()
         try:
             with self._mode, torch.no_grad():
@@ -192,49 +192,49 @@ class FakeRun:
             return False
         return True
 
-    def _train(self, batch: int) -> Runs:
+    def _train(self, batch: int) -> MemoryTrace:
         self._layer.module.train()
         inputs = self._inputs(batch)
         learning = [number for number, tensor in enumerate(inputs) if self._learns_input and tensor.is_floating_point()]
         received: list[Tensor | None] = []
-        runs = Runs()
+        trace = MemoryTrace()
         with torch.enable_grad():
             leaves = [inputs[number].requires_grad_() for number in learning]
             for number, tensor in zip(learning, _Source.apply(received, *leaves) if leaves else (), strict=True):
                 inputs[number] = tensor
-            with _Timeline() as timeline:
+            with _LiveBytes() as live_bytes:
                 outputs = self._run(*inputs, scores=True)
-                runs.forward = timeline.moments
-                runs.kept = timeline.live
+                trace.forward = live_bytes.moments
+                trace.kept = live_bytes.live
             learnt = [tensor for tensor in outputs if tensor.requires_grad]
             if not learnt:
-                return runs
-            # Outside of the timeline: no layer's work.
+                return trace
+            # Not recorded: no work of the layer.
             end = _Sink.apply(self._device, *learnt)
             begin = torch.ones_like(end)
-            timeline.moments = []
-            coming = sum(tensor.nbytes for tensor in learnt)
-            with timeline:
+            live_bytes.moments = []
+            incoming = sum(tensor.nbytes for tensor in learnt)
+            with live_bytes:
                 torch.autograd.backward(end, begin)
-            self._kernels[self._code is not None] = timeline.compiled
-            # The first moments are the making of the gradient that comes in.
-            runs.backward = [0, *(live - runs.kept - coming for live in timeline.moments)]
+            self._kernels[self._code is not None] = live_bytes.compiled
+            # The first moments are the making of the incoming gradient.
+            trace.backward = [0, *(live - trace.kept - incoming for live in live_bytes.moments)]
         for tensor in self._tensors.values():
             tensor.grad = None
-        return runs
+        return trace
 
     def _emit(self, batch: int) -> list[int]:
         self._layer.module.eval()
         inputs = self._inputs(batch)
-        timeline = _Timeline()
-        with torch.no_grad(), timeline:
+        live_bytes = _LiveBytes()
+        with torch.no_grad(), live_bytes:
             self._run(*inputs)
-        # Of one number of samples: the last measured.
-        self._kernels[self._code is not None] |= {("eval", key): nbytes for key, nbytes in timeline.compiled.items()}
-        return timeline.moments
+        # Kernels of one number of samples are kept: the last one measured.
+        self._kernels[self._code is not None] |= {("eval", key): nbytes for key, nbytes in live_bytes.compiled.items()}
+        return live_bytes.moments
 
     def _run(self, *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
-        """Its outputs; or, if it has a head, the head's scores."""
+        """Return the layer's outputs; with `scores` those of its head, if it has one."""
         made = None if self._code is None else self._code(self._layer.module.training, self._tensors, inputs)
         if made is None:
             return self._layer.run_on(self._tensors, *inputs, scores=scores)
@@ -244,7 +244,7 @@ class FakeRun:
         return [torch.empty((batch, *spec.shape), dtype=spec.dtype, device=self._device) for spec in self.before]
 
     def _fake(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Fake tensors of the same shapes; names of one tensor stay names of one tensor."""
+        """Make fake tensors of the same shapes; names of one tensor stay names of one tensor."""
         fakes: dict[int, Tensor] = {}
         with self._mode:
             for tensor in tensors.values():

@@ -1,65 +1,81 @@
-"""Nominal rates: how long layers take on a machine of a kind, from what is counted of them, not measured.
+"""Nominal timings: the seconds of layers on a kind of machine, computed from their counts instead of measured.
 
-Plans that are chosen by these are the same on every machine of the kind. Only ratios matter: what recomputing a layer, going through
-its weights once more, and moving them take against each other.
+Plans that are chosen by nominal timings are the same on every machine of the kind. Only ratios matter: recomputing a layer against
+going through its weights once more, and against moving them.
 """
 
 from dataclasses import dataclass
 
 from lowmem_pnn.profiling.costs import LayerCost, MemoryProfile
-from lowmem_pnn.profiling.timings import LayerSeconds, MachineTimings, Seconds
+from lowmem_pnn.profiling.timings import LayerTimings, MachineTimings, Seconds
 
 
 @dataclass(frozen=True)
-class Machine:
-    """A kind of machine; all in seconds.
+class MachineSpeed:
+    """Speed of a kind of machine: seconds of each operation.
 
     Args:
-        mac: a multiply-accumulate.
-        forward_weight: a parameter in a forward, for any number of samples.
-        backward_weight: a parameter in a backward: read once more, its gradient written or added.
-        call: a layer, forward; twice as long backward.
-        touch: a byte of activations, written or read.
-        step: a parameter in the optimizer's step.
-        read: a byte from the drive, or what the system keeps of it.
-        write: a byte to it.
+        mac: Seconds of a multiply-accumulate.
+        forward_weight: Seconds per parameter in a forward, for any number of samples.
+        backward_weight: Seconds per parameter in a backward: read once more, its gradient written or added.
+        call: Seconds of a layer's forward for any number of samples; its backward takes twice as long.
+        memory_byte: Seconds per byte of activations read or written.
+        step: Seconds per parameter in the optimizer's step.
+        read_byte: Seconds per byte read from the drive, or from its pages that the system keeps in memory.
+        written_byte: Seconds per byte written to the drive.
     """
 
     mac: float
     forward_weight: float
     backward_weight: float
     call: float
-    touch: float
+    memory_byte: float
     step: float
-    read: float
-    write: float
+    read_byte: float
+    written_byte: float
 
 
-# Rounded from what `lowmem_pnn.profiling.benchmark` measures: one core of a server's processor with AVX-512, and a virtual NVMe drive.
-CPU = Machine(mac=2e-11, forward_weight=1.4e-9, backward_weight=3e-9, call=1e-4, touch=1e-10, step=1e-9, read=4e-10, write=6e-10)
+# Rounded measurements of `lowmem_pnn.profiling.benchmark`: one core of a server's processor with AVX-512, and a virtual NVMe drive.
+CPU = MachineSpeed(
+    mac=2e-11,
+    forward_weight=1.4e-9,
+    backward_weight=3e-9,
+    call=1e-4,
+    memory_byte=1e-10,
+    step=1e-9,
+    read_byte=4e-10,
+    written_byte=6e-10,
+)
 # Counted from data sheets of small GPUs: half of 10 TFLOP/s, 300 GB/s, some ten kernels a layer; weights come through the host.
-CUDA = Machine(
-    mac=2e-13, forward_weight=1.3e-11, backward_weight=4e-11, call=1e-4, touch=3e-12, step=1e-10, read=5e-10, write=7e-10
+CUDA = MachineSpeed(
+    mac=2e-13,
+    forward_weight=1.3e-11,
+    backward_weight=4e-11,
+    call=1e-4,
+    memory_byte=3e-12,
+    step=1e-10,
+    read_byte=5e-10,
+    written_byte=7e-10,
 )
 
 
-def nominal_rates(profile: MemoryProfile, machine: Machine) -> MachineTimings:
-    """MachineTimings of a model's layers.
+def nominal_timings(profile: MemoryProfile, speed: MachineSpeed) -> MachineTimings:
+    """Compute the timings of a model's layers on a kind of machine.
 
     Args:
-        profile: their counts.
-        machine: where they run.
+        profile: Counts of the layers.
+        speed: Speed of the machine.
     """
-    layers = tuple(_seconds(cost, machine) for cost in profile.layers)
-    return MachineTimings(layers, machine.step, machine.read, machine.write, machine.touch, measured=0.0)
+    layers = tuple(_layer_timings(cost, speed) for cost in profile.layers)
+    return MachineTimings(layers, speed.step, speed.read_byte, speed.written_byte, speed.memory_byte, measured_share=0.0)
 
 
-def _seconds(cost: LayerCost, machine: Machine) -> LayerSeconds:
-    computing = cost.forward_macs * machine.mac
-    # What a forward leaves is written by it, and read by the backward, which writes as much again.
-    moving = cost.kept.per_sample * machine.touch
-    forward = Seconds(machine.call + cost.num_params * machine.forward_weight, computing + moving)
-    fixed = 2 * machine.call + cost.num_params * machine.backward_weight
-    # Products with the weights' transposes, for the inputs' gradient, and with the inputs, for the weights'.
+def _layer_timings(cost: LayerCost, speed: MachineSpeed) -> LayerTimings:
+    computing = cost.forward_macs * speed.mac
+    # A forward writes what it keeps; the backward reads that, and writes as much again.
+    moving = cost.kept.per_sample * speed.memory_byte
+    forward = Seconds(speed.call + cost.num_params * speed.forward_weight, computing + moving)
+    fixed = 2 * speed.call + cost.num_params * speed.backward_weight
+    # Products with the weights' transposes, for the gradient of the inputs, and with the inputs, for that of the weights.
     backward = Seconds(fixed, 2 * (computing + moving))
-    return LayerSeconds(forward, backward, Seconds(fixed, computing + 2 * moving), forward)
+    return LayerTimings(forward, backward, Seconds(fixed, computing + 2 * moving), forward)

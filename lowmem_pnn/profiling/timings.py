@@ -1,4 +1,4 @@
-"""What was measured, or assumed, of the speed of layers, of the optimizer and of the drive."""
+"""Timings of a model on a machine, measured or nominal: layers, optimizer, drive and memory."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,10 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Seconds:
     """Seconds as a function of the number of samples.
+
+    Args:
+        fixed: Seconds for any number of samples.
+        per_sample: Seconds for each sample.
 
     Example:
         >>> Seconds(0.5, 0.25).at(2)
@@ -16,43 +20,43 @@ class Seconds:
     per_sample: float
 
     def at(self, samples: int) -> float:
-        """Seconds for so many samples at once."""
+        """Return the seconds for a number of samples at once."""
         return self.fixed + self.per_sample * samples
 
 
 @dataclass(frozen=True)
-class LayerSeconds:
-    """How long a layer takes.
+class LayerTimings:
+    """Timings of one layer.
 
     Args:
-        forward: in train mode.
-        backward: to its weights and its inputs.
-        backward_first: to its weights alone: nobody asks for its inputs' gradients.
-        emit: forward in eval mode, without gradients.
+        forward: Forward in train mode.
+        backward: Backward to the weights and the inputs.
+        backward_to_weights: Backward to the weights alone, where no gradient of the inputs is needed.
+        emit: Forward in eval mode, without gradients.
     """
 
     forward: Seconds
     backward: Seconds
-    backward_first: Seconds
+    backward_to_weights: Seconds
     emit: Seconds
 
 
 @dataclass(frozen=True)
 class MachineTimings:
-    """What was measured of a model on a machine.
+    """Timings of a model on a machine.
 
     Args:
-        layers: in the order of the chain.
-        step: seconds of the optimizer per parameter.
-        read: seconds per byte from the drive, or what the system keeps of it in memory.
-        write: seconds per byte to it, not synced.
-        touch: seconds per byte that goes through memory, read and written.
-        measured: share of the multiply-accumulates whose layers were timed; the others are estimated from these.
+        layers: Timings of the layers, in the order of the chain.
+        step_per_parameter: Seconds of the optimizer's step, per parameter.
+        read_per_byte: Seconds per byte read from the drive, or from its pages that the system keeps in memory.
+        write_per_byte: Seconds per byte written to the drive, not synced.
+        memory_per_byte: Seconds per byte read from or written to the device's memory.
+        measured_share: Share of the multiply-accumulates whose layers were timed; the timings of the others are estimated from these.
     """
 
-    layers: tuple[LayerSeconds, ...]
-    step: float
-    read: float
-    write: float
-    touch: float
-    measured: float = 1.0
+    layers: tuple[LayerTimings, ...]
+    step_per_parameter: float
+    read_per_byte: float
+    write_per_byte: float
+    memory_per_byte: float
+    measured_share: float = 1.0

@@ -121,7 +121,7 @@ def test_what_there_is_no_time_for_is_estimated() -> None:
     assert estimate.forward == Seconds(factor, 2 * factor)
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}], ids=str)
+@pytest.mark.parametrize("options", [{"dtype": "bf16"}, {"channels_last": True}], ids=str)
 def test_layers_run_as_they_will_be_run(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.dtype, bool]] = []
     real = nn.functional.relu
@@ -135,7 +135,7 @@ def test_layers_run_as_they_will_be_run(options: dict[str, Any], monkeypatch: py
     with CpuDevice(200_000_000) as device:
         monkeypatch.setattr(nn.functional, "relu", relu)
         LayerBenchmark(device).time_layers(chain, costs, 16)
-    lower = options.get("precision") == "bf16"
+    lower = options.get("dtype") == "bf16"
     assert {*seen} == {(torch.bfloat16 if lower else torch.float32, bool(options.get("channels_last")))}
 
 

@@ -51,10 +51,10 @@ def test_gradients_of_later_layers_are_in_memory_in_an_earlier_backward():
 
 
 def test_an_objective_is_fixed_all_the_time_and_grows_between_forward_and_backward():
-    prices = RangePeaks([LAYER], 2, accumulates=False)
-    [run] = prices.runs(0)
-    assert prices.with_objective(run, Affine(1000, 0)) == run[0] + 1000
-    assert prices.with_objective(run, Affine(0, 1000)) == run[1] + 2000
+    peaks = RangePeaks([LAYER], 2, accumulates=False)
+    [(peak, held)] = peaks.ranges(0)
+    assert peaks.with_objective((peak, held), Affine(1000, 0)) == peak + 1000
+    assert peaks.with_objective((peak, held), Affine(0, 1000)) == held + 2000
 
 
 def test_the_default_objective_is_three_times_the_outputs():

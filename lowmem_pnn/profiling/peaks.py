@@ -1,0 +1,124 @@
+"""Peak memory of a range of neighbouring layers that train as one partition. Integers only, no torch.
+
+Letters: layer i of the partition [start, stop), micro-batch m, batch B. W weights and buffers, O optimizer state, G gradients.
+
+                 resident                          grows with m
+    forward i    W + O + [G if m < B]              input, kept of layers < i, forward peak of i
+    objective    W + O + [G if m < B]              input, kept of all layers, objective
+    backward i   W + O + [G if m < B, else G > i]  input, kept of layers <= i, gradient of i's output, backward peak of i
+    step         W + O + G                         nothing; the optimizer's temporaries
+
+A partition's peak is the greatest of these. Gradients are in memory during the forward only where a batch takes several micro-batches.
+Where a batch takes one micro-batch, and the step of a layer comes at the end of its backward (`LayerCost.freed_gradient_bytes`),
+its gradients are freed there and G > i is nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from lowmem_pnn.profiling.costs import Affine, LayerCost
+
+
+class RangePeaks:
+    """Peak memory of ranges of layers, at one micro-batch.
+
+    Args:
+        layers: Costs of the layers.
+        micro_batch: Samples on the device at once.
+        accumulates: Whether gradients stay in memory from one micro-batch to the next: a batch takes several micro-batches.
+    """
+
+    def __init__(self, layers: Sequence[LayerCost], micro_batch: int, accumulates: bool) -> None:
+        self.micro_batch = m = micro_batch
+        self.accumulates = accumulates
+        # Plain tuples: the planner goes through the layers of a range some hundred thousand times.
+        self._layers = [
+            (
+                # Undoing a batch that ran out of memory takes a copy of the buffers.
+                layer.weight_bytes + 2 * layer.buffer_bytes + layer.optimizer_bytes,
+                layer.gradient_bytes if accumulates else layer.gradient_bytes - layer.freed_gradient_bytes,
+                layer.step_bytes,
+                layer.input_bytes.at(m),
+                layer.kept.at(m),
+                layer.forward_peak.at(m),
+                # A step in backward comes on top of what the layer's backward has left.
+                layer.output_bytes.at(m) + layer.backward_peak.at(m) + (layer.step_bytes if layer.freed_gradient_bytes else 0),
+                layer.emit_peak.at(m),
+            )
+            for layer in layers
+        ]
+
+    def ranges(self, start: int) -> Iterator[tuple[int, int]]:
+        """Iterate over the ranges of layers that begin at `start`: of one layer, of two, and so on to the end of the chain.
+
+        Args:
+            start: First layer of every range.
+
+        Yields:
+            Bytes of the range's peak without its objective, which never fall as the range grows; and the bytes in memory when the
+            objective begins.
+        """
+        resident, gradients, kept, step = self._layers[start][3], 0, 0, 0
+        # Highest so far, above the bytes that are in memory all the time.
+        forward = backward = 0
+        for number, (weights, gradient, temporary, inputs, keeps, forward_peak, backward_peak, emit_peak) in enumerate(
+            self._layers[start:], start
+        ):
+            resident += weights
+            gradients += gradient
+            step = max(step, temporary)
+            forward = max(forward, kept + forward_peak, (inputs if number > start else 0) + emit_peak)
+            kept += keeps
+            # Gradients are made from the last layer to the first: those of the new layer are in memory during the backward of all
+            # earlier layers.
+            backward = max(backward + (0 if self.accumulates else gradient), kept + backward_peak)
+            during = resident + (gradients if self.accumulates else 0)
+            yield max(during + forward, during + backward, resident + gradients + step), during + kept
+
+    def with_objective(self, of_range: tuple[int, int], objective: Affine) -> int:
+        """Return the peak of a range with its objective, in bytes.
+
+        Args:
+            of_range: Bytes of the range, from `ranges`.
+            objective: Bytes of the loss: `fixed` all the time, `per_sample` between forward and backward.
+        """
+        peak, held = of_range
+        return objective.fixed + max(peak, held + objective.per_sample * self.micro_batch)
+
+
+def peak_of(layers: Sequence[LayerCost], micro_batch: int, batch: int, objective: Affine) -> int:
+    """Return the peak of neighbouring layers that train as one partition, in bytes.
+
+    Args:
+        layers: Costs of the layers.
+        micro_batch: Samples in the largest micro-batch (see `largest_micro_batch`).
+        batch: Samples of an optimizer step.
+        objective: Bytes of the partition's loss.
+    """
+    peaks = RangePeaks(layers, micro_batch, micro_batch < batch)
+    *_, whole = peaks.ranges(0)
+    return peaks.with_objective(whole, objective)
+
+
+def largest_micro_batch(batch: int, micro_batch: int, smallest: int) -> int:
+    """Return the number of samples in the largest micro-batch of a batch.
+
+    A remainder of fewer samples than the modules accept joins the micro-batch before it.
+
+    Args:
+        batch: Samples of an optimizer step.
+        micro_batch: Samples at once, as asked.
+        smallest: Fewest samples that the modules accept.
+
+    Example:
+        >>> largest_micro_batch(9, 4, smallest=2), largest_micro_batch(9, 4, smallest=1), largest_micro_batch(9, 64, smallest=1)
+        (5, 4, 9)
+    """
+    if micro_batch >= batch:
+        return batch
+    remainder = batch % micro_batch
+    return micro_batch + remainder if remainder < smallest else micro_batch
+
+
+def default_objective(layer: LayerCost) -> Affine:
+    """Return the assumed bytes of a loss over a layer's outputs: targets, differences and a gradient, each as large as the outputs."""
+    return Affine(0, 3 * layer.output_bytes.per_sample)
