@@ -22,7 +22,7 @@ from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.seeds import permutation_of, seed_of
 from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.splits import Split
-from lowmem_pnn.workload import split_data
+from lowmem_pnn.workload.inputs import split_data
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 # Samples, labels and the share of the batch that they are; backward from their loss, which is returned.
