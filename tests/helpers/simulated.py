@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lowmem_pnn
 from helpers.plainloops import built
-from lowmem_pnn.device import SimulatedDevice
+from lowmem_pnn.device import Device, SimulatedDevice
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.methods import Labels
@@ -19,7 +19,7 @@ from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.stores.keys import weight_key
-from lowmem_pnn.training import setup as opening
+from lowmem_pnn.training import setup
 
 ADAM = OptimizerSpec("adam", lr=0.01)
 
@@ -90,6 +90,12 @@ class Squeeze(Display):
         self.messages.append(text)
 
 
+def train_on(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have runs train on this device, whatever their configuration says."""
+    monkeypatch.setattr(setup, "_device_of", lambda config, rank: device)
+
+
 def fit_on(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> Result:
-    monkeypatch.setattr(opening, "_open_device", lambda config, rank=None: device)
+    """Train on this device, within its budget."""
+    train_on(device, monkeypatch)
     return lowmem_pnn.fit(*args, max_gpu_mem=device.budget_bytes, **options)

@@ -11,7 +11,7 @@ import pytest
 import lowmem_pnn
 from helpers.exact_runs import COMMON, KINDS, fit
 from helpers.plainloops import assert_same_weights, loaded, step_lines, train_by_exact
-from helpers.simulated import Squeeze
+from helpers.simulated import Squeeze, train_on
 from helpers.small_networks import (
     Forgets,
     images,
@@ -26,7 +26,6 @@ from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import CaptureError, ConfigError, DataError, DivergedError, Stopped
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.training import setup as opening
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
@@ -97,13 +96,13 @@ NAMED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return trainer.start_run(configure(**NAMED), tmp_path_factory.mktemp("named") / "run")
+    return trainer.begin_run(configure(**NAMED), tmp_path_factory.mktemp("named") / "run")
 
 
 def test_a_run_that_is_asked_to_stop_commits_and_goes_on_from_there(finished: Result, tmp_path: Path) -> None:
     asked = itertools.count()
     with pytest.raises(Stopped, match="--resume"):
-        trainer.start_run(configure(**NAMED), tmp_path / "run", should_stop=lambda: next(asked) >= 5)
+        trainer.begin_run(configure(**NAMED), tmp_path / "run", should_stop=lambda: next(asked) >= 5)
     result = trainer.resume_run(tmp_path / "run")
     assert result.resumed == 1
     assert Path(result.weights_file).read_bytes() == Path(finished.weights_file).read_bytes()
@@ -124,11 +123,11 @@ def test_a_batch_that_does_not_fit_is_done_again_with_smaller_micro_batches(
     peaks = {}
     for size in (12, 6):
         device = SimulatedDevice(1 << 30)
-        monkeypatch.setattr(opening, "_open_device", lambda config, rank=None, device=device: device)
+        train_on(device, monkeypatch)
         peaks[size] = fit(small_conv, images(), tmp_path / str(size), max_gpu_mem=1 << 30, micro_batch=size, **options).peak_bytes
     device = SimulatedDevice(1 << 30)
     display = Squeeze(device, (peaks[12] + peaks[6]) // 2)
-    monkeypatch.setattr(opening, "_open_device", lambda config, rank=None: device)
+    train_on(device, monkeypatch)
     result = fit(small_conv, images(), tmp_path / "run", max_gpu_mem=1 << 30, display=display, **options)
     assert result.oom_retries == 1
     assert {part["micro_batch"] for part in result.partitions} == {6}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from helpers.plainloops import stop_at
-from lowmem_pnn.api import resume_run, start_run
+from lowmem_pnn.api import begin_run, resume_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import Stopped
@@ -45,10 +45,10 @@ def seen(folder: Path, stop: int | None = None, **options: Any) -> tuple[list[in
     # 90 samples of 100 are trained on: a batch of 40 is followed by another, and by one of 10.
     asked = config(partitions=3, train_limit=100, batch_size=40, log_every=1, **options)
     if stop is None:
-        result = start_run(asked, folder)
+        result = begin_run(asked, folder)
     else:
         with pytest.raises(Stopped):
-            start_run(asked, folder, should_stop=stop_at(stop))
+            begin_run(asked, folder, should_stop=stop_at(stop))
         assert macs_of(folder)[-1] < program_macs(make_method(asked).program(3, ["train"]), plan((2048, 512, 160)), 90)
         result = resume_run(folder)
     assert result is not None

@@ -142,5 +142,5 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_steps(
 ) -> None:
     x, y = vectors()
     x[:] = 3e38
-    with pytest.raises(DivergedError, match=r"the loss became (nan|inf) in partition 1 of 1"):
+    with pytest.raises(DivergedError, match=r"the loss became (nan|inf) in partition 1 of 1, epoch 1, batch 1; .*lower --lr"):
         fit(small_mlp, (x, y), tmp_path / "run", monkeypatch, method=method, batch_size=40, **one_partition(method))

@@ -28,7 +28,7 @@ from helpers.plainloops import (
     training_split,
 )
 from helpers.small_networks import Data, images, small_conv, small_mlp, small_tokens, vectors
-from lowmem_pnn.api import resume_run, start_run
+from lowmem_pnn.api import begin_run, resume_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError, Stopped
@@ -171,13 +171,13 @@ def test_partitions_from_labels_to_labels_that_were_stopped_and_resumed_are_same
         max_gpu_mem="100MB", device="cpu", model="mlp:64-32-32-10", data="digits", partitions=3, parallel_sil=True, epochs=(2, 3, 2),
         batch_size=32, train_limit=100, shuffle=(True, False, True), recovery_epochs=1, commit_every=0.0, log_every=1,
     )  # fmt: skip
-    whole = start_run(config, tmp_path / "whole")
+    whole = begin_run(config, tmp_path / "whole")
     assert whole is not None
     # 90 samples make 3 batches an epoch: the partitions come to 6, 9 and 6 of them, the recovery to 3.
     for batch in (2, 8, 14, 22):
         folder = tmp_path / str(batch)
         with pytest.raises(Stopped):
-            start_run(config, folder, should_stop=stop_at(batch))
+            begin_run(config, folder, should_stop=stop_at(batch))
         result = resume_run(folder)
         assert result is not None
         assert result.resumed == 1

@@ -104,9 +104,9 @@ def test_the_scale_outlives_a_stop(tmp_path: Path) -> None:
         max_gpu_mem="400MB", device="cpu", method="exact", precision="fp16", cuts="1", commit_every=0.0,
         model="helpers.small_networks:Overflows", data=f"npz:{tmp_path / 'data.npz'}", **COMMON,
     )  # fmt: skip
-    whole = trainer.start_run(config, tmp_path / "whole")
+    whole = trainer.begin_run(config, tmp_path / "whole")
     with pytest.raises(Stopped):
-        trainer.start_run(config, tmp_path / "run", should_stop=stop_at(3))
+        trainer.begin_run(config, tmp_path / "run", should_stop=stop_at(3))
     resumed = trainer.resume_run(tmp_path / "run")
     assert whole is not None
     assert resumed is not None

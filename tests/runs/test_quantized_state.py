@@ -93,11 +93,11 @@ def test_a_run_with_quantized_state_that_was_stopped_and_resumed_is_same_as_unin
     }  # fmt: skip
     if method != "backprop":
         options["cuts"] = "1,2"
-    whole = trainer.start_run(configure(**options), tmp_path / "whole")
+    whole = trainer.begin_run(configure(**options), tmp_path / "whole")
     for stop in (3, 7):
         asked = itertools.count(1)
         with pytest.raises(Stopped):
-            trainer.start_run(
+            trainer.begin_run(
                 configure(**options), tmp_path / f"run{stop}", should_stop=lambda at=stop, asked=asked: next(asked) >= at
             )
         result = trainer.resume_run(tmp_path / f"run{stop}")

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.commands import lowmem_pnn
 from helpers.plainloops import stop_at
-from lowmem_pnn.api import resume_run, start_run
+from lowmem_pnn.api import begin_run, resume_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import CheckpointError, Stopped
@@ -45,7 +45,7 @@ def start(
     number: int, folder: Path, of: int = 3, should_stop: Callable[[], bool] = lambda: False, **options: Any
 ) -> Result | None:
     rank = Rank(number, of, number)
-    return start_run(config(**options), rank.folder(folder), rank=rank, should_stop=should_stop)
+    return begin_run(config(**options), rank.folder(folder), rank=rank, should_stop=should_stop)
 
 
 def resume(number: int, folder: Path, of: int = 3) -> Result | None:
@@ -68,7 +68,7 @@ MORE: dict[str, Any] = {
 
 @pytest.mark.parametrize("options", [{}, MORE, {"val_fraction": 0.0}, HALF], ids=["plain", "recovered", "unvalidated", "float16"])
 def test_partitions_side_by_side_are_same_as_one_after_the_other(options: dict[str, Any], tmp_path: Path) -> None:
-    alone = start_run(config(**options), tmp_path / "alone")
+    alone = begin_run(config(**options), tmp_path / "alone")
     assert start(2, tmp_path / "many", **options) is None
     assert start(1, tmp_path / "many", **options) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "many.rank1", "many.rank2"]
@@ -100,7 +100,7 @@ def test_partitions_side_by_side_are_same_as_one_after_the_other(options: dict[s
 
 
 def test_ranks_that_were_stopped_and_resumed_are_same_as_uninterrupted(tmp_path: Path) -> None:
-    alone = start_run(config(**MORE), tmp_path / "alone")
+    alone = begin_run(config(**MORE), tmp_path / "alone")
     assert alone is not None
     options = {**MORE, "commit_every": 0.0}
     for number, batch in ((1, 4), (2, 2)):
@@ -120,7 +120,7 @@ def test_ranks_that_were_stopped_and_resumed_are_same_as_uninterrupted(tmp_path:
 
 
 def test_the_first_rank_can_be_stopped_while_it_waits_and_when_it_has_joined(tmp_path: Path) -> None:
-    assert start_run(config(**MORE), tmp_path / "alone") is not None
+    assert begin_run(config(**MORE), tmp_path / "alone") is not None
     options = {**MORE, "commit_every": 0.0}
     assert start(2, tmp_path / "many", **options) is None
     # It is asked 6 times while it learns, then whenever it looks for partition 2 in vain.
@@ -195,7 +195,7 @@ def test_a_ranks_run_goes_on_as_that_rank_alone(one_done: Path, monkeypatch: pyt
         )
     # Nor is a run of one process taken over by several.
     with pytest.raises(Stopped):
-        start_run(config(), one_done / "alone", should_stop=stop_at(1))
+        begin_run(config(), one_done / "alone", should_stop=stop_at(1))
     monkeypatch.setenv("WORLD_SIZE", "3")
     done = lowmem_pnn("fit", "--resume", "--workdir", one_done / "alone")
     assert (done.code, done.fault) == (

@@ -83,15 +83,22 @@ def _as_int8(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "cuts", "starts"), [("mlp", "1,2", [2, 4]), ("conv", "1,3", [4, 12])])
-@pytest.mark.parametrize("kept_as", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("activation_dtype", ["float32", "bfloat16", "float16", "int8"])
 def test_pnn_on_kept_activations_is_same_as_a_plain_loop_that_rounds_them(
-    kept_as: str, kind: str, cuts: str, starts: list[int], tmp_path: Path
+    activation_dtype: str, kind: str, cuts: str, starts: list[int], tmp_path: Path
 ) -> None:
     build, data = KINDS[kind]
-    options: dict[str, Any] = {"epochs": 2, "lr": 0.01, "batch_size": 12, "kappa": 2.0, "seed": 1, "activation_dtype": kept_as}
+    options: dict[str, Any] = {
+        "epochs": 2,
+        "lr": 0.01,
+        "batch_size": 12,
+        "kappa": 2.0,
+        "seed": 1,
+        "activation_dtype": activation_dtype,
+    }
 
     def kept(outputs: torch.Tensor) -> torch.Tensor:
-        return _as_int8(outputs) if kept_as == "int8" else outputs.to(getattr(torch, kept_as)).float()
+        return _as_int8(outputs) if activation_dtype == "int8" else outputs.to(getattr(torch, activation_dtype)).float()
 
     result = lowmem_pnn.fit(
         build, data, max_gpu_mem="400MB", device="cpu", workdir=tmp_path / "run", test=data, cuts=cuts, **options
@@ -111,17 +118,17 @@ KEPT: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("kept_as", "method"), [("bfloat16", "pnn"), ("int8", "neuroflux")])
+@pytest.mark.parametrize(("activation_dtype", "method"), [("bfloat16", "pnn"), ("int8", "neuroflux")])
 def test_a_run_on_kept_activations_that_is_stopped_anywhere_goes_on_to_the_same_bytes(
-    kept_as: str, method: str, tmp_path: Path
+    activation_dtype: str, method: str, tmp_path: Path
 ) -> None:
-    config = configure(**KEPT, method=method, activation_dtype=kept_as)
-    whole = trainer.start_run(config, tmp_path / "whole")
+    config = configure(**KEPT, method=method, activation_dtype=activation_dtype)
+    whole = trainer.begin_run(config, tmp_path / "whole")
     assert whole is not None
     for stops_at in (5, 23):  # in the first partition, and in one that reads stores
         folder, asked = tmp_path / str(stops_at), itertools.count()
         with pytest.raises(Stopped):
-            trainer.start_run(config, folder, should_stop=lambda asked=asked, at=stops_at: next(asked) >= at)  # type: ignore[misc]
+            trainer.begin_run(config, folder, should_stop=lambda asked=asked, at=stops_at: next(asked) >= at)  # type: ignore[misc]
         result = trainer.resume_run(folder)
         assert result is not None
         assert Path(result.weights_file).read_bytes() == Path(whole.weights_file).read_bytes()
@@ -132,7 +139,7 @@ def test_a_run_on_kept_activations_that_is_stopped_anywhere_goes_on_to_the_same_
 def test_a_resumed_run_verifies_what_its_activations_are_kept_in(tmp_path: Path) -> None:
     config, asked = configure(**KEPT, activation_dtype="int8"), itertools.count()
     with pytest.raises(Stopped):
-        trainer.start_run(config, tmp_path / "run", should_stop=lambda: next(asked) >= 23)
+        trainer.begin_run(config, tmp_path / "run", should_stop=lambda: next(asked) >= 23)
     shard = next((tmp_path / "run" / "activations").glob("*-train/00000.safetensors"))
     with TensorFile.open(shard, writable=True) as file:
         file.write_from("0.scales", file.read("0.scales") + 1)
@@ -161,17 +168,20 @@ def test_a_plan_shows_what_activations_are_kept_in() -> None:
     def planned(**options: Any) -> PlanReport:
         return lowmem_pnn.plan("mlp:64-512-256-10", "digits", max_gpu_mem="100MB", cuts="1,2", device="cpu", **options)
 
-    plans = {kept_as: planned(activation_dtype=kept_as) for kept_as in ("float32", "bfloat16", "float16", "int8")}
+    plans = {
+        activation_dtype: planned(activation_dtype=activation_dtype)
+        for activation_dtype in ("float32", "bfloat16", "float16", "int8")
+    }
     samples = plans["float32"].partitions[0]["activation_bytes"] // (4 * 512)
     assert planned().partitions == plans["float32"].partitions
-    for kept_as, each, beside in (("float32", 4, 0), ("bfloat16", 2, 0), ("float16", 2, 0), ("int8", 1, 4)):
-        sizes = [part["activation_bytes"] for part in plans[kept_as].partitions]
+    for activation_dtype, each, beside in (("float32", 4, 0), ("bfloat16", 2, 0), ("float16", 2, 0), ("int8", 1, 4)):
+        sizes = [part["activation_bytes"] for part in plans[activation_dtype].partitions]
         assert sizes == [samples * (512 * each + beside), samples * (256 * each + beside), 0]
-        assert str(plans[kept_as]).count(format_bytes(sizes[0])) >= 1
+        assert str(plans[activation_dtype]).count(format_bytes(sizes[0])) >= 1
         saved = samples * ((512 + 256) * (4 - each) - 2 * beside)
         # And the headers of the shards that are not needed.
-        assert saved <= plans["float32"].disk_bytes - plans[kept_as].disk_bytes <= saved + 40 * 4096
-        for part, exact in zip(plans[kept_as].partitions, plans["float32"].partitions, strict=True):
+        assert saved <= plans["float32"].disk_bytes - plans[activation_dtype].disk_bytes <= saved + 40 * 4096
+        for part, exact in zip(plans[activation_dtype].partitions, plans["float32"].partitions, strict=True):
             assert part["predicted_peak_bytes"] <= exact["predicted_peak_bytes"] + WORK_BYTES
 
 

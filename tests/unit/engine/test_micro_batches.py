@@ -2,7 +2,7 @@
 
 import pytest
 
-from lowmem_pnn.engine.executor import micro_batches
+from lowmem_pnn.engine.micro_batches import micro_batches
 
 
 @pytest.mark.parametrize("total", range(1, 12))

@@ -13,7 +13,7 @@ from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward, after_b
 from lowmem_pnn.model.layer import gradients_complete_at_once
 
 
-def backward(model: nn.Sequential, late: set[str], at_once: bool) -> tuple[list[int], list[int]]:
+def backward(model: nn.Sequential, after_backward: set[str], at_once: bool) -> tuple[list[int], list[int]]:
     """Groups in the order in which they were acted on: during backward, and after it."""
     during: list[int] = []
     parameters = dict(model.named_parameters())
@@ -25,32 +25,32 @@ def backward(model: nn.Sequential, late: set[str], at_once: bool) -> tuple[list[
         for name in groups[number]:
             parameters[name].grad = None
 
-    with OptimizerInBackward(groups, parameters, late, act, at_once=at_once) as arrivals:
+    with OptimizerInBackward(groups, parameters, after_backward, act, at_once=at_once) as stepping:
         model(torch.ones(3, 4)).sum().backward()
     before = list(during)
-    assert arrivals.taken == {name for number in before for name in groups[number]}
-    arrivals.finish()
-    assert arrivals.taken == set(parameters)
+    assert stepping.stepped == {name for number in before for name in groups[number]}
+    stepping.finish()
+    assert stepping.stepped == set(parameters)
     # No hook is left: nothing is acted on again.
     model(torch.ones(3, 4)).sum().backward()
     return before, during[len(before) :]
 
 
 @given(st.sets(st.sampled_from(["0.bias", "1.weight", "3.weight", "3.bias"])), st.booleans())
-def test_groups_are_acted_on_from_the_last_to_the_first_and_late_ones_after_backward(late: set[str], at_once: bool) -> None:
+def test_groups_are_acted_on_from_the_last_to_the_first_and_others_after_backward(names: set[str], at_once: bool) -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
-    waiting = {int(name[0]) for name in late}
-    before, after = backward(model, late, at_once)
+    waiting = {int(name[0]) for name in names}
+    before, after = backward(model, names, at_once)
     expected = [number for number in (3, 2, 1, 0) if number not in waiting]
     assert before == (expected if at_once else [])
     assert (
         before + after
         == expected + sorted(waiting, reverse=True)
-        == step_order([[f"{n}.weight", f"{n}.bias"] for n in range(4)], late)
+        == step_order([[f"{n}.weight", f"{n}.bias"] for n in range(4)], names)
     )
 
 
-def test_what_is_late_comes_from_more_than_one_backward() -> None:
+def test_what_steps_after_backward_has_gradients_from_more_than_one() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -62,10 +62,10 @@ def test_what_is_late_comes_from_more_than_one_backward() -> None:
             return scores
 
     chain = chain_of(Tied, 4)
-    late = functools.partial(after_backward_names, chain.layers, lambda name: name.replace("2.weight", "0.weight"))
-    assert late(per_layer_loss=False, in_chunks=False) == frozenset()
-    assert late(per_layer_loss=True, in_chunks=False) == {"layers.0.weight"}
-    assert late(per_layer_loss=False, in_chunks=True) == {"layers.0.weight", "layers.2.bias"}
+    names = functools.partial(after_backward_names, chain.layers, lambda name: name.replace("2.weight", "0.weight"))
+    assert names(per_layer_loss=False, in_chunks=False) == frozenset()
+    assert names(per_layer_loss=True, in_chunks=False) == {"layers.0.weight"}
+    assert names(per_layer_loss=False, in_chunks=True) == {"layers.0.weight", "layers.2.bias"}
     # Plans count on less: the tied weight's gradient waits for the first layer's.
     assert gradients_complete_at_once(chain.layers, in_chunks=False) == [False, True, False]
     assert gradients_complete_at_once(chain_of(wide_mlp, 96).layers, in_chunks=True) == [True] * 5 + [False]

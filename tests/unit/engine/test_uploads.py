@@ -12,7 +12,7 @@ from helpers.simulated import resident
 from helpers.small_networks import images, small_conv
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.engine import executor as executor_module
-from lowmem_pnn.engine.executor import EpochProgress, Executor
+from lowmem_pnn.engine.executor import Executor
 from lowmem_pnn.engine.loaders import Batch, DatasetLoader
 from lowmem_pnn.engine.uploads import Piece, Uploads
 from lowmem_pnn.sources.splits import from_torch
@@ -92,7 +92,9 @@ def test_a_micro_batch_goes_up_before_the_one_before_it_is_computed_across_batch
         stage = resident(small_conv, (3, 8, 8), device, pool, batch_size=8, micro_batch=4)
         _log_copies(device, log, monkeypatch)
         loader = DatasetLoader(from_torch(images(16)), 0, pool, mix=False)
-        Executor(device, 0).learn_epoch(stage, loader, EpochProgress(), lambda loss: None)
+        executor = Executor(device, 0)
+        for step, (batch, following) in enumerate(executor.over(loader, loader.batches(8, shuffle=False))):
+            executor.train_batch(stage, batch, step, following)
         assert device.transfers is not None
         assert device.transfers.in_flight_bytes == 0
     # Samples and labels of each of two micro-batches in each of two batches.

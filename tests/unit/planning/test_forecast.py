@@ -7,10 +7,10 @@ import pytest
 
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.engine.passes import micro_batches
+from lowmem_pnn.engine.micro_batches import micro_batches
 from lowmem_pnn.methods import Sweep, Visit, make_method
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
-from lowmem_pnn.planning.forecast import PartitionBytes, Setting, Work, one_epoch, whole
+from lowmem_pnn.planning.forecast import ForecastInputs, PartitionBytes, TimeAndTraffic, forecast_epoch, forecast_training
 from lowmem_pnn.profiling.timings import LayerTimings, MachineTimings, Seconds
 from lowmem_pnn.units import seconds_text
 
@@ -33,19 +33,19 @@ def plan(micro_batch: int = 5, batch: int = 16) -> Plan:
     return Plan(tuple(parts), 1, 0, 1, smallest_micro_batch=2, sweep_micro_batch=micro_batch)
 
 
-def rates(**changes: Any) -> MachineTimings:
+def timings(**changes: Any) -> MachineTimings:
     layers = tuple(LayerTimings(one, NOTHING, NOTHING, NOTHING) for one in FORWARD)
     return dataclasses.replace(
         MachineTimings(layers, step_per_parameter=0.0, read_per_byte=0.0, write_per_byte=0.0, memory_per_byte=0.0), **changes
     )
 
 
-def setting(**changes: Any) -> Setting:
+def inputs(**changes: Any) -> ForecastInputs:
     partitions = [
-        PartitionBytes(weights=48, buffers=8, trainable=40, optimizer=80, inputs=4, outputs=8, kept=8),
-        PartitionBytes(weights=480, buffers=80, trainable=400, optimizer=800, inputs=8, outputs=8, kept=8),
+        PartitionBytes(weights=48, buffers=8, trainable=40, optimizer=80, inputs=4, outputs=8, stored_outputs=8),
+        PartitionBytes(weights=480, buffers=80, trainable=400, optimizer=800, inputs=8, outputs=8, stored_outputs=8),
     ]
-    return dataclasses.replace(Setting(partitions, SAMPLES), **changes)
+    return dataclasses.replace(ForecastInputs(partitions, SAMPLES), **changes)
 
 
 def program(method: str, **options: Any) -> list[Visit | Sweep]:
@@ -68,38 +68,44 @@ def counted(partition: int, micro_batch: int = 5) -> float:
 def test_learning_is_counted_micro_batch_by_micro_batch(micro_batch: int) -> None:
     items = program("pnn", epochs=(3, 2))
     expected = 3 * counted(0, micro_batch) + 2 * counted(1, micro_batch)
-    assert whole(items, plan(micro_batch), setting(), rates()).seconds == pytest.approx(expected)
+    assert forecast_training(items, plan(micro_batch), inputs(), timings()).seconds == pytest.approx(expected)
     expected = counted(0, micro_batch) + counted(1, micro_batch)
-    assert one_epoch(items, plan(micro_batch), setting(), rates()).seconds == pytest.approx(expected)
+    assert forecast_epoch(items, plan(micro_batch), inputs(), timings()).seconds == pytest.approx(expected)
 
 
 def test_exact_runs_all_but_the_last_partition_forward_twice() -> None:
-    found = one_epoch(program("exact", epochs=3), plan(), setting(), rates())
-    assert found.seconds == pytest.approx(2 * counted(0) + counted(1))
-    assert whole(program("exact", epochs=3), plan(), setting(), rates()).seconds == pytest.approx(3 * found.seconds)
+    forecast = forecast_epoch(program("exact", epochs=3), plan(), inputs(), timings())
+    assert forecast.seconds == pytest.approx(2 * counted(0) + counted(1))
+    assert forecast_training(program("exact", epochs=3), plan(), inputs(), timings()).seconds == pytest.approx(
+        3 * forecast.seconds
+    )
 
 
 def test_every_step_is_counted_and_none_twice() -> None:
     # 4 batches an epoch; 10 parameters in one partition, 100 in the other.
-    found = one_epoch(program("pnn", epochs=3), plan(), setting(), rates(layers=(LayerTimings(*[NOTHING] * 4),) * 4, step=1.0))
-    assert found.seconds == pytest.approx(4 * 110)
-    found = one_epoch(program("exact", epochs=3), plan(), setting(), rates(layers=(LayerTimings(*[NOTHING] * 4),) * 4, step=1.0))
-    assert found.seconds == pytest.approx(4 * 110)
+    forecast = forecast_epoch(
+        program("pnn", epochs=3), plan(), inputs(), timings(layers=(LayerTimings(*[NOTHING] * 4),) * 4, step_per_parameter=1.0)
+    )
+    assert forecast.seconds == pytest.approx(4 * 110)
+    forecast = forecast_epoch(
+        program("exact", epochs=3), plan(), inputs(), timings(layers=(LayerTimings(*[NOTHING] * 4),) * 4, step_per_parameter=1.0)
+    )
+    assert forecast.seconds == pytest.approx(4 * 110)
 
 
 def test_validation_and_writing_are_eval_forwards() -> None:
     layers = tuple(LayerTimings(NOTHING, NOTHING, NOTHING, Seconds(0.0, 10.0**layer)) for layer in range(4))
     # The first partition's outputs are written once for its epochs, of training and validation samples.
     expected = 7 * (1111) + (50 + 7) * 11 / 3
-    assert one_epoch(program("pnn", epochs=3), plan(), setting(), rates(layers=layers)).seconds == pytest.approx(expected)
-    assert one_epoch(program("exact", epochs=3), plan(), setting(), rates(layers=layers)).seconds == pytest.approx(7 * 1111)
+    assert forecast_epoch(program("pnn", epochs=3), plan(), inputs(), timings(layers=layers)).seconds == pytest.approx(expected)
+    assert forecast_epoch(program("exact", epochs=3), plan(), inputs(), timings(layers=layers)).seconds == pytest.approx(7 * 1111)
 
 
-def test_only_the_first_layer_of_a_partition_that_learns_apart_gives_its_inputs_no_gradient() -> None:
+def test_only_the_first_layer_of_a_partition_with_a_loss_of_its_own_has_no_input_gradient() -> None:
     layers = tuple(LayerTimings(NOTHING, Seconds(0.0, 1.0), Seconds(0.0, 1000.0), NOTHING) for _ in range(4))
 
     def seconds(method: str, **changes: Any) -> float:
-        return one_epoch(program(method), plan(), setting(**changes), rates(layers=layers)).seconds
+        return forecast_epoch(program(method), plan(), inputs(**changes), timings(layers=layers)).seconds
 
     assert seconds("pnn") == pytest.approx(50 * 2002)
     assert seconds("exact") == pytest.approx(50 * 1003)
@@ -108,28 +114,28 @@ def test_only_the_first_layer_of_a_partition_that_learns_apart_gives_its_inputs_
 
 def test_smaller_micro_batches_take_no_less() -> None:
     for method in ("pnn", "exact", "neuroflux"):
-        seconds = [one_epoch(program(method), plan(size), setting(), rates()).seconds for size in (16, 8, 4, 2)]
+        seconds = [forecast_epoch(program(method), plan(size), inputs(), timings()).seconds for size in (16, 8, 4, 2)]
         assert seconds == sorted(seconds)
 
 
 def test_a_sweep_reads_weights_twice_and_state_once() -> None:
-    found = one_epoch(program("exact"), plan(), setting(), rates())
+    forecast = forecast_epoch(program("exact"), plan(), inputs(), timings())
     # Of two partitions the last stays from forward to backward, and the first from one batch to the next. The validation reads both.
     measured = 48 + 480 + 7 * 8
     # Nothing that crosses is kept in memory: activations and their gradients, once each.
-    assert found.read == 4 * (48 + 480 + 80 + 800) + 2 * 50 * 8 + measured
-    assert found.written == 4 * (40 + 80 + 8 + 400 + 800 + 80) + 2 * 50 * 8 + 7 * 8
+    assert forecast.bytes_read == 4 * (48 + 480 + 80 + 800) + 2 * 50 * 8 + measured
+    assert forecast.bytes_written == 4 * (40 + 80 + 8 + 400 + 800 + 80) + 2 * 50 * 8 + 7 * 8
 
 
 def test_moving_bytes_takes_time_beyond_what_the_streams_hold() -> None:
-    items, some = program("exact"), rates(layers=(LayerTimings(*[NOTHING] * 4),) * 4, read=1.0)
-    alone = one_epoch(items, plan(), setting(), some).seconds
-    ahead = one_epoch(items, plan(), setting(stream_bytes=50), some).seconds
+    items, some = program("exact"), timings(layers=(LayerTimings(*[NOTHING] * 4),) * 4, read_per_byte=1.0)
+    alone = forecast_epoch(items, plan(), inputs(), some).seconds
+    ahead = forecast_epoch(items, plan(), inputs(stream_bytes=50), some).seconds
     assert 0 < ahead < alone
 
 
-def test_work_adds_up() -> None:
-    assert Work(1.0, 2, 3) + Work(0.5, 1, 1) == Work(1.5, 3, 4)
+def test_times_and_traffic_add_up() -> None:
+    assert TimeAndTraffic(1.0, 2, 3) + TimeAndTraffic(0.5, 1, 1) == TimeAndTraffic(1.5, 3, 4)
     assert [seconds_text(value) for value in (0.0, 0.5, 9.876, 98.76, 987.6)] == ["0.000", "0.500", "9.88", "98.8", "988"]
 
 

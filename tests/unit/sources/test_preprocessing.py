@@ -14,7 +14,7 @@ from lowmem_pnn.sources.splits import from_torch
 
 
 @pytest.mark.parametrize(
-    ("raw", "wants", "shape", "words"),
+    ("raw", "input_form", "shape", "words"),
     [
         ((4, 5), "any", (1, 4, 5), "uint8 / 255, HW to CHW"),
         ((4, 5), "flat", (20,), "uint8 / 255, HW to CHW, flattened"),
@@ -29,10 +29,10 @@ from lowmem_pnn.sources.splits import from_torch
     ],
 )
 def test_bytes_are_presented_as_images(
-    raw: tuple[int, ...], wants: Any, shape: tuple[int, ...], words: str, tmp_path: Path
+    raw: tuple[int, ...], input_form: Any, shape: tuple[int, ...], words: str, tmp_path: Path
 ) -> None:
     x = image_bytes(raw)
-    dataset = find_dataset(save(tmp_path / "a.npz", x_train=x, y_train=np.arange(6)), NOWHERE, wants)
+    dataset = find_dataset(save(tmp_path / "a.npz", x_train=x, y_train=np.arange(6)), NOWHERE, input_form)
     found, _ = dataset.train.batch([3, 1])
     expected = torch.from_numpy(x[[3, 1]]).float().div(255)
     if "HWC" in words:
@@ -53,7 +53,7 @@ def test_bytes_are_as_torchvision_presents_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wants", "shape", "expected_shape", "expected_dtype"),
+    ("dtype", "input_form", "shape", "expected_shape", "expected_dtype"),
     [
         (torch.float32, "any", (4, 5), (4, 5), torch.float32),
         (torch.float32, "any", (4, 5, 3), (4, 5, 3), torch.float32),
@@ -68,10 +68,10 @@ def test_bytes_are_as_torchvision_presents_them() -> None:
     ],
 )
 def test_other_numbers_keep_their_values(
-    dtype: torch.dtype, wants: Any, shape: tuple[int, ...], expected_shape: tuple[int, ...], expected_dtype: torch.dtype
+    dtype: torch.dtype, input_form: Any, shape: tuple[int, ...], expected_shape: tuple[int, ...], expected_dtype: torch.dtype
 ) -> None:
     x = torch.arange(6 * int(np.prod(shape))).reshape(6, *shape).to(dtype)
-    dataset = make_dataset((x, torch.arange(6)), name="numbers", input_form=wants)
+    dataset = make_dataset((x, torch.arange(6)), name="numbers", input_form=input_form)
     found, _ = everything(dataset.train)
     assert (found.shape[1:], found.dtype) == (expected_shape, expected_dtype)
     assert (dataset.sample_shape, dataset.dtype) == (expected_shape, expected_dtype)

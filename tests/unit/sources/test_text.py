@@ -185,13 +185,13 @@ def test_what_is_no_text_is_said(tmp_path: Path) -> None:
         find(tmp_path / "a.txt" / "b")
 
 
-@pytest.mark.parametrize(("wants", "word"), [("flat", "flat vectors"), ("image3", "images")])
-def test_tokens_are_for_models_of_tokens(wants: Any, word: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("input_form", "word"), [("flat", "flat vectors"), ("image3", "images")])
+def test_tokens_are_for_models_of_tokens(input_form: Any, word: str, tmp_path: Path) -> None:
     path = write(tmp_path, 2000)
     with pytest.raises(
         ConfigError, match=rf"holds tokens, and the model takes {word}; give a model of tokens, such as --model gpt:"
     ):
-        find_dataset(f"text:{path}", NOWHERE, wants)
+        find_dataset(f"text:{path}", NOWHERE, input_form)
 
 
 @pytest.mark.parametrize(
