@@ -18,14 +18,16 @@ from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.model.compiler import check_compiler
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.planning.comparison import compare
-from lowmem_pnn.planning.footprint import check_disk
-from lowmem_pnn.planning.make_plan import describe_plan, make_plan
+from lowmem_pnn.planning.comparison import compare_methods
+from lowmem_pnn.planning.describe import describe_plan
+from lowmem_pnn.planning.disk_footprint import check_disk
+from lowmem_pnn.planning.make_plan import make_plan
+from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
 from lowmem_pnn.profiling.profiler import MeasurementCache
-from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.plan_report import PlanReport
+from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.run.resume import check_same_data, count_resume, resumed_state
@@ -37,10 +39,10 @@ from lowmem_pnn.stores.disk import allow_many_files
 from lowmem_pnn.stores.run_directory import RunDirectory, read_journal
 from lowmem_pnn.training.export import export_exit, find_exit
 from lowmem_pnn.training.initial_weights import build_weights
-from lowmem_pnn.workload.inputs import Inputs, Model, name_of, named_inputs, python_inputs
 from lowmem_pnn.training.lifecycle import clear, run_to_end, score
 from lowmem_pnn.training.setup import open_workload, warm_up_profiler
 from lowmem_pnn.workload import make_workload, profile_workload
+from lowmem_pnn.workload.inputs import Inputs, Model, name_of, named_inputs, python_inputs
 
 OpenInputs = Callable[[FitConfig], Inputs]
 """Opens model and data for a configuration."""
@@ -275,8 +277,9 @@ def _begin(
         inputs = _open_before_floor(config, open_inputs)
         with open_workload(config, inputs, rank, display) as (device, workload):
             profile = profile_workload(workload, device)
-            estimator = TimeEstimator.measured(workload, profile, device)
-            planned = make_plan(workload, profile, device, seconds_of=estimator)
+            request = PlanRequest(workload, profile, device)
+            estimator = TimeEstimator.measured(request)
+            planned = make_plan(request, estimator)
             check_disk(workload, planned, profile)
             if (
                 config.compile
@@ -314,7 +317,7 @@ def _resume(
         inputs = _open_before_floor(config, open_inputs)
         with open_workload(config, inputs, rank, display) as (device, workload):
             profile = profile_workload(workload, device)
-            estimator = TimeEstimator.measured(workload, profile, device)
+            estimator = TimeEstimator.measured(PlanRequest(workload, profile, device))
             with RunDirectory.open(path) as rundir, closing(threads):
                 state = resumed_state(rundir, workload, rank)
                 count_resume(rundir, state, workload, after_crash=after_crash)
@@ -340,13 +343,13 @@ def _plan(config: FitConfig, open_inputs: OpenInputs, timing: bool) -> PlanRepor
         check_compiler()
     cache = MeasurementCache()
     with open_workload(config, open_inputs(config)) as (device, workload):
-        profile = profile_workload(workload, device, cache)
+        request = PlanRequest(workload, profile_workload(workload, device, cache), device)
         benchmark = LayerBenchmark(device)
-        report = describe_plan(workload, profile, device, TimeEstimator.measured(workload, profile, device, benchmark))
+        report = describe_plan(request, TimeEstimator.measured(request, benchmark))
         # Layers are timed as they are, uncompiled.
         if not timing or config.compile:
             return report
-        return dataclasses.replace(report, prospects=compare(workload, profile, benchmark, cache))
+        return dataclasses.replace(report, prospects=compare_methods(request, benchmark, cache))
 
 
 def _finished(rundir: RunDirectory) -> tuple[FitConfig, State]:

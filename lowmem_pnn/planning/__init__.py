@@ -1,1 +1,1 @@
-"""Where to cut, with which micro-batches, and in how many seconds."""
+"""Planning: where to cut, with which micro-batches, and how many seconds training takes."""

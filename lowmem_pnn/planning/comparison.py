@@ -1,49 +1,48 @@
-"""Prospects: every method side by side: whether it fits, and what an epoch would take, from rates that are measured here and now."""
+"""The comparison of methods: whether each one fits, and how long an epoch takes, from measured timings."""
 
 from lowmem_pnn.config.configure import for_method
 from lowmem_pnn.config.fit_config import METHODS, MethodName
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError
-from lowmem_pnn.planning.footprint import check_disk
+from lowmem_pnn.planning.disk_footprint import check_disk
 from lowmem_pnn.planning.make_plan import make_plan
+from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
-from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.profiler import MeasurementCache
 from lowmem_pnn.reporting.method_estimate import MethodEstimate
-from lowmem_pnn.workload import Workload, by_other_method, profile_workload
+from lowmem_pnn.workload import by_other_method, profile_workload
 
 
-def compare(workload: Workload, profile: MemoryProfile, bench: LayerBenchmark, cache: MeasurementCache) -> list[MethodEstimate]:
-    """What every method would come to, with the same options where it reads them.
+def compare_methods(asked: PlanRequest, benchmark: LayerBenchmark, cache: MeasurementCache) -> list[MethodEstimate]:
+    """Estimate training by every method, with the options that the method reads.
 
     Args:
-        workload: of the method that was asked for.
-        profile: of it.
-        bench: layers that are alike are timed once for all methods.
-        cache: measurements of profiles so far; new ones are added.
+        asked: Request of the method that was asked for.
+        benchmark: Benchmark that times equal layers once for all methods.
+        cache: Measurements of earlier profiles of the model; new ones are added.
 
     Returns:
-        A row for each method, in the order in which the option lists them.
+        An estimate for each method, in the order of `METHODS`.
     """
-    return [_by(method, workload, profile, bench, cache) for method in METHODS]
+    return [_estimate(method, asked, benchmark, cache) for method in METHODS]
 
 
-def _by(
-    method: MethodName, asked: Workload, profile: MemoryProfile, bench: LayerBenchmark, cache: MeasurementCache
-) -> MethodEstimate:
-    """One method's row."""
-    is_asked, device = method == asked.config.method, bench.device
+def _estimate(method: MethodName, asked: PlanRequest, benchmark: LayerBenchmark, cache: MeasurementCache) -> MethodEstimate:
+    config = asked.workload.config
+    is_asked = method == config.method
     try:
-        workload = asked if is_asked else by_other_method(asked, for_method(asked.config, method))
-        own = profile if is_asked else profile_workload(workload, device, cache)
-        clock = TimeEstimator.measured(workload, own, device, bench)
-        plan = make_plan(workload, own, device, seconds_of=clock)
-        check_disk(workload, plan, own)
+        request = asked
+        if not is_asked:
+            workload = by_other_method(asked.workload, for_method(config, method))
+            request = PlanRequest(workload, profile_workload(workload, asked.device, cache), asked.device)
+        estimator = TimeEstimator.measured(request, benchmark)
+        plan = make_plan(request, estimator)
+        check_disk(request.workload, plan, request.profile)
     except BudgetError as error:
         return MethodEstimate(method=method, asked=is_asked, reason=str(error), enough_bytes=error.enough_bytes)
     except (ConfigError, DiskError) as error:
         return MethodEstimate(method=method, asked=is_asked, reason=str(error))
-    epoch = clock.epoch(plan)
+    epoch = estimator.epoch(plan)
     sizes = [part.micro_batch for part in plan.partitions]
     return MethodEstimate(
         method=method,
@@ -53,8 +52,8 @@ def _by(
         micro_batches=(min(sizes), max(sizes)),
         predicted_peak_bytes=plan.predicted_peak_bytes,
         seconds_per_epoch=epoch.seconds,
-        seconds=clock(plan),
-        bytes_read_per_epoch=epoch.read,
-        bytes_written_per_epoch=epoch.written,
-        measured_share=clock.rates.measured_share,
+        seconds=estimator(plan),
+        bytes_read_per_epoch=epoch.bytes_read,
+        bytes_written_per_epoch=epoch.bytes_written,
+        measured_share=estimator.timings.measured_share,
     )

@@ -1,4 +1,4 @@
-"""The forecast: how long a program takes, and what it moves to and from the drive, as a sum over its visits. No torch.
+"""The forecast of a program: how many seconds it takes, and its traffic with the drive, as a sum over its visits. No torch.
 
     learn           batches * (micro-batches * (forward + backward + loss) + step), or reading samples where that takes longer;
                     then the validation samples forward
@@ -7,9 +7,9 @@
       backpropagate loading the weights, micro-batches * (forward + backward), then the step: state read, weights and state written
       step          weights, gradients and state read, written
 
-Reading ahead hides what a stream holds, and no more: the first layers of a partition are wanted at once. Samples are read while the
-batch before is computed, so of these two the longer counts. Reads and writes share one drive. Not counted: commits (the drive's syncs
-run beside training), the start of a run, its test and its export.
+Prefetching hides the bytes that a stream holds, and no more: the first layers of a partition are needed at once. Samples are read while
+the batch before is computed, so that the longer of these two counts. Reads and writes share one drive. Not counted: commits (syncing
+the drive overlaps training), the start of a run, its test and its export.
 """
 
 from collections import Counter
@@ -24,20 +24,21 @@ from lowmem_pnn.profiling.timings import MachineTimings
 # How often a loss and its gradient go through memory, for each byte of a partition's outputs: targets, difference, square and gradient,
 # each of them read and written. Counted, not measured.
 _LOSS_PASSES = 8
+_PARAMETER_BYTES = 4
 
 
 @dataclass(frozen=True)
 class PartitionBytes:
-    """What a partition has in files.
+    """Bytes of a partition in files.
 
     Args:
-        weights: its parameters and buffers, and `buffers` alone.
-        buffers: of them.
-        trainable: parameters that learn.
-        optimizer: their optimizer's state.
-        inputs: of a sample, where training reads it.
-        outputs: of a sample, as it is computed.
-        kept: of a sample, as it is written for the next partition to learn from.
+        weights: Bytes of the parameters and the buffers.
+        buffers: Bytes of the buffers alone.
+        trainable: Bytes of the trainable parameters.
+        optimizer: Bytes of the optimizer state.
+        inputs: Bytes of a sample in the store that training reads.
+        outputs: Bytes of a sample's outputs as they are computed.
+        stored_outputs: Bytes of a sample's outputs in the store that the next partition learns from.
     """
 
     weights: int
@@ -46,20 +47,20 @@ class PartitionBytes:
     optimizer: int
     inputs: int
     outputs: int
-    kept: int
+    stored_outputs: int
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a forecast has to know of a run beside its program and its plan.
+class ForecastInputs:
+    """Inputs of a forecast beside the program, the plan and the timings.
 
     Args:
-        partitions: their bytes.
-        samples: of each part of the data.
-        per_layer_loss: layers learn from losses of their own, whose times are theirs.
-        stream_bytes: that are read ahead, and as many that wait to be written.
-        boundary_bytes: of a batch's activations that a sweep keeps in memory.
-        window_bytes: of samples that stay in memory from one epoch to the next.
+        partitions: Bytes of each partition.
+        samples: Number of samples in each split of the data.
+        per_layer_loss: Whether each layer learns from its own loss, whose time is counted with the layer.
+        stream_bytes: Bytes of weights and optimizer state that are prefetched, and as many that wait to be written.
+        boundary_bytes: Bytes of a batch's boundary activations that a sweep keeps in memory.
+        window_bytes: Bytes of samples that stay in memory from one epoch to the next.
     """
 
     partitions: Sequence[PartitionBytes]
@@ -71,52 +72,58 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Work:
-    """Seconds, and bytes from and to the drive.
+class TimeAndTraffic:
+    """Seconds, and bytes read from and written to the drive.
 
     Example:
-        >>> Work(1.0, 2, 3) + Work(1.0, 2, 3) * 2
-        Work(seconds=3.0, read=6, written=9)
+        >>> TimeAndTraffic(1.0, 2, 3) + TimeAndTraffic(1.0, 2, 3) * 2
+        TimeAndTraffic(seconds=3.0, bytes_read=6, bytes_written=9)
     """
 
     seconds: float = 0.0
-    read: int = 0
-    written: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.seconds + other.seconds, self.read + other.read, self.written + other.written)
+    def __add__(self, other: "TimeAndTraffic") -> "TimeAndTraffic":
+        return TimeAndTraffic(
+            self.seconds + other.seconds, self.bytes_read + other.bytes_read, self.bytes_written + other.bytes_written
+        )
 
-    def __mul__(self, times: float) -> "Work":
-        return Work(self.seconds * times, round(self.read * times), round(self.written * times))
+    def __mul__(self, times: float) -> "TimeAndTraffic":
+        return TimeAndTraffic(self.seconds * times, round(self.bytes_read * times), round(self.bytes_written * times))
 
 
-def whole(program: Sequence[Visit | Sweep], plan: Plan, setting: Setting, rates: MachineTimings) -> Work:
-    """What a whole program takes.
+def forecast_training(
+    program: Sequence[Visit | Sweep], plan: Plan, inputs: ForecastInputs, timings: MachineTimings
+) -> TimeAndTraffic:
+    """Forecast a whole program.
 
     Args:
-        program: of a method, recovery included.
-        plan: how the model is cut.
-        setting: bytes and samples.
-        rates: measured.
+        program: Visits and sweeps of a method, recovery included.
+        plan: Partitions and their micro-batches.
+        inputs: Bytes and samples.
+        timings: Timings of the machine.
     """
-    forecast = _Forecast(plan, setting, rates)
-    total = Work()
+    forecast = _Forecast(plan, inputs, timings)
+    total = TimeAndTraffic()
     for item in program:
-        total += _item(forecast, item)
+        total += forecast.all_epochs(item)
     return total
 
 
-def one_epoch(program: Sequence[Visit | Sweep], plan: Plan, setting: Setting, rates: MachineTimings) -> Work:
-    """What an epoch of all partitions takes; what is done once for all epochs of a partition is spread over them.
+def forecast_epoch(
+    program: Sequence[Visit | Sweep], plan: Plan, inputs: ForecastInputs, timings: MachineTimings
+) -> TimeAndTraffic:
+    """Forecast one epoch of all partitions; work that is done once for all epochs of a partition is spread over them.
 
     Args:
-        program: of a method; recovery, which has epochs of its own, is left out.
-        plan: how the model is cut.
-        setting: bytes and samples.
-        rates: measured.
+        program: Visits and sweeps of a method; recovery, which has epochs of its own, is left out.
+        plan: Partitions and their micro-batches.
+        inputs: Bytes and samples.
+        timings: Timings of the machine.
     """
-    forecast, samples = _Forecast(plan, setting, rates), setting.samples["train"]
-    total = Work()
+    forecast, samples = _Forecast(plan, inputs, timings), inputs.samples["train"]
+    total = TimeAndTraffic()
     epochs = [0.0] * len(plan.partitions)
     for item in program:
         if isinstance(item, Visit) and item.action == "learn":
@@ -125,175 +132,174 @@ def one_epoch(program: Sequence[Visit | Sweep], plan: Plan, setting: Setting, ra
     for item in program:
         if isinstance(item, Visit):
             if item.action != "join":
-                total += _item(forecast, item) * (1 / max(epochs[item.partition], 1e-9))
+                total += forecast.all_epochs(item) * (1 / max(epochs[item.partition], 1e-9))
         elif item.phase == "epoch":
             total += forecast.sweep_epoch(item)
     return total
 
 
-def _item(forecast: "_Forecast", item: Visit | Sweep) -> Work:
-    """One item of a program, all of its epochs."""
-    if isinstance(item, Sweep):
-        return forecast.sweep_epoch(item) * item.epochs
-    if item.action == "join":
-        return Work()
-    return forecast.learn(item) if item.action == "learn" else forecast.emit(item)
-
-
 class _Forecast:
-    """The rules of the module's docstring."""
+    """Rules of the module's docstring."""
 
-    def __init__(self, plan: Plan, setting: Setting, rates: MachineTimings) -> None:
-        self._plan, self._setting, self._rates = plan, setting, rates
+    def __init__(self, plan: Plan, inputs: ForecastInputs, timings: MachineTimings) -> None:
+        self._plan, self._inputs, self._timings = plan, inputs, timings
         self._last = len(plan.partitions) - 1
 
-    def learn(self, visit: Visit) -> Work:
-        """A visit that learns: its partition comes, learns for its epochs, and is written."""
-        part, size = self._plan.partitions[visit.partition], self._setting.partitions[visit.partition]
-        begin, end = visit.macro_batch or (0, self._setting.samples["train"])
+    def all_epochs(self, item: Visit | Sweep) -> TimeAndTraffic:
+        """Forecast one visit or sweep of a program, with all of its epochs."""
+        if isinstance(item, Sweep):
+            return self.sweep_epoch(item) * item.epochs
+        if item.action == "join":
+            return TimeAndTraffic()
+        return self.learn(item) if item.action == "learn" else self.emit(item)
+
+    def learn(self, visit: Visit) -> TimeAndTraffic:
+        """Forecast a visit that learns: its partition is loaded, learns for its epochs, and is written."""
+        part, size = self._plan.partitions[visit.partition], self._inputs.partitions[visit.partition]
+        begin, end = visit.macro_batch or (0, self._inputs.samples["train"])
         samples = end - begin
         batches = [part.batch] * (samples // part.batch) + ([samples % part.batch] if samples % part.batch else [])
-        first = 0.0
+        computing = 0.0
         for batch in {*batches}:
-            seconds = sum(self._pass(visit.partition, one, part.start) for one in self._parts(batch, part.micro_batch))
-            first += batches.count(batch) * (seconds + self._step(visit.partition))
-        reading = Work()
+            seconds = sum(self._pass(visit.partition, one, part.start) for one in self._micro_batches(batch, part.micro_batch))
+            computing += batches.count(batch) * (seconds + self._step(visit.partition))
+        reading = TimeAndTraffic()
         if visit.partition > 0 and not visit.from_synthetic_labels:
-            reading = self._stored(visit.partition, samples)
-        epoch = Work(max(first, reading.seconds), reading.read)
-        if "val" in self._setting.samples and visit.macro_batch is None and not visit.from_synthetic_labels:
-            epoch += self._through(visit.partition, self._setting.samples["val"])
+            reading = self._read_samples(visit.partition, samples)
+        epoch = TimeAndTraffic(max(computing, reading.seconds), reading.bytes_read)
+        if "val" in self._inputs.samples and visit.macro_batch is None and not visit.from_synthetic_labels:
+            epoch += self._forward(visit.partition, self._inputs.samples["val"])
         moved = size.weights + size.optimizer
         return epoch * visit.epochs + self._read(moved) + self._write(moved)
 
-    def emit(self, visit: Visit) -> Work:
-        """A visit that writes the next boundary's samples."""
-        size = self._setting.partitions[visit.partition]
-        begin, end = visit.macro_batch or (0, self._setting.samples[visit.split])
-        through, written = self._through(visit.partition, end - begin), (end - begin) * size.kept
+    def emit(self, visit: Visit) -> TimeAndTraffic:
+        """Forecast a visit that writes the samples of the next boundary."""
+        size = self._inputs.partitions[visit.partition]
+        begin, end = visit.macro_batch or (0, self._inputs.samples[visit.split])
+        forward, written = self._forward(visit.partition, end - begin), (end - begin) * size.stored_outputs
         # A thread writes behind, and copies what it writes.
-        behind = written * (self._rates.write_per_byte + self._rates.memory_per_byte)
-        return Work(max(through.seconds, behind), through.read, written)
+        writing = written * (self._timings.write_per_byte + self._timings.memory_per_byte)
+        return TimeAndTraffic(max(forward.seconds, writing), forward.bytes_read, written)
 
-    def sweep_epoch(self, sweep: Sweep) -> Work:
-        """An epoch of sweeps, and the validation at its end."""
-        samples = self._setting.samples["train"]
+    def sweep_epoch(self, sweep: Sweep) -> TimeAndTraffic:
+        """Forecast an epoch of a sweep, and the validation at its end."""
+        samples = self._inputs.samples["train"]
         full, rest = divmod(samples, sweep.batch_size)
-        # The first partition stays from one batch to the next.
-        total = self._swept(sweep, sweep.batch_size) * full if full else Work()
+        # The first partition stays on the device from one batch to the next.
+        total = self._sweep_batch(sweep, sweep.batch_size) * full if full else TimeAndTraffic()
         if rest:
-            total += self._swept(sweep, rest)
-        if "val" in self._setting.samples:
-            number = self._setting.samples["val"]
-            for partition, size in enumerate(self._setting.partitions):
-                total += self._read(size.weights) + self._through(partition, number)
+            total += self._sweep_batch(sweep, rest)
+        if "val" in self._inputs.samples:
+            number = self._inputs.samples["val"]
+            for partition, size in enumerate(self._inputs.partitions):
+                total += self._read(size.weights) + self._forward(partition, number)
                 if partition < self._last:
                     total += self._write(number * size.outputs)
         return total
 
-    def _swept(self, sweep: Sweep, batch: int) -> Work:
-        """A batch through all partitions and back."""
-        setting, rates, total = self._setting, self._rates, Work()
-        parts = Counter(self._parts(batch, self._plan.sweep_micro_batch))
+    def _sweep_batch(self, sweep: Sweep, batch: int) -> TimeAndTraffic:
+        """Forecast a batch that goes through all partitions and back."""
+        inputs, timings, total = self._inputs, self._timings, TimeAndTraffic()
+        micro_batches = Counter(self._micro_batches(batch, self._plan.sweep_micro_batch))
         steps = [visit for visit in sweep.visits if visit.action == "step"]
         resident = None if steps else sweep.visits[-1].partition
-        # Kept gradients come while activations go.
-        kept = sum(setting.partitions[visit.partition].trainable for visit in steps)
-        to_disk = max(0, kept - setting.boundary_bytes) / kept if kept else 0.0
+        # Kept gradients take the place that activations leave in memory.
+        kept = sum(inputs.partitions[visit.partition].trainable for visit in steps)
+        share_on_disk = max(0, kept - inputs.boundary_bytes) / kept if kept else 0.0
         for visit in sweep.visits:
             number = visit.partition
-            size, part = setting.partitions[number], self._plan.partitions[number]
+            size, part = inputs.partitions[number], self._plan.partitions[number]
             if visit.action == "step":
-                read = size.trainable + round(size.trainable * to_disk) + size.optimizer
-                total += self._stepped(number, read, size.trainable + size.optimizer)
+                read = size.trainable + round(size.trainable * share_on_disk) + size.optimizer
+                total += self._streamed_step(number, read, size.trainable + size.optimizer)
                 resident = None
                 continue
             if resident != number:
-                total += Work(max(0, size.weights - setting.stream_bytes) * rates.read_per_byte, size.weights)
+                total += TimeAndTraffic(max(0, size.weights - inputs.stream_bytes) * timings.read_per_byte, size.weights)
                 resident = number
-            layers = rates.layers[part.start : part.stop]
+            layers = timings.layers[part.start : part.stop]
             if visit.action == "emit":
-                kind = [layer.forward for layer in layers] if visit.learns else [layer.emit for layer in layers]
-                total += Work(sum(count * seconds.at(one) for one, count in parts.items() for seconds in kind))
+                forwards = [layer.forward for layer in layers] if visit.learns else [layer.emit for layer in layers]
+                total += TimeAndTraffic(sum(count * line.at(one) for one, count in micro_batches.items() for line in forwards))
                 continue
-            # Layers before the first that learns need no gradient, so that of a first partition nobody asks for its inputs'.
+            # Layers before the first that learns need no gradient: of the first partition no gradient of the inputs is computed.
             first = None if visit.returns_input_gradient else part.start
-            passes = (count * self._pass(number, one, first, loss=number == self._last) for one, count in parts.items())
-            total += Work(sum(passes))
+            passes = (count * self._pass(number, one, first, loss=number == self._last) for one, count in micro_batches.items())
+            total += TimeAndTraffic(sum(passes))
             if visit.learns and visit.keeps_gradients:
-                total += self._write(round(size.trainable * to_disk) + size.buffers)
+                total += self._write(round(size.trainable * share_on_disk) + size.buffers)
             elif visit.learns:
-                total += self._stepped(number, size.optimizer, size.trainable + size.buffers + size.optimizer)
-        return total + self._crossing(batch)
+                total += self._streamed_step(number, size.optimizer, size.trainable + size.buffers + size.optimizer)
+        return total + self._spilled_boundaries(batch)
 
-    def _crossing(self, batch: int) -> Work:
-        """What crosses partitions and has no room in memory: activations that came when it was full, and then their gradients."""
-        total, before = Work(), 0
-        for number, size in enumerate(self._setting.partitions[:-1]):
+    def _spilled_boundaries(self, batch: int) -> TimeAndTraffic:
+        """Forecast the traffic of a batch's boundary tensors that have no room in memory: activations, and then their gradients."""
+        total, before = TimeAndTraffic(), 0
+        for number, size in enumerate(self._inputs.partitions[:-1]):
             own = batch * size.outputs
-            spilt = min(own, max(0, before + own - self._setting.boundary_bytes))
+            spilled = min(own, max(0, before + own - self._inputs.boundary_bytes))
             before += own
             # The last partition goes forward once.
-            total += self._write(2 * spilt) + self._read((2 if number == self._last - 1 else 3) * spilt)
+            total += self._write(2 * spilled) + self._read((2 if number == self._last - 1 else 3) * spilled)
         return total
 
-    def _stepped(self, number: int, read: int, written: int) -> Work:
-        """The optimizer's step, layer by layer: its own time, or that of what is read and written beyond what the streams hold."""
-        rates, stream = self._rates, self._setting.stream_bytes
-        moving = max(0, read - stream) * rates.read_per_byte + max(0, written - stream) * rates.write_per_byte
-        return Work(max(self._step(number), moving), read, written)
+    def _streamed_step(self, number: int, read: int, written: int) -> TimeAndTraffic:
+        """Forecast the optimizer's step, layer by layer: the time of the step, or of the bytes that the streams do not hide."""
+        timings, stream = self._timings, self._inputs.stream_bytes
+        moving = max(0, read - stream) * timings.read_per_byte + max(0, written - stream) * timings.write_per_byte
+        return TimeAndTraffic(max(self._step(number), moving), read, written)
 
     def _pass(self, number: int, samples: int, first: int | None, *, loss: bool = True) -> float:
-        """A micro-batch forward through a partition, and back; seconds.
+        """Return the seconds of a micro-batch forward through a partition, and back.
 
         Args:
-            number: the partition's.
-            samples: in the micro-batch.
-            first: the layer whose inputs have no gradient.
-            loss: of all of its outputs; else its gradient comes from the partition after it.
+            number: Number of the partition.
+            samples: Samples in the micro-batch.
+            first: Layer whose inputs have no gradient; None if there is none.
+            loss: Whether the partition has a loss over its outputs; else its gradient comes from the next partition.
         """
-        part, rates = self._plan.partitions[number], self._rates
+        part, timings = self._plan.partitions[number], self._timings
         seconds = 0.0
         for layer in range(part.start, part.stop):
-            apart = layer == first or self._setting.per_layer_loss
-            own = rates.layers[layer]
-            seconds += own.forward.at(samples) + (own.backward_to_weights if apart else own.backward).at(samples)
-        if loss and not self._setting.per_layer_loss:
-            seconds += _LOSS_PASSES * samples * self._setting.partitions[number].outputs * rates.memory_per_byte
+            no_input_gradient = layer == first or self._inputs.per_layer_loss
+            own = timings.layers[layer]
+            seconds += own.forward.at(samples) + (own.backward_to_weights if no_input_gradient else own.backward).at(samples)
+        if loss and not self._inputs.per_layer_loss:
+            seconds += _LOSS_PASSES * samples * self._inputs.partitions[number].outputs * timings.memory_per_byte
         return seconds
 
     def _step(self, number: int) -> float:
-        """The optimizer's step of a partition; seconds. Parameters have four bytes."""
-        return self._setting.partitions[number].trainable / 4 * self._rates.step_per_parameter
+        """Return the seconds of the optimizer's step of a partition."""
+        return self._inputs.partitions[number].trainable / _PARAMETER_BYTES * self._timings.step_per_parameter
 
-    def _through(self, number: int, samples: int) -> Work:
-        """Samples forward through a partition in eval mode, read where they are stored."""
+    def _forward(self, number: int, samples: int) -> TimeAndTraffic:
+        """Forecast samples that go forward through a partition in eval mode, read from their store."""
         part = self._plan.partitions[number]
         size = min(part.batch, part.micro_batch)
         full, rest = divmod(samples, max(1, size))
-        layers = self._rates.layers[part.start : part.stop]
+        layers = self._timings.layers[part.start : part.stop]
         seconds = sum(full * layer.emit.at(size) + (layer.emit.at(rest) if rest else 0.0) for layer in layers)
-        reading = self._stored(number, samples) if number else Work()
-        return Work(max(seconds, reading.seconds), reading.read)
+        reading = self._read_samples(number, samples) if number else TimeAndTraffic()
+        return TimeAndTraffic(max(seconds, reading.seconds), reading.bytes_read)
 
-    def _stored(self, number: int, samples: int) -> Work:
-        """Samples read from their store and put together as batches; what stays in memory is read once, and not counted."""
-        nbytes = samples * self._setting.partitions[number].inputs
-        together = 2 * nbytes * self._rates.memory_per_byte
-        if nbytes <= self._setting.window_bytes:
-            return Work(together)
-        return Work(nbytes * self._rates.read_per_byte + together, nbytes)
+    def _read_samples(self, number: int, samples: int) -> TimeAndTraffic:
+        """Forecast reading samples from their store and collating batches; samples that stay in memory are read once, uncounted."""
+        nbytes = samples * self._inputs.partitions[number].inputs
+        collating = 2 * nbytes * self._timings.memory_per_byte
+        if nbytes <= self._inputs.window_bytes:
+            return TimeAndTraffic(collating)
+        return TimeAndTraffic(nbytes * self._timings.read_per_byte + collating, nbytes)
 
-    def _parts(self, batch: int, micro_batch: int) -> list[int]:
-        """Samples of each micro-batch of a batch."""
+    def _micro_batches(self, batch: int, micro_batch: int) -> list[int]:
+        """Return the numbers of samples in the micro-batches of a batch."""
         largest = largest_micro_batch(batch, micro_batch, self._plan.smallest_micro_batch)
         if largest == batch:
             return [batch]
         full, rest = divmod(batch, micro_batch)
         return [micro_batch] * (full - (largest > micro_batch)) + ([largest] if largest > micro_batch else [rest] if rest else [])
 
-    def _read(self, nbytes: int) -> Work:
-        return Work(nbytes * self._rates.read_per_byte, nbytes)
+    def _read(self, nbytes: int) -> TimeAndTraffic:
+        return TimeAndTraffic(nbytes * self._timings.read_per_byte, nbytes)
 
-    def _write(self, nbytes: int) -> Work:
-        return Work(nbytes * self._rates.write_per_byte, 0, nbytes)
+    def _write(self, nbytes: int) -> TimeAndTraffic:
+        return TimeAndTraffic(nbytes * self._timings.write_per_byte, 0, nbytes)

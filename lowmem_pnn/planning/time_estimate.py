@@ -1,94 +1,102 @@
-"""Clocks: what a workload's training takes by any plan, from rates that are measured here and now, or from nominal ones."""
+"""TimeEstimator: predicted seconds of a workload's training by any plan, from measured or nominal timings."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from lowmem_pnn.device import Device
 from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.planning.footprint import activation_bytes
-from lowmem_pnn.planning.forecast import PartitionBytes, Setting, Work, one_epoch, whole
+from lowmem_pnn.planning.disk_footprint import activation_bytes
+from lowmem_pnn.planning.forecast import (
+    ForecastInputs,
+    PartitionBytes,
+    TimeAndTraffic,
+    forecast_epoch,
+    forecast_training,
+)
+from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling import nominal
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
-from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.timings import MachineTimings
-from lowmem_pnn.workload import Workload
 
 
 class TimeEstimator:
-    """Predicted seconds of a workload's whole training, by any plan.
+    """Estimator of the time and disk traffic of a workload's training, by any plan.
 
     Args:
-        workload: model, data and method.
-        profile: what its layers cost.
-        find_timings: how fast they are; called when the clock is first asked.
+        request: Workload, layer costs and device.
+        find_timings: Function that returns the timings; called when the first estimate is asked for.
     """
 
-    def __init__(self, workload: Workload, profile: MemoryProfile, find_timings: Callable[[], MachineTimings]) -> None:
-        self._workload, self._profile, self._find_rates = workload, profile, find_timings
+    def __init__(self, request: PlanRequest, find_timings: Callable[[], MachineTimings]) -> None:
+        self._request, self._find_timings = request, find_timings
 
     @classmethod
-    def measured(
-        cls, workload: Workload, profile: MemoryProfile, device: Device, bench: LayerBenchmark | None = None
-    ) -> "TimeEstimator":
-        """A clock whose rates are measured: each layer with up to as many samples as a batch has.
+    def measured(cls, request: PlanRequest, benchmark: LayerBenchmark | None = None) -> "TimeEstimator":
+        """Return an estimator with measured timings: each layer runs with up to as many samples as a batch has.
 
         Args:
-            workload: model, data and method.
-            profile: what its layers cost.
-            device: open; layers run on it, within its budget.
-            bench: that has timed some of them already, or None.
+            request: Workload, layer costs and device; the layers run on the device, within its budget.
+            benchmark: Benchmark that may have timed some of the layers already; None for a new one.
         """
-        timer = LayerBenchmark(device) if bench is None else bench
+        timer = LayerBenchmark(request.device) if benchmark is None else benchmark
 
         def find_timings() -> MachineTimings:
-            most, per_layer_loss = max(workload.config.batch_sizes), workload.method.learns_per_layer
-            layers, share = timer.time_layers(workload.chain, profile, most, per_layer_loss=per_layer_loss)
-            rates = MachineTimings(layers, *timer.time_machine(workload.optimizer(0), Path.cwd()), share)
-            # What is kept free of it for further use is not to stand in the way of what was planned.
-            device.release()
-            return rates
+            workload = request.workload
+            layers, share = timer.time_layers(
+                workload.chain,
+                request.profile,
+                max(workload.config.batch_sizes),
+                per_layer_loss=workload.method.learns_per_layer,
+            )
+            timings = MachineTimings(layers, *timer.time_machine(workload.optimizer(0), Path.cwd()), share)
+            # Freed memory that the allocator keeps would count against the plan.
+            request.device.release()
+            return timings
 
-        return cls(workload, profile, find_timings)
+        return cls(request, find_timings)
 
     @classmethod
-    def nominal(cls, workload: Workload, profile: MemoryProfile, device: Device) -> "TimeEstimator":
-        """A clock that goes the same on every machine with a device of this kind; arguments as for `measured`."""
-        machine = nominal.CPU if device.shares_host else nominal.CUDA
-        return cls(workload, profile, lambda: nominal.nominal_timings(profile, machine))
+    def nominal(cls, request: PlanRequest) -> "TimeEstimator":
+        """Return an estimator with nominal timings: the same on every machine with a device of this kind."""
+        speed = nominal.CPU if request.device.shares_host else nominal.CUDA
+        return cls(request, lambda: nominal.nominal_timings(request.profile, speed))
 
     @cached_property
-    def rates(self) -> MachineTimings:
-        """How fast layers, optimizer and drive are."""
-        return self._find_rates()
+    def timings(self) -> MachineTimings:
+        """Timings of layers, optimizer, drive and memory."""
+        return self._find_timings()
 
-    def epoch(self, plan: Plan) -> Work:
-        """Of an epoch of all partitions."""
-        return self._work(one_epoch, plan)
+    def epoch(self, plan: Plan) -> TimeAndTraffic:
+        """Estimate the time and disk traffic of one epoch over all partitions."""
+        return self._forecast(forecast_epoch, plan)
 
     def __call__(self, plan: Plan) -> float:
-        """Seconds of the whole training."""
-        return self._work(whole, plan).seconds
+        """Estimate the seconds of the whole training."""
+        return self._forecast(forecast_training, plan).seconds
 
-    def _work(self, rule: Callable[[Sequence[Visit | Sweep], Plan, Setting, MachineTimings], Work], plan: Plan) -> Work:
-        program = self._workload.method.program(len(plan.partitions), self._workload.training_splits)
-        return rule(program, plan, setting_of(self._workload, self._profile, plan), self.rates)
+    def _forecast(
+        self,
+        forecast: Callable[[Sequence[Visit | Sweep], Plan, ForecastInputs, MachineTimings], TimeAndTraffic],
+        plan: Plan,
+    ) -> TimeAndTraffic:
+        workload = self._request.workload
+        program = workload.method.program(len(plan.partitions), workload.training_splits)
+        return forecast(program, plan, forecast_inputs(self._request, plan), self.timings)
 
 
-def setting_of(workload: Workload, profile: MemoryProfile, plan: Plan) -> Setting:
-    """What a forecast needs to know of a workload.
+def forecast_inputs(request: PlanRequest, plan: Plan) -> ForecastInputs:
+    """Return the inputs of a workload's forecast.
 
     Args:
-        workload: model, data and method.
-        profile: what its layers cost.
-        plan: how it is cut.
+        request: Workload, layer costs and device.
+        plan: Partitions and their micro-batches.
     """
-    buffer_sizes = BufferSizes.of_budget(plan.budget_bytes)
+    workload, buffer_sizes = request.workload, BufferSizes.of_budget(plan.budget_bytes)
     partitions = []
     for part in plan.partitions:
-        layers = profile.layers[part.start : part.stop]
+        layers = request.profile.layers[part.start : part.stop]
         buffers = sum(layer.buffer_bytes for layer in layers)
         partitions.append(
             PartitionBytes(
@@ -98,10 +106,10 @@ def setting_of(workload: Workload, profile: MemoryProfile, plan: Plan) -> Settin
                 optimizer=sum(layer.optimizer_bytes for layer in layers),
                 inputs=activation_bytes(workload, part.start),
                 outputs=part.output_bytes_per_sample,
-                kept=activation_bytes(workload, part.stop),
+                stored_outputs=activation_bytes(workload, part.stop),
             )
         )
-    return Setting(
+    return ForecastInputs(
         partitions,
         workload.training_splits,
         per_layer_loss=workload.method.learns_per_layer,

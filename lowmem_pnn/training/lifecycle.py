@@ -14,6 +14,7 @@ from lowmem_pnn.evaluation.measure import measure, validate
 from lowmem_pnn.evaluation.scores import Scores
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
+from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.run import Run
@@ -83,7 +84,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
             break
         # A step that did not fit does not show what it would have needed: what is kept free doubles.
         missing += max(check.unexplained_bytes, device.reserve_bytes, 0 if check.fits else missing)
-        plan = make_plan(workload, profile, device, missing, seconds_of)
+        plan = make_plan(PlanRequest(workload, profile, device, unexplained_bytes=missing), seconds_of)
         display.message(f"planned again: {check.describe()}")
         run.replan(plan)
     run.begin_training(check.to_dict())

@@ -13,7 +13,8 @@ from lowmem_pnn.engine.out_of_memory import SteppedInPart, fits
 from lowmem_pnn.errors import BudgetError, CaptureError, LowMemError
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.model.precision import LossScale
-from lowmem_pnn.planning.footprint import beside_bytes, stream_bytes
+from lowmem_pnn.planning.footprint import Footprint
+from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.sweep.sweeper import Sweeper
@@ -90,11 +91,12 @@ def check_tightest(run: Run, profile: MemoryProfile) -> Check:
         went_through = True
     measured = device.section_peak_bytes()
     # The check holds one batch of zeros, and reads nothing but, in a sweep, the partition's weights.
-    beside = beside_bytes(workload, profile, device, buffer_sizes, planned.start, planned.batch)
+    footprint = Footprint.of(PlanRequest(workload, profile, device))
+    beside = footprint.beside_bytes(planned.start, planned.batch)
     if sweeps and device.shares_host:
         own = sum(layer.weight_bytes for layer in profile.layers[planned.start : planned.stop])
-        least = stream_bytes(profile, buffer_sizes.stream_bytes)
-        window = stream_bytes(profile, plan.stream_bytes or buffer_sizes.stream_bytes)
+        least = footprint.stream_bytes(buffer_sizes.stream_bytes)
+        window = footprint.stream_bytes(plan.stream_bytes or buffer_sizes.stream_bytes)
         beside += 2 * (window - least) - min(own, least)
     predicted = planned.predicted_peak_bytes - beside + held
     fits = went_through and micro_batch == asked

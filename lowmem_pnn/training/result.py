@@ -5,7 +5,7 @@ import platform
 from typing import Any
 
 from lowmem_pnn.evaluation.exits import chosen_exit
-from lowmem_pnn.planning.make_plan import describe_partition
+from lowmem_pnn.planning.describe import describe_partition
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.macs import program_macs, samples_learnt

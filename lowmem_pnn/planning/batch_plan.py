@@ -1,0 +1,172 @@
+"""Plans for known batch sizes: the chain is cut by the planner, then each partition gets the peak of its own visits."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from lowmem_pnn.config.checks import check_lengths
+from lowmem_pnn.errors import BudgetError, ConfigError
+from lowmem_pnn.partition_plan import PartitionPlan, Plan
+from lowmem_pnn.planning import planner
+from lowmem_pnn.planning.footprint import Footprint
+from lowmem_pnn.planning.neuroflux_blocks import similar_batch_cuts
+from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.units import format_bytes
+
+
+def plan_for_batches(
+    request: PlanRequest,
+    batch_sizes: Sequence[int],
+    good_micro_batch: int | None = None,
+    num_partitions: int | None = None,
+) -> Plan:
+    """Make the smallest plan for batches of known sizes.
+
+    Args:
+        request: Workload, layer costs and device.
+        batch_sizes: Samples of an optimizer step, one number or one per partition.
+        good_micro_batch: Micro-batch as for `planner.plan`; None for one that keeps a device busy.
+        num_partitions: Number of partitions; None for the method's own wish.
+
+    Raises:
+        BudgetError: Nothing fits.
+        ConfigError: The model cannot have such cuts, or the lists in the configuration do not match the partitions.
+    """
+    workload, device, batch = request.workload, request.device, max(batch_sizes)
+
+    def overhead_bytes(budget_bytes: int) -> int:
+        return Footprint(request, budget_bytes).overhead_bytes(batch)
+
+    cuts = request.cuts
+    if workload.config.blocks == "alike":
+        cuts = similar_batch_cuts(
+            request.costs,
+            most=min(batch, len(workload.splits["train"])),
+            room=device.budget_bytes - overhead_bytes(device.budget_bytes),
+            objectives=[request.objective_memory(stop) for stop in range(1, request.num_layers + 1)],
+            tolerance=workload.config.block_tolerance,
+        )
+    plan = planner.plan(
+        request.costs,
+        budget_bytes=device.budget_bytes,
+        overhead_bytes=overhead_bytes,
+        batch_sizes=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
+        cuts=cuts,
+        num_partitions=(num_partitions or workload.method.num_partitions) if cuts is None else None,
+        micro_batch=workload.config.micro_batch,
+        objective=request.objective_memory,
+        good_micro_batch=good_micro_batch or request.good_micro_batch,
+        uniform=workload.method.sweeps,
+    )
+    check_lengths(workload.config, len(plan.partitions))
+    if workload.method.partitions_are_independent:
+        _check_synthetic_inputs(request, plan)
+    plan = dataclasses.replace(_with_own_peaks(request, plan), loss_chunk=request.loss_chunk)
+    if workload.method.sweeps:
+        return _with_longer_streams(request, dataclasses.replace(plan, sweep_micro_batch=plan.partitions[0].micro_batch))
+    return _with_recovery(request, plan) if workload.config.recovery_epochs else plan
+
+
+def _check_synthetic_inputs(request: PlanRequest, plan: Plan) -> None:
+    """Refuse cuts where synthetic labels cannot take the place of activations.
+
+    Raises:
+        ConfigError: Several tensors cross a cut (one that only passes through has no labels that a later partition would see), or one
+            that is not float32.
+    """
+    chain, precision = request.workload.chain, request.workload.config.precision
+    for part in plan.partitions[1:]:
+        specs = chain.boundaries[part.start]
+        if len(specs) > 1 or specs[0].dtype != torch.float32:
+            name, crossing = chain.layers[part.start].name, ", ".join(map(str, specs))
+            lower = precision != "fp32"
+            raise ConfigError(
+                f"--parallel-sil needs cuts that one float32 tensor crosses, and before layer {name!r} there are {crossing}"
+                f"{f' in --precision {precision}' if lower else ''}; give other --cuts, "
+                f"{'--precision fp32, ' if lower else ''}or leave --parallel-sil out"
+            )
+
+
+def _with_own_peaks(request: PlanRequest, plan: Plan) -> Plan:
+    """Replace the overhead that all partitions keep free by the bytes that each partition's own visits need."""
+    footprint = Footprint.of(request)
+    return _with_partitions(plan, [_with_own_peak(footprint, plan, part) for part in plan.partitions])
+
+
+def _with_own_peak(footprint: Footprint, plan: Plan, part: PartitionPlan) -> PartitionPlan:
+    request = footprint.request
+    learning = part.predicted_peak_bytes - plan.overhead_bytes + footprint.beside_bytes(part.start, part.batch)
+    writing = 0
+    if request.device.shares_host and part.stop < request.num_layers:
+        # Gradients are freed while outputs are written, and two shards are in memory.
+        layers = request.costs.layers[part.start : part.stop]
+        forward = max(layer.input_bytes.at(part.micro_batch) + layer.emit_peak.at(part.micro_batch) for layer in layers)
+        state = part.state_bytes - sum(layer.gradient_bytes for layer in layers)
+        shards = 2 * footprint.buffer_sizes.shard_bytes
+        objective = request.objective_memory(part.stop).fixed
+        writing = state + forward + shards + objective + footprint.reading_bytes(part.start, part.batch)
+    return dataclasses.replace(
+        part,
+        predicted_peak_bytes=max(learning, writing) + footprint.constant_bytes,
+        # With the optimizer state that a sweep streams in.
+        state_bytes=sum(layer.state_bytes for layer in request.profile.layers[part.start : part.stop]),
+    )
+
+
+def _with_longer_streams(request: PlanRequest, plan: Plan) -> Plan:
+    """Let a sweep prefetch up to twice as many bytes where the plan leaves room: the first layers of a partition then come sooner."""
+    device, footprint = request.device, Footprint.of(request)
+    window = footprint.buffer_sizes.stream_bytes
+    if not device.shares_host:
+        return dataclasses.replace(plan, stream_bytes=window)
+    # A second reserve, for what the check before training may find above the plan.
+    spare = device.budget_bytes - 2 * device.reserve_bytes - plan.predicted_peak_bytes
+    longer = window + min(window, max(0, spare) // 2)
+    more = 2 * (footprint.stream_bytes(longer) - footprint.stream_bytes(window))
+    partitions = [dataclasses.replace(part, predicted_peak_bytes=part.predicted_peak_bytes + more) for part in plan.partitions]
+    return dataclasses.replace(_with_partitions(plan, partitions), stream_bytes=longer)
+
+
+def _with_recovery(request: PlanRequest, plan: Plan) -> Plan:
+    """Give a plan the micro-batch with which its partitions fit the sweeps of the recovery epochs too.
+
+    Raises:
+        BudgetError: Not even the smallest micro-batch fits.
+    """
+    device, footprint, batch = request.device, Footprint.of(request), plan.partitions[-1].batch
+    beside = footprint.constant_bytes + footprint.sweep_bytes(batch)
+    size = min(batch, request.workload.config.micro_batch or batch)
+    while True:
+        peaks = [
+            planner.partition_peak(
+                request.sweep_costs,
+                part.start,
+                part.stop,
+                size,
+                batch,
+                request.objective_memory(part.stop, sweeps=True),
+                beside,
+            )
+            for part in plan.partitions
+        ]
+        if max(peaks) + device.reserve_bytes <= device.budget_bytes:
+            break
+        if size <= plan.smallest_micro_batch:
+            worst = peaks.index(max(peaks))
+            raise BudgetError(
+                f"partition {worst + 1} of {len(peaks)} needs {format_bytes(max(peaks) + device.reserve_bytes)} in the recovery epochs, "
+                f"above the budget of {format_bytes(device.budget_bytes)}; give more --max-gpu-mem, or more --partitions"
+            )
+        size = max(plan.smallest_micro_batch, size // 2)
+    partitions = [
+        dataclasses.replace(part, predicted_peak_bytes=max(part.predicted_peak_bytes, peak))
+        for part, peak in zip(plan.partitions, peaks, strict=True)
+    ]
+    return dataclasses.replace(_with_partitions(plan, partitions), sweep_micro_batch=size)
+
+
+def _with_partitions(plan: Plan, partitions: Sequence[PartitionPlan]) -> Plan:
+    """Replace the partitions of a plan, and with them its predicted peak."""
+    peak = max(part.predicted_peak_bytes for part in partitions)
+    return dataclasses.replace(plan, partitions=tuple(partitions), predicted_peak_bytes=peak)

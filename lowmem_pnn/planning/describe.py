@@ -1,0 +1,60 @@
+"""Descriptions of plans and of their partitions, for reports."""
+
+from lowmem_pnn.errors import BudgetError, DiskError
+from lowmem_pnn.partition_plan import PartitionPlan
+from lowmem_pnn.planning.disk_footprint import activation_bytes, check_disk, disk_bytes, num_stored_samples
+from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
+from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.reporting.plan_report import PlanReport
+from lowmem_pnn.workload import Workload
+
+
+def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> PlanReport:
+    """Describe the plan of a run, or say why there is none; arguments as for `make_plan`."""
+    workload, profile, device = request.workload, request.profile, request.device
+    reason, exit_code, partitions, disk, peak = "", 0, [], 0, 0
+    try:
+        plan = make_plan(request, seconds_of)
+        partitions = [describe_partition(workload, part) for part in plan.partitions]
+        disk, peak = disk_bytes(workload, plan, profile), plan.predicted_peak_bytes
+        check_disk(workload, plan, profile)
+    except (BudgetError, DiskError) as error:
+        reason, exit_code = str(error), error.exit_code
+    return PlanReport(
+        method=workload.config.method,
+        model=workload.config.model,
+        data=workload.config.data,
+        device=device.describe(),
+        budget_bytes=device.budget_bytes,
+        reserve_bytes=device.reserve_bytes,
+        training_state_bytes=profile.training_state_bytes,
+        predicted_peak_bytes=peak,
+        disk_bytes=disk,
+        partitions=partitions,
+        fits=not reason,
+        reason=reason,
+        exit_code=exit_code,
+    )
+
+
+def describe_partition(workload: Workload, part: PartitionPlan) -> dict[str, object]:
+    """Describe a partition of a plan.
+
+    Args:
+        workload: Model, data and method.
+        part: The partition.
+    """
+    # A sweep keeps the outputs of one batch; else outputs are written for all samples.
+    samples = part.batch if workload.method.sweeps else num_stored_samples(workload)
+    has_store = part.stop < len(workload.chain.layers) and not workload.method.partitions_are_independent
+    return {
+        "start": part.start,
+        "stop": part.stop,
+        "layers": [layer.name for layer in workload.chain.layers[part.start : part.stop]],
+        "params": part.num_params,
+        "micro_batch": part.micro_batch,
+        "batch": part.batch,
+        "state_bytes": part.state_bytes,
+        "predicted_peak_bytes": part.predicted_peak_bytes,
+        "activation_bytes": samples * activation_bytes(workload, part.stop) if has_store else 0,
+    }

@@ -1,0 +1,101 @@
+"""Disk space of a run: weights in their generations, and stores of boundary activations."""
+
+import math
+from collections.abc import Sequence
+
+from lowmem_pnn.device.buffers import BufferSizes
+from lowmem_pnn.errors import DiskError
+from lowmem_pnn.memory.aligned import PAGE_BYTES
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.profiling.costs import MemoryProfile
+from lowmem_pnn.stores.encoding import Encoding, encoded_bytes
+from lowmem_pnn.stores.shard_layout import samples_per_shard
+from lowmem_pnn.units import format_bytes
+from lowmem_pnn.workload import Workload
+
+
+def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
+    """Return the most bytes that the run directory will take, without the export.
+
+    A visit rewrites one partition at a time. A sweep writes all of them, while the commit before is still on its way to the drive: two
+    more generations; and it keeps the boundary tensors of one batch.
+
+    Args:
+        workload: Model, data and method.
+        plan: Partitions and their micro-batches.
+        profile: Memory costs of the layers.
+    """
+    config, encoding = workload.config, workload.config.activation_dtype
+    stored = [
+        PAGE_BYTES
+        + sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in profile.layers[part.start : part.stop])
+        for part in plan.partitions
+    ]
+    outputs = [part.output_bytes_per_sample for part in plan.partitions[:-1]]
+    stored_outputs = [activation_bytes(workload, part.stop) for part in plan.partitions[:-1]]
+    # Stores of activations hold training and validation samples; where training needs none, only the samples of an evaluation.
+    no_stores = workload.method.sweeps or workload.method.partitions_are_independent
+    samples = 0 if no_stores else num_stored_samples(workload)
+    labels = 16 * workload.rows_per_sample
+    evaluated = num_evaluated_samples(workload)
+    stores = max(evaluated * (_largest_neighbours(outputs) + labels), samples * (_largest_neighbours(stored_outputs) + labels))
+    stores += max(_header_bytes(workload, plan, evaluated, "float32"), _header_bytes(workload, plan, samples, encoding))
+    working = max(stored) + stores
+    if plan.sweep_micro_batch:
+        gradients = sum(layer.gradient_bytes for layer in profile.layers) if config.steps_wait else 0
+        batch = plan.partitions[-1].batch
+        gradients += math.ceil(batch / plan.sweep_micro_batch) * profile.shared_bytes
+        working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)
+    export = sum(layer.weight_bytes + layer.buffer_bytes for layer in profile.layers)
+    return sum(stored) * config.keep_commits + max(working, export)
+
+
+def check_disk(workload: Workload, plan: Plan, profile: MemoryProfile) -> None:
+    """Refuse a run that would exceed `--max-disk`.
+
+    Args:
+        workload: Model, data and method.
+        plan: Partitions and their micro-batches.
+        profile: Memory costs of the layers.
+
+    Raises:
+        DiskError: The run may need more.
+    """
+    limit, needed = workload.config.max_disk, disk_bytes(workload, plan, profile)
+    if limit is not None and needed > limit:
+        raise DiskError(f"the run needs up to {format_bytes(needed)} on disk, above --max-disk {format_bytes(limit)}; give more")
+
+
+def activation_bytes(workload: Workload, boundary: int) -> int:
+    """Return the bytes of one sample in the store that the partition after a boundary learns from.
+
+    Args:
+        workload: Model and data, and the encoding of the activations.
+        boundary: Number of the boundary.
+    """
+    return sum(encoded_bytes(spec, workload.config.activation_dtype) for spec in workload.chain.boundaries[boundary])
+
+
+def num_stored_samples(workload: Workload) -> int:
+    """Return the number of samples in the stores of a boundary that training reads: every view of the training samples, and others."""
+    views = workload.config.views
+    return sum(size * (views if name == "train" else 1) for name, size in workload.training_splits.items())
+
+
+def num_evaluated_samples(workload: Workload) -> int:
+    """Return the number of samples in the largest split that the whole model is evaluated on."""
+    return max((len(workload.splits[name]) for name in ("val", "test") if name in workload.splits), default=0)
+
+
+def _header_bytes(workload: Workload, plan: Plan, samples: int, encoding: Encoding) -> int:
+    """Return the bytes of two stores' headers: a page for each shard."""
+    shard_bytes, labels = BufferSizes.of_budget(plan.budget_bytes).shard_bytes, workload.dataset.label_shape
+    boundaries = [workload.chain.boundaries[part.stop] for part in plan.partitions[:-1]] if samples else []
+    shards = [math.ceil(samples / samples_per_shard(specs, samples, shard_bytes, labels, encoding)) for specs in boundaries]
+    # Each split of the data ends in a shard that is not full.
+    return 2 * PAGE_BYTES * (max(shards, default=0) + len(workload.splits))
+
+
+def _largest_neighbours(outputs: Sequence[int]) -> int:
+    """Return the most bytes of a partition's inputs and outputs together, from those of the boundaries between partitions."""
+    return max((left + right for left, right in zip([0, *outputs], [*outputs, 0], strict=True)), default=0)

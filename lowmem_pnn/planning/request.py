@@ -1,0 +1,112 @@
+"""PlanRequest: a workload, the memory costs of its layers, and the device that a plan has to fit."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from lowmem_pnn.device import Device
+from lowmem_pnn.model.layer import gradients_complete_at_once, is_rowwise
+from lowmem_pnn.planning.search import GOOD_MICRO_BATCH
+from lowmem_pnn.profiling.costs import Affine, MemoryProfile, with_chunked_loss, with_step_in_backward, with_streamed_state
+from lowmem_pnn.workload import Workload
+
+_FLOAT_BYTES = 4
+# Rows of a micro-batch above which gradients are accumulated seldom enough, where a sample has several rows (tokens).
+_GOOD_ROWS = 512
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Request for a plan: everything that a plan, its footprint and its forecast are computed from.
+
+    Args:
+        workload: Model, data and method.
+        profile: Memory costs of the layers, as they were measured.
+        device: Device, open; the plan has to fit its budget.
+        unexplained_bytes: Bytes that a measurement showed above the prediction of an earlier plan; they are kept free too.
+    """
+
+    workload: Workload
+    profile: MemoryProfile
+    device: Device
+    unexplained_bytes: int = 0
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers in the chain."""
+        return len(self.profile.layers)
+
+    @property
+    def cuts(self) -> list[int] | None:
+        """Layers at which `--cuts` cuts the chain; None where the planner cuts it."""
+        config = self.workload.config
+        return None if config.cuts is None else [self.workload.chain.layer_index(cut) for cut in config.cuts]
+
+    @property
+    def good_micro_batch(self) -> int:
+        """Samples that keep a device busy: a power of two; of tokens as many as make 512 rows."""
+        rows = self.workload.rows_per_sample
+        return GOOD_MICRO_BATCH if rows == 1 else 1 << max(0, (_GOOD_ROWS // rows).bit_length() - 1)
+
+    @cached_property
+    def loss_chunk(self) -> int | None:
+        """Rows for which the last layer and the loss are computed at once; None for all rows of a micro-batch."""
+        config, chain, rows_per_sample = self.workload.config, self.workload.chain, self.workload.rows_per_sample
+        rows = max(config.batch_sizes) * rows_per_sample
+        if config.loss_chunk is not None:
+            return config.loss_chunk if config.loss_chunk < rows else None
+        if self.workload.method.learns_per_layer or not is_rowwise(chain.layers[-1]):
+            return None
+        row_bytes = chain.boundaries[-1][0].sample_bytes // rows_per_sample
+        if rows * row_bytes <= self.device.budget_bytes // 16:
+            return None
+        return max(1, self.device.budget_bytes // 64 // row_bytes)
+
+    @cached_property
+    def costs(self) -> MemoryProfile:
+        """Memory costs of the layers as the method runs them."""
+        return self._costs(sweeps=self.workload.method.sweeps)
+
+    @cached_property
+    def sweep_costs(self) -> MemoryProfile:
+        """Memory costs of the layers as a sweep runs them."""
+        return self._costs(sweeps=True)
+
+    def _costs(self, *, sweeps: bool) -> MemoryProfile:
+        layers = list(self.profile.layers)
+        if self.loss_chunk is not None:
+            layers[-1] = with_chunked_loss(layers[-1], self.loss_chunk / self.workload.rows_per_sample)
+        # Steps that wait for all gradients: a sweep keeps the gradients outside of memory, other visits keep them in memory.
+        if self.workload.config.step_in_backward and (sweeps or not self.workload.config.steps_wait):
+            complete = gradients_complete_at_once(self.workload.chain.layers, in_chunks=self.loss_chunk is not None)
+            layers = [with_step_in_backward(layer) if at_once else layer for layer, at_once in zip(layers, complete, strict=True)]
+        if sweeps:
+            layers = [with_streamed_state(layer) for layer in layers]
+        return dataclasses.replace(self.profile, layers=tuple(layers))
+
+    def objective_memory(self, stop: int, *, sweeps: bool = False) -> Affine:
+        """Return the device memory of a partition's objective.
+
+        Args:
+            stop: Layer after the partition's last.
+            sweeps: Whether the partition learns in a sweep, where only the last partition has an objective.
+        """
+        chain = self.workload.chain
+        is_last = stop == self.num_layers
+        if sweeps and not is_last:
+            return Affine(0, 0)
+        # The number of the partition does not matter to its memory, only whether it is the last.
+        objective = self.workload.method.objective(
+            0, 1 if is_last else 2, chain.boundaries[stop], self.workload.dataset.num_classes
+        )
+        elements = [(math.prod(spec.shape), spec.dtype) for spec in chain.boundaries[stop]]
+        memory = objective.memory(sum(number * max(_FLOAT_BYTES, dtype.itemsize) for number, dtype in elements))
+        # Losses are computed in float32, whatever the precision of the layers.
+        copies = sum(
+            number * _FLOAT_BYTES for number, dtype in elements if dtype.is_floating_point and dtype.itemsize < _FLOAT_BYTES
+        )
+        memory = Affine(memory.fixed, memory.per_sample + copies)
+        if self.loss_chunk is None or not is_last:
+            return memory
+        return Affine(memory.fixed + math.ceil(memory.per_sample * self.loss_chunk / self.workload.rows_per_sample), 0)
