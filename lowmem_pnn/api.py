@@ -2,8 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,12 @@ import torch
 
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.resume import resumed_config
 from lowmem_pnn.config.workdir import next_workdir
-from lowmem_pnn.device import is_out_of_memory
-from lowmem_pnn.engine.worker_threads import WorkerThreads
-from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
+from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.compiler import check_compiler
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.comparison import compare_methods
 from lowmem_pnn.planning.describe import describe_plan
-from lowmem_pnn.planning.disk_footprint import check_disk
-from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
@@ -30,22 +24,19 @@ from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.ranks import ALONE, Rank
-from lowmem_pnn.run.resume import check_same_data, count_resume, resumed_state
+from lowmem_pnn.run.resume import check_same_data
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
-from lowmem_pnn.run.state import State
 from lowmem_pnn.run.unfinished import unfinished_run
-from lowmem_pnn.stores.disk import allow_many_files
-from lowmem_pnn.stores.run_directory import RunDirectory, read_journal
+from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.training.export import export_exit, find_exit
 from lowmem_pnn.training.initial_weights import build_weights
-from lowmem_pnn.training.lifecycle import clear, run_to_end, score
+from lowmem_pnn.training.lifecycle import clear, score
 from lowmem_pnn.training.setup import open_workload, warm_up_profiler
+from lowmem_pnn.training.start import OpenInputs, begin, begin_late, finished_run, read_result, worker_threads
+from lowmem_pnn.training.start import resume as resume_training
 from lowmem_pnn.workload import make_workload, profile_workload
-from lowmem_pnn.workload.inputs import Inputs, Model, name_of, named_inputs, python_inputs
-
-OpenInputs = Callable[[FitConfig], Inputs]
-"""Opens model and data for a configuration."""
+from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs
 
 
 def fit(
@@ -99,11 +90,11 @@ def fit(
     open_inputs = python_inputs(model, train, val, test)
     if resume:
         folder = unfinished_run(given) if workdir is None else Path(workdir)
-        result = _resume(folder, given, open_inputs, display=display or Display())
+        result = resume_training(folder, given, open_inputs, display=display or Display())
     else:
         config = configure(**given)
         folder = next_workdir(config) if workdir is None else Path(workdir)
-        result = _begin(config, folder, open_inputs, overwrite=overwrite, display=display or Display())
+        result = begin(config, folder, open_inputs, overwrite=overwrite, display=display or Display())
     assert result is not None, "one process trains all partitions"
     return result
 
@@ -140,8 +131,8 @@ def evaluate(run: str | Path) -> dict[str, float]:
         ConfigError: its data has no test part, or it was started from Python with a model or data of its own.
     """
     path = Path(run)
-    with RunDirectory.open(path) as rundir, _worker_threads() as threads:
-        config, state = _finished(rundir)
+    with RunDirectory.open(path) as rundir, worker_threads() as threads:
+        config, state = finished_run(rundir)
         inputs = named_inputs(config)
         if "test" not in inputs[2]:
             raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
@@ -177,8 +168,8 @@ def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None 
     """
     path = Path(run)
     with RunDirectory.open(path) as rundir:
-        config, _ = _finished(rundir)
-        result = _read_result(path)
+        config, _ = finished_run(rundir)
+        result = read_result(path)
         workload = make_workload(config, *named_inputs(config), torch.device("cpu"))
         return export_exit(workload, result, find_exit(result, exit, path), path, None if out is None else Path(out))
 
@@ -206,7 +197,7 @@ def begin_run(
         What `result.json` says; None where another process has the result.
     """
     open_inputs = named_inputs
-    return _begin(
+    return begin(
         config, workdir, open_inputs, overwrite=overwrite, display=display or Display(), should_stop=should_stop, rank=rank
     )
 
@@ -235,8 +226,8 @@ def resume_run(
     """
     display = display or Display()
     if not rank.is_alone and rank.number and not (workdir / "journal.json").exists():
-        return _begin_late(workdir, options or {}, rank, display, should_stop)
-    return _resume(
+        return begin_late(workdir, options or {}, rank, display, should_stop)
+    return resume_training(
         workdir,
         options or {},
         named_inputs,
@@ -262,82 +253,6 @@ def _names(model: Model, train: Any) -> dict[str, str]:
     return {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
 
 
-def _begin(
-    config: FitConfig,
-    path: Path,
-    open_inputs: OpenInputs,
-    *,
-    overwrite: bool,
-    display: Display,
-    should_stop: Callable[[], bool] = lambda: False,
-    rank: Rank = ALONE,
-) -> Result | None:
-    rank.check(config)
-    with _environment(display) as threads:
-        inputs = _open_before_floor(config, open_inputs)
-        with open_workload(config, inputs, rank, display) as (device, workload):
-            profile = profile_workload(workload, device)
-            request = PlanRequest(workload, profile, device)
-            estimator = TimeEstimator.measured(request)
-            planned = make_plan(request, estimator)
-            check_disk(workload, planned, profile)
-            if (
-                config.compile
-                and config.micro_batch != 1
-                and any(part.micro_batch == 1 < part.batch for part in planned.partitions)
-            ):
-                display.message("one sample at a time is not compiled unless it is asked for; give --micro-batch 1")
-            state = State.first(workload, planned, rank)
-            # Threads end first: a commit that is under way needs the lock.
-            with RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
-                session = Session(device, rundir, threads, display, should_stop)
-                return run_to_end(session, workload, profile, state, estimator)
-
-
-def _resume(
-    path: Path,
-    options: Mapping[str, Any],
-    open_inputs: OpenInputs,
-    *,
-    display: Display,
-    should_stop: Callable[[], bool] = lambda: False,
-    after_crash: bool = False,
-    rank: Rank = ALONE,
-) -> Result | None:
-    with RunDirectory.open(path) as rundir:
-        config = resumed_config(FitConfig.from_json(rundir.config_json()), options, path)
-        stage = rundir.journal()["stage"]
-        if stage == "done":
-            clear(rundir)
-            return _read_result(path)
-        if stage == "trained":
-            return None
-    rank.check(config)
-    with _environment(display) as threads:
-        inputs = _open_before_floor(config, open_inputs)
-        with open_workload(config, inputs, rank, display) as (device, workload):
-            profile = profile_workload(workload, device)
-            estimator = TimeEstimator.measured(PlanRequest(workload, profile, device))
-            with RunDirectory.open(path) as rundir, closing(threads):
-                state = resumed_state(rundir, workload, rank)
-                count_resume(rundir, state, workload, after_crash=after_crash)
-                return run_to_end(Session(device, rundir, threads, display, should_stop), workload, profile, state, estimator)
-
-
-def _begin_late(
-    workdir: Path, options: Mapping[str, Any], rank: Rank, display: Display, should_stop: Callable[[], bool]
-) -> Result | None:
-    """Resume a process of several that has no run: it never had one, or the first process has joined it and is done."""
-    first = workdir.with_name(workdir.name.removesuffix(f".rank{rank.number}"))
-    if not (first / "journal.json").exists():
-        raise CheckpointError(f"{first} holds no run to resume; leave --resume out to begin")
-    if read_journal(first / "journal.json")[0]["stage"] == "done":
-        return None
-    stored = FitConfig.from_json((first / "config.json").read_text())
-    resumed_config(stored, options, first)
-    return begin_run(stored, workdir, display=display, should_stop=should_stop, rank=rank)
-
-
 def _plan(config: FitConfig, open_inputs: OpenInputs, timing: bool) -> PlanReport:
     if config.compile:
         check_compiler()
@@ -350,72 +265,3 @@ def _plan(config: FitConfig, open_inputs: OpenInputs, timing: bool) -> PlanRepor
         if not timing or config.compile:
             return report
         return dataclasses.replace(report, prospects=compare_methods(request, benchmark, cache))
-
-
-def _finished(rundir: RunDirectory) -> tuple[FitConfig, State]:
-    """Return options and state of a run that has finished.
-
-    Raises:
-        CheckpointError: it has not.
-    """
-    state = State.from_journal(rundir.journal())
-    if state.stage != "done":
-        raise CheckpointError(f"{rundir.path} has not finished; fit --resume --workdir {rundir.path} goes on with it")
-    return FitConfig.from_json(rundir.config_json()), state
-
-
-def _read_result(path: Path) -> Result:
-    """Return what a finished run came to."""
-    try:
-        if not (path / "model.safetensors").is_file():
-            raise CheckpointError(
-                f"{path / 'model.safetensors'} is missing; restore it from a copy, or begin again with --overwrite"
-            )
-        return Result.from_json((path / "result.json").read_text())
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path / 'result.json'} cannot be read; restore it from a copy, or begin again with --overwrite"
-        ) from error
-
-
-def _open_before_floor(config: FitConfig, open_inputs: OpenInputs) -> Inputs:
-    """Open what has to be there before the floor is taken: model and data, and what libraries import on their first use."""
-    if config.compile:
-        check_compiler()
-    inputs = open_inputs(config)
-    warm_up_profiler()
-    return inputs
-
-
-@contextmanager
-def _environment(display: Display) -> Iterator[WorkerThreads]:
-    """What a training needs around it: the caller's random state kept, background threads, and a display that is closed at the end."""
-    allow_many_files()
-    with torch.random.fork_rng(devices=[]), _full_is_a_budget_error(), _worker_threads() as threads:
-        try:
-            yield threads
-        finally:
-            display.close()
-
-
-@contextmanager
-def _full_is_a_budget_error() -> Iterator[None]:
-    """Memory that runs out outside of a batch, which could have been made smaller, ends the run."""
-    try:
-        yield
-    except LowMemError:
-        raise
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise BudgetError(f"memory ran out outside of a batch: {reason}; give a larger --max-gpu-mem") from error
-
-
-@contextmanager
-def _worker_threads() -> Iterator[WorkerThreads]:
-    threads = WorkerThreads()
-    try:
-        yield threads
-    finally:
-        threads.close()

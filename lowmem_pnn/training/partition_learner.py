@@ -55,7 +55,9 @@ class PartitionLearner:
         """See `Learner`."""
         self._active.train()
         active, epoch = self._active, self.epochs_before + epoch
-        batches = self._train.batches(active.batch_size, shuffle=active.shuffle, epoch=epoch, start=start, drawn=("epoch", epoch))
+        batches = self._train.batches(
+            active.batch_size, shuffle=active.shuffle, epoch=epoch, start=start, augmentation_key=("epoch", epoch)
+        )
         return self._executor.over(self._train, batches)
 
     def train_batch(self, batch: Batch, step: int, following: Batch | None) -> float:

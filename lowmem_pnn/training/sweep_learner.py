@@ -27,7 +27,7 @@ class SweepLearner:
         train, config = workload.splits["train"], workload.config
         self._run, self._sweep = run, sweep
         self._loader = DatasetLoader(
-            train, config.seed, session.threads.read, mix=True, phase=sweep.phase, augments=config.augment != "none"
+            train, config.seed, session.threads.read, permuted=True, phase=sweep.phase, augments=config.augment != "none"
         )
         self.partition = run.partitions.last
         self.title = "recovery" if sweep.phase == "recovery" else "all partitions"
@@ -57,8 +57,10 @@ class SweepLearner:
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Batch, Batch | None]]:
         """See `Learner`; no batch is read before its turn, since the partitions take the memory."""
         sweep, loader = self._sweep, self._loader
-        batches = loader.batches(sweep.batch_size, shuffle=sweep.shuffle, epoch=epoch, start=start, drawn=(sweep.phase, epoch))
-        return _alone(self._run.session.threads.stalls.over(loader.waits_for, batches))
+        batches = loader.batches(
+            sweep.batch_size, shuffle=sweep.shuffle, epoch=epoch, start=start, augmentation_key=(sweep.phase, epoch)
+        )
+        return _alone(self._run.session.threads.stalls.iterate(loader.stall_kind, batches))
 
     def train_batch(self, batch: Batch, step: int, following: Batch | None) -> float:
         """See `Learner`."""

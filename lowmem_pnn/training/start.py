@@ -1,0 +1,221 @@
+"""Start: a run that is begun, or gone on with, from its options to its result."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.resume import resumed_config
+from lowmem_pnn.device import is_out_of_memory
+from lowmem_pnn.engine.worker_threads import WorkerThreads
+from lowmem_pnn.errors import BudgetError, CheckpointError, LowMemError
+from lowmem_pnn.model.compiler import check_compiler
+from lowmem_pnn.planning.disk_footprint import check_disk
+from lowmem_pnn.planning.make_plan import make_plan
+from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.planning.time_estimate import TimeEstimator
+from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.run.ranks import ALONE, Rank
+from lowmem_pnn.run.resume import count_resume, resumed_state
+from lowmem_pnn.run.session import Session
+from lowmem_pnn.run.state import State
+from lowmem_pnn.stores.disk import allow_many_files
+from lowmem_pnn.stores.run_directory import RunDirectory, read_journal
+from lowmem_pnn.training.lifecycle import clear, run_to_end
+from lowmem_pnn.training.setup import open_workload, warm_up_profiler
+from lowmem_pnn.workload import profile_workload
+from lowmem_pnn.workload.inputs import Inputs, named_inputs
+
+OpenInputs = Callable[[FitConfig], Inputs]
+"""Opens model and data for a configuration."""
+
+
+def begin(
+    config: FitConfig,
+    path: Path,
+    open_inputs: OpenInputs,
+    *,
+    overwrite: bool,
+    display: Display,
+    should_stop: Callable[[], bool] = lambda: False,
+    rank: Rank = ALONE,
+) -> Result | None:
+    """Begin a run.
+
+    Args:
+        config: options of the run.
+        path: folder of the run.
+        open_inputs: opens model and data.
+        overwrite: replace the run that is there.
+        display: is told of the run's progress.
+        should_stop: asked after every batch.
+        rank: which of several processes this is.
+
+    Returns:
+        What `result.json` says; None where another process has the result.
+    """
+    rank.check(config)
+    with _environment(display) as threads:
+        inputs = _open_before_floor(config, open_inputs)
+        with open_workload(config, inputs, rank, display) as (device, workload):
+            profile = profile_workload(workload, device)
+            request = PlanRequest(workload, profile, device)
+            estimator = TimeEstimator.measured(request)
+            planned = make_plan(request, estimator)
+            check_disk(workload, planned, profile)
+            if (
+                config.compile
+                and config.micro_batch != 1
+                and any(part.micro_batch == 1 < part.batch for part in planned.partitions)
+            ):
+                display.message("one sample at a time is not compiled unless it is asked for; give --micro-batch 1")
+            state = State.first(workload, planned, rank)
+            # Threads end first: a commit that is under way needs the lock.
+            with RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
+                session = Session(device, rundir, threads, display, should_stop)
+                return run_to_end(session, workload, profile, state, estimator)
+
+
+def resume(
+    path: Path,
+    options: Mapping[str, Any],
+    open_inputs: OpenInputs,
+    *,
+    display: Display,
+    should_stop: Callable[[], bool] = lambda: False,
+    after_crash: bool = False,
+    rank: Rank = ALONE,
+) -> Result | None:
+    """Go on with a run from its last commit.
+
+    Args:
+        path: folder of the run.
+        options: fields of `FitConfig` that are given again; see `resumed_config`.
+        open_inputs: opens model and data, which must be as before.
+        display: is told of the run's progress.
+        should_stop: asked after every batch.
+        after_crash: whether the last process died at the memory limit: the micro-batch that was in use is then halved.
+        rank: which of several processes this is.
+
+    Returns:
+        What `result.json` says; None where another process has the result.
+    """
+    with RunDirectory.open(path) as rundir:
+        config = resumed_config(FitConfig.from_json(rundir.config_json()), options, path)
+        stage = rundir.journal()["stage"]
+        if stage == "done":
+            clear(rundir)
+            return read_result(path)
+        if stage == "trained":
+            return None
+    rank.check(config)
+    with _environment(display) as threads:
+        inputs = _open_before_floor(config, open_inputs)
+        with open_workload(config, inputs, rank, display) as (device, workload):
+            profile = profile_workload(workload, device)
+            estimator = TimeEstimator.measured(PlanRequest(workload, profile, device))
+            with RunDirectory.open(path) as rundir, closing(threads):
+                state = resumed_state(rundir, workload, rank)
+                count_resume(rundir, state, workload, after_crash=after_crash)
+                return run_to_end(Session(device, rundir, threads, display, should_stop), workload, profile, state, estimator)
+
+
+def begin_late(
+    workdir: Path, options: Mapping[str, Any], rank: Rank, display: Display, should_stop: Callable[[], bool]
+) -> Result | None:
+    """Resume a process of several that has no run: it never had one, or the first process has joined it and is done.
+
+    Arguments and result are those of `resume`.
+    """
+    first = workdir.with_name(workdir.name.removesuffix(f".rank{rank.number}"))
+    if not (first / "journal.json").exists():
+        raise CheckpointError(f"{first} holds no run to resume; leave --resume out to begin")
+    if read_journal(first / "journal.json")[0]["stage"] == "done":
+        return None
+    stored = FitConfig.from_json((first / "config.json").read_text())
+    resumed_config(stored, options, first)
+    return begin(stored, workdir, named_inputs, overwrite=False, display=display, should_stop=should_stop, rank=rank)
+
+
+def read_result(path: Path) -> Result:
+    """Return what a finished run came to.
+
+    Args:
+        path: folder of the run.
+
+    Raises:
+        CheckpointError: a file of its result is missing or damaged.
+    """
+    try:
+        if not (path / "model.safetensors").is_file():
+            raise CheckpointError(
+                f"{path / 'model.safetensors'} is missing; restore it from a copy, or begin again with --overwrite"
+            )
+        return Result.from_json((path / "result.json").read_text())
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path / 'result.json'} cannot be read; restore it from a copy, or begin again with --overwrite"
+        ) from error
+
+
+def finished_run(rundir: RunDirectory) -> tuple[FitConfig, State]:
+    """Return options and state of a run that has finished.
+
+    Args:
+        rundir: directory of the run.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    state = State.from_journal(rundir.journal())
+    if state.stage != "done":
+        raise CheckpointError(f"{rundir.path} has not finished; fit --resume --workdir {rundir.path} goes on with it")
+    return FitConfig.from_json(rundir.config_json()), state
+
+
+def _open_before_floor(config: FitConfig, open_inputs: OpenInputs) -> Inputs:
+    """Open what has to be there before the floor is taken: model and data, and what libraries import on their first use."""
+    if config.compile:
+        check_compiler()
+    inputs = open_inputs(config)
+    warm_up_profiler()
+    return inputs
+
+
+@contextmanager
+def _environment(display: Display) -> Iterator[WorkerThreads]:
+    """What a training needs around it: the caller's random state kept, background threads, and a display that is closed at the end."""
+    allow_many_files()
+    with torch.random.fork_rng(devices=[]), _full_is_a_budget_error(), worker_threads() as threads:
+        try:
+            yield threads
+        finally:
+            display.close()
+
+
+@contextmanager
+def _full_is_a_budget_error() -> Iterator[None]:
+    """Memory that runs out outside of a batch, which could have been made smaller, ends the run."""
+    try:
+        yield
+    except LowMemError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise BudgetError(f"memory ran out outside of a batch: {reason}; give a larger --max-gpu-mem") from error
+
+
+@contextmanager
+def worker_threads() -> Iterator[WorkerThreads]:
+    """Start background threads, and end them at the end."""
+    threads = WorkerThreads()
+    try:
+        yield threads
+    finally:
+        threads.close()
