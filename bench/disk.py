@@ -346,7 +346,7 @@ def main() -> None:
         f"Files of {size / MB:.0f} MB, shards and direct blocks of {SHARD_BYTES >> 20} MiB, batches of {BATCH} samples of "
         f"{SPEC.sample_bytes >> 10} KiB, tensors of {TENSOR_BYTES >> 20} MiB.",
         f"Medians of {rounds} round(s); ratios are to the direct rate of the same round: of reading, of writing a new file, or of writing",
-        "in place. MachineTimings of activations are those of the float32 values that computing gives or takes, whatever they are kept as.",
+        "in place. Rates of activations are those of the float32 values that computing gives or takes, whatever they are kept as.",
         "Writes end when they are on the drive. 'Request' is the mean of the process's reads or writes; 'cached' is what of the files",
         "is in the page cache afterwards. Activations are always written past the page cache.",
         "Where a drive is virtual, a processor copies what it transfers: one block that is used over and over stays in that processor's",

@@ -1,4 +1,4 @@
-"""Plans: how a chain is cut and fed, as plain data that goes to JSON and back."""
+"""Plans: the partitions of a chain, their micro-batches and predicted peaks, as plain data that goes to JSON and back."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ class PartitionPlan:
     """One partition of a plan.
 
     Args:
-        start: its first layer.
-        stop: the layer after its last.
-        micro_batch: samples on the device at once.
-        batch: samples a step.
-        predicted_peak_bytes: the most it will hold, the plan's overhead included.
-        state_bytes: weights, buffers, gradients and optimizer state.
-        num_params: elements of its parameters.
-        input_bytes_per_sample: what it reads.
-        output_bytes_per_sample: what it writes.
-        forward_macs: multiply-accumulates of a forward, per sample.
+        start: First layer of the partition.
+        stop: Layer after the last.
+        micro_batch: Samples on the device at once.
+        batch: Samples of an optimizer step.
+        predicted_peak_bytes: Most bytes that the partition will take, with everything that is needed beside it.
+        state_bytes: Bytes of weights, buffers, gradients and optimizer state.
+        num_params: Number of elements in the parameters.
+        input_bytes_per_sample: Bytes of a sample before the partition.
+        output_bytes_per_sample: Bytes of a sample after the partition.
+        forward_macs: Multiply-accumulates of a forward, per sample.
     """
 
     start: int
@@ -37,17 +37,18 @@ class PartitionPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a chain is cut and fed.
+    """Partitions of a chain, with their micro-batches and predicted peaks.
 
     Args:
-        partitions: in order; together they cover every layer once.
-        budget_bytes: what it was made for.
-        overhead_bytes: of it, kept free for what is needed beside the partitions.
-        predicted_peak_bytes: the largest of the partitions' peaks.
-        smallest_micro_batch: the fewest samples that the modules accept at once, to which an executor may shrink.
-        loss_chunk: rows for which the last layer and the loss are computed at once; None for all of a micro-batch.
-        sweep_micro_batch: samples on the device at once in sweeps, the same for all partitions; 0 where there are none.
-        stream_bytes: of weights and optimizer state that a method by sweeps reads ahead, and as many that wait to be written; 0 else.
+        partitions: Partitions in order; together they cover every layer once.
+        budget_bytes: Budget that the plan was made for.
+        overhead_bytes: Bytes of the budget that are kept free for everything beside the partitions.
+        predicted_peak_bytes: Largest predicted peak of the partitions.
+        smallest_micro_batch: Fewest samples that the modules accept at once, to which a micro-batch may shrink.
+        loss_chunk: Rows for which the last layer and the loss are computed at once; None for all rows of a micro-batch.
+        sweep_micro_batch: Samples on the device at once in sweeps, the same for all partitions; 0 where there are no sweeps.
+        stream_bytes: Bytes of weights and optimizer state that a method of sweeps prefetches, and as many that wait to be written; 0
+            for other methods.
     """
 
     partitions: tuple[PartitionPlan, ...]
@@ -60,30 +61,30 @@ class Plan:
     stream_bytes: int = 0
 
     def title(self, number: int, layers: Sequence[str]) -> str:
-        """A partition in words.
+        """Return a partition in words.
 
         Args:
-            number: the partition's, from 0.
-            layers: names of all layers of the chain.
+            number: Number of the partition, from 0.
+            layers: Names of all layers of the chain.
         """
         part = self.partitions[number]
         return f"partition {number + 1} of {len(self.partitions)} ({layers[part.start]} to {layers[part.stop - 1]})"
 
     @property
     def cuts(self) -> tuple[int, ...]:
-        """The layers that start a partition, without the first: `plan(..., cuts=...)` gives the same partitions again."""
+        """Layers that start a partition, without the first: `plan(..., cuts=...)` gives the same partitions again."""
         return tuple(partition.start for partition in self.partitions[1:])
 
     def to_json(self) -> str:
-        """The plan as JSON text, which `from_json` reads back."""
+        """Return the plan as JSON text, which `from_json` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> "Plan":
-        """Read what `to_json` wrote.
+        """Read a plan that `to_json` wrote.
 
         Args:
-            text: JSON text, or the object in it.
+            text: JSON text, or the object that it holds.
         """
         data = dict(json.loads(text) if isinstance(text, str) else text)
         return cls(**{**data, "partitions": tuple(PartitionPlan(**partition) for partition in data["partitions"])})
