@@ -56,7 +56,7 @@ def data_floor() -> int:
     """VmData, in bytes, of a process that is about to train."""
     code = (
         "import re; from pathlib import Path; import lowmem_pnn.api; from lowmem_pnn.training.setup import rehearse;"
-        "from lowmem_pnn.engine.prefetch import WorkerThreads; from lowmem_pnn.device.cpu import warm_up;"
+        "from lowmem_pnn.engine.worker_threads import WorkerThreads; from lowmem_pnn.device.cpu import warm_up;"
         "import torch, sklearn.datasets, sklearn.metrics; threads = WorkerThreads(); rehearse(); warm_up(torch.device('cpu'));"
         "print(int(re.search(r'VmData:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024); threads.close()"
     )

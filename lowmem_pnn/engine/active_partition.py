@@ -51,7 +51,7 @@ class ActivePartition:
         """Names of the parameters whose gradients come from more than one backward of a micro-batch."""
         return after_backward_names(
             self.residency.layers,
-            self.residency.name_of,
+            self.residency.chain.owner_of,
             per_layer_loss=self.objective.per_layer_loss,
             in_chunks=self.is_last and self.chunk_rows is not None,
         )

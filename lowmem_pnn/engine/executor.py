@@ -27,7 +27,7 @@ from lowmem_pnn.engine.out_of_memory import SteppedInPart, fits, too_large, unle
 from lowmem_pnn.engine.passes import backward_from_loss, outputs_in_chunks, scores_per_layer
 from lowmem_pnn.engine.stalls import Stalls
 from lowmem_pnn.engine.tally import Tally
-from lowmem_pnn.engine.uploads import Piece, Uploads
+from lowmem_pnn.engine.uploads import MicroBatch, Uploads
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stores.activation_writer import ActivationWriter
 
@@ -73,7 +73,7 @@ class Executor:
             loader: the source of the batches.
             batches: batches of the loader.
         """
-        return self._uploads.over(self._stalls.over(loader.waits_for, batches))
+        return self._uploads.with_following(self._stalls.iterate(loader.stall_kind, batches))
 
     def train_batch(self, active: ActivePartition, batch: Batch, step: int, following: Batch | None = None) -> float:
         """Take one optimizer step; do it again with smaller micro-batches until it fits.
@@ -104,11 +104,11 @@ class Executor:
                 break
             if steps.stepped:
                 raise SteppedInPart(str(too_large(self._device, f"in a batch of {active.title} that was stepped in part")))
-            residency.settle_buffers()
+            residency.copy_back_replaced_buffers()
             for name, tensor in residency.buffers.items():
                 tensor.copy_(buffers[name])
             self.shrink(active)
-        residency.settle_buffers()
+        residency.copy_back_replaced_buffers()
         # A step that is not finite would poison the weights; the caller stops the run.
         if math.isfinite(loss):
             residency.check_gradients(active.title, steps.stepped)
@@ -214,15 +214,15 @@ class Executor:
         active.eval()
         # Where copies go on beside the computing, what comes of a micro-batch is consumed while the next one is computed.
         results: deque[_T] = deque()
-        batches = self._stalls.over(loader.waits_for, loader.batches(active.batch_size, shuffle=False))
-        for batch, following in self._uploads.over(batches):
+        batches = self._stalls.iterate(loader.stall_kind, loader.batches(active.batch_size, shuffle=False))
+        for batch, following in self._uploads.with_following(batches):
             begin, total = 0, len(batch[1])
             while begin < total:
                 part = slice(begin, begin + active.micro_batch)
-                after = Piece.of(batch, slice(part.stop, part.stop + active.micro_batch)) if part.stop < total else None
+                after = MicroBatch.of(batch, slice(part.stop, part.stop + active.micro_batch)) if part.stop < total else None
                 if after is None and following is not None:
-                    after = Piece.of(following, slice(0, active.micro_batch))
-                result = unless_out_of_memory(partial(self._run_eval, Piece.of(batch, part), batch[1][part], after, run))
+                    after = MicroBatch.of(following, slice(0, active.micro_batch))
+                result = unless_out_of_memory(partial(self._run_eval, MicroBatch.of(batch, part), batch[1][part], after, run))
                 del after
                 self._consume(results, consume)
                 if result is None:
@@ -242,10 +242,14 @@ class Executor:
             consume(results.popleft())
 
     def _run_eval(
-        self, piece: Piece, labels: Tensor, after: Piece | None, run: Callable[[tuple[Tensor, ...], Tensor], list[_T]]
+        self,
+        micro_batch: MicroBatch,
+        labels: Tensor,
+        after: MicroBatch | None,
+        run: Callable[[tuple[Tensor, ...], Tensor], list[_T]],
     ) -> list[_T]:
         with self._stalls.waiting("copy"):
-            inputs = self._uploads.take(piece, after)
+            inputs = self._uploads.take(micro_batch, after)
         with torch.no_grad():
             result = run(inputs, labels)
         self._device.check_budget()
@@ -260,22 +264,22 @@ class Executor:
         steps: OptimizerInBackward,
         following: Batch | None,
     ) -> float:
-        """Forward and backward of a batch's micro-batches, in ascending order; each loss weighs its share of the batch."""
+        """Run a batch's micro-batches forward and backward, in ascending order; each loss is weighted by its share of the batch."""
         labels = batch[1]
         loss_sum = 0.0
         chunk_rows = active.chunk_rows if active.is_last else None
-        pieces = [Piece.of(batch, part, with_labels=True) for part in parts]
-        then = None if following is None else Piece.of(following, self._parts(active, following)[0], with_labels=True)
+        pieces = [MicroBatch.of(batch, part, with_labels=True) for part in parts]
+        then = None if following is None else MicroBatch.of(following, self._parts(active, following)[0], with_labels=True)
         for number, part in enumerate(parts):
             torch.manual_seed(seed_of(self._seed, "forward", active.number, step, number))
-            share = (part.stop - part.start) / len(labels)
+            weight = (part.stop - part.start) / len(labels)
             with self._stalls.waiting("copy"):
-                *placed, targets = self._uploads.take(pieces[number], pieces[number + 1] if number + 1 < len(pieces) else then)
+                *inputs, targets = self._uploads.take(pieces[number], pieces[number + 1] if number + 1 < len(pieces) else then)
             with steps:
                 loss_sum += backward_from_loss(
-                    active.residency.layers, tuple(placed), targets, active.objective, share, chunk_rows, active.loss_scale.value
+                    active.residency.layers, tuple(inputs), targets, active.objective, weight, chunk_rows, active.loss_scale.value
                 )
-            del placed
+            del inputs
             if not steps.stepped:
                 self._device.check_budget()
         return loss_sum

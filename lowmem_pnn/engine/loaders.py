@@ -1,4 +1,4 @@
-"""Feeds: where a visit's samples come from, in which order, read one batch ahead."""
+"""Data loaders: the samples of a visit in batches, from the dataset, from synthetic labels or from stored activations."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -9,76 +9,30 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lowmem_pnn.engine.stalls import Kind
+from lowmem_pnn.engine.stalls import StallKind
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.sources.augment import RandomCropFlip
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.stores.activations import ActivationStore
 
-# Samples that are read at once where only their labels are wanted.
+# Samples that are read at once where only their labels are needed.
 _LABELS_AT_ONCE = 64
 
-# A word and a number: an epoch, or a view.
-Drawn = tuple[str, int]
 Batch = tuple[tuple[Tensor, ...], Tensor]
+"""Boundary tensors, each (B, ...), and labels (B, ...)."""
+
+AugmentationKey = tuple[str, int]
+"""Word and number that name an epoch, or a view: the random crops and flips of images follow from them and the seed."""
 
 
 class Loader(Protocol):
     """Samples at one boundary of the chain, with their labels."""
 
     num_samples: int
+    """Number of samples in an epoch."""
 
-    waits_for: Kind
-    """What a batch that is not there yet is waited for as."""
-
-    def batches(
-        self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
-    ) -> Iterator[Batch]:
-        """Iterate over an epoch.
-
-        Args:
-            batch_size: samples a batch; the last may be short.
-            shuffle: in an order that follows from the seed and the epoch, else in the loader's own order.
-            epoch: from 0.
-            start: batches to skip.
-            drawn: what the augmentation of images follows from, besides the seed; None for images as they are. Only the data set's
-                own loader has images.
-
-        Yields:
-            The boundary tensors, each (B, ...), on the host, and the labels (B,) int64.
-        """
-        ...
-
-    def close(self) -> None:
-        """Free what is held."""
-        ...
-
-
-class DatasetLoader:
-    """The data set itself: the first boundary.
-
-    Args:
-        split: the samples.
-        seed: of the run.
-        pool: one thread that reads the next batch while this one is used.
-        mix: the loader's own order is a fixed permutation, instead of the data set's. What is written in that order can be read in
-            sequence and still mixes the classes of a data set that is sorted by class.
-        phase: a word that the order of shuffled epochs follows from.
-        augments: images are augmented where `drawn` says what by.
-    """
-
-    waits_for: Kind = "data"
-
-    def __init__(
-        self, split: Split, seed: int, pool: Executor, *, mix: bool, phase: str = "epoch", augments: bool = False
-    ) -> None:
-        self._augments = augments
-        self._split = split
-        self._seed = seed
-        self._pool = pool
-        self.num_samples = len(split)
-        self._mix = mix
-        self._phase = phase
+    stall_kind: StallKind
+    """Kind of stall that waiting for a batch counts as."""
 
     def batches(
         self,
@@ -87,16 +41,75 @@ class DatasetLoader:
         shuffle: bool,
         epoch: int = 0,
         start: int = 0,
-        drawn: Drawn | None = None,
+        augmentation_key: AugmentationKey | None = None,
+    ) -> Iterator[Batch]:
+        """Iterate over the batches of an epoch.
+
+        Args:
+            batch_size: samples per batch; the last batch may have fewer.
+            shuffle: whether samples come in an order that follows from the seed and the epoch, instead of the loader's own order.
+            epoch: number of the epoch, from 0.
+            start: batches to skip.
+            augmentation_key: key of the images' augmentation; None for images as they are. Loaders of activations ignore it.
+
+        Yields:
+            The boundary tensors, each (B, ...), on the host, and the labels (B, ...) int64.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the files, and free the memory, that are held between epochs."""
+        ...
+
+
+class DatasetLoader:
+    """Loader of the dataset itself: the first boundary. It reads one batch ahead.
+
+    Args:
+        split: samples of one part of the data.
+        seed: seed of the run.
+        pool: pool of one thread, which reads the next batch while the present one is used.
+        permuted: whether the loader's own order is a fixed permutation, instead of the dataset's order. A store that is written in
+            this order mixes the classes of a dataset that is sorted by class, and can still be read in sequence.
+        phase: word that seeds the order of shuffled epochs.
+        augments: whether images are augmented, in epochs that have an augmentation key.
+    """
+
+    stall_kind: StallKind = "data"
+
+    def __init__(
+        self, split: Split, seed: int, pool: Executor, *, permuted: bool, phase: str = "epoch", augments: bool = False
+    ) -> None:
+        self.num_samples = len(split)
+        self._split = split
+        self._seed = seed
+        self._pool = pool
+        self._permuted = permuted
+        self._phase = phase
+        self._augments = augments
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        epoch: int = 0,
+        start: int = 0,
+        augmentation_key: AugmentationKey | None = None,
         macro_batch: slice = slice(None),
     ) -> Iterator[Batch]:
-        """See `Loader`; of the epoch's order only a macro_batch. `exact` and `backprop` of one seed see the same batches."""
+        """Iterate as `Loader.batches` does, over all samples or a macro-batch: a range of the epoch's order.
+
+        The methods `exact` and `backprop` see the same batches, where the seed is the same.
+        """
         order = self._order(shuffle, epoch)[macro_batch]
-        crops = RandomCropFlip(self.num_samples, self._seed, drawn) if self._augments and drawn is not None else None
+        augment = None
+        if self._augments and augmentation_key is not None:
+            augment = RandomCropFlip(self.num_samples, self._seed, augmentation_key)
 
         def read(numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
             samples, labels = self._split.batch(numbers)
-            return samples if crops is None else crops(samples, numbers), labels
+            return samples if augment is None else augment(samples, numbers), labels
 
         ahead: Future[tuple[Tensor, Tensor]] | None = None
         for begin in range(start * batch_size, len(order), batch_size):
@@ -111,71 +124,83 @@ class DatasetLoader:
             del batch  # or three would be there while the next one is waited for
 
     def close(self) -> None:
-        """Nothing is held between epochs."""
+        """Do nothing: no file or memory is held between epochs."""
 
     def _order(self, shuffle: bool, epoch: int) -> npt.NDArray[np.int64]:
         if shuffle:
             return permutation_of(self.num_samples, self._seed, self._phase, epoch)
-        return permutation_of(self.num_samples, self._seed, "own order") if self._mix else np.arange(self.num_samples)
+        return permutation_of(self.num_samples, self._seed, "own order") if self._permuted else np.arange(self.num_samples)
 
 
 class SyntheticLabelLoader:
-    """Codes of the samples' classes: any boundary that has synthetic labels.
+    """Loader of the class vectors of the samples: any boundary that has synthetic labels.
 
     Args:
-        split: whose labels they are.
-        codes: (classes, ...) for each tensor of the boundary, on the host.
-        seed: of the run.
+        split: samples whose labels choose the class vectors.
+        class_vectors: vectors (classes, ...) for each tensor of the boundary, on the host.
+        seed: seed of the run.
     """
 
-    waits_for: Kind = "data"
+    stall_kind: StallKind = "data"
 
-    def __init__(self, split: Split, codes: tuple[Tensor, ...], seed: int) -> None:
-        self._codes = codes
-        self._seed = seed
+    def __init__(self, split: Split, class_vectors: tuple[Tensor, ...], seed: int) -> None:
         self.num_samples = len(split)
+        self._class_vectors = class_vectors
+        self._seed = seed
         self._labels = torch.empty(self.num_samples, dtype=torch.int64)
         for begin in range(0, self.num_samples, _LABELS_AT_ONCE):
             numbers = np.arange(begin, min(begin + _LABELS_AT_ONCE, self.num_samples))
             self._labels[begin : begin + len(numbers)] = split.batch(numbers)[1]
 
     def batches(
-        self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        epoch: int = 0,
+        start: int = 0,
+        augmentation_key: AugmentationKey | None = None,
     ) -> Iterator[Batch]:
-        """See `Loader`; labels come in the order in which `DatasetLoader` has them."""
-        place = ("epoch", epoch) if shuffle else ("own order",)
-        order = permutation_of(self.num_samples, self._seed, *place)
+        """Iterate as `Loader.batches` does, with the labels in the order in which a permuted `DatasetLoader` has them."""
+        words = ("epoch", epoch) if shuffle else ("own order",)
+        order = permutation_of(self.num_samples, self._seed, *words)
         for begin in range(start * batch_size, self.num_samples, batch_size):
             labels = self._labels[torch.from_numpy(order[begin : begin + batch_size])]
-            yield tuple(codes[labels] for codes in self._codes), labels
+            yield tuple(vectors[labels] for vectors in self._class_vectors), labels
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 class ShardLoader:
-    """Boundary activations in shards: every boundary but the first.
+    """Loader of stored activations: every boundary but the first.
 
     Args:
-        store: complete.
-        seed: of the run.
-        pool: one thread that reads the next shards while these are used.
-        window_bytes: memory for shards, in use and read ahead together.
+        store: complete store of boundary activations.
+        seed: seed of the run.
+        pool: pool of one thread, which reads the next shards while the present ones are used.
+        window_bytes: memory for the shards in use and the shards read ahead together.
     """
 
-    waits_for: Kind = "disk"
+    stall_kind: StallKind = "disk"
 
     def __init__(self, store: ActivationStore, seed: int, pool: Executor, window_bytes: int) -> None:
+        self.num_samples = store.num_samples
         self._store = store
         self._seed = seed
         self._pool = pool
         self._window_bytes = window_bytes
-        self.num_samples = store.num_samples
 
     def batches(
-        self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        epoch: int = 0,
+        start: int = 0,
+        augmentation_key: AugmentationKey | None = None,
     ) -> Iterator[Batch]:
-        """See `Loader`."""
+        """Iterate as `Loader.batches` does."""
         return self._store.batches(
             batch_size,
             shuffle=shuffle,
@@ -192,83 +217,115 @@ class ShardLoader:
 
 
 class MacroBatchLoader:
-    """Some samples of one epoch of the data set, in that epoch's order: what a macro-batch learns from, and is written from.
+    """Loader of some samples of one epoch of the dataset, in the order of that epoch.
+
+    A macro-batch is learnt from and written in one and the same order, with the same augmentation, whatever `batches` is asked for.
 
     Args:
-        loader: of the data set.
-        shuffle: the epoch has an order of its own.
-        epoch: from 0.
-        macro_batch: which samples of its order.
-        drawn: what their augmentation follows from.
+        loader: loader of the dataset.
+        shuffle: whether the epoch has an order of its own.
+        epoch: number of the epoch, from 0.
+        macro_batch: range of the epoch's order.
+        augmentation_key: key of the samples' augmentation.
     """
 
-    waits_for: Kind = "data"
+    stall_kind: StallKind = "data"
 
-    def __init__(self, loader: DatasetLoader, shuffle: bool, epoch: int, macro_batch: slice, drawn: Drawn | None) -> None:
-        self._feed, self._shuffle, self._epoch, self._stretch, self._drawn = loader, shuffle, epoch, macro_batch, drawn
+    def __init__(
+        self, loader: DatasetLoader, shuffle: bool, epoch: int, macro_batch: slice, augmentation_key: AugmentationKey | None
+    ) -> None:
         self.num_samples = len(range(*macro_batch.indices(loader.num_samples)))
+        self._loader = loader
+        self._shuffle = shuffle
+        self._epoch = epoch
+        self._macro_batch = macro_batch
+        self._augmentation_key = augmentation_key
 
     def batches(
-        self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        epoch: int = 0,
+        start: int = 0,
+        augmentation_key: AugmentationKey | None = None,
     ) -> Iterator[Batch]:
-        """See `Loader`; whatever is asked, they come in the same order, augmented alike."""
-        return self._feed.batches(
-            batch_size, shuffle=self._shuffle, epoch=self._epoch, start=start, drawn=self._drawn, macro_batch=self._stretch
+        """Iterate as `Loader.batches` does, in the macro-batch's own order; `shuffle`, `epoch` and the key are ignored."""
+        return self._loader.batches(
+            batch_size,
+            shuffle=self._shuffle,
+            epoch=self._epoch,
+            start=start,
+            augmentation_key=self._augmentation_key,
+            macro_batch=self._macro_batch,
         )
 
     def close(self) -> None:
-        """Close the data set's loader."""
-        self._feed.close()
+        """Close the dataset's loader."""
+        self._loader.close()
 
 
 class StoredMacroBatchLoader:
-    """Boundary activations of a macro-batch: as they were stored, which is the epoch's order.
+    """Loader of the stored activations of a macro-batch, in the stored order, which is the order of the epoch.
 
     Args:
-        loader: of the store.
+        loader: loader of the store.
     """
 
-    waits_for: Kind = "disk"
+    stall_kind: StallKind = "disk"
 
     def __init__(self, loader: Loader) -> None:
-        self._feed = loader
         self.num_samples = loader.num_samples
+        self._loader = loader
 
     def batches(
-        self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        epoch: int = 0,
+        start: int = 0,
+        augmentation_key: AugmentationKey | None = None,
     ) -> Iterator[Batch]:
-        """See `Loader`; never shuffled once more."""
-        return self._feed.batches(batch_size, shuffle=False, start=start)
+        """Iterate as `Loader.batches` does, in the stored order; `shuffle` is ignored, since the samples were shuffled before."""
+        return self._loader.batches(batch_size, shuffle=False, start=start)
 
     def close(self) -> None:
-        """Close the store."""
-        self._feed.close()
+        """Close the store's loader."""
+        self._loader.close()
 
 
 class ViewsLoader:
-    """Several augmented copies of the training samples, one after the other, epoch by epoch; one is open at a time.
+    """Loader of several augmented copies (views) of the training samples: one view per epoch, in turn, one open at a time.
 
     Args:
-        open_view: opens one.
-        views: how many there are.
+        open_view: function that opens the loader of the view with a number.
+        num_views: number of views.
     """
 
-    waits_for: Kind = "disk"
+    stall_kind: StallKind = "disk"
 
-    def __init__(self, open_view: Callable[[int], Loader], views: int) -> None:
-        self._open_view, self._views = open_view, views
-        self._view, self._feed = 0, open_view(0)
-        self.num_samples = self._feed.num_samples
+    def __init__(self, open_view: Callable[[int], Loader], num_views: int) -> None:
+        self._open_view = open_view
+        self._num_views = num_views
+        self._view, self._loader = 0, open_view(0)
+        self.num_samples = self._loader.num_samples
 
     def batches(
-        self, batch_size: int, *, shuffle: bool, epoch: int = 0, start: int = 0, drawn: Drawn | None = None
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        epoch: int = 0,
+        start: int = 0,
+        augmentation_key: AugmentationKey | None = None,
     ) -> Iterator[Batch]:
-        """See `Loader`; epoch e reads view e modulo their number."""
-        if (view := epoch % self._views) != self._view:
-            self._feed.close()
-            self._view, self._feed = view, self._open_view(view)
-        return self._feed.batches(batch_size, shuffle=shuffle, epoch=epoch, start=start)
+        """Iterate as `Loader.batches` does; epoch e reads view e modulo the number of views."""
+        if (view := epoch % self._num_views) != self._view:
+            self._loader.close()
+            self._view, self._loader = view, self._open_view(view)
+        return self._loader.batches(batch_size, shuffle=shuffle, epoch=epoch, start=start)
 
     def close(self) -> None:
         """Close the view that is open."""
-        self._feed.close()
+        self._loader.close()

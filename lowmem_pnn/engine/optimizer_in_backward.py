@@ -106,18 +106,18 @@ def step_order(groups: Groups, after_backward: Collection[str], *, per_layer_los
 
 
 def after_backward_names(
-    layers: Sequence[Layer], name_of: Callable[[str], str], *, per_layer_loss: bool, in_chunks: bool
+    layers: Sequence[Layer], owner_of: Callable[[str], str], *, per_layer_loss: bool, in_chunks: bool
 ) -> frozenset[str]:
     """Return the parameters whose gradients come from more than one backward of a micro-batch.
 
     Args:
         layers: layers of a partition.
-        name_of: gives the one name of several that a tensor may have.
+        owner_of: returns the name under which a tensor is stored, of the several that it may have.
         per_layer_loss: whether each layer goes back from a loss of its own; the gradient of a tensor that several of them share is
             then complete only after the last.
         in_chunks: whether the last layer goes back chunk by chunk.
     """
-    own = [{name_of(alias) for alias in layer.parameters()} for layer in layers]
+    own = [{owner_of(alias) for alias in layer.parameters()} for layer in layers]
     names_after = set(own[-1]) if in_chunks else set()
     if per_layer_loss:
         seen: set[str] = set()

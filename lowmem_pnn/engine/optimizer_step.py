@@ -56,5 +56,5 @@ def finish_step(active: ActivePartition, steps: OptimizerInBackward) -> None:
         return
     # Layers that learn by losses of their own are clipped one by one, so that no layer's step hangs on where blocks are cut.
     if active.clip_norm is not None and not active.objective.per_layer_loss:
-        nn.utils.clip_grad_norm_(active.residency.in_model_order(), active.clip_norm)
+        nn.utils.clip_grad_norm_(active.residency.trainable_in_model_order(), active.clip_norm)
     steps.finish()

@@ -1,4 +1,4 @@
-"""Passes: one micro-batch through the layers of a resident partition, forward, and back from the loss.
+"""Forward and backward passes of one micro-batch through the layers of a resident partition.
 
 Where the last layer is wide (a large vocabulary), its outputs and their gradient would set the peak. The layer and the loss are then
 computed for some rows at a time:
@@ -20,20 +20,27 @@ from lowmem_pnn.model.layer import Layer
 
 _T = TypeVar("_T")
 
-
-# Tensors that compute sees start on this boundary: at other offsets a matrix product's last bits differ.
+# Tensors that layers compute with begin at multiples of so many bytes: at other addresses the last bits of a matrix product differ.
 _ALIGNMENT = 64
 
 
 def to_device_aligned(device: Device, tensor: Tensor) -> Tensor:
-    """A host tensor on the device, from a multiple of 64 bytes on; a copy on another device always begins at one."""
+    """Copy a host tensor to the device, at a multiple of 64 bytes.
+
+    Where host and device are one, the tensor is copied only if it begins elsewhere; a copy on another device always begins there.
+    """
     if device.shares_host and tensor.data_ptr() % _ALIGNMENT:
         tensor = tensor.clone()
     return device.to_device(tensor)
 
 
 def forward(layers: Sequence[Layer], tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Run layers, from the boundary before the first to the one after the last."""
+    """Run layers, and return the tensors of the boundary after the last layer.
+
+    Args:
+        layers: neighbouring layers of the chain.
+        tensors: tensors of the boundary before the first layer, each (B, ...).
+    """
     for layer in layers:
         tensors = layer(*tensors)
     return tensors
@@ -44,41 +51,41 @@ def backward_from_loss(
     inputs: tuple[Tensor, ...],
     labels: Tensor,
     objective: Objective,
-    share: float,
+    weight: float,
     chunk_rows: int | None,
     scale: float = 1.0,
 ) -> float:
-    """Forward to the loss, and backward: gradients add up in the parameters, and in inputs that require one.
+    """Run forward to the loss, and backward: gradients add up in the parameters, and in the inputs that require a gradient.
 
     Args:
-        layers: of the partition.
-        inputs: its boundary tensors, each (B, ...), on the device.
-        labels: (B, ...) on the device.
-        objective: gives the mean loss of the micro-batch.
-        share: of the batch that the micro-batch is; weighs its loss.
-        chunk_rows: rows at a time for the last layer, or None for all.
-        scale: what all gradients are to be multiplied by.
+        layers: layers of the partition.
+        inputs: boundary tensors before the partition, each (B, ...), on the device.
+        labels: labels (B, ...), on the device.
+        objective: objective that gives the mean loss of the micro-batch.
+        weight: factor on the loss: the micro-batch's share of the batch's samples.
+        chunk_rows: rows for which the last layer is computed at once, or None for all.
+        scale: factor on all gradients.
 
     Returns:
-        The weighed loss; where it is not finite there are no gradients, or not all.
+        The weighted loss; where it is not finite there are no gradients, or not all.
     """
     if objective.per_layer_loss:
-        return _backward_per_layer(layers, inputs, labels, objective, share, scale)
+        return _backward_per_layer(layers, inputs, labels, objective, weight, scale)
     if chunk_rows is not None and chunk_rows < labels.numel():
         assert isinstance(objective, Labels), "only the true loss is computed in chunks"
-        return _backward_in_chunks(layers, inputs, labels, objective, share, chunk_rows, scale)
+        return _backward_in_chunks(layers, inputs, labels, objective, weight, chunk_rows, scale)
     loss = objective.loss(forward(layers, inputs), labels)
-    if share != 1.0:
-        loss = loss * share
+    if weight != 1.0:
+        loss = loss * weight
     return _backward(loss, scale)
 
 
 def scores_per_layer(layers: Sequence[Layer], tensors: tuple[Tensor, ...]) -> Iterator[Tensor]:
-    """Forward, and the class scores of every layer: its head's, or its outputs where it has none.
+    """Run forward, and yield the class scores of every layer: those of its head, or its outputs where it has none.
 
     Args:
-        layers: of the partition.
-        tensors: its boundary tensors, each (B, ...).
+        layers: layers of the partition.
+        tensors: boundary tensors before the partition, each (B, ...).
     """
     for layer in layers:
         tensors = layer(*tensors)
@@ -92,17 +99,17 @@ def outputs_in_chunks(
     chunk_rows: int | None,
     work: Callable[[tuple[Tensor, ...], Tensor], _T],
 ) -> list[_T]:
-    """Forward, and something done with the outputs, as many at a time as there is room for.
+    """Run forward, and call a function on the outputs, of as many rows at a time as there is room for.
 
     Args:
-        layers: of the partition.
-        inputs: its boundary tensors, each (B, ...).
-        labels: (B, ...).
-        chunk_rows: rows at a time for the last layer, or None for all.
-        work: takes outputs and labels: all, or of a chunk's rows.
+        layers: layers of the partition.
+        inputs: boundary tensors before the partition, each (B, ...).
+        labels: labels (B, ...).
+        chunk_rows: rows for which the last layer is computed at once, or None for all.
+        work: function of outputs and labels: of all rows, or of a chunk's rows.
 
     Returns:
-        What `work` gave, chunk by chunk.
+        The results of `work`, chunk by chunk.
     """
     if chunk_rows is None or chunk_rows >= labels.numel():
         return [work(forward(layers, inputs), labels)]
@@ -112,7 +119,7 @@ def outputs_in_chunks(
 
 
 def _backward(loss: Tensor, scale: float) -> float:
-    """The loss, back from which gradients went; nothing is learnt from one that is not finite."""
+    """Run backward from a loss, unless it is not finite, and return its value."""
     # Before backward, in which weights may step.
     value = float(loss.detach())
     if loss.requires_grad and math.isfinite(value):
@@ -121,14 +128,18 @@ def _backward(loss: Tensor, scale: float) -> float:
 
 
 def _backward_per_layer(
-    layers: Sequence[Layer], tensors: tuple[Tensor, ...], labels: Tensor, objective: Objective, share: float, scale: float
+    layers: Sequence[Layer], tensors: tuple[Tensor, ...], labels: Tensor, objective: Objective, weight: float, scale: float
 ) -> float:
-    """Each layer forward to its own loss, and back, before the next; the last one's loss, or the first that is not finite."""
+    """Run each layer forward to its own loss, and backward, before the next layer.
+
+    Returns:
+        The last layer's loss, or the first that is not finite.
+    """
     value = 0.0
     for layer in layers:
         tensors = layer(*tensors)
         scores = layer.scores(tensors)
-        loss = objective.loss(scores, labels) * share
+        loss = objective.loss(scores, labels) * weight
         value = _backward(loss, scale)
         if not math.isfinite(value):
             break
@@ -142,20 +153,21 @@ def _backward_in_chunks(
     inputs: tuple[Tensor, ...],
     labels: Tensor,
     objective: Labels,
-    share: float,
+    weight: float,
     chunk_rows: int,
     scale: float,
 ) -> float:
+    """Run the last layer forward and backward chunk by chunk, then backward through the layers before it."""
     *body, last = layers
     (x,) = forward(body, inputs)
-    # Each chunk's own; views of one tensor would get a gradient of the whole tensor's size, chunk by chunk.
+    # Each chunk is a leaf of its own; views of one tensor would get a gradient of the whole tensor's size, chunk by chunk.
     gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device) if x.requires_grad else None
     loss_sum, begin = 0.0, 0
     for rows, targets in _chunks(x.detach(), labels, chunk_rows):
         rows = rows.detach().requires_grad_(gradient is not None)
         loss = objective.loss(last(rows), targets, reduction="sum") / labels.numel()
-        if share != 1.0:
-            loss = loss * share
+        if weight != 1.0:
+            loss = loss * weight
         loss_sum += _backward(loss, scale)
         if gradient is not None and rows.grad is not None:
             gradient.flatten(0, -2)[begin : begin + len(rows)] = rows.grad
@@ -167,5 +179,5 @@ def _backward_in_chunks(
 
 
 def _chunks(x: Tensor, labels: Tensor, chunk_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows (R, features) of a tensor (..., features), with their labels (R,)."""
+    """Yield rows (R, features) of a tensor (..., features), with their labels (R,)."""
     yield from zip(x.flatten(0, -2).split(chunk_rows), labels.flatten().split(chunk_rows), strict=True)

@@ -1,8 +1,8 @@
-"""Streams between disk and device: the run's threads, tensors read ahead of their use, and tensors written behind it.
+"""Prefetch and write-behind: tensors are read before they are needed, and written while the computing goes on.
 
-    disk --reads, in a known order--> [ window of bytes ] --take--> device --submit--> [ window of bytes ] --> disk
+    disk --reads, in a known order--> [ tensors that wait ] --take--> device --submit--> [ tensors that wait ] --> disk
 
-What waits in either window is in memory, and in the plan.
+Tensors that wait are in memory, on either side within a limit that plans count.
 """
 
 from collections import deque
@@ -18,8 +18,8 @@ class Request:
     """A tensor that will be needed.
 
     Args:
-        nbytes: of it.
-        read: gets it, on the reading thread.
+        nbytes: size of the tensor.
+        read: function that reads the tensor; called on the reading thread.
     """
 
     nbytes: int
@@ -27,41 +27,42 @@ class Request:
 
 
 class Prefetcher:
-    """Reads tensors in the order of their use, ahead of it.
+    """Reads tensors in the order of their use, before they are needed.
 
     Args:
-        requests: asked for one after the other, when there is room.
-        pool: one thread that reads.
-        window_bytes: of tensors that were read, or are being read, and not taken; a larger tensor is read alone.
+        requests: requests in the order of use; each is asked for when there is room for its tensor.
+        pool: pool of one thread, which reads.
+        limit_bytes: most bytes of tensors that are being read, or wait to be taken; a larger tensor is read alone.
 
     Example:
         >>> import torch
+        >>> from concurrent.futures import ThreadPoolExecutor
         >>> with ThreadPoolExecutor(1) as pool:
-        ...     ahead = Prefetcher((Request(8, lambda n=n: torch.tensor(n)) for n in range(3)), pool, window_bytes=16)
-        ...     [ahead.take().item() for _ in range(3)]
+        ...     prefetcher = Prefetcher((Request(8, lambda n=n: torch.tensor(n)) for n in range(3)), pool, limit_bytes=16)
+        ...     [prefetcher.take().item() for _ in range(3)]
         [0, 1, 2]
     """
 
-    def __init__(self, requests: Iterable[Request], pool: Executor, window_bytes: int) -> None:
+    def __init__(self, requests: Iterable[Request], pool: Executor, limit_bytes: int) -> None:
         self._requests: Iterator[Request] = iter(requests)
         self._next: Request | None = next(self._requests, None)
         self._pool = pool
-        self._window_bytes = window_bytes
+        self._limit_bytes = limit_bytes
         self._waiting: deque[tuple[Future[Tensor], int]] = deque()
         self._waiting_bytes = 0
 
     def start(self) -> None:
-        """Ask for as much as there is room for."""
+        """Begin to read the next tensors, as many as there is room for."""
         while self._next is not None:
             request = self._next
-            if self._waiting and self._waiting_bytes + request.nbytes > self._window_bytes:
+            if self._waiting and self._waiting_bytes + request.nbytes > self._limit_bytes:
                 return
             self._waiting.append((self._pool.submit(request.read), request.nbytes))
             self._waiting_bytes += request.nbytes
             self._next = next(self._requests, None)
 
     def take(self) -> Tensor:
-        """The next tensor; the caller's alone."""
+        """Return the next tensor, which only the caller holds then; wait until it is read."""
         if not self._waiting:
             self.start()
         assert self._waiting, "more is taken than was requested"
@@ -73,7 +74,7 @@ class Prefetcher:
         return tensor
 
     def close(self) -> None:
-        """Drop what was read and not taken, and wait for what is being read."""
+        """Drop the tensors that were not taken, and wait for the read under way."""
         waiting = [future for future, _ in self._waiting if not future.cancel()]
         wait(waiting)
         self._waiting.clear()
@@ -82,32 +83,32 @@ class Prefetcher:
 
 
 class WriteBehind:
-    """Lets a thread do writes later, holding what they write.
+    """Writes on a thread of its own, while the caller goes on; the tensors to be written stay in memory until then.
 
     Args:
-        pool: one thread that writes, in the order of submission.
-        window_bytes: of writes that wait; a larger one waits alone.
+        pool: pool of one thread, which writes in the order of submission.
+        limit_bytes: most bytes of tensors that wait to be written; a larger tensor waits alone.
     """
 
-    def __init__(self, pool: Executor, window_bytes: int) -> None:
+    def __init__(self, pool: Executor, limit_bytes: int) -> None:
         self._pool = pool
-        self._window_bytes = window_bytes
+        self._limit_bytes = limit_bytes
         self._waiting: deque[tuple[Future[None], int]] = deque()
         self._waiting_bytes = 0
 
-    def submit(self, nbytes: int, work: Callable[[], None]) -> Future[None]:
-        """Have a write done, after those before it.
+    def submit(self, nbytes: int, write_fn: Callable[[], None]) -> Future[None]:
+        """Begin a write, to be done after the earlier ones; wait where there is no room for its tensor.
 
         Args:
-            nbytes: that it holds in memory until then.
-            work: does it, on the writing thread.
+            nbytes: size of the tensor that the write holds in memory.
+            write_fn: function that writes; called on the writing thread.
 
         Raises:
-            DiskError: of an earlier write.
+            DiskError: an earlier write failed.
         """
-        while self._waiting and (self._waiting_bytes + nbytes > self._window_bytes or self._waiting[0][0].done()):
+        while self._waiting and (self._waiting_bytes + nbytes > self._limit_bytes or self._waiting[0][0].done()):
             self._finish_first()
-        future = self._pool.submit(work)
+        future = self._pool.submit(write_fn)
         self._waiting.append((future, nbytes))
         self._waiting_bytes += nbytes
         return future
@@ -116,13 +117,13 @@ class WriteBehind:
         """Wait until everything is written.
 
         Raises:
-            DiskError: something could not be.
+            DiskError: a write failed.
         """
         while self._waiting:
             self._finish_first()
 
     def abandon(self) -> None:
-        """Wait until nothing is being written any more, whatever comes of it."""
+        """Wait until no write is under way, and forget all of them, with their errors."""
         wait([future for future, _ in self._waiting])
         self._waiting.clear()
         self._waiting_bytes = 0

@@ -1,4 +1,4 @@
-"""A residency: the time during which one partition's weights, and its optimizer state, are on the device."""
+"""Residency: the time during which the weights of one partition, and their optimizer state, are on the device."""
 
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -21,68 +21,74 @@ from lowmem_pnn.units import format_bytes
 
 
 class WeightReader(Protocol):
-    """Where weights come from: one partition's file, or anything that reads like it."""
+    """Source of weights: a partition's file, or an object that reads like one."""
 
     def read(self, name: str) -> Tensor:
-        """A fresh host tensor."""
+        """Read a tensor into fresh host memory."""
         ...
 
 
 class Residency:
-    """Puts layers' tensors on the device, and takes them off again.
+    """Loads the tensors of a partition's layers onto the device, and unloads them again.
 
     Off the device a layer's tensors are on torch's meta device: shapes without bytes.
 
     Args:
-        chain: the model.
-        start: the partition's first layer.
-        stop: the layer after its last.
-        device: where to put it.
-        optimizer: its optimizer, resident with its state, or None where nothing is learnt or the state is elsewhere.
-        frozen: its weights need no gradients.
-
-    `groups` are the names of the parameters that it steps, those of a layer together, the first layer's first; `optimizers` has one
-    for each group while it is loaded with state.
+        chain: model as a chain of layers.
+        start: number of the partition's first layer.
+        stop: number of the layer after its last.
+        device: device to load to.
+        optimizer: optimizer whose state is resident too; None where the partition does not learn or its state stays elsewhere.
+        frozen: whether the weights need no gradients.
     """
+
+    groups: list[tuple[str, ...]]
+    """Names of the parameters that the partition steps, by layer, the first layer's first."""
+
+    optimizers: list[torch.optim.Optimizer]
+    """The optimizers of the groups, while the partition is loaded with optimizer state."""
+
+    owned_elsewhere: set[str]
+    """Names of tied weights owned by an earlier partition: read here, stepped there."""
+
+    shared: set[str]
+    """Names of tensors that other partitions hold too: the gradient of such a parameter is the sum of theirs."""
 
     def __init__(
         self, chain: Chain, start: int, stop: int, device: Device, optimizer: OptimizerSpec | None, *, frozen: bool = False
     ) -> None:
+        self.chain = chain
         self.layers: tuple[Layer, ...] = chain.layers[start:stop]
         self._frozen = frozen
         self._device = device
         self._spec = optimizer
-        # One tensor may have several names; the first is the one in the files.
-        self._owner = {alias: group[0] for group in chain.ties for alias in group}
-        # Auxiliary heads, which are not the model's, come after it.
+        # Auxiliary heads, which are not the model's, come after the model's tensors.
         self._rank = {name: number for number, name in enumerate([*chain.persistent, *self.shapes()])}
         before, after = self._names(chain.layers[:start]), self._names(chain.layers[stop:])
-        # What partitions before this one have too: the first of them keeps it and steps it.
-        self.borrowed = {name for _, name, _ in self._tensors() if name in before}
-        # What several partitions have: the gradient of a parameter is the sum of theirs.
+        self.owned_elsewhere = {name for _, name, _ in self._tensors() if name in before}
         self.shared = {name for _, name, _ in self._tensors() if name in before or name in after}
         self._parameters: dict[str, nn.Parameter] = {}
         self._buffers: dict[str, Tensor] = {}
-        # What the model says, whether or not the partition is frozen while it is here.
+        # The model's own settings, whether or not the partition is frozen in this residency.
         self._requires_grad: dict[str, bool] = {}
         self._state: dict[str, dict[str, Tensor]] = {}
         self.groups = self._step_groups()
-        self.optimizers: list[torch.optim.Optimizer] = []
+        self.optimizers = []
 
     def load(self, reader: WeightReader, pool: Executor) -> None:
-        """Bring everything onto the device; one tensor is read ahead of the one that is placed.
+        """Load everything onto the device; the next tensor is read while one is copied.
 
         Args:
-            reader: of the partition's weight files.
-            pool: a thread that reads.
+            reader: source of the weights and the optimizer state.
+            pool: pool of one thread, which reads.
 
         Raises:
-            BudgetError: it does not fit; what was loaded by then is off the device again.
+            BudgetError: the partition does not fit; nothing of it is left on the device.
         """
-        keys = self.keys()
-        ahead = Prefetcher((Request(0, lambda key=key: reader.read(key)) for key in keys), pool, window_bytes=-1)  # type: ignore[misc]
+        requests = (Request(0, lambda key=key: reader.read(key)) for key in self.keys())  # type: ignore[misc]
+        prefetcher = Prefetcher(requests, pool, limit_bytes=-1)  # one tensor at a time, of any size
         try:
-            self.fill(ahead.take)
+            self.fill(prefetcher.take)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -90,7 +96,7 @@ class Residency:
         else:
             full = False
         finally:
-            ahead.close()
+            prefetcher.close()
         if full:  # not inside the handler: the exception holds tensors
             used = self._device.section_peak_bytes()
             self.unload()
@@ -100,7 +106,7 @@ class Residency:
             )
 
     def keys(self) -> list[str]:
-        """The names, in weight files, of the tensors that `fill` takes, in its order."""
+        """Return the names, in weight files, of the tensors that `fill` takes, in its order."""
         wanted = list(self._tensors())
         keys = [weight_key(name) for _, name, _ in wanted]
         if self._spec is not None:
@@ -109,10 +115,10 @@ class Residency:
         return keys
 
     def fill(self, take: Callable[[], Tensor]) -> None:
-        """Put tensors on the device.
+        """Load everything onto the device from host tensors.
 
         Args:
-            take: gives the host tensors of `keys`, one after the other.
+            take: function that returns the host tensors of `keys`, one after the other.
         """
         for kind, name, shape_of in list(self._tensors()):
             tensor = self._device.to_device(take())
@@ -130,55 +136,38 @@ class Residency:
             for names in self.groups:
                 self.optimizers.append(self._spec.build({name: self._parameters[name] for name in names}, self._state))
 
-    def _names(self, layers: tuple[Layer, ...]) -> set[str]:
-        return {self.name_of(alias) for layer in layers for alias in (*layer.parameters(), *layer.buffers())}
-
-    def _step_groups(self) -> list[tuple[str, ...]]:
-        taken = set(self.borrowed)
-        groups = []
-        for layer in self.layers:
-            names = (self.name_of(alias) for alias, tensor in layer.parameters().items() if tensor.requires_grad)
-            if own := tuple(dict.fromkeys(name for name in names if name not in taken)):
-                groups.append(own)
-                taken.update(own)
-        return groups
-
-    def name_of(self, alias: str) -> str:
-        """The name that a tensor is stored under, of the several that it may have."""
-        return self._owner.get(alias, alias)
-
     def shapes(self) -> dict[str, Tensor]:
-        """Parameters by the names that they are stored under, on the device or on torch's meta device."""
-        return {self.name_of(alias): tensor for layer in self.layers for alias, tensor in layer.parameters().items()}
+        """Return the parameters by the names under which they are stored, on the device or on torch's meta device."""
+        return {self.chain.owner_of(alias): tensor for layer in self.layers for alias, tensor in layer.parameters().items()}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters, by name."""
+        """All loaded parameters, by name."""
         return self._parameters
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by name."""
+        """The loaded parameters that learn, by name."""
         return {name: parameter for name, parameter in self._parameters.items() if parameter.requires_grad}
 
-    def in_model_order(self) -> list[nn.Parameter]:
-        """The parameters that learn, as `model.parameters()` has them: norms are added up in that order."""
+    def trainable_in_model_order(self) -> list[nn.Parameter]:
+        """Return the parameters that learn in the order of `model.parameters()`, in which norms are added up."""
         return [parameter for _, parameter in sorted(self.trainable.items(), key=lambda item: self._rank[item[0]])]
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers, by name: what a rollback has to restore after a forward in train mode."""
+        """The loaded buffers, by name: a rollback has to restore them after a forward in train mode."""
         return self._buffers
 
-    def settle_buffers(self) -> None:
-        """Bring buffers that a forward replaced (`self.mean = ...`) back into the tensors that are saved and restored.
+    def copy_back_replaced_buffers(self) -> None:
+        """Copy buffers that a forward replaced (`self.mean = ...`) into the loaded tensors, which are saved and restored.
 
         Raises:
-            CaptureError: it replaced one by a tensor of another shape or type.
+            CaptureError: a buffer was replaced by a tensor of another shape or type.
         """
         for layer in self.layers:
             for alias, tensor in layer.buffers().items():
-                name = self.name_of(alias)
+                name = self.chain.owner_of(alias)
                 own = self._buffers[name]
                 if tensor is own:
                     continue
@@ -191,13 +180,13 @@ class Residency:
                 layer.set_tensor(alias, own)
 
     def check_shared_buffers(self, before: dict[str, Tensor]) -> None:
-        """Refuse a forward that changes a buffer which other partitions have too: they would not see it.
+        """Refuse a forward that changes a buffer which other partitions hold too: their copies would keep the old values.
 
         Args:
-            before: buffers as they were before the forward, those of `shared` at least.
+            before: values before the forward of the buffers in `shared`, and maybe of others.
 
         Raises:
-            CaptureError: it did.
+            CaptureError: the forward changed a shared buffer.
         """
         for name in sorted(self.shared & before.keys()):
             if not torch.equal(before[name], self._buffers[name]):
@@ -210,28 +199,28 @@ class Residency:
         """Refuse to go on where a parameter that learns here has no gradient after backward.
 
         Args:
-            title: of the partition, for the message.
-            stepped: names of parameters whose gradients are gone, since they stepped.
+            title: the partition in words, for the message.
+            stepped: names of parameters that have been stepped, so that their gradients are freed.
 
         Raises:
-            CaptureError: one has none.
+            CaptureError: a parameter has no gradient.
         """
         for name, parameter in self.trainable.items():
-            if parameter.grad is None and name not in self.borrowed and name not in stepped:
+            if parameter.grad is None and name not in self.owned_elsewhere and name not in stepped:
                 raise CaptureError(
                     f"parameter {name!r} got no gradient in {title}, and would never be trained; freeze it "
                     "(requires_grad_(False)), or have the model's forward use it for every batch"
                 )
 
-    def first_infinite(self) -> str | None:
-        """The name of a trainable parameter that is no longer finite; None where all are."""
+    def nonfinite_parameter(self) -> str | None:
+        """Return the name of a trainable parameter with a value that is NaN or infinite; None where all are finite."""
         return next((name for name, value in self.trainable.items() if not math.isfinite(float(value.detach().sum()))), None)
 
     def save(self, writer: TensorFile) -> None:
         """Write weights, buffers and optimizer state.
 
         Args:
-            writer: a file with this partition's layout.
+            writer: file with this partition's layout.
         """
         tensors = {weight_key(name): tensor for name, tensor in (*self._parameters.items(), *self._buffers.items())}
         tensors.update({state_key(name, key): tensor for name, state in self._state.items() for key, tensor in state.items()})
@@ -239,7 +228,7 @@ class Residency:
             writer.write_from(key, host)
 
     def unload(self) -> None:
-        """Take everything off the device; what was not saved is lost."""
+        """Free the device memory of all tensors; values that were not saved are lost."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
             optimizer.state.clear()
@@ -257,20 +246,35 @@ class Residency:
         self._parameters, self._buffers, self._state = {}, {}, {}
         self._device.release()
 
+    def _names(self, layers: tuple[Layer, ...]) -> set[str]:
+        """Return the names under which the tensors of layers are stored."""
+        return {self.chain.owner_of(alias) for layer in layers for alias in (*layer.parameters(), *layer.buffers())}
+
+    def _step_groups(self) -> list[tuple[str, ...]]:
+        grouped = set(self.owned_elsewhere)
+        groups = []
+        for layer in self.layers:
+            names = (self.chain.owner_of(alias) for alias, tensor in layer.parameters().items() if tensor.requires_grad)
+            if group := tuple(dict.fromkeys(name for name in names if name not in grouped)):
+                groups.append(group)
+                grouped.update(group)
+        return groups
+
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Kind, name in the files, and the (meta) tensor: each tensor once."""
+        """Yield kind, stored name and the (meta) tensor of each parameter and buffer, tied ones once."""
         seen = set()
         for layer in self.layers:
             for kind, tensors in (("parameter", layer.parameters()), ("buffer", layer.buffers())):
                 for alias, tensor in tensors.items():
-                    name = self.name_of(alias)
+                    name = self.chain.owner_of(alias)
                     if name not in seen:
                         seen.add(name)
                         yield kind, name, tensor
 
     def _attach(self, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]) -> None:
+        """Set the tensors of all layers."""
         for layer in self.layers:
             for alias in layer.parameters():
-                layer.set_tensor(alias, parameters[self.name_of(alias)])
+                layer.set_tensor(alias, parameters[self.chain.owner_of(alias)])
             for alias in layer.buffers():
-                layer.set_tensor(alias, buffers[self.name_of(alias)])
+                layer.set_tensor(alias, buffers[self.chain.owner_of(alias)])

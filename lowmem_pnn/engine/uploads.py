@@ -1,4 +1,4 @@
-"""Uploads: micro-batches on their way to the device, the next one while the present one is computed with."""
+"""Uploads of micro-batches to the device: the next one is copied while the present one is computed with (double buffering)."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,25 +15,25 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Tensors of a micro-batch, on the host.
+class MicroBatch:
+    """The host tensors of a micro-batch, taken when they are needed.
 
     Args:
-        key: what it is known by, as long as it is on its way.
-        tensors: gives them, each (M, ...); they may be views.
+        key: name of the micro-batch, unique among those of its batch and the next one.
+        tensors: function that returns the tensors, each (M, ...); they may be views.
     """
 
     key: Hashable
     tensors: Callable[[], tuple[Tensor, ...]]
 
     @classmethod
-    def of(cls, batch: Batch, part: slice, *, with_labels: bool = False) -> "Piece":
-        """Some samples of a batch, which the piece keeps.
+    def of(cls, batch: Batch, part: slice, *, with_labels: bool = False) -> "MicroBatch":
+        """Return some samples of a batch as a micro-batch, which holds the whole batch.
 
         Args:
             batch: boundary tensors and labels.
-            part: which samples.
-            with_labels: they come with the samples, after the boundary tensors.
+            part: range of the batch's samples.
+            with_labels: whether the labels come too, after the boundary tensors.
         """
 
         def tensors() -> tuple[Tensor, ...]:
@@ -44,43 +44,43 @@ class Piece:
 
 
 class Uploads:
-    """Brings pieces up, one ahead where the device copies beside its computing and its window has room for it.
+    """Copies micro-batches to the device, one ahead where the device copies beside its computing and allows one more in flight.
 
     Args:
-        device: open when pieces are taken.
+        device: training device, open when micro-batches are taken.
     """
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        # What comes next, as far as is known: on its way, or, where the window has no room for it, still on the host.
-        self._next: tuple[Piece, Upload | tuple[Tensor, ...]] | None = None
+        # The micro-batch that is expected next: being uploaded, or still on the host where too much is in flight.
+        self._next: tuple[MicroBatch, Upload | tuple[Tensor, ...]] | None = None
 
-    def take(self, now: Piece, then: Piece | None = None) -> tuple[Tensor, ...]:
-        """A piece's tensors on the device, 64-byte aligned; and the next one's are on their way.
+    def take(self, micro_batch: MicroBatch, following: MicroBatch | None = None) -> tuple[Tensor, ...]:
+        """Return a micro-batch's tensors on the device, 64-byte aligned, and begin the upload of the one after it.
 
         Args:
-            now: wanted now; at best what was `then` the last time.
-            then: what will be wanted next, as far as is known. Its copy begins after what was computed so far, so that it goes on
-                beside what is computed now.
+            micro_batch: the micro-batch that is needed now; uploaded already where it was `following` the last time.
+            following: the micro-batch after it, as far as is known. Its upload begins after the computing that was asked for so far,
+                and goes on beside the computing that is asked for next.
         """
         if self._device.shares_host:
-            return tuple(to_device_aligned(self._device, tensor) for tensor in now.tensors())
-        if self._next is not None and self._next[0].key != now.key:
+            return tuple(to_device_aligned(self._device, tensor) for tensor in micro_batch.tensors())
+        if self._next is not None and self._next[0].key != micro_batch.key:
             self.drop()  # the micro-batch became smaller
-        found = now.tensors() if self._next is None else self._next[1]
+        source = micro_batch.tensors() if self._next is None else self._next[1]
         self._next = None
-        placed = found.get() if isinstance(found, Upload) else tuple(self._device.to_device(tensor) for tensor in found)
-        if then is not None:
-            tensors = then.tensors()
-            self._next = then, self._device.upload(tensors) or tensors
-        return placed
+        on_device = source.get() if isinstance(source, Upload) else tuple(self._device.to_device(tensor) for tensor in source)
+        if following is not None:
+            tensors = following.tensors()
+            self._next = following, self._device.upload(tensors) or tensors
+        return on_device
 
-    def over(self, items: Iterable[_T]) -> Iterator[tuple[_T, _T | None]]:
-        """Each item with the one after it; at the end, however it comes, nothing is on its way any more.
+    def with_following(self, items: Iterable[_T]) -> Iterator[tuple[_T, _T | None]]:
+        """Yield each item with the one after it, and drop the upload under way at the end of the iteration, however it ends.
 
         Args:
-            items: what comes. Where the host is the device none is asked for before its turn, since two would take memory there, and
-                the one after it is None.
+            items: batches. Where host and device are one, each is asked for at its own turn, since two would take memory there, and
+                the item after it is given as None.
         """
         if self._device.shares_host:
             for item in items:
@@ -98,8 +98,8 @@ class Uploads:
             self.drop()
 
     def drop(self) -> None:
-        """Give up what is on its way."""
+        """Drop the upload under way."""
         if self._next is not None:
-            (_, waiting), self._next = self._next, None
-            if isinstance(waiting, Upload):
-                waiting.close()
+            (_, source), self._next = self._next, None
+            if isinstance(source, Upload):
+                source.close()

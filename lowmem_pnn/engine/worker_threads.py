@@ -1,36 +1,36 @@
-"""The run's background threads, one for each kind of work."""
+"""Background threads of a run: a pool each for reading, writing, syncs and commits."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from lowmem_pnn.engine.stalls import Stalls
 
-_NUM_BESIDE = 4
+_NUM_SYNC_THREADS = 4
 
 
 class WorkerThreads:
-    """The run's background threads, one for each kind of work; started before the floor is taken, since their stacks count.
+    """The background threads of a run, and the counter of the time that the computing thread waits for them.
 
-    `stalls` is the clock of what the computing thread waits for.
+    All threads start here, before a device measures its floor, since their stacks take memory.
     """
 
     def __init__(self) -> None:
         self.stalls = Stalls()
         self.read = ThreadPoolExecutor(1, "lowmem-read")
         self.write = ThreadPoolExecutor(1, "lowmem-write")
-        # Checksums, and syncs: several of these at once share the drive's emptying its cache.
-        self.beside = ThreadPoolExecutor(_NUM_BESIDE, "lowmem-beside")
+        # Checksums and syncs: the drive empties its cache once for several syncs at the same time.
+        self.sync = ThreadPoolExecutor(_NUM_SYNC_THREADS, "lowmem-sync")
         self.commit = ThreadPoolExecutor(1, "lowmem-commit")
-        started = threading.Barrier(_NUM_BESIDE)
-        wait([self.beside.submit(started.wait) for _ in range(_NUM_BESIDE)])
+        started = threading.Barrier(_NUM_SYNC_THREADS)
+        wait([self.sync.submit(started.wait) for _ in range(_NUM_SYNC_THREADS)])
         for pool in self._pools():
             pool.submit(int).result()
 
     def close(self) -> None:
-        """Wait for what is under way, and end the threads."""
+        """Wait for the work under way, and end the threads."""
         for pool in self._pools():
             pool.shutdown()
 
     def _pools(self) -> tuple[ThreadPoolExecutor, ...]:
-        # In the order of their closing: who gives others work goes before them.
-        return self.read, self.write, self.beside, self.commit
+        """Return the pools in the order in which they are closed: a pool that submits work to another one comes before it."""
+        return self.read, self.write, self.sync, self.commit

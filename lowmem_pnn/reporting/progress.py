@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from lowmem_pnn.engine.stalls import in_words
+from lowmem_pnn.engine.stalls import describe_stalls
 from lowmem_pnn.units import format_bytes
 
 
@@ -82,7 +82,7 @@ class TerminalDisplay(Display):
             self._console.print(
                 f"{self._title}, epoch {line['epoch']}: loss {line['train_loss']:.4g}{validation}{accuracy}, "
                 f"{line['samples_per_second']:.0f} samples/s, peak {format_bytes(line['peak_bytes'])}; "
-                f"{in_words(line['waiting'])}",
+                f"{describe_stalls(line['waiting'])}",
                 highlight=False,
             )
 

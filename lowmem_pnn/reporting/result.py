@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem_pnn.engine.stalls import in_words
+from lowmem_pnn.engine.stalls import describe_stalls
 from lowmem_pnn.reporting.tables import layer_range, text_table
 from lowmem_pnn.units import format_bytes
 
@@ -154,5 +154,5 @@ class Result:
         seconds = sum(partition["seconds"] for partition in self.partitions)
         kinds = dict.fromkeys(kind for own in waited for kind in own)
         if seconds and kinds:
-            text += "; " + in_words({kind: sum(own.get(kind, 0.0) for own in waited) / seconds for kind in kinds})
+            text += "; " + describe_stalls({kind: sum(own.get(kind, 0.0) for own in waited) / seconds for kind in kinds})
         return text

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lowmem_pnn.engine.stalls import Stalls, shares
+from lowmem_pnn.engine.stalls import Stalls, stall_shares
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.partition_plan import Plan
@@ -40,7 +40,7 @@ class EpochTimer:
         """
         seconds = max(time.monotonic() - self._began, 1e-9)
         self.samples_per_second = (num_samples - self._num_done) / seconds
-        self.waiting = shares(self._waited, self._stalls.seconds(), seconds)
+        self.waiting = stall_shares(self._waited, self._stalls.seconds(), seconds)
 
 
 class Metrics:

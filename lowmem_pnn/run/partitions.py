@@ -109,7 +109,7 @@ class Partitions:
             DivergedError: a weight is no longer finite.
         """
         # A commit must be one that training can go on from: an infinite gradient shows only in the weights.
-        if (name := active.residency.first_infinite()) is not None:
+        if (name := active.residency.nonfinite_parameter()) is not None:
             raise DivergedError(
                 f"weight {name!r} is no longer finite in {active.title}; the last commit is kept; try a lower --lr"
             )
@@ -143,7 +143,7 @@ class Partitions:
         seed, pool = self._workload.config.seed, self._session.threads.read
         if partition == 0:
             augments = split == "train" and self._workload.config.augment != "none"
-            return DatasetLoader(self._workload.splits[split], seed, pool, mix=split == "train", augments=augments)
+            return DatasetLoader(self._workload.splits[split], seed, pool, permuted=split == "train", augments=augments)
         assert folder is not None, "the partition before has written its outputs"
         # Training samples may stay in memory from epoch to epoch while the validation set passes through.
         whole_window = self._session.device.buffer_sizes.window_bytes
@@ -194,7 +194,7 @@ class Partitions:
             self._session.device.buffer_sizes.shard_bytes,
             threads.write,
             self._session.counter,
-            threads.beside,
+            threads.sync,
             label_shape=self._workload.dataset.label_shape,
             encoding=encoding,
         )

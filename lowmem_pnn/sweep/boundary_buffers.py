@@ -117,7 +117,7 @@ class BoundaryBuffers:
 
     def put_shared(self, residency: Residency, number: int) -> None:
         """Keep, and drop from the parameters, the gradients of those that an earlier partition steps."""
-        for name in residency.borrowed & residency.parameters.keys():
+        for name in residency.owned_elsewhere & residency.parameters.keys():
             parameter = residency.parameters[name]
             if parameter.grad is not None:
                 self._put(("shared", name, number), [parameter.grad])

@@ -22,7 +22,7 @@ from lowmem_pnn.model.precision import LossScale, unscale
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.stores.keys import state_key, weight_key
-from lowmem_pnn.stores.tensorfile import TensorFile
+from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
 from lowmem_pnn.sweep.weight_streamer import WeightStreamer
@@ -72,9 +72,12 @@ class SweepOptimizerSteps:
         # Gradient norms are added up in the order in which the model names its parameters.
         self._rank = {name: number for number, name in enumerate(workload.chain.persistent)}
         # Of each partition, the parameters whose gradients are whole only after backward, even if a batch goes through at once.
-        self.late = [
+        self.after_backward = [
             after_backward_names(
-                own.layers, own.name_of, per_layer_loss=False, in_chunks=own is residencies[-1] and plan.loss_chunk is not None
+                own.layers,
+                workload.chain.owner_of,
+                per_layer_loss=False,
+                in_chunks=own is residencies[-1] and plan.loss_chunk is not None,
             )
             for own in residencies
         ]
@@ -89,7 +92,7 @@ class SweepOptimizerSteps:
             step: optimizer steps before.
             with_weights: they are not resident.
         """
-        for number in step_order(self._residencies[partition].groups, self.late[partition]):
+        for number in step_order(self._residencies[partition].groups, self.after_backward[partition]):
             if with_weights:
                 yield from map(weight_key, self._residencies[partition].groups[number])
             if not self._forgets_state(step):
@@ -98,7 +101,7 @@ class SweepOptimizerSteps:
     def largest_state(self, weights: WeightStore) -> int:
         """Bytes of the largest optimizer state of a group."""
         states = (keys for number in self._sweep.learners for keys in self._state_keys[number])
-        return max((sum(map(weights.nbytes, keys)) for keys in states), default=0)
+        return max((sum(map(weights.tensor_bytes, keys)) for keys in states), default=0)
 
     def apply(self, partition: int, number: int, batch: Gradients, supply: WeightStreamer, file: TensorFile) -> None:
         """Step a group of a resident partition, and have it written."""
@@ -129,7 +132,7 @@ class SweepOptimizerSteps:
             norms = [norm for _, norm in sorted(batch.norms.items(), key=lambda item: self._rank[item[0]])]
             batch.total_norm = nn.utils.get_total_norm(norms)
         groups = self._residencies[partition].groups
-        for number in step_order(groups, self.late[partition]):
+        for number in step_order(groups, self.after_backward[partition]):
             parameters = {}
             for name in groups[number]:
                 parameters[name] = nn.Parameter(self._device.to_device(supply.take()))

@@ -25,7 +25,7 @@ from lowmem_pnn.engine.micro_batches import micro_batches
 from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward
 from lowmem_pnn.engine.passes import backward_from_loss, forward, to_device_aligned
 from lowmem_pnn.engine.residency import Residency
-from lowmem_pnn.engine.uploads import Piece, Uploads
+from lowmem_pnn.engine.uploads import MicroBatch, Uploads
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import DivergedError
 from lowmem_pnn.methods import Objective, Sweep, Visit
@@ -236,10 +236,10 @@ class Sweeper:
             residency.check_gradients(self.title(own), steps.stepped)
             # Frozen weights go into a new file once; buffers change with every batch.
             for name, parameter in residency.parameters.items():
-                if is_new and not parameter.requires_grad and name not in residency.borrowed:
+                if is_new and not parameter.requires_grad and name not in residency.owned_elsewhere:
                     self._weights.write(own, file, weight_key(name), parameter)
             for name, buffer in residency.buffers.items():
-                if name in residency.borrowed:
+                if name in residency.owned_elsewhere:
                     continue
                 # A copy: the next batch's forward changes it, if the partition stays, while this is being written.
                 self._weights.write(own, file, weight_key(name), buffer.clone())
@@ -299,10 +299,10 @@ class Sweeper:
     def _inputs(self, partition: int, number: int, part: slice, work: _Work) -> tuple[Tensor, ...]:
         """A micro-batch at a partition's boundary, on the device; the next one may be on its way after it."""
 
-        def piece(number: int, part: slice) -> Piece:
+        def piece(number: int, part: slice) -> MicroBatch:
             if partition == 0:
-                return Piece.of((work.tensors, work.labels), part)
-            return Piece((partition, number), lambda: self._boundary.boundary(partition, number))
+                return MicroBatch.of((work.tensors, work.labels), part)
+            return MicroBatch((partition, number), lambda: self._boundary.boundary(partition, number))
 
         following = work.parts[number + 1 : number + 2]
         return self._uploads.take(piece(number, part), piece(number + 1, following[0]) if following else None)
@@ -333,7 +333,7 @@ class Sweeper:
             self._boundary.put_shared(residency, number)
             self._boundary.drop_boundary(own, number)
             self._device.check_budget()
-        residency.settle_buffers()
+        residency.copy_back_replaced_buffers()
         residency.check_shared_buffers(shared)
 
     def _backward_from_boundary(self, own: int, inputs: tuple[Tensor, ...], number: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lowmem_pnn import fit
-from lowmem_pnn.engine.stalls import KINDS
+from lowmem_pnn.engine.stalls import STALL_KINDS
 from lowmem_pnn.sources.splits import SampleSplit
 
 
@@ -33,7 +33,7 @@ def test_a_run_says_what_it_waited_for(method: str, tmp_path: Path, monkeypatch:
         device="cpu",
     )
     first, last = result.partitions[0], result.partitions[-1]
-    assert set(first["waited"]) == set(KINDS)
+    assert set(first["waited"]) == set(STALL_KINDS)
     assert all(0 <= seconds <= part["seconds"] for part in (first, last) for seconds in part["waited"].values())
     if method != "exact":  # whose batches come before the visits of their partitions
         assert first["waited"]["data"] > 0.1, "10 batches of 20 ms, twice, beside hardly any computing"

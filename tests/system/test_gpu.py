@@ -131,12 +131,12 @@ def test_copies_overlap_the_computing_in_a_trace(tmp_path: Path) -> None:
     """Micro-batches of 32 MB go up, each while products of some milliseconds are computed from the one before."""
     from torch.profiler import ProfilerActivity, profile
 
-    from lowmem_pnn.engine.uploads import Piece, Uploads
+    from lowmem_pnn.engine.uploads import MicroBatch, Uploads
 
     with CudaDevice(4_000 * MB) as device:
         uploads = Uploads(device)
         batches = [((torch.randn(2048, 4096),), torch.zeros(2048, dtype=torch.int64)) for _ in range(8)]
-        pieces: list[Piece | None] = [Piece.of(batch, slice(0, 2048)) for batch in batches]
+        pieces: list[MicroBatch | None] = [MicroBatch.of(batch, slice(0, 2048)) for batch in batches]
         weight = torch.randn(4096, 4096, device=device.torch_device)
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
             for now, then in zip(pieces, [*pieces[1:], None], strict=True):

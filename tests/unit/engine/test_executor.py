@@ -92,7 +92,7 @@ def test_objective_that_does_not_fit_is_a_budget_error(pool: ThreadPoolExecutor)
 
 def test_measuring_on_a_full_device_counts_every_sample_once(pool: ThreadPoolExecutor) -> None:
     x, y = images(30)
-    loader = DatasetLoader(from_torch((x, y)), 0, pool, mix=False)
+    loader = DatasetLoader(from_torch((x, y)), 0, pool, permuted=False)
     with SimulatedDevice(1 << 30) as device:
         stage = resident(small_conv, (3, 8, 8), device, pool, None, batch_size=16)
         executor = Executor(device, seed=0)

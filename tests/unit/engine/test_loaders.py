@@ -35,7 +35,7 @@ def feed_of(
 ) -> Loader:
     x, y = data or samples()
     if kind.startswith("data set"):
-        return DatasetLoader(from_torch((x, y)), seed, pool, mix=kind == "data set, mixed")
+        return DatasetLoader(from_torch((x, y)), seed, pool, permuted=kind == "data set, mixed")
     if kind == "codes":
         # Each sample is a class of its own, whose code holds its number.
         return SyntheticLabelLoader(from_torch((x, torch.arange(len(x)))), (x,), seed)
@@ -96,7 +96,7 @@ def test_without_shuffling_samples_come_in_their_own_order(kind: str, tmp_path: 
 
 
 def test_the_own_order_of_training_data_is_a_fixed_mixture(pool: ThreadPoolExecutor) -> None:
-    loader = DatasetLoader(from_torch(samples()), 3, pool, mix=True)
+    loader = DatasetLoader(from_torch(samples()), 3, pool, permuted=True)
     order = flat(numbers(loader.batches(4, shuffle=False)))
     assert order == permutation_of(NUM_SAMPLES, 3, "own order").tolist() != list(range(NUM_SAMPLES))
     assert flat(numbers(loader.batches(6, shuffle=False, epoch=1))) == order
@@ -172,7 +172,7 @@ class _Held:
 def test_no_more_than_two_batches_are_held(pool: ThreadPoolExecutor) -> None:
     split = _Held()
     gc.collect()
-    for batch in DatasetLoader(split, 0, pool, mix=False).batches(4, shuffle=True):
+    for batch in DatasetLoader(split, 0, pool, permuted=False).batches(4, shuffle=True):
         del batch
     assert split.most <= 2
 

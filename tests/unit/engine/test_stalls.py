@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from lowmem_pnn.engine.stalls import Stalls, in_words, shares
+from lowmem_pnn.engine.stalls import Stalls, describe_stalls, stall_shares
 
 
-class TimeEstimator:
+class FakeClock:
     """Time that goes on only when it is told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +19,7 @@ class TimeEstimator:
 
 
 def test_seconds_add_up_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, stalls = TimeEstimator(monkeypatch), Stalls()
+    clock, stalls = FakeClock(monkeypatch), Stalls()
     for kind, seconds in (("disk", 2), ("data", 3), ("disk", 4)):
         clock.now += 10
         with stalls.waiting(kind):  # type: ignore[arg-type]
@@ -28,7 +28,7 @@ def test_seconds_add_up_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wait_inside_of_a_wait_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, stalls = TimeEstimator(monkeypatch), Stalls()
+    clock, stalls = FakeClock(monkeypatch), Stalls()
     with stalls.waiting("data"):
         clock.now += 1
         with stalls.waiting("disk"):
@@ -37,7 +37,7 @@ def test_a_wait_inside_of_a_wait_is_part_of_it(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_wait_that_fails_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, stalls = TimeEstimator(monkeypatch), Stalls()
+    clock, stalls = FakeClock(monkeypatch), Stalls()
 
     def fail() -> None:
         with stalls.waiting("disk"):
@@ -52,7 +52,7 @@ def test_a_wait_that_fails_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_iterating_counts_the_making_of_items_and_not_their_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, stalls = TimeEstimator(monkeypatch), Stalls()
+    clock, stalls = FakeClock(monkeypatch), Stalls()
 
     def make() -> Iterator[int]:
         for number in range(3):
@@ -61,7 +61,7 @@ def test_iterating_counts_the_making_of_items_and_not_their_use(monkeypatch: pyt
         clock.now += 5  # the end has to be waited for too
 
     seen = []
-    for number in stalls.over("data", make()):
+    for number in stalls.iterate("data", make()):
         seen.append(number)
         clock.now += 100
     assert seen == [0, 1, 2]
@@ -83,11 +83,11 @@ def test_iterating_holds_no_item_while_the_next_is_made() -> None:
             yield item
             del item
 
-    for item in Stalls().over("data", make()):
+    for item in Stalls().iterate("data", make()):
         del item
     assert alive == [0, 0, 0]
 
 
 def test_shares_and_words() -> None:
-    assert shares({"disk": 1.0, "data": 0.0}, {"disk": 2.0, "data": 0.5}, 4.0) == {"disk": 0.25, "data": 0.125}
-    assert in_words({"disk": 0.25, "data": 0.004}) == "waiting for: disk 25 %, data 0 %"
+    assert stall_shares({"disk": 1.0, "data": 0.0}, {"disk": 2.0, "data": 0.5}, 4.0) == {"disk": 0.25, "data": 0.125}
+    assert describe_stalls({"disk": 0.25, "data": 0.004}) == "waiting for: disk 25 %, data 0 %"

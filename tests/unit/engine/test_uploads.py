@@ -14,7 +14,7 @@ from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.engine import executor as executor_module
 from lowmem_pnn.engine.executor import Executor
 from lowmem_pnn.engine.loaders import Batch, DatasetLoader
-from lowmem_pnn.engine.uploads import Piece, Uploads
+from lowmem_pnn.engine.uploads import MicroBatch, Uploads
 from lowmem_pnn.sources.splits import from_torch
 
 
@@ -26,14 +26,14 @@ def test_the_next_piece_is_brought_up_and_one_that_is_not_wanted_any_more_is_dro
     with SimulatedDevice(1 << 20) as device:
         uploads = Uploads(device)
         one, other = _batch(1), _batch(2)
-        first, second = Piece.of(one, slice(0, 2)), Piece.of(other, slice(0, 2))
+        first, second = MicroBatch.of(one, slice(0, 2)), MicroBatch.of(other, slice(0, 2))
         uploads.take(first, second)
         used = device.used_bytes()
         (tensor,) = uploads.take(second)
         assert tensor.tolist() == [[2.0] * 3] * 2
         assert device.used_bytes() == used, "it was there already"
         uploads.take(first, second)
-        (tensor,) = uploads.take(Piece.of(other, slice(0, 1)))
+        (tensor,) = uploads.take(MicroBatch.of(other, slice(0, 1)))
         assert tensor.tolist() == [[2.0] * 3]
         del tensor
         uploads.take(first, second)
@@ -45,12 +45,12 @@ def test_the_next_piece_is_brought_up_and_one_that_is_not_wanted_any_more_is_dro
 def test_pieces_beyond_the_limit_are_asked_for_once() -> None:
     asked: list[int] = []
 
-    def piece(number: int) -> Piece:
+    def piece(number: int) -> MicroBatch:
         def tensors() -> tuple[Tensor, ...]:
             asked.append(number)
             return (torch.full((100,), float(number)),)
 
-        return Piece(number, tensors)
+        return MicroBatch(number, tensors)
 
     with SimulatedDevice(3200) as device:  # a limit of 100 bytes in flight
         uploads = Uploads(device)
@@ -91,7 +91,7 @@ def test_a_micro_batch_goes_up_before_the_one_before_it_is_computed_across_batch
     with SimulatedDevice(1 << 30) as device:
         stage = resident(small_conv, (3, 8, 8), device, pool, batch_size=8, micro_batch=4)
         _log_copies(device, log, monkeypatch)
-        loader = DatasetLoader(from_torch(images(16)), 0, pool, mix=False)
+        loader = DatasetLoader(from_torch(images(16)), 0, pool, permuted=False)
         executor = Executor(device, 0)
         for step, (batch, following) in enumerate(executor.over(loader, loader.batches(8, shuffle=False))):
             executor.train_batch(stage, batch, step, following)
@@ -123,7 +123,7 @@ def test_outputs_go_down_while_the_next_micro_batch_is_computed(
     with SimulatedDevice(1 << 30) as device:
         stage = resident(small_conv, (3, 8, 8), device, pool, batch_size=8, micro_batch=4)
         _log_copies(device, log, monkeypatch)
-        loader, writer = DatasetLoader(from_torch(images(12)), 0, pool, mix=False), Writer()
+        loader, writer = DatasetLoader(from_torch(images(12)), 0, pool, permuted=False), Writer()
         Executor(device, 0).emit(stage, loader, writer, lambda: None)  # type: ignore[arg-type]
         (samples,), _ = next(iter(loader.batches(12, shuffle=False)))
         with torch.no_grad():
