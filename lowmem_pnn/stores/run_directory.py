@@ -6,7 +6,7 @@
       journal.000041.json   an older commit, where more than one is kept
       metrics.jsonl         a line per logged step; what a commit does not cover is cut off at resume
       lock                  held by the process that works here
-      weights/ activations/ gone when the run is done
+      weights/ activations/ deleted when the run is done
       model.safetensors result.json
 
 A commit: new bytes lie in files of their own, on the drive; then the journal is written under another name, synced, and renamed; then
@@ -49,19 +49,19 @@ def write_durably(path: Path, text: str) -> None:
     Raises:
         DiskError: The disk is full or not writable.
     """
-    beside = path.with_name(path.name + ".new")
+    new_path = path.with_name(path.name + ".new")
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with new_path.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         disk.commit_point(f"written {path.name}")
-        beside.replace(path)
+        new_path.replace(path)
         disk.commit_point(f"renamed {path.name}")
         sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            new_path.unlink(missing_ok=True)
         raise disk_error(path, error, "write it") from error
 
 

@@ -94,7 +94,7 @@ def prefetched_windows(
     per_window = max(1, window_bytes // 2 // shard_bytes)
     groups = [shards[begin : begin + per_window] for begin in range(0, len(shards), per_window)]
     bounds = [0, *accumulate(sum(samples[number] for number in group) for group in groups)]
-    wanted = [number for number in range(len(groups)) if bounds[number] < stop and first < bounds[number + 1]]
+    needed = [number for number in range(len(groups)) if bounds[number] < stop and first < bounds[number + 1]]
 
     def read(number: int, tensors: list[Tensor], shard_files: list[ShardFile]) -> Window:
         reader.read(groups[number], tensors, shard_files)
@@ -102,12 +102,12 @@ def prefetched_windows(
         return Window(reader.group(tensors), begin, end, shuffled_order(end - begin, seed, "window", epoch, number))
 
     rows = min(per_window * reader.shard_samples, sum(samples))
-    reads_ahead = len(wanted) > 1 and 2 * per_window * shard_bytes <= window_bytes
+    reads_ahead = len(needed) > 1 and 2 * per_window * shard_bytes <= window_bytes
     present = reader.allocate(rows)
     following = reader.allocate(rows) if reads_ahead else present
     ahead: Future[Window] | None = None
     try:
-        for number, next_number in zip(wanted, [*wanted[1:], None], strict=True):
+        for number, next_number in zip(needed, [*needed[1:], None], strict=True):
             window = ahead.result() if ahead is not None else read(number, present, reader.prepare(groups[number], present))
             if reads_ahead:
                 ahead = None

@@ -304,7 +304,7 @@ class TensorFile:
         self._counter.add(written=done)
 
     def _call(self, call: Callable[[int, list[memoryview], int], int], memory: memoryview, offset: int) -> int:
-        """Read or write once, past the page cache if that is wanted and possible; return the bytes moved."""
+        """Read or write once, past the page cache if that is asked for and possible; return the bytes moved."""
         if not self._bypasses_cache or len(memory) < LEAST_BYTES:
             return call(self._file.fileno(), [memory], offset)
         if self._direct is not None and is_page_aligned(offset, memory):

@@ -319,9 +319,9 @@ class WeightStore:
         path = Path(path)
         keys = {name: weight_key((aliases or {}).get(name, name)) for name in names}
         layout = {name: self._layouts[self.partition_of(key)][key] for name, key in keys.items()}
-        beside = path.with_name(path.name + ".new")
+        new_path = path.with_name(path.name + ".new")
         try:
-            beside.unlink(missing_ok=True)
+            new_path.unlink(missing_ok=True)
             with ExitStack() as stack:
                 sources = {
                     partition: stack.enter_context(
@@ -330,16 +330,16 @@ class WeightStore:
                     for partition in dict.fromkeys(self.partition_of(key) for key in keys.values())
                 }
                 # "pt" is what other readers of the format expect of PyTorch's tensors.
-                target = TensorFile.create(beside, layout, {"format": "pt"}, counter=self._counter, keep_order=True)
+                target = TensorFile.create(new_path, layout, {"format": "pt"}, counter=self._counter, keep_order=True)
                 with target:
                     for name, key in keys.items():
                         target.copy_from(name, sources[self.partition_of(key)], key)
                     target.sync()
                     target.drop_cache()
-            beside.replace(path)
+            new_path.replace(path)
             disk.commit_point(f"renamed {path.name}")
         except BaseException as error:
-            beside.unlink(missing_ok=True)
+            new_path.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 raise disk_error(path, error, "write it") from error
             raise
