@@ -15,6 +15,7 @@ from helpers.commands import lowmem_pnn as command
 from lowmem_pnn.api import begin_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
+from lowmem_pnn.reporting.progress import Display
 
 OPTIONS = "--max-gpu-mem 100MB --device cpu --model mlp:20-16-3 --data npz:data.npz --epochs 3 --cuts 1 --batch-size 16 --quiet"
 VALUES: dict[str, Any] = {
@@ -128,15 +129,25 @@ def _data() -> tuple[Tensor, Tensor]:
     return torch.rand(90, 20), torch.randint(3, (90,))
 
 
+class _Interrupt(Display):
+    """Interrupts the run in its second epoch."""
+
+    def start_epoch(self, title: str, epoch: int, epochs: int, num_samples: int, done: int) -> None:
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+
 def test_python_resumes_by_the_same_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options: dict[str, Any] = {"max_gpu_mem": "100MB", "epochs": 2, "device": "cpu", "batch_size": 16, "cuts": "1"}
     with pytest.raises(ConfigError, match="there is no unfinished run in runs"):
         lowmem_pnn.fit(_model, _data(), resume=True, **options)
     whole = lowmem_pnn.fit(_model, _data(), workdir="whole", **options)
-    lowmem_pnn.fit(_model, _data(), **options)
-    journal = json.loads(Path("runs/_model-pnn-1/journal.json").read_text())
-    assert journal["body"]["stage"] == "done"
+    with pytest.raises(KeyboardInterrupt):
+        lowmem_pnn.fit(_model, _data(), **options, commit_every=0, display=_Interrupt())
+    resumed = lowmem_pnn.fit(_model, _data(), resume=True, **options)
+    assert resumed.resumed == 1
+    assert Path(resumed.weights_file).read_bytes() == Path(whole.weights_file).read_bytes()
     with pytest.raises(ConfigError, match=r"began with --epochs 2, and --epochs 5 is given now"):
         lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **{**options, "epochs": 5})
     assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **options) == whole
