@@ -92,11 +92,11 @@ def _round_up(offset: int) -> int:
     return -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def memory_of(tensor: Tensor) -> npt.NDArray[np.uint8]:
+def byte_view(tensor: Tensor) -> npt.NDArray[np.uint8]:
     """View the bytes of a contiguous tensor on the CPU, of any element type; they share its memory.
 
     Example:
-        >>> memory_of(torch.tensor([1.0, 2.0], dtype=torch.bfloat16)).tolist()
+        >>> byte_view(torch.tensor([1.0, 2.0], dtype=torch.bfloat16)).tolist()
         [128, 63, 0, 64]
     """
     assert tensor.device.type == "cpu", "only tensors on the CPU are read and written"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem_pnn.memory.aligned import aligned_empty, memory_of
+from lowmem_pnn.memory.aligned import aligned_empty, byte_view
 from lowmem_pnn.stores.disk import IoCounter, disk_error
 from lowmem_pnn.units import format_bytes
 
@@ -140,12 +140,12 @@ class Scratch:
             self._used_bytes += tensor.nbytes
             return tensor
         slot = _Slot(self._find_room(tensor.nbytes), tensor.nbytes, tensor.dtype, tuple(dense.shape), order)
-        self._move(memory_of(dense).data, slot.offset, write=True)
+        self._move(byte_view(dense).data, slot.offset, write=True)
         return slot
 
     def _read(self, slot: _Slot) -> Tensor:
         tensor = aligned_empty(slot.shape, slot.dtype)
-        self._move(memory_of(tensor).data, slot.offset, write=False)
+        self._move(byte_view(tensor).data, slot.offset, write=False)
         return tensor.permute(_inverse(slot.order))
 
     def _find_room(self, nbytes: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError
-from lowmem_pnn.memory.aligned import memory_of
+from lowmem_pnn.memory.aligned import byte_view
 from lowmem_pnn.stores.direct_io import REFUSED, Piece, Transfer, open_direct
 from lowmem_pnn.stores.disk import IoCounter, disk_error, drop_cache, sync_file
 from lowmem_pnn.stores.header import lay_out
@@ -39,7 +39,7 @@ class ShardFile:
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         self._header, entries = lay_out(layout, metadata)
         self._tensors: list[Piece] = sorted(
-            ((entries[name].offset, memory_of(tensor).data) for name, tensor in tensors.items() if tensor.nbytes),
+            ((entries[name].offset, byte_view(tensor).data) for name, tensor in tensors.items() if tensor.nbytes),
             key=lambda piece: piece[0],
         )
         self.nbytes = len(self._header) + sum(len(memory) for _, memory in self._tensors)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lowmem_pnn.memory.aligned import memory_of
+from lowmem_pnn.memory.aligned import byte_view
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.stores.disk import CHUNK_BYTES
 from lowmem_pnn.stores.encoding import decode
@@ -44,8 +44,8 @@ class Window:
 
     def _copy(self, source: Tensor, first: int, count: int, target: Tensor) -> None:
         # As rows of bytes every element type is copied bit for bit.
-        source_bytes = memory_of(source).reshape(len(source), -1)
-        target_bytes = memory_of(target).reshape(count, -1)
+        source_bytes = byte_view(source).reshape(len(source), -1)
+        target_bytes = byte_view(target).reshape(count, -1)
         if self.order is None:
             target_bytes[:] = source_bytes[first : first + count]
         else:

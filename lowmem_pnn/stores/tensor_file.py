@@ -15,7 +15,7 @@ from types import TracebackType
 from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError, DiskError
-from lowmem_pnn.memory.aligned import ALIGNMENT, PAGE_BYTES, HostAllocator, aligned_empty, memory_of
+from lowmem_pnn.memory.aligned import ALIGNMENT, PAGE_BYTES, HostAllocator, aligned_empty, byte_view
 from lowmem_pnn.stores.direct_io import LEAST_BYTES, REFUSED, is_page_aligned, open_direct
 from lowmem_pnn.stores.disk import CHUNK_BYTES, FILE_REMEDY, IoCounter, disk_error, drop_cache, sync_file
 from lowmem_pnn.stores.header import MAX_HEADER_BYTES, HeaderFault, TensorEntry, TensorLayout, describe, lay_out, parse_header
@@ -276,7 +276,7 @@ class TensorFile:
                 f"asked for {describe(tensor.dtype, tuple(tensor.shape))} from row {start}; {self._remedy}"
             )
         row_bytes = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else 0
-        return entry.offset + start * row_bytes, memory_of(tensor).data
+        return entry.offset + start * row_bytes, byte_view(tensor).data
 
     def _read_bytes(self, memory: memoryview, offset: int, name: str) -> None:
         done = 0

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_pnn.memory.aligned import memory_of
+from lowmem_pnn.memory.aligned import byte_view
 from lowmem_pnn.stores.header import NAME_BY_DTYPE
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
@@ -24,4 +24,4 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> 
 
 
 def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
-    return tensor.dtype, tuple(tensor.shape), memory_of(tensor.contiguous()).tobytes()
+    return tensor.dtype, tuple(tensor.shape), byte_view(tensor.contiguous()).tobytes()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from helpers.pagecache import watch_calls
 from helpers.tensors import LAYOUTS, bits, random_tensor
 from lowmem_pnn.errors import CheckpointError, DiskError
-from lowmem_pnn.memory.aligned import aligned_empty, memory_of
+from lowmem_pnn.memory.aligned import aligned_empty, byte_view
 from lowmem_pnn.stores import direct_io
 from lowmem_pnn.stores.direct_io import Transfer, is_page_aligned
 from lowmem_pnn.stores.disk import IoCounter
@@ -31,7 +31,7 @@ def cut(content: bytes, pieces: list[tuple[int, int]], begin: int) -> list[tuple
     """Pieces of memory that together hold some bytes."""
     result, offset = [], 0
     for size, shift in pieces:
-        block = memoryview(memory_of(aligned_empty((size + 2 * PAGE,), torch.uint8, alignment=PAGE)))
+        block = memoryview(byte_view(aligned_empty((size + 2 * PAGE,), torch.uint8, alignment=PAGE)))
         first = (begin + offset + shift) % PAGE
         memory = block[first : first + size]
         memory[:] = content[offset : offset + size]
@@ -44,7 +44,7 @@ def cut(content: bytes, pieces: list[tuple[int, int]], begin: int) -> list[tuple
 @settings(deadline=None, max_examples=150)
 def test_pieces_reach_the_file_and_come_back(pieces, first_page, seed):
     begin, size = first_page * PAGE, sum(size for size, _ in pieces)
-    content = memory_of(random_tensor(torch.uint8, (size,), seed)).tobytes()
+    content = byte_view(random_tensor(torch.uint8, (size,), seed)).tobytes()
     with tempfile.NamedTemporaryFile() as file:
         # Through the page cache too a transfer does what it says.
         Transfer(cut(content, pieces, begin)).write(file.fileno())
@@ -94,7 +94,7 @@ def test_a_short_write_is_an_error(tmp_path, monkeypatch):
 
 
 def test_whole_pages_are_told(tmp_path):
-    memory = memory_of(aligned_empty((3 * PAGE,), torch.uint8, alignment=PAGE)).data
+    memory = byte_view(aligned_empty((3 * PAGE,), torch.uint8, alignment=PAGE)).data
     assert is_page_aligned(PAGE, memory)
     assert not is_page_aligned(64, memory)
     assert not is_page_aligned(PAGE, memory[:-1])
