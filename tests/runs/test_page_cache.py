@@ -28,7 +28,7 @@ def test_the_next_partition_is_asked_for_while_the_last_epoch_runs(
         def end_epoch(self, line: Any) -> None:
             ends.append(len(asked))
 
-    monkeypatch.setattr(disk, "will_need", note)
+    monkeypatch.setattr(disk, "prefetch_into_page_cache", note)
     options: dict[str, Any] = {"cuts": "1,2", "epochs": 3, "batch_size": 8, "val_fraction": 0.0, "display": Watch()}
     if device == "cpu":
         lowmem_pnn.fit(small_conv, images(32), max_gpu_mem="300MB", device="cpu", workdir=tmp_path / "run", **options)

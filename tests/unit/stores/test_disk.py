@@ -31,9 +31,9 @@ def test_advice_about_a_file_brings_its_pages_in(tmp_path: Path) -> None:
             pytest.skip("this file system keeps its pages")
     except OSError:
         pytest.skip("this file system does not tell")
-    disk.will_need(path, 0, 1 << 20)
+    disk.prefetch_into_page_cache(path, 0, 1 << 20)
     until = time.monotonic() + 10
     while not _is_cached(path):
         assert time.monotonic() < until, "nothing came"
         time.sleep(0.01)
-    disk.will_need(tmp_path / "none", 0, 1)  # only advice
+    disk.prefetch_into_page_cache(tmp_path / "none", 0, 1)  # only advice
