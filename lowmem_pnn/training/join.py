@@ -69,7 +69,8 @@ def _take(run: Run, number: int, folder: Path) -> None:
         cuts = [[part["start"] for part in state.plan["partitions"]] for state in (run.state, theirs)]
         if cuts[0] != cuts[1]:
             raise CheckpointError(
-                f"the ranks cut the model differently, since less memory was free for one: {run.session.rundir.path} before layers {cuts[0][1:]}, "
+                f"the ranks cut the model differently, since less memory was free for one: {run.session.rundir.path} before layers "
+                f"{cuts[0][1:]}, "
                 f"{folder} before layers {cuts[1][1:]}; begin again with --overwrite and --cuts"
             )
         store = WeightStore.open(folder / "weights", theirs.weights, counter=run.session.counter)
