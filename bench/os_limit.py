@@ -55,9 +55,9 @@ def make_cgroup(limit: int) -> Path | None:
 def data_floor() -> int:
     """VmData, in bytes, of a process that is about to train."""
     code = (
-        "import re; from pathlib import Path; import lowmem_pnn.api; from lowmem_pnn.training.setup import rehearse;"
+        "import re; from pathlib import Path; import lowmem_pnn.api; from lowmem_pnn.training.setup import warm_up_profiler;"
         "from lowmem_pnn.engine.worker_threads import WorkerThreads; from lowmem_pnn.device.cpu import warm_up;"
-        "import torch, sklearn.datasets, sklearn.metrics; threads = WorkerThreads(); rehearse(); warm_up(torch.device('cpu'));"
+        "import torch, sklearn.datasets, sklearn.metrics; threads = WorkerThreads(); warm_up_profiler(); warm_up(torch.device('cpu'));"
         "print(int(re.search(r'VmData:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) * 1024); threads.close()"
     )
     return int(run_process([sys.executable, "-c", code]).stdout)

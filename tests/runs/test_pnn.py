@@ -35,7 +35,7 @@ from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.methods import SyntheticLabels, Visit, make_method
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.run import Run, Save, nothing_changed
+from lowmem_pnn.run.commits import Commits, Save, nothing_changed
 from lowmem_pnn.stores.keys import weight_key
 
 pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
@@ -244,15 +244,16 @@ def commits_of(
 ) -> tuple[Result, list[tuple[int, Files]]]:
     """A run that commits after every batch; for each commit the visit that comes next, and all files."""
     seen: list[tuple[int, Files]] = []
-    commit = Run.commit
+    commit = Commits.commit
 
-    def read(run: Run, save: Save = nothing_changed) -> None:
-        commit(run, save)
-        with run.weights.tensor_reader() as reader:
-            files = [{key: reader.read(key) for key in run.weights.layout(part)} for part in range(run.weights.num_partitions)]
-        seen.append((run.state.visit, files))
+    def read(commits: Commits, save: Save = nothing_changed) -> None:
+        commit(commits, save)
+        weights = commits._weights
+        with weights.tensor_reader() as reader:
+            files = [{key: reader.read(key) for key in weights.layout(part)} for part in range(weights.num_partitions)]
+        seen.append((commits._state.visit, files))
 
-    with mock.patch.object(Run, "commit", read):
+    with mock.patch.object(Commits, "commit", read):
         return fit(build, data, folder, commit_every=0.0, **options), seen
 
 
