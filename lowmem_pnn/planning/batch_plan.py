@@ -79,10 +79,10 @@ def _check_synthetic_inputs(request: PlanRequest, plan: Plan) -> None:
     for part in plan.partitions[1:]:
         specs = chain.boundaries[part.start]
         if len(specs) > 1 or specs[0].dtype != torch.float32:
-            name, crossing = chain.layers[part.start].name, ", ".join(map(str, specs))
+            name, tensors = chain.layers[part.start].name, ", ".join(map(str, specs))
             lower = precision != "fp32"
             raise ConfigError(
-                f"--parallel-sil needs cuts that one float32 tensor crosses, and before layer {name!r} there are {crossing}"
+                f"--parallel-sil needs cuts that one float32 tensor crosses, and before layer {name!r} there are {tensors}"
                 f"{f' in --precision {precision}' if lower else ''}; give other --cuts, "
                 f"{'--precision fp32, ' if lower else ''}or leave --parallel-sil out"
             )

@@ -13,7 +13,7 @@ from lowmem_pnn.stores.encoding import WORK_BYTES
 
 # Python objects of a layer: modules, graph, code. Measured: 4 to 7 MB for a multilayer perceptron of 65 layers.
 _STRUCTURE_BYTES = 64_000
-# A sample's place in the data order, and what making an epoch's order takes for each sample.
+# Bytes of a sample's position in the data order; making an epoch's order takes as many for each sample.
 _ORDER_BYTES = 24
 _LABEL_BYTES = 8
 

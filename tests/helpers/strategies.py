@@ -1,4 +1,4 @@
-"""Hypothesis strategies: made-up profiles of layers, and what a planner may be asked about them."""
+"""Hypothesis strategies: random memory costs of layers, and profiles of chains."""
 
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ def affines() -> st.SearchStrategy[Affine]:
 
 @st.composite
 def layer_costs(draw: st.DrawFn, name: str = "layer") -> LayerCost:
-    """A layer that could be: nothing that is held falls as samples are added."""
+    """A possible layer: no memory falls as samples are added."""
     kept = draw(affines())
     # A backward may free more than it makes, but not more than there is.
     falling = st.builds(Affine, st.integers(0, 60), st.integers(-kept.per_sample, 6))
@@ -40,7 +40,7 @@ def layer_costs(draw: st.DrawFn, name: str = "layer") -> LayerCost:
 
 @st.composite
 def profiles(draw: st.DrawFn, max_layers: int = 8) -> MemoryProfile:
-    """A chain of layers, some of which may not be parted."""
+    """A chain of layers with some forbidden cuts."""
     num_layers = draw(st.integers(1, max_layers))
     return MemoryProfile(
         layers=tuple(draw(layer_costs(f"layer{number}")) for number in range(num_layers)),

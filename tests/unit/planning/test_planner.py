@@ -1,4 +1,4 @@
-"""The planner against brute force, its promises, and its words."""
+"""The planner against brute force; its guarantees and its error messages."""
 
 import itertools
 import json
@@ -45,25 +45,25 @@ def equal_layers(count, **values):
 
 
 def reference_peak(profile, start, stop, micro_batch, batch, objective):
-    """The table in the docstring of `lowmem_pnn.profiling.costs`, term by term."""
-    part = largest_micro_batch(batch, micro_batch, profile.smallest_micro_batch)
+    """The table in the docstring of `lowmem_pnn.profiling.peaks`, term by term."""
+    size = largest_micro_batch(batch, micro_batch, profile.smallest_micro_batch)
     layers = profile.layers[start:stop]
-    adds_up = part < batch
-    waiting = [one.gradient_bytes - (0 if adds_up else one.freed_gradient_bytes) for one in layers]
+    accumulates = size < batch
+    waiting = [one.gradient_bytes - (0 if accumulates else one.freed_gradient_bytes) for one in layers]
     gradients = sum(waiting)
-    during = gradients if adds_up else 0
+    during = gradients if accumulates else 0
     base = sum(one.weight_bytes + 2 * one.buffer_bytes + one.optimizer_bytes for one in layers) + objective.fixed
-    base += layers[0].input_bytes.at(part)
+    base += layers[0].input_bytes.at(size)
     moments = [base + gradients + max(one.step_bytes for one in layers)]
     for index, one in enumerate(layers):
-        before = sum(other.kept.at(part) for other in layers[:index])
-        after = before + one.kept.at(part)
-        later = gradients if adds_up else sum(waiting[index + 1 :])
+        before = sum(other.kept.at(size) for other in layers[:index])
+        after = before + one.kept.at(size)
+        later = gradients if accumulates else sum(waiting[index + 1 :])
         steps = one.step_bytes if one.freed_gradient_bytes else 0
-        moments.append(base + during + before + one.forward_peak.at(part))
-        moments.append(base + during + (one.input_bytes.at(part) if index else 0) + one.emit_peak.at(part))
-        moments.append(base + later + after + one.output_bytes.at(part) + one.backward_peak.at(part) + steps)
-    moments.append(base + during + sum(one.kept.at(part) for one in layers) + objective.per_sample * part)
+        moments.append(base + during + before + one.forward_peak.at(size))
+        moments.append(base + during + (one.input_bytes.at(size) if index else 0) + one.emit_peak.at(size))
+        moments.append(base + later + after + one.output_bytes.at(size) + one.backward_peak.at(size) + steps)
+    moments.append(base + during + sum(one.kept.at(size) for one in layers) + objective.per_sample * size)
     return max(moments)
 
 
@@ -73,10 +73,10 @@ def brute_force(profile, room, batches, cuts, num_partitions, cap):
     allowed = [cut for cut in range(1, end) if cut not in profile.forbidden_cuts]
     ways = [tuple(cuts)] if cuts is not None else [way for size in range(end) for way in itertools.combinations(allowed, size)]
     ways = [way for way in ways if num_partitions in (None, len(way) + 1)]
-    for floor in (32, 16, 8, 4, 2, 1):
-        if floor < smallest:
+    for least_micro_batch in (32, 16, 8, 4, 2, 1):
+        if least_micro_batch < smallest:
             break
-        found = []
+        fitting_ways = []
         for way in ways:
             bounds = [0, *way, end]
             sizes = []
@@ -86,16 +86,16 @@ def brute_force(profile, room, batches, cuts, num_partitions, cap):
                 objective = Affine(0, 3 * profile.layers[stop - 1].output_bytes.per_sample)
                 fitting = [
                     size
-                    for size in range(max(smallest, min(floor, most)), most + 1)
+                    for size in range(max(smallest, min(least_micro_batch, most)), most + 1)
                     if reference_peak(profile, start, stop, size, batch, objective) <= room
                 ]
                 sizes.append(max(fitting, default=0))
             if all(sizes):
                 traffic = sum(profile.layers[cut].input_bytes.per_sample for cut in way)
                 state = max(sum(one.state_bytes for one in profile.layers[a:b]) for a, b in itertools.pairwise(bounds))
-                found.append((len(way), traffic, state, way, sizes))
-        if found:
-            *_, way, sizes = min(found)
+                fitting_ways.append((len(way), traffic, state, way, sizes))
+        if fitting_ways:
+            *_, way, sizes = min(fitting_ways)
             return [0, *way, end], sizes
     return None
 
@@ -106,10 +106,10 @@ def test_plans_are_those_of_brute_force(profile, data):
     starts = [cut for cut in range(1, len(profile.layers)) if cut not in profile.forbidden_cuts]
     smallest = profile.smallest_micro_batch
     cuts = num_partitions = None
-    wish = data.draw(st.sampled_from(("free", "number", "cuts")))
-    if wish == "number":
+    kind = data.draw(st.sampled_from(("free", "number", "cuts")))
+    if kind == "number":
         num_partitions = data.draw(st.integers(1, len(starts) + 1))
-    elif wish == "cuts":
+    elif kind == "cuts":
         cuts = sorted(data.draw(st.sets(st.sampled_from(starts)))) if starts else []
     count = num_partitions or (None if cuts is None else len(cuts) + 1)
     sizes = st.sampled_from((2, 3, 5, 7, 12, 20, 33, 64))
@@ -117,39 +117,39 @@ def test_plans_are_those_of_brute_force(profile, data):
         data.draw(st.lists(sizes, min_size=count, max_size=count)) if count and data.draw(st.booleans()) else [data.draw(sizes)]
     )
     cap = data.draw(st.none() | st.integers(smallest, 40))
-    wishes = {
+    constraints = {
         "batch_sizes": batches if len(batches) > 1 else batches[0],
         "cuts": cuts,
         "num_partitions": num_partitions,
         "micro_batch": cap,
     }
     overhead = data.draw(st.integers(0, 20))
-    least = smallest_budget(profile, overhead_bytes=overhead, **wishes)
+    least = smallest_budget(profile, overhead_bytes=overhead, **constraints)
     budget = max(1, least + data.draw(st.integers(-10, 400)))
 
     expected = brute_force(profile, budget - overhead, batches, cuts, num_partitions, cap)
     if expected is None:
         assert budget < least
         with pytest.raises(BudgetError):
-            plan(profile, budget_bytes=budget, overhead_bytes=overhead, **wishes)
+            plan(profile, budget_bytes=budget, overhead_bytes=overhead, **constraints)
         return
     assert budget >= least
-    found = plan(profile, budget_bytes=budget, overhead_bytes=overhead, **wishes)
-    assert ([0, *found.cuts, len(profile.layers)], [part.micro_batch for part in found.partitions]) == expected
+    best = plan(profile, budget_bytes=budget, overhead_bytes=overhead, **constraints)
+    assert ([0, *best.cuts, len(profile.layers)], [part.micro_batch for part in best.partitions]) == expected
 
 
 @given(profiles(), st.sampled_from((4, 13, 64)), st.integers(0, 300))
 @settings(deadline=None)
 def test_a_plan_covers_every_layer_once_within_the_budget_and_adds_up(profile, batch, more):
     budget = smallest_budget(profile, overhead_bytes=7, batch_sizes=batch) + more
-    found = plan(profile, budget_bytes=budget, overhead_bytes=7, batch_sizes=batch)
-    assert [number for part in found.partitions for number in range(part.start, part.stop)] == list(range(len(profile.layers)))
-    assert not set(found.cuts) & set(profile.forbidden_cuts)
-    assert found.predicted_peak_bytes == max(part.predicted_peak_bytes for part in found.partitions) <= budget
-    assert sum(part.state_bytes for part in found.partitions) == sum(one.state_bytes for one in profile.layers)
-    assert sum(part.num_params for part in found.partitions) == sum(one.num_params for one in profile.layers)
-    assert sum(part.forward_macs for part in found.partitions) == sum(one.forward_macs for one in profile.layers)
-    for part in found.partitions:
+    best = plan(profile, budget_bytes=budget, overhead_bytes=7, batch_sizes=batch)
+    assert [number for part in best.partitions for number in range(part.start, part.stop)] == list(range(len(profile.layers)))
+    assert not set(best.cuts) & set(profile.forbidden_cuts)
+    assert best.predicted_peak_bytes == max(part.predicted_peak_bytes for part in best.partitions) <= budget
+    assert sum(part.state_bytes for part in best.partitions) == sum(one.state_bytes for one in profile.layers)
+    assert sum(part.num_params for part in best.partitions) == sum(one.num_params for one in profile.layers)
+    assert sum(part.forward_macs for part in best.partitions) == sum(one.forward_macs for one in profile.layers)
+    for part in best.partitions:
         assert part.batch == batch
         assert profile.smallest_micro_batch <= part.micro_batch <= batch
         peak = partition_peak(profile, part.start, part.stop, part.micro_batch, batch, None, 7)
@@ -164,9 +164,9 @@ def test_more_budget_is_never_worse(profile, batch, more, yet_more):
     budget = smallest_budget(profile, batch_sizes=batch) + more
     small = plan(profile, budget_bytes=budget, batch_sizes=batch)
     large = plan(profile, budget_bytes=budget + yet_more, batch_sizes=batch)
-    floors = [min(32, min(part.micro_batch for part in found.partitions)).bit_length() for found in (small, large)]
-    assert floors[1] >= floors[0]
-    if floors[0] == floors[1]:
+    least_sizes = [min(32, min(part.micro_batch for part in plan_.partitions)).bit_length() for plan_ in (small, large)]
+    assert least_sizes[1] >= least_sizes[0]
+    if least_sizes[0] == least_sizes[1]:
         assert len(large.partitions) <= len(small.partitions)
 
 
@@ -188,9 +188,9 @@ def test_an_overhead_that_grows_with_the_budget_is_in_the_smallest(profile, shar
 
     least = smallest_budget(profile, overhead_bytes=overhead, batch_sizes=8)
     for budget in (least, least + 1, least + 1000):
-        found = plan(profile, budget_bytes=budget, overhead_bytes=overhead, batch_sizes=8)
-        assert found.overhead_bytes == overhead(budget)
-        assert found.predicted_peak_bytes <= budget
+        best = plan(profile, budget_bytes=budget, overhead_bytes=overhead, batch_sizes=8)
+        assert best.overhead_bytes == overhead(budget)
+        assert best.predicted_peak_bytes <= budget
     with pytest.raises(BudgetError):
         plan(profile, budget_bytes=least - 1, overhead_bytes=overhead, batch_sizes=8)
 
@@ -205,10 +205,10 @@ def test_the_cuts_of_a_plan_give_the_plan_again(profile, more):
 
 
 def test_a_plan_survives_json():
-    found = plan(equal_layers(5, weights=100, kept=1), budget_bytes=700, overhead_bytes=3, batch_sizes=4)
-    assert len(found.partitions) > 1
-    assert Plan.from_json(found.to_json()) == found
-    assert Plan.from_json(json.loads(found.to_json())) == found
+    best = plan(equal_layers(5, weights=100, kept=1), budget_bytes=700, overhead_bytes=3, batch_sizes=4)
+    assert len(best.partitions) > 1
+    assert Plan.from_json(best.to_json()) == best
+    assert Plan.from_json(json.loads(best.to_json())) == best
 
 
 def test_no_cut_parts_layers_that_share_a_weight():
@@ -220,13 +220,13 @@ def test_no_cut_parts_layers_that_share_a_weight():
 
 
 def test_no_cuts_at_all_is_one_partition():
-    found = plan(equal_layers(4, weights=100), budget_bytes=10_000, batch_sizes=8, cuts=[])
-    assert [(part.start, part.stop) for part in found.partitions] == [(0, 4)]
+    best = plan(equal_layers(4, weights=100), budget_bytes=10_000, batch_sizes=8, cuts=[])
+    assert [(part.start, part.stop) for part in best.partitions] == [(0, 4)]
 
 
 def test_each_partition_has_its_own_batch():
-    found = plan(equal_layers(4, weights=100), budget_bytes=10_000, batch_sizes=[8, 16], cuts=[2])
-    assert [(part.batch, part.micro_batch) for part in found.partitions] == [(8, 8), (16, 16)]
+    best = plan(equal_layers(4, weights=100), budget_bytes=10_000, batch_sizes=[8, 16], cuts=[2])
+    assert [(part.batch, part.micro_batch) for part in best.partitions] == [(8, 8), (16, 16)]
 
 
 def test_the_objective_is_asked_for_by_the_layer_after_the_last():
@@ -237,8 +237,8 @@ def test_the_objective_is_asked_for_by_the_layer_after_the_last():
         asked.append(stop)
         return Affine(5000 if stop == 2 else 0, 0)
 
-    found = plan(profile, budget_bytes=1000, batch_sizes=1, num_partitions=2, objective=objective)
-    assert found.cuts == (1,)  # a cut at layer 2 would need the 5,000 bytes
+    best = plan(profile, budget_bytes=1000, batch_sizes=1, num_partitions=2, objective=objective)
+    assert best.cuts == (1,)  # a cut at layer 2 would need the 5,000 bytes
     assert set(asked) == {1, 2, 3}
 
 
@@ -247,27 +247,27 @@ def test_a_whole_batch_can_fit_where_half_of_it_does_not():
     profile = equal_layers(2, weights=1000, kept=1)
     peaks = [partition_peak(profile, 0, 2, size, 8) for size in (4, 8)]
     assert peaks[1] < peaks[0]
-    found = plan(profile, budget_bytes=peaks[1], batch_sizes=8)
-    assert [part.micro_batch for part in found.partitions] == [8]
+    best = plan(profile, budget_bytes=peaks[1], batch_sizes=8)
+    assert [part.micro_batch for part in best.partitions] == [8]
 
 
-def test_a_rest_too_small_for_the_modules_counts_with_the_micro_batch_before_it():
+def test_a_remainder_too_small_for_the_modules_counts_with_the_micro_batch_before_it():
     profile = MemoryProfile(layers=(layer(kept=1000),), smallest_micro_batch=2)
     assert partition_peak(profile, 0, 1, 4, 9) == partition_peak(profile, 0, 1, 5, 9)
-    found = plan(profile, budget_bytes=partition_peak(profile, 0, 1, 5, 9) - 1, batch_sizes=9)
-    assert found.partitions[0].micro_batch == 3
+    best = plan(profile, budget_bytes=partition_peak(profile, 0, 1, 5, 9) - 1, batch_sizes=9)
+    assert best.partitions[0].micro_batch == 3
 
 
 def test_hundreds_of_layers_are_no_trouble():
     layers = tuple(layer(f"fc{n}", weights=1000 + n % 7 * 100, kept=10 + n % 5, inputs=n % 11) for n in range(300))
     profile = MemoryProfile(layers=layers)
-    found = plan(profile, budget_bytes=20 * smallest_budget(profile, batch_sizes=64), batch_sizes=64)
-    assert found.partitions[-1].stop == 300
+    best = plan(profile, budget_bytes=20 * smallest_budget(profile, batch_sizes=64), batch_sizes=64)
+    assert best.partitions[-1].stop == 300
 
 
-def message(profile, kind=BudgetError, **wishes):
+def message(profile, kind=BudgetError, **constraints):
     with pytest.raises(kind) as caught:
-        plan(profile, **wishes)
+        plan(profile, **constraints)
     return str(caught.value)
 
 
@@ -324,7 +324,7 @@ def test_sizes_that_would_look_the_same_are_given_to_the_byte():
 
 
 @pytest.mark.parametrize(
-    ("wishes", "text"),
+    ("constraints", "text"),
     [
         ({"cuts": [2, 2]}, "--cuts at layers 2, 2: the cuts of a model of 4 layers must be ascending and between 1 and 3"),
         ({"cuts": [0]}, "--cuts at layers 0: the cuts of a model of 4 layers must be ascending and between 1 and 3"),
@@ -360,9 +360,9 @@ def test_sizes_that_would_look_the_same_are_given_to_the_byte():
         ),
     ],
 )
-def test_what_the_chain_cannot_have_is_refused_by_name(wishes, text):
+def test_impossible_constraints_are_refused_by_name(constraints, text):
     profile = MemoryProfile(layers=equal_layers(4, weights=100).layers, forbidden_cuts=(2,), smallest_micro_batch=2)
-    assert message(profile, ConfigError, **{"budget_bytes": 10**6, "batch_sizes": 8, **wishes}) == text
+    assert message(profile, ConfigError, **{"budget_bytes": 10**6, "batch_sizes": 8, **constraints}) == text
 
 
 def test_a_model_in_one_piece_says_so():
@@ -376,13 +376,13 @@ def test_a_model_in_one_piece_says_so():
 def test_a_uniform_micro_batch_fits_everywhere(profile, batch, budget_bytes):
     assume(batch >= profile.smallest_micro_batch)
     try:
-        found = plan(profile, budget_bytes=budget_bytes, batch_sizes=batch, uniform=True)
+        best = plan(profile, budget_bytes=budget_bytes, batch_sizes=batch, uniform=True)
     except BudgetError as error:
         # The budget that the message names does.
         enough = int(re.findall(r"--max-gpu-mem (\d+)MB", str(error))[0]) * 1_000_000
         assert plan(profile, budget_bytes=enough, batch_sizes=batch, uniform=True).predicted_peak_bytes <= enough
         return
-    assert len({partition.micro_batch for partition in found.partitions}) == 1
-    for partition in found.partitions:
+    assert len({partition.micro_batch for partition in best.partitions}) == 1
+    for partition in best.partitions:
         peak = partition_peak(profile, partition.start, partition.stop, partition.micro_batch, batch)
         assert peak == partition.predicted_peak_bytes <= budget_bytes

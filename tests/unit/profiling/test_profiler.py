@@ -32,7 +32,7 @@ ADAM = OptimizerSpec("adam")
 ADAM_BY_LOOPS = OptimizerSpec("adam", fused=False)
 
 
-def price(model, spec, optimizer=SGD):
+def profile_of(model, spec, optimizer=SGD):
     return profile(capture(model, spec), optimizers=[optimizer], device=CPU)
 
 
@@ -81,12 +81,12 @@ def resnet18():
 
 @pytest.fixture
 def tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without what kernels hold beside tensors, for comparisons with a tracker, which sees tensors."""
+    """Leave out the scratch memory of kernels, for comparisons with a tracker, which sees tensors alone."""
     monkeypatch.setattr(fake_run, "scratch_bytes", lambda *_: 0)
 
 
 def test_a_linear_layer_by_hand():
-    [first, second] = price(mlp(30, 20, 10), flat(30), ADAM_BY_LOOPS).layers
+    [first, second] = profile_of(mlp(30, 20, 10), flat(30), ADAM_BY_LOOPS).layers
     assert (second.name, second.num_params) == ("1", 210)
     assert second.weight_bytes == second.gradient_bytes == 4 * 210
     assert second.optimizer_bytes == 2 * 4 * 210
@@ -108,7 +108,7 @@ def test_a_linear_layer_by_hand():
 @pytest.mark.usefixtures("tensors_only")
 def test_the_smallest_number_of_samples_is_exact_too():
     """Moments that fall with the number of samples are followed to 1."""
-    costs = price(nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU()), flat(3, 6, 6))
+    costs = profile_of(nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU()), flat(3, 6, 6))
     layer = costs.layers[1]
     assert layer.kept == Affine(0, 4 * 64 * 2 * 2)
     gradients, incoming, outgoing = 4 * 64 * (64 * 9 + 1), 4 * 64 * 4, 4 * 64 * 16
@@ -142,10 +142,10 @@ def test_the_model_is_untouched(device):
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_layer_of_four_terabytes_is_priced_without_them():
+def test_a_layer_of_four_terabytes_is_profiled_without_them():
     with torch.device("meta"):
         model = mlp(1_000_000, 1_000_000, 10)
-    costs = price(model, flat(1_000_000), ADAM)
+    costs = profile_of(model, flat(1_000_000), ADAM)
     assert costs.layers[0].state_bytes == 16 * (10**12 + 10**6)
     assert costs.layers[0].backward_peak.at(8) == 4 * (10**12 + 10**6)
 
@@ -153,7 +153,7 @@ def test_a_layer_of_four_terabytes_is_priced_without_them():
 def test_frozen_weights_have_no_gradients():
     model = mlp(30, 20, 10)
     model[2].requires_grad_(False)
-    [_, frozen] = price(model, flat(30), ADAM_BY_LOOPS).layers
+    [_, frozen] = profile_of(model, flat(30), ADAM_BY_LOOPS).layers
     assert (frozen.gradient_bytes, frozen.optimizer_bytes, frozen.step_bytes) == (0, 0, 0)
     assert frozen.weight_bytes == 840
     assert frozen.backward_peak.at(7) == 80 * 7
@@ -162,7 +162,7 @@ def test_frozen_weights_have_no_gradients():
 def test_a_layer_without_any_gradient_has_no_backward():
     model = mlp(30, 20, 10)
     model[0].requires_grad_(False)
-    [frozen, _] = price(model, flat(30)).layers
+    [frozen, _] = profile_of(model, flat(30)).layers
     assert frozen.backward_peak.at(64) == 0
     assert frozen.kept == Affine(0, 80)
 
@@ -170,7 +170,7 @@ def test_a_layer_without_any_gradient_has_no_backward():
 def test_a_shared_weight_counts_once_and_forbids_the_cuts_between():
     model = mlp(8, 8, 8, 8)
     model[4].weight = model[0].weight
-    costs = price(model, flat(8))
+    costs = profile_of(model, flat(8))
     assert costs.forbidden_cuts == (1, 2)
     assert [layer.num_params for layer in costs.layers] == [72, 72, 8]
     assert sum(layer.weight_bytes for layer in costs.layers) == 4 * sum(parameter.numel() for parameter in model.parameters())
@@ -193,7 +193,7 @@ def test_whole_numbers_as_input():
     ],
 )
 def test_the_smallest_micro_batch_is_what_batch_normalisation_accepts(model, spec, smallest):
-    assert price(model, spec).smallest_micro_batch == smallest
+    assert profile_of(model, spec).smallest_micro_batch == smallest
 
 
 @pytest.mark.parametrize(
@@ -210,11 +210,11 @@ def test_the_optimizers_are_named(optimizers, words):
 
 def test_of_several_optimizers_the_largest_is_counted():
     costs = profile(capture(mlp(30, 20, 10), flat(30)), optimizers=[SGD, ADAM_BY_LOOPS, ADAM], device=CPU)
-    assert costs == dataclasses.replace(price(mlp(30, 20, 10), flat(30), ADAM_BY_LOOPS), optimizer="sgd, adam")
+    assert costs == dataclasses.replace(profile_of(mlp(30, 20, 10), flat(30), ADAM_BY_LOOPS), optimizer="sgd, adam")
 
 
 def test_a_multiply_accumulate_is_counted_once():
-    costs = price(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 5)), flat(3, 8, 8))
+    costs = profile_of(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 5)), flat(3, 8, 8))
     assert [layer.forward_macs for layer in costs.layers] == [64 * 8 * 27, 8 * 64 * 5]
 
 
@@ -230,7 +230,7 @@ class OnlyInEval(nn.Linear):
 def test_a_layer_that_does_not_run_is_named():
     model = nn.Sequential(nn.Linear(4, 4), OnlyInEval(4, 2))
     with pytest.raises(ConfigError) as caught:
-        price(model, flat(4))
+        profile_of(model, flat(4))
     assert str(caught.value) == (
         "layer '1' does not run forward and backward on 4 samples of (4,) float32: ValueError: too many samples; its memory "
         "cannot be foreseen, mend its forward"
@@ -239,16 +239,16 @@ def test_a_layer_that_does_not_run_is_named():
 
 def test_a_peak_is_exact_where_every_moment_grows_in_a_straight_line():
     lines = [Affine(100, 0), Affine(0, 30), Affine(60, -5), Affine(20, 20)]
-    found = fit_peak(*([line.at(size) for line in lines] for size in (4, 6, 64)))
+    peak = fit_peak(*([line.at(size) for line in lines] for size in (4, 6, 64)))
     for size in (1, 2, 10, 500):
-        assert found.at(size) == Envelope(tuple(lines)).at(size)
+        assert peak.at(size) == Envelope(tuple(lines)).at(size)
 
 
 def test_a_peak_is_not_below_what_was_measured_where_the_moments_differ():
-    found = fit_peak([40, 10], [60, 5, 3], [10_000])
-    assert found.at(4) >= 40
-    assert found.at(6) >= 60
-    assert found.at(64) >= 10_000
+    peak = fit_peak([40, 10], [60, 5, 3], [10_000])
+    assert peak.at(4) >= 40
+    assert peak.at(6) >= 60
+    assert peak.at(64) >= 10_000
 
 
 def measured_peak(chain, start, stop, micro_batch, batch, smallest):
@@ -319,7 +319,7 @@ def test_predicted_peaks_bound_those_of_real_runs_closely(build, spec, micro_bat
     assert partition_peak(costs, 0, end, micro_batch, batch) <= bound * whole
 
 
-def test_a_unit_by_itself_keeps_nothing_but_its_outputs() -> None:
+def test_a_layer_with_a_local_loss_keeps_nothing_but_its_outputs() -> None:
     chain = layers_with_heads(configure(max_gpu_mem="1GB", model="mlp:12-4", data="digits", method="neuroflux"))
     costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, per_layer_loss=True)
     joined = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU)
@@ -328,7 +328,7 @@ def test_a_unit_by_itself_keeps_nothing_but_its_outputs() -> None:
         assert own.state_bytes == layer.state_bytes
     whole = peak_of(costs.layers, 64, 64, Affine(0, 0))
     assert whole < peak_of(joined.layers, 64, 64, Affine(0, 0))
-    # State of all units, and the activations of the largest.
+    # State of all layers, and the activations of the largest.
     largest = max(peak_of((layer,), 64, 64, Affine(0, 0)) - layer.state_bytes for layer in costs.layers)
     states = sum(layer.state_bytes for layer in costs.layers)
     assert whole <= states + largest + max(layer.buffer_bytes for layer in costs.layers) * 8
