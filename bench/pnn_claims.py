@@ -81,24 +81,24 @@ PNN_RATES = {
 def counted_crossings() -> Iterator[dict[str, int]]:
     """Count the bytes of activations and gradients that cross cuts while sweeps run in this process."""
     counts = {"activations": 0, "gradients": 0}
-    put_boundary, put_gradients = BoundaryBuffers.put_boundary, BoundaryBuffers.put_gradients
+    put_activations, put_gradients = BoundaryBuffers.put_activations, BoundaryBuffers.put_gradients
 
-    def count_boundary(self: BoundaryBuffers, boundary: int, number: int, tensors: Sequence[Tensor]) -> None:
+    def count_activations(self: BoundaryBuffers, boundary: int, number: int, tensors: Sequence[Tensor]) -> None:
         if boundary:  # 0 is where the images come in
             if not counts["activations"]:
                 counts["gradients"] = 0  # the check before training goes backward without having gone forward
             counts["activations"] += sum(tensor.nbytes for tensor in tensors)
-        put_boundary(self, boundary, number, tensors)
+        put_activations(self, boundary, number, tensors)
 
     def count_gradients(self: BoundaryBuffers, boundary: int, number: int, gradients: Sequence[Tensor | None]) -> None:
         counts["gradients"] += sum(tensor.nbytes for tensor in gradients if tensor is not None)
         put_gradients(self, boundary, number, gradients)
 
-    BoundaryBuffers.put_boundary, BoundaryBuffers.put_gradients = count_boundary, count_gradients  # type: ignore[method-assign]
+    BoundaryBuffers.put_activations, BoundaryBuffers.put_gradients = count_activations, count_gradients  # type: ignore[method-assign]
     try:
         yield counts
     finally:
-        BoundaryBuffers.put_boundary, BoundaryBuffers.put_gradients = put_boundary, put_gradients  # type: ignore[method-assign]
+        BoundaryBuffers.put_activations, BoundaryBuffers.put_gradients = put_activations, put_gradients  # type: ignore[method-assign]
 
 
 def count_crossings(data: str, limit: int | None, method: str, partitions: int, budget: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""What crosses the partitions while a batch goes forward and back: kept by micro-batch in the scratch store.
+"""Boundary buffers of a sweep: activations, gradients and random states of one batch, kept on the host or on disk.
 
 forward     boundary activations, and random states where a partition draws from a generator
-backward    gradients of boundaries, and of weights that an earlier partition has too
-to a step   whole gradients, where all of them have to be there first
+backward    gradients of boundaries, and of tied weights that an earlier partition owns
+for steps   gradients of the whole batch, where a step has to wait for all of them
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ Hooks = list[torch.utils.hooks.RemovableHandle]
 
 
 class BoundaryBuffers:
-    """Tensors come from the device and go back to it; in between they are on the host, or on disk.
+    """Keeps the tensors of a batch that one visit leaves for a later one; boundary k is the one before partition k.
 
     Args:
-        device: open.
-        folder: where the scratch store's file may be.
-        memory_bytes: of tensors that are kept in memory.
-        counter: of the bytes written to disk and read.
-        seed: of the run.
-        phase: a word that random choices follow from.
+        device: training device, open.
+        folder: folder in which the scratch store may make its file.
+        memory_bytes: most bytes of tensors that are kept in memory.
+        counter: counter of the bytes written to disk and read.
+        seed: seed of the run.
+        phase: word that seeds all random choices.
     """
 
     def __init__(self, device: Device, folder: Path, memory_bytes: int, counter: IoCounter, seed: int, phase: str) -> None:
@@ -38,40 +38,52 @@ class BoundaryBuffers:
         self._scratch = Scratch(folder, memory_bytes, counter)
         self._seed = seed
         self._phase = phase
-        # What was put last, and is still on its way from a device that copies beside its computing.
-        self._behind: tuple[Key, list[Download | None]] | None = None
+        # The tensors of the last `put`, still being downloaded from a device that copies beside its computing.
+        self._downloading: tuple[Key, list[Download | None]] | None = None
 
-    def put_boundary(self, boundary: int, number: int, tensors: Sequence[Tensor]) -> None:
-        """Keep the activations of a micro-batch that flow into partition `boundary`."""
-        self._put(("boundary", boundary, number), [tensor.detach() for tensor in tensors])
+    def put_activations(self, boundary: int, number: int, tensors: Sequence[Tensor]) -> None:
+        """Keep the activations of a micro-batch at a boundary.
 
-    def boundary(self, boundary: int, number: int) -> tuple[Tensor, ...]:
-        """Those activations, on the host: leaves of a new graph once they are placed."""
-        kept = self._with(("boundary", boundary, number)).get(("boundary", boundary, number))
+        Args:
+            boundary: number of the partition after the boundary.
+            number: number of the micro-batch.
+            tensors: boundary tensors, each (M, ...), on the device.
+        """
+        self._put(("activations", boundary, number), [tensor.detach() for tensor in tensors])
+
+    def activations(self, boundary: int, number: int) -> tuple[Tensor, ...]:
+        """Return the activations of a micro-batch at a boundary, on the host: leaves of a new graph."""
+        key = ("activations", boundary, number)
         # Detached once more: a tensor may be kept for two boundaries, and needs a gradient for one of them at a time.
-        return tuple(tensor.detach() for tensor in kept if tensor is not None)
+        return tuple(tensor.detach() for tensor in self._scratch_with(key).get(key) if tensor is not None)
 
-    def drop_boundary(self, boundary: int, number: int) -> None:
-        """They are not needed any more."""
-        key = ("boundary", boundary, number)
-        self._with(key).drop(key)
+    def drop_activations(self, boundary: int, number: int) -> None:
+        """Forget the activations of a micro-batch at a boundary."""
+        key = ("activations", boundary, number)
+        self._scratch_with(key).drop(key)
 
     def put_gradients(self, boundary: int, number: int, gradients: Sequence[Tensor | None]) -> None:
-        """Keep the gradients of a boundary's tensors; None where a tensor has none."""
+        """Keep the gradients of the boundary tensors of a micro-batch.
+
+        Args:
+            boundary: number of the partition after the boundary.
+            number: number of the micro-batch.
+            gradients: gradients, each (M, ...), on the device; None where a tensor has none.
+        """
         self._put(("gradient", boundary, number), gradients)
 
     def pop_gradients(self, boundary: int, number: int) -> tuple[Tensor | None, ...]:
-        """Those gradients, on the device, once."""
+        """Return the gradients of the boundary tensors of a micro-batch, on the device, and forget them."""
         key = ("gradient", boundary, number)
-        return tuple(self._to_device_or_none(tensor) for tensor in self._with(key).pop(key))
+        return tuple(None if tensor is None else self._device.to_device(tensor) for tensor in self._scratch_with(key).pop(key))
 
-    def begin_random(self, partition: int, number: int, step: int) -> tuple[Tensor, ...]:
-        """Bring the generators to where they were when a micro-batch came to a partition, and return their state.
+    def restore_random_state(self, partition: int, number: int, step: int) -> tuple[Tensor, ...]:
+        """Bring the random generators into the state in which a micro-batch first came to a partition, and return the state.
 
         Args:
-            partition: to run.
-            number: of the micro-batch.
-            step: optimizer steps before.
+            partition: number of the partition that is about to run.
+            number: number of the micro-batch.
+            step: number of optimizer steps before the batch.
         """
         for before in range(partition, 0, -1):
             if ("random", before, number) in self._scratch:
@@ -81,87 +93,90 @@ class BoundaryBuffers:
         torch.manual_seed(seed_of(self._seed, self._phase, 0, step, number))
         return self._device.random_state()
 
-    def end_random(self, partition: int, number: int, began: tuple[Tensor, ...]) -> None:
-        """Keep where the generators are after a partition, if it drew from them.
+    def put_random_state(self, partition: int, number: int, state_before: tuple[Tensor, ...]) -> None:
+        """Keep the state of the random generators after a partition's forward, if it drew from them.
 
         Args:
-            partition: that ran.
-            number: of the micro-batch.
-            began: what `begin_random` returned.
+            partition: number of the partition that ran.
+            number: number of the micro-batch.
+            state_before: state that `restore_random_state` returned before the forward.
         """
         state = self._device.random_state()
-        if any(not torch.equal(one, other) for one, other in zip(began, state, strict=True)):
+        if any(not torch.equal(one, other) for one, other in zip(state_before, state, strict=True)):
             self._scratch.put(("random", partition + 1, number), state)
 
-    def add_shared(self, residency: Residency, number: int) -> Hooks:
-        """Have later partitions' gradients of shared parameters added to this one's, as autograd does in the whole model.
+    def add_shared_gradients(self, residency: Residency, number: int) -> Hooks:
+        """Register hooks that add later partitions' gradients of tied weights, as autograd does in the whole model.
 
         Args:
-            residency: about to run a micro-batch.
-            number: of the micro-batch.
+            residency: partition that is about to run a micro-batch.
+            number: number of the micro-batch.
 
         Returns:
-            Hooks, to be removed after its backward.
+            The hooks, to be removed after the micro-batch's backward.
         """
         hooks: Hooks = []
         for name in residency.shared & residency.parameters.keys():
             parameter = residency.parameters[name]
             key = ("shared", name, number)
-            if parameter.requires_grad and key in self._with(key):
-                (carried,) = self._scratch.pop(key)
-                assert carried is not None
+            if parameter.requires_grad and key in self._scratch_with(key):
+                (kept,) = self._scratch.pop(key)
+                assert kept is not None
+                later = self._device.to_device(kept)
                 # In this order: autograd adds the gradient that comes later to the one that was there.
-                placed = self._device.to_device(carried)
-                hooks.append(parameter.register_hook(lambda gradient, placed=placed: placed + gradient))
+                hooks.append(parameter.register_hook(lambda gradient, later=later: later + gradient))
         return hooks
 
-    def put_shared(self, residency: Residency, number: int) -> None:
-        """Keep, and drop from the parameters, the gradients of those that an earlier partition steps."""
+    def put_shared_gradients(self, residency: Residency, number: int) -> None:
+        """Keep the gradients of tied weights that an earlier partition owns, and take them from the parameters.
+
+        Args:
+            residency: partition that has run a micro-batch forward and backward.
+            number: number of the micro-batch.
+        """
         for name in residency.owned_elsewhere & residency.parameters.keys():
             parameter = residency.parameters[name]
             if parameter.grad is not None:
                 self._put(("shared", name, number), [parameter.grad])
                 parameter.grad = None
 
-    def put_whole(self, name: str, gradient: Tensor) -> None:
-        """Keep a parameter's gradient of the whole batch."""
+    def put_parameter_gradient(self, name: str, gradient: Tensor) -> None:
+        """Keep the gradient of a parameter over the whole batch."""
         self._put(("whole", name, 0), [gradient])
 
-    def pop_whole(self, name: str) -> Tensor:
-        """That gradient, on the device, once; the caller may change it."""
-        (gradient,) = self._with(("whole", name, 0)).pop(("whole", name, 0))
+    def pop_parameter_gradient(self, name: str) -> Tensor:
+        """Return the gradient of a parameter over the whole batch, on the device, and forget it; the caller may change it."""
+        key = ("whole", name, 0)
+        (gradient,) = self._scratch_with(key).pop(key)
         assert gradient is not None
         return self._device.to_device(gradient)
 
     def clear(self) -> None:
-        """The batch is done: nothing of it is needed."""
-        self._behind = None
+        """Forget everything, at the end of a batch; the scratch store's file stays for the next one."""
+        self._downloading = None
         self._scratch.clear()
 
     def close(self) -> None:
-        """Give the memory and the file back."""
-        self._behind = None
+        """Forget everything, and free the memory and the file."""
+        self._downloading = None
         self._scratch.close()
 
     def _put(self, key: Key, tensors: Sequence[Tensor | None]) -> None:
-        """Keep tensors, which do not change any more; where copies go on beside the computing, those that were put before."""
+        """Keep device tensors, which must not change any more; they reach the scratch store with the next call, where copies overlap."""
         if self._device.shares_host:
             self._scratch.put(key, tensors)
             return
-        self._catch_up()
-        self._behind = key, [None if tensor is None else self._device.download(tensor) for tensor in tensors]
+        self._finish_download()
+        self._downloading = key, [None if tensor is None else self._device.download(tensor) for tensor in tensors]
 
-    def _with(self, key: Key) -> Scratch:
-        """The store, a key that is on its way to it included."""
-        if self._behind is not None and self._behind[0] == key:
-            self._catch_up()
+    def _scratch_with(self, key: Key) -> Scratch:
+        """Return the scratch store, with the tensors of the key in it if they were still being downloaded."""
+        if self._downloading is not None and self._downloading[0] == key:
+            self._finish_download()
         return self._scratch
 
-    def _catch_up(self) -> None:
-        if self._behind is not None:
-            (key, downloads), self._behind = self._behind, None
-            # Page-locked memory is only lent: what is kept is a copy.
+    def _finish_download(self) -> None:
+        if self._downloading is not None:
+            (key, downloads), self._downloading = self._downloading, None
+            # Page-locked memory is only lent: the scratch store keeps a copy.
             self._scratch.put(key, [None if download is None else download.get().clone() for download in downloads])
-
-    def _to_device_or_none(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else self._device.to_device(tensor)

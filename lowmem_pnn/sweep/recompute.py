@@ -1,12 +1,13 @@
-"""Early stop: a recompute leaves out what backward does not look at.
+"""Recompute without unneeded products: the forward before a backward leaves out matrix products that no gradient looks at.
 
     mlp:  x --[norm]--[up]--[gelu]--[down]--[dropout]--(+ x)--> output
-                                      ^ this product is in no gradient but by its shape
+                                      ^ no gradient depends on this product, but for its shape
 
-A partition that runs forward again, to go backward, has given its outputs before. The gradient of a linear layer needs what went in,
-not what comes out; neither do additions, changes of shape and dropout look at values. So a linear layer of which nothing else is
-made at a partition's end is called without its product. Its node in the graph of gradients is PyTorch's own, with what it keeps: not
-a bit of any gradient changes. (PyTorch's `checkpoint` spares the same where it stops early, once per checkpointed block.)
+A partition that runs forward again, to go backward, has given its outputs before. The gradient of a linear layer needs its inputs, not
+its outputs; and additions, changes of shape and dropout go back without any of the values. So a linear layer whose outputs reach the
+partition's end through such operations alone is called without its product. Its node in the graph of gradients is PyTorch's own, with
+the tensors that it saves: every gradient is the same, bit for bit. (PyTorch's `checkpoint` leaves out the same where it stops early,
+once per checkpointed block.)
 """
 
 import math
@@ -23,18 +24,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_pnn.model.layer import Layer
 
-# What gives gradients without a look at the values that go in. Nothing that works in place: what else shows the same memory does not
-# follow from it in the graph.
+# Operations whose gradients do not depend on the values of their inputs. None of them works in place: the graph does not tell which
+# other tensors show the same memory.
 _FUNCTIONS = frozenset({operator.add, operator.sub, torch.add, torch.sub, torch.flatten, torch.reshape, torch.transpose})
 _METHODS = frozenset({"add", "sub", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous"})
 _MODULES = (nn.Dropout, nn.Identity)
 
 
 def unneeded_products(layer: Layer) -> tuple[nn.Module, ...]:
-    """The linear layers whose outputs no gradient of a layer depends on; none where its forward cannot be traced.
+    """Return the linear modules whose outputs no gradient of a layer depends on; none where its forward cannot be traced.
 
     Args:
-        layer: the last of a partition; it is left in train mode.
+        layer: last layer of a partition; it is left in train mode.
     """
     layer.module.train()
     try:
@@ -45,22 +46,22 @@ def unneeded_products(layer: Layer) -> tuple[nn.Module, ...]:
     def module_of(node: fx.Node) -> nn.Module | None:
         return layer.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
-    def is_blind(node: fx.Node) -> bool:
-        """Whether a node's gradients do not depend on the values that go in."""
+    def ignores_values(node: fx.Node) -> bool:
+        """Decide whether a node's gradients do not depend on the values of its inputs."""
         known = {"output": True, "call_function": node.target in _FUNCTIONS, "call_method": node.target in _METHODS}
         return known.get(node.op, type(module_of(node)) in _MODULES)
 
-    # From the end on: what is made of a node comes after it. What nothing is made of may be there for its effect on something else.
-    unseen: set[fx.Node] = set()
+    # From the end on, so that the users of a node come before it. A node without users may be there for its effect on another value.
+    unneeded: set[fx.Node] = set()
     for node in reversed(nodes):
-        if node.op == "output" or (node.users and all(is_blind(user) and user in unseen for user in node.users)):
-            unseen.add(node)
+        if node.op == "output" or (node.users and all(ignores_values(user) and user in unneeded for user in node.users)):
+            unneeded.add(node)
     calls = Counter(module_of(node) for node in nodes)
-    # What is called elsewhere too may be needed there, and hooks may look at outputs.
+    # A module that is called twice may be needed at the other call, and hooks may look at outputs.
     return tuple(
         module
         for node in nodes
-        if node in unseen
+        if node in unneeded
         and type(module := module_of(node)) is nn.Linear
         and calls[module] == 1
         and not module._forward_hooks
@@ -70,10 +71,10 @@ def unneeded_products(layer: Layer) -> tuple[nn.Module, ...]:
 
 @contextmanager
 def without_products(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Have linear layers give no numbers (NaN, so that none is taken for a value), with the gradients of what they would have given.
+    """Have linear modules return NaN, so that no output is taken for a value, with the gradients of their true outputs.
 
     Args:
-        modules: as `unneeded_products` gives them; called once each.
+        modules: modules that `unneeded_products` returned; each is called once inside the context.
     """
     for module in modules:
         module.forward = partial(_call, module.forward)
@@ -90,7 +91,7 @@ def _call(forward: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 class _NoProducts(TorchDispatchMode):
-    """Matrix products are not computed. This is below autograd, which notes them as ever."""
+    """Replaces matrix products by NaN. It works below autograd, which records the products as always."""
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None

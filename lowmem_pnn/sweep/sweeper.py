@@ -3,16 +3,15 @@
     forward   p0 -> p1 -> ... -> pK-2          activations of all micro-batches are kept at each boundary
     backward  pK-1 -> ... -> p1 -> p0          each partition runs forward once more, with the random state it had, and then back
 
-Every weight and every piece of optimizer state of a batch is read in an order that is known beforehand: the weights reads ahead while
-a partition computes, across the partitions' ends. What was stepped is written behind.
+The order in which a batch takes weights and optimizer state is known beforehand: they are prefetched while a partition computes, across
+the ends of visits, and written behind after their step.
 
-Buffers (BatchNorm's statistics) are what they were before the batch when a partition runs forward once more, since what the first
-forward did to them was dropped with it; so each batch counts once.
+When a partition runs forward once more its buffers (BatchNorm's statistics) are those from before the batch, since the first forward's
+changes to them were dropped when it was unloaded; so each batch counts once.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,12 +22,10 @@ from lowmem_pnn.device import Device
 from lowmem_pnn.engine.loaders import Batch
 from lowmem_pnn.engine.micro_batches import micro_batches
 from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward
-from lowmem_pnn.engine.passes import backward_from_loss, forward, to_device_aligned
 from lowmem_pnn.engine.residency import Residency
-from lowmem_pnn.engine.uploads import MicroBatch, Uploads
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import DivergedError
-from lowmem_pnn.methods import Objective, Sweep, Visit
+from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
@@ -38,44 +35,25 @@ from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
 from lowmem_pnn.sweep.optimizer_steps import Gradients, SweepOptimizerSteps
-from lowmem_pnn.sweep.recompute import unneeded_products, without_products
+from lowmem_pnn.sweep.passes import SweepPasses, SweptBatch
 from lowmem_pnn.sweep.weight_streamer import WeightStreamer
 from lowmem_pnn.workload import Workload
-
-
-@dataclass
-class _Work:
-    """A batch under way.
-
-    Args:
-        tensors: of the first boundary, each (B, ...), on the host.
-        labels: (B, ...).
-        parts: its micro-batches.
-        gradients: what is known of them.
-        loss: so far.
-    """
-
-    tensors: tuple[Tensor, ...]
-    labels: Tensor
-    parts: Sequence[slice]
-    gradients: Gradients
-    loss: float = 0.0
 
 
 class Sweeper:
     """Runs the visits of a sweep, batch by batch.
 
     Args:
-        workload: model and method.
-        plan: how it is cut.
-        sweep: the visits of a batch.
-        device: open.
-        weights: of the run; working files are written in place.
-        threads: for reading ahead and writing behind.
-        counter: of the bytes that cross partitions on disk.
-        folder: where a file for these may be.
-        total_steps: optimizer steps of the whole sweep, for the learning rate.
-        on_visit: called when a visit begins, with the partition's number.
+        workload: model, data and method.
+        plan: partitions of the model.
+        sweep: visits of a batch.
+        device: training device, open.
+        weights: weight files of the run; their working files are changed in place.
+        threads: threads that read and write.
+        counter: counter of the bytes that boundary buffers write to disk and read.
+        folder: folder in which boundary buffers may make a file.
+        total_steps: optimizer steps of the whole sweep, which the learning rate's schedule stretches over.
+        on_visit: called with the partition's number when a visit begins.
     """
 
     def __init__(
@@ -101,28 +79,25 @@ class Sweeper:
             Residency(workload.chain, part.start, part.stop, device, None, frozen=number not in sweep.learners)
             for number, part in enumerate(plan.partitions)
         ]
-        self._unneeded = [unneeded_products(residency.layers[-1]) for residency in self._residencies]
         # Names in weight files, which do not change.
         self._tensor_keys = [residency.keys() for residency in self._residencies]
         self._steps = SweepOptimizerSteps(workload, plan, sweep, self._residencies, device, total_steps)
-        self._active: int | None = None
+        self._resident: int | None = None
         buffer_sizes, seed = device.buffer_sizes, workload.config.seed
-        window = plan.stream_bytes or buffer_sizes.stream_bytes
-        self._weights = WeightStreamer(weights, device, threads, window, self._steps.largest_state(weights))
+        stream_bytes = plan.stream_bytes or buffer_sizes.stream_bytes
+        self._streamer = WeightStreamer(weights, device, threads, stream_bytes, self._steps.largest_state_bytes(weights))
         phase = "forward" if sweep.phase == "epoch" else sweep.phase
-        self._boundary = BoundaryBuffers(device, folder, buffer_sizes.boundary_bytes, counter, seed, phase)
-        self._uploads = Uploads(device)
-        self._objective: Objective = workload.objective(plan, self._last)
-        self._objective.prepare(device.torch_device)
+        self._buffers = BoundaryBuffers(device, folder, buffer_sizes.boundary_bytes, counter, seed, phase)
+        self._passes = SweepPasses(workload, plan, self._residencies, device, self._buffers)
 
     def train_batch(self, batch: Batch, step: int, micro_batch: int, scale: LossScale) -> float:
-        """All visits of one batch.
+        """Run all visits of one batch: one optimizer step.
 
         Args:
             batch: tensors of the first boundary (B, ...) and labels (B, ...), on the host.
-            step: optimizer steps of this sweep before it.
+            step: number of optimizer steps of this sweep before the batch.
             micro_batch: samples on the device at once.
-            scale: of the loss; moved on.
+            scale: factor on the loss; adjusted after the step.
 
         Returns:
             The batch's mean loss.
@@ -133,28 +108,28 @@ class Sweeper:
             Exception: memory ran out (`is_out_of_memory`). Some weights may have been stepped: only a commit can be gone back to.
         """
         parts = micro_batches(len(batch[1]), micro_batch, self._plan.smallest_micro_batch)
-        work = _Work(*batch, parts, Gradients(step, scale))
-        actions: dict[str, Callable[[Visit, _Work], None]] = {
+        swept = SweptBatch(*batch, parts, Gradients(step, scale))
+        actions: dict[str, Callable[[Visit, SweptBatch], None]] = {
             "emit": self._emit,
             "backpropagate": self._backpropagate,
             "step": self._step_kept,
         }
-        with self._weights.batch(self._keys(step)):
+        with self._streamer.batch(self._keys(step)):
             for visit in self._sweep.visits:
                 self._on_visit(visit.partition)
-                actions[visit.action](visit, work)
+                actions[visit.action](visit, swept)
                 self._device.check_budget()
-        self._boundary.clear()
-        scale.update(overflowed=work.gradients.overflowed)
-        return work.loss
+        self._buffers.clear()
+        scale.update(overflowed=swept.gradients.overflowed)
+        return swept.loss
 
     def try_partition(self, number: int, samples: int, micro_batch: int) -> None:
         """Take zeros forward and back through one partition, and forget it.
 
         Args:
-            number: the partition's.
-            samples: how many zeros.
-            micro_batch: of them on the device at once.
+            number: number of the partition.
+            samples: number of samples, all zeros.
+            micro_batch: samples on the device at once.
 
         Raises:
             Exception: memory ran out (`is_out_of_memory`), or the model does not run on real tensors.
@@ -164,193 +139,134 @@ class Sweeper:
         tensors = tuple(_zeros(slice(0, samples), spec) for spec in before) if number == 0 else ()
         labels = torch.zeros(samples, *self._workload.dataset.label_shape, dtype=torch.int64)
         parts = micro_batches(samples, micro_batch, self._plan.smallest_micro_batch)
-        work = _Work(tensors, labels, parts, Gradients(0, LossScale()))
-        for part_number, part in enumerate(work.parts):
+        batch = SweptBatch(tensors, labels, parts, Gradients(0, LossScale()))
+        for part_number, part in enumerate(parts):
             if number > 0:
-                self._boundary.put_boundary(number, part_number, [_zeros(part, spec) for spec in before])
+                self._buffers.put_activations(number, part_number, [_zeros(part, spec) for spec in before])
             if number < self._last:
                 gradients = [_zeros(part, spec) if spec.dtype.is_floating_point else None for spec in after]
-                self._boundary.put_gradients(number + 1, part_number, gradients)
+                self._buffers.put_gradients(number + 1, part_number, gradients)
         try:
-            with self._weights.batch(self._tensor_keys[number]):
+            with self._streamer.batch(self._tensor_keys[number]):
                 visit = Visit("backpropagate", number, "train", learns=True, returns_input_gradient=number > 0)
-                residency = self._enter(visit)
-                with self._layer_steps(visit, work, partial(self._forget, residency)):
-                    self._backward(residency, visit, work)
+                residency = self._load(visit)
+                with self._layer_steps(visit, batch, partial(_drop_gradients, residency)):
+                    self._passes.backward(visit, batch)
         finally:
             self.close()
 
-    def settle(self) -> None:
-        """Wait until all that was stepped is in the weight files: before a commit.
+    def finish_writes(self) -> None:
+        """Wait until all stepped weights are in the weight files, before a commit.
 
         Raises:
-            DiskError: it could not be written.
+            DiskError: a write failed.
         """
-        self._weights.settle()
+        self._streamer.finish_writes()
 
-    def rest(self) -> None:
-        """Free all memory, for something else to be done before the next batch."""
-        self._leave()
-        self._weights.rest()
+    def free_memory(self) -> None:
+        """Free all memory, so that other work can be done before the next batch."""
+        self._unload()
+        self._streamer.free_memory()
 
     def close(self) -> None:
-        """Give everything up: what waits to be written is written, or not."""
+        """Wait for the writes under way, whatever comes of them, and free all memory."""
         for residency in self._residencies:
             for parameter in residency.parameters.values():
                 parameter.grad = None
-        self._uploads.drop()
-        self._leave()
-        self._weights.close()
-        self._boundary.close()
+        self._passes.close()
+        self._unload()
+        self._streamer.close()
+        self._buffers.close()
 
     def title(self, number: int) -> str:
-        """A partition in words."""
+        """Return a partition's number and layers in words."""
         return self._plan.title(number, [layer.name for layer in self._workload.chain.layers])
 
     # The visits.
 
-    def _emit(self, visit: Visit, work: _Work) -> None:
-        residency, own = self._enter(visit), visit.partition
-        for number, part in enumerate(work.parts):
-            began = self._boundary.begin_random(own, number, work.gradients.step)
-            inputs = self._inputs(own, number, part, work)
-            with torch.no_grad():
-                outputs = forward(residency.layers, inputs)
-            self._boundary.put_boundary(own + 1, number, outputs)
-            del inputs, outputs
-            self._boundary.end_random(own, number, began)
-            self._device.check_budget()
-        self._leave()
+    def _emit(self, visit: Visit, batch: SweptBatch) -> None:
+        """Run a partition forward, and keep its outputs; what the forward changes in its buffers is dropped."""
+        self._load(visit)
+        self._passes.forward(visit.partition, batch)
+        self._unload()
 
-    def _backpropagate(self, visit: Visit, work: _Work) -> None:
-        residency, own = self._enter(visit), visit.partition
+    def _backpropagate(self, visit: Visit, batch: SweptBatch) -> None:
+        """Run a partition backward; if it learns, step its layers or keep their gradients, and write its buffers."""
+        residency, number = self._load(visit), visit.partition
         if not visit.learns:
-            self._backward(residency, visit, work)
-            self._check_loss(visit, work)
+            self._passes.backward(visit, batch)
+            self._check_loss(visit, batch)
             return
-        with self._weights.writing(own) as (file, is_new):
-            step_fn = partial(self._keep, visit, work) if visit.keeps_gradients else partial(self._apply, visit, work, file)
-            with self._layer_steps(visit, work, step_fn) as steps:
-                self._backward(residency, visit, work)
-            self._check_loss(visit, work)
-            residency.check_gradients(self.title(own), steps.stepped)
+        with self._streamer.writing(number) as (file, is_new):
+            step_fn = (
+                partial(self._keep_gradients, visit, batch)
+                if visit.keeps_gradients
+                else partial(self._step_group, visit, batch, file)
+            )
+            with self._layer_steps(visit, batch, step_fn) as steps:
+                self._passes.backward(visit, batch)
+            self._check_loss(visit, batch)
+            residency.check_gradients(self.title(number), steps.stepped)
             # Frozen weights go into a new file once; buffers change with every batch.
             for name, parameter in residency.parameters.items():
                 if is_new and not parameter.requires_grad and name not in residency.owned_elsewhere:
-                    self._weights.write(own, file, weight_key(name), parameter)
+                    self._streamer.write(number, file, weight_key(name), parameter)
             for name, buffer in residency.buffers.items():
                 if name in residency.owned_elsewhere:
                     continue
                 # A copy: the next batch's forward changes it, if the partition stays, while this is being written.
-                self._weights.write(own, file, weight_key(name), buffer.clone())
+                self._streamer.write(number, file, weight_key(name), buffer.clone())
             steps.finish()
 
-    def _step_kept(self, visit: Visit, work: _Work) -> None:
-        """Apply kept gradients; the partition need not be resident."""
-        self._leave()
-        with self._weights.writing(visit.partition) as (file, _):
-            self._steps.apply_kept(visit.partition, work.gradients, self._weights, self._boundary, file)
+    def _step_kept(self, visit: Visit, batch: SweptBatch) -> None:
+        """Step a partition by kept gradients, without loading it as a whole."""
+        self._unload()
+        with self._streamer.writing(visit.partition) as (file, _):
+            self._steps.step_kept(visit.partition, batch.gradients, self._streamer, self._buffers, file)
 
-    def _check_loss(self, visit: Visit, work: _Work) -> None:
-        if visit.partition == self._last and not math.isfinite(work.loss):
+    def _check_loss(self, visit: Visit, batch: SweptBatch) -> None:
+        if visit.partition == self._last and not math.isfinite(batch.loss):
             raise DivergedError(
-                f"the loss became {work.loss} in {self.title(visit.partition)}, step {work.gradients.step + 1}; the last commit is "
-                f"kept; {work.gradients.scale.remedy}"
+                f"the loss became {batch.loss} in {self.title(visit.partition)}, step {batch.gradients.step + 1}; the last commit is "
+                f"kept; {batch.gradients.scale.remedy}"
             )
 
-    # What is done with a layer's gradients.
+    # Steps of layers, in backward or after it.
 
-    def _layer_steps(self, visit: Visit, work: _Work, step_fn: Callable[[int], None]) -> OptimizerInBackward:
-        residency = self._residencies[visit.partition]
-        after_backward, at_once = (
-            self._steps.after_backward[visit.partition],
-            self._workload.config.step_in_backward and len(work.parts) == 1,
-        )
+    def _layer_steps(self, visit: Visit, batch: SweptBatch, step_fn: Callable[[int], None]) -> OptimizerInBackward:
+        residency, after_backward = self._residencies[visit.partition], self._steps.after_backward[visit.partition]
+        at_once = self._workload.config.step_in_backward and len(batch.parts) == 1
         return OptimizerInBackward(residency.groups, residency.parameters, after_backward, step_fn, at_once=at_once)
 
-    def _apply(self, visit: Visit, work: _Work, file: TensorFile, number: int) -> None:
-        self._steps.apply(visit.partition, number, work.gradients, self._weights, file)
+    def _step_group(self, visit: Visit, batch: SweptBatch, file: TensorFile, group: int) -> None:
+        self._steps.step_group(visit.partition, group, batch.gradients, self._streamer, file)
 
-    def _keep(self, visit: Visit, work: _Work, number: int) -> None:
-        self._steps.keep(visit.partition, number, work.gradients, self._boundary)
+    def _keep_gradients(self, visit: Visit, batch: SweptBatch, group: int) -> None:
+        self._steps.keep_gradients(visit.partition, group, batch.gradients, self._buffers)
 
-    def _forget(self, residency: Residency, number: int) -> None:
-        for name in residency.groups[number]:
-            residency.parameters[name].grad = None
+    # The resident partition.
 
-    # Their parts.
-
-    def _enter(self, visit: Visit) -> Residency:
+    def _load(self, visit: Visit) -> Residency:
+        """Load a visit's partition, if it is not resident, and put its modules into the visit's mode."""
         residency = self._residencies[visit.partition]
-        if self._active != visit.partition:
-            self._leave()
-            self._active = visit.partition
-            self._weights.expect(self._tensor_keys[visit.partition])
-            residency.fill(self._weights.take)
+        if self._resident != visit.partition:
+            self._unload()
+            self._resident = visit.partition
+            self._streamer.reserve_pool_for(self._tensor_keys[visit.partition])
+            residency.fill(self._streamer.take)
         for layer in residency.layers:
             layer.module.train(visit.learns)
         return residency
 
-    def _leave(self) -> None:
-        if self._active is not None:
-            self._residencies[self._active].unload()
-            self._active = None
-
-    def _inputs(self, partition: int, number: int, part: slice, work: _Work) -> tuple[Tensor, ...]:
-        """A micro-batch at a partition's boundary, on the device; the next one may be on its way after it."""
-
-        def piece(number: int, part: slice) -> MicroBatch:
-            if partition == 0:
-                return MicroBatch.of((work.tensors, work.labels), part)
-            return MicroBatch((partition, number), lambda: self._boundary.boundary(partition, number))
-
-        following = work.parts[number + 1 : number + 2]
-        return self._uploads.take(piece(number, part), piece(number + 1, following[0]) if following else None)
-
-    def _backward(self, residency: Residency, visit: Visit, work: _Work) -> None:
-        """Forward once more and back, micro-batch by micro-batch."""
-        own = visit.partition
-        shared = {name: buffer.clone() for name, buffer in residency.buffers.items() if name in residency.shared}
-        for number, part in enumerate(work.parts):
-            self._boundary.begin_random(own, number, work.gradients.step)
-            inputs = self._inputs(own, number, part, work)
-            for tensor in inputs:
-                tensor.requires_grad_(visit.returns_input_gradient and tensor.is_floating_point())
-            hooks = self._boundary.add_shared(residency, number)
-            if own == self._last:
-                share = (part.stop - part.start) / len(work.labels)
-                labels = to_device_aligned(self._device, work.labels[part])
-                work.loss += backward_from_loss(
-                    residency.layers, inputs, labels, self._objective, share, self._plan.loss_chunk, work.gradients.scale.value
-                )
-            else:
-                self._backward_from_boundary(own, inputs, number)
-            for hook in hooks:
-                hook.remove()
-            if visit.returns_input_gradient:
-                self._boundary.put_gradients(own, number, [tensor.grad for tensor in inputs])
-            del inputs
-            self._boundary.put_shared(residency, number)
-            self._boundary.drop_boundary(own, number)
-            self._device.check_budget()
-        residency.copy_back_replaced_buffers()
-        residency.check_shared_buffers(shared)
-
-    def _backward_from_boundary(self, own: int, inputs: tuple[Tensor, ...], number: int) -> None:
-        """The outputs went on in the forward visit: only their gradients are of use now."""
-        with without_products(self._unneeded[own]):
-            outputs = forward(self._residencies[own].layers, inputs)
-        pairs = zip(outputs, self._boundary.pop_gradients(own + 1, number), strict=True)
-        learnt = [(output, gradient) for output, gradient in pairs if gradient is not None and output.requires_grad]
-        del outputs, pairs
-        if learnt:
-            torch.autograd.backward([output for output, _ in learnt], [gradient for _, gradient in learnt])
-
-    # What is read, in which order.
+    def _unload(self) -> None:
+        """Unload the resident partition, if there is one."""
+        if self._resident is not None:
+            self._residencies[self._resident].unload()
+            self._resident = None
 
     def _keys(self, step: int) -> Iterator[str]:
-        """All tensors that `train_batch` takes, in its order."""
-        resident = self._active
+        """Yield the names in weight files of all tensors that `train_batch` takes, in its order."""
+        resident = self._resident
         for visit in self._sweep.visits:
             number, is_step = visit.partition, visit.action == "step"
             if is_step:
@@ -360,6 +276,11 @@ class Sweeper:
                 resident = number
             if is_step or (visit.action == "backpropagate" and visit.learns and not visit.keeps_gradients):
                 yield from self._steps.keys(number, step, with_weights=is_step)
+
+
+def _drop_gradients(residency: Residency, group: int) -> None:
+    for name in residency.groups[group]:
+        residency.parameters[name].grad = None
 
 
 def _zeros(part: slice, spec: TensorSpec) -> Tensor:

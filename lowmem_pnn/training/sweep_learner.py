@@ -79,15 +79,15 @@ class SweepLearner:
 
     def save(self) -> Sequence[int]:
         """See `EpochsLearner`: all that was stepped is on its way to the working files."""
-        self._sweeper.settle()
+        self._sweeper.finish_writes()
         return self._sweep.learners
 
     def after_epoch(self, epoch: int) -> None:
         """See `EpochsLearner`."""
         self._run.metrics.end_record()
-        self._sweeper.settle()
+        self._sweeper.finish_writes()
         if "val" in self._run.workload.splits:
-            self._sweeper.rest()
+            self._sweeper.free_memory()
             validate(self._run, f"epoch {epoch}")
 
     def close(self) -> None:

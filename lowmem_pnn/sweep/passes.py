@@ -1,0 +1,145 @@
+"""Forward and backward passes of a sweep: all micro-batches of a batch through one resident partition."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem_pnn.device import Device
+from lowmem_pnn.engine.passes import backward_from_loss, forward, to_device_aligned
+from lowmem_pnn.engine.residency import Residency
+from lowmem_pnn.engine.uploads import MicroBatch, Uploads
+from lowmem_pnn.methods import Objective, Visit
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
+from lowmem_pnn.sweep.optimizer_steps import Gradients
+from lowmem_pnn.sweep.recompute import unneeded_products, without_products
+from lowmem_pnn.workload import Workload
+
+
+@dataclass
+class SweptBatch:
+    """A batch on its way through the partitions.
+
+    Args:
+        tensors: tensors of the first boundary, each (B, ...), on the host.
+        labels: labels (B, ...), on the host.
+        parts: ranges of samples that make its micro-batches.
+        gradients: what is known of its gradients.
+        loss: sum of the weighted losses of the micro-batches so far.
+    """
+
+    tensors: tuple[Tensor, ...]
+    labels: Tensor
+    parts: Sequence[slice]
+    gradients: Gradients
+    loss: float = 0.0
+
+
+class SweepPasses:
+    """Runs the micro-batches of a batch through a resident partition, forward or backward, between boundary buffers.
+
+    Args:
+        workload: model, data and method.
+        plan: partitions of the model.
+        residencies: residencies of all partitions; the one that a pass is for is loaded.
+        device: training device, open.
+        buffers: buffers that inputs are taken from, and outputs and gradients are put into.
+    """
+
+    def __init__(
+        self, workload: Workload, plan: Plan, residencies: list[Residency], device: Device, buffers: BoundaryBuffers
+    ) -> None:
+        self._plan = plan
+        self._residencies = residencies
+        self._device = device
+        self._buffers = buffers
+        self._last = len(residencies) - 1
+        self._unneeded = [unneeded_products(residency.layers[-1]) for residency in residencies]
+        self._uploads = Uploads(device)
+        self._objective: Objective = workload.objective(plan, self._last)
+        self._objective.prepare(device.torch_device)
+
+    def forward(self, partition: int, batch: SweptBatch) -> None:
+        """Run a batch forward without gradients, and keep the partition's outputs.
+
+        Args:
+            partition: number of the partition, not the last.
+            batch: batch that has come to the partition's boundary.
+        """
+        for number, part in enumerate(batch.parts):
+            state_before = self._buffers.restore_random_state(partition, number, batch.gradients.step)
+            inputs = self._inputs(partition, number, part, batch)
+            with torch.no_grad():
+                outputs = forward(self._residencies[partition].layers, inputs)
+            self._buffers.put_activations(partition + 1, number, outputs)
+            del inputs, outputs
+            self._buffers.put_random_state(partition, number, state_before)
+            self._device.check_budget()
+
+    def backward(self, visit: Visit, batch: SweptBatch) -> None:
+        """Run a batch forward once more and backward; gradients add up in the parameters.
+
+        The backward begins at the loss in the last partition, elsewhere at the kept gradients of the next boundary.
+
+        Args:
+            visit: the `backpropagate` visit.
+            batch: batch that has come back to the partition.
+
+        Raises:
+            CaptureError: the forward changed a buffer that other partitions hold too.
+        """
+        partition, residency = visit.partition, self._residencies[visit.partition]
+        shared = {name: buffer.clone() for name, buffer in residency.buffers.items() if name in residency.shared}
+        for number, part in enumerate(batch.parts):
+            self._buffers.restore_random_state(partition, number, batch.gradients.step)
+            inputs = self._inputs(partition, number, part, batch)
+            for tensor in inputs:
+                tensor.requires_grad_(visit.returns_input_gradient and tensor.is_floating_point())
+            hooks = self._buffers.add_shared_gradients(residency, number)
+            if partition == self._last:
+                self._backward_from_loss(inputs, part, batch)
+            else:
+                self._backward_from_boundary(partition, inputs, number)
+            for hook in hooks:
+                hook.remove()
+            if visit.returns_input_gradient:
+                self._buffers.put_gradients(partition, number, [tensor.grad for tensor in inputs])
+            del inputs
+            self._buffers.put_shared_gradients(residency, number)
+            self._buffers.drop_activations(partition, number)
+            self._device.check_budget()
+        residency.copy_back_replaced_buffers()
+        residency.check_shared_buffers(shared)
+
+    def close(self) -> None:
+        """Drop the upload under way; passes may go on later."""
+        self._uploads.drop()
+
+    def _inputs(self, partition: int, number: int, part: slice, batch: SweptBatch) -> tuple[Tensor, ...]:
+        """Return a micro-batch at a partition's boundary, on the device, and begin the upload of the next one."""
+
+        def micro_batch(number: int, part: slice) -> MicroBatch:
+            if partition == 0:
+                return MicroBatch.of((batch.tensors, batch.labels), part)
+            return MicroBatch((partition, number), lambda: self._buffers.activations(partition, number))
+
+        following = batch.parts[number + 1 : number + 2]
+        return self._uploads.take(micro_batch(number, part), micro_batch(number + 1, following[0]) if following else None)
+
+    def _backward_from_loss(self, inputs: tuple[Tensor, ...], part: slice, batch: SweptBatch) -> None:
+        weight = (part.stop - part.start) / len(batch.labels)
+        labels = to_device_aligned(self._device, batch.labels[part])
+        layers, scale = self._residencies[self._last].layers, batch.gradients.scale.value
+        batch.loss += backward_from_loss(layers, inputs, labels, self._objective, weight, self._plan.loss_chunk, scale)
+
+    def _backward_from_boundary(self, partition: int, inputs: tuple[Tensor, ...], number: int) -> None:
+        # The forward visit has kept the outputs: only their gradients are needed now.
+        with without_products(self._unneeded[partition]):
+            outputs = forward(self._residencies[partition].layers, inputs)
+        pairs = zip(outputs, self._buffers.pop_gradients(partition + 1, number), strict=True)
+        learning = [(output, gradient) for output, gradient in pairs if gradient is not None and output.requires_grad]
+        del outputs, pairs
+        if learning:
+            torch.autograd.backward([output for output, _ in learning], [gradient for _, gradient in learning])
