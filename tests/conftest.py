@@ -1,14 +1,34 @@
-"""What several test files use."""
+"""Fixtures of all tests, and what the tests' three tiers are for.
+
+`tests/unit` mirrors the package's folders: one file of tests for one module, each test a fraction of a second, all of them under two minutes.
+`tests/runs` holds whole runs in this process, on small networks: what a run computes is compared with plain PyTorch, with itself stopped and
+resumed, and with its plan. `tests/system` holds what needs processes, signals, kills, a file system or a terminal of its own, or a GPU (mark
+`gpu`). What several files share stands in `tests/helpers`.
+
+A new test goes to the lowest tier that can show the behaviour. A run that several tests only read is trained once, by a fixture of their module.
+"""
 
 import gc
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several workers share the cores: each has one thread, and so have the processes that it starts. Before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from helpers.commands import write_data
 from lowmem_pnn.stores import run_directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage() -> None:
+    """Every run collects garbage before it takes its floor; looking through all that is there already would take a third of many runs."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +45,3 @@ def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(run_directory, "_LOCK_PATIENCE_SECONDS", 0.2)
     write_data(tmp_path / "data.npz")
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def imports_are_no_garbage() -> Iterator[None]:
-    """Every run collects garbage before it takes its floor; looking through all that is imported would take a third of many runs."""
-    gc.freeze()
-    yield
-    gc.unfreeze()

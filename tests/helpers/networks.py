@@ -1,6 +1,7 @@
 """Networks to cut, and what is to hold for every chain."""
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,8 @@ def with_small_head(make: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
+_mb, _fused_mb = models.efficientnet.MBConvConfig, models.efficientnet.FusedMBConvConfig
+
 # One small member of each family of torchvision's classification networks, and the side of the images it gets.
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "alexnet": (lambda: with_small_head(models.alexnet), 63),
@@ -36,29 +39,49 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int]] = {
         32,
     ),
     "densenet": (lambda: models.DenseNet(8, (2, 3, 2), 16, num_classes=7), 32),
-    "efficientnet": (lambda: models.efficientnet_b0(num_classes=7), 32),
-    "efficientnet_v2": (lambda: models.efficientnet_v2_s(num_classes=7), 32),
+    "efficientnet": (
+        lambda: models.EfficientNet(
+            [_mb(1, 3, 1, 8, 8, 1), _mb(4, 3, 2, 8, 16, 2), _mb(4, 5, 2, 16, 24, 1)], 0.2, 0.2, num_classes=7, last_channel=40
+        ),
+        32,
+    ),
+    "efficientnet_v2": (
+        lambda: models.EfficientNet(
+            [_fused_mb(1, 3, 1, 8, 8, 1), _fused_mb(4, 3, 2, 8, 16, 2), _mb(4, 3, 2, 16, 24, 1)], 0.2, 0.2, num_classes=7,
+            last_channel=40, norm_layer=functools.partial(nn.BatchNorm2d, eps=1e-3),
+        ),
+        32,
+    ),
     "googlenet": (lambda: models.googlenet(num_classes=7, aux_logits=False, init_weights=False), 32),
     "inception_v3": (lambda: models.inception_v3(num_classes=7, aux_logits=False, init_weights=False), 75),
     "maxvit": (
         lambda: models.MaxVit(
-            input_size=(32, 32), stem_channels=8, partition_size=2, block_channels=[8, 16], block_layers=[2, 2], head_dim=4,
+            input_size=(32, 32), stem_channels=8, partition_size=2, block_channels=[8], block_layers=[2], head_dim=4,
             stochastic_depth_prob=0.2, num_classes=7,
         ),
         32,
     ),
     "mnasnet": (lambda: models.mnasnet0_5(num_classes=7), 32),
-    "mobilenet_v2": (lambda: models.mobilenet_v2(num_classes=7), 32),
-    "mobilenet_v3": (lambda: models.mobilenet_v3_small(num_classes=7), 32),
-    "regnet": (lambda: models.regnet_y_400mf(num_classes=7), 32),
+    "mobilenet_v2": (lambda: models.MobileNetV2(7, inverted_residual_setting=[[1, 8, 1, 1], [6, 16, 2, 2]]), 32),
+    "mobilenet_v3": (
+        lambda: models.MobileNetV3(
+            [
+                models.mobilenetv3.InvertedResidualConfig(*setting, 1, 1.0)
+                for setting in ((8, 3, 8, 8, True, "RE", 2), (8, 3, 24, 16, False, "RE", 2), (16, 5, 32, 16, True, "HS", 1))
+            ],
+            48, num_classes=7,
+        ),
+        32,
+    ),
+    "regnet": (lambda: models.RegNet(models.regnet.BlockParams([1, 2], [16, 32], [8, 8], [1.0, 1.0], [2, 2], 0.25), 7), 32),
     "resnet": (lambda: models.resnet18(num_classes=7), 32),
     "resnext": (lambda: models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 2], num_classes=7, groups=4, width_per_group=8), 32),
-    "shufflenet_v2": (lambda: models.shufflenet_v2_x0_5(num_classes=7), 32),
+    "shufflenet_v2": (lambda: models.ShuffleNetV2([2, 2, 2], [8, 16, 24, 32, 48], num_classes=7), 32),
     "squeezenet": (lambda: models.squeezenet1_1(num_classes=7), 32),
-    "swin": (lambda: models.SwinTransformer([2, 2], 16, [2, 2], [2, 4], [4, 4], stochastic_depth_prob=0.2, num_classes=7), 32),
+    "swin": (lambda: models.SwinTransformer([2, 2], 16, [2, 1], [2, 4], [4, 4], stochastic_depth_prob=0.2, num_classes=7), 32),
     "swin_v2": (
         lambda: models.SwinTransformer(
-            [2, 2], 16, [2, 2], [2, 4], [4, 4], stochastic_depth_prob=0.2, num_classes=7,
+            [2, 2], 16, [2, 1], [2, 4], [4, 4], stochastic_depth_prob=0.2, num_classes=7,
             block=models.swin_transformer.SwinTransformerBlockV2,
             downsample_layer=models.swin_transformer.PatchMergingV2,
         ),

@@ -24,9 +24,6 @@ from helpers.small_networks import (
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.stores.tensor_file import TensorFile
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
-
 # Cuts, networks, optimizers.
 
 

@@ -27,8 +27,6 @@ from lowmem_pnn.errors import CaptureError, ConfigError, DataError, DivergedErro
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 
 def test_too_few_samples_for_the_modules_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 training samples make no batch that partition"):

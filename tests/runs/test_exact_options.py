@@ -26,8 +26,6 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.sources.gpt import GptShape, make_gpt
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 
 @pytest.mark.parametrize(
     ("cuts", "clip_norm", "micro_batch"),

@@ -15,9 +15,6 @@ from lowmem_pnn.methods import make_method
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.run.macs import program_macs
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
-
 # A sample's forward through three partitions; sums show which of them it took.
 MACS = (100, 10, 1)
 SAMPLES = 50

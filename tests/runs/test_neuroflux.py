@@ -24,8 +24,6 @@ from lowmem_pnn.model.layer import head_prefix
 from lowmem_pnn.seeds import permutation_of, seed_of
 from lowmem_pnn.training.export import find_exit
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 CPU = torch.device("cpu")
 OPTIONS: dict[str, Any] = {"method": "neuroflux", "epochs": 2, "batch_size": 16, "lr": 0.01, "device": "cpu", "val_fraction": 0.2}
 

@@ -23,8 +23,6 @@ from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.workload import make_workload, profile_workload
 from lowmem_pnn.workload.inputs import named_inputs
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 
 def config(**options: Any) -> FitConfig:
     given = {

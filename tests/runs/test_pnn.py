@@ -38,8 +38,6 @@ from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.commits import Commits, Save, nothing_changed
 from lowmem_pnn.stores.keys import weight_key
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 CPU = torch.device("cpu")
 DISTRIBUTIONS = ["uniform", "normal", "orthogonal", "sparse"]
 # Cuts by layer, and the modules that they stand before.

@@ -28,8 +28,6 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.result import Result
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 COMMON: dict[str, Any] = {"epochs": 2, "batch_size": 12, "lr": 0.01, "seed": 3, "val_fraction": 0.1}
 
 

@@ -24,8 +24,6 @@ from lowmem_pnn.optim.low_precision import BLOCK_SIZE
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.reporting.result import Result
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 
 def mlp() -> nn.Module:
     """Of three weights one is in one piece and one in two, both with a last block that is not whole; one stays float32."""

@@ -16,8 +16,6 @@ from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.ranks import Rank, rank_folder
 from lowmem_pnn.stores.run_directory import read_journal, seal_journal
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 

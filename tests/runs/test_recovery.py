@@ -15,9 +15,6 @@ from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
-
 # Cuts by layer, and the modules that they stand before.
 CUTS: dict[str, tuple[Callable[[], Any], Data, str, list[int]]] = {
     "mlp": (small_mlp, vectors(), "1,2", [2, 4]),

@@ -16,9 +16,6 @@ from helpers.commands import lowmem_pnn, write_data
 from lowmem_pnn.run.ranks import rank_folder
 from lowmem_pnn.stores.run_directory import read_journal
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
-
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 

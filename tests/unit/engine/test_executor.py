@@ -25,17 +25,17 @@ def train(
     shrunk: list[int] = []
     x, y = images(16 * steps)
     with SimulatedDevice(1 << 30, capacity) as device:
-        stage = resident(small_conv, (3, 8, 8), device, pool, micro_batch=micro_batch, steps_in_backward=False)
-        executor = Executor(device, seed=0, on_shrink=lambda stage: shrunk.append(stage.micro_batch))
-        for layer in stage.residency.layers:
+        active = resident(small_conv, (3, 8, 8), device, pool, micro_batch=micro_batch, steps_in_backward=False)
+        executor = Executor(device, seed=0, on_shrink=lambda active: shrunk.append(active.micro_batch))
+        for layer in active.residency.layers:
             layer.module.train()
         for step in range(steps):
             part = slice(16 * step, 16 * step + 16)
-            executor.train_batch(stage, ((x[part],), y[part]), step)
-        tensors = {**stage.residency.trainable, **stage.residency.buffers}
+            executor.train_batch(active, ((x[part],), y[part]), step)
+        tensors = {**active.residency.trainable, **active.residency.buffers}
         found = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         peak = device.peak_bytes
-        stage.residency.unload()
+        active.residency.unload()
     assert peak <= device.capacity_bytes
     return found, shrunk, device
 
@@ -68,41 +68,41 @@ def test_a_step_that_does_not_fit_is_a_budget_error(pool: ThreadPoolExecutor) ->
     spec = OptimizerSpec("adamw", fused=False)
     batch = ((torch.ones(2, 12),), torch.tensor([0, 1]))
     with SimulatedDevice(1 << 30) as device:
-        stage = resident(lambda: nn.Linear(12, 4000), (12,), device, pool, spec, micro_batch=2, steps_in_backward=False)
+        active = resident(lambda: nn.Linear(12, 4000), (12,), device, pool, spec, micro_batch=2, steps_in_backward=False)
         executor = Executor(device, seed=0)
-        executor.train_batch(stage, batch, 0)
+        executor.train_batch(active, batch, 0)
         # Room for the gradients, and not for the temporaries of the unfused step.
         device.capacity_bytes = device.used_bytes() + 4000 * 13 * 4 + 4000 * 12 * 4 // 2
         with pytest.raises(BudgetError, match="memory ran out for the optimizer's step of partition 1 of 1"):
-            executor.train_batch(stage, batch, 1)
+            executor.train_batch(active, batch, 1)
 
 
 def test_objective_that_does_not_fit_is_a_budget_error(pool: ThreadPoolExecutor) -> None:
     class Large(Labels):
         def prepare(self, device: torch.device) -> None:
-            self.codes = torch.empty(1000)
+            self.class_vectors = torch.empty(1000)
 
     with SimulatedDevice(1 << 30) as device:
-        stage = resident(lambda: nn.Linear(4, 2), (4,), device, pool)
-        stage.objective = Large()
+        active = resident(lambda: nn.Linear(4, 2), (4,), device, pool)
+        active.objective = Large()
         device.capacity_bytes = device.used_bytes() + 100
         with pytest.raises(BudgetError, match="memory ran out for the objective of partition 1 of 1"):
-            Executor(device, seed=0).prepare(stage)
+            Executor(device, seed=0).prepare(active)
 
 
 def test_measuring_on_a_full_device_counts_every_sample_once(pool: ThreadPoolExecutor) -> None:
     x, y = images(30)
     loader = DatasetLoader(from_torch((x, y)), 0, pool, permuted=False)
     with SimulatedDevice(1 << 30) as device:
-        stage = resident(small_conv, (3, 8, 8), device, pool, None, batch_size=16)
+        active = resident(small_conv, (3, 8, 8), device, pool, None, batch_size=16)
         executor = Executor(device, seed=0)
-        [expected] = executor.measure(stage, loader)
+        [expected] = executor.measure(active, loader)
         device.begin_section()
         before = device.used_bytes()
-        executor.measure(stage, loader)
+        executor.measure(active, loader)
         device.capacity_bytes = before + (device.section_peak_bytes() - before) // 2
-        [found] = executor.measure(stage, loader)
-        assert stage.micro_batch < 16
+        [found] = executor.measure(active, loader)
+        assert active.micro_batch < 16
     assert found.num_samples == expected.num_samples == 30
     assert found.accuracy == expected.accuracy
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
@@ -112,9 +112,9 @@ def test_a_loss_that_is_not_finite_is_returned_and_leaves_the_weights(pool: Thre
     x, y = vectors(32)
     x[20] = 3e38
     with SimulatedDevice(1 << 30) as device:
-        stage = resident(
+        active = resident(
             lambda: nn.Sequential(nn.Linear(12, 40), nn.ReLU(), nn.Linear(40, 4)), (12,), device, pool, batch_size=32
         )
-        before = {name: tensor.detach().clone() for name, tensor in stage.residency.trainable.items()}
-        assert not math.isfinite(Executor(device, seed=0).train_batch(stage, ((x,), y), 0))
-        assert all(torch.equal(tensor, before[name]) for name, tensor in stage.residency.trainable.items())
+        before = {name: tensor.detach().clone() for name, tensor in active.residency.trainable.items()}
+        assert not math.isfinite(Executor(device, seed=0).train_batch(active, ((x,), y), 0))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in active.residency.trainable.items())

@@ -1,4 +1,4 @@
-"""Feeds: in which order samples come and with which labels, where an epoch is taken up again, how many batches are held."""
+"""Loaders: in which order samples come and with which labels, where an epoch is taken up again, how many batches are held."""
 
 import gc
 import tempfile
@@ -30,14 +30,14 @@ def samples(num_samples: int = NUM_SAMPLES, num_classes: int = 4) -> tuple[Tenso
     return x, torch.arange(num_samples) % num_classes
 
 
-def feed_of(
+def loader_of(
     kind: str, folder: Path, pool: ThreadPoolExecutor, seed: int = 0, data: tuple[Tensor, Tensor] | None = None
 ) -> Loader:
     x, y = data or samples()
     if kind.startswith("data set"):
         return DatasetLoader(from_torch((x, y)), seed, pool, permuted=kind == "data set, mixed")
-    if kind == "codes":
-        # Each sample is a class of its own, whose code holds its number.
+    if kind == "synthetic labels":
+        # Each sample is a class of its own, whose vector holds its number.
         return SyntheticLabelLoader(from_torch((x, torch.arange(len(x)))), (x,), seed)
     if not folder.exists():
         with ActivationWriter(folder, (TensorSpec((3,), torch.float32),), len(x), 100, pool) as writer:
@@ -58,21 +58,21 @@ def flat(batches: list[list[int]]) -> list[int]:
     return [number for batch in batches for number in batch]
 
 
-KINDS = ["data set", "shards in memory", "shards in windows", "codes"]
+KINDS = ["data set", "shards in memory", "shards in windows", "synthetic labels"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_has_every_sample_once_in_an_order_made_of_seed_and_epoch(
     kind: str, tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    loader = feed_of(kind, tmp_path / "store", pool)
+    loader = loader_of(kind, tmp_path / "store", pool)
     first = numbers(loader.batches(5, shuffle=True, epoch=0))
     assert [len(batch) for batch in first] == [5, 5, 5, 5, 3]
     assert sorted(flat(first)) == list(range(NUM_SAMPLES))
     assert flat(first) != list(range(NUM_SAMPLES))
     assert numbers(loader.batches(5, shuffle=True, epoch=1)) != first
-    assert numbers(feed_of(kind, tmp_path / "store", pool).batches(5, shuffle=True, epoch=0)) == first
-    assert numbers(feed_of(kind, tmp_path / "store", pool, seed=1).batches(5, shuffle=True, epoch=0)) != first
+    assert numbers(loader_of(kind, tmp_path / "store", pool).batches(5, shuffle=True, epoch=0)) == first
+    assert numbers(loader_of(kind, tmp_path / "store", pool, seed=1).batches(5, shuffle=True, epoch=0)) != first
     loader.close()
 
 
@@ -82,7 +82,7 @@ def test_an_epoch_has_every_sample_once_in_an_order_made_of_seed_and_epoch(
 def test_an_epoch_that_is_taken_up_again_gives_the_batches_that_were_left(
     kind: str, shuffle: bool, start: int, tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    loader = feed_of(kind, tmp_path / "store", pool)
+    loader = loader_of(kind, tmp_path / "store", pool)
     whole = numbers(loader.batches(5, shuffle=shuffle, epoch=2))
     assert numbers(loader.batches(5, shuffle=shuffle, epoch=2, start=start)) == whole[start:]
     loader.close()
@@ -90,7 +90,7 @@ def test_an_epoch_that_is_taken_up_again_gives_the_batches_that_were_left(
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_without_shuffling_samples_come_in_their_own_order(kind: str, tmp_path: Path, pool: ThreadPoolExecutor) -> None:
-    loader = feed_of(kind, tmp_path / "store", pool)
+    loader = loader_of(kind, tmp_path / "store", pool)
     assert flat(numbers(loader.batches(4, shuffle=False))) == list(range(NUM_SAMPLES))
     loader.close()
 
@@ -103,17 +103,17 @@ def test_the_own_order_of_training_data_is_a_fixed_mixture(pool: ThreadPoolExecu
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_codes_come_in_the_order_of_the_training_data(shuffle: bool, tmp_path: Path, pool: ThreadPoolExecutor) -> None:
-    codes, data = (feed_of(kind, tmp_path, pool, seed=7) for kind in ("codes", "data set, mixed"))
+def test_synthetic_labels_come_in_the_order_of_the_training_data(shuffle: bool, tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    vectors, data = (loader_of(kind, tmp_path, pool, seed=7) for kind in ("synthetic labels", "data set, mixed"))
     for epoch in range(3):
-        orders = [numbers(loader.batches(5, shuffle=shuffle, epoch=epoch)) for loader in (codes, data)]
+        orders = [numbers(loader.batches(5, shuffle=shuffle, epoch=epoch)) for loader in (vectors, data)]
         assert orders[0] == orders[1]
 
 
-def test_every_tensor_of_a_boundary_has_its_codes() -> None:
+def test_every_tensor_of_a_boundary_has_its_class_vectors() -> None:
     x, y = samples()
-    codes = torch.arange(4.0)[:, None], torch.arange(8.0).view(4, 2)
-    batches = list(SyntheticLabelLoader(from_torch((x, y)), codes, 0).batches(10, shuffle=True))
+    vectors = torch.arange(4.0)[:, None], torch.arange(8.0).view(4, 2)
+    batches = list(SyntheticLabelLoader(from_torch((x, y)), vectors, 0).batches(10, shuffle=True))
     assert [len(labels) for _, labels in batches] == [10, 10, 3]
     for (one, two), labels in batches:
         assert torch.equal(one[:, 0], labels.float())
@@ -135,7 +135,7 @@ def test_every_sample_has_its_own_label_in_every_order(
     x, y = samples(num_samples)[0], torch.tensor(labels[:num_samples])
     y[0] = 3  # of four classes
     with ThreadPoolExecutor(1) as pool, tempfile.TemporaryDirectory() as folder:
-        loader = feed_of(kind, Path(folder, "store"), pool, seed, (x, y))
+        loader = loader_of(kind, Path(folder, "store"), pool, seed, (x, y))
         assert loader.num_samples == num_samples
         orders: dict[bool, list[list[int]]] = {True: [], False: []}
         for shuffle in orders:
@@ -143,7 +143,7 @@ def test_every_sample_has_its_own_label_in_every_order(
                 batches = [(held[0], given) for held, given in loader.batches(batch_size, shuffle=shuffle, epoch=epoch)]
                 order = torch.cat([held[:, 0] for held, _ in batches]).long()
                 found = torch.cat([given for _, given in batches])
-                assert torch.equal(found, order if kind == "codes" else y[order])
+                assert torch.equal(found, order if kind == "synthetic labels" else y[order])
                 orders[shuffle].append(order.tolist())
         loader.close()
     assert all(sorted(order) == list(range(num_samples)) for order in orders[True] + orders[False])

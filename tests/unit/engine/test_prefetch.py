@@ -1,4 +1,4 @@
-"""Streams: tensors come in order, windows hold, failures surface, and blocks of memory are used again."""
+"""Prefetch and write-behind: tensors come in order, limits hold, and failures surface."""
 
 import threading
 import time
@@ -32,25 +32,25 @@ class _Disk:
 
 @given(st.lists(st.integers(1, 40), max_size=12), st.integers(0, 60))
 @settings(max_examples=60, deadline=None)
-def test_tensors_come_in_order_and_no_more_than_the_window_waits(sizes: list[int], window: int) -> None:
+def test_tensors_come_in_order_and_no_more_than_the_limit_waits(sizes: list[int], limit: int) -> None:
     disk = _Disk()
     with ThreadPoolExecutor(1) as pool:
-        ahead = Prefetcher((disk.request(number, size) for number, size in enumerate(sizes)), pool, window)
+        prefetcher = Prefetcher((disk.request(number, size) for number, size in enumerate(sizes)), pool, limit)
         for number, size in enumerate(sizes):
-            tensor = ahead.take()
+            tensor = prefetcher.take()
             assert tensor.tolist() == [number] * size
             disk.ahead -= size
-        ahead.close()
-    # Between a tensor's leaving the window and its being counted off here, the next may have been read.
+        prefetcher.close()
+    # Between a tensor's being taken and its being counted off here, the next may have been read.
     largest = max((one + other for one, other in pairwise(sizes)), default=max(sizes, default=0))
-    assert disk.most <= max(window, max(sizes, default=0)) + largest
+    assert disk.most <= max(limit, max(sizes, default=0)) + largest
 
 
 def test_a_stream_that_is_closed_reads_no_more(pool: ThreadPoolExecutor) -> None:
     disk = _Disk()
-    ahead = Prefetcher((disk.request(number, 10) for number in range(100)), pool, 50)
-    ahead.take()
-    ahead.close()
+    prefetcher = Prefetcher((disk.request(number, 10) for number in range(100)), pool, 50)
+    prefetcher.take()
+    prefetcher.close()
     before = disk.most
     pool.submit(int).result()
     assert disk.most == before <= 70
@@ -60,15 +60,15 @@ def test_a_failed_read_is_raised_where_its_tensor_is_taken(pool: ThreadPoolExecu
     def fail() -> Tensor:
         raise DiskError("gone")
 
-    ahead = Prefetcher(iter([Request(1, lambda: torch.ones(1)), Request(1, fail)]), pool, 10)
-    ahead.take()
+    prefetcher = Prefetcher(iter([Request(1, lambda: torch.ones(1)), Request(1, fail)]), pool, 10)
+    prefetcher.take()
     with pytest.raises(DiskError, match="gone"):
-        ahead.take()
-    ahead.close()
+        prefetcher.take()
+    prefetcher.close()
 
 
-def test_writes_are_done_in_order_and_no_more_than_the_window_waits(pool: ThreadPoolExecutor) -> None:
-    behind, written, waiting, most = WriteBehind(pool, 25), [], 0, 0
+def test_writes_are_done_in_order_and_no_more_than_the_limit_waits(pool: ThreadPoolExecutor) -> None:
+    write_behind, written, waiting, most = WriteBehind(pool, 25), [], 0, 0
     lock = threading.Lock()
     for number in range(20):
 
@@ -81,10 +81,10 @@ def test_writes_are_done_in_order_and_no_more_than_the_window_waits(pool: Thread
 
         with lock:
             waiting += 10
-        behind.submit(10, write)
+        write_behind.submit(10, write)
         with lock:
             most = max(most, waiting)
-    behind.wait()
+    write_behind.wait()
     assert written == list(range(20))
     assert most <= 40  # two that wait, the one that is submitted, and one that is done but not yet counted off
 
@@ -93,13 +93,13 @@ def test_a_failed_write_is_raised_by_a_later_one_or_by_the_wait(pool: ThreadPool
     def fail() -> None:
         raise DiskError("full")
 
-    behind = WriteBehind(pool, 100)
-    behind.submit(1, fail)
+    write_behind = WriteBehind(pool, 100)
+    write_behind.submit(1, fail)
     with pytest.raises(DiskError, match="full"):
-        behind.wait()
-    behind.submit(1, fail)
+        write_behind.wait()
+    write_behind.submit(1, fail)
     pool.submit(int).result()
     with pytest.raises(DiskError, match="full"):
-        behind.submit(1, lambda: None)
-    behind.abandon()
-    behind.wait()
+        write_behind.submit(1, lambda: None)
+    write_behind.abandon()
+    write_behind.wait()

@@ -89,12 +89,12 @@ def test_a_micro_batch_goes_up_before_the_one_before_it_is_computed_across_batch
         executor_module, "backward_from_loss", lambda *args: (log.append("compute"), compute(*args))[1]
     )  # fmt: skip
     with SimulatedDevice(1 << 30) as device:
-        stage = resident(small_conv, (3, 8, 8), device, pool, batch_size=8, micro_batch=4)
+        active = resident(small_conv, (3, 8, 8), device, pool, batch_size=8, micro_batch=4)
         _log_copies(device, log, monkeypatch)
         loader = DatasetLoader(from_torch(images(16)), 0, pool, permuted=False)
         executor = Executor(device, 0)
         for step, (batch, following) in enumerate(executor.over(loader, loader.batches(8, shuffle=False))):
-            executor.train_batch(stage, batch, step, following)
+            executor.train_batch(active, batch, step, following)
         assert device.transfers is not None
         assert device.transfers.in_flight_bytes == 0
     # Samples and labels of each of two micro-batches in each of two batches.
@@ -121,14 +121,14 @@ def test_outputs_go_down_while_the_next_micro_batch_is_computed(
             self.kept.append(tensors[0].clone())
 
     with SimulatedDevice(1 << 30) as device:
-        stage = resident(small_conv, (3, 8, 8), device, pool, batch_size=8, micro_batch=4)
+        active = resident(small_conv, (3, 8, 8), device, pool, batch_size=8, micro_batch=4)
         _log_copies(device, log, monkeypatch)
         loader, writer = DatasetLoader(from_torch(images(12)), 0, pool, permuted=False), Writer()
-        Executor(device, 0).emit(stage, loader, writer, lambda: None)  # type: ignore[arg-type]
+        Executor(device, 0).emit(active, loader, writer, lambda: None)  # type: ignore[arg-type]
         (samples,), _ = next(iter(loader.batches(12, shuffle=False)))
         with torch.no_grad():
             tensors: tuple[Tensor, ...] = (samples.clone(),)
-            for layer in stage.residency.layers:
+            for layer in active.residency.layers:
                 tensors = layer(*tensors)
         torch.testing.assert_close(torch.cat(writer.kept), tensors[0])
     assert log == [

@@ -1,12 +1,8 @@
 """Exits: which is chosen, and what its model holds."""
 
-import pytest
-
 from helpers.neuroflux_layers import layers_with_heads
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.evaluation.exits import ExitModel, choose_exit
-
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
 
 def test_the_exit_is_the_smallest_within_the_tolerance() -> None:

@@ -9,8 +9,6 @@ from torch import nn
 from lowmem_pnn.methods.heads import make_head, num_filters
 from lowmem_pnn.model.chain import TensorSpec
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 
 def test_the_number_of_filters_follows_the_rule() -> None:
     assert [num_filters("adaptive", channels, side) for channels, side in ((64, 32), (128, 16), (256, 8), (512, 4))] == [

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -12,8 +11,6 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.engine.passes import backward_from_loss
 from lowmem_pnn.methods import Visit, make_method
-
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
 
 def test_units_of_a_block_do_not_exchange_gradients() -> None:

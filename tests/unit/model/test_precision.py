@@ -11,8 +11,6 @@ from lowmem_pnn.errors import DivergedError
 from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.model.precision import FULL_PRECISION, LossScale, Precision, unscale
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 
 def test_a_chain_computes_what_autocast_of_the_model_does() -> None:
     model = small_conv().eval()

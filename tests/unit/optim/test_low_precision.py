@@ -20,8 +20,6 @@ from lowmem_pnn.optim import low_precision
 from lowmem_pnn.optim.low_precision import BLOCK_SIZE, MIN_QUANTIZED_SIZE, PIECE_SIZE, Bfloat16, Int8, is_quantized, pieces
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 SIZES = [
     MIN_QUANTIZED_SIZE,
     MIN_QUANTIZED_SIZE + 1,

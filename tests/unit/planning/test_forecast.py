@@ -14,8 +14,6 @@ from lowmem_pnn.planning.forecast import ForecastInputs, PartitionBytes, TimeAnd
 from lowmem_pnn.profiling.timings import LayerTimings, MachineTimings, Seconds
 from lowmem_pnn.units import seconds_text
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 SAMPLES = {"train": 50, "val": 7}
 NOTHING = Seconds(0.0, 0.0)
 # Four layers, two in each partition; powers of ten tell them apart in sums.

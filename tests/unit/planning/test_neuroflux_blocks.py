@@ -3,7 +3,6 @@
 import itertools
 import random
 
-import pytest
 import torch
 from torch import nn
 
@@ -13,9 +12,6 @@ from lowmem_pnn.planning.neuroflux_blocks import feasible_batch, similar_batch_c
 from lowmem_pnn.profiling.costs import Affine
 from lowmem_pnn.profiling.peaks import peak_of
 from lowmem_pnn.profiling.profiler import profile
-
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 
 CPU = torch.device("cpu")
 

@@ -20,8 +20,6 @@ from lowmem_pnn.profiling.machine_benchmark import time_machine
 from lowmem_pnn.profiling.profiler import profile
 from lowmem_pnn.profiling.timings import LayerTimings, Seconds
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 
 def block(width: int, **dropout: float) -> nn.Module:
     return nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(**dropout))

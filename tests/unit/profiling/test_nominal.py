@@ -1,12 +1,8 @@
 """Nominal timings: sums of counts."""
 
-import pytest
-
 from lowmem_pnn.profiling.costs import Affine, LayerCost, MemoryProfile
 from lowmem_pnn.profiling.nominal import MachineSpeed, nominal_timings
 from lowmem_pnn.profiling.timings import Seconds
-
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
 
 def test_nominal_timings_are_sums_of_counts() -> None:

@@ -10,8 +10,6 @@ from lowmem_pnn.methods import Sweep, Visit, make_method, visits_of_rank
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.run.macs import macs_until, program_macs, samples_learnt
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
 # A sample's forward through three partitions; sums show which of them it took.
 MACS = (100, 10, 1)
 SAMPLES = 50

@@ -12,9 +12,6 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.methods import Sweep, Visit, make_method, visits_of_rank
 from lowmem_pnn.run.ranks import ALONE, Rank, rank_folder
 
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
-
-
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 

@@ -1,11 +1,7 @@
 """The state of a run in its journal."""
 
-import pytest
-
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.run.state import State
-
-pytestmark = pytest.mark.usefixtures("imports_are_no_garbage")
 
 
 def test_a_journal_of_a_time_without_scales_is_read() -> None:
