@@ -1,10 +1,19 @@
 """Chains with compiled layers for tests."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as watch
 
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.model.compiler import Compiler, CompileVariant
+from lowmem_pnn.model.layer import Layer
+from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.profiling.fake_run import _Sink
+from lowmem_pnn.profiling.profiler import profile
 
 CPU = torch.device("cpu")
 
@@ -24,3 +33,46 @@ def compiled(model: nn.Module, spec: TensorSpec) -> tuple[Chain, Compiler]:
             layer, chain.boundaries[number], [CompileVariant(trains=True, learns_input=number > 0), CompileVariant(trains=False)]
         )
     return chain, compiler
+
+
+def assert_allocates_what_was_foreseen(chain: Chain) -> None:
+    """Forward, what it keeps, and backward of every layer stay below its costs."""
+    costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU)
+    chain.train()
+    size = 7
+    for number, (layer, cost) in enumerate(zip(chain.layers, costs.layers, strict=True)):
+        specs = chain.boundaries[number]
+        forward, kept, backward = _allocations(layer, tuple(_samples(size, spec, learns=number > 0) for spec in specs))
+        assert kept <= cost.kept.at(size), layer.name
+        # Convolutions of few channels have more scratch memory than is foreseen, with code or without: as much as maps of 16.
+        scratch = 2 * size * 16 * 64 * 4 if any(tensor.dim() == 4 for tensor in layer.parameters().values()) else 0
+        assert forward <= cost.forward_peak.at(size) + scratch, layer.name
+        assert backward <= cost.output_bytes.at(size) + cost.backward_peak.at(size) + scratch, layer.name
+
+
+def _allocations(layer: Layer, inputs: tuple[Tensor, ...]) -> tuple[int, int, int]:
+    """The most bytes in a layer's forward, those after it, and the most in its backward above those."""
+    results: list[tuple[Tensor, ...]] = []
+    forward, kept = _allocated(lambda: results.append(layer(*inputs)))
+    end = _Sink.apply(CPU, *results.pop())  # makes gradients that nobody else holds
+    begin = torch.ones_like(end)
+    backward, _ = _allocated(lambda: end.backward(begin))
+    return forward, kept, backward
+
+
+def _samples(size: int, spec: TensorSpec, *, learns: bool) -> Tensor:
+    if not spec.dtype.is_floating_point:
+        return torch.zeros(size, *spec.shape, dtype=spec.dtype)
+    return torch.randn(size, *spec.shape).requires_grad_(learns)
+
+
+def _allocated(work: Callable[[], Any]) -> tuple[int, int]:
+    """The most bytes that PyTorch's allocator had given out in some work, and those it had at its end, above those at its beginning."""
+    with watch(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    live = highest = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            highest = max(highest, live)
+    return highest, live

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import lowmem_pnn
+from helpers.displays import StopsAt
 from helpers.exact_runs import COMMON, KINDS, fit
 from helpers.plainloops import assert_same_weights, loaded, step_lines, train_by_exact
 from helpers.simulated import Squeeze, train_on
@@ -24,7 +25,6 @@ from lowmem_pnn import api as trainer
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import CaptureError, ConfigError, DataError, DivergedError, Stopped
-from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 
 
@@ -38,30 +38,6 @@ def test_too_few_samples_for_the_modules_are_an_error(tmp_path: Path) -> None:
         )
 
 
-class _Interrupts(Display):
-    """Stops a run when it tells something for the `at`th time."""
-
-    def __init__(self, at: int | None = None) -> None:
-        self.count, self._at = 0, at
-
-    def _tell(self) -> None:
-        self.count += 1
-        if self.count == self._at:
-            raise Stopped("enough")
-
-    def enter(self, title: str) -> None:
-        self._tell()
-
-    def start_epoch(self, title: str, epoch: int, epochs: int, num_samples: int, done: int) -> None:
-        self._tell()
-
-    def advance(self, num_samples: int, used_bytes: int, budget_bytes: int) -> None:
-        self._tell()
-
-    def end_epoch(self, line: dict[str, Any]) -> None:
-        self._tell()
-
-
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("conv", {"cuts": "1,3"}), ("conv", {"cuts": "2", "clip_norm": 0.1}), ("gpt", {"cuts": "2,5", "lr_schedule": "onecycle"})],
@@ -72,13 +48,13 @@ def test_a_run_that_was_interrupted_and_resumed_is_same_as_uninterrupted(
 ) -> None:
     build = functools.partial(small_gpt, tied=True) if kind == "gpt" else KINDS[kind].build
     options = {**COMMON, **options, "micro_batch": 10 if kind == "gpt" else 5, "commit_every": 0.0, "log_every": 1}
-    display = _Interrupts()
+    display = StopsAt()
     expected = fit(build, KINDS[kind].data, tmp_path / "whole", display=display, **options)
     assert display.count >= 6
     for at in (display.count // 3, display.count * 3 // 4):
         folder = tmp_path / f"run{at}"
         with pytest.raises(Stopped):
-            fit(build, KINDS[kind].data, folder, display=_Interrupts(at), **options)
+            fit(build, KINDS[kind].data, folder, display=StopsAt(at), **options)
         result = fit(build, KINDS[kind].data, folder, resume=True, **options)
         assert result.resumed == 1
         assert_same_weights(loaded(build, result.weights_file), loaded(build, expected.weights_file))
@@ -157,7 +133,7 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_last_commit(clip_norm: flo
     # Every step before it was committed, and none of them has to be done again to come to the same end.
     step = int(found[1])
     assert step > 1
-    display = _Interrupts()
+    display = StopsAt()
     with pytest.raises(DivergedError) as second:
         fit(small_mlp, vectors(), tmp_path / "run", resume=True, display=display, **options)
     assert str(second.value) == message
