@@ -252,7 +252,7 @@ def contend(name: str, job: Job) -> None:
 
 def prepare(folder: Path, steps: int) -> None:
     """Write the data set as a file for ours, and as batches, in the order in which ours takes them, for the others."""
-    from lowmem_pnn.config.options import configure
+    from lowmem_pnn.config.configure import configure
     from lowmem_pnn.seeds import permutation_of
     from lowmem_pnn.workload import open_data
 

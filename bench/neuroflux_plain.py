@@ -21,7 +21,7 @@ from common import StepMeter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowmem_pnn.config.options import configure
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device.cpu import warm_up
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.workload import open_data

@@ -52,7 +52,7 @@ def plain(depth: int) -> None:
     """The same work in plain PyTorch, measured by the same meter; prints JSON."""
     import torch
 
-    from lowmem_pnn.config.options import configure
+    from lowmem_pnn.config.configure import configure
     from lowmem_pnn.device import CpuDevice
     from lowmem_pnn.workload import open_data
 

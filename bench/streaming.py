@@ -92,7 +92,7 @@ def in_memory(tokens: int, text: Path, kept_blocks: int, early_stop: bool) -> No
     import torch
     from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-    from lowmem_pnn.config.options import configure
+    from lowmem_pnn.config.configure import configure
     from lowmem_pnn.seeds import permutation_of
     from lowmem_pnn.workload import open_data
 

@@ -96,3 +96,20 @@ def test_nothing_names_this_machine() -> None:
     for path in files:
         if path != Path(__file__):
             assert not re.search(r"/(root|home/\w+|work/main)/", path.read_text()), path
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_runs_state_changes_in_run_alone(path: Path) -> None:
+    def is_of_state(target: ast.expr) -> bool:
+        """Whether a target of an assignment is a part of something called `state`."""
+        while isinstance(target, ast.Attribute | ast.Subscript):
+            target = target.value
+            if isinstance(target, ast.Attribute) and target.attr == "state":
+                return True
+        return False
+
+    if _place(path) == "run":
+        pytest.skip("here it may")
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+        assert not any(map(is_of_state, targets)), f"line {node.lineno} changes a run's state"
