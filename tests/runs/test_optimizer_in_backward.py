@@ -90,10 +90,13 @@ def test_gradients_of_one_layer_at_a_time_are_in_memory(
     assert runs[True].peak_bytes < share * runs[False].peak_bytes
     for run in runs.values():
         assert run.peak_bytes <= 1.02 * run.predicted_peak_bytes
-    # Where micro-batches add up, or the norm is clipped, nothing is gained, and nothing is promised.
+    # Where micro-batches add up, or the norm of all gradients is clipped, nothing is gained, and nothing is promised.
     for name, waiting in {"added": {"micro_batch": 5}, "clipped": {"clip_norm": 1.0}}.items():
         run = fit(wide_mlp, vectors(40, 96), tmp_path / name, monkeypatch, **options, **waiting)
-        assert 1.02 * run.predicted_peak_bytes >= run.peak_bytes > share * runs[False].peak_bytes
+        assert 1.02 * run.predicted_peak_bytes >= run.peak_bytes
+        # Layers that learn by losses of their own are clipped one by one, as soon as their gradients are there.
+        waits = name == "added" or method != "neuroflux"
+        assert (run.peak_bytes > share * runs[False].peak_bytes) == waits
 
 
 def test_exact_keeps_gradients_that_are_to_be_clipped_outside_of_memory_while_backward_goes_on(
@@ -146,5 +149,5 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_anything_steps(
 ) -> None:
     x, y = vectors()
     x[:] = 3e38
-    with pytest.raises(DivergedError, match=r"the loss became (nan|inf) in partition 1 of 1, epoch 1, batch 1; .*lower --lr"):
+    with pytest.raises(DivergedError, match=r"the loss became (nan|inf) in partition 1 of 1 \(0 to 2\), .* 1; .*lower --lr"):
         fit(small_mlp, (x, y), tmp_path / "run", monkeypatch, method=method, batch_size=40, **one_partition(method))
