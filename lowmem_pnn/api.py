@@ -19,7 +19,7 @@ from lowmem_pnn.planning.describe import describe_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
-from lowmem_pnn.profiling.profiler import MeasurementCache
+from lowmem_pnn.profiling.memory_profiler import MeasurementCache
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result

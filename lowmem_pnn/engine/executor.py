@@ -20,10 +20,10 @@ from torch import Tensor
 from lowmem_pnn.device import Device, Download
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.loaders import Batch, Loader
-from lowmem_pnn.engine.micro_batches import halved, micro_batches
+from lowmem_pnn.engine.micro_batches import micro_batches
 from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward
 from lowmem_pnn.engine.optimizer_step import finish_step, layer_steps
-from lowmem_pnn.engine.out_of_memory import SteppedInPart, fits, too_large, unless_out_of_memory
+from lowmem_pnn.engine.out_of_memory import SteppedInPart, fits, halved, too_large, unless_out_of_memory
 from lowmem_pnn.engine.passes import backward_from_loss, outputs_in_chunks, scores_per_layer
 from lowmem_pnn.engine.stalls import Stalls
 from lowmem_pnn.engine.tally import Tally

@@ -1,4 +1,4 @@
-"""Micro-batches: a batch cut into what goes through the device at once, and half of it where memory ran out."""
+"""Micro-batches: a batch cut into parts that go through the device one at a time (gradient accumulation)."""
 
 from collections.abc import Sequence
 
@@ -19,17 +19,3 @@ def micro_batches(total: int, size: int, smallest: int) -> Sequence[slice]:
     if len(starts) > 1 and total - starts[-1] < smallest:
         starts.pop()
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], total], strict=True)]
-
-
-def halved(micro_batch: int, smallest: int) -> int | None:
-    """Return half a micro-batch, at least the smallest; None where it is the smallest already.
-
-    Args:
-        micro_batch: samples on the device at once, which did not fit.
-        smallest: samples that the modules accept at least.
-
-    Example:
-        >>> halved(12, smallest=2), halved(3, smallest=2), halved(2, smallest=2)
-        (6, 2, None)
-    """
-    return None if micro_batch <= smallest else max(smallest, micro_batch // 2)

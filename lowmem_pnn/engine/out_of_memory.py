@@ -1,4 +1,4 @@
-"""Work that may run out of memory, and what is said where it did."""
+"""Out of memory: work that may run out of it, half the micro-batch where it did, and the error where nothing smaller is left."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -46,3 +46,17 @@ def too_large(device: Device, what: str) -> BudgetError:
     """
     used, budget = format_bytes(device.section_peak_bytes()), format_bytes(device.budget_bytes)
     return BudgetError(f"memory ran out {what}: {used} of {budget} were in use; give a larger --max-gpu-mem, or more partitions")
+
+
+def halved(micro_batch: int, smallest: int) -> int | None:
+    """Return half a micro-batch, at least the smallest; None where it is the smallest already.
+
+    Args:
+        micro_batch: samples on the device at once, which did not fit.
+        smallest: samples that the modules accept at least.
+
+    Example:
+        >>> halved(12, smallest=2), halved(3, smallest=2), halved(2, smallest=2)
+        (6, 2, None)
+    """
+    return None if micro_batch <= smallest else max(smallest, micro_batch // 2)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from lowmem_pnn.config.checks import check_lengths
+from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning import planner
@@ -152,13 +153,14 @@ def _with_recovery(request: PlanRequest, plan: Plan) -> Plan:
         ]
         if max(peaks) + device.reserve_bytes <= device.budget_bytes:
             break
-        if size <= plan.smallest_micro_batch:
+        half = halved(size, plan.smallest_micro_batch)
+        if half is None:
             worst = peaks.index(max(peaks))
             raise BudgetError(
                 f"partition {worst + 1} of {len(peaks)} needs {format_bytes(max(peaks) + device.reserve_bytes)} in the recovery epochs, "
                 f"above the budget of {format_bytes(device.budget_bytes)}; give more --max-gpu-mem, or more --partitions"
             )
-        size = max(plan.smallest_micro_batch, size // 2)
+        size = half
     partitions = [
         dataclasses.replace(part, predicted_peak_bytes=max(part.predicted_peak_bytes, peak))
         for part, peak in zip(plan.partitions, peaks, strict=True)

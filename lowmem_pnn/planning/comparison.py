@@ -8,7 +8,7 @@ from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
-from lowmem_pnn.profiling.profiler import MeasurementCache
+from lowmem_pnn.profiling.memory_profiler import MeasurementCache
 from lowmem_pnn.reporting.method_estimate import MethodEstimate
 from lowmem_pnn.workload import by_other_method, profile_workload
 

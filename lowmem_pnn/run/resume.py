@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lowmem_pnn.engine.micro_batches import halved
+from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.errors import BudgetError, CheckpointError
 from lowmem_pnn.methods import Sweep, visits_of_rank
 from lowmem_pnn.run.ranks import Rank

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.executor import Executor
-from lowmem_pnn.engine.micro_batches import halved
+from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.methods import Sweep, Visit, visits_of_rank

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 
 from lowmem_pnn.errors import ConfigError, LowMemError
-from lowmem_pnn.sources.cifar import CIFAR_MODELS, CifarShape, make_cifar
+from lowmem_pnn.sources.cifar_models import CIFAR_MODELS, CifarShape, make_cifar
 from lowmem_pnn.sources.deferred_init import skeleton
-from lowmem_pnn.sources.gpt import BYTE_VOCABULARY, make_gpt, parse_gpt
+from lowmem_pnn.sources.gpt_model import BYTE_VOCABULARY, make_gpt, parse_gpt
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
 from lowmem_pnn.sources.preprocessing import InputForm
 

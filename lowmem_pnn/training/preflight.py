@@ -8,8 +8,7 @@ import torch
 
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.engine.executor import Executor
-from lowmem_pnn.engine.micro_batches import halved
-from lowmem_pnn.engine.out_of_memory import SteppedInPart, fits
+from lowmem_pnn.engine.out_of_memory import SteppedInPart, fits, halved
 from lowmem_pnn.errors import BudgetError, CaptureError, LowMemError
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.model.precision import LossScale

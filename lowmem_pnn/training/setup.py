@@ -13,7 +13,7 @@ from lowmem_pnn.device import CpuDevice, CudaDevice, Device
 from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.optim.low_precision import load_int8_levels
 from lowmem_pnn.optim.optimizers import OptimizerSpec
-from lowmem_pnn.profiling.profiler import profile
+from lowmem_pnn.profiling.memory_profiler import profile
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.workload import Workload, make_workload, with_compiled_layers

@@ -16,7 +16,7 @@ from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.costs import MemoryProfile
-from lowmem_pnn.profiling.profiler import MeasurementCache, profile
+from lowmem_pnn.profiling.memory_profiler import MeasurementCache, profile
 from lowmem_pnn.sources.datasets import Dataset
 from lowmem_pnn.sources.deferred_init import skeleton
 from lowmem_pnn.sources.imports import one_line

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers.commands import lowmem_pnn
-from lowmem_pnn.sources.cifar import CIFAR_MODELS
+from lowmem_pnn.sources.cifar_models import CIFAR_MODELS
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.planning.neuroflux_blocks import feasible_batch, similar_batch_cuts
 from lowmem_pnn.profiling.costs import Affine
+from lowmem_pnn.profiling.memory_profiler import profile
 from lowmem_pnn.profiling.peaks import peak_of
-from lowmem_pnn.profiling.profiler import profile
 
 CPU = torch.device("cpu")
 

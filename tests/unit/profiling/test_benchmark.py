@@ -17,7 +17,7 @@ from lowmem_pnn.profiling.benchmark import LayerBenchmark
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.layer_runner import LayerRunner
 from lowmem_pnn.profiling.machine_benchmark import time_machine
-from lowmem_pnn.profiling.profiler import profile
+from lowmem_pnn.profiling.memory_profiler import profile
 from lowmem_pnn.profiling.timings import LayerTimings, Seconds
 
 
@@ -36,7 +36,7 @@ def profile_of(chain: Chain) -> MemoryProfile:
 def test_equal_layers_are_measured_once_with_the_same_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     chain = chain_of(*(block(16) for _ in range(3)), nn.Linear(16, 8))
     by_fingerprint = profile_of(chain)
-    monkeypatch.setattr("lowmem_pnn.profiling.profiler.layer_fingerprint", id)
+    monkeypatch.setattr("lowmem_pnn.profiling.memory_profiler.layer_fingerprint", id)
     assert profile_of(chain) == by_fingerprint
 
 

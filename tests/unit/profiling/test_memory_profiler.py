@@ -17,8 +17,8 @@ from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.planning.planner import partition_peak
 from lowmem_pnn.profiling import fake_run
 from lowmem_pnn.profiling.costs import Affine, Envelope, with_local_loss
+from lowmem_pnn.profiling.memory_profiler import fit_peak, profile
 from lowmem_pnn.profiling.peaks import largest_micro_batch, peak_of
-from lowmem_pnn.profiling.profiler import fit_peak, profile
 
 CPU = torch.device("cpu")
 
