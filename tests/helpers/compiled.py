@@ -13,7 +13,7 @@ from lowmem_pnn.model.compiler import Compiler, CompileVariant
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.fake_run import _Sink
-from lowmem_pnn.profiling.profiler import profile
+from lowmem_pnn.profiling.memory_profiler import profile
 
 CPU = torch.device("cpu")
 
@@ -24,10 +24,18 @@ def alike() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 16), nn.GELU(), *square, nn.Linear(16, 4))
 
 
+def two_layers() -> nn.Module:
+    """A convolution and a linear layer, with norms and dropout."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout2d(0.2), nn.Flatten(), nn.Dropout(0.3),
+        nn.Linear(96, 4), nn.BatchNorm1d(4),
+    )  # fmt: skip
+
+
 def compiled(model: nn.Module, spec: TensorSpec) -> tuple[Chain, Compiler]:
-    """The model's chain with code for 2 to 8 samples."""
+    """The model's chain with code for 2 to 12 samples: the code of runs with batches of 12, so that the compiler's cache has it."""
     chain = capture(model, spec)
-    compiler = Compiler(range(2, 9), CPU)
+    compiler = Compiler(range(2, 13), CPU)
     for number, layer in enumerate(chain.layers):
         compiler.compile(
             layer, chain.boundaries[number], [CompileVariant(trains=True, learns_input=number > 0), CompileVariant(trains=False)]

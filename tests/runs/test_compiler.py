@@ -11,10 +11,10 @@ from torch import nn
 
 import lowmem_pnn
 from helpers.commands import lowmem_pnn as command
-from helpers.compiled import assert_allocates_what_was_foreseen, compiled
+from helpers.compiled import assert_allocates_what_was_foreseen, compiled, two_layers
 from helpers.displays import StopsAt
 from helpers.plainloops import assert_same_weights, loaded
-from helpers.small_networks import Data, images, small_conv, small_gpt, small_mlp, small_vit, tokens, vectors
+from helpers.small_networks import Data, images, small_gpt, small_mlp, small_vit, tokens, vectors
 from lowmem_pnn.errors import Stopped
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.reporting.result import Result
@@ -29,17 +29,17 @@ def fit(build: Callable[[], nn.Module], data: Data, folder: Path, **options: Any
 
 # What it computes.
 
+KINDS: dict[str, tuple[Callable[[], nn.Module], Data, dict[str, Any]]] = {
+    "conv": (two_layers, images(), {"cuts": "1"}),
+    "conv in bf16, channels last": (two_layers, images(), {"cuts": "1", "precision": "bf16", "channels_last": True}),
+    "tied gpt, loss in chunks": (lambda: small_gpt(tied=True, layers=1), tokens(), {"cuts": "1,3", "loss_chunk": 20}),
+}
 
-@pytest.mark.parametrize(
-    ("build", "data", "options"),
-    [
-        (small_conv, images(), {"cuts": "1,3", "channels_last": True}),
-        pytest.param(lambda: small_gpt(tied=True), tokens(), {"cuts": "1,3", "loss_chunk": 20}, marks=pytest.mark.slow),
-        pytest.param(small_vit, images(), {"cuts": "2", "precision": "bf16"}, marks=pytest.mark.slow),
-    ],
-    ids=["conv, channels last", "tied gpt, loss in chunks", "vit in bf16"],
-)
-def test_exact_is_same_as_backprop(build: Callable[[], nn.Module], data: Data, options: dict[str, Any], tmp_path: Path) -> None:
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_is_same_as_backprop(kind: str, tmp_path: Path) -> None:
+    build, data, options = KINDS[kind]
     exact = fit(build, data, tmp_path / "exact", **options)
     whole = {name: value for name, value in options.items() if name != "cuts"}
     backprop = fit(build, data, tmp_path / "backprop", **whole, method="backprop")
@@ -50,16 +50,18 @@ def test_exact_is_same_as_backprop(build: Callable[[], nn.Module], data: Data, o
     as_it_is = fit(build, data, tmp_path / "plain", **options, compile=False)
     assert as_it_is.compiled == {}
     assert exact.train_loss == pytest.approx(as_it_is.train_loss, rel=0.05 if "precision" in options else 1e-3)
+    if kind == "conv":
+        check_resumed(exact, tmp_path / "run")
 
 
-@pytest.mark.slow
-def test_a_run_that_was_stopped_and_resumed_is_same_as_one_that_was_not(tmp_path: Path) -> None:
-    whole = fit(small_conv, images(), tmp_path / "whole", cuts="1,3")
+def check_resumed(whole: Result, folder: Path) -> None:
+    """The run of convolutions, stopped and resumed, has the weights of the whole one."""
+    build, data, options = KINDS["conv"]
     with pytest.raises(Stopped):
-        fit(small_conv, images(), tmp_path / "run", cuts="1,3", commit_every=0.0, display=StopsAt(4))
-    resumed = fit(small_conv, images(), tmp_path / "run", cuts="1,3", commit_every=0.0, resume=True)
+        fit(build, data, folder, **options, commit_every=0.0, display=StopsAt(4))
+    resumed = fit(build, data, folder, **options, commit_every=0.0, resume=True)
     assert resumed.resumed == 1
-    assert_same_weights(loaded(small_conv, resumed.weights_file), loaded(small_conv, whole.weights_file))
+    assert_same_weights(loaded(build, resumed.weights_file), loaded(build, whole.weights_file))
 
 
 @pytest.mark.slow
@@ -116,13 +118,6 @@ def test_one_sample_at_a_time_is_compiled_where_it_is_asked_for(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("build", "spec"),
-    [
-        (lambda: small_gpt(tied=False), TensorSpec((8,), torch.int64)),
-        (small_vit, TensorSpec((3, 8, 8), torch.float32)),
-    ],
-    ids=["gpt", "vit"],
-)
-def test_code_of_transformers_allocates_no_more_than_was_foreseen(build: Callable[[], nn.Module], spec: TensorSpec) -> None:
-    assert_allocates_what_was_foreseen(compiled(build(), spec)[0])
+def test_code_of_transformers_allocates_no_more_than_was_foreseen() -> None:
+    assert_allocates_what_was_foreseen(compiled(small_gpt(tied=True, layers=1), TensorSpec((8,), torch.int64))[0])
+    assert_allocates_what_was_foreseen(compiled(small_vit(), TensorSpec((3, 8, 8), torch.float32))[0])

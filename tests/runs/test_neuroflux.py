@@ -226,10 +226,7 @@ def test_exits_are_numbered_as_export_takes_them(tmp_path: Path) -> None:
 
 def test_an_exported_exit_is_the_runs_exit_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
-        "import sys",
-        f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})",
-        "from plainloops import images",
-        "from helpers.small_networks import conv_layers",
+        "from helpers.small_networks import conv_layers, images",
         "def net(num_classes=4): return conv_layers()",
         "def data(): return images(80), images(40, seed=1)",
     ]

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.compiled import CPU, alike, assert_allocates_what_was_foreseen, compiled
+from helpers.compiled import CPU, alike, assert_allocates_what_was_foreseen, compiled, two_layers
 from helpers.small_networks import small_conv
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model import compiler as compiling
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.model.compiler import CompiledFunction, Compiler, CompileVariant, check_compiler
-from lowmem_pnn.sources.gpt import GPT, GptShape
+from lowmem_pnn.sources.gpt_model import GPT, GptShape
 
 MLP, CONV = TensorSpec((12,), torch.float32), TensorSpec((3, 8, 8), torch.float32)
 
@@ -27,7 +27,7 @@ def compiled_mlp() -> tuple[Chain, Compiler]:
 @pytest.fixture(scope="module")
 def compiled_conv() -> tuple[nn.Module, Chain]:
     torch.manual_seed(0)
-    model = small_conv()
+    model = two_layers()
     return model, compiled(model, CONV)[0]
 
 
@@ -130,7 +130,7 @@ def test_layers_run_as_they_are_where_there_is_no_code(compiled_mlp: tuple[Chain
     layer = compiled_mlp[0].layers[1]
     assert layer.compiled is not None
     tensors = {**layer.parameters(), **layer.buffers()}
-    one, many, some = (torch.randn(size, 16, requires_grad=True) for size in (1, 9, 5))
+    one, many, some = (torch.randn(size, 16, requires_grad=True) for size in (1, 13, 5))
     assert layer.compiled(True, tensors, (one,)) is None
     assert layer.compiled(True, tensors, (many,)) is None
     assert layer.compiled(False, tensors, (some,)) is None  # eval mode, with gradients
