@@ -165,8 +165,8 @@ def frozen_conv(*frozen: int) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("frozen", "cuts"),
-    [((0, 1, 4, 5), "1"), ((0, 1, 4, 5), "1,2,3"), ((4, 5, 9, 10), "1,2,3"), ((1, 9), "2")],
-    ids=["first-half", "first", "middle", "scattered"],
+    [((0, 1, 4, 5), "1,2,3"), ((4, 5, 9, 10), "1,2,3"), ((1, 9), "2")],
+    ids=["first", "middle", "scattered"],
 )
 def test_frozen_parameters_stay_and_the_gradient_passes_through_them(frozen: tuple[int, ...], cuts: str, tmp_path: Path) -> None:
     build = functools.partial(frozen_conv, *frozen)

@@ -39,19 +39,23 @@ def test_too_few_samples_for_the_modules_are_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
-    [("conv", {"cuts": "1,3"}), ("conv", {"cuts": "2", "clip_norm": 0.1}), ("gpt", {"cuts": "2,5", "lr_schedule": "onecycle"})],
+    ("kind", "options", "stops"),
+    [
+        ("conv", {"cuts": "1,3"}, (1 / 3, 3 / 4)),
+        ("conv", {"cuts": "2", "clip_norm": 0.1}, (3 / 4,)),
+        ("gpt", {"cuts": "2,5", "lr_schedule": "onecycle"}, (1 / 3,)),
+    ],
     ids=["conv", "clipped", "tied"],
 )
 def test_a_run_that_was_interrupted_and_resumed_is_same_as_uninterrupted(
-    kind: str, options: dict[str, Any], tmp_path: Path
+    kind: str, options: dict[str, Any], stops: tuple[float, ...], tmp_path: Path
 ) -> None:
     build = functools.partial(small_gpt, tied=True) if kind == "gpt" else KINDS[kind].build
     options = {**COMMON, **options, "micro_batch": 10 if kind == "gpt" else 5, "commit_every": 0.0, "log_every": 1}
     display = StopsAt()
     expected = fit(build, KINDS[kind].data, tmp_path / "whole", display=display, **options)
     assert display.count >= 6
-    for at in (display.count // 3, display.count * 3 // 4):
+    for at in (int(share * display.count) for share in stops):
         folder = tmp_path / f"run{at}"
         with pytest.raises(Stopped):
             fit(build, KINDS[kind].data, folder, display=StopsAt(at), **options)

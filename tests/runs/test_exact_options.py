@@ -45,12 +45,10 @@ def test_clipping_by_the_norm_of_all_partitions_is_same_as_in_plain_pytorch(
 @pytest.mark.parametrize(
     ("method", "schedule"),
     [
-        ("exact", {"lr_schedule": "cosine"}),
         ("exact", {"lr_schedule": "cosine", "warmup_steps": 3}),
         ("exact", {"lr_schedule": "constant", "warmup_steps": 5}),
         ("exact", {"lr_schedule": "onecycle"}),
         ("backprop", {"lr_schedule": "cosine", "warmup_steps": 3}),
-        ("backprop", {"lr_schedule": "onecycle"}),
     ],
 )
 def test_schedules_are_same_as_in_plain_pytorch(method: str, schedule: dict[str, Any], tmp_path: Path) -> None:
@@ -88,7 +86,7 @@ def test_label_smoothing_is_of_the_training_loss_alone(method: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("cuts", "loss_chunk", "micro_batch"),
-    [(None, 3, None), ("1", 3, 4), ("1,2", 7, None), ("1,2", 1, 4), ("1,2", 10, None)],
+    [(None, 3, None), ("1,2", 7, None), ("1,2", 1, 4), ("1,2", 10, None)],
 )
 def test_a_loss_in_chunks_of_samples_is_same_as_a_plain_loop_over_them(
     cuts: str | None, loss_chunk: int, micro_batch: int | None, tmp_path: Path
@@ -98,7 +96,7 @@ def test_a_loss_in_chunks_of_samples_is_same_as_a_plain_loop_over_them(
     check_chunked(small_mlp, vectors(), tmp_path / "run", lambda model: model[-1], **options)
 
 
-@pytest.mark.parametrize(("cuts", "loss_chunk"), [("2", 5), ("1,2,3,4,5", 5), ("1,2,3,4,5", 24)])
+@pytest.mark.parametrize(("cuts", "loss_chunk"), [("1,2,3,4,5", 5), ("1,2,3,4,5", 24)])
 def test_a_loss_in_chunks_of_tokens_is_same_as_a_plain_loop_over_them(cuts: str, loss_chunk: int, tmp_path: Path) -> None:
     build = functools.partial(small_gpt, tied=False)
     options = {**COMMON, "micro_batch": 5, "loss_chunk": loss_chunk, "cuts": cuts}

@@ -21,6 +21,7 @@ from lowmem_pnn.evaluation.exits import choose_exit
 from lowmem_pnn.methods.heads import make_head
 from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.model.layer import head_prefix
+from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.seeds import permutation_of, seed_of
 from lowmem_pnn.training.export import find_exit
 
@@ -132,7 +133,7 @@ def test_clipping_is_by_layer_whatever_the_blocks(step_in_backward: bool, tmp_pa
     first = [name for name in whole if name.startswith(("0.", "1."))]
     assert first
     assert all(torch.equal(whole[name], cut[name]) for name in first)
-    unclipped = load_file(fit(tmp_path / "free", data, partitions=1).weights_file)
+    unclipped = train_locally(data, [0, 0, 0, 0], epochs=2)[0].state_dict()
     assert not torch.equal(unclipped[first[0]], whole[first[0]])
 
 
@@ -148,16 +149,24 @@ def test_a_block_that_is_trained_does_not_move(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visits", "extra"),
-    [("sequential", {}), ("laps=2", {}), ("interleaved", {"macro_batches": 2}), ("sequential", {"augment": "basic", "views": 2})],
+    ("visits", "extra", "stops"),
+    [
+        ("sequential", {}, (2, 12)),
+        ("laps=2", {}, (9,)),
+        ("interleaved", {"macro_batches": 2}, (5, 12)),
+        ("sequential", {"augment": "basic", "views": 2}, (5,)),
+    ],
+    ids=["sequential", "laps", "interleaved", "augmented"],
 )
-def test_a_stopped_run_goes_on_to_the_same_bytes(visits: str, extra: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    visits: str, extra: dict[str, Any], stops: tuple[int, ...], tmp_path: Path
+) -> None:
     data = images(80)
     options = {"visits": visits, "cuts": "2", "epochs": 2, "commit_every": 0.0, **extra}
     fit(tmp_path / "whole", data, **options)
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    for number, stop_after in enumerate((2, 5, 9, 12)):
-        folder = tmp_path / f"stopped{number}"
+    for stop_after in stops:
+        folder = tmp_path / f"stopped{stop_after}"
         _stop(folder, data, stop_after, options)
         fit(folder, data, resume=True, **options)
         assert (folder / "model.safetensors").read_bytes() == whole, stop_after
@@ -202,11 +211,23 @@ def test_interleaved_blocks_with_batches_of_their_own_count_every_step_once(tmp_
     assert lines[-1]["lr"] < 0.001  # the schedule's end
 
 
-def test_exits_are_chosen_without_the_test_data(tmp_path: Path) -> None:
-    data = images(80)
-    right, wrong = images(40, seed=1), (images(40, seed=1)[0], (images(40, seed=1)[1] + 1) % 4)
-    one = fit(tmp_path / "one", data, test=right, partitions=2)
-    two = fit(tmp_path / "two", data, test=wrong, partitions=2)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A run whose model and data have names, so that its exits can be exported."""
+    folder = tmp_path_factory.mktemp("one")
+    lines = [
+        "from helpers.small_networks import conv_layers, images",
+        "def net(num_classes=4): return conv_layers()",
+        "def data(): return images(80), images(40, seed=1)",
+    ]
+    (folder / "mine.py").write_text("\n".join(lines))
+    names = f"{folder}/mine.py:net", f"{folder}/mine.py:data"
+    return lowmem_pnn.fit(*names, max_gpu_mem="200MB", workdir=folder / "run", **OPTIONS, partitions=2)
+
+
+def test_exits_are_chosen_without_the_test_data(one: Result, tmp_path: Path) -> None:
+    wrong = images(40, seed=1)[0], (images(40, seed=1)[1] + 1) % 4
+    two = fit(tmp_path / "two", images(80), test=wrong, partitions=2)
     assert one.test_accuracy != two.test_accuracy
     assert one.chosen_exit == two.chosen_exit
     assert [exit["val_accuracy"] for exit in one.exits] == [exit["val_accuracy"] for exit in two.exits]
@@ -214,32 +235,22 @@ def test_exits_are_chosen_without_the_test_data(tmp_path: Path) -> None:
     assert all(exit["samples_per_second"] > 0 for exit in one.exits)
 
 
-def test_exits_are_numbered_as_export_takes_them(tmp_path: Path) -> None:
-    result = fit(tmp_path / "run", images(80), partitions=2)
-    assert [exit["number"] for exit in result.exits] == [1, 2, 3, 4]
-    best = choose_exit([exit["val_accuracy"] for exit in result.exits], 0.01)
-    assert result.chosen_exit == best + 1
-    assert find_exit(result, "auto", tmp_path) == find_exit(result, result.chosen_exit, tmp_path) == best
-    assert f"{result.chosen_exit} chosen" in str(result)
-    assert f"{result.exits[0]['params']:,}" in str(result)
+def test_exits_are_numbered_as_export_takes_them(one: Result, tmp_path: Path) -> None:
+    assert [exit["number"] for exit in one.exits] == [1, 2, 3, 4]
+    best = choose_exit([exit["val_accuracy"] for exit in one.exits], 0.01)
+    assert one.chosen_exit == best + 1
+    assert find_exit(one, "auto", tmp_path) == find_exit(one, one.chosen_exit, tmp_path) == best
+    assert f"{one.chosen_exit} chosen" in str(one)
+    assert f"{one.exits[0]['params']:,}" in str(one)
 
 
-def test_an_exported_exit_is_the_runs_exit_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [
-        "from helpers.small_networks import conv_layers, images",
-        "def net(num_classes=4): return conv_layers()",
-        "def data(): return images(80), images(40, seed=1)",
-    ]
-    (tmp_path / "mine.py").write_text("\n".join(lines))
-    options = {**OPTIONS, "partitions": 2}
-    result = lowmem_pnn.fit(
-        f"{tmp_path}/mine.py:net", f"{tmp_path}/mine.py:data", max_gpu_mem="200MB", workdir=tmp_path / "run", **options
-    )
-    x = images(40, seed=1)[0]
-    for number, exit in enumerate(result.exits):
-        report = lowmem_pnn.export(tmp_path / "run", exit=number + 1, out=tmp_path / f"exit{number}")
+def test_an_exported_exit_is_the_runs_exit_bit_for_bit(one: Result, tmp_path: Path) -> None:
+    run, x = Path(one.workdir), images(40, seed=1)[0]
+    for number in (0, 2, 3):  # heads on both kinds of maps, and the model's own classes
+        exit = one.exits[number]
+        report = lowmem_pnn.export(run, exit=number + 1, out=tmp_path / f"exit{number}")
         exported = torch.export.load(report["program"]).module()
-        model = loaded(conv_layers, result.weights_file)
+        model = loaded(conv_layers, one.weights_file)
         chain = capture(model, TensorSpec((3, 8, 8), torch.float32))
         expected = x
         with torch.no_grad():
@@ -247,7 +258,7 @@ def test_an_exported_exit_is_the_runs_exit_bit_for_bit(tmp_path: Path, monkeypat
                 (expected,) = layer(expected)
             if number < 3:
                 head = drawn_head(number, 0, [(16, 8, 8), (24, 4, 4), (384,)])
-                kept = load_file(tmp_path / "run" / "heads.safetensors")
+                kept = load_file(run / "heads.safetensors")
                 prefix = head_prefix(number)
                 head.load_state_dict({name.removeprefix(prefix): t for name, t in kept.items() if name.startswith(prefix)})
                 expected = head.eval()(expected)
@@ -259,7 +270,7 @@ def test_an_exported_exit_is_the_runs_exit_bit_for_bit(tmp_path: Path, monkeypat
         learnt = sum(t.numel() for name, t in weights.items() if "running" not in name and "num_batches" not in name)
         assert learnt == report["params"] == exit["params"]
     with pytest.raises(ConfigError, match="exits 1 to 4"):
-        lowmem_pnn.export(tmp_path / "run", exit=5)
+        lowmem_pnn.export(run, exit=5)
 
 
 def test_the_learning_rate_follows_a_batch_that_was_chosen(tmp_path: Path) -> None:

@@ -293,10 +293,15 @@ def measured_peak(chain, start, stop, micro_batch, batch, smallest):
     ids=["mlp", "wide", "resnet18", "transformer", "skip"],
 )
 @pytest.mark.usefixtures("tensors_only")
-@pytest.mark.parametrize(("micro_batch", "batch"), [(2, 2), (2, 7), (16, 16)])
-def test_predicted_peaks_bound_those_of_real_runs_closely(build, spec, micro_batch, batch):
+def test_predicted_peaks_bound_those_of_real_runs_closely(build, spec):
     chain = capture(build(), spec)
     costs = profile(chain, optimizers=[SGD], device=CPU)
+    for micro_batch, batch in ((2, 2), (2, 7), (16, 16)):
+        assert_bounds_closely(chain, costs, micro_batch, batch)
+
+
+def assert_bounds_closely(chain, costs, micro_batch, batch):
+    """What is predicted for spans of layers is at least what a real batch through them holds, and not much more."""
     end, smallest = len(chain.layers), costs.smallest_micro_batch
     assert end >= 4
     spans = {(0, end), (0, end // 2), (end // 2, end), (1, end - 1), (1, 2)}

@@ -11,6 +11,7 @@ import torch
 from helpers.activation_stores import PLENTY, SAMPLE_BYTES, label_lists, read, through, write, write_kept
 from helpers.pagecache import cached_bytes, watch_transfers
 from helpers.tensors import bits
+from lowmem_pnn.memory.process_meter import private_bytes
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores import shard_file
 from lowmem_pnn.stores.activation_writer import ActivationWriter
@@ -123,26 +124,23 @@ def test_two_iterations_at_once(tmp_path, pool):
 
 
 def test_memory_stays_within_windows_and_a_batch(tmp_path, pool):
-    def anonymous():
-        return psutil.Process().memory_full_info().uss
-
     specs = (TensorSpec((65536,), torch.float32),)  # 256 KiB a sample
     window_bytes, batch_bytes, slack = 16 << 20, 4 << 20, 6 << 20
     gc.collect()
     with ActivationWriter(tmp_path / "a", specs, 320, 4 << 20, pool) as writer:
-        before, peak = anonymous(), 0
+        before, peak = private_bytes(), 0
         tensor, labels = torch.ones(8, 65536), torch.zeros(8, dtype=torch.int64)
         for _ in range(40):
             writer.append((tensor,), labels)
-            peak = max(peak, anonymous() - before)
+            peak = max(peak, private_bytes() - before)
     assert writer.shard_samples == 15
     assert peak < 2 * (4 << 20) + tensor.nbytes + slack
     store = ActivationStore.open(tmp_path / "a")
     assert store.nbytes > 80 << 20
-    before, peak = anonymous(), 0
+    before, peak = private_bytes(), 0
     for (tensor,), _ in store.batches(16, shuffle=True, seed=0, epoch=0, window_bytes=window_bytes, pool=pool):
         assert tensor[0, 0] == 1
-        peak = max(peak, anonymous() - before)
+        peak = max(peak, private_bytes() - before)
         del tensor, _
     assert peak < window_bytes + batch_bytes + slack
 

@@ -17,6 +17,7 @@ import torch
 from helpers.pagecache import watch_calls
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.memory.pool import MemoryPool
+from lowmem_pnn.memory.process_meter import private_bytes
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
@@ -374,11 +375,11 @@ def test_an_export_takes_little_memory(tmp_path):
     with store.writer(0):
         pass
     store.seal([0])
-    peak, before, copy = 0, psutil.Process().memory_full_info().uss, TensorFile._write_bytes
+    peak, before, copy = 0, private_bytes(), TensorFile._write_bytes
 
     def measure(self, source, offset):
         nonlocal peak
-        peak = max(peak, psutil.Process().memory_full_info().uss - before)
+        peak = max(peak, private_bytes() - before)
         copy(self, source, offset)
 
     with pytest.MonkeyPatch.context() as patch:
