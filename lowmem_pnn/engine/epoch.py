@@ -74,7 +74,7 @@ def train_epoch(learner: Learner, progress: EpochProgress, after_batch: Callable
         after_batch(loss)
     if not progress.tally.num_samples:
         raise DataError(
-            f"{learner.num_samples} training samples make no batch that {learner.title} can learn from: its modules need at least "
+            f"{learner.num_samples} training samples make no batch that {learner.title} can learn from: the modules need at least "
             f"{learner.smallest_batch} samples at once; give more samples"
         )
     progress.epoch += 1

@@ -122,14 +122,14 @@ class Executor:
         return loss
 
     def measure(self, active: ActivePartition, loader: Loader) -> list[Tally]:
-        """Loss and accuracy over a loader, in eval mode.
+        """Measure loss and accuracy over samples, in eval mode.
 
         Args:
             active: the partition.
-            loader: its samples.
+            loader: samples at its boundary.
 
         Returns:
-            One tally for the partition's outputs; where its objective is by units, one for the scores of each.
+            One tally for the partition's outputs; where layers learn by losses of their own, one for the scores of each layer.
         """
         per_layer_loss = active.objective.per_layer_loss
         tallies = [Tally() for _ in (active.residency.layers if per_layer_loss else (None,))]
@@ -165,8 +165,8 @@ class Executor:
 
         Args:
             active: the partition.
-            loader: its samples.
-            writer: of the next boundary's store.
+            loader: samples at its boundary.
+            writer: writer of the next boundary's store.
             on_micro_batch: called now and then; what it raises ends the writing.
         """
 
@@ -194,7 +194,7 @@ class Executor:
 
         Args:
             active: the partition.
-            loader: its samples.
+            loader: samples at its boundary.
             work: what to do on the device with each micro-batch's outputs (of the last partition: chunk by chunk), on the device,
                 and their labels, on the host; done again, with fewer samples, where it runs out of memory.
             consume: takes what `work` gave, once for every sample.
@@ -210,7 +210,7 @@ class Executor:
         run: Callable[[tuple[Tensor, ...], Tensor], list[_T]],
         consume: Callable[[_T], None],
     ) -> None:
-        """Samples through a active in eval mode; `run` takes a micro-batch on the device, and its labels on the host."""
+        """Send samples through a partition in eval mode; `run` takes a micro-batch on the device, and its labels on the host."""
         active.eval()
         # Where copies go on beside the computing, what comes of a micro-batch is consumed while the next one is computed.
         results: deque[_T] = deque()
@@ -268,13 +268,13 @@ class Executor:
         labels = batch[1]
         loss_sum = 0.0
         chunk_rows = active.chunk_rows if active.is_last else None
-        pieces = [MicroBatch.of(batch, part, with_labels=True) for part in parts]
-        then = None if following is None else MicroBatch.of(following, self._parts(active, following)[0], with_labels=True)
+        own = [MicroBatch.of(batch, part, with_labels=True) for part in parts]
+        after = None if following is None else MicroBatch.of(following, self._parts(active, following)[0], with_labels=True)
         for number, part in enumerate(parts):
             torch.manual_seed(seed_of(self._seed, "forward", active.number, step, number))
             weight = (part.stop - part.start) / len(labels)
             with self._stalls.waiting("copy"):
-                *inputs, targets = self._uploads.take(pieces[number], pieces[number + 1] if number + 1 < len(pieces) else then)
+                *inputs, targets = self._uploads.take(own[number], own[number + 1] if number + 1 < len(own) else after)
             with steps:
                 loss_sum += backward_from_loss(
                     active.residency.layers, tuple(inputs), targets, active.objective, weight, chunk_rows, active.loss_scale.value

@@ -29,7 +29,10 @@ from lowmem_pnn.reporting.result import Result
 
 
 def test_too_few_samples_for_the_modules_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="1 training samples make no batch that partition"):
+    with pytest.raises(
+        DataError,
+        match="1 training samples make no batch that all partitions can learn from: the modules need at least 2 samples at once",
+    ):
         fit(
             KINDS["conv"].build,
             KINDS["conv"].data,
