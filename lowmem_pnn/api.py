@@ -1,8 +1,7 @@
-"""The public functions: `fit`, `plan`, `evaluate`, `export`, and what the command line calls for them."""
+"""The public functions: `fit`, `plan`, `evaluate`, `export`."""
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from lowmem_pnn.profiling.memory_profiler import MeasurementCache
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.run.resume import check_same_data
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
@@ -33,7 +31,7 @@ from lowmem_pnn.training.export import export_exit, find_exit
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.lifecycle import clear, score
 from lowmem_pnn.training.setup import open_workload, warm_up_profiler
-from lowmem_pnn.training.start import OpenInputs, begin, begin_late, finished_run, read_result, worker_threads
+from lowmem_pnn.training.start import OpenInputs, begin, finished_run, read_result, worker_threads
 from lowmem_pnn.training.start import resume as resume_training
 from lowmem_pnn.workload import make_workload, profile_workload
 from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs
@@ -90,11 +88,11 @@ def fit(
     open_inputs = python_inputs(model, train, val, test)
     if resume:
         folder = unfinished_run(given) if workdir is None else Path(workdir)
-        result = resume_training(folder, given, open_inputs, display=display or Display())
+        result = resume_training(folder, given, open_inputs, display=display)
     else:
         config = configure(**given)
         folder = next_workdir(config) if workdir is None else Path(workdir)
-        result = begin(config, folder, open_inputs, overwrite=overwrite, display=display or Display())
+        result = begin(config, folder, open_inputs, overwrite=overwrite, display=display)
     assert result is not None, "one process trains all partitions"
     return result
 
@@ -172,70 +170,6 @@ def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None 
         result = read_result(path)
         workload = make_workload(config, *named_inputs(config), torch.device("cpu"))
         return export_exit(workload, result, find_exit(result, exit, path), path, None if out is None else Path(out))
-
-
-def begin_run(
-    config: FitConfig,
-    workdir: Path,
-    *,
-    overwrite: bool = False,
-    display: Display | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    rank: Rank = ALONE,
-) -> Result | None:
-    """Begin a run whose model and data have names.
-
-    Args:
-        config: options of the run.
-        workdir: folder of the run.
-        overwrite: replace the run that is there.
-        display: is told of the run's progress.
-        should_stop: asked after every batch.
-        rank: which of several processes this is.
-
-    Returns:
-        What `result.json` says; None where another process has the result.
-    """
-    open_inputs = named_inputs
-    return begin(
-        config, workdir, open_inputs, overwrite=overwrite, display=display or Display(), should_stop=should_stop, rank=rank
-    )
-
-
-def resume_run(
-    workdir: Path,
-    options: Mapping[str, Any] | None = None,
-    *,
-    display: Display | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    after_crash: bool = False,
-    rank: Rank = ALONE,
-) -> Result | None:
-    """Go on with a run, whose model and data have names, from its last commit.
-
-    Args:
-        workdir: folder of the run.
-        options: fields of `FitConfig` that are given again; see `resumed_config`.
-        display: is told of the run's progress.
-        should_stop: asked after every batch.
-        after_crash: whether the last process died at the memory limit: the micro-batch that was in use is then halved.
-        rank: which of several processes this is.
-
-    Returns:
-        What `result.json` says; None where another process has the result.
-    """
-    display = display or Display()
-    if not rank.is_alone and rank.number and not (workdir / "journal.json").exists():
-        return begin_late(workdir, options or {}, rank, display, should_stop)
-    return resume_training(
-        workdir,
-        options or {},
-        named_inputs,
-        display=display,
-        should_stop=should_stop,
-        after_crash=after_crash,
-        rank=rank,
-    )
 
 
 def plan_run(config: FitConfig, *, timing: bool = True) -> PlanReport:

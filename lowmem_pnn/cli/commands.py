@@ -73,14 +73,14 @@ def fit(
         with _stdout_is_ours():
             from rich.console import Console
 
-            from lowmem_pnn.api import begin_run, resume_run
-            from lowmem_pnn.reporting.progress import Display, TerminalDisplay
+            from lowmem_pnn.reporting.progress import TerminalDisplay
+            from lowmem_pnn.training import start
 
-            display = Display() if quiet else TerminalDisplay(Console(stderr=True))
+            display = None if quiet else TerminalDisplay(Console(stderr=True))
             if config is None:
-                result = resume_run(chosen, given, display=display, should_stop=should_stop, after_crash=after_crash, rank=rank)
+                result = start.resume(chosen, given, display=display, should_stop=should_stop, after_crash=after_crash, rank=rank)
             else:
-                result = begin_run(config, chosen, overwrite=overwrite, display=display, should_stop=should_stop, rank=rank)
+                result = start.begin(config, chosen, overwrite=overwrite, display=display, should_stop=should_stop, rank=rank)
         # Signals are still only noted: a run that is done is not reported as one that was stopped.
         if result is not None:
             click.echo(result.to_json() if as_json else str(result))

@@ -37,10 +37,10 @@ OpenInputs = Callable[[FitConfig], Inputs]
 def begin(
     config: FitConfig,
     path: Path,
-    open_inputs: OpenInputs,
+    open_inputs: OpenInputs = named_inputs,
     *,
-    overwrite: bool,
-    display: Display,
+    overwrite: bool = False,
+    display: Display | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     rank: Rank = ALONE,
 ) -> Result | None:
@@ -49,9 +49,9 @@ def begin(
     Args:
         config: options of the run.
         path: folder of the run.
-        open_inputs: opens model and data.
+        open_inputs: opens model and data; by default those that the options name.
         overwrite: replace the run that is there.
-        display: is told of the run's progress.
+        display: is told of the run's progress; None shows nothing.
         should_stop: asked after every batch.
         rank: which of several processes this is.
 
@@ -59,6 +59,7 @@ def begin(
         What `result.json` says; None where another process has the result.
     """
     rank.check(config)
+    display = display or Display()
     with _environment(display) as threads:
         inputs = _open_before_floor(config, open_inputs)
         with open_workload(config, inputs, rank, display) as (device, workload):
@@ -82,10 +83,10 @@ def begin(
 
 def resume(
     path: Path,
-    options: Mapping[str, Any],
-    open_inputs: OpenInputs,
+    options: Mapping[str, Any] | None = None,
+    open_inputs: OpenInputs = named_inputs,
     *,
-    display: Display,
+    display: Display | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     after_crash: bool = False,
     rank: Rank = ALONE,
@@ -96,7 +97,7 @@ def resume(
         path: folder of the run.
         options: fields of `FitConfig` that are given again; see `resumed_config`.
         open_inputs: opens model and data, which must be as before.
-        display: is told of the run's progress.
+        display: is told of the run's progress; None shows nothing.
         should_stop: asked after every batch.
         after_crash: whether the last process died at the memory limit: the micro-batch that was in use is then halved.
         rank: which of several processes this is.
@@ -104,6 +105,9 @@ def resume(
     Returns:
         What `result.json` says; None where another process has the result.
     """
+    options = options or {}
+    if rank.number and not (path / "journal.json").exists():
+        return _begin_late(path, options, rank, display, should_stop)
     with RunDirectory.open(path) as rundir:
         config = resumed_config(FitConfig.from_json(rundir.config_json()), options, path)
         stage = rundir.journal()["stage"]
@@ -113,6 +117,7 @@ def resume(
         if stage == "trained":
             return None
     rank.check(config)
+    display = display or Display()
     with _environment(display) as threads:
         inputs = _open_before_floor(config, open_inputs)
         with open_workload(config, inputs, rank, display) as (device, workload):
@@ -124,13 +129,10 @@ def resume(
                 return run_to_end(Session(device, rundir, threads, display, should_stop), workload, profile, state, estimator)
 
 
-def begin_late(
-    workdir: Path, options: Mapping[str, Any], rank: Rank, display: Display, should_stop: Callable[[], bool]
+def _begin_late(
+    workdir: Path, options: Mapping[str, Any], rank: Rank, display: Display | None, should_stop: Callable[[], bool]
 ) -> Result | None:
-    """Resume a process of several that has no run: it never had one, or the first process has joined it and is done.
-
-    Arguments and result are those of `resume`.
-    """
+    """Resume a process of several that has no run: it never had one, or the first process has joined it and is done."""
     first = workdir.with_name(workdir.name.removesuffix(f".rank{rank.number}"))
     if not (first / "journal.json").exists():
         raise CheckpointError(f"{first} holds no run to resume; leave --resume out to begin")

@@ -21,11 +21,11 @@ from helpers.small_networks import (
     small_mlp,
     vectors,
 )
-from lowmem_pnn import api as trainer
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import CaptureError, ConfigError, DataError, DivergedError, Stopped
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.training import start
 
 
 def test_too_few_samples_for_the_modules_are_an_error(tmp_path: Path) -> None:
@@ -77,14 +77,14 @@ NAMED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return trainer.begin_run(configure(**NAMED), tmp_path_factory.mktemp("named") / "run")
+    return start.begin(configure(**NAMED), tmp_path_factory.mktemp("named") / "run")
 
 
 def test_a_run_that_is_asked_to_stop_commits_and_goes_on_from_there(finished: Result, tmp_path: Path) -> None:
     asked = itertools.count()
     with pytest.raises(Stopped, match="--resume"):
-        trainer.begin_run(configure(**NAMED), tmp_path / "run", should_stop=lambda: next(asked) >= 5)
-    result = trainer.resume_run(tmp_path / "run")
+        start.begin(configure(**NAMED), tmp_path / "run", should_stop=lambda: next(asked) >= 5)
+    result = start.resume(tmp_path / "run")
     assert result.resumed == 1
     assert Path(result.weights_file).read_bytes() == Path(finished.weights_file).read_bytes()
     assert (result.train_loss, result.test_loss) == (finished.train_loss, finished.test_loss)

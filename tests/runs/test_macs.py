@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from helpers.plainloops import stop_at
-from lowmem_pnn.api import begin_run, resume_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import Stopped
 from lowmem_pnn.methods import make_method
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.run.macs import program_macs
+from lowmem_pnn.training import start
 
 # A sample's forward through three partitions; sums show which of them it took.
 MACS = (100, 10, 1)
@@ -42,12 +42,12 @@ def seen(folder: Path, stop: int | None = None, **options: Any) -> tuple[list[in
     # 90 samples of 100 are trained on: a batch of 40 is followed by another, and by one of 10.
     asked = config(partitions=3, train_limit=100, batch_size=40, log_every=1, **options)
     if stop is None:
-        result = begin_run(asked, folder)
+        result = start.begin(asked, folder)
     else:
         with pytest.raises(Stopped):
-            begin_run(asked, folder, should_stop=stop_at(stop))
+            start.begin(asked, folder, should_stop=stop_at(stop))
         assert macs_of(folder)[-1] < program_macs(make_method(asked).program(3, ["train"]), plan((2048, 512, 160)), 90)
-        result = resume_run(folder)
+        result = start.resume(folder)
     assert result is not None
     return macs_of(folder), result.macs
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import lowmem_pnn
 from helpers.plainloops import stop_at
-from lowmem_pnn.api import begin_run, plan_run, resume_run
+from lowmem_pnn.api import plan_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import CpuDevice
@@ -20,6 +20,7 @@ from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.reporting.plan_report import PlanReport
+from lowmem_pnn.training import start
 from lowmem_pnn.workload import make_workload, profile_workload
 from lowmem_pnn.workload.inputs import named_inputs
 
@@ -40,7 +41,7 @@ def config(**options: Any) -> FitConfig:
 def test_what_exact_moves_is_what_a_run_reports(options: dict[str, Any], tmp_path: Path) -> None:
     asked = config(method="exact", log_every=10**6, commit_every=10**6, **options)
     (found,) = [one for one in plan_run(asked).prospects if one.asked]
-    begin_run(asked, tmp_path / "run")
+    start.begin(asked, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     ends = [line for line in lines if "samples_per_second" in line]
     moved = {name: ends[2][name] - ends[1][name] for name in ("bytes_read", "bytes_written")}
@@ -153,9 +154,9 @@ def test_streams_are_longer_where_the_plan_leaves_room() -> None:
 def test_a_run_that_is_planned_for_time_ends_and_keeps_its_plan(tmp_path: Path) -> None:
     asked = config(method="exact", cuts=None, plan_for="time", epochs=2, model="mlp:64-512-512-512-512-10", max_gpu_mem="24MB")
     with pytest.raises(Stopped):
-        begin_run(asked, tmp_path / "run", should_stop=stop_at(2))
+        start.begin(asked, tmp_path / "run", should_stop=stop_at(2))
     before = json.loads((tmp_path / "run" / "journal.json").read_text())["body"]["plan"]
-    result = resume_run(tmp_path / "run")
+    result = start.resume(tmp_path / "run")
     assert result is not None
     assert result.peak_bytes <= 24_000_000
     assert [part["stop"] for part in result.partitions] == [part["stop"] for part in before["partitions"]]

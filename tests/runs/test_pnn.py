@@ -28,7 +28,6 @@ from helpers.plainloops import (
     training_split,
 )
 from helpers.small_networks import Data, images, small_conv, small_mlp, small_tokens, vectors
-from lowmem_pnn.api import begin_run, resume_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError, Stopped
@@ -37,6 +36,7 @@ from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.commits import Commits, Save, nothing_changed
 from lowmem_pnn.stores.keys import weight_key
+from lowmem_pnn.training import start
 
 CPU = torch.device("cpu")
 DISTRIBUTIONS = ["uniform", "normal", "orthogonal", "sparse"]
@@ -169,14 +169,14 @@ def test_partitions_from_labels_to_labels_that_were_stopped_and_resumed_are_same
         max_gpu_mem="100MB", device="cpu", model="mlp:64-32-32-10", data="digits", partitions=3, parallel_sil=True, epochs=(2, 3, 2),
         batch_size=32, train_limit=100, shuffle=(True, False, True), recovery_epochs=1, commit_every=0.0, log_every=1,
     )  # fmt: skip
-    whole = begin_run(config, tmp_path / "whole")
+    whole = start.begin(config, tmp_path / "whole")
     assert whole is not None
     # 90 samples make 3 batches an epoch: the partitions come to 6, 9 and 6 of them, the recovery to 3.
     for batch in (8, 17, 22):
         folder = tmp_path / str(batch)
         with pytest.raises(Stopped):
-            begin_run(config, folder, should_stop=stop_at(batch))
-        result = resume_run(folder)
+            start.begin(config, folder, should_stop=stop_at(batch))
+        result = start.resume(folder)
         assert result is not None
         assert result.resumed == 1
         assert Path(result.weights_file).read_bytes() == Path(whole.weights_file).read_bytes()

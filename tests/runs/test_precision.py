@@ -23,10 +23,10 @@ from helpers.small_networks import (
     tokens,
     vectors,
 )
-from lowmem_pnn import api as trainer
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.training import start
 
 COMMON: dict[str, Any] = {"epochs": 2, "batch_size": 12, "lr": 0.01, "seed": 3, "val_fraction": 0.1}
 
@@ -107,10 +107,10 @@ def test_the_scale_outlives_a_stop(tmp_path: Path) -> None:
         max_gpu_mem="400MB", device="cpu", method="exact", precision="fp16", cuts="1", commit_every=0.0,
         model="helpers.small_networks:Overflows", data=f"npz:{tmp_path / 'data.npz'}", **COMMON,
     )  # fmt: skip
-    whole = trainer.begin_run(config, tmp_path / "whole")
+    whole = start.begin(config, tmp_path / "whole")
     with pytest.raises(Stopped):
-        trainer.begin_run(config, tmp_path / "run", should_stop=stop_at(3))
-    resumed = trainer.resume_run(tmp_path / "run")
+        start.begin(config, tmp_path / "run", should_stop=stop_at(3))
+    resumed = start.resume(tmp_path / "run")
     assert whole is not None
     assert resumed is not None
     assert resumed.resumed == 1

@@ -16,13 +16,13 @@ from helpers.exact_runs import COMMON
 from helpers.plainloops import assert_same_weights, loaded, train_by_backprop, train_by_exact
 from helpers.quantized_state import zeros
 from helpers.small_networks import Data, vectors
-from lowmem_pnn import api as trainer
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.optim import low_precision
 from lowmem_pnn.optim.low_precision import BLOCK_SIZE
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.training import start
 
 
 def mlp() -> nn.Module:
@@ -99,14 +99,12 @@ def test_a_run_with_quantized_state_that_was_stopped_and_resumed_is_same_as_unin
     }  # fmt: skip
     if method != "backprop":
         options["cuts"] = "1,2"
-    whole = trainer.begin_run(configure(**options), tmp_path / "whole")
+    whole = start.begin(configure(**options), tmp_path / "whole")
     for stop in stops:
         asked = itertools.count(1)
         with pytest.raises(Stopped):
-            trainer.begin_run(
-                configure(**options), tmp_path / f"run{stop}", should_stop=lambda at=stop, asked=asked: next(asked) >= at
-            )
-        result = trainer.resume_run(tmp_path / f"run{stop}")
+            start.begin(configure(**options), tmp_path / f"run{stop}", should_stop=lambda at=stop, asked=asked: next(asked) >= at)
+        result = start.resume(tmp_path / f"run{stop}")
         assert result.resumed == 1
         assert Path(result.weights_file).read_bytes() == Path(whole.weights_file).read_bytes()
 

@@ -8,13 +8,13 @@ import pytest
 
 from helpers.commands import lowmem_pnn
 from helpers.plainloops import stop_at
-from lowmem_pnn.api import begin_run, resume_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import CheckpointError, Stopped
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.ranks import Rank, rank_folder
 from lowmem_pnn.stores.run_directory import read_journal, seal_journal
+from lowmem_pnn.training import start
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
@@ -39,16 +39,16 @@ def config(**options: Any) -> FitConfig:
 # Ranks in this process: the last of them is the first one, which then waits for nobody.
 
 
-def start(
+def begin_rank(
     number: int, folder: Path, of: int = 3, should_stop: Callable[[], bool] = lambda: False, **options: Any
 ) -> Result | None:
     rank = Rank(number, of, number)
-    return begin_run(config(**options), rank.folder(folder), rank=rank, should_stop=should_stop)
+    return start.begin(config(**options), rank.folder(folder), rank=rank, should_stop=should_stop)
 
 
 def resume(number: int, folder: Path, of: int = 3) -> Result | None:
     rank = Rank(number, of, number)
-    return resume_run(rank.folder(folder), rank=rank)
+    return start.resume(rank.folder(folder), rank=rank)
 
 
 def weights(folder: Path) -> bytes:
@@ -66,11 +66,11 @@ MORE: dict[str, Any] = {
 
 @pytest.mark.parametrize("options", [{}, MORE, {"val_fraction": 0.0}, HALF], ids=["plain", "recovered", "unvalidated", "float16"])
 def test_partitions_side_by_side_are_same_as_one_after_the_other(options: dict[str, Any], tmp_path: Path) -> None:
-    alone = begin_run(config(**options), tmp_path / "alone")
-    assert start(2, tmp_path / "many", **options) is None
-    assert start(1, tmp_path / "many", **options) is None
+    alone = start.begin(config(**options), tmp_path / "alone")
+    assert begin_rank(2, tmp_path / "many", **options) is None
+    assert begin_rank(1, tmp_path / "many", **options) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "many.rank1", "many.rank2"]
-    result = start(0, tmp_path / "many", **options)
+    result = begin_rank(0, tmp_path / "many", **options)
     assert alone is not None
     assert result is not None
     assert weights(tmp_path / "many") == weights(tmp_path / "alone")
@@ -92,20 +92,20 @@ def test_partitions_side_by_side_are_same_as_one_after_the_other(options: dict[s
     assert result.peak_bytes >= max(part["peak_bytes"] for part in result.partitions)
     # The other ranks' folders are gone.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "many"]
-    again = resume_run(tmp_path / "many")
+    again = start.resume(tmp_path / "many")
     assert again is not None
     assert again.to_json() == result.to_json()
 
 
 def test_ranks_that_were_stopped_and_resumed_are_same_as_uninterrupted(tmp_path: Path) -> None:
-    alone = begin_run(config(**MORE), tmp_path / "alone")
+    alone = start.begin(config(**MORE), tmp_path / "alone")
     assert alone is not None
     options = {**MORE, "commit_every": 0.0}
     for number, batch in ((1, 4), (2, 2)):
         with pytest.raises(Stopped):
-            start(number, tmp_path / "many", should_stop=stop_at(batch), **options)
+            begin_rank(number, tmp_path / "many", should_stop=stop_at(batch), **options)
     with pytest.raises(Stopped):
-        start(0, tmp_path / "many", should_stop=stop_at(3), **options)
+        begin_rank(0, tmp_path / "many", should_stop=stop_at(3), **options)
     assert [resume(number, tmp_path / "many") for number in (1, 2)] == [None, None]
     # A rank that is done has nothing left to do.
     assert resume(1, tmp_path / "many") is None
@@ -118,20 +118,20 @@ def test_ranks_that_were_stopped_and_resumed_are_same_as_uninterrupted(tmp_path:
 
 
 def test_the_first_rank_can_be_stopped_while_it_waits_and_when_it_has_joined(tmp_path: Path) -> None:
-    assert begin_run(config(**MORE), tmp_path / "alone") is not None
+    assert start.begin(config(**MORE), tmp_path / "alone") is not None
     options = {**MORE, "commit_every": 0.0}
-    assert start(2, tmp_path / "many", **options) is None
+    assert begin_rank(2, tmp_path / "many", **options) is None
     # It is asked 6 times while it learns, then whenever it looks for partition 2 in vain.
     with pytest.raises(Stopped):
-        start(0, tmp_path / "many", should_stop=stop_at(9), **options)
+        begin_rank(0, tmp_path / "many", should_stop=stop_at(9), **options)
     journal = read_journal(tmp_path / "many" / "journal.json")[0]
     assert (journal["visit"], journal["progress"]["epoch"]) == (1, 0)
-    assert start(1, tmp_path / "many", **options) is None
+    assert begin_rank(1, tmp_path / "many", **options) is None
     rank = Rank(0, 3)
     with pytest.raises(Stopped):
-        resume_run(tmp_path / "many", rank=rank, should_stop=stop_at(1))
+        start.resume(tmp_path / "many", rank=rank, should_stop=stop_at(1))
     assert read_journal(tmp_path / "many" / "journal.json")[0]["visit"] == 2
-    assert resume_run(tmp_path / "many", rank=rank) is not None
+    assert start.resume(tmp_path / "many", rank=rank) is not None
     assert weights(tmp_path / "many") == weights(tmp_path / "alone")
 
 
@@ -141,13 +141,13 @@ def test_the_first_rank_can_be_stopped_while_it_waits_and_when_it_has_joined(tmp
 @pytest.fixture
 def one_done(tmp_path: Path) -> Path:
     """The folder of a run of which the second rank is trained."""
-    assert start(1, tmp_path / "run") is None
+    assert begin_rank(1, tmp_path / "run") is None
     return tmp_path / "run"
 
 
 def join(folder: Path, **options: Any) -> None:
     """Run the first rank, which gives up if it is not refused: the third one never comes."""
-    start(0, folder, should_stop=stop_at(60), **options)
+    begin_rank(0, folder, should_stop=stop_at(60), **options)
 
 
 def test_a_rank_of_another_configuration_is_not_joined(one_done: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_rank_whose_weights_were_damaged_is_not_joined(one_done: Path) -> None
 
 def test_a_ranks_run_goes_on_as_that_rank_alone(one_done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Stopped):
-        start(0, one_done, should_stop=stop_at(1))
+        begin_rank(0, one_done, should_stop=stop_at(1))
     for folder, rank in ((one_done, 0), (rank_folder(one_done, 1), 1)):
         done = lowmem_pnn("fit", "--resume", "--workdir", folder)
         assert done.code == 6
@@ -193,7 +193,7 @@ def test_a_ranks_run_goes_on_as_that_rank_alone(one_done: Path, monkeypatch: pyt
         )
     # Nor is a run of one process taken over by several.
     with pytest.raises(Stopped):
-        begin_run(config(), one_done / "alone", should_stop=stop_at(1))
+        start.begin(config(), one_done / "alone", should_stop=stop_at(1))
     monkeypatch.setenv("WORLD_SIZE", "3")
     done = lowmem_pnn("fit", "--resume", "--workdir", one_done / "alone")
     assert (done.code, done.fault) == (

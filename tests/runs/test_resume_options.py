@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import lowmem_pnn
 from helpers.commands import Outcome, write_data
 from helpers.commands import lowmem_pnn as command
-from lowmem_pnn.api import begin_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.training import start
 
 OPTIONS = "--max-gpu-mem 100MB --device cpu --model mlp:20-16-3 --data npz:data.npz --epochs 3 --cuts 1 --batch-size 16 --quiet"
 VALUES: dict[str, Any] = {
@@ -48,7 +48,7 @@ def _stop(workdir: str, **values: Any) -> None:
     """Begin a run, and stop it in the middle of an epoch."""
     asked = iter([False] * 9)
     with pytest.raises(Stopped):
-        begin_run(configure(**{**VALUES, **values}), Path(workdir), should_stop=lambda: next(asked, None) is not False)
+        start.begin(configure(**{**VALUES, **values}), Path(workdir), should_stop=lambda: next(asked, None) is not False)
 
 
 def resume(options: str) -> Outcome:

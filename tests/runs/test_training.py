@@ -15,7 +15,6 @@ from helpers import networks, plainloops
 from helpers.plainloops import assert_same_weights, loaded, train_by_backprop, train_by_pnn
 from helpers.simulated import chain_of, fit_on
 from helpers.small_networks import Data, images, small_conv, small_mlp, vectors
-from lowmem_pnn import api as trainer
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import CaptureError, CheckpointError, ConfigError, DivergedError, Stopped
@@ -23,6 +22,7 @@ from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.stores.encoding import WORK_BYTES
 from lowmem_pnn.stores.tensor_file import TensorFile
+from lowmem_pnn.training import start
 from lowmem_pnn.units import format_bytes
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], Data]] = {"mlp": (small_mlp, vectors()), "conv": (small_conv, images())}
@@ -136,13 +136,13 @@ def test_a_run_on_kept_activations_that_is_stopped_anywhere_goes_on_to_the_same_
     activation_dtype: str, method: str, tmp_path: Path
 ) -> None:
     config = configure(**KEPT, method=method, activation_dtype=activation_dtype)
-    whole = trainer.begin_run(config, tmp_path / "whole")
+    whole = start.begin(config, tmp_path / "whole")
     assert whole is not None
     for stops_at in (5, 23):  # in the first partition, and in one that reads stores
         folder, asked = tmp_path / str(stops_at), itertools.count()
         with pytest.raises(Stopped):
-            trainer.begin_run(config, folder, should_stop=lambda asked=asked, at=stops_at: next(asked) >= at)  # type: ignore[misc]
-        result = trainer.resume_run(folder)
+            start.begin(config, folder, should_stop=lambda asked=asked, at=stops_at: next(asked) >= at)  # type: ignore[misc]
+        result = start.resume(folder)
         assert result is not None
         assert Path(result.weights_file).read_bytes() == Path(whole.weights_file).read_bytes()
         assert (result.train_loss, result.val_loss, result.test_loss) == (whole.train_loss, whole.val_loss, whole.test_loss)
@@ -152,12 +152,12 @@ def test_a_run_on_kept_activations_that_is_stopped_anywhere_goes_on_to_the_same_
 def test_a_resumed_run_verifies_what_its_activations_are_kept_in(tmp_path: Path) -> None:
     config, asked = configure(**KEPT, activation_dtype="int8"), itertools.count()
     with pytest.raises(Stopped):
-        trainer.begin_run(config, tmp_path / "run", should_stop=lambda: next(asked) >= 23)
+        start.begin(config, tmp_path / "run", should_stop=lambda: next(asked) >= 23)
     shard = next((tmp_path / "run" / "activations").glob("*-train/00000.safetensors"))
     with TensorFile.open(shard, writable=True) as file:
         file.write_from("0.scales", file.read("0.scales") + 1)
     with pytest.raises(CheckpointError, match=r"00000\.safetensors' has CRC-32"):
-        trainer.resume_run(tmp_path / "run")
+        start.resume(tmp_path / "run")
 
 
 def test_a_value_beyond_float16_is_an_error_that_says_where(tmp_path: Path) -> None:
