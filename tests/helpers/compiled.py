@@ -24,11 +24,12 @@ def alike() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 16), nn.GELU(), *square, nn.Linear(16, 4))
 
 
-def two_layers() -> nn.Module:
-    """A convolution and a linear layer, with norms and dropout."""
+def three_layers() -> nn.Module:
+    """A convolution and a linear layer, with norms and dropout, and one without."""
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout2d(0.2), nn.Flatten(), nn.Dropout(0.3),
-        nn.Linear(96, 4), nn.BatchNorm1d(4),
+        nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout2d(0.2), nn.Flatten(),
+        nn.Linear(96, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3),
+        nn.Linear(16, 4),
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
             "--method 'pnm' is none of pnn, neuroflux, exact, backprop; did you mean 'pnn'?",
         ),
         ("fit --max-gpu-mem 1GB --seed -1", 3, "--seed '-1': must be greater than or equal to 0"),
-        ("fit --resume", 3, "--resume needs the run to go on with; give --workdir DIR"),
+        ("fit --resume", 3, "--resume: there is no unfinished run in runs; give --workdir DIR, or leave --resume out to begin"),
         (
             "fit --resume --workdir no-run",
             6,
@@ -68,8 +68,7 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
         (
             "fit --resume --workdir run --epochs 3 --overwrite",
             3,
-            "--epochs, --overwrite with --resume would change the run, which goes on with the configuration in --workdir; "
-            "leave them out",
+            "--resume goes on with a run, and --overwrite replaces it; give one",
         ),
         ("evaluate no-run", 6, "no-run holds no run"),
         ("fit --max-gpu-mem 1GB --optimizer sgdd", 3, "--optimizer 'sgdd' is none of sgd, adam, adamw; did you mean 'sgd'?"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.compiled import CPU, alike, assert_allocates_what_was_foreseen, compiled, two_layers
+from helpers.compiled import CPU, alike, assert_allocates_what_was_foreseen, compiled, three_layers
 from helpers.small_networks import small_conv
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model import compiler as compiling
@@ -16,19 +16,26 @@ from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.model.compiler import CompiledFunction, Compiler, CompileVariant, check_compiler
 from lowmem_pnn.sources.gpt_model import GPT, GptShape
 
-MLP, CONV = TensorSpec((12,), torch.float32), TensorSpec((3, 8, 8), torch.float32)
-
 
 @pytest.fixture(scope="module")
-def compiled_mlp() -> tuple[Chain, Compiler]:
-    return compiled(alike(), MLP)
-
-
-@pytest.fixture(scope="module")
-def compiled_conv() -> tuple[nn.Module, Chain]:
+def network() -> tuple[nn.Module, Chain]:
+    """A network, and its chain with compiled layers."""
     torch.manual_seed(0)
-    model = two_layers()
-    return model, compiled(model, CONV)[0]
+    model = three_layers()
+    return model, compiled(model, TensorSpec((3, 8, 8), torch.float32))[0]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The layers that would be compiled; nothing is."""
+    programs: list[Any] = []
+
+    def note(program: Any, sizes: Sequence[int]) -> CompiledFunction:
+        programs.append(program)
+        return CompiledFunction(lambda *tensors: [], frozenset(sizes), ())
+
+    monkeypatch.setattr(compiling._TracedLayer, "compile", note)
+    return programs
 
 
 @pytest.mark.parametrize("version", ["2.13.0", "2.15.0+cu130", "2.140.0", "3.0.0a0+git1234"])
@@ -45,24 +52,17 @@ def test_the_installed_version_is_a_tested_one() -> None:
     check_compiler()
 
 
-def test_layers_that_are_alike_share_code(compiled_mlp: tuple[Chain, Compiler]) -> None:
-    chain, compiler = compiled_mlp
+def test_layers_that_are_alike_share_code(made: list[Any]) -> None:
+    chain, compiler = compiled(alike(), TensorSpec((12,), torch.float32))
     assert len(chain.layers) == 5
-    assert compiler.num_functions == 3 * 2  # shapes, and uses: training and not
+    assert len(made) == compiler.num_functions == 3 * 2  # shapes, and uses: training and not
 
 
-def test_a_gpt_of_many_blocks_compiles_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-
-    def note(program: Any, sizes: Sequence[int]) -> CompiledFunction:
-        made.append(program)
-        return CompiledFunction(lambda *tensors: [], frozenset(sizes), ())
-
-    monkeypatch.setattr(compiling._TracedLayer, "compile", note)
+def test_a_gpt_of_many_blocks_compiles_one(made: list[Any]) -> None:
     with torch.device("meta"):
-        model = GPT(GptShape(layers=5, width=16, heads=2, context=8, dropout=0.1), 13)
+        model = GPT(GptShape(layers=4, width=16, heads=2, context=8, dropout=0.1), 13)
     chain, compiler = capture(model, TensorSpec((8,), torch.int64)), Compiler(range(2, 9), CPU)
-    assert len(chain.layers) == 1 + 2 * 5 + 1
+    assert len(chain.layers) == 1 + 2 * 4 + 1
     for number, layer in enumerate(chain.layers):
         compiler.compile(layer, chain.boundaries[number], [CompileVariant(trains=False)])
     # Embedding, attention, MLP; the last MLP, which ends in a norm; the last layer.
@@ -84,10 +84,8 @@ def test_layers_that_differ_in_what_shapes_do_not_show_share_nothing() -> None:
     assert programs[0].key != programs[1].key
 
 
-def test_compiling_leaves_mode_weights_and_random_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        compiling._TracedLayer, "compile", lambda program, sizes: CompiledFunction(lambda *tensors: [], frozenset(sizes), ())
-    )
+@pytest.mark.usefixtures("made")
+def test_compiling_leaves_mode_weights_and_random_state_alone() -> None:
     model = small_conv().eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -98,8 +96,8 @@ def test_compiling_leaves_mode_weights_and_random_state_alone(monkeypatch: pytes
         assert torch.equal(tensor, before[name])
 
 
-def test_code_gives_what_layers_give_draws_included_and_changes_buffers_in_place(compiled_conv: tuple[nn.Module, Chain]) -> None:
-    model, chain = compiled_conv
+def test_code_gives_what_layers_give_draws_included_and_changes_buffers_in_place(network: tuple[nn.Module, Chain]) -> None:
+    model, chain = network
     codes = [layer.compiled for layer in chain.layers]
     values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     buffers = dict(model.named_buffers())
@@ -126,8 +124,8 @@ def test_code_gives_what_layers_give_draws_included_and_changes_buffers_in_place
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_run_as_they_are_where_there_is_no_code(compiled_mlp: tuple[Chain, Compiler]) -> None:
-    layer = compiled_mlp[0].layers[1]
+def test_layers_run_as_they_are_where_there_is_no_code(network: tuple[nn.Module, Chain]) -> None:
+    layer = network[1].train().layers[2]
     assert layer.compiled is not None
     tensors = {**layer.parameters(), **layer.buffers()}
     one, many, some = (torch.randn(size, 16, requires_grad=True) for size in (1, 13, 5))
@@ -141,11 +139,8 @@ def test_layers_run_as_they_are_where_there_is_no_code(compiled_mlp: tuple[Chain
         torch.testing.assert_close(layer(x)[0], layer.module(x)[0])
 
 
-def test_code_allocates_no_more_than_was_foreseen(
-    compiled_mlp: tuple[Chain, Compiler], compiled_conv: tuple[nn.Module, Chain]
-) -> None:
-    assert_allocates_what_was_foreseen(compiled_mlp[0])
-    assert_allocates_what_was_foreseen(compiled_conv[1])
+def test_code_allocates_no_more_than_was_foreseen(network: tuple[nn.Module, Chain]) -> None:
+    assert_allocates_what_was_foreseen(network[1])
 
 
 def test_a_layer_that_cannot_be_compiled_is_named() -> None:

@@ -101,7 +101,7 @@ def brute_force(profile, room, batches, cuts, num_partitions, cap):
 
 
 @given(profiles(), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_plans_are_those_of_brute_force(profile, data):
     starts = [cut for cut in range(1, len(profile.layers)) if cut not in profile.forbidden_cuts]
     smallest = profile.smallest_micro_batch

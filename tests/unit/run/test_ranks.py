@@ -33,7 +33,7 @@ def test_torchrun_says_which_process_it_is(values: dict[str, str], expected: Ran
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     assert Rank.of_environment() == expected
-    assert expected.is_alone == (expected.of == 1)
+    assert expected.is_alone == (expected.size == 1)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The cifar models: that they are the published networks, at any width, and how they are cut into layers."""
 
+import functools
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ def make(spec: str, seed: int = 0, **arguments: Any) -> Any:
 
 def empty(spec: str, **arguments: Any) -> Any:
     return skeleton(find_model(spec, arguments, 10).build)
+
+
+@functools.cache
+def full(spec: str) -> nn.Module:
+    """The network at its own width, without values."""
+    return empty(spec)
 
 
 def images(batch: int, channels: int = 3, side: int = 32) -> Tensor:
@@ -115,10 +122,10 @@ def test_initial_values_keep_the_scale(spec: str) -> None:
 @pytest.mark.parametrize("spec", CIFAR_MODELS)
 @pytest.mark.parametrize("width", [0.001, 0.25, 0.3, 1, 2.0])
 def test_channels_follow_the_width_in_eights(spec: str, width: float) -> None:
-    given, full = empty(spec, width=width), empty(spec)
+    given = empty(spec, width=width)
     pairs = [
         (module.out_channels, other.out_channels)
-        for module, other in zip(given.modules(), full.modules(), strict=True)
+        for module, other in zip(given.modules(), full(spec).modules(), strict=True)
         if isinstance(module, nn.Conv2d) and isinstance(other, nn.Conv2d)
     ]
     if spec == "cifar-mobilenetv2":
@@ -202,16 +209,14 @@ def test_what_cannot_be_built_is_said(spec: str, arguments: dict[str, Any], mess
 def test_they_are_cut_at_every_block_with_one_tensor_across(
     spec: str, num_layers: int, first: list[str], last: list[str]
 ) -> None:
-    for model in (make(spec, **NARROW), empty(spec)):
-        chain = cut(model)
-        names = [layer.name for layer in chain.layers]
-        print(f"{spec}: {len(names)} layers, {count(model):,} parameters")
-        assert (len(names), names[: len(first)], names[-len(last) :]) == (num_layers, first, last)
-        assert [len(boundary) for boundary in chain.boundaries] == [1] * (num_layers + 1)
-        # Maps everywhere but before and after the linear layer, which is alone.
-        assert [len(spec.shape) for (spec,) in chain.boundaries] == [3] * (num_layers - 1) + [1, 1]
-        assert len(chain.layers[-1].parameters()) == 2
-        assert (chain.unused, chain.ties) == ((), ())
+    chain = cut(full(spec))
+    names = [layer.name for layer in chain.layers]
+    assert (len(names), names[: len(first)], names[-len(last) :]) == (num_layers, first, last)
+    assert [len(boundary) for boundary in chain.boundaries] == [1] * (num_layers + 1)
+    # Maps everywhere but before and after the linear layer, which is alone.
+    assert [len(spec.shape) for (spec,) in chain.boundaries] == [3] * (num_layers - 1) + [1, 1]
+    assert len(chain.layers[-1].parameters()) == 2
+    assert (chain.unused, chain.ties) == ((), ())
 
 
 @pytest.mark.parametrize("spec", CIFAR_MODELS)
