@@ -24,12 +24,26 @@ def resumed_state(rundir: RunDirectory, workload: Workload, rank: Rank) -> State
     """
     state = State.from_journal(rundir.journal())
     check_same_data(state, workload, rundir.path)
+    check_same_rank(state, rank, rundir.path)
+    return state
+
+
+def check_same_rank(state: State, rank: Rank, path: Path) -> None:
+    """Refuse a run that another process of several began.
+
+    Args:
+        state: state of the run.
+        rank: which of several processes this is.
+        path: folder of the run, for the message.
+
+    Raises:
+        CheckpointError: it was another one.
+    """
     if (state.rank, state.ranks) != (rank.number, rank.size):
         raise CheckpointError(
-            f"the run in {rundir.path} is process {state.rank + 1} of {state.ranks}, and this is {rank.number + 1} of {rank.size}; resume it "
+            f"the run in {path} is process {state.rank + 1} of {state.ranks}, and this is {rank.number + 1} of {rank.size}; resume it "
             + (f"by torchrun with {state.ranks} processes" if state.ranks > 1 else "without torchrun")
         )
-    return state
 
 
 def check_same_data(state: State, workload: Workload, path: Path) -> None:

@@ -20,7 +20,7 @@ from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.ranks import ALONE, Rank
-from lowmem_pnn.run.resume import count_resume, resumed_state
+from lowmem_pnn.run.resume import check_same_rank, count_resume, resumed_state
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.stores.disk import allow_many_files
@@ -110,11 +110,12 @@ def resume(
         return _begin_late(path, options, rank, display, should_stop)
     with RunDirectory.open(path) as rundir:
         config = resumed_config(FitConfig.from_json(rundir.config_json()), options, path)
-        stage = rundir.journal()["stage"]
-        if stage == "done":
+        state = State.from_journal(rundir.journal())
+        if state.stage == "done":
             clear(rundir)
             return read_result(path)
-        if stage == "trained":
+        check_same_rank(state, rank, path)
+        if state.stage == "trained":
             return None
     rank.check(config)
     display = display or Display()
