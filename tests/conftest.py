@@ -23,6 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from helpers.commands import write_data
 from lowmem_pnn.stores import run_directory
 
+collect_ignore = ["helpers"]  # neither tests nor doctests
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _imports_are_no_garbage() -> None:

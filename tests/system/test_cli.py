@@ -52,7 +52,10 @@ def test_a_disk_that_cannot_be_written_to(small_disk: Path) -> None:
 
 def test_a_terminal_without_the_letters_gets_the_result() -> None:
     # A process of its own costs seconds: one in which the work is done, and only the page is printed.
-    code = "import sys; from lowmem_pnn import cli; cli.plan.callback = lambda **_: cli.click.echo('\u2500 layer \u00fc'); cli.main()"
+    code = (
+        "from lowmem_pnn.cli import commands; "
+        "commands.plan.callback = lambda **_: commands.click.echo('\u2500 layer \u00fc'); commands.main()"
+    )
     command = [sys.executable, "-c", code, "plan"]
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True, check=True)
     assert done.stdout == b"? layer \xfc\n"

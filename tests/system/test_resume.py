@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers import kill_trials
-
-TRIALS = Path(kill_trials.__file__)
+TRIALS = Path(__file__).parents[1] / "helpers" / "kill_trials.py"
 
 
 def _trials(method: str, folder: Path, *arguments: str) -> dict[str, Any]:
