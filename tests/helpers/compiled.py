@@ -24,13 +24,17 @@ def alike() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 16), nn.GELU(), *square, nn.Linear(16, 4))
 
 
+def convolution() -> list[nn.Module]:
+    """The modules of one layer, with norm and dropout: of images of 8 x 8 it makes 96 values."""
+    return [nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout2d(0.2), nn.Flatten()]
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(*convolution(), nn.Linear(96, 4))
+
+
 def three_layers() -> nn.Module:
-    """A convolution and a linear layer, with norms and dropout, and one without."""
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout2d(0.2), nn.Flatten(),
-        nn.Linear(96, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3),
-        nn.Linear(16, 4),
-    )  # fmt: skip
+    return nn.Sequential(*convolution(), nn.Linear(96, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4))
 
 
 def compiled(model: nn.Module, spec: TensorSpec) -> tuple[Chain, Compiler]:

@@ -11,7 +11,7 @@ from torch import nn
 
 import lowmem_pnn
 from helpers.commands import lowmem_pnn as command
-from helpers.compiled import assert_allocates_what_was_foreseen, compiled, three_layers
+from helpers.compiled import assert_allocates_what_was_foreseen, compiled, two_layers
 from helpers.displays import StopsAt
 from helpers.plainloops import assert_same_weights, loaded
 from helpers.small_networks import Data, images, small_gpt, small_mlp, small_vit, tokens, vectors
@@ -30,8 +30,8 @@ def fit(build: Callable[[], nn.Module], data: Data, folder: Path, **options: Any
 # What it computes.
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], Data, dict[str, Any]]] = {
-    "conv": (three_layers, images(), {"cuts": "1"}),
-    "conv in bf16, channels last": (three_layers, images(), {"cuts": "1", "precision": "bf16", "channels_last": True}),
+    "conv": (two_layers, images(), {"cuts": "1"}),
+    "conv in bf16, channels last": (two_layers, images(), {"cuts": "1", "precision": "bf16", "channels_last": True}),
     "tied gpt, loss in chunks": (lambda: small_gpt(tied=True, layers=1), tokens(), {"cuts": "1,3", "loss_chunk": 20}),
 }
 
