@@ -63,14 +63,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_resnet_trains_and_its_weights_load_into_torchvisions_own(pictures: Path, tmp_path: Path) -> None:
+    # Below the model's training state of 179 MB. Less does not do on every processor: without AVX-512 oneDNN takes four times the
+    # gradient of a kernel that is larger than its map.
     result = fit(
-        tmp_path / "run", "--max-gpu-mem", "150MB", "--model", "resnet18", "--data", f"npz:{pictures}", "--epochs", "2",
+        tmp_path / "run", "--max-gpu-mem", "170MB", "--model", "resnet18", "--data", f"npz:{pictures}", "--epochs", "2",
         "--batch-size", "32",
     )  # fmt: skip
     assert set(result) >= CONTRACT
     assert all(set(partition) >= OF_A_PARTITION for partition in result["partitions"])
     assert (result["exits"], result["chosen_exit"]) == ([], None)
-    assert result["budget_bytes"] == 150_000_000
+    assert result["budget_bytes"] == 170_000_000
     assert [result["partitions"][0]["start"], result["partitions"][-1]["stop"]] == [0, 10]
     assert result["oom_retries"] == result["resumed"] == 0
     assert result["preprocessing"] == "uint8 / 255, HWC to CHW"
@@ -90,7 +92,7 @@ def test_resnet_trains_and_its_weights_load_into_torchvisions_own(pictures: Path
     assert result["test_f1"] == pytest.approx(f1_score(y.numpy(), scores.argmax(1).numpy(), average="macro"), abs=1e-6)
     assert result["test_loss"] == pytest.approx(float(nn.functional.cross_entropy(scores, y.long())), rel=1e-4)
 
-    assert result["peak_bytes"] <= 150_000_000
+    assert result["peak_bytes"] <= 170_000_000
     check_prediction(result)
 
 
