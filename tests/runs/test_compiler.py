@@ -1,4 +1,4 @@
-"""Compiling: layers that are alike share code, code gives what layers give, and takes the memory that plans foresee."""
+"""Runs with compiled layers: exact training is backprop, stopped and resumed too; local methods; memory; refusals."""
 
 import json
 from collections.abc import Callable
