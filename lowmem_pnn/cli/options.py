@@ -29,7 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Output": (
-        "workdir", "resume", "overwrite", "commit_every", "keep_commits", "log_every", "as_json", "quiet", "debug", "help",
+        "workdir", "resume", "overwrite", "commit_every", "keep_commits", "log_every", "as_json", "quiet", "debug", "help", "_click_default_help",
     ),
 }  # fmt: skip
 """Headings of `fit --help`, and the options under each."""
@@ -65,7 +65,9 @@ class GroupedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section for each group that the command has options of."""
         records = {param.name: record for param in self.get_params(ctx) if (record := param.get_help_record(ctx)) is not None}
-        for title, names in GROUPS.items():
+        grouped = {name for names in GROUPS.values() for name in names}
+        # An option that is in no group yet must not be missing from the help.
+        for title, names in (*GROUPS.items(), ("Other", [name for name in records if name not in grouped])):
             if rows := [records[name] for name in names if name in records]:
                 with formatter.section(title):
                     formatter.write_dl(rows)
