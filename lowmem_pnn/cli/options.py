@@ -29,7 +29,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Output": (
-        "workdir", "resume", "overwrite", "commit_every", "keep_commits", "log_every", "as_json", "quiet", "debug", "help", "_click_default_help",
+        "workdir", "resume", "overwrite", "commit_every", "keep_commits", "log_every", "as_json", "quiet", "debug",
+        "help", "_click_default_help",  # the name differs between versions of click
     ),
 }  # fmt: skip
 """Headings of `fit --help`, and the options under each."""
