@@ -59,12 +59,12 @@ class ActivePartition:
     def train(self) -> None:
         """Bring the modules into train mode."""
         for layer in self.residency.layers:
-            layer.module.train()
+            layer.train()
 
     def eval(self) -> None:
         """Bring the modules into eval mode."""
         for layer in self.residency.layers:
-            layer.module.eval()
+            layer.eval()
 
     def drop_gradients(self) -> None:
         """Free the gradients of all parameters that learn."""

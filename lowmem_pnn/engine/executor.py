@@ -96,6 +96,7 @@ class Executor:
         buffers = unless_out_of_memory(lambda: {name: tensor.clone() for name, tensor in residency.buffers.items()})
         if buffers is None:
             raise too_large(self._device, f"with a copy of {active.title}'s buffers")
+        python_state = residency.python_state
         while True:
             parts = self._parts(active, batch)
             steps = layer_steps(active, step, one_micro_batch=len(parts) == 1)
@@ -107,6 +108,7 @@ class Executor:
             residency.copy_back_replaced_buffers()
             for name, tensor in residency.buffers.items():
                 tensor.copy_(buffers[name])
+            residency.set_python_state(python_state)
             self.shrink(active)
         residency.copy_back_replaced_buffers()
         # A step that is not finite would poison the weights; the caller stops the run.
@@ -222,10 +224,12 @@ class Executor:
                 after = MicroBatch.of(batch, slice(part.stop, part.stop + active.micro_batch)) if part.stop < total else None
                 if after is None and following is not None:
                     after = MicroBatch.of(following, slice(0, active.micro_batch))
+                python_state = active.residency.python_state
                 result = unless_out_of_memory(partial(self._run_eval, MicroBatch.of(batch, part), batch[1][part], after, run))
                 del after
                 self._consume(results, consume)
                 if result is None:
+                    active.residency.set_python_state(python_state)
                     self.shrink(active)
                     continue
                 results.extend(result)

@@ -1,9 +1,9 @@
 """Residency: the time during which the weights of one partition, and their optimizer state, are on the device."""
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Executor
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,10 @@ class Residency:
             tensor = self._device.to_device(take())
             if kind == "parameter":
                 self._requires_grad[name] = shape_of.requires_grad
-                self._parameters[name] = nn.Parameter(tensor, requires_grad=shape_of.requires_grad and not self._frozen)
+                parameter = nn.Parameter(tensor, requires_grad=shape_of.requires_grad and not self._frozen)
+                self.chain.hang_hooks(name, parameter)
+                self._parameters[name] = parameter
+                del parameter
             else:
                 self._buffers[name] = tensor
             del tensor
@@ -158,6 +161,16 @@ class Residency:
     def buffers(self) -> dict[str, Tensor]:
         """The loaded buffers, by name: a rollback has to restore them after a forward in train mode."""
         return self._buffers
+
+    @property
+    def python_state(self) -> dict[str, Any]:
+        """Python attributes of the layers' modules that a forward changes and the next one reads."""
+        return {key: value for layer in self.layers for key, value in layer.python_state.items()}
+
+    def set_python_state(self, state: Mapping[str, Any]) -> None:
+        """Set these attributes to copies of what `python_state` returned."""
+        for layer in self.layers:
+            layer.set_python_state(state)
 
     def copy_back_replaced_buffers(self) -> None:
         """Copy buffers that a forward replaced (`self.mean = ...`) into the loaded tensors, which are saved and restored.

@@ -83,7 +83,7 @@ def throughputs(run: Run) -> list[float]:
             tensors = tuple(torch.zeros(samples, *spec.shape, dtype=spec.dtype, device=device) for spec in specs)
             with torch.no_grad():
                 for layer in active.residency.layers:
-                    layer.module.eval()
+                    layer.eval()
                     outputs = layer(*tensors)
                     bodies.append(_seconds(run, layer, tensors) / samples)
                     heads.append(0.0 if layer.head is None else _seconds(run, layer.scores, (outputs,)) / samples)

@@ -10,22 +10,25 @@ batch on axis 0, and no later operation changes one of them in place.
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lowmem_pnn.errors import CaptureError, ConfigError
 from lowmem_pnn.model.dataflow import DataFlow
+from lowmem_pnn.model.fake_model import Setting, run_model, uses_checkpointing
 from lowmem_pnn.model.layer import Layer
+from lowmem_pnn.model.modes import read_modes
+from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.precision import FULL_PRECISION, Precision
-from lowmem_pnn.model.tracer import trace
-
-# Attributes that a GraphModule has and a plain module has not: a submodule of such a name would be lost.
-_GRAPH_MODULE_NAMES = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
+from lowmem_pnn.model.python_state import Attribute
+from lowmem_pnn.model.supported import check_model, check_overrides, tensors_by_name
+from lowmem_pnn.model.tracer import copy_structure, trace
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,40 @@ class Chain:
         """
         return self.owners.get(name, name)
 
+    @property
+    def python_state(self) -> dict[str, Any]:
+        """Python attributes that a forward changes and the next one reads, by module and attribute; empty for nearly all models."""
+        return {key: value for layer in self.layers for key, value in layer.python_state.items()}
+
+    def set_python_state(self, state: Mapping[str, Any]) -> None:
+        """Set these attributes to copies of what `python_state` returned."""
+        for layer in self.layers:
+            layer.set_python_state(state)
+
+    @contextmanager
+    def python_state_restored(self) -> Iterator[None]:
+        """Restore at the end of the context what forwards change in Python attributes of modules."""
+        with ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(layer.python_state_restored())
+            yield
+
+    def hang_hooks(self, name: str, parameter: nn.Parameter) -> None:
+        """Hang on a parameter what hangs on the model's own.
+
+        Args:
+            name: the name under which it is stored.
+            parameter: parameter that takes the place of the model's.
+        """
+        for layer in self.layers:
+            if name in layer.hooks:
+                layer.hooks[name].hang_on(parameter)
+                return
+
     def train(self, mode: bool = True) -> "Chain":
         """Put all layers in train mode, or in eval mode, and return the chain."""
         for layer in self.layers:
-            layer.module.train(mode)
+            layer.train(mode)
         return self
 
     def eval(self) -> "Chain":
@@ -173,13 +206,40 @@ def capture(model: nn.Module, input_spec: TensorSpec, precision: Precision = FUL
         >>> [layer.name for layer in chain.layers], [str(specs[0]) for specs in chain.boundaries]
         (['0', '1'], ['(4,) float32', '(3,) float32', '(2,) float32'])
     """
-    names = _tensors_by_name(model)
-    _check_weights(model, names)
-    flow = DataFlow(model, trace(model), input_spec.shape, input_spec.dtype, precision)
+    names = tensors_by_name(model)
+    check_model(model, names)
+    modes = read_modes(model)
+    if modes.frozen:
+        model = _with_frozen(model, names, modes.frozen)
+        names = tensors_by_name(model)
+    kinds = ((2, True), (3, True), (2, False))
+    runs = [run_model(model, Setting(input_spec.shape, input_spec.dtype, precision, *kind)) for kind in kinds]
+    kept, left = (frozenset[Attribute]().union(*sets) for sets in zip(*((run.kept, run.left) for run in runs), strict=True))
+    try:
+        closed = {
+            name: f"its forward changes its attribute {attribute!r}, whose value a trace would freeze" for name, attribute in kept
+        }
+        traced = trace(model, closed)
+        check_overrides(model, traced.opened)
+        flow = DataFlow(model, traced, runs)
+    except CaptureError as error:
+        if uses_checkpointing(model, runs[0].setting):
+            raise CaptureError(
+                f"model {type(model).__name__} uses activation checkpointing (torch.utils.checkpoint) in its forward; turn it off: it is not "
+                "needed here, where activations are kept to the budget anyway"
+            ) from error
+        raise
+    hooks = {name: found for name, tensor in names.items() if tensor.requires_grad and (found := ParameterHooks.of(tensor))}
     # A module of an nn.Sequential is called '4': its layer is named by the layer's own number, so that no layer has the number of
     # another one for a name.
     named = ((str(number) if name.isdigit() else name, module) for number, (name, module) in enumerate(flow.layers()))
     layers = [Layer(name, module, names, precision) for name, module in named]
+    for layer in layers:
+        inside = {name for name, _ in layer.module.named_modules(remove_duplicate=False)}
+        layer.modes = modes.inside(inside)
+        layer.kept = tuple(sorted(attribute for attribute in kept if attribute[0] in inside))
+        layer.left = tuple(sorted(attribute for attribute in left if attribute[0] in inside and attribute[0]))
+        layer.hooks = {name: hooks[name] for name in layer.parameters() if name in hooks}
     held: dict[int, list[int]] = {}
     for index, layer in enumerate(layers):
         for tensor in {**layer.parameters(), **layer.buffers()}.values():
@@ -190,6 +250,11 @@ def capture(model: nn.Module, input_spec: TensorSpec, precision: Precision = FUL
             raise CaptureError(
                 f"parameter {name!r} of {type(model).__name__} gets no gradient: its output does not depend on it; freeze it "
                 "(requires_grad_(False)) or remove it"
+            )
+        if name in hooks and hooks[name].see_gradients and len(held[id(tensor)]) > 1:
+            raise CaptureError(
+                f"parameter {name!r} of {type(model).__name__} has a hook on its gradient, and is used in {len(held[id(tensor)])} layers; its "
+                "gradient is a sum of what these layers give, which no hook sees here: scale or clip in the loss, or by --clip-norm"
             )
     groups: dict[int, list[str]] = {}
     for name, tensor in names.items():
@@ -204,43 +269,6 @@ def capture(model: nn.Module, input_spec: TensorSpec, precision: Precision = FUL
     )
 
 
-def _tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers, under every name: those of the `state_dict` in its order, then the others."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    persistent = list(model.state_dict(keep_vars=True))
-    for name in persistent:
-        if name not in tensors:
-            raise CaptureError(
-                f"the state_dict of {type(model).__name__} holds {name!r}, which is no parameter or buffer of that name; such "
-                "state cannot be trained or saved here, remove it"
-            )
-    return {name: tensors[name] for name in [*persistent, *(name for name in tensors if name not in set(persistent))]}
-
-
-def _check_weights(model: nn.Module, names: Mapping[str, Tensor]) -> None:
-    for name, tensor in names.items():
-        if torch.nn.parameter.is_lazy(tensor):
-            raise CaptureError(
-                f"{name!r} of {type(model).__name__} has no shape yet; run the model once on one sample before it is captured"
-            )
-        if name.split(".")[0] in _GRAPH_MODULE_NAMES:
-            raise CaptureError(
-                f"{type(model).__name__} has an attribute {name.split('.')[0]!r}, which torch.fx keeps for itself; rename it"
-            )
-    # Two tensors over one memory, as `b.weight.data = a.weight.data` makes them, would part as soon as one of them is moved.
-    spans: dict[int, list[tuple[int, int, str, Tensor]]] = {}
-    for name, tensor in names.items():
-        if tensor.numel() and tensor.layout == torch.strided:
-            first = int(tensor.storage_offset()) * tensor.itemsize
-            reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-            last = first + tensor.itemsize * (1 + int(reach))
-            spans.setdefault(tensor.untyped_storage()._cdata, []).append((first, last, name, tensor))
-    for shared in spans.values():
-        shared.sort(key=lambda span: span[:2])
-        for (_, end, name, tensor), (start, _, other_name, other) in pairwise(shared):
-            if start < end and other is not tensor and (tensor.requires_grad or other.requires_grad):
-                raise CaptureError(
-                    f"{name!r} and {other_name!r} of {type(model).__name__} are two tensors over one memory; make them one, "
-                    "as by `b.weight = a.weight`"
-                )
+def _with_frozen(model: nn.Module, names: Mapping[str, Tensor], frozen: Collection[str]) -> nn.Module:
+    """Return a copy of a model over the same tensors, in which some parameters are frozen."""
+    return copy_structure(model, {id(names[name]): nn.Parameter(names[name].detach(), False) for name in frozen})

@@ -269,7 +269,7 @@ class _TracedLayer:
                 outputs = torch.func.functional_call(layer.module, mapping, inputs, tie_weights=False)
             return tuple(_contiguous(tensor, layer.precision.channels_last) for tensor in outputs)
 
-        layer.module.train(variant.trains)
+        layer.train(variant.trains)
         with torch.set_grad_enabled(variant.trains), torch.random.fork_rng(devices=[]), _size_oblivious():
             self._graph: fx.GraphModule = make_fx(run, _allow_non_fake_inputs=True)(*self._arguments)
 

@@ -4,23 +4,20 @@ The graph is run on fake tensors, which have shapes but no values, at two batch 
 storage that an operation changes in place, is recorded.
 """
 
-import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.precision import Precision
-from lowmem_pnn.model.tracer import Trace, copy_structure, first_line, preserve_random_state
+from lowmem_pnn.model.fake_model import ModelRun, OperationLog, explain, storages_of
+from lowmem_pnn.model.tracer import Trace, copy_structure
 
 MAX_TENSORS = 64
 """The most tensors that a boundary may have."""
@@ -43,38 +40,10 @@ class _Recording:
     """Storages that the node changed in place, also those that are freed by now."""
 
 
-class _OperationLog(TorchDispatchMode):
-    """A mode that logs the operations on given tensors and on the results, and the storages that operations write to.
-
-    Args:
-        tensors: input and weights of a model.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.entries: list[tuple[Any, ...]] = []
-        self.written_storages: set[int] = set()
-        # The tensors themselves, not their ids alone: an id is used again once its tensor is gone.
-        self._dependent = {id(tensor): tensor for tensor in tensors}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[position] if position < len(args) else kwargs.get(argument.name)
-                self.written_storages |= _storages(value)
-        result = func(*args, **kwargs)
-        # Constants are computed while tracing, and so not again by the graph; operations of `prim` only query, as for a device.
-        if func.namespace != "prim" and any(id(tensor) in self._dependent for tensor in _tensors((args, kwargs))):
-            self._dependent.update((id(tensor), tensor) for tensor in _tensors(result))
-            self.entries.append((func, torch.is_grad_enabled(), _comparable((args, kwargs))))
-        return result
-
-
 class _RecordingInterpreter(fx.Interpreter):
     """An interpreter that runs a graph node by node and keeps every value, so that no storage's identity is used twice."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, recording: _Recording, log: _OperationLog, error_prefix: str) -> None:
+    def __init__(self, root: nn.Module, graph: fx.Graph, recording: _Recording, log: OperationLog, error_prefix: str) -> None:
         super().__init__(root, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False  # it would be added to the text of our errors
         self._recording, self._log, self._error_prefix = recording, log, error_prefix
@@ -84,110 +53,42 @@ class _RecordingInterpreter(fx.Interpreter):
         try:
             value = super().run_node(n)
         except Exception as error:  # whatever a user's module raises on a shape it does not take
-            raise CaptureError(f"{self._error_prefix}, at {str(n.target)!r}: {_explain(error)}") from error
+            raise CaptureError(f"{self._error_prefix}, at {str(n.target)!r}: {explain(error)}") from error
         self._recording.values[n], self._recording.writes[n] = value, self._log.written_storages
         return value
 
 
-def _record(
-    model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: torch.dtype, precision: Precision, batch: int, training: bool
-) -> _Recording:
-    """Run the traced graph, and the model itself, on fake tensors; both must do the same operations.
+def _record(model: nn.Module, traced: Trace, run: ModelRun) -> _Recording:
+    """Run the traced graph on fake tensors as the model was run; it must do the same operations."""
+    setting = run.setting
+    recording = _Recording(setting.batch)
 
-    All fake tensors are on the CPU, wherever the model's are; under autocast, whose casts depend on the device, on the training device.
-    """
-    device = "cpu" if precision.dtype == "fp32" else precision.device_type
-    mode_text = "train" if training else "eval"
-    error_prefix = (
-        f"model {type(model).__name__} does not run on samples of {shape} {str(dtype).removeprefix('torch.')} in {mode_text} mode"
-    )
-    if precision.channels_last:
-        error_prefix += ", its maps channels last (--channels-last)"
-    recording = _Recording(batch)
+    def run_graph(root: nn.Module, samples: Tensor, log: OperationLog) -> None:
+        root = _with_constants(root, traced, setting.training)
+        _RecordingInterpreter(root, traced.graph, recording, log, setting.error_prefix(model)).run(samples)
 
-    def logged(forward: Callable[[nn.Module, Tensor, _OperationLog], Any]) -> list[tuple[Any, ...]]:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with mode:
-            (sample,) = precision.to_memory_format((torch.empty((batch, *shape), dtype=dtype, device=device),))
-            fakes: dict[int, Tensor] = {}
-            for tensor in [*model.parameters(), *model.buffers()]:
-                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-                fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-        root = _with_constants(copy_structure(model, fakes), traced).train(training)
-        log = _OperationLog([sample, *fakes.values()])
-        with preserve_random_state(), _fake_tensor_log_disabled(), mode, torch.enable_grad(), precision.autocast(), log:
-            forward(root, sample, log)
-        return log.entries
-
-    def run_graph(root: nn.Module, sample: Tensor, log: _OperationLog) -> None:
-        _RecordingInterpreter(root, traced.graph, recording, log, error_prefix).run(sample)
-
-    def run_model(root: nn.Module, sample: Tensor, log: _OperationLog) -> None:
-        try:
-            root(sample)
-        except Exception as error:  # as above
-            raise CaptureError(f"{error_prefix}: {_explain(error)}") from error
-
-    traced_log, model_log = logged(run_graph), logged(run_model)
-    if traced_log != model_log:
+    traced_log = setting.log(model, run_graph)
+    if traced_log != run.operations:
         # A forward can tell proxies from tensors: by isinstance(x, Tensor), for one, and then silently do something else.
-        pairs = enumerate(zip(traced_log, model_log, strict=False))
-        step = next((step for step, (one, other) in pairs if one != other), len(traced_log))
-        names = [str(log[step][0]) if step < len(log) else "nothing" for log in (model_log, traced_log)]
+        pairs = enumerate(zip(traced_log, run.operations, strict=False))
+        step = next((step for step, (one, other) in pairs if one != other), min(len(traced_log), len(run.operations)))
+        names = [str(log[step][0]) if step < len(log) else "nothing" for log in (run.operations, traced_log)]
         raise CaptureError(
-            f"model {type(model).__name__} cannot be cut into layers: in {mode_text} mode it does {names[0]} as operation "
+            f"model {type(model).__name__} cannot be cut into layers: in {setting.mode_text} mode it does {names[0]} as operation "
             f"{step}, where its traced forward does {names[1]}; keep isinstance(x, Tensor) and the like in a module of their own"
         )
     return recording
 
 
-@contextmanager
-def _fake_tensor_log_disabled() -> Iterator[None]:
-    """Keep torch from logging the traceback of an operation that does not take its shapes: it is in the error that we raise."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
-
-
-def _explain(error: Exception) -> str:
-    if isinstance(error, DataDependentOutputException):
-        return "it reads a tensor's value (as by .item(), or in a condition), where capturing has shapes only"
-    return first_line(error)
-
-
-def _with_constants(root: nn.Module, traced: Trace) -> nn.Module:
-    """Add to a copy of the model the constants that the trace refers to."""
+def _with_constants(root: nn.Module, traced: Trace, training: bool = True) -> nn.Module:
+    """Add to a copy of the model the constants that the trace refers to, those of a mode where they depend on it."""
     for target, tensor in traced.constants.items():
         path, _, attribute = target.rpartition(".")
         setattr(root.get_submodule(path), attribute, tensor)
     for target, module in traced.mode_constants.items():
-        module.train(root.training)
+        module.train(training)
         root.add_module(target, module)
     return root
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
-
-
-def _storages(value: Any) -> set[int]:
-    return {tensor.untyped_storage()._cdata for tensor in _tensors(value)}
-
-
-def _comparable(value: Any) -> Any:
-    """Return arguments of an operation in a form that can be compared with those of another run."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.stride(), value.dtype
-    if isinstance(value, dict):
-        return {key: _comparable(item) for key, item in value.items()}
-    return [_comparable(item) for item in value] if isinstance(value, (tuple, list)) else repr(value)
 
 
 class _Constant(nn.Module):
@@ -208,18 +109,15 @@ class DataFlow:
     Args:
         model: the traced model.
         traced: its trace.
-        shape: shape of one sample.
-        dtype: type of the samples.
-        precision: compute precision and memory format of the layers.
+        runs: runs of the model on fake tensors, of two batch sizes, and in both modes; the first one's batch is not 1.
 
     Raises:
-        CaptureError: the model does not take such samples, or does not return one tensor of the same batch.
+        CaptureError: the trace does other operations than the model, or the model does not return one tensor of the same batch.
     """
 
-    def __init__(self, model: nn.Module, traced: Trace, shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> None:
+    def __init__(self, model: nn.Module, traced: Trace, runs: Sequence[ModelRun]) -> None:
         self._traced = traced
-        modes = ((2, True), (3, True), (2, False))
-        self._recordings = [_record(model, traced, shape, dtype, precision, batch, training) for batch, training in modes]
+        self._recordings = [_record(model, traced, run) for run in runs]
         self._error_prefix = f"model {type(model).__name__}"
         self._root = _with_constants(copy_structure(model), traced)
         self._input = next(node for node in traced.graph.nodes if node.op == "placeholder")
@@ -255,11 +153,11 @@ class DataFlow:
         """Return the identities of the parameters that the model's output depends on."""
         needed = {self._output}
         for recording in self._recordings:
-            known = _storages(recording.values[self._input])
+            known = storages_of(recording.values[self._input])
             for node in self._steps:
                 if recording.writes[node] & known:
                     needed.add(node)  # it changes an earlier value in place, which the output may depend on
-                known |= _storages(recording.values[node])
+                known |= storages_of(recording.values[node])
         stack = list(needed)
         while stack:
             for node in stack.pop().all_input_nodes:
@@ -285,6 +183,11 @@ class DataFlow:
                 raise CaptureError(
                     f"{self._error_prefix} returns a tensor of shape {tuple(value.shape)} for a batch of {recording.batch}; its "
                     "first axis must be the batch"
+                )
+            if not value.dtype.is_floating_point:
+                raise CaptureError(
+                    f"{self._error_prefix} returns a tensor of type {str(value.dtype).removeprefix('torch.')}, from which no gradient comes; "
+                    "return the scores themselves"
                 )
         assert isinstance(result, fx.Node)
         if self._traced.only_fetches(result):
@@ -333,7 +236,7 @@ class DataFlow:
             values = [recording.values[node] for node in live]
             if not all(isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == recording.batch for value in values):
                 return False
-            storages = _storages(values)
+            storages = storages_of(values)
             if any(recording.writes[node] & storages for node in self._steps[cut:]):
                 return False
             specs.add(tuple((value.shape[1:], value.dtype) for value in values))
@@ -356,7 +259,9 @@ class DataFlow:
         copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in before}
         anchor = copies[before[0]]
         if self._input in before and any(
-            recording.writes[node] & _storages(recording.values[self._input]) for recording in self._recordings for node in steps
+            recording.writes[node] & storages_of(recording.values[self._input])
+            for recording in self._recordings
+            for node in steps
         ):
             # A model may change its input in place; the input here may be a buffer that is read again.
             copies[self._input] = graph.call_method("clone", (copies[self._input],))

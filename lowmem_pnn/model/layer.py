@@ -2,12 +2,16 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
+from lowmem_pnn.model.modes import Modes
+from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.precision import FULL_PRECISION, Precision
+from lowmem_pnn.model.python_state import Attribute, read_state, state_restored, write_state
 
 
 def head_prefix(number: int) -> str:
@@ -65,11 +69,46 @@ class Layer:
         assert len(self._parameter_names) == len(parameters)
         assert len(self._buffer_names) == len(buffers)
 
+    modes: Modes = Modes()
+    """Modes of the layer's modules, where they are others than asked for."""
+
+    kept: tuple[Attribute, ...] = ()
+    """Python attributes of the layer's modules that a forward changes and the next one reads."""
+
+    left: tuple[Attribute, ...] = ()
+    """Python attributes that a forward changes and no other one depends on."""
+
+    hooks: Mapping[str, ParameterHooks] = MappingProxyType({})
+    """What hangs on parameters of the layer, by their names."""
+
     compiled: CompiledForward | None = None
     """A function that runs instead of the module where it applies; the head always runs as a module."""
 
     head: nn.Module | None = None
     """The auxiliary head, which makes class scores from the layer's outputs; its weights are among the layer's."""
+
+    def train(self, mode: bool = True) -> None:
+        """Put the layer's modules into the mode in which the model's own `train()`, or `eval()`, puts them."""
+        self.module.train(mode)
+        for name, flag in self.modes.of(mode).items():
+            self.module.get_submodule(name).training = flag
+
+    def eval(self) -> None:
+        """Put the layer's modules into eval mode."""
+        self.train(False)
+
+    @property
+    def python_state(self) -> dict[str, Any]:
+        """Values of the attributes in `kept`, by module and attribute."""
+        return read_state(self.module, self.kept)
+
+    def set_python_state(self, state: Mapping[str, Any]) -> None:
+        """Set these attributes to copies of what `python_state` returned."""
+        write_state(self.module, self.kept, state)
+
+    def python_state_restored(self) -> AbstractContextManager[None]:
+        """Return a context at whose end all that a forward changes in Python attributes is as before."""
+        return state_restored(self.module, (*self.kept, *self.left))
 
     def with_head(self, head: nn.Module, number: int) -> "Layer":
         """Return the layer with a head whose weights are called `auxiliary_heads.NUMBER....`; running the layer does not run the head.
@@ -86,6 +125,7 @@ class Layer:
         order = [*self._parameter_names, *self._buffer_names, *dict.fromkeys(prefix + name for name in names)]
         layer = Layer(self.name, self.module, order, self.precision)
         layer.head = head
+        layer.modes, layer.kept, layer.left, layer.hooks = self.modes, self.kept, self.left, self.hooks
         return layer
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -166,15 +206,27 @@ class Layer:
 
 
 def is_rowwise(layer: Layer) -> bool:
-    """Decide whether a layer computes each row (all axes but the last) by itself: whether it is one `nn.Linear` over the last axis."""
+    """Decide whether a layer computes each row (all axes but the last) by itself: whether it is one `nn.Linear` over the last axis.
+
+    Hooks would see each chunk of rows instead of all rows.
+    """
     module = layer.module
     assert isinstance(module, fx.GraphModule)
+    if any(hooks.see_gradients for hooks in layer.hooks.values()):
+        return False
     operations = [node for node in module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     if len(operations) != 1:
         return False
     if operations[0].op == "call_module":
-        return type(module.get_submodule(str(operations[0].target))) is nn.Linear
+        linear = module.get_submodule(str(operations[0].target))
+        return type(linear) is nn.Linear and not has_module_hooks(linear) and "forward" not in vars(linear)
     return bool(operations[0].target is nn.functional.linear)
+
+
+def has_module_hooks(module: nn.Module) -> bool:
+    """Decide whether hooks look at what goes into a module, or comes out of it, forward or backward."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(bool(getattr(module, kind, None)) for kind in kinds)
 
 
 def gradients_complete_at_once(layers: Sequence[Layer], *, in_chunks: bool) -> list[bool]:

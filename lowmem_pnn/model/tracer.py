@@ -5,12 +5,12 @@ block is a leaf: one call of a module that keeps its own code, and so its own dr
 """
 
 import copy
-import operator
 import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.proxies import Proxy, recorded_calls
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -48,18 +49,22 @@ class Trace:
     mode_constants: dict[str, ModeConstant] = field(default_factory=dict)
     """Constants that depend on the mode, by the target of the `call_module` nodes that call them."""
 
+    opened: frozenset[str] = frozenset()
+    """Names of the modules whose forward is recorded operation by operation."""
+
     def only_fetches(self, node: fx.Node) -> bool:
         """Decide whether a node only fetches a tensor or a constant, so that every layer that uses it can fetch it for itself."""
         return node.op == "get_attr" or (node.op == "call_module" and node.target in self.mode_constants)
 
 
-def trace(model: nn.Module) -> Trace:
+def trace(model: nn.Module, closed: Mapping[str, str] = MappingProxyType({})) -> Trace:
     """Trace a model's forward with one argument; further ones take their defaults.
 
     A module whose forward cannot be traced, or does other operations in train than in eval mode, is a leaf.
 
     Args:
         model: module that stays as it is; the values of its weights are not read.
+        closed: modules that are not opened, whatever they hold, with the reason, as in "its forward ...".
 
     Returns:
         The graph, in which constants that depend on the mode are `ModeConstant` calls.
@@ -67,11 +72,14 @@ def trace(model: nn.Module) -> Trace:
     Raises:
         CaptureError: the model's own forward cannot be traced.
     """
-    expanded = _modules_to_expand(model)
+    expanded = {name for name in _modules_to_expand(model) if not any(leaf and _is_below(name, leaf) for leaf in closed)}
     while True:
         try:
+            if "" in closed:
+                raise _UntraceableError({""}, closed[""])
             with preserve_random_state():
-                return _merge(_trace_once(model, expanded, training=True), _trace_once(model, expanded, training=False))
+                in_train, in_eval = _trace_once(model, expanded, training=True), _trace_once(model, expanded, training=False)
+            return replace(_merge(in_train, in_eval), opened=frozenset(expanded))
         except _UntraceableError as error:
             if "" in error.names:
                 raise CaptureError(
@@ -113,6 +121,19 @@ def preserve_random_state() -> Iterator[None]:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Bring a model into train or eval mode by its own methods, which may return anything.
+
+    Args:
+        model: the user's model, or a copy of it.
+        training: whether into train mode.
+    """
+    if training:
+        model.train()
+    else:
+        model.eval()
 
 
 def first_line(error: BaseException) -> str:
@@ -178,35 +199,6 @@ def _autocast_state() -> tuple[bool, ...]:
     return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
-class _Proxy(fx.Proxy):
-    """A proxy that records in-place changes: torch.fx takes `x += y` for `x = x + y`, and has no `x[i] = y`."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-for _name in (
-    "iadd",
-    "iand",
-    "ifloordiv",
-    "ilshift",
-    "imatmul",
-    "imod",
-    "imul",
-    "ior",
-    "ipow",
-    "irshift",
-    "isub",
-    "itruediv",
-    "ixor",
-):
-    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
-
-
 class _Tracer(fx.Tracer):
     """A tracer that expands the named modules, and raises for those that cannot be traced."""
 
@@ -224,8 +216,8 @@ class _Tracer(fx.Tracer):
         model = self.root
 
         def call(sample: Any) -> Any:
-            # Module.__call__ itself is patched while tracing and would take the model for its own submodule.
-            return self._expand("", lambda: model._call_impl(sample))
+            # By its own class's __call__, which may be the user's.
+            return self._expand("", lambda: model(sample))
 
         return call, [self.create_proxy("placeholder", "input", (), {})]
 
@@ -238,13 +230,16 @@ class _Tracer(fx.Tracer):
         return module_qualified_name not in self._expanded
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if m is self.root:
+            # Module.__call__ is patched while tracing, and would take the model for its own submodule.
+            return m._call_impl(*args, **kwargs)
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
         return self._expand(name, lambda: super(_Tracer, self).call_module(m, forward, args, kwargs))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return Proxy(node, self)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if not torch.is_grad_enabled() and kind != "placeholder":
@@ -263,18 +258,30 @@ class _Tracer(fx.Tracer):
         except _UntraceableError:
             raise
         except Exception as error:  # whatever a user's forward raises when it is given proxies for tensors
-            raise _UntraceableError({name}, f"its forward cannot be traced: {first_line(error)}") from error
+            raise _UntraceableError({name}, f"its forward {_reason(error)}") from error
         if _random_state() != before:
             raise _UntraceableError({name}, "its forward draws random numbers that tracing would freeze")
         self._stack.pop()
         return result
 
 
+def _reason(error: Exception) -> str:
+    """Return in words why a forward cannot be traced."""
+    text = first_line(error)
+    if isinstance(error, fx.proxy.TraceError) and "control flow" in text:
+        return "decides something by values or sizes of its input (as if, assert, while, or range do), which are not known while it is traced"
+    if "unknown to einops" in text:
+        return "calls a function of einops; take the layer of the same name from einops.layers.torch instead"
+    return f"cannot be traced: {text}"
+
+
 def _trace_once(model: nn.Module, expanded: set[str], training: bool) -> Trace:
     # A copy of its own each time: a forward may leave proxies in the attributes of its module.
-    root = copy_structure(model).train(training)
-    with torch.enable_grad():
-        graph = _Tracer(expanded).trace(root)
+    root = copy_structure(model)
+    set_mode(root, training)
+    tracer = _Tracer(expanded)
+    with torch.enable_grad(), recorded_calls(tracer):
+        graph = tracer.trace(root)
     registered = {name for name, _ in root.named_parameters(remove_duplicate=False)}
     registered |= {name for name, _ in root.named_buffers(remove_duplicate=False)}
     constants: dict[str, Tensor] = {}

@@ -194,7 +194,7 @@ def _model_unchanged(chain: Chain) -> Iterator[None]:
     modes = {module: module.training for layer in chain.layers for module in layer.module.modules()}
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), chain.python_state_restored():
             yield
     finally:
         for module, training in modes.items():

@@ -151,7 +151,7 @@ class FakeRun:
 
         Eval mode may take fused kernels that are not in PyTorch's table of operations.
         """
-        self._layer.module.train()
+        self._layer.train()
         with self._mode, torch.no_grad(), FlopCounterMode(display=False) as flops:
             self._run(*self._inputs(FEW), scores=True)
         return int(flops.get_total_flops()) // 2 // FEW
@@ -184,7 +184,7 @@ class FakeRun:
 
     def accepts(self, batch: int) -> bool:
         """Decide whether the layer runs on `batch` samples in train mode: BatchNorm over single values does not."""
-        self._layer.module.train()
+        self._layer.train()
         try:
             with self._mode, torch.no_grad():
                 self._run(*self._inputs(batch), scores=True)
@@ -193,7 +193,7 @@ class FakeRun:
         return True
 
     def _train(self, batch: int) -> MemoryTrace:
-        self._layer.module.train()
+        self._layer.train()
         inputs = self._inputs(batch)
         learning = [number for number, tensor in enumerate(inputs) if self._learns_input and tensor.is_floating_point()]
         received: list[Tensor | None] = []
@@ -224,7 +224,7 @@ class FakeRun:
         return trace
 
     def _emit(self, batch: int) -> list[int]:
-        self._layer.module.eval()
+        self._layer.eval()
         inputs = self._inputs(batch)
         live_bytes = _LiveBytes()
         with torch.no_grad(), live_bytes:

@@ -42,7 +42,7 @@ class LayerRunner:
 
     def run(self, samples: int, *, learns_input: bool) -> tuple[float, float]:
         """Return the seconds of one forward and of one backward in train mode."""
-        self._layer.module.train()
+        self._layer.train()
         inputs = [tensor.requires_grad_(learns_input and tensor.is_floating_point()) for tensor in self._inputs(samples)]
         if self._device.shares_host:
             # Activations of a whole partition take fresh pages, which the system has to zero; a layer alone would use its own again.
@@ -64,7 +64,7 @@ class LayerRunner:
 
     def emit(self, samples: int) -> float:
         """Return the seconds of a forward in eval mode, after one that warms up."""
-        self._layer.module.eval()
+        self._layer.eval()
         inputs = self._inputs(samples)
         with torch.no_grad():
             return min(timed(self._device, lambda: self._layer.run_on(self._tensors, *inputs)) for _ in range(2))

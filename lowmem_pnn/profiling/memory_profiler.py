@@ -162,10 +162,11 @@ def fit_peak(few: list[int], more: list[int], many: list[int]) -> Envelope:
 
 @contextmanager
 def _modes_restored(chain: Chain) -> Iterator[None]:
-    """Restore the train or eval mode of every module at the end."""
+    """Restore the train or eval mode of every module, and what forwards leave in them, at the end."""
     modes = {module: module.training for layer in chain.layers for module in layer.module.modules()}
     try:
-        yield
+        with chain.python_state_restored():
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import DiskError, Stopped
+from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.run.metrics import Metrics
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
@@ -35,10 +36,14 @@ class Commits:
         weights: weight files of the run, as of the last commit.
         state: state of the run, as of the last commit.
         metrics: records of the run, which are brought up to date before a commit.
+        chain: the model, whose modules may hold Python state that belongs to a commit.
     """
 
-    def __init__(self, session: Session, config: FitConfig, weights: WeightStore, state: State, metrics: Metrics) -> None:
+    def __init__(
+        self, session: Session, config: FitConfig, weights: WeightStore, state: State, metrics: Metrics, chain: Chain
+    ) -> None:
         self._session = session
+        self._chain = chain
         self._config = config
         self._weights = weights
         self._state = state
@@ -69,6 +74,7 @@ class Commits:
         self._weights.freeze(changed)
         self._metrics.update_totals()
         self._state.number += 1
+        self._state.module_state = self._chain.python_state
         self._state.metrics_bytes = self._session.rundir.metrics_bytes()
         journal = self._state.to_journal()
         self._promised.update(journal["activations"].values())
@@ -126,6 +132,7 @@ class Commits:
         self._staged.clear()
         commit = State.from_journal(self._session.rundir.journal())
         self._state.go_back_to(commit)
+        self._chain.set_python_state(commit.module_state)
         self._session.rundir.cut_metrics(commit.metrics_bytes)
         self._metrics.drop_record()
 

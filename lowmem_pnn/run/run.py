@@ -46,7 +46,8 @@ class Run:
         executor = Executor(session.device, workload.config.seed, self._note_shrink, session.threads.stalls)
         self.partitions = Partitions(session, workload, plan, weights, state, executor)
         self.metrics = Metrics(session, workload, plan, self.program, state)
-        self.commits = Commits(session, workload.config, weights, state, self.metrics)
+        self.commits = Commits(session, workload.config, weights, state, self.metrics, workload.chain)
+        workload.chain.set_python_state({**workload.chain.python_state, **state.module_state})
 
     # The way through the program.
 
@@ -187,6 +188,7 @@ class Run:
         Args:
             check: prediction and measurement of the check before training.
         """
+        self.workload.chain.set_python_state(self.state.module_state)  # as the constructor left it, whatever was tried since
         self.state.check = check
         self.state.stage = "training"
         self.state.weights = self.weights.state()

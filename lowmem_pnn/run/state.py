@@ -57,6 +57,7 @@ class State:
         check: prediction and measurement of the check before training, in bytes.
         seconds: time so far, over all processes of the run, as are the bytes, peaks and counts that follow.
         metrics_bytes: length of `metrics.jsonl`.
+        module_state: Python attributes of modules that forwards change, by module and attribute.
         rank: number of this process, where several train a partition each; the first joins them.
         ranks: number of these processes.
     """
@@ -82,6 +83,7 @@ class State:
     oom_retries: int = 0
     resumed: int = 0
     metrics_bytes: int = 0
+    module_state: dict[str, Any] = field(default_factory=dict)
     rank: int = 0
     ranks: int = 1
 
@@ -101,6 +103,7 @@ class State:
             loss_scales=[LossScale.initial(workload.config.precision) for _ in plan.partitions],
             records=[PartitionRecord() for _ in plan.partitions],
             data=workload.dataset.fingerprint,
+            module_state=workload.chain.python_state,
             rank=rank.number,
             ranks=rank.size,
         )
@@ -130,5 +133,5 @@ class State:
         Args:
             commit: state of this run at the commit.
         """
-        for name in ("visit", "progress", "weights", "activations", "loss_scales"):
+        for name in ("visit", "progress", "weights", "activations", "loss_scales", "module_state"):
             setattr(self, name, getattr(commit, name))

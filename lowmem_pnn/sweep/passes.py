@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,12 +47,22 @@ class SweepPasses:
         residencies: residencies of all partitions; the one that a pass is for is loaded.
         device: training device, open.
         buffers: buffers that inputs are taken from, and outputs and gradients are put into.
+        learners: numbers of the partitions that learn.
     """
 
     def __init__(
-        self, workload: Workload, plan: Plan, residencies: list[Residency], device: Device, buffers: BoundaryBuffers
+        self,
+        workload: Workload,
+        plan: Plan,
+        residencies: list[Residency],
+        device: Device,
+        buffers: BoundaryBuffers,
+        learners: Sequence[int],
     ) -> None:
         self._plan = plan
+        self._learners = learners
+        # What modules held before the forward of a micro-batch, by partition and micro-batch, where they hold such state.
+        self._python_states: dict[tuple[int, int], dict[str, Any]] = {}
         self._residencies = residencies
         self._device = device
         self._buffers = buffers
@@ -71,8 +82,8 @@ class SweepPasses:
         for number, part in enumerate(batch.parts):
             state_before = self._buffers.restore_random_state(partition, number, batch.gradients.step)
             inputs = self._inputs(partition, number, part, batch)
-            with torch.no_grad():
-                outputs = forward(self._residencies[partition].layers, inputs)
+            self._python_states[partition, number] = self._residencies[partition].python_state
+            outputs = self._forward_as_in_training(partition, inputs)
             self._buffers.put_activations(partition + 1, number, outputs)
             del inputs, outputs
             self._buffers.put_random_state(partition, number, state_before)
@@ -95,6 +106,8 @@ class SweepPasses:
         for number, part in enumerate(batch.parts):
             self._buffers.restore_random_state(partition, number, batch.gradients.step)
             inputs = self._inputs(partition, number, part, batch)
+            if (partition, number) in self._python_states:
+                residency.set_python_state(self._python_states.pop((partition, number)))
             for tensor in inputs:
                 tensor.requires_grad_(visit.returns_input_gradient and tensor.is_floating_point())
             hooks = self._buffers.add_shared_gradients(residency, number)
@@ -112,6 +125,16 @@ class SweepPasses:
             self._device.check_budget()
         residency.copy_back_replaced_buffers()
         residency.check_shared_buffers(shared)
+
+    def _forward_as_in_training(self, partition: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run layers with gradients, each layer's let go at its end: some of PyTorch's kernels are others where none are wanted."""
+        learns = bool(self._learners) and partition > min(self._learners)
+        for layer in self._residencies[partition].layers:
+            inputs = tuple(tensor.detach().requires_grad_(learns and tensor.is_floating_point()) for tensor in inputs)
+            with torch.set_grad_enabled(layer.compiled is None):
+                inputs = layer(*inputs)
+            learns = learns or any(parameter.requires_grad for parameter in layer.parameters().values())
+        return tuple(tensor.detach() for tensor in inputs)
 
     def close(self) -> None:
         """Drop the upload under way; passes may go on later."""

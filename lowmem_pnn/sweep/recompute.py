@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem_pnn.model.layer import Layer
+from lowmem_pnn.model.layer import Layer, has_module_hooks
+from lowmem_pnn.model.tracer import copy_structure
 
 # Operations whose gradients do not depend on the values of their inputs. None of them works in place: the graph does not tell which
 # other tensors show the same memory.
@@ -37,9 +38,12 @@ def unneeded_products(layer: Layer) -> tuple[nn.Module, ...]:
     Args:
         layer: last layer of a partition; it is left in train mode.
     """
-    layer.module.train()
+    layer.train()
+    if layer.kept:
+        return ()
     try:
-        nodes = fx.Tracer().trace(layer.module).nodes
+        # A copy: a forward may leave proxies in the attributes of its module.
+        nodes = fx.Tracer().trace(copy_structure(layer.module)).nodes
     except Exception:  # whatever a module's forward raises when it is given no tensors
         return ()
 
@@ -49,7 +53,8 @@ def unneeded_products(layer: Layer) -> tuple[nn.Module, ...]:
     def ignores_values(node: fx.Node) -> bool:
         """Decide whether a node's gradients do not depend on the values of its inputs."""
         known = {"output": True, "call_function": node.target in _FUNCTIONS, "call_method": node.target in _METHODS}
-        return known.get(node.op, type(module_of(node)) in _MODULES)
+        module = module_of(node)
+        return known.get(node.op, type(module) in _MODULES and not has_module_hooks(module))  # type: ignore[arg-type]
 
     # From the end on, so that the users of a node come before it. A node without users may be there for its effect on another value.
     unneeded: set[fx.Node] = set()
@@ -64,7 +69,7 @@ def unneeded_products(layer: Layer) -> tuple[nn.Module, ...]:
         if node in unneeded
         and type(module := module_of(node)) is nn.Linear
         and calls[module] == 1
-        and not module._forward_hooks
+        and not has_module_hooks(module)
         and "forward" not in vars(module)
     )
 

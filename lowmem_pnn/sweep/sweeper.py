@@ -88,7 +88,7 @@ class Sweeper:
         self._streamer = WeightStreamer(weights, device, threads, stream_bytes, self._steps.largest_state_bytes(weights))
         phase = "forward" if sweep.phase == "epoch" else sweep.phase
         self._buffers = BoundaryBuffers(device, folder, buffer_sizes.boundary_bytes, counter, seed, phase)
-        self._passes = SweepPasses(workload, plan, self._residencies, device, self._buffers)
+        self._passes = SweepPasses(workload, plan, self._residencies, device, self._buffers, sweep.learners)
 
     def train_batch(self, batch: Batch, step: int, micro_batch: int, scale: LossScale) -> float:
         """Run all visits of one batch: one optimizer step.
@@ -255,7 +255,7 @@ class Sweeper:
             self._streamer.reserve_pool_for(self._tensor_keys[visit.partition])
             residency.fill(self._streamer.take)
         for layer in residency.layers:
-            layer.module.train(visit.learns)
+            layer.train(visit.learns)
         return residency
 
     def _unload(self) -> None:

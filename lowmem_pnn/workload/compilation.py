@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.compiler import Compiler, CompileVariant
 from lowmem_pnn.workload.workload import Workload
 
@@ -19,6 +20,10 @@ def with_compiled_layers(workload: Workload, device: torch.device) -> Workload:
         ConfigError: a layer cannot be compiled.
     """
     config = workload.config
+    if state := workload.chain.python_state:
+        raise ConfigError(
+            f"--compile: a forward changes {next(iter(state))!r}, whose value compiled code would freeze; leave --compile out"
+        )
     most = min(max(config.batch_sizes), config.micro_batch or max(config.batch_sizes))
     compiler = Compiler(range(min(2, most), most + 1), device)
     for number, layer in enumerate(workload.chain.layers):

@@ -1,0 +1,280 @@
+"""The model's own forward on fake tensors, which have shapes but no values: the operations it does, and what it leaves in its modules.
+
+What the forward does is compared with what its trace does; what it leaves behind decides which modules may be opened and which Python
+state has to be kept. Nothing is allocated.
+"""
+
+import logging
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.precision import Precision
+from lowmem_pnn.model.python_state import (
+    Attribute,
+    Snapshot,
+    attributes_of,
+    holds_tensor,
+    is_kept,
+    is_read,
+)
+from lowmem_pnn.model.tracer import copy_structure, first_line, preserve_random_state, set_mode
+
+
+class OperationLog(TorchDispatchMode):
+    """A mode that logs the operations on given tensors and on the results, and the storages that operations write to.
+
+    Args:
+        tensors: input and weights of a model.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.entries: list[tuple[Any, ...]] = []
+        self.written_storages: set[int] = set()
+        # The tensors themselves, not their ids alone: an id is used again once its tensor is gone.
+        self._dependent = {id(tensor): tensor for tensor in tensors}
+
+    def depends(self, tensor: Tensor) -> bool:
+        """Decide whether a tensor is one of the given ones, or was computed from them."""
+        return id(tensor) in self._dependent
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                self.written_storages |= storages_of(value)
+        result = func(*args, **kwargs)
+        # Constants are computed while tracing, and so not again by the graph; operations of `prim` only query, as for a device.
+        if func.namespace != "prim" and any(id(tensor) in self._dependent for tensor in tensors_in((args, kwargs))):
+            self._dependent.update((id(tensor), tensor) for tensor in tensors_in(result))
+            self.entries.append((func, torch.is_grad_enabled(), _comparable((args, kwargs))))
+        return result
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is run on fake tensors.
+
+    Args:
+        shape: shape of one sample.
+        dtype: type of the samples.
+        precision: compute precision and memory format.
+        batch: number of samples.
+        training: whether in train mode.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    precision: Precision
+    batch: int
+    training: bool
+
+    @property
+    def mode_text(self) -> str:
+        """The mode in words."""
+        return "train" if self.training else "eval"
+
+    def error_prefix(self, model: nn.Module) -> str:
+        """Return the beginning of the error of a model that does not run.
+
+        Args:
+            model: the user's model.
+        """
+        samples = f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
+        maps = ", its maps channels last (--channels-last)" if self.precision.channels_last else ""
+        return f"model {type(model).__name__} does not run on samples of {samples} in {self.mode_text} mode{maps}"
+
+    def log(self, model: nn.Module, forward: Callable[[nn.Module, Tensor, OperationLog], Any]) -> list[tuple[Any, ...]]:
+        """Run something on a copy of the model with fake tensors, and return the operations that depend on them.
+
+        All fake tensors are on the CPU, wherever the model's are; under autocast, whose casts depend on the device, on the training device.
+
+        Args:
+            model: module that stays as it is.
+            forward: is given the copy, in its mode, the samples, and the log.
+        """
+        device = "cpu" if self.precision.dtype == "fp32" else self.precision.device_type
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            samples = torch.empty((self.batch, *self.shape), dtype=self.dtype, device=device)
+            (samples,) = self.precision.to_memory_format((samples,))
+            fakes: dict[int, Tensor] = {}
+            for tensor in [*model.parameters(), *model.buffers()]:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        root = copy_structure(model, fakes)
+        set_mode(root, self.training)
+        log = OperationLog([samples, *fakes.values()])
+        with preserve_random_state(), _fake_tensor_log_disabled(), mode, torch.enable_grad(), self.precision.autocast(), log:
+            forward(root, samples, log)
+        return log.entries
+
+
+@dataclass
+class ModelRun:
+    """What a model's forward does in one setting.
+
+    Args:
+        setting: how it was run.
+        operations: operations that depend on its samples or its tensors, in their order.
+        kept: attributes of its modules that the forward changes, and whose values a run keeps.
+        left: attributes in which the forward leaves tensors that no later forward depends on.
+    """
+
+    setting: Setting
+    operations: list[tuple[Any, ...]]
+    kept: set[Attribute] = field(default_factory=set)
+    left: set[Attribute] = field(default_factory=set)
+
+
+def run_model(model: nn.Module, setting: Setting) -> ModelRun:
+    """Run a model on fake tensors.
+
+    Args:
+        model: module that stays as it is.
+        setting: how to run it.
+
+    Raises:
+        CaptureError: it does not take such samples, reads a value, draws from a generator whose state is not kept, or leaves something
+            in its modules that its next forward reads and that cannot be kept.
+    """
+    result = ModelRun(setting, [])
+    title = type(model).__name__
+
+    def forward(root: nn.Module, samples: Tensor, log: OperationLog) -> None:
+        before, generators = Snapshot(root), _python_generators()
+        try:
+            root(samples)
+        except Exception as error:  # whatever a user's module raises on a shape it does not take
+            where = _deepest_module(root, error)
+            raise CaptureError(f"{setting.error_prefix(model)}{where and f', at {where!r}'}: {explain(error)}") from error
+        if _python_generators() != generators:
+            raise CaptureError(
+                f"forward of model {title} draws from Python's or numpy's random generator, whose state is not kept with a run; draw with "
+                "torch, as by torch.rand(())"
+            )
+        changed = before.changed(root)
+        if not changed:
+            return
+        now = attributes_of(root)
+        log.entries, entries = [], log.entries
+        for key in sorted(changed):
+            value = now.get(key)
+            # What is computed from neither samples nor weights is the same each time: a cache.
+            is_cache = holds_tensor(value) and not any(map(log.depends, tensors_in(value)))
+            if is_cache or not is_read(root, key, lambda: root(samples)):
+                result.left.add(key)
+            elif is_kept(value):
+                result.kept.add(key)
+            else:
+                what = "leaves a tensor in" if holds_tensor(value) else f"changes (a {type(value).__name__})"
+                raise CaptureError(
+                    f"forward of {_title(model, key[0])} {what} its attribute {key[1]!r}, which its next forward reads and which cannot be kept "
+                    "with a run; keep it in a buffer of a fixed shape, or as numbers, text, lists and dicts"
+                )
+        log.entries = entries
+
+    result.operations = setting.log(model, forward)
+    return result
+
+
+def uses_checkpointing(model: nn.Module, setting: Setting) -> bool:
+    """Decide whether a model's forward calls `torch.utils.checkpoint`.
+
+    Args:
+        model: module that stays as it is.
+        setting: how to run it.
+    """
+    found = False
+
+    def look(frame: Any, event: str, argument: object) -> None:
+        nonlocal found
+        found = found or frame.f_code.co_filename.endswith("torch/utils/checkpoint.py")
+
+    def forward(root: nn.Module, samples: Tensor, log: OperationLog) -> None:
+        previous = sys.getprofile()
+        sys.setprofile(look)
+        try:
+            root(samples)
+        except Exception:  # only what was called is asked
+            pass
+        finally:
+            sys.setprofile(previous)
+
+    setting.log(model, forward)
+    return found
+
+
+def explain(error: Exception) -> str:
+    """Return in words why a forward did not run on fake tensors.
+
+    Args:
+        error: what it raised.
+    """
+    if isinstance(error, DataDependentOutputException):
+        return "it reads a tensor's value (as by .item(), or in a condition), where capturing has shapes only"
+    return first_line(error)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in a value: itself, or those in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (tuple, list)) else []
+
+
+def storages_of(value: Any) -> set[int]:
+    """Return the identities of the storages of all tensors in a value."""
+    return {tensor.untyped_storage()._cdata for tensor in tensors_in(value)}
+
+
+def _deepest_module(root: nn.Module, error: BaseException) -> str:
+    """Return the name of the innermost module in whose method an exception was raised; nothing where that is the model itself."""
+    names, found = {id(module): name for name, module in root.named_modules()}, ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        found = names.get(id(traceback.tb_frame.f_locals.get("self")), found) or found
+        traceback = traceback.tb_next
+    return found
+
+
+def _title(model: nn.Module, name: str) -> str:
+    return f"module {name!r} of {type(model).__name__}" if name else f"model {type(model).__name__}"
+
+
+def _python_generators() -> tuple[Any, ...]:
+    return random.getstate(), repr(np.random.get_state(legacy=False))
+
+
+def _comparable(value: Any) -> Any:
+    """Return arguments of an operation in a form that can be compared with those of another run."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype
+    if isinstance(value, dict):
+        return {key: _comparable(item) for key, item in value.items()}
+    return [_comparable(item) for item in value] if isinstance(value, (tuple, list)) else repr(value)
+
+
+@contextmanager
+def _fake_tensor_log_disabled() -> Iterator[None]:
+    """Keep torch from logging the traceback of an operation that does not take its shapes: it is in the error that we raise."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

@@ -1,0 +1,57 @@
+"""Hooks on parameters and their gradients, and attributes set on parameters: kept for the tensors that take their place.
+
+A parameter is another object in every residency. What its owner hung on it is read once and hung on each of these.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ParameterHooks:
+    """What hangs on one parameter.
+
+    Args:
+        on_gradient: hooks on its gradient (`register_hook`), in their order.
+        after_accumulation: hooks that run once its gradient has been added up (`register_post_accumulate_grad_hook`), in their order.
+        attributes: Python attributes that were set on it.
+    """
+
+    on_gradient: tuple[Callable[[Tensor], Tensor | None], ...]
+    after_accumulation: tuple[Callable[[Tensor], None], ...]
+    attributes: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> "ParameterHooks | None":
+        """Return what hangs on a parameter; None where nothing does.
+
+        Args:
+            parameter: a parameter of the user's model.
+        """
+        hooks = cls(
+            tuple((parameter._backward_hooks or {}).values()),
+            tuple((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()),
+            dict(vars(parameter)),
+        )
+        return hooks if hooks.on_gradient or hooks.after_accumulation or hooks.attributes else None
+
+    @property
+    def see_gradients(self) -> bool:
+        """Whether there are hooks, and not attributes alone."""
+        return bool(self.on_gradient or self.after_accumulation)
+
+    def hang_on(self, parameter: nn.Parameter) -> None:
+        """Hang all of it on a parameter that takes the place of the first one.
+
+        Args:
+            parameter: the new parameter; hooks are left out where it needs no gradient.
+        """
+        vars(parameter).update(self.attributes)
+        if parameter.requires_grad:
+            for hook in self.on_gradient:
+                parameter.register_hook(hook)
+            for after in self.after_accumulation:
+                parameter.register_post_accumulate_grad_hook(after)

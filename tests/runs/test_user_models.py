@@ -1,0 +1,146 @@
+"""What people hang on their models is kept: own `train()` methods, hooks on parameters, Python state; bit-equal to plain PyTorch."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers.displays import StopsAt
+from helpers.exact_runs import COMMON, fit
+from helpers.plainloops import assert_same_weights, loaded, train_by_exact
+from helpers.small_networks import images, vectors
+from lowmem_pnn.errors import ConfigError, Stopped
+
+CUT_EVERYWHERE: dict[str, Any] = {**COMMON, "cuts": "1,2", "micro_batch": 4}
+
+
+class FreezesItsNorms(nn.Sequential):
+    """Keeps its BatchNorms in eval mode, and one of them from learning, as fine-tuning code does."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Flatten(),
+            nn.Linear(64, 4),
+        )
+        nn.init.uniform_(self[1].running_mean)
+
+    def train(self, mode: bool = True) -> "FreezesItsNorms":
+        super().train(mode)
+        self[1].eval()
+        self[4].eval()
+        self[4].weight.requires_grad_(False)
+        return self
+
+
+class Counts(nn.Module):
+    """Divides by the number of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        scaled: Tensor = self.linear(x) / (1 + 0.1 * self.calls)
+        return scaled
+
+
+def counting() -> nn.Module:
+    return nn.Sequential(Counts(), nn.Linear(12, 12), Counts(), nn.Linear(12, 4))
+
+
+def halve_gradient(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.mul_(0.5)
+
+
+def clamping() -> nn.Module:
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+    model[2].weight.register_post_accumulate_grad_hook(halve_gradient)
+    model[0].weight.factor = 3.0
+    return model
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.lstm(x)[0]
+        return outputs
+
+
+def two_lstms() -> nn.Module:
+    second = Recurrent()
+    second.lstm = nn.LSTM(6, 6, batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (4, 3)), Recurrent(), second, nn.Flatten(), nn.Linear(24, 4))
+
+
+KEPT: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "own train()": (FreezesItsNorms, images()),
+    "hooks on parameters": (clamping, vectors()),
+    "Python state": (counting, vectors()),
+    "other kernels without gradients": (two_lstms, vectors()),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_what_people_hang_on_a_model_is_kept(case: str, tmp_path: Path) -> None:
+    build, data = KEPT[case]
+    options = {**CUT_EVERYWHERE, "val_fraction": 0.0}  # which would count as calls
+    if case == "own train()":
+        data = (data[0][:, :, :8, :8].contiguous(), data[1])
+    expected = train_by_exact(build, data, **options)
+    result = fit(build, data, tmp_path / "run", **options)
+    assert_same_weights(loaded(build, result.weights_file), expected.model)
+    assert result.train_loss == expected.train_loss
+
+
+def test_backprop_runs_hooks_on_parameters(tmp_path: Path) -> None:
+    options: dict[str, Any] = {**COMMON, "method": "backprop"}
+    result = fit(clamping, vectors(), tmp_path / "run", **options)
+    assert_same_weights(loaded(clamping, result.weights_file), train_by_exact(clamping, vectors(), **COMMON).model)
+
+
+def test_python_state_survives_a_stop(tmp_path: Path) -> None:
+    options = {**CUT_EVERYWHERE, "val_fraction": 0.0}
+    expected = train_by_exact(counting, vectors(), **options)
+    with pytest.raises(Stopped):
+        fit(counting, vectors(), tmp_path / "run", display=StopsAt(8), commit_every=0.0, **options)
+    result = fit(counting, vectors(), tmp_path / "run", resume=True, commit_every=0.0, **options)
+    assert result.resumed == 1
+    assert_same_weights(loaded(counting, result.weights_file), expected.model)
+
+
+def test_compiling_refuses_python_state(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--compile: a forward changes '0\.calls', whose value compiled code would freeze"):
+        fit(counting, vectors(), tmp_path / "run", compile=True, **{**COMMON, "cuts": "1"})
+
+
+def test_a_hook_sees_all_rows(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--loss-chunk 2: the last layer .* cannot be computed in parts"):
+        fit(functools.partial(clamping), vectors(), tmp_path / "run", loss_chunk=2, **COMMON)
+
+
+def test_models_stay_as_they_are(tmp_path: Path) -> None:
+    model = counting()
+    fit(model, vectors(), tmp_path / "run", **COMMON)
+    assert model[0].calls == 0
+    frozen = FreezesItsNorms()
+    fit(frozen, (images()[0][:, :, :8, :8].contiguous(), images()[1]), tmp_path / "other", **COMMON)
+    assert frozen[1].training
+    assert frozen[4].weight.requires_grad
+    assert torch.is_tensor(frozen[1].running_mean)

@@ -1,0 +1,267 @@
+"""What models hold and override: kept where training in pieces can keep it, else refused by name."""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from helpers.networks import FromFunction, layer_names, vector
+from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.chain import capture
+
+
+class ZeroGrad(nn.Sequential):
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        pass
+
+
+class Applies(nn.Sequential):
+    def _apply(self, fn: Any, recurse: bool = True) -> "Applies":
+        return self
+
+
+class FewParameters(nn.Sequential):
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return iter(list(super().parameters())[:1])
+
+
+class SavesOthers(nn.Sequential):
+    def state_dict(self, *arguments: Any, **settings: Any) -> Any:
+        return {key: value * 2 for key, value in super().state_dict(*arguments, **settings).items()}
+
+
+class Draws(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * random.random()
+
+
+class Remembers(nn.Module):
+    """Adds the mean of its last outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.last = nn.Linear(4, 4), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.linear(x)
+        if self.last is not None:
+            outputs = outputs + self.last
+        self.last = outputs.detach().mean(0)
+        return outputs
+
+
+class KeepsObjects(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.seen: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add(len(self.seen))
+        return super().forward(x) * len(self.seen)
+
+
+class CountsItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        scaled: Tensor = self.linear(x) * self.calls
+        return scaled
+
+
+class Checkpoints(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(checkpoint(self.block, x, use_reentrant=False))
+        return scores
+
+
+class Unsteady(nn.Sequential):
+    calls = 0
+
+    def train(self, mode: bool = True) -> "Unsteady":
+        super().train(mode)
+        self.calls += 1
+        self[0].training = mode and self.calls > 1
+        return self
+
+
+class SetsOthers(nn.Sequential):
+    def train(self, mode: bool = True) -> "SetsOthers":
+        super().train(mode)
+        self[1].p = 0.5 if mode else 0.1
+        return self
+
+
+def linear_of(change: Callable[[nn.Sequential], object]) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    change(model)
+    return model
+
+
+def tie_with_hook(model: nn.Sequential) -> None:
+    model[1].weight = model[0].weight
+    model[0].weight.register_hook(lambda gradient: gradient * 2)
+
+
+def subclass_parameter(model: nn.Sequential) -> None:
+    class Own(nn.Parameter):
+        pass
+
+    model[0].weight = Own(torch.ones(4, 4))
+
+
+def complex_weight(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.complex64))
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "zero_grad": (lambda: ZeroGrad(nn.Linear(4, 4)), "model ZeroGrad overrides zero_grad(), which is not called here"),
+    "_apply": (lambda: Applies(nn.Linear(4, 4)), "model Applies overrides _apply(), which is not called here (tensors are moved"),
+    "_apply inside": (
+        lambda: nn.Sequential(Applies(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)),
+        "module '0' of Sequential overrides _apply()",
+    ),
+    "parameters": (
+        lambda: FewParameters(nn.Linear(4, 4)),
+        "model FewParameters overrides parameters(), which leaves out some that learn; freeze these instead",
+    ),
+    "state_dict": (lambda: SavesOthers(nn.Linear(4, 4)), "the state_dict of SavesOthers holds '0.weight', which is no parameter"),
+    "python random": (
+        lambda: nn.Sequential(Draws(4, 4)),
+        "forward of model Sequential draws from Python's or numpy's random generator",
+    ),
+    "tensor kept": (
+        lambda: nn.Sequential(Remembers(), nn.Linear(4, 2)),
+        "forward of module '0' of Sequential leaves a tensor in its attribute 'last', which its next forward reads",
+    ),
+    "object kept": (
+        lambda: nn.Sequential(KeepsObjects(), nn.Linear(4, 2)),
+        "forward of module '0' of Sequential changes (a set) its attribute 'seen', which its next forward reads",
+    ),
+    "own state of an opened model": (
+        CountsItself,
+        "model CountsItself cannot be cut into layers: its forward changes its attribute 'calls', whose value a trace would freeze",
+    ),
+    "checkpointing": (
+        Checkpoints,
+        "model Checkpoints uses activation checkpointing (torch.utils.checkpoint) in its forward; turn it off",
+    ),
+    "unsteady train": (lambda: Unsteady(nn.Linear(4, 4)), "train() of Unsteady does something else at each call"),
+    "train sets others": (
+        lambda: SetsOthers(nn.Linear(4, 4), nn.Dropout(0.3)),
+        "train() or eval() of SetsOthers changes 'p' (float) of module '1', which is not kept when the model is cut",
+    ),
+    "hook on a tied weight": (
+        lambda: linear_of(tie_with_hook),
+        "parameter '0.weight' of Sequential has a hook on its gradient, and is used in 2 layers",
+    ),
+    "kind of parameter": (lambda: linear_of(subclass_parameter), "parameter 'weight' of module '0' of Sequential is a Own"),
+    "complex": (
+        lambda: linear_of(complex_weight),
+        "'0.weight' of Sequential is of type complex64, which weight files do not hold",
+    ),
+    "sparse": (
+        lambda: nn.Sequential(nn.Embedding(4, 4, sparse=True)),
+        "module '0' of Sequential has sparse gradients (Embedding(sparse=True)), which no optimizer here takes",
+    ),
+    "whole numbers": (
+        lambda: FromFunction(lambda m, x: m.a(x).argmax(1, keepdim=True), a=nn.Linear(4, 4)),
+        "model FromFunction returns a tensor of type int64, from which no gradient comes",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_be_lost_is_refused_by_name(case: str) -> None:
+    build, message = REFUSED[case]
+    with pytest.raises(CaptureError) as caught:
+        capture(build(), vector(4))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_scripted_module_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"module '0' of Sequential is a torch\.jit\.ScriptModule, whose tensors cannot be"):
+        capture(nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 2)), vector(4))
+
+
+def test_a_hook_on_all_modules_is_refused() -> None:
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, outputs: None)
+    try:
+        with pytest.raises(CaptureError, match="a hook on all modules is registered"):
+            capture(nn.Sequential(nn.Linear(4, 4)), vector(4))
+    finally:
+        handle.remove()
+
+
+class Doubles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 3
+
+
+class TriplesItsCall(nn.Sequential):
+    def __call__(self, x: Tensor) -> Tensor:
+        scores: Tensor = super().__call__(x) * 3
+        return scores
+
+
+class Keeps(nn.Module):
+    """Leaves its features, and a constant that it makes once, in attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.steps = nn.Linear(4, 4), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.steps is None:
+            self.steps = torch.arange(4.0)
+        self.features = self.linear(x)
+        return self.features * self.steps
+
+
+KEPT: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "autograd function": (
+        lambda: FromFunction(lambda m, x: m.b(Doubles.apply(m.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 2)),
+        ["a", "b"],
+    ),
+    "made of the batch's size": (
+        lambda: FromFunction(lambda m, x: m.b(m.a(x) + torch.ones(x.size(0), 4)), a=nn.Linear(4, 4), b=nn.Linear(4, 2)),
+        ["a", "b"],
+    ),
+    "call of the model": (lambda: TriplesItsCall(nn.Linear(4, 4), nn.Linear(4, 2)), ["0", "1"]),
+    "call of a container": (lambda: nn.Sequential(TriplesItsCall(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)), ["0.0", "1"]),
+    "tensors that nobody reads": (lambda: nn.Sequential(nn.Linear(4, 4), Keeps(), nn.Linear(4, 2)), ["0", "1", "2"]),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_what_can_be_kept_is_cut_and_gives_the_same_gradients(case: str) -> None:
+    build, names = KEPT[case]
+    torch.manual_seed(0)
+    model = build()
+    chain = capture(model, vector(4))
+    assert layer_names(chain) == names
+    x = torch.randn(3, 4)
+    parameters = list(model.parameters())
+    ours, theirs = chain(x), model(x)
+    assert torch.equal(ours, theirs)
+    for one, other in zip(
+        torch.autograd.grad(ours.square().sum(), parameters), torch.autograd.grad(theirs.square().sum(), parameters), strict=True
+    ):
+        assert torch.equal(one, other)
