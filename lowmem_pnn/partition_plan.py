@@ -49,6 +49,7 @@ class Plan:
         sweep_micro_batch: Samples on the device at once in sweeps, the same for all partitions; 0 where there are no sweeps.
         stream_bytes: Bytes of weights and optimizer state that a method of sweeps prefetches, and as many that wait to be written; 0
             for other methods.
+        whole_batches: Whether a batch goes through at once, and no micro-batch may be halved.
     """
 
     partitions: tuple[PartitionPlan, ...]
@@ -59,6 +60,7 @@ class Plan:
     loss_chunk: int | None = None
     sweep_micro_batch: int = 0
     stream_bytes: int = 0
+    whole_batches: bool = False
 
     def title(self, number: int, layers: Sequence[str]) -> str:
         """Return a partition in words.

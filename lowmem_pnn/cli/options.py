@@ -13,7 +13,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "model_arg", "precision", "channels_last", "compile"),
+    "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
     "Data": ("data", "data_root", "augment", "shuffle", "val_fraction", "train_limit", "test_limit"),
     "Method": ("method", "epochs", "partitions", "cuts", "recovery_epochs", "recover"),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "label_smoothing", "fused", "seed",
     ),
     "Budget": (
-        "max_gpu_mem", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "loss_chunk",
+        "max_gpu_mem", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm", "loss_chunk",
         "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Output": (
@@ -47,13 +47,14 @@ _METAVARS = {
     "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
     "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
-    "plan_for": "auto|size|time",
+    "plan_for": "auto|size|time", "batch_norm": "micro|refuse",
 }  # fmt: skip
 
 # Options without a value: their names, and what the help says of the default.
 _SWITCHES = {
     "fused": ("--fused/--no-fused", " [default: fused]"),
     "step_in_backward": ("--step-in-backward/--no-step-in-backward", " [default: step-in-backward]"),
+    "compare": ("--compare/--no-compare", " [default: compare]"),
     "parallel_sil": ("--parallel-sil", ""),
     "channels_last": ("--channels-last", ""),
     "compile": ("--compile", ""),

@@ -249,6 +249,19 @@ class FitConfig:
             "compiler); last bits differ."
         ),
     )
+    batch_norm: Literal["micro", "refuse"] = Field(
+        default="micro",
+        description=(
+            "What BatchNorm layers normalise over where a batch goes through in several micro-batches. micro: each micro-batch, which is "
+            "said. refuse: the whole batch, or nothing is trained."
+        ),
+    )
+    compare: bool = Field(
+        default=True,
+        description=(
+            "Before training, compare the model's outputs, loss, gradients and buffers on a few samples with those of the model in layers."
+        ),
+    )
     budget_scope: Literal["process", "allocator"] = Field(
         default="process",
         description="What the budget bounds on a GPU: all device memory of the process, or that of PyTorch's allocator alone.",

@@ -22,6 +22,7 @@ class ActivePartition:
         batch_size: samples per optimizer step.
         micro_batch: samples on the device at once; halved when they do not fit.
         smallest_micro_batch: samples that the modules accept at least.
+        may_shrink: whether the micro-batch may be halved.
         is_last: whether the partition's outputs are class scores.
         learning_rate: learning rate of a step, which is counted from 0.
         loss_scale: factor on the loss, moved on with every step.
@@ -45,6 +46,7 @@ class ActivePartition:
     chunk_rows: int | None = None
     shuffle: bool = True
     steps_in_backward: bool = True
+    may_shrink: bool = True
 
     @cached_property
     def after_backward(self) -> frozenset[str]:

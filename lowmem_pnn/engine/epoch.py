@@ -1,5 +1,6 @@
 """One epoch of training, batch by batch: the innermost loop of every method, from wherever its progress says."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -33,7 +34,7 @@ class Learner(Protocol):
         ...
 
     def train_batch(self, batch: Batch, step: int, following: Batch | None) -> float:
-        """Take one optimizer step, and return the batch's mean loss, which is finite.
+        """Take one optimizer step, and return the batch's mean loss; in fp16 one that is not finite had its step left out.
 
         Args:
             batch: boundary tensors (B, ...) and labels (B, ...), on the host.
@@ -54,7 +55,7 @@ def train_epoch(learner: Learner, progress: EpochProgress, after_batch: Callable
     Args:
         learner: what learns.
         progress: how far the epoch is; moved on after every batch, and at the end to the next epoch's begin.
-        after_batch: called after every batch with its loss (None if it was left out as too small), when `progress`, weights and
+        after_batch: called after every batch with its loss (None if the batch, or its step, was left out), when `progress`, weights and
             optimizer state belong together.
 
     Raises:
@@ -64,15 +65,17 @@ def train_epoch(learner: Learner, progress: EpochProgress, after_batch: Callable
         CaptureError: a parameter got no gradient.
         DataError: there are fewer samples than the modules need at once.
     """
+    loss = None
     for batch, following in learner.batches(progress.epoch, progress.batch):
         loss = None
         if len(batch[1]) >= learner.smallest_batch:  # a last batch of 1 tells BatchNorm nothing
             loss = learner.train_batch(batch, progress.epoch * learner.steps_per_epoch + progress.batch, following)
-            progress.tally.add(loss, len(batch[1]))
+            if math.isfinite(loss):
+                progress.tally.add(loss, len(batch[1]))
         progress.batch += 1
         del batch, following
-        after_batch(loss)
-    if not progress.tally.num_samples:
+        after_batch(loss if loss is not None and math.isfinite(loss) else None)
+    if not progress.tally.num_samples and loss is None:
         raise DataError(
             f"{learner.num_samples} training samples make no batch that {learner.title} can learn from: the modules need at least "
             f"{learner.smallest_batch} samples at once; give more samples"

@@ -111,8 +111,8 @@ class Executor:
             residency.set_python_state(python_state)
             self.shrink(active)
         residency.copy_back_replaced_buffers()
-        # A step that is not finite would poison the weights; the caller stops the run.
-        if math.isfinite(loss):
+        # A step that is not finite would poison the weights; the caller stops the run. In fp16 the gradients tell, and it is left out.
+        if math.isfinite(loss) or active.loss_scale.moves:
             residency.check_gradients(active.title, steps.stepped)
             # One that runs out of memory cannot be done again: some weights may have moved.
             if not fits(lambda: finish_step(active, steps)):
@@ -281,7 +281,7 @@ class Executor:
                 *inputs, targets = self._uploads.take(own[number], own[number + 1] if number + 1 < len(own) else after)
             with steps:
                 loss_sum += backward_from_loss(
-                    active.residency.layers, tuple(inputs), targets, active.objective, weight, chunk_rows, active.loss_scale.value
+                    active.residency.layers, tuple(inputs), targets, active.objective, weight, chunk_rows, active.loss_scale
                 )
             del inputs
             if not steps.stepped:
@@ -302,7 +302,7 @@ class Executor:
         self._uploads.drop()
         self._device.finish_transfers()
         self._device.release()
-        half = halved(active.micro_batch, active.smallest_micro_batch)
+        half = halved(active.micro_batch, active.smallest_micro_batch) if active.may_shrink else None
         if half is None:
             raise too_large(self._device, f"for {active.title} with a micro-batch of {active.micro_batch}, the smallest")
         active.micro_batch = half

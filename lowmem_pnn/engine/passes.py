@@ -17,6 +17,7 @@ from torch import Tensor
 from lowmem_pnn.device import Device
 from lowmem_pnn.methods import Labels, Objective
 from lowmem_pnn.model.layer import Layer
+from lowmem_pnn.model.precision import UNSCALED, LossScale
 
 _T = TypeVar("_T")
 
@@ -53,7 +54,7 @@ def backward_from_loss(
     objective: Objective,
     weight: float,
     chunk_rows: int | None,
-    scale: float = 1.0,
+    scale: LossScale = UNSCALED,
 ) -> float:
     """Run forward to the loss, and backward: gradients add up in the parameters, and in the inputs that require a gradient.
 
@@ -64,10 +65,10 @@ def backward_from_loss(
         objective: objective that gives the mean loss of the micro-batch.
         weight: factor on the loss: the micro-batch's share of the batch's samples.
         chunk_rows: rows for which the last layer is computed at once, or None for all.
-        scale: factor on all gradients.
+        scale: factor on all gradients. Where it is adjusted, a loss that is not finite goes back too, since gradients tell of it.
 
     Returns:
-        The weighted loss; where it is not finite there are no gradients, or not all.
+        The weighted loss; where it is not finite, and the scale is not adjusted, there are no gradients, or not all.
     """
     if objective.per_layer_loss:
         return _backward_per_layer(layers, inputs, labels, objective, weight, scale)
@@ -118,17 +119,17 @@ def outputs_in_chunks(
     return [work(last(rows), targets) for rows, targets in _chunks(x, labels, chunk_rows)]
 
 
-def _backward(loss: Tensor, scale: float) -> float:
+def _backward(loss: Tensor, scale: LossScale) -> float:
     """Run backward from a loss, unless it is not finite, and return its value."""
-    # Before backward, in which weights may step.
+    # Before backward, in which weights may step (but not where the scale moves: then steps wait).
     value = float(loss.detach())
-    if loss.requires_grad and math.isfinite(value):
-        torch.autograd.backward(loss if scale == 1.0 else loss * scale)
+    if loss.requires_grad and (math.isfinite(value) or scale.moves):
+        torch.autograd.backward(loss if scale.value == 1.0 else loss * scale.value)
     return value
 
 
 def _backward_per_layer(
-    layers: Sequence[Layer], tensors: tuple[Tensor, ...], labels: Tensor, objective: Objective, weight: float, scale: float
+    layers: Sequence[Layer], tensors: tuple[Tensor, ...], labels: Tensor, objective: Objective, weight: float, scale: LossScale
 ) -> float:
     """Run each layer forward to its own loss, and backward, before the next layer.
 
@@ -141,7 +142,7 @@ def _backward_per_layer(
         scores = layer.scores(tensors)
         loss = objective.loss(scores, labels) * weight
         value = _backward(loss, scale)
-        if not math.isfinite(value):
+        if not math.isfinite(value) and not scale.moves:
             break
         tensors = tuple(tensor.detach() for tensor in tensors)
         del scores, loss
@@ -155,7 +156,7 @@ def _backward_in_chunks(
     objective: Labels,
     weight: float,
     chunk_rows: int,
-    scale: float,
+    scale: LossScale,
 ) -> float:
     """Run the last layer forward and backward chunk by chunk, then backward through the layers before it."""
     *body, last = layers
@@ -173,7 +174,7 @@ def _backward_in_chunks(
             gradient.flatten(0, -2)[begin : begin + len(rows)] = rows.grad
         begin += len(rows)
         del rows, loss
-    if gradient is not None and math.isfinite(loss_sum):
+    if gradient is not None and (math.isfinite(loss_sum) or scale.moves):
         torch.autograd.backward(x, gradient)
     return loss_sum
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.loaders import Loader
 from lowmem_pnn.engine.tally import Tally
-from lowmem_pnn.errors import DivergedError
 from lowmem_pnn.methods import SplitName, evaluation_visits
 from lowmem_pnn.run.run import Run
 
@@ -65,10 +64,7 @@ def validate(run: Run, where: str) -> None:
 
     Args:
         run: the run, with no partition resident.
-        where: what was trained, for the message of an error.
-
-    Raises:
-        DivergedError: the loss is not finite.
+        where: what was trained, for the message where the loss is not finite.
     """
     tally = Tally()
     objective = run.workload.objective(run.plan, run.partitions.last)
@@ -85,19 +81,17 @@ def validate(run: Run, where: str) -> None:
             run.record_validation(active.number, tallies[-1], tallies)
 
     measure(run, "val", work, lambda counts: tally.add(*counts), may_stop=False, on_partition=measure_layers)
-    check_validation(tally, where)
+    say_if_not_finite(run, tally, where)
     run.record_validation(run.partitions.last, tally)
 
 
-def check_validation(measured: Tally, where: str) -> None:
-    """Refuse a validation loss that is not finite.
+def say_if_not_finite(run: Run, measured: Tally, where: str) -> None:
+    """Say that a validation loss is not finite; training goes on, as it would in a plain loop.
 
     Args:
+        run: the run.
         measured: loss over the validation split.
         where: what was trained, for the message.
-
-    Raises:
-        DivergedError: it is not finite.
     """
     if not math.isfinite(measured.loss):
-        raise DivergedError(f"the validation loss became {measured.loss} in {where}; the last commit is kept; try a lower --lr")
+        run.session.display.message(f"the validation loss is {measured.loss} in {where}; training goes on")

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.fake_model import ModelRun, OperationLog, explain, storages_of
+from lowmem_pnn.model.fake_model import ModelRun, OperationLog, explain, run_model, storages_of
 from lowmem_pnn.model.tracer import Trace, copy_structure
 
 MAX_TENSORS = 64
@@ -69,6 +69,11 @@ def _record(model: nn.Module, traced: Trace, run: ModelRun) -> _Recording:
 
     traced_log = setting.log(model, run_graph)
     if traced_log != run.operations:
+        if run_model(model, setting).operations != run.operations:
+            raise CaptureError(
+                f"forward of model {type(model).__name__} does something else each time it is called on the same samples, by what is outside of "
+                "its modules (a global, a file, the time); such state cannot be kept with a run"
+            )
         # A forward can tell proxies from tensors: by isinstance(x, Tensor), for one, and then silently do something else.
         pairs = enumerate(zip(traced_log, run.operations, strict=False))
         step = next((step for step, (one, other) in pairs if one != other), min(len(traced_log), len(run.operations)))

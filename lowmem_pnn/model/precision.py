@@ -118,6 +118,10 @@ class LossScale:
             )
 
 
+UNSCALED = LossScale()
+"""The factor 1, which is never adjusted."""
+
+
 def unscale(gradients: Iterable[Tensor], scale: LossScale) -> bool:
     """Divide gradients by their loss's scale, in place.
 

@@ -21,6 +21,7 @@ def plan_for_batches(
     batch_sizes: Sequence[int],
     good_micro_batch: int | None = None,
     num_partitions: int | None = None,
+    whole_batches: bool | None = None,
 ) -> Plan:
     """Make the smallest plan for batches of known sizes.
 
@@ -29,6 +30,7 @@ def plan_for_batches(
         batch_sizes: Samples of an optimizer step, one number or one per partition.
         good_micro_batch: Micro-batch as for `planner.plan`; None for one that keeps a device busy.
         num_partitions: Number of partitions; None for the method's own wish.
+        whole_batches: Whether a batch has to go through at once; None for the configuration's wish.
 
     Raises:
         BudgetError: Nothing fits.
@@ -59,6 +61,7 @@ def plan_for_batches(
         objective=request.objective_memory,
         good_micro_batch=good_micro_batch or request.good_micro_batch,
         uniform=workload.method.sweeps,
+        whole_batches=request.whole_batches if whole_batches is None else whole_batches,
     )
     check_lengths(workload.config, len(plan.partitions))
     if workload.method.partitions_are_independent:
@@ -153,7 +156,7 @@ def _with_recovery(request: PlanRequest, plan: Plan) -> Plan:
         ]
         if max(peaks) + device.reserve_bytes <= device.budget_bytes:
             break
-        half = halved(size, plan.smallest_micro_batch)
+        half = None if plan.whole_batches else halved(size, plan.smallest_micro_batch)
         if half is None:
             worst = peaks.index(max(peaks))
             raise BudgetError(

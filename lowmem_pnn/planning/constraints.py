@@ -28,6 +28,7 @@ class Constraints:
         micro_batch: int | None,
         objective: Objectives | None,
         uniform: bool = False,
+        whole_batches: bool = False,
     ) -> None:
         if cuts is not None and num_partitions not in (None, len(cuts) + 1):
             raise ConfigError(
@@ -39,6 +40,7 @@ class Constraints:
         self.num_partitions = num_partitions if cuts is None else len(cuts) + 1
         self.micro_batch = micro_batch
         self.uniform = uniform
+        self.whole_batches = whole_batches
         self.objectives = [
             objective(stop) if objective else default_objective(layer) for stop, layer in enumerate(profile.layers, start=1)
         ]
@@ -63,11 +65,11 @@ class Constraints:
             return Search(self.profile, batches, cuts, number, self.micro_batch, self.objectives, whole_batch)
 
         if not self.uniform:
-            return search(None)
+            return search(True if self.whole_batches else None)
         smallest, most = self.profile.smallest_micro_batch, min(self.micro_batch or max(batches), *batches)
         can_be_whole = all(largest_micro_batch(size, most, smallest) == size for size in batches)
         ways = [True] if can_be_whole else []
-        if all(largest_micro_batch(size, smallest, smallest) < size for size in batches):
+        if not self.whole_batches and all(largest_micro_batch(size, smallest, smallest) < size for size in batches):
             ways.append(False)
         return UniformSearch([search(whole_batch) for whole_batch in ways])
 
@@ -105,6 +107,11 @@ class Constraints:
             raise ConfigError(
                 f"--batch-size has {count(len(self.batches), 'value')} for {partitions}; give one value, or as many "
                 f"--partitions or --cuts"
+            )
+        if self.whole_batches and self.micro_batch is not None and self.micro_batch < max(self.batches):
+            raise ConfigError(
+                f"--micro-batch {self.micro_batch} of --batch-size {max(self.batches)} and --batch-norm refuse contradict each other: BatchNorm "
+                "would see a micro-batch; leave one out"
             )
         for name, size in (("--batch-size", min(self.batches)), ("--micro-batch", self.micro_batch or smallest)):
             if size < smallest:

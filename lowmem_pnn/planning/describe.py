@@ -2,6 +2,7 @@
 
 from lowmem_pnn.errors import BudgetError, DiskError
 from lowmem_pnn.partition_plan import PartitionPlan
+from lowmem_pnn.planning.batch_norm import batch_norm_note
 from lowmem_pnn.planning.disk_footprint import activation_bytes, check_disk, disk_bytes, num_stored_samples
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.planning.request import PlanRequest
@@ -12,11 +13,12 @@ from lowmem_pnn.workload import Workload
 def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> PlanReport:
     """Describe the plan of a run, or say why there is none; arguments as for `make_plan`."""
     workload, profile, device = request.workload, request.profile, request.device
-    reason, exit_code, partitions, disk, peak = "", 0, [], 0, 0
+    reason, exit_code, partitions, disk, peak, notes = "", 0, [], 0, 0, []
     try:
         plan = make_plan(request, seconds_of)
         partitions = [describe_partition(workload, part) for part in plan.partitions]
         disk, peak = disk_bytes(workload, plan, profile), plan.predicted_peak_bytes
+        notes = [note for note in (batch_norm_note(request, plan),) if note is not None]
         check_disk(workload, plan, profile)
     except (BudgetError, DiskError) as error:
         reason, exit_code = str(error), error.exit_code
@@ -34,6 +36,7 @@ def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> 
         fits=not reason,
         reason=reason,
         exit_code=exit_code,
+        notes=notes,
     )
 
 

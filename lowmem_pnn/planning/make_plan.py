@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import suppress
 
-from torch import nn
-
 from lowmem_pnn.config.fit_config import LARGEST_AUTO_BATCH
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import Plan
@@ -55,8 +53,7 @@ def _any_plan_trains_the_same(workload: Workload) -> bool:
     if config.compile:
         return False
     # BatchNorm sees a micro-batch, and the more samples the better.
-    norms = nn.modules.batchnorm._NormBase
-    return not any(isinstance(module, norms) for layer in workload.chain.layers for module in layer.module.modules())
+    return not workload.batch_norms()
 
 
 def _with_largest_batches(request: PlanRequest) -> Plan:
@@ -65,7 +62,7 @@ def _with_largest_batches(request: PlanRequest) -> Plan:
     plans: list[Plan] = []
     for most in (LARGEST_AUTO_BATCH >> shift for shift in range(LARGEST_AUTO_BATCH.bit_length())):
         with suppress(BudgetError):
-            plans.append(plan_for_batches(request, (most,)))
+            plans.append(plan_for_batches(request, (most,), whole_batches=False))
         if plans and _least_micro_batch(plans[-1]) == most:
             break
     if not plans:
@@ -76,7 +73,7 @@ def _with_largest_batches(request: PlanRequest) -> Plan:
     partitions = (
         dataclasses.replace(part, batch=size, micro_batch=size) for part, size in zip(plan.partitions, sizes, strict=True)
     )
-    return dataclasses.replace(plan, partitions=tuple(partitions))
+    return dataclasses.replace(plan, partitions=tuple(partitions), whole_batches=request.whole_batches)
 
 
 def _fastest(request: PlanRequest, seconds_of: SecondsOf) -> Plan:

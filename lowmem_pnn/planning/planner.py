@@ -38,6 +38,7 @@ def plan(
     objective: Objectives | None = None,
     good_micro_batch: int = GOOD_MICRO_BATCH,
     uniform: bool = False,
+    whole_batches: bool = False,
 ) -> Plan:
     """Cut a chain into partitions that fit a budget.
 
@@ -54,6 +55,7 @@ def plan(
         objective: Function from the layer after a partition's last to the bytes of its loss, as `partition_peak` takes them.
         good_micro_batch: Micro-batch, a power of two, above which a larger one is no reason for more partitions.
         uniform: Whether all partitions have one micro-batch: the smallest of theirs.
+        whole_batches: Whether a batch has to go through at once.
 
     Returns:
         The best plan in the order of the module's docstring.
@@ -62,7 +64,7 @@ def plan(
         ConfigError: The chain cannot have such cuts, or such numbers of partitions or samples.
         BudgetError: Nothing fits; the message says what does not, and the smallest budget that would do.
     """
-    constraints = Constraints(profile, batch_sizes, cuts, num_partitions, micro_batch, objective, uniform)
+    constraints = Constraints(profile, batch_sizes, cuts, num_partitions, micro_batch, objective, uniform, whole_batches)
     search = constraints.search()
     overhead = _overhead(overhead_bytes, budget_bytes)
     room = budget_bytes - overhead
@@ -98,6 +100,7 @@ def plan(
         overhead_bytes=overhead,
         predicted_peak_bytes=max(partition.predicted_peak_bytes for partition in partitions),
         smallest_micro_batch=profile.smallest_micro_batch,
+        whole_batches=whole_batches,
     )
 
 

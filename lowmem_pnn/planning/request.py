@@ -44,6 +44,11 @@ class PlanRequest:
         return None if config.cuts is None else [self.workload.chain.layer_index(cut) for cut in config.cuts]
 
     @property
+    def whole_batches(self) -> bool:
+        """Whether a batch has to go through at once, since BatchNorms have to see all of it."""
+        return self.workload.config.batch_norm == "refuse" and bool(self.workload.batch_norms())
+
+    @property
     def good_micro_batch(self) -> int:
         """Samples that keep a device busy: a power of two; of tokens as many as make 512 rows."""
         rows = self.workload.rows_per_sample

@@ -16,7 +16,8 @@ class PlanReport:
     """Preview of a run.
 
     Sizes are in bytes. `fits` says whether the run fits the budget and `max_disk`; where it does not, `reason` says why and `exit_code`
-    is the exit code with which `fit` would end. `prospects` are the estimates of all methods; empty where nothing was timed.
+    is the exit code with which `fit` would end. `notes` say in what training would differ from plain PyTorch's. `prospects` are the
+    estimates of all methods; empty where nothing was timed.
     """
 
     method: str
@@ -32,6 +33,7 @@ class PlanReport:
     fits: bool
     reason: str
     exit_code: int
+    notes: Sequence[str] = ()
     prospects: Sequence[MethodEstimate] = ()
 
     def to_json(self) -> str:
@@ -64,5 +66,9 @@ class PlanReport:
             lines += [text_table(headings, rows), "", f"disk: at most {format_bytes(self.disk_bytes)}"]
         if self.prospects:
             lines += ["", method_table(self.prospects), ""]
-        lines += [f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state)", verdict]
+        lines += [
+            f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state)",
+            *self.notes,
+            verdict,
+        ]
         return "\n".join(lines)

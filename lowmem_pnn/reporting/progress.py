@@ -78,9 +78,10 @@ class TerminalDisplay(Display):
         """Print a line for the epoch, on a terminal."""
         if self._live is not None:
             validation = "" if line["val_loss"] is None else f", validation {line['val_loss']:.4g}"
+            loss = "-" if line["train_loss"] is None else f"{line['train_loss']:.4g}"
             accuracy = "" if line["val_accuracy"] is None else f", accuracy {line['val_accuracy']:.1%}"
             self._console.print(
-                f"{self._title}, epoch {line['epoch']}: loss {line['train_loss']:.4g}{validation}{accuracy}, "
+                f"{self._title}, epoch {line['epoch']}: loss {loss}{validation}{accuracy}, "
                 f"{line['samples_per_second']:.0f} samples/s, peak {format_bytes(line['peak_bytes'])}; "
                 f"{describe_stalls(line['waiting'])}",
                 highlight=False,

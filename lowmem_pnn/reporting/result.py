@@ -22,6 +22,13 @@ class Result:
 
     `skipped_steps` counts the steps in fp16 that were skipped because a gradient overflowed.
 
+    `compared` is "yes" where the model's outputs, loss, gradients and buffers on a few samples were compared with those of its layers
+    before training, else "no".
+
+    `batch_norm` says how many BatchNorm `layers` normalised over `samples` of a `batch` at least; empty where all saw the whole batch.
+
+    `module_state` holds Python attributes of modules that forwards changed, as they were at the end: they are not in `weights_file`.
+
     Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
     where the data is text, belongs to `weights_file`. Values that were not measured are None.
     """
@@ -40,6 +47,9 @@ class Result:
     predicted_peak_bytes: int
     reserve_bytes: int
     check: Mapping[str, int]
+    compared: str = "no"
+    batch_norm: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    module_state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     training_state_bytes: int
     partitions: Sequence[Mapping[str, Any]]
     epochs: Sequence[int]
@@ -87,6 +97,17 @@ class Result:
         lines.append(self._disk())
         if self.oom_retries:
             lines.append(f"{self.oom_retries} batches did not fit and were done again with smaller micro-batches")
+        if self.compared == "no":
+            lines.append("the model in layers was not compared with the model as a whole before training")
+        if norm := self.batch_norm:
+            lines.append(
+                f"BatchNorm: {norm['layers']} layers normalised over as few as {norm['samples']} of the {norm['batch']} samples of a batch, "
+                "and plain PyTorch over all of them"
+            )
+        if self.module_state:
+            lines.append(
+                f"not in the weights, but changed by forwards: {', '.join(self.module_state)} (module_state in result.json)"
+            )
         if self.check:
             lines.append(
                 f"checked before training: predicted {format_bytes(self.check['predicted_bytes'])}, "

@@ -155,7 +155,7 @@ class Metrics:
             action: `learn` or `sweep`.
             epoch: finished epochs before it.
             steps_done: optimizer steps, this one included.
-            loss: loss of its batch; None if the batch was left out.
+            loss: loss of its batch; None if the batch, or its step, was left out.
             rate: gives the learning rate of a step, counted from 0.
         """
         if steps_done % self._workload.config.log_every:

@@ -81,6 +81,7 @@ class Partitions:
             batch_size=planned.batch,
             micro_batch=self._state.micro_batches[partition],
             smallest_micro_batch=self._plan.smallest_micro_batch,
+            may_shrink=not self._plan.whole_batches,
             is_last=partition == self.last,
             loss_scale=self._state.loss_scales[partition],
             learning_rate=lambda step: workload.learning_rate(partition, step, total_steps, planned.batch),

@@ -86,7 +86,7 @@ def count_resume(rundir: RunDirectory, state: State, workload: Workload, *, afte
 def _halve_micro_batches(state: State, workload: Workload) -> None:
     """Halve the micro-batch of the partition that was resident when the process died, or of all that may have been."""
     program = visits_of_rank(workload.method.program(len(state.micro_batches), workload.training_splits), state.rank, state.ranks)
-    smallest = state.plan["smallest_micro_batch"]
+    smallest = max(state.micro_batches) if state.plan.get("whole_batches") else state.plan["smallest_micro_batch"]
     item = program[state.visit] if state.visit < len(program) else None
     if state.stage == "born":
         peaks = [part["predicted_peak_bytes"] for part in state.plan["partitions"]]

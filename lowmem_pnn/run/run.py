@@ -2,7 +2,9 @@
 
 import gc
 import json
+import math
 from collections.abc import Sequence
+from typing import Literal
 
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.executor import Executor
@@ -69,7 +71,7 @@ class Run:
             partition: number of the partition whose record tells the loss.
         """
         progress = self.state.progress
-        self.state.records[partition].train_loss = progress.tally.loss
+        self.state.records[partition].train_loss = progress.tally.loss if progress.tally.num_samples else None
         progress.tally = Tally()
 
     def record_validation(self, partition: int, tally: Tally, layers: Sequence[Tally] = ()) -> None:
@@ -81,7 +83,8 @@ class Run:
             layers: the same of each of its layers, where these have scores of their own.
         """
         record = self.state.records[partition]
-        record.val_loss, record.val_accuracy = tally.loss, tally.accuracy
+        record.val_loss = tally.loss if math.isfinite(tally.loss) else None
+        record.val_accuracy = tally.accuracy
         if layers:
             record.unit_val_accuracies = [layer.accuracy or 0.0 for layer in layers]
 
@@ -135,7 +138,8 @@ class Run:
         """
         device, state = self.session.device, self.state
         micro_batch = state.sweep_micro_batch if partition is None else state.micro_batches[partition]
-        used, half = device.section_peak_bytes(), halved(micro_batch, self.plan.smallest_micro_batch)
+        used = device.section_peak_bytes()
+        half = None if self.plan.whole_batches else halved(micro_batch, self.plan.smallest_micro_batch)
         if half is None:
             raise BudgetError(
                 f"memory ran out with a micro-batch of {micro_batch}, the smallest: {format_bytes(used)} of "
@@ -182,14 +186,15 @@ class Run:
         state.records = [PartitionRecord() for _ in plan.partitions]
         state.loss_scales = [LossScale.initial(self.workload.config.precision) for _ in plan.partitions]
 
-    def begin_training(self, check: dict[str, int]) -> None:
+    def begin_training(self, check: dict[str, int], compared: Literal["yes", "no"]) -> None:
         """Commit the initial weights: from now on the run can be resumed.
 
         Args:
             check: prediction and measurement of the check before training.
+            compared: whether the model was compared with its layers.
         """
         self.workload.chain.set_python_state(self.state.module_state)  # as the constructor left it, whatever was tried since
-        self.state.check = check
+        self.state.check, self.state.compared = check, compared
         self.state.stage = "training"
         self.state.weights = self.weights.state()
         self.commits.commit()

@@ -57,6 +57,7 @@ class State:
         check: prediction and measurement of the check before training, in bytes.
         seconds: time so far, over all processes of the run, as are the bytes, peaks and counts that follow.
         metrics_bytes: length of `metrics.jsonl`.
+        compared: whether the model was compared with its layers before training.
         module_state: Python attributes of modules that forwards change, by module and attribute.
         rank: number of this process, where several train a partition each; the first joins them.
         ranks: number of these processes.
@@ -83,6 +84,7 @@ class State:
     oom_retries: int = 0
     resumed: int = 0
     metrics_bytes: int = 0
+    compared: Literal["yes", "no"] = "no"
     module_state: dict[str, Any] = field(default_factory=dict)
     rank: int = 0
     ranks: int = 1

@@ -192,7 +192,7 @@ class FileBacked(TorchDispatchMode):
         if fill is not None and "out" not in kwargs:
             template = _result_on_meta(func, args, kwargs)
             if template is not None and self._is_large(template):
-                out = self._map_like(template)
+                out = self.map_like(template)
                 fill(out, args, kwargs)
                 self.evict(out)
                 return out
@@ -201,7 +201,7 @@ class FileBacked(TorchDispatchMode):
             self.evict(args[0])  # an initialiser has filled it, and goes on to the next tensor
         returns = func._schema.returns
         if len(returns) == 1 and returns[0].alias_info is None and self._should_move(result, args):
-            return self._map_like(result).copy_(result)
+            return self.map_like(result).copy_(result)
         return result
 
     def _is_large(self, tensor: Tensor) -> bool:
@@ -216,8 +216,15 @@ class FileBacked(TorchDispatchMode):
         start = result.untyped_storage().data_ptr()
         return not any(isinstance(arg, Tensor) and _storage_start(arg) == start for arg in args)
 
-    def _map_like(self, template: Tensor) -> Tensor:
-        """Make a tensor in a new file, of the size, strides and dtype of a template."""
+    def map_like(self, template: Tensor) -> Tensor:
+        """Make a tensor in a new file.
+
+        Args:
+            template: tensor whose size, strides and dtype it gets.
+
+        Raises:
+            DiskError: the disk is full or the folder cannot be written to.
+        """
         size = template.nbytes
         try:
             with tempfile.TemporaryFile(dir=self._folder) as file:

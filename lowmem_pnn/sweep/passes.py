@@ -154,7 +154,7 @@ class SweepPasses:
     def _backward_from_loss(self, inputs: tuple[Tensor, ...], part: slice, batch: SweptBatch) -> None:
         weight = (part.stop - part.start) / len(batch.labels)
         labels = to_device_aligned(self._device, batch.labels[part])
-        layers, scale = self._residencies[self._last].layers, batch.gradients.scale.value
+        layers, scale = self._residencies[self._last].layers, batch.gradients.scale
         batch.loss += backward_from_loss(layers, inputs, labels, self._objective, weight, self._plan.loss_chunk, scale)
 
     def _backward_from_boundary(self, partition: int, inputs: tuple[Tensor, ...], number: int) -> None:

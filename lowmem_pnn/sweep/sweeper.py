@@ -225,7 +225,8 @@ class Sweeper:
             self._steps.step_kept(visit.partition, batch.gradients, self._streamer, self._buffers, file)
 
     def _check_loss(self, visit: Visit, batch: SweptBatch) -> None:
-        if visit.partition == self._last and not math.isfinite(batch.loss):
+        # Where the loss scale moves, gradients that are not finite have the step left out.
+        if visit.partition == self._last and not math.isfinite(batch.loss) and not batch.gradients.scale.moves:
             raise DivergedError(
                 f"the loss became {batch.loss} in {self.title(visit.partition)}, step {batch.gradients.step + 1}; the last commit is "
                 f"kept; {batch.gradients.scale.remedy}"

@@ -1,9 +1,9 @@
 """Initial weights: the constructor's own values, written to the run's weight files without the model ever being whole in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import Chain
@@ -19,7 +19,14 @@ from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.workload import Workload
 
 
-def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCounter, trained: Path | None = None) -> WeightStore:
+def build_weights(
+    workload: Workload,
+    plan: Plan,
+    folder: Path,
+    counter: IoCounter,
+    trained: Path | None = None,
+    inspect: Callable[[nn.Module], None] = lambda model: None,
+) -> WeightStore:
     """Build the model in mapped files, and write each partition's share of it to a weight file of its own.
 
     Optimizer state needs no writing: all of it starts as zeros, and the holes of a new file read as zeros.
@@ -29,6 +36,7 @@ def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCount
         plan: partitions of the model, which get a file each.
         folder: folder of the new store; the mapped files are made beside it.
         counter: counter of the bytes read and written.
+        inspect: is shown the model as its constructor gives it, before anything is written.
         trained: file of trained weights with the model's own names, whose values take the place of the constructor's.
 
     Returns:
@@ -43,6 +51,7 @@ def build_weights(workload: Workload, plan: Plan, folder: Path, counter: IoCount
     folder.mkdir(parents=True, exist_ok=True)
     with file_backed(folder) as files:
         model = workload.build_model(workload.config.seed)
+    inspect(model)
     tensors: dict[str, Tensor] = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),

@@ -2,17 +2,18 @@
 
 import math
 import shutil
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.loaders import Loader
-from lowmem_pnn.errors import BudgetError, DivergedError
+from lowmem_pnn.errors import BudgetError, DataError
 from lowmem_pnn.evaluation.exits import HEADS_FILE, describe_exits, head_names
 from lowmem_pnn.evaluation.measure import measure, validate
 from lowmem_pnn.evaluation.scores import Scores
 from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.planning.batch_norm import batch_norm_note
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
@@ -23,6 +24,7 @@ from lowmem_pnn.run.state import State
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.run_directory import RunDirectory, write_durably
 from lowmem_pnn.stores.weights import WeightStore
+from lowmem_pnn.training.comparison import compare
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.join import forget
 from lowmem_pnn.training.preflight import check_tightest
@@ -67,8 +69,15 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
     plan = Plan.from_json(state.plan)
     display.message(f"building {workload.source.spec}")
     missing = 0
+    compared: Literal["yes", "no"] = "no"
+
+    def compare_once(model: nn.Module) -> None:
+        nonlocal compared
+        compared = compare(workload, model, session.rundir.path, display.message)
+
     for attempt in range(_MAX_PLANS):
-        weights = build_weights(workload, plan, session.rundir.path / "weights", session.counter)
+        inspect = compare_once if workload.config.compare and not attempt else _nothing
+        weights = build_weights(workload, plan, session.rundir.path / "weights", session.counter, inspect=inspect)
         run = Run(session, workload, plan, weights, state)
         check = check_tightest(run, profile)
         # What the check found beyond the plan comes on top of all that the plan foresees, reading too.
@@ -87,8 +96,14 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
         plan = make_plan(PlanRequest(workload, profile, device, unexplained_bytes=missing), seconds_of)
         display.message(f"planned again: {check.describe()}")
         run.replan(plan)
-    run.begin_training(check.to_dict())
+    if (note := batch_norm_note(PlanRequest(workload, profile, device), run.plan)) is not None:
+        display.message(note)
+    run.begin_training(check.to_dict(), compared)
     return run
+
+
+def _nothing(model: nn.Module) -> None:
+    """Look at nothing: the model was compared before, or is not to be."""
 
 
 def _open_committed(session: Session, state: State) -> WeightStore:
@@ -109,16 +124,16 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     run.commits.wait()
     if workload.method.partitions_are_independent and not workload.config.recovery_epochs and "val" in workload.splits:
         validate(run, "the joined model")  # no partition's own epochs could tell
-    layer_accuracies: list[float | None] = []
-    scores = score(run, layer_accuracies) if "test" in workload.splits else {}
-    if not all(math.isfinite(value) for value in scores.values()):
-        raise DivergedError(f"the trained model's test loss is {scores['test_loss']}; try a lower --lr")
+    # Before anything is tested: what has been trained is not lost to data that cannot be read.
     chain = workload.chain
     run.weights.export(rundir.path / "model.safetensors", chain.persistent, chain.owners)
+    if workload.method.learns_per_layer:
+        run.weights.export(rundir.path / HEADS_FILE, head_names(chain))
+    layer_accuracies: list[float | None] = []
+    scores = _test_scores(run, layer_accuracies) if "test" in workload.splits else {}
     exits: list[dict[str, Any]] = []
     if workload.method.learns_per_layer:
         exits = describe_exits(run, layer_accuracies or [None] * len(chain.layers))
-        run.weights.export(rundir.path / HEADS_FILE, head_names(chain))
     run.metrics.update_totals()
     result = make_result(run, profile, scores, exits)
     write_durably(rundir.path / "result.json", result.to_json() + "\n")
@@ -126,6 +141,21 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     clear(rundir)
     forget(rundir, run.state.ranks)
     return result
+
+
+def _test_scores(run: Run, layer_accuracies: list[float | None]) -> dict[str, float]:
+    """Measure the trained model on the test data; what cannot be measured is said, and left out."""
+    display = run.session.display
+    try:
+        scores = score(run, layer_accuracies)
+    except DataError as error:
+        layer_accuracies.clear()
+        display.message(f"the trained weights are written, but cannot be tested: {error}")
+        return {}
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            display.message(f"{name.replace('_', ' ')} is {value}, and left out of the result")
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
 def clear(rundir: RunDirectory) -> None:

@@ -55,9 +55,6 @@ class EpochsLearner(Learner, Protocol):
 
         Args:
             epoch: finished epochs.
-
-        Raises:
-            DivergedError: the validation loss is not finite.
         """
         ...
 

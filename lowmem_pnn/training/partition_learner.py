@@ -7,7 +7,7 @@ from typing import Literal
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.loaders import Batch, Loader
 from lowmem_pnn.errors import DivergedError
-from lowmem_pnn.evaluation.measure import check_validation
+from lowmem_pnn.evaluation.measure import say_if_not_finite
 from lowmem_pnn.methods import Visit
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.training.page_cache import PageCachePrefetch
@@ -63,7 +63,7 @@ class PartitionLearner:
     def train_batch(self, batch: Batch, step: int, following: Batch | None) -> float:
         """See `Learner`."""
         loss = self._executor.train_batch(self._active, batch, self.steps_before + step, following)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and not self._active.loss_scale.moves:
             raise DivergedError(
                 f"the loss became {loss} in {self.title}, epoch {step // self.steps_per_epoch + 1}, "
                 f"batch {step % self.steps_per_epoch + 1}; the last commit is kept; {self._active.loss_scale.remedy}"
@@ -88,6 +88,6 @@ class PartitionLearner:
         if self._val is None:
             return
         *layers, whole = self._executor.measure(self._active, self._val)
-        check_validation(whole, f"{self.title}, epoch {epoch}")
+        say_if_not_finite(self._run, whole, f"{self.title}, epoch {epoch}")
         scored = (*layers, whole) if self._active.objective.per_layer_loss else ()
         self._run.record_validation(self.partition, whole, scored)

@@ -141,7 +141,7 @@ def _sweep_once(run: Run, number: int, samples: int, micro_batch: int) -> int:
             return micro_batch
         sweeper.close()
         session.device.release()
-        half = halved(micro_batch, plan.smallest_micro_batch)
+        half = None if plan.whole_batches else halved(micro_batch, plan.smallest_micro_batch)
         if half is None:
             raise BudgetError(f"{title} does not fit with a micro-batch of {micro_batch}, the smallest")
         micro_batch = half

@@ -5,6 +5,7 @@ import platform
 from typing import Any
 
 from lowmem_pnn.evaluation.exits import chosen_exit
+from lowmem_pnn.planning.batch_norm import batch_norm_use
 from lowmem_pnn.planning.describe import describe_partition
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
@@ -42,6 +43,9 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, float], exit
         predicted_peak_bytes=plan.predicted_peak_bytes,
         reserve_bytes=device.reserve_bytes,
         check=state.check,
+        compared=state.compared,
+        batch_norm=use.to_dict() if (use := batch_norm_use(workload, plan, state.micro_batches, state.sweep_micro_batch)) else {},
+        module_state=state.module_state,
         training_state_bytes=profile.training_state_bytes,
         partitions=_partitions(run),
         epochs=[config.value_for("epochs", number) for number in range(len(plan.partitions))],

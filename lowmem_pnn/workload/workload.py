@@ -10,6 +10,7 @@ from torch import nn
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.methods import Method, Objective, SplitName
 from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
@@ -56,6 +57,21 @@ class Workload:
     def training_splits(self) -> dict[SplitName, int]:
         """Names of the parts that training reads, with their numbers of samples."""
         return {name: len(self.splits[name]) for name in ("train", "val") if name in self.splits}
+
+    def batch_norms(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """Return the names of the BatchNorms that normalise over the samples before them in train mode.
+
+        Args:
+            start: first layer.
+            stop: layer after the last; None for the chain's end.
+        """
+        kind = nn.modules.batchnorm._BatchNorm
+        return [
+            name
+            for layer in self.chain.layers[start:stop]
+            for name, module in layer.module.named_modules()
+            if isinstance(module, kind) and layer.modes.of(True).get(name, True) and not is_of_head(name)
+        ]
 
     def optimizer(self, partition: int) -> OptimizerSpec:
         """Return a partition's optimizer."""

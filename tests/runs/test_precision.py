@@ -1,5 +1,6 @@
 """Precision: layers under autocast, the loss's scale, maps that lie position by position."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,41 @@ def test_steps_that_overflow_are_left_out_as_plain_scaling_leaves_them_out(metho
     expected = train_by_exact(Overflows, vectors(), **options)
     assert_same_weights(loaded(Overflows, result.weights_file), expected.model)
     assert result.skipped_steps > 0
+
+
+@pytest.mark.parametrize(("method", "options"), [("exact", {"cuts": "1,2"}), ("backprop", {})])
+def test_a_loss_that_overflows_has_its_step_left_out_as_plain_scaling_has_it(
+    method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    x, y = vectors()
+    x[5] *= 1e6  # above float16's largest number
+    options = {**COMMON, "precision": "fp16", "val_fraction": 0.0, **options}
+    result = fit(small_mlp, (x, y), tmp_path / "run", method=method, **options)
+    options.pop("cuts", None)
+    assert_same_weights(loaded(small_mlp, result.weights_file), train_by_exact(small_mlp, (x, y), **options).model)
+    assert result.skipped_steps >= 2
+    assert result.train_loss is not None
+    assert math.isfinite(result.train_loss)
+
+
+def test_a_validation_loss_that_is_not_finite_ends_no_training(tmp_path: Path) -> None:
+    x, y = vectors()
+    far = x.clone()
+    far[0] = 3e38
+    result = lowmem_pnn.fit(
+        small_mlp,
+        (x, y),
+        (far, y),
+        test=(far, y),
+        max_gpu_mem="400MB",
+        device="cpu",
+        method="exact",
+        epochs=2,
+        workdir=tmp_path / "run",
+    )
+    assert result.val_loss is None
+    assert result.test_loss is None
+    assert result.test_accuracy is not None
 
 
 def test_the_scale_outlives_a_stop(tmp_path: Path) -> None:

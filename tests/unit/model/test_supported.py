@@ -1,5 +1,6 @@
 """What models hold and override: kept where training in pieces can keep it, else refused by name."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -32,6 +33,14 @@ class FewParameters(nn.Sequential):
 class SavesOthers(nn.Sequential):
     def state_dict(self, *arguments: Any, **settings: Any) -> Any:
         return {key: value * 2 for key, value in super().state_dict(*arguments, **settings).items()}
+
+
+CALLS = itertools.count(1)
+
+
+class Moody(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * next(CALLS)
 
 
 class Draws(nn.Linear):
@@ -139,6 +148,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "python random": (
         lambda: nn.Sequential(Draws(4, 4)),
         "forward of model Sequential draws from Python's or numpy's random generator",
+    ),
+    "global state": (
+        lambda: nn.Sequential(Moody(4, 4)),
+        "forward of model Sequential does something else each time it is called on the same samples, by what is outside",
     ),
     "tensor kept": (
         lambda: nn.Sequential(Remembers(), nn.Linear(4, 2)),

@@ -1,0 +1,290 @@
+"""The comparison before training: the user's model as it is, and the same model in layers, on a few samples of the training data.
+
+    as it is     x --[ model ]--> scores --> loss --backward--> gradients        tensors saved for backward lie in a file
+    in layers    x --[ layer 0 ]--[ layer 1 ]-- ... --> loss                     forward, layer by layer
+                     each layer forward once more, from the last one, and back   as in exact training
+
+Outputs, loss, gradients of all parameters, buffers, and Python state must be the same bits, in train mode, and outputs in eval mode.
+Weights are those that training begins with, in mapped files, so that neither side needs memory for them. What is changed on the way is a
+copy, or restored.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_pnn.device import is_out_of_memory
+from lowmem_pnn.errors import CaptureError, LowMemError
+from lowmem_pnn.methods.objectives import Labels
+from lowmem_pnn.model.layer import Layer
+from lowmem_pnn.model.parameter_hooks import ParameterHooks
+from lowmem_pnn.model.python_state import Snapshot, read_state
+from lowmem_pnn.model.tracer import copy_structure, preserve_random_state, set_mode
+from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.sources.deferred_init import FileBacked
+from lowmem_pnn.training.observed import Observed, differences
+from lowmem_pnn.workload import Workload
+
+_SAMPLES = 2
+# Tensors of so many bytes are not kept in memory for the backward.
+_SPILLED_BYTES = 1 << 16
+# Relative difference of two sums up to which they may be one sum in another order.
+_ROUNDING = 1e-4
+
+
+def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[str], None]) -> Literal["yes", "no"]:
+    """Compare a model with its layers, before anything is trained.
+
+    Args:
+        workload: model in layers, and data.
+        model: the model as its constructor gives it, with the values that training begins with; it stays as it is.
+        folder: folder of the file for what is saved for backward.
+        say: is told what differs by rounding, or cannot be compared.
+
+    Returns:
+        `yes` where both gave the same, be it up to rounding, which is said; `no` where they could not be compared, which is said too.
+
+    Raises:
+        CaptureError: they differ, and training in layers would not be training the model; or the model does not run.
+    """
+    title, count = f"model {workload.source.spec}", _SAMPLES
+    if len(workload.splits["train"]) < count:
+        say(f"{title} was not compared with its layers: there are fewer than {count} training samples")
+        return "no"
+    batch = workload.splits["train"].batch(range(count))
+    try:
+        with preserve_random_state():
+            theirs = _observe_model(workload, model, batch, folder)
+        with preserve_random_state():
+            ours = _observe_layers(workload, model, batch)
+        different = differences(theirs, ours)
+        if different and differences(theirs, _observe_model(workload, model, batch, folder)):
+            say(
+                f"{title} gives something else each time it is run on the same samples, and could not be compared with its layers"
+            )
+            return "no"
+    except Exception as error:
+        if isinstance(error, LowMemError):
+            raise
+        if is_out_of_memory(error):
+            say(f"{title} does not fit as a whole, be it for {count} samples, and could not be compared with its layers")
+            return "no"
+        reason = " ".join(str(error).split())[:300]
+        raise CaptureError(
+            f"{title} failed on {count} of its samples: {type(error).__name__}: {reason}; mend its forward"
+        ) from error
+    if not different:
+        return "yes"
+    what, size = max(different.items(), key=lambda item: item[1])
+    if size <= _ROUNDING:
+        say(f"{title} in layers gives what it gives as a whole up to rounding: {what} differs by {size:.1g} of its size")
+        return "yes"
+    raise CaptureError(
+        f"{title} would be trained otherwise than it is: cut into layers, {what} differs ({_size_text(size)}); keep the module that it "
+        "comes from free of state that is no buffer, or give --no-compare to train the layers as they are"
+    )
+
+
+def _observe_model(workload: Workload, model: nn.Module, batch: tuple[Tensor, Tensor], folder: Path) -> Observed:
+    """Run the user's own model, forward and backward in train mode, and forward in eval mode."""
+    twin, parameters = _twin(model)
+    observed, chain = Observed(), workload.bare
+    names = {id(parameters[name]): chain.owner_of(name) for name in parameters}
+    precision = chain.layers[0].precision
+    before = Snapshot(twin)
+    set_mode(twin, True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, preserve_random_state():
+        _seed(workload)
+        spilled = _Spilled(Path(scratch), [*twin.parameters(), *twin.buffers(), *batch])
+        with torch.autograd.graph.saved_tensors_hooks(spilled.pack, spilled.unpack):
+            with precision.autocast():
+                outputs = twin(*precision.to_memory_format((batch[0].clone(),)))
+            loss = Labels(workload.config.label_smoothing).loss((outputs,), batch[1])
+            handles = [
+                parameter.register_post_accumulate_grad_hook(lambda tensor: observed.take_gradient(names[id(tensor)], tensor))
+                for parameter in {id(parameter): parameter for parameter in parameters.values()}.values()
+                if parameter.requires_grad
+            ]
+            observed.values |= {"the output in train mode": outputs.detach().clone(), "the loss": float(loss.detach())}
+            torch.autograd.backward(loss)
+        del outputs, loss
+    for handle in handles:
+        handle.remove()
+    _note_state(workload, observed, dict(twin.named_buffers()), twin, before)
+    set_mode(twin, False)
+    with torch.no_grad(), precision.autocast():
+        observed.values["the output in eval mode"] = twin(*precision.to_memory_format((batch[0].clone(),))).clone()
+    return observed
+
+
+def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Observed:
+    """Run the layers of the model as exact training runs them, each layer a partition of its own."""
+    chain = workload.bare
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    originals = [(layer, name, tensor) for layer in chain.layers for name, tensor in _tensors_of(layer).items()]
+    observed = Observed()
+    with chain.python_state_restored():
+        try:
+            loaded = _load(workload, tensors)
+            for layer in chain.layers:
+                layer.train()
+            _seed(workload)
+            _forward_and_back(workload, batch, loaded, observed)
+            # Names of the model's own, buffers that no layer holds included.
+            buffers = {name: tensor for layer in chain.layers for name, tensor in layer.buffers().items()}
+            _note_state(workload, observed, {name: buffers.get(name, tensors[name]) for name, _ in model.named_buffers()})
+            for layer in chain.layers:
+                layer.eval()
+            with torch.no_grad():
+                observed.values["the output in eval mode"] = chain(batch[0].clone()).clone()
+        finally:
+            for layer, name, tensor in originals:
+                layer.set_tensor(name, tensor)
+    return observed
+
+
+def _forward_and_back(
+    workload: Workload, batch: tuple[Tensor, Tensor], loaded: Mapping[str, nn.Parameter], observed: Observed
+) -> None:
+    layers = workload.bare.layers
+    inputs: list[tuple[Tensor, ...]] = [(batch[0].clone(),)]
+    states: list[tuple[Tensor, Mapping[str, Any], dict[str, Tensor]]] = []
+    learns = False
+    for layer in layers[:-1]:
+        states.append(
+            (torch.get_rng_state(), layer.python_state, {name: value.clone() for name, value in layer.buffers().items()})
+        )
+        outputs = layer(*_leaves(inputs[-1], learns))
+        inputs.append(tuple(tensor.detach() for tensor in outputs))
+        learns = learns or any(parameter.requires_grad for parameter in layer.parameters().values())
+    gradients: list[Tensor | None] = []
+    for number in reversed(range(len(layers))):
+        layer = layers[number]
+        if number < len(layers) - 1:
+            random_state, python_state, buffers = states[number]
+            torch.set_rng_state(random_state)
+            layer.set_python_state(python_state)
+            for name, value in layer.buffers().items():
+                with torch.no_grad():
+                    value.copy_(buffers[name])
+        leaves = _leaves(inputs.pop(), number > 0 and _learns_before(workload, number))
+        outputs = layer(*leaves)
+        if number == len(layers) - 1:
+            loss = Labels(workload.config.label_smoothing).loss(outputs, batch[1])
+            observed.values |= {"the output in train mode": outputs[0].detach().clone(), "the loss": float(loss.detach())}
+            torch.autograd.backward(loss)
+        else:
+            pairs = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
+            pairs = [(output, gradient) for output, gradient in pairs if output.requires_grad]
+            if pairs:
+                torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+        gradients = [leaf.grad for leaf in leaves]
+        for name in {workload.bare.owner_of(alias) for alias in layer.parameters()}:
+            if loaded[name].grad is not None and not _is_used_before(workload, name, number):
+                observed.take_gradient(name, loaded[name])
+
+
+def _learns_before(workload: Workload, number: int) -> bool:
+    layers = workload.bare.layers[:number]
+    return any(parameter.requires_grad for layer in layers for parameter in layer.parameters().values())
+
+
+def _is_used_before(workload: Workload, name: str, number: int) -> bool:
+    chain = workload.bare
+    return any(chain.owner_of(alias) == name for layer in chain.layers[:number] for alias in layer.parameters())
+
+
+def _load(workload: Workload, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Give the layers the model's values: parameters that share their memory, and copies of the buffers."""
+    chain = workload.bare
+    loaded: dict[str, nn.Parameter] = {}
+    copies: dict[str, Tensor] = {}
+    for layer in chain.layers:
+        for alias, shape_of in layer.parameters().items():
+            name = chain.owner_of(alias)
+            if name not in loaded:
+                loaded[name] = nn.Parameter(tensors[name].detach(), shape_of.requires_grad)
+                chain.hang_hooks(name, loaded[name])
+            layer.set_tensor(alias, loaded[name])
+        for alias in layer.buffers():
+            name = chain.owner_of(alias)
+            layer.set_tensor(alias, copies.setdefault(name, tensors[name].detach().clone()))
+    return loaded
+
+
+def _tensors_of(layer: Layer) -> dict[str, Tensor]:
+    return {**layer.parameters(), **layer.buffers()}
+
+
+def _twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """Return a copy of a model that shares its weights' memory, and no other state; with its parameters under every name."""
+    twins: dict[int, Tensor] = {}
+    for parameter in model.parameters():
+        twin = nn.Parameter(parameter.detach(), parameter.requires_grad)
+        if (hooks := ParameterHooks.of(parameter)) is not None:
+            hooks.hang_on(twin)
+        twins[id(parameter)] = twin
+    twins.update((id(buffer), buffer.detach().clone()) for buffer in model.buffers())
+    copied = copy_structure(model, twins)
+    return copied, dict(copied.named_parameters(remove_duplicate=False))
+
+
+class _Spilled:
+    """Keeps the tensors that a forward saves for its backward in a file, where they are large and not there anyway."""
+
+    def __init__(self, folder: Path, held: list[Tensor]) -> None:
+        self._files = FileBacked(folder, _SPILLED_BYTES)
+        self._held = {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        if tensor.nbytes < _SPILLED_BYTES or tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() in self._held:
+            return tensor
+        return self._files.map_like(tensor).copy_(tensor.detach())
+
+    def unpack(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+def _seed(workload: Workload) -> None:
+    torch.manual_seed(seed_of(workload.config.seed, "compare"))
+
+
+def _leaves(tensors: tuple[Tensor, ...], learn: bool) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach().requires_grad_(learn and tensor.is_floating_point()) for tensor in tensors)
+
+
+def _note_state(
+    workload: Workload,
+    observed: Observed,
+    buffers: Mapping[str, Tensor],
+    twin: nn.Module | None = None,
+    before: Snapshot | None = None,
+) -> None:
+    """Note buffers and Python state after a forward; refuse Python state of the model that is not known to change."""
+    chain = workload.bare
+    observed.values |= {f"buffer {name!r}": buffer.detach().clone() for name, buffer in buffers.items()}
+    if twin is None or before is None:
+        observed.values |= {f"attribute {name!r}": value for name, value in chain.python_state.items()}
+        return
+    kept = [attribute for layer in chain.layers for attribute in layer.kept]
+    known = {*kept, *(attribute for layer in chain.layers for attribute in layer.left)}
+    for name, attribute in before.changed(twin):
+        if (name, attribute) not in known and name and any(_has_module(layer, name) for layer in chain.layers):
+            raise CaptureError(
+                f"forward of module {name!r} of model {workload.source.spec} changes its attribute {attribute!r} with the values of its "
+                "samples, which cannot be kept with a run; keep it in a buffer"
+            )
+    observed.values |= {f"attribute {name!r}": value for name, value in read_state(twin, kept).items()}
+
+
+def _has_module(layer: Layer, name: str) -> bool:
+    return any(own == name and type(module) is not nn.Module for own, module in layer.module.named_modules())
+
+
+def _size_text(size: float) -> str:
+    return f"by {size:.2g} of its size" if math.isfinite(size) else "there is one on one side alone"

@@ -1,0 +1,105 @@
+"""What is observed of a model that is run on a few samples, in a form that can be compared without keeping its gradients."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Sums that stand for a tensor.
+_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What stands for a gradient.
+
+    Args:
+        bits: sums of its bits: another gradient would have to be meant to have the same.
+        sums: sums of its values, over every 64th element.
+        norm: its norm.
+    """
+
+    bits: tuple[int, ...]
+    sums: Tensor
+    norm: float
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Gradient":
+        """Sum up a gradient.
+
+        Args:
+            tensor: the gradient.
+        """
+        values = tensor.detach().contiguous().flatten()
+        columns = math.gcd(values.numel(), _COLUMNS)
+        bits = values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+        return cls(
+            tuple(bits.view(-1, columns).sum(0, dtype=torch.int64).tolist()),
+            values.view(-1, columns).sum(0, dtype=torch.float64),
+            float(torch.linalg.vector_norm(values)),
+        )
+
+    def difference(self, other: "Gradient") -> float:
+        """Return how much another gradient differs, relative to the larger one's norm; 0.0 where they are the same bits."""
+        if self.bits == other.bits:
+            return 0.0
+        size = float((self.sums - other.sums).norm()) / max(self.norm, other.norm, 1e-300)
+        # NaN, for one, has no size.
+        return max(size, 1e-16) if math.isfinite(size) else math.inf
+
+
+@dataclass
+class Observed:
+    """What one side of a comparison gave.
+
+    Args:
+        values: small results by what they are: outputs, loss, buffers, Python state.
+        gradients: what stands for each parameter's gradient, by the name that the parameter is stored under.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    gradients: dict[str, Gradient] = field(default_factory=dict)
+
+    def take_gradient(self, name: str, parameter: Tensor) -> None:
+        """Note a complete gradient, and free it.
+
+        Args:
+            name: name that the parameter is stored under.
+            parameter: the parameter.
+        """
+        assert parameter.grad is not None
+        self.gradients[name] = Gradient.of(parameter.grad)
+        parameter.grad = None
+
+
+def differences(one: Observed, other: Observed) -> dict[str, float]:
+    """Return what differs between two sides, in words, with the size of the difference.
+
+    Args:
+        one: what one side gave.
+        other: what the other gave.
+
+    Returns:
+        Sizes relative to the values; infinite where there is something on one side alone, or what is no number.
+    """
+    found = {what: _difference(one.values.get(what), other.values.get(what)) for what in one.values.keys() | other.values.keys()}
+    for name in one.gradients.keys() | other.gradients.keys():
+        mine, theirs = one.gradients.get(name), other.gradients.get(name)
+        found[f"the gradient of {name!r}"] = math.inf if mine is None or theirs is None else mine.difference(theirs)
+    return {what: size for what, size in found.items() if size > 0}
+
+
+def _difference(one: Any, other: Any) -> float:
+    if isinstance(one, float) and isinstance(other, float):
+        one, other = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return 0.0 if type(one) is type(other) and one == other else math.inf
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return math.inf
+    if not bool(((one != other) & ~(one.isnan() & other.isnan())).any()):
+        return 0.0
+    one, other = one.double(), other.double()
+    size = float((one - other).abs().max() / max(float(one.abs().max()), 1e-300))
+    return size if math.isfinite(size) else math.inf

@@ -1,0 +1,130 @@
+"""The comparison before training: equal models pass, others are refused by what differs, and nothing is changed on the way."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers.exact_runs import KINDS
+from helpers.plainloops import built
+from helpers.small_networks import small_conv, small_mlp, vectors
+from lowmem_pnn.config.configure import configure
+from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.python_state import Snapshot
+from lowmem_pnn.training.comparison import compare
+from lowmem_pnn.training.observed import Observed, differences
+from lowmem_pnn.workload import Workload, make_workload
+from lowmem_pnn.workload.inputs import python_inputs
+
+
+def workload_of(build: Callable[[], nn.Module], data: Any, **options: Any) -> Workload:
+    config = configure(
+        max_gpu_mem="400MB", model="python:model", data="python:data", method="exact", **{"batch_size": 10, **options}
+    )
+    return make_workload(config, *python_inputs(build, data, None, None)(config), torch.device("cpu"))
+
+
+def refuse_to_say(text: str) -> None:
+    raise AssertionError(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_equal_their_layers_to_the_last_bit(kind: str, tmp_path: Path) -> None:
+    build, data = KINDS[kind].build, KINDS[kind].data
+    assert compare(workload_of(build, data), built(build), tmp_path, refuse_to_say) == "yes"
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16"}, {"precision": "fp16"}, {"channels_last": True}, {"label_smoothing": 0.1}]
+)
+def test_they_do_in_other_precisions_and_formats(options: dict[str, Any], tmp_path: Path) -> None:
+    build, data = KINDS["conv"].build, KINDS["conv"].data
+    assert compare(workload_of(build, data, **options), built(build), tmp_path, refuse_to_say) == "yes"
+
+
+def test_nothing_is_changed(tmp_path: Path) -> None:
+    model, workload = built(small_conv), workload_of(small_conv, KINDS["conv"].data)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state, random_state = Snapshot(model), torch.get_rng_state()
+    compare(workload, model, tmp_path, refuse_to_say)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not state.changed(model)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(tensor.is_meta for layer in workload.chain.layers for tensor in layer.parameters().values())
+    assert not list(tmp_path.iterdir())
+
+
+def flip_gradient(workload: Workload) -> None:
+    """Change what the layers do with a gradient, as a hook that was lost would."""
+    last = workload.chain.layers[-1].module
+    last.get_submodule("4").register_full_backward_hook(lambda module, before, after: tuple(-gradient for gradient in before))
+
+
+def scale_output(workload: Workload) -> None:
+    workload.chain.layers[-1].module.get_submodule("4").register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flip_gradient, r"cut into layers, the gradient of '(0|2)\.(weight|bias)' differs \(by .* of its size\)"),
+        (scale_output, r"cut into layers, .* differs \(by .* of its size\); keep the module .* or give --no-compare"),
+    ],
+)
+def test_what_differs_is_refused(change: Callable[[Workload], None], message: str, tmp_path: Path) -> None:
+    workload = workload_of(small_mlp, vectors())
+    change(workload)
+    with pytest.raises(CaptureError, match=message):
+        compare(workload, built(small_mlp), tmp_path, refuse_to_say)
+
+
+def test_another_order_of_sums_is_said_and_no_reason_to_stop(tmp_path: Path) -> None:
+    workload, said = workload_of(small_mlp, vectors()), []
+    linear = workload.chain.layers[-1].module.get_submodule("4")
+    linear.register_forward_hook(lambda module, inputs, output: output * (1 + 2e-7))
+    assert compare(workload, built(small_mlp), tmp_path, said.append) == "yes"
+    assert len(said) == 1
+    assert "gives what it gives as a whole up to rounding" in said[0]
+
+
+CALLS = itertools.count(1)
+
+
+class Moody(nn.Linear):
+    """Gives something else each time, by what is outside of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.tensor(float(next(CALLS)))
+
+
+def test_a_model_that_never_gives_the_same_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    build = lambda: nn.Sequential(nn.Linear(12, 4), Moody(4, 4))  # noqa: E731
+    assert compare(workload_of(build, vectors()), build(), tmp_path, said.append) == "no"
+    assert "gives something else each time" in said[0]
+
+
+def test_a_model_that_fails_on_real_samples_is_refused(tmp_path: Path) -> None:
+    class Fails(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if isinstance(x, Tensor) and type(x).__name__ == "Tensor":
+                raise OSError("no such device")
+            return super().forward(x)
+
+    build = lambda: nn.Sequential(nn.Linear(12, 4), Fails(4, 4))  # noqa: E731
+    with pytest.raises(CaptureError, match=r"failed on 2 of its samples: OSError: no such device; mend its forward"):
+        compare(workload_of(build, vectors()), build(), tmp_path, refuse_to_say)
+
+
+def test_numbers_that_are_none_equal_each_other_alone() -> None:
+    nan = float("nan")
+    one, other = Observed({"a": nan, "b": torch.tensor([nan, 1.0])}), Observed({"a": nan, "b": torch.tensor([nan, 1.0])})
+    assert differences(one, other) == {}
+    other.values["b"] = torch.tensor([1.0, nan])
+    assert list(differences(one, other)) == ["b"]
