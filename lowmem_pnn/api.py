@@ -137,6 +137,7 @@ def evaluate(run: str | Path) -> dict[str, float]:
         warm_up_profiler()
         with open_workload(config, inputs) as (device, workload):
             check_same_data(state, workload, path)
+            device.enforce()
             plan = Plan.from_json(state.plan)
             session = Session(device, rundir, threads)
             folder = path / "evaluation"

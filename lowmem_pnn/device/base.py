@@ -17,7 +17,7 @@ from lowmem_pnn.memory.aligned import HostAllocator
 class Device(ABC):
     """A training device inside a budget of bytes.
 
-    Used as a context: entering measures the floor and sets the memory limit, leaving lifts the limit. The *floor* is the memory that
+    Used as a context: entering measures the floor, `enforce` sets the memory limit, leaving lifts it. The *floor* is the memory that
     the process holds before training, and no part of the budget. Everything that is to count as floor (imports, the data source,
     threads) must be there before.
     """
@@ -61,7 +61,10 @@ class Device(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Measure the floor, start the meter, set the memory limit."""
+        """Measure the floor, and start the meter."""
+
+    def enforce(self) -> None:  # noqa: B027 - a device whose limit stands from its opening on has nothing to do
+        """Set the memory limit, if it is not set: from now on an allocation above the budget fails. A plan is made before that."""
 
     @abstractmethod
     def close(self) -> None:

@@ -4,7 +4,7 @@ The budget is kept in three steps, each for allocations that the step before it 
 
     plan    partitions and micro-batches are chosen so that the predicted peak stays `reserve_bytes` below the budget
     check   after each step the measured peak is compared with the budget (`check_peak`); above it the step counts as out of memory
-    limit   an allocation above budget + reserve fails: `DataLimit` on the CPU, the cap of PyTorch's allocator on a GPU (`cuda.py`)
+    limit   an allocation above the budget fails: `DataLimit` on the CPU, the cap of PyTorch's allocator on a GPU (`cuda.py`)
 
 `is_out_of_memory` recognises the failures of the last two; the executor then undoes the batch and halves the micro-batch.
 """
@@ -72,9 +72,6 @@ class DataLimit:
     fills a tenth of it) would leave less and less below a fixed limit, so the limit is adjusted: it stands where present mappings,
     with private memory grown to the allowance, would reach. One large mapping still fails at once. On other systems there is no
     limit, and the plan and the meter stand alone.
-
-    Args:
-        allowance_bytes: private memory above the amount in use when the limit is set.
     """
 
     # Moving the limit for less would be a system call for nothing.
@@ -82,27 +79,30 @@ class DataLimit:
     # A mapping untouched for so many samples will stay untouched; a block that is being filled is no reason to move the limit.
     _SAMPLES = 20
 
-    def __init__(self, allowance_bytes: int) -> None:
-        self._allowance_bytes = allowance_bytes
+    def __init__(self) -> None:
         # Soft and hard limit before `set`; None while the limit is not ours.
         self._previous: tuple[int, int] | None = None
-        self._floor_bytes = 0
+        self._most_bytes = 0
         self._limit_bytes = 0
         self._untouched: deque[int] = deque(maxlen=self._SAMPLES)
 
-    def set(self) -> None:
-        """Set the limit. A stricter one that is already set stays."""
-        if not sys.platform.startswith("linux"):
+    def set(self, most_bytes: int) -> None:
+        """Set the limit, unless it is set. A stricter one that somebody else has set stays.
+
+        Args:
+            most_bytes: private memory that the process may hold.
+        """
+        if not sys.platform.startswith("linux") or self._previous is not None:
             return
         import resource
 
-        self._floor_bytes, data = private_and_data_bytes()
+        private, data = private_and_data_bytes()
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limit = data + self._allowance_bytes
+        self._most_bytes, limit = most_bytes, most_bytes + data - private
         if soft != resource.RLIM_INFINITY and soft <= limit:
             return
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-        self._untouched.extend([data - self._floor_bytes] * self._SAMPLES)
+        self._untouched.extend([data - private] * self._SAMPLES)
         self._previous, self._limit_bytes = (soft, hard), limit
 
     def adjust(self, private: int, data: int) -> None:
@@ -118,7 +118,7 @@ class DataLimit:
 
         soft, hard = self._previous
         self._untouched.append(data - private)
-        limit = min(self._untouched) + self._floor_bytes + self._allowance_bytes
+        limit = min(self._untouched) + self._most_bytes
         if soft != resource.RLIM_INFINITY:
             limit = min(limit, soft)
         if abs(limit - self._limit_bytes) >= self._STEP:

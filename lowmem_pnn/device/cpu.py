@@ -13,7 +13,7 @@ from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
 
 
 class CpuDevice(Device):
-    """This process, with RLIMIT_DATA set a reserve above the budget.
+    """This process, with RLIMIT_DATA set at the budget once a plan is there.
 
     Args:
         budget_bytes: private memory (RssAnon + RssShmem) above the floor that the process may hold.
@@ -24,7 +24,7 @@ class CpuDevice(Device):
 
     def __init__(self, budget_bytes: int) -> None:
         super().__init__(torch.device("cpu"), budget_bytes)
-        self._limit = DataLimit(budget_bytes + self.reserve_bytes)
+        self._limit = DataLimit()
         self._trimmer = HeapTrimmer(sys.maxsize)
         self._meter = ProcessMemoryMeter(on_sample=self._use_sample)
 
@@ -37,7 +37,7 @@ class CpuDevice(Device):
         return 4 * trim_threshold(budget_bytes)
 
     def open(self) -> None:
-        """Warm up with a tiny training step, then measure the floor and set the memory limit."""
+        """Warm up with a tiny training step, then measure the floor."""
         fix_malloc_thresholds(self.budget_bytes)
         self._meter.start()
         warm_up(self.torch_device)
@@ -45,9 +45,12 @@ class CpuDevice(Device):
         trim_heap()
         self.floor_bytes = private_bytes()
         self.set_expected_peak(self.budget_bytes)
-        self._limit.set()
         # The garbage that was collected a moment ago is in no section.
         self._meter.begin_section()
+
+    def enforce(self) -> None:
+        """See `Device.enforce`: an allocation that would pass the floor by more than the budget fails."""
+        self._limit.set(self.floor_bytes + self.budget_bytes)
 
     def close(self) -> None:
         """Lift the memory limit and stop the meter."""

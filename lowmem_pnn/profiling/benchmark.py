@@ -107,6 +107,7 @@ class LayerBenchmark:
     def time_machine(self, optimizer: OptimizerSpec, folder: Path) -> tuple[float, float, float, float]:
         """Measure the timings of the machine as `machine_benchmark.time_machine` does: once per optimizer, in half of the budget."""
         if optimizer.name not in self._machine:
+            self.device.enforce()
             room = (self.device.budget_bytes - self.device.reserve_bytes) // 2
             self._machine[optimizer.name] = time_machine(self.device, optimizer, folder, room)
         return self._machine[optimizer.name]
@@ -115,6 +116,7 @@ class LayerBenchmark:
         self, chain: Chain, number: int, profile: MemoryProfile, max_samples: int, seconds: float, *, per_layer_loss: bool
     ) -> LayerTimings | None:
         """Time a layer; None where the layer does not run here by itself."""
+        self.device.enforce()
         cost, smallest = profile.layers[number], profile.smallest_micro_batch
         room = self.device.budget_bytes - self.device.reserve_bytes - max(0, self.device.used_bytes())
 

@@ -95,6 +95,8 @@ class Result:
             skipped = f", {self.skipped_steps} steps skipped" if self.skipped_steps else ""
             lines.append(f"computed in {self.precision}{skipped}")
         lines.append(self._disk())
+        if self.peak_bytes > self.budget_bytes:
+            lines.append(f"THE BUDGET WAS PASSED: {format_bytes(self.peak_bytes)} in use, of {format_bytes(self.budget_bytes)}")
         if self.oom_retries:
             lines.append(f"{self.oom_retries} batches did not fit and were done again with smaller micro-batches")
         if self.compared == "no":

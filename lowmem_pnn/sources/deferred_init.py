@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,7 +112,9 @@ def skeleton(build: Callable[[], nn.Module], folder: Path | None = None) -> nn.M
 def _on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
     """Build the model on the meta device; return None if it cannot be built there faithfully."""
     try:
-        with _META:
+        # Weights that a constructor loads are copied to nowhere here, of which torch warns for each tensor.
+        with _META, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             model = build()
     # Any constructor may fail in any way on tensors without values; building in files then shows what is really wrong.
     except Exception:

@@ -239,6 +239,8 @@ def _torchvision_arguments(builder: Callable[..., Any]) -> list[str]:
 def _factory(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
     """Return the source of a model that a user's function returns."""
     factory = load_factory(spec)
+    if isinstance(named := inspect.unwrap(factory), nn.Module):
+        return _instance(spec, named, arguments)
     _check_arguments(spec, factory, arguments, num_classes)
     _check_num_classes(spec, arguments, num_classes)
     location, _, name = spec.rpartition(":")
@@ -259,6 +261,17 @@ def _factory(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -
         return model
 
     return ModelSource(_folder_name(f"{stem}-{name}"), spec, build, "any")
+
+
+def _instance(spec: str, model: nn.Module, arguments: Mapping[str, Any]) -> ModelSource:
+    """Return the source of a model that a user's file has built already."""
+    if arguments:
+        raise ConfigError(
+            f"model {spec!r} is built already, and takes no argument {next(iter(arguments))!r}; name the function or class that builds it"
+        )
+    location, _, name = spec.rpartition(":")
+    stem = Path(location).stem if location.endswith(".py") else location
+    return ModelSource(_folder_name(f"{stem}-{name}"), spec, lambda: model, "any")
 
 
 def _check_arguments(spec: str, factory: Callable[..., Any], arguments: Mapping[str, Any], num_classes: int | None) -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.device import is_out_of_memory
+from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import Layer, head_prefix, is_of_head
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.sources.deferred_init import file_backed
+from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.header import TensorLayout
 from lowmem_pnn.stores.keys import state_key, weight_key
@@ -50,7 +52,7 @@ def build_weights(
         layouts.append({key: entry for key, entry in layout.items() if not any(key in before for before in layouts)})
     folder.mkdir(parents=True, exist_ok=True)
     with file_backed(folder) as files:
-        model = workload.build_model(workload.config.seed)
+        model = _build(workload)
     inspect(model)
     tensors: dict[str, Tensor] = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -79,6 +81,16 @@ def build_weights(
         source.close()
     store.seal(homes)  # type: ignore[arg-type]
     return store
+
+
+def _build(workload: Workload) -> nn.Module:
+    """Build the model, and refuse a constructor that raises."""
+    try:
+        return workload.build_model(workload.config.seed)
+    except Exception as error:  # whatever a user's constructor may raise
+        if isinstance(error, LowMemError) or is_out_of_memory(error):
+            raise
+        raise ConfigError(f"model {workload.source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
 
 
 def _write_heads(workload: Workload, layers: range, file: TensorFile) -> None:

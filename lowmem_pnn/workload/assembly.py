@@ -62,10 +62,10 @@ def make_workload(
             f"{MIN_QUANTIZED_SIZE} elements or more that learn; leave it out"
         )
     (scores,) = chain.boundaries[-1]
-    if scores.shape[:-1] != dataset.label_shape or scores.shape[-1] < dataset.num_classes:
+    if not scores.shape or scores.shape[:-1] != dataset.label_shape or scores.shape[-1] < dataset.num_classes:
         wanted = ", ".join(["batch", *map(str, dataset.label_shape), str(dataset.num_classes)])
         raise ConfigError(
-            f"model {source.spec} gives outputs of shape (batch, {', '.join(map(str, scores.shape))}), and data {dataset.name} has "
+            f"model {source.spec} gives outputs of shape ({', '.join(map(str, ('batch', *scores.shape)))}), and data {dataset.name} has "
             f"{dataset.num_classes} classes; it should give ({wanted}), or more scores than that"
         )
     if config.augment != "none" and (len(dataset.sample_shape) != 3 or not dataset.dtype.is_floating_point):
