@@ -7,6 +7,10 @@ from lowmem_pnn.engine.epoch import Learner, train_epoch
 from lowmem_pnn.run.run import Run
 
 
+# Batches of a sweep after which its micro-batch has shown that it fits.
+_BATCHES_BEFORE_COMMIT = 2
+
+
 class EpochsLearner(Learner, Protocol):
     """What learns for some epochs, and can be measured, logged and saved between them."""
 
@@ -73,15 +77,20 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
         BudgetError: not even the smallest micro-batch fits.
     """
     progress, metrics, display = run.state.progress, run.metrics, run.session.display
-    steps = learner.steps_per_epoch
+    steps, done_here = learner.steps_per_epoch, 0
 
     def after_batch(loss: float | None) -> None:
+        nonlocal done_here
+        done_here += 1
         metrics.after_batch(learner.title)
         learner.after_batch(progress.epoch, progress.batch / steps)
         done = learner.steps_before + progress.epoch * steps + progress.batch
         metrics.log_step(learner.action, learner.epochs_before + progress.epoch, done, loss, learner.learning_rate)
         # At an epoch's last batch the commit is the epoch's own: then position and measurements belong together.
         if progress.batch < steps and not learner.is_joint:
+            # A sweep that runs out of memory goes back to its last commit; what shows in its first batches costs no more than these.
+            if learner.action == "sweep" and done_here == _BATCHES_BEFORE_COMMIT:
+                run.commits.commit(learner.save)
             run.commits.commit_if_due(learner.save)
 
     while progress.epoch < learner.num_epochs:
