@@ -14,7 +14,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "model_arg", "precision", "channels_last", "compile"),
-    "Data": ("data", "data_root", "augment", "shuffle", "val_fraction", "train_limit", "test_limit"),
+    "Data": ("data", "data_root", "augment", "shuffle", "val_fraction", "train_limit", "test_limit", "skip_broken"),
     "Method": ("method", "epochs", "partitions", "cuts", "recovery_epochs", "recover"),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
     "Method neuroflux": (
@@ -56,6 +56,7 @@ _SWITCHES = {
     "step_in_backward": ("--step-in-backward/--no-step-in-backward", " [default: step-in-backward]"),
     "parallel_sil": ("--parallel-sil", ""),
     "channels_last": ("--channels-last", ""),
+    "skip_broken": ("--skip-broken", ""),
     "compile": ("--compile", ""),
 }
 

@@ -34,6 +34,8 @@ def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> 
         fits=not reason,
         reason=reason,
         exit_code=exit_code,
+        preprocessing=workload.dataset.preprocessing,
+        skipped_samples=workload.dataset.skipped_samples,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_pnn.engine.stalls import describe_stalls
-from lowmem_pnn.reporting.tables import layer_range, text_table
+from lowmem_pnn.reporting.tables import describe_skipped, layer_range, text_table
 from lowmem_pnn.units import format_bytes
 
 
@@ -21,6 +21,8 @@ class Result:
     last process, which `seconds` of the run leave out; empty without --compile.
 
     `skipped_steps` counts the steps in fp16 that were skipped because a gradient overflowed.
+
+    `skipped_samples` holds the `count` of broken samples that were left out (--skip-broken), and the `names` of the first 100.
 
     Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
     where the data is text, belongs to `weights_file`. Values that were not measured are None.
@@ -60,6 +62,7 @@ class Result:
     bytes_written: int
     oom_retries: int
     skipped_steps: int = 0
+    skipped_samples: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"count": 0, "names": []})
     resumed: int
     workdir: str
     weights_file: str
@@ -85,6 +88,8 @@ class Result:
             skipped = f", {self.skipped_steps} steps skipped" if self.skipped_steps else ""
             lines.append(f"computed in {self.precision}{skipped}")
         lines.append(self._disk())
+        if self.skipped_samples["count"]:
+            lines.append(describe_skipped(self.skipped_samples["names"], self.skipped_samples["count"]))
         if self.oom_retries:
             lines.append(f"{self.oom_retries} batches did not fit and were done again with smaller micro-batches")
         if self.check:

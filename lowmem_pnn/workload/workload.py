@@ -14,7 +14,7 @@ from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.seeds import seed_of
-from lowmem_pnn.sources.datasets import Dataset
+from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.models import ModelSource
 from lowmem_pnn.sources.splits import Split
 

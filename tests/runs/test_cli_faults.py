@@ -170,7 +170,10 @@ def _with(array: np.ndarray, value: float) -> np.ndarray:
         ({"y_train": _with(_Y, np.nan)}, "y_train: a label is nan; labels are class numbers"),
         ({"y_train": _Y + 0.5}, "y_train: a label is 0.5; labels are class numbers"),
         ({"y_train": np.eye(3)[_Y]}, "labels have shape (120, 3); give one class number for each sample (one-hot: argmax)"),
-        ({"y_train": np.array(["a"] * 120)}, "holds values of dtype <U1; give real numbers"),
+        (
+            {"y_train": np.array(["a"] * 120)},
+            "y_train: labels are words ('a'); give class numbers, the same for training and test: y = ",
+        ),
         ({"y_train": _Y[:50]}, "120 samples but 50 labels"),
         ({"x_train": _X[:0], "y_train": _Y[:0]}, "is empty: it holds 0 samples; give at least 1"),
         ({"x_train": _X[:, :0]}, "samples of shape (0,) hold no values"),
