@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowmem_pnn.errors import DataError
+from lowmem_pnn.errors import DataError, LowMemError
+from lowmem_pnn.sources.imports import one_line
 
 
 def as_pair(data: Any) -> tuple[Any, Any] | None:
@@ -56,17 +57,25 @@ def require_map_style(data: Any, where: str) -> None:
     if isinstance(data, dict):
         names = ", ".join(map(repr, list(data)[:4]))
         raise DataError(f"{where} is a dict ({names}); give the pair (x, y), or a map-style data set of pairs")
-    if isinstance(data, Tensor | np.ndarray):
+    if _is_array(data):
         raise DataError(f"{where} is one {kind}, without labels; give the pair (x, y)")
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise DataError(
             f"{where} is a {kind} without __getitem__ and __len__; give a map-style data set, so that every "
             "index has a fixed sample, or tensors (x, y)"
         )
+    try:
+        len(data)
+    except (LowMemError, MemoryError):
+        raise
+    # Whatever a user's data set raises is the user's to see, on one line, with the original as the cause.
+    except Exception as error:
+        raise DataError(f"{where} is a {kind} whose length cannot be told: {one_line(error)}; see to its __len__") from error
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor | np.ndarray) or hasattr(value, "to_numpy") or hasattr(value, "toarray")
+    # Tables have `to_numpy`, sparse matrices `toarray`, arrays of other libraries `__array__`.
+    return isinstance(value, Tensor | np.ndarray) or any(hasattr(value, name) for name in ("to_numpy", "toarray", "__array__"))
 
 
 def _holds_scalars(value: Any) -> bool:

@@ -69,7 +69,9 @@ def open_image_folder(folder: Path, input_form: InputForm, skip_broken: bool = F
         first, reason = next(iter(broken.items()))
         if not skip_broken:
             total = sum(len(part.paths) for part in parts.values())
-            raise DataError(f"{reason}; {len(broken):,} of {total:,} images cannot be used, --skip-broken leaves them out")
+            # Where images are of all sizes, next to none would be left.
+            hint = ", --skip-broken leaves them out" if 2 * len(broken) < total else ""
+            raise DataError(f"{reason}; {len(broken):,} of {total:,} images cannot be used{hint}")
         parts = {name: part.without(broken) for name, part in parts.items()}
         for name, part in parts.items():
             missing = sorted(set(range(len(classes)) if name == "train" else ()) - set(part.labels))

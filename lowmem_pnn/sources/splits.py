@@ -261,21 +261,20 @@ class MapSplit(SampleSplit):
         return dict(sorted(broken.items()))
 
     def _sample(self, number: int) -> tuple[Tensor, Tensor]:
+        where = f"sample {number} of {self.where}"
         try:
             item = self._dataset[number]
+            # An image may be read from its file only now.
+            if isinstance(item, tuple | list) and len(item) == 2:
+                x = as_tensor(item[0], where)
+                return x, as_label(item[1], where, tuple(x.shape) if holds_tokens(x.dtype, self._input_form) else None)
         except (LowMemError, MemoryError):
             raise
         # Whatever a user's data set raises is the user's to see, on one line, with the original as the cause.
         except Exception as error:
-            raise DataError(
-                f"sample {number} of {self.where} cannot be read: {one_line(error)}; repair it or leave it out"
-            ) from error
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            content = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
-            raise DataError(f"sample {number} of {self.where} is {content}; a data set must give pairs (x, class number)")
-        where = f"sample {number} of {self.where}"
-        x = as_tensor(item[0], where)
-        return x, as_label(item[1], where, tuple(x.shape) if holds_tokens(x.dtype, self._input_form) else None)
+            raise DataError(f"{where} cannot be read: {one_line(error)}; repair it or leave it out") from error
+        content = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
+        raise DataError(f"{where} is {content}; a data set must give pairs (x, class number)")
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         expected = self.preprocessing
@@ -385,4 +384,11 @@ def _known_classes(dataset: Any, where: str, of_tokens: bool) -> int | None:
         labels = tensors[-1] if isinstance(tensors, tuple) else None
     if labels is None and isinstance(dataset, torch.utils.data.Subset):
         return _known_classes(dataset.dataset, where, of_tokens)
-    return None if labels is None else max(int(as_labels(labels, where).max()) + 1, 1)
+    if labels is None:
+        return None
+    try:
+        numbers = as_labels(labels, where)
+    except DataError:
+        # A data set may turn what it calls `targets` into class numbers as a sample is read.
+        return None
+    return max(int(numbers.max()) + 1, 1) if numbers.numel() else None

@@ -57,6 +57,11 @@ class Workload:
         """Names of the parts that training reads, with their numbers of samples."""
         return {name: len(self.splits[name]) for name in ("train", "val") if name in self.splits}
 
+    @property
+    def data_stamp(self) -> str:
+        """The data's fingerprint, and behind it the number of samples of each part: what a resume compares."""
+        return " ".join([self.dataset.fingerprint, *(f"{name}={len(split)}" for name, split in self.splits.items())])
+
     def optimizer(self, partition: int) -> OptimizerSpec:
         """Return a partition's optimizer."""
         config = self.config

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import lowmem_pnn
 from helpers.commands import lowmem_pnn as command
-from lowmem_pnn.errors import DataError
+from lowmem_pnn.errors import CheckpointError, DataError
 from lowmem_pnn.reporting.progress import Display
 
 OPTIONS: dict[str, Any] = {
@@ -110,6 +110,12 @@ def test_an_image_that_fails_in_training_stops_a_run_that_can_go_on(tmp_path: Pa
     with pytest.raises(DataError, match=r"dog/7.png cannot be read as an image \(.+\); repair or remove it$") as raised:
         lowmem_pnn.fit("mlp:192-8-2", data, workdir=workdir, display=display, **options)
     assert raised.value.exit_code == 3
+    path.unlink()
+    with pytest.raises(
+        CheckpointError,
+        match=r"is not what the run in .* began with \(samples then train=24, now train=23\); bring it back, or begin",
+    ):
+        lowmem_pnn.fit("mlp:192-8-2", data, workdir=workdir, resume=True, max_gpu_mem="100MB")
     path.write_bytes(display.before[0])
     os.utime(path, ns=display.before[1])
     again = lowmem_pnn.fit("mlp:192-8-2", data, workdir=workdir, resume=True, max_gpu_mem="100MB")

@@ -1,11 +1,13 @@
 """Data as people give it: lists, tables, words as labels, loaders and streams."""
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from helpers.datasets import NOWHERE, Pairs, everything, save
@@ -40,6 +42,21 @@ class Column(Table):
         return np.array(self._values[0])
 
 
+class Array:
+    """An array of another library."""
+
+    def __init__(self, values: Any) -> None:
+        self._values = np.asarray(values)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        return self._values
+
+
+class Endless(Pairs):
+    def __len__(self) -> int:
+        raise NotImplementedError("a stream")
+
+
 NUMBERS = Table({name: X[:, index].tolist() for index, name in enumerate("abc")})
 
 
@@ -57,6 +74,8 @@ NUMBERS = Table({name: X[:, index].tolist() for index, name in enumerate("abc")}
         (NUMBERS, Column({"y": Y})),
         (NUMBERS, Table({"y": Y})),
         (NUMBERS, [float(label) for label in Y]),
+        (Array(X), Array(Y)),
+        Pairs([(Array(row), label) for row, label in zip(X, Y, strict=True)]),
         (X, list(torch.tensor(Y))),
         [(row, label) for row, label in zip(X, Y, strict=True)],
         Pairs([(row.tolist(), label) for row, label in zip(X, Y, strict=True)]),
@@ -133,6 +152,15 @@ class Stream(IterableDataset[Any]):
         ({"x": X, "y": Y}, r"the data set is a dict \('x', 'y'\); give the pair \(x, y\)"),
         (X, r"the data set is one Tensor, without labels; give the pair \(x, y\)"),
         (X.numpy(), r"the data set is one ndarray, without labels"),
+        (NUMBERS, r"the data set is one Table, without labels; give the pair \(x, y\)"),
+        (
+            Endless([]),
+            r"the data set is a Endless whose length cannot be told: NotImplementedError: a stream; see to its __len__",
+        ),
+        (
+            Pairs([(Image.new("P", (3, 3)), 0)]),
+            r"sample 0 of the data set holds an image of mode P, whose values are places in a palette .*; give image.convert\('RGB'\)",
+        ),
     ],
 )
 def test_what_does_not_is_said_in_words(data: Any, message: str) -> None:
@@ -145,6 +173,28 @@ def test_words_in_a_file_are_said_in_words(tmp_path: Any) -> None:
     spec = save(tmp_path / "a.npz", x_train=np.zeros((2, 2)), y_train=["cat", "dog"])
     with pytest.raises(DataError, match=r"a.npz: y_train: labels are words \('cat', 'dog'\); give class numbers"):
         find_dataset(spec, NOWHERE, "any")
+
+
+def test_an_image_that_is_read_late_is_named() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (9, 9)).astype(np.uint8)).save(stream, "PNG")
+    whole = stream.getvalue()
+
+    class Files(Pairs):
+        def __getitem__(self, index: int) -> Any:
+            return Image.open(io.BytesIO(self.items[index])), index % 2
+
+    files = Files([whole, whole[:60], whole])
+    split = from_torch(files, num_classes=2, where="mine")
+    with pytest.raises(DataError, match=r"sample 1 of mine cannot be read: OSError: .*; repair it or leave it out"):
+        split.batch([0, 1])
+    assert list(from_torch(files, where="mine", skip_broken=True).skipped) == ["sample 1 of mine"]
+
+
+def test_targets_that_become_class_numbers_later_are_counted() -> None:
+    pairs = Pairs([(torch.zeros(2), 0), (torch.zeros(2), 2)])
+    pairs.targets = ["cat", "eel"]  # type: ignore[attr-defined]
+    assert from_torch(pairs).num_classes == 3
 
 
 # Broken samples.
@@ -256,7 +306,6 @@ def test_data_sets_of_torch_and_maps_of_files(tmp_path: Any) -> None:
 
 
 def test_torchvisions_image_folder_with_fixed_transforms(tmp_path: Any) -> None:
-    from PIL import Image
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import ToTensor
 

@@ -229,6 +229,15 @@ def test_images_of_another_size_than_most_are_named(tmp_path: Path) -> None:
     assert dataset.skipped_samples == {"count": 1, "names": [f"{tmp_path}/a/0.png"]}
 
 
+def test_images_of_all_sizes_are_not_to_be_left_out(tmp_path: Path) -> None:
+    for number, name in enumerate("abcd"):
+        write_images(tmp_path, name, num=1, size=(4 + number, 4))
+    with pytest.raises(
+        DataError, match=r"/b/0.png is 5 x 4 pixels, .*/a/0.png is 4 x 4; give all images one size; 3 of 4 images .* used$"
+    ):
+        find(tmp_path)
+
+
 def test_a_body_that_no_header_tells_of_is_found_by_decoding(tmp_path: Path) -> None:
     write_images(tmp_path, "ab", num=3)
     path = tmp_path / "b" / "1.png"
@@ -247,7 +256,9 @@ def test_a_body_that_no_header_tells_of_is_found_by_decoding(tmp_path: Path) -> 
 def test_a_class_of_broken_images_alone_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path, "ab", num=1)
     (tmp_path / "b" / "0.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"b/0.png cannot be read as an image \(the file is empty\); .*; 1 of 2 images cannot"):
+    with pytest.raises(
+        DataError, match=r"b/0.png cannot be read as an image \(the file is empty\); .*; 1 of 2 images cannot be used$"
+    ):
         find(tmp_path)
     with pytest.raises(DataError, match=r"class 'b' of .* has no image left without the broken ones, such as .*/b/0.png; repair"):
         find(tmp_path, skip_broken=True)
