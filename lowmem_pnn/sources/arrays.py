@@ -36,7 +36,7 @@ def as_tensor(value: Any, where: str) -> Tensor:
         return value.detach().cpu()
     if hasattr(value, "toarray"):
         raise DataError(f"{where} holds a sparse {type(value).__name__}; make it dense with toarray()")
-    if isinstance(value, list | tuple) or hasattr(value, "to_numpy"):
+    if isinstance(value, list | tuple | range) or hasattr(value, "to_numpy"):
         value = _as_array(value, where)
     # PIL images have the first of these, other libraries' arrays the second; to ask for it spares importing PIL here.
     if not isinstance(value, int | float) and not any(hasattr(value, name) for name in ("__array_interface__", "__array__")):
@@ -63,16 +63,14 @@ def _as_array(value: Any, where: str) -> Any:
         DataError: They are not, or rows differ in length.
     """
     try:
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple | range):
             tensors = [item for item in value if isinstance(item, Tensor)]
             array = np.asarray(torch.stack(tensors).cpu() if value and len(tensors) == len(value) else value)
         else:
             array = np.asarray(value.to_numpy())
     # Of numpy and torch, for rows of different lengths.
     except (ValueError, RuntimeError, TypeError) as error:
-        raise DataError(
-            f"{where} holds a {type(value).__name__} whose rows differ in shape; give all samples one shape"
-        ) from error
+        raise DataError(f"{where}: a {type(value).__name__} has rows that differ in shape; give all samples one shape") from error
     if array.dtype != object:
         return array
     # A table with columns of several types gives objects.
@@ -126,7 +124,7 @@ def as_labels(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> 
         >>> as_labels(np.array([[3.0], [1.0]]), "y_train")
         tensor([3, 1])
     """
-    if isinstance(value, list | tuple) or hasattr(value, "to_numpy"):
+    if isinstance(value, list | tuple | range) or hasattr(value, "to_numpy"):
         value = _as_array(value, f"the labels of {where}")
     _refuse_words(value, where)
     labels = as_tensor(value, f"the labels of {where}")

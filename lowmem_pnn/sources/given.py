@@ -26,9 +26,9 @@ def as_pair(data: Any) -> tuple[Any, Any] | None:
     if not isinstance(data, tuple | list) or len(data) != 2:
         return None
     x, y = data
-    if _is_array(x) and (_is_array(y) or isinstance(y, list | tuple)):
+    if _is_array(x) and (_is_array(y) or isinstance(y, list | tuple | range)):
         return x, y
-    if isinstance(data, tuple) and isinstance(x, list) and (_is_array(y) or _holds_scalars(y)):
+    if isinstance(data, tuple) and isinstance(x, list) and (_is_array(y) or isinstance(y, range) or _holds_scalars(y)):
         return x, y
     return None
 
@@ -59,6 +59,8 @@ def require_map_style(data: Any, where: str) -> None:
         raise DataError(f"{where} is a dict ({names}); give the pair (x, y), or a map-style data set of pairs")
     if _is_array(data):
         raise DataError(f"{where} is one {kind}, without labels; give the pair (x, y)")
+    if isinstance(data, tuple | list) and len(data) == 2 and _is_array(data[0]):
+        raise DataError(f"{where}: the labels are a {type(data[1]).__name__}; give a tensor, an array or a list of class numbers")
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise DataError(
             f"{where} is a {kind} without __getitem__ and __len__; give a map-style data set, so that every "

@@ -87,6 +87,10 @@ def test_what_converts_without_loss_is_taken(data: Any) -> None:
     assert y.tolist() == Y
 
 
+def test_a_range_numbers_samples() -> None:
+    assert everything(from_torch((X, range(4))))[1].tolist() == [0, 1, 2, 3]
+
+
 def test_a_table_of_numbers_of_several_types_is_taken() -> None:
     table = Table({"age": [3, 4], "height": [1.5, 2.5], "member": [True, False]})
     assert torch.equal(from_torch((table, [0, 1])).batch([0, 1])[0], torch.tensor([[3, 1.5, 1], [4, 2.5, 0]]))
@@ -137,8 +141,8 @@ class Stream(IterableDataset[Any]):
             (Table({"age": [3, 4], "city": ["Oslo", "Bern"]}), [0, 1]),
             r"the data set: column 'city' holds 'Oslo' \(str\); give numbers alone, or leave the column out$",
         ),
-        (([[1.0, 2.0], [3.0]], [0, 1]), r"the data set holds a list whose rows differ in shape; give all samples one shape$"),
-        (([torch.zeros(2), torch.zeros(3)], [0, 1]), r"the data set holds a list whose rows differ in shape"),
+        (([[1.0, 2.0], [3.0]], [0, 1]), r"the data set: a list has rows that differ in shape; give all samples one shape$"),
+        (([torch.zeros(2), torch.zeros(3)], [0, 1]), r"the data set: a list has rows that differ in shape"),
         (([["a", "b"]], [0]), r"the data set holds values of dtype <U1; give real numbers"),
         (([[1.0, None]], [0]), r"the data set holds values of dtype object; give real numbers"),
         (
@@ -152,6 +156,8 @@ class Stream(IterableDataset[Any]):
         ({"x": X, "y": Y}, r"the data set is a dict \('x', 'y'\); give the pair \(x, y\)"),
         (X, r"the data set is one Tensor, without labels; give the pair \(x, y\)"),
         (X.numpy(), r"the data set is one ndarray, without labels"),
+        ((X, None), r"the data set: the labels are a NoneType; give a tensor, an array or a list of class numbers$"),
+        ((X, [[0], [1], [1, 2], [0]]), r"the labels of the data set: a list has rows that differ in shape"),
         (NUMBERS, r"the data set is one Table, without labels; give the pair \(x, y\)"),
         (
             Endless([]),
