@@ -1,11 +1,12 @@
 """One image file: its header, looked at before training, and its pixels as a model is shown them."""
 
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -59,11 +60,11 @@ def read_header(path: Path) -> ImageHeader:
     Raises:
         DataError: It is no image that can be decoded, or the scale of its values is not known.
     """
-    with _opened(path) as image:
+    with _opened(path) as (image, stream):
         bits, orientation = _bits(image, path), _orientation(image)
         remarks = {
             TRANSPARENCY: image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info,
-            UPPER_BITS: bits == 8 and _stored_bits(image, path) == 16,
+            UPPER_BITS: bits == 8 and _stored_bits(image, stream) == 16,
             TURNED: orientation != 1,
             FIRST_FRAME: _has_several_frames(image),
         }
@@ -71,7 +72,7 @@ def read_header(path: Path) -> ImageHeader:
         sideways = orientation >= 5
         if sideways and image.format != "TIFF":
             width, height = height, width
-        is_whole = _ends_where_it_should(image, path)
+        is_whole = _ends_where_it_should(image, stream)
     # Versions of Pillow differ in what they call the size of a TIFF on its side.
     if not is_whole or (sideways and image.format == "TIFF"):
         height, width = decode(path, deep=False).shape[:2]
@@ -91,7 +92,7 @@ def decode(path: Path, deep: bool) -> npt.NDArray[np.uint8] | npt.NDArray[np.flo
     Raises:
         DataError: The file is damaged, or the scale of its values is not known.
     """
-    with _opened(path) as image:
+    with _opened(path) as (image, _):
         bits, is_negative = _bits(image, path), _is_negative(image)
         image.load()
         pixels: Any
@@ -111,8 +112,8 @@ def decode(path: Path, deep: bool) -> npt.NDArray[np.uint8] | npt.NDArray[np.flo
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open an image; whatever Pillow raises for a damaged file becomes an error that names it."""
+def _opened(path: Path) -> Iterator[tuple[Any, BinaryIO]]:
+    """Open an image, and the file that it is in; whatever Pillow raises for a damaged file becomes an error that names it."""
     from PIL import Image
 
     try:
@@ -122,8 +123,8 @@ def _opened(path: Path) -> Iterator[Any]:
             raise DataError(f"{path} is no regular file; remove it")
         if not status.st_size:
             raise DataError(f"{path} cannot be read as an image (the file is empty); repair or remove it")
-        with Image.open(path) as image:
-            yield image
+        with path.open("rb") as stream, Image.open(stream) as image:
+            yield image, stream
     except (LowMemError, MemoryError):
         raise
     # Pillow's readers raise nearly anything for nonsense: OSError, SyntaxError, struct.error, TypeError, and others of their own.
@@ -143,7 +144,7 @@ def _bits(image: Any, path: Path) -> int:
     if image.mode in _MODES_8:
         return 8
     if image.mode in _MODES_16:
-        return _stored_bits(image, path) if image.format == "TIFF" else 16
+        return _tiff_bits(image) if image.format == "TIFF" else 16
     # Pillow has 16 bits of these formats in 32, and brings other greatest values to 65535.
     if image.mode == "I" and image.format in ("PNG", "PPM"):
         return 16
@@ -154,14 +155,17 @@ def _bits(image: Any, path: Path) -> int:
     )
 
 
-def _stored_bits(image: Any, path: Path) -> int:
+def _tiff_bits(image: Any) -> int:
+    return int(max(image.tag_v2.get(_TIFF_BITS, (8,))))
+
+
+def _stored_bits(image: Any, stream: BinaryIO) -> int:
     """Return the bits of a value in the file, as far as it is a PNG or a TIFF."""
     if image.format == "TIFF":
-        return int(max(image.tag_v2.get(_TIFF_BITS, (8,))))
+        return _tiff_bits(image)
     if image.format == "PNG":
-        with path.open("rb") as stream:
-            start = stream.read(25)  # signature (8), length and name of the first chunk (8), width, height (8), bits (1)
-        return start[24]
+        stream.seek(24)  # behind the signature (8), length and name of the first chunk (8), width and height (8)
+        return stream.read(1)[0]
     return 8
 
 
@@ -202,22 +206,19 @@ def _has_several_frames(image: Any) -> bool:
         return False
 
 
-def _ends_where_it_should(image: Any, path: Path) -> bool:
+def _ends_where_it_should(image: Any, stream: BinaryIO) -> bool:
     """Return whether a file is as long as it says, without reading it; False where that is not known."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        if image.format == "PNG":
-            return _has_png_end(stream, size)
-        if image.format in ("JPEG", "MPO"):
-            stream.seek(max(0, size - _TAIL_BYTES))
-            return b"\xff\xd9" in stream.read()
-        if image.format == "GIF":
-            stream.seek(max(0, size - _TAIL_BYTES))
-            return stream.read().rstrip(b"\0").endswith(b";")
-        if image.format == "WEBP":
-            return size >= int.from_bytes(stream.read(8)[4:], "little") + 8
-        if image.format == "BMP":
-            return size >= int.from_bytes(stream.read(6)[2:], "little")
+    size = stream.seek(0, os.SEEK_END)
+    if image.format == "PNG":
+        return _has_png_end(stream, size)
+    if image.format in ("JPEG", "MPO", "GIF"):
+        stream.seek(max(0, size - _TAIL_BYTES))
+        tail = stream.read()
+        return tail.rstrip(b"\0").endswith(b";") if image.format == "GIF" else b"\xff\xd9" in tail
+    if image.format in ("WEBP", "BMP"):
+        begin, more = (4, 8) if image.format == "WEBP" else (2, 0)
+        stream.seek(begin)
+        return size >= int.from_bytes(stream.read(4), "little") + more
     if image.format == "TIFF":
         tags = image.tag_v2
         pieces = [(tags.get(first, ()), tags.get(length, ())) for first, length in _TIFF_PIECES]
@@ -234,7 +235,7 @@ def _ends_where_it_should(image: Any, path: Path) -> bool:
     return False
 
 
-def _has_png_end(stream: Any, size: int) -> bool:
+def _has_png_end(stream: BinaryIO, size: int) -> bool:
     """Return whether the chunks of a PNG lead to its last one, each of them read but for its length and name."""
     position = 8
     while position + 12 <= size:

@@ -8,6 +8,7 @@ Every header is read before training, so that a file that cannot be used is foun
 """
 
 import hashlib
+import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -209,7 +210,7 @@ def _class_folders(folder: Path) -> list[Path]:
     inner = {path: [sub.name for sub in _subfolders(path)] for path in classes}
     if len(classes) == 1:
         (only,) = classes
-        if len(inner[only]) > 1 and not any(_is_image(entry.name) for entry in _entries(only)):
+        if len(inner[only]) > 1 and not _entries(only)[1]:
             raise DataError(
                 f"{folder} holds one folder, {only.name!r}, with the folders {_listed(inner[only])} in it; where these are the classes, "
                 f"give {only}"
@@ -263,38 +264,51 @@ def _images_below(folder: Path, root: Path) -> list[Path]:
         if real in seen:
             continue
         seen.add(real)
-        for path in _entries(place):
-            if path.is_dir():
-                waiting.append(path)
-            elif _is_image(path.name):
-                images.append(path)
+        folders, found = _entries(place)
+        waiting += folders
+        images += found
     return sorted(images)
 
 
 def _subfolders(folder: Path) -> list[Path]:
     """Return the folders in a folder, and links to folders, sorted."""
-    return [path for path in _entries(folder) if path.is_dir()]
+    return _entries(folder)[0]
 
 
-def _entries(folder: Path) -> list[Path]:
-    """Return what is in a folder, sorted, but for hidden files and what systems leave behind (`._1.png`, `.DS_Store`, `__MACOSX`).
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the folders and the image files in a folder, both sorted, without what is hidden or what systems leave behind.
 
     Raises:
         DataError: The folder cannot be read, or a link in it that may stand for a folder leads nowhere.
     """
+    folders: list[Path] = []
+    images: list[Path] = []
     try:
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX")
-        # A link of an image's name is named with the broken images.
-        nowhere = next((path for path in entries if path.is_symlink() and not path.suffix and not path.exists()), None)
+        # Millions of files: their kinds come with their names, where a Path would ask the system for each.
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                suffix = Path(entry.name).suffix.lower()
+                if _is_folder(entry):
+                    folders.append(folder / entry.name)
+                # A link of an image's name that leads nowhere is named with the broken images.
+                elif suffix in _SUFFIXES:
+                    images.append(folder / entry.name)
+                elif not suffix and entry.is_symlink() and not (folder / entry.name).exists():
+                    target = (folder / entry.name).readlink()
+                    raise DataError(f"{folder / entry.name} is a link that leads nowhere ({target}); mend or remove it")
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}; see to its permissions") from error
-    if nowhere is not None:
-        raise DataError(f"{nowhere} is a link that leads nowhere ({nowhere.readlink()}); mend or remove it")
-    return entries
+    return sorted(folders), sorted(images)
 
 
-def _is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in _SUFFIXES
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    # A link to itself.
+    except OSError:
+        return False
 
 
 def _look_at(parts: Mapping[str, _Part], decodes: bool) -> tuple[dict[Path, ImageHeader], dict[Path, str]]:
@@ -309,26 +323,31 @@ def _look_at(parts: Mapping[str, _Part], decodes: bool) -> tuple[dict[Path, Imag
     """
     headers: dict[Path, ImageHeader] = {}
     broken: dict[Path, str] = {}
+    # Nearly all are alike, and of millions one each would take much memory.
+    kinds: dict[ImageHeader, ImageHeader] = {}
     with warnings.catch_warnings():
         # What Pillow says of odd files, line by line; those that cannot be used are named below.
         warnings.simplefilter("ignore")
         for part in parts.values():
             for path in part.paths:
                 try:
-                    headers[path] = read_header(path)
+                    header = read_header(path)
+                    headers[path] = kinds.setdefault(header, header)
                     if decodes:
                         decode(path, deep=False)
                 except DataError as error:
                     broken[path] = str(error)
-    sizes = {path: (header.width, header.height) for path, header in headers.items()}
-    if not sizes or len(set(sizes.values())) == 1:
+    sizes = Counter((header.width, header.height) for header in headers.values())
+    if len(sizes) < 2:
         return headers, broken
     # The commonest size is the right one: were it the first one's, a single odd image would make all others wrong.
-    usual = Counter(sizes.values()).most_common(1)[0][0]
-    like = next(path for path, size in sizes.items() if size == usual)
-    for path, size in sizes.items():
-        if size != usual:
-            broken[path] = f"{path} is {size[0]} x {size[1]} pixels, {like} is {usual[0]} x {usual[1]}; give all images one size"
+    usual = sizes.most_common(1)[0][0]
+    like = next(path for path, header in headers.items() if (header.width, header.height) == usual)
+    for path, header in headers.items():
+        if (header.width, header.height) != usual:
+            broken[path] = (
+                f"{path} is {header.width} x {header.height} pixels, {like} is {usual[0]} x {usual[1]}; give all images one size"
+            )
     order = [path for part in parts.values() for path in part.paths]
     return headers, {path: broken[path] for path in order if path in broken}
 
