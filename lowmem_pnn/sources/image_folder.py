@@ -141,7 +141,10 @@ class ImageFolderSplit(SampleSplit):
         x = torch.empty(len(numbers), *expected, dtype=self.preprocessing.raw_dtype)
         for row, number in enumerate(numbers):
             path = self._paths[number]
-            image = decode(path, self._deep)
+            try:
+                image = decode(path, self._deep)
+            except DataError as error:
+                raise DataError(f"{error}, or begin again with --skip-broken") from error
             if image.shape != expected:
                 raise DataError(
                     f"{path} is {image.shape[1]} x {image.shape[0]} pixels, and was {expected[1]} x {expected[0]} when training "

@@ -95,7 +95,9 @@ class SampleSplit:
             finite = torch.isfinite(x).reshape(len(x), -1).all(dim=1)
             worst = int((~finite).nonzero()[0])
             value = _what_is_not_finite(x[worst])
-            raise DataError(f"sample {self._name(numbers[worst])} of {self.where} holds {value}; repair it or leave it out")
+            raise DataError(
+                f"sample {self._name(numbers[worst])} of {self.where} holds {value}; repair it or leave it out (--skip-broken)"
+            )
         self._check_classes(labels, "label", numbers)
         if self.label_shape:
             # A label is the token that comes next: both are numbers of one vocabulary.
@@ -272,7 +274,7 @@ class MapSplit(SampleSplit):
             raise
         # Whatever a user's data set raises is the user's to see, on one line, with the original as the cause.
         except Exception as error:
-            raise DataError(f"{where} cannot be read: {one_line(error)}; repair it or leave it out") from error
+            raise DataError(f"{where} cannot be read: {one_line(error)}; repair it or leave it out (--skip-broken)") from error
         content = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
         raise DataError(f"{where} is {content}; a data set must give pairs (x, class number)")
 

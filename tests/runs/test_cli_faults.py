@@ -162,7 +162,10 @@ def _with(array: np.ndarray, value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"x_train": _with(_X, np.nan)}, "sample 17 of {}/bad.npz (training part) holds NaN; repair it or leave it out"),
+        (
+            {"x_train": _with(_X, np.nan)},
+            "sample 17 of {}/bad.npz (training part) holds NaN; repair it or leave it out (--skip-broken)",
+        ),
         ({"x_train": _with(_X, np.inf)}, "sample 17 of {}/bad.npz (training part) holds an infinite value"),
         ({"x_test": _with(_X, np.nan), "y_test": _Y}, "sample 17 of {}/bad.npz (test part) holds NaN"),
         ({"y_train": _with(_Y, -1)}, "y_train holds the label -1; number the classes from 0"),

@@ -107,7 +107,9 @@ def test_an_image_that_fails_in_training_stops_a_run_that_can_go_on(tmp_path: Pa
             self.before = spoil(path), (status.st_atime_ns, status.st_mtime_ns)
 
     display = Spoils()
-    with pytest.raises(DataError, match=r"dog/7.png cannot be read as an image \(.+\); repair or remove it$") as raised:
+    with pytest.raises(
+        DataError, match=r"dog/7.png cannot be read as an image \(.+\); repair or remove it, or begin again with --skip-broken$"
+    ) as raised:
         lowmem_pnn.fit("mlp:192-8-2", data, workdir=workdir, display=display, **options)
     assert raised.value.exit_code == 3
     path.unlink()

@@ -192,7 +192,9 @@ def test_an_image_that_is_read_late_is_named() -> None:
 
     files = Files([whole, whole[:60], whole])
     split = from_torch(files, num_classes=2, where="mine")
-    with pytest.raises(DataError, match=r"sample 1 of mine cannot be read: OSError: .*; repair it or leave it out"):
+    with pytest.raises(
+        DataError, match=r"sample 1 of mine cannot be read: OSError: .*; repair it or leave it out \(--skip-broken\)$"
+    ):
         split.batch([0, 1])
     assert list(from_torch(files, where="mine", skip_broken=True).skipped) == ["sample 1 of mine"]
 
@@ -219,7 +221,8 @@ def test_broken_samples_of_a_map_style_data_set_are_left_out_and_named() -> None
     items[3] = (torch.zeros(4), 1)
     items[6] = (torch.tensor([1.0, 1e300, 0.0], dtype=torch.float64).float(), 0)
     with pytest.raises(
-        DataError, match=r"sample 0 of x \(training part\) cannot be read: OSError: cut off; repair it or leave it out"
+        DataError,
+        match=r"sample 0 of x \(training part\) cannot be read: OSError: cut off; repair it or leave it out \(--skip-broken\)$",
     ):
         make_dataset(Faulty(items), name="x")
     dataset = make_dataset(Faulty(items), name="x", skip_broken=True)
@@ -241,7 +244,9 @@ def test_broken_rows_of_arrays_are_left_out_and_named(tmp_path: Any) -> None:
     x[3, 1], x[7, 0], x[8, 0] = np.nan, np.inf, 1e300
     arrays = {"x_train": x, "y_train": np.arange(10), "x_test": x[:4], "y_test": np.arange(4)}
     spec = save(tmp_path / "a.npz", **arrays)
-    with pytest.raises(DataError, match=r"sample 3 of .*a.npz \(training part\) holds NaN; repair it or leave it out"):
+    with pytest.raises(
+        DataError, match=r"sample 3 of .*a.npz \(training part\) holds NaN; repair it or leave it out \(--skip-broken\)$"
+    ):
         find_dataset(spec, NOWHERE, "any")
     dataset = find_dataset(spec, NOWHERE, "any", skip_broken=True)
     assert dataset.test is not None
