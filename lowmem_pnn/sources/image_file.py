@@ -129,14 +129,21 @@ def _opened(path: Path) -> Iterator[tuple[Any, BinaryIO]]:
         raise
     # Pillow's readers raise nearly anything for nonsense: OSError, SyntaxError, struct.error, TypeError, and others of their own.
     except Exception as error:
-        is_missing = isinstance(error, FileNotFoundError)
-        reason = (
-            ("a link that leads nowhere" if path.is_symlink() else "there is no such file")
-            if is_missing
-            else (f"{error}" if isinstance(error, OSError | ValueError | SyntaxError) and str(error) else one_line(error))
-        )
-        reason = " ".join(reason.split())[:200]
-        raise DataError(f"{path} cannot be read as an image ({reason}); repair or remove it") from error
+        raise DataError(f"{path} cannot be read as an image ({_reason(error, path)}); repair or remove it") from error
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Return in words why an image cannot be read."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, FileNotFoundError):
+        return "a link that leads nowhere" if path.is_symlink() else "there is no such file"
+    if isinstance(error, UnidentifiedImageError):
+        return "its header is of no known format"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error) if isinstance(error, OSError | ValueError | SyntaxError) else one_line(error)
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def _bits(image: Any, path: Path) -> int:

@@ -171,7 +171,7 @@ def test_a_file_that_is_cut_is_found_by_its_header(form: str, tmp_path: Path) ->
     assert (header.width, header.height) == (50, 40)
     for length in (0, 3, 12, len(whole) // 2, len(whole) - 40):
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"a.img cannot be read as an image \(.+\); repair or remove it$"):
+        with pytest.raises(DataError, match=r"a.img cannot be read as an image \([^<>]+\); repair or remove it$"):
             read_header(path)
 
 
@@ -211,6 +211,13 @@ def refusal(look: Callable[[], Any]) -> str | None:
     except DataError as error:
         return str(error)
     return None
+
+
+def test_what_is_no_image_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("<html>404</html>")
+    assert refusal(lambda: read_header(tmp_path / "a.png")) == (
+        f"{tmp_path}/a.png cannot be read as an image (its header is of no known format); repair or remove it"
+    )
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"])
