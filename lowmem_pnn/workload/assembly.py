@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device, is_out_of_memory
@@ -25,6 +27,12 @@ from lowmem_pnn.sources.models import ModelSource
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.subsets import as_floats
 from lowmem_pnn.workload.workload import Workload
+
+# Functions of integers that fake tensors do not refuse floats for.
+_INTEGER_FUNCTIONS = frozenset(
+    {"and", "or", "xor", "rand", "ror", "rxor", "iand", "ior", "ixor", "gcd", "lcm", "index_select"}
+    | {f"{name}{end}" for name in ("bitwise_and", "bitwise_or", "bitwise_xor", "gcd", "lcm") for end in ("", "_")}
+)
 
 
 def make_workload(
@@ -84,6 +92,20 @@ def make_workload(
     return workload
 
 
+class _RefusesFloatsForIntegers(TorchFunctionMode):
+    """Raises where a model gives floats to a function of integers that takes them on fake tensors, and on real ones does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").strip("_")
+        values = [*args, *kwargs.values()]
+        # The input of index_select may be floats; its index, which comes last, may not.
+        operands = values[-1:] if name == "index_select" else values
+        if name in _INTEGER_FUNCTIONS and any(isinstance(value, Tensor) and value.is_floating_point() for value in operands):
+            raise TypeError(f"{name} takes integers, and was given float32")
+        return func(*args, **kwargs)
+
+
 def _capture(
     model: nn.Module, source: ModelSource, dataset: Dataset, splits: dict[SplitName, Split], precision: Precision
 ) -> tuple[Chain, Dataset, dict[SplitName, Split]]:
@@ -94,7 +116,9 @@ def _capture(
     """
 
     def cut(shape: tuple[int, ...], dtype: torch.dtype) -> Chain:
-        return capture(model, TensorSpec(shape, dtype), precision)
+        is_guess = dtype != dataset.dtype
+        with _RefusesFloatsForIntegers() if is_guess else nullcontext():
+            return capture(model, TensorSpec(shape, dtype), precision)
 
     shape, dtypes = dataset.sample_shape, [dataset.dtype]
     if source.input_form == "any" and source.context is None and dataset.may_be_numbers:
@@ -111,7 +135,7 @@ def _capture(
         return chain, dataset.as_floats(), {name: as_floats(split) for name, split in splits.items()}
     if len(shape) > 1 and (turned := (shape[-1], *shape[:-1])) != shape:
         with suppress(CaptureError):
-            cut(turned, dtypes[0])
+            capture(model, TensorSpec(turned, dtypes[0]), precision)
             axes = (0, len(shape), *range(1, len(shape)))
             raise ConfigError(
                 f"model {source.spec} does not take the samples of data {dataset.name}, which are {shape}, and takes {turned}: store "

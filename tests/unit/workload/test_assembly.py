@@ -28,7 +28,7 @@ class Net(nn.Module):
         super().__init__()
         self.kind = kind
         self.embedding = nn.Embedding(20, 4)
-        self.inner = nn.Linear(7 if kind in ("linear", "remainder", "normal") else 4, 3)
+        self.inner = nn.Linear(4 if kind in ("embedding", "function", "index", "onehot", "select") else 7, 3)
         self.normal = nn.LayerNorm(7)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,6 +38,10 @@ class Net(nn.Module):
             "function": lambda: F.embedding(x, table).mean(1),
             "index": lambda: table[x].mean(1),
             "onehot": lambda: F.one_hot(x, 20).float().mean(1) @ table,
+            "select": lambda: table.index_select(0, x.flatten()).reshape(-1, 7, 4).mean(1),
+            "bits": lambda: (x & 3).float(),
+            "bitwise": lambda: torch.bitwise_or(x, 1).float(),
+            "mask": lambda: ((x > 3) & (x < 7)).float(),
             "linear": lambda: x,
             "remainder": lambda: (x % 3).float(),
             "normal": lambda: self.normal(x),
@@ -53,6 +57,10 @@ class Net(nn.Module):
         ("function", TOKENS),
         ("index", TOKENS),
         ("onehot", TOKENS),
+        ("select", TOKENS),
+        ("bits", TOKENS),
+        ("bitwise", TOKENS),
+        ("mask", NUMBERS),
         ("linear", NUMBERS),
         ("remainder", NUMBERS),
         ("normal", NUMBERS),
