@@ -55,11 +55,12 @@ def fit(
     Args:
         model: a name as the command takes it, a function that builds the model, or a model. Of a model that does not fit in memory
             only a function (or a name) can train: it is then never built whole in memory.
-        train: a data set's name as the command takes it, a map-style torch data set of (x, y), or a tuple of tensors (x, y): x
-            (N, ...) float32, y (N,) int64.
-        val: a data set or tensors to validate on; None takes `val_fraction` of `train`.
+        train: a data set's name as the command takes it, a map-style torch data set of (x, y), or a tuple (x, y) of tensors, arrays,
+            tables or lists: x (N, ...) numbers, which reach the model as float32 (or, where it looks them up, as int64), y (N,) class
+            numbers.
+        val: a data set or a tuple to validate on; None takes the validation part that `train` names, or else `val_fraction` of `train`.
         max_gpu_mem: the budget, as a size ("2GB") or in bytes.
-        test: a data set or tensors to test on after training.
+        test: a data set or a tuple to test on after training.
         workdir: the run's folder; None takes the next free one under `runs`, or, to resume, that of the only unfinished run there
             that was begun with the same options.
         resume: go on with a run; options may be given as before, or left out. A finished run gives its result.

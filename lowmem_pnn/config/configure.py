@@ -54,6 +54,11 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
     ("data_root", "a data set that is downloaded", lambda config: config.data in DOWNLOADED),
     (
+        "skip_broken",
+        "data of your own (imagefolder:, npz:, file.py:factory)",
+        lambda config: config.data not in ("digits", *DOWNLOADED) and not config.data.startswith("text:"),
+    ),
+    (
         "model_arg",
         "a model that is built by a factory (not mlp: or gpt:)",
         lambda config: config.model.partition(":")[0] not in ("mlp", "gpt"),

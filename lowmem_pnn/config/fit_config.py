@@ -279,10 +279,22 @@ class FitConfig:
     )
     log_every: PositiveInt = Field(default=100, description="Optimizer steps between two lines of metrics.jsonl.")
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.1, description="Share of the training data that is kept for validation."
+        default=0.1,
+        description="Share of the training data that is kept for validation; of data with a validation part, 0 leaves that out.",
     )
-    train_limit: PositiveInt | None = Field(default=None, description="Largest number of training samples to use.")
-    test_limit: PositiveInt | None = Field(default=None, description="Largest number of test samples to use.")
+    train_limit: PositiveInt | None = Field(
+        default=None, description="Largest number of training samples to use, chosen at random by the seed."
+    )
+    test_limit: PositiveInt | None = Field(
+        default=None, description="Largest number of test samples to use, chosen at random by the seed."
+    )
+    skip_broken: bool = Field(
+        default=False,
+        description=(
+            "Read every sample once before training, and leave out those that cannot be read, hold NaN or infinity, or are of another "
+            "size than most."
+        ),
+    )
 
     def value_for(self, field: PerPartition, partition: int) -> Any:
         """Return one partition's value of a field that may have one per partition.

@@ -37,6 +37,8 @@ def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> 
         reason=reason,
         exit_code=exit_code,
         notes=notes,
+        preprocessing=workload.dataset.preprocessing,
+        skipped_samples=workload.dataset.skipped_samples,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_pnn.reporting.method_estimate import MethodEstimate, method_table
-from lowmem_pnn.reporting.tables import layer_range, text_table
+from lowmem_pnn.reporting.tables import describe_skipped, layer_range, text_table
 from lowmem_pnn.units import format_bytes
 
 
@@ -17,7 +17,8 @@ class PlanReport:
 
     Sizes are in bytes. `fits` says whether the run fits the budget and `max_disk`; where it does not, `reason` says why and `exit_code`
     is the exit code with which `fit` would end. `notes` say in what training would differ from plain PyTorch's. `prospects` are the
-    estimates of all methods; empty where nothing was timed.
+    estimates of all methods; empty where nothing was timed. `preprocessing` says how samples are presented to the model;
+    `skipped_samples` holds the `count` of broken samples that are left out, and the `names` of the first 100.
     """
 
     method: str
@@ -35,6 +36,8 @@ class PlanReport:
     exit_code: int
     notes: Sequence[str] = ()
     prospects: Sequence[MethodEstimate] = ()
+    preprocessing: str = ""
+    skipped_samples: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"count": 0, "names": []})
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
@@ -62,6 +65,8 @@ class PlanReport:
             else f"does not fit: {self.reason}"
         )
         lines = [f"{self.model} on {self.data}, method {self.method}, {self.device}", ""]
+        if self.skipped_samples["count"]:
+            lines += [describe_skipped(self.skipped_samples["names"], self.skipped_samples["count"]), ""]
         if rows:
             lines += [text_table(headings, rows), "", f"disk: at most {format_bytes(self.disk_bytes)}"]
         if self.prospects:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_pnn.engine.stalls import describe_stalls
-from lowmem_pnn.reporting.tables import layer_range, text_table
+from lowmem_pnn.reporting.tables import describe_skipped, layer_range, text_table
 from lowmem_pnn.units import format_bytes
 
 
@@ -28,6 +28,8 @@ class Result:
     `batch_norm` says how many BatchNorm `layers` normalised over `samples` of a `batch` at least; empty where all saw the whole batch.
 
     `module_state` holds Python attributes of modules that forwards changed, as they were at the end: they are not in `weights_file`.
+
+    `skipped_samples` holds the `count` of broken samples that were left out (--skip-broken), and the `names` of the first 100.
 
     Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
     where the data is text, belongs to `weights_file`. Values that were not measured are None.
@@ -70,6 +72,7 @@ class Result:
     bytes_written: int
     oom_retries: int
     skipped_steps: int = 0
+    skipped_samples: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"count": 0, "names": []})
     resumed: int
     workdir: str
     weights_file: str
@@ -97,6 +100,8 @@ class Result:
         lines.append(self._disk())
         if self.peak_bytes > self.budget_bytes:
             lines.append(f"THE BUDGET WAS PASSED: {format_bytes(self.peak_bytes)} in use, of {format_bytes(self.budget_bytes)}")
+        if self.skipped_samples["count"]:
+            lines.append(describe_skipped(self.skipped_samples["names"], self.skipped_samples["count"]))
         if self.oom_retries:
             lines.append(f"{self.oom_retries} batches did not fit and were done again with smaller micro-batches")
         if self.compared == "no":

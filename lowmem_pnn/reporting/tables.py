@@ -1,4 +1,4 @@
-"""Plain-text tables, and their cells."""
+"""Plain-text tables, their cells, and lists of names."""
 
 from collections.abc import Sequence
 from io import StringIO
@@ -24,6 +24,22 @@ def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     # Never as narrow as the terminal: a wrapped table is easier to read than one that is cut off.
     Console(file=text, width=400).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def describe_skipped(names: Sequence[str], count: int) -> str:
+    """Return a line on broken samples that were left out, with the first few by name.
+
+    Args:
+        names: Names of the samples, or of the first of them.
+        count: Number of the samples.
+
+    Example:
+        >>> describe_skipped(["cat/1.png", "cat/7.png"], 2)
+        'left out 2 broken samples: cat/1.png, cat/7.png'
+    """
+    shown = list(names[:5])
+    rest = f", and {count - len(shown):,} more" if count > len(shown) else ""
+    return f"left out {count:,} broken sample{'s' if count > 1 else ''}: {', '.join(shown)}{rest}"
 
 
 def layer_range(layers: Sequence[str]) -> str:

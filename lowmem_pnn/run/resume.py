@@ -57,9 +57,14 @@ def check_same_data(state: State, workload: Workload, path: Path) -> None:
     Raises:
         CheckpointError: it is other data.
     """
-    if state.data != workload.dataset.fingerprint:
+    # Runs of earlier versions hold no numbers of samples.
+    then, _, sizes = state.data.partition(" ")
+    now, _, sizes_now = workload.data_stamp.partition(" ")
+    if then != now:
+        change = f"samples then {sizes}, now {sizes_now}" if sizes != sizes_now else f"as many samples, {sizes}, but others"
         raise CheckpointError(
-            f"the data {workload.config.data} is not what the run in {path} began with; bring it back, or begin a new run"
+            f"the data {workload.config.data} is not what the run in {path} began with{f' ({change})' if sizes else ''}; bring it back, "
+            "or begin a new run"
         )
 
 

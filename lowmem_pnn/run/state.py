@@ -46,7 +46,7 @@ class State:
         micro_batches: present micro-batch of each partition, in samples.
         sweep_micro_batch: present micro-batch of all partitions in sweeps, in samples.
         loss_scales: factor on the loss of each partition; that of the last one is a sweep's.
-        data: fingerprint of the data set.
+        data: fingerprint of the data set, and the number of samples of each part.
         number: number of the commit.
         stage: status of the run.
         visit: position in the method's program.
@@ -104,7 +104,7 @@ class State:
             sweep_micro_batch=plan.sweep_micro_batch,
             loss_scales=[LossScale.initial(workload.config.precision) for _ in plan.partitions],
             records=[PartitionRecord() for _ in plan.partitions],
-            data=workload.dataset.fingerprint,
+            data=workload.data_stamp,
             module_state=workload.chain.python_state,
             rank=rank.number,
             ranks=rank.size,

@@ -21,7 +21,7 @@ def as_tensor(value: Any, where: str) -> Tensor:
     """View a value as a CPU tensor, without a copy where that is possible.
 
     Args:
-        value: A tensor, an array, a number, or a PIL image.
+        value: A tensor, an array, a table with `to_numpy` (as pandas has), a list of these or of numbers, a number, or a PIL image.
         where: Name of the value in messages.
 
     Returns:
@@ -34,9 +34,17 @@ def as_tensor(value: Any, where: str) -> Tensor:
         if value.layout != torch.strided:
             raise DataError(f"{where} holds a sparse tensor; make it dense with to_dense()")
         return value.detach().cpu()
-    # PIL images have this attribute; to ask for it spares importing PIL here.
-    if not isinstance(value, np.ndarray | np.generic | int | float) and not hasattr(value, "__array_interface__"):
+    if hasattr(value, "toarray"):
+        raise DataError(f"{where} holds a sparse {type(value).__name__}; make it dense with toarray()")
+    if isinstance(value, list | tuple | range) or hasattr(value, "to_numpy"):
+        value = _as_array(value, where)
+    # PIL images have the first of these, other libraries' arrays the second; to ask for it spares importing PIL here.
+    if not isinstance(value, int | float) and not any(hasattr(value, name) for name in ("__array_interface__", "__array__")):
         raise DataError(f"{where} holds a {type(value).__name__}; give tensors, arrays or images")
+    if (mode := getattr(value, "mode", None)) in ("P", "PA") and hasattr(value, "getpalette"):
+        raise DataError(
+            f"{where} holds an image of mode {mode}, whose values are places in a palette and no colours; give image.convert('RGB')"
+        )
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise DataError(f"{where} holds values of dtype {array.dtype}; give real numbers")
@@ -46,6 +54,55 @@ def as_tensor(value: Any, where: str) -> Tensor:
         # Read-only arrays stay unchanged: nothing here writes to a data set.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
+
+
+def _as_array(value: Any, where: str) -> Any:
+    """Return a list or a table as an array, where its values are numbers.
+
+    Raises:
+        DataError: They are not, or rows differ in length.
+    """
+    try:
+        if isinstance(value, list | tuple | range):
+            tensors = [item for item in value if isinstance(item, Tensor)]
+            array = np.asarray(torch.stack(tensors).cpu() if value and len(tensors) == len(value) else value)
+        else:
+            array = np.asarray(value.to_numpy())
+    # Of numpy and torch, for rows of different lengths.
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise DataError(f"{where}: a {type(value).__name__} has rows that differ in shape; give all samples one shape") from error
+    if array.dtype != object:
+        return array
+    # A table with columns of several types gives objects.
+    if all(isinstance(item, bool | int | float | np.number | np.bool_) for item in array.flat):
+        return array.astype(np.float64)
+    place, wrong = next(
+        (index, item) for index, item in np.ndenumerate(array) if not isinstance(item, bool | int | float | np.number | np.bool_)
+    )
+    columns = getattr(value, "columns", None)
+    if columns is None or len(place) < 2:
+        return array  # refused, or taken for words, by whoever asked
+    raise DataError(
+        f"{where}: column {str(columns[place[1]])!r} holds {wrong!r} ({type(wrong).__name__}); give numbers alone, or leave the column out"
+    )
+
+
+def _refuse_words(labels: Any, where: str) -> None:
+    """Refuse labels that are words: training and test data, numbered apart, might get different numbers."""
+    if isinstance(labels, str | bytes):
+        raise DataError(
+            f"the labels of {where} hold a {type(labels).__name__} ({labels!r}); give class numbers from 0, such as "
+            f"names.index({labels!r}) of a sorted list of all names"
+        )
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "USO":
+        return
+    words = sorted({str(word) for word in labels.flat if isinstance(word, str | bytes)})
+    if words:
+        some = ", ".join(map(repr, words[:5])) + (f" and {len(words) - 5:,} more" if len(words) > 5 else "")
+        raise DataError(
+            f"{where}: labels are words ({some}); give class numbers, the same for training and test: "
+            "y = np.unique(names, return_inverse=True)[1] of all names together"
+        )
 
 
 def as_labels(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> Tensor:
@@ -67,7 +124,10 @@ def as_labels(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> 
         >>> as_labels(np.array([[3.0], [1.0]]), "y_train")
         tensor([3, 1])
     """
-    labels = as_tensor(np.asarray(value) if isinstance(value, list | tuple) else value, f"the labels of {where}")
+    if isinstance(value, list | tuple | range) or hasattr(value, "to_numpy"):
+        value = _as_array(value, f"the labels of {where}")
+    _refuse_words(value, where)
+    labels = as_tensor(value, f"the labels of {where}")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     elif labels.numel() > 1 and tuple(labels.shape) == tokens and not labels.dtype.is_floating_point:
@@ -111,6 +171,21 @@ def as_label(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> T
             "a model of tokens, integer labels of the sample's shape"
         )
     return labels
+
+
+def count_classes(x: Tensor, y: Tensor) -> int:
+    """Return the number of classes that labels show, and tokens too where each token has a label.
+
+    Args:
+        x: Samples (N, ...).
+        y: Labels (N,), or of x's shape; int64; at least one.
+
+    Example:
+        >>> count_classes(torch.tensor([[7, 1]]), torch.tensor([[1, 2]])), count_classes(torch.tensor([[7, 1]]), torch.tensor([2]))
+        (8, 3)
+    """
+    # By numpy: torch has no maximum of uint16, in which tokens are often kept.
+    return max(0, *(int(part.cpu().numpy().max()) for part in ((x, y) if y.ndim > 1 else (y,)))) + 1
 
 
 def hash_tensor(digest: _Digest, tensor: Tensor) -> None:

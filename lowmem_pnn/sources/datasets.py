@@ -2,14 +2,11 @@
 
 import contextlib
 import functools
-import hashlib
-import re
 import sys
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,13 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
-from lowmem_pnn.sources.arrays import as_labels, as_tensor
-from lowmem_pnn.sources.image_folder import ImageFolderSplit, class_names
+from lowmem_pnn.sources.arrays import as_labels, as_tensor, count_classes
+from lowmem_pnn.sources.dataset import Dataset, folder_name, join_parts
+from lowmem_pnn.sources.given import as_pair
+from lowmem_pnn.sources.image_folder import open_image_folder
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
 from lowmem_pnn.sources.preprocessing import InputForm, holds_tokens
-from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, Split, count_classes, from_torch
+from lowmem_pnn.sources.splits import ArraySplit, from_torch
 from lowmem_pnn.sources.text import DEFAULT_CONTEXT, NUM_TOKENS, open_text
 
 # name -> (class in torchvision.datasets, its arguments)
@@ -34,47 +33,24 @@ _TORCHVISION: dict[str, tuple[str, dict[str, str]]] = {
     "cifar100": ("CIFAR100", {}),
 }
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
+_NPZ_PARTS = (("train", "training"), ("test", "test"), ("val", "validation"))
 _FORMS = "npz:FILE, imagefolder:DIR, text:FILE, package.module:factory or file.py:factory"
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Samples to train on and to test with, as a model takes them.
-
-    Args:
-        name: Name for run folders and results: letters, digits, '-', '_' and '.' only.
-        train: Training part, of at least one sample.
-        test: Test part; None if there is none.
-        num_classes: Number of classes; labels are from 0 to below it.
-        sample_shape: Shape of one sample, without the batch axis.
-        dtype: Element type of the samples: float32, or int64 for tokens.
-        preprocessing: Steps from the raw samples to these, in words, so that anyone can do them again.
-        fingerprint: Hash that changes when the data does.
-        label_shape: Shape of one sample's labels: (), or `sample_shape` where each token has a label.
-    """
-
-    name: str
-    train: Split
-    test: Split | None
-    num_classes: int
-    sample_shape: tuple[int, ...]
-    dtype: torch.dtype
-    preprocessing: str
-    fingerprint: str
-    label_shape: tuple[int, ...] = ()
-
-
-def find_dataset(spec: str, root: Path, input_form: InputForm, *, context: int | None = None) -> Dataset:
+def find_dataset(
+    spec: str, root: Path, input_form: InputForm, *, context: int | None = None, skip_broken: bool = False
+) -> Dataset:
     """Open the data set that a text names.
 
     Args:
         spec: Name of a data set: `digits`, `mnist`, `fashion-mnist`, `emnist-balanced`, `cifar10`, `cifar100`, `npz:FILE` (arrays
-            x_train, y_train and, for a test, x_test, y_test), `imagefolder:DIR` (folders train and test or val, or only class
-            folders), `text:FILE` (its bytes are tokens), `package.module:factory` or `path/to/file.py:factory` (returns train,
-            (train, test) or a `Dataset`).
+            x_train, y_train and, for a test, x_test, y_test, to validate on x_val, y_val), `imagefolder:DIR` (folders train, val and
+            test, or only class folders), `text:FILE` (its bytes are tokens), `package.module:factory` or
+            `path/to/file.py:factory` (returns train, (train, test) or a `Dataset`).
         root: Folder of downloaded data sets.
         input_form: Form of the samples that the model takes.
         context: Tokens of a sample of text, which is the model's context; None for 256. Only text is divided by it.
+        skip_broken: Read every sample once, and leave out those that cannot be used, instead of raising.
 
     Returns:
         The data set.
@@ -91,9 +67,9 @@ def find_dataset(spec: str, root: Path, input_form: InputForm, *, context: int |
     if spec in ("npz:", "imagefolder:", "text:", "npz", "imagefolder", "text"):
         raise ConfigError(f"data set {spec!r} says no place; others than the named ones are given as {_FORMS}")
     if spec.startswith("npz:"):
-        return _npz(Path(spec.removeprefix("npz:")).expanduser(), input_form)
+        return _npz(Path(spec.removeprefix("npz:")).expanduser(), input_form, skip_broken)
     if spec.startswith("imagefolder:"):
-        return _imagefolder(Path(spec.removeprefix("imagefolder:")).expanduser(), input_form)
+        return open_image_folder(Path(spec.removeprefix("imagefolder:")).expanduser(), input_form, skip_broken)
     if spec.startswith("text:"):
         return _text(Path(spec.removeprefix("text:")).expanduser(), input_form, DEFAULT_CONTEXT if context is None else context)
     if spec == "digits":
@@ -101,7 +77,7 @@ def find_dataset(spec: str, root: Path, input_form: InputForm, *, context: int |
     if spec in _TORCHVISION:
         return _torchvision(spec, root, input_form)
     if ":" in spec:
-        return _factory(spec, input_form)
+        return _factory(spec, input_form, skip_broken)
     for suffix, form in ((".npz", "npz"), (".txt", "text")):
         if Path(spec).suffix == suffix:
             raise ConfigError(f"data set {spec!r} is a file; write {form}:{spec}")
@@ -111,17 +87,26 @@ def find_dataset(spec: str, root: Path, input_form: InputForm, *, context: int |
 
 
 def make_dataset(
-    train: Any, test: Any = None, *, name: str, input_form: InputForm = "any", num_classes: int | None = None
+    train: Any,
+    test: Any = None,
+    *,
+    val: Any = None,
+    name: str,
+    input_form: InputForm = "any",
+    num_classes: int | None = None,
+    skip_broken: bool = False,
 ) -> Dataset:
     """Make a data set of PyTorch data sets or tensors.
 
     Args:
-        train: Map-style data set of (x, class number), or a pair of tensors (x, y). Tokens, int64 of shape (N, T), may have a label
-            each: y of the same shape.
+        train: Map-style data set of (x, class number), or a pair of tensors, arrays, tables or lists (x, y). Tokens, int64 of shape
+            (N, T), may have a label each: y of the same shape.
         test: Test part, as `train`; None if there is none.
+        val: Validation part, as `train`; None if there is none.
         name: Name of the data set.
         input_form: Form of the samples that the model takes.
-        num_classes: Number of classes; None to count the classes that labels, and tokens that have labels, show in both parts.
+        num_classes: Number of classes; None to count the classes that labels, and tokens that have labels, show in all parts.
+        skip_broken: Read every sample once, and leave out those that raise, hold NaN or infinity, or are of another form than most.
 
     Returns:
         The data set.
@@ -134,55 +119,16 @@ def make_dataset(
         >>> data.num_classes, data.preprocessing
         (6, 'float32 as it is')
     """
-    train_split = from_torch(train, num_classes=num_classes, input_form=input_form, where=f"{name} (training part)")
-    if test is None:
-        return _dataset(name, train_split, None)
-    return _dataset(
-        name, train_split, from_torch(test, num_classes=num_classes, input_form=input_form, where=f"{name} (test part)")
+    train_split, test_split, val_split = (
+        None
+        if part is None
+        else from_torch(
+            part, num_classes=num_classes, input_form=input_form, where=f"{name} ({kind} part)", skip_broken=skip_broken
+        )
+        for part, kind in ((train, "training"), (test, "test"), (val, "validation"))
     )
-
-
-def _dataset(name: str, train: SampleSplit, test: SampleSplit | None, first_steps: tuple[str, ...] | None = None) -> Dataset:
-    """Put two parts together; `first_steps` replaces the first step of the preprocessing, where the source did something itself."""
-    preprocessing = train.preprocessing
-    if test is not None:
-        if (test.preprocessing.shape, test.preprocessing.dtype) != (preprocessing.shape, preprocessing.dtype):
-            raise DataError(
-                f"data set {name!r}: training samples are {preprocessing.shape} {preprocessing.dtype}, test samples "
-                f"{test.preprocessing.shape} {test.preprocessing.dtype}; give both one shape and dtype"
-            )
-        kinds = [(part.preprocessing.raw_dtype == torch.uint8, part.preprocessing.steps[1:]) for part in (train, test)]
-        if kinds[0] != kinds[1]:
-            raise DataError(
-                f"data set {name!r}: training samples are presented as {', '.join(preprocessing.steps)}, test samples as "
-                f"{', '.join(test.preprocessing.steps)}; store both alike"
-            )
-        if train.label_shape != test.label_shape:
-            raise DataError(
-                f"data set {name!r}: a training sample's labels have shape {train.label_shape}, a test sample's "
-                f"{test.label_shape}; give both one shape"
-            )
-        train.num_classes = test.num_classes = max(train.num_classes, test.num_classes)
-    for part in (train, test):
-        if isinstance(part, ArraySplit):
-            part.check()
-    fingerprints = [part.fingerprint() for part in (train, test) if part is not None]
-    steps = preprocessing.steps if first_steps is None else (*first_steps, *preprocessing.steps[1:])
-    return Dataset(
-        name=_folder_name(name),
-        train=train,
-        test=test,
-        num_classes=train.num_classes,
-        sample_shape=preprocessing.shape,
-        dtype=preprocessing.dtype,
-        preprocessing=", ".join(steps),
-        fingerprint=hashlib.sha256("\n".join([*fingerprints, *steps]).encode()).hexdigest(),
-        label_shape=train.label_shape,
-    )
-
-
-def _folder_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:60] or "data"
+    assert train_split is not None, "there is data to train on"
+    return join_parts(name, train_split, test_split, val_split)
 
 
 def _digits(input_form: InputForm) -> Dataset:
@@ -202,7 +148,8 @@ def _digits(input_form: InputForm) -> Dataset:
         return ArraySplit(x[chosen], y[chosen], 10, input_form, where)
 
     test = torch.from_numpy(is_test)
-    return _dataset("digits", part(~test, "digits (training part)"), part(test, "digits (test part)"), ("values / 16",))
+    parts = part(~test, "digits (training part)"), part(test, "digits (test part)")
+    return join_parts("digits", *parts, first_steps=("values / 16",))
 
 
 def _torchvision(spec: str, root: Path, input_form: InputForm) -> Dataset:
@@ -220,7 +167,7 @@ def _torchvision(spec: str, root: Path, input_form: InputForm) -> Dataset:
         where = f"{spec} ({'training' if train else 'test'} part)"
         labels = as_labels(targets, where)
         parts.append(ArraySplit(images, labels, int(labels.max()) + 1, input_form, where))
-    return _dataset(spec, parts[0], parts[1], first_steps)
+    return join_parts(spec, parts[0], parts[1], first_steps=first_steps)
 
 
 def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[Any, Any]:
@@ -241,30 +188,35 @@ def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[A
         ) from error
 
 
-def _npz(path: Path, input_form: InputForm) -> Dataset:
+def _npz(path: Path, input_form: InputForm, skip_broken: bool) -> Dataset:
     """Open the arrays of a .npz file, as Keras names them."""
     arrays = _read_npz(path)
-    needed = _KEYS if {"x_test", "y_test"} & set(arrays) else _KEYS[:2]
-    missing = [key for key in needed if key not in arrays]
+    present = [name for name, _ in _NPZ_PARTS if name == "train" or {f"x_{name}", f"y_{name}"} & set(arrays)]
+    missing = [key for name in present for key in (f"x_{name}", f"y_{name}") if key not in arrays]
     if missing:
         content = ", ".join(sorted(arrays)) or "nothing"
         raise DataError(f"{path} lacks {', '.join(missing)}; it holds {content}; save {', '.join(_KEYS)} with numpy.savez")
 
-    def part(x_key: str, y_key: str, where: str) -> tuple[Tensor, Tensor, str]:
+    def part(name: str) -> tuple[Tensor, Tensor]:
+        x_key, y_key = f"x_{name}", f"y_{name}"
         x = as_tensor(arrays[x_key], f"{path}: {x_key}")
         y = as_labels(arrays[y_key], f"{path}: {y_key}", tuple(x.shape) if holds_tokens(x.dtype, input_form) else None)
         if x.ndim < 1 or y.ndim < 1:
             raise DataError(f"{path}: {x_key} has shape {tuple(x.shape)} and {y_key} {tuple(y.shape)}; give (N, ...) and (N,)")
         if len(y) and int(y.min()) < 0:
             raise DataError(f"{path}: {y_key} holds the label {int(y.min())}; number the classes from 0")
-        return x, y, where
+        return x, y
 
-    parts = [part("x_train", "y_train", f"{path} (training part)")]
-    if len(needed) == 4:
-        parts.append(part("x_test", "y_test", f"{path} (test part)"))
-    num_classes = max([count_classes(x, y) for x, y, _ in parts if len(y)], default=1)
-    train, *tests = [ArraySplit(x, y, num_classes, input_form, where) for x, y, where in parts]
-    return _dataset(path.stem, train, tests[0] if tests else None)
+    parts = {name: part(name) for name in present}
+    num_classes = max([count_classes(x, y) for x, y in parts.values() if len(y)], default=1)
+    splits = {
+        name: ArraySplit(*parts[name], num_classes, input_form, f"{path} ({kind} part)")
+        for name, kind in _NPZ_PARTS
+        if name in parts
+    }
+    for split in splits.values() if skip_broken else ():
+        split.skip_broken()
+    return join_parts(path.stem, splits["train"], splits.get("test"), splits.get("val"))
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -277,27 +229,12 @@ def _read_npz(path: Path) -> dict[str, Any]:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} holds a single array; save {', '.join(_KEYS)} with numpy.savez")
             with file:
-                return {key: file[key] if key in _KEYS else None for key in file.files}
+                return {key: file[key] if key in (*_KEYS, "x_val", "y_val") else None for key in file.files}
     # Errors of numpy and zipfile for files that are damaged, of another kind, or hold pickled objects.
     except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, LowMemError):
             raise
         raise DataError(f"{path} cannot be read as .npz: {one_line(error)}; save arrays of numbers with numpy.savez") from error
-
-
-def _imagefolder(path: Path, input_form: InputForm) -> Dataset:
-    """Open a folder of class folders, or a folder with such folders `train` and `test` (or `val`)."""
-    if not path.is_dir():
-        raise DataError(f"there is no folder {path.absolute()}; give imagefolder:DIR with a folder of images for each class")
-    train = path / "train" if (path / "train").is_dir() else path
-    test = None
-    if train != path:
-        test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
-    classes = class_names(train)
-    test_split = ImageFolderSplit(test, classes, input_form) if test is not None else None
-    return _dataset(
-        path.resolve().name, ImageFolderSplit(train, classes, input_form), test_split, ("decoded to RGB", "uint8 / 255")
-    )
 
 
 def _text(path: Path, input_form: InputForm, context: int) -> Dataset:
@@ -309,7 +246,7 @@ def _text(path: Path, input_form: InputForm, context: int) -> Dataset:
         )
     text = open_text(path, context)
     return Dataset(
-        name=_folder_name(path.stem),
+        name=folder_name(path.stem),
         train=text.train,
         test=text.test,
         num_classes=NUM_TOKENS,
@@ -321,7 +258,7 @@ def _text(path: Path, input_form: InputForm, context: int) -> Dataset:
     )
 
 
-def _factory(spec: str, input_form: InputForm) -> Dataset:
+def _factory(spec: str, input_form: InputForm, skip_broken: bool) -> Dataset:
     """Open the data sets that a user's function returns."""
     factory = load_factory(spec)
     try:
@@ -332,17 +269,18 @@ def _factory(spec: str, input_form: InputForm) -> Dataset:
     except Exception as error:
         raise DataError(f"data set {spec!r} cannot be opened: {one_line(error)}; see to the function") from error
     if isinstance(result, Dataset):
+        if skip_broken:
+            raise ConfigError(
+                f"--skip-broken has no effect here: {spec!r} returns a Dataset that is made already; leave it out, and give "
+                "skip_broken=True to make_dataset"
+            )
         return result
     location, _, name = spec.rpartition(":")
     label = f"{Path(location).stem if location.endswith('.py') else location}-{name}"
     train, test = result, None
     # (train, test), unless it is one part as (x, y).
-    if (
-        isinstance(result, tuple | list)
-        and len(result) == 2
-        and not all(isinstance(part, Tensor | np.ndarray) for part in result)
-    ):
+    if isinstance(result, tuple | list) and len(result) == 2 and as_pair(result) is None:
         train, test = result
     if train is None:
         raise DataError(f"data set {spec!r}: {name}() returned no data; return train, (train, test) or a lowmem_pnn Dataset")
-    return make_dataset(train, test, name=label, input_form=input_form)
+    return make_dataset(train, test, name=label, input_form=input_form, skip_broken=skip_broken)

@@ -1,7 +1,18 @@
-"""Image folders: a data split of image files, one folder for each class, decoded when a sample is asked for."""
+"""Image folders: training, validation and test parts of image files, one folder for each class, decoded when a sample is asked for.
+
+    DIR/train/CLASS/...   or   DIR/CLASS/...     parts are found by name, in any case; without parts all of it is for training
+    DIR/val/CLASS/...
+    DIR/test/CLASS/...
+
+Every header is read before training, so that a file that cannot be used is found then.
+"""
 
 import hashlib
 import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,77 +21,134 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import DataError
+from lowmem_pnn.sources.dataset import Dataset, join_parts
+from lowmem_pnn.sources.image_file import REMARKS, ImageHeader, decode, read_header
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
 from lowmem_pnn.sources.splits import SampleSplit
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_PARTS = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_PART_WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 
-def class_names(folder: Path) -> list[str]:
-    """Return the names of the folders in `folder`, sorted: their positions are the class numbers.
+@dataclass(frozen=True)
+class _Part:
+    """Image files of one part, in the order of class and path, and the class number of each."""
+
+    folder: Path
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+
+    def without(self, broken: Mapping[Path, str]) -> "_Part":
+        kept = [(path, label) for path, label in zip(self.paths, self.labels, strict=True) if path not in broken]
+        return _Part(self.folder, tuple(path for path, _ in kept), tuple(label for _, label in kept))
+
+
+def open_image_folder(folder: Path, input_form: InputForm, skip_broken: bool = False) -> Dataset:
+    """Open a folder of class folders, or a folder of parts with class folders, and read the header of every image.
 
     Args:
-        folder: Folder that holds one folder for each class.
+        folder: Folder that holds class folders, or parts: `train` or `training`; `val`, `valid` or `validation`; `test` or
+            `testing`; in any case. Class folders hold images at any depth; links are followed, hidden files and folders are not.
+        input_form: Form of the samples that the model takes.
+        skip_broken: Decode every image once, and leave out those that cannot be used, instead of raising.
 
     Raises:
-        DataError: There are no folders in it.
+        DataError: It is not clear which folders are parts and which are classes; a class has no images; or an image cannot be used.
     """
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise DataError(
-            f"{folder} holds no folders; put the images of each class in a folder of its own: {folder / 'CLASS/1.png'}"
-        )
-    return names
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder.absolute()}; give imagefolder:DIR with a folder of images for each class")
+    folders = _part_folders(folder)
+    classes = [path.name for path in _class_folders(folders["train"])]
+    parts = {name: _list_part(path, classes, is_training=name == "train") for name, path in folders.items()}
+    headers, broken = _look_at(parts, skip_broken)
+    if broken:
+        first, reason = next(iter(broken.items()))
+        if not skip_broken:
+            total = sum(len(part.paths) for part in parts.values())
+            # Where images are of all sizes, next to none would be left.
+            hint = ", --skip-broken leaves them out" if 2 * len(broken) < total else ""
+            raise DataError(f"{reason}; {len(broken):,} of {total:,} images cannot be used{hint}")
+        parts = {name: part.without(broken) for name, part in parts.items()}
+        for name, part in parts.items():
+            missing = sorted(set(range(len(classes)) if name == "train" else ()) - set(part.labels))
+            if missing or not part.paths:
+                what = f"class {classes[missing[0]]!r} of {part.folder}" if missing else f"{part.folder}"
+                raise DataError(f"{what} has no image left without the broken ones, such as {first}; repair some of them")
+    used = [headers[path] for part in parts.values() for path in part.paths]
+    deep = any(header.bits > 8 for header in used)
+    splits = {
+        name: ImageFolderSplit(part.folder, part.paths, part.labels, len(classes), used[0], deep, input_form)
+        for name, part in parts.items()
+    }
+    return join_parts(
+        folder.resolve().name,
+        splits["train"],
+        splits.get("test"),
+        splits.get("val"),
+        first_steps=_words(used),
+        skipped={str(path): reason for path, reason in broken.items()},
+    )
 
 
 class ImageFolderSplit(SampleSplit):
-    """Split of the images below a folder, in the order of class and path.
+    """Split of image files.
 
     Args:
-        folder: Folder that holds one folder for each class, with images at any depth.
-        classes: Class names of the data set; their positions are the labels.
+        folder: Folder that all of them are in.
+        paths: Paths of the files.
+        labels: Class number of each file.
+        num_classes: Number of classes.
+        header: Header of any of them: all have one size.
+        deep: Whether images of more than 8 bits a value are among those of the data set; all are then decoded to float32.
         input_form: Form of the samples that the model takes.
-
-    Raises:
-        DataError: There are no images, or a class of the folder is not among `classes`.
     """
 
-    def __init__(self, folder: Path, classes: list[str], input_form: InputForm) -> None:
-        numbers = {name: number for number, name in enumerate(classes)}
-        self.where, self.num_classes = str(folder), len(classes)
-        self._paths: list[Path] = []
-        labels: list[int] = []
-        for name in class_names(folder):
-            if name not in numbers:
-                raise DataError(f"{folder / name} is a class without training images; the classes are {', '.join(classes[:12])}")
-            paths = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-            self._paths += paths
-            labels += [numbers[name]] * len(paths)
-        if not self._paths:
-            raise DataError(f"{folder} is empty: its folders hold 0 images ({', '.join(sorted(_SUFFIXES))}); give at least 1")
-        super().__init__(len(self._paths))
-        self._labels = torch.tensor(labels, dtype=torch.int64)
-        first = _decode(self._paths[0])
-        self.preprocessing = Preprocessing.choose(first.shape, torch.uint8, input_form, self.where)
+    def __init__(
+        self,
+        folder: Path,
+        paths: tuple[Path, ...],
+        labels: tuple[int, ...],
+        num_classes: int,
+        header: ImageHeader,
+        deep: bool,
+        input_form: InputForm,
+    ) -> None:
+        super().__init__(len(paths))
+        self.where, self.num_classes = str(folder), num_classes
+        self._paths, self._labels, self._deep = paths, torch.tensor(labels, dtype=torch.int64), deep
+        shape = (header.height, header.width, 3)
+        self.preprocessing = Preprocessing.choose(
+            shape, torch.float32 if deep else torch.uint8, input_form, self.where, layout="HWC"
+        )
 
     def fingerprint(self) -> str:
         """Return a hash of all paths, sizes and times of change."""
         digest = hashlib.sha256()
         for path in self._paths:
             status = path.stat()
-            digest.update(f"{path.relative_to(self.where)} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(
+                f"{path.relative_to(self.where)} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape")
+            )
         return digest.hexdigest()
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         expected = self.preprocessing.raw_shape
-        x = torch.empty(len(numbers), *expected, dtype=torch.uint8)
+        x = torch.empty(len(numbers), *expected, dtype=self.preprocessing.raw_dtype)
         for row, number in enumerate(numbers):
             path = self._paths[number]
-            image = _decode(path)
+            try:
+                image = decode(path, self._deep)
+            except DataError as error:
+                raise DataError(f"{error}, or begin again with --skip-broken") from error
             if image.shape != expected:
                 raise DataError(
-                    f"{path} is {image.shape[1]} x {image.shape[0]} pixels, {self._paths[0]} is {expected[1]} x {expected[0]}"
-                    "; give all images one size"
+                    f"{path} is {image.shape[1]} x {image.shape[0]} pixels, and was {expected[1]} x {expected[0]} when training "
+                    "began; bring it back"
                 )
             x[row] = torch.from_numpy(image)
         return x, self._labels.index_select(0, torch.from_numpy(numbers))
@@ -89,13 +157,207 @@ class ImageFolderSplit(SampleSplit):
         return str(self._paths[number])
 
 
-def _decode(path: Path) -> npt.NDArray[np.uint8]:
-    """Read an image as (height, width, 3)."""
-    from PIL import Image
+def _part_folders(folder: Path) -> dict[str, Path]:
+    """Find the folders of the parts, by name; without parts the folder itself is for training."""
+    found: dict[str, list[Path]] = {}
+    others = []
+    for path in _subfolders(folder):
+        part = _PARTS.get(path.name.lower())
+        if part is None:
+            others.append(path)
+        else:
+            found.setdefault(part, []).append(path)
+    for part, paths in found.items():
+        if len(paths) > 1:
+            names = " and ".join(repr(path.name) for path in paths)
+            raise DataError(
+                f"{folder} holds {names}, which both name the {_PART_WORDS[part]} part; keep one, and move the other away"
+            )
+    if not found:
+        return {"train": folder}
+    here = ", ".join(repr(path.name) for paths in found.values() for path in paths)
+    with_images = [path.name for path in others if _images_below(path, folder)]
+    if with_images:
+        raise DataError(
+            f"{folder} holds {here}, which {_name_parts(len(found))}, beside {_listed(with_images)}, which {_hold(with_images)} images; "
+            f"move these into the parts or away, or, where {here} {'is a class' if len(found) == 1 else 'are classes'}, give it another name"
+        )
+    if "train" not in found:
+        raise DataError(f"{folder} holds {here} and no training part; name the folder of training images {folder / 'train'}")
+    return {part: found[part][0] for part in ("train", "val", "test") if part in found}
 
+
+def _name_parts(count: int) -> str:
+    return "names a part of the data" if count == 1 else "name parts of the data"
+
+
+def _hold(names: list[str]) -> str:
+    return "holds" if len(names) == 1 else "hold"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    """Return the class folders of a part, sorted: positions of the training part's are the class numbers.
+
+    Raises:
+        DataError: There are none, or they hold folders of the same names, so that those may be the classes.
+    """
+    classes = _subfolders(folder)
+    if not classes:
+        raise DataError(
+            f"{folder} holds no folders; put the images of each class in a folder of its own: {folder / 'CLASS/1.png'}"
+        )
+    inner = {path: [sub.name for sub in _subfolders(path)] for path in classes}
+    if len(classes) == 1:
+        (only,) = classes
+        if len(inner[only]) > 1 and not _entries(only)[1]:
+            raise DataError(
+                f"{folder} holds one folder, {only.name!r}, with the folders {_listed(inner[only])} in it; where these are the classes, "
+                f"give {only}"
+            )
+        return classes
+    # A single name may be in all of them, as in CLASS/images/1.png; two are classes in parts of unknown names.
+    counts = Counter(name for names in inner.values() for name in names)
+    shared = sorted(name for name, count in counts.items() if count > 1)
+    if len(shared) > 1:
+        outer = [path.name for path in classes if set(shared) & set(inner[path])]
+        raise DataError(
+            f"{folder} holds {_listed(outer)}, in which folders have the same names ({_listed(shared)}), so that either may be the classes; "
+            f"name parts train, val and test; where {outer[0]!r} is a class, give the folders in it names that no other class has"
+        )
+    return classes
+
+
+def _list_part(folder: Path, classes: list[str], is_training: bool) -> _Part:
+    """List the images of a part."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    paths: list[Path] = []
+    labels: list[int] = []
+    empty = []
+    for class_folder in _class_folders(folder):
+        images = _images_below(class_folder, folder)
+        if not images:
+            empty.append(class_folder)
+            continue
+        if class_folder.name not in numbers:
+            raise DataError(f"{class_folder} is a class without training images; the classes are {', '.join(classes[:12])}")
+        paths += images
+        labels += [numbers[class_folder.name]] * len(images)
+    if not paths:
+        raise DataError(f"{folder} is empty: its folders hold 0 images ({', '.join(sorted(_SUFFIXES))}); give at least 1")
+    if empty and is_training:
+        raise DataError(
+            f"{empty[0]} holds 0 images ({', '.join(sorted(_SUFFIXES))}), and would be a class that nothing is learnt of; put images in "
+            "it, or remove it"
+        )
+    return _Part(folder, tuple(paths), tuple(labels))
+
+
+def _images_below(folder: Path, root: Path) -> list[Path]:
+    """Return the image files below a folder, sorted; a folder that links lead to again is looked into once."""
+    images: list[Path] = []
+    seen = {root.resolve(), *root.resolve().parents}
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        real = place.resolve()
+        if real in seen:
+            continue
+        seen.add(real)
+        folders, found = _entries(place)
+        waiting += folders
+        images += found
+    return sorted(images)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """Return the folders in a folder, and links to folders, sorted."""
+    return _entries(folder)[0]
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the folders and the image files in a folder, both sorted, without what is hidden or what systems leave behind.
+
+    Raises:
+        DataError: The folder cannot be read, or a link in it that may stand for a folder leads nowhere.
+    """
+    folders: list[Path] = []
+    images: list[Path] = []
     try:
-        with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
-    # PIL raises SyntaxError for some broken PNGs, and an error of its own for images that it takes for an attack.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error}); repair or remove it") from error
+        # Millions of files: their kinds come with their names, where a Path would ask the system for each.
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                suffix = Path(entry.name).suffix.lower()
+                if _is_folder(entry):
+                    folders.append(folder / entry.name)
+                # A link of an image's name that leads nowhere is named with the broken images.
+                elif suffix in _SUFFIXES:
+                    images.append(folder / entry.name)
+                elif not suffix and entry.is_symlink() and not (folder / entry.name).exists():
+                    target = (folder / entry.name).readlink()
+                    raise DataError(f"{folder / entry.name} is a link that leads nowhere ({target}); mend or remove it")
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}; see to its permissions") from error
+    return sorted(folders), sorted(images)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    # A link to itself.
+    except OSError:
+        return False
+
+
+def _look_at(parts: Mapping[str, _Part], decodes: bool) -> tuple[dict[Path, ImageHeader], dict[Path, str]]:
+    """Read every header.
+
+    Args:
+        parts: Parts of the data set, the training part first.
+        decodes: Whether to decode every image too.
+
+    Returns:
+        Headers of the files that can be used, and what is wrong with the others, in the order of the parts.
+    """
+    headers: dict[Path, ImageHeader] = {}
+    broken: dict[Path, str] = {}
+    # Nearly all are alike, and of millions one each would take much memory.
+    kinds: dict[ImageHeader, ImageHeader] = {}
+    with warnings.catch_warnings():
+        # What Pillow says of odd files, line by line; those that cannot be used are named below.
+        warnings.simplefilter("ignore")
+        for part in parts.values():
+            for path in part.paths:
+                try:
+                    header = read_header(path)
+                    headers[path] = kinds.setdefault(header, header)
+                    if decodes:
+                        decode(path, deep=False)
+                except DataError as error:
+                    broken[path] = str(error)
+    sizes = Counter((header.width, header.height) for header in headers.values())
+    if len(sizes) < 2:
+        return headers, broken
+    # The commonest size is the right one: were it the first one's, a single odd image would make all others wrong.
+    usual = sizes.most_common(1)[0][0]
+    like = next(path for path, header in headers.items() if (header.width, header.height) == usual)
+    for path, header in headers.items():
+        if (header.width, header.height) != usual:
+            broken[path] = (
+                f"{path} is {header.width} x {header.height} pixels, {like} is {usual[0]} x {usual[1]}; give all images one size"
+            )
+    order = [path for part in parts.values() for path in part.paths]
+    return headers, {path: broken[path] for path in order if path in broken}
+
+
+def _words(headers: list[ImageHeader]) -> tuple[str, ...]:
+    """Return the steps from files to values from 0 to 1, in words."""
+    done = frozenset().union(*(header.remarks for header in headers))
+    bits = sorted({header.bits for header in headers})
+    scale = "uint8 / 255" if bits == [8] else ", ".join(f"{width}-bit values / {2**width - 1}" for width in bits)
+    return ("decoded to RGB", *(remark for remark in REMARKS if remark in done), scale)

@@ -1,5 +1,6 @@
 """Preprocessing of samples: scale, axes and dtype that a model takes, with each step in words for whoever uses the model later."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,8 @@ from lowmem_pnn.errors import DataError
 
 InputForm = Literal["flat", "image3", "any"]
 """Form of the samples that a model takes: flattened, images of three channels, or samples as they are."""
-_Layout = Literal["HW", "HWC", "CHW"]
+Layout = Literal["HW", "HWC", "CHW"]
+"""Axes of an image: height, width, and channels last, first, or none."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,18 @@ class Preprocessing:
     shape: tuple[int, ...]
     dtype: torch.dtype
     steps: tuple[str, ...]
-    _layout: _Layout | None
+    _layout: Layout | None
     _grey_to_three: bool
 
     @classmethod
-    def choose(cls, raw_shape: tuple[int, ...], raw_dtype: torch.dtype, input_form: InputForm, where: str) -> "Preprocessing":
+    def choose(
+        cls,
+        raw_shape: tuple[int, ...],
+        raw_dtype: torch.dtype,
+        input_form: InputForm,
+        where: str,
+        layout: Layout | None = None,
+    ) -> "Preprocessing":
         """Choose the preprocessing of samples for a model.
 
         uint8 is divided by 255 and taken as an image where it has two or three axes: HWC becomes CHW, HW becomes 1HW. Other
@@ -46,6 +55,7 @@ class Preprocessing:
             raw_dtype: Element type of a sample as it is stored.
             input_form: Form of the samples that the model takes.
             where: Name of the data set, for messages.
+            layout: Axes of the samples, where they are known to be images; None to find them by their sizes.
 
         Raises:
             DataError: The samples are no numbers, are empty, or are no images where the model takes images.
@@ -60,8 +70,8 @@ class Preprocessing:
             raise DataError(
                 f"data set {where}: samples of shape {raw_shape} hold no values; give samples with at least one value"
             )
-        is_image = raw_dtype == torch.uint8 or input_form == "image3"
-        layout = _layout_of(raw_shape, prefer_last=raw_dtype == torch.uint8) if is_image else None
+        if layout is None and (raw_dtype == torch.uint8 or input_form == "image3"):
+            layout = _layout_of(raw_shape, prefer_last=raw_dtype == torch.uint8)
         shape = {"HW": (1, *raw_shape), "HWC": (*raw_shape[-1:], *raw_shape[:-1])}.get(layout or "", raw_shape)
         if input_form == "image3" and (len(shape) != 3 or shape[0] not in (1, 3)):
             raise DataError(
@@ -80,6 +90,11 @@ class Preprocessing:
             steps.append("flattened")
             shape = (int(torch.Size(shape).numel()),)
         return cls(raw_shape, raw_dtype, shape, dtype, tuple(steps), layout, grey_to_three)
+
+    def as_floats(self) -> "Preprocessing":
+        """Return the same steps, but for integers that become float32: numbers to calculate with, and no tokens."""
+        steps = (_cast_step(self.raw_dtype, torch.float32), *self.steps[1:])
+        return dataclasses.replace(self, dtype=torch.float32, steps=steps)
 
     def __call__(self, raw: Tensor) -> Tensor:
         """Preprocess a batch.
@@ -114,7 +129,7 @@ def holds_tokens(raw_dtype: torch.dtype, input_form: InputForm) -> bool:
     return is_integer and input_form == "any"
 
 
-def _layout_of(shape: tuple[int, ...], prefer_last: bool) -> _Layout | None:
+def _layout_of(shape: tuple[int, ...], prefer_last: bool) -> Layout | None:
     """Find the channel axis by its size, 1 or 3 (the last axis: 4 too); where first and last axis fit, `prefer_last` decides."""
     if len(shape) == 2:
         return "HW"

@@ -1,7 +1,8 @@
 """Data splits (training or test samples by index): from arrays, and from map-style PyTorch data sets."""
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import DataError, LowMemError
-from lowmem_pnn.sources.arrays import as_label, as_labels, as_tensor, hash_tensor
+from lowmem_pnn.sources.arrays import as_label, as_labels, as_tensor, count_classes, hash_tensor
+from lowmem_pnn.sources.given import as_pair, require_map_style
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing, holds_tokens
 
@@ -54,24 +56,48 @@ class SampleSplit:
     where: str
     """Name of the split in messages."""
     label_shape: tuple[int, ...] = ()
+    skipped: Mapping[str, str] = {}
+    """Broken samples that were left out, by name, with what is wrong with each."""
 
     def __init__(self, num_samples: int) -> None:
-        self._num_samples = num_samples
+        # Numbers, as the source counts, of the samples that are left.
+        self._kept = np.arange(num_samples)
 
     def __len__(self) -> int:
-        return self._num_samples
+        return len(self._kept)
+
+    def skip(self, broken: Mapping[int, str]) -> None:
+        """Leave out samples; the others move up, and messages go on naming them as before.
+
+        Args:
+            broken: What is wrong with each of them, by their numbers.
+
+        Raises:
+            DataError: No sample would be left.
+        """
+        left = np.array([number for number in self._kept if int(number) not in broken], dtype=np.int64)
+        if not len(left):
+            number, reason = next(iter(broken.items()))
+            raise DataError(
+                f"{self.where}: all {len(broken):,} samples are broken, such as sample {self._name(np.int64(number))}, which {reason}; "
+                "repair some of them"
+            )
+        self._kept = left
+        self.skipped = {f"sample {self._name(np.int64(number))} of {self.where}": reason for number, reason in broken.items()}
 
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Return samples and classes; see `Split.batch`."""
-        numbers = as_indices(indices, len(self))
+        numbers = self._kept[as_indices(indices, len(self))]
         raw, labels = self._raw(numbers)
         x = self.preprocessing(raw)
         # Bytes are always finite; to check them would be a pass over the batch for nothing.
         if self.preprocessing.raw_dtype.is_floating_point and not bool(torch.isfinite(x).all()):
             finite = torch.isfinite(x).reshape(len(x), -1).all(dim=1)
             worst = int((~finite).nonzero()[0])
-            value = "NaN" if bool(x[worst].isnan().any()) else "an infinite value"
-            raise DataError(f"sample {self._name(numbers[worst])} of {self.where} holds {value}; repair it or leave it out")
+            value = _what_is_not_finite(x[worst])
+            raise DataError(
+                f"sample {self._name(numbers[worst])} of {self.where} holds {value}; repair it or leave it out (--skip-broken)"
+            )
         self._check_classes(labels, "label", numbers)
         if self.label_shape:
             # A label is the token that comes next: both are numbers of one vocabulary.
@@ -133,6 +159,23 @@ class ArraySplit(SampleSplit):
             for begin in range(0, len(self), step):
                 self.batch(np.arange(begin, min(begin + step, len(self))))
 
+    def skip_broken(self) -> None:
+        """Leave out the samples that hold NaN or infinity, as the model would see them.
+
+        Raises:
+            DataError: All of them do.
+        """
+        if not self.preprocessing.raw_dtype.is_floating_point:
+            return
+        broken: dict[int, str] = {}
+        step = max(1, _CHECKED_BYTES // max(1, self._x[0].nbytes))
+        for begin in range(0, len(self._x), step):
+            x = self.preprocessing(self._x[begin : begin + step].clone()).flatten(1)
+            for row in (~torch.isfinite(x).all(dim=1)).nonzero().flatten().tolist():
+                broken[begin + row] = f"holds {_what_is_not_finite(x[row])}"
+        if broken:
+            self.skip(broken)
+
     def fingerprint(self) -> str:
         """Return a hash of the values; of very large arrays, of evenly spaced pieces and a sum."""
         digest = hashlib.sha256()
@@ -153,14 +196,20 @@ class MapSplit(SampleSplit):
         num_classes: Number of classes; labels are below it. None to count the classes, see `from_torch`.
         input_form: Form of the samples that the model takes.
         where: Name of the split in messages.
+        skip_broken: Whether to read every sample once, and to leave out those that raise, hold NaN or infinity, or are of another
+            form than most.
     """
 
-    def __init__(self, dataset: Any, num_classes: int | None, input_form: InputForm, where: str) -> None:
+    def __init__(
+        self, dataset: Any, num_classes: int | None, input_form: InputForm, where: str, skip_broken: bool = False
+    ) -> None:
         _require_samples(len(dataset), where)
         super().__init__(len(dataset))
         self.where = where
         self._dataset, self._input_form = dataset, input_form
-        first, label = self._sample(0)
+        if skip_broken and (broken := self._find_broken()):
+            self.skip(broken)
+        first, label = self._sample(int(self._kept[0]))
         self.label_shape = tuple(label.shape)
         self.preprocessing = Preprocessing.choose(tuple(first.shape), first.dtype, input_form, where)
         self.num_classes = self._count_classes() if num_classes is None else num_classes
@@ -171,8 +220,8 @@ class MapSplit(SampleSplit):
         Raises:
             DataError: A sample differs when it is read again.
         """
-        digest = hashlib.sha256(str(len(self)).encode())
-        for number in np.unique(np.linspace(0, len(self) - 1, _NUM_PROBES).astype(np.int64)):
+        digest = hashlib.sha256(f"{len(self)}{''.join(self.skipped)}".encode())
+        for number in self._kept[np.unique(np.linspace(0, len(self) - 1, _NUM_PROBES).astype(np.int64))]:
             x, label = self._sample(int(number))
             again, label_again = self._sample(int(number))
             same = torch.equal(label, label_again) and x.shape == again.shape
@@ -190,24 +239,44 @@ class MapSplit(SampleSplit):
         known = _known_classes(self._dataset, self.where, self.label_shape != ())
         if known is not None:
             return known
-        return max(count_classes(x[None], label[None]) for x, label in map(self._sample, range(len(self))))
+        return max(count_classes(x[None], label[None]) for x, label in map(self._sample, self._kept.tolist()))
+
+    def _find_broken(self) -> dict[int, str]:
+        """Read every sample, and say what is wrong with those that cannot be used."""
+        forms: dict[int, str] = {}
+        broken: dict[int, str] = {}
+        for number in self._kept.tolist():
+            try:
+                x, label = self._sample(number)
+            except DataError as error:
+                reason = error.__cause__ or error
+                broken[number] = f"cannot be read: {one_line(reason) if reason is error.__cause__ else error}"
+                continue
+            if x.dtype.is_floating_point and not bool(torch.isfinite(floats := x.to(torch.float32)).all()):
+                broken[number] = f"holds {_what_is_not_finite(floats)}"
+            else:
+                labels = f", its labels {tuple(label.shape)}" if label.ndim else ""
+                forms[number] = f"{tuple(x.shape)} {x.dtype}{labels}"
+        if forms:
+            usual = Counter(forms.values()).most_common(1)[0][0]
+            broken |= {number: f"is {form}, most are {usual}" for number, form in forms.items() if form != usual}
+        return dict(sorted(broken.items()))
 
     def _sample(self, number: int) -> tuple[Tensor, Tensor]:
+        where = f"sample {number} of {self.where}"
         try:
             item = self._dataset[number]
+            # An image may be read from its file only now.
+            if isinstance(item, tuple | list) and len(item) == 2:
+                x = as_tensor(item[0], where)
+                return x, as_label(item[1], where, tuple(x.shape) if holds_tokens(x.dtype, self._input_form) else None)
         except (LowMemError, MemoryError):
             raise
         # Whatever a user's data set raises is the user's to see, on one line, with the original as the cause.
         except Exception as error:
-            raise DataError(
-                f"sample {number} of {self.where} cannot be read: {one_line(error)}; repair it or leave it out"
-            ) from error
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            content = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
-            raise DataError(f"sample {number} of {self.where} is {content}; a data set must give pairs (x, class number)")
-        where = f"sample {number} of {self.where}"
-        x = as_tensor(item[0], where)
-        return x, as_label(item[1], where, tuple(x.shape) if holds_tokens(x.dtype, self._input_form) else None)
+            raise DataError(f"{where} cannot be read: {one_line(error)}; repair it or leave it out (--skip-broken)") from error
+        content = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
+        raise DataError(f"{where} is {content}; a data set must give pairs (x, class number)")
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         expected = self.preprocessing
@@ -231,17 +300,23 @@ class MapSplit(SampleSplit):
 
 
 def from_torch(
-    dataset: Any, *, num_classes: int | None = None, input_form: InputForm = "any", where: str = "the data set"
+    dataset: Any,
+    *,
+    num_classes: int | None = None,
+    input_form: InputForm = "any",
+    where: str = "the data set",
+    skip_broken: bool = False,
 ) -> SampleSplit:
     """Make a split of a PyTorch data set or of tensors.
 
     Args:
-        dataset: Map-style data set of (x, class number), or a pair of tensors or arrays (x, y). Tokens, which are integers of a
-            shape (N, T), may have a label each: y of the same shape.
+        dataset: Map-style data set of (x, class number), or a pair of tensors, arrays, tables or lists (x, y). Tokens, which are
+            integers of a shape (N, T), may have a label each: y of the same shape.
         num_classes: Number of classes. None to take it from the data set's `classes` or labels; without those every sample is read
             once. Where tokens have labels, it is one more than the largest token or label.
         input_form: Form of the samples that the model takes.
         where: Name of the split in messages.
+        skip_broken: Read every sample once, and leave out those that raise, hold NaN or infinity, or are of another form than most.
 
     Raises:
         DataError: The data set is empty, is not indexed, or does not hold such pairs.
@@ -254,20 +329,23 @@ def from_torch(
     """
     if isinstance(dataset, SampleSplit):
         return dataset
-    if isinstance(dataset, tuple | list) and len(dataset) == 2 and all(isinstance(part, Tensor | np.ndarray) for part in dataset):
-        x = as_tensor(dataset[0], where)
-        y = as_labels(dataset[1], where, tuple(x.shape) if holds_tokens(x.dtype, input_form) else None)
+    if (pair := as_pair(dataset)) is not None:
+        x = as_tensor(pair[0], where)
+        y = as_labels(pair[1], where, tuple(x.shape) if holds_tokens(x.dtype, input_form) else None)
         if x.ndim < 1 or y.ndim < 1:
             raise DataError(f"{where}: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; give x (N, ...) and y (N,)")
         _require_samples(len(y), where)
-        return ArraySplit(x, y, count_classes(x, y) if num_classes is None else num_classes, input_form, where)
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise DataError(
-            f"{where} is a {type(dataset).__name__} without __getitem__ and __len__; give a map-style data set, so that every "
-            "index has a fixed sample, or tensors (x, y)"
-        )
+        split = ArraySplit(x, y, count_classes(x, y) if num_classes is None else num_classes, input_form, where)
+        if skip_broken:
+            split.skip_broken()
+        return split
+    require_map_style(dataset, where)
     _require_samples(len(dataset), where)
-    return MapSplit(dataset, num_classes, input_form, where)
+    return MapSplit(dataset, num_classes, input_form, where, skip_broken)
+
+
+def _what_is_not_finite(x: Tensor) -> str:
+    return "NaN" if bool(x.isnan().any()) else "an infinite value"
 
 
 def _require_samples(num_samples: int, where: str) -> None:
@@ -293,21 +371,6 @@ def as_indices(indices: Indices, length: int) -> npt.NDArray[np.int64]:
     return numbers.astype(np.int64)
 
 
-def count_classes(x: Tensor, y: Tensor) -> int:
-    """Return the number of classes that labels show, and tokens too where each token has a label.
-
-    Args:
-        x: Samples (N, ...).
-        y: Labels (N,), or of x's shape; int64; at least one.
-
-    Example:
-        >>> count_classes(torch.tensor([[7, 1]]), torch.tensor([[1, 2]])), count_classes(torch.tensor([[7, 1]]), torch.tensor([2]))
-        (8, 3)
-    """
-    # By numpy: torch has no maximum of uint16, in which tokens are often kept.
-    return max(0, *(int(part.cpu().numpy().max()) for part in ((x, y) if y.ndim > 1 else (y,)))) + 1
-
-
 def _known_classes(dataset: Any, where: str, of_tokens: bool) -> int | None:
     """Return the number of classes of a map-style data set if that is known without reading the samples one by one."""
     tensors = getattr(dataset, "tensors", None)
@@ -323,4 +386,11 @@ def _known_classes(dataset: Any, where: str, of_tokens: bool) -> int | None:
         labels = tensors[-1] if isinstance(tensors, tuple) else None
     if labels is None and isinstance(dataset, torch.utils.data.Subset):
         return _known_classes(dataset.dataset, where, of_tokens)
-    return None if labels is None else max(int(as_labels(labels, where).max()) + 1, 1)
+    if labels is None:
+        return None
+    try:
+        numbers = as_labels(labels, where)
+    except DataError:
+        # A data set may turn what it calls `targets` into class numbers as a sample is read.
+        return None
+    return max(int(numbers.max()) + 1, 1) if numbers.numel() else None

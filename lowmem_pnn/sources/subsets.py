@@ -1,5 +1,6 @@
 """Subsets of data splits: chosen samples, and the seeded division into a training and a validation part."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -7,21 +8,21 @@ import numpy.typing as npt
 from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError, DataError
-from lowmem_pnn.sources.splits import Indices, Split, as_indices
+from lowmem_pnn.sources.splits import Indices, SampleSplit, Split, as_indices
 
 
 class SubsetSplit:
     """Split of some samples of another split, in a given order."""
 
     def __init__(self, base: Split, numbers: npt.NDArray[np.int64]) -> None:
-        self._base, self._numbers = base, numbers
+        self.base, self.numbers = base, numbers
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Return samples and classes, as `Split.batch` does; messages give the sample's number in the whole split."""
-        return self._base.batch(self._numbers[as_indices(indices, len(self))])
+        return self.base.batch(self.numbers[as_indices(indices, len(self))])
 
 
 def subset(split: Split, indices: npt.NDArray[np.integer[Any]]) -> Split:
@@ -45,6 +46,46 @@ def subset(split: Split, indices: npt.NDArray[np.integer[Any]]) -> Split:
     if not len(indices):
         raise DataError(f"a subset of 0 of {len(split):,} samples cannot be trained on; choose at least 1")
     return SubsetSplit(split, as_indices(indices, len(split)).copy())
+
+
+def sample_of(split: Split, limit: int | None, seed: int) -> Split:
+    """Return some samples of a split, chosen by chance: the first ones may all be of one class.
+
+    Args:
+        split: Split to choose from.
+        limit: Number of samples; None, or more than there are, for all of them.
+        seed: Seed of the choice.
+
+    Returns:
+        The chosen samples, in the order of the split.
+
+    Example:
+        >>> from lowmem_pnn.sources.splits import from_torch
+        >>> sample_of(from_torch((np.zeros((10, 4)), np.arange(10))), 3, seed=0).batch([0, 1, 2])[1]
+        tensor([2, 4, 8])
+    """
+    if limit is None or limit >= len(split):
+        return split
+    return subset(split, np.sort(_permutation(len(split), seed)[:limit]))
+
+
+def as_floats(split: Split) -> Split:
+    """Return a split with its integer samples as float32: numbers to calculate with, and no tokens.
+
+    Args:
+        split: Split of the package's own, or a subset of one.
+    """
+    if isinstance(split, SubsetSplit):
+        return SubsetSplit(as_floats(split.base), split.numbers)
+    assert isinstance(split, SampleSplit), "a split of a user's own gives samples as they are"
+    floats = copy.copy(split)
+    floats.preprocessing = split.preprocessing.as_floats()
+    return floats
+
+
+def _permutation(length: int, seed: int) -> npt.NDArray[np.int64]:
+    # RandomState's stream is frozen for good, a Generator's is not: the same seed must give the same parts in years to come.
+    return np.random.RandomState(seed % 2**32).permutation(length).astype(np.int64)
 
 
 def train_val_split(split: Split, val_fraction: float, seed: int, limit: int | None) -> tuple[Split, Split | None]:
@@ -79,8 +120,7 @@ def train_val_split(split: Split, val_fraction: float, seed: int, limit: int | N
         raise ConfigError(f"a seed of {seed} is negative; give 0 or more")
     if limit is not None and limit < 1:
         raise ConfigError(f"a limit of {limit} samples leaves none; give at least 1")
-    # RandomState's stream is frozen for good, a Generator's is not: the same seed must give the same parts in years to come.
-    chosen = np.random.RandomState(seed % 2**32).permutation(len(split)).astype(np.int64)[:limit]
+    chosen = _permutation(len(split), seed)[:limit]
     num_val = max(round(len(chosen) * val_fraction), 1) if val_fraction else 0
     if num_val >= len(chosen):
         raise DataError(

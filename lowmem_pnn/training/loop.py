@@ -6,7 +6,6 @@ from typing import Literal, Protocol
 from lowmem_pnn.engine.epoch import Learner, train_epoch
 from lowmem_pnn.run.run import Run
 
-
 # Batches of a sweep after which its micro-batch has shown that it fits.
 _BATCHES_BEFORE_COMMIT = 2
 

@@ -66,6 +66,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, float], exit
         bytes_written=state.bytes_written,
         oom_retries=state.oom_retries,
         skipped_steps=sum(scale.skipped for scale in state.loss_scales),
+        skipped_samples=workload.dataset.skipped_samples,
         resumed=state.resumed,
         workdir=str(path),
         weights_file=str(path / "model.safetensors"),

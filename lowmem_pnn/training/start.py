@@ -19,6 +19,7 @@ from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.reporting.tables import describe_skipped
 from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.run.resume import check_same_rank, count_resume, resumed_state
 from lowmem_pnn.run.session import Session
@@ -61,7 +62,7 @@ def begin(
     rank.check(config)
     display = display or Display()
     with _environment(display) as threads:
-        inputs = _open_before_floor(config, open_inputs)
+        inputs = _open_before_floor(config, open_inputs, display)
         with open_workload(config, inputs, rank, display) as (device, workload):
             profile = profile_workload(workload, device)
             request = PlanRequest(workload, profile, device)
@@ -121,7 +122,7 @@ def resume(
     rank.check(config)
     display = display or Display()
     with _environment(display) as threads:
-        inputs = _open_before_floor(config, open_inputs)
+        inputs = _open_before_floor(config, open_inputs, display)
         with open_workload(config, inputs, rank, display) as (device, workload):
             profile = profile_workload(workload, device)
             estimator = TimeEstimator.measured(PlanRequest(workload, profile, device))
@@ -182,11 +183,16 @@ def finished_run(rundir: RunDirectory) -> tuple[FitConfig, State]:
     return FitConfig.from_json(rundir.config_json()), state
 
 
-def _open_before_floor(config: FitConfig, open_inputs: OpenInputs) -> Inputs:
+def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Display) -> Inputs:
     """Open what has to be there before the floor is taken: model and data, and what libraries import on their first use."""
     if config.compile:
         check_compiler()
+    if config.skip_broken:
+        display.message("reading every sample once, to leave out broken ones (--skip-broken)")
     inputs = open_inputs(config)
+    skipped = inputs[1].skipped_samples
+    if skipped["count"]:
+        display.message(describe_skipped(skipped["names"], skipped["count"]))
     warm_up_profiler()
     return inputs
 

@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext, suppress
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device, is_out_of_memory
-from lowmem_pnn.errors import ConfigError, LowMemError
+from lowmem_pnn.errors import CaptureError, ConfigError, LowMemError
 from lowmem_pnn.methods import SplitName, make_method
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.model.layer import is_rowwise
@@ -17,12 +20,19 @@ from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache, profile
-from lowmem_pnn.sources.datasets import Dataset
+from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.deferred_init import skeleton
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.models import ModelSource
 from lowmem_pnn.sources.splits import Split
+from lowmem_pnn.sources.subsets import as_floats
 from lowmem_pnn.workload.workload import Workload
+
+# Functions of integers that fake tensors do not refuse floats for.
+_INTEGER_FUNCTIONS = frozenset(
+    {"and", "or", "xor", "rand", "ror", "rxor", "iand", "ior", "ixor", "gcd", "lcm", "index_select"}
+    | {f"{name}{end}" for name in ("bitwise_and", "bitwise_or", "bitwise_xor", "gcd", "lcm") for end in ("", "_")}
+)
 
 
 def make_workload(
@@ -51,7 +61,7 @@ def make_workload(
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     _check_input(source, dataset, model)
     precision = Precision(config.precision, device.type, config.channels_last)
-    chain = capture(model, TensorSpec(dataset.sample_shape, dataset.dtype), precision)
+    chain, dataset, splits = _capture(model, source, dataset, splits, precision)
     if config.channels_last and all(parameter.dim() != 4 for parameter in model.parameters()):
         raise ConfigError(
             f"--channels-last has no effect here: {source.spec} has no convolutions of maps (C, H, W); leave it out"
@@ -80,6 +90,60 @@ def make_workload(
             "cannot be computed in parts; leave it out"
         )
     return workload
+
+
+class _RefusesFloatsForIntegers(TorchFunctionMode):
+    """Raises where a model gives floats to a function of integers that takes them on fake tensors, and on real ones does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").strip("_")
+        values = [*args, *kwargs.values()]
+        # The input of index_select may be floats; its index, which comes last, may not.
+        operands = values[-1:] if name == "index_select" else values
+        if name in _INTEGER_FUNCTIONS and any(isinstance(value, Tensor) and value.is_floating_point() for value in operands):
+            raise TypeError(f"{name} takes integers, and was given float32")
+        return func(*args, **kwargs)
+
+
+def _capture(
+    model: nn.Module, source: ModelSource, dataset: Dataset, splits: dict[SplitName, Split], precision: Precision
+) -> tuple[Chain, Dataset, dict[SplitName, Split]]:
+    """Cut the model for the samples of a data set, whose integers become float32 where the model calculates with them.
+
+    Integers are tokens for a model that looks them up, and numbers for any other, and only the model tells. An embedding refuses float32
+    on fake tensors, where a linear layer would take int64: so float32 is tried first.
+    """
+
+    def cut(shape: tuple[int, ...], dtype: torch.dtype) -> Chain:
+        is_guess = dtype != dataset.dtype
+        with _RefusesFloatsForIntegers() if is_guess else nullcontext():
+            return capture(model, TensorSpec(shape, dtype), precision)
+
+    shape, dtypes = dataset.sample_shape, [dataset.dtype]
+    if source.input_form == "any" and source.context is None and dataset.may_be_numbers:
+        dtypes = [torch.float32, torch.int64]
+    errors: list[CaptureError] = []
+    for dtype in dtypes:
+        try:
+            chain = cut(shape, dtype)
+        except CaptureError as error:
+            errors.append(error)
+            continue
+        if dtype == dataset.dtype:
+            return chain, dataset, splits
+        return chain, dataset.as_floats(), {name: as_floats(split) for name, split in splits.items()}
+    if len(shape) > 1 and (turned := (shape[-1], *shape[:-1])) != shape:
+        with suppress(CaptureError):
+            capture(model, TensorSpec(turned, dtypes[0]), precision)
+            axes = (0, len(shape), *range(1, len(shape)))
+            raise ConfigError(
+                f"model {source.spec} does not take the samples of data {dataset.name}, which are {shape}, and takes {turned}: store "
+                f"channels first, as by x.transpose{axes} of an array (batch, {', '.join(map(str, shape))})"
+            )
+    # Of two refusals the one that says more: what comes after running, then that of the type which the model looks like.
+    looks_up = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
+    raise next((error for error in errors if "does not run on" not in str(error)), errors[-1 if looks_up else 0])
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -2,21 +2,21 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.fit_config import FitConfig, default_of
 from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.methods import SplitName
 from lowmem_pnn.seeds import seed_of
-from lowmem_pnn.sources.datasets import Dataset, find_dataset, make_dataset
+from lowmem_pnn.sources.dataset import Dataset
+from lowmem_pnn.sources.datasets import find_dataset, make_dataset
 from lowmem_pnn.sources.models import ModelSource, find_model
 from lowmem_pnn.sources.splits import SampleSplit, Split, from_torch
-from lowmem_pnn.sources.subsets import subset, train_val_split
+from lowmem_pnn.sources.subsets import sample_of, train_val_split
 
 Model = str | nn.Module | Callable[[], nn.Module]
 """A name, a model, or a function that builds one."""
@@ -57,23 +57,35 @@ def python_inputs(model: Model, train: Any, val: Any, test: Any) -> Callable[[Fi
         input_form = named.input_form if named is not None else "any"
         if isinstance(train, str):
             context = named.context if named is not None else None
-            dataset = find_dataset(train, config.data_root, input_form, context=context)
+            dataset = find_dataset(train, config.data_root, input_form, context=context, skip_broken=config.skip_broken)
         else:
-            dataset = make_dataset(train, test, name=config.data, input_form=input_form)
+            dataset = make_dataset(train, test, name=config.data, input_form=input_form, skip_broken=config.skip_broken)
         if isinstance(model, str):
             source = find_model(model, config.model_arg, dataset.num_classes)
         else:
             build = (lambda: model) if isinstance(model, nn.Module) else model
             source = ModelSource(name=run_name(config), spec=config.model, build=build, input_form=input_form)
-        splits = split_data(dataset, config if val is None else dataclasses.replace(config, val_fraction=0.0))
-        if val is not None:
-            splits["val"] = from_torch(val, num_classes=dataset.num_classes, input_form=input_form)
-        if test is not None and isinstance(train, str):
-            splits["test"] = from_torch(test, num_classes=dataset.num_classes, input_form=input_form)
-        parts = [dataset.fingerprint, *(part.fingerprint() for part in splits.values() if isinstance(part, SampleSplit))]
-        if len(parts) > 1:
+        apart: dict[SplitName, SampleSplit] = {}
+        given: list[tuple[SplitName, Any]] = [("val", val), ("test", test if isinstance(train, str) else None)]
+        for name, part in given:
+            if part is not None:
+                apart[name] = from_torch(
+                    part,
+                    num_classes=dataset.num_classes,
+                    input_form=input_form,
+                    where=f"{config.data} ({'validation' if name == 'val' else 'test'} part)",
+                    skip_broken=config.skip_broken,
+                )
+        splits = split_data(dataset, config, apart)
+        if apart:
             # Parts that were given apart from the data set belong to the run's data too.
-            dataset = dataclasses.replace(dataset, fingerprint=hashlib.sha256("".join(parts).encode()).hexdigest())
+            prints = [dataset.fingerprint, *(part.fingerprint() for part in apart.values())]
+            skipped = {name: why for part in apart.values() for name, why in part.skipped.items()}
+            dataset = dataclasses.replace(
+                dataset,
+                fingerprint=hashlib.sha256("".join(prints).encode()).hexdigest(),
+                skipped={**dataset.skipped, **skipped},
+            )
         return source, dataset, splits
 
     return open_inputs
@@ -98,28 +110,39 @@ def open_data(config: FitConfig) -> Inputs:
     """
     # The data set says how many classes the model gets; the model how images are to be shown to it, and how long a text.
     named = find_model(config.model, config.model_arg, None)
-    dataset = find_dataset(config.data, config.data_root, named.input_form, context=named.context)
+    dataset = find_dataset(config.data, config.data_root, named.input_form, context=named.context, skip_broken=config.skip_broken)
     source = find_model(config.model, config.model_arg, dataset.num_classes)
     return source, dataset, split_data(dataset, config)
 
 
-def split_data(dataset: Dataset, config: FitConfig) -> dict[SplitName, Split]:
+def split_data(dataset: Dataset, config: FitConfig, apart: Mapping[SplitName, Split] | None = None) -> dict[SplitName, Split]:
     """Split a data set into training, validation and test parts.
 
     Args:
         dataset: open data set.
         config: options of the run.
+        apart: parts that are given apart from the data set, and take the place of its own.
 
     Raises:
         ConfigError: an option for a part that is not there.
     """
-    train, val = train_val_split(dataset.train, config.val_fraction, seed_of(config.seed, "split"), config.train_limit)
+    parts = {"val": dataset.val, "test": dataset.test, **(apart or {})}
+    fraction = config.val_fraction
+    if parts["val"] is not None:
+        if fraction not in (0, default_of("val_fraction")):
+            raise ConfigError(
+                f"--val-fraction {fraction:g} has no effect here: data {config.data} has a validation part of {len(parts['val']):,} "
+                "samples; leave the option out, or give 0 to validate on nothing"
+            )
+        if fraction == 0 and "val" not in (apart or {}):
+            parts["val"] = None
+        fraction = 0.0
+    train, val = train_val_split(dataset.train, fraction, seed_of(config.seed, "split"), config.train_limit)
     splits: dict[SplitName, Split] = {"train": train}
-    if val is not None:
+    if (val := parts["val"] or val) is not None:
         splits["val"] = val
-    if dataset.test is not None:
-        size = min(len(dataset.test), config.test_limit or len(dataset.test))
-        splits["test"] = subset(dataset.test, torch.arange(size).numpy())
+    if parts["test"] is not None:
+        splits["test"] = sample_of(parts["test"], config.test_limit, seed_of(config.seed, "test"))
     elif config.test_limit is not None:
         raise ConfigError(f"--test-limit has no effect here: data {config.data} has no test part; leave it out")
     return splits

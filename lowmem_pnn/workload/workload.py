@@ -15,7 +15,7 @@ from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.seeds import seed_of
-from lowmem_pnn.sources.datasets import Dataset
+from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.models import ModelSource
 from lowmem_pnn.sources.splits import Split
 
@@ -72,6 +72,11 @@ class Workload:
             for name, module in layer.module.named_modules()
             if isinstance(module, kind) and layer.modes.of(True).get(name, True) and not is_of_head(name)
         ]
+
+    @property
+    def data_stamp(self) -> str:
+        """The data's fingerprint, and behind it the number of samples of each part: what a resume compares."""
+        return " ".join([self.dataset.fingerprint, *(f"{name}={len(split)}" for name, split in self.splits.items())])
 
     def optimizer(self, partition: int) -> OptimizerSpec:
         """Return a partition's optimizer."""

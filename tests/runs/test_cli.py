@@ -161,7 +161,10 @@ def test_evaluate_on_other_data_than_the_run_had() -> None:
     write_data(Path("data.npz"), x_test=np.zeros((120, 20), np.float32), y_test=np.arange(120) % 3)
     done = lowmem_pnn("evaluate run")
     assert done.code == 6
-    assert "is not what the run in run began with" in done.fault
+    assert (
+        "is not what the run in run began with (samples then train=108 val=12 test=30, now train=108 val=12 test=120)"
+        in done.fault
+    )
 
 
 def test_a_finished_run_is_resumed_to_its_result_without_its_data() -> None:
@@ -263,7 +266,7 @@ def _flip(path: Path) -> None:
         (lambda run: (run / "config.json").unlink(), "config.json: no such file"),
         (
             lambda run: write_data(run.parent / "data.npz", x_train=np.ones((120, 20), np.float32)),
-            "is not what the run in run began with",
+            "is not what the run in run began with (as many samples, train=108 val=12, but others); bring it back",
         ),
     ],
 )

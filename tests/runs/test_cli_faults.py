@@ -162,7 +162,10 @@ def _with(array: np.ndarray, value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"x_train": _with(_X, np.nan)}, "sample 17 of {}/bad.npz (training part) holds NaN; repair it or leave it out"),
+        (
+            {"x_train": _with(_X, np.nan)},
+            "sample 17 of {}/bad.npz (training part) holds NaN; repair it or leave it out (--skip-broken)",
+        ),
         ({"x_train": _with(_X, np.inf)}, "sample 17 of {}/bad.npz (training part) holds an infinite value"),
         ({"x_test": _with(_X, np.nan), "y_test": _Y}, "sample 17 of {}/bad.npz (test part) holds NaN"),
         ({"y_train": _with(_Y, -1)}, "y_train holds the label -1; number the classes from 0"),
@@ -170,7 +173,10 @@ def _with(array: np.ndarray, value: float) -> np.ndarray:
         ({"y_train": _with(_Y, np.nan)}, "y_train: a label is nan; labels are class numbers"),
         ({"y_train": _Y + 0.5}, "y_train: a label is 0.5; labels are class numbers"),
         ({"y_train": np.eye(3)[_Y]}, "labels have shape (120, 3); give one class number for each sample (one-hot: argmax)"),
-        ({"y_train": np.array(["a"] * 120)}, "holds values of dtype <U1; give real numbers"),
+        (
+            {"y_train": np.array(["a"] * 120)},
+            "y_train: labels are words ('a'); give class numbers, the same for training and test: y = ",
+        ),
         ({"y_train": _Y[:50]}, "120 samples but 50 labels"),
         ({"x_train": _X[:0], "y_train": _Y[:0]}, "is empty: it holds 0 samples; give at least 1"),
         ({"x_train": _X[:, :0]}, "samples of shape (0,) hold no values"),

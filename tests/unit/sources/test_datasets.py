@@ -47,6 +47,17 @@ def test_parts_that_do_not_fit_together_are_refused() -> None:
         make_dataset(train, (torch.zeros(3, 4, dtype=torch.uint8), torch.arange(3)), name="x")
 
 
+def test_a_validation_part_is_held_against_the_training_part() -> None:
+    train = torch.zeros(3, 4), torch.arange(3)
+    dataset = make_dataset(train, val=(torch.ones(2, 4), torch.tensor([1, 4])), name="x")
+    assert dataset.val is not None
+    assert (everything(dataset.val)[1].tolist(), dataset.test, dataset.num_classes) == ([1, 4], None, 5)
+    as_test = make_dataset(train, (torch.ones(2, 4), torch.tensor([1, 4])), name="x")
+    assert dataset.fingerprint != as_test.fingerprint
+    with pytest.raises(DataError, match=r"training samples are \(4,\) torch.float32, validation samples \(5,\)"):
+        make_dataset(train, val=(torch.zeros(3, 5), torch.arange(3)), name="x")
+
+
 def test_classes_are_those_of_both_parts() -> None:
     dataset = make_dataset((torch.zeros(3, 4), torch.arange(3)), (torch.zeros(3, 4).double(), torch.arange(3) + 2), name="a b/c")
     assert (dataset.num_classes, dataset.name) == (5, "a-b-c")
@@ -331,6 +342,15 @@ def test_a_factory_returns_data_in_several_ways(body: str, num_train: int, num_t
     assert (dataset.test and len(dataset.test)) == num_test
     assert dataset.num_classes == 4
     assert dataset.name in ("own-load", "x")
+
+
+def test_a_class_is_a_factory_too(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "import torch\nclass Squares(torch.utils.data.Dataset):\n    def __len__(self):\n        return 4\n"
+        "    def __getitem__(self, index):\n        return torch.tensor([float(index**2)]), index % 2\n"
+    )
+    x, y = everything(find_dataset(f"{tmp_path}/own.py:Squares", NOWHERE, "flat").train)
+    assert (x.flatten().tolist(), y.tolist()) == ([0, 1, 4, 9], [0, 1, 0, 1])
 
 
 def test_a_factory_that_returns_nothing_is_said(tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""A data set: its training, validation and test parts as a model takes them, held against each other."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lowmem_pnn.errors import DataError
+from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, Split
+from lowmem_pnn.sources.subsets import as_floats
+
+# Names of broken samples that reports hold: of a data set of millions all could be broken.
+_MOST_NAMES = 100
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples to train on, to validate on and to test with, as a model takes them.
+
+    Args:
+        name: Name for run folders and results: letters, digits, '-', '_' and '.' only.
+        train: Training part, of at least one sample.
+        test: Test part; None if there is none.
+        num_classes: Number of classes; labels are from 0 to below it.
+        sample_shape: Shape of one sample, without the batch axis.
+        dtype: Element type of the samples: float32, or int64 for tokens.
+        preprocessing: Steps from the raw samples to these, in words, so that anyone can do them again.
+        fingerprint: Hash that changes when the data does.
+        label_shape: Shape of one sample's labels: (), or `sample_shape` where each token has a label.
+        val: Validation part; None if there is none, so that some of the training part is taken.
+        skipped: Broken samples that were left out, by name, with what is wrong with each.
+    """
+
+    name: str
+    train: Split
+    test: Split | None
+    num_classes: int
+    sample_shape: tuple[int, ...]
+    dtype: torch.dtype
+    preprocessing: str
+    fingerprint: str
+    label_shape: tuple[int, ...] = ()
+    val: Split | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def skipped_samples(self) -> dict[str, Any]:
+        """The `count` of the samples that were left out, and the `names` of the first 100."""
+        return {"count": len(self.skipped), "names": list(self.skipped)[:_MOST_NAMES]}
+
+    @property
+    def may_be_numbers(self) -> bool:
+        """Whether integer samples may be numbers to calculate with as well as tokens: nothing but the model tells."""
+        parts = [part for part in (self.train, self.val, self.test) if part is not None]
+        return self.dtype == torch.int64 and not self.label_shape and all(isinstance(part, SampleSplit) for part in parts)
+
+    def as_floats(self) -> "Dataset":
+        """Return the same data set with integer samples as float32; see `may_be_numbers`."""
+        assert isinstance(self.train, SampleSplit)
+        train, val, test = (None if part is None else as_floats(part) for part in (self.train, self.val, self.test))
+        assert isinstance(train, SampleSplit)
+        steps = ", ".join(train.preprocessing.steps)
+        return dataclasses.replace(self, train=train, val=val, test=test, dtype=torch.float32, preprocessing=steps)
+
+
+def join_parts(
+    name: str,
+    train: SampleSplit,
+    test: SampleSplit | None,
+    val: SampleSplit | None = None,
+    *,
+    first_steps: tuple[str, ...] | None = None,
+    skipped: Mapping[str, str] | None = None,
+) -> Dataset:
+    """Put the parts of a data set together.
+
+    Args:
+        name: Name of the data set; any text.
+        train: Training part.
+        test: Test part; None if there is none.
+        val: Validation part; None if there is none.
+        first_steps: Words for the first step of the preprocessing, where the source did something itself.
+        skipped: Broken samples that the source left out itself, by name; those of the parts are added.
+
+    Raises:
+        DataError: The parts do not fit together, or a sample or label of arrays is not usable.
+    """
+    preprocessing = train.preprocessing
+    others = [(part, kind) for part, kind in ((val, "validation"), (test, "test")) if part is not None]
+    for part, kind in others:
+        _check_fit(name, train, part, kind)
+    parts = [train, *(part for part, _ in others)]
+    num_classes = max(part.num_classes for part in parts)
+    for part in parts:
+        part.num_classes = num_classes
+        if isinstance(part, ArraySplit):
+            part.check()
+    steps = preprocessing.steps if first_steps is None else (*first_steps, *preprocessing.steps[1:])
+    fingerprints = [part.fingerprint() for part in (train, test) if part is not None]
+    if val is not None:
+        fingerprints.append(f"validation {val.fingerprint()}")
+    return Dataset(
+        name=folder_name(name),
+        train=train,
+        test=test,
+        val=val,
+        num_classes=num_classes,
+        sample_shape=preprocessing.shape,
+        dtype=preprocessing.dtype,
+        preprocessing=", ".join(steps),
+        fingerprint=hashlib.sha256("\n".join([*fingerprints, *steps]).encode()).hexdigest(),
+        label_shape=train.label_shape,
+        skipped={name: reason for known in (skipped or {}, *(part.skipped for part in parts)) for name, reason in known.items()},
+    )
+
+
+def _check_fit(name: str, train: SampleSplit, part: SampleSplit, kind: str) -> None:
+    """Refuse a part whose samples or labels are of another form than those of the training part."""
+    own, other = train.preprocessing, part.preprocessing
+    if (other.shape, other.dtype) != (own.shape, own.dtype):
+        raise DataError(
+            f"data set {name!r}: training samples are {own.shape} {own.dtype}, {kind} samples {other.shape} {other.dtype}; give both "
+            "one shape and dtype"
+        )
+    kinds = [(steps.raw_dtype == torch.uint8, steps.steps[1:]) for steps in (own, other)]
+    if kinds[0] != kinds[1]:
+        raise DataError(
+            f"data set {name!r}: training samples are presented as {', '.join(own.steps)}, {kind} samples as "
+            f"{', '.join(other.steps)}; store both alike"
+        )
+    if train.label_shape != part.label_shape:
+        raise DataError(
+            f"data set {name!r}: a training sample's labels have shape {train.label_shape}, a {kind} sample's {part.label_shape}; "
+            "give both one shape"
+        )
+
+
+def folder_name(text: str) -> str:
+    """Return a text as part of a folder's name: letters, digits, '-', '_' and '.' alone.
+
+    Args:
+        text: Any text.
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:60] or "data"

@@ -1,0 +1,84 @@
+"""Data as people give it from Python: pairs of arrays, tables or lists, and what is no data set, with what to give instead."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowmem_pnn.errors import DataError, LowMemError
+from lowmem_pnn.sources.imports import one_line
+
+
+def as_pair(data: Any) -> tuple[Any, Any] | None:
+    """Return samples and labels of data that are given whole, or None where they come one by one, from a map-style data set.
+
+    A tuple of two is such a pair if the first is an array, a tensor, a table or a list, and the second is one or a list of numbers or
+    words. A list of two is a data set of two samples, unless its first is an array.
+
+    Args:
+        data: What was given.
+
+    Example:
+        >>> as_pair((np.zeros((2, 3)), [0, 1])) is not None, as_pair([(np.zeros(3), 0), (np.zeros(3), 1)]) is None
+        (True, True)
+    """
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        return None
+    x, y = data
+    if _is_array(x) and (_is_array(y) or isinstance(y, list | tuple | range)):
+        return x, y
+    if isinstance(data, tuple) and isinstance(x, list) and (_is_array(y) or isinstance(y, range) or _holds_scalars(y)):
+        return x, y
+    return None
+
+
+def require_map_style(data: Any, where: str) -> None:
+    """Refuse what has no sample at every index.
+
+    Args:
+        data: What was given as a data set.
+        where: Name of the data set in messages.
+
+    Raises:
+        DataError: It is a loader, a stream, a dictionary, or something else that is not indexed.
+    """
+    kind = type(data).__name__
+    if isinstance(data, torch.utils.data.DataLoader):
+        raise DataError(
+            f"{where} is a DataLoader; give the data set that it loads from (loader.dataset): batches and their order are made here, "
+            "as --batch-size and --shuffle say"
+        )
+    if isinstance(data, torch.utils.data.IterableDataset):
+        raise DataError(
+            f"{where} is an IterableDataset ({kind}), a stream; give a map-style data set, so that every index has a fixed sample: "
+            "list(stream) where it fits in memory, or tensors (x, y)"
+        )
+    if isinstance(data, dict):
+        names = ", ".join(map(repr, list(data)[:4]))
+        raise DataError(f"{where} is a dict ({names}); give the pair (x, y), or a map-style data set of pairs")
+    if _is_array(data):
+        raise DataError(f"{where} is one {kind}, without labels; give the pair (x, y)")
+    if isinstance(data, tuple | list) and len(data) == 2 and _is_array(data[0]):
+        raise DataError(f"{where}: the labels are a {type(data[1]).__name__}; give a tensor, an array or a list of class numbers")
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        raise DataError(
+            f"{where} is a {kind} without __getitem__ and __len__; give a map-style data set, so that every "
+            "index has a fixed sample, or tensors (x, y)"
+        )
+    try:
+        len(data)
+    except (LowMemError, MemoryError):
+        raise
+    # Whatever a user's data set raises is the user's to see, on one line, with the original as the cause.
+    except Exception as error:
+        raise DataError(f"{where} is a {kind} whose length cannot be told: {one_line(error)}; see to its __len__") from error
+
+
+def _is_array(value: Any) -> bool:
+    # Tables have `to_numpy`, sparse matrices `toarray`, arrays of other libraries `__array__`.
+    return isinstance(value, Tensor | np.ndarray) or any(hasattr(value, name) for name in ("to_numpy", "toarray", "__array__"))
+
+
+def _holds_scalars(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], bool | int | float | str | np.generic)
