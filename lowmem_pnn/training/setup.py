@@ -1,7 +1,7 @@
 """Setup: the device and the workload on it, ready for a plan, and what has to be in memory before the floor is taken."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import torch
@@ -16,6 +16,7 @@ from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.memory_profiler import profile
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.run.ranks import ALONE, Rank
+from lowmem_pnn.sources.deferred_init import skeleton
 from lowmem_pnn.workload import Workload, make_workload, with_compiled_layers
 from lowmem_pnn.workload.inputs import Inputs
 
@@ -39,6 +40,9 @@ def open_workload(
     """
     if config.optimizer_state == "int8":
         load_int8_levels()
+    # What the model's constructor imports belongs to the floor. What is wrong with it is said below.
+    with suppress(Exception):
+        skeleton(inputs[0].build)
     device = _device_of(config, rank)
     compiled = None
     if config.compile:
