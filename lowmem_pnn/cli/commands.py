@@ -15,7 +15,15 @@ from typing import Any
 import click
 
 from lowmem_pnn import __version__
-from lowmem_pnn.cli.options import GroupedCommand, command_options, config_options, given_options, output_options, run_options
+from lowmem_pnn.cli.options import (
+    GroupedCommand,
+    command_options,
+    config_options,
+    given_options,
+    output_options,
+    run_options,
+    trust_option,
+)
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, is_worker, supervise
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
@@ -45,6 +53,7 @@ def fit(
     workdir: Path | None,
     resume: bool,
     overwrite: bool,
+    trust: bool,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -58,6 +67,8 @@ def fit(
     config, rank, given = None, Rank.of_environment(), given_options(options)
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run, and --overwrite replaces it; give one")
+    if trust and not resume:
+        raise ConfigError("--trust has no effect here: it needs --resume; leave it out")
     if workdir is None and not rank.is_alone:
         raise ConfigError("the processes of torchrun need a folder that they agree on; give --workdir DIR")
     if resume:
@@ -78,7 +89,9 @@ def fit(
 
             display = None if quiet else TerminalDisplay(Console(stderr=True))
             if config is None:
-                result = start.resume(chosen, given, display=display, should_stop=should_stop, after_crash=after_crash, rank=rank)
+                result = start.resume(
+                    chosen, given, display=display, should_stop=should_stop, after_crash=after_crash, rank=rank, trust=trust
+                )
             else:
                 result = start.begin(config, chosen, overwrite=overwrite, display=display, should_stop=should_stop, rank=rank)
         # Signals are still only noted: a run that is done is not reported as one that was stopped.
@@ -113,15 +126,16 @@ def plan(no_timing: bool, as_json: bool, quiet: bool, debug: bool, **options: An
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@trust_option
 @output_options
-def evaluate(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Measure the weights of a finished run on its test data, within its memory budget."""
     import json
 
     with _stdout_is_ours():
         from lowmem_pnn.api import evaluate as evaluate_run
 
-        scores = evaluate_run(run)
+        scores = evaluate_run(run, trust=trust)
     click.echo(json.dumps(scores) if as_json else ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
 
@@ -137,15 +151,16 @@ def evaluate(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder that the model is written to. [default: RUN/exit-K]"
 )
+@trust_option
 @output_options
-def export(run: Path, exit_: str, out: Path | None, as_json: bool, quiet: bool, debug: bool) -> None:
+def export(run: Path, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Write the model of a finished run, up to one of its exits, for plain PyTorch: a torch.export program, and its weights."""
     import json
 
     with _stdout_is_ours():
         from lowmem_pnn.api import export as export_run
 
-        report = export_run(run, exit=exit_, out=out)
+        report = export_run(run, exit=exit_, out=out, trust=trust)
     click.echo(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
 
 

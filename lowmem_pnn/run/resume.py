@@ -1,12 +1,16 @@
 """What a resume begins with: the state of the last commit, if it belongs to what is asked now."""
 
 from pathlib import Path
+from typing import get_args
 
+from lowmem_pnn.config.faults import flag
+from lowmem_pnn.config.fit_config import PerPartition
 from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.errors import BudgetError, CheckpointError
 from lowmem_pnn.methods import Sweep, visits_of_rank
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.state import State
+from lowmem_pnn.stores.disk import RUN_REMEDY
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.workload import Workload
 
@@ -22,10 +26,65 @@ def resumed_state(rundir: RunDirectory, workload: Workload, rank: Rank) -> State
     Raises:
         CheckpointError: the data is not what the run began with, or it was begun by another process of several.
     """
-    state = State.from_journal(rundir.journal())
-    check_same_data(state, workload, rundir.path)
+    state = State.from_journal(rundir.journal(), rundir.path)
     check_same_rank(state, rank, rundir.path)
+    check_same_data(state, workload, rundir.path)
+    check_plan(state, workload, rundir.path)
+    check_position(state, workload, rundir.path)
     return state
+
+
+def check_plan(state: State, workload: Workload, path: Path) -> None:
+    """Refuse a plan that is not of a run's model, or that has not as many partitions as its options have values.
+
+    Args:
+        state: state of the run.
+        workload: model, data and method.
+        path: folder of the run, for the message.
+
+    Raises:
+        CheckpointError: it is another model's.
+    """
+    parts, layers = state.plan["partitions"], len(workload.chain.layers)
+    if (planned := parts[-1]["stop"]) != layers:
+        raise _not_ours(path, f"a plan of {planned} layers, where the model has {layers}")
+    for name in get_args(PerPartition):
+        values = getattr(workload.config, name)
+        if isinstance(values, tuple) and len(values) not in (1, len(parts)):
+            raise _not_ours(path, f"{len(parts)} partitions, where {flag(name)} has {len(values)} values")
+
+
+def check_position(state: State, workload: Workload, path: Path) -> None:
+    """Refuse a position that is not in a run's program.
+
+    Args:
+        state: state of the run.
+        workload: model, data and method.
+        path: folder of the run, for the message.
+
+    Raises:
+        CheckpointError: there is no such position.
+    """
+    parts, progress = state.plan["partitions"], state.progress
+    program = visits_of_rank(workload.method.program(len(parts), workload.training_splits), state.rank, state.ranks)
+    if state.visit > len(program):
+        raise _not_ours(path, f"visit {state.visit}, where the program has {len(program)}")
+    if state.visit == len(program):
+        return
+    item = program[state.visit]
+    batch = item.batch_size if isinstance(item, Sweep) else parts[item.partition]["batch"]
+    batches = -(-len(workload.splits["train"]) // batch)
+    if progress.epoch > max(1, item.epochs) or progress.batch > batches:
+        raise _not_ours(
+            path,
+            f"epoch {progress.epoch}, batch {progress.batch}, where visit {state.visit} has {item.epochs} epochs of {batches}",
+        )
+    if isinstance(item, Sweep) and state.sweep_micro_batch < 1:
+        raise _not_ours(path, f"a micro-batch of {state.sweep_micro_batch} in a sweep")
+
+
+def _not_ours(path: Path, fault: str) -> CheckpointError:
+    return CheckpointError(f"the journal of {path} says what no run of this configuration says of itself ({fault}); {RUN_REMEDY}")
 
 
 def check_same_rank(state: State, rank: Rank, path: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from lowmem_pnn.errors import BusyError, CheckpointError, ConfigError, DiskError
-from lowmem_pnn.stores import disk, run_directory
-from lowmem_pnn.stores.run_directory import RunDirectory, write_durably
+from lowmem_pnn.stores import disk, run_creation
+from lowmem_pnn.stores.disk import write_durably
+from lowmem_pnn.stores.run_directory import RunDirectory
 
 
 def body(number: int = 0, **more: Any) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def body(number: int = 0, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_directory, "_LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(run_creation, "_LOCK_PATIENCE_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_a_run_is_born_with_its_configuration_and_journal(path: Path) -> None:
         assert run.config_json() == '{"lr": 1}'
         assert run.journal() == body()
         assert {entry.name for entry in run.path.iterdir()} == {"config.json", "journal.json", "lock"}
-        assert run.path.stat().st_mode & 0o777 == 0o777 & ~run_directory._umask()
+        assert run.path.stat().st_mode & 0o777 == 0o777 & ~run_creation._umask()
     assert [entry.name for entry in (path / "deep").iterdir()] == ["ü ñ"], "nothing is left beside it"
 
 
