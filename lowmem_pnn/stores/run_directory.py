@@ -100,7 +100,7 @@ class RunDirectory:
             raise disk_error(path, error, "look into it") from error
         if not is_run:
             raise CheckpointError(
-                f"{path} holds no run to resume or evaluate; give the folder of one, or leave --resume out to begin"
+                f"{path} holds no run to resume or evaluate; give the folder of one, or leave --resume out to begin{way_back(path)}"
             )
         lock: IO[str] | DiskError
         try:
