@@ -1,12 +1,10 @@
 """What a resume begins with: the state of the last commit, if it belongs to what is asked now."""
 
 from pathlib import Path
-from typing import get_args
 
-from lowmem_pnn.config.faults import flag
-from lowmem_pnn.config.fit_config import PerPartition
+from lowmem_pnn.config.checks import check_lengths
 from lowmem_pnn.engine.out_of_memory import halved
-from lowmem_pnn.errors import BudgetError, CheckpointError
+from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
 from lowmem_pnn.methods import Sweep, visits_of_rank
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.state import State
@@ -48,10 +46,10 @@ def check_plan(state: State, workload: Workload, path: Path) -> None:
     parts, layers = state.plan["partitions"], len(workload.chain.layers)
     if (planned := parts[-1]["stop"]) != layers:
         raise _not_ours(path, f"a plan of {planned} layers, where the model has {layers}")
-    for name in get_args(PerPartition):
-        values = getattr(workload.config, name)
-        if isinstance(values, tuple) and len(values) not in (1, len(parts)):
-            raise _not_ours(path, f"{len(parts)} partitions, where {flag(name)} has {len(values)} values")
+    try:
+        check_lengths(workload.config, len(parts))
+    except ConfigError as error:
+        raise _not_ours(path, f"{len(parts)} partitions, where {error}") from None
 
 
 def check_position(state: State, workload: Workload, path: Path) -> None:
