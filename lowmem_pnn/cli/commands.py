@@ -24,10 +24,12 @@ from lowmem_pnn.cli.options import (
     run_options,
     trust_option,
 )
+from lowmem_pnn.cli.output import open_standard_streams, print_result
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, is_worker, supervise
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
+from lowmem_pnn.reporting.streams import drop
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.unfinished import unfinished_run
 
@@ -96,7 +98,7 @@ def fit(
                 result = start.begin(config, chosen, overwrite=overwrite, display=display, should_stop=should_stop, rank=rank)
         # Signals are still only noted: a run that is done is not reported as one that was stopped.
         if result is not None:
-            click.echo(result.to_json() if as_json else str(result))
+            print_result(result.to_json() if as_json else str(result), f"it is in {chosen / 'result.json'}")
 
 
 @cli.command(cls=GroupedCommand)
@@ -118,7 +120,7 @@ def plan(no_timing: bool, as_json: bool, quiet: bool, debug: bool, **options: An
         from lowmem_pnn.api import plan_run
 
         report = plan_run(config, timing=not no_timing)
-    click.echo(report.to_json() if as_json else str(report))
+    print_result(report.to_json() if as_json else str(report))
     # The interpreter would look through all that was imported for cycles once more before it ends: half a second.
     gc.freeze()
     raise SystemExit(report.exit_code)
@@ -136,7 +138,7 @@ def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) ->
         from lowmem_pnn.api import evaluate as evaluate_run
 
         scores = evaluate_run(run, trust=trust)
-    click.echo(json.dumps(scores) if as_json else ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    print_result(json.dumps(scores) if as_json else ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
 
 @cli.command()
@@ -161,12 +163,14 @@ def export(run: Path, exit_: str, out: Path | None, trust: bool, as_json: bool, 
         from lowmem_pnn.api import export as export_run
 
         report = export_run(run, exit=exit_, out=out, trust=trust)
-    click.echo(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
+    text = json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items())
+    print_result(text, f"the model is in {Path(report['program']).parent}")
 
 
 def main() -> None:
     """Run the command line and exit: the one place where errors become exit codes."""
     debug = "--debug" in sys.argv
+    open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that has no letter for something is no reason to fail at the end of a run.
         sys.stdout.reconfigure(errors="replace")
@@ -185,7 +189,7 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         # Whoever read our output has left; Python would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop(sys.stdout)
         sys.exit(0)
     except LowMemError as error:
         if debug:
