@@ -25,7 +25,7 @@ from lowmem_pnn.cli.options import (
     trust_option,
 )
 from lowmem_pnn.cli.output import open_standard_streams, print_result
-from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, is_worker, supervise
+from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_worker
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
@@ -81,7 +81,7 @@ def fit(
         chosen = rank.folder(workdir or next_workdir(config))
     if not is_worker():
         arguments = sys.argv[1:] if workdir is not None else [*sys.argv[1:], "--workdir", str(chosen)]
-        raise SystemExit(supervise(arguments, chosen))
+        begin_supervisor(arguments, chosen)
     with _stop_on_signals() as should_stop:
         with _stdout_is_ours():
             from rich.console import Console

@@ -24,15 +24,6 @@ DEMONSTRATION: Mapping[str, Any] = {
 # Data sets that are kept in `data_root`.
 DOWNLOADED = ("mnist", "fashion-mnist", "emnist-balanced", "cifar10", "cifar100")
 
-CODE_FIELDS = ("model", "data")
-"""Fields that may name code."""
-
-# What stands before the colon where no code is named.
-_BUILT_IN: Mapping[str, tuple[str, ...]] = {
-    "model": ("mlp", "gpt", "python"),
-    "data": ("npz", "imagefolder", "text", "python"),
-}
-
 # Options that only some choice of another option reads: (option, what it needs, does this run have it?).
 _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("kappa", "--method pnn", lambda config: config.method == "pnn"),
@@ -106,20 +97,6 @@ def configure(**given: Any) -> FitConfig:
     if faults:
         raise ConfigError("; ".join(faults))
     return config
-
-
-def names_code(field: str, spec: str) -> bool:
-    """Decide whether a model or data is built by a user's code, which is imported for it.
-
-    Args:
-        field: `model` or `data`.
-        spec: its text, as the option has it.
-
-    Example:
-        >>> names_code("model", "net.py:build"), names_code("model", "mlp:64-10"), names_code("data", "npz:x.npz")
-        (True, False, False)
-    """
-    return ":" in spec and spec.partition(":")[0] not in _BUILT_IN[field]
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:

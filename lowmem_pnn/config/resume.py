@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_pnn.config.configure import CODE_FIELDS, checked, given_options, names_code
+from lowmem_pnn.config.code import CODE_FIELDS, names_code
+from lowmem_pnn.config.configure import checked, given_options
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig, field_names
 from lowmem_pnn.errors import ConfigError

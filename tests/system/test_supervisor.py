@@ -220,3 +220,14 @@ def test_the_signals_are_as_they_were_afterwards(folder: Path) -> None:
     assert supervise(["--version"], folder / "run") == 0
     assert [signal.getsignal(number) for number in supervisor.STOP_SIGNALS] == before
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(supervisor.STOP_SIGNALS)
+
+
+def test_the_supervisor_takes_little_memory(folder: Path) -> None:
+    (folder / "slow").touch()
+    command = Command(folder, f"{_FIT} --workdir run")
+    wait_for(lambda: commits(folder / "run") > 0)
+    # A bare interpreter has 3 MB, this command's own 20.
+    status = Path(f"/proc/{command.process.pid}/status").read_text()
+    assert int(status.split("RssAnon:")[1].split()[0]) * 1024 < 8e6
+    command.process.send_signal(signal.SIGTERM)
+    assert command.end()[0] == 75
