@@ -29,7 +29,6 @@ from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor,
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
-from lowmem_pnn.reporting.streams import drop
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.unfinished import unfinished_run
 
@@ -187,10 +186,6 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         print("lowmem-pnn: stopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read our output has left; Python would complain once more when it flushes.
-        drop(sys.stdout)
-        sys.exit(0)
     except LowMemError as error:
         if debug:
             traceback.print_exc()

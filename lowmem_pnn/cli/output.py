@@ -21,7 +21,7 @@ def open_standard_streams() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, flags), True)
     if not isinstance(sys.stderr, UnbreakableStream):
-        sys.stderr = UnbreakableStream(sys.stderr)  # type: ignore[assignment]
+        sys.stderr = UnbreakableStream(sys.stderr)
 
 
 def print_result(text: str, kept: str = "give it a place that can be written") -> None:
@@ -31,8 +31,9 @@ def print_result(text: str, kept: str = "give it a place that can be written") -
         text: result as text.
         kept: where the result is all the same, or what to do: the end of the message.
 
+    Whoever read it may have left: then there is nobody to tell.
+
     Raises:
-        BrokenPipeError: whoever read it has left.
         DiskError: it cannot be written.
     """
     try:
@@ -40,7 +41,7 @@ def print_result(text: str, kept: str = "give it a place that can be written") -
             raise OSError("it is closed")
         click.echo(text)
     except BrokenPipeError:
-        raise
+        drop(sys.stdout)
     except (OSError, ValueError) as error:
         if sys.stdout is not None:
             drop(sys.stdout)

@@ -59,6 +59,7 @@ def is_usable_folder(path: Path, overwrite: bool) -> bool:
 
 def create_and_rename(path: Path, config_json: str, journal: str) -> IO[str]:
     """Create a run where nothing is, under another name first; return its lock."""
+    new_parents = [place for place in (path.parent, *path.parent.parents) if not place.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
     temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(path), dir=path.parent))
@@ -75,7 +76,8 @@ def create_and_rename(path: Path, config_json: str, journal: str) -> IO[str]:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise BusyError(f"--workdir {path} was taken by another process just now; choose another folder") from error
             raise
-        sync_folder(path.parent)
+        for folder in (path.parent, *(place.parent for place in new_parents)):
+            sync_folder(folder)
     except BaseException:
         if lock is not None:
             lock.close()

@@ -73,7 +73,7 @@ def export_exit(workload: Workload, result: Result, number: int | None, path: Pa
     tensors = {name: tensor.detach().contiguous() for name, tensor in program.state_dict.items()}
     folder.write(
         {
-            "model.pt2": lambda file: torch.export.save(program, file),  # type: ignore[arg-type]
+            "model.pt2": lambda file: torch.export.save(program, file),
             "model.safetensors": lambda file: _write_tensors(file, tensors),
         }
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lowmem_pnn.errors import CheckpointError, ConfigError, DiskError
 from lowmem_pnn.reporting.result import Result
@@ -25,39 +26,37 @@ _REMEDY = "give another --out"
 _TEMPORARY = re.compile(r"\.export\.[a-z0-9_]{8}")  # as `tempfile.mkdtemp` names it
 
 
-class HashedFile:
-    """File that is written front to back, and hashed on the way.
+class HashedFile(io.FileIO):
+    """New file that is written front to back, and hashed on the way.
 
-    A writer in C++ may not survive an exception out of `write`: so a failure is kept, the rest is left out, and `close` raises it.
+    A writer in C++ may not survive an exception out of `write`: so a failure is kept, the rest is left out, and `finish` raises it.
 
     Args:
         path: path of the new file.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__(path, "x")
         self._path = path
-        self._file: BinaryIO = path.open("xb")
         self._digest = hashlib.sha256()
         self._bytes = 0
         self._failure: OSError | None = None
 
     def write(self, content: Any) -> int:
         """Write bytes; return their number, written or not."""
-        size = memoryview(content).nbytes
-        if self._failure is None:
-            try:
-                self._file.write(content)
-                self._digest.update(content)
-                self._bytes += size
-            except OSError as error:
-                self._failure = error
-        return size
+        view = memoryview(content).cast("B")
+        try:
+            done = 0
+            while done < len(view) and self._failure is None:
+                done += super().write(view[done:]) or 0
+        except OSError as error:
+            self._failure = error
+        self._digest.update(view)
+        self._bytes += len(view)
+        return len(view)
 
-    def flush(self) -> None:
-        """Do nothing: `close` brings the bytes to the drive."""
-
-    def close(self) -> CommittedFile:
-        """Bring the file to the drive, and close it.
+    def finish(self) -> CommittedFile:
+        """Bring the file to the drive.
 
         Returns:
             Its name, hash and size.
@@ -65,20 +64,10 @@ class HashedFile:
         Raises:
             OSError: it could not be written.
         """
-        try:
-            if self._failure is not None:
-                raise self._failure
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        finally:
-            with suppress(OSError):
-                self._file.close()
+        if self._failure is not None:
+            raise self._failure
+        os.fsync(self.fileno())
         return CommittedFile(self._path.name, self._digest.hexdigest(), self._bytes)
-
-    def abandon(self) -> None:
-        """Close the file, after a failure of something else."""
-        with suppress(OSError):
-            self._file.close()
 
 
 @dataclass(frozen=True)
@@ -124,7 +113,7 @@ class ExportFolder:
         except OSError as error:
             raise disk_error(folder, error, "look into it") from error
 
-    def write(self, writers: Mapping[str, Callable[[HashedFile], None]]) -> None:
+    def write(self, writers: Mapping[str, Callable[[HashedFile], object]]) -> None:
         """Write the files of an export: all beside their places first, then the manifest, then each is renamed.
 
         Args:
@@ -147,6 +136,7 @@ class ExportFolder:
             for name in written:
                 (temporary / name).replace(self.path / name)
             sync_folder(self.path)
+            sync_folder(self.path.parent)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise DiskError(f"cannot write to {self.path}: {reason}; make room there, or {_REMEDY}") from error
@@ -155,14 +145,10 @@ class ExportFolder:
                 remove_folder(temporary)
 
 
-def _write(path: Path, write: Callable[[HashedFile], None]) -> CommittedFile:
-    file = HashedFile(path)
-    try:
+def _write(path: Path, write: Callable[[HashedFile], object]) -> CommittedFile:
+    with HashedFile(path) as file:
         write(file)
-    except BaseException:
-        file.abandon()
-        raise
-    return file.close()
+        return file.finish()
 
 
 def _entries(files: Mapping[str, CommittedFile]) -> dict[str, Any]:

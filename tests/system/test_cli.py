@@ -88,3 +88,12 @@ def test_output_that_cannot_be_written(redirection: str, work: str, code: int, e
     line = f'"$0" -c "$1" plan {redirection}'
     done = subprocess.run(["sh", "-c", line, sys.executable, _COMMAND.format(work=work)], capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout) == (code, err, "done\n" if code == 0 else "")
+
+
+def test_a_reader_that_has_left_is_no_failure() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", _COMMAND.format(work="commands.print_result('done')"), "plan"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
