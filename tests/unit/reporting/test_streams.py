@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from helpers.displays import tell
 from lowmem_pnn.reporting.progress import TerminalDisplay
 from lowmem_pnn.reporting.streams import UnbreakableStream
-from unit.reporting.test_progress import tell
 
 
 class Broken(io.StringIO):
