@@ -7,6 +7,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import resume_command
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.run.resume import stored_config
 from lowmem_pnn.run.state import LEFT_FILES, State
 from lowmem_pnn.stores.disk import disk_error, read_file, sha256
 from lowmem_pnn.stores.journal import DAMAGED
@@ -40,7 +41,7 @@ def open_finished(rundir: RunDirectory) -> FinishedRun:
         CheckpointError: it has not finished, or a file is missing or damaged.
     """
     state = State.from_journal(rundir.journal(), rundir.path)
-    config = FitConfig.from_json(rundir.config_json())
+    config = stored_config(rundir)
     if state.stage != "done":
         raise CheckpointError(f"{rundir.path} has not finished; {resume_command(config, rundir.path)} goes on with it")
     return FinishedRun(config, state, read_result(rundir.path, state))

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 from lowmem_pnn.config.checks import check_lengths
+from lowmem_pnn.config.configure import contradictions
+from lowmem_pnn.config.faults import flag
+from lowmem_pnn.config.fit_config import FitConfig, field_names
 from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
 from lowmem_pnn.methods import Sweep, visits_of_rank
@@ -11,6 +14,28 @@ from lowmem_pnn.run.state import State
 from lowmem_pnn.stores.disk import RUN_REMEDY
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.workload import Workload
+
+_LARGEST = 2**63 - 1
+
+
+def stored_config(rundir: RunDirectory) -> FitConfig:
+    """Return the options that a run began with.
+
+    Args:
+        rundir: directory of the run.
+
+    Raises:
+        CheckpointError: they are damaged, or no run has such options.
+    """
+    config = FitConfig.from_json(rundir.config_json())
+    faults = contradictions(config)
+    for name in field_names():
+        value = getattr(config, name)
+        if any(isinstance(one, int) and abs(one) > _LARGEST for one in (value if isinstance(value, tuple) else (value,))):
+            faults.append(f"{flag(name)} is beyond 64 bits")
+    if faults:
+        raise CheckpointError(f"{rundir.path / 'config.json'} is of no run: {faults[0]}; {RUN_REMEDY}")
+    return config
 
 
 def resumed_state(rundir: RunDirectory, workload: Workload, rank: Rank) -> State:

@@ -112,10 +112,11 @@ class RunDirectory:
         try:
             for name in WORK_FOLDERS:
                 refuse_link(path / name, DAMAGED)
-            return cls(path, lock, read_journal(path / JOURNAL)[1])
-        except CheckpointError as error:
-            _close(lock)
-            raise CheckpointError(f"{error}{way_back(path)}") from None
+            try:
+                config_sha256 = read_journal(path / JOURNAL)[1]
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}{way_back(path)}") from None
+            return cls(path, lock, config_sha256)
         except BaseException:
             _close(lock)
             raise

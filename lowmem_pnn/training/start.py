@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from lowmem_pnn.config.configure import contradictions
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust, resumed_config
 from lowmem_pnn.device import is_out_of_memory
@@ -22,7 +21,7 @@ from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.finished import read_result
 from lowmem_pnn.run.ranks import ALONE, Rank
-from lowmem_pnn.run.resume import check_same_rank, count_resume, resumed_state
+from lowmem_pnn.run.resume import check_same_rank, count_resume, resumed_state, stored_config
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.stores.disk import allow_many_files
@@ -155,21 +154,6 @@ def _begin_late(
     resumed_config(stored, options, first)
     check_trust(stored, options, first, trust=trust)
     return begin(stored, workdir, named_inputs, overwrite=False, display=display, should_stop=should_stop, rank=rank)
-
-
-def stored_config(rundir: RunDirectory) -> FitConfig:
-    """Return the options that a run began with.
-
-    Args:
-        rundir: directory of the run.
-
-    Raises:
-        CheckpointError: they are damaged, or no run has such options.
-    """
-    config = FitConfig.from_json(rundir.config_json())
-    if faults := contradictions(config):
-        raise CheckpointError(f"{rundir.path / 'config.json'} is of no run: {faults[0]}")
-    return config
 
 
 def _open_before_floor(config: FitConfig, open_inputs: OpenInputs) -> Inputs:

@@ -313,6 +313,9 @@ def test_a_configuration_that_no_run_has_is_refused(run: Path) -> None:
         ({"epochs": [0]}, "--epochs 0"),
         ({"unheard": 1}, "there is no option --unheard"),
         ({"recovery_epochs": 1}, "--recovery-epochs has no effect here"),
+        ({"recovery_epochs": 0, "train_limit": 10**30}, "config.json is of no run: --train-limit is beyond 64 bits"),
+        ({"train_limit": None, "max_gpu_mem": "x"}, "--max-gpu-mem"),
+        ({"max_gpu_mem": 10**8, "batch_size": [1e400]}, "--batch-size"),
     ):
         content = json.dumps({**json.loads((run / "config.json").read_text()), **changes})
         (run / "config.json").write_text(content)
