@@ -17,9 +17,9 @@ class UnbreakableStream(io.TextIOBase):
         stream: stream that the texts go to; None where the process has none.
 
     Example:
-        >>> stream = UnbreakableStream(open("/dev/full", "w"))
-        >>> stream.write("progress"), stream.flush(), stream.is_silent
-        (8, None, True)
+        >>> stream = UnbreakableStream(None)
+        >>> stream.write("progress"), stream.is_silent
+        (8, True)
     """
 
     def __init__(self, stream: TextIO | None) -> None:
