@@ -147,10 +147,12 @@ class Commits:
         if changed:
             journal["weights"] = self._state.weights = self._weights.seal(changed)
         rundir = self._session.rundir
-        kept = states_of(rundir.commit(journal, self._config.keep_commits))
+        older = states_of(rundir.commit(journal, self._config.keep_commits)[1:])
         # Deleted only now that no journal names it.
-        self._weights.discard_obsolete([state.weights for state in kept if state.weights])
-        named = {folder for state in kept for folder in state.activations.values()}
+        weights = (journal["weights"], *(state.weights for state in older))
+        self._weights.discard_obsolete([one for one in weights if one])
+        activations = (journal["activations"], *(state.activations for state in older))
+        named = {folder for one in activations for folder in one.values()}
         # Only what a commit has named: other stores are being written for the next one meanwhile.
         for folder in self._named - named:
             remove_folder(self.activations / folder)
