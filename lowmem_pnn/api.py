@@ -1,7 +1,6 @@
 """The public functions: `fit`, `plan`, `evaluate`, `export`."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.compiler import check_compiler
@@ -22,16 +22,18 @@ from lowmem_pnn.profiling.memory_profiler import MeasurementCache
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.resume import check_same_data
+from lowmem_pnn.run.finished import open_finished
+from lowmem_pnn.run.resume import check_plan, check_same_data
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.unfinished import unfinished_run
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.training.export import export_exit, find_exit
+from lowmem_pnn.training.export_folder import ExportFolder
 from lowmem_pnn.training.initial_weights import build_weights
-from lowmem_pnn.training.lifecycle import clear, score
+from lowmem_pnn.training.lifecycle import score
 from lowmem_pnn.training.setup import open_workload, warm_up_profiler
-from lowmem_pnn.training.start import OpenInputs, begin, finished_run, read_result, worker_threads
+from lowmem_pnn.training.start import OpenInputs, begin, worker_threads
 from lowmem_pnn.training.start import resume as resume_training
 from lowmem_pnn.workload import make_workload, profile_workload
 from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs
@@ -116,62 +118,70 @@ def plan(model: Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, t
     return _plan(config, python_inputs(model, train, val, None), timing)
 
 
-def evaluate(run: str | Path) -> dict[str, float]:
+def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, float]:
     """Measure the weights of a finished run on its test data, within its budget.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, which need not be writable.
+        trust: run code that the run names for its model or data (`file.py:factory`).
 
     Returns:
         `test_loss`, `test_accuracy` and `test_f1`.
 
     Raises:
-        CheckpointError: no run is there, or it has not finished.
-        ConfigError: its data has no test part, or it was started from Python with a model or data of its own.
+        CheckpointError: no run is there, it has not finished, or its files are damaged.
+        ConfigError: its data has no test part, it names code and `trust` was not given, or it was started from Python with a model
+            or data of its own.
     """
     path = Path(run)
-    with RunDirectory.open(path) as rundir, worker_threads() as threads:
-        config, state = finished_run(rundir)
+    with RunDirectory.open(path, to_read=True) as rundir, worker_threads() as threads:
+        finished = open_finished(rundir)
+        config, state = finished.config, finished.state
+        check_trust(config, {}, path, trust=trust, again=False)
         inputs = named_inputs(config)
         if "test" not in inputs[2]:
             raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
         warm_up_profiler()
         with open_workload(config, inputs) as (device, workload):
             check_same_data(state, workload, path)
+            check_plan(state, workload, path)
             device.enforce()
             plan = Plan.from_json(state.plan)
-            session = Session(device, rundir, threads)
-            folder = path / "evaluation"
-            try:
-                weights = build_weights(workload, plan, folder, session.counter, trained=path / "model.safetensors")
+            rundir.clear()
+            with rundir.scratch() as folder:
+                session = Session(device, rundir, threads, scratch=folder)
+                weights = build_weights(workload, plan, folder / "weights", session.counter, trained=path / "model.safetensors")
                 return score(Run(session, workload, plan, weights, state))
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-                clear(rundir)
 
 
-def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None = None) -> dict[str, Any]:
+def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None = None, trust: bool = False) -> dict[str, Any]:
     """Write the model of a finished run, up to one of its exits, for plain PyTorch.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, which need not be writable if `out` is given.
         exit: the number of an exit, from 1, the whole model's being the last; "auto" takes the one that the run has chosen.
         out: folder for `model.pt2` (a `torch.export` program of any batch size, in eval mode) and `model.safetensors`; None takes
-            `RUN/exit-K`.
+            `RUN/exit-K`. Files that an earlier export wrote there are replaced, others are not.
+        trust: run code that the run names for its model or data (`file.py:factory`).
 
     Returns:
         `exit`, `layer`, `params`, `val_accuracy`, and the files `program` and `weights`.
 
     Raises:
         CheckpointError: no run is there, it has not finished, or its files are damaged.
-        ConfigError: it has no such exit, or was started from Python with a model or data of its own.
+        ConfigError: it has no such exit, `out` holds something else than an export, the run names code and `trust` was not given,
+            or it was started from Python with a model or data of its own.
+        DiskError: the disk is full, or not writable.
     """
     path = Path(run)
-    with RunDirectory.open(path) as rundir:
-        config, _ = finished_run(rundir)
-        result = read_result(path)
-        workload = make_workload(config, *named_inputs(config), torch.device("cpu"))
-        return export_exit(workload, result, find_exit(result, exit, path), path, None if out is None else Path(out))
+    with RunDirectory.open(path, to_read=True) as rundir:
+        finished = open_finished(rundir)
+        number = find_exit(finished.result, exit, path)
+        folder = ExportFolder.find(path, number, finished.result, None if out is None else Path(out))
+        check_trust(finished.config, {}, path, trust=trust, again=False)
+        rundir.clear()
+        workload = make_workload(finished.config, *named_inputs(finished.config), torch.device("cpu"))
+        return export_exit(workload, finished.result, number, path, folder)
 
 
 def plan_run(config: FitConfig, *, timing: bool = True) -> PlanReport:

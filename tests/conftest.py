@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from helpers.commands import write_data
-from lowmem_pnn.stores import run_directory
+from lowmem_pnn.stores import run_creation
 
 collect_ignore = ["helpers"]  # neither tests nor doctests
 
@@ -44,6 +44,6 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, with data.npz; a run directory that is in use is not waited for long."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_directory, "_LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(run_creation, "_LOCK_PATIENCE_SECONDS", 0.2)
     write_data(tmp_path / "data.npz")
     return tmp_path

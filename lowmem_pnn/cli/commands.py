@@ -15,8 +15,17 @@ from typing import Any
 import click
 
 from lowmem_pnn import __version__
-from lowmem_pnn.cli.options import GroupedCommand, command_options, config_options, given_options, output_options, run_options
-from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, is_worker, supervise
+from lowmem_pnn.cli.options import (
+    GroupedCommand,
+    command_options,
+    config_options,
+    given_options,
+    output_options,
+    run_options,
+    trust_option,
+)
+from lowmem_pnn.cli.output import open_standard_streams, print_result
+from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_worker
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
@@ -45,6 +54,7 @@ def fit(
     workdir: Path | None,
     resume: bool,
     overwrite: bool,
+    trust: bool,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -58,6 +68,8 @@ def fit(
     config, rank, given = None, Rank.of_environment(), given_options(options)
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run, and --overwrite replaces it; give one")
+    if trust and not resume:
+        raise ConfigError("--trust has no effect here: it needs --resume; leave it out")
     if workdir is None and not rank.is_alone:
         raise ConfigError("the processes of torchrun need a folder that they agree on; give --workdir DIR")
     if resume:
@@ -68,7 +80,7 @@ def fit(
         chosen = rank.folder(workdir or next_workdir(config))
     if not is_worker():
         arguments = sys.argv[1:] if workdir is not None else [*sys.argv[1:], "--workdir", str(chosen)]
-        raise SystemExit(supervise(arguments, chosen))
+        begin_supervisor(arguments, chosen)
     with _stop_on_signals() as should_stop:
         with _stdout_is_ours():
             from rich.console import Console
@@ -78,12 +90,14 @@ def fit(
 
             display = None if quiet else TerminalDisplay(Console(stderr=True))
             if config is None:
-                result = start.resume(chosen, given, display=display, should_stop=should_stop, after_crash=after_crash, rank=rank)
+                result = start.resume(
+                    chosen, given, display=display, should_stop=should_stop, after_crash=after_crash, rank=rank, trust=trust
+                )
             else:
                 result = start.begin(config, chosen, overwrite=overwrite, display=display, should_stop=should_stop, rank=rank)
         # Signals are still only noted: a run that is done is not reported as one that was stopped.
         if result is not None:
-            click.echo(result.to_json() if as_json else str(result))
+            print_result(result.to_json() if as_json else str(result), f"it is in {chosen / 'result.json'}")
 
 
 @cli.command(cls=GroupedCommand)
@@ -105,7 +119,7 @@ def plan(no_timing: bool, as_json: bool, quiet: bool, debug: bool, **options: An
         from lowmem_pnn.api import plan_run
 
         report = plan_run(config, timing=not no_timing)
-    click.echo(report.to_json() if as_json else str(report))
+    print_result(report.to_json() if as_json else str(report))
     # The interpreter would look through all that was imported for cycles once more before it ends: half a second.
     gc.freeze()
     raise SystemExit(report.exit_code)
@@ -113,16 +127,17 @@ def plan(no_timing: bool, as_json: bool, quiet: bool, debug: bool, **options: An
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
+@trust_option
 @output_options
-def evaluate(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
+def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Measure the weights of a finished run on its test data, within its memory budget."""
     import json
 
     with _stdout_is_ours():
         from lowmem_pnn.api import evaluate as evaluate_run
 
-        scores = evaluate_run(run)
-    click.echo(json.dumps(scores) if as_json else ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        scores = evaluate_run(run, trust=trust)
+    print_result(json.dumps(scores) if as_json else ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
 
 @cli.command()
@@ -137,21 +152,24 @@ def evaluate(run: Path, as_json: bool, quiet: bool, debug: bool) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder that the model is written to. [default: RUN/exit-K]"
 )
+@trust_option
 @output_options
-def export(run: Path, exit_: str, out: Path | None, as_json: bool, quiet: bool, debug: bool) -> None:
+def export(run: Path, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Write the model of a finished run, up to one of its exits, for plain PyTorch: a torch.export program, and its weights."""
     import json
 
     with _stdout_is_ours():
         from lowmem_pnn.api import export as export_run
 
-        report = export_run(run, exit=exit_, out=out)
-    click.echo(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
+        report = export_run(run, exit=exit_, out=out, trust=trust)
+    text = json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items())
+    print_result(text, f"the model is in {Path(report['program']).parent}")
 
 
 def main() -> None:
     """Run the command line and exit: the one place where errors become exit codes."""
     debug = "--debug" in sys.argv
+    open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that has no letter for something is no reason to fail at the end of a run.
         sys.stdout.reconfigure(errors="replace")
@@ -168,10 +186,6 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         print("lowmem-pnn: stopped", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read our output has left; Python would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except LowMemError as error:
         if debug:
             traceback.print_exc()

@@ -29,7 +29,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Output": (
-        "workdir", "resume", "overwrite", "commit_every", "keep_commits", "log_every", "as_json", "quiet", "debug",
+        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "as_json", "quiet", "debug",
         "help", "_click_default_help",  # the name differs between versions of click
     ),
 }  # fmt: skip
@@ -98,7 +98,8 @@ def run_options(command: _Command) -> _Command:
     """Add the options that say which run a command begins or goes on with."""
     folder = click.Path(path_type=Path)
     for option in (
-        click.option("--overwrite", is_flag=True, help="Replace the run in --workdir."),
+        click.option("--overwrite", is_flag=True, help="Replace the run in --workdir; what else lies there stays."),
+        trust_option,
         click.option(
             "--resume",
             is_flag=True,
@@ -111,6 +112,15 @@ def run_options(command: _Command) -> _Command:
     ):
         command = option(command)
     return command
+
+
+def trust_option(command: _Command) -> _Command:
+    """Add the option that lets a command run code that only the run names."""
+    return click.option(
+        "--trust",
+        is_flag=True,
+        help="Run the code that the run names for its model or data, though this command does not name it.",
+    )(command)
 
 
 def output_options(command: _Command) -> _Command:

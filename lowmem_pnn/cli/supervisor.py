@@ -2,6 +2,8 @@
 
 At the wall PyTorch mostly raises, and the executor shrinks the micro-batch. But a library that does not check an allocation dies of a
 signal instead; then the work goes on from the journal, in a new process, with half the micro-batch.
+
+The supervisor's own memory comes on top of the worker's, so it is a fresh interpreter that imports next to nothing.
 """
 
 import ctypes
@@ -16,9 +18,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
+from lowmem_pnn.config.code import CODE_FIELDS, names_code
 from lowmem_pnn.errors import BudgetError, LowMemError
+from lowmem_pnn.reporting.streams import drop
 
 WORKER_VARIABLE = "LOWMEM_PNN_WORKER"
 MAX_RESTARTS = 5
@@ -32,6 +36,36 @@ _PR_SET_PDEATHSIG = 1
 def is_worker() -> bool:
     """Whether this process was started by a supervisor."""
     return WORKER_VARIABLE in os.environ
+
+
+def begin_supervisor(arguments: Sequence[str], workdir: Path) -> NoReturn:
+    """Become the supervisor of a worker: this process goes on as `main`, in a fresh interpreter.
+
+    Args:
+        arguments: as for `supervise`.
+        workdir: as for `supervise`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    # Until the supervisor has its handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # Without site-packages, which it does not need, and which may import more at the start.
+    code = f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); from lowmem_pnn.cli.supervisor import main; main()"
+    os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", code, str(workdir), *arguments])
+
+
+def main() -> NoReturn:
+    """Supervise the command in `sys.argv`, after the run's folder, and exit with its code."""
+    try:
+        code = supervise(sys.argv[2:], Path(sys.argv[1]))
+    except LowMemError as error:
+        _say(str(error))
+        code = error.exit_code
+    except KeyboardInterrupt:
+        _say("stopped")
+        code = 130
+    sys.exit(code)
 
 
 def supervise(arguments: Sequence[str], workdir: Path) -> int:
@@ -71,7 +105,7 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
             )
         # Killed by hand, going on changes nothing in the result.
         if position is None or stops or not (crashed or number == signal.SIGKILL):
-            print(f"lowmem-pnn: the worker was ended by {number.name}{_resume_hint(workdir, position)}", file=sys.stderr)
+            _say(f"the worker was ended by {number.name}{_resume_hint(workdir, position)}")
             return 128 + number
         restarts = restarts + 1 if position == reached else 1
         reached = position
@@ -80,10 +114,7 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
                 f"the worker died of {number.name} {restarts} times after the same commit of {workdir}; give a larger --max-gpu-mem"
             )
         why = " at the memory limit; going on from the last commit with half the micro-batch"
-        print(
-            f"lowmem-pnn: the worker died of {number.name}{why if crashed else '; going on from the last commit'}",
-            file=sys.stderr,
-        )
+        _say(f"the worker died of {number.name}{why if crashed else '; going on from the last commit'}")
         command = [
             *(argument for argument in arguments if argument not in ("--overwrite", "--resume")),
             "--resume",
@@ -158,21 +189,43 @@ def _identity(workdir: Path) -> tuple[int, int] | None:
 
 def _commit_number(workdir: Path) -> int | None:
     """Return the number of a run's last commit; None where no run is."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return int(json.loads((workdir / "journal.json").read_text())["body"]["number"])
+    with suppress(ValueError, KeyError, TypeError):
+        return int(_read(workdir / "journal.json")["body"]["number"])
     return None
 
 
 def _is_done(workdir: Path) -> bool:
     """Whether a run has its result."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return bool(json.loads((workdir / "journal.json").read_text())["body"]["stage"] == "done")
+    with suppress(KeyError, TypeError):
+        return bool(_read(workdir / "journal.json")["body"]["stage"] == "done")
     return False
 
 
 def _resume_hint(workdir: Path, position: int | None) -> str:
-    hint = f"; lowmem-pnn fit --resume --workdir {shlex.quote(str(workdir))} goes on from the last commit"
-    return hint if position is not None else " before the run began; nothing was written"
+    if position is None:
+        return " before the run began; nothing was written"
+    config = _read(workdir / "config.json")
+    needs_trust = any(names_code(name, str(config.get(name))) for name in CODE_FIELDS)
+    command = shlex.join(["lowmem-pnn", "fit", "--resume", "--workdir", str(workdir), *(["--trust"] if needs_trust else [])])
+    return f"; {command} goes on from the last commit"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a run; an empty one where there is none."""
+    with suppress(OSError, ValueError, TypeError, RecursionError):
+        # Not blocking: it may be a pipe.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            content = json.loads(file.read(1 << 26))
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _say(text: str) -> None:
+    """Tell people something on standard error, if it can be written to."""
+    try:
+        print(f"lowmem-pnn: {text}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        drop(sys.stderr)
 
 
 def _oom_kills() -> int:

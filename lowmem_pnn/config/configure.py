@@ -98,7 +98,7 @@ def configure(**given: Any) -> FitConfig:
         for name, need, holds in _CONDITIONAL
         if name in given and not holds(config)
     ]
-    faults += _contradictions(config)
+    faults += contradictions(config)
     if faults:
         raise ConfigError("; ".join(faults))
     return config
@@ -149,13 +149,17 @@ def for_method(config: FitConfig, method: MethodName) -> FitConfig:
     other = dataclasses.replace(config, method=method)
     unread = {name for name, _, holds in _CONDITIONAL if holds(config) and not holds(other)}
     other = dataclasses.replace(other, **{name: default_of(name) for name in unread})
-    if faults := _contradictions(other):
+    if faults := contradictions(other):
         raise ConfigError("; ".join(faults))
     return other
 
 
-def _contradictions(config: FitConfig) -> list[str]:
-    """Return what options say against each other, a text each."""
+def contradictions(config: FitConfig) -> list[str]:
+    """Return what options say against each other, a text each.
+
+    Args:
+        config: options, each checked by itself.
+    """
     faults = []
     if config.method == "exact":
         faults += [

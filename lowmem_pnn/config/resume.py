@@ -1,10 +1,12 @@
 """The configuration that a run is resumed with: the one that it began with, and what may be given anew."""
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem_pnn.config.code import CODE_FIELDS, names_code
 from lowmem_pnn.config.configure import checked, given_options
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig, field_names
@@ -46,6 +48,49 @@ def resumed_config(stored: FitConfig, options: Mapping[str, Any], where: Path) -
             "out to resume the run, or begin a new one"
         )
     return config
+
+
+def check_trust(config: FitConfig, options: Mapping[str, Any], where: Path, *, trust: bool, again: bool = True) -> None:
+    """Refuse to run code that a run names, and that whoever goes on with it did not.
+
+    Args:
+        config: options that the run began with.
+        options: fields of `FitConfig` that were given now; None means not given.
+        where: folder of the run, for the message.
+        trust: whether code is run that only the run names.
+        again: whether model and data can be named again, for the message.
+
+    Raises:
+        ConfigError: model or data is built by code that was not named now.
+
+    Example:
+        >>> check_trust(FitConfig(max_gpu_mem="1GB", model="net.py:build", data="digits"), {}, Path("runs/a"), trust=False)
+        Traceback (most recent call last):
+        lowmem_pnn.errors.ConfigError: the run in runs/a would run code from net.py:build; give --model net.py:build again, or --trust
+    """
+    if trust:
+        return
+    code = [(name, getattr(config, name)) for name in CODE_FIELDS if options.get(name) is None]
+    named = [(name, spec) for name, spec in code if names_code(name, spec)]
+    if named:
+        specs = " and ".join(spec for _, spec in named)
+        naming = f"{' '.join(f'{flag(name)} {shlex.quote(spec)}' for name, spec in named)} again, or "
+        raise ConfigError(f"the run in {where} would run code from {specs}; give {naming if again else ''}--trust")
+
+
+def resume_command(config: FitConfig, where: Path) -> str:
+    """Return the command that goes on with a run, for messages.
+
+    Args:
+        config: options of the run.
+        where: folder of the run.
+
+    Example:
+        >>> resume_command(FitConfig(max_gpu_mem="1GB", model="net.py:build", data="digits"), Path("runs/a"))
+        'lowmem-pnn fit --resume --workdir runs/a --trust'
+    """
+    needs_trust = any(names_code(name, getattr(config, name)) for name in CODE_FIELDS)
+    return shlex.join(["lowmem-pnn", "fit", "--resume", "--workdir", str(where), *(["--trust"] if needs_trust else [])])
 
 
 def began_alike(config: FitConfig, stored: FitConfig) -> bool:

@@ -108,6 +108,17 @@ class WriteBehind:
         """
         while self._waiting and (self._waiting_bytes + nbytes > self._limit_bytes or self._waiting[0][0].done()):
             self._finish_first()
+        return self._submit(nbytes, write_fn)
+
+    def submit_close(self, close_fn: Callable[[], None]) -> None:
+        """Close a file after the earlier writes, whatever came of them: their errors are left to the next `submit`, or to `wait`.
+
+        Args:
+            close_fn: function that closes the file; called on the writing thread.
+        """
+        self._submit(0, close_fn)
+
+    def _submit(self, nbytes: int, write_fn: Callable[[], None]) -> Future[None]:
         future = self._pool.submit(write_fn)
         self._waiting.append((future, nbytes))
         self._waiting_bytes += nbytes

@@ -1,4 +1,4 @@
-"""Progress display: a live line on a terminal, elsewhere messages alone."""
+"""Progress display: a live line on a terminal, elsewhere messages alone; it falls silent where it cannot be written."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from lowmem_pnn.engine.stalls import describe_stalls
+from lowmem_pnn.reporting.streams import UnbreakableStream
 from lowmem_pnn.units import format_bytes
 
 
@@ -42,6 +43,8 @@ class TerminalDisplay(Display):
     """
 
     def __init__(self, console: Console) -> None:
+        # A console that cannot write would raise, in its own thread too, or end the process.
+        console.file = UnbreakableStream(console.file)  # type: ignore[assignment,arg-type]
         self._console = console
         self._live: Progress | None = None
         self._task: TaskID | None = None

@@ -1,7 +1,5 @@
 """Commits: states of a run that a resume can go on from, made durable in the background."""
 
-import shlex
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -9,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.resume import resume_command
 from lowmem_pnn.errors import DiskError, Stopped
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.run.metrics import Metrics
 from lowmem_pnn.run.session import Session
-from lowmem_pnn.run.state import State
+from lowmem_pnn.run.state import State, states_of
 from lowmem_pnn.stores import disk
+from lowmem_pnn.stores.disk import remove_folder
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.units import format_bytes
 
@@ -52,8 +52,8 @@ class Commits:
         self._last_commit = time.monotonic()
         # Stores of activations that a journal on disk names, and all that some commit has named, which only the end of that
         # commit may delete.
-        journals = (state.to_journal(), *session.rundir.older_journals())
-        self._named = {folder for body in journals for folder in body["activations"].values()}
+        states = (state, *states_of(session.rundir.older_journals()))
+        self._named = {folder for one in states for folder in one.activations.values()}
         self._promised = set(self._named)
         # Partitions whose working files the next commit includes.
         self._staged: set[int] = set()
@@ -112,8 +112,7 @@ class Commits:
         """
         if self._session.should_stop():
             self.wait()
-            folder = shlex.quote(str(self._session.rundir.path))
-            raise Stopped(f"stopped; lowmem-pnn fit --resume --workdir {folder} goes on from the last commit")
+            raise Stopped(f"stopped; {resume_command(self._config, self._session.rundir.path)} goes on from the last commit")
 
     def wait(self) -> None:
         """Wait until the last commit is durable.
@@ -130,7 +129,7 @@ class Commits:
         self.wait()
         self._weights.rollback()
         self._staged.clear()
-        commit = State.from_journal(self._session.rundir.journal())
+        commit = State.from_journal(self._session.rundir.journal(), self._session.rundir.path)
         self._state.go_back_to(commit)
         self._chain.set_python_state(commit.module_state)
         self._session.rundir.cut_metrics(commit.metrics_bytes)
@@ -139,7 +138,7 @@ class Commits:
     @property
     def activations(self) -> Path:
         """Folder of the stores of boundary activations."""
-        return self._session.rundir.path / "activations"
+        return self._session.folder / "activations"
 
     def drop_store(self, name: str) -> None:
         """Delete a store of activations that no commit names; a store that a commit names is deleted with that commit.
@@ -148,20 +147,22 @@ class Commits:
             name: name of the store's folder.
         """
         if name not in self._promised:
-            shutil.rmtree(self.activations / name, ignore_errors=True)
+            remove_folder(self.activations / name)
 
     def _finish(self, journal: dict[str, Any], changed: Sequence[int]) -> None:
         """On the committing thread: seal the weight files, write the journal, and delete what no kept journal names."""
         if changed:
             journal["weights"] = self._state.weights = self._weights.seal(changed)
         rundir = self._session.rundir
-        kept = rundir.commit(journal, self._config.keep_commits)
+        older = states_of(rundir.commit(journal, self._config.keep_commits)[1:])
         # Deleted only now that no journal names it.
-        self._weights.discard_obsolete([body["weights"] for body in kept if body["weights"]])
-        named = {folder for body in kept for folder in body["activations"].values()}
+        weights = (journal["weights"], *(state.weights for state in older))
+        self._weights.discard_obsolete([one for one in weights if one])
+        activations = (journal["activations"], *(state.activations for state in older))
+        named = {folder for one in activations for folder in one.values()}
         # Only what a commit has named: other stores are being written for the next one meanwhile.
         for folder in self._named - named:
-            shutil.rmtree(self.activations / folder, ignore_errors=True)
+            remove_folder(self.activations / folder)
         self._named = named
         disk.commit_point("discarded")
         limit = self._config.max_disk

@@ -1,6 +1,5 @@
 """Partitions of a run: onto the device and into their files, with the samples at their boundaries."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,13 +10,14 @@ from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.executor import Executor
 from lowmem_pnn.engine.loaders import DatasetLoader, Loader, ShardLoader, SyntheticLabelLoader
 from lowmem_pnn.engine.residency import Residency
-from lowmem_pnn.errors import ConfigError, DivergedError
+from lowmem_pnn.errors import CheckpointError, ConfigError, DivergedError
 from lowmem_pnn.methods import SplitName, SyntheticLabels
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.stores.activation_writer import ActivationWriter
 from lowmem_pnn.stores.activations import ActivationStore
+from lowmem_pnn.stores.disk import RUN_REMEDY, remove_folder
 from lowmem_pnn.stores.encoding import Encoding, OverflowFault
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.workload import Workload
@@ -140,12 +140,19 @@ class Partitions:
             partition: number of the partition.
             split: part of the data.
             folder: store that the partition before has written; None for the first partition, which reads the data set.
+
+        Raises:
+            CheckpointError: there is no such store, or it is damaged.
         """
         seed, pool = self._workload.config.seed, self._session.threads.read
         if partition == 0:
             augments = split == "train" and self._workload.config.augment != "none"
             return DatasetLoader(self._workload.splits[split], seed, pool, permuted=split == "train", augments=augments)
-        assert folder is not None, "the partition before has written its outputs"
+        if folder is None:
+            raise CheckpointError(
+                f"the journal of {self._session.rundir.path} names no {split} samples at the boundary before partition {partition + 1}; "
+                f"{RUN_REMEDY}"
+            )
         # Training samples may stay in memory from epoch to epoch while the validation set passes through.
         whole_window = self._session.device.buffer_sizes.window_bytes
         window_bytes = whole_window if split == "train" else whole_window // 2
@@ -184,8 +191,7 @@ class Partitions:
         Raises:
             ConfigError: an output cannot be kept as that type.
         """
-        if folder.exists():
-            shutil.rmtree(folder)  # what an earlier process wrote and never committed
+        remove_folder(folder)  # what an earlier process wrote and never committed
         folder.parent.mkdir(exist_ok=True)
         threads = self._session.threads
         writer = ActivationWriter(

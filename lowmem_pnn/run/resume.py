@@ -2,13 +2,40 @@
 
 from pathlib import Path
 
+from lowmem_pnn.config.checks import check_lengths
+from lowmem_pnn.config.configure import contradictions
+from lowmem_pnn.config.faults import flag
+from lowmem_pnn.config.fit_config import FitConfig, field_names
 from lowmem_pnn.engine.out_of_memory import halved
-from lowmem_pnn.errors import BudgetError, CheckpointError
+from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
 from lowmem_pnn.methods import Sweep, visits_of_rank
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.state import State
+from lowmem_pnn.stores.disk import RUN_REMEDY
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.workload import Workload
+
+_LARGEST = 2**63 - 1
+
+
+def stored_config(rundir: RunDirectory) -> FitConfig:
+    """Return the options that a run began with.
+
+    Args:
+        rundir: directory of the run.
+
+    Raises:
+        CheckpointError: they are damaged, or no run has such options.
+    """
+    config = FitConfig.from_json(rundir.config_json())
+    faults = contradictions(config)
+    for name in field_names():
+        value = getattr(config, name)
+        if any(isinstance(one, int) and abs(one) > _LARGEST for one in (value if isinstance(value, tuple) else (value,))):
+            faults.append(f"{flag(name)} is beyond 64 bits")
+    if faults:
+        raise CheckpointError(f"{rundir.path / 'config.json'} is of no run: {faults[0]}; {RUN_REMEDY}")
+    return config
 
 
 def resumed_state(rundir: RunDirectory, workload: Workload, rank: Rank) -> State:
@@ -22,10 +49,65 @@ def resumed_state(rundir: RunDirectory, workload: Workload, rank: Rank) -> State
     Raises:
         CheckpointError: the data is not what the run began with, or it was begun by another process of several.
     """
-    state = State.from_journal(rundir.journal())
-    check_same_data(state, workload, rundir.path)
+    state = State.from_journal(rundir.journal(), rundir.path)
     check_same_rank(state, rank, rundir.path)
+    check_same_data(state, workload, rundir.path)
+    check_plan(state, workload, rundir.path)
+    check_position(state, workload, rundir.path)
     return state
+
+
+def check_plan(state: State, workload: Workload, path: Path) -> None:
+    """Refuse a plan that is not of a run's model, or that has not as many partitions as its options have values.
+
+    Args:
+        state: state of the run.
+        workload: model, data and method.
+        path: folder of the run, for the message.
+
+    Raises:
+        CheckpointError: it is another model's.
+    """
+    parts, layers = state.plan["partitions"], len(workload.chain.layers)
+    if (planned := parts[-1]["stop"]) != layers:
+        raise _not_ours(path, f"a plan of {planned} layers, where the model has {layers}")
+    try:
+        check_lengths(workload.config, len(parts))
+    except ConfigError as error:
+        raise _not_ours(path, f"{len(parts)} partitions, where {error}") from None
+
+
+def check_position(state: State, workload: Workload, path: Path) -> None:
+    """Refuse a position that is not in a run's program.
+
+    Args:
+        state: state of the run.
+        workload: model, data and method.
+        path: folder of the run, for the message.
+
+    Raises:
+        CheckpointError: there is no such position.
+    """
+    parts, progress = state.plan["partitions"], state.progress
+    program = visits_of_rank(workload.method.program(len(parts), workload.training_splits), state.rank, state.ranks)
+    if state.visit > len(program):
+        raise _not_ours(path, f"visit {state.visit}, where the program has {len(program)}")
+    if state.visit == len(program):
+        return
+    item = program[state.visit]
+    batch = item.batch_size if isinstance(item, Sweep) else parts[item.partition]["batch"]
+    batches = -(-len(workload.splits["train"]) // batch)
+    if progress.epoch > max(1, item.epochs) or progress.batch > batches:
+        raise _not_ours(
+            path,
+            f"epoch {progress.epoch}, batch {progress.batch}, where visit {state.visit} has {item.epochs} epochs of {batches}",
+        )
+    if isinstance(item, Sweep) and state.sweep_micro_batch < 1:
+        raise _not_ours(path, f"a micro-batch of {state.sweep_micro_batch} in a sweep")
+
+
+def _not_ours(path: Path, fault: str) -> CheckpointError:
+    return CheckpointError(f"the journal of {path} says what no run of this configuration says of itself ({fault}); {RUN_REMEDY}")
 
 
 def check_same_rank(state: State, rank: Rank, path: Path) -> None:

@@ -3,7 +3,8 @@
 import gc
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Literal
 
 from lowmem_pnn.engine.active_partition import ActivePartition
@@ -19,6 +20,7 @@ from lowmem_pnn.run.metrics import Metrics
 from lowmem_pnn.run.partitions import Partitions
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import PartitionRecord, RunStatus, State
+from lowmem_pnn.stores.keys import CommittedFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
@@ -199,13 +201,15 @@ class Run:
         self.state.weights = self.weights.state()
         self.commits.commit()
 
-    def end(self, status: RunStatus) -> None:
+    def end(self, status: RunStatus, files: Mapping[str, CommittedFile] | None = None) -> None:
         """Commit a status after which nothing is trained any more, and wait until it is durable.
 
         Args:
             status: `trained` where another rank joins the partition, `done` where the result is written.
+            files: what the run leaves, by name.
         """
         self.state.stage = status
+        self.state.files = {name: asdict(file) for name, file in (files or {}).items()}
         self.commits.commit()
         self.commits.wait()
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lowmem_pnn.device import Device
 from lowmem_pnn.engine.worker_threads import WorkerThreads
@@ -23,6 +24,7 @@ class Session:
         should_stop: asked after every batch; when it says so the run commits and raises `Stopped`.
         counter: counter of all bytes read and written.
         began: monotonic time at which the process began with the run, in seconds.
+        scratch: folder for activations, where a run that is done is measured again; None for the run's own.
     """
 
     device: Device
@@ -32,3 +34,9 @@ class Session:
     should_stop: Callable[[], bool] = lambda: False
     counter: IoCounter = field(default_factory=IoCounter)
     began: float = field(default_factory=time.monotonic)
+    scratch: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Folder in which activations are written."""
+        return self.scratch or self.rundir.path

@@ -1,17 +1,37 @@
 """The state of a run: what the journal holds, and a resume goes on from."""
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
-from lowmem_pnn.engine.tally import EpochProgress, Tally
+from pydantic import TypeAdapter, ValidationError
+
+from lowmem_pnn.engine.tally import EpochProgress
+from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.ranks import Rank
+from lowmem_pnn.stores.disk import RUN_REMEDY
+from lowmem_pnn.stores.keys import parse_entry, parse_state
 from lowmem_pnn.workload import Workload
 
 RunStatus = Literal["born", "training", "trained", "done"]
 """`born`: planned, nothing is written; `training`; `trained`: the first rank has yet to join the partition; `done`: with a result."""
+
+LEFT_FILES = ("model.safetensors", "heads.safetensors", "result.json")
+"""Files that a finished run leaves."""
+
+_STORE_KEY = re.compile(r"(train|val|test)(\+\d{1,9})?")
+STORE_NAME = re.compile(r"b\d{2,9}-(train|val|test)(-\d{1,9})?")
+"""Names of stores of activations that the journal may name."""
+
+_LARGEST = 2**62
 
 
 @dataclass
@@ -59,6 +79,7 @@ class State:
         metrics_bytes: length of `metrics.jsonl`.
         compared: whether the model was compared with its layers before training.
         module_state: Python attributes of modules that forwards change, by module and attribute.
+        files: size and SHA-256 of the files that a finished run leaves, by name; empty for runs of earlier versions.
         rank: number of this process, where several train a partition each; the first joins them.
         ranks: number of these processes.
     """
@@ -86,6 +107,7 @@ class State:
     metrics_bytes: int = 0
     compared: Literal["yes", "no"] = "no"
     module_state: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
     rank: int = 0
     ranks: int = 1
 
@@ -111,19 +133,80 @@ class State:
         )
 
     @classmethod
-    def from_journal(cls, body: dict[str, Any]) -> "State":
-        """Read what `to_journal` gave."""
-        progress = dict(body["progress"])
-        progress["tally"] = Tally(**progress["tally"])
-        return cls(
-            **{
-                **body,
-                "progress": EpochProgress(**progress),
-                "records": [PartitionRecord(**record) for record in body["records"]],
-                # Runs of a time when there was no other precision have none.
-                "loss_scales": [LossScale(**scale) for scale in body.get("loss_scales") or [{} for _ in body["micro_batches"]]],
+    def from_journal(cls, body: dict[str, Any], path: Path = Path("journal.json")) -> "State":
+        """Read what `to_journal` gave, and check it: a seal shows that it was not damaged, not who wrote it.
+
+        Args:
+            body: body of the journal.
+            path: run or journal that it is from, for messages.
+
+        Raises:
+            CheckpointError: it says what no run says of itself.
+        """
+        # Runs of a time when there was no other precision have no scales.
+        micro_batches = body.get("micro_batches")
+        defaults: dict[str, Any] = {"loss_scales": [{}] * len(micro_batches)} if isinstance(micro_batches, list) else {}
+        body = {**defaults, **body} if body.get("loss_scales") else {**body, **defaults}
+        try:
+            if unknown := sorted(set(body) - {one.name for one in fields(cls)}):
+                raise CheckpointError(f"unknown {unknown[0]!r}")
+            # By its text, since only there a strict reading takes dictionaries for dataclasses.
+            state = _STATES.validate_json(json.dumps(body), strict=True)
+            plan = _PLANS.validate_json(json.dumps(state.plan), strict=True)
+            state._check(plan)
+            state.plan = json.loads(plan.to_json())
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            place = ".".join(map(str, fault["loc"])) or "journal"
+            raise CheckpointError(_described(path, f"{place} {str(fault['msg']).lower()}")) from None
+        except (CheckpointError, RecursionError) as error:
+            raise CheckpointError(_described(path, str(error) or "too deep a nesting")) from None
+        return state
+
+    def _check(self, plan: Plan) -> None:
+        """Refuse values that no run has.
+
+        Raises:
+            CheckpointError: with the fault, to follow the journal's name.
+        """
+        parts = plan.partitions
+        spans = [(part.start, part.stop) for part in parts]
+        checks = {
+            "no partitions": not parts,
+            "partitions that do not follow each other": not parts
+            or spans[0][0] != 0
+            or any(start >= stop for start, stop in spans)
+            or any(before[1] != after[0] for before, after in pairwise(spans)),
+            "a batch below 1": any(min(part.batch, part.micro_batch) < 1 for part in parts)
+            or min(plan.smallest_micro_batch, 1 if plan.loss_chunk is None else plan.loss_chunk) < 1,
+            f"micro_batches {self.micro_batches}": len(self.micro_batches) != len(parts)
+            or min(self.micro_batches, default=0) < 1,
+            f"{len(self.records)} records for {len(parts)} partitions": len(self.records) != len(parts),
+            f"{len(self.loss_scales)} loss_scales for {len(parts)} partitions": len(self.loss_scales) != len(parts),
+            "a loss scale of 0": any(scale.value <= 0 for scale in self.loss_scales),
+            f"rank {self.rank} of {self.ranks}": not 0 <= self.rank < self.ranks,
+            "a name of activations that is none of ours": not all(
+                _STORE_KEY.fullmatch(key) and STORE_NAME.fullmatch(name) for key, name in self.activations.items()
+            ),
+            "a name of a file that is none of ours": not set(self.files) <= set(LEFT_FILES),
+        }
+        if fault := next((fault for fault, holds in checks.items() if holds), None):
+            raise CheckpointError(fault)
+        # A loss on the validation split may be anything, and what was not foreseen in a check may be negative.
+        _check_counts(
+            {
+                **asdict(self),
+                "records": [{**asdict(record), **_NO_LOSSES} for record in self.records],
+                "check": {},
+                "module_state": {},
             }
         )
+        for name, entry in self.files.items():
+            parse_entry(entry, name)
+        if self.stage != "born":
+            committed = parse_state(Path("weights"), self.weights)
+            if len(committed) - ("rest" in committed) != len(parts):
+                raise CheckpointError(f"no weights of {len(parts)} partitions")
 
     def to_journal(self) -> dict[str, Any]:
         """Return a copy that JSON can hold."""
@@ -137,3 +220,35 @@ class State:
         """
         for name in ("visit", "progress", "weights", "activations", "loss_scales", "module_state"):
             setattr(self, name, getattr(commit, name))
+
+
+_NO_LOSSES = {"train_loss": None, "val_loss": None}
+_STATES, _PLANS = TypeAdapter(State), TypeAdapter(Plan)
+
+
+def states_of(bodies: Sequence[dict[str, Any]]) -> list[State]:
+    """Return the states of older commits; a body that is none of ours is left out: nobody can go back to it.
+
+    Args:
+        bodies: bodies of journals.
+    """
+    states = []
+    for body in bodies:
+        with suppress(CheckpointError):
+            states.append(State.from_journal(body))
+    return states
+
+
+def _check_counts(value: Any) -> None:
+    """Refuse counts that are negative or beyond 64 bits, and numbers that are not finite, anywhere in a value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            _check_counts(item)
+    elif (isinstance(value, int) and not 0 <= value <= _LARGEST) or (isinstance(value, float) and not math.isfinite(value)):
+        raise CheckpointError(f"the number {value}"[:60])
+
+
+def _described(path: Path, fault: str) -> str:
+    return f"the journal of {path} says what no run says of itself ({fault}); {RUN_REMEDY}"

@@ -8,7 +8,8 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import began_alike, resumed_config
 from lowmem_pnn.errors import CheckpointError, ConfigError, DiskError
-from lowmem_pnn.stores.run_directory import read_journal
+from lowmem_pnn.stores.disk import RUN_REMEDY, read_file
+from lowmem_pnn.stores.journal import read_journal
 
 
 def unfinished_run(options: Mapping[str, Any], parent: Path = Path("runs")) -> Path:
@@ -47,9 +48,9 @@ def _unfinished_config(path: Path) -> FitConfig | None:
     try:
         journal, _ = read_journal(path / "journal.json")
         # A process of several, which is not the first, goes on with the first one's folder.
-        if journal["stage"] == "done" or journal.get("rank", 0):
+        if journal.get("stage") in (None, "done") or journal.get("rank", 0):
             return None
-        return FitConfig.from_json((path / "config.json").read_text(encoding="utf-8"))
+        return FitConfig.from_json(read_file(path / "config.json", RUN_REMEDY).decode(errors="replace"))
     except (CheckpointError, DiskError, OSError):
         return None
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_pnn.errors import CheckpointError
-from lowmem_pnn.stores.disk import RUN_REMEDY, IoCounter, crc32, disk_error, sha256, sync_folder
+from lowmem_pnn.stores.disk import RUN_REMEDY, IoCounter, crc32, disk_error, read_file, sha256, sync_folder, write_durably
 from lowmem_pnn.stores.encoding import ENCODINGS, Encoding
 from lowmem_pnn.stores.header import DTYPE_BY_NAME, NAME_BY_DTYPE, TensorLayout
-from lowmem_pnn.stores.run_directory import write_durably
 from lowmem_pnn.stores.shard_layout import shard_name
 
 FORMAT = 2
@@ -100,7 +99,7 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / _INDEX
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_file(path, RUN_REMEDY))
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{str(path)!r} is missing: the store was not completed; {RUN_REMEDY}") from None
     except (ValueError, RecursionError):
@@ -155,6 +154,7 @@ def _is_consistent(index: Index) -> bool:
     full, rest = divmod(index.num_samples, index.shard_samples)
     return (
         index.kept_as in ENCODINGS
+        and len(index.shards) == full + (rest > 0)  # or the lists below could be of any length
         and [shard.samples for shard in index.shards] == [index.shard_samples] * full + [rest] * (rest > 0)
         and [shard.file for shard in index.shards] == [shard_name(number) for number in range(len(index.shards))]
         and all(isinstance(shard.crc32, str) or (shard.crc32 is None and isinstance(shard.sha256, str)) for shard in index.shards)

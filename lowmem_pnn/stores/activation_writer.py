@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Executor, Future, wait
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from torch import Tensor
 
-from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.activation_index import Index, ShardEntry, make_empty_folder, write_index
 from lowmem_pnn.stores.disk import IoCounter
@@ -163,7 +164,8 @@ class ActivationWriter:
         wait(self._syncing)
         self._syncing.clear()
         for file in self._unsynced:
-            file.close()
+            with suppress(DiskError, OSError):  # the shards are given up: what has stopped the writing is to be heard of
+                file.close()
         self._unsynced.clear()
         self._filling = []
 

@@ -1,4 +1,8 @@
-"""Disk access: byte counts, checksums, syncs, page-cache advice, and errors of the file system as one line."""
+"""Disk access: files opened, read and replaced, byte counts, checksums, syncs, page-cache advice, and errors as one line.
+
+A run's folder may come from somebody else. A pipe in the place of a file would be waited for, and a link in the place of a file that
+is written would have another file written: so regular files alone are opened, and to write never through a link.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import errno
 import hashlib
 import io
 import os
+import shutil
+import stat
 import threading
 import zlib
 from collections.abc import Callable
@@ -23,6 +29,17 @@ FILE_REMEDY = "restore it from a copy, or delete it and run again"
 """What to do about a damaged file, where nothing more is known of it: the end of error messages."""
 RUN_REMEDY = "restore the run's folder from a copy, or start again with --overwrite"
 """What to do about a damaged file of a run: the end of error messages."""
+
+MOST_TEXT_BYTES = 64 * MEBIBYTE
+"""A larger configuration, journal, index or result is refused: none of ours comes near."""
+
+# Kinds of files that are not opened, and what they are called.
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISLNK, "a link"),
+)
 
 
 def commit_point(name: str) -> None:
@@ -56,6 +73,73 @@ class IoCounter:
             self.bytes_written += written
 
 
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, remedy: str, kind: str = "file") -> int:
+    """Open a regular file, and nothing else; a link is followed only to read.
+
+    Args:
+        path: Path of the file.
+        flags: Flags of `os.open`: how to open it.
+        remedy: What to do where something else is there: the end of the message.
+        kind: What kind of file is expected, for the message.
+
+    Returns:
+        The descriptor; the caller closes it.
+
+    Raises:
+        CheckpointError: Something else than a regular file is there, or a link where the file is to be written.
+        OSError: The file system refused.
+    """
+    if flags & (os.O_WRONLY | os.O_RDWR):
+        flags |= os.O_NOFOLLOW
+    try:
+        # Not blocking: a pipe at the other end of which nobody is would be waited for.
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _fault(path, os.lstat(path).st_mode, kind, remedy) from None
+        raise
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise _fault(path, mode, kind, remedy)
+        os.set_blocking(descriptor, True)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_file(path: str | os.PathLike[str], remedy: str) -> bytes:
+    """Read a small regular file as a whole.
+
+    Args:
+        path: Path of the file.
+        remedy: What to do where something else is there: the end of the message.
+
+    Raises:
+        CheckpointError: Something else than a regular file is there, or one above `MOST_TEXT_BYTES`.
+        OSError: The file system refused.
+    """
+    with os.fdopen(open_regular(path, remedy=remedy), "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > MOST_TEXT_BYTES:
+            raise CheckpointError(f"{str(path)!r} has {format_bytes(size)}, above {format_bytes(MOST_TEXT_BYTES)}; {remedy}")
+        return file.read(MOST_TEXT_BYTES)
+
+
+def refuse_link(path: Path, remedy: str) -> None:
+    """Refuse a link in the place of a folder that is written to.
+
+    Args:
+        path: Path of the folder, which need not be there.
+        remedy: What to do about it: the end of the message.
+
+    Raises:
+        CheckpointError: A link is there.
+    """
+    if path.is_symlink():
+        raise CheckpointError(f"{str(path)!r} is a link, and is not written through; {remedy}")
+
+
 def sha256(path: Path, counter: IoCounter | None = None) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal, read a chunk at a time.
 
@@ -80,7 +164,7 @@ def prefetch_into_page_cache(path: Path, start: int, stop: int) -> None:
         stop: Byte after the last.
     """
     if hasattr(os, "posix_fadvise"):
-        with suppress(OSError), io.FileIO(path, "r") as file:
+        with suppress(OSError, CheckpointError), io.FileIO(open_regular(path, remedy=FILE_REMEDY), "r") as file:
             os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
@@ -167,6 +251,45 @@ def sync_folder(folder: Path) -> None:
     commit_point(f"synced {folder.name}")
 
 
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Replace a file atomically: whatever happens, the file is whole, old or new. A link in its place is replaced, not followed.
+
+    Args:
+        path: Path of the file; its folder must exist.
+        content: New content; a text is written as UTF-8.
+
+    Raises:
+        DiskError: The disk is full or not writable.
+    """
+    new_path = path.with_name(path.name + ".new")
+    try:
+        new_path.unlink(missing_ok=True)  # what a process that was killed has left
+        with new_path.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        commit_point(f"written {path.name}")
+        new_path.replace(path)
+        commit_point(f"renamed {path.name}")
+        sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            new_path.unlink(missing_ok=True)
+        raise disk_error(path, error, "write it") from error
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder with all that is in it, as far as the file system lets us; of a link, the link alone.
+
+    Args:
+        path: Path of the folder, which need not be there.
+    """
+    with suppress(OSError):
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def allow_many_files() -> None:
     """Let the process have as many files open as the system lets it: several for each partition may be open at once."""
     with suppress(ImportError, ValueError, OSError):
@@ -199,7 +322,7 @@ def disk_error(path: Path, error: OSError, attempt: str) -> DiskError:
 def _read_in_chunks(path: Path, process: Callable[[memoryview], None], counter: IoCounter | None) -> None:
     buffer = memoryview(bytearray(CHUNK_BYTES))
     try:
-        with io.FileIO(path, "r") as file:
+        with io.FileIO(open_regular(path, remedy=FILE_REMEDY), "r") as file:
             while count := file.readinto(buffer):
                 process(buffer[:count])
                 if counter is not None:
@@ -208,3 +331,8 @@ def _read_in_chunks(path: Path, process: Callable[[memoryview], None], counter: 
         raise CheckpointError(f"{str(path)!r} is missing; {FILE_REMEDY}") from None
     except OSError as error:
         raise disk_error(Path(path), error, "read it") from error
+
+
+def _fault(path: str | os.PathLike[str], mode: int, kind: str, remedy: str) -> CheckpointError:
+    what = next((name for test, name in _KINDS if test(mode)), "a device")
+    return CheckpointError(f"{os.fspath(path)!r} is {what}, not a {kind}; {remedy}")

@@ -46,6 +46,27 @@ class CommittedFile:
     bytes: int
 
 
+def parse_entry(entry: Any, what: str) -> CommittedFile:
+    """Return what a journal says of a file.
+
+    Args:
+        entry: `CommittedFile` as a dictionary.
+        what: What the entry is of, for the message.
+
+    Raises:
+        CheckpointError: The entry is not of this form.
+    """
+    if (
+        isinstance(entry, Mapping)
+        and set(entry) == {"file", "sha256", "bytes"}
+        and isinstance(entry["file"], str)
+        and isinstance(entry["sha256"], str)
+        and type(entry["bytes"]) is int
+    ):
+        return CommittedFile(**entry)
+    raise CheckpointError(f"the journal's entry of {what} is none that this program writes; {RUN_REMEDY}")
+
+
 def parse_name(file: str) -> tuple[PartitionName, int]:
     """Return the partition and the generation in a weight file's name."""
     match = WEIGHT_FILE.fullmatch(file)
@@ -63,19 +84,21 @@ def parse_state(folder: Path, state: Mapping[str, Any]) -> dict[PartitionName, C
     Raises:
         CheckpointError: The state is of another version, or names no file, or a wrong one, for a partition.
     """
+    if not isinstance(state, Mapping) or not isinstance(state.get("partitions"), list):
+        raise CheckpointError(f"the journal says nothing of the weights in {str(folder)!r}; {RUN_REMEDY}")
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"the journal's weights in {str(folder)!r} have format {state.get('format')}, this version reads {FORMAT}; "
             "resume with the version that wrote them"
         )
     entries: list[tuple[PartitionName, Any]] = [*enumerate(state["partitions"])]
-    if state["rest"] is not None:
+    if state.get("rest") is not None:
         entries.append(("rest", state["rest"]))
     committed = {}
     for partition, entry in entries:
         if entry is None:
             raise CheckpointError(f"partition {partition} in {str(folder)!r} was never committed; start again with --overwrite")
-        file = CommittedFile(**entry)
+        file = parse_entry(entry, f"partition {partition} in {str(folder)!r}")
         if WEIGHT_FILE.fullmatch(file.file) is None or parse_name(file.file)[0] != partition:
             raise CheckpointError(f"the journal names {file.file!r} for partition {partition} in {str(folder)!r}; {RUN_REMEDY}")
         committed[partition] = file

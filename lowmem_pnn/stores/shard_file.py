@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.memory.aligned import byte_view
 from lowmem_pnn.stores.direct_io import REFUSED, Piece, Transfer, open_direct
-from lowmem_pnn.stores.disk import IoCounter, disk_error, drop_cache, sync_file
+from lowmem_pnn.stores.disk import RUN_REMEDY, IoCounter, disk_error, drop_cache, open_regular, sync_file
 from lowmem_pnn.stores.header import lay_out
 from lowmem_pnn.units import format_bytes
 
@@ -97,10 +97,11 @@ class ShardFile:
             Whether the file is there, and has this header and this size: else tensors may hold anything.
 
         Raises:
+            CheckpointError: Something else than a file is there.
             DiskError: The file system refused.
         """
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = open_regular(path, remedy=RUN_REMEDY, kind="shard")
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.memory.aligned import ALIGNMENT, PAGE_BYTES, HostAllocator, aligned_empty, byte_view
 from lowmem_pnn.stores.direct_io import LEAST_BYTES, REFUSED, is_page_aligned, open_direct
-from lowmem_pnn.stores.disk import CHUNK_BYTES, FILE_REMEDY, IoCounter, disk_error, drop_cache, sync_file
+from lowmem_pnn.stores.disk import CHUNK_BYTES, FILE_REMEDY, IoCounter, disk_error, drop_cache, open_regular, sync_file
 from lowmem_pnn.stores.header import MAX_HEADER_BYTES, HeaderFault, TensorEntry, TensorLayout, describe, lay_out, parse_header
 from lowmem_pnn.units import format_bytes
 
@@ -115,7 +116,8 @@ class TensorFile:
             self._write_bytes(header, 0)
         except (OSError, DiskError) as error:
             self.close()
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             if isinstance(error, DiskError):
                 raise
             raise disk_error(path, error, f"create a file of {format_bytes(size)}") from error
@@ -147,11 +149,10 @@ class TensorFile:
         """
         path = Path(path)
         try:
-            file = io.FileIO(path, "r+" if writable else "r")
+            flags = os.O_RDWR if writable else os.O_RDONLY
+            file = io.FileIO(open_regular(path, flags, remedy=remedy, kind="safetensors file"), "r+" if writable else "r")
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(f"{str(path)!r} is missing; {remedy}") from None
-        except IsADirectoryError:
-            raise CheckpointError(f"{str(path)!r} is a folder, not a safetensors file; {remedy}") from None
         except OSError as error:
             raise disk_error(path, error, "open it") from error
         self = cls(path, file, {}, {}, counter, remedy, direct)
@@ -248,10 +249,12 @@ class TensorFile:
 
     def close(self) -> None:
         """Close the file, without syncing it."""
-        self._file.close()
-        if self._direct is not None:
-            os.close(self._direct)
-            self._direct = None
+        try:
+            self._file.close()
+        finally:
+            if self._direct is not None:
+                os.close(self._direct)
+                self._direct = None
 
     def __enter__(self) -> TensorFile:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -49,9 +50,10 @@ class TensorReader:
             return self._files[partition]
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, whatever the file system says to it: they were only read."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):
+                file.close()
         self._files.clear()
 
     def __enter__(self) -> TensorReader:

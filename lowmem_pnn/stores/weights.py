@@ -15,7 +15,7 @@ import math
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -302,7 +302,7 @@ class WeightStore:
                 if path.name not in named:
                     path.unlink(missing_ok=True)
 
-    def export(self, path: Path, names: Sequence[str], aliases: Mapping[str, str] | None = None) -> None:
+    def export(self, path: Path, names: Sequence[str], aliases: Mapping[str, str] | None = None) -> CommittedFile:
         """Write committed weights into one safetensors file with the model's own names, through a small buffer.
 
         The file appears whole or not at all, replaces one that was there, and has the access rights of the umask.
@@ -311,6 +311,9 @@ class WeightStore:
             path: Path of the new file.
             names: Entries of the model's `state_dict`, in its order.
             aliases: Name in the store, for each other name of a tensor that has several; the tensor is written under each.
+
+        Returns:
+            The file's name, hash and size.
 
         Raises:
             CheckpointError: A name is not in the store.
@@ -335,15 +338,18 @@ class WeightStore:
                     for name, key in keys.items():
                         target.copy_from(name, sources[self.partition_of(key)], key)
                     target.sync()
+                    written = CommittedFile(path.name, sha256(new_path), target.size)  # while it is in the page cache
                     target.drop_cache()
             new_path.replace(path)
             disk.commit_point(f"renamed {path.name}")
         except BaseException as error:
-            new_path.unlink(missing_ok=True)
+            with suppress(OSError):
+                new_path.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 raise disk_error(path, error, "write it") from error
             raise
         sync_folder(path.parent)
+        return written
 
     def _files(self) -> list[Path]:
         return sorted(path for path in self.folder.iterdir() if WEIGHT_FILE.fullmatch(path.name))
@@ -352,8 +358,11 @@ class WeightStore:
         with self._lock:
             for partition in partitions:
                 file = files.pop(partition)
-                file.close()
-                file.path.unlink(missing_ok=True)
+                # After a failure: the next file is to be given up too, and the failure to be heard of.
+                with suppress(OSError):
+                    file.close()
+                with suppress(OSError):
+                    file.path.unlink(missing_ok=True)
 
 
 def _layout_bytes(layout: PartitionLayout) -> int:
@@ -362,4 +371,5 @@ def _layout_bytes(layout: PartitionLayout) -> int:
 
 def _close_all(files: dict[PartitionName, TensorFile]) -> None:
     for file in files.values():
-        file.close()
+        with suppress(OSError):
+            file.close()

@@ -98,7 +98,8 @@ class WeightStreamer:
         try:
             yield file, is_new
         finally:
-            self._write_behind.submit(0, file.close)
+            # Also when an earlier write has failed, or something else: the file is closed, and what is under way is not replaced.
+            self._write_behind.submit_close(file.close)
 
     def write(self, partition: int, file: TensorFile, key: str, tensor: Tensor) -> None:
         """Begin to write a tensor.

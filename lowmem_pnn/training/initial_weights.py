@@ -1,20 +1,22 @@
 """Initial weights: the constructor's own values, written to the run's weight files without the model ever being whole in memory."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from lowmem_pnn.device import is_out_of_memory
-from lowmem_pnn.errors import ConfigError, LowMemError
+from lowmem_pnn.errors import CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import Layer, head_prefix, is_of_head
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.sources.deferred_init import file_backed
 from lowmem_pnn.sources.imports import one_line
-from lowmem_pnn.stores.disk import IoCounter
-from lowmem_pnn.stores.header import TensorLayout
+from lowmem_pnn.stores.disk import RUN_REMEDY, IoCounter
+from lowmem_pnn.stores.header import TensorLayout, describe
+from lowmem_pnn.stores.journal import DAMAGED
 from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
@@ -43,13 +45,12 @@ def build_weights(
 
     Returns:
         The store, sealed.
+
+    Raises:
+        CheckpointError: the trained weights lack a tensor of the model, or have it in another type or shape.
     """
     chain = workload.chain
-    layouts: list[Mapping[str, TensorLayout]] = []
-    for number, part in enumerate(plan.partitions):
-        layout = partition_layout(chain, chain.layers[part.start : part.stop], workload.optimizer(number))
-        # A weight that several partitions share is at home with the first of them.
-        layouts.append({key: entry for key, entry in layout.items() if not any(key in before for before in layouts)})
+    layouts = _layouts(workload, plan)
     folder.mkdir(parents=True, exist_ok=True)
     with file_backed(folder) as files:
         model = _build(workload)
@@ -62,23 +63,23 @@ def build_weights(
     store = WeightStore.create(folder, layouts, counter, rest=rest)
     homes: list[int | str] = [*range(len(layouts)), *(["rest"] if rest else [])]
     layouts_of = {key: layout for part in (*layouts, rest) for key, layout in part.items()}
-    source = TensorFile.open(trained, counter=counter) if trained is not None else None
-    for home in homes:
-        with store.writer(home) as file:  # type: ignore[arg-type]
-            if isinstance(home, int):
-                _write_heads(workload, range(plan.partitions[home].start, plan.partitions[home].stop), file)
-            for key in file.entries:
-                kind, _, name = key.partition("/")
-                if kind != "weight" or is_of_head(name):
-                    continue
-                if source is not None and name in source.entries:
-                    file.copy_from(key, source, name)
-                else:
-                    _check_layout(workload, name, tensors.get(name), layouts_of[key])
-                    file.write_from(key, tensors[name].detach().contiguous())
-                    files.evict(tensors[name])
-    if source is not None:
-        source.close()
+    # The constructor's values stand for what is in no file of weights: buffers that are not in the `state_dict`.
+    persistent = set(chain.persistent)
+    with nullcontext() if trained is None else TensorFile.open(trained, counter=counter, remedy=DAMAGED) as source:
+        for home in homes:
+            with store.writer(home) as file:  # type: ignore[arg-type]
+                if isinstance(home, int):
+                    _write_heads(workload, range(plan.partitions[home].start, plan.partitions[home].stop), file)
+                for key in file.entries:
+                    kind, _, name = key.partition("/")
+                    if kind != "weight" or is_of_head(name):
+                        continue
+                    if source is not None and name in persistent:
+                        file.copy_from(key, source, name)
+                    else:
+                        _check_layout(workload, name, tensors.get(name), layouts_of[key])
+                        file.write_from(key, tensors[name].detach().contiguous())
+                        files.evict(tensors[name])
     store.seal(homes)  # type: ignore[arg-type]
     return store
 
@@ -91,6 +92,42 @@ def _build(workload: Workload) -> nn.Module:
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {workload.source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
+
+
+def check_layouts(weights: WeightStore, workload: Workload, plan: Plan) -> None:
+    """Refuse weight files that do not hold the tensors of a plan's partitions.
+
+    Args:
+        weights: store of the weight files, open.
+        workload: model, data and method.
+        plan: partitions of the model.
+
+    Raises:
+        CheckpointError: a partition's file has another tensor, or lacks one.
+    """
+    for number, expected in enumerate(_layouts(workload, plan)):
+        actual = weights.layout(number)
+        differing = [key for key in {**expected, **actual} if expected.get(key) != actual.get(key)]
+        if differing:
+            raise CheckpointError(
+                f"{str(weights.committed_file(number))!r} is not of this model: {_described(differing[0], actual)}, and the model has "
+                f"{_described(differing[0], expected)}; {RUN_REMEDY}"
+            )
+
+
+def _layouts(workload: Workload, plan: Plan) -> list[Mapping[str, TensorLayout]]:
+    """Return the tensors of each partition's weight file."""
+    chain = workload.chain
+    layouts: list[Mapping[str, TensorLayout]] = []
+    for number, part in enumerate(plan.partitions):
+        layout = partition_layout(chain, chain.layers[part.start : part.stop], workload.optimizer(number))
+        # A weight that several partitions share is at home with the first of them.
+        layouts.append({key: entry for key, entry in layout.items() if not any(key in before for before in layouts)})
+    return layouts
+
+
+def _described(key: str, layout: Mapping[str, TensorLayout]) -> str:
+    return f"{key!r} as {describe(*layout[key])}" if key in layout else f"no {key!r}"
 
 
 def _write_heads(workload: Workload, layers: range, file: TensorFile) -> None:

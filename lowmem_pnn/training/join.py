@@ -1,15 +1,17 @@
 """Join: the first of several processes takes over the partitions that the others have trained."""
 
-import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.errors import BusyError, CheckpointError, DiskError
 from lowmem_pnn.run.ranks import rank_folder
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.state import State
-from lowmem_pnn.stores.run_directory import RunDirectory, read_journal
+from lowmem_pnn.stores.journal import read_journal
+from lowmem_pnn.stores.run_creation import delete_run
+from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.stores.weights import WeightStore
 
 _LOOK_EVERY_SECONDS = 0.2
@@ -40,28 +42,35 @@ def join(run: Run) -> Sequence[int]:
     return list(others)
 
 
-def forget(rundir: RunDirectory, ranks: int) -> None:
-    """Delete the other processes' folders: the first one has what was in them.
+def forget(rundir: RunDirectory, state: State) -> None:
+    """Delete the other processes' runs: the first one has what was in them.
 
     Args:
-        rundir: directory of the first process's run.
-        ranks: number of processes.
+        rundir: directory of the first process's run, which is done.
+        state: its state.
     """
-    for number in range(1, ranks):
-        shutil.rmtree(rank_folder(rundir.path, number), ignore_errors=True)
+    for number in range(1, 1 if state.rank else state.ranks):
+        folder = rank_folder(rundir.path, number)
+        # A folder of that name may be of another run by now; and what cannot be deleted is no reason to fail in the end.
+        with suppress(CheckpointError, BusyError, DiskError, OSError):
+            with RunDirectory.open(folder) as theirs:
+                other = State.from_journal(theirs.journal(), folder)
+                is_ours = (other.rank, other.ranks) == (number, state.ranks) and theirs.config_json() == rundir.config_json()
+            if is_ours:
+                delete_run(folder)
 
 
 def _is_trained(folder: Path) -> bool:
     """Whether a process is done with its partition; its folder may not even be there yet."""
     path = folder / "journal.json"
-    return path.exists() and read_journal(path)[0]["stage"] == "trained"
+    return path.exists() and State.from_journal(read_journal(path)[0], folder).stage == "trained"
 
 
 def _take(run: Run, number: int, folder: Path) -> None:
     """Copy a partition's trained weights, and take over what was recorded of it."""
     # The lock comes free when the rank's process has ended its run.
     with RunDirectory.open(folder) as rundir:
-        theirs = State.from_journal(rundir.journal())
+        theirs = State.from_journal(rundir.journal(), folder)
         if rundir.config_json() != run.session.rundir.config_json() or theirs.data != run.state.data:
             raise CheckpointError(
                 f"the run in {folder} is not of this one: another configuration, or other data; begin again with --overwrite"

@@ -1,14 +1,16 @@
 """The life of a run, from its first commit to its result: building, the check before training, training, test, export."""
 
+import hashlib
 import math
-import shutil
+from contextlib import closing
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.loaders import Loader
-from lowmem_pnn.errors import BudgetError, DataError
+from lowmem_pnn.errors import BudgetError, CheckpointError, DataError
 from lowmem_pnn.evaluation.exits import HEADS_FILE, describe_exits, head_names
 from lowmem_pnn.evaluation.measure import measure, validate
 from lowmem_pnn.evaluation.scores import Scores
@@ -20,12 +22,14 @@ from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
-from lowmem_pnn.run.state import State
+from lowmem_pnn.run.state import STORE_NAME, State, states_of
 from lowmem_pnn.stores.activations import ActivationStore
-from lowmem_pnn.stores.run_directory import RunDirectory, write_durably
+from lowmem_pnn.stores.disk import RUN_REMEDY, remove_folder, write_durably
+from lowmem_pnn.stores.keys import CommittedFile
+from lowmem_pnn.stores.run_directory import way_back
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.training.comparison import compare
-from lowmem_pnn.training.initial_weights import build_weights
+from lowmem_pnn.training.initial_weights import build_weights, check_layouts
 from lowmem_pnn.training.join import forget
 from lowmem_pnn.training.preflight import check_tightest
 from lowmem_pnn.training.program import carry_out
@@ -54,7 +58,7 @@ def run_to_end(
     if state.stage == "born":
         run = _begin(session, workload, profile, state, seconds_of)
     else:
-        run = Run(session, workload, Plan.from_json(state.plan), _open_committed(session, state), state)
+        run = Run(session, workload, Plan.from_json(state.plan), _open_committed(session, workload, state), state)
     carry_out(run)
     if state.rank:
         run.end("trained")
@@ -106,13 +110,26 @@ def _nothing(model: nn.Module) -> None:
     """Look at nothing: the model was compared before, or is not to be."""
 
 
-def _open_committed(session: Session, state: State) -> WeightStore:
-    """Open the weights of the last commit, every byte of them and of its activations checked."""
-    rundir, counter = session.rundir, session.counter
-    for name in state.activations.values():
-        ActivationStore.open(rundir.path / "activations" / name, verify=True, counter=counter).close()
-    older = [body["weights"] for body in rundir.older_journals() if body["weights"]]
-    return WeightStore.open(rundir.path / "weights", state.weights, counter=counter, keep=older)
+def _open_committed(session: Session, workload: Workload, state: State) -> WeightStore:
+    """Open the weights of the last commit, every byte of them and of its activations checked; drop what no commit names."""
+    rundir, counter, plan = session.rundir, session.counter, Plan.from_json(state.plan)
+    older = states_of(rundir.older_journals())
+    folder = rundir.path / "activations"
+    try:
+        for name in state.activations.values():
+            with closing(ActivationStore.open(folder / name, verify=True, counter=counter)) as stored:
+                check_boundary(stored, folder / name, workload, plan)
+        weights = WeightStore.open(
+            rundir.path / "weights", state.weights, counter=counter, keep=[one.weights for one in older if one.weights]
+        )
+        check_layouts(weights, workload, plan)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{way_back(rundir.path)}") from None
+    named = {name for one in (state, *older) for name in one.activations.values()}
+    for left in folder.iterdir() if folder.is_dir() else ():
+        if left.name not in named and STORE_NAME.fullmatch(left.name):
+            remove_folder(left)
+    return weights
 
 
 def _finish(run: Run, profile: MemoryProfile) -> Result:
@@ -126,9 +143,9 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
         validate(run, "the joined model")  # no partition's own epochs could tell
     # Before anything is tested: what has been trained is not lost to data that cannot be read.
     chain = workload.chain
-    run.weights.export(rundir.path / "model.safetensors", chain.persistent, chain.owners)
+    left = [run.weights.export(rundir.path / "model.safetensors", chain.persistent, chain.owners)]
     if workload.method.learns_per_layer:
-        run.weights.export(rundir.path / HEADS_FILE, head_names(chain))
+        left.append(run.weights.export(rundir.path / HEADS_FILE, head_names(chain)))
     layer_accuracies: list[float | None] = []
     scores = _test_scores(run, layer_accuracies) if "test" in workload.splits else {}
     exits: list[dict[str, Any]] = []
@@ -136,10 +153,12 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
         exits = describe_exits(run, layer_accuracies or [None] * len(chain.layers))
     run.metrics.update_totals()
     result = make_result(run, profile, scores, exits)
-    write_durably(rundir.path / "result.json", result.to_json() + "\n")
-    run.end("done")
-    clear(rundir)
-    forget(rundir, run.state.ranks)
+    text = (result.to_json() + "\n").encode()
+    write_durably(rundir.path / "result.json", text)
+    left.append(CommittedFile("result.json", hashlib.sha256(text).hexdigest(), len(text)))
+    run.end("done", {file.file: file for file in left})
+    rundir.clear()
+    forget(rundir, run.state)
     return result
 
 
@@ -158,16 +177,22 @@ def _test_scores(run: Run, layer_accuracies: list[float | None]) -> dict[str, fl
     return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
-def clear(rundir: RunDirectory) -> None:
-    """Delete the working files of a run that is done, and the older commits, which need them.
+def check_boundary(store: ActivationStore, folder: Path, workload: Workload, plan: Plan) -> None:
+    """Refuse activations that are not of the boundary that their store's name says.
 
     Args:
-        rundir: directory of the run.
+        store: open store.
+        folder: folder of the store.
+        workload: model, data and method.
+        plan: partitions of the model.
+
+    Raises:
+        CheckpointError: they are of another boundary, or of another model.
     """
-    for name in ("weights", "activations"):
-        shutil.rmtree(rundir.path / name, ignore_errors=True)
-    for older in rundir.path.glob("journal.*.json"):
-        older.unlink(missing_ok=True)
+    number = int(folder.name[1:].partition("-")[0]) - 1  # of the partition that has written it
+    specs = workload.chain.boundaries[plan.partitions[number].stop] if 0 <= number < len(plan.partitions) - 1 else None
+    if specs is None or (tuple(store.specs), store.label_shape) != (tuple(specs), workload.dataset.label_shape):
+        raise CheckpointError(f"{str(folder)!r} holds no samples of a boundary of this model; {RUN_REMEDY}")
 
 
 def score(run: Run, layer_accuracies: list[float | None] | None = None) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.resume import resumed_config
+from lowmem_pnn.config.resume import check_trust, resumed_config
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import BudgetError, CheckpointError, LowMemError
@@ -20,13 +20,16 @@ from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.reporting.tables import describe_skipped
+from lowmem_pnn.run.finished import read_result
 from lowmem_pnn.run.ranks import ALONE, Rank
-from lowmem_pnn.run.resume import check_same_rank, count_resume, resumed_state
+from lowmem_pnn.run.resume import check_same_rank, count_resume, resumed_state, stored_config
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.stores.disk import allow_many_files
-from lowmem_pnn.stores.run_directory import RunDirectory, read_journal
-from lowmem_pnn.training.lifecycle import clear, run_to_end
+from lowmem_pnn.stores.journal import read_journal
+from lowmem_pnn.stores.run_directory import RunDirectory, read_config
+from lowmem_pnn.training.join import forget
+from lowmem_pnn.training.lifecycle import run_to_end
 from lowmem_pnn.training.setup import open_workload, warm_up_profiler
 from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import Inputs, named_inputs
@@ -92,6 +95,7 @@ def resume(
     should_stop: Callable[[], bool] = lambda: False,
     after_crash: bool = False,
     rank: Rank = ALONE,
+    trust: bool = False,
 ) -> Result | None:
     """Go on with a run from its last commit.
 
@@ -103,24 +107,30 @@ def resume(
         should_stop: asked after every batch.
         after_crash: whether the last process died at the memory limit: the micro-batch that was in use is then halved.
         rank: which of several processes this is.
+        trust: whether code that the run names for its model or data is run without being named in `options` again.
 
     Returns:
         What `result.json` says; None where another process has the result.
     """
-    options = options or {}
+    options, display = options or {}, display or Display()
     if rank.number and not (path / "journal.json").exists():
-        return _begin_late(path, options, rank, display, should_stop)
-    with RunDirectory.open(path) as rundir:
-        config = resumed_config(FitConfig.from_json(rundir.config_json()), options, path)
-        state = State.from_journal(rundir.journal())
+        return _begin_late(path, options, rank, display, should_stop, trust=trust)
+    with RunDirectory.open(path, to_read=True) as rundir:
+        config = resumed_config(stored_config(rundir), options, path)
+        state = State.from_journal(rundir.journal(), path)
         if state.stage == "done":
-            clear(rundir)
-            return read_result(path)
+            result = read_result(path, state)
+            rundir.clear()
+            forget(rundir, state)
+            return result
+        rundir.check_writable()
         check_same_rank(state, rank, path)
         if state.stage == "trained":
             return None
+        for damaged in rundir.damaged_journals():
+            display.message(f"{damaged} is no whole commit of this run, and is left alone; going on from {path / 'journal.json'}")
+    check_trust(config, options, path, trust=trust)
     rank.check(config)
-    display = display or Display()
     with _environment(display) as threads:
         inputs = _open_before_floor(config, open_inputs, display)
         with open_workload(config, inputs, rank, display) as (device, workload):
@@ -134,53 +144,19 @@ def resume(
 
 
 def _begin_late(
-    workdir: Path, options: Mapping[str, Any], rank: Rank, display: Display | None, should_stop: Callable[[], bool]
+    workdir: Path, options: Mapping[str, Any], rank: Rank, display: Display, should_stop: Callable[[], bool], *, trust: bool
 ) -> Result | None:
     """Resume a process of several that has no run: it never had one, or the first process has joined it and is done."""
     first = workdir.with_name(workdir.name.removesuffix(f".rank{rank.number}"))
     if not (first / "journal.json").exists():
         raise CheckpointError(f"{first} holds no run to resume; leave --resume out to begin")
-    if read_journal(first / "journal.json")[0]["stage"] == "done":
+    body, config_sha256 = read_journal(first / "journal.json")
+    if State.from_journal(body, first).stage == "done":
         return None
-    stored = FitConfig.from_json((first / "config.json").read_text())
+    stored = FitConfig.from_json(read_config(first, config_sha256))
     resumed_config(stored, options, first)
+    check_trust(stored, options, first, trust=trust)
     return begin(stored, workdir, named_inputs, overwrite=False, display=display, should_stop=should_stop, rank=rank)
-
-
-def read_result(path: Path) -> Result:
-    """Return what a finished run came to.
-
-    Args:
-        path: folder of the run.
-
-    Raises:
-        CheckpointError: a file of its result is missing or damaged.
-    """
-    try:
-        if not (path / "model.safetensors").is_file():
-            raise CheckpointError(
-                f"{path / 'model.safetensors'} is missing; restore it from a copy, or begin again with --overwrite"
-            )
-        return Result.from_json((path / "result.json").read_text())
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path / 'result.json'} cannot be read; restore it from a copy, or begin again with --overwrite"
-        ) from error
-
-
-def finished_run(rundir: RunDirectory) -> tuple[FitConfig, State]:
-    """Return options and state of a run that has finished.
-
-    Args:
-        rundir: directory of the run.
-
-    Raises:
-        CheckpointError: it has not.
-    """
-    state = State.from_journal(rundir.journal())
-    if state.stage != "done":
-        raise CheckpointError(f"{rundir.path} has not finished; fit --resume --workdir {rundir.path} goes on with it")
-    return FitConfig.from_json(rundir.config_json()), state
 
 
 def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Display) -> Inputs:

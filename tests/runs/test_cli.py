@@ -213,7 +213,7 @@ def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         done = train(_OPTIONS, data="set.py:build")
     assert done.code == 75, done.err
-    assert done.fault == "stopped; lowmem-pnn fit --resume --workdir run goes on from the last commit"
+    assert done.fault == "stopped; lowmem-pnn fit --resume --workdir run --trust goes on from the last commit"
     assert "stopping after this batch; once more to stop at once" not in done.out
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert not (folder / "run/result.json").exists()
@@ -234,7 +234,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_from_any_folder(stopped: Path, m
     folder = stopped.parent
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
-    done = lowmem_pnn("fit", "--resume", "--workdir", stopped, "--json")
+    done = lowmem_pnn("fit", "--resume", "--workdir", stopped, "--json", "--trust")
     assert done.code == 0, done.err
     assert json.loads(done.out)["resumed"] == 1
     monkeypatch.chdir(folder)
@@ -272,7 +272,7 @@ def _flip(path: Path) -> None:
 )
 def test_a_damaged_or_changed_run_is_not_gone_on_with(stopped: Path, damage: Any, text: str) -> None:
     damage(stopped)
-    done = lowmem_pnn("fit --resume --workdir run")
+    done = lowmem_pnn("fit --resume --workdir run --trust")
     assert (done.code, text in done.fault) == (6, True), done.fault
     assert not Path("run/result.json").exists()
 

@@ -146,7 +146,7 @@ def test_the_scale_outlives_a_stop(tmp_path: Path) -> None:
     whole = start.begin(config, tmp_path / "whole")
     with pytest.raises(Stopped):
         start.begin(config, tmp_path / "run", should_stop=stop_at(3))
-    resumed = start.resume(tmp_path / "run")
+    resumed = start.resume(tmp_path / "run", trust=True)
     assert whole is not None
     assert resumed is not None
     assert resumed.resumed == 1

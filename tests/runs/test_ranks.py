@@ -163,13 +163,15 @@ def test_a_rank_of_another_configuration_is_not_joined(one_done: Path) -> None:
 def test_a_rank_that_cut_the_model_otherwise_is_not_joined(one_done: Path) -> None:
     path = rank_folder(one_done, 1) / "journal.json"
     body, digest = read_journal(path)
-    body["plan"]["partitions"][1]["start"] += 1
+    body["plan"]["partitions"][1]["stop"] += 1
+    body["plan"]["partitions"][2]["start"] += 1
+    body["plan"]["partitions"][2]["stop"] += 1
     path.write_text(seal_journal(body, digest))
     with pytest.raises(CheckpointError) as error:
         join(one_done)
     assert str(error.value) == (
         f"the ranks cut the model differently, since less memory was free for one: {one_done} before layers [1, 2], "
-        f"{one_done}.rank1 before layers [2, 2]; begin again with --overwrite and --cuts"
+        f"{one_done}.rank1 before layers [1, 3]; begin again with --overwrite and --cuts"
     )
 
 

@@ -59,3 +59,41 @@ def test_a_terminal_without_the_letters_gets_the_result() -> None:
     command = [sys.executable, "-c", code, "plan"]
     done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True, check=True)
     assert done.stdout == b"? layer \xfc\n"
+
+
+_COMMAND = "from lowmem_pnn.cli import commands; commands.plan.callback = lambda **_: {work}; commands.main()"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "work", "code", "err"),
+    [
+        ("2>/dev/full", "print('x', file=commands.sys.stderr) or commands.print_result('done')", 0, ""),
+        ("2>&-", "print('x', file=commands.sys.stderr) or commands.print_result('done')", 0, ""),
+        (
+            ">/dev/full",
+            "commands.print_result('done', 'it is in run/result.json')",
+            5,
+            "lowmem-pnn: cannot write the result to standard output: no space left on device; it is in run/result.json\n",
+        ),
+        (
+            ">&-",
+            "open('file', 'w').fileno() > 2 and commands.print_result('done', 'it is in run/result.json')",
+            5,
+            "lowmem-pnn: cannot write the result to standard output: it is closed; it is in run/result.json\n",
+        ),
+        (">/dev/full 2>/dev/full", "commands.print_result('done')", 5, ""),
+    ],
+)
+def test_output_that_cannot_be_written(redirection: str, work: str, code: int, err: str) -> None:
+    line = f'"$0" -c "$1" plan {redirection}'
+    done = subprocess.run(["sh", "-c", line, sys.executable, _COMMAND.format(work=work)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (code, err, "done\n" if code == 0 else "")
+
+
+def test_a_reader_that_has_left_is_no_failure() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", _COMMAND.format(work="commands.print_result('done')"), "plan"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")

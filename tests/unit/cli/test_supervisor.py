@@ -104,6 +104,7 @@ def test_a_plan_that_is_timed_runs_with_a_workers_memory(monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "execve", lambda _, command, environment: begun.append((command[1:], environment["GLIBC_TUNABLES"])))
     monkeypatch.setattr(sys, "argv", ["lowmem-pnn", "plan", "--max-gpu-mem", "1GB"])
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", sys)
     supervisor.as_worker()
     assert not begun, "torch is imported: it is too late"
     monkeypatch.delitem(sys.modules, "torch")

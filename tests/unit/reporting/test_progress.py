@@ -5,24 +5,8 @@ from typing import Any
 
 from rich.console import Console
 
+from helpers.displays import LINE, tell
 from lowmem_pnn.reporting.progress import Display, TerminalDisplay
-
-LINE: dict[str, Any] = {
-    "epoch": 1, "train_loss": 0.25, "val_loss": 0.5, "val_accuracy": 0.75, "samples_per_second": 1234.0, "peak_bytes": 42_000_000,
-    "waiting": {"disk": 0.12, "copy": 0.0, "data": 0.03},
-}  # fmt: skip
-
-
-def tell(display: Display) -> None:
-    display.enter("partition 1 of 2 (0 to 2)")
-    display.start_epoch("partition 1 of 2 (0 to 2)", 0, 3, 100, 0)
-    for done in (50, 100):
-        display.advance(done, 10_000_000, 100_000_000)
-    display.end_epoch(LINE)
-    display.start_emit("partition 1 of 2 (0 to 2)", "train", 100)
-    display.advance(100, 10_000_000, 100_000_000)
-    display.message("going on with a micro-batch of 8")
-    display.close()
 
 
 def shown(terminal: bool) -> str:

@@ -1,7 +1,9 @@
 """Run directories: born whole, locked, moved by their journal, and refused by name when damaged."""
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,8 +13,9 @@ from typing import Any
 import pytest
 
 from lowmem_pnn.errors import BusyError, CheckpointError, ConfigError, DiskError
-from lowmem_pnn.stores import disk, run_directory
-from lowmem_pnn.stores.run_directory import RunDirectory, write_durably
+from lowmem_pnn.stores import disk, run_creation, run_directory
+from lowmem_pnn.stores.disk import write_durably
+from lowmem_pnn.stores.run_directory import RunDirectory
 
 
 def body(number: int = 0, **more: Any) -> dict[str, Any]:
@@ -21,7 +24,7 @@ def body(number: int = 0, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_directory, "_LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(run_creation, "_LOCK_PATIENCE_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def test_a_run_is_born_with_its_configuration_and_journal(path: Path) -> None:
         assert run.config_json() == '{"lr": 1}'
         assert run.journal() == body()
         assert {entry.name for entry in run.path.iterdir()} == {"config.json", "journal.json", "lock"}
-        assert run.path.stat().st_mode & 0o777 == 0o777 & ~run_directory._umask()
+        assert run.path.stat().st_mode & 0o777 == 0o777 & ~run_creation._umask()
     assert [entry.name for entry in (path / "deep").iterdir()] == ["ü ñ"], "nothing is left beside it"
 
 
@@ -251,9 +254,175 @@ def test_metrics_are_cut_to_the_last_commit(path: Path) -> None:
 
 def test_metrics_on_a_full_disk_are_an_error_once(path: Path) -> None:
     with make(path) as run:
-        (path / "metrics.jsonl").symlink_to("/dev/full")
-        with pytest.raises(DiskError, match="no space left on device"):
+        run.log({"epoch": 1})
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+        try:
+            with pytest.raises(DiskError, match="file too large"):
+                run.log({"epoch": 1})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# What others have put there.
+
+
+def test_overwriting_keeps_what_is_not_the_runs(path: Path) -> None:
+    with make(path) as run:
+        run.log({"loss": 1})
+        run.commit(body(1), keep=3)
+        run.commit(body(2), keep=3)
+    kept = [
+        "thesis.txt",
+        "exit-1/model.safetensors",
+        "journal.backup.json",
+        "journal.000009.json",
+        "scratch.txt",
+        "model.safetensors.txt",
+    ]
+    gone = [
+        "weights/p000.g000000.safetensors", "activations/b01-train/index.json", "scratch.abcdefgh/weights/x", "model.safetensors",
+        "heads.safetensors", "result.json", "result.json.new",
+    ]  # fmt: skip
+    for name in (*kept, *gone):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("mine")
+    with make(path, overwrite=True) as run:
+        assert run.journal() == body()
+    left = {str(entry.relative_to(path)) for entry in path.rglob("*") if entry.is_file()}
+    assert left == {*kept, "config.json", "journal.json", "lock"}
+    assert all((path / name).read_text() == "mine" for name in kept)
+
+
+def test_a_damaged_older_commit_is_no_obstacle(path: Path) -> None:
+    with make(path) as run:
+        for number in range(1, 5):
+            run.commit(body(number), keep=5)
+    (path / "journal.000001.json").write_text("cut sho")
+    (path / "journal.000002.json").write_text((path / "journal.000003.json").read_text())
+    (path / "journal.backup.json").write_text("mine")
+    with RunDirectory.open(path) as run:
+        assert run.journal() == body(4)
+        assert run.older_journals() == [body(3), body(0)]
+        assert [one.name for one in run.damaged_journals()] == ["journal.000002.json", "journal.000001.json"]
+        assert run.commit(body(5), keep=2) == [body(5), body(4)]
+        run.clear()
+    left = {entry.name for entry in path.iterdir()}
+    assert left == {"journal.json", "journal.000001.json", "journal.000002.json", "journal.backup.json", "config.json", "lock"}
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone"])
+def test_a_damaged_last_commit_says_how_to_go_on_from_the_one_before(path: Path, damage: str) -> None:
+    file = {"file": "p000.g000001.safetensors", "sha256": "", "bytes": 4}
+    weights = {"format": 1, "partitions": [file], "rest": None}
+    with make(path) as run:
+        (path / "weights").mkdir()
+        (path / "weights" / file["file"]).write_text("four")  # type: ignore[operator]
+        run.commit(body(1, weights=weights), keep=4)
+        run.commit(body(2, weights={**weights, "partitions": [{**file, "bytes": 5}]}), keep=4)
+        run.commit(body(3, weights=weights), keep=4)
+    journal = path / "journal.json"
+    journal.write_text("cut sho") if damage == "cut short" else journal.unlink()
+    way = (
+        f"; or go back to the commit before: cp {path}/journal.000001.json {journal} && lowmem-pnn fit --resume --workdir {path}"
+    )
+    with pytest.raises(CheckpointError) as error:
+        RunDirectory.open(path)
+    assert str(error.value).endswith(way)
+    (path / "weights" / file["file"]).unlink()  # type: ignore[operator]
+    with pytest.raises(CheckpointError) as error:
+        RunDirectory.open(path)
+    assert str(error.value).endswith(f"journal.000000.json {journal} && lowmem-pnn fit --resume --workdir {path}")
+    (path / "journal.000000.json").replace(journal)
+    RunDirectory.open(path).__exit__()
+
+
+def test_links_in_a_run_are_not_followed(path: Path, tmp_path: Path) -> None:
+    make(path).__exit__()
+    victim, folder = tmp_path / "victim", tmp_path / "folder"
+    victim.write_text("mine")
+    folder.mkdir()
+    (folder / "p000.g000001.safetensors").write_text("mine")
+    for name, target in (("metrics.jsonl", victim), ("journal.json.new", victim), ("lock", victim), ("weights", folder)):
+        (path / name).unlink(missing_ok=True)
+        (path / name).symlink_to(target)
+        if name in ("lock", "weights"):
+            with pytest.raises(CheckpointError, match=f"run/{name}' is a link"):
+                RunDirectory.open(path)
+            (path / name).unlink()
+            continue
+        with RunDirectory.open(path) as run:
+            with contextlib.suppress(CheckpointError):
+                run.log({"epoch": 1})
+            with contextlib.suppress(CheckpointError):
+                run.cut_metrics(0)
+            run.commit(body(1))
+    (path / "weights").symlink_to(folder)
+    (path / "activations").symlink_to(folder)
+    make(path, overwrite=True).__exit__()
+    assert not (path / "weights").is_symlink()
+    assert (victim.read_text(), (folder / "p000.g000001.safetensors").read_text()) == ("mine", "mine")
+
+
+@pytest.mark.parametrize("name", ["journal.json", "config.json", "lock", "metrics.jsonl", "journal.000007.json"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(path: Path, name: str) -> None:
+    make(path).__exit__()
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+    if name == "journal.000007.json":
+        with RunDirectory.open(path) as run:
+            assert [one.name for one in run.damaged_journals()] == [name]
+        return
+
+    def use() -> None:
+        with RunDirectory.open(path) as run:
+            run.config_json()
             run.log({"epoch": 1})
+
+    with pytest.raises(CheckpointError, match=f"run/{name}' is a pipe, not a file"):
+        use()
+
+
+def test_a_file_of_terabytes_is_not_read(path: Path) -> None:
+    make(path).__exit__()
+    os.truncate(path / "journal.json", 1 << 40)
+    with pytest.raises(CheckpointError, match=r"has 1\.10 TB, above 67\.1 MB"):
+        RunDirectory.open(path)
+
+
+def test_what_a_killed_creation_left_beside_is_deleted(path: Path) -> None:
+    for name, files in ((".run.abcdefgh", ["lock", "config.json"]), (".run.12345678", ["lock", "x"]), (".run.abc", ["lock"])):
+        (path.parent / name).mkdir()
+        for file in files:
+            (path.parent / name / file).touch()
+    held = path.parent / ".run.hhhhhhhh"
+    held.mkdir()
+    with run_creation.take_lock(held):
+        make(path).__exit__()
+    assert {entry.name for entry in path.parent.iterdir()} == {"run", ".run.12345678", ".run.abc", ".run.hhhhhhhh"}
+
+
+def test_a_run_that_can_only_be_read_is_opened_to_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(path).__exit__()
+
+    def refuse(folder: Path) -> None:
+        raise DiskError("read-only file system")
+
+    monkeypatch.setattr(run_directory, "take_lock", refuse)
+    with pytest.raises(DiskError, match="read-only file system"):
+        RunDirectory.open(path)
+    before = sorted(path.iterdir())
+    with RunDirectory.open(path, to_read=True) as run:
+        assert run.journal() == body()
+        assert not run.is_writable
+        with pytest.raises(DiskError, match="read-only file system"):
+            run.check_writable()
+        run.clear()
+        with run.scratch() as folder:
+            assert not folder.is_relative_to(path)
+            (folder / "x").mkdir()
+        assert not folder.exists()
+    assert sorted(path.iterdir()) == before
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
