@@ -123,7 +123,7 @@ def read_file(path: str | os.PathLike[str], remedy: str) -> bytes:
     with os.fdopen(open_regular(path, remedy=remedy), "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > MOST_TEXT_BYTES:
             raise CheckpointError(f"{str(path)!r} has {format_bytes(size)}, above {format_bytes(MOST_TEXT_BYTES)}; {remedy}")
-        return file.read(MOST_TEXT_BYTES)
+        return file.read(size)  # not the most that there may be: memory for all of it would be taken first
 
 
 def refuse_link(path: Path, remedy: str) -> None:

@@ -11,7 +11,7 @@ copy, or restored.
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,16 +128,22 @@ def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Tensor, T
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     originals = [(layer, name, tensor) for layer in chain.layers for name, tensor in _tensors_of(layer).items()]
     observed = Observed()
+    # Compiled code rounds otherwise; what is compared is how the model was cut.
+    compiled = [layer.compiled for layer in chain.layers]
     with chain.python_state_restored():
         try:
+            for layer in chain.layers:
+                layer.compiled = None
             loaded = _load(workload, tensors)
             for layer in chain.layers:
                 layer.train()
             _seed(workload)
             _forward_and_back(workload, batch, loaded, observed)
             # Names of the model's own, buffers that no layer holds included.
-            buffers = {name: tensor for layer in chain.layers for name, tensor in layer.buffers().items()}
-            _note_state(workload, observed, {name: buffers.get(name, tensors[name]) for name, _ in model.named_buffers()})
+            buffers = {chain.owner_of(alias): tensor for layer in chain.layers for alias, tensor in layer.buffers().items()}
+            _note_state(
+                workload, observed, {name: buffers.get(chain.owner_of(name), tensors[name]) for name, _ in model.named_buffers()}
+            )
             for layer in chain.layers:
                 layer.eval()
             with torch.no_grad():
@@ -145,6 +151,8 @@ def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Tensor, T
         finally:
             for layer, name, tensor in originals:
                 layer.set_tensor(name, tensor)
+            for layer, code in zip(chain.layers, compiled, strict=True):
+                layer.compiled = code
     return observed
 
 
@@ -175,6 +183,12 @@ def _forward_and_back(
         leaves = _leaves(inputs.pop(), number > 0 and _learns_before(workload, number))
         outputs = layer(*leaves)
         if number == len(layers) - 1:
+            after = {
+                id(value): (value, value.clone())
+                for own in layers
+                for value in own.buffers().values()
+                if _is_shared(layers, value)
+            }
             loss = Labels(workload.config.label_smoothing).loss(outputs, batch[1])
             observed.values |= {"the output in train mode": outputs[0].detach().clone(), "the loss": float(loss.detach())}
             torch.autograd.backward(loss)
@@ -187,6 +201,15 @@ def _forward_and_back(
         for name in {workload.bare.owner_of(alias) for alias in layer.parameters()}:
             if loaded[name].grad is not None and not _is_used_before(workload, name, number):
                 observed.take_gradient(name, loaded[name])
+
+    # Such a buffer is what the whole forward made of it; a plan has its layers in one partition.
+    for value, final in after.values():
+        with torch.no_grad():
+            value.copy_(final)
+
+
+def _is_shared(layers: Sequence[Layer], buffer: Tensor) -> bool:
+    return sum(any(own is buffer for own in layer.buffers().values()) for layer in layers) > 1
 
 
 def _learns_before(workload: Workload, number: int) -> bool:
@@ -241,12 +264,17 @@ class _Spilled:
         self._files = FileBacked(folder, _SPILLED_BYTES)
         self._held = {tensor.untyped_storage().data_ptr() for tensor in held}
 
-    def pack(self, tensor: Tensor) -> Tensor:
+    def pack(self, tensor: Tensor) -> tuple[Tensor, int]:
         if tensor.nbytes < _SPILLED_BYTES or tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() in self._held:
-            return tensor
-        return self._files.map_like(tensor).copy_(tensor.detach())
+            return tensor, tensor._version
+        mapped = self._files.map_like(tensor).copy_(tensor.detach())
+        return mapped, mapped._version
 
-    def unpack(self, tensor: Tensor) -> Tensor:
+    def unpack(self, packed: tuple[Tensor, int]) -> Tensor:
+        tensor, version = packed
+        # What autograd looks for itself where there are no hooks.
+        if tensor._version != version:
+            raise RuntimeError("one of the variables needed for gradient computation has been modified by an inplace operation")
         return tensor
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Sums that stand for a tensor.
 _COLUMNS = 64
+# A gradient so much smaller than the largest is compared with this share of it.
+_SMALL = 1e-2
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,16 @@ class Gradient:
             float(torch.linalg.vector_norm(values)),
         )
 
-    def difference(self, other: "Gradient") -> float:
-        """Return how much another gradient differs, relative to the larger one's norm; 0.0 where they are the same bits."""
+    def difference(self, other: "Gradient", least: float) -> float:
+        """Return how much another gradient differs, relative to the larger one's norm; 0.0 where they are the same bits.
+
+        Args:
+            other: the other gradient.
+            least: norm that a smaller one is taken for: the gradient of a bias before BatchNorm is nothing but rounding.
+        """
         if self.bits == other.bits:
             return 0.0
-        size = float((self.sums - other.sums).norm()) / max(self.norm, other.norm, 1e-300)
+        size = float((self.sums - other.sums).norm()) / max(self.norm, other.norm, least, 1e-300)
         # NaN, for one, has no size.
         return max(size, 1e-16) if math.isfinite(size) else math.inf
 
@@ -85,9 +92,10 @@ def differences(one: Observed, other: Observed) -> dict[str, float]:
         Sizes relative to the values; infinite where there is something on one side alone, or what is no number.
     """
     found = {what: _difference(one.values.get(what), other.values.get(what)) for what in one.values.keys() | other.values.keys()}
+    least = _SMALL * max((gradient.norm for gradient in one.gradients.values()), default=0.0)
     for name in one.gradients.keys() | other.gradients.keys():
         mine, theirs = one.gradients.get(name), other.gradients.get(name)
-        found[f"the gradient of {name!r}"] = math.inf if mine is None or theirs is None else mine.difference(theirs)
+        found[f"the gradient of {name!r}"] = math.inf if mine is None or theirs is None else mine.difference(theirs, least)
     return {what: size for what, size in found.items() if size > 0}
 
 

@@ -81,7 +81,7 @@ class _SharesBuffers(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             if self.changes:
                 self.scale.add_(0.01)
-            return self.linear(x) * self.scale
+            return self.linear(x) * self.scale.clone()
 
     def forward(self, x: Tensor) -> Tensor:
         scores: Tensor = self.blocks(x)

@@ -116,12 +116,18 @@ def test_a_loss_that_overflows_has_its_step_left_out_as_plain_scaling_has_it(
     assert math.isfinite(result.train_loss)
 
 
+class Exponential(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else (100 * x).exp()
+
+
 def test_a_validation_loss_that_is_not_finite_ends_no_training(tmp_path: Path) -> None:
     x, y = vectors()
     far = x.clone()
-    far[0] = 3e38
+    far[0] = 1e4
+    build = lambda: nn.Sequential(nn.Linear(12, 4), Exponential())  # noqa: E731
     result = lowmem_pnn.fit(
-        small_mlp,
+        build,
         (x, y),
         (far, y),
         test=(far, y),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -377,8 +378,9 @@ def test_the_callers_random_state_is_kept(tmp_path: Path) -> None:
 def test_a_test_loss_that_is_no_number_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x, y = torch.rand(32, 8), torch.arange(32) % 3
     options = {"max_gpu_mem": "100MB", "method": "backprop", "epochs": 1, "batch_size": 32, "val_fraction": 0.0, "device": "cpu"}
+    display = TerminalDisplay(Console(stderr=True, width=200))
     result = lowmem_pnn.fit(
-        "mlp:8-8-3", (x, y), test=(x, y), optimizer="sgd", lr=1e38, workdir=tmp_path / "run", display=TerminalDisplay(), **options
+        "mlp:8-8-3", (x, y), test=(x, y), optimizer="sgd", lr=1e38, workdir=tmp_path / "run", display=display, **options
     )
     assert result.test_loss is None
     assert re.search(r"test loss is (nan|inf), and left out of the result", capsys.readouterr().err)
