@@ -63,8 +63,12 @@ class Device(ABC):
     def open(self) -> None:
         """Measure the floor, and start the meter."""
 
-    def enforce(self) -> None:  # noqa: B027 - a device whose limit stands from its opening on has nothing to do
-        """Set the memory limit, if it is not set: from now on an allocation above the budget fails. A plan is made before that."""
+    def enforce(self, untouched_bytes: int = 0) -> None:  # noqa: B027 - a device whose limit stands from its opening on has nothing to do
+        """Set the memory limit, if it is not set: from now on an allocation above the budget fails. A plan is made before that.
+
+        Args:
+            untouched_bytes: most bytes that a kernel takes from the system without using them, for which the limit leaves room.
+        """
 
     @abstractmethod
     def close(self) -> None:

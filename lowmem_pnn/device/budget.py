@@ -87,12 +87,15 @@ class DataLimit:
         self._untouched: deque[int] = deque(maxlen=self._SAMPLES)
 
     def set(self, most_bytes: int) -> None:
-        """Set the limit, unless it is set. A stricter one that somebody else has set stays.
+        """Set the limit, or raise it. A stricter one that somebody else has set stays.
 
         Args:
             most_bytes: private memory that the process may hold.
         """
-        if not sys.platform.startswith("linux") or self._previous is not None:
+        if not sys.platform.startswith("linux"):
+            return
+        if self._previous is not None:
+            self._most_bytes = max(self._most_bytes, most_bytes)  # the next `adjust` moves the limit
             return
         import resource
 

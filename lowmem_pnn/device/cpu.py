@@ -48,9 +48,9 @@ class CpuDevice(Device):
         # The garbage that was collected a moment ago is in no section.
         self._meter.begin_section()
 
-    def enforce(self) -> None:
+    def enforce(self, untouched_bytes: int = 0) -> None:
         """See `Device.enforce`: an allocation that would pass the floor by more than the budget fails."""
-        self._limit.set(self.floor_bytes + self.budget_bytes)
+        self._limit.set(self.floor_bytes + self.budget_bytes + untouched_bytes)
 
     def close(self) -> None:
         """Lift the memory limit and stop the meter."""

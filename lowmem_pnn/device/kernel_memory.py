@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether kernels are those of processors with 512-bit vectors."""
+
 # Size of the primitive that oneDNN compiles for one direction of a convolution of one shape, with the copies around it, and keeps.
-# Measured: 8.3 MB for the 33 of a ResNet-18 without its last block, 21.7 MB for about 105 of a MobileNetV2.
-CONVOLUTION_PRIMITIVE_BYTES = 230_000
-# Memory that matrix products hold from the first one on, to pack their operands, for each thread. Measured: 3.2 MB for two.
-MATMUL_PACKING_BYTES = 1_600_000
+# Measured with 512-bit vectors: 8.3 MB for the 33 of a ResNet-18 without its last block, 21.7 MB for about 105 of a MobileNetV2; with
+# 256-bit vectors: 10.6 MB for the 90 of a MobileNetV2, 17.0 MB for the 138 of an EfficientNet-B0.
+CONVOLUTION_PRIMITIVE_BYTES = 230_000 if HAS_AVX512 else 130_000
+# Memory that matrix products hold from the first one on, to pack their operands, for each thread and 1,024 rows or columns of the
+# widest; and the most. Measured for two threads: 3.2 MB up to 1,024, 9.6 MB at 4,096.
+_PACKING_BYTES, _MOST_PACKING_BYTES = 1_600_000, 4_800_000
 # Size of the primitive of a matrix product in bfloat16, on a processor that has instructions for it. Measured: 2.05 MB for the three of
 # a linear layer, forward and backward; in float32 and float16 nothing is compiled.
 MATMUL_PRIMITIVE_BYTES = 700_000
@@ -58,6 +63,53 @@ def cached_primitives(operation: Any, arguments: Sequence[Any]) -> dict[Hashable
     return {(direction, shapes, str(settings)): CONVOLUTION_PRIMITIVE_BYTES for direction in directions}
 
 
+def packing_bytes(widest: int, threads: int) -> int:
+    """Return the memory that matrix products hold to pack their operands.
+
+    Args:
+        widest: largest number of rows or columns of a factor that is a weight; 0 where there are no products.
+        threads: number of threads that compute.
+    """
+    return threads * min(_MOST_PACKING_BYTES, _PACKING_BYTES * widest // 1024)
+
+
+def product_width(operation: Any, arguments: Sequence[Any]) -> int:
+    """Return the largest number of columns of a matrix product's factors, and of its result; 0 for other operations.
+
+    Args:
+        operation: operator as `torch.utils._python_dispatch` names it.
+        arguments: positional arguments of the operation.
+    """
+    if operation not in _MATMULS:
+        return 0
+    left, right = arguments[-2:]
+    return max(left.shape[-1], right.shape[-1]) if left.device.type == "cpu" else 0
+
+
+def untouched_bytes(operation: Any, arguments: Sequence[Any]) -> int:
+    """Return the most that a kernel takes from the system without using it: no memory, but a limit on mappings counts it.
+
+    Without 512-bit vectors the gradient of a weight whose kernel is larger than the map is computed by matrix products, in a scratch
+    memory of four times the weight for each thread. Measured: of 76 MB for a weight of 9.4 MB, 18.7 MB are touched.
+
+    Args:
+        operation: operator as `torch.utils._python_dispatch` names it.
+        arguments: positional arguments of the operation.
+    """
+    if not _by_products(operation, arguments):
+        return 0
+    weight = _bytes(arguments[2])
+    return max(0, 4 * torch.get_num_threads() - 2) * weight
+
+
+def _by_products(operation: Any, arguments: Sequence[Any]) -> bool:
+    """Decide whether a convolution's weight gradient is computed by matrix products."""
+    if HAS_AVX512 or operation is not torch.ops.aten.convolution_backward.default or arguments[0].device.type != "cpu":
+        return False
+    inputs, weight = arguments[1:3]
+    return any(side < kernel for side, kernel in zip(inputs.shape[2:], weight.shape[2:], strict=True)) and arguments[9] == 1
+
+
 def scratch_bytes(operation: Any, arguments: Sequence[Any], result: Any) -> int:
     """Estimate the most that a kernel holds beside its arguments and all its results.
 
@@ -84,7 +136,7 @@ def scratch_bytes(operation: Any, arguments: Sequence[Any], result: Any) -> int:
             return 2 * max(_bytes(weight), _bytes(weight_gradient))
         # One after the other: the input's gradient, when the weight's is not there yet; then the weight's.
         first = _bytes(weight) + _bytes(input_gradient) - _bytes(weight_gradient)
-        second = _bytes(inputs) + _bytes(weight_gradient)
+        second = (2 if _by_products(operation, arguments) else 1) * _bytes(weight_gradient) + _bytes(inputs)
         return _bytes(gradient) + max(first, second)
     return 0
 

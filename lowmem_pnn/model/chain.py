@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lowmem_pnn.errors import CaptureError, ConfigError
 from lowmem_pnn.model.dataflow import DataFlow
@@ -98,6 +98,12 @@ class Chain:
     def owners(self) -> dict[str, str]:
         """For each name of a tied tensor, the one of its names that it is stored under."""
         return {alias: group[0] for group in self.ties for alias in group}
+
+    @property
+    def num_objects(self) -> int:
+        """Number of modules and operations of all layers: what the chain takes in memory beside its tensors goes by it."""
+        graphs = (layer.module.graph.nodes for layer in self.layers if isinstance(layer.module, fx.GraphModule))
+        return sum(map(len, graphs)) + sum(1 for layer in self.layers for _ in layer.module.modules())
 
     def owner_of(self, name: str) -> str:
         """Return the name under which a tensor is stored: the first of its names, where it is tied.

@@ -116,7 +116,7 @@ class LayerBenchmark:
         self, chain: Chain, number: int, profile: MemoryProfile, max_samples: int, seconds: float, *, per_layer_loss: bool
     ) -> LayerTimings | None:
         """Time a layer; None where the layer does not run here by itself."""
-        self.device.enforce()
+        self.device.enforce(profile.untouched_bytes)
         cost, smallest = profile.layers[number], profile.smallest_micro_batch
         room = self.device.budget_bytes - self.device.reserve_bytes - max(0, self.device.used_bytes())
 

@@ -121,6 +121,8 @@ class MemoryProfile:
         optimizer: Names of the optimizers whose state was counted.
         smallest_micro_batch: Fewest samples that all layers accept in train mode.
         kernel_bytes: Bytes of kernels that are compiled for the layers and kept, for the whole chain.
+        untouched_bytes: Most bytes that a kernel takes from the system without using them.
+        widest_product: Largest number of columns in a matrix product.
         repeated_bytes: Training state of shared tensors beyond its first count, where it is counted with several layers.
         shared_bytes: Bytes of the trainable weights that layers in several partitions may share.
     """
@@ -130,6 +132,8 @@ class MemoryProfile:
     optimizer: str = ""
     smallest_micro_batch: int = 1
     kernel_bytes: int = 0
+    untouched_bytes: int = 0
+    widest_product: int = 0
     repeated_bytes: int = 0
     shared_bytes: int = 0
 
@@ -159,6 +163,8 @@ class MemoryProfile:
             optimizer=data["optimizer"],
             smallest_micro_batch=data["smallest_micro_batch"],
             kernel_bytes=data["kernel_bytes"],
+            untouched_bytes=data["untouched_bytes"],
+            widest_product=data["widest_product"],
             repeated_bytes=data["repeated_bytes"],
             shared_bytes=data["shared_bytes"],
         )

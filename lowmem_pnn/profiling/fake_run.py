@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem_pnn.device.kernel_memory import cached_primitives, scratch_bytes
+from lowmem_pnn.device.kernel_memory import cached_primitives, product_width, scratch_bytes, untouched_bytes
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.storage_tracker import StorageTracker
 from lowmem_pnn.model.chain import TensorSpec
@@ -51,12 +51,16 @@ class LayerMeasurement:
         macs: Multiply-accumulates of a forward, per sample.
         smallest: Fewest samples that the layer accepts in train mode.
         compiled: Bytes of the kernels that are compiled for the layer, by their keys.
+        untouched: Most bytes that one of its kernels takes from the system without using them.
+        widest: Largest number of columns in its matrix products.
     """
 
     traces: Sequence[tuple[MemoryTrace, ...]]
     macs: int
     smallest: int
     compiled: Mapping[Hashable, int]
+    untouched: int = 0
+    widest: int = 0
 
 
 class _LiveBytes(StorageTracker):
@@ -66,10 +70,13 @@ class _LiveBytes(StorageTracker):
         super().__init__()
         self.moments = [0]
         self.compiled: dict[Hashable, int] = {}
+        self.untouched, self.widest = 0, 0
 
     def _after_operation(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         self.moments.append(self.live + scratch_bytes(func, args, result))
         self.compiled.update(cached_primitives(func, args))
+        self.untouched = max(self.untouched, untouched_bytes(func, args))
+        self.widest = max(self.widest, product_width(func, args))
 
 
 class _Source(torch.autograd.Function):
@@ -130,6 +137,7 @@ class FakeRun:
         self._learns_input = learns_input
         # Compiled kernels, by whether the layer's compiled code ran.
         self._kernels: dict[bool, dict[Hashable, int]] = {False: {}, True: {}}
+        self._untouched, self._widest = 0, 0
         self._code: CompiledForward | None = None
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._tensors = self._fake({**layer.parameters(), **layer.buffers()})
@@ -144,7 +152,7 @@ class FakeRun:
         ways = [False] if self._layer.compiled is None else [False, True]
         traces = [tuple(self.trace(size, compiled=compiled) for size in (FEW, MORE, MANY)) for compiled in ways]
         kernels = self._kernels[False] | self._kernels[True]
-        return LayerMeasurement(traces, self.count_macs(), 1 if self.accepts(1) else 2, kernels)
+        return LayerMeasurement(traces, self.count_macs(), 1 if self.accepts(1) else 2, kernels, self._untouched, self._widest)
 
     def count_macs(self) -> int:
         """Count the multiply-accumulates of a forward in train mode, per sample.
@@ -217,6 +225,8 @@ class FakeRun:
             with live_bytes:
                 torch.autograd.backward(end, begin)
             self._kernels[self._code is not None] = live_bytes.compiled
+            self._untouched = max(self._untouched, live_bytes.untouched)
+            self._widest = max(self._widest, live_bytes.widest)
             # The first moments are the making of the incoming gradient.
             trace.backward = [0, *(live - trace.kept - incoming for live in live_bytes.moments)]
         for tensor in self._tensors.values():

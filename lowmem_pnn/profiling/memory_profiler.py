@@ -54,7 +54,7 @@ def profile(
     with _modes_restored(chain), torch.random.fork_rng(devices=[]):
         counted: set[int] = set()
         layers = []
-        smallest = 1
+        smallest, untouched, widest = 1, 0, 0
         compiled_kernels: dict[Hashable, int] = {}
         shared: set[int] = set()
         repeated: dict[int, int] = {}
@@ -79,6 +79,7 @@ def profile(
             shared |= counted
             compiled_kernels |= measurement.compiled
             smallest = max(smallest, measurement.smallest)
+            untouched, widest = max(untouched, measurement.untouched), max(widest, measurement.widest)
     forbidden = {cut for first, last in chain.tied_ranges for cut in range(first + 1, last + 1)}
     return MemoryProfile(
         layers=tuple(layers),
@@ -86,6 +87,8 @@ def profile(
         optimizer=", ".join(dict.fromkeys(map(str, optimizers))),
         smallest_micro_batch=smallest,
         kernel_bytes=sum(sorted(compiled_kernels.values(), reverse=True)[:PRIMITIVE_CACHE_CAPACITY]),
+        untouched_bytes=untouched,
+        widest_product=widest,
         repeated_bytes=repeated_bytes,
         shared_bytes=sum(repeated.values()),
     )

@@ -72,7 +72,7 @@ def begin(
             estimator = TimeEstimator.measured(request)
             planned = make_plan(request, estimator)
             check_disk(workload, planned, profile)
-            device.enforce()
+            device.enforce(profile.untouched_bytes)
             if (
                 config.compile
                 and config.micro_batch != 1
@@ -138,7 +138,7 @@ def resume(
             estimator = TimeEstimator.measured(PlanRequest(workload, profile, device))
             with RunDirectory.open(path) as rundir, closing(threads):
                 state = resumed_state(rundir, workload, rank)
-                device.enforce()
+                device.enforce(profile.untouched_bytes)
                 count_resume(rundir, state, workload, after_crash=after_crash)
                 return run_to_end(Session(device, rundir, threads, display, should_stop), workload, profile, state, estimator)
 

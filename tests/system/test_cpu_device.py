@@ -50,7 +50,7 @@ def test_the_cpu_has_a_floor_a_meter_and_a_memory_limit() -> None:
             found["section"] = device.section_peak_bytes() - start
             device.begin_section()
             found["next_section"] = device.section_peak_bytes()
-            # Above the budget, and below the memory limit: it is used by now, and seen afterwards.
+            # Above the budget, and before there is a memory limit: it is used by now, and seen afterwards.
             x = torch.ones((66 * MEBIBYTE - start) // 4)
             time.sleep(0.05)
             try:
@@ -60,7 +60,8 @@ def test_the_cpu_has_a_floor_a_meter_and_a_memory_limit() -> None:
             del x
             device.release()
             found["errors"] = []
-            for size in (80 * MEBIBYTE, 1 << 34):
+            device.enforce()
+            for size in (66 * MEBIBYTE, 1 << 34):
                 try:
                     torch.ones(size // 4)
                 except RuntimeError as error:
