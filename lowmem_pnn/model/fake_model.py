@@ -5,6 +5,7 @@ state has to be kept. Nothing is allocated.
 """
 
 import logging
+import pickle
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -257,7 +258,7 @@ def _title(model: nn.Module, name: str) -> str:
 
 
 def _python_generators() -> tuple[Any, ...]:
-    return random.getstate(), repr(np.random.get_state(legacy=False))
+    return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
 
 
 def _comparable(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Runs a small training again and again, killed by SIGKILL at a chosen place, resumed, and compared with the one that was left alone.
 
     python tests/helpers/kill_trials.py METHOD FOLDER all           # a kill at every step of the commit protocol
-    python tests/helpers/kill_trials.py METHOD FOLDER points        # at the first and last step of each kind
+    python tests/helpers/kill_trials.py METHOD FOLDER points        # at the first and last step of each kind; also: first, last
     python tests/helpers/kill_trials.py METHOD FOLDER random N SEED # N kills at random moments
 
 METHOD is pnn, exact, or recovery (pnn with a recovery epoch after it).
@@ -10,6 +10,7 @@ Every trial is a fork of this process, which has imported everything and compute
 Prints one JSON line: {"trials": n, "killed": n, "failed": [...]}.
 """
 
+import gc
 import json
 import os
 import random
@@ -128,6 +129,8 @@ def main() -> None:
     folder, kind = Path(sys.argv[2]), sys.argv[3]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    # What was imported is no garbage of a fork: looking through it there would copy it.
+    gc.freeze()
     reference = folder / "reference"
     points = count_points(reference)
     began = time.monotonic()
@@ -136,11 +139,8 @@ def main() -> None:
     assert same(folder / "timed", reference), "two runs that are left alone differ"
     if kind != "random":
         kinds = [re.sub(r"\d+|\.reference\S*", "", name) for name in points]
-        wanted = (
-            range(len(points))
-            if kind == "all"
-            else {kinds.index(name) for name in kinds} | {_last(kinds, name) for name in kinds}
-        )
+        first, last = {kinds.index(name) for name in kinds}, {_last(kinds, name) for name in kinds}
+        wanted = {"all": range(len(points)), "points": first | last, "first": first, "last": last}[kind]
         trials = [(f"{number} ({points[number]})", number, None) for number in sorted(wanted)]
     else:
         chance = random.Random(int(sys.argv[5]))

@@ -22,15 +22,16 @@ def _trials(method: str, folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["pnn", "exact", "recovery"])
-def test_kill_at_every_kind_of_commit_point_and_resume_is_same_as_uninterrupted(method: str, tmp_path: Path) -> None:
-    found = _trials(method, tmp_path / "trials", "points")
-    assert found["killed"] == found["trials"] >= 25
+@pytest.mark.parametrize(("method", "which"), [("pnn", "last"), ("exact", "first"), ("recovery", "last")])
+def test_kill_at_every_kind_of_commit_point_and_resume_is_same_as_uninterrupted(method: str, which: str, tmp_path: Path) -> None:
+    # Both, and every single one, by the script itself: `all`.
+    found = _trials(method, tmp_path / "trials", which)
+    assert found["killed"] == found["trials"] >= 13
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["pnn", "exact"])
 def test_kill_at_random_and_resume_is_same_as_uninterrupted(method: str, tmp_path: Path) -> None:
-    found = _trials(method, tmp_path / "trials", "random", "12", "0")
-    assert found["trials"] == 12
-    assert found["killed"] >= 6  # a kill may come late, and find the run done, where the machine was slower at first
+    found = _trials(method, tmp_path / "trials", "random", "8", "0")
+    assert found["trials"] == 8
+    assert found["killed"] >= 4  # a kill may come late, and find the run done, where the machine was slower at first

@@ -11,9 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from helpers.networks import (
-    FAMILIES,
     FromFunction,
-    assert_cut_anywhere,
     assert_equal,
     build,
     images,
@@ -32,28 +30,6 @@ models = torchvision.models
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-# Those that are captured in train mode, and compared in both modes.
-TRAINED = {"convnext", "densenet", "efficientnet", "maxvit", "mobilenet_v3", "resnet", "swin_v2", "vit"}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_torchvision_family_is_same_as_model(family: str) -> None:
-    model, side = build(family)
-    chain = capture(model.train(family in TRAINED), images(side))
-    assert len(chain.layers) >= 5
-    if family in TRAINED:
-        x = torch.randn(3, 3, side, side)
-        assert_equal(chain, model, x)
-        assert not torch.equal(run(chain, x, 1), run(chain.eval(), x, 1))
-        counts = {int(buffer) for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked")}
-        assert counts <= {3}  # once for each of the three runs in train mode
-        assert_cut_anywhere(chain.train(), torch.randn(5, 3, side, side))
-    chain.eval()
-    assert_equal(chain, model.eval(), torch.randn(2, 3, side, side))
-    for num_samples in (1, 5):
-        assert_cut_anywhere(chain, torch.randn(num_samples, 3, side, side))
 
 
 def test_modes_are_switched_like_the_model() -> None:

@@ -32,7 +32,7 @@ def refuse_to_say(text: str) -> None:
     raise AssertionError(text)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["conv", "resnet", "unet", "masked", "gpt"])  # others are compared in whole runs
 def test_models_equal_their_layers_to_the_last_bit(kind: str, tmp_path: Path) -> None:
     build, data = KINDS[kind].build, KINDS[kind].data
     assert compare(workload_of(build, data), built(build), tmp_path, refuse_to_say) == "yes"
