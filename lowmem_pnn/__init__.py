@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowmem_pnn.api import evaluate, export, fit, plan
+    from lowmem_pnn.api import evaluate, export, fit, load_weights, plan
     from lowmem_pnn.reporting.plan_report import PlanReport
     from lowmem_pnn.reporting.result import Result
 
 __version__ = "0.1.0"
-__all__ = ["PlanReport", "Result", "__version__", "evaluate", "export", "fit", "plan"]
+__all__ = ["PlanReport", "Result", "__version__", "evaluate", "export", "fit", "load_weights", "plan"]
 
 _HOMES = {
     "PlanReport": "reporting.plan_report",
@@ -16,6 +16,7 @@ _HOMES = {
     "evaluate": "api",
     "export": "api",
     "fit": "api",
+    "load_weights": "api",
     "plan": "api",
 }
 

@@ -1,16 +1,19 @@
-"""The public functions: `fit`, `plan`, `evaluate`, `export`."""
+"""The public functions: `fit`, `plan`, `evaluate`, `export`, `load_weights`."""
 
 import dataclasses
+import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.config.workdir import next_workdir
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.errors import CheckpointError, ConfigError
 from lowmem_pnn.model.compiler import check_compiler
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.comparison import compare_methods
@@ -27,6 +30,8 @@ from lowmem_pnn.run.resume import check_plan, check_same_data
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.unfinished import unfinished_run
+from lowmem_pnn.sources.imports import one_line
+from lowmem_pnn.stores.keys import VERSIONS_KEY
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.training.export import export_exit, find_exit
 from lowmem_pnn.training.export_folder import ExportFolder
@@ -182,6 +187,34 @@ def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None 
         rundir.clear()
         workload = make_workload(finished.config, *named_inputs(finished.config), torch.device("cpu"))
         return export_exit(workload, finished.result, number, path, folder)
+
+
+def load_weights(model: torch.nn.Module, file: str | Path) -> torch.nn.Module:
+    """Load trained weights into a model of the same class.
+
+    It is `model.load_state_dict(safetensors.torch.load_file(file), strict=True)`, for models too that ask for the versions of their
+    modules (torchvision's MNASNet), which `load_file` does not give.
+
+    Args:
+        model: the model, which is changed.
+        file: `model.safetensors` of a run, or a file like it.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not of such a model.
+    """
+    try:
+        with safe_open(file, framework="pt") as source:
+            state = OrderedDict((name, source.get_tensor(name)) for name in source.keys())  # noqa: SIM118 - it is no mapping
+            versions = (source.metadata() or {}).get(VERSIONS_KEY)
+        if versions:
+            state._metadata = json.loads(versions)  # type: ignore[attr-defined]
+        model.load_state_dict(state, strict=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{str(file)!r} cannot be loaded into {type(model).__name__}: {one_line(error)}") from error
+    return model
 
 
 def plan_run(config: FitConfig, *, timing: bool = True) -> PlanReport:

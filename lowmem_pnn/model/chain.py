@@ -27,7 +27,7 @@ from lowmem_pnn.model.modes import read_modes
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.precision import FULL_PRECISION, Precision
 from lowmem_pnn.model.python_state import Attribute
-from lowmem_pnn.model.supported import check_model, check_overrides, tensors_by_name
+from lowmem_pnn.model.supported import check_model, check_overrides, tensors_by_name, versions_of
 from lowmem_pnn.model.tracer import copy_structure, trace
 
 
@@ -79,6 +79,9 @@ class Chain:
 
     persistent: tuple[str, ...]
     """Keys of the model's `state_dict`, in its order."""
+
+    versions: str = ""
+    """Metadata of the model's `state_dict`, as JSON, where the model cannot be loaded without it."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run all layers.
@@ -272,6 +275,7 @@ def capture(model: nn.Module, input_spec: TensorSpec, precision: Precision = FUL
         tied_ranges=tuple(sorted({(users[0], users[-1]) for users in held.values() if users[0] < users[-1]})),
         unused=tuple(name for name, tensor in names.items() if id(tensor) not in held),
         persistent=tuple(model.state_dict(keep_vars=True)),
+        versions=versions_of(model),
     )
 
 

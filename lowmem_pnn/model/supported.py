@@ -1,5 +1,7 @@
 """Support: what a model may hold and override, so that training it in pieces is training it; the rest is refused by name."""
 
+import json
+import warnings
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
@@ -8,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.modes import overrides
+from lowmem_pnn.model.tracer import copy_structure
 
 # Attributes that a GraphModule has and a plain module has not: a submodule of such a name would be lost.
 _GRAPH_MODULE_NAMES = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
@@ -58,6 +61,33 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
                 "state cannot be trained or saved here, remove it"
             )
     return {name: tensors[name] for name in [*state, *(name for name in tensors if name not in state)]}
+
+
+def versions_of(model: nn.Module) -> str:
+    """Return the metadata of a model's `state_dict`, as JSON, where the model cannot be loaded without it; else nothing.
+
+    PyTorch keeps versions of modules beside the tensors of a `state_dict`, and a few modules ask for theirs (torchvision's MNASNet). What
+    is read from a file has none.
+
+    Args:
+        model: the user's model, which stays as it is.
+    """
+    twins = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in (*model.parameters(), *model.buffers())}
+    twins = {
+        id(tensor): nn.Parameter(twins[id(tensor)], tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else twins[id(tensor)]
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    twin = copy_structure(model, twins)
+    state = twin.state_dict()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each tensor's copy to nowhere
+            twin.load_state_dict(dict(state), strict=True)
+    except Exception:  # whatever a module of the user's raises over it
+        return json.dumps(getattr(state, "_metadata", {}))
+    return ""
 
 
 def check_model(model: nn.Module, names: Mapping[str, Tensor]) -> None:

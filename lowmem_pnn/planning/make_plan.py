@@ -8,6 +8,7 @@ from lowmem_pnn.config.fit_config import LARGEST_AUTO_BATCH
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_plan import plan_for_batches
+from lowmem_pnn.planning.enough import naming_enough
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.workload import Workload
@@ -27,13 +28,17 @@ def make_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> Plan
         A plan whose predicted peaks are without the device's reserve.
 
     Raises:
-        BudgetError: Nothing fits.
+        BudgetError: Nothing fits; the message names the smallest budget for which there is a plan.
         ConfigError: The model cannot have such cuts, or the lists in the configuration do not match the partitions.
     """
-    config = request.workload.config
-    if config.plan_for == "time":
+    if request.workload.config.plan_for == "time":
         assert seconds_of is not None, "a plan for time needs predicted seconds"
         return _fastest(request, seconds_of)
+    return naming_enough(request, _make_plan)
+
+
+def _make_plan(request: PlanRequest) -> Plan:
+    config = request.workload.config
     if config.plan_for == "auto" and _any_plan_trains_the_same(request.workload):
         return _fastest(request, TimeEstimator.nominal(request))
     if config.batch_size == "auto":

@@ -103,3 +103,7 @@ def parse_state(folder: Path, state: Mapping[str, Any]) -> dict[PartitionName, C
             raise CheckpointError(f"the journal names {file.file!r} for partition {partition} in {str(folder)!r}; {RUN_REMEDY}")
         committed[partition] = file
     return committed
+
+
+VERSIONS_KEY = "state_dict_metadata"
+"""Name under which the header of exported weights has the versions of the model's modules, where the model cannot do without."""

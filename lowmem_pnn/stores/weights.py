@@ -302,7 +302,13 @@ class WeightStore:
                 if path.name not in named:
                     path.unlink(missing_ok=True)
 
-    def export(self, path: Path, names: Sequence[str], aliases: Mapping[str, str] | None = None) -> CommittedFile:
+    def export(
+        self,
+        path: Path,
+        names: Sequence[str],
+        aliases: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> CommittedFile:
         """Write committed weights into one safetensors file with the model's own names, through a small buffer.
 
         The file appears whole or not at all, replaces one that was there, and has the access rights of the umask.
@@ -311,6 +317,7 @@ class WeightStore:
             path: Path of the new file.
             names: Entries of the model's `state_dict`, in its order.
             aliases: Name in the store, for each other name of a tensor that has several; the tensor is written under each.
+            metadata: Texts for the file's header.
 
         Returns:
             The file's name, hash and size.
@@ -333,7 +340,9 @@ class WeightStore:
                     for partition in dict.fromkeys(self.partition_of(key) for key in keys.values())
                 }
                 # "pt" is what other readers of the format expect of PyTorch's tensors.
-                target = TensorFile.create(new_path, layout, {"format": "pt"}, counter=self._counter, keep_order=True)
+                target = TensorFile.create(
+                    new_path, layout, {"format": "pt", **(metadata or {})}, counter=self._counter, keep_order=True
+                )
                 with target:
                     for name, key in keys.items():
                         target.copy_from(name, sources[self.partition_of(key)], key)

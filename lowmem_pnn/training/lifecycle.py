@@ -25,7 +25,7 @@ from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import STORE_NAME, State, states_of
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.disk import RUN_REMEDY, remove_folder, write_durably
-from lowmem_pnn.stores.keys import CommittedFile
+from lowmem_pnn.stores.keys import VERSIONS_KEY, CommittedFile
 from lowmem_pnn.stores.run_directory import way_back
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.training.comparison import compare
@@ -143,7 +143,12 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
         validate(run, "the joined model")  # no partition's own epochs could tell
     # Before anything is tested: what has been trained is not lost to data that cannot be read.
     chain = workload.chain
-    left = [run.weights.export(rundir.path / "model.safetensors", chain.persistent, chain.owners)]
+    versions = {VERSIONS_KEY: chain.versions} if chain.versions else {}
+    if versions:
+        run.session.display.message(
+            "the model asks for the versions of its modules: load its weights by lowmem_pnn.load_weights()"
+        )
+    left = [run.weights.export(rundir.path / "model.safetensors", chain.persistent, chain.owners, versions)]
     if workload.method.learns_per_layer:
         left.append(run.weights.export(rundir.path / HEADS_FILE, head_names(chain)))
     layer_accuracies: list[float | None] = []

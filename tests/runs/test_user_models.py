@@ -1,19 +1,24 @@
 """What people hang on their models is kept: own `train()` methods, hooks on parameters, Python state; bit-equal to plain PyTorch."""
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import lowmem_pnn
 from helpers.displays import StopsAt
 from helpers.exact_runs import COMMON, fit
 from helpers.plainloops import assert_same_weights, loaded, train_by_exact
-from helpers.small_networks import images, vectors
-from lowmem_pnn.errors import ConfigError, Stopped
+from helpers.small_networks import images, small_conv, vectors
+from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, Stopped
+from lowmem_pnn.reporting.plan_report import PlanReport
+from lowmem_pnn.reporting.progress import Display
 
 CUT_EVERYWHERE: dict[str, Any] = {**COMMON, "cuts": "1,2", "micro_batch": 4}
 
@@ -144,3 +149,78 @@ def test_models_stay_as_they_are(tmp_path: Path) -> None:
     assert frozen[1].training
     assert frozen[4].weight.requires_grad
     assert torch.is_tensor(frozen[1].running_mean)
+
+
+class AsksForItsVersion(nn.Linear):
+    """Loads no weights without their version, as torchvision's MNASNet."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *others: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError(f"version should be 2 instead of {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
+
+def test_a_model_that_asks_for_versions_loads_its_own_weights(tmp_path: Path) -> None:
+    build = lambda: nn.Sequential(nn.Linear(12, 12), AsksForItsVersion(12, 4))  # noqa: E731
+    said = Tells()
+    result = fit(build, vectors(), tmp_path / "run", display=said, **COMMON)
+    assert "load its weights by lowmem_pnn.load_weights()" in " ".join(said.messages)
+    model = lowmem_pnn.load_weights(build(), result.weights_file)
+    expected = load_file(result.weights_file)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(CheckpointError, match="cannot be loaded into Linear: "):
+        lowmem_pnn.load_weights(nn.Linear(2, 2), result.weights_file)
+
+
+def wide_conv() -> nn.Module:
+    def block(channels_in: int, channels: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(channels_in, channels, 3, 2, 1), nn.BatchNorm2d(channels), nn.ReLU())
+
+    return nn.Sequential(block(3, 32), block(32, 64), block(64, 64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4))
+
+
+class Tells(Display):
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+def test_batchnorm_under_micro_batches_is_said_or_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {**COMMON, "cuts": "1,2"}
+    said = Tells()
+    result = fit(small_conv, images(), tmp_path / "micro", display=said, micro_batch=4, **options)
+    norms = sum(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in small_conv().modules())
+    assert result.batch_norm == {"layers": norms, "samples": 4, "batch": 10}
+    assert "over 4 of the 10 samples of a batch" in " ".join(said.messages)
+    assert "BatchNorm" in str(result)
+    whole = fit(small_conv, images(), tmp_path / "whole", batch_norm="refuse", **options)
+    assert whole.batch_norm == {}
+    assert {part["micro_batch"] for part in whole.partitions} == {10}
+    with pytest.raises(ConfigError, match=r"--micro-batch 4 of --batch-size 10 and --batch-norm refuse contradict each other"):
+        fit(small_conv, images(), tmp_path / "both", batch_norm="refuse", micro_batch=4, **options)
+    with pytest.raises(BudgetError, match=r"give --max-gpu-mem \d+MB"):
+        fit(
+            wide_conv,
+            images(side=64),
+            tmp_path / "tight",
+            **{**options, "batch_norm": "refuse", "max_gpu_mem": "12MB", "cuts": None},
+        )
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "pnn", "recovery_epochs": 1}, {"method": "exact", "fused": False, "batch_norm": "refuse"}]
+)
+def test_the_budget_that_an_error_names_is_enough_and_a_tenth_less_is_not(options: dict[str, Any]) -> None:
+    def report(megabytes: int) -> PlanReport:
+        return lowmem_pnn.plan(
+            wide_conv, images(side=64), max_gpu_mem=f"{megabytes}MB", timing=False, device="cpu", batch_size=20, **options
+        )
+
+    named = re.search(r"give --max-gpu-mem (\d+)MB", report(9).reason)
+    assert named is not None
+    assert report(int(named[1])).fits
+    assert not report(int(named[1]) * 9 // 10).fits
