@@ -50,6 +50,7 @@ class CpuDevice(Device):
 
     def enforce(self, untouched_bytes: int = 0) -> None:
         """See `Device.enforce`: an allocation that would pass the floor by more than the budget fails."""
+        trim_heap()  # of what making the plan has left
         self._limit.set(self.floor_bytes + self.budget_bytes + untouched_bytes)
 
     def close(self) -> None:

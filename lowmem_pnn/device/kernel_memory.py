@@ -6,6 +6,7 @@ operands and results of a convolution exist twice. On 2 cores this explained, to
 the size of the tensors, when the weights are large and the maps small.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -20,8 +21,10 @@ HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # 256-bit vectors: 10.6 MB for the 90 of a MobileNetV2, 17.0 MB for the 138 of an EfficientNet-B0.
 CONVOLUTION_PRIMITIVE_BYTES = 230_000 if HAS_AVX512 else 130_000
 # Memory that matrix products hold from the first one on, to pack their operands, for each thread and 1,024 rows or columns of the
-# widest; and the most. Measured for two threads: 3.2 MB up to 1,024, 9.6 MB at 4,096.
+# widest; and the most. Measured for two threads: 3.2 MB for 1,024 x 1,024, 9.6 MB for 4,096 x 4,096.
 _PACKING_BYTES, _MOST_PACKING_BYTES = 1_600_000, 4_800_000
+# Elements of a factor for each of its rows or columns that counts: a long and thin one is packed in pieces.
+_THIN = 512
 # Size of the primitive of a matrix product in bfloat16, on a processor that has instructions for it. Measured: 2.05 MB for the three of
 # a linear layer, forward and backward; in float32 and float16 nothing is compiled.
 MATMUL_PRIMITIVE_BYTES = 700_000
@@ -67,14 +70,14 @@ def packing_bytes(widest: int, threads: int) -> int:
     """Return the memory that matrix products hold to pack their operands.
 
     Args:
-        widest: largest number of rows or columns of a factor that is a weight; 0 where there are no products.
+        widest: largest `product_width`; 0 where there are no products.
         threads: number of threads that compute.
     """
     return threads * min(_MOST_PACKING_BYTES, _PACKING_BYTES * widest // 1024)
 
 
 def product_width(operation: Any, arguments: Sequence[Any]) -> int:
-    """Return the largest number of columns of a matrix product's factors, and of its result; 0 for other operations.
+    """Return the largest number of rows or columns of a matrix product's factors, fewer for thin ones; 0 for other operations.
 
     Args:
         operation: operator as `torch.utils._python_dispatch` names it.
@@ -82,8 +85,10 @@ def product_width(operation: Any, arguments: Sequence[Any]) -> int:
     """
     if operation not in _MATMULS:
         return 0
-    left, right = arguments[-2:]
-    return max(left.shape[-1], right.shape[-1]) if left.device.type == "cpu" else 0
+    factors = arguments[-2:]
+    if factors[0].device.type != "cpu":
+        return 0
+    return int(max(min(max(factor.shape[-2:]), math.prod(factor.shape[-2:]) // _THIN) for factor in factors))
 
 
 def untouched_bytes(operation: Any, arguments: Sequence[Any]) -> int:

@@ -156,6 +156,18 @@ class Chain:
         """Put all layers in eval mode, and return the chain."""
         return self.train(False)
 
+    def drop_values(self) -> None:
+        """Put tensors of the same shapes on torch's meta device in the place of the model's, where these have values."""
+        twins: dict[int, Tensor] = {}
+        for layer in self.layers:
+            for name, tensor in (*layer.parameters().items(), *layer.buffers().items()):
+                if tensor.is_meta:
+                    continue
+                if id(tensor) not in twins:
+                    twin = torch.empty_like(tensor, device="meta")
+                    twins[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+                layer.set_tensor(name, twins[id(tensor)])
+
     def layer_index(self, cut: str | int) -> int:
         """Find the layer before which a cut is to stand.
 

@@ -122,7 +122,7 @@ class MemoryProfile:
         smallest_micro_batch: Fewest samples that all layers accept in train mode.
         kernel_bytes: Bytes of kernels that are compiled for the layers and kept, for the whole chain.
         untouched_bytes: Most bytes that a kernel takes from the system without using them.
-        widest_product: Largest number of columns in a matrix product.
+        widest_product: Largest width of a matrix product (`kernel_memory.product_width`).
         repeated_bytes: Training state of shared tensors beyond its first count, where it is counted with several layers.
         shared_bytes: Bytes of the trainable weights that layers in several partitions may share.
     """

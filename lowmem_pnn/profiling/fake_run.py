@@ -52,7 +52,7 @@ class LayerMeasurement:
         smallest: Fewest samples that the layer accepts in train mode.
         compiled: Bytes of the kernels that are compiled for the layer, by their keys.
         untouched: Most bytes that one of its kernels takes from the system without using them.
-        widest: Largest number of columns in its matrix products.
+        widest: Largest width of its matrix products (`kernel_memory.product_width`).
     """
 
     traces: Sequence[tuple[MemoryTrace, ...]]

@@ -9,6 +9,8 @@ from torch import Tensor
 
 # Sums that stand for a tensor.
 _COLUMNS = 64
+# Elements that are cast at a time.
+_ELEMENTS = 1 << 18
 # A gradient so much smaller than the largest is compared with this share of it.
 _SMALL = 1e-2
 
@@ -38,8 +40,8 @@ class Gradient:
         columns = math.gcd(values.numel(), _COLUMNS)
         bits = values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
         return cls(
-            tuple(bits.view(-1, columns).sum(0, dtype=torch.int64).tolist()),
-            values.view(-1, columns).sum(0, dtype=torch.float64),
+            tuple(_sums(bits.view(-1, columns), torch.int64).tolist()),
+            _sums(values.view(-1, columns), torch.float64),
             float(torch.linalg.vector_norm(values)),
         )
 
@@ -55,6 +57,14 @@ class Gradient:
         size = float((self.sums - other.sums).norm()) / max(self.norm, other.norm, least, 1e-300)
         # NaN, for one, has no size.
         return max(size, 1e-16) if math.isfinite(size) else math.inf
+
+
+def _sums(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sums of columns in a wider type, some rows at a time: PyTorch casts all that it is given."""
+    total = torch.zeros(rows.shape[1], dtype=dtype)
+    for part in rows.split(max(1, _ELEMENTS // rows.shape[1])):
+        total += part.sum(0, dtype=dtype)
+    return total
 
 
 @dataclass

@@ -62,6 +62,7 @@ def make_workload(
     _check_input(source, dataset, model)
     precision = Precision(config.precision, device.type, config.channels_last)
     chain, dataset, splits = _capture(model, source, dataset, splits, precision)
+    chain.drop_values()  # of a model that could not be built without them
     if config.channels_last and all(parameter.dim() != 4 for parameter in model.parameters()):
         raise ConfigError(
             f"--channels-last has no effect here: {source.spec} has no convolutions of maps (C, H, W); leave it out"
