@@ -108,6 +108,11 @@ class Chain:
         graphs = (layer.module.graph.nodes for layer in self.layers if isinstance(layer.module, fx.GraphModule))
         return sum(map(len, graphs)) + sum(1 for layer in self.layers for _ in layer.module.modules())
 
+    @cached_property
+    def _hooks(self) -> dict[str, ParameterHooks]:
+        """What hangs on parameters, by the names under which they are stored."""
+        return {self.owner_of(name): hooks for layer in self.layers for name, hooks in layer.hooks.items()}
+
     def owner_of(self, name: str) -> str:
         """Return the name under which a tensor is stored: the first of its names, where it is tied.
 
@@ -141,10 +146,8 @@ class Chain:
             name: the name under which it is stored.
             parameter: parameter that takes the place of the model's.
         """
-        for layer in self.layers:
-            if name in layer.hooks:
-                layer.hooks[name].hang_on(parameter)
-                return
+        if name in self._hooks:
+            self._hooks[name].hang_on(parameter)
 
     def train(self, mode: bool = True) -> "Chain":
         """Put all layers in train mode, or in eval mode, and return the chain."""

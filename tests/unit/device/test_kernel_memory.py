@@ -1,8 +1,12 @@
 """What convolutions hold beside tensors, against this process's private memory; each measurement in a process of its own."""
 
+from typing import Any
+
+import pytest
 import torch
 
-from lowmem_pnn.device.kernel_memory import cached_primitives, scratch_bytes
+from lowmem_pnn.device import kernel_memory
+from lowmem_pnn.device.kernel_memory import cached_primitives, packing_bytes, product_width, scratch_bytes, untouched_bytes
 
 
 def test_only_convolutions_on_the_cpu_count() -> None:
@@ -34,3 +38,31 @@ def test_code_is_shared_by_convolutions_of_one_shape() -> None:
     assert cached_primitives(convolution, (x, weight, *rest)) != cached_primitives(convolution, (x[:1], weight, *rest))
     gradient = torch.zeros(2, 4, 8, 8)
     assert len(cached_primitives(torch.ops.aten.convolution_backward.default, (gradient, x, weight, [0], *rest[1:]))) == 2
+
+
+def test_packing_goes_by_the_size_of_the_factors() -> None:
+    product = torch.ops.aten.mm.default
+    assert product_width(product, (torch.empty(16, 1024), torch.empty(1024, 1024))) == 1024
+    assert product_width(product, (torch.empty(2, 8192), torch.empty(8192, 5))) == 80
+    assert product_width(torch.ops.aten.add.Tensor, (torch.empty(2), torch.empty(2))) == 0
+    assert [packing_bytes(width, 2) for width in (0, 1024, 4096)] == [0, 3_200_000, 9_600_000]
+
+
+def test_kernels_larger_than_their_map_take_memory_that_they_do_not_touch(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.empty(64, 64, 3, 3)
+
+    def arguments(side: int, groups: int = 1) -> tuple[Any, ...]:
+        maps = torch.empty(8, 64, side, side)
+        kernel = weight[:, : 64 // groups]
+        return maps, maps, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], groups, [True, True, False]
+
+    backward = torch.ops.aten.convolution_backward.default
+    results = torch.empty(8, 64, 2, 2), weight, None
+    monkeypatch.setattr(kernel_memory, "HAS_AVX512", True)
+    assert untouched_bytes(backward, arguments(2)) == 0
+    before = scratch_bytes(backward, arguments(2), results)
+    monkeypatch.setattr(kernel_memory, "HAS_AVX512", False)
+    assert untouched_bytes(backward, arguments(2)) == (4 * torch.get_num_threads() - 2) * weight.nbytes
+    assert scratch_bytes(backward, arguments(2), results) == before + weight.nbytes
+    assert untouched_bytes(backward, arguments(3)) == untouched_bytes(backward, arguments(2, groups=4)) == 0
+    assert untouched_bytes(torch.ops.aten.convolution.default, arguments(2)) == 0
