@@ -218,8 +218,9 @@ class Residency:
         Raises:
             CaptureError: a parameter has no gradient.
         """
-        for name, parameter in self.trainable.items():
-            if parameter.grad is None and name not in self.owned_elsewhere and name not in stepped:
+        for name, parameter in self._parameters.items():
+            learns = self._requires_grad[name] and not self._frozen  # whatever a forward has made of it
+            if learns and parameter.grad is None and name not in self.owned_elsewhere and name not in stepped:
                 raise CaptureError(
                     f"parameter {name!r} got no gradient in {title}, and would never be trained; freeze it "
                     "(requires_grad_(False)), or have the model's forward use it for every batch"

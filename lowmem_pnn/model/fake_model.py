@@ -171,10 +171,13 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
             return
         now = attributes_of(root)
         log.entries, entries = [], log.entries
+        after_one = Snapshot(root)
+        root(samples)
+        changed_again = {*after_one.changed(root)}
         for key in sorted(changed):
             value = now.get(key)
-            # What is computed from neither samples nor weights is the same each time: a cache.
-            is_cache = holds_tensor(value) and not any(map(log.depends, tensors_in(value)))
+            # What is computed once, from neither samples nor weights, is a cache.
+            is_cache = holds_tensor(value) and key not in changed_again and not any(map(log.depends, tensors_in(value)))
             if is_cache or not is_read(root, key, lambda: root(samples)):
                 result.left.add(key)
             elif is_kept(value):

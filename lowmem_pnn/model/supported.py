@@ -1,6 +1,7 @@
 """Support: what a model may hold and override, so that training it in pieces is training it; the rest is refused by name."""
 
 import json
+import types
 import warnings
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -117,6 +118,7 @@ def check_model(model: nn.Module, names: Mapping[str, Tensor]) -> None:
             raise CaptureError(
                 f"{where} has sparse gradients ({type(module).__name__}(sparse=True)), which no optimizer here takes; leave sparse=True out"
             )
+        _check_replaced_methods(module, where)
         _check_tensor_types(module, where)
         for attribute, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
@@ -155,6 +157,18 @@ def check_overrides(model: nn.Module, opened: Iterable[str]) -> None:
         raise CaptureError(
             f"model {title} overrides parameters(), which leaves out some that learn; freeze these instead (requires_grad_(False))"
         )
+
+
+def _check_replaced_methods(module: nn.Module, where: str) -> None:
+    """Refuse methods that were replaced on a module by functions which hold on to it: a copy would still call them on the first module."""
+    for name, value in vars(module).items():
+        if isinstance(value, types.FunctionType) and hasattr(nn.Module, name):
+            held = [cell.cell_contents for cell in value.__closure__ or ()]
+            if any(isinstance(getattr(content, "__self__", content), nn.Module) for content in held):
+                raise CaptureError(
+                    f"{name}() of {where} was replaced on the module by a function that holds on to a module, and would go on with that one "
+                    "when the model is cut; override it in a class"
+                )
 
 
 def _check_tensor_types(module: nn.Module, where: str) -> None:

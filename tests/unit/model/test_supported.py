@@ -84,6 +84,23 @@ class CountsItself(nn.Module):
         return scaled
 
 
+class CountsInATensor(nn.Linear):
+    """Counts its calls in a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.calls = torch.tensor(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+def replace_train(model: nn.Sequential) -> None:
+    own = model[0].train
+    model[0].train = lambda mode=True: own(False)
+
+
 class Checkpoints(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -156,6 +173,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "tensor kept": (
         lambda: nn.Sequential(Remembers(), nn.Linear(4, 2)),
         "forward of module '0' of Sequential leaves a tensor in its attribute 'last', which its next forward reads",
+    ),
+    "tensor counted": (
+        lambda: nn.Sequential(CountsInATensor(), nn.Linear(4, 2)),
+        "forward of module '0' of Sequential leaves a tensor in its attribute 'calls', which its next forward reads",
+    ),
+    "replaced method": (
+        lambda: linear_of(replace_train),
+        "train() of module '0' of Sequential was replaced on the module by a function that holds on to a module",
     ),
     "object kept": (
         lambda: nn.Sequential(KeepsObjects(), nn.Linear(4, 2)),
