@@ -80,6 +80,9 @@ class Chain:
     persistent: tuple[str, ...]
     """Keys of the model's `state_dict`, in its order."""
 
+    written: frozenset[str] = frozenset()
+    """Parameters that a forward changes in place, under every name."""
+
     versions: str = ""
     """Metadata of the model's `state_dict`, as JSON, where the model cannot be loaded without it."""
 
@@ -290,6 +293,7 @@ def capture(model: nn.Module, input_spec: TensorSpec, precision: Precision = FUL
         tied_ranges=tuple(sorted({(users[0], users[-1]) for users in held.values() if users[0] < users[-1]})),
         unused=tuple(name for name, tensor in names.items() if id(tensor) not in held),
         persistent=tuple(model.state_dict(keep_vars=True)),
+        written=frozenset().union(*(run.written for run in runs)),
         versions=versions_of(model),
     )
 

@@ -132,12 +132,14 @@ class ModelRun:
         operations: operations that depend on its samples or its tensors, in their order.
         kept: attributes of its modules that the forward changes, and whose values a run keeps.
         left: attributes in which the forward leaves tensors that no later forward depends on.
+        written: parameters that the forward changes in place, as an embedding with `max_norm` does.
     """
 
     setting: Setting
     operations: list[tuple[Any, ...]]
     kept: set[Attribute] = field(default_factory=set)
     left: set[Attribute] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
 
 
 def run_model(model: nn.Module, setting: Setting) -> ModelRun:
@@ -156,6 +158,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
 
     def forward(root: nn.Module, samples: Tensor, log: OperationLog) -> None:
         before, generators = Snapshot(root), _python_generators()
+        versions = {name: parameter._version for name, parameter in root.named_parameters(remove_duplicate=False)}
         try:
             root(samples)
         except Exception as error:  # whatever a user's module raises on a shape it does not take
@@ -166,6 +169,8 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
                 f"forward of model {title} draws from Python's or numpy's random generator, whose state is not kept with a run; draw with "
                 "torch, as by torch.rand(())"
             )
+        parameters = root.named_parameters(remove_duplicate=False)
+        result.written = {name for name, parameter in parameters if parameter._version != versions.get(name)}
         changed = before.changed(root)
         if not changed:
             return

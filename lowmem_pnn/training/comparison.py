@@ -11,7 +11,9 @@ copy, or restored.
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,8 +60,7 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
         return "no"
     batch = workload.splits["train"].batch(range(count))
     try:
-        with preserve_random_state():
-            theirs = _observe_model(workload, model, batch, folder)
+        theirs = _observe_model(workload, model, batch, folder)
         with preserve_random_state():
             ours = _observe_layers(workload, model, batch)
         different = differences(theirs, ours)
@@ -92,13 +93,19 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
 
 def _observe_model(workload: Workload, model: nn.Module, batch: tuple[Tensor, Tensor], folder: Path) -> Observed:
     """Run the user's own model, forward and backward in train mode, and forward in eval mode."""
-    twin, parameters = _twin(model)
+    with _parameters_kept(model), preserve_random_state():
+        return _observe_copy(workload, model, batch, folder)
+
+
+def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Tensor, Tensor], folder: Path) -> Observed:
     observed, chain = Observed(), workload.bare
+    twin = _copied(model, chain.written)
+    parameters = dict(twin.named_parameters(remove_duplicate=False))
     names = {id(parameters[name]): chain.owner_of(name) for name in parameters}
     precision = chain.layers[0].precision
     before = Snapshot(twin)
     set_mode(twin, True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, preserve_random_state():
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         _seed(workload)
         spilled = _Spilled(Path(scratch), [*twin.parameters(), *twin.buffers(), *batch])
         with torch.autograd.graph.saved_tensors_hooks(spilled.pack, spilled.unpack):
@@ -159,17 +166,22 @@ def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Tensor, T
 def _forward_and_back(
     workload: Workload, batch: tuple[Tensor, Tensor], loaded: Mapping[str, nn.Parameter], observed: Observed
 ) -> None:
-    layers = workload.bare.layers
+    layers, owner_of = workload.bare.layers, workload.bare.owner_of
+    owners = [{owner_of(alias): parameter.requires_grad for alias, parameter in layer.parameters().items()} for layer in layers]
+    first_user = {name: number for number, names in reversed([*enumerate(owners)]) for name in names}
+    users = Counter(
+        id(buffer) for layer in layers for buffer in {id(value): value for value in layer.buffers().values()}.values()
+    )
     inputs: list[tuple[Tensor, ...]] = [(batch[0].clone(),)]
     states: list[tuple[Tensor, Mapping[str, Any], dict[str, Tensor]]] = []
     learns = False
-    for layer in layers[:-1]:
+    for number, layer in enumerate(layers[:-1]):
         states.append(
             (torch.get_rng_state(), layer.python_state, {name: value.clone() for name, value in layer.buffers().items()})
         )
         outputs = layer(*_leaves(inputs[-1], learns))
         inputs.append(tuple(tensor.detach() for tensor in outputs))
-        learns = learns or any(parameter.requires_grad for parameter in layer.parameters().values())
+        learns = learns or any(owners[number].values())
     gradients: list[Tensor | None] = []
     for number in reversed(range(len(layers))):
         layer = layers[number]
@@ -180,15 +192,10 @@ def _forward_and_back(
             for name, value in layer.buffers().items():
                 with torch.no_grad():
                     value.copy_(buffers[name])
-        leaves = _leaves(inputs.pop(), number > 0 and _learns_before(workload, number))
+        leaves = _leaves(inputs.pop(), any(any(names.values()) for names in owners[:number]))
         outputs = layer(*leaves)
         if number == len(layers) - 1:
-            after = {
-                id(value): (value, value.clone())
-                for own in layers
-                for value in own.buffers().values()
-                if _is_shared(layers, value)
-            }
+            after = [(value, value.clone()) for own in layers for value in own.buffers().values() if users[id(value)] > 1]
             loss = Labels(workload.config.label_smoothing).loss(outputs, batch[1])
             observed.values |= {"the output in train mode": outputs[0].detach().clone(), "the loss": float(loss.detach())}
             torch.autograd.backward(loss)
@@ -198,28 +205,13 @@ def _forward_and_back(
             if pairs:
                 torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
         gradients = [leaf.grad for leaf in leaves]
-        for name in {workload.bare.owner_of(alias) for alias in layer.parameters()}:
-            if loaded[name].grad is not None and not _is_used_before(workload, name, number):
+        for name in owners[number]:
+            if loaded[name].grad is not None and first_user[name] == number:
                 observed.take_gradient(name, loaded[name])
-
     # Such a buffer is what the whole forward made of it; a plan has its layers in one partition.
-    for value, final in after.values():
+    for value, final in after:
         with torch.no_grad():
             value.copy_(final)
-
-
-def _is_shared(layers: Sequence[Layer], buffer: Tensor) -> bool:
-    return sum(any(own is buffer for own in layer.buffers().values()) for layer in layers) > 1
-
-
-def _learns_before(workload: Workload, number: int) -> bool:
-    layers = workload.bare.layers[:number]
-    return any(parameter.requires_grad for layer in layers for parameter in layer.parameters().values())
-
-
-def _is_used_before(workload: Workload, name: str, number: int) -> bool:
-    chain = workload.bare
-    return any(chain.owner_of(alias) == name for layer in chain.layers[:number] for alias in layer.parameters())
 
 
 def _load(workload: Workload, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -231,7 +223,8 @@ def _load(workload: Workload, tensors: Mapping[str, Tensor]) -> dict[str, nn.Par
         for alias, shape_of in layer.parameters().items():
             name = chain.owner_of(alias)
             if name not in loaded:
-                loaded[name] = nn.Parameter(tensors[name].detach(), shape_of.requires_grad)
+                values = tensors[name].detach()
+                loaded[name] = nn.Parameter(values.clone() if alias in chain.written else values, shape_of.requires_grad)
                 chain.hang_hooks(name, loaded[name])
             layer.set_tensor(alias, loaded[name])
         for alias in layer.buffers():
@@ -244,17 +237,29 @@ def _tensors_of(layer: Layer) -> dict[str, Tensor]:
     return {**layer.parameters(), **layer.buffers()}
 
 
-def _twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """Return a copy of a model that shares its weights' memory, and no other state; with its parameters under every name."""
-    twins: dict[int, Tensor] = {}
-    for parameter in model.parameters():
-        twin = nn.Parameter(parameter.detach(), parameter.requires_grad)
-        if (hooks := ParameterHooks.of(parameter)) is not None:
+def _copied(model: nn.Module, written: Collection[str]) -> nn.Module:
+    """Return a copy of a model over its very parameters, with all that hangs on them, but for those that a forward changes in place."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    twins: dict[int, Tensor] = {id(buffer): buffer.detach().clone() for buffer in model.buffers()}
+    for name in written:
+        own = parameters[name]
+        twins[id(own)] = twin = nn.Parameter(own.detach().clone(), own.requires_grad)
+        if (hooks := ParameterHooks.of(own)) is not None:
             hooks.hang_on(twin)
-        twins[id(parameter)] = twin
-    twins.update((id(buffer), buffer.detach().clone()) for buffer in model.buffers())
-    copied = copy_structure(model, twins)
-    return copied, dict(copied.named_parameters(remove_duplicate=False))
+    return copy_structure(model, twins)
+
+
+@contextmanager
+def _parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the gradients of parameters, and whether they learn, at the end of the context; inside there are no gradients."""
+    before = [(parameter, parameter.grad, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient, learns in before:
+            parameter.requires_grad_(learns).grad = gradient
 
 
 class _Spilled:

@@ -99,13 +99,18 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "hooks on parameters": (clamping, vectors()),
     "Python state": (counting, vectors()),
     "other kernels without gradients": (two_lstms, vectors()),
+    "weights that a forward changes": (
+        lambda: nn.Sequential(nn.Embedding(11, 6, max_norm=0.5), nn.Flatten(), nn.Linear(36, 12), nn.Linear(12, 4)),
+        (torch.arange(240).reshape(40, 6) % 11, torch.arange(40) % 4),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", KEPT)
 def test_what_people_hang_on_a_model_is_kept(case: str, tmp_path: Path) -> None:
     build, data = KEPT[case]
-    options = {**CUT_EVERYWHERE, "val_fraction": 0.0}  # which would count as calls
+    # Validation would count as calls; and weights decay, before they are brought back to their norm or after.
+    options = {**CUT_EVERYWHERE, "val_fraction": 0.0, "weight_decay": 0.1}
     if case == "own train()":
         data = (data[0][:, :, :8, :8].contiguous(), data[1])
     expected = train_by_exact(build, data, **options)

@@ -84,6 +84,17 @@ def test_what_differs_is_refused(change: Callable[[Workload], None], message: st
         compare(workload, built(small_mlp), tmp_path, refuse_to_say)
 
 
+def test_a_hook_that_no_tensor_tells_of_is_found(tmp_path: Path) -> None:
+    model = built(small_mlp)
+    node = torch.autograd.graph.get_gradient_edge(model[0].weight).node
+    node.register_prehook(lambda gradients: (gradients[0] * 5,))
+    model[2].weight.grad = torch.ones_like(model[2].weight)
+    with pytest.raises(CaptureError, match=r"cut into layers, the gradient of '0\.weight' differs"):
+        compare(workload_of(small_mlp, vectors()), model, tmp_path, refuse_to_say)
+    assert torch.equal(model[2].weight.grad, torch.ones_like(model[2].weight))
+    assert model[0].weight.grad is None
+
+
 def test_another_order_of_sums_is_said_and_no_reason_to_stop(tmp_path: Path) -> None:
     workload, said = workload_of(small_mlp, vectors()), []
     linear = workload.chain.layers[-1].module.get_submodule("4")
