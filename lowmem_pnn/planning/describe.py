@@ -2,9 +2,9 @@
 
 from lowmem_pnn.errors import BudgetError, DiskError
 from lowmem_pnn.partition_plan import PartitionPlan
-from lowmem_pnn.planning.batch_norm import batch_norm_note
 from lowmem_pnn.planning.disk_footprint import activation_bytes, check_disk, disk_bytes, num_stored_samples
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
+from lowmem_pnn.planning.notes import plan_notes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.workload import Workload
@@ -18,7 +18,7 @@ def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> 
         plan = make_plan(request, seconds_of)
         partitions = [describe_partition(workload, part) for part in plan.partitions]
         disk, peak = disk_bytes(workload, plan, profile), plan.predicted_peak_bytes
-        notes = [note for note in (batch_norm_note(request, plan),) if note is not None]
+        notes = plan_notes(request, plan)
         check_disk(workload, plan, profile)
     except (BudgetError, DiskError) as error:
         reason, exit_code = str(error), error.exit_code

@@ -27,6 +27,8 @@ class Result:
 
     `batch_norm` says how many BatchNorm `layers` normalised over `samples` of a `batch` at least; empty where all saw the whole batch.
 
+    `notes` say what else was done for each micro-batch, and in plain PyTorch once for a batch.
+
     `module_state` holds Python attributes of modules that forwards changed, as they were at the end: they are not in `weights_file`.
 
     `skipped_samples` holds the `count` of broken samples that were left out (--skip-broken), and the `names` of the first 100.
@@ -52,6 +54,7 @@ class Result:
     compared: str = "no"
     batch_norm: Mapping[str, int] = dataclasses.field(default_factory=dict)
     module_state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
     training_state_bytes: int
     partitions: Sequence[Mapping[str, Any]]
     epochs: Sequence[int]
@@ -111,6 +114,7 @@ class Result:
                 f"BatchNorm: {norm['layers']} layers normalised over as few as {norm['samples']} of the {norm['batch']} samples of a batch, "
                 "and plain PyTorch over all of them"
             )
+        lines += self.notes
         if self.module_state:
             lines.append(
                 f"not in the weights, but changed by forwards: {', '.join(self.module_state)} (module_state in result.json)"

@@ -15,8 +15,8 @@ from lowmem_pnn.evaluation.exits import HEADS_FILE, describe_exits, head_names
 from lowmem_pnn.evaluation.measure import measure, validate
 from lowmem_pnn.evaluation.scores import Scores
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.planning.batch_norm import batch_norm_note
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
+from lowmem_pnn.planning.notes import plan_notes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
@@ -100,7 +100,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
         plan = make_plan(PlanRequest(workload, profile, device, unexplained_bytes=missing), seconds_of)
         display.message(f"planned again: {check.describe()}")
         run.replan(plan)
-    if (note := batch_norm_note(PlanRequest(workload, profile, device), run.plan)) is not None:
+    for note in plan_notes(PlanRequest(workload, profile, device), run.plan):
         display.message(note)
     run.begin_training(check.to_dict(), compared)
     return run

@@ -135,6 +135,20 @@ def test_python_state_survives_a_stop(tmp_path: Path) -> None:
     assert_same_weights(loaded(counting, result.weights_file), expected.model)
 
 
+def test_what_micro_batches_change_is_said(tmp_path: Path) -> None:
+    said = Tells()
+    for build in (clamping, counting):
+        result = fit(build, vectors(), tmp_path / build.__name__, display=said, **CUT_EVERYWHERE)
+        assert len(result.notes) == 1
+        assert result.notes[0] in said.messages
+        assert result.notes[0] in str(result)
+    assert any(
+        text.startswith("hooks on gradients (of '0.weight' and 5 more) run for each gradient of 4 of the 10 samples")
+        for text in said.messages
+    )
+    assert fit(clamping, vectors(), tmp_path / "whole", **COMMON).notes == []
+
+
 def test_compiling_refuses_python_state(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--compile: a forward changes '0\.calls', whose value compiled code would freeze"):
         fit(counting, vectors(), tmp_path / "run", compile=True, **{**COMMON, "cuts": "1"})
