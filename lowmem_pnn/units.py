@@ -5,7 +5,7 @@ import re
 
 from lowmem_pnn.errors import UnitError
 
-MEBIBYTE = 1 << 20
+MEBIBYTE, MEGABYTE = 1 << 20, 10**6
 
 _FACTORS = {
     "": 1, "b": 1,

@@ -28,6 +28,7 @@ from lowmem_pnn.engine.passes import backward_from_loss, outputs_in_chunks, scor
 from lowmem_pnn.engine.stalls import Stalls
 from lowmem_pnn.engine.tally import Tally
 from lowmem_pnn.engine.uploads import MicroBatch, Uploads
+from lowmem_pnn.model.layer import python_state_of, set_python_state
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stores.activation_writer import ActivationWriter
 
@@ -96,7 +97,7 @@ class Executor:
         buffers = unless_out_of_memory(lambda: {name: tensor.clone() for name, tensor in residency.buffers.items()})
         if buffers is None:
             raise too_large(self._device, f"with a copy of {active.title}'s buffers")
-        python_state = residency.python_state
+        python_state = python_state_of(residency.layers)
         while True:
             parts = self._parts(active, batch)
             steps = layer_steps(active, step, one_micro_batch=len(parts) == 1)
@@ -108,7 +109,7 @@ class Executor:
             residency.copy_back_replaced_buffers()
             for name, tensor in residency.buffers.items():
                 tensor.copy_(buffers[name])
-            residency.set_python_state(python_state)
+            set_python_state(residency.layers, python_state)
             self.shrink(active)
         residency.copy_back_replaced_buffers()
         # A step that is not finite would poison the weights; the caller stops the run. In fp16 the gradients tell, and it is left out.
@@ -224,12 +225,12 @@ class Executor:
                 after = MicroBatch.of(batch, slice(part.stop, part.stop + active.micro_batch)) if part.stop < total else None
                 if after is None and following is not None:
                     after = MicroBatch.of(following, slice(0, active.micro_batch))
-                python_state = active.residency.python_state
+                python_state = python_state_of(active.residency.layers)
                 result = unless_out_of_memory(partial(self._run_eval, MicroBatch.of(batch, part), batch[1][part], after, run))
                 del after
                 self._consume(results, consume)
                 if result is None:
-                    active.residency.set_python_state(python_state)
+                    set_python_state(active.residency.layers, python_state)
                     self.shrink(active)
                     continue
                 results.extend(result)

@@ -1,9 +1,9 @@
 """Residency: the time during which the weights of one partition, and their optimizer state, are on the device."""
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -161,16 +161,6 @@ class Residency:
     def buffers(self) -> dict[str, Tensor]:
         """The loaded buffers, by name: a rollback has to restore them after a forward in train mode."""
         return self._buffers
-
-    @property
-    def python_state(self) -> dict[str, Any]:
-        """Python attributes of the layers' modules that a forward changes and the next one reads."""
-        return {key: value for layer in self.layers for key, value in layer.python_state.items()}
-
-    def set_python_state(self, state: Mapping[str, Any]) -> None:
-        """Set these attributes to copies of what `python_state` returned."""
-        for layer in self.layers:
-            layer.set_python_state(state)
 
     def copy_back_replaced_buffers(self) -> None:
         """Copy buffers that a forward replaced (`self.mean = ...`) into the loaded tensors, which are saved and restored.

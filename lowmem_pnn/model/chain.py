@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from lowmem_pnn.errors import CaptureError, ConfigError
 from lowmem_pnn.model.dataflow import DataFlow
 from lowmem_pnn.model.fake_model import Setting, run_model, uses_checkpointing
-from lowmem_pnn.model.layer import Layer
+from lowmem_pnn.model.layer import Layer, python_state_of, set_python_state
 from lowmem_pnn.model.modes import read_modes
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.precision import FULL_PRECISION, Precision
@@ -127,12 +127,11 @@ class Chain:
     @property
     def python_state(self) -> dict[str, Any]:
         """Python attributes that a forward changes and the next one reads, by module and attribute; empty for nearly all models."""
-        return {key: value for layer in self.layers for key, value in layer.python_state.items()}
+        return python_state_of(self.layers)
 
     def set_python_state(self, state: Mapping[str, Any]) -> None:
         """Set these attributes to copies of what `python_state` returned."""
-        for layer in self.layers:
-            layer.set_python_state(state)
+        set_python_state(self.layers, state)
 
     @contextmanager
     def python_state_restored(self) -> Iterator[None]:

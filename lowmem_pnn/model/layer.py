@@ -223,6 +223,17 @@ def is_rowwise(layer: Layer) -> bool:
     return bool(operations[0].target is nn.functional.linear)
 
 
+def python_state_of(layers: Iterable[Layer]) -> dict[str, Any]:
+    """Return the Python attributes that forwards of layers change and the next ones read, by module and attribute; mostly none."""
+    return {key: value for layer in layers for key, value in layer.python_state.items()}
+
+
+def set_python_state(layers: Iterable[Layer], state: Mapping[str, Any]) -> None:
+    """Set these attributes to copies of what `python_state_of` returned."""
+    for layer in layers:
+        layer.set_python_state(state)
+
+
 def has_module_hooks(module: nn.Module) -> bool:
     """Decide whether hooks look at what goes into a module, or comes out of it, forward or backward."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

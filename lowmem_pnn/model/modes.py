@@ -7,12 +7,11 @@ so these methods are called on a copy of the model, and what they did is set in 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.python_state import Snapshot, attributes_of
-from lowmem_pnn.model.tracer import copy_structure
+from lowmem_pnn.model.tracer import copy_on_meta
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,7 @@ def read_modes(model: nn.Module) -> Modes:
     own = {name for name, module in model.named_modules() if overrides(module, "train") or overrides(module, "eval")}
     if not own:
         return Modes()
-    twins: dict[int, Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        meta = torch.empty_like(tensor, device="meta")
-        twins[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
-    copied = copy_structure(model, twins)
+    copied = copy_on_meta(model)
     title = type(model).__name__
     try:
         copied.train()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 # What a module keeps for itself; `training` belongs to the mode.
-_OWN = frozenset(vars(nn.Module())) | {"_is_full_backward_hook", "_flat_weights", "_flat_weights_names", "_forward_hooks"}
+_OWN = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weights_names"}
 _PLAIN = (bool, int, float, str, type(None))
 # Objects inside of objects that are looked into.
 _MAX_DEPTH = 6

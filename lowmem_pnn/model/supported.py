@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.modes import overrides
-from lowmem_pnn.model.tracer import copy_structure
+from lowmem_pnn.model.tracer import copy_on_meta
 
 # Attributes that a GraphModule has and a plain module has not: a submodule of such a name would be lost.
 _GRAPH_MODULE_NAMES = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
@@ -73,14 +73,7 @@ def versions_of(model: nn.Module) -> str:
     Args:
         model: the user's model, which stays as it is.
     """
-    twins = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in (*model.parameters(), *model.buffers())}
-    twins = {
-        id(tensor): nn.Parameter(twins[id(tensor)], tensor.requires_grad)
-        if isinstance(tensor, nn.Parameter)
-        else twins[id(tensor)]
-        for tensor in (*model.parameters(), *model.buffers())
-    }
-    twin = copy_structure(model, twins)
+    twin = copy_on_meta(model)
     state = twin.state_dict()
     try:
         with warnings.catch_warnings():

@@ -111,6 +111,22 @@ def copy_structure(model: nn.Module, tensors: Mapping[int, Tensor] | None = None
         ) from error
 
 
+def copy_on_meta(model: nn.Module) -> nn.Module:
+    """Copy a model with tensors of the same shapes on torch's meta device.
+
+    Args:
+        model: any module.
+
+    Raises:
+        CaptureError: a module holds something that Python cannot copy.
+    """
+    twins: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        twin = torch.empty_like(tensor, device="meta")
+        twins[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
+    return copy_structure(model, twins)
+
+
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
     """Restore the states of the CPU random generators of torch, Python and numpy at the end of the context."""

@@ -6,7 +6,7 @@ from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_plan import plan_for_batches
 from lowmem_pnn.planning.request import PlanRequest
-from lowmem_pnn.units import format_bytes
+from lowmem_pnn.units import MEGABYTE, format_bytes
 from lowmem_pnn.workload import Workload
 
 
@@ -76,7 +76,7 @@ def batch_norm_note(request: PlanRequest, plan: Plan) -> str | None:
     except BudgetError as error:
         if error.enough_bytes is None:
             return f"{use}; a larger --max-gpu-mem would do"
-        enough = format_bytes(-(-error.enough_bytes // 1_000_000) * 1_000_000)
+        enough = format_bytes(-(-error.enough_bytes // MEGABYTE) * MEGABYTE)
         return (
             f"{use}; they see the whole batch from --max-gpu-mem {enough.replace(' ', '')} on (--batch-norm refuse insists on it)"
         )

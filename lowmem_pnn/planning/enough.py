@@ -8,8 +8,8 @@ from collections.abc import Callable
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.units import MEGABYTE
 
-MEGABYTE = 1_000_000
 # Budgets are named to a hundredth, in whole megabytes.
 _PRECISION = 100
 # A run that does not fit so many times its budget is told so without a figure.

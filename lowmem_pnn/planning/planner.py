@@ -20,7 +20,7 @@ from lowmem_pnn.planning.constraints import Constraints, Objectives
 from lowmem_pnn.planning.search import GOOD_MICRO_BATCH, possible_starts
 from lowmem_pnn.profiling.costs import Affine, MemoryProfile
 from lowmem_pnn.profiling.peaks import default_objective, largest_micro_batch, peak_of
-from lowmem_pnn.units import format_bytes
+from lowmem_pnn.units import MEGABYTE, format_bytes
 
 Overhead = int | Callable[[int], int]
 """Bytes that are needed beside a partition: a number, or a function of the budget."""
@@ -153,7 +153,7 @@ def _explain(constraints: Constraints, budget_bytes: int, overhead_bytes: Overhe
     search, overhead = constraints.search(), _overhead(overhead_bytes, budget_bytes)
     room = budget_bytes - overhead
     enough = _budget_leaving(search.smallest_room(), overhead_bytes)
-    remedies = [f"--max-gpu-mem {-(-enough // 1_000_000)}MB"]
+    remedies = [f"--max-gpu-mem {-(-enough // MEGABYTE)}MB"]
     starts, end = possible_starts(constraints.profile), len(constraints.profile.layers)
     if constraints.cuts is not None:
         bounds = [0, *constraints.cuts, end]

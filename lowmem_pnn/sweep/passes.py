@@ -12,6 +12,7 @@ from lowmem_pnn.engine.passes import backward_from_loss, forward, to_device_alig
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.engine.uploads import MicroBatch, Uploads
 from lowmem_pnn.methods import Objective, Visit
+from lowmem_pnn.model.layer import python_state_of, set_python_state
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
 from lowmem_pnn.sweep.optimizer_steps import Gradients
@@ -82,7 +83,7 @@ class SweepPasses:
         for number, part in enumerate(batch.parts):
             state_before = self._buffers.restore_random_state(partition, number, batch.gradients.step)
             inputs = self._inputs(partition, number, part, batch)
-            self._python_states[partition, number] = self._residencies[partition].python_state
+            self._python_states[partition, number] = python_state_of(self._residencies[partition].layers)
             outputs = self._forward_as_in_training(partition, inputs)
             self._buffers.put_activations(partition + 1, number, outputs)
             del inputs, outputs
@@ -107,7 +108,7 @@ class SweepPasses:
             self._buffers.restore_random_state(partition, number, batch.gradients.step)
             inputs = self._inputs(partition, number, part, batch)
             if (partition, number) in self._python_states:
-                residency.set_python_state(self._python_states.pop((partition, number)))
+                set_python_state(residency.layers, self._python_states.pop((partition, number)))
             for tensor in inputs:
                 tensor.requires_grad_(visit.returns_input_gradient and tensor.is_floating_point())
             hooks = self._buffers.add_shared_gradients(residency, number)
