@@ -28,9 +28,9 @@ from lowmem_pnn.stores.disk import RUN_REMEDY, remove_folder, write_durably
 from lowmem_pnn.stores.keys import VERSIONS_KEY, CommittedFile
 from lowmem_pnn.stores.run_directory import way_back
 from lowmem_pnn.stores.weights import WeightStore
-from lowmem_pnn.training.comparison import compare
 from lowmem_pnn.training.initial_weights import build_weights, check_layouts
 from lowmem_pnn.training.join import forget
+from lowmem_pnn.training.parity import compare
 from lowmem_pnn.training.preflight import check_tightest
 from lowmem_pnn.training.program import carry_out
 from lowmem_pnn.training.result import make_result

@@ -1,4 +1,4 @@
-"""The comparison before training: the user's model as it is, and the same model in layers, on a few samples of the training data.
+"""Parity before training: the user's model as it is, and the same model in layers, on a few samples of the training data.
 
     as it is     x --[ model ]--> scores --> loss --backward--> gradients        tensors saved for backward lie in a file
     in layers    x --[ layer 0 ]--[ layer 1 ]-- ... --> loss                     forward, layer by layer

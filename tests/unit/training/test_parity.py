@@ -1,4 +1,4 @@
-"""The comparison before training: equal models pass, others are refused by what differs, and nothing is changed on the way."""
+"""Parity before training: equal models pass, others are refused by what differs, and nothing is changed on the way."""
 
 import itertools
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from helpers.small_networks import small_conv, small_mlp, vectors
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.python_state import Snapshot
-from lowmem_pnn.training.comparison import compare
 from lowmem_pnn.training.observed import Observed, differences
+from lowmem_pnn.training.parity import compare
 from lowmem_pnn.workload import Workload, make_workload
 from lowmem_pnn.workload.inputs import python_inputs
 
