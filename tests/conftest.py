@@ -3,7 +3,8 @@
 `tests/unit` mirrors the package's folders: one file of tests for one module, each test a fraction of a second, all of them under two minutes.
 `tests/runs` holds whole runs in this process, on small networks: what a run computes is compared with plain PyTorch, with itself stopped and
 resumed, and with its plan. `tests/system` holds what needs processes, signals, kills, a file system or a terminal of its own, or a GPU (mark
-`gpu`). What several files share stands in `tests/helpers`.
+`gpu`). What several files share stands in `tests/helpers`; `tests/trials` holds the scripts of the reliability trials, which tests in
+`tests/system` run in a short form, and whole with `--long` (docs/reliability.md).
 
 A new test goes to the lowest tier that can show the behaviour. A run that several tests only read is trained once, by a fixture of their module.
 """
@@ -23,7 +24,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from helpers.commands import write_data
 from lowmem_pnn.stores import run_creation
 
-collect_ignore = ["helpers"]  # neither tests nor doctests
+collect_ignore = ["helpers", "trials"]  # neither tests nor doctests
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--long`: reliability trials in the numbers of docs/reliability.md, which take hours."""
+    parser.addoption(
+        "--long", action="store_true", help="reliability trials in full numbers (docs/reliability.md), not in their short form"
+    )
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether trials are to be run in full numbers."""
+    return bool(request.config.getoption("--long"))
 
 
 @pytest.fixture(scope="module", autouse=True)

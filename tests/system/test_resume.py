@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-TRIALS = Path(__file__).parents[1] / "helpers" / "kill_trials.py"
+TRIALS = Path(__file__).parents[1] / "trials" / "kills.py"
 
 
 def _trials(method: str, folder: Path, *arguments: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Runs a small training again and again, killed by SIGKILL at a chosen place, resumed, and compared with the one that was left alone.
 
-    python tests/helpers/kill_trials.py METHOD FOLDER all           # a kill at every step of the commit protocol
-    python tests/helpers/kill_trials.py METHOD FOLDER points        # at the first and last step of each kind; also: first, last
-    python tests/helpers/kill_trials.py METHOD FOLDER random N SEED # N kills at random moments
+    python tests/trials/kills.py METHOD FOLDER all           # a kill at every step of the commit protocol
+    python tests/trials/kills.py METHOD FOLDER points        # at the first and last step of each kind; also: first, last
+    python tests/trials/kills.py METHOD FOLDER random N SEED # N kills at random moments
 
 METHOD is pnn, exact, or recovery (pnn with a recovery epoch after it).
 
