@@ -33,6 +33,8 @@ from lowmem_pnn.run.unfinished import unfinished_run
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.stores.keys import VERSIONS_KEY
 from lowmem_pnn.stores.run_directory import RunDirectory
+from lowmem_pnn.tasks import OwnLoss, OwnMetrics
+from lowmem_pnn.tasks.scores import with_prefix
 from lowmem_pnn.training.export import export_exit, find_exit
 from lowmem_pnn.training.export_folder import ExportFolder
 from lowmem_pnn.training.initial_weights import build_weights
@@ -51,6 +53,8 @@ def fit(
     *,
     max_gpu_mem: str | int,
     test: Any = None,
+    loss: str | OwnLoss = "auto",
+    metrics: OwnMetrics | None = None,
     workdir: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -63,11 +67,14 @@ def fit(
         model: a name as the command takes it, a function that builds the model, or a model. Of a model that does not fit in memory
             only a function (or a name) can train: it is then never built whole in memory.
         train: a data set's name as the command takes it, a map-style torch data set of (x, y), or a tuple (x, y) of tensors, arrays,
-            tables or lists: x (N, ...) numbers, which reach the model as float32 (or, where it looks them up, as int64), y (N,) class
-            numbers.
+            tables or lists: x (N, ...) numbers, which reach the model as float32 (or, where it looks them up, as int64), y (N, ...) class
+            numbers, labels, values or masks; with a loss of your own any tensors, or tuples and dictionaries of them.
         val: a data set or a tuple to validate on; None takes the validation part that `train` names, or else `val_fraction` of `train`.
         max_gpu_mem: the budget, as a size ("2GB") or in bytes.
         test: a data set or a tuple to test on after training.
+        loss: a loss by name, or a function of the model's outputs and the targets, which returns the mean over samples, or a pair (sum,
+            count): then the gradient of a batch is that of all sums over all counts, whatever its micro-batches.
+        metrics: functions of outputs and targets by name, which return a pair (sum, count), or torchmetrics objects; with such a loss.
         workdir: the run's folder; None takes the next free one under `runs`, or, to resume, that of the only unfinished run there
             that was begun with the same options.
         resume: go on with a run; options may be given as before, or left out. A finished run gives its result.
@@ -92,8 +99,8 @@ def fit(
     """
     if resume and overwrite:
         raise ConfigError("resume goes on with a run, and overwrite replaces it; give one")
-    given = {"max_gpu_mem": max_gpu_mem, **_names(model, train), **options}
-    open_inputs = python_inputs(model, train, val, test)
+    given = {"max_gpu_mem": max_gpu_mem, **_names(model, train, loss), **options}
+    open_inputs = python_inputs(model, train, val, test, None if isinstance(loss, str) else loss, metrics)
     if resume:
         folder = unfinished_run(given) if workdir is None else Path(workdir)
         result = resume_training(folder, given, open_inputs, display=display)
@@ -105,7 +112,16 @@ def fit(
     return result
 
 
-def plan(model: Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, timing: bool = True, **options: Any) -> PlanReport:
+def plan(
+    model: Model,
+    train: Any,
+    val: Any = None,
+    *,
+    max_gpu_mem: str | int,
+    loss: str | OwnLoss = "auto",
+    timing: bool = True,
+    **options: Any,
+) -> PlanReport:
     """Show what `fit` with the same arguments would do; nothing is trained or kept.
 
     Args:
@@ -113,17 +129,19 @@ def plan(model: Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, t
         train: as for `fit`.
         val: as for `fit`.
         max_gpu_mem: as for `fit`.
+        loss: as for `fit`.
         timing: run layers for a few seconds, within the budget, to say what an epoch of every method takes.
         **options: as for `fit`.
 
     Returns:
         The partitions, and whether they fit; with `timing` all methods side by side.
     """
-    config = configure(max_gpu_mem=max_gpu_mem, **_names(model, train), **options)
-    return _plan(config, python_inputs(model, train, val, None), timing)
+    config = configure(max_gpu_mem=max_gpu_mem, **_names(model, train, loss), **options)
+    own_loss = None if isinstance(loss, str) else loss
+    return _plan(config, python_inputs(model, train, val, None, own_loss), timing)
 
 
-def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, float]:
+def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, Any]:
     """Measure the weights of a finished run on its test data, within its budget.
 
     Args:
@@ -131,7 +149,7 @@ def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, float]:
         trust: run code that the run names for its model or data (`file.py:factory`).
 
     Returns:
-        `test_loss`, `test_accuracy` and `test_f1`.
+        `test_loss`, and by task `test_accuracy`, `test_f1` and others; see `Result.scores`.
 
     Raises:
         CheckpointError: no run is there, it has not finished, or its files are damaged.
@@ -156,7 +174,7 @@ def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, float]:
             with rundir.scratch() as folder:
                 session = Session(device, rundir, threads, scratch=folder)
                 weights = build_weights(workload, plan, folder / "weights", session.counter, trained=path / "model.safetensors")
-                return score(Run(session, workload, plan, weights, state))
+                return with_prefix("test", score(Run(session, workload, plan, weights, state)))
 
 
 def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None = None, trust: bool = False) -> dict[str, Any]:
@@ -227,9 +245,12 @@ def plan_run(config: FitConfig, *, timing: bool = True) -> PlanReport:
     return _plan(config, named_inputs, timing)
 
 
-def _names(model: Model, train: Any) -> dict[str, str]:
-    """Return what a run's configuration calls model and data."""
-    return {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
+def _names(model: Model, train: Any, loss: str | OwnLoss) -> dict[str, str]:
+    """Return what a run's configuration calls model and data, and the loss where it was given."""
+    names = {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
+    if isinstance(loss, str):
+        return names if loss == "auto" else {**names, "loss": loss}
+    return {**names, "loss": f"python:{getattr(loss, '__name__', type(loss).__name__)}"}
 
 
 def _plan(config: FitConfig, open_inputs: OpenInputs, timing: bool) -> PlanReport:

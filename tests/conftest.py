@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several workers share the cores: each has one thread, and so have the processes that it starts. Before torch is imported.
@@ -23,6 +24,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from helpers.commands import write_data
 from lowmem_pnn.stores import run_creation
+
+# Machines that do several things at once are slow now and then: that is no failure.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 collect_ignore = ["helpers", "trials"]  # neither tests nor doctests
 

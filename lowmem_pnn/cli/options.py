@@ -15,6 +15,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
     "Data": ("data", "data_root", "augment", "shuffle", "val_fraction", "train_limit", "test_limit", "skip_broken"),
+    "Task": ("task", "loss", "class_weights", "label_smoothing", "ignore_index"),
     "Method": ("method", "epochs", "partitions", "cuts", "recovery_epochs", "recover"),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
     "Method neuroflux": (
@@ -22,7 +23,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Optimisation": (
         "batch_size", "optimizer", "lr", "lr_schedule", "warmup_steps", "momentum", "weight_decay", "clip_norm",
-        "label_smoothing", "fused", "seed",
+        "fused", "seed",
     ),
     "Budget": (
         "max_gpu_mem", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm", "loss_chunk",
@@ -47,7 +48,8 @@ _METAVARS = {
     "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
     "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
-    "plan_for": "auto|size|time", "batch_norm": "micro|refuse",
+    "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "task": "auto|classification|multilabel|regression|segmentation",
+    "loss": "NAME", "class_weights": "X,...|balanced", "ignore_index": "N",
 }  # fmt: skip
 
 # Options without a value: their names, and what the help says of the default.

@@ -1,20 +1,21 @@
-"""Code that a configuration names: factories of models and data, which are imported. No imports here: the supervisor reads it."""
+"""Code that a configuration names: factories of models and data, and losses, which are imported. No imports here: the supervisor reads it."""
 
-CODE_FIELDS = ("model", "data")
+CODE_FIELDS = ("model", "data", "loss")
 """Fields of `FitConfig` that may name code."""
 
 # What stands before the colon where no code is named.
 _BUILT_IN = {
     "model": ("mlp", "gpt", "python"),
     "data": ("npz", "imagefolder", "text", "python"),
+    "loss": ("python",),
 }
 
 
 def names_code(field: str, spec: str) -> bool:
-    """Decide whether a model or data is built by a user's code, which is imported for it.
+    """Decide whether a model, data or a loss is a user's code, which is imported for it.
 
     Args:
-        field: `model` or `data`.
+        field: `model`, `data` or `loss`.
         spec: its text, as the option has it.
 
     Example:

@@ -211,7 +211,7 @@ def _absolute(name: str, value: Any) -> Any:
     """Return an option's value with its path in full."""
     if name == "data_root":
         return _full(value)
-    if name not in ("model", "data") or not isinstance(value, str):
+    if name not in ("model", "data", "loss") or not isinstance(value, str):
         return value
     kind, colon, path = value.partition(":")
     if name == "data" and kind in ("npz", "imagefolder", "text") and path:

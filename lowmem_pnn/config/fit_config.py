@@ -26,6 +26,7 @@ from lowmem_pnn.config.field_types import (
     Recovering,
     Size,
 )
+from lowmem_pnn.config.task_options import TaskOptions
 from lowmem_pnn.errors import CheckpointError
 
 LARGEST_AUTO_BATCH = 512
@@ -38,7 +39,7 @@ PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "ka
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FitConfig:
+class FitConfig(TaskOptions):
     """Everything that decides a run, checked; the same values give the same run.
 
     Where a field is a tuple, one value holds for every partition, else there is one per partition.
@@ -136,9 +137,6 @@ class FitConfig:
             "Gradient clipping: norm that gradients are scaled down to, over all weights (exact, backprop), the weights of a partition "
             "(pnn), or those of a layer (neuroflux)."
         ),
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="Smoothing of the true labels in the training loss."
     )
     loss_chunk: PositiveInt | None = Field(
         default=None,

@@ -137,17 +137,12 @@ class Executor:
         per_layer_loss = active.objective.per_layer_loss
         tallies = [Tally() for _ in (active.residency.layers if per_layer_loss else (None,))]
 
-        def count(outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[float, int, int | None]:
-            loss = float(active.objective.loss(outputs, labels))
-            return (
-                loss,
-                labels.numel(),
-                active.objective.num_correct(outputs, labels) if per_layer_loss or active.is_last else None,
-            )
+        def count(outputs: tuple[Tensor, ...], labels: Tensor) -> Tally:
+            return Tally.of(active.objective, outputs, labels, answers=per_layer_loss or active.is_last)
 
-        def consume(counts: list[tuple[float, int, int | None]]) -> None:
+        def consume(counts: list[Tally]) -> None:
             for tally, counted in zip(tallies, counts, strict=True):
-                tally.add(*counted)
+                tally.merge(counted)
 
         if per_layer_loss:
             layers = active.residency.layers
@@ -270,19 +265,23 @@ class Executor:
         following: Batch | None,
     ) -> float:
         """Run a batch's micro-batches forward and backward, in ascending order; each loss is weighted by its share of the batch."""
-        labels = batch[1]
-        loss_sum = 0.0
+        loss_sum, shares = 0.0, active.objective.shares(batch[1], parts)
         chunk_rows = active.chunk_rows if active.is_last else None
         own = [MicroBatch.of(batch, part, with_labels=True) for part in parts]
         after = None if following is None else MicroBatch.of(following, self._parts(active, following)[0], with_labels=True)
-        for number, part in enumerate(parts):
+        for number in range(len(parts)):
             torch.manual_seed(seed_of(self._seed, "forward", active.number, step, number))
-            weight = (part.stop - part.start) / len(labels)
             with self._stalls.waiting("copy"):
                 *inputs, targets = self._uploads.take(own[number], own[number + 1] if number + 1 < len(own) else after)
             with steps:
                 loss_sum += backward_from_loss(
-                    active.residency.layers, tuple(inputs), targets, active.objective, weight, chunk_rows, active.loss_scale
+                    active.residency.layers,
+                    tuple(inputs),
+                    targets,
+                    active.objective,
+                    shares[number],
+                    chunk_rows,
+                    active.loss_scale,
                 )
             del inputs
             if not steps.stepped:

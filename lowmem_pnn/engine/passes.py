@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.device import Device
-from lowmem_pnn.methods import Labels, Objective
+from lowmem_pnn.methods import Objective, TaskObjective
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.precision import UNSCALED, LossScale
 
@@ -63,7 +63,7 @@ def backward_from_loss(
         inputs: boundary tensors before the partition, each (B, ...), on the device.
         labels: labels (B, ...), on the device.
         objective: objective that gives the mean loss of the micro-batch.
-        weight: factor on the loss: the micro-batch's share of the batch's samples.
+        weight: factor on the loss: the micro-batch's share of its batch; 0 where nothing in it counts.
         chunk_rows: rows for which the last layer is computed at once, or None for all.
         scale: factor on all gradients. Where it is adjusted, a loss that is not finite goes back too, since gradients tell of it.
 
@@ -73,12 +73,9 @@ def backward_from_loss(
     if objective.per_layer_loss:
         return _backward_per_layer(layers, inputs, labels, objective, weight, scale)
     if chunk_rows is not None and chunk_rows < labels.numel():
-        assert isinstance(objective, Labels), "only the true loss is computed in chunks"
+        assert isinstance(objective, TaskObjective), "only the true loss is computed in chunks"
         return _backward_in_chunks(layers, inputs, labels, objective, weight, chunk_rows, scale)
-    loss = objective.loss(forward(layers, inputs), labels)
-    if weight != 1.0:
-        loss = loss * weight
-    return _backward(loss, scale)
+    return _backward(_weighted_loss(objective, forward(layers, inputs), labels, weight), scale)
 
 
 def scores_per_layer(layers: Sequence[Layer], tensors: tuple[Tensor, ...]) -> Iterator[Tensor]:
@@ -119,6 +116,14 @@ def outputs_in_chunks(
     return [work(last(rows), targets) for rows, targets in _chunks(x, labels, chunk_rows)]
 
 
+def _weighted_loss(objective: Objective, outputs: tuple[Tensor, ...], labels: Tensor, weight: float) -> Tensor:
+    """Return the loss of a micro-batch, times its share of the batch; 0 where nothing counts, of which a mean would be no number."""
+    if weight == 0.0:
+        return torch.stack([output.sum() for output in outputs if output.is_floating_point()]).sum() * 0.0
+    loss = objective.loss(outputs, labels)
+    return loss if weight == 1.0 else loss * weight
+
+
 def _backward(loss: Tensor, scale: LossScale) -> float:
     """Run backward from a loss, unless it is not finite, and return its value."""
     # Before backward, in which weights may step (but not where the scale moves: then steps wait).
@@ -140,7 +145,7 @@ def _backward_per_layer(
     for layer in layers:
         tensors = layer(*tensors)
         scores = layer.scores(tensors)
-        loss = objective.loss(scores, labels) * weight
+        loss = _weighted_loss(objective, scores, labels, weight)
         value = _backward(loss, scale)
         if not math.isfinite(value) and not scale.moves:
             break
@@ -153,7 +158,7 @@ def _backward_in_chunks(
     layers: Sequence[Layer],
     inputs: tuple[Tensor, ...],
     labels: Tensor,
-    objective: Labels,
+    objective: TaskObjective,
     weight: float,
     chunk_rows: int,
     scale: LossScale,
@@ -163,10 +168,11 @@ def _backward_in_chunks(
     (x,) = forward(body, inputs)
     # Each chunk is a leaf of its own; views of one tensor would get a gradient of the whole tensor's size, chunk by chunk.
     gradient = torch.empty(x.shape, dtype=x.dtype, device=x.device) if x.requires_grad else None
-    loss_sum, begin = 0.0, 0
+    # Where nothing counts the sums are 0, whatever they are divided by.
+    loss_sum, begin, count = 0.0, 0, objective.count(labels) or 1
     for rows, targets in _chunks(x.detach(), labels, chunk_rows):
         rows = rows.detach().requires_grad_(gradient is not None)
-        loss = objective.loss(last(rows), targets, reduction="sum") / labels.numel()
+        loss = objective.loss_of_rows(last(rows)[0], targets) / count
         if weight != 1.0:
             loss = loss * weight
         loss_sum += _backward(loss, scale)

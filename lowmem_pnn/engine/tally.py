@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from lowmem_pnn.methods import Objective
+
 
 @dataclass
 class Tally:
@@ -9,24 +13,53 @@ class Tally:
 
     loss_sum: float = 0.0
     num_correct: int | None = None
-    num_samples: int = 0
+    num_samples: float = 0
+    """What the mean loss is over: samples, or what else counts."""
+    num_answers: int | None = None
+    """How many answers were right or wrong; None for as many as samples."""
 
-    def add(self, mean_loss: float, num_samples: int, num_correct: int | None = None) -> None:
+    @classmethod
+    def of(cls, objective: Objective, outputs: tuple[Tensor, ...], labels: Tensor, *, answers: bool) -> "Tally":
+        """Measure a micro-batch.
+
+        Args:
+            objective: what the outputs are measured by.
+            outputs: outputs, (B, ...), on the device.
+            labels: targets, (B, ...), on the device.
+            answers: whether right answers are counted too.
+        """
+        tally = cls()
+        if count := objective.count(labels):
+            tally.add(float(objective.loss(outputs, labels)), count)
+        if answers and (counted := objective.num_correct(outputs, labels)) is not None:
+            tally.num_correct, tally.num_answers = counted
+        return tally
+
+    def add(self, mean_loss: float, num_samples: float, num_correct: int | None = None) -> None:
         """Count a batch."""
         self.loss_sum += mean_loss * num_samples
         self.num_samples += num_samples
         if num_correct is not None:
             self.num_correct = (self.num_correct or 0) + num_correct
 
+    def merge(self, other: "Tally") -> None:
+        """Count what another one has counted."""
+        self.loss_sum += other.loss_sum
+        self.num_samples += other.num_samples
+        if other.num_correct is not None:
+            self.num_correct = (self.num_correct or 0) + other.num_correct
+            self.num_answers = (self.num_answers or 0) + (other.num_answers or 0)
+
     @property
     def loss(self) -> float:
         """The mean over all samples so far."""
-        return self.loss_sum / max(1, self.num_samples)
+        return self.loss_sum / self.num_samples if self.num_samples else 0.0
 
     @property
     def accuracy(self) -> float | None:
         """The share of right answers, or None where none were counted."""
-        return None if self.num_correct is None else self.num_correct / max(1, self.num_samples)
+        count = self.num_samples if self.num_answers is None else self.num_answers
+        return None if self.num_correct is None else self.num_correct / max(1, count)
 
 
 @dataclass

@@ -71,16 +71,15 @@ def validate(run: Run, where: str) -> None:
     device = run.session.device
     objective.prepare(device.torch_device)
 
-    def work(outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[float, int, int | None]:
-        labels = device.to_device(labels)
-        return float(objective.loss(outputs, labels)), labels.numel(), objective.num_correct(outputs, labels)
+    def work(outputs: tuple[Tensor, ...], labels: Tensor) -> Tally:
+        return Tally.of(objective, outputs, device.to_device(labels), answers=True)
 
     def measure_layers(active: ActivePartition, loader: Loader) -> None:
         if active.objective.per_layer_loss:
             tallies = run.partitions.executor.measure(active, loader)
             run.record_validation(active.number, tallies[-1], tallies)
 
-    measure(run, "val", work, lambda counts: tally.add(*counts), may_stop=False, on_partition=measure_layers)
+    measure(run, "val", work, tally.merge, may_stop=False, on_partition=measure_layers)
     say_if_not_finite(run, tally, where)
     run.record_validation(run.partitions.last, tally)
 

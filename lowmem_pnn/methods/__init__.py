@@ -5,7 +5,7 @@ from lowmem_pnn.methods.backprop import Backprop
 from lowmem_pnn.methods.base import Method
 from lowmem_pnn.methods.exact import Exact
 from lowmem_pnn.methods.neuroflux import NeuroFlux
-from lowmem_pnn.methods.objectives import Labels, Objective
+from lowmem_pnn.methods.objectives import Objective, TaskObjective
 from lowmem_pnn.methods.pnn import Pnn
 from lowmem_pnn.methods.sil import SyntheticLabels
 from lowmem_pnn.methods.visits import SplitName, Sweep, Visit, evaluation_visits, visits_of_rank
@@ -13,7 +13,6 @@ from lowmem_pnn.methods.visits import SplitName, Sweep, Visit, evaluation_visits
 __all__ = [
     "Backprop",
     "Exact",
-    "Labels",
     "Method",
     "NeuroFlux",
     "Objective",
@@ -21,6 +20,7 @@ __all__ = [
     "SplitName",
     "Sweep",
     "SyntheticLabels",
+    "TaskObjective",
     "Visit",
     "evaluation_visits",
     "make_method",

@@ -3,9 +3,10 @@
 from collections.abc import Collection
 
 from lowmem_pnn.methods.base import Method
-from lowmem_pnn.methods.objectives import Labels, Objective
+from lowmem_pnn.methods.objectives import Objective, TaskObjective
 from lowmem_pnn.methods.visits import SplitName, Sweep, Visit
 from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.tasks.task import Task
 
 
 class Backprop(Method):
@@ -21,6 +22,6 @@ class Backprop(Method):
         assert num_partitions == 1
         return [Visit("learn", 0, "train", self.config.value_for("epochs", 0))]
 
-    def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:
+    def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], task: Task) -> Objective:
         """Return the loss against the true labels."""
-        return Labels(self.config.label_smoothing)
+        return TaskObjective(task, boundary)

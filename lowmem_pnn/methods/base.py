@@ -9,6 +9,7 @@ from lowmem_pnn.config.fit_config import FitConfig, recovering
 from lowmem_pnn.methods.objectives import Objective
 from lowmem_pnn.methods.visits import SplitName, Sweep, Visit, sweep_visits
 from lowmem_pnn.model.chain import Chain, TensorSpec
+from lowmem_pnn.tasks.task import Task
 
 
 class Method(ABC):
@@ -32,13 +33,13 @@ class Method(ABC):
         """Whether every layer learns from the loss of its own auxiliary head alone."""
         return False
 
-    def head(self, chain: Chain, layer: int, num_classes: int, tokens: bool) -> nn.Module | None:
+    def head(self, chain: Chain, layer: int, num_outputs: int, tokens: bool) -> nn.Module | None:
         """Make the auxiliary head of a layer, with weights drawn from PyTorch's generator.
 
         Args:
             chain: Chain of the model.
             layer: Number of the layer.
-            num_classes: Number of classes in the data.
+            num_outputs: Outputs of the head: classes, labels, or values.
             tokens: Whether each token has a label.
 
         Returns:
@@ -83,12 +84,12 @@ class Method(ABC):
         return visits
 
     @abstractmethod
-    def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:
+    def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], task: Task) -> Objective:
         """Return the objective of a partition.
 
         Args:
             partition: Number of the partition.
             num_partitions: Number of partitions in the plan.
             boundary: Output tensors of the partition.
-            num_classes: Number of classes in the data.
+            task: What the model learns.
         """

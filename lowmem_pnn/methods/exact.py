@@ -14,9 +14,10 @@ On the CPU in float32, losses and weights equal those of plain PyTorch bit for b
 from collections.abc import Collection
 
 from lowmem_pnn.methods.base import Method
-from lowmem_pnn.methods.objectives import Labels, NoObjective, Objective
+from lowmem_pnn.methods.objectives import NoObjective, Objective, TaskObjective
 from lowmem_pnn.methods.visits import SplitName, Sweep, Visit, sweep_visits
 from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.tasks.task import Task
 
 
 class Exact(Method):
@@ -35,6 +36,6 @@ class Exact(Method):
         shuffle = config.value_for("shuffle", 0)
         return [Sweep(visits, config.value_for("epochs", 0), config.value_for("batch_size", 0), shuffle=shuffle)]
 
-    def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:
+    def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], task: Task) -> Objective:
         """Return the loss against the true labels for the last partition, no objective for the others."""
-        return Labels(self.config.label_smoothing) if partition == num_partitions - 1 else NoObjective()
+        return TaskObjective(task, boundary) if partition == num_partitions - 1 else NoObjective()

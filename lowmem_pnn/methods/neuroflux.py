@@ -17,31 +17,23 @@ from torch import nn
 
 from lowmem_pnn.methods.base import Method
 from lowmem_pnn.methods.heads import make_head
-from lowmem_pnn.methods.objectives import Labels, Objective
+from lowmem_pnn.methods.objectives import Objective, TaskObjective
 from lowmem_pnn.methods.visits import SplitName, Sweep, Visit
 from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.profiling.costs import Affine
+from lowmem_pnn.tasks.task import Task
 
 _FLOAT_BYTES = 4
 
 
-class LocalLabels(Labels):
-    """Mean cross entropy against the true labels, for the class scores of every layer's head.
-
-    Args:
-        label_smoothing: Smoothing of the labels in training.
-        num_classes: Number of classes in the data.
-    """
+class LocalObjective(TaskObjective):
+    """The task's own loss, against the true targets, for the outputs of every layer's head."""
 
     per_layer_loss = True
 
-    def __init__(self, label_smoothing: float, num_classes: int) -> None:
-        super().__init__(label_smoothing)
-        self._num_classes = num_classes
-
     def memory(self, output_bytes: int) -> Affine:
-        """Return the bytes of the log probabilities and of their gradient, for one head at a time."""
-        return Affine(0, 2 * _FLOAT_BYTES * self._num_classes)
+        """Return the bytes of what the loss makes of one head's outputs at a time, and of its gradient."""
+        return self.task.memory(_FLOAT_BYTES * (self.task.head_size or 0))
 
 
 class NeuroFlux(Method):
@@ -103,14 +95,14 @@ class NeuroFlux(Method):
                         )
         return visits
 
-    def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:
+    def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], task: Task) -> Objective:
         """Return the loss against the true labels, for every layer."""
-        return LocalLabels(self.config.label_smoothing, num_classes)
+        return LocalObjective(task, boundary)
 
-    def head(self, chain: Chain, layer: int, num_classes: int, tokens: bool) -> nn.Module | None:
+    def head(self, chain: Chain, layer: int, num_outputs: int, tokens: bool) -> nn.Module | None:
         """Make the head of a layer; None for the last layer, which gives the model's own class scores."""
         if layer == len(chain.layers) - 1:
             return None
         (boundary,) = chain.boundaries[layer + 1]
         later = [spec for (spec,) in chain.boundaries[layer + 2 : -1]]
-        return make_head(self.config.heads, boundary, later, num_classes, tokens)
+        return make_head(self.config.heads, boundary, later, num_outputs, tokens)

@@ -1,12 +1,15 @@
 """Objectives: the loss of a partition, and the device memory that the loss needs."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.profiling.costs import Affine
+from lowmem_pnn.tasks.task import Task
 
 
 class Objective(ABC):
@@ -25,14 +28,27 @@ class Objective(ABC):
 
         Args:
             outputs: Boundary tensors of the partition, each (B, ...).
-            labels: Class numbers (B,), int64.
+            labels: Targets (B, ...), as they are kept.
 
         Returns:
             A scalar that can be differentiated.
         """
 
-    def num_correct(self, outputs: tuple[Tensor, ...], labels: Tensor) -> int | None:
-        """Return the number of correctly classified samples; None where the outputs are no class scores."""
+    def shares(self, labels: Tensor, parts: Sequence[slice]) -> list[float]:
+        """Return the weights of a batch's micro-batches, by which their mean losses add up to that of the batch.
+
+        Args:
+            labels: Targets of the batch, (B, ...), on the host.
+            parts: Ranges of its samples.
+        """
+        return [(part.stop - part.start) / len(labels) for part in parts]
+
+    def count(self, labels: Tensor) -> float:
+        """Return what the mean loss of a micro-batch is a mean over, to weigh it among others."""
+        return len(labels)
+
+    def num_correct(self, outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[int, int] | None:
+        """Return how many answers are right, and of how many; None where the outputs are no answers."""
         return None
 
     @abstractmethod
@@ -44,32 +60,43 @@ class Objective(ABC):
         """
 
 
-class Labels(Objective):
-    """Mean cross entropy against the true labels, over class scores (B, classes), or (B, T, classes) for tokens.
+class TaskObjective(Objective):
+    """The task's own loss, against the true targets.
 
     Args:
-        label_smoothing: Smoothing of the labels in training (Szegedy et al. 2016, section 7); evaluation has none.
+        task: Task of the run.
+        outputs: Output tensors that the loss is taken of; the model's.
     """
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        self._label_smoothing = label_smoothing
+    def __init__(self, task: Task, outputs: tuple[TensorSpec, ...]) -> None:
+        self.task, self._outputs = task, outputs
 
     def prepare(self, device: torch.device) -> None:
         """Do nothing: the loss needs no tensors of its own."""
 
-    def loss(self, outputs: tuple[Tensor, ...], labels: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-        """Return the cross entropy; `reduction="sum"` is for a micro-batch that is computed in chunks."""
-        smoothing = self._label_smoothing if outputs[0].requires_grad else 0.0
-        scores = at_least_float32(outputs[0]).flatten(0, -2)
-        return nn.functional.cross_entropy(scores, labels.flatten(), reduction=reduction, label_smoothing=smoothing)
+    def loss(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Return the task's mean loss, as in training where outputs have gradients."""
+        return self.task.loss(outputs, labels, training=outputs[0].requires_grad)
 
-    def num_correct(self, outputs: tuple[Tensor, ...], labels: Tensor) -> int:
-        """Return the number of samples (or tokens) whose highest score is that of their label."""
-        return int((outputs[0].argmax(-1) == labels).sum())
+    def loss_of_rows(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the losses of some rows (R, ...) of a micro-batch that is computed in chunks."""
+        return self.task.loss_of_rows(rows, labels, training=rows.requires_grad)
+
+    def shares(self, labels: Tensor, parts: Sequence[slice]) -> list[float]:
+        """See `Objective.shares`: by what counts in each."""
+        return self.task.shares(labels, parts, self._outputs)
+
+    def count(self, labels: Tensor) -> float:
+        """See `Objective.count`."""
+        return self.task.count(labels)
+
+    def num_correct(self, outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[int, int] | None:
+        """See `Objective.num_correct`."""
+        return self.task.num_correct(outputs, labels)
 
     def memory(self, output_bytes: int) -> Affine:
-        """Return the bytes of the log probabilities and of their gradient."""
-        return Affine(0, 2 * output_bytes)
+        """Return the bytes of what the loss makes of the outputs, and of its gradient."""
+        return self.task.memory(output_bytes)
 
 
 class NoObjective(Objective):
@@ -85,8 +112,3 @@ class NoObjective(Objective):
     def memory(self, output_bytes: int) -> Affine:
         """Return nothing: the incoming gradient is counted with the partition's last layer."""
         return Affine(0, 0)
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32 or wider: losses are not computed in lower precision."""
-    return tensor if tensor.dtype.itemsize >= torch.float32.itemsize else tensor.float()

@@ -17,11 +17,12 @@ before it.
 from collections.abc import Collection
 
 from lowmem_pnn.methods.base import Method
-from lowmem_pnn.methods.objectives import Labels, Objective
+from lowmem_pnn.methods.objectives import Objective, TaskObjective
 from lowmem_pnn.methods.sil import SyntheticLabels
 from lowmem_pnn.methods.visits import SplitName, Sweep, Visit
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.tasks.task import Task
 
 
 class Pnn(Method):
@@ -46,13 +47,13 @@ class Pnn(Method):
                 visits += [Visit("emit", partition, split) for split in splits]
         return visits
 
-    def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], num_classes: int) -> Objective:
+    def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], task: Task) -> Objective:
         """Return the loss against the true labels for the last partition, against synthetic intermediate labels for the others."""
         if partition == num_partitions - 1:
-            return Labels(self.config.label_smoothing)
+            return TaskObjective(task, boundary)
         return SyntheticLabels(
             boundary,
-            num_classes,
+            task.targets.num_classes,
             self.config.value_for("kappa", partition),
             seed_of(self.config.seed, "sil", partition + 1),
             self.config.sil,

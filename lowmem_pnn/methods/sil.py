@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.methods.objectives import Objective, at_least_float32
+from lowmem_pnn.methods.objectives import Objective
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.profiling.costs import Affine
+from lowmem_pnn.tasks.task import at_least_float32
 
 Distribution = Literal["uniform", "normal", "orthogonal", "sparse"]
 Target = Literal["full", "pooled"]

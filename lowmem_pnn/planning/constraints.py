@@ -110,8 +110,8 @@ class Constraints:
             )
         if self.whole_batches and self.micro_batch is not None and self.micro_batch < max(self.batches):
             raise ConfigError(
-                f"--micro-batch {self.micro_batch} of --batch-size {max(self.batches)} and --batch-norm refuse contradict each other: BatchNorm "
-                "would see a micro-batch; leave one out"
+                f"--micro-batch {self.micro_batch} of --batch-size {max(self.batches)}: a batch has to go through at once here, by --batch-norm "
+                "refuse, or since its loss is not the mean of its parts' losses; leave --micro-batch out"
             )
         for name, size in (("--batch-size", min(self.batches)), ("--micro-batch", self.micro_batch or smallest)):
             if size < smallest:

@@ -36,7 +36,7 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     # Stores of activations hold training and validation samples; where training needs none, only the samples of an evaluation.
     no_stores = workload.method.sweeps or workload.method.partitions_are_independent
     samples = 0 if no_stores else num_stored_samples(workload)
-    labels = 16 * workload.rows_per_sample
+    labels = 2 * workload.dataset.targets.sample_bytes
     evaluated = num_evaluated_samples(workload)
     stores = max(evaluated * (_largest_neighbours(outputs) + labels), samples * (_largest_neighbours(stored_outputs) + labels))
     stores += max(_header_bytes(workload, plan, evaluated, "float32"), _header_bytes(workload, plan, samples, encoding))
@@ -89,7 +89,7 @@ def num_evaluated_samples(workload: Workload) -> int:
 
 def _header_bytes(workload: Workload, plan: Plan, samples: int, encoding: Encoding) -> int:
     """Return the bytes of two stores' headers: a page for each shard."""
-    shard_bytes, labels = BufferSizes.of_budget(plan.budget_bytes).shard_bytes, workload.dataset.label_shape
+    shard_bytes, labels = BufferSizes.of_budget(plan.budget_bytes).shard_bytes, workload.dataset.targets.spec
     boundaries = [workload.chain.boundaries[part.stop] for part in plan.partitions[:-1]] if samples else []
     shards = [math.ceil(samples / samples_per_shard(specs, samples, shard_bytes, labels, encoding)) for specs in boundaries]
     # Each split of the data ends in a shard that is not full.

@@ -119,7 +119,7 @@ class Footprint:
         workload, buffers = self.request.workload, self.buffer_sizes
         if not self.request.device.shares_host:
             return buffers.transfer_bytes
-        label_and_order = _LABEL_BYTES * workload.rows_per_sample + _ORDER_BYTES
+        label_and_order = workload.dataset.targets.sample_bytes + _ORDER_BYTES
         specs = workload.chain.boundaries[boundary]
         sample = sum(spec.sample_bytes for spec in specs) + label_and_order
         batches = 2 * batch * sample
@@ -129,7 +129,7 @@ class Footprint:
             # And the epoch's order while it is made.
             return batches + _ORDER_BYTES * max(len(split) for split in workload.splits.values())
         if workload.method.partitions_are_independent:
-            class_vectors = workload.method.objective(0, 2, specs, workload.dataset.num_classes).memory(0).fixed
+            class_vectors = workload.method.objective(0, 2, specs, workload.task).memory(0).fixed
             # Labels, and the epoch's order while it is made.
             return batches + class_vectors + (_LABEL_BYTES + _ORDER_BYTES) * len(workload.splits["train"])
         # The validation set's window is open while the training set's stays in memory for the next epoch.

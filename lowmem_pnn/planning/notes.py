@@ -40,6 +40,8 @@ def micro_batch_notes(workload: Workload, plan: Plan) -> list[str]:
             hooked, kept, size, batch = [*hooked, *own_hooks], [*kept, *own_state], micro_batch, part.batch
     samples = f"of {size} of the {batch} samples of a batch, and in plain PyTorch once for all of them"
     notes = []
+    if workload.needs_whole_batch:
+        notes.append("the loss of a batch is not made up of the losses of its parts: every batch goes through at once")
     if hooked:
         notes.append(
             f"hooks on gradients (of {hooked[0]!r}{f' and {len(hooked) - 1} more' if len(hooked) > 1 else ''}) run for each gradient {samples}"

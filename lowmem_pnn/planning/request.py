@@ -45,8 +45,9 @@ class PlanRequest:
 
     @property
     def whole_batches(self) -> bool:
-        """Whether a batch has to go through at once, since BatchNorms have to see all of it."""
-        return self.workload.config.batch_norm == "refuse" and bool(self.workload.batch_norms())
+        """Whether a batch has to go through at once, since BatchNorms, or the loss, have to see all of it."""
+        workload = self.workload
+        return workload.needs_whole_batch or (workload.config.batch_norm == "refuse" and bool(workload.batch_norms()))
 
     @property
     def good_micro_batch(self) -> int:
@@ -61,7 +62,8 @@ class PlanRequest:
         rows = max(config.batch_sizes) * rows_per_sample
         if config.loss_chunk is not None:
             return config.loss_chunk if config.loss_chunk < rows else None
-        if self.workload.method.learns_per_layer or not is_rowwise(chain.layers[-1]):
+        by_rows = self.workload.task.rows_per_sample is not None and is_rowwise(chain.layers[-1])
+        if self.workload.method.learns_per_layer or not by_rows:
             return None
         row_bytes = chain.boundaries[-1][0].sample_bytes // rows_per_sample
         if rows * row_bytes <= self.device.budget_bytes // 16:
@@ -102,9 +104,7 @@ class PlanRequest:
         if sweeps and not is_last:
             return Affine(0, 0)
         # The number of the partition does not matter to its memory, only whether it is the last.
-        objective = self.workload.method.objective(
-            0, 1 if is_last else 2, chain.boundaries[stop], self.workload.dataset.num_classes
-        )
+        objective = self.workload.method.objective(0, 1 if is_last else 2, chain.boundaries[stop], self.workload.task)
         elements = [(math.prod(spec.shape), spec.dtype) for spec in chain.boundaries[stop]]
         memory = objective.memory(sum(number * max(_FLOAT_BYTES, dtype.itemsize) for number, dtype in elements))
         # Losses are computed in float32, whatever the precision of the layers.

@@ -10,6 +10,13 @@ from lowmem_pnn.engine.stalls import describe_stalls
 from lowmem_pnn.reporting.tables import describe_skipped, layer_range, text_table
 from lowmem_pnn.units import format_bytes
 
+# Scores on the test data that not every task has: what people call them, and their format.
+_MORE_SCORES = {
+    "miou": ("mean IoU", ".3f"), "average_precision": ("average precision", ".3f"), "mse": ("MSE", ".4g"), "mae": ("MAE", ".4g"),
+    "r2": ("R2", ".3f"),
+}  # fmt: skip
+_KNOWN = (*_MORE_SCORES, "loss", "accuracy", "f1", "top5", "perplexity", "confusion")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -30,6 +37,10 @@ class Result:
     `notes` say what else was done for each micro-batch, and in plain PyTorch once for a batch.
 
     `module_state` holds Python attributes of modules that forwards changed, as they were at the end: they are not in `weights_file`.
+
+    `scores` holds what the trained model reaches on the parts `val` and `test`, as far as there are such and the task has such scores:
+    loss, accuracy, top5, f1, confusion (a row of counts for each right class), miou, average_precision, mse, mae, r2, perplexity, or
+    metrics of your own. `val_loss` and `val_accuracy` are of the last epoch; `test_loss` and the like are those in `scores`.
 
     `skipped_samples` holds the `count` of broken samples that were left out (--skip-broken), and the `names` of the first 100.
 
@@ -64,6 +75,9 @@ class Result:
     train_loss: float | None
     val_loss: float | None
     val_accuracy: float | None
+    task: str = "classification"
+    loss: str = "auto"
+    scores: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     test_loss: float | None
     test_accuracy: float | None
     test_f1: float | None
@@ -168,6 +182,7 @@ class Result:
         return text_table(("exit", "after layer", "parameters", "validation", "test", "samples/s"), rows)
 
     def _scores(self) -> str:
+        test = self.scores.get("test", {})
         scores = (
             ("training loss", self.train_loss, ".4g"),
             ("validation loss", self.val_loss, ".4g"),
@@ -176,6 +191,8 @@ class Result:
             ("test F1", self.test_f1, ".3f"),
             ("test loss", self.test_loss if self.test_accuracy is None else None, ".4g"),
             ("perplexity", self.perplexity, ".2f"),
+            *((f"test {name}", test.get(key), form) for key, (name, form) in _MORE_SCORES.items()),
+            *((f"test {key}", value, ".4g") for key, value in test.items() if key not in _KNOWN and isinstance(value, float)),
         )
         return ", ".join(f"{name} {value:{form}}" for name, value, form in scores if value is not None)
 

@@ -135,7 +135,7 @@ class Metrics:
             BudgetError: the host's memory is above `--max-host-mem`.
         """
         device, limit = self._session.device, self._workload.config.max_host_mem
-        self._session.display.advance(self._state.progress.tally.num_samples, device.used_bytes(), device.budget_bytes)
+        self._session.display.advance(int(self._state.progress.tally.num_samples), device.used_bytes(), device.budget_bytes)
         if limit is not None and (peak := device.host_peak_bytes) > limit:
             raise BudgetError(
                 f"{format_bytes(peak)} of host memory were in use in {title}, above --max-host-mem {format_bytes(limit)}; "
@@ -146,7 +146,7 @@ class Metrics:
 
     def epoch_timer(self) -> EpochTimer:
         """Return a timer of the epoch that begins, or goes on, now."""
-        return EpochTimer(self._session.threads.stalls, self._state.progress.tally.num_samples)
+        return EpochTimer(self._session.threads.stalls, int(self._state.progress.tally.num_samples))
 
     def log_step(self, action: str, epoch: int, steps_done: int, loss: float | None, rate: Callable[[int], float]) -> None:
         """Log a step, if it is one of every `--log-every`.

@@ -202,7 +202,7 @@ class Partitions:
             threads.write,
             self._session.counter,
             threads.sync,
-            label_shape=self._workload.dataset.label_shape,
+            labels=self._workload.dataset.targets.spec,
             encoding=encoding,
         )
         try:

@@ -87,8 +87,18 @@ def _as_array(value: Any, where: str) -> Any:
     )
 
 
-def _refuse_words(labels: Any, where: str) -> None:
-    """Refuse labels that are words: training and test data, numbered apart, might get different numbers."""
+def refuse_words(labels: Any, where: str) -> None:
+    """Refuse labels that are words: training and test data, numbered apart, might get different numbers.
+
+    Args:
+        labels: Labels of any form.
+        where: Name of the data in messages.
+
+    Raises:
+        DataError: They are words.
+    """
+    if isinstance(labels, list | tuple | range) or hasattr(labels, "to_numpy"):
+        labels = _as_array(labels, f"the labels of {where}")
     if isinstance(labels, str | bytes):
         raise DataError(
             f"the labels of {where} hold a {type(labels).__name__} ({labels!r}); give class numbers from 0, such as "
@@ -126,7 +136,7 @@ def as_labels(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> 
     """
     if isinstance(value, list | tuple | range) or hasattr(value, "to_numpy"):
         value = _as_array(value, f"the labels of {where}")
-    _refuse_words(value, where)
+    refuse_words(value, where)
     labels = as_tensor(value, f"the labels of {where}")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]

@@ -12,6 +12,7 @@ import torch
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, Split
 from lowmem_pnn.sources.subsets import as_floats
+from lowmem_pnn.sources.targets import Targets
 
 # Names of broken samples that reports hold: of a data set of millions all could be broken.
 _MOST_NAMES = 100
@@ -25,12 +26,11 @@ class Dataset:
         name: Name for run folders and results: letters, digits, '-', '_' and '.' only.
         train: Training part, of at least one sample.
         test: Test part; None if there is none.
-        num_classes: Number of classes; labels are from 0 to below it.
+        targets: Form of the targets: what is to be predicted of a sample.
         sample_shape: Shape of one sample, without the batch axis.
         dtype: Element type of the samples: float32, or int64 for tokens.
         preprocessing: Steps from the raw samples to these, in words, so that anyone can do them again.
         fingerprint: Hash that changes when the data does.
-        label_shape: Shape of one sample's labels: (), or `sample_shape` where each token has a label.
         val: Validation part; None if there is none, so that some of the training part is taken.
         skipped: Broken samples that were left out, by name, with what is wrong with each.
     """
@@ -38,14 +38,23 @@ class Dataset:
     name: str
     train: Split
     test: Split | None
-    num_classes: int
+    targets: Targets
     sample_shape: tuple[int, ...]
     dtype: torch.dtype
     preprocessing: str
     fingerprint: str
-    label_shape: tuple[int, ...] = ()
     val: Split | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, from 0; see `Targets`."""
+        return self.targets.num_classes
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's target: () for one class number."""
+        return self.targets.shape
 
     @property
     def skipped_samples(self) -> dict[str, Any]:
@@ -56,7 +65,9 @@ class Dataset:
     def may_be_numbers(self) -> bool:
         """Whether integer samples may be numbers to calculate with as well as tokens: nothing but the model tells."""
         parts = [part for part in (self.train, self.val, self.test) if part is not None]
-        return self.dtype == torch.int64 and not self.label_shape and all(isinstance(part, SampleSplit) for part in parts)
+        return (
+            self.dtype == torch.int64 and self.targets.kind != "tokens" and all(isinstance(part, SampleSplit) for part in parts)
+        )
 
     def as_floats(self) -> "Dataset":
         """Return the same data set with integer samples as float32; see `may_be_numbers`."""
@@ -94,9 +105,11 @@ def join_parts(
     for part, kind in others:
         _check_fit(name, train, part, kind)
     parts = [train, *(part for part, _ in others)]
-    num_classes = max(part.num_classes for part in parts)
+    targets = train.targets
+    for part, kind in others:
+        targets = targets.joined(part.targets, f"data set {name!r}, training and {kind} part")
     for part in parts:
-        part.num_classes = num_classes
+        part.targets = targets
         if isinstance(part, ArraySplit):
             part.check()
     steps = preprocessing.steps if first_steps is None else (*first_steps, *preprocessing.steps[1:])
@@ -108,12 +121,11 @@ def join_parts(
         train=train,
         test=test,
         val=val,
-        num_classes=num_classes,
+        targets=targets,
         sample_shape=preprocessing.shape,
         dtype=preprocessing.dtype,
         preprocessing=", ".join(steps),
         fingerprint=hashlib.sha256("\n".join([*fingerprints, *steps]).encode()).hexdigest(),
-        label_shape=train.label_shape,
         skipped={name: reason for known in (skipped or {}, *(part.skipped for part in parts)) for name, reason in known.items()},
     )
 

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
-from lowmem_pnn.sources.arrays import as_labels, as_tensor, count_classes
+from lowmem_pnn.sources.arrays import as_labels, as_tensor
 from lowmem_pnn.sources.dataset import Dataset, folder_name, join_parts
 from lowmem_pnn.sources.given import as_pair
 from lowmem_pnn.sources.image_folder import open_image_folder
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
-from lowmem_pnn.sources.preprocessing import InputForm, holds_tokens
-from lowmem_pnn.sources.splits import ArraySplit, from_torch
+from lowmem_pnn.sources.map_split import from_arrays, from_torch
+from lowmem_pnn.sources.preprocessing import InputForm
+from lowmem_pnn.sources.splits import ArraySplit
+from lowmem_pnn.sources.targets import PYTORCH_IGNORED, TargetOptions, Targets
 from lowmem_pnn.sources.text import DEFAULT_CONTEXT, NUM_TOKENS, open_text
 
 # name -> (class in torchvision.datasets, its arguments)
@@ -38,7 +40,13 @@ _FORMS = "npz:FILE, imagefolder:DIR, text:FILE, package.module:factory or file.p
 
 
 def find_dataset(
-    spec: str, root: Path, input_form: InputForm, *, context: int | None = None, skip_broken: bool = False
+    spec: str,
+    root: Path,
+    input_form: InputForm,
+    *,
+    context: int | None = None,
+    skip_broken: bool = False,
+    options: TargetOptions = TargetOptions(),  # noqa: B008 - it is frozen
 ) -> Dataset:
     """Open the data set that a text names.
 
@@ -51,6 +59,7 @@ def find_dataset(
         input_form: Form of the samples that the model takes.
         context: Tokens of a sample of text, which is the model's context; None for 256. Only text is divided by it.
         skip_broken: Read every sample once, and leave out those that cannot be used, instead of raising.
+        options: What is known of the targets.
 
     Returns:
         The data set.
@@ -67,7 +76,7 @@ def find_dataset(
     if spec in ("npz:", "imagefolder:", "text:", "npz", "imagefolder", "text"):
         raise ConfigError(f"data set {spec!r} says no place; others than the named ones are given as {_FORMS}")
     if spec.startswith("npz:"):
-        return _npz(Path(spec.removeprefix("npz:")).expanduser(), input_form, skip_broken)
+        return _npz(Path(spec.removeprefix("npz:")).expanduser(), input_form, skip_broken, options)
     if spec.startswith("imagefolder:"):
         return open_image_folder(Path(spec.removeprefix("imagefolder:")).expanduser(), input_form, skip_broken)
     if spec.startswith("text:"):
@@ -77,7 +86,7 @@ def find_dataset(
     if spec in _TORCHVISION:
         return _torchvision(spec, root, input_form)
     if ":" in spec:
-        return _factory(spec, input_form, skip_broken)
+        return _factory(spec, input_form, skip_broken, options)
     for suffix, form in ((".npz", "npz"), (".txt", "text")):
         if Path(spec).suffix == suffix:
             raise ConfigError(f"data set {spec!r} is a file; write {form}:{spec}")
@@ -95,18 +104,20 @@ def make_dataset(
     input_form: InputForm = "any",
     num_classes: int | None = None,
     skip_broken: bool = False,
+    options: TargetOptions = TargetOptions(),  # noqa: B008 - it is frozen
 ) -> Dataset:
     """Make a data set of PyTorch data sets or tensors.
 
     Args:
-        train: Map-style data set of (x, class number), or a pair of tensors, arrays, tables or lists (x, y). Tokens, int64 of shape
-            (N, T), may have a label each: y of the same shape.
+        train: Map-style data set of (x, target), or a pair of tensors, arrays, tables or lists (x, y). What targets may be says
+            `lowmem_pnn.sources.targets`.
         test: Test part, as `train`; None if there is none.
         val: Validation part, as `train`; None if there is none.
         name: Name of the data set.
         input_form: Form of the samples that the model takes.
         num_classes: Number of classes; None to count the classes that labels, and tokens that have labels, show in all parts.
         skip_broken: Read every sample once, and leave out those that raise, hold NaN or infinity, or are of another form than most.
+        options: What is known of the targets.
 
     Returns:
         The data set.
@@ -123,7 +134,12 @@ def make_dataset(
         None
         if part is None
         else from_torch(
-            part, num_classes=num_classes, input_form=input_form, where=f"{name} ({kind} part)", skip_broken=skip_broken
+            part,
+            num_classes=num_classes,
+            input_form=input_form,
+            where=f"{name} ({kind} part)",
+            skip_broken=skip_broken,
+            options=options,
         )
         for part, kind in ((train, "training"), (test, "test"), (val, "validation"))
     )
@@ -145,7 +161,7 @@ def _digits(input_form: InputForm) -> Dataset:
     y = as_labels(labels, "digits")
 
     def part(chosen: Tensor, where: str) -> ArraySplit:
-        return ArraySplit(x[chosen], y[chosen], 10, input_form, where)
+        return ArraySplit(x[chosen], y[chosen], Targets("class", 10, ignored=PYTORCH_IGNORED), input_form, where)
 
     test = torch.from_numpy(is_test)
     parts = part(~test, "digits (training part)"), part(test, "digits (test part)")
@@ -166,7 +182,7 @@ def _torchvision(spec: str, root: Path, input_form: InputForm) -> Dataset:
             images = images.transpose(1, 2).contiguous()
         where = f"{spec} ({'training' if train else 'test'} part)"
         labels = as_labels(targets, where)
-        parts.append(ArraySplit(images, labels, int(labels.max()) + 1, input_form, where))
+        parts.append(from_arrays(images, labels, num_classes=None, input_form=input_form, where=where))
     return join_parts(spec, parts[0], parts[1], first_steps=first_steps)
 
 
@@ -188,7 +204,7 @@ def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[A
         ) from error
 
 
-def _npz(path: Path, input_form: InputForm, skip_broken: bool) -> Dataset:
+def _npz(path: Path, input_form: InputForm, skip_broken: bool, options: TargetOptions) -> Dataset:
     """Open the arrays of a .npz file, as Keras names them."""
     arrays = _read_npz(path)
     present = [name for name, _ in _NPZ_PARTS if name == "train" or {f"x_{name}", f"y_{name}"} & set(arrays)]
@@ -197,23 +213,21 @@ def _npz(path: Path, input_form: InputForm, skip_broken: bool) -> Dataset:
         content = ", ".join(sorted(arrays)) or "nothing"
         raise DataError(f"{path} lacks {', '.join(missing)}; it holds {content}; save {', '.join(_KEYS)} with numpy.savez")
 
-    def part(name: str) -> tuple[Tensor, Tensor]:
+    def part(name: str, kind: str) -> ArraySplit:
         x_key, y_key = f"x_{name}", f"y_{name}"
-        x = as_tensor(arrays[x_key], f"{path}: {x_key}")
-        y = as_labels(arrays[y_key], f"{path}: {y_key}", tuple(x.shape) if holds_tokens(x.dtype, input_form) else None)
+        x, y = as_tensor(arrays[x_key], f"{path}: {x_key}"), arrays[y_key]
         if x.ndim < 1 or y.ndim < 1:
-            raise DataError(f"{path}: {x_key} has shape {tuple(x.shape)} and {y_key} {tuple(y.shape)}; give (N, ...) and (N,)")
-        if len(y) and int(y.min()) < 0:
-            raise DataError(f"{path}: {y_key} holds the label {int(y.min())}; number the classes from 0")
-        return x, y
+            raise DataError(f"{path}: {x_key} has shape {tuple(x.shape)} and {y_key} {y.shape}; give (N, ...) and (N,)")
+        where = f"{path} ({kind} part)"
+        split = from_arrays(
+            x, y, num_classes=None, input_form=input_form, where=where, options=options, labels_name=f"{path}: {y_key}"
+        )
+        wrong = split.y[(split.y < 0) & (split.y != split.targets.ignored)] if split.targets.kind == "class" else split.y[:0]
+        if len(wrong):
+            raise DataError(f"{path}: {y_key} holds the label {int(wrong.min())}; number the classes from 0")
+        return split
 
-    parts = {name: part(name) for name in present}
-    num_classes = max([count_classes(x, y) for x, y in parts.values() if len(y)], default=1)
-    splits = {
-        name: ArraySplit(*parts[name], num_classes, input_form, f"{path} ({kind} part)")
-        for name, kind in _NPZ_PARTS
-        if name in parts
-    }
+    splits = {name: part(name, kind) for name, kind in _NPZ_PARTS if name in present}
     for split in splits.values() if skip_broken else ():
         split.skip_broken()
     return join_parts(path.stem, splits["train"], splits.get("test"), splits.get("val"))
@@ -249,16 +263,15 @@ def _text(path: Path, input_form: InputForm, context: int) -> Dataset:
         name=folder_name(path.stem),
         train=text.train,
         test=text.test,
-        num_classes=NUM_TOKENS,
+        targets=Targets("tokens", NUM_TOKENS, (context,), ignored=PYTORCH_IGNORED),
         sample_shape=(context,),
         dtype=torch.int64,
         preprocessing=text.preprocessing,
         fingerprint=text.fingerprint,
-        label_shape=(context,),
     )
 
 
-def _factory(spec: str, input_form: InputForm, skip_broken: bool) -> Dataset:
+def _factory(spec: str, input_form: InputForm, skip_broken: bool, options: TargetOptions) -> Dataset:
     """Open the data sets that a user's function returns."""
     factory = load_factory(spec)
     try:
@@ -283,4 +296,4 @@ def _factory(spec: str, input_form: InputForm, skip_broken: bool) -> Dataset:
         train, test = result
     if train is None:
         raise DataError(f"data set {spec!r}: {name}() returned no data; return train, (train, test) or a lowmem_pnn Dataset")
-    return make_dataset(train, test, name=label, input_form=input_form, skip_broken=skip_broken)
+    return make_dataset(train, test, name=label, input_form=input_form, skip_broken=skip_broken, options=options)

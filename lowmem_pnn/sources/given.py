@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lowmem_pnn.errors import DataError, LowMemError
 from lowmem_pnn.sources.imports import one_line
@@ -13,8 +14,8 @@ from lowmem_pnn.sources.imports import one_line
 def as_pair(data: Any) -> tuple[Any, Any] | None:
     """Return samples and labels of data that are given whole, or None where they come one by one, from a map-style data set.
 
-    A tuple of two is such a pair if the first is an array, a tensor, a table or a list, and the second is one or a list of numbers or
-    words. A list of two is a data set of two samples, unless its first is an array.
+    A tuple of two is such a pair if the first is an array, a tensor, a table or a list, and the second is one, a list of numbers or
+    words, or a tuple or dictionary of arrays. A list of two is a data set of two samples, unless its first is an array.
 
     Args:
         data: What was given.
@@ -26,7 +27,7 @@ def as_pair(data: Any) -> tuple[Any, Any] | None:
     if not isinstance(data, tuple | list) or len(data) != 2:
         return None
     x, y = data
-    if _is_array(x) and (_is_array(y) or isinstance(y, list | tuple | range)):
+    if _is_array(x) and (_is_array(y) or isinstance(y, list | tuple | range) or _holds_arrays(y)):
         return x, y
     if isinstance(data, tuple) and isinstance(x, list) and (_is_array(y) or isinstance(y, range) or _holds_scalars(y)):
         return x, y
@@ -78,6 +79,10 @@ def require_map_style(data: Any, where: str) -> None:
 def _is_array(value: Any) -> bool:
     # Tables have `to_numpy`, sparse matrices `toarray`, arrays of other libraries `__array__`.
     return isinstance(value, Tensor | np.ndarray) or any(hasattr(value, name) for name in ("to_numpy", "toarray", "__array__"))
+
+
+def _holds_arrays(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(_is_array, pytree.tree_leaves(value)))
 
 
 def _holds_scalars(value: Any) -> bool:

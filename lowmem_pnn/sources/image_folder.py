@@ -25,6 +25,7 @@ from lowmem_pnn.sources.dataset import Dataset, join_parts
 from lowmem_pnn.sources.image_file import REMARKS, ImageHeader, decode, read_header
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
 from lowmem_pnn.sources.splits import SampleSplit
+from lowmem_pnn.sources.targets import PYTORCH_IGNORED, Targets
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _PARTS = {
@@ -119,7 +120,7 @@ class ImageFolderSplit(SampleSplit):
         input_form: InputForm,
     ) -> None:
         super().__init__(len(paths))
-        self.where, self.num_classes = str(folder), num_classes
+        self.where, self.targets = str(folder), Targets("class", num_classes, ignored=PYTORCH_IGNORED)
         self._paths, self._labels, self._deep = paths, torch.tensor(labels, dtype=torch.int64), deep
         shape = (header.height, header.width, 3)
         self.preprocessing = Preprocessing.choose(
@@ -135,6 +136,10 @@ class ImageFolderSplit(SampleSplit):
                 f"{path.relative_to(self.where)} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape")
             )
         return digest.hexdigest()
+
+    def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
+        """See `SampleSplit.labels`."""
+        return self._labels.index_select(0, torch.from_numpy(self._kept[numbers]))
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         expected = self.preprocessing.raw_shape

@@ -38,7 +38,7 @@ def subset(split: Split, indices: npt.NDArray[np.integer[Any]]) -> Split:
 
     Example:
         >>> import torch
-        >>> from lowmem_pnn.sources.splits import from_torch
+        >>> from lowmem_pnn.sources.map_split import from_torch
         >>> whole = from_torch((torch.zeros(6, 4), torch.arange(6)))
         >>> subset(whole, np.array([5, 3])).batch([0])[1]
         tensor([5])
@@ -60,13 +60,28 @@ def sample_of(split: Split, limit: int | None, seed: int) -> Split:
         The chosen samples, in the order of the split.
 
     Example:
-        >>> from lowmem_pnn.sources.splits import from_torch
+        >>> from lowmem_pnn.sources.map_split import from_torch
         >>> sample_of(from_torch((np.zeros((10, 4)), np.arange(10))), 3, seed=0).batch([0, 1, 2])[1]
         tensor([2, 4, 8])
     """
     if limit is None or limit >= len(split):
         return split
     return subset(split, np.sort(_permutation(len(split), seed)[:limit]))
+
+
+def labels_of(split: Split, numbers: npt.NDArray[np.int64]) -> Tensor:
+    """Return the targets of samples, without reading the samples where that is possible.
+
+    Args:
+        split: Any split.
+        numbers: Numbers of B samples.
+
+    Returns:
+        Targets (B, ...), as they are kept.
+    """
+    if isinstance(split, SubsetSplit):
+        return labels_of(split.base, split.numbers[numbers])
+    return split.labels(numbers) if isinstance(split, SampleSplit) else split.batch(numbers)[1]
 
 
 def as_floats(split: Split) -> Split:
@@ -109,7 +124,7 @@ def train_val_split(split: Split, val_fraction: float, seed: int, limit: int | N
 
     Example:
         >>> import torch
-        >>> from lowmem_pnn.sources.splits import from_torch
+        >>> from lowmem_pnn.sources.map_split import from_torch
         >>> whole = from_torch((torch.zeros(10, 4), torch.arange(10)))
         >>> [len(part) for part in train_val_split(whole, 0.2, seed=0, limit=None)]
         [8, 2]

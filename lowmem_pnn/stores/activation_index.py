@@ -15,7 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.disk import RUN_REMEDY, IoCounter, crc32, disk_error, read_file, sha256, sync_folder, write_durably
 from lowmem_pnn.stores.encoding import ENCODINGS, Encoding
 from lowmem_pnn.stores.header import DTYPE_BY_NAME, NAME_BY_DTYPE, TensorLayout
@@ -73,6 +76,13 @@ class Index:
     """Shape of one sample's labels. An index without it, of an earlier version, is of samples with one label each."""
     kept_as: Encoding = "float32"
     """How floating boundary tensors are stored; an index of an earlier version does not say it."""
+    label_dtype: str = NAME_BY_DTYPE[torch.int64]
+    """Element type of the labels, by the name that safetensors has for it; an index of an earlier version does not say it."""
+
+    @property
+    def labels(self) -> TensorSpec:
+        """Shape and element type of one sample's labels."""
+        return TensorSpec(self.label_shape, DTYPE_BY_NAME[self.label_dtype])
 
 
 def write_index(folder: Path, index: Index) -> None:
@@ -116,7 +126,8 @@ def read_index(folder: Path) -> Index:
         shards = tuple(ShardEntry(**item) for item in content["shards"])
         label_shape = tuple(content.get("label_shape", ()))
         kept_as = content.get("kept_as", "float32")
-        index = Index(content["num_samples"], content["shard_samples"], tensors, shards, label_shape, kept_as)
+        label_dtype = content.get("label_dtype", NAME_BY_DTYPE[torch.int64])
+        index = Index(content["num_samples"], content["shard_samples"], tensors, shards, label_shape, kept_as, label_dtype)
     if index is None or not _is_consistent(index):
         raise CheckpointError(f"{str(path)!r} contradicts itself or lacks a part; {RUN_REMEDY}")
     return index
@@ -154,6 +165,7 @@ def _is_consistent(index: Index) -> bool:
     full, rest = divmod(index.num_samples, index.shard_samples)
     return (
         index.kept_as in ENCODINGS
+        and index.label_dtype in DTYPE_BY_NAME
         and len(index.shards) == full + (rest > 0)  # or the lists below could be of any length
         and [shard.samples for shard in index.shards] == [index.shard_samples] * full + [rest] * (rest > 0)
         and [shard.file for shard in index.shards] == [shard_name(number) for number in range(len(index.shards))]

@@ -15,9 +15,10 @@ from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.activation_index import Index, ShardEntry, make_empty_folder, write_index
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.encoding import Encoding, encode
-from lowmem_pnn.stores.header import TensorLayout
+from lowmem_pnn.stores.header import NAME_BY_DTYPE, TensorLayout
 from lowmem_pnn.stores.shard_file import NewFile, ShardFile
 from lowmem_pnn.stores.shard_layout import (
+    CLASS_LABEL,
     allocate_as_in_file,
     describe_all,
     group_by_boundary_tensor,
@@ -49,7 +50,7 @@ class ActivationWriter:
         pool: One thread, which writes shards in the order of submission. `append` and `close` must not run on it.
         helpers: Other threads, for checksums and syncs during the writing; None to have both on the thread that writes.
         counter: Counts the bytes written.
-        label_shape: Shape of one sample's labels.
+        labels: Shape and element type of one sample's labels.
         encoding: How floating tensors are stored, in memory and on the disk.
 
     Raises:
@@ -69,16 +70,16 @@ class ActivationWriter:
         pool: Executor,
         counter: IoCounter | None = None,
         helpers: Executor | None = None,
-        label_shape: tuple[int, ...] = (),
+        labels: TensorSpec = CLASS_LABEL,
         encoding: Encoding = "float32",
     ) -> None:
         assert num_samples > 0, "a store holds at least one sample"
         self.folder = Path(folder)
         self.num_samples = num_samples
         self.specs = tuple(specs)
-        self.label_shape = tuple(label_shape)
+        self.labels = labels
         self.encoding = encoding
-        self.shard_samples = samples_per_shard(self.specs, num_samples, shard_bytes, self.label_shape, encoding)
+        self.shard_samples = samples_per_shard(self.specs, num_samples, shard_bytes, labels, encoding)
         self._pool = pool
         self._helpers = helpers
         self._counter = counter
@@ -99,7 +100,7 @@ class ActivationWriter:
 
         Args:
             tensors: Boundary tensors, each (B, ...) as its spec says, on any device.
-            labels: Labels (B, *label_shape), int64.
+            labels: Labels (B, ...), as their spec says.
 
         Raises:
             CheckpointError: The tensors are not as the specs say, or the store is full.
@@ -148,7 +149,8 @@ class ActivationWriter:
             self._begin_sync()
             self._finish_syncs()
             tensors = tuple((spec.dtype, tuple(spec.shape)) for spec in self.specs)
-            index = Index(self.num_samples, self.shard_samples, tensors, tuple(self._shards), self.label_shape, self.encoding)
+            labels = self.labels.shape, NAME_BY_DTYPE[self.labels.dtype]
+            index = Index(self.num_samples, self.shard_samples, tensors, tuple(self._shards), labels[0], self.encoding, labels[1])
             write_index(self.folder, index)
         finally:
             self.abort()
@@ -180,7 +182,7 @@ class ActivationWriter:
 
     def _check(self, tensors: tuple[Tensor, ...], labels: Tensor) -> None:
         actual = [(tensor.dtype, tuple(tensor.shape)) for tensor in (*tensors, labels)]
-        expected = list(shard_layout(self.specs, len(labels), self.label_shape).values())
+        expected = list(shard_layout(self.specs, len(labels), self.labels).values())
         if actual != expected:
             raise CheckpointError(
                 f"{str(self.folder)!r} takes {describe_all(expected)}, got {describe_all(actual)}; "
@@ -257,4 +259,4 @@ class ActivationWriter:
             self._syncing.popleft().result()
 
     def _layout(self, num_samples: int) -> dict[str, TensorLayout]:
-        return shard_layout(self.specs, num_samples, self.label_shape, self.encoding)
+        return shard_layout(self.specs, num_samples, self.labels, self.encoding)

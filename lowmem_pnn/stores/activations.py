@@ -23,7 +23,7 @@ from lowmem_pnn.stores.shard_prefetch import Window, prefetched_windows, shuffle
 from lowmem_pnn.stores.shard_reader import ShardReader
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
-"""Boundary tensors, each (B, ...), and labels (B, *label_shape)."""
+"""Boundary tensors, each (B, ...), and labels (B, ...)."""
 
 
 class ActivationStore:
@@ -40,8 +40,8 @@ class ActivationStore:
 
     specs: tuple[TensorSpec, ...]
     """Shapes and element types of one sample's boundary tensors."""
-    label_shape: tuple[int, ...]
-    """Shape of one sample's labels."""
+    labels: TensorSpec
+    """Shape and element type of one sample's labels."""
     num_samples: int
     shard_samples: int
     """Samples in every shard but the last, which may have fewer."""
@@ -54,7 +54,7 @@ class ActivationStore:
 
     def __init__(self, folder: Path, index: Index, counter: IoCounter | None, direct: bool | None = None) -> None:
         self.folder = folder
-        self.label_shape = index.label_shape
+        self.labels = index.labels
         self.encoding = index.kept_as
         self.num_samples = index.num_samples
         self.shard_samples = index.shard_samples
@@ -125,7 +125,7 @@ class ActivationStore:
             drop_last: Whether to leave out a last batch with fewer samples.
 
         Yields:
-            The boundary tensors, each (B, ...), and the labels (B, *label_shape): the receiver's alone as long as anything
+            The boundary tensors, each (B, ...), and the labels (B, ...): the receiver's alone as long as anything
             holds them, contiguous, from multiples of 64 bytes on.
 
         Raises:
@@ -139,13 +139,13 @@ class ActivationStore:
         batch: list[Tensor] = []
         num_filled = 0
         # Two batches, as many as wait at most: fresh memory for each would take longer than filling it.
-        memory_pool = MemoryPool(2 * resident_bytes(self.specs, batch_size, self.label_shape))
+        memory_pool = MemoryPool(2 * resident_bytes(self.specs, batch_size, self.labels))
         with closing(self._windows(seed if shuffle else None, epoch, position, stop, window_bytes, pool)) as windows:
             for window in windows:
                 while position < min(window.end, stop):
                     if not batch:
                         size, num_filled = min(batch_size, stop - position), 0
-                        batch = allocate_batch(self.specs, size, self.label_shape, memory_pool.empty)
+                        batch = allocate_batch(self.specs, size, self.labels, memory_pool.empty)
                     count = min(size - num_filled, window.end - position)
                     window.copy_rows(position, count, batch, num_filled)
                     num_filled += count

@@ -1,6 +1,6 @@
 """Layout of shards of boundary activations: file names, names and shapes of their tensors, and the memory that samples take.
 
-A shard is a safetensors file with the tensors '0', '1', ... (one per boundary tensor, samples on axis 0) and 'labels' (int64; one
+A shard is a safetensors file with the tensors '0', '1', ... (one per boundary tensor, samples on axis 0) and 'labels' (one
 label or an array of labels a sample). Where a tensor is stored as int8, its scales lie beside it, as '0.scales' (see `encoding.py`).
 """
 
@@ -16,6 +16,9 @@ from lowmem_pnn.memory.aligned import PAGE_BYTES, HostAllocator, aligned_empty
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.encoding import Encoding, encoded_layout
 from lowmem_pnn.stores.header import TensorLayout, describe, lay_out
+
+CLASS_LABEL = TensorSpec((), torch.int64)
+"""A class number for each sample."""
 
 # Per sample of a window, besides the sample: two 8-byte arrays while the order is drawn, and the workspace of the sort.
 _ORDER_BYTES = 24
@@ -39,21 +42,19 @@ def shard_metadata(number: int) -> dict[str, str]:
 
 
 def shard_layout(
-    specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = (), encoding: Encoding = "float32"
+    specs: Sequence[TensorSpec], num_samples: int, labels: TensorSpec = CLASS_LABEL, encoding: Encoding = "float32"
 ) -> dict[str, TensorLayout]:
     """Return element type and shape of the tensors that hold some samples: encoded boundary tensors, by number, then the labels."""
     layout: dict[str, TensorLayout] = {}
     for number, spec in enumerate(specs):
         for suffix, (dtype, shape) in zip(("", ".scales"), encoded_layout(spec, encoding), strict=False):
             layout[f"{number}{suffix}"] = (dtype, (num_samples, *shape))
-    return {**layout, "labels": (torch.int64, (num_samples, *label_shape))}
+    return {**layout, "labels": (labels.dtype, (num_samples, *labels.shape))}
 
 
-def allocate_batch(
-    specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...], allocate: HostAllocator
-) -> list[Tensor]:
+def allocate_batch(specs: Sequence[TensorSpec], num_samples: int, labels: TensorSpec, allocate: HostAllocator) -> list[Tensor]:
     """Allocate a batch: boundary tensors, then labels, made by `allocate` from shape and element type."""
-    return [allocate(shape, dtype) for dtype, shape in shard_layout(specs, num_samples, label_shape).values()]
+    return [allocate(shape, dtype) for dtype, shape in shard_layout(specs, num_samples, labels).values()]
 
 
 def allocate_as_in_file(layout: Mapping[str, TensorLayout], metadata: Mapping[str, str]) -> list[Tensor]:
@@ -74,7 +75,7 @@ def samples_per_shard(
     specs: Sequence[TensorSpec],
     num_samples: int,
     shard_bytes: int,
-    label_shape: tuple[int, ...] = (),
+    labels: TensorSpec = CLASS_LABEL,
     encoding: Encoding = "float32",
 ) -> int:
     """Return the number of samples in all shards but the last: as many as fit, and at least one.
@@ -86,18 +87,16 @@ def samples_per_shard(
         specs: Shapes and element types of one sample's boundary tensors.
         num_samples: Samples of the store.
         shard_bytes: Memory for one shard.
-        label_shape: Shape of one sample's labels.
+        labels: Shape and element type of one sample's labels.
         encoding: How floating tensors are stored.
 
     Example:
         >>> samples_per_shard([TensorSpec((64, 7, 7), torch.float32)], 10_000, 1 << 20)
         80
     """
-    count = max(1, shard_bytes // resident_bytes(specs, 1, label_shape, encoding))
+    count = max(1, shard_bytes // resident_bytes(specs, 1, labels, encoding))
     if count < num_samples:
-        row_bytes = max(
-            math.prod(shape) * dtype.itemsize for dtype, shape in shard_layout(specs, 1, label_shape, encoding).values()
-        )
+        row_bytes = max(math.prod(shape) * dtype.itemsize for dtype, shape in shard_layout(specs, 1, labels, encoding).values())
         step = PAGE_BYTES // math.gcd(PAGE_BYTES, row_bytes)
         if count >= _LEAST_STEPS * step:
             count -= count % step
@@ -111,10 +110,10 @@ def group_by_boundary_tensor(tensors: Sequence[Tensor], specs: Sequence[TensorSp
 
 
 def resident_bytes(
-    specs: Sequence[TensorSpec], num_samples: int, label_shape: tuple[int, ...] = (), encoding: Encoding = "float32"
+    specs: Sequence[TensorSpec], num_samples: int, labels: TensorSpec = CLASS_LABEL, encoding: Encoding = "float32"
 ) -> int:
     """Return the bytes that samples take in memory, with their labels and the order in which batches are drawn from them."""
-    layouts = shard_layout(specs, num_samples, label_shape, encoding).values()
+    layouts = shard_layout(specs, num_samples, labels, encoding).values()
     return num_samples * _ORDER_BYTES + sum(math.prod(shape) * dtype.itemsize for dtype, shape in layouts)
 
 

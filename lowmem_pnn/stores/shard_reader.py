@@ -53,7 +53,7 @@ class ShardReader:
 
     def resident_bytes(self, num_samples: int) -> int:
         """Return the bytes that samples take in memory, as they are stored, with the order in which batches are drawn from them."""
-        return resident_bytes(self.specs, num_samples, self._index.label_shape, self._index.kept_as)
+        return resident_bytes(self.specs, num_samples, self._index.labels, self._index.kept_as)
 
     def allocate(self, num_samples: int) -> list[Tensor]:
         """Allocate tensors for samples as they are stored, each from the start of a page; the labels last."""
@@ -130,4 +130,4 @@ class ShardReader:
                 file.drop_cache()
 
     def _layout(self, num_samples: int) -> dict[str, TensorLayout]:
-        return shard_layout(self.specs, num_samples, self._index.label_shape, self._index.kept_as)
+        return shard_layout(self.specs, num_samples, self._index.labels, self._index.kept_as)

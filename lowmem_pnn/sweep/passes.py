@@ -103,6 +103,7 @@ class SweepPasses:
             CaptureError: the forward changed a buffer that other partitions hold too.
         """
         partition, residency = visit.partition, self._residencies[visit.partition]
+        shares = self._objective.shares(batch.labels, batch.parts) if partition == self._last else []
         shared = {name: buffer.clone() for name, buffer in residency.buffers.items() if name in residency.shared}
         for number, part in enumerate(batch.parts):
             self._buffers.restore_random_state(partition, number, batch.gradients.step)
@@ -113,7 +114,7 @@ class SweepPasses:
                 tensor.requires_grad_(visit.returns_input_gradient and tensor.is_floating_point())
             hooks = self._buffers.add_shared_gradients(residency, number)
             if partition == self._last:
-                self._backward_from_loss(inputs, part, batch)
+                self._backward_from_loss(inputs, part, batch, shares[number])
             else:
                 self._backward_from_boundary(partition, inputs, number)
             for hook in hooks:
@@ -152,8 +153,7 @@ class SweepPasses:
         following = batch.parts[number + 1 : number + 2]
         return self._uploads.take(micro_batch(number, part), micro_batch(number + 1, following[0]) if following else None)
 
-    def _backward_from_loss(self, inputs: tuple[Tensor, ...], part: slice, batch: SweptBatch) -> None:
-        weight = (part.stop - part.start) / len(batch.labels)
+    def _backward_from_loss(self, inputs: tuple[Tensor, ...], part: slice, batch: SweptBatch, weight: float) -> None:
         labels = to_device_aligned(self._device, batch.labels[part])
         layers, scale = self._residencies[self._last].layers, batch.gradients.scale
         batch.loss += backward_from_loss(layers, inputs, labels, self._objective, weight, self._plan.loss_chunk, scale)

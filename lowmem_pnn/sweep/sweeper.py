@@ -137,7 +137,7 @@ class Sweeper:
         planned, chain = self._plan.partitions[number], self._workload.chain
         before, after = chain.boundaries[planned.start], chain.boundaries[planned.stop]
         tensors = tuple(_zeros(slice(0, samples), spec) for spec in before) if number == 0 else ()
-        labels = torch.zeros(samples, *self._workload.dataset.label_shape, dtype=torch.int64)
+        labels = self._workload.dataset.targets.zeros(samples)
         parts = micro_batches(samples, micro_batch, self._plan.smallest_micro_batch)
         batch = SweptBatch(tensors, labels, parts, Gradients(0, LossScale()))
         for part_number, part in enumerate(parts):

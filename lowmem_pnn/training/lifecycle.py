@@ -13,7 +13,7 @@ from lowmem_pnn.engine.loaders import Loader
 from lowmem_pnn.errors import BudgetError, CheckpointError, DataError
 from lowmem_pnn.evaluation.exits import HEADS_FILE, describe_exits, head_names
 from lowmem_pnn.evaluation.measure import measure, validate
-from lowmem_pnn.evaluation.scores import Scores
+from lowmem_pnn.methods import SplitName
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.planning.notes import plan_notes
@@ -28,6 +28,7 @@ from lowmem_pnn.stores.disk import RUN_REMEDY, remove_folder, write_durably
 from lowmem_pnn.stores.keys import VERSIONS_KEY, CommittedFile
 from lowmem_pnn.stores.run_directory import way_back
 from lowmem_pnn.stores.weights import WeightStore
+from lowmem_pnn.tasks import Scores
 from lowmem_pnn.training.initial_weights import build_weights, check_layouts
 from lowmem_pnn.training.join import forget
 from lowmem_pnn.training.parity import compare
@@ -35,6 +36,8 @@ from lowmem_pnn.training.preflight import check_tightest
 from lowmem_pnn.training.program import carry_out
 from lowmem_pnn.training.result import make_result
 from lowmem_pnn.workload import Workload
+
+_MEASURED = {"val": "validated", "test": "tested"}
 
 # Plans that are tried, each keeping free what the check of the one before found missing.
 _MAX_PLANS = 4
@@ -152,7 +155,7 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     if workload.method.learns_per_layer:
         left.append(run.weights.export(rundir.path / HEADS_FILE, head_names(chain)))
     layer_accuracies: list[float | None] = []
-    scores = _test_scores(run, layer_accuracies) if "test" in workload.splits else {}
+    scores = _scores(run, layer_accuracies)
     exits: list[dict[str, Any]] = []
     if workload.method.learns_per_layer:
         exits = describe_exits(run, layer_accuracies or [None] * len(chain.layers))
@@ -167,19 +170,28 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     return result
 
 
-def _test_scores(run: Run, layer_accuracies: list[float | None]) -> dict[str, float]:
-    """Measure the trained model on the test data; what cannot be measured is said, and left out."""
+def _scores(run: Run, layer_accuracies: list[float | None]) -> dict[str, dict[str, Any]]:
+    """Measure the trained model on validation and test data; what cannot be measured is said, and left out."""
     display = run.session.display
-    try:
-        scores = score(run, layer_accuracies)
-    except DataError as error:
-        layer_accuracies.clear()
-        display.message(f"the trained weights are written, but cannot be tested: {error}")
-        return {}
-    for name, value in scores.items():
-        if not math.isfinite(value):
-            display.message(f"{name.replace('_', ' ')} is {value}, and left out of the result")
-    return {name: value for name, value in scores.items() if math.isfinite(value)}
+    found: dict[str, dict[str, Any]] = {}
+    for split in ("val", "test"):
+        if split not in run.workload.splits:
+            continue
+        try:
+            measured = score(run, split, layer_accuracies if split == "test" else None)
+        except DataError as error:
+            layer_accuracies.clear()
+            display.message(f"the trained weights are written, but cannot be {_MEASURED[split]}: {error}")
+            continue
+        for name, value in measured.items():
+            if not _is_finite(value):
+                display.message(f"{split} {name.replace('_', ' ')} is {value}, and left out of the result")
+        found[split] = {name: value for name, value in measured.items() if _is_finite(value)}
+    return found
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def check_boundary(store: ActivationStore, folder: Path, workload: Workload, plan: Plan) -> None:
@@ -196,22 +208,23 @@ def check_boundary(store: ActivationStore, folder: Path, workload: Workload, pla
     """
     number = int(folder.name[1:].partition("-")[0]) - 1  # of the partition that has written it
     specs = workload.chain.boundaries[plan.partitions[number].stop] if 0 <= number < len(plan.partitions) - 1 else None
-    if specs is None or (tuple(store.specs), store.label_shape) != (tuple(specs), workload.dataset.label_shape):
+    if specs is None or (tuple(store.specs), store.labels) != (tuple(specs), workload.dataset.targets.spec):
         raise CheckpointError(f"{str(folder)!r} holds no samples of a boundary of this model; {RUN_REMEDY}")
 
 
-def score(run: Run, layer_accuracies: list[float | None] | None = None) -> dict[str, float]:
-    """Measure loss and other scores on the test data.
+def score(run: Run, split: SplitName = "test", layer_accuracies: list[float | None] | None = None) -> dict[str, Any]:
+    """Measure loss and other scores on part of the data.
 
     Args:
         run: a trained run.
-        layer_accuracies: gets the accuracy of every layer's own scores, where there are such; None if nobody asks.
+        split: part of the data.
+        layer_accuracies: gets the accuracy of every layer's own outputs, where there are such; None if nobody asks.
     """
-    tokens = bool(run.workload.dataset.label_shape)
-    total = Scores(tokens)
+    task = run.workload.task
+    total = task.scores()
 
     def scores_of(outputs: tuple[Tensor, ...], labels: Tensor) -> Scores:
-        scores = Scores(tokens)
+        scores = task.scores()
         scores.add(outputs, labels)
         return scores
 
@@ -219,5 +232,5 @@ def score(run: Run, layer_accuracies: list[float | None] | None = None) -> dict[
         if layer_accuracies is not None and active.objective.per_layer_loss:
             layer_accuracies.extend(tally.accuracy for tally in run.partitions.executor.measure(active, loader))
 
-    measure(run, "test", scores_of, total.merge, on_partition=measure_layers)
+    measure(run, split, scores_of, total.merge, on_partition=measure_layers)
     return total.result()

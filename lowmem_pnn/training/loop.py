@@ -94,10 +94,10 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
 
     while progress.epoch < learner.num_epochs:
         timer = metrics.epoch_timer()
-        done = progress.tally.num_samples
+        done = int(progress.tally.num_samples)
         display.start_epoch(learner.title, progress.epoch, learner.num_epochs, learner.num_samples, done)
         train_epoch(learner, progress, after_batch)
-        timer.end(progress.tally.num_samples)
+        timer.end(int(progress.tally.num_samples))
         run.complete_epoch(learner.partition)
         learner.after_epoch(progress.epoch)
         if not learner.is_joint:

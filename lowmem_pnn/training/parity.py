@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.errors import CaptureError, LowMemError
-from lowmem_pnn.methods.objectives import Labels
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.python_state import Snapshot, read_state
@@ -111,7 +110,7 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Tensor, Ten
         with torch.autograd.graph.saved_tensors_hooks(spilled.pack, spilled.unpack):
             with precision.autocast():
                 outputs = twin(*precision.to_memory_format((batch[0].clone(),)))
-            loss = Labels(workload.config.label_smoothing).loss((outputs,), batch[1])
+            loss = workload.task.loss((outputs,), batch[1], training=True)
             handles = [
                 parameter.register_post_accumulate_grad_hook(lambda tensor: observed.take_gradient(names[id(tensor)], tensor))
                 for parameter in {id(parameter): parameter for parameter in parameters.values()}.values()
@@ -196,7 +195,7 @@ def _forward_and_back(
         outputs = layer(*leaves)
         if number == len(layers) - 1:
             after = [(value, value.clone()) for own in layers for value in own.buffers().values() if users[id(value)] > 1]
-            loss = Labels(workload.config.label_smoothing).loss(outputs, batch[1])
+            loss = workload.task.loss(outputs, batch[1], training=True)
             observed.values |= {"the output in train mode": outputs[0].detach().clone(), "the loss": float(loss.detach())}
             torch.autograd.backward(loss)
         else:

@@ -12,20 +12,22 @@ from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.macs import program_macs, samples_learnt
 from lowmem_pnn.run.run import Run
+from lowmem_pnn.tasks.make_task import TASK_OF
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
 
 
-def make_result(run: Run, profile: MemoryProfile, scores: dict[str, float], exits: list[dict[str, Any]]) -> Result:
+def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, Any]], exits: list[dict[str, Any]]) -> Result:
     """Return what a run has come to.
 
     Args:
         run: a trained run.
         profile: costs of the model's layers.
-        scores: scores on the test data; empty where there is none.
+        scores: scores by part of the data, `val` and `test`.
         exits: early exits, as `describe_exits` gives them.
     """
     workload, plan, state, device = run.workload, run.plan, run.state, run.session.device
+    test = scores.get("test", {})
     config, last, path = workload.config, state.records[-1], run.session.rundir.path
     # Of all processes, where several train a partition each.
     program, samples = workload.method.program(len(plan.partitions), workload.training_splits), len(workload.splits["train"])
@@ -57,10 +59,13 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, float], exit
         train_loss=last.train_loss,
         val_loss=last.val_loss,
         val_accuracy=last.val_accuracy,
-        test_loss=scores.get("test_loss"),
-        test_accuracy=scores.get("test_accuracy"),
-        test_f1=scores.get("test_f1"),
-        perplexity=scores.get("perplexity"),
+        task=TASK_OF[workload.dataset.targets.kind],
+        loss=config.loss,
+        scores=scores,
+        test_loss=test.get("loss"),
+        test_accuracy=test.get("accuracy"),
+        test_f1=test.get("f1"),
+        perplexity=test.get("perplexity"),
         macs=program_macs(program, plan, samples),
         exits=exits,
         chosen_exit=chosen_exit(exits, config.exit_tolerance),

@@ -26,7 +26,18 @@ from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.models import ModelSource
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.subsets import as_floats
+from lowmem_pnn.tasks.class_weights import balanced_weights
+from lowmem_pnn.tasks.make_task import Own, make_task
+from lowmem_pnn.tasks.own_loss import OwnTask
 from lowmem_pnn.workload.workload import Workload
+
+# Samples whose targets a loss of the user's own is tried on.
+_EXAMINED = 4
+
+_INSTEAD_OF_CLASS = {
+    "tokens": "one for each token", "mask": "one for each pixel", "labels": "several labels for each", "values": "numbers to predict",
+    "probabilities": "probabilities", "own": "targets for a loss of your own",
+}  # fmt: skip
 
 # Functions of integers that fake tensors do not refuse floats for.
 _INTEGER_FUNCTIONS = frozenset(
@@ -36,7 +47,12 @@ _INTEGER_FUNCTIONS = frozenset(
 
 
 def make_workload(
-    config: FitConfig, source: ModelSource, dataset: Dataset, splits: dict[SplitName, Split], device: torch.device
+    config: FitConfig,
+    source: ModelSource,
+    dataset: Dataset,
+    splits: dict[SplitName, Split],
+    own: Own,
+    device: torch.device,
 ) -> Workload:
     """Cut the model into layers, without its weights.
 
@@ -45,6 +61,7 @@ def make_workload(
         source: constructor of the model.
         dataset: open data set.
         splits: parts of the data set.
+        own: loss and metrics of the user's own.
         device: training device; what autocast casts differs between devices.
 
     Raises:
@@ -72,19 +89,21 @@ def make_workload(
             f"--optimizer-state {config.optimizer_state} has no effect here: {source.spec} has no float32 parameters of "
             f"{MIN_QUANTIZED_SIZE} elements or more that learn; leave it out"
         )
-    (scores,) = chain.boundaries[-1]
-    if not scores.shape or scores.shape[:-1] != dataset.label_shape or scores.shape[-1] < dataset.num_classes:
-        wanted = ", ".join(["batch", *map(str, dataset.label_shape), str(dataset.num_classes)])
-        raise ConfigError(
-            f"model {source.spec} gives outputs of shape ({', '.join(map(str, ('batch', *scores.shape)))}), and data {dataset.name} has "
-            f"{dataset.num_classes} classes; it should give ({wanted}), or more scores than that"
-        )
+    task = make_task(config, dataset.targets, own, _rebuild, _class_weights(config, dataset, splits["train"]))
+    outputs = chain.boundaries[-1]
+    if (misfit := task.misfit(outputs)) is not None:
+        shapes = " and ".join(f"({', '.join(map(str, ('batch', *spec.shape)))})" for spec in outputs)
+        raise ConfigError(f"model {source.spec} gives outputs of shape {shapes}, and data {dataset.name} has {misfit}")
+    if isinstance(task, OwnTask):
+        task.examine(splits["train"].batch(range(min(_EXAMINED, len(splits["train"]))))[1], outputs)
     if config.augment != "none" and (len(dataset.sample_shape) != 3 or not dataset.dtype.is_floating_point):
         raise ConfigError(
             f"--augment {config.augment} is for images (C, H, W), and the samples of data {dataset.name} are {dataset.sample_shape}; leave "
             "it out"
         )
-    workload = _by_method(Workload(config, source, dataset, splits, make_method(config), chain, chain))
+    workload = _by_method(Workload(config, source, dataset, splits, make_method(config), task, chain, chain))
+    if config.loss_chunk is not None and task.rows_per_sample is None:
+        raise ConfigError(f"--loss-chunk {config.loss_chunk}: the loss of {task.name} is no sum over rows; leave it out")
     if config.loss_chunk is not None and not is_rowwise(chain.layers[-1]):
         raise ConfigError(
             f"--loss-chunk {config.loss_chunk}: the last layer of {source.spec}, {chain.layers[-1].name!r}, is not one nn.Linear and "
@@ -147,6 +166,26 @@ def _capture(
     raise next((error for error in errors if "does not run on" not in str(error)), errors[-1 if looks_up else 0])
 
 
+def _rebuild(outputs: tuple[Tensor, ...]) -> Any:
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _class_weights(config: FitConfig, dataset: Dataset, train: Split) -> tuple[float, ...] | None:
+    """Return the weights of the classes that the options ask for."""
+    if config.class_weights is None or dataset.targets.kind not in ("class", "tokens", "mask", "labels"):
+        if config.class_weights is not None and dataset.targets.kind == "probabilities":
+            raise ConfigError("--class-weights has no meaning for probabilities of classes; leave it out")
+        return None
+    if config.class_weights == "balanced":
+        return balanced_weights(train, dataset.targets)
+    if len(config.class_weights) != dataset.num_classes:
+        raise ConfigError(
+            f"--class-weights has {len(config.class_weights)} values, and data {dataset.name} has {dataset.num_classes} classes; give one "
+            "for each, or balanced"
+        )
+    return config.class_weights
+
+
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -166,9 +205,15 @@ def by_other_method(workload: Workload, config: FitConfig) -> Workload:
 
 def _by_method(workload: Workload) -> Workload:
     """Return a workload with the auxiliary heads that its method learns from, if its method can train it."""
-    if workload.dataset.label_shape and workload.config.method == "pnn":
+    kind = workload.dataset.targets.kind
+    if kind != "class" and workload.config.method == "pnn":
         raise ConfigError(
-            f"--method pnn needs a class for each sample, and data {workload.dataset.name} has one for each token; use --method exact"
+            f"--method pnn needs a class for each sample, and data {workload.dataset.name} has {_INSTEAD_OF_CLASS[kind]}; use --method exact"
+        )
+    if workload.task.head_size is None and workload.method.learns_per_layer:
+        raise ConfigError(
+            f"--method neuroflux needs targets that a head can learn at every layer, and data {workload.dataset.name} has "
+            f"{_INSTEAD_OF_CLASS[kind]}; use --method exact"
         )
     return dataclasses.replace(workload, chain=_with_heads(workload)) if workload.method.learns_per_layer else workload
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lowmem_pnn.config.code import names_code
 from lowmem_pnn.config.fit_config import FitConfig, default_of
 from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
@@ -14,15 +15,19 @@ from lowmem_pnn.methods import SplitName
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import find_dataset, make_dataset
+from lowmem_pnn.sources.imports import load_factory
+from lowmem_pnn.sources.map_split import from_torch
 from lowmem_pnn.sources.models import ModelSource, find_model
-from lowmem_pnn.sources.splits import SampleSplit, Split, from_torch
+from lowmem_pnn.sources.splits import SampleSplit, Split
 from lowmem_pnn.sources.subsets import sample_of, train_val_split
+from lowmem_pnn.sources.targets import TargetOptions
+from lowmem_pnn.tasks import Own, OwnLoss, OwnMetrics
 
 Model = str | nn.Module | Callable[[], nn.Module]
 """A name, a model, or a function that builds one."""
 
-Inputs = tuple[ModelSource, Dataset, dict[SplitName, Split]]
-"""Model, data set, and the parts of the data set by name."""
+Inputs = tuple[ModelSource, Dataset, dict[SplitName, Split], Own]
+"""Model, data set, the parts of the data set by name, and what of loss and metrics is the user's own."""
 
 
 def named_inputs(config: FitConfig) -> Inputs:
@@ -42,7 +47,9 @@ def named_inputs(config: FitConfig) -> Inputs:
     return open_data(config)
 
 
-def python_inputs(model: Model, train: Any, val: Any, test: Any) -> Callable[[FitConfig], Inputs]:
+def python_inputs(
+    model: Model, train: Any, val: Any, test: Any, loss: OwnLoss | None = None, metrics: OwnMetrics | None = None
+) -> Callable[[FitConfig], Inputs]:
     """Return what opens model and data that were given as objects, or by name.
 
     Args:
@@ -50,16 +57,24 @@ def python_inputs(model: Model, train: Any, val: Any, test: Any) -> Callable[[Fi
         train: as `fit` takes it.
         val: as `fit` takes it.
         test: as `fit` takes it.
+        loss: a loss of the user's own; None for one by name.
+        metrics: metrics of the user's own, by name.
     """
 
     def open_inputs(config: FitConfig) -> Inputs:
+        own = Own(loss or named_loss(config), metrics or {})
+        options = target_options(config, own)
         named = find_model(model, config.model_arg, None) if isinstance(model, str) else None
         input_form = named.input_form if named is not None else "any"
         if isinstance(train, str):
             context = named.context if named is not None else None
-            dataset = find_dataset(train, config.data_root, input_form, context=context, skip_broken=config.skip_broken)
+            dataset = find_dataset(
+                train, config.data_root, input_form, context=context, skip_broken=config.skip_broken, options=options
+            )
         else:
-            dataset = make_dataset(train, test, name=config.data, input_form=input_form, skip_broken=config.skip_broken)
+            dataset = make_dataset(
+                train, test, name=config.data, input_form=input_form, skip_broken=config.skip_broken, options=options
+            )
         if isinstance(model, str):
             source = find_model(model, config.model_arg, dataset.num_classes)
         else:
@@ -75,6 +90,7 @@ def python_inputs(model: Model, train: Any, val: Any, test: Any) -> Callable[[Fi
                     input_form=input_form,
                     where=f"{config.data} ({'validation' if name == 'val' else 'test'} part)",
                     skip_broken=config.skip_broken,
+                    options=options,
                 )
         splits = split_data(dataset, config, apart)
         if apart:
@@ -86,7 +102,7 @@ def python_inputs(model: Model, train: Any, val: Any, test: Any) -> Callable[[Fi
                 fingerprint=hashlib.sha256("".join(prints).encode()).hexdigest(),
                 skipped={**dataset.skipped, **skipped},
             )
-        return source, dataset, splits
+        return source, dataset, splits, own
 
     return open_inputs
 
@@ -110,9 +126,48 @@ def open_data(config: FitConfig) -> Inputs:
     """
     # The data set says how many classes the model gets; the model how images are to be shown to it, and how long a text.
     named = find_model(config.model, config.model_arg, None)
-    dataset = find_dataset(config.data, config.data_root, named.input_form, context=named.context, skip_broken=config.skip_broken)
+    own = Own(named_loss(config))
+    dataset = find_dataset(
+        config.data,
+        config.data_root,
+        named.input_form,
+        context=named.context,
+        skip_broken=config.skip_broken,
+        options=target_options(config, own),
+    )
     source = find_model(config.model, config.model_arg, dataset.num_classes)
-    return source, dataset, split_data(dataset, config)
+    return source, dataset, split_data(dataset, config), own
+
+
+def named_loss(config: FitConfig) -> OwnLoss | None:
+    """Return the loss that the options name in a user's file; None where they name none.
+
+    Args:
+        config: options of the run.
+
+    Raises:
+        ConfigError: the run was started from Python with a loss of its own, or there is no such function.
+    """
+    if config.loss.startswith("python:"):
+        raise ConfigError(
+            f"this run was started from Python with its own loss ({config.loss}); go on with it there: lowmem_pnn.fit(..., resume=True)"
+        )
+    if not names_code("loss", config.loss):
+        return None
+    loss = load_factory(config.loss)
+    return loss() if isinstance(loss, type) else loss
+
+
+def target_options(config: FitConfig, own: Own) -> TargetOptions:
+    """Return what is known of the targets before the data is opened.
+
+    Args:
+        config: options of the run.
+        own: loss of the user's own, which takes any targets.
+    """
+    if own.loss is not None and config.task != "auto":
+        raise ConfigError(f"--task {config.task} chooses a loss, and {config.loss} is one of your own; leave --task out")
+    return TargetOptions("own" if own.loss is not None else config.task, config.ignore_index)
 
 
 def split_data(dataset: Dataset, config: FitConfig, apart: Mapping[SplitName, Split] | None = None) -> dict[SplitName, Split]:

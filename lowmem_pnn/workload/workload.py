@@ -18,6 +18,7 @@ from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.models import ModelSource
 from lowmem_pnn.sources.splits import Split
+from lowmem_pnn.tasks import Task
 
 # Batch size that `lr` is meant for where the batch is chosen: the default one.
 _BATCH_OF_LR = 64
@@ -33,6 +34,7 @@ class Workload:
         dataset: source of the samples.
         splits: parts of the data set: `train`, and `val` and `test` where there are such.
         method: training method.
+        task: what the model learns, by which loss.
         chain: the model in layers; its tensors are on the meta device until they are resident.
         bare: the same chain without auxiliary heads.
         compiled: number of compiled `layers`, of `functions` that they share, and `seconds` it took to compile them; empty where
@@ -44,14 +46,20 @@ class Workload:
     dataset: Dataset
     splits: dict[SplitName, Split]
     method: Method
+    task: Task
     chain: Chain
     bare: Chain
     compiled: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def rows_per_sample(self) -> int:
-        """Number of labels of one sample: 1, or its tokens."""
-        return math.prod(self.dataset.label_shape)
+        """Rows of outputs of one sample: 1, or its tokens."""
+        return self.task.rows_per_sample or 1
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether the loss of a batch is not made up of those of its parts, so that it has to go through at once."""
+        return getattr(self.task, "needs_whole_batch", False)
 
     @property
     def training_splits(self) -> dict[SplitName, int]:
@@ -113,13 +121,13 @@ class Workload:
     def objective(self, plan: Plan, partition: int) -> Objective:
         """Return what a partition learns."""
         boundary = self.chain.boundaries[plan.partitions[partition].stop]
-        return self.method.objective(partition, len(plan.partitions), boundary, self.dataset.num_classes)
+        return self.method.objective(partition, len(plan.partitions), boundary, self.task)
 
     def head(self, number: int) -> nn.Module | None:
         """Return the auxiliary head of a layer, as drawn after `torch.manual_seed(seed_of(config.seed, "head", number))`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.config.seed, "head", number))
-            return self.method.head(self.chain, number, self.dataset.num_classes, bool(self.dataset.label_shape))
+            return self.method.head(self.chain, number, self.task.head_size or 0, self.dataset.targets.kind == "tokens")
 
     def build_model(self, seed: int) -> nn.Module:
         """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`."""

@@ -51,7 +51,7 @@ def write_kept(folder, specs, count, encoding, pool, *, shard_samples=4, step=3,
         torch.randn(tensor.shape, generator=generator).to(tensor.dtype) if tensor.is_floating_point() else tensor
         for tensor in tensors
     )
-    sample_bytes = resident_bytes(specs, 1, (), encoding)
+    sample_bytes = resident_bytes(specs, 1, encoding=encoding)
     with ActivationWriter(folder, specs, count, shard_samples * sample_bytes, pool, encoding=encoding) as writer:
         for begin in range(0, count, step):
             writer.append(tuple(tensor[begin : begin + step] for tensor in tensors), labels[begin : begin + step])
@@ -75,8 +75,10 @@ def write_labelled(folder, count, label_shape, pool, *, shard_samples=4, step=3)
     size = math.prod(label_shape)
     labels = (numbers[:, None] * size + torch.arange(size)).reshape(count, *label_shape)
     specs = (TensorSpec((), torch.float32),)
-    sample_bytes = resident_bytes(specs, 1, label_shape)
-    with ActivationWriter(folder, specs, count, shard_samples * sample_bytes, pool, label_shape=label_shape) as writer:
+    sample_bytes = resident_bytes(specs, 1, TensorSpec(label_shape, torch.int64))
+    with ActivationWriter(
+        folder, specs, count, shard_samples * sample_bytes, pool, labels=TensorSpec(label_shape, torch.int64)
+    ) as writer:
         for begin in range(0, count, step):
             writer.append((numbers[begin : begin + step].float(),), labels[begin : begin + step])
     return labels, sample_bytes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from lowmem_pnn.sources.splits import from_torch
+from lowmem_pnn.sources.map_split import from_torch
 
 NOWHERE = Path("no-such-root")
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import lowmem_pnn
 from helpers.plainloops import built
+from helpers.tasks import class_objective
 from lowmem_pnn.device import Device, SimulatedDevice
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.residency import Residency
-from lowmem_pnn.methods import Labels
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.reporting.progress import Display
@@ -70,7 +70,12 @@ def resident(
         "learning_rate": lambda step: ADAM.lr,
     }
     return ActivePartition(
-        number=0, title="partition 1 of 1", residency=residency, objective=Labels(), is_last=True, **{**defaults, **options}
+        number=0,
+        title="partition 1 of 1",
+        residency=residency,
+        objective=class_objective(),
+        is_last=True,
+        **{**defaults, **options},
     )
 
 

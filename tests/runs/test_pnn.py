@@ -35,7 +35,9 @@ from lowmem_pnn.methods import SyntheticLabels, Visit, make_method
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.commits import Commits, Save, nothing_changed
+from lowmem_pnn.sources.targets import Targets
 from lowmem_pnn.stores.keys import weight_key
+from lowmem_pnn.tasks.classification import Classification
 from lowmem_pnn.training import start
 
 CPU = torch.device("cpu")
@@ -327,7 +329,8 @@ def codes_of(config: FitConfig, boundaries: list[tuple[TensorSpec, ...]], num_cl
     method = make_method(config)
     codes: list[Tensor] = []
     for partition, boundary in enumerate(boundaries):
-        objective = method.objective(partition, len(boundaries) + 1, boundary, num_classes)
+        task = Classification(Targets("class", num_classes))
+        objective = method.objective(partition, len(boundaries) + 1, boundary, task)
         assert isinstance(objective, SyntheticLabels)
         objective.prepare(CPU)
         codes += objective.class_vectors

@@ -219,7 +219,9 @@ def test_batchnorm_under_micro_batches_is_said_or_refused(tmp_path: Path) -> Non
     whole = fit(small_conv, images(), tmp_path / "whole", batch_norm="refuse", **options)
     assert whole.batch_norm == {}
     assert {part["micro_batch"] for part in whole.partitions} == {10}
-    with pytest.raises(ConfigError, match=r"--micro-batch 4 of --batch-size 10 and --batch-norm refuse contradict each other"):
+    with pytest.raises(
+        ConfigError, match=r"--micro-batch 4 of --batch-size 10: a batch has to go through at once here, by --batch-norm refuse"
+    ):
         fit(small_conv, images(), tmp_path / "both", batch_norm="refuse", micro_batch=4, **options)
     with pytest.raises(BudgetError, match=r"give --max-gpu-mem \d+MB"):
         fit(

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from helpers.simulated import resident
 from helpers.small_networks import images, small_conv, vectors
+from helpers.tasks import classification
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.engine.executor import Executor
 from lowmem_pnn.engine.loaders import DatasetLoader
 from lowmem_pnn.errors import BudgetError
-from lowmem_pnn.methods import Labels
+from lowmem_pnn.methods import TaskObjective
 from lowmem_pnn.optim.optimizers import OptimizerSpec
-from lowmem_pnn.sources.splits import from_torch
+from lowmem_pnn.sources.map_split import from_torch
 
 
 def train(
@@ -78,13 +79,13 @@ def test_a_step_that_does_not_fit_is_a_budget_error(pool: ThreadPoolExecutor) ->
 
 
 def test_objective_that_does_not_fit_is_a_budget_error(pool: ThreadPoolExecutor) -> None:
-    class Large(Labels):
+    class Large(TaskObjective):
         def prepare(self, device: torch.device) -> None:
             self.class_vectors = torch.empty(1000)
 
     with SimulatedDevice(1 << 30) as device:
         active = resident(lambda: nn.Linear(4, 2), (4,), device, pool)
-        active.objective = Large()
+        active.objective = Large(classification(), ())
         device.capacity_bytes = device.used_bytes() + 100
         with pytest.raises(BudgetError, match="memory ran out for the objective of partition 1 of 1"):
             Executor(device, seed=0).prepare(active)

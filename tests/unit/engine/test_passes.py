@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.tasks import class_objective
 from lowmem_pnn.engine.passes import backward_from_loss, outputs_in_chunks
-from lowmem_pnn.methods import Labels
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.model.layer import is_rowwise
 
@@ -33,7 +33,7 @@ def gradients(chain: Chain, chunk_rows: int | None, share: float, smoothing: flo
     parameters = {name: tensor for layer in chain.layers for name, tensor in layer.parameters().items()}
     for parameter in parameters.values():
         parameter.grad = None
-    loss = backward_from_loss(chain.layers, (tokens[:, :-1],), tokens[:, 1:], Labels(smoothing), share, chunk_rows)
+    loss = backward_from_loss(chain.layers, (tokens[:, :-1],), tokens[:, 1:], class_objective(smoothing), share, chunk_rows)
     return loss, {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
 
 

@@ -15,7 +15,7 @@ from lowmem_pnn.engine import executor as executor_module
 from lowmem_pnn.engine.executor import Executor
 from lowmem_pnn.engine.loaders import Batch, DatasetLoader
 from lowmem_pnn.engine.uploads import MicroBatch, Uploads
-from lowmem_pnn.sources.splits import from_torch
+from lowmem_pnn.sources.map_split import from_torch
 
 
 def _batch(number: int, size: int = 4) -> Batch:

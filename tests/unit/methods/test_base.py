@@ -5,13 +5,16 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.tasks import classification
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.methods import Labels, Sweep, SyntheticLabels, Visit, evaluation_visits, make_method
+from lowmem_pnn.methods import Sweep, SyntheticLabels, TaskObjective, Visit, evaluation_visits, make_method
 from lowmem_pnn.model.chain import TensorSpec
 
 CPU = torch.device("cpu")
 FLAT = TensorSpec((50,), torch.float32)
+
+TASK = classification()
 
 
 def config(**options: Any) -> FitConfig:
@@ -43,13 +46,13 @@ def test_backprop_is_one_partition_with_the_true_labels() -> None:
     method = make_method(config(method="backprop", epochs=4))
     assert method.num_partitions == 1
     assert method.visits(1, ["train", "val"]) == [Visit("learn", 0, "train", 4)]
-    assert isinstance(method.objective(0, 1, (FLAT,), 5), Labels)
+    assert isinstance(method.objective(0, 1, (FLAT,), TASK), TaskObjective)
 
 
 def test_only_the_last_partition_of_pnn_learns_the_true_labels() -> None:
     method = make_method(config(kappa=(2.0, 3.0)))
-    kinds = [method.objective(number, 3, (FLAT,), 6) for number in range(3)]
-    assert [type(kind) for kind in kinds] == [SyntheticLabels, SyntheticLabels, Labels]
+    kinds = [method.objective(number, 3, (FLAT,), TASK) for number in range(3)]
+    assert [type(kind) for kind in kinds] == [SyntheticLabels, SyntheticLabels, TaskObjective]
     vectors = []
     for kind in kinds[:2]:
         kind.prepare(CPU)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from helpers.neuroflux_layers import OPTIONS, layers_with_heads
 from helpers.small_networks import images
+from helpers.tasks import classification
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.engine.passes import backward_from_loss
@@ -25,7 +26,7 @@ def test_units_of_a_block_do_not_exchange_gradients() -> None:
             if number == spoilt:
                 for parameter in layer.parameters().values():
                     parameter.data += 1
-        objective = method.objective(0, 1, chain.boundaries[-1], 4)
+        objective = method.objective(0, 1, chain.boundaries[-1], classification())
         torch.manual_seed(1)
         backward_from_loss(chain.train().layers, (data[0],), data[1], objective, 1.0, None)
         return [{name: p.grad.clone() for name, p in layer.parameters().items() if p.grad is not None} for layer in chain.layers]

@@ -14,7 +14,7 @@ from torch.utils.data import Subset, TensorDataset
 from helpers.datasets import NOWHERE, Pairs, everything, image_bytes, save, token_windows
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.sources.datasets import find_dataset, make_dataset
-from lowmem_pnn.sources.splits import from_torch
+from lowmem_pnn.sources.map_split import from_torch
 from lowmem_pnn.sources.subsets import subset, train_val_split
 
 # From Python.
@@ -113,9 +113,7 @@ def test_labels_of_two_shapes_are_refused() -> None:
     ):
         make_dataset((x, y), (x, y[:, 0]), name="x")
     split = from_torch(Pairs([(x[0], y[0]), (x[1], 3)]), num_classes=25, where="mine")
-    with pytest.raises(
-        DataError, match=r"sample 1 of mine has labels of shape \(\), sample 0 of \(4,\); give all samples labels"
-    ):
+    with pytest.raises(DataError, match=r"sample 1 of mine has labels of shape \(\), others of \(4,\); give all samples labels"):
         split.batch([0, 1])
 
 

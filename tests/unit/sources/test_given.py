@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from helpers.datasets import NOWHERE, Pairs, everything, save
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.sources.datasets import find_dataset, make_dataset
-from lowmem_pnn.sources.splits import from_torch
+from lowmem_pnn.sources.map_split import from_torch
 
 X, Y = torch.arange(12.0).reshape(4, 3), [2, 0, 1, 2]
 

@@ -10,7 +10,7 @@ import torch
 from helpers.datasets import NOWHERE, everything, image_bytes, save
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.sources.datasets import find_dataset, make_dataset
-from lowmem_pnn.sources.splits import from_torch
+from lowmem_pnn.sources.map_split import from_torch
 
 
 @pytest.mark.parametrize(

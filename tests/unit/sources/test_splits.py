@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, Subset, TensorDataset
 from helpers.datasets import Pairs, everything, numbered, token_windows
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.sources.datasets import make_dataset
-from lowmem_pnn.sources.splits import from_torch
+from lowmem_pnn.sources.map_split import from_torch
 from lowmem_pnn.sources.subsets import subset, train_val_split
 
 
@@ -137,16 +137,19 @@ def test_the_number_of_classes_is_found_without_reading_samples() -> None:
         ((torch.zeros(3, 3), torch.zeros(2)), r"3 samples but 2 labels"),
         (
             (torch.zeros(3, 3), torch.eye(3)),
-            r"labels have shape \(3, 3\); give one class number for each sample \(one-hot: argmax\)",
+            r"labels have shape \(3, 3\), with one-hot rows; give one class number for each sample \(one-hot: argmax\)",
         ),
-        ((torch.zeros(3, 4).long(), torch.zeros(3, 3).long()), r"labels have shape \(3, 3\); .* of one shape \(N, T\)$"),
-        ((torch.zeros(3, 4).byte(), torch.zeros(3, 4).long()), r"labels have shape \(3, 4\); .* integer samples and labels"),
-        ((torch.zeros(3, 4).long(), torch.zeros(3, 4)), r"labels have shape \(3, 4\); .* integer samples and labels"),
+        ((torch.zeros(3, 4).long(), torch.zeros(3, 3).long()), r"labels have shape \(3, 3\), and .* of one shape \(N, T\);"),
+        ((torch.zeros(3, 4).byte(), torch.full((3, 4), 2)), r"labels have shape \(3, 4\); give one class number for each sample"),
+        ((torch.zeros(3, 4).long(), torch.zeros(3, 4)), r"labels have shape \(3, 4\), and .* integer samples and labels"),
         (
             Pairs([(torch.zeros(4).long(), torch.zeros(3).long())]),
-            r"has labels of shape \(3,\); .* labels of the sample's shape$",
+            r"labels have shape \(1, 3\), and samples are integers of shape \(4,\); give one class number",
         ),
-        ((torch.zeros(3, 3), torch.tensor([0, 0.5, 1])), r"a label is 0.5; labels are class numbers"),
+        (
+            (torch.zeros(3, 3), torch.tensor([0, 5e4, 1])),
+            r"targets are whole floats up to 50000, .* say which: --task regression or",
+        ),
         ((torch.zeros(3, 0), torch.zeros(3)), r"samples of shape \(0,\) hold no values"),
         ((torch.zeros(3, 2, dtype=torch.complex64), torch.zeros(3)), r"samples are complex64; give real numbers"),
         ((np.array([["a"], ["b"]]), np.zeros(2)), r"holds values of dtype <U1; give real numbers"),
@@ -154,7 +157,7 @@ def test_the_number_of_classes_is_found_without_reading_samples() -> None:
         (Pairs([(torch.zeros(3), 1, 2)]), r"sample 0 of the data set is 3 values; a data set must give pairs"),
         (Pairs([({"a": 1}, 1)]), r"sample 0 of the data set holds a dict; give tensors, arrays or images"),
         (Pairs([(torch.zeros(3), "cat")]), r"the labels of sample 0 of the data set holds? a str"),
-        (Pairs([(torch.zeros(3), torch.eye(3)[0])]), r"sample 0 .*; give one class number for each sample"),
+        (Pairs([(torch.zeros(3), torch.eye(3)[0])]), r"with one-hot rows; give one class number for each sample"),
         (iter([]), r"without __getitem__ and __len__; give a map-style data set"),
     ],
 )
@@ -194,7 +197,7 @@ def test_classes_of_tokens_are_those_of_both(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", [tuple, lambda parts: TensorDataset(*parts)])
-@pytest.mark.parametrize(("part", "value", "word"), [(0, 30, "token"), (0, -1, "token"), (1, 25, "label"), (1, -100, "label")])
+@pytest.mark.parametrize(("part", "value", "word"), [(0, 30, "token"), (0, -1, "token"), (1, 25, "label"), (1, -1, "label")])
 def test_a_token_that_is_no_class_is_named(kind: Any, part: int, value: int, word: str) -> None:
     parts = token_windows()
     parts[part][3, 2] = value

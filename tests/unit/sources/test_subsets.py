@@ -6,7 +6,7 @@ import torch
 
 from helpers.datasets import everything, numbered
 from lowmem_pnn.errors import DataError
-from lowmem_pnn.sources.splits import from_torch
+from lowmem_pnn.sources.map_split import from_torch
 from lowmem_pnn.sources.subsets import as_floats, sample_of, subset
 
 

@@ -55,7 +55,7 @@ def test_an_index_of_an_earlier_version_is_of_single_labels(tmp_path, pool):
     del content["label_shape"]
     path.write_text(json.dumps(content))
     store = ActivationStore.open(tmp_path / "a", verify=True)
-    assert store.label_shape == ()
+    assert store.labels.shape == ()
     assert label_lists(read(store, 20, pool)) == [list(range(20))]
     write_labelled(tmp_path / "b", 20, (5,), pool)
     path = tmp_path / "b" / "index.json"

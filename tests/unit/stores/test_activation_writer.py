@@ -42,7 +42,7 @@ def test_a_value_that_cannot_be_kept_leaves_no_index(tmp_path, pool):
 
 
 def test_labels_of_another_shape_are_refused(tmp_path, pool):
-    writer = ActivationWriter(tmp_path / "a", (TensorSpec((), torch.float32),), 8, 1, pool, label_shape=(3,))
+    writer = ActivationWriter(tmp_path / "a", (TensorSpec((), torch.float32),), 8, 1, pool, labels=TensorSpec((3,), torch.int64))
     for labels in (torch.zeros(4).long(), torch.zeros(4, 2).long(), torch.zeros(4, 3)):
         with pytest.raises(CheckpointError, match=r"takes float32 \(4,\), int64 \(4, 3\), got float32 \(4,\), "):
             writer.append((torch.zeros(4),), labels)

@@ -130,7 +130,7 @@ def test_labels_of_any_shape_follow_their_samples(
         folder = Path(folder) / "a"
         labels, sample_bytes = write_labelled(folder, count, label_shape, pool, shard_samples=shard_samples, step=step)
         store = ActivationStore.open(folder, verify=True)
-        assert store.label_shape == label_shape
+        assert store.labels.shape == label_shape
         assert store.shard_samples == min(count, shard_samples)
         batches = read(store, batch_size, pool, shuffle=shuffle, window_bytes=window_samples * sample_bytes)
     order = torch.cat([tensor for (tensor,), _ in batches]).long()
@@ -152,15 +152,17 @@ def test_the_order_does_not_depend_on_the_labels_shape(tmp_path, pool):
 
 def test_memory_for_labels_is_counted(tmp_path, pool):
     specs = (TensorSpec((3,), torch.float32),)
-    assert resident_bytes(specs, 10, (16,)) - resident_bytes(specs, 10) == 10 * 15 * 8
+    assert resident_bytes(specs, 10, TensorSpec((16,), torch.int64)) - resident_bytes(specs, 10) == 10 * 15 * 8
     # As the specs alone would have it, ten samples would go into a shard and into a window.
-    with ActivationWriter(tmp_path / "a", specs, 20, resident_bytes(specs, 10), pool, label_shape=(1000,)) as writer:
+    with ActivationWriter(
+        tmp_path / "a", specs, 20, resident_bytes(specs, 10), pool, labels=TensorSpec((1000,), torch.int64)
+    ) as writer:
         writer.append((torch.zeros(20, 3),), torch.zeros(20, 1000, dtype=torch.int64))
     assert writer.shard_samples == 1
     store = ActivationStore.open(tmp_path / "a")
-    read(store, 5, pool, window_bytes=resident_bytes(specs, 20, (1000,)) - 1)
+    read(store, 5, pool, window_bytes=resident_bytes(specs, 20, TensorSpec((1000,), torch.int64)) - 1)
     assert store.cache is None
-    read(store, 5, pool, window_bytes=resident_bytes(specs, 20, (1000,)))
+    read(store, 5, pool, window_bytes=resident_bytes(specs, 20, TensorSpec((1000,), torch.int64)))
     assert store.cache is not None
 
 

@@ -27,7 +27,7 @@ def config(data: str, **options: Any) -> Any:
 
 def test_a_validation_part_takes_the_place_of_the_fraction(tmp_path: Path) -> None:
     spec = save(tmp_path / "a.npz", **arrays(train=20, val=5, test=8))
-    _, dataset, splits = open_data(config(spec, train_limit=10))
+    _, dataset, splits, _ = open_data(config(spec, train_limit=10))
     assert {name: len(split) for name, split in splits.items()} == {"train": 10, "val": 5, "test": 8}
     assert everything(splits["val"])[1].tolist() == list(range(5))
     assert dataset.num_classes == 20
@@ -65,8 +65,8 @@ def test_a_test_limit_is_a_choice_of_the_seed(tmp_path: Path) -> None:
 def test_parts_that_are_given_apart_take_the_place_of_the_data_sets_own(tmp_path: Path) -> None:
     spec = save(tmp_path / "a.npz", **arrays(train=20, val=5, test=8))
     apart = torch.zeros(3, 1), torch.arange(3)
-    _, own, _ = python_inputs("mlp:1-40", spec, None, None)(config(spec))
-    _, dataset, splits = python_inputs("mlp:1-40", spec, apart, apart)(config(spec, val_fraction=0, test_limit=2))
+    _, own, _, _ = python_inputs("mlp:1-40", spec, None, None)(config(spec))
+    _, dataset, splits, _ = python_inputs("mlp:1-40", spec, apart, apart)(config(spec, val_fraction=0, test_limit=2))
     assert {name: len(split) for name, split in splits.items()} == {"train": 20, "val": 3, "test": 2}
     assert dataset.fingerprint != own.fingerprint
 
@@ -74,7 +74,7 @@ def test_parts_that_are_given_apart_take_the_place_of_the_data_sets_own(tmp_path
 def test_broken_samples_of_all_parts_are_counted(tmp_path: Path) -> None:
     x = torch.zeros(6, 1)
     x[4] = float("nan")
-    _, dataset, splits = python_inputs("mlp:1-40", (x, torch.arange(6)), (x, torch.arange(6)), (x, torch.arange(6)))(
+    _, dataset, splits, _ = python_inputs("mlp:1-40", (x, torch.arange(6)), (x, torch.arange(6)), (x, torch.arange(6)))(
         config("python:tuple", skip_broken=True)
     )
     assert {name: len(split) for name, split in splits.items()} == {"train": 5, "val": 5, "test": 5}

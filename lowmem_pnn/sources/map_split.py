@@ -1,0 +1,284 @@
+"""Splits of map-style PyTorch data sets, whose samples are read when they are asked for; and of whatever else Python code gives."""
+
+import hashlib
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lowmem_pnn.errors import DataError, LowMemError
+from lowmem_pnn.sources.arrays import as_labels, as_tensor, count_classes, hash_tensor
+from lowmem_pnn.sources.given import as_pair, require_map_style
+from lowmem_pnn.sources.imports import one_line
+from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing, holds_tokens
+from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, require_samples, what_is_not_finite
+from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
+
+# Number of samples that stand for all samples of a map-style data set in its fingerprint, and where its targets are looked at.
+_NUM_PROBES = 16
+
+
+class MapSplit(SampleSplit):
+    """Split of a map-style data set, with (x, target) at each index, read when asked for.
+
+    Args:
+        dataset: Data set with `__len__` and `__getitem__`, without random transforms; x is a tensor, an array, a number or a PIL image.
+        num_classes: Number of classes; labels are below it. None to count the classes, see `from_torch`.
+        input_form: Form of the samples that the model takes.
+        where: Name of the split in messages.
+        skip_broken: Whether to read every sample once, and to leave out those that raise, hold NaN or infinity, or are of another
+            form than most.
+        options: What is known of the targets.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        num_classes: int | None,
+        input_form: InputForm,
+        where: str,
+        skip_broken: bool = False,
+        options: TargetOptions = TargetOptions(),  # noqa: B008 - it is frozen
+    ) -> None:
+        require_samples(len(dataset), where)
+        super().__init__(len(dataset))
+        self.where = where
+        self._dataset, self._input_form = dataset, input_form
+        if skip_broken and (broken := self._find_broken()):
+            self.skip(broken)
+        first, _ = self._item(int(self._kept[0]))
+        self.preprocessing = Preprocessing.choose(tuple(first.shape), first.dtype, input_form, where)
+        self.targets = self._find_targets(tuple(first.shape), holds_tokens(first.dtype, input_form), options)
+        if self.targets.are_classes:
+            count = self._count_classes() if num_classes is None else num_classes
+            self.targets = self.targets.of_classes(count)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the length and of a few evenly spaced samples.
+
+        Raises:
+            DataError: A sample differs when it is read again.
+        """
+        digest = hashlib.sha256(f"{len(self)}{''.join(self.skipped)}".encode())
+        for number in self._probes():
+            x, label = self._sample(int(number))
+            again, label_again = self._sample(int(number))
+            same = torch.equal(label, label_again) and x.shape == again.shape
+            if not same or not bool(torch.isclose(x, again, 0, 0, equal_nan=True).all()):
+                raise DataError(
+                    f"sample {number} of {self.where} differs when it is read again; take random transforms out of the data set, "
+                    "since what partitions compute from a sample is kept"
+                )
+            hash_tensor(digest, x)
+            digest.update(str(label.tolist()).encode())
+        return digest.hexdigest()
+
+    def _probes(self) -> npt.NDArray[np.int64]:
+        """Return the numbers of a few evenly spaced samples."""
+        numbers: npt.NDArray[np.int64] = self._kept[np.unique(np.linspace(0, len(self) - 1, _NUM_PROBES).astype(np.int64))]
+        return numbers
+
+    def _find_targets(self, sample_shape: tuple[int, ...], tokens: bool, options: TargetOptions) -> Targets:
+        """Find out what targets are: of the first sample where it is a class number, else of a few."""
+        own = options.task == "own"
+        values = []
+        for number in self._probes():
+            leaves, tree = pytree.tree_flatten(self._item(int(number))[1] if own else [self._item(int(number))[1]])
+            where = f"sample {number} of {self.where}"
+            values.append([_target_tensor(leaf, where) for leaf in leaves])
+            of_class = not own and not values[0][0].dtype.is_floating_point and values[0][0].numel() == 1
+            if of_class and options.task in ("auto", "classification"):
+                break
+        # One of another shape is refused by name when it is read.
+        shapes = [tensor.shape for tensor in values[0]]
+        values = [tensors for tensors in values if [tensor.shape for tensor in tensors] == shapes]
+        stacked = [torch.stack(tensors) for tensors in zip(*values, strict=True)]
+        whole = pytree.tree_unflatten(stacked, tree)
+        found = whole if own else whole[0]
+        return find_targets(found, self.where, options, sample_shape, tokens=tokens)
+
+    def _count_classes(self) -> int:
+        """Return the number of classes; where each token has a label, one more than the largest token or label."""
+        of_tokens = self.targets.kind == "tokens"
+        known = None if self.targets.kind == "mask" else _known_classes(self._dataset, self.where, of_tokens)
+        if known is not None:
+            return known
+        counts = [self.targets.count(label) for _, label in map(self._sample, self._kept.tolist())]
+        if of_tokens:
+            counts += [count_classes(x[None], x[None]) for x, _ in map(self._sample, self._kept.tolist())]
+        return max(counts)
+
+    def _find_broken(self) -> dict[int, str]:
+        """Read every sample, and say what is wrong with those that cannot be used."""
+        forms: dict[int, str] = {}
+        broken: dict[int, str] = {}
+        for number in self._kept.tolist():
+            try:
+                x, target = self._item(number)
+                labels = [_target_tensor(leaf, f"sample {number} of {self.where}") for leaf in pytree.tree_leaves(target)]
+            except DataError as error:
+                reason = error.__cause__ or error
+                broken[number] = f"cannot be read: {one_line(reason) if reason is error.__cause__ else error}"
+                continue
+            if x.dtype.is_floating_point and not bool(torch.isfinite(floats := x.to(torch.float32)).all()):
+                broken[number] = f"holds {what_is_not_finite(floats)}"
+            elif any(label.dtype.is_floating_point and not bool(torch.isfinite(label).all()) for label in labels):
+                broken[number] = "has a target that is NaN or infinite"
+            else:
+                shapes = [str(tuple(label.shape)) for label in labels if label.numel() != 1]
+                forms[number] = f"{tuple(x.shape)} {x.dtype}" + (f", its labels {', '.join(shapes)}" if shapes else "")
+        if forms:
+            usual = Counter(forms.values()).most_common(1)[0][0]
+            broken |= {number: f"is {form}, most are {usual}" for number, form in forms.items() if form != usual}
+        return dict(sorted(broken.items()))
+
+    def _sample(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return a sample as it is stored, and its target as it is kept."""
+        x, target = self._item(number)
+        return x, self.targets.convert(target, f"sample {number} of {self.where}", batched=False)
+
+    def _item(self, number: int) -> tuple[Tensor, Any]:
+        """Return a sample as it is stored, and its target as the data set gives it."""
+        where = f"sample {number} of {self.where}"
+        try:
+            item = self._dataset[number]
+            # An image may be read from its file only now.
+            if isinstance(item, tuple | list) and len(item) == 2:
+                return as_tensor(item[0], where), item[1]
+        except (LowMemError, MemoryError):
+            raise
+        # Whatever a user's data set raises is the user's to see, on one line, with the original as the cause.
+        except Exception as error:
+            raise DataError(f"{where} cannot be read: {one_line(error)}; repair it or leave it out (--skip-broken)") from error
+        content = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
+        raise DataError(f"{where} is {content}; a data set must give pairs (x, target)")
+
+    def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        expected = self.preprocessing
+        xs: list[Tensor] = []
+        labels: list[Tensor] = []
+        for number in numbers:
+            x, label = self._sample(int(number))
+            if tuple(x.shape) != expected.raw_shape or x.dtype != expected.raw_dtype:
+                raise DataError(
+                    f"sample {self._name(number)} of {self.where} is {tuple(x.shape)} {x.dtype}, sample 0 is "
+                    f"{expected.raw_shape} {expected.raw_dtype}; give all samples one shape and dtype"
+                )
+            xs.append(x)
+            labels.append(label)
+        return torch.stack(xs), torch.stack(labels)
+
+
+def _target_tensor(value: Any, where: str) -> Tensor:
+    """Return part of a target as a tensor; words are refused, with what to write instead."""
+    return as_labels(value, where) if isinstance(value, str | bytes) else as_tensor(value, f"the labels of {where}")
+
+
+def from_torch(
+    dataset: Any,
+    *,
+    num_classes: int | None = None,
+    input_form: InputForm = "any",
+    where: str = "the data set",
+    skip_broken: bool = False,
+    options: TargetOptions = TargetOptions(),  # noqa: B008 - it is frozen
+) -> SampleSplit:
+    """Make a split of a PyTorch data set or of tensors.
+
+    Args:
+        dataset: Map-style data set of (x, target), or a pair of tensors, arrays, tables or lists (x, y). What targets may be says
+            `lowmem_pnn.sources.targets`.
+        num_classes: Number of classes, where targets are class numbers. None to take it from the data set's `classes` or labels;
+            without those every sample is read once. Where tokens have labels, it is one more than the largest token or label.
+        input_form: Form of the samples that the model takes.
+        where: Name of the split in messages.
+        skip_broken: Read every sample once, and leave out those that raise, hold NaN or infinity, or are of another form than most.
+        options: What is known of the targets.
+
+    Raises:
+        DataError: The data set is empty, is not indexed, or does not hold such pairs.
+
+    Example:
+        >>> split = from_torch((torch.zeros(6, 28, 28, dtype=torch.uint8), torch.arange(6)), input_form="flat")
+        >>> x, y = split.batch([4, 1])
+        >>> x.shape, y
+        (torch.Size([2, 784]), tensor([4, 1]))
+    """
+    if isinstance(dataset, SampleSplit):
+        return dataset
+    if (pair := as_pair(dataset)) is not None:
+        x = as_tensor(pair[0], where)
+        split = from_arrays(x, pair[1], num_classes=num_classes, input_form=input_form, where=where, options=options)
+        if skip_broken:
+            split.skip_broken()
+        return split
+    require_map_style(dataset, where)
+    require_samples(len(dataset), where)
+    return MapSplit(dataset, num_classes, input_form, where, skip_broken, options)
+
+
+def from_arrays(
+    x: Tensor,
+    y: Any,
+    *,
+    num_classes: int | None,
+    input_form: InputForm,
+    where: str,
+    options: TargetOptions = TargetOptions(),  # noqa: B008 - it is frozen
+    labels_name: str | None = None,
+) -> ArraySplit:
+    """Make a split of samples that are in memory.
+
+    Args:
+        x: Samples (N, ...).
+        y: Targets (N, ...), as the user gives them.
+        num_classes: Number of classes, where targets are class numbers; None to count them.
+        input_form: Form of the samples that the model takes.
+        where: Name of the split in messages.
+        options: What is known of the targets.
+        labels_name: Name of the targets in messages; None for that of the split.
+
+    Raises:
+        DataError: There are no samples, their number is not that of the targets, or it is not clear what the targets are.
+    """
+    y_where = where if labels_name is None else labels_name
+    if x.ndim < 1 or (isinstance(y, Tensor | np.ndarray) and y.ndim < 1):
+        raise DataError(f"{where}: x has shape {tuple(x.shape)} and y {tuple(np.shape(y))}; give x (N, ...) and y (N,)")
+    require_samples(len(x), where)
+    tokens = holds_tokens(x.dtype, input_form)
+    targets = find_targets(y, y_where, options, tuple(x.shape[1:]), tokens=tokens)
+    kept = targets.convert(y, y_where, batched=True)
+    if num_classes is not None and targets.are_classes:
+        targets = targets.of_classes(num_classes)
+    elif targets.kind == "tokens":
+        targets = targets.of_classes(max(targets.num_classes, count_classes(x, x)))
+    return ArraySplit(x, kept, targets, input_form, where)
+
+
+def _known_classes(dataset: Any, where: str, of_tokens: bool) -> int | None:
+    """Return the number of classes of a map-style data set if that is known without reading the samples one by one."""
+    tensors = getattr(dataset, "tensors", None)
+    if of_tokens and isinstance(dataset, torch.utils.data.Subset):
+        return _known_classes(dataset.dataset, where, of_tokens)
+    if of_tokens:
+        return count_classes(*tensors) if isinstance(tensors, tuple) and len(tensors) == 2 else None
+    classes = getattr(dataset, "classes", None)
+    if isinstance(classes, list | tuple) and classes:
+        return len(classes)
+    labels = getattr(dataset, "targets", None)
+    if labels is None:
+        labels = tensors[-1] if isinstance(tensors, tuple) else None
+    if labels is None and isinstance(dataset, torch.utils.data.Subset):
+        return _known_classes(dataset.dataset, where, of_tokens)
+    if labels is None:
+        return None
+    try:
+        numbers = as_labels(labels, where)
+    except DataError:
+        # A data set may turn what it calls `targets` into class numbers as a sample is read.
+        return None
+    return max(int(numbers.max()) + 1, 1) if numbers.numel() else None

@@ -1,0 +1,89 @@
+"""The task of a run: found from what was asked for and from what the targets of its data are."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.sources.targets import TargetKind, Targets
+from lowmem_pnn.tasks.classification import Classification
+from lowmem_pnn.tasks.multilabel import MultiLabel
+from lowmem_pnn.tasks.own_loss import OwnLoss, OwnMetrics, OwnTask
+from lowmem_pnn.tasks.regression import Regression, RegressionLoss
+from lowmem_pnn.tasks.task import Task
+
+TASK_OF: dict[TargetKind, str] = {
+    "class": "classification", "tokens": "classification", "probabilities": "classification", "labels": "multilabel",
+    "values": "regression", "mask": "segmentation", "own": "own",
+}  # fmt: skip
+"""Task of each kind of targets."""
+
+_LOSSES = {
+    "classification": ("cross-entropy",),
+    "segmentation": ("cross-entropy",),
+    "multilabel": ("bce",),
+    "regression": ("mse", "l1", "smooth-l1", "huber"),
+}
+
+
+@dataclass(frozen=True)
+class Own:
+    """Loss and metrics that were given as Python functions.
+
+    Args:
+        loss: The loss; None for one of the task's own.
+        metrics: Metrics by name; the task's own are reported where there is no such loss.
+    """
+
+    loss: OwnLoss | None = None
+    metrics: OwnMetrics = field(default_factory=dict)
+
+
+def make_task(
+    config: FitConfig,
+    targets: Targets,
+    own: Own,
+    rebuild: Callable[[tuple[Tensor, ...]], Any],
+    weights: Sequence[float] | None = None,
+) -> Task:
+    """Return the task of a run.
+
+    Args:
+        config: Options of the run.
+        targets: Form of the targets.
+        own: Loss and metrics of the user's own.
+        rebuild: Makes what the model returns of its output tensors.
+        weights: Weights of the classes, or labels, where there are such.
+
+    Raises:
+        ConfigError: An option has no meaning for the task.
+    """
+    name = TASK_OF[targets.kind]
+    if own.loss is not None:
+        _refuse_options(config, f"a loss of your own ({config.loss})", ("label_smoothing", "class_weights", "ignore_index"))
+        return OwnTask(targets, own.loss, own.metrics, config.loss, rebuild)
+    known = _LOSSES[name]
+    if config.loss not in ("auto", *known):
+        raise ConfigError(
+            f"--loss {config.loss} is no loss of {name}, which the targets of the data are for; give {', '.join(known)}, "
+            "file.py:function, or another --task"
+        )
+    if own.metrics:
+        raise ConfigError(f"metrics of your own go with a loss of your own (loss=...); {name} reports its own scores")
+    if name == "regression":
+        _refuse_options(config, "regression", ("label_smoothing", "class_weights", "ignore_index"))
+        function: RegressionLoss = "mse" if config.loss == "auto" else config.loss  # type: ignore[assignment]
+        return Regression(targets, function)
+    if name == "multilabel":
+        _refuse_options(config, "multilabel", ("ignore_index",))
+        return MultiLabel(targets, config.label_smoothing, weights)
+    return Classification(targets, config.label_smoothing, weights)
+
+
+def _refuse_options(config: FitConfig, task: str, names: Sequence[str]) -> None:
+    for name in names:
+        if getattr(config, name) not in (None, 0.0, ()):
+            raise ConfigError(f"--{name.replace('_', '-')} has no meaning for {task}; leave it out")

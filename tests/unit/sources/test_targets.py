@@ -1,0 +1,112 @@
+"""Targets: what they are is found from their shapes and values, and they are kept in one form."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lowmem_pnn.errors import DataError
+from lowmem_pnn.sources.map_split import from_torch
+from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
+
+IMAGE = (3, 4, 5)
+
+
+def find(
+    values: Any, task: Any = "auto", shape: tuple[int, ...] = (6,), *, tokens: bool = False, ignored: int | None = None
+) -> Targets:
+    return find_targets(values, "mine", TargetOptions(task, ignored), shape, tokens=tokens)
+
+
+@pytest.mark.parametrize(("values", "shape", "expected"), [
+    ([2, 0, 1], (6,), Targets("class", 3, ignored=-100)),
+    ([2.0, 0.0], (6,), Targets("class", 3, ignored=-100)),
+    (np.array([[2], [0]]), (6,), Targets("class", 3, ignored=-100)),
+    ([2, -100], (6,), Targets("class", 3, ignored=-100)),
+    ([True, False], (6,), Targets("class", 2, ignored=-100)),
+    ([2.5, 0.0], (6,), Targets("values", 1, (), torch.float32)),
+    ([-2.0, 0.0], (6,), Targets("values", 1, (), torch.float32)),
+    (torch.tensor([[1.5, 2], [3, 4]]), (6,), Targets("values", 2, (2,), torch.float32)),
+    ([[1, 1, 0], [0, 0, 1]], (6,), Targets("labels", 3, (3,), torch.float32)),
+    (torch.tensor([[True, True], [False, False]]), (6,), Targets("labels", 2, (2,), torch.float32)),
+    (torch.zeros(2, 4, 5, dtype=torch.uint8), IMAGE, Targets("mask", 1, (4, 5), torch.uint8, 255)),
+    (torch.full((2, 1, 4, 5), 300), IMAGE, Targets("mask", 301, (4, 5), torch.int64, 255)),
+    (torch.full((2, 4, 5), 255, dtype=torch.uint8), IMAGE, Targets("mask", 1, (4, 5), torch.uint8, 255)),
+])  # fmt: skip
+def test_what_targets_are_shows_in_them(values: Any, shape: tuple[int, ...], expected: Targets) -> None:
+    assert find(values, shape=shape) == expected
+
+
+def test_tokens_have_a_label_each() -> None:
+    assert find(torch.tensor([[1, 4, -100]]), shape=(3,), tokens=True) == Targets("tokens", 5, (3,), ignored=-100)
+    assert find(torch.tensor([[7], [8]]), shape=(3,), tokens=True) == Targets("class", 9, ignored=-100)
+
+
+@pytest.mark.parametrize(("values", "task", "kind"), [
+    ([3.0, 70000.0], "regression", "values"),
+    ([3, 5], "regression", "values"),
+    ([3.0, 70000.0], "classification", "class"),
+    ([[1, 0], [0, 1]], "multilabel", "labels"),
+    ([[1, 0], [0, 1]], "classification", "probabilities"),
+    ([[0.25, 0.75], [0.5, 0.5]], "classification", "probabilities"),
+    ([[1.0, 0.0], [0.0, 1.0]], "regression", "values"),
+])  # fmt: skip
+def test_a_task_says_what_targets_are_where_they_leave_a_doubt(values: Any, task: Any, kind: str) -> None:
+    assert find(values, task).kind == kind
+
+
+@pytest.mark.parametrize(("values", "text"), [
+    ([[1, 0], [0, 1]], "with one-hot rows; give one class number .* --task classification, multilabel or regression"),
+    ([[0.25, 0.75], [0.5, 0.5]], "with probabilities rows; give one class number for each sample"),
+    ([3.0, 70000.0], "targets are whole floats up to 70000, which may be values or class numbers; say which"),
+    ([[1, 2], [0, 1]], r"labels have shape \(2, 2\); give one class number for each sample"),
+    ({"a": [1, 2]}, "a target is a dict of several values; give a loss that takes it, loss=... from Python"),
+])  # fmt: skip
+def test_a_doubt_is_said(values: Any, text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        find(values)
+
+
+@pytest.mark.parametrize("of_samples", [False, True])
+def test_several_targets_are_kept_as_one_row_and_come_back(of_samples: bool) -> None:
+    targets = {
+        "box": torch.rand(5, 4),
+        "seen": torch.tensor([True, False, True, True, False]),
+        "kinds": (torch.arange(5), torch.rand(5, 2, 3)),
+    }
+    x = torch.rand(5, 3)
+    data: Any = (x, targets)
+    if of_samples:
+        data = [
+            (x[n], {"box": targets["box"][n], "seen": targets["seen"][n], "kinds": tuple(part[n] for part in targets["kinds"])})
+            for n in range(5)
+        ]
+    split = from_torch(data, options=TargetOptions("own"))
+    kept = split.batch([3, 1])[1]
+    assert (kept.dtype, kept.shape) == (torch.uint8, (2, 4 * 4 + 1 + 8 + 6 * 4))
+    for one in (kept, kept[1:].clone(), kept[1:]):  # be it at any place in memory
+        found, number = split.targets.unpack(one), [3, 1][-len(one) :]
+        assert torch.equal(found["box"], targets["box"][number])
+        assert torch.equal(found["seen"], targets["seen"][number])
+        assert torch.equal(found["kinds"][0], targets["kinds"][0][number])
+        assert torch.equal(found["kinds"][1], targets["kinds"][1][number])
+
+
+def test_a_target_of_another_form_is_named() -> None:
+    split = from_torch(
+        [(torch.zeros(3), {"a": 1.5}), (torch.zeros(3), {"a": 1.5}), (torch.zeros(3), {"b": 1.5})][:2],
+        options=TargetOptions("own"),
+    )
+    with pytest.raises(DataError, match=r"sample 7 has targets \(\) float32, others have"):
+        split.targets.convert({"b": 1.5}, "sample 7", batched=False)
+    with pytest.raises(
+        DataError, match=r"mine: a target is NaN or infinite; repair it or leave the sample out \(--skip-broken\)"
+    ):
+        from_torch((torch.zeros(2, 3), [1.5, float("nan")]), where="mine")
+
+
+def test_a_broken_target_is_left_out_with_its_sample() -> None:
+    split = from_torch([(torch.zeros(3), value) for value in (1.5, float("nan"), 2.5)], where="mine", skip_broken=True)
+    assert list(split.skipped) == ["sample 1 of mine"]
+    assert split.batch([0, 1])[1].tolist() == [1.5, 2.5]
