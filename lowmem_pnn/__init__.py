@@ -6,11 +6,13 @@ if TYPE_CHECKING:
     from lowmem_pnn.api import evaluate, export, fit, load_weights, plan
     from lowmem_pnn.reporting.plan_report import PlanReport
     from lowmem_pnn.reporting.result import Result
+    from lowmem_pnn.run.callbacks import Callback
 
 __version__ = "0.1.0"
-__all__ = ["PlanReport", "Result", "__version__", "evaluate", "export", "fit", "load_weights", "plan"]
+__all__ = ["Callback", "PlanReport", "Result", "__version__", "evaluate", "export", "fit", "load_weights", "plan"]
 
 _HOMES = {
+    "Callback": "run.callbacks",
     "PlanReport": "reporting.plan_report",
     "Result": "reporting.result",
     "evaluate": "api",

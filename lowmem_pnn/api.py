@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from lowmem_pnn.profiling.memory_profiler import MeasurementCache
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.run.callbacks import Callback
 from lowmem_pnn.run.finished import open_finished
 from lowmem_pnn.run.resume import check_plan, check_same_data
 from lowmem_pnn.run.run import Run
@@ -59,6 +61,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     display: Display | None = None,
+    callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> Result:
     """Train a model within a memory budget, as the command `lowmem-pnn fit` does.
@@ -80,6 +83,7 @@ def fit(
         resume: go on with a run; options may be given as before, or left out. A finished run gives its result.
         overwrite: replace the run in `workdir`.
         display: is told of the run's progress; None shows nothing.
+        callbacks: objects of `lowmem_pnn.Callback`, which are told of the start, steps, epochs, commits and the end.
         **options: other fields of `FitConfig`.
 
     On Linux glibc's thresholds for giving memory back stay lowered in the process; the memory limit is lifted at the end.
@@ -103,11 +107,11 @@ def fit(
     open_inputs = python_inputs(model, train, val, test, None if isinstance(loss, str) else loss, metrics)
     if resume:
         folder = unfinished_run(given) if workdir is None else Path(workdir)
-        result = resume_training(folder, given, open_inputs, display=display)
+        result = resume_training(folder, given, open_inputs, display=display, callbacks=callbacks)
     else:
         config = configure(**given)
         folder = next_workdir(config) if workdir is None else Path(workdir)
-        result = begin(config, folder, open_inputs, overwrite=overwrite, display=display)
+        result = begin(config, folder, open_inputs, overwrite=overwrite, display=display, callbacks=callbacks)
     assert result is not None, "one process trains all partitions"
     return result
 

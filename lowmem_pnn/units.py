@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them: the one file that knows 1000 from 1024."""
+"""Sizes in bytes and times in seconds, as people write and read them: the one file that knows 1000 from 1024."""
 
 import math
 import re
@@ -46,6 +46,36 @@ def parse_bytes(text: str | int) -> int:
     if size > _LARGEST:
         raise UnitError(f"{str(text)!r} is more than {_LARGEST} bytes, which no machine has; write one as 512MB or 512MiB")
     return size
+
+
+_TIME = re.compile(
+    r"\s*(?:(\d+(?:\.\d+)?)\s*d)?\s*(?:(\d+(?:\.\d+)?)\s*h)?\s*(?:(\d+(?:\.\d+)?)\s*m)?\s*(?:(\d+(?:\.\d+)?)\s*s)?\s*", re.ASCII
+)
+
+
+def parse_seconds(text: str) -> float:
+    """Read a time as people write it.
+
+    Args:
+        text: days, hours, minutes and seconds, each a number with d, h, m or s, in this order.
+
+    Returns:
+        The time in seconds.
+
+    Raises:
+        UnitError: no such unit, a bare number, or no time at all.
+
+    Example:
+        >>> parse_seconds("90m"), parse_seconds("1h30m"), parse_seconds("45 s")
+        (5400.0, 5400.0, 45.0)
+    """
+    match = _TIME.fullmatch(text)
+    seconds = (
+        sum(float(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True)) if match else 0.0
+    )
+    if seconds <= 0:
+        raise UnitError(f"{text!r} is not a time; write 90m, 1h30m or 45s")
+    return seconds
 
 
 def format_bytes(size: int | float) -> str:

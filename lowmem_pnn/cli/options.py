@@ -16,7 +16,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
     "Data": ("data", "data_root", "augment", "shuffle", "val_fraction", "train_limit", "test_limit", "skip_broken"),
     "Task": ("task", "loss", "class_weights", "label_smoothing", "ignore_index"),
-    "Method": ("method", "epochs", "partitions", "cuts", "recovery_epochs", "recover"),
+    "Method": ("method", "epochs", "early_stop", "keep_weights", "monitor", "time_limit", "partitions", "cuts", "recovery_epochs", "recover"),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
     "Method neuroflux": (
         "heads", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
@@ -49,6 +49,7 @@ _METAVARS = {
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
     "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
     "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "task": "auto|classification|multilabel|regression|segmentation",
+    "early_stop": "N", "keep_weights": "last|best", "monitor": "val_loss|val_accuracy", "time_limit": "TIME",
     "loss": "NAME", "class_weights": "X,...|balanced", "ignore_index": "N",
 }  # fmt: skip
 

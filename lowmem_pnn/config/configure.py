@@ -48,6 +48,9 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("plan_for", "cuts that are left to the planner", lambda config: config.cuts is None),
     ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
     ("warmup_steps", "--lr-schedule constant or cosine", lambda config: config.lr_schedule != "onecycle"),
+    ("early_stop", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
+    ("keep_weights", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
+    ("monitor", "--early-stop or --keep-weights best", lambda config: config.watches),
     ("momentum", "--optimizer sgd", lambda config: "sgd" in config.optimizer),
     ("optimizer_state", "--optimizer adam or adamw", lambda config: "sgd" not in config.optimizer),
     ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
@@ -185,6 +188,10 @@ def contradictions(config: FitConfig) -> list[str]:
         faults.append("--recovery-epochs has no effect here: it needs --method pnn, exact or backprop")
     if config.method == "neuroflux" and config.loss_chunk is not None:
         faults.append("--loss-chunk has no effect here: every unit of --method neuroflux has a loss of its own")
+    if config.watches and config.recovery_epochs:
+        faults.append(
+            "--early-stop and --keep-weights best watch the epochs of --method exact or backprop, and --recovery-epochs adds others"
+        )
     if config.parallel_sil and config.sil_target == "pooled":
         faults.append(
             "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out"

@@ -26,6 +26,7 @@ from lowmem_pnn.config.field_types import (
     Recovering,
     Size,
 )
+from lowmem_pnn.config.stopping_options import StoppingOptions
 from lowmem_pnn.config.task_options import TaskOptions
 from lowmem_pnn.errors import CheckpointError
 
@@ -39,7 +40,7 @@ PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "ka
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FitConfig(TaskOptions):
+class FitConfig(TaskOptions, StoppingOptions):
     """Everything that decides a run, checked; the same values give the same run.
 
     Where a field is a tuple, one value holds for every partition, else there is one per partition.
@@ -306,6 +307,11 @@ class FitConfig(TaskOptions):
         """
         values = getattr(self, field) if field != "batch_size" else self.batch_sizes
         return values[0] if len(values) == 1 else values[partition]
+
+    @property
+    def watches(self) -> bool:
+        """Whether validation decides when training ends, or which weights are left."""
+        return self.early_stop is not None or self.keep_weights == "best"
 
     @property
     def laps(self) -> int:

@@ -47,7 +47,8 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
         gradients += math.ceil(batch / plan.sweep_micro_batch) * profile.shared_bytes
         working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)
     export = sum(layer.weight_bytes + layer.buffer_bytes for layer in profile.layers)
-    return sum(stored) * config.keep_commits + max(working, export)
+    kept = sum(stored) * (config.keep_commits + (config.keep_weights == "best"))
+    return kept + max(working, export)
 
 
 def check_disk(workload: Workload, plan: Plan, profile: MemoryProfile) -> None:

@@ -27,6 +27,9 @@ class Result:
     `compiled` holds the number of compiled `layers`, the number of `functions` that they share, and the `seconds` of compiling in the
     last process, which `seconds` of the run leave out; empty without --compile.
 
+    `stopped_after` is the epoch after which training ended early (--early-stop), `best_epoch` the one that was best by --monitor, and
+    `weights_of` says whether the weights are those of the "last" epoch or of the "best".
+
     `skipped_steps` counts the steps in fp16 that were skipped because a gradient overflowed.
 
     `compared` is "yes" where the model's outputs, loss, gradients and buffers on a few samples were compared with those of its layers
@@ -69,6 +72,9 @@ class Result:
     training_state_bytes: int
     partitions: Sequence[Mapping[str, Any]]
     epochs: Sequence[int]
+    stopped_after: int | None = None
+    best_epoch: int | None = None
+    weights_of: str = "last"
     seconds: float
     compiled: Mapping[str, float] = dataclasses.field(default_factory=dict)
     samples_per_second: float
@@ -111,6 +117,12 @@ class Result:
         if self.exits:
             lines += ["", self._exit_table()]
         lines += ["", self._scores(), f"{self.seconds:.1f} s, {self.samples_per_second:.0f} samples/s"]
+        if self.stopped_after is not None:
+            lines.append(
+                f"ended early, after epoch {self.stopped_after} of {max(self.epochs)}; the best was epoch {self.best_epoch}"
+            )
+        if self.weights_of == "best":
+            lines.append(f"the weights are those of epoch {self.best_epoch}, the best on the validation part")
         if self.precision != "fp32":
             skipped = f", {self.skipped_steps} steps skipped" if self.skipped_steps else ""
             lines.append(f"computed in {self.precision}{skipped}")

@@ -12,7 +12,7 @@ from lowmem_pnn.errors import DiskError, Stopped
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.run.metrics import Metrics
 from lowmem_pnn.run.session import Session
-from lowmem_pnn.run.state import State, states_of
+from lowmem_pnn.run.state import State, states_of, weights_of
 from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import remove_folder
 from lowmem_pnn.stores.weights import WeightStore
@@ -123,6 +123,7 @@ class Commits:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
+            self._session.callbacks.tell("on_commit", {"number": self._state.number, "seconds": self._state.seconds})
 
     def roll_back(self) -> None:
         """Return to the last commit: what was trained since then did not happen. No partition may be resident."""
@@ -153,11 +154,15 @@ class Commits:
         """On the committing thread: seal the weight files, write the journal, and delete what no kept journal names."""
         if changed:
             journal["weights"] = self._state.weights = self._weights.seal(changed)
+        best = journal["best"]
+        if self._config.keep_weights == "best" and best["epoch"] and not best["weights"]:
+            best["weights"] = journal["weights"]
+            if self._state.best.epoch == best["epoch"]:
+                self._state.best.weights = journal["weights"]
         rundir = self._session.rundir
         older = states_of(rundir.commit(journal, self._config.keep_commits)[1:])
         # Deleted only now that no journal names it.
-        weights = (journal["weights"], *(state.weights for state in older))
-        self._weights.discard_obsolete([one for one in weights if one])
+        self._weights.discard_obsolete([one for one in (journal["weights"], best["weights"], *weights_of(older)) if one])
         activations = (journal["activations"], *(state.activations for state in older))
         named = {folder for one in activations for folder in one.values()}
         # Only what a commit has named: other stores are being written for the next one meanwhile.

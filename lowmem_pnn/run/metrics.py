@@ -158,9 +158,11 @@ class Metrics:
             loss: loss of its batch; None if the batch, or its step, was left out.
             rate: gives the learning rate of a step, counted from 0.
         """
+        told = {"action": action, "epoch": epoch + 1, "step": steps_done, "loss": loss, "lr": rate(steps_done - 1)}
+        self._session.callbacks.tell("on_step_end", told)
         if steps_done % self._workload.config.log_every:
             return
-        self._log({"action": action, "epoch": epoch + 1, "step": steps_done, "loss": loss, "lr": rate(steps_done - 1)})
+        self._log(told)
 
     def log_epoch(self, action: str, partition: int, micro_batch: int, timer: EpochTimer) -> None:
         """Log an epoch of a partition, or of a sweep, and show it.
@@ -186,6 +188,7 @@ class Metrics:
             }
         )
         self._session.display.end_epoch(line)
+        self._session.callbacks.tell("on_epoch_end", line)
 
     def log_joint_epoch(self, epoch: int) -> None:
         """Log an epoch in which all partitions took turns, a line for each.
@@ -194,7 +197,8 @@ class Metrics:
             epoch: finished epochs, this one included.
         """
         for number in range(len(self._state.records)):
-            self._log({"action": "learn", "partition": number, "epoch": epoch, **self._scores_of(number)})
+            line = self._log({"action": "learn", "partition": number, "epoch": epoch, **self._scores_of(number)})
+            self._session.callbacks.tell("on_epoch_end", line)
 
     def log_emit(self, visit: Visit) -> None:
         """Log that a partition's outputs were written.

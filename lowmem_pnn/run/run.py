@@ -19,7 +19,7 @@ from lowmem_pnn.run.commits import Commits
 from lowmem_pnn.run.metrics import Metrics
 from lowmem_pnn.run.partitions import Partitions
 from lowmem_pnn.run.session import Session
-from lowmem_pnn.run.state import PartitionRecord, RunStatus, State
+from lowmem_pnn.run.state import Best, PartitionRecord, RunStatus, State
 from lowmem_pnn.stores.keys import CommittedFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.units import format_bytes
@@ -89,6 +89,49 @@ class Run:
         record.val_accuracy = tally.accuracy
         if layers:
             record.unit_val_accuracies = [layer.accuracy or 0.0 for layer in layers]
+
+    # The best epoch, and the end of patience.
+
+    def watch(self, partition: int) -> bool:
+        """Compare the epoch that is over with the best one before it, where the options watch it.
+
+        Args:
+            partition: number of the partition whose record tells the validation.
+
+        Returns:
+            Whether it is the best so far, and its weights are to be kept.
+        """
+        config, state = self.workload.config, self.state
+        if not config.watches:
+            return False
+        record = state.records[partition]
+        value = record.val_loss if config.monitor == "val_loss" else record.val_accuracy
+        before = state.best.value
+        better = value is not None and (before is None or (value < before if config.monitor == "val_loss" else value > before))
+        if better:
+            state.best = Best(state.progress.epoch, value, module_state=self.workload.chain.python_state)
+        return better and config.keep_weights == "best"
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether so many epochs went by without a better one that training is to end."""
+        config, state = self.workload.config, self.state
+        return config.early_stop is not None and state.progress.epoch - state.best.epoch >= config.early_stop
+
+    def stop_early(self) -> None:
+        """Note that training ends before its last epoch."""
+        state, config = self.state, self.workload.config
+        state.stopped_after = state.progress.epoch
+        self.session.display.message(
+            f"training ends after epoch {state.progress.epoch}: {config.monitor} was best after epoch {state.best.epoch}"
+        )
+
+    def take_best(self) -> None:
+        """Have what comes after training take the weights of the best epoch, every byte of them checked."""
+        best = self.state.best
+        if self.workload.config.keep_weights == "best" and best.weights:
+            self.weights.restore(best.weights)
+            self.workload.chain.set_python_state({**self.workload.chain.python_state, **best.module_state})
 
     # Stores of activations that later visits read.
 

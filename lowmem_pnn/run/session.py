@@ -8,6 +8,7 @@ from pathlib import Path
 from lowmem_pnn.device import Device
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.run.callbacks import Callbacks
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.run_directory import RunDirectory
 
@@ -22,6 +23,7 @@ class Session:
         threads: background threads that read, write and sync.
         display: is told of the run's progress.
         should_stop: asked after every batch; when it says so the run commits and raises `Stopped`.
+        callbacks: are told of steps, epochs and commits.
         counter: counter of all bytes read and written.
         began: monotonic time at which the process began with the run, in seconds.
         scratch: folder for activations, where a run that is done is measured again; None for the run's own.
@@ -32,6 +34,7 @@ class Session:
     threads: WorkerThreads
     display: Display = field(default_factory=Display)
     should_stop: Callable[[], bool] = lambda: False
+    callbacks: Callbacks = field(default_factory=Callbacks)
     counter: IoCounter = field(default_factory=IoCounter)
     began: float = field(default_factory=time.monotonic)
     scratch: Path | None = None

@@ -58,6 +58,23 @@ class PartitionRecord:
 
 
 @dataclass
+class Best:
+    """The epoch that was best on the validation part, where that is watched.
+
+    Args:
+        epoch: finished epochs after it; 0 where there is none yet.
+        value: what `--monitor` was.
+        weights: committed files of its weights, where they are kept; empty until its commit is made.
+        module_state: Python attributes of modules, as they were then.
+    """
+
+    epoch: int = 0
+    value: float | None = None
+    weights: dict[str, Any] = field(default_factory=dict)
+    module_state: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class State:
     """Where a run is, and what belongs to that point. Its fields are the journal's keys.
 
@@ -79,6 +96,8 @@ class State:
         metrics_bytes: length of `metrics.jsonl`.
         compared: whether the model was compared with its layers before training.
         module_state: Python attributes of modules that forwards change, by module and attribute.
+        best: the epoch that was best on the validation part.
+        stopped_after: epochs after which training ended early; 0 where it did not.
         files: size and SHA-256 of the files that a finished run leaves, by name; empty for runs of earlier versions.
         rank: number of this process, where several train a partition each; the first joins them.
         ranks: number of these processes.
@@ -107,6 +126,8 @@ class State:
     metrics_bytes: int = 0
     compared: Literal["yes", "no"] = "no"
     module_state: dict[str, Any] = field(default_factory=dict)
+    best: Best = field(default_factory=Best)
+    stopped_after: int = 0
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     rank: int = 0
     ranks: int = 1
@@ -199,10 +220,13 @@ class State:
                 "records": [{**asdict(record), **_NO_LOSSES} for record in self.records],
                 "check": {},
                 "module_state": {},
+                "best": {**asdict(self.best), "value": None, "module_state": {}},
             }
         )
         for name, entry in self.files.items():
             parse_entry(entry, name)
+        if self.best.weights:
+            parse_state(Path("weights"), self.best.weights)
         if self.stage != "born":
             committed = parse_state(Path("weights"), self.weights)
             if len(committed) - ("rest" in committed) != len(parts):
@@ -218,7 +242,7 @@ class State:
         Args:
             commit: state of this run at the commit.
         """
-        for name in ("visit", "progress", "weights", "activations", "loss_scales", "module_state"):
+        for name in ("visit", "progress", "weights", "activations", "loss_scales", "module_state", "best", "stopped_after"):
             setattr(self, name, getattr(commit, name))
 
 
@@ -237,6 +261,15 @@ def states_of(bodies: Sequence[dict[str, Any]]) -> list[State]:
         with suppress(CheckpointError):
             states.append(State.from_journal(body))
     return states
+
+
+def weights_of(states: Sequence[State]) -> list[dict[str, Any]]:
+    """Return the weight files that commits name: their own, and those of their best epochs.
+
+    Args:
+        states: states of commits.
+    """
+    return [weights for state in states for weights in (state.weights, state.best.weights) if weights]
 
 
 def _check_counts(value: Any) -> None:

@@ -137,20 +137,8 @@ class WeightStore:
                 changed in any byte. The text names the file. Nothing is deleted then.
             DiskError: The file system refused.
         """
-        folder = Path(folder)
-        layouts: dict[PartitionName, dict[str, TensorLayout]] = {}
-        committed = parse_state(folder, state)
-        for partition, expected in committed.items():
-            path = folder / expected.file
-            with TensorFile.open(path, counter=counter, remedy=RUN_REMEDY) as file:
-                layouts[partition] = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
-                if file.size != expected.bytes:
-                    raise CheckpointError(f"{str(path)!r} has {file.size} bytes, the journal says {expected.bytes}; {RUN_REMEDY}")
-                if (written_as := file.metadata.get("file")) != expected.file:
-                    raise CheckpointError(f"{str(path)!r} holds what was written as {written_as!r}; {RUN_REMEDY}")
-            if verify and (digest := sha256(path, counter)) != expected.sha256:
-                raise CheckpointError(f"{str(path)!r} has sha256 {digest}, the journal says {expected.sha256}; {RUN_REMEDY}")
-        self = cls(folder, layouts, committed, counter)
+        layouts, committed = _committed_files(Path(folder), state, verify, counter)
+        self = cls(Path(folder), layouts, committed, counter)
         self.discard_obsolete([state, *keep])
         return self
 
@@ -286,6 +274,12 @@ class WeightStore:
         with self._lock:
             self._drop(self._working, list(self._working))
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the files of an earlier `state` (of `seal`), which were kept, as the committed ones, every byte of them checked."""
+        _, committed = _committed_files(self.folder, state, True, self._counter)
+        with self._lock:
+            self._committed = committed
+
     def discard_obsolete(self, keep: Iterable[Mapping[str, Any]]) -> None:
         """Delete the weight files that neither the kept commits nor this store use.
 
@@ -372,6 +366,25 @@ class WeightStore:
                     file.close()
                 with suppress(OSError):
                     file.path.unlink(missing_ok=True)
+
+
+def _committed_files(
+    folder: Path, state: Mapping[str, Any], verify: bool, counter: IoCounter | None
+) -> tuple[dict[PartitionName, dict[str, TensorLayout]], dict[PartitionName, CommittedFile]]:
+    """Return what is in the files that a state names, and the files; see `WeightStore.open`."""
+    layouts: dict[PartitionName, dict[str, TensorLayout]] = {}
+    committed = parse_state(folder, state)
+    for partition, expected in committed.items():
+        path = folder / expected.file
+        with TensorFile.open(path, counter=counter, remedy=RUN_REMEDY) as file:
+            layouts[partition] = {name: (entry.dtype, entry.shape) for name, entry in file.entries.items()}
+            if file.size != expected.bytes:
+                raise CheckpointError(f"{str(path)!r} has {file.size} bytes, the journal says {expected.bytes}; {RUN_REMEDY}")
+            if (written_as := file.metadata.get("file")) != expected.file:
+                raise CheckpointError(f"{str(path)!r} holds what was written as {written_as!r}; {RUN_REMEDY}")
+        if verify and (digest := sha256(path, counter)) != expected.sha256:
+            raise CheckpointError(f"{str(path)!r} has sha256 {digest}, the journal says {expected.sha256}; {RUN_REMEDY}")
+    return layouts, committed
 
 
 def _layout_bytes(layout: PartitionLayout) -> int:

@@ -1,5 +1,6 @@
 """The life of a run, from its first commit to its result: building, the check before training, training, test, export."""
 
+import dataclasses
 import hashlib
 import math
 from contextlib import closing
@@ -22,7 +23,7 @@ from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
-from lowmem_pnn.run.state import STORE_NAME, State, states_of
+from lowmem_pnn.run.state import STORE_NAME, State, states_of, weights_of
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.disk import RUN_REMEDY, remove_folder, write_durably
 from lowmem_pnn.stores.keys import VERSIONS_KEY, CommittedFile
@@ -62,6 +63,7 @@ def run_to_end(
         run = _begin(session, workload, profile, state, seconds_of)
     else:
         run = Run(session, workload, Plan.from_json(state.plan), _open_committed(session, workload, state), state)
+    session.callbacks.tell("on_fit_start", _told_at_start(run))
     carry_out(run)
     if state.rank:
         run.end("trained")
@@ -123,7 +125,7 @@ def _open_committed(session: Session, workload: Workload, state: State) -> Weigh
             with closing(ActivationStore.open(folder / name, verify=True, counter=counter)) as stored:
                 check_boundary(stored, folder / name, workload, plan)
         weights = WeightStore.open(
-            rundir.path / "weights", state.weights, counter=counter, keep=[one.weights for one in older if one.weights]
+            rundir.path / "weights", state.weights, counter=counter, keep=[*weights_of(older), *weights_of([state])[1:]]
         )
         check_layouts(weights, workload, plan)
     except CheckpointError as error:
@@ -144,6 +146,7 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     run.commits.wait()
     if workload.method.partitions_are_independent and not workload.config.recovery_epochs and "val" in workload.splits:
         validate(run, "the joined model")  # no partition's own epochs could tell
+    run.take_best()
     # Before anything is tested: what has been trained is not lost to data that cannot be read.
     chain = workload.chain
     versions = {VERSIONS_KEY: chain.versions} if chain.versions else {}
@@ -167,7 +170,21 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     run.end("done", {file.file: file for file in left})
     rundir.clear()
     forget(rundir, run.state)
+    run.session.callbacks.tell("on_fit_end", dataclasses.asdict(result))
     return result
+
+
+def _told_at_start(run: Run) -> dict[str, Any]:
+    config, state = run.workload.config, run.state
+    return {
+        "workdir": str(run.session.rundir.path),
+        "method": config.method,
+        "model": config.model,
+        "data": config.data,
+        "partitions": len(run.plan.partitions),
+        "resumed": state.resumed,
+        "epochs_done": state.progress.epoch,
+    }
 
 
 def _scores(run: Run, layer_accuracies: list[float | None]) -> dict[str, dict[str, Any]]:

@@ -92,7 +92,7 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
                 run.commits.commit(learner.save)
             run.commits.commit_if_due(learner.save)
 
-    while progress.epoch < learner.num_epochs:
+    while progress.epoch < learner.num_epochs and not run.is_out_of_patience:
         timer = metrics.epoch_timer()
         done = int(progress.tally.num_samples)
         display.start_epoch(learner.title, progress.epoch, learner.num_epochs, learner.num_samples, done)
@@ -102,5 +102,11 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
         learner.after_epoch(progress.epoch)
         if not learner.is_joint:
             metrics.log_epoch(learner.action, learner.partition, learner.micro_batch, timer)
+        is_best = run.watch(learner.partition)
         if progress.epoch < learner.num_epochs:
+            # The weights that are kept are those of a commit.
+            if is_best:
+                run.commits.commit(learner.save)
             run.commits.commit_if_due(learner.save)
+    if progress.epoch < learner.num_epochs:
+        run.stop_early()

@@ -10,7 +10,7 @@ from lowmem_pnn.planning.describe import describe_partition
 from lowmem_pnn.planning.notes import micro_batch_notes
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.macs import program_macs, samples_learnt
+from lowmem_pnn.run.macs import macs_until, program_macs, samples_learnt
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.tasks.make_task import TASK_OF
 
@@ -27,7 +27,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         exits: early exits, as `describe_exits` gives them.
     """
     workload, plan, state, device = run.workload, run.plan, run.state, run.session.device
-    test = scores.get("test", {})
+    test, stopped = scores.get("test", {}), state.stopped_after
     config, last, path = workload.config, state.records[-1], run.session.rundir.path
     # Of all processes, where several train a partition each.
     program, samples = workload.method.program(len(plan.partitions), workload.training_splits), len(workload.splits["train"])
@@ -53,9 +53,12 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         training_state_bytes=profile.training_state_bytes,
         partitions=_partitions(run),
         epochs=[config.value_for("epochs", number) for number in range(len(plan.partitions))],
+        stopped_after=stopped or None,
+        best_epoch=state.best.epoch or None,
+        weights_of=config.keep_weights,
         seconds=state.seconds,
         compiled=workload.compiled,
-        samples_per_second=samples_learnt(program, samples) / max(state.seconds, 1e-9),
+        samples_per_second=(samples * stopped if stopped else samples_learnt(program, samples)) / max(state.seconds, 1e-9),
         train_loss=last.train_loss,
         val_loss=last.val_loss,
         val_accuracy=last.val_accuracy,
@@ -66,7 +69,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         test_accuracy=test.get("accuracy"),
         test_f1=test.get("f1"),
         perplexity=test.get("perplexity"),
-        macs=program_macs(program, plan, samples),
+        macs=macs_until(program, plan, samples, 0, stopped) if stopped else program_macs(program, plan, samples),
         exits=exits,
         chosen_exit=chosen_exit(exits, config.exit_tolerance),
         bytes_read=state.bytes_read,

@@ -1,6 +1,7 @@
 """Start: a run that is begun, or gone on with, from its options to its result."""
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.reporting.tables import describe_skipped
+from lowmem_pnn.run.callbacks import Callback, Callbacks
 from lowmem_pnn.run.finished import read_result
 from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.run.resume import check_same_rank, count_resume, resumed_state, stored_config
@@ -46,6 +48,7 @@ def begin(
     overwrite: bool = False,
     display: Display | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    callbacks: Sequence[Callback] = (),
     rank: Rank = ALONE,
 ) -> Result | None:
     """Begin a run.
@@ -57,6 +60,7 @@ def begin(
         overwrite: replace the run that is there.
         display: is told of the run's progress; None shows nothing.
         should_stop: asked after every batch.
+        callbacks: are told of steps, epochs and commits.
         rank: which of several processes this is.
 
     Returns:
@@ -82,7 +86,7 @@ def begin(
             state = State.first(workload, planned, rank)
             # Threads end first: a commit that is under way needs the lock.
             with RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
-                session = Session(device, rundir, threads, display, should_stop)
+                session = Session(device, rundir, threads, display, _or_late(should_stop, config), Callbacks(callbacks))
                 return run_to_end(session, workload, profile, state, estimator)
 
 
@@ -93,6 +97,7 @@ def resume(
     *,
     display: Display | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    callbacks: Sequence[Callback] = (),
     after_crash: bool = False,
     rank: Rank = ALONE,
     trust: bool = False,
@@ -105,6 +110,7 @@ def resume(
         open_inputs: opens model and data, which must be as before.
         display: is told of the run's progress; None shows nothing.
         should_stop: asked after every batch.
+        callbacks: are told of steps, epochs and commits.
         after_crash: whether the last process died at the memory limit: the micro-batch that was in use is then halved.
         rank: which of several processes this is.
         trust: whether code that the run names for its model or data is run without being named in `options` again.
@@ -140,7 +146,8 @@ def resume(
                 state = resumed_state(rundir, workload, rank)
                 device.enforce(profile.untouched_bytes)
                 count_resume(rundir, state, workload, after_crash=after_crash)
-                return run_to_end(Session(device, rundir, threads, display, should_stop), workload, profile, state, estimator)
+                session = Session(device, rundir, threads, display, _or_late(should_stop, config), Callbacks(callbacks))
+                return run_to_end(session, workload, profile, state, estimator)
 
 
 def _begin_late(
@@ -157,6 +164,14 @@ def _begin_late(
     resumed_config(stored, options, first)
     check_trust(stored, options, first, trust=trust)
     return begin(stored, workdir, named_inputs, overwrite=False, display=display, should_stop=should_stop, rank=rank)
+
+
+def _or_late(should_stop: Callable[[], bool], config: FitConfig) -> Callable[[], bool]:
+    """Return what says that a run is to stop: it was asked to, or its time is over."""
+    if config.time_limit is None:
+        return should_stop
+    end = time.monotonic() + config.time_limit
+    return lambda: should_stop() or time.monotonic() >= end
 
 
 def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Display) -> Inputs:

@@ -96,6 +96,12 @@ def make_workload(
         raise ConfigError(f"model {source.spec} gives outputs of shape {shapes}, and data {dataset.name} has {misfit}")
     if isinstance(task, OwnTask):
         task.examine(splits["train"].batch(range(min(_EXAMINED, len(splits["train"]))))[1], outputs)
+    if config.watches and "val" not in splits:
+        raise ConfigError(
+            f"--early-stop and --keep-weights best go by the validation part, and data {dataset.name} has none; give --val-fraction"
+        )
+    if config.watches and config.monitor == "val_accuracy" and task.name not in ("classification", "multilabel"):
+        raise ConfigError(f"--monitor val_accuracy: {task.name} has no accuracy; give val_loss")
     if config.augment != "none" and (len(dataset.sample_shape) != 3 or not dataset.dtype.is_floating_point):
         raise ConfigError(
             f"--augment {config.augment} is for images (C, H, W), and the samples of data {dataset.name} are {dataset.sample_shape}; leave "

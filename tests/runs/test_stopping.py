@@ -1,0 +1,169 @@
+"""The end of training: early stopping, the best weights, a time limit; and callbacks that look on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lowmem_pnn
+from helpers.plainloops import assert_same_weights, loaded
+from lowmem_pnn.errors import CheckpointError, ConfigError, Stopped
+
+RANDOM = np.random.default_rng(3)
+X = RANDOM.normal(size=(60, 5)).astype(np.float32)
+# Noise: the validation loss soon rises.
+Y = RANDOM.integers(0, 3, 60)
+OPTIONS: dict[str, Any] = {"max_gpu_mem": "1GB", "device": "cpu", "batch_size": 8, "lr": 0.05}
+
+
+def build() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 3))
+
+
+def fit(folder: Path, **options: Any) -> Any:
+    return lowmem_pnn.fit(build, (X, Y), test=(X, Y), workdir=folder, **{**OPTIONS, **options})
+
+
+def val_losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["val_loss"] for line in lines if "val_loss" in line]
+
+
+@pytest.mark.parametrize("method", ["exact", "backprop"])
+def test_the_best_weights_are_those_of_a_run_that_ends_there(method: str, tmp_path: Path) -> None:
+    best = fit(tmp_path / "best", epochs=8, method=method, keep_weights="best")
+    losses = val_losses(tmp_path / "best")
+    assert best.best_epoch == 1 + losses.index(min(losses)) < 8, "or this test tests nothing"
+    there = fit(tmp_path / "there", epochs=best.best_epoch, method=method)
+    assert_same_weights(loaded(build, best.weights_file), loaded(build, there.weights_file))
+    assert best.scores == there.scores
+    assert best.scores["val"]["loss"] == pytest.approx(min(losses), rel=1e-5)
+    assert "the weights are those of epoch" in str(best)
+    last = fit(tmp_path / "last", epochs=8, method=method)
+    assert (last.best_epoch, last.weights_of) == (None, "last")
+    assert last.scores["val"]["loss"] > best.scores["val"]["loss"]
+
+
+@pytest.mark.parametrize("method", ["exact", "backprop"])
+def test_patience_ends_training(method: str, tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", epochs=12, method=method)
+    losses = val_losses(tmp_path / "whole")
+    end = next(epoch for epoch in range(12) if epoch - losses.index(min(losses[: epoch + 1])) >= 2) + 1
+    assert end < 12, "or this test tests nothing"
+    early = fit(tmp_path / "early", epochs=12, method=method, early_stop=2)
+    assert (early.stopped_after, early.best_epoch) == (end, end - 2)
+    assert val_losses(tmp_path / "early") == losses[:end]
+    assert early.macs < whole.macs
+    there = fit(tmp_path / "there", epochs=end, method=method)
+    assert_same_weights(loaded(build, early.weights_file), loaded(build, there.weights_file))
+    assert early.macs == there.macs
+
+
+class StopsAt(lowmem_pnn.Callback):
+    """Ends a run after some steps, as a signal would, but without a commit of its own."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, info: Mapping[str, Any]) -> None:
+        if info["step"] == self.step:
+            raise Stopped("enough")
+
+
+@pytest.mark.parametrize("step", [7, 15, 20, 33])
+def test_the_best_weights_survive_a_run_that_is_cut_off(step: int, tmp_path: Path) -> None:
+    options = {"epochs": 8, "method": "exact", "keep_weights": "best", "early_stop": 4, "commit_every": 0.0}
+    expected = fit(tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        fit(tmp_path / "cut", callbacks=[StopsAt(step)], **options)
+    result = lowmem_pnn.fit(build, (X, Y), test=(X, Y), workdir=tmp_path / "cut", max_gpu_mem="1GB", resume=True)
+    assert_same_weights(loaded(build, result.weights_file), loaded(build, expected.weights_file))
+    assert (result.best_epoch, result.stopped_after, result.scores) == (
+        expected.best_epoch,
+        expected.stopped_after,
+        expected.scores,
+    )
+
+
+def test_a_flip_in_the_best_weights_is_noticed(tmp_path: Path) -> None:
+    options = {"epochs": 8, "method": "exact", "keep_weights": "best", "commit_every": 0.0}
+    with pytest.raises(Stopped):
+        fit(tmp_path / "run", callbacks=[StopsAt(45)], **options)
+    best = json.loads((tmp_path / "run" / "journal.json").read_text())["body"]["best"]
+    path = tmp_path / "run" / "weights" / best["weights"]["partitions"][0]["file"]
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"has sha256 .*, the journal says"):
+        lowmem_pnn.fit(build, (X, Y), test=(X, Y), workdir=tmp_path / "run", max_gpu_mem="1GB", resume=True)
+
+
+def test_a_time_limit_stops_at_a_commit_and_a_resume_goes_on(tmp_path: Path) -> None:
+    expected = fit(tmp_path / "whole", epochs=3, method="exact")
+    with pytest.raises(Stopped, match="goes on from the last commit"):
+        fit(tmp_path / "run", epochs=3, method="exact", time_limit=1e-6)
+    result = lowmem_pnn.fit(build, (X, Y), test=(X, Y), workdir=tmp_path / "run", max_gpu_mem="1GB", resume=True, time_limit="1h")
+    assert_same_weights(loaded(build, result.weights_file), loaded(build, expected.weights_file))
+
+
+class Notes(lowmem_pnn.Callback):
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Mapping[str, Any]]] = []
+
+    def on_fit_start(self, info: Mapping[str, Any]) -> None:
+        self.told.append(("start", info))
+
+    def on_step_end(self, info: Mapping[str, Any]) -> None:
+        self.told.append(("step", info))
+
+    def on_epoch_end(self, info: Mapping[str, Any]) -> None:
+        self.told.append(("epoch", info))
+
+    def on_commit(self, info: Mapping[str, Any]) -> None:
+        self.told.append(("commit", info))
+
+    def on_fit_end(self, info: Mapping[str, Any]) -> None:
+        self.told.append(("end", info))
+
+
+@pytest.mark.parametrize("method", ["exact", "backprop", "pnn", "neuroflux"])
+def test_callbacks_are_told_in_order(method: str, tmp_path: Path) -> None:
+    notes = Notes()
+    result = fit(tmp_path / "run", epochs=2, method=method, callbacks=[notes], **({} if method == "backprop" else {"cuts": "1"}))
+    names = [name for name, _ in notes.told if name != "commit"]
+    assert (names[0], names[-1]) == ("start", "end")
+    learners = 1 if method in ("exact", "backprop") else 2
+    assert names[1:-1] == (["step"] * 7 + ["epoch"]) * 2 * learners
+    steps = [info["step"] for name, info in notes.told if name == "step"]
+    assert steps == [*range(1, 15)] * learners
+    assert notes.told[-1][1]["test_accuracy"] == result.test_accuracy
+    commits = [info["number"] for name, info in notes.told if name == "commit"]
+    assert commits == sorted(set(commits))
+    assert len(commits) >= 2
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    ({"method": "pnn", "early_stop": 2}, "--early-stop has no effect here: it needs --method exact or backprop"),
+    ({"method": "exact", "monitor": "val_accuracy"}, "--monitor has no effect here: it needs --early-stop or --keep-weights best"),
+    ({"method": "exact", "early_stop": 2, "val_fraction": 0.0}, "go by the validation part, and data .* has none; give --val-fraction"),
+    ({"method": "exact", "early_stop": 2, "recovery_epochs": 1}, "--early-stop and --keep-weights best watch the epochs"),
+    ({"method": "exact", "time_limit": "90"}, "--time-limit: '90' is not a time; write 90m, 1h30m or 45s"),
+])  # fmt: skip
+def test_what_has_no_meaning_is_refused(options: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=text):
+        fit(tmp_path / "run", epochs=2, **options)
+
+
+def test_numbers_have_no_accuracy_to_watch(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--monitor val_accuracy: regression has no accuracy; give val_loss"):
+        lowmem_pnn.fit(
+            lambda: nn.Linear(5, 1), (X, torch.from_numpy(X[:, 0])), workdir=tmp_path / "run", method="exact", early_stop=1,
+            monitor="val_accuracy", **OPTIONS,
+        )  # fmt: skip
