@@ -107,19 +107,19 @@ class DatasetLoader:
         if self._augments and augmentation_key is not None:
             augment = RandomCropFlip(self.num_samples, self._seed, augmentation_key)
 
-        def read(numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        def read(numbers: npt.NDArray[np.int64]) -> Batch:
             samples, labels = self._split.batch(numbers)
-            return samples if augment is None else augment(samples, numbers), labels
+            if isinstance(samples, tuple):
+                return samples, labels
+            return (samples if augment is None else augment(samples, numbers),), labels
 
-        ahead: Future[tuple[Tensor, Tensor]] | None = None
+        ahead: Future[Batch] | None = None
         for begin in range(start * batch_size, len(order), batch_size):
             now = ahead or self._pool.submit(read, order[begin : begin + batch_size])
             following = order[begin + batch_size : begin + 2 * batch_size]
             ahead = self._pool.submit(read, following) if len(following) else None
-            samples, labels = now.result()
+            batch = now.result()
             del now  # it holds the batch
-            batch = (samples,), labels
-            del samples, labels
             yield batch
             del batch  # or three would be there while the next one is waited for
 

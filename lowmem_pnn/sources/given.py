@@ -29,6 +29,8 @@ def as_pair(data: Any) -> tuple[Any, Any] | None:
     x, y = data
     if _is_array(x) and (_is_array(y) or isinstance(y, list | tuple | range) or _holds_arrays(y)):
         return x, y
+    if isinstance(data, tuple) and _holds_arrays(x) and (_is_array(y) or isinstance(y, list | dict)):
+        return x, y
     if isinstance(data, tuple) and isinstance(x, list) and (_is_array(y) or isinstance(y, range) or _holds_scalars(y)):
         return x, y
     return None
@@ -82,7 +84,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _holds_arrays(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(map(_is_array, pytree.tree_leaves(value)))
+    return isinstance(value, dict | tuple) and bool(value) and all(map(_is_array, pytree.tree_leaves(value)))
 
 
 def _holds_scalars(value: Any) -> bool:

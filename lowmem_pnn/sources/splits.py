@@ -27,15 +27,15 @@ class Split(Protocol):
         """Return the number of samples, at least 1."""
         ...
 
-    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Return samples as the model takes them, and their targets.
 
         Args:
             indices: Numbers of B samples, from 0 to below the length, in any order, also repeated.
 
         Returns:
-            Samples (B, ...), float32 (int64 for tokens), and targets (B, ...) in the form that the data set's `Targets` says; contiguous
-            and the caller's own.
+            Samples (B, ...), float32 (int64 for tokens), or a tuple of these where a sample is several tensors; and targets (B, ...) in
+            the form that the data set's `Targets` says; contiguous and the caller's own.
 
         Raises:
             DataError: A sample holds NaN or infinity, or has a label or a labelled token that is no class; the message names it.

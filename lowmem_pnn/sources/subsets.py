@@ -20,7 +20,7 @@ class SubsetSplit:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Return samples and classes, as `Split.batch` does; messages give the sample's number in the whole split."""
         return self.base.batch(self.numbers[as_indices(indices, len(self))])
 

@@ -1,0 +1,166 @@
+"""Splits of samples of several tensors: a tuple or a dictionary of them at each index, or of arrays (N, ...)."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lowmem_pnn.errors import DataError
+from lowmem_pnn.sources.arrays import as_tensor, hash_tensor
+from lowmem_pnn.sources.preprocessing import Preprocessing
+from lowmem_pnn.sources.splits import Indices, SampleSplit, as_indices, require_samples, what_is_not_finite
+from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
+
+_NUM_PROBES = 16
+
+
+class StructuredSplit(SampleSplit):
+    """Split of samples of several tensors.
+
+    Args:
+        num_samples: Number of samples.
+        read: Returns a sample, a structure of tensors, and its target, by number.
+        where: Name of the split in messages.
+        options: What is known of the targets.
+    """
+
+    structure: pytree.TreeSpec
+    """Structure of a sample's tensors."""
+
+    def __init__(
+        self,
+        num_samples: int,
+        read: Callable[[int], tuple[Any, Any]],
+        where: str,
+        options: TargetOptions = TargetOptions(),  # noqa: B008
+    ) -> None:
+        require_samples(num_samples, where)
+        super().__init__(num_samples)
+        self.where, self._read = where, read
+        first, self.structure = self._leaves(0)
+        self.forms = tuple(
+            Preprocessing.choose(tuple(tensor.shape), tensor.dtype, "any", f"{where}, {name}")
+            for name, tensor in zip(self.names, first, strict=True)
+        )
+        self.preprocessing = self.forms[0]
+        self.targets = self._find_targets(options)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of a sample's tensors: their places in the structure."""
+        numbered = pytree.tree_unflatten(list(range(self.structure.num_leaves)), self.structure)
+        return [pytree.keystr(path) or "the sample" for path, _ in pytree.tree_flatten_with_path(numbered)[0]]
+
+    def batch(self, indices: Indices) -> tuple[tuple[Tensor, ...], Tensor]:  # type: ignore[override]
+        """Return the tensors of samples, each (B, ...), in the order of the structure, and their targets; see `Split.batch`."""
+        numbers = self._kept[as_indices(indices, len(self))]
+        read = [self._sample(int(number)) for number in numbers]
+        inputs = []
+        for place, form in enumerate(self.forms):
+            x = form(torch.stack([tensors[place] for tensors, _ in read]))
+            if form.raw_dtype.is_floating_point and not bool(torch.isfinite(x).all()):
+                row = int((~torch.isfinite(x).reshape(len(x), -1).all(1)).nonzero()[0])
+                raise DataError(
+                    f"sample {numbers[row]} of {self.where}, {self.names[place]}, holds {what_is_not_finite(x[row])}; repair it or leave it out"
+                )
+            inputs.append(x)
+        return tuple(inputs), torch.stack([target for _, target in read])
+
+    def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
+        """See `SampleSplit.labels`."""
+        return torch.stack([self._sample(int(number))[1] for number in self._kept[numbers]])
+
+    def fingerprint(self) -> str:
+        """Return a hash of the length and of a few evenly spaced samples.
+
+        Raises:
+            DataError: A sample differs when it is read again.
+        """
+        digest = hashlib.sha256(f"{len(self)}{self.names}".encode())
+        for number in self._probes():
+            once, again = self._sample(number), self._sample(number)
+            for one, other in zip((*once[0], once[1]), (*again[0], again[1]), strict=True):
+                if one.shape != other.shape or not bool(torch.isclose(one, other, 0, 0, equal_nan=True).all()):
+                    raise DataError(
+                        f"sample {number} of {self.where} differs when it is read again; take random transforms out of the data set"
+                    )
+                hash_tensor(digest, one)
+        return digest.hexdigest()
+
+    def _probes(self) -> list[int]:
+        return sorted(set(np.linspace(0, len(self) - 1, _NUM_PROBES).astype(int).tolist()))
+
+    def _find_targets(self, options: TargetOptions) -> Targets:
+        """Find out what targets are, of a few samples; how many classes there are, of all."""
+        raw = [self._read(number)[1] for number in self._probes()]
+        if options.task == "own":
+            trees = [pytree.tree_map(lambda leaf: as_tensor(leaf, f"the targets of {self.where}"), one) for one in raw]
+            whole = pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+            return find_targets(whole, self.where, options, (), tokens=False)
+        stacked = torch.stack([as_tensor(one, f"the labels of {self.where}") for one in raw])
+        found = find_targets(stacked, self.where, options, self.forms[0].shape, tokens=False)
+        if not found.are_classes:
+            return found
+        return found.of_classes(
+            max(
+                found.count(found.convert(self._read(n)[1], f"sample {n} of {self.where}", batched=False))
+                for n in range(len(self))
+            )
+        )
+
+    def _leaves(self, number: int) -> tuple[list[Tensor], pytree.TreeSpec]:
+        leaves, tree = pytree.tree_flatten(self._read(number)[0])
+        return [as_tensor(leaf, f"sample {number} of {self.where}") for leaf in leaves], tree
+
+    def _sample(self, number: int) -> tuple[list[Tensor], Tensor]:
+        tensors, tree = self._leaves(number)
+        where = f"sample {number} of {self.where}"
+        expected = [(form.raw_shape, form.raw_dtype) for form in self.forms]
+        if tree != self.structure or [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] != expected:
+            found = ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors)
+            raise DataError(f"{where} is of another form than sample 0 (it holds {found}); give all samples one form")
+        return tensors, self.targets.convert(self._read(number)[1], where, batched=False)
+
+
+def from_structured_arrays(x: Any, y: Any, where: str, options: TargetOptions = TargetOptions()) -> StructuredSplit:  # noqa: B008
+    """Make a split of several arrays that are in memory.
+
+    Args:
+        x: Tuple or dictionary of arrays, each (N, ...).
+        y: Targets (N, ...), or a structure of them.
+        where: Name of the split in messages.
+        options: What is known of the targets.
+
+    Raises:
+        DataError: They are of different lengths.
+    """
+    arrays = pytree.tree_map(lambda leaf: as_tensor(leaf, where), x)
+    targets = pytree.tree_map(
+        lambda leaf: as_tensor(leaf, f"the labels of {where}"), y if isinstance(y, dict | tuple) else as_tensor(y, where)
+    )
+    lengths = {len(leaf) for leaf in (*pytree.tree_leaves(arrays), *pytree.tree_leaves(targets))}
+    if len(lengths) != 1:
+        raise DataError(
+            f"{where}: arrays have {' and '.join(map(str, sorted(lengths)))} samples; give as many of each, and targets as many"
+        )
+
+    def read(number: int) -> tuple[Any, Any]:
+        return pytree.tree_map(lambda leaf: leaf[number], arrays), pytree.tree_map(lambda leaf: leaf[number], targets)
+
+    return StructuredSplit(lengths.pop(), read, where, options)
+
+
+def is_structured(sample: Any) -> bool:
+    """Decide whether a sample is a structure of several tensors, and not one tensor, array, image or list of numbers."""
+    if isinstance(sample, dict):
+        return bool(sample)
+    return (
+        isinstance(sample, tuple)
+        and any(not isinstance(part, int | float) for part in sample)
+        and not hasattr(sample, "__array__")
+    )
