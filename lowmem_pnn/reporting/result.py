@@ -44,6 +44,8 @@ class Result:
 
     `skipped_samples` holds the `count` of broken samples that were left out (--skip-broken), and the `names` of the first 100.
 
+    `data_parts` says how many samples each part of the data has, and which parts were split off.
+
     Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
     where the data is text, belongs to `weights_file`. Values that were not measured are None.
     """
@@ -94,6 +96,7 @@ class Result:
     workdir: str
     weights_file: str
     preprocessing: str
+    data_parts: str = ""
     versions: Mapping[str, str]
 
     def to_json(self) -> str:
@@ -110,6 +113,8 @@ class Result:
         lines = [f"{self.model} on {self.data}, method {self.method}, {self.device}", "", self._partition_table()]
         if self.exits:
             lines += ["", self._exit_table()]
+        if self.data_parts:
+            lines += ["", f"data: {self.data_parts}"]
         lines += ["", self._scores(), f"{self.seconds:.1f} s, {self.samples_per_second:.0f} samples/s"]
         if self.precision != "fp32":
             skipped = f", {self.skipped_steps} steps skipped" if self.skipped_steps else ""

@@ -33,6 +33,8 @@ class Dataset:
         fingerprint: Hash that changes when the data does.
         val: Validation part; None if there is none, so that some of the training part is taken.
         skipped: Broken samples that were left out, by name, with what is wrong with each.
+        classes: Names of the classes, in the order of their numbers; empty where they have none.
+        parts: The samples of each part in words, and which parts were split off; empty before that.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Dataset:
     fingerprint: str
     val: Split | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    parts: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -74,7 +78,7 @@ class Dataset:
         assert isinstance(self.train, SampleSplit)
         train, val, test = (None if part is None else as_floats(part) for part in (self.train, self.val, self.test))
         assert isinstance(train, SampleSplit)
-        steps = ", ".join(train.preprocessing.steps)
+        steps = ", ".join(train.preprocessing.all_steps)
         return dataclasses.replace(self, train=train, val=val, test=test, dtype=torch.float32, preprocessing=steps)
 
 
@@ -86,6 +90,7 @@ def join_parts(
     *,
     first_steps: tuple[str, ...] | None = None,
     skipped: Mapping[str, str] | None = None,
+    classes: tuple[str, ...] = (),
 ) -> Dataset:
     """Put the parts of a data set together.
 
@@ -96,6 +101,7 @@ def join_parts(
         val: Validation part; None if there is none.
         first_steps: Words for the first step of the preprocessing, where the source did something itself.
         skipped: Broken samples that the source left out itself, by name; those of the parts are added.
+        classes: Names of the classes, in the order of their numbers, where they have names.
 
     Raises:
         DataError: The parts do not fit together, or a sample or label of arrays is not usable.
@@ -112,7 +118,7 @@ def join_parts(
         part.targets = targets
         if isinstance(part, ArraySplit):
             part.check()
-    steps = preprocessing.steps if first_steps is None else (*first_steps, *preprocessing.steps[1:])
+    steps = preprocessing.steps_after(first_steps or preprocessing.steps[:1])
     fingerprints = [part.fingerprint() for part in (train, test) if part is not None]
     if val is not None:
         fingerprints.append(f"validation {val.fingerprint()}")
@@ -127,6 +133,7 @@ def join_parts(
         preprocessing=", ".join(steps),
         fingerprint=hashlib.sha256("\n".join([*fingerprints, *steps]).encode()).hexdigest(),
         skipped={name: reason for known in (skipped or {}, *(part.skipped for part in parts)) for name, reason in known.items()},
+        classes=classes,
     )
 
 
