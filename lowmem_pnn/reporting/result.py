@@ -44,7 +44,8 @@ class Result:
 
     `skipped_samples` holds the `count` of broken samples that were left out (--skip-broken), and the `names` of the first 100.
 
-    `data_parts` says how many samples each part of the data has, and which parts were split off.
+    `data_parts` says how many samples each part of the data has, and which parts were split off. `workers` is the number of processes that
+    read them; their memory is in `host_peak_bytes` alone.
 
     Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
     where the data is text, belongs to `weights_file`. Values that were not measured are None.
@@ -97,6 +98,7 @@ class Result:
     weights_file: str
     preprocessing: str
     data_parts: str = ""
+    workers: int = 0
     versions: Mapping[str, str]
 
     def to_json(self) -> str:
@@ -115,6 +117,10 @@ class Result:
             lines += ["", self._exit_table()]
         if self.data_parts:
             lines += ["", f"data: {self.data_parts}"]
+        if self.workers:
+            lines.append(
+                f"samples read by {self.workers} processes of the host, {format_bytes(self.host_peak_bytes)} of host memory in all"
+            )
         lines += ["", self._scores(), f"{self.seconds:.1f} s, {self.samples_per_second:.0f} samples/s"]
         if self.precision != "fp32":
             skipped = f", {self.skipped_steps} steps skipped" if self.skipped_steps else ""

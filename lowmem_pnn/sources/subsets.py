@@ -120,6 +120,9 @@ def as_floats(split: Split) -> Split:
         return SubsetSplit(as_floats(split.base), split.numbers)
     if isinstance(split, RenumberedSplit):
         return RenumberedSplit(as_floats(split.base), split.numbers)
+    if hasattr(split, "as_floats"):
+        floating: Split = split.as_floats()
+        return floating
     assert isinstance(split, SampleSplit), "a split of a user's own gives samples as they are"
     floats = copy.copy(split)
     floats.preprocessing = split.preprocessing.as_floats()

@@ -17,9 +17,19 @@ from helpers.commands import lowmem_pnn as command
 from helpers.datasets import image_bytes
 from helpers.plainloops import assert_same_weights, built, loaded
 from lowmem_pnn.config.configure import configure
+from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.samples.augment import RandomCropFlip, policy_seed
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.workload.inputs import open_data
+
+
+class Messages(Display):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
 
 SIDE, SEED, EPOCHS, BATCH, RATE = 8, 3, 2, 5, 0.05
 
@@ -116,3 +126,15 @@ def test_statistics_are_in_the_result_and_a_test_part_is_scored(tmp_path: Path, 
     assert changed.fault.startswith(
         "the run in run began with --normalize auto, and --normalize imagenet is given now; leave it out"
     )
+
+
+def test_processes_that_read_samples_change_nothing(trained: Any) -> None:
+    root, result, _ = trained
+    display = Messages()
+    pickled = lowmem_pnn.fit(build, result.data, workdir=root / "read", workers=2, display=display, **OPTIONS)
+    assert_same_weights(loaded(build, pickled.weights_file), loaded(build, result.weights_file))
+    assert (pickled.val_loss, pickled.preprocessing, pickled.workers) == (result.val_loss, result.preprocessing, 2)
+    assert "2 processes read samples; their memory is the host's, and not in the budget" in "".join(display.texts)
+    # Python, torch and torchvision, which the two share.
+    assert pickled.host_peak_bytes > pickled.peak_bytes + 100 * 10**6
+    assert "samples read by 2 processes of the host" in str(pickled)

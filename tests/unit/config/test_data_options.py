@@ -54,8 +54,8 @@ def test_a_normalisation_is_a_word_or_numbers(given: Any, text: str) -> None:
         ({"normalize": "1,2/3"}, "--normalize '1,2/3': has 2 means and 1 deviations; give as many of both"),
         ({"normalize": "nan/1"}, "--normalize 'nan/1': means are finite, and deviations positive"),
         (
-            {"augment": "trivialaugment"},
-            "--augment 'trivialaugment' is none of none, basic, randaugment, trivial; did you mean 'trivial'?",
+            {"augment": "triviall"},
+            "--augment 'triviall' is none of none, basic, randaugment, trivial; did you mean 'trivial'?",
         ),
         ({"test_fraction": 1}, "--test-fraction 1: must be less than 1"),
         ({"workers": -1}, "--workers -1: must be greater than or equal to 0"),
