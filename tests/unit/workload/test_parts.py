@@ -110,7 +110,7 @@ def test_a_test_part_is_split_off_by_the_seed(tmp_path: Path) -> None:
     x = np.arange(40.0, dtype=np.float32).reshape(-1, 1)
     spec = save(tmp_path / "a.npz", x_train=x, y_train=np.arange(40) % 2)
     opened = [open_data(config(spec, "mlp:1-2", test_fraction=0.25, seed=seed)) for seed in (0, 0, 1)]
-    numbers = [{name: everything(split)[0][:, 0].tolist() for name, split in splits.items()} for _, _, splits in opened]
+    numbers = [{name: everything(split)[0][:, 0].tolist() for name, split in splits.items()} for _, _, splits, _ in opened]
     assert numbers[0] == numbers[1]
     assert sorted(numbers[0]["test"]) != sorted(numbers[2]["test"])
     assert {name: len(own) for name, own in numbers[0].items()} == {"train": 27, "val": 3, "test": 10}
@@ -134,7 +134,7 @@ def test_what_there_is_not_is_said(tmp_path: Path) -> None:
 def test_training_images_are_augmented_and_all_are_normalised(tmp_path: Path) -> None:
     images, y = image_bytes((3, 8, 8), num=20), np.arange(20) % 2
     spec = save(tmp_path / "a.npz", x_train=images, y_train=y, x_test=images[:3], y_test=y[:3])
-    source, dataset, splits = open_data(config(spec, augment="trivial", normalize="imagenet", seed=5))
+    source, dataset, splits, _ = open_data(config(spec, augment="trivial", normalize="imagenet", seed=5))
     normalize = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     plain = open_data(config(spec, seed=5))[2]
     for name in ("train", "val", "test"):
@@ -151,7 +151,7 @@ def test_training_images_are_augmented_and_all_are_normalised(tmp_path: Path) ->
 
 def test_integers_become_numbers_where_they_are_images(tmp_path: Path) -> None:
     spec = save(tmp_path / "a.npz", x_train=image_bytes((3, 8, 8)).astype(np.int64), y_train=np.arange(6))
-    _, dataset, splits = python_inputs(torch.nn.Flatten(), spec, None, None)(config(spec, "python:model", normalize="0/255"))
+    _, dataset, splits, _ = python_inputs(torch.nn.Flatten(), spec, None, None)(config(spec, "python:model", normalize="0/255"))
     x, _ = everything(splits["train"])
     assert (dataset.dtype, x.dtype, float(x.max()) <= 1) == (torch.float32, torch.float32, True)
 
@@ -197,6 +197,7 @@ def test_tokens_are_not_normalised(tmp_path: Path) -> None:
 def test_parts_of_python_have_the_shape_of_the_training_data() -> None:
     train, val = (torch.zeros(8, 3), torch.arange(8) % 2), (torch.zeros(8, 4), torch.arange(8) % 2)
     with pytest.raises(
-        DataError, match=r"python:tuple \(validation part\) has samples of shape \(4,\) .* are \(3,\) with labels \(\); give"
+        DataError,
+        match=r"python:tuple \(validation part\) has samples of shape \(4,\) .* are \(3,\) with labels \(\) \(class\); give",
     ):
         python_inputs("mlp:3-2", train, val, None)(config("python:tuple", "mlp:3-2"))
