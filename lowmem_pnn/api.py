@@ -41,7 +41,7 @@ from lowmem_pnn.training.export import export_exit, find_exit
 from lowmem_pnn.training.export_folder import ExportFolder
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.lifecycle import score
-from lowmem_pnn.training.setup import open_workload, warm_up_profiler
+from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
 from lowmem_pnn.training.start import OpenInputs, begin, worker_threads
 from lowmem_pnn.training.start import resume as resume_training
 from lowmem_pnn.workload import make_workload, profile_workload
@@ -169,7 +169,7 @@ def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, Any]:
         if "test" not in inputs[2]:
             raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
         warm_up_profiler()
-        with open_workload(config, inputs) as (device, workload):
+        with reading(config, inputs) as inputs, open_workload(config, inputs) as (device, workload):
             check_same_data(state, workload, path)
             check_plan(state, workload, path)
             device.enforce()

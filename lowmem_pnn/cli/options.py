@@ -14,9 +14,14 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
-    "Data": ("data", "data_root", "augment", "shuffle", "val_fraction", "train_limit", "test_limit", "skip_broken"),
+    "Data": (
+        "data", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "workers", "shuffle",
+        "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
+    ),
     "Task": ("task", "loss", "class_weights", "label_smoothing", "ignore_index"),
-    "Method": ("method", "epochs", "early_stop", "keep_weights", "monitor", "time_limit", "partitions", "cuts", "recovery_epochs", "recover"),
+    "Method": (
+        "method", "epochs", "early_stop", "keep_weights", "monitor", "time_limit", "partitions", "cuts", "recovery_epochs", "recover",
+    ),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
     "Method neuroflux": (
         "heads", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
@@ -43,14 +48,17 @@ _METAVARS = {
     "model": "NAME", "data": "NAME", "device": "NAME", "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
     "train_limit": "N", "test_limit": "N", "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS",
     "method": "pnn|neuroflux|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal|sparse",
-    "visits": "sequential|interleaved|laps=L", "macro_batches": "N", "views": "N", "augment": "none|basic", "blocks": "planner|alike",
+    "visits": "sequential|interleaved|laps=L", "macro_batches": "N", "views": "N", "augment": "none|basic|randaugment|trivial",
+    "blocks": "planner|alike",
     "block_tolerance": "X", "exit_tolerance": "X", "heads": "adaptive|classic|auglocal|linear", "sil_target": "full|pooled",
     "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
     "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
     "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "task": "auto|classification|multilabel|regression|segmentation",
     "early_stop": "N", "keep_weights": "last|best", "monitor": "val_loss|val_accuracy", "time_limit": "TIME",
-    "loss": "NAME", "class_weights": "X,...|balanced", "ignore_index": "N",
+    "loss": "NAME", "class_weights": "X,...|balanced", "ignore_index": "N", "val_data": "NAME", "test_data": "NAME",
+    "image_size": "N|HxW", "resize": "crop|squash|pad", "normalize": "none|imagenet|auto|MEAN/STD", "workers": "N",
+    "test_fraction": "X",
 }  # fmt: skip
 
 # Options without a value: their names, and what the help says of the default.

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError as PydanticError
 
+from lowmem_pnn.config.code import CODE_FIELDS
 from lowmem_pnn.config.faults import describe_fault, flag
 from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, field_names
 from lowmem_pnn.errors import ConfigError
@@ -55,11 +56,12 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("optimizer_state", "--optimizer adam or adamw", lambda config: "sgd" not in config.optimizer),
     ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
     ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
-    ("data_root", "a data set that is downloaded", lambda config: config.data in DOWNLOADED),
+    ("data_root", "a data set that is downloaded", lambda config: any(spec in DOWNLOADED for spec in _sources(config))),
+    ("resize", "--image-size", lambda config: config.image_size is not None),
     (
         "skip_broken",
         "data of your own (imagefolder:, npz:, file.py:factory)",
-        lambda config: config.data not in ("digits", *DOWNLOADED) and not config.data.startswith("text:"),
+        lambda config: any(spec not in ("digits", *DOWNLOADED) and not spec.startswith("text:") for spec in _sources(config)),
     ),
     (
         "model_arg",
@@ -67,6 +69,11 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
         lambda config: config.model.partition(":")[0] not in ("mlp", "gpt"),
     ),
 )
+
+
+def _sources(config: FitConfig) -> list[str]:
+    """Return the texts that name data."""
+    return [spec for spec in (config.data, config.val_data, config.test_data) if spec is not None]
 
 
 def configure(**given: Any) -> FitConfig:
@@ -218,10 +225,10 @@ def _absolute(name: str, value: Any) -> Any:
     """Return an option's value with its path in full."""
     if name == "data_root":
         return _full(value)
-    if name not in ("model", "data", "loss") or not isinstance(value, str):
+    if name not in CODE_FIELDS or not isinstance(value, str):
         return value
     kind, colon, path = value.partition(":")
-    if name == "data" and kind in ("npz", "imagefolder", "text") and path:
+    if name not in ("model", "loss") and kind in ("npz", "imagefolder", "text") and path:
         return f"{kind}:{_full(path)}"
     file, colon, factory = value.rpartition(":")
     return f"{_full(file)}{colon}{factory}" if file.endswith(".py") else value

@@ -5,13 +5,13 @@ No torch here: the command line reads this file to print its help.
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter
 from pydantic import ValidationError as PydanticError
 from pydantic.dataclasses import dataclass
 
+from lowmem_pnn.config.data_options import DataOptions
 from lowmem_pnn.config.faults import describe_fault
 from lowmem_pnn.config.field_types import (
     Batches,
@@ -40,7 +40,7 @@ PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "ka
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FitConfig(TaskOptions, StoppingOptions):
+class FitConfig(DataOptions, TaskOptions, StoppingOptions):
     """Everything that decides a run, checked; the same values give the same run.
 
     Where a field is a tuple, one value holds for every partition, else there is one per partition.
@@ -61,13 +61,6 @@ class FitConfig(TaskOptions, StoppingOptions):
     model_arg: dict[str, Any] = Field(
         default_factory=dict, description="An argument for the model's factory, as KEY=VALUE; may be repeated."
     )
-    data: str = Field(
-        description=(
-            "digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100, imagefolder:DIR, npz:FILE, text:FILE (bytes as "
-            "tokens), or file.py:factory."
-        )
-    )
-    data_root: Path = Field(default=Path("data"), description="Folder that downloaded data sets are kept in.")
     method: MethodName = Field(
         default="pnn",
         description=(
@@ -273,27 +266,7 @@ class FitConfig(TaskOptions, StoppingOptions):
         default=60.0, description="Least number of seconds between two commits to the run's folder."
     )
     keep_commits: PositiveInt = Field(default=1, description="Number of commits kept in the run's folder.")
-    augment: Literal["none", "basic"] = Field(
-        default="none", description="Augmentation of training images. basic: random crops and flips, anew in every epoch."
-    )
     log_every: PositiveInt = Field(default=100, description="Optimizer steps between two lines of metrics.jsonl.")
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.1,
-        description="Share of the training data that is kept for validation; of data with a validation part, 0 leaves that out.",
-    )
-    train_limit: PositiveInt | None = Field(
-        default=None, description="Largest number of training samples to use, chosen at random by the seed."
-    )
-    test_limit: PositiveInt | None = Field(
-        default=None, description="Largest number of test samples to use, chosen at random by the seed."
-    )
-    skip_broken: bool = Field(
-        default=False,
-        description=(
-            "Read every sample once before training, and leave out those that cannot be read, hold NaN or infinity, or are of another "
-            "size than most."
-        ),
-    )
 
     def value_for(self, field: PerPartition, partition: int) -> Any:
         """Return one partition's value of a field that may have one per partition.

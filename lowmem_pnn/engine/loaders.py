@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.engine.stalls import StallKind
+from lowmem_pnn.samples.augment import AugmentationKey
+from lowmem_pnn.samples.prepared import read_samples
 from lowmem_pnn.seeds import permutation_of
-from lowmem_pnn.sources.augment import RandomCropFlip
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.stores.activations import ActivationStore
 
@@ -20,9 +21,6 @@ _LABELS_AT_ONCE = 64
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
 """Boundary tensors, each (B, ...), and labels (B, ...)."""
-
-AugmentationKey = tuple[str, int]
-"""Word and number that name an epoch, or a view: the random crops and flips of images follow from them and the seed."""
 
 
 class Loader(Protocol):
@@ -103,15 +101,11 @@ class DatasetLoader:
         The methods `exact` and `backprop` see the same batches, where the seed is the same.
         """
         order = self._order(shuffle, epoch)[macro_batch]
-        augment = None
-        if self._augments and augmentation_key is not None:
-            augment = RandomCropFlip(self.num_samples, self._seed, augmentation_key)
+        key = augmentation_key if self._augments else None
 
         def read(numbers: npt.NDArray[np.int64]) -> Batch:
-            samples, labels = self._split.batch(numbers)
-            if isinstance(samples, tuple):
-                return samples, labels
-            return (samples if augment is None else augment(samples, numbers),), labels
+            samples, labels = read_samples(self._split, numbers, key)
+            return samples if isinstance(samples, tuple) else (samples,), labels
 
         ahead: Future[Batch] | None = None
         for begin in range(start * batch_size, len(order), batch_size):

@@ -38,6 +38,7 @@ def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> 
         exit_code=exit_code,
         notes=notes,
         preprocessing=workload.dataset.preprocessing,
+        data_parts=workload.dataset.parts,
         skipped_samples=workload.dataset.skipped_samples,
     )
 

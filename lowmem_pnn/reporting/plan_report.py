@@ -17,7 +17,8 @@ class PlanReport:
 
     Sizes are in bytes. `fits` says whether the run fits the budget and `max_disk`; where it does not, `reason` says why and `exit_code`
     is the exit code with which `fit` would end. `notes` say in what training would differ from plain PyTorch's. `prospects` are the
-    estimates of all methods; empty where nothing was timed. `preprocessing` says how samples are presented to the model;
+    estimates of all methods; empty where nothing was timed. `preprocessing` says how samples are presented to the model,
+    `data_parts` how many there are in each part;
     `skipped_samples` holds the `count` of broken samples that are left out, and the `names` of the first 100.
     """
 
@@ -37,6 +38,7 @@ class PlanReport:
     notes: Sequence[str] = ()
     prospects: Sequence[MethodEstimate] = ()
     preprocessing: str = ""
+    data_parts: str = ""
     skipped_samples: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"count": 0, "names": []})
 
     def to_json(self) -> str:
@@ -65,6 +67,8 @@ class PlanReport:
             else f"does not fit: {self.reason}"
         )
         lines = [f"{self.model} on {self.data}, method {self.method}, {self.device}", ""]
+        if self.data_parts:
+            lines += [f"data: {self.data_parts}", ""]
         if self.skipped_samples["count"]:
             lines += [describe_skipped(self.skipped_samples["names"], self.skipped_samples["count"]), ""]
         if rows:

@@ -47,6 +47,9 @@ class Result:
 
     `skipped_samples` holds the `count` of broken samples that were left out (--skip-broken), and the `names` of the first 100.
 
+    `data_parts` says how many samples each part of the data has, and which parts were split off. `workers` is the number of processes that
+    read them; their memory is in `host_peak_bytes` alone.
+
     Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
     where the data is text, belongs to `weights_file`. Values that were not measured are None.
     """
@@ -100,6 +103,8 @@ class Result:
     workdir: str
     weights_file: str
     preprocessing: str
+    data_parts: str = ""
+    workers: int = 0
     versions: Mapping[str, str]
 
     def to_json(self) -> str:
@@ -116,6 +121,12 @@ class Result:
         lines = [f"{self.model} on {self.data}, method {self.method}, {self.device}", "", self._partition_table()]
         if self.exits:
             lines += ["", self._exit_table()]
+        if self.data_parts:
+            lines += ["", f"data: {self.data_parts}"]
+        if self.workers:
+            lines.append(
+                f"samples read by {self.workers} processes of the host, {format_bytes(self.host_peak_bytes)} of host memory in all"
+            )
         lines += ["", self._scores(), f"{self.seconds:.1f} s, {self.samples_per_second:.0f} samples/s"]
         if self.stopped_after is not None:
             lines.append(

@@ -107,7 +107,7 @@ class Metrics:
         totals = self.totals()
         state.seconds, state.bytes_read, state.bytes_written = totals["seconds"], totals["bytes_read"], totals["bytes_written"]
         state.peak_bytes = max(peak, device.peak_bytes)
-        state.host_peak_bytes = max(host_peak, device.host_peak_bytes)
+        state.host_peak_bytes = max(host_peak, device.host_peak_bytes + self._workload.readers_peak_bytes)
 
     def totals(self) -> dict[str, Any]:
         """Return MACs, bytes and seconds so far, over all processes of the run: a part of every line of `metrics.jsonl`."""
@@ -136,7 +136,7 @@ class Metrics:
         """
         device, limit = self._session.device, self._workload.config.max_host_mem
         self._session.display.advance(int(self._state.progress.tally.num_samples), device.used_bytes(), device.budget_bytes)
-        if limit is not None and (peak := device.host_peak_bytes) > limit:
+        if limit is not None and (peak := device.host_peak_bytes + self._workload.readers_peak_bytes) > limit:
             raise BudgetError(
                 f"{format_bytes(peak)} of host memory were in use in {title}, above --max-host-mem {format_bytes(limit)}; "
                 "give more, or a smaller --batch-size"

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import TreeSpec
 
 from lowmem_pnn.errors import DataError
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, Split
 from lowmem_pnn.sources.subsets import as_floats
 from lowmem_pnn.sources.targets import Targets
@@ -33,6 +35,10 @@ class Dataset:
         fingerprint: Hash that changes when the data does.
         val: Validation part; None if there is none, so that some of the training part is taken.
         skipped: Broken samples that were left out, by name, with what is wrong with each.
+        classes: Names of the classes, in the order of their numbers; empty where they have none.
+        inputs: Tensors of one sample, where it is several.
+        structure: Structure of these: a tuple or a dictionary; None where a sample is one tensor.
+        parts: The samples of each part in words, and which parts were split off; empty before that.
     """
 
     name: str
@@ -45,6 +51,10 @@ class Dataset:
     fingerprint: str
     val: Split | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    parts: str = ""
+    inputs: tuple[TensorSpec, ...] = ()
+    structure: TreeSpec | None = None
 
     @property
     def num_classes(self) -> int:
@@ -74,7 +84,7 @@ class Dataset:
         assert isinstance(self.train, SampleSplit)
         train, val, test = (None if part is None else as_floats(part) for part in (self.train, self.val, self.test))
         assert isinstance(train, SampleSplit)
-        steps = ", ".join(train.preprocessing.steps)
+        steps = ", ".join(train.preprocessing.all_steps)
         return dataclasses.replace(self, train=train, val=val, test=test, dtype=torch.float32, preprocessing=steps)
 
 
@@ -86,6 +96,7 @@ def join_parts(
     *,
     first_steps: tuple[str, ...] | None = None,
     skipped: Mapping[str, str] | None = None,
+    classes: tuple[str, ...] = (),
 ) -> Dataset:
     """Put the parts of a data set together.
 
@@ -96,6 +107,7 @@ def join_parts(
         val: Validation part; None if there is none.
         first_steps: Words for the first step of the preprocessing, where the source did something itself.
         skipped: Broken samples that the source left out itself, by name; those of the parts are added.
+        classes: Names of the classes, in the order of their numbers, where they have names.
 
     Raises:
         DataError: The parts do not fit together, or a sample or label of arrays is not usable.
@@ -112,7 +124,7 @@ def join_parts(
         part.targets = targets
         if isinstance(part, ArraySplit):
             part.check()
-    steps = preprocessing.steps if first_steps is None else (*first_steps, *preprocessing.steps[1:])
+    steps = preprocessing.steps_after(first_steps or preprocessing.steps[:1])
     fingerprints = [part.fingerprint() for part in (train, test) if part is not None]
     if val is not None:
         fingerprints.append(f"validation {val.fingerprint()}")
@@ -122,17 +134,22 @@ def join_parts(
         test=test,
         val=val,
         targets=targets,
+        inputs=train.inputs if train.structure is not None else (),
+        structure=train.structure,
         sample_shape=preprocessing.shape,
         dtype=preprocessing.dtype,
         preprocessing=", ".join(steps),
         fingerprint=hashlib.sha256("\n".join([*fingerprints, *steps]).encode()).hexdigest(),
         skipped={name: reason for known in (skipped or {}, *(part.skipped for part in parts)) for name, reason in known.items()},
+        classes=classes,
     )
 
 
 def _check_fit(name: str, train: SampleSplit, part: SampleSplit, kind: str) -> None:
     """Refuse a part whose samples or labels are of another form than those of the training part."""
     own, other = train.preprocessing, part.preprocessing
+    if (train.structure, train.inputs) != (part.structure, part.inputs) and (train.structure or part.structure) is not None:
+        raise DataError(f"data set {name!r}: training and {kind} samples hold different tensors; give both the same")
     if (other.shape, other.dtype) != (own.shape, own.dtype):
         raise DataError(
             f"data set {name!r}: training samples are {own.shape} {own.dtype}, {kind} samples {other.shape} {other.dtype}; give both "

@@ -22,6 +22,7 @@ from lowmem_pnn.sources.image_folder import open_image_folder
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
 from lowmem_pnn.sources.map_split import from_arrays, from_torch
 from lowmem_pnn.sources.preprocessing import InputForm
+from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.splits import ArraySplit
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED, TargetOptions, Targets
 from lowmem_pnn.sources.text import DEFAULT_CONTEXT, NUM_TOKENS, open_text
@@ -47,6 +48,7 @@ def find_dataset(
     context: int | None = None,
     skip_broken: bool = False,
     options: TargetOptions = TargetOptions(),  # noqa: B008 - it is frozen
+    resize: Resize | None = None,
 ) -> Dataset:
     """Open the data set that a text names.
 
@@ -60,6 +62,7 @@ def find_dataset(
         context: Tokens of a sample of text, which is the model's context; None for 256. Only text is divided by it.
         skip_broken: Read every sample once, and leave out those that cannot be used, instead of raising.
         options: What is known of the targets.
+        resize: Brings images to one size; None to leave them as they are.
 
     Returns:
         The data set.
@@ -76,17 +79,19 @@ def find_dataset(
     if spec in ("npz:", "imagefolder:", "text:", "npz", "imagefolder", "text"):
         raise ConfigError(f"data set {spec!r} says no place; others than the named ones are given as {_FORMS}")
     if spec.startswith("npz:"):
-        return _npz(Path(spec.removeprefix("npz:")).expanduser(), input_form, skip_broken, options)
+        return _npz(Path(spec.removeprefix("npz:")).expanduser(), input_form, skip_broken, options, resize)
     if spec.startswith("imagefolder:"):
-        return open_image_folder(Path(spec.removeprefix("imagefolder:")).expanduser(), input_form, skip_broken)
+        return open_image_folder(Path(spec.removeprefix("imagefolder:")).expanduser(), input_form, skip_broken, resize)
     if spec.startswith("text:"):
+        if resize is not None:
+            raise ConfigError(f"--image-size has no effect here: data {spec!r} is text; leave it out")
         return _text(Path(spec.removeprefix("text:")).expanduser(), input_form, DEFAULT_CONTEXT if context is None else context)
     if spec == "digits":
-        return _digits(input_form)
+        return _digits(input_form, resize)
     if spec in _TORCHVISION:
-        return _torchvision(spec, root, input_form)
+        return _torchvision(spec, root, input_form, resize)
     if ":" in spec:
-        return _factory(spec, input_form, skip_broken, options)
+        return _factory(spec, input_form, skip_broken, options, resize)
     for suffix, form in ((".npz", "npz"), (".txt", "text")):
         if Path(spec).suffix == suffix:
             raise ConfigError(f"data set {spec!r} is a file; write {form}:{spec}")
@@ -105,6 +110,7 @@ def make_dataset(
     num_classes: int | None = None,
     skip_broken: bool = False,
     options: TargetOptions = TargetOptions(),  # noqa: B008 - it is frozen
+    resize: Resize | None = None,
 ) -> Dataset:
     """Make a data set of PyTorch data sets or tensors.
 
@@ -118,6 +124,7 @@ def make_dataset(
         num_classes: Number of classes; None to count the classes that labels, and tokens that have labels, show in all parts.
         skip_broken: Read every sample once, and leave out those that raise, hold NaN or infinity, or are of another form than most.
         options: What is known of the targets.
+        resize: Brings images to one size; None to leave them as they are.
 
     Returns:
         The data set.
@@ -140,6 +147,7 @@ def make_dataset(
             where=f"{name} ({kind} part)",
             skip_broken=skip_broken,
             options=options,
+            resize=resize,
         )
         for part, kind in ((train, "training"), (test, "test"), (val, "validation"))
     )
@@ -147,7 +155,7 @@ def make_dataset(
     return join_parts(name, train_split, test_split, val_split)
 
 
-def _digits(input_form: InputForm) -> Dataset:
+def _digits(input_form: InputForm, resize: Resize | None) -> Dataset:
     """Open scikit-learn's 1,797 digits of 8x8; every fifth of each class, in a shuffled order, is for the test."""
     from sklearn.datasets import load_digits
 
@@ -161,40 +169,42 @@ def _digits(input_form: InputForm) -> Dataset:
     y = as_labels(labels, "digits")
 
     def part(chosen: Tensor, where: str) -> ArraySplit:
-        return ArraySplit(x[chosen], y[chosen], Targets("class", 10, ignored=PYTORCH_IGNORED), input_form, where)
+        return ArraySplit(x[chosen], y[chosen], Targets("class", 10, ignored=PYTORCH_IGNORED), input_form, where, resize)
 
     test = torch.from_numpy(is_test)
     parts = part(~test, "digits (training part)"), part(test, "digits (test part)")
-    return join_parts("digits", *parts, first_steps=("values / 16",))
+    return join_parts("digits", *parts, first_steps=("values / 16",), classes=tuple("0123456789"))
 
 
-def _torchvision(spec: str, root: Path, input_form: InputForm) -> Dataset:
+def _torchvision(spec: str, root: Path, input_form: InputForm, resize: Resize | None) -> Dataset:
     """Open a data set that torchvision downloads; it is in memory as bytes."""
     class_name, settings = _TORCHVISION[spec]
     make: Callable[..., Any] = getattr(import_torchvision("datasets"), class_name)
     first_steps = ("uint8 / 255",) if spec != "emnist-balanced" else ("made upright", "uint8 / 255")
     parts: list[ArraySplit] = []
     for train in (True, False):
-        data, targets = _load_torchvision(spec, root, functools.partial(make, root=root, train=train, download=True, **settings))
+        data, targets, classes = _load_torchvision(
+            spec, root, functools.partial(make, root=root, train=train, download=True, **settings)
+        )
         images = as_tensor(data, spec)
         if spec == "emnist-balanced":
             # EMNIST's files hold every image transposed.
             images = images.transpose(1, 2).contiguous()
         where = f"{spec} ({'training' if train else 'test'} part)"
         labels = as_labels(targets, where)
-        parts.append(from_arrays(images, labels, num_classes=None, input_form=input_form, where=where))
-    return join_parts(spec, parts[0], parts[1], first_steps=first_steps)
+        parts.append(from_arrays(images, labels, num_classes=None, input_form=input_form, where=where, resize=resize))
+    return join_parts(spec, parts[0], parts[1], first_steps=first_steps, classes=classes)
 
 
-def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[Any, Any]:
-    """Return images and labels of one part; the text that torchvision prints goes to stderr."""
+def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[Any, Any, tuple[str, ...]]:
+    """Return images, labels and names of classes of one part; the text that torchvision prints goes to stderr."""
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             # CIFAR's pickles are older than numpy's present rules.
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
             dataset = make()
-            return dataset.data, dataset.targets
+            return dataset.data, dataset.targets, tuple(map(str, getattr(dataset, "classes", ())))
     # Torchvision raises for a failed download and for a file that a broken download left: RuntimeError, URLError (OSError),
     # EOFError, BadZipFile, zlib.error, ValueError, AssertionError, UnpicklingError.
     except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, AssertionError, LookupError) as error:
@@ -204,7 +214,7 @@ def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[A
         ) from error
 
 
-def _npz(path: Path, input_form: InputForm, skip_broken: bool, options: TargetOptions) -> Dataset:
+def _npz(path: Path, input_form: InputForm, skip_broken: bool, options: TargetOptions, resize: Resize | None) -> Dataset:
     """Open the arrays of a .npz file, as Keras names them."""
     arrays = _read_npz(path)
     present = [name for name, _ in _NPZ_PARTS if name == "train" or {f"x_{name}", f"y_{name}"} & set(arrays)]
@@ -220,7 +230,14 @@ def _npz(path: Path, input_form: InputForm, skip_broken: bool, options: TargetOp
             raise DataError(f"{path}: {x_key} has shape {tuple(x.shape)} and {y_key} {y.shape}; give (N, ...) and (N,)")
         where = f"{path} ({kind} part)"
         split = from_arrays(
-            x, y, num_classes=None, input_form=input_form, where=where, options=options, labels_name=f"{path}: {y_key}"
+            x,
+            y,
+            num_classes=None,
+            input_form=input_form,
+            where=where,
+            options=options,
+            labels_name=f"{path}: {y_key}",
+            resize=resize,
         )
         wrong = split.y[(split.y < 0) & (split.y != split.targets.ignored)] if split.targets.kind == "class" else split.y[:0]
         if len(wrong):
@@ -271,7 +288,7 @@ def _text(path: Path, input_form: InputForm, context: int) -> Dataset:
     )
 
 
-def _factory(spec: str, input_form: InputForm, skip_broken: bool, options: TargetOptions) -> Dataset:
+def _factory(spec: str, input_form: InputForm, skip_broken: bool, options: TargetOptions, resize: Resize | None) -> Dataset:
     """Open the data sets that a user's function returns."""
     factory = load_factory(spec)
     try:
@@ -287,6 +304,10 @@ def _factory(spec: str, input_form: InputForm, skip_broken: bool, options: Targe
                 f"--skip-broken has no effect here: {spec!r} returns a Dataset that is made already; leave it out, and give "
                 "skip_broken=True to make_dataset"
             )
+        if resize is not None:
+            raise ConfigError(
+                f"--image-size has no effect here: {spec!r} returns a Dataset that is made already; leave it out, and resize its images"
+            )
         return result
     location, _, name = spec.rpartition(":")
     label = f"{Path(location).stem if location.endswith('.py') else location}-{name}"
@@ -296,4 +317,4 @@ def _factory(spec: str, input_form: InputForm, skip_broken: bool, options: Targe
         train, test = result
     if train is None:
         raise DataError(f"data set {spec!r}: {name}() returned no data; return train, (train, test) or a lowmem_pnn Dataset")
-    return make_dataset(train, test, name=label, input_form=input_form, skip_broken=skip_broken, options=options)
+    return make_dataset(train, test, name=label, input_form=input_form, skip_broken=skip_broken, options=options, resize=resize)

@@ -1,5 +1,6 @@
 """Data as people give it from Python: pairs of arrays, tables or lists, and what is no data set, with what to give instead."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ from torch.utils import _pytree as pytree
 
 from lowmem_pnn.errors import DataError, LowMemError
 from lowmem_pnn.sources.imports import one_line
+
+# What data sets call the label of a sample, in dictionaries.
+_LABEL_NAMES = ("y", "label", "labels", "target", "targets")
 
 
 def as_pair(data: Any) -> tuple[Any, Any] | None:
@@ -34,6 +38,35 @@ def as_pair(data: Any) -> tuple[Any, Any] | None:
     if isinstance(data, tuple) and isinstance(x, list) and (_is_array(y) or isinstance(y, range) or _holds_scalars(y)):
         return x, y
     return None
+
+
+def as_sample(item: Any, where: str) -> tuple[Any, Any]:
+    """Return x and label of one sample: a pair, or a dictionary with one of the usual names for the label, and others for x.
+
+    Args:
+        item: What a data set gives at an index.
+        where: Name of the sample in messages.
+
+    Raises:
+        DataError: It is neither.
+
+    Example:
+        >>> as_sample({"image": 5, "label": 1}, "sample 0")
+        (5, 1)
+    """
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return item[0], item[1]
+    if isinstance(item, Mapping):
+        labels = [name for name in item if name in _LABEL_NAMES]
+        others = [name for name in item if name not in _LABEL_NAMES]
+        if len(labels) == 1 and others:
+            return item[others[0]] if len(others) == 1 else {name: item[name] for name in others}, item[labels[0]]
+        raise DataError(
+            f"{where} is a dictionary of {', '.join(map(repr, list(item)[:6])) or 'nothing'}; give one value under one of "
+            f"{', '.join(map(repr, _LABEL_NAMES))} and at least one other, or pairs (x, target)"
+        )
+    content = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
+    raise DataError(f"{where} is {content}; a data set must give pairs (x, target)")
 
 
 def require_map_style(data: Any, where: str) -> None:

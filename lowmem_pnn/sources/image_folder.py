@@ -24,6 +24,7 @@ from lowmem_pnn.errors import DataError
 from lowmem_pnn.sources.dataset import Dataset, join_parts
 from lowmem_pnn.sources.image_file import REMARKS, ImageHeader, decode, read_header
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
+from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.splits import SampleSplit
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED, Targets
 
@@ -49,7 +50,7 @@ class _Part:
         return _Part(self.folder, tuple(path for path, _ in kept), tuple(label for _, label in kept))
 
 
-def open_image_folder(folder: Path, input_form: InputForm, skip_broken: bool = False) -> Dataset:
+def open_image_folder(folder: Path, input_form: InputForm, skip_broken: bool = False, resize: Resize | None = None) -> Dataset:
     """Open a folder of class folders, or a folder of parts with class folders, and read the header of every image.
 
     Args:
@@ -57,6 +58,7 @@ def open_image_folder(folder: Path, input_form: InputForm, skip_broken: bool = F
             `testing`; in any case. Class folders hold images at any depth; links are followed, hidden files and folders are not.
         input_form: Form of the samples that the model takes.
         skip_broken: Decode every image once, and leave out those that cannot be used, instead of raising.
+        resize: Brings images to one size; None where all have one size.
 
     Raises:
         DataError: It is not clear which folders are parts and which are classes; a class has no images; or an image cannot be used.
@@ -66,7 +68,7 @@ def open_image_folder(folder: Path, input_form: InputForm, skip_broken: bool = F
     folders = _part_folders(folder)
     classes = [path.name for path in _class_folders(folders["train"])]
     parts = {name: _list_part(path, classes, is_training=name == "train") for name, path in folders.items()}
-    headers, broken = _look_at(parts, skip_broken)
+    headers, broken = _look_at(parts, skip_broken, resize)
     if broken:
         first, reason = next(iter(broken.items()))
         if not skip_broken:
@@ -83,7 +85,7 @@ def open_image_folder(folder: Path, input_form: InputForm, skip_broken: bool = F
     used = [headers[path] for part in parts.values() for path in part.paths]
     deep = any(header.bits > 8 for header in used)
     splits = {
-        name: ImageFolderSplit(part.folder, part.paths, part.labels, len(classes), used[0], deep, input_form)
+        name: ImageFolderSplit(part.folder, part.paths, part.labels, len(classes), used[0], deep, input_form, resize)
         for name, part in parts.items()
     }
     return join_parts(
@@ -93,6 +95,7 @@ def open_image_folder(folder: Path, input_form: InputForm, skip_broken: bool = F
         splits.get("val"),
         first_steps=_words(used),
         skipped={str(path): reason for path, reason in broken.items()},
+        classes=tuple(classes),
     )
 
 
@@ -104,9 +107,10 @@ class ImageFolderSplit(SampleSplit):
         paths: Paths of the files.
         labels: Class number of each file.
         num_classes: Number of classes.
-        header: Header of any of them: all have one size.
+        header: Header of any of them: all have one size, unless they are resized.
         deep: Whether images of more than 8 bits a value are among those of the data set; all are then decoded to float32.
         input_form: Form of the samples that the model takes.
+        resize: Brings images to one size; None to leave them as they are.
     """
 
     def __init__(
@@ -118,13 +122,14 @@ class ImageFolderSplit(SampleSplit):
         header: ImageHeader,
         deep: bool,
         input_form: InputForm,
+        resize: Resize | None = None,
     ) -> None:
         super().__init__(len(paths))
         self.where, self.targets = str(folder), Targets("class", num_classes, ignored=PYTORCH_IGNORED)
         self._paths, self._labels, self._deep = paths, torch.tensor(labels, dtype=torch.int64), deep
         shape = (header.height, header.width, 3)
         self.preprocessing = Preprocessing.choose(
-            shape, torch.float32 if deep else torch.uint8, input_form, self.where, layout="HWC"
+            shape, torch.float32 if deep else torch.uint8, input_form, self.where, layout="HWC", resize=resize
         )
 
     def fingerprint(self) -> str:
@@ -150,12 +155,13 @@ class ImageFolderSplit(SampleSplit):
                 image = decode(path, self._deep)
             except DataError as error:
                 raise DataError(f"{error}, or begin again with --skip-broken") from error
-            if image.shape != expected:
+            pixels = self.preprocessing.resized(torch.from_numpy(image)[None])[0]
+            if pixels.shape != expected:
                 raise DataError(
                     f"{path} is {image.shape[1]} x {image.shape[0]} pixels, and was {expected[1]} x {expected[0]} when training "
                     "began; bring it back"
                 )
-            x[row] = torch.from_numpy(image)
+            x[row] = pixels
         return x, self._labels.index_select(0, torch.from_numpy(numbers))
 
     def _name(self, number: np.int64) -> str:
@@ -319,12 +325,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _look_at(parts: Mapping[str, _Part], decodes: bool) -> tuple[dict[Path, ImageHeader], dict[Path, str]]:
+def _look_at(parts: Mapping[str, _Part], decodes: bool, resize: Resize | None) -> tuple[dict[Path, ImageHeader], dict[Path, str]]:
     """Read every header.
 
     Args:
         parts: Parts of the data set, the training part first.
         decodes: Whether to decode every image too.
+        resize: Brings images to one size; None where all have one size.
 
     Returns:
         Headers of the files that can be used, and what is wrong with the others, in the order of the parts.
@@ -340,13 +347,15 @@ def _look_at(parts: Mapping[str, _Part], decodes: bool) -> tuple[dict[Path, Imag
             for path in part.paths:
                 try:
                     header = read_header(path)
+                    if resize is not None and (fault := resize.fault(header.height, header.width)) is not None:
+                        raise DataError(f"{path} {fault}")
                     headers[path] = kinds.setdefault(header, header)
                     if decodes:
                         decode(path, deep=False)
                 except DataError as error:
                     broken[path] = str(error)
     sizes = Counter((header.width, header.height) for header in headers.values())
-    if len(sizes) < 2:
+    if len(sizes) < 2 or resize is not None:
         return headers, broken
     # The commonest size is the right one: were it the first one's, a single odd image would make all others wrong.
     usual = sizes.most_common(1)[0][0]
@@ -354,7 +363,8 @@ def _look_at(parts: Mapping[str, _Part], decodes: bool) -> tuple[dict[Path, Imag
     for path, header in headers.items():
         if (header.width, header.height) != usual:
             broken[path] = (
-                f"{path} is {header.width} x {header.height} pixels, {like} is {usual[0]} x {usual[1]}; give all images one size"
+                f"{path} is {header.width} x {header.height} pixels, {like} is {usual[0]} x {usual[1]}; give all images one size, or "
+                f"--image-size {min(usual)}"
             )
     order = [path for part in parts.values() for path in part.paths]
     return headers, {path: broken[path] for path in order if path in broken}

@@ -16,6 +16,8 @@ from typing import Any
 from lowmem_pnn.errors import ConfigError
 
 _PAIR = "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+# Names of modules that are read from a file.
+_FILE_PREFIX = "_lowmem_pnn_file_"
 
 
 def load_factory(spec: str) -> Callable[..., Any]:
@@ -160,7 +162,7 @@ def _import_file(path: Path) -> ModuleType:
     """Run a Python file as a module under a name that no package can have, once for each state of the file."""
     status = path.stat()
     stamp = hashlib.sha256(f"{path} {status.st_mtime_ns} {status.st_size}".encode()).hexdigest()[:16]
-    name = f"_lowmem_pnn_file_{stamp}"
+    name = f"{_FILE_PREFIX}{stamp}"
     if name in sys.modules:
         return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path)
@@ -175,6 +177,28 @@ def _import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def imported_files() -> dict[str, str]:
+    """Return the paths of the files that were read as modules, by the modules' names."""
+    return {name: str(module.__file__) for name, module in list(sys.modules.items()) if name.startswith(_FILE_PREFIX)}
+
+
+def import_again(name: str, path: Path) -> None:
+    """Read a file as a module in a process that another one, which has read it, has started; its neighbours stay importable.
+
+    Args:
+        name: Name of the module there.
+        path: Path of the file.
+
+    Raises:
+        ConfigError: The file was changed meanwhile.
+    """
+    if name in sys.modules:
+        return
+    sys.path.insert(0, str(path.parent))
+    if _import_file(path).__name__ != name:
+        raise ConfigError(f"{path} was changed since the run was started; start it again")
 
 
 def _public_callables(module: ModuleType) -> list[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ from torch.utils import _pytree as pytree
 
 from lowmem_pnn.errors import DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_labels, as_tensor, count_classes, hash_tensor
-from lowmem_pnn.sources.given import as_pair, require_map_style
+from lowmem_pnn.sources.given import as_pair, as_sample, require_map_style
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing, holds_tokens
+from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, require_samples, what_is_not_finite
+from lowmem_pnn.sources.structured_split import StructuredSplit, from_structured_arrays, is_structured
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
 
 # Number of samples that stand for all samples of a map-style data set in its fingerprint, and where its targets are looked at.
@@ -33,6 +36,7 @@ class MapSplit(SampleSplit):
         skip_broken: Whether to read every sample once, and to leave out those that raise, hold NaN or infinity, or are of another
             form than most.
         options: What is known of the targets.
+        resize: Brings images to one size; None to leave them as they are.
     """
 
     def __init__(
@@ -43,19 +47,23 @@ class MapSplit(SampleSplit):
         where: str,
         skip_broken: bool = False,
         options: TargetOptions = TargetOptions(),  # noqa: B008 - it is frozen
+        resize: Resize | None = None,
     ) -> None:
         require_samples(len(dataset), where)
         super().__init__(len(dataset))
         self.where = where
-        self._dataset, self._input_form = dataset, input_form
+        self._dataset, self._input_form, self._resize = dataset, input_form, resize
         if skip_broken and (broken := self._find_broken()):
             self.skip(broken)
         first, _ = self._item(int(self._kept[0]))
-        self.preprocessing = Preprocessing.choose(tuple(first.shape), first.dtype, input_form, where)
+        self.preprocessing = self._preprocessing(first)
         self.targets = self._find_targets(tuple(first.shape), holds_tokens(first.dtype, input_form), options)
         if self.targets.are_classes:
             count = self._count_classes() if num_classes is None else num_classes
             self.targets = self.targets.of_classes(count)
+
+    def _preprocessing(self, x: Tensor) -> Preprocessing:
+        return Preprocessing.choose(tuple(x.shape), x.dtype, self._input_form, self.where, resize=self._resize)
 
     def fingerprint(self) -> str:
         """Return a hash of the length and of a few evenly spaced samples.
@@ -130,7 +138,12 @@ class MapSplit(SampleSplit):
                 broken[number] = "has a target that is NaN or infinite"
             else:
                 shapes = [str(tuple(label.shape)) for label in labels if label.numel() != 1]
-                forms[number] = f"{tuple(x.shape)} {x.dtype}" + (f", its labels {', '.join(shapes)}" if shapes else "")
+                try:
+                    shape = tuple(x.shape) if self._resize is None else self._preprocessing(x).raw_shape
+                except DataError as error:
+                    broken[number] = str(error)
+                    continue
+                forms[number] = f"{shape} {x.dtype}" + (f", its labels {', '.join(shapes)}" if shapes else "")
         if forms:
             usual = Counter(forms.values()).most_common(1)[0][0]
             broken |= {number: f"is {form}, most are {usual}" for number, form in forms.items() if form != usual}
@@ -145,17 +158,13 @@ class MapSplit(SampleSplit):
         """Return a sample as it is stored, and its target as the data set gives it."""
         where = f"sample {number} of {self.where}"
         try:
-            item = self._dataset[number]
-            # An image may be read from its file only now.
-            if isinstance(item, tuple | list) and len(item) == 2:
-                return as_tensor(item[0], where), item[1]
+            x, target = as_sample(self._dataset[number], where)
+            return as_tensor(x, where), target  # an image may be read from its file only now
         except (LowMemError, MemoryError):
             raise
         # Whatever a user's data set raises is the user's to see, on one line, with the original as the cause.
         except Exception as error:
             raise DataError(f"{where} cannot be read: {one_line(error)}; repair it or leave it out (--skip-broken)") from error
-        content = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
-        raise DataError(f"{where} is {content}; a data set must give pairs (x, target)")
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         expected = self.preprocessing
@@ -163,10 +172,19 @@ class MapSplit(SampleSplit):
         labels: list[Tensor] = []
         for number in numbers:
             x, label = self._sample(int(number))
-            if tuple(x.shape) != expected.raw_shape or x.dtype != expected.raw_dtype:
+            form = tuple(x.shape), x.dtype
+            if self._resize is not None and form[0] != expected.raw_shape:
+                self._preprocessing(x)  # which refuses what cannot be resized
+                x = expected.resized(x[None])[0]
+            if (tuple(x.shape), x.dtype) != (expected.raw_shape, expected.raw_dtype):
+                hint = (
+                    ", or images of one kind and --image-size"
+                    if len(expected.raw_shape) in (2, 3) and self._resize is None
+                    else ""
+                )
                 raise DataError(
-                    f"sample {self._name(number)} of {self.where} is {tuple(x.shape)} {x.dtype}, sample 0 is "
-                    f"{expected.raw_shape} {expected.raw_dtype}; give all samples one shape and dtype"
+                    f"sample {self._name(number)} of {self.where} is {form[0]} {form[1]}, sample 0 is "
+                    f"{expected.raw_shape} {expected.raw_dtype}; give all samples one shape and dtype{hint}"
                 )
             xs.append(x)
             labels.append(label)
@@ -186,6 +204,7 @@ def from_torch(
     where: str = "the data set",
     skip_broken: bool = False,
     options: TargetOptions = TargetOptions(),  # noqa: B008 - it is frozen
+    resize: Resize | None = None,
 ) -> SampleSplit:
     """Make a split of a PyTorch data set or of tensors.
 
@@ -198,6 +217,7 @@ def from_torch(
         where: Name of the split in messages.
         skip_broken: Read every sample once, and leave out those that raise, hold NaN or infinity, or are of another form than most.
         options: What is known of the targets.
+        resize: Brings images to one size; None to leave them as they are.
 
     Raises:
         DataError: The data set is empty, is not indexed, or does not hold such pairs.
@@ -211,14 +231,29 @@ def from_torch(
     if isinstance(dataset, SampleSplit):
         return dataset
     if (pair := as_pair(dataset)) is not None:
+        if isinstance(pair[0], dict | tuple):
+            return from_structured_arrays(pair[0], pair[1], where, options)
         x = as_tensor(pair[0], where)
-        split = from_arrays(x, pair[1], num_classes=num_classes, input_form=input_form, where=where, options=options)
+        split = from_arrays(
+            x, pair[1], num_classes=num_classes, input_form=input_form, where=where, options=options, resize=resize
+        )
         if skip_broken:
             split.skip_broken()
         return split
     require_map_style(dataset, where)
     require_samples(len(dataset), where)
-    return MapSplit(dataset, num_classes, input_form, where, skip_broken, options)
+    if not skip_broken and _is_structured(dataset):
+        return StructuredSplit(
+            len(dataset), lambda number: as_sample(dataset[number], f"sample {number} of {where}"), where, options
+        )
+    return MapSplit(dataset, num_classes, input_form, where, skip_broken, options, resize)
+
+
+def _is_structured(dataset: Any) -> bool:
+    """Decide by the first sample of a data set whether samples are several tensors; what cannot be read is said later."""
+    with suppress(Exception):
+        return is_structured(as_sample(dataset[0], "")[0])
+    return False
 
 
 def from_arrays(
@@ -230,6 +265,7 @@ def from_arrays(
     where: str,
     options: TargetOptions = TargetOptions(),  # noqa: B008 - it is frozen
     labels_name: str | None = None,
+    resize: Resize | None = None,
 ) -> ArraySplit:
     """Make a split of samples that are in memory.
 
@@ -241,6 +277,7 @@ def from_arrays(
         where: Name of the split in messages.
         options: What is known of the targets.
         labels_name: Name of the targets in messages; None for that of the split.
+        resize: Brings images to one size; None to leave them as they are.
 
     Raises:
         DataError: There are no samples, their number is not that of the targets, or it is not clear what the targets are.
@@ -256,7 +293,7 @@ def from_arrays(
         targets = targets.of_classes(num_classes)
     elif targets.kind == "tokens":
         targets = targets.of_classes(max(targets.num_classes, count_classes(x, x)))
-    return ArraySplit(x, kept, targets, input_form, where)
+    return ArraySplit(x, kept, targets, input_form, where, resize)
 
 
 def _known_classes(dataset: Any, where: str, of_tokens: bool) -> int | None:

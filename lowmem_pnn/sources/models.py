@@ -16,6 +16,7 @@ from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.sources.cifar_models import CIFAR_MODELS, CifarShape, make_cifar
 from lowmem_pnn.sources.deferred_init import skeleton
 from lowmem_pnn.sources.gpt_model import BYTE_VOCABULARY, make_gpt, parse_gpt
+from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
 from lowmem_pnn.sources.preprocessing import InputForm
 
@@ -42,6 +43,7 @@ class ModelSource:
         build: Calls the constructor; the weights are random, from torch's global generator, which is not seeded by it.
         input_form: Form of the samples that the model takes.
         context: Number of tokens of a sample of text; None where the model does not say.
+        image_stats: Statistics of the images that its weights were trained on; None where they are random, or nobody says.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ModelSource:
     build: Callable[[], nn.Module]
     input_form: InputForm
     context: int | None = None
+    image_stats: ImageStats | None = None
 
 
 def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:

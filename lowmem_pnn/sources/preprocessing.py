@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import DataError
+from lowmem_pnn.sources.resize import Resize
 
 InputForm = Literal["flat", "image3", "any"]
 """Form of the samples that a model takes: flattened, images of three channels, or samples as they are."""
@@ -20,7 +21,7 @@ class Preprocessing:
     """Steps from a raw sample to a model's input, the same for every sample of a data set.
 
     Args:
-        raw_shape: Shape of a sample as it is stored.
+        raw_shape: Shape of a sample as it is stored, or as it was resized.
         raw_dtype: Element type of a sample as it is stored.
         shape: Shape of a sample as the model takes it.
         dtype: Element type of a sample as the model takes it: float32, or int64 for tokens.
@@ -34,6 +35,7 @@ class Preprocessing:
     steps: tuple[str, ...]
     _layout: Layout | None
     _grey_to_three: bool
+    _resize: Resize | None = None
 
     @classmethod
     def choose(
@@ -43,6 +45,7 @@ class Preprocessing:
         input_form: InputForm,
         where: str,
         layout: Layout | None = None,
+        resize: Resize | None = None,
     ) -> "Preprocessing":
         """Choose the preprocessing of samples for a model.
 
@@ -56,6 +59,7 @@ class Preprocessing:
             input_form: Form of the samples that the model takes.
             where: Name of the data set, for messages.
             layout: Axes of the samples, where they are known to be images; None to find them by their sizes.
+            resize: Brings images to one size; None to leave them as they are.
 
         Raises:
             DataError: The samples are no numbers, are empty, or are no images where the model takes images.
@@ -70,8 +74,15 @@ class Preprocessing:
             raise DataError(
                 f"data set {where}: samples of shape {raw_shape} hold no values; give samples with at least one value"
             )
-        if layout is None and (raw_dtype == torch.uint8 or input_form == "image3"):
+        if layout is None and (raw_dtype == torch.uint8 or input_form == "image3" or resize is not None):
             layout = _layout_of(raw_shape, prefer_last=raw_dtype == torch.uint8)
+        if resize is not None:
+            if layout is None:
+                raise DataError(
+                    f"data set {where}: samples have shape {raw_shape}, and --image-size is for images (height, width), (height, width, 3) "
+                    "or (channels, height, width); leave it out"
+                )
+            raw_shape = resize_shape(raw_shape, layout, resize, where)
         shape = {"HW": (1, *raw_shape), "HWC": (*raw_shape[-1:], *raw_shape[:-1])}.get(layout or "", raw_shape)
         if input_form == "image3" and (len(shape) != 3 or shape[0] not in (1, 3)):
             raise DataError(
@@ -89,7 +100,34 @@ class Preprocessing:
         if input_form == "flat" and len(shape) != 1:
             steps.append("flattened")
             shape = (int(torch.Size(shape).numel()),)
-        return cls(raw_shape, raw_dtype, shape, dtype, tuple(steps), layout, grey_to_three)
+        return cls(raw_shape, raw_dtype, shape, dtype, tuple(steps), layout, grey_to_three, resize)
+
+    @property
+    def all_steps(self) -> tuple[str, ...]:
+        """All steps in words, with resizing where it happens: bytes are resized as bytes."""
+        return self.steps_after(self.steps[:1])
+
+    def steps_after(self, first: tuple[str, ...]) -> tuple[str, ...]:
+        """Return all steps in words, with others in the place of the first one.
+
+        Args:
+            first: Steps that lead to values from 0 to 1, or to numbers as they are; the last one is the scale.
+        """
+        resizing = () if self._resize is None else self._resize.steps
+        before = resizing if self.raw_dtype == torch.uint8 else ()
+        return (*first[:-1], *before, first[-1], *(() if before else resizing), *self.steps[1:])
+
+    def resized(self, raw: Tensor) -> Tensor:
+        """Bring raw samples to the size that all have, where images are to be resized.
+
+        Args:
+            raw: Raw samples (B, ...) of one size, whatever it is.
+        """
+        if self._resize is None or raw.ndim != len(self.raw_shape) + 1:
+            return raw
+        if self._layout == "HWC":
+            return self._resize(raw.movedim(-1, 1)).movedim(1, -1)
+        return self._resize(raw.unsqueeze(1)).squeeze(1) if self._layout == "HW" else self._resize(raw)
 
     def as_floats(self) -> "Preprocessing":
         """Return the same steps, but for integers that become float32: numbers to calculate with, and no tokens."""
@@ -116,6 +154,25 @@ class Preprocessing:
         if self._grey_to_three:
             x = x.expand(-1, 3, -1, -1)
         return x.reshape(len(x), *self.shape).contiguous()
+
+
+def resize_shape(shape: tuple[int, ...], layout: Layout, resize: Resize, where: str) -> tuple[int, ...]:
+    """Return the shape that a resized image has, its axes in their order.
+
+    Args:
+        shape: Shape of the image.
+        layout: Its axes.
+        resize: Resizes it.
+        where: Name of the data set, for messages.
+
+    Raises:
+        DataError: It is too long and thin.
+    """
+    sides = shape[1:] if layout == "CHW" else shape[:2]
+    if (fault := resize.fault(*sides)) is not None:
+        raise DataError(f"data set {where}: a sample {fault}")
+    size = (resize.height, resize.width)
+    return (*shape[:1], *size) if layout == "CHW" else (*size, *shape[2:])
 
 
 def holds_tokens(raw_dtype: torch.dtype, input_form: InputForm) -> bool:

@@ -8,10 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec
 
 from lowmem_pnn.errors import DataError
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.arrays import hash_tensor
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
+from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.targets import Targets
 
 Indices: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]]"
@@ -52,6 +55,8 @@ class SampleSplit:
     """Name of the split in messages."""
     targets: Targets
     """Form of the samples' targets."""
+    structure: TreeSpec | None = None
+    """Structure of a sample's tensors; None where a sample is one tensor."""
     skipped: Mapping[str, str] = {}
     """Broken samples that were left out, by name, with what is wrong with each."""
 
@@ -114,6 +119,11 @@ class SampleSplit:
             )
 
     @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Tensors of one sample, as the model takes them."""
+        return (TensorSpec(self.preprocessing.shape, self.preprocessing.dtype),)
+
+    @property
     def num_classes(self) -> int:
         """Number of classes; see `Targets`."""
         return self.targets.num_classes
@@ -149,15 +159,18 @@ class ArraySplit(SampleSplit):
         targets: Form of the targets.
         input_form: Form of the samples that the model takes.
         where: Name of the split in messages.
+        resize: Brings images to one size; None to leave them as they are.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, targets: Targets, input_form: InputForm, where: str) -> None:
+    def __init__(
+        self, x: Tensor, y: Tensor, targets: Targets, input_form: InputForm, where: str, resize: Resize | None = None
+    ) -> None:
         require_samples(len(x), where)
         if len(x) != len(y):
             raise DataError(f"{where}: {len(x):,} samples but {len(y):,} labels; give one label for each sample")
         super().__init__(len(x))
         self.targets, self.where = targets, where
-        self.preprocessing = Preprocessing.choose(tuple(x.shape[1:]), x.dtype, input_form, where)
+        self.preprocessing = Preprocessing.choose(tuple(x.shape[1:]), x.dtype, input_form, where, resize=resize)
         self._x, self._y = x, y
 
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
@@ -191,7 +204,7 @@ class ArraySplit(SampleSplit):
         broken: dict[int, str] = {}
         step = max(1, _CHECKED_BYTES // max(1, self._x[0].nbytes))
         for begin in range(0, len(self._x), step):
-            x = self.preprocessing(self._x[begin : begin + step].clone()).flatten(1)
+            x = self.preprocessing(self.preprocessing.resized(self._x[begin : begin + step].clone())).flatten(1)
             for row in (~torch.isfinite(x).all(dim=1)).nonzero().flatten().tolist():
                 broken[begin + row] = f"holds {what_is_not_finite(x[row])}"
         if broken:
@@ -206,7 +219,7 @@ class ArraySplit(SampleSplit):
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         index = torch.from_numpy(numbers)
-        return self._x.index_select(0, index), self._y.index_select(0, index)
+        return self.preprocessing.resized(self._x.index_select(0, index)), self._y.index_select(0, index)
 
 
 def what_is_not_finite(x: Tensor) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lowmem_pnn.errors import DataError
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.arrays import as_tensor, hash_tensor
 from lowmem_pnn.sources.preprocessing import Preprocessing
 from lowmem_pnn.sources.splits import Indices, SampleSplit, as_indices, require_samples, what_is_not_finite
@@ -30,7 +31,6 @@ class StructuredSplit(SampleSplit):
     """
 
     structure: pytree.TreeSpec
-    """Structure of a sample's tensors."""
 
     def __init__(
         self,
@@ -49,6 +49,11 @@ class StructuredSplit(SampleSplit):
         )
         self.preprocessing = self.forms[0]
         self.targets = self._find_targets(options)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """See `SampleSplit.inputs`."""
+        return tuple(TensorSpec(form.shape, form.dtype) for form in self.forms)
 
     @property
     def names(self) -> list[str]:

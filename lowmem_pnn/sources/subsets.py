@@ -1,6 +1,7 @@
-"""Subsets of data splits: chosen samples, and the seeded division into a training and a validation part."""
+"""Subsets of data splits: chosen samples, the seeded division into parts, and parts whose classes are numbered otherwise."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,30 @@ class SubsetSplit:
     def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Return samples and classes, as `Split.batch` does; messages give the sample's number in the whole split."""
         return self.base.batch(self.numbers[as_indices(indices, len(self))])
+
+
+class RenumberedSplit:
+    """Split whose classes get other numbers.
+
+    Args:
+        base: Split with a class number for each sample.
+        numbers: New number of each class, (classes,).
+    """
+
+    def __init__(self, base: Split, numbers: Tensor) -> None:
+        self.base, self.numbers = base, numbers
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+        """Return samples and classes, as `Split.batch` does."""
+        x, labels = self.base.batch(indices)
+        return x, self.numbers[labels]
+
+    def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
+        """Return classes (B,) alone, of samples by their numbers."""
+        return self.numbers[labels_of(self.base, numbers)]
 
 
 def subset(split: Split, indices: npt.NDArray[np.integer[Any]]) -> Split:
@@ -81,7 +106,8 @@ def labels_of(split: Split, numbers: npt.NDArray[np.int64]) -> Tensor:
     """
     if isinstance(split, SubsetSplit):
         return labels_of(split.base, split.numbers[numbers])
-    return split.labels(numbers) if isinstance(split, SampleSplit) else split.batch(numbers)[1]
+    own: Callable[[npt.NDArray[np.int64]], Tensor] | None = getattr(split, "labels", None)
+    return own(numbers) if own is not None else split.batch(numbers)[1]
 
 
 def as_floats(split: Split) -> Split:
@@ -92,10 +118,42 @@ def as_floats(split: Split) -> Split:
     """
     if isinstance(split, SubsetSplit):
         return SubsetSplit(as_floats(split.base), split.numbers)
+    if isinstance(split, RenumberedSplit):
+        return RenumberedSplit(as_floats(split.base), split.numbers)
+    if hasattr(split, "as_floats"):
+        floating: Split = split.as_floats()
+        return floating
     assert isinstance(split, SampleSplit), "a split of a user's own gives samples as they are"
     floats = copy.copy(split)
     floats.preprocessing = split.preprocessing.as_floats()
     return floats
+
+
+def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Divide a split into a part that stays and a part that is held out, by a seeded permutation; both in the split's order.
+
+    Args:
+        split: Split to divide.
+        fraction: Share that is held out, 0 < fraction < 1; rounded to samples, at least one.
+        seed: Seed of the permutation.
+
+    Raises:
+        DataError: No sample would be left.
+
+    Example:
+        >>> import torch
+        >>> from lowmem_pnn.sources.map_split import from_torch
+        >>> whole = from_torch((torch.zeros(10, 4), torch.arange(10)))
+        >>> [len(part) for part in hold_out(whole, 0.2, seed=0)]
+        [8, 2]
+    """
+    count = max(round(len(split) * fraction), 1)
+    if count >= len(split):
+        raise DataError(
+            f"a test fraction of {fraction:g} of {len(split)} samples leaves none to train on; use more samples, or a smaller --test-fraction"
+        )
+    order = _permutation(len(split), seed)
+    return subset(split, np.sort(order[count:])), subset(split, np.sort(order[:count]))
 
 
 def _permutation(length: int, seed: int) -> npt.NDArray[np.int64]:

@@ -13,6 +13,7 @@ import os
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,6 +150,10 @@ class _File:
         except OSError as error:
             raise DataError(f"text {str(path)!r} cannot be read: {error.strerror or error}; give text:FILE") from error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Have another process map the file itself; what was written to it meanwhile is noticed there too."""
+        return _reopened, (self._path, self._state)
+
     def check(self) -> None:
         """Raise if the file was written to: a read behind its end would kill the process, and other bytes are other data.
 
@@ -164,3 +169,10 @@ class _File:
     def _size_and_time(self) -> tuple[int, int]:
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
+
+
+def _reopened(path: Path, state: tuple[int, int]) -> _File:
+    file = _File(path)
+    file._state = state
+    file.check()
+    return file

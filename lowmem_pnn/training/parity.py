@@ -57,7 +57,9 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
     if len(workload.splits["train"]) < count:
         say(f"{title} was not compared with its layers: there are fewer than {count} training samples")
         return "no"
-    batch = workload.splits["train"].batch(range(count))
+    samples, targets = workload.splits["train"].batch(range(count))
+    assert isinstance(samples, Tensor)
+    batch = samples, targets
     try:
         theirs = _observe_model(workload, model, batch, folder)
         with preserve_random_state():

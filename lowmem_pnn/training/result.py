@@ -81,6 +81,8 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         workdir=str(path),
         weights_file=str(path / "model.safetensors"),
         preprocessing=workload.dataset.preprocessing,
+        data_parts=workload.dataset.parts,
+        workers=config.workers,
         versions={
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},

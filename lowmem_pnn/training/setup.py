@@ -16,6 +16,7 @@ from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.memory_profiler import profile
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.run.ranks import ALONE, Rank
+from lowmem_pnn.samples.readers import Readers
 from lowmem_pnn.sources.deferred_init import skeleton
 from lowmem_pnn.workload import Workload, make_workload, with_compiled_layers
 from lowmem_pnn.workload.inputs import Inputs
@@ -51,6 +52,31 @@ def open_workload(
         compiled = with_compiled_layers(make_workload(config, *inputs, device.torch_device), device.torch_device)
     with device:
         yield device, compiled or make_workload(config, *inputs, device.torch_device)
+
+
+@contextmanager
+def reading(config: FitConfig, inputs: Inputs, display: Display | None = None) -> Iterator[Inputs]:
+    """Have samples read by other processes, where that is asked for. They are started before the floor is taken.
+
+    Args:
+        config: options of the run.
+        inputs: model and data, open.
+        display: is told of the processes.
+
+    Yields:
+        The same, with parts of the data that other processes read.
+    """
+    if not config.workers:
+        yield inputs
+        return
+    source, dataset, splits, own = inputs
+    if display is not None:
+        what = "process reads" if config.workers == 1 else "processes read"
+        display.message(
+            f"{config.workers} {what} samples; their memory is the host's, and not in the budget (host_peak_bytes has it)"
+        )
+    with Readers(splits, config.workers, dataset.name) as readers:
+        yield source, dataset, dict(readers.serve()), own
 
 
 def _device_of(config: FitConfig, rank: Rank) -> Device:

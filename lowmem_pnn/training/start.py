@@ -1,5 +1,6 @@
 """Start: a run that is begun, or gone on with, from its options to its result."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -12,7 +13,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust, resumed_config
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.engine.worker_threads import WorkerThreads
-from lowmem_pnn.errors import BudgetError, CheckpointError, LowMemError
+from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.model.compiler import check_compiler
 from lowmem_pnn.planning.disk_footprint import check_disk
 from lowmem_pnn.planning.make_plan import make_plan
@@ -27,12 +28,13 @@ from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.run.resume import check_same_rank, count_resume, resumed_state, stored_config
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
+from lowmem_pnn.samples.reader_process import READER_VARIABLE
 from lowmem_pnn.stores.disk import allow_many_files
 from lowmem_pnn.stores.journal import read_journal
 from lowmem_pnn.stores.run_directory import RunDirectory, read_config
 from lowmem_pnn.training.join import forget
 from lowmem_pnn.training.lifecycle import run_to_end
-from lowmem_pnn.training.setup import open_workload, warm_up_profiler
+from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
 from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import Inputs, named_inputs
 
@@ -66,11 +68,12 @@ def begin(
     Returns:
         What `result.json` says; None where another process has the result.
     """
+    _refuse_in_reader()
     rank.check(config)
     display = display or Display()
     with _environment(display) as threads:
         inputs = _open_before_floor(config, open_inputs, display)
-        with open_workload(config, inputs, rank, display) as (device, workload):
+        with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
             profile = profile_workload(workload, device)
             request = PlanRequest(workload, profile, device)
             estimator = TimeEstimator.measured(request)
@@ -118,6 +121,7 @@ def resume(
     Returns:
         What `result.json` says; None where another process has the result.
     """
+    _refuse_in_reader()
     options, display = options or {}, display or Display()
     if rank.number and not (path / "journal.json").exists():
         return _begin_late(path, options, rank, display, should_stop, trust=trust)
@@ -139,7 +143,7 @@ def resume(
     rank.check(config)
     with _environment(display) as threads:
         inputs = _open_before_floor(config, open_inputs, display)
-        with open_workload(config, inputs, rank, display) as (device, workload):
+        with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
             profile = profile_workload(workload, device)
             estimator = TimeEstimator.measured(PlanRequest(workload, profile, device))
             with RunDirectory.open(path) as rundir, closing(threads):
@@ -174,6 +178,15 @@ def _or_late(should_stop: Callable[[], bool], config: FitConfig) -> Callable[[],
     return lambda: should_stop() or time.monotonic() >= end
 
 
+def _refuse_in_reader() -> None:
+    """Refuse to train in a process that reads samples, and has imported the user's script for the data set that it defines."""
+    if READER_VARIABLE in os.environ:
+        raise ConfigError(
+            "the script is imported again where samples are read (--workers), and would train there too; put what it does under "
+            "if __name__ == '__main__':"
+        )
+
+
 def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Display) -> Inputs:
     """Open what has to be there before the floor is taken: model and data, and what libraries import on their first use."""
     if config.compile:
@@ -181,6 +194,9 @@ def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Disp
     if config.skip_broken:
         display.message("reading every sample once, to leave out broken ones (--skip-broken)")
     inputs = open_inputs(config)
+    display.message(f"data: {inputs[1].parts}")
+    if inputs[1].preprocessing:
+        display.message(f"samples: {inputs[1].preprocessing}")
     skipped = inputs[1].skipped_samples
     if skipped["count"]:
         display.message(describe_skipped(skipped["names"], skipped["count"]))

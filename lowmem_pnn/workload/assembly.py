@@ -102,11 +102,6 @@ def make_workload(
         )
     if config.watches and config.monitor == "val_accuracy" and task.name not in ("classification", "multilabel"):
         raise ConfigError(f"--monitor val_accuracy: {task.name} has no accuracy; give val_loss")
-    if config.augment != "none" and (len(dataset.sample_shape) != 3 or not dataset.dtype.is_floating_point):
-        raise ConfigError(
-            f"--augment {config.augment} is for images (C, H, W), and the samples of data {dataset.name} are {dataset.sample_shape}; leave "
-            "it out"
-        )
     workload = _by_method(Workload(config, source, dataset, splits, make_method(config), task, chain, chain))
     if config.loss_chunk is not None and task.rows_per_sample is None:
         raise ConfigError(f"--loss-chunk {config.loss_chunk}: the loss of {task.name} is no sum over rows; leave it out")

@@ -1,27 +1,33 @@
 """Models and data as a caller gives them: by name, or as Python objects."""
 
-import dataclasses
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from lowmem_pnn.config.code import names_code
-from lowmem_pnn.config.fit_config import FitConfig, default_of
+from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.methods import SplitName
-from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
-from lowmem_pnn.sources.datasets import find_dataset, make_dataset
+from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.imports import load_factory
 from lowmem_pnn.sources.map_split import from_torch
 from lowmem_pnn.sources.models import ModelSource, find_model
-from lowmem_pnn.sources.splits import SampleSplit, Split
-from lowmem_pnn.sources.subsets import sample_of, train_val_split
+from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.tasks import Own, OwnLoss, OwnMetrics
+from lowmem_pnn.workload.parts import (
+    SampleForm,
+    check_fit,
+    open_apart,
+    open_source,
+    prepare,
+    resize_of,
+    split_data,
+    with_part,
+)
 
 Model = str | nn.Module | Callable[[], nn.Module]
 """A name, a model, or a function that builds one."""
@@ -66,43 +72,43 @@ def python_inputs(
         options = target_options(config, own)
         named = find_model(model, config.model_arg, None) if isinstance(model, str) else None
         input_form = named.input_form if named is not None else "any"
+        form = SampleForm(input_form, named.context if named is not None else None, options)
         if isinstance(train, str):
-            context = named.context if named is not None else None
-            dataset = find_dataset(
-                train, config.data_root, input_form, context=context, skip_broken=config.skip_broken, options=options
-            )
+            dataset = open_source(train, config, form)
         else:
             dataset = make_dataset(
-                train, test, name=config.data, input_form=input_form, skip_broken=config.skip_broken, options=options
+                train,
+                test,
+                name=config.data,
+                input_form=input_form,
+                skip_broken=config.skip_broken,
+                options=options,
+                resize=resize_of(config),
             )
         if isinstance(model, str):
             source = find_model(model, config.model_arg, dataset.num_classes)
         else:
             build = (lambda: model) if isinstance(model, nn.Module) else model
             source = ModelSource(name=run_name(config), spec=config.model, build=build, input_form=input_form)
-        apart: dict[SplitName, SampleSplit] = {}
+        dataset, apart = open_apart(config, dataset, form)
         given: list[tuple[SplitName, Any]] = [("val", val), ("test", test if isinstance(train, str) else None)]
         for name, part in given:
-            if part is not None:
-                apart[name] = from_torch(
-                    part,
-                    num_classes=dataset.num_classes,
-                    input_form=input_form,
-                    where=f"{config.data} ({'validation' if name == 'val' else 'test'} part)",
-                    skip_broken=config.skip_broken,
-                    options=options,
-                )
-        splits = split_data(dataset, config, apart)
-        if apart:
-            # Parts that were given apart from the data set belong to the run's data too.
-            prints = [dataset.fingerprint, *(part.fingerprint() for part in apart.values())]
-            skipped = {name: why for part in apart.values() for name, why in part.skipped.items()}
-            dataset = dataclasses.replace(
-                dataset,
-                fingerprint=hashlib.sha256("".join(prints).encode()).hexdigest(),
-                skipped={**dataset.skipped, **skipped},
+            if part is None:
+                continue
+            where = f"{config.data} ({'validation' if name == 'val' else 'test'} part)"
+            split = from_torch(
+                part,
+                num_classes=dataset.num_classes,
+                input_form=input_form,
+                where=where,
+                skip_broken=config.skip_broken,
+                options=options,
+                resize=resize_of(config),
             )
-        return source, dataset, splits, own
+            check_fit(split, dataset, where)
+            apart[name] = split
+            dataset = with_part(dataset, name, split.fingerprint(), split.skipped)
+        return source, *prepare(*split_data(dataset, config, apart), config, source.image_stats), own
 
     return open_inputs
 
@@ -127,16 +133,11 @@ def open_data(config: FitConfig) -> Inputs:
     # The data set says how many classes the model gets; the model how images are to be shown to it, and how long a text.
     named = find_model(config.model, config.model_arg, None)
     own = Own(named_loss(config))
-    dataset = find_dataset(
-        config.data,
-        config.data_root,
-        named.input_form,
-        context=named.context,
-        skip_broken=config.skip_broken,
-        options=target_options(config, own),
-    )
+    form = SampleForm(named.input_form, named.context, target_options(config, own))
+    dataset = open_source(config.data, config, form)
     source = find_model(config.model, config.model_arg, dataset.num_classes)
-    return source, dataset, split_data(dataset, config), own
+    dataset, apart = open_apart(config, dataset, form)
+    return source, *prepare(*split_data(dataset, config, apart), config, source.image_stats), own
 
 
 def named_loss(config: FitConfig) -> OwnLoss | None:
@@ -168,36 +169,3 @@ def target_options(config: FitConfig, own: Own) -> TargetOptions:
     if own.loss is not None and config.task != "auto":
         raise ConfigError(f"--task {config.task} chooses a loss, and {config.loss} is one of your own; leave --task out")
     return TargetOptions("own" if own.loss is not None else config.task, config.ignore_index)
-
-
-def split_data(dataset: Dataset, config: FitConfig, apart: Mapping[SplitName, Split] | None = None) -> dict[SplitName, Split]:
-    """Split a data set into training, validation and test parts.
-
-    Args:
-        dataset: open data set.
-        config: options of the run.
-        apart: parts that are given apart from the data set, and take the place of its own.
-
-    Raises:
-        ConfigError: an option for a part that is not there.
-    """
-    parts = {"val": dataset.val, "test": dataset.test, **(apart or {})}
-    fraction = config.val_fraction
-    if parts["val"] is not None:
-        if fraction not in (0, default_of("val_fraction")):
-            raise ConfigError(
-                f"--val-fraction {fraction:g} has no effect here: data {config.data} has a validation part of {len(parts['val']):,} "
-                "samples; leave the option out, or give 0 to validate on nothing"
-            )
-        if fraction == 0 and "val" not in (apart or {}):
-            parts["val"] = None
-        fraction = 0.0
-    train, val = train_val_split(dataset.train, fraction, seed_of(config.seed, "split"), config.train_limit)
-    splits: dict[SplitName, Split] = {"train": train}
-    if (val := parts["val"] or val) is not None:
-        splits["val"] = val
-    if parts["test"] is not None:
-        splits["test"] = sample_of(parts["test"], config.test_limit, seed_of(config.seed, "test"))
-    elif config.test_limit is not None:
-        raise ConfigError(f"--test-limit has no effect here: data {config.data} has no test part; leave it out")
-    return splits

@@ -14,6 +14,7 @@ from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.samples.readers import ServedSplit
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.models import ModelSource
@@ -60,6 +61,12 @@ class Workload:
     def needs_whole_batch(self) -> bool:
         """Whether the loss of a batch is not made up of those of its parts, so that it has to go through at once."""
         return getattr(self.task, "needs_whole_batch", False)
+
+    @property
+    def readers_peak_bytes(self) -> int:
+        """The most private memory that processes which read samples had together."""
+        train = self.splits["train"]
+        return train.readers.peak_bytes if isinstance(train, ServedSplit) else 0
 
     @property
     def training_splits(self) -> dict[SplitName, int]:

@@ -38,7 +38,7 @@ def built(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 
 def training_split(data: Data, **options: Any) -> Split:
     config = configure(max_gpu_mem="1GB", model="python:model", data="python:data", **options)
-    return split_data(make_dataset(data, name="data"), config)["train"]
+    return split_data(make_dataset(data, name="data"), config)[1]["train"]
 
 
 def loaded(build: Callable[[], nn.Module], weights_file: str | Path) -> nn.Module:

@@ -223,7 +223,8 @@ def test_images_of_another_size_than_most_are_named(tmp_path: Path) -> None:
     (tmp_path / "a" / "1.png").write_bytes((tmp_path / "b" / "1.png").read_bytes())
     with pytest.raises(
         DataError,
-        match=r"/a/0.png is 6 x 4 pixels, .*/a/1.png is 5 x 4; give all images one size; 1 of 6 images cannot be used, --skip-broken",
+        match=r"/a/0.png is 6 x 4 pixels, .*/a/1.png is 5 x 4; give all images one size, or --image-size 4; 1 of 6 images "
+        r"cannot be used, --skip-broken",
     ):
         find(tmp_path)
     dataset = find(tmp_path, skip_broken=True)
@@ -235,7 +236,8 @@ def test_images_of_all_sizes_are_not_to_be_left_out(tmp_path: Path) -> None:
     for number, name in enumerate("abcd"):
         write_images(tmp_path, name, num=1, size=(4 + number, 4))
     with pytest.raises(
-        DataError, match=r"/b/0.png is 5 x 4 pixels, .*/a/0.png is 4 x 4; give all images one size; 3 of 4 images .* used$"
+        DataError,
+        match=r"/b/0.png is 5 x 4 pixels, .*/a/0.png is 4 x 4; give all images one size, or --image-size 4; 3 of 4 images .* used$",
     ):
         find(tmp_path)
 

@@ -1,0 +1,155 @@
+"""Options about data: where it is, its parts, and how samples are shown to the model; the fields of `FitConfig` about them."""
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and deviation of ImageNet's training images in [0, 1], as torchvision's weights were trained with them."""
+
+# Above it a single image would be larger than most budgets; a decoded one has three values a pixel.
+_LARGEST_SIDE = 16384
+
+
+def _image_size(value: Any) -> Any:
+    """Return a size as `N` or `HxW`, in its shortest form."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        value = "x".join(map(str, value))
+    match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", str(value).strip())
+    if match is None or isinstance(value, bool):
+        raise ValueError("no size in pixels; write N, such as 224, or HxW, such as 240x320")
+    height, width = int(match[1]), int(match[2] or match[1])
+    if not (1 <= height <= _LARGEST_SIDE and 1 <= width <= _LARGEST_SIDE):
+        raise ValueError(f"sides are from 1 to {_LARGEST_SIDE} pixels")
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def _normalization(value: Any) -> Any:
+    """Return `none`, `auto`, `imagenet`, or means and deviations as text."""
+    if isinstance(value, tuple | list) and len(value) == 2:
+        value = "/".join(",".join(map(str, part)) if isinstance(part, tuple | list) else str(part) for part in value)
+    text = str(value).strip()
+    if text in ("none", "auto", "imagenet"):
+        return text
+    try:
+        mean, std = numbers_of(text)
+    except ValueError:
+        raise ValueError(
+            "none of none, auto, imagenet, MEAN/STD; write, for example, 0.5/0.25, or a value for each channel: 0.5,0.4,0.4/0.2,0.2,0.3"
+        ) from None
+    if len(mean) != len(std):
+        raise ValueError(f"has {len(mean)} means and {len(std)} deviations; give as many of both")
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        raise ValueError("means are finite, and deviations positive")
+    return text
+
+
+def numbers_of(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the means and deviations of a text `MEAN/STD`.
+
+    Args:
+        text: numbers separated by commas, a slash, and as many numbers.
+
+    Raises:
+        ValueError: it is no such text.
+
+    Example:
+        >>> numbers_of("0.5,0.4/0.2,0.3")
+        ((0.5, 0.4), (0.2, 0.3))
+    """
+    mean, std = text.split("/")
+    return tuple(map(float, mean.split(","))), tuple(map(float, std.split(",")))
+
+
+ImageSize = Annotated[str, BeforeValidator(_image_size)]
+Normalization = Annotated[str, BeforeValidator(_normalization)]
+Augmentation = Literal["none", "basic", "randaugment", "trivial"]
+ResizeMode = Literal["crop", "squash", "pad"]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class DataOptions:
+    """What decides which samples a model sees, and how."""
+
+    data: str = Field(
+        description=(
+            "digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100, imagefolder:DIR, npz:FILE, text:FILE (bytes as "
+            "tokens), or file.py:factory."
+        )
+    )
+    val_data: str | None = Field(
+        default=None,
+        description=(
+            "Data to validate on, of any source that --data takes: its validation part, or all of it where it has one part. Classes "
+            "are matched by their names, where both sources have names."
+        ),
+    )
+    test_data: str | None = Field(
+        default=None, description="Data to test on, as --val-data: its test part, or all of it where it has one part."
+    )
+    data_root: Path = Field(default=Path("data"), description="Folder that downloaded data sets are kept in.")
+    image_size: ImageSize | None = Field(
+        default=None, description="Size that images are brought to: a side of a square, or HxW in pixels. By default their own."
+    )
+    resize: ResizeMode = Field(
+        default="crop",
+        description=(
+            "How images are brought to --image-size, always with antialiasing. crop: they cover it, and the centre is kept. squash: "
+            "height and width by themselves. pad: they fit into it, and black is put around them."
+        ),
+    )
+    normalize: Normalization = Field(
+        default="none",
+        description=(
+            "Normalisation of images, by channel: (value - mean) / deviation, of values from 0 to 1. imagenet: that of torchvision's "
+            "weights. auto: that of the pretrained weights, else computed from training images. MEAN/STD: 0.5/0.25, or a value for each "
+            "channel."
+        ),
+    )
+    augment: Augmentation = Field(
+        default="none",
+        description=(
+            "Augmentation of training images, anew in every epoch. basic: random crops and flips. randaugment, trivial: these, and then "
+            "torchvision's RandAugment or TrivialAugmentWide."
+        ),
+    )
+    workers: NonNegativeInt = Field(
+        default=0,
+        description=(
+            "Processes of the host that read, decode and augment samples; their memory is not in the budget. Order and values are the "
+            "same whatever their number; 0: this process does it."
+        ),
+    )
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.1,
+        description="Share of the training data that is kept for validation; of data with a validation part, 0 leaves that out.",
+    )
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        description="Share of the training data that is kept for the test, where the data has no test part; by default none.",
+    )
+    train_limit: PositiveInt | None = Field(
+        default=None, description="Largest number of training samples to use, chosen at random by the seed."
+    )
+    test_limit: PositiveInt | None = Field(
+        default=None, description="Largest number of test samples to use, chosen at random by the seed."
+    )
+    skip_broken: bool = Field(
+        default=False,
+        description=(
+            "Read every sample once before training, and leave out those that cannot be read, hold NaN or infinity, or are of another "
+            "size than most."
+        ),
+    )
+
+    @property
+    def image_shape(self) -> tuple[int, int] | None:
+        """Height and width of `image_size`; None where images keep their own size."""
+        if self.image_size is None:
+            return None
+        height, _, width = self.image_size.partition("x")
+        return int(height), int(width or height)

@@ -1,0 +1,59 @@
+"""A prepared split: samples of a data set, augmented where they are for training, and normalised."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from lowmem_pnn.samples.augment import AugmentationKey, Augmenter
+from lowmem_pnn.samples.normalization import Normalization
+from lowmem_pnn.sources.splits import Indices, Split
+from lowmem_pnn.sources.subsets import labels_of
+
+
+class PreparedSplit:
+    """Split whose samples are augmented, where a key is given, and then normalised.
+
+    Args:
+        base: The samples as the data set gives them.
+        augmenter: Augments them; None where there are no training samples, or nothing to do.
+        normalization: Normalises them; None to leave values as they are.
+    """
+
+    def __init__(self, base: Split, augmenter: Augmenter | None, normalization: Normalization | None) -> None:
+        self._base, self._augmenter, self._normalization = base, augmenter, normalization
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+    def batch(self, indices: Indices, key: AugmentationKey | None = None) -> tuple[Tensor, Tensor]:
+        """Return samples and labels, as `Split.batch` does.
+
+        Args:
+            indices: Numbers of B samples.
+            key: Word and number that name an epoch, or a view, for samples that are augmented; None for samples as they are.
+        """
+        x, labels = self._base.batch(indices)
+        assert isinstance(x, Tensor), "samples of several tensors are taken as they are"
+        if key is not None and self._augmenter is not None:
+            x = self._augmenter(x, np.asarray(indices, dtype=np.int64), key)
+        if self._normalization is not None:
+            x = self._normalization(x)
+        return x, labels
+
+    def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
+        """Return targets (B, ...) alone, of samples by their numbers."""
+        return labels_of(self._base, numbers)
+
+
+def read_samples(split: Any, indices: Indices, key: AugmentationKey | None) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+    """Return samples and labels of any split, augmented where it can and a key is given.
+
+    Args:
+        split: A split; one that is not prepared has samples as they are.
+        indices: Numbers of B samples.
+        key: Word and number that name an epoch, or a view; None for samples as they are.
+    """
+    samples: tuple[Tensor | tuple[Tensor, ...], Tensor] = split.batch(indices) if key is None else split.batch(indices, key)
+    return samples

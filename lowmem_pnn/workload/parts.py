@@ -1,0 +1,271 @@
+"""Parts of a run's data: for training, validation and test, from one source or several, and as the model is to see them."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+
+import torch
+
+from lowmem_pnn.config.faults import flag
+from lowmem_pnn.config.fit_config import FitConfig, default_of
+from lowmem_pnn.errors import ConfigError, DataError
+from lowmem_pnn.methods import SplitName
+from lowmem_pnn.samples.augment import Augmenter
+from lowmem_pnn.samples.normalization import find_normalization
+from lowmem_pnn.samples.prepared import PreparedSplit
+from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.sources.dataset import Dataset
+from lowmem_pnn.sources.datasets import find_dataset
+from lowmem_pnn.sources.image_stats import ImageStats
+from lowmem_pnn.sources.imports import did_you_mean
+from lowmem_pnn.sources.preprocessing import InputForm
+from lowmem_pnn.sources.resize import Resize
+from lowmem_pnn.sources.splits import SampleSplit, Split
+from lowmem_pnn.sources.subsets import RenumberedSplit, as_floats, hold_out, sample_of, train_val_split
+from lowmem_pnn.sources.targets import TargetOptions, Targets
+
+_WORDS: dict[SplitName, str] = {"train": "training", "val": "validation", "test": "test"}
+
+
+def resize_of(config: FitConfig) -> Resize | None:
+    """Return what brings images to the size that is asked for; None where they keep their own."""
+    return None if config.image_shape is None else Resize(*config.image_shape, config.resize)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleForm:
+    """What model and task say of samples before they are opened.
+
+    Args:
+        input_form: form of the samples that the model takes.
+        context: tokens of a sample of text, which is the model's context; None where it does not say.
+        options: what is known of the targets.
+    """
+
+    input_form: InputForm
+    context: int | None
+    options: TargetOptions
+
+
+def open_source(spec: str, config: FitConfig, form: SampleForm) -> Dataset:
+    """Open a data set by name, as a run's options say.
+
+    Args:
+        spec: name of the data set.
+        config: options of the run.
+        form: what is known of its samples.
+    """
+    return find_dataset(
+        spec,
+        config.data_root,
+        form.input_form,
+        context=form.context,
+        skip_broken=config.skip_broken,
+        options=form.options,
+        resize=resize_of(config),
+    )
+
+
+def open_apart(config: FitConfig, dataset: Dataset, form: SampleForm) -> tuple[Dataset, dict[SplitName, Split]]:
+    """Open the parts that are given apart, by `--val-data` and `--test-data`.
+
+    Args:
+        config: options of the run.
+        dataset: the training data, open.
+        form: what is known of their samples.
+
+    Returns:
+        The data set, with the parts in its fingerprint and its broken samples, and the parts.
+
+    Raises:
+        ConfigError: no such data set.
+        DataError: it has no such part, or it does not fit the training data.
+    """
+    parts: dict[SplitName, Split] = {}
+    given: tuple[tuple[SplitName, str | None], ...] = (("val", config.val_data), ("test", config.test_data))
+    for name, spec in given:
+        if spec is None:
+            continue
+        other = open_source(spec, config, form)
+        parts[name] = _matched(_part_of(other, name, spec), other, dataset, f"{flag(f'{name}_data')} {spec}")
+        dataset = with_part(dataset, name, other.fingerprint, other.skipped)
+        if other.preprocessing != dataset.preprocessing:
+            words = f"{dataset.preprocessing}; {_WORDS[name]} samples: {other.preprocessing}"
+            dataset = dataclasses.replace(dataset, preprocessing=words)
+    return dataset, parts
+
+
+def with_part(dataset: Dataset, name: SplitName, fingerprint: str, skipped: Mapping[str, str]) -> Dataset:
+    """Return a data set that knows of a part which is given apart from it: such a part belongs to the run's data too.
+
+    Args:
+        dataset: the training data.
+        name: name of the part.
+        fingerprint: hash of the part.
+        skipped: broken samples of the part that were left out.
+    """
+    prints = hashlib.sha256(f"{dataset.fingerprint}{fingerprint}".encode()).hexdigest()
+    return dataclasses.replace(dataset, fingerprint=prints, skipped={**dataset.skipped, **skipped})
+
+
+def _part_of(other: Dataset, name: SplitName, spec: str) -> Split:
+    """Return the part of a source that is asked for: the one of that name, or all of a source of one part."""
+    parts = {"train": other.train, "val": other.val, "test": other.test}
+    if (own := parts[name]) is not None:
+        return own
+    if other.val is None and other.test is None:
+        return other.train
+    there = " and ".join(f"a {_WORDS[part]}" for part in ("train", "val", "test") if parts[part] is not None)
+    raise DataError(
+        f"{flag(f'{name}_data')} {spec} has {there} part, and no {_WORDS[name]} part; give a source of one part, or one that has it"
+    )
+
+
+def _matched(part: Split, other: Dataset, dataset: Dataset, what: str) -> Split:
+    """Return a part of another source with the class numbers of the training data."""
+    form, own = ((data.sample_shape, data.label_shape, data.targets.kind) for data in (other, dataset))
+    if form != own or other.dtype != dataset.dtype:
+        raise DataError(
+            f"{what} has samples of shape {other.sample_shape} {_name(other.dtype)} with labels {_labels(other.targets)}, and training "
+            f"samples are {dataset.sample_shape} {_name(dataset.dtype)} with labels {_labels(dataset.targets)}; give data of one form"
+            f"{', or --image-size' if len(other.sample_shape) == len(dataset.sample_shape) == 3 else ''}"
+        )
+    if not dataset.targets.are_classes:
+        return part
+    known = dataset.classes
+    if not known or not other.classes:
+        if other.num_classes > dataset.num_classes:
+            raise DataError(
+                f"{what} has classes up to number {other.num_classes - 1}, and the training data up to {dataset.num_classes - 1}; number "
+                "the classes alike, and leave out what is not trained on"
+            )
+        return part
+    if unknown := [name for name in other.classes if name not in known]:
+        raise DataError(
+            f"{what} has the class {unknown[0]!r}, which the training data has not{did_you_mean(unknown[0], list(known))}; give both the "
+            "same names of classes"
+        )
+    numbers = [known.index(name) for name in other.classes]
+    return part if numbers == list(range(len(numbers))) else RenumberedSplit(part, torch.tensor(numbers))
+
+
+def _labels(targets: Targets) -> str:
+    return f"{targets.shape} ({targets.kind})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def split_data(
+    dataset: Dataset, config: FitConfig, apart: Mapping[SplitName, Split] | None = None
+) -> tuple[Dataset, dict[SplitName, Split]]:
+    """Split a data set into training, validation and test parts.
+
+    Args:
+        dataset: open data set.
+        config: options of the run.
+        apart: parts that are given apart from the data set, and take the place of its own.
+
+    Returns:
+        The data set, which says how it was split, and its parts.
+
+    Raises:
+        ConfigError: an option for a part that is not there.
+        DataError: no sample would be left to train on.
+    """
+    parts: dict[SplitName, Split | None] = {"val": dataset.val, "test": dataset.test, **(apart or {})}
+    how = dict.fromkeys(_WORDS, "")
+    fraction, test_fraction, whole = config.val_fraction, config.test_fraction or 0.0, dataset.train
+    if (test := parts["test"]) is not None:
+        if test_fraction:
+            raise ConfigError(
+                f"--test-fraction {test_fraction:g} has no effect here: there is a test part of {len(test):,} samples; leave the option out"
+            )
+    elif test_fraction:
+        whole, parts["test"] = hold_out(whole, test_fraction, seed_of(config.seed, "test split"))
+        how["test"] = f" ({test_fraction:g} of the training data, by seed)"
+    if (val := parts["val"]) is not None:
+        if fraction not in (0, default_of("val_fraction")):
+            raise ConfigError(
+                f"--val-fraction {fraction:g} has no effect here: data {config.val_data or config.data} has a validation part of {len(val):,} "
+                "samples; leave the option out, or give 0 to validate on nothing"
+            )
+        if fraction == 0 and "val" not in (apart or {}):
+            parts["val"] = None
+        fraction = 0.0
+    train, own_val = train_val_split(whole, fraction, seed_of(config.seed, "split"), config.train_limit)
+    splits: dict[SplitName, Split] = {"train": train}
+    if (chosen := parts["val"] or own_val) is not None:
+        splits["val"] = chosen
+        how["val"] = f" ({fraction:g} of the training data, by seed)" if parts["val"] is None else ""
+    if (test := parts["test"]) is not None:
+        splits["test"] = sample_of(test, config.test_limit, seed_of(config.seed, "test"))
+    elif config.test_limit is not None:
+        raise ConfigError(f"--test-limit has no effect here: data {config.data} has no test part; leave it out")
+    verbs: dict[SplitName, str] = {"train": "train", "val": "validate", "test": "test"}
+    words = ", ".join(f"{len(split):,} to {verbs[name]} on{how[name]}" for name, split in splits.items())
+    absent = [verb for name, verb in verbs.items() if name not in splits]
+    return dataclasses.replace(dataset, parts=words + (f", none to {' or '.join(absent)} on" if absent else "")), splits
+
+
+def prepare(
+    dataset: Dataset, splits: dict[SplitName, Split], config: FitConfig, stats: ImageStats | None
+) -> tuple[Dataset, dict[SplitName, Split]]:
+    """Return data as the model is to see it: training images augmented, all of them normalised.
+
+    Args:
+        dataset: open data set.
+        splits: its parts.
+        config: options of the run.
+        stats: statistics of the images that pretrained weights were trained on, if there are such weights.
+
+    Raises:
+        ConfigError: the samples are no images, where images are asked for.
+    """
+    if config.augment == "none" and config.normalize == "none":
+        return dataset, splits
+    if dataset.may_be_numbers:
+        dataset, splits = dataset.as_floats(), {name: as_floats(split) for name, split in splits.items()}
+    option, shape = ("augment", dataset.sample_shape) if config.augment != "none" else ("normalize", dataset.sample_shape)
+    if not dataset.dtype.is_floating_point or (config.augment != "none" and len(shape) != 3):
+        raise ConfigError(
+            f"{flag(option)} {getattr(config, option)} is for images (C, H, W), and the samples of data {dataset.name} are {shape}; leave "
+            "it out"
+        )
+    if config.augment not in ("none", "basic") and shape[0] not in (1, 3):
+        raise ConfigError(
+            f"--augment {config.augment} is for images of 1 or 3 channels, and those of data {dataset.name} have {shape[0]}; give --augment "
+            "basic"
+        )
+    normalization = find_normalization(config.normalize, splits["train"], config.seed, stats, dataset.name)
+    augmenter = None
+    if config.augment != "none":
+        augmenter = Augmenter(config.augment, len(splits["train"]), config.seed, f"data {dataset.name}")
+    prepared: dict[SplitName, Split] = {
+        name: PreparedSplit(split, augmenter if name == "train" else None, normalization) for name, split in splits.items()
+    }
+    if normalization is None:
+        return dataset, prepared
+    words = f"{dataset.preprocessing}, {normalization.step}"
+    prints = hashlib.sha256(f"{dataset.fingerprint}{normalization.step}".encode()).hexdigest()
+    return dataclasses.replace(dataset, preprocessing=words, fingerprint=prints), prepared
+
+
+def check_fit(part: SampleSplit, dataset: Dataset, what: str) -> None:
+    """Refuse a part, given apart from Python, whose samples have another shape than those of the training data.
+
+    Args:
+        part: the part.
+        dataset: the training data.
+        what: name of the part in messages.
+
+    Raises:
+        DataError: they have.
+    """
+    own, targets = part.targets, dataset.targets
+    if part.preprocessing.shape != dataset.sample_shape or (own.shape, own.kind) != (targets.shape, targets.kind):
+        raise DataError(
+            f"{what} has samples of shape {part.preprocessing.shape} with labels {_labels(own)}, and training samples are "
+            f"{dataset.sample_shape} with labels {_labels(targets)}; give both one form"
+        )
