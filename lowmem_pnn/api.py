@@ -269,7 +269,7 @@ def _given(train: Any, val: Any, test: Any, options: dict[str, Any]) -> dict[str
             raise ConfigError(f"{name.removesuffix('_data')} and {name} both name a part of the data; give one")
         if not isinstance(part, str):
             named[name] = None
-    return {**loader_options(train), **named, **options}
+    return {**loader_options(train), **named, **{name: value for name, value in options.items() if value is not None}}
 
 
 def _plan(config: FitConfig, open_inputs: OpenInputs, timing: bool) -> PlanReport:

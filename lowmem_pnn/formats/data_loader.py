@@ -53,7 +53,7 @@ def without_loader(data: Any, where: str) -> Any:
         return data
     dataset: Any = data.dataset
     require_map_style(dataset, f"{where}: the loader's data set")
-    sampler = data.sampler
+    sampler: Any = data.sampler
     if data.batch_size is None or type(data.batch_sampler) is not BatchSampler:
         what = (
             f"batches by a {type(data.batch_sampler).__name__}"
