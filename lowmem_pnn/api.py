@@ -15,6 +15,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import CheckpointError, ConfigError
+from lowmem_pnn.formats.data_loader import loader_options
 from lowmem_pnn.model.compiler import check_compiler
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.comparison import compare_methods
@@ -69,12 +70,14 @@ def fit(
     Args:
         model: a name as the command takes it, a function that builds the model, or a model. Of a model that does not fit in memory
             only a function (or a name) can train: it is then never built whole in memory.
-        train: a data set's name as the command takes it, a map-style torch data set of (x, y), or a tuple (x, y) of tensors, arrays,
+        train: a data set's name as the command takes it, a map-style torch data set of (x, y), or of dictionaries with one value and one
+            label, a torch `DataLoader` of one, whose batch size, order and collation are taken, or a tuple (x, y) of tensors, arrays,
             tables or lists: x (N, ...) numbers, which reach the model as float32 (or, where it looks them up, as int64), y (N, ...) class
             numbers, labels, values or masks; with a loss of your own any tensors, or tuples and dictionaries of them.
-        val: a data set or a tuple to validate on; None takes the validation part that `train` names, or else `val_fraction` of `train`.
+        val: a data set, its name, a loader or a tuple to validate on; None takes the validation part that `train` names, or else
+            `val_fraction` of `train`.
         max_gpu_mem: the budget, as a size ("2GB") or in bytes.
-        test: a data set or a tuple to test on after training.
+        test: a data set, its name, a loader or a tuple to test on after training.
         loss: a loss by name, or a function of the model's outputs and the targets, which returns the mean over samples, or a pair (sum,
             count): then the gradient of a batch is that of all sums over all counts, whatever its micro-batches.
         metrics: functions of outputs and targets by name, which return a pair (sum, count), or torchmetrics objects; with such a loss.
@@ -103,7 +106,8 @@ def fit(
     """
     if resume and overwrite:
         raise ConfigError("resume goes on with a run, and overwrite replaces it; give one")
-    given = {"max_gpu_mem": max_gpu_mem, **_names(model, train, loss), **options}
+    given = {"max_gpu_mem": max_gpu_mem, **_names(model, train, loss), **_given(train, val, test, options)}
+    val, test = (None if isinstance(part, str) else part for part in (val, test))
     open_inputs = python_inputs(model, train, val, test, None if isinstance(loss, str) else loss, metrics)
     if resume:
         folder = unfinished_run(given) if workdir is None else Path(workdir)
@@ -140,9 +144,9 @@ def plan(
     Returns:
         The partitions, and whether they fit; with `timing` all methods side by side.
     """
-    config = configure(max_gpu_mem=max_gpu_mem, **_names(model, train, loss), **options)
+    config = configure(max_gpu_mem=max_gpu_mem, **_names(model, train, loss), **_given(train, val, None, options))
     own_loss = None if isinstance(loss, str) else loss
-    return _plan(config, python_inputs(model, train, val, None, own_loss), timing)
+    return _plan(config, python_inputs(model, train, None if isinstance(val, str) else val, None, own_loss), timing)
 
 
 def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, Any]:
@@ -255,6 +259,17 @@ def _names(model: Model, train: Any, loss: str | OwnLoss) -> dict[str, str]:
     if isinstance(loss, str):
         return names if loss == "auto" else {**names, "loss": loss}
     return {**names, "loss": f"python:{getattr(loss, '__name__', type(loss).__name__)}"}
+
+
+def _given(train: Any, val: Any, test: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a run, with those that a data loader stands for, and parts of the data that are named."""
+    named = {f"{name}_data": part for name, part in (("val", val), ("test", test)) if part is not None}
+    for name, part in named.items():
+        if options.get(name) is not None:
+            raise ConfigError(f"{name.removesuffix('_data')} and {name} both name a part of the data; give one")
+        if not isinstance(part, str):
+            named[name] = None
+    return {**loader_options(train), **named, **{name: value for name, value in options.items() if value is not None}}
 
 
 def _plan(config: FitConfig, open_inputs: OpenInputs, timing: bool) -> PlanReport:

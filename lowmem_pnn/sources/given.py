@@ -82,8 +82,8 @@ def require_map_style(data: Any, where: str) -> None:
     kind = type(data).__name__
     if isinstance(data, torch.utils.data.DataLoader):
         raise DataError(
-            f"{where} is a DataLoader; give the data set that it loads from (loader.dataset): batches and their order are made here, "
-            "as --batch-size and --shuffle say"
+            f"{where} is a DataLoader; give the data set that it loads from (loader.dataset), or the loader itself to lowmem_pnn.fit: "
+            "batches and their order are made here, as --batch-size and --shuffle say"
         )
     if isinstance(data, torch.utils.data.IterableDataset):
         raise DataError(

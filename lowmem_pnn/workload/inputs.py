@@ -9,6 +9,7 @@ from lowmem_pnn.config.code import names_code
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.formats.data_loader import without_loader
 from lowmem_pnn.methods import SplitName
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import make_dataset
@@ -72,13 +73,14 @@ def python_inputs(
         options = target_options(config, own)
         named = find_model(model, config.model_arg, None) if isinstance(model, str) else None
         input_form = named.input_form if named is not None else "any"
+        apart_names = {"val": f"{config.data} (validation part)", "test": f"{config.data} (test part)"}
         form = SampleForm(input_form, named.context if named is not None else None, options)
         if isinstance(train, str):
             dataset = open_source(train, config, form)
         else:
             dataset = make_dataset(
-                train,
-                test,
+                without_loader(train, f"{config.data} (training part)"),
+                without_loader(test, apart_names["test"]),
                 name=config.data,
                 input_form=input_form,
                 skip_broken=config.skip_broken,
@@ -95,9 +97,9 @@ def python_inputs(
         for name, part in given:
             if part is None:
                 continue
-            where = f"{config.data} ({'validation' if name == 'val' else 'test'} part)"
+            where = apart_names[name]
             split = from_torch(
-                part,
+                without_loader(part, where),
                 num_classes=dataset.num_classes,
                 input_form=input_form,
                 where=where,

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import lowmem_pnn
 from helpers.commands import lowmem_pnn as command
-from helpers.datasets import image_bytes
+from helpers.datasets import Pairs, image_bytes
 from helpers.plainloops import assert_same_weights, built, loaded
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.reporting.progress import Display
@@ -140,3 +141,15 @@ def test_processes_that_read_samples_change_nothing(trained: Any) -> None:
     # Python, torch and torchvision, which the two share.
     assert pickled.host_peak_bytes > pickled.peak_bytes + 100 * 10**6
     assert "samples read by 2 processes of the host" in str(pickled)
+
+
+def test_a_loader_is_trained_as_it_says(tmp_path: Path) -> None:
+    images = torch.from_numpy(image_bytes((3, SIDE, SIDE), num=12))
+    samples = [{"image": image, "label": number % 3} for number, image in enumerate(images)]
+    options = {**OPTIONS, "image_size": None, "batch_size": None, "epochs": 1, "val_fraction": None}
+    loader: Any = DataLoader(Pairs(samples), batch_size=4, shuffle=True)
+    by_loader = lowmem_pnn.fit(build, loader, loader, test=loader, workdir=tmp_path / "loader", **options)
+    data = (images, torch.arange(12) % 3)
+    plain = lowmem_pnn.fit(build, data, data, test=data, workdir=tmp_path / "plain", **{**options, "batch_size": 4})
+    assert_same_weights(loaded(build, by_loader.weights_file), loaded(build, plain.weights_file))
+    assert (by_loader.test_loss, by_loader.partitions[0]["batch"]) == (plain.test_loss, 4)

@@ -147,7 +147,7 @@ class Stream(IterableDataset[Any]):
         (([[1.0, None]], [0]), r"the data set holds values of dtype object; give real numbers"),
         (
             DataLoader(TensorDataset(X, torch.tensor(Y)), batch_size=2),
-            r"the data set is a DataLoader; give the data set that it loads from \(loader.dataset\): batches and their order are made",
+            r"the data set is a DataLoader; give the data set that it loads from \(loader.dataset\), or the loader itself to",
         ),
         (
             Stream(),
