@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 import psutil
 import torch
@@ -88,8 +89,9 @@ def _device_of(config: FitConfig, rank: Rank) -> Device:
     return CpuDevice(config.max_gpu_mem)
 
 
+@cache
 def warm_up_profiler() -> None:
-    """Profile a tiny model once, so that lazy imports and caches count in the memory baseline."""
+    """Profile a tiny model, once in a process, so that lazy imports and caches count in the memory baseline."""
     tiny = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     chain = capture(tiny, TensorSpec((4,), torch.float32))
     profile(chain, optimizers=[OptimizerSpec("adam")], device=torch.device("cpu"))

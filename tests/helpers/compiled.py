@@ -1,7 +1,9 @@
 """Chains with compiled layers for tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as watch
 
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
-from lowmem_pnn.model.compiler import Compiler, CompileVariant
+from lowmem_pnn.model.compiler import CompiledFunction, Compiler, CompileVariant
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.fake_run import _Sink
@@ -37,15 +39,30 @@ def three_layers() -> nn.Module:
     return nn.Sequential(*convolution(), nn.Linear(96, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4))
 
 
-def compiled(model: nn.Module, spec: TensorSpec) -> tuple[Chain, Compiler]:
+def compiled(model: nn.Module, spec: TensorSpec, trains_only: bool = False) -> tuple[Chain, Compiler]:
     """The model's chain with code for 2 to 12 samples: the code of runs with batches of 12, so that the compiler's cache has it."""
     chain = capture(model, spec)
     compiler = Compiler(range(2, 13), CPU)
     for number, layer in enumerate(chain.layers):
-        compiler.compile(
-            layer, chain.boundaries[number], [CompileVariant(trains=True, learns_input=number > 0), CompileVariant(trains=False)]
-        )
+        variants = [CompileVariant(trains=True, learns_input=number > 0), CompileVariant(trains=False)]
+        compiler.compile(layer, chain.boundaries[number], variants[: 1 if trains_only else 2])
     return chain, compiler
+
+
+Shared = dict[Any, dict[Any, list[CompiledFunction]]]
+
+
+@contextmanager
+def sharing_code() -> Iterator[Shared]:
+    """Compilers for the same numbers of samples share their functions, which depend on no plan, until what they share is cleared."""
+    begin, shared = Compiler.__init__, Shared()
+
+    def begin_sharing(compiler: Compiler, *arguments: Any, **named: Any) -> None:
+        begin(compiler, *arguments, **named)
+        compiler._functions = shared.setdefault(tuple(compiler.sizes), {})
+
+    with mock.patch.object(Compiler, "__init__", begin_sharing):
+        yield shared
 
 
 def assert_allocates_what_was_foreseen(chain: Chain) -> None:

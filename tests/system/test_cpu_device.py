@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,17 +14,51 @@ from lowmem_pnn.units import MEBIBYTE
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the memory limit is RLIMIT_DATA")
 
 
-def _in_a_process(code: str) -> dict[str, Any]:
+# Imports once, and runs each program that it is sent in a fork of its own, before any thread has begun: its memory is a fresh process's.
+_FORKS = """
+import json, os, signal, sys, traceback
+import torch
+import lowmem_pnn.device, lowmem_pnn.device.cpu, lowmem_pnn.device.kernel_memory, lowmem_pnn.memory.heap
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        signal.alarm(120)
+        try:
+            exec(json.loads(line), {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+InAProcess = Callable[[str], Any]
+
+
+@pytest.fixture(scope="module")
+def in_a_process() -> Iterator[InAProcess]:
     """What a fresh process prints as JSON: the floor and the memory limit are a whole process's."""
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    with subprocess.Popen([sys.executable, "-c", _FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forks:
+        assert forks.stdin is not None and forks.stdout is not None  # noqa: PT018
+
+        def run(code: str) -> Any:
+            print(json.dumps(textwrap.dedent(code)), file=forks.stdin, flush=True)
+            printed = []
+            while not (line := forks.stdout.readline()).startswith("ended "):
+                assert line, "the process is gone"
+                printed.append(line)
+            assert line == "ended 0\n"
+            return json.loads(printed[-1])
+
+        yield run
+        forks.stdin.close()
 
 
 @linux
-def test_the_cpu_has_a_floor_a_meter_and_a_memory_limit() -> None:
-    found = _in_a_process("""
+def test_the_cpu_has_a_floor_a_meter_and_a_memory_limit(in_a_process: InAProcess) -> None:
+    found = in_a_process("""
         import gc, json, resource, time
         import torch
         from lowmem_pnn.device import CpuDevice, is_out_of_memory
@@ -89,9 +124,9 @@ def test_the_cpu_has_a_floor_a_meter_and_a_memory_limit() -> None:
 
 
 @linux
-def test_holes_in_the_heap_are_given_back_while_more_is_in_use_than_foreseen() -> None:
+def test_holes_in_the_heap_are_given_back_while_more_is_in_use_than_foreseen(in_a_process: InAProcess) -> None:
     """Blocks that are too small to be mapped, every other one freed: half of the heap is holes."""
-    found = _in_a_process("""
+    found = in_a_process("""
         import json, time
         import torch
         from lowmem_pnn.device import CpuDevice
@@ -115,8 +150,8 @@ def test_holes_in_the_heap_are_given_back_while_more_is_in_use_than_foreseen() -
 
 
 @linux
-def test_a_peak_does_not_count_what_was_held_before_the_device_was_opened() -> None:
-    found = _in_a_process("""
+def test_a_peak_does_not_count_what_was_held_before_the_device_was_opened(in_a_process: InAProcess) -> None:
+    found = in_a_process("""
         import json, time
         import torch
         from lowmem_pnn.device import CpuDevice
@@ -134,8 +169,8 @@ def test_a_peak_does_not_count_what_was_held_before_the_device_was_opened() -> N
 
 
 @linux
-def test_a_stricter_limit_of_the_user_stays() -> None:
-    found = _in_a_process("""
+def test_a_stricter_limit_of_the_user_stays(in_a_process: InAProcess) -> None:
+    found = in_a_process("""
         import json, resource
         import torch
         from lowmem_pnn.device import CpuDevice
@@ -150,14 +185,14 @@ def test_a_stricter_limit_of_the_user_stays() -> None:
 
 
 MEASURE = """
-import json, sys, time
+import json
 import torch
 from lowmem_pnn.device.cpu import warm_up
 from lowmem_pnn.memory.heap import fix_malloc_thresholds, trim_heap
 from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
 from lowmem_pnn.device.kernel_memory import scratch_bytes
 
-channels_in, channels_out, size, batch = json.loads(sys.argv[1])
+channels_in, channels_out, size, batch = SHAPE
 fix_malloc_thresholds(0)
 warm_up(torch.device("cpu"))
 meter = ProcessMemoryMeter(interval=0.0002)
@@ -179,8 +214,7 @@ print(json.dumps([highest, bytes_]))
 
 
 @pytest.mark.parametrize("shape", [(64, 128, 56, 16), (512, 1024, 2, 64)], ids=["large maps", "large weights"])
-def test_a_convolution_holds_what_is_foreseen(shape: tuple[int, ...]) -> None:
-    done = subprocess.run([sys.executable, "-c", MEASURE, json.dumps(shape)], capture_output=True, text=True, check=True)
-    measured, foreseen = json.loads(done.stdout)
+def test_a_convolution_holds_what_is_foreseen(shape: tuple[int, ...], in_a_process: InAProcess) -> None:
+    measured, foreseen = in_a_process(MEASURE.replace("SHAPE", str(shape)))
     assert measured <= foreseen * 1.1 + 2_000_000  # code, and scratch of matrix products
     assert foreseen <= measured * 2

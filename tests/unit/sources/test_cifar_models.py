@@ -24,14 +24,10 @@ def make(spec: str, seed: int = 0, **arguments: Any) -> Any:
     return find_model(spec, arguments, 10).build()
 
 
-def empty(spec: str, **arguments: Any) -> Any:
-    return skeleton(find_model(spec, arguments, 10).build)
-
-
 @functools.cache
-def full(spec: str) -> nn.Module:
-    """The network at its own width, without values."""
-    return empty(spec)
+def empty(spec: str, **arguments: Any) -> Any:
+    """The network without values."""
+    return skeleton(find_model(spec, arguments, 10).build)
 
 
 def images(batch: int, channels: int = 3, side: int = 32) -> Tensor:
@@ -125,7 +121,7 @@ def test_channels_follow_the_width_in_eights(spec: str, width: float) -> None:
     given = empty(spec, width=width)
     pairs = [
         (module.out_channels, other.out_channels)
-        for module, other in zip(given.modules(), full(spec).modules(), strict=True)
+        for module, other in zip(given.modules(), empty(spec, width=1).modules(), strict=True)
         if isinstance(module, nn.Conv2d) and isinstance(other, nn.Conv2d)
     ]
     if spec == "cifar-mobilenetv2":
@@ -206,10 +202,11 @@ def test_what_cannot_be_built_is_said(spec: str, arguments: dict[str, Any], mess
         ("cifar-mobilenetv2", 20, ["features.0.0", "features.1"], ["features.18.0", "classifier"]),
     ],
 )
-def test_they_are_cut_at_every_block_with_one_tensor_across(
+def test_they_are_cut_at_every_block_and_the_chain_is_same_as_the_model(
     spec: str, num_layers: int, first: list[str], last: list[str]
 ) -> None:
-    chain = cut(full(spec))
+    equals = [make(spec, width=0.125) for _ in range(2)]
+    chain = cut(equals[1])
     names = [layer.name for layer in chain.layers]
     assert (len(names), names[: len(first)], names[-len(last) :]) == (num_layers, first, last)
     assert [len(boundary) for boundary in chain.boundaries] == [1] * (num_layers + 1)
@@ -217,14 +214,9 @@ def test_they_are_cut_at_every_block_with_one_tensor_across(
     assert [len(spec.shape) for (spec,) in chain.boundaries] == [3] * (num_layers - 1) + [1, 1]
     assert len(chain.layers[-1].parameters()) == 2
     assert (chain.unused, chain.ties) == ((), ())
-
-
-@pytest.mark.parametrize("spec", CIFAR_MODELS)
-def test_the_chain_is_same_as_the_model(spec: str) -> None:
     results = []
-    for prepare in (_as_it_is, cut):
-        model = make(spec, width=0.125)
-        forward, found = prepare(model), []
+    for model, forward in zip(equals, (equals[0], chain), strict=True):
+        found = []
         for training in (True, False):
             model.zero_grad()
             scores = forward.train(training)(images(3))
@@ -236,10 +228,6 @@ def test_the_chain_is_same_as_the_model(spec: str) -> None:
             ]
         results.append(found)
     assert all(map(torch.equal, *results))
-
-
-def _as_it_is(model: nn.Module) -> nn.Module:
-    return model
 
 
 @pytest.mark.parametrize("spec", CIFAR_MODELS)

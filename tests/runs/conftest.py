@@ -1,0 +1,31 @@
+"""Fixtures of whole runs: a layer that one run has measured is measured for all."""
+
+from collections.abc import Hashable, Iterator
+
+import pytest
+import torch
+
+from lowmem_pnn.model.fingerprint import layer_fingerprint
+from lowmem_pnn.model.layer import Layer
+from lowmem_pnn.profiling.fake_run import FakeRun, LayerMeasurement
+
+# With the layers, since keys hold identities of what is theirs.
+_measured: dict[Hashable, tuple[LayerMeasurement, Layer]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _equal_layers_are_measured_once() -> Iterator[None]:
+    """Keep measurements from run to run, as a run keeps them from method to method: else they are two thirds of a small run's time."""
+    measure = FakeRun.measure
+
+    def measure_once(run: FakeRun) -> LayerMeasurement:
+        layer = run._layer
+        uses = layer.compiled, run.before, run.after, run._device, run._learns_input, torch.get_num_threads()
+        key = layer_fingerprint(layer), uses
+        if key not in _measured:
+            _measured[key] = measure(run), layer
+        return _measured[key][0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeRun, "measure", measure_once)
+        yield
