@@ -368,12 +368,11 @@ class Trials:
         socket.getaddrinfo = refuse  # type: ignore[assignment]
 
     def world(self, own: Path) -> dict[str, tuple[int, int]]:
-        """Return sizes and times of all files that the reading of a file may not change."""
-        allowed = {own, self.folder / "stopped" / "lock"}
+        """Return sizes and times of all files that the reading of a file may not change: all but its own, and locks."""
         return {
             str(path.relative_to(self.folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
             for path in self.folder.rglob("*")
-            if path not in allowed and not path.is_dir()
+            if path != own and path.name != "lock" and not path.is_dir()
         }
 
     def changes(self, before: dict[str, tuple[int, int]], own: Path) -> list[str]:
