@@ -278,12 +278,15 @@ def read_config(folder: Path, config_sha256: str) -> str:
 
     Raises:
         CheckpointError: The configuration is missing, or was changed.
+        DiskError: The file system refused.
     """
     path = folder / "config.json"
     try:
         content = read_file(path, DAMAGED)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path}: {(error.strerror or str(error)).lower()}; {DAMAGED}") from error
+    except OSError as error:
+        raise disk_error(path, error, "read it") from error
     if hashlib.sha256(content).hexdigest() != config_sha256:
         raise CheckpointError(f"{path} is not the configuration that the run began with; {DAMAGED}")
     return content.decode(errors="replace")

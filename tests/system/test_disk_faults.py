@@ -10,8 +10,8 @@ import pytest
 
 TRIALS = Path(__file__).parents[1] / "trials" / "disk_faults.py"
 # Commands of the short form, and how many faults each meets; the long one tries every call x every fault of all commands.
-SHORT = ("pnn,export", "4")
-ALL = ("pnn,exact,neuroflux,resume,overwrite,evaluate,export,exit", "")
+SHORT = ("pnn,evaluate", "4")
+ALL = ("pnn,exact,neuroflux,resume,overwrite,evaluate,export,exit,again", "")
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc, which builds the library that makes the faults, is not here")

@@ -54,6 +54,7 @@ from lowmem_pnn.run.resume import stored_config
 from lowmem_pnn.run.state import State
 from lowmem_pnn.sources.datasets import find_dataset
 from lowmem_pnn.sources.image_file import decode, read_header
+from lowmem_pnn.stores.activation_index import read_index
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.journal import older_commits, read_journal, seal_journal
 from lowmem_pnn.stores.run_directory import RunDirectory
@@ -156,13 +157,7 @@ def reads_of(folder: Path) -> dict[str, Target]:
 
     def open_store() -> Any:
         opened = ActivationStore.open(store, verify=True)
-        return (
-            opened._reader._index.tensors,
-            opened.num_samples,
-            opened.label_shape,
-            opened.encoding,
-            (store / "00000.safetensors").read_bytes(),
-        )
+        return read_index(store), opened.specs, (store / "00000.safetensors").read_bytes()
 
     def open_journal(path: Path) -> Any:
         found, config = read_journal(path)

@@ -40,16 +40,18 @@ FIT = (
 )
 PNN = f"{FIT} --method pnn --kappa 1"
 RESUME = "fit --quiet --resume --workdir run"
-# name -> (what is run before, what is tried, what is run after a fault: the first that does not end with code 6 or 3)
-SCENARIOS: dict[str, tuple[str | None, str, tuple[str, ...]]] = {
-    "pnn": (None, PNN, (RESUME, PNN)),
-    "exact": (None, f"{FIT} --method exact", (RESUME, f"{FIT} --method exact")),
-    "neuroflux": (None, f"{FIT} --method neuroflux", (RESUME, f"{FIT} --method neuroflux")),
-    "resume": ("stopped", RESUME, (RESUME,)),
-    "overwrite": ("pnn", f"{PNN} --overwrite", (f"{PNN} --overwrite",)),
-    "evaluate": ("pnn", "evaluate run", ("evaluate run",)),
-    "export": ("pnn", "export run", ("export run",)),
-    "exit": ("neuroflux", "export run --exit 1 --out out", ("export run --exit 1 --out out",)),
+EXIT = "export run --exit 1 --out out"
+# name -> (scenarios that are run before, what is tried, what is run after a fault: the first that does not end with code 6 or 3)
+SCENARIOS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
+    "pnn": ((), PNN, (RESUME, PNN)),
+    "exact": ((), f"{FIT} --method exact", (RESUME, f"{FIT} --method exact")),
+    "neuroflux": ((), f"{FIT} --method neuroflux", (RESUME, f"{FIT} --method neuroflux")),
+    "resume": (("stopped",), RESUME, (RESUME,)),
+    "overwrite": (("pnn",), f"{PNN} --overwrite", (f"{PNN} --overwrite",)),
+    "evaluate": (("pnn",), "evaluate run", ("evaluate run",)),
+    "export": (("pnn",), "export run", ("export run",)),
+    "exit": (("neuroflux",), EXIT, (EXIT,)),
+    "again": (("neuroflux", "exit"), EXIT, (EXIT,)),
 }
 READ, WRITE, MAKE, SYNC, REMOVE, LOOK, CLOSE = (1 << bit for bit in range(7))  # as in the C file
 FAULTS = {"ENOSPC": errno.ENOSPC, "EDQUOT": errno.EDQUOT, "EIO": errno.EIO, "short": -1}
@@ -278,12 +280,13 @@ def run_trials(scenario: str, folder: Path, form: str) -> None:
     labels = {f"y_{part}": np.arange(count) % 10 for part, count in (("train", 64), ("test", 40))}
     os.environ["DISK_FAULTS_DATA"] = str(folder / scenario / "data.npz")
     np.savez(os.environ["DISK_FAULTS_DATA"], **arrays, **labels)
-    profile_once(next((name for name in ("exact", "neuroflux") if name in (scenario, before)), "pnn"))
+    profile_once(next((name for name in ("exact", "neuroflux") if name in (scenario, *before)), "pnn"))
     template: Path | None = None
-    if before is not None:
+    if before:
         trials.begin_with(None)
-        code, _, err = trials.run(stop_early if before == "stopped" else SCENARIOS[before][1])
-        assert code == (99 if before == "stopped" else 0), err
+        for name in before:
+            code, _, err = trials.run(stop_early if name == "stopped" else SCENARIOS[name][1])
+            assert code == (99 if name == "stopped" else 0), err
         template = folder / scenario / "template"
         shutil.copytree(trials.place, template)
     trials.begin_with(template)
@@ -294,7 +297,7 @@ def run_trials(scenario: str, folder: Path, form: str) -> None:
             print(call.name.decode(), call.path.decode())
         return
     calls = [(call.name.decode(), call.kind) for call in trials.record.calls[: trials.record.count]]
-    if before == "stopped":  # the same as a run that was never stopped
+    if "stopped" in before:  # the same as a run that was never stopped
         trials.begin_with(None)
         code, out, err = trials.run(PNN)
         assert code == 0, err
