@@ -34,6 +34,7 @@ from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.unfinished import unfinished_run
 from lowmem_pnn.sources.imports import one_line
+from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.keys import VERSIONS_KEY
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.tasks import OwnLoss, OwnMetrics
@@ -165,7 +166,7 @@ def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, Any]:
             or data of its own.
     """
     path = Path(run)
-    with RunDirectory.open(path, to_read=True) as rundir, worker_threads() as threads:
+    with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir, worker_threads() as threads:
         finished = open_finished(rundir)
         config, state = finished.config, finished.state
         check_trust(config, {}, path, trust=trust, again=False)
@@ -205,7 +206,7 @@ def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None 
         DiskError: the disk is full, or not writable.
     """
     path = Path(run)
-    with RunDirectory.open(path, to_read=True) as rundir:
+    with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
         finished = open_finished(rundir)
         number = find_exit(finished.result, exit, path)
         folder = ExportFolder.find(path, number, finished.result, None if out is None else Path(out))

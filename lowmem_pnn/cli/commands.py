@@ -28,7 +28,7 @@ from lowmem_pnn.cli.output import open_standard_streams, print_result
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_worker
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
-from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
+from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.unfinished import unfinished_run
 
@@ -126,7 +126,7 @@ def plan(no_timing: bool, as_json: bool, quiet: bool, debug: bool, **options: An
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(readable=False, path_type=Path))
 @trust_option
 @output_options
 def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
@@ -141,7 +141,7 @@ def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) ->
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(readable=False, path_type=Path))
 @click.option(
     "--exit",
     "exit_",
@@ -150,7 +150,10 @@ def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) ->
     help="Exit that the model ends at, from 1; auto: the exit that the run has chosen.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder that the model is written to. [default: RUN/exit-K]"
+    "--out",
+    type=click.Path(readable=False, path_type=Path),
+    metavar="DIR",
+    help="Folder that the model is written to. [default: RUN/exit-K]",
 )
 @trust_option
 @output_options
@@ -204,9 +207,12 @@ def _judge(error: Exception, text: str) -> tuple[int, str]:
     """Exit code and words for an exception that nobody foresaw where it was raised."""
     # Not at the top: it imports torch, which is there by now if memory ran out.
     from lowmem_pnn.device import is_out_of_memory
+    from lowmem_pnn.stores.disk import disk_error, is_refusal
 
     if is_out_of_memory(error):
         return BudgetError.exit_code, f"out of memory outside of training ({text}); give a larger --max-gpu-mem"
+    if isinstance(error, OSError) and is_refusal(error):
+        return DiskError.exit_code, str(disk_error(Path(error.filename or "."), error, "go on"))
     return 1, f"a fault of its own: {text}"
 
 

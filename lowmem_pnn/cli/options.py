@@ -107,7 +107,7 @@ def config_options(command: _Command) -> _Command:
 
 def run_options(command: _Command) -> _Command:
     """Add the options that say which run a command begins or goes on with."""
-    folder = click.Path(path_type=Path)
+    folder = click.Path(readable=False, path_type=Path)
     for option in (
         click.option("--overwrite", is_flag=True, help="Replace the run in --workdir; what else lies there stays."),
         trust_option,

@@ -69,8 +69,10 @@ def read_result(path: Path, state: State) -> Result:
     try:
         result = Result.from_json(read_file(file, DAMAGED).decode())
         str(result)  # which shows what is missing in it
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{file} cannot be read: {(error.strerror or str(error)).lower()}; {DAMAGED}") from error
+    except OSError as error:
+        raise disk_error(file, error, "read it") from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: it is no result of a run; {DAMAGED}") from error
     if result.chosen_exit is not None and not 1 <= result.chosen_exit <= len(result.exits):

@@ -4,8 +4,6 @@ import contextlib
 import functools
 import sys
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,9 +203,11 @@ def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[A
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
             dataset = make()
             return dataset.data, dataset.targets, tuple(map(str, getattr(dataset, "classes", ())))
-    # Torchvision raises for a failed download and for a file that a broken download left: RuntimeError, URLError (OSError),
-    # EOFError, BadZipFile, zlib.error, ValueError, AssertionError, UnpicklingError.
-    except (RuntimeError, OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, AssertionError, LookupError) as error:
+    except MemoryError:
+        raise
+    # Torchvision raises nearly anything for a failed download and for a file that a broken download left: URLError, EOFError,
+    # BadZipFile, zlib.error, AssertionError, TypeError, and others.
+    except Exception as error:
         raise DataError(
             f"data set {spec!r} is not usable in {root.absolute()} and could not be downloaded: {one_line(error)}; "
             "put torchvision's files there (remove broken ones), or give a file of arrays: npz:FILE"
@@ -261,10 +261,11 @@ def _read_npz(path: Path) -> dict[str, Any]:
                 raise DataError(f"{path} holds a single array; save {', '.join(_KEYS)} with numpy.savez")
             with file:
                 return {key: file[key] if key in (*_KEYS, "x_val", "y_val") else None for key in file.files}
-    # Errors of numpy and zipfile for files that are damaged, of another kind, or hold pickled objects.
-    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, LowMemError):
-            raise
+    except (LowMemError, MemoryError):
+        raise
+    # Numpy and zipfile raise nearly anything for files that are damaged, of another kind, or hold pickled objects: OSError, EOFError,
+    # ValueError, KeyError, NotImplementedError, RuntimeError, BadZipFile, zlib.error, struct.error, and others.
+    except Exception as error:
         raise DataError(f"{path} cannot be read as .npz: {one_line(error)}; save arrays of numbers with numpy.savez") from error
 
 

@@ -60,6 +60,15 @@ def read_header(path: Path) -> ImageHeader:
     Raises:
         DataError: It is no image that can be decoded, or the scale of its values is not known.
     """
+    try:
+        return _read_header(path)
+    except MemoryError as error:  # before training, where no smaller batch would help
+        raise DataError(
+            f"{path} cannot be read as an image (it says of itself that it needs more memory than there is); repair or remove it"
+        ) from error
+
+
+def _read_header(path: Path) -> ImageHeader:
     with _opened(path) as (image, stream):
         bits, orientation = _bits(image, path), _orientation(image)
         remarks = {

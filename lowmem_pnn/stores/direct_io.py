@@ -88,15 +88,17 @@ class Transfer:
         scratch_is_small = self._scratch_bytes <= min(straight_bytes, _MOST_SCRATCH_BYTES)
         return scratch_is_small and straight_bytes >= LEAST_BYTES and 2 * len(self._straight) < _MOST_SEGMENTS
 
-    def write(self, descriptor: int) -> None:
+    def write(self, descriptor: int) -> bool:
         """Write the pieces, and zeros after them up to a page's end.
+
+        Returns:
+            Whether all bytes were written: the system may stop inside a page, as on a disk that is nearly full, from where no direct
+            transfer goes on.
 
         Raises:
             OSError: The file system refused; with one of `REFUSED` if it takes no direct transfers.
         """
-        done = self._run(os.pwritev, descriptor, gather=True)
-        if done < self.end - self.begin:
-            raise OSError(errno.EIO, f"only {done} of {self.end - self.begin} bytes were written")
+        return self._run(os.pwritev, descriptor, gather=True) == self.end - self.begin
 
     def read(self, descriptor: int) -> int:
         """Fill the pieces from the file.

@@ -14,13 +14,13 @@ import shutil
 import stat
 import threading
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
-from lowmem_pnn.errors import CheckpointError, DiskError
+from lowmem_pnn.errors import CheckpointError, DiskError, LowMemError
 from lowmem_pnn.units import MEBIBYTE, format_bytes
 
 CHUNK_BYTES = MEBIBYTE // 4
@@ -40,6 +40,16 @@ _KINDS = (
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISLNK, "a link"),
 )
+
+
+# Error numbers of a file system or a drive that refuses; what is not among them is a fault of ours, or no matter of disks.
+_REFUSALS = frozenset(
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOENT,
+        errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG, errno.EMLINK, errno.EMFILE,
+        errno.ENFILE, errno.EBUSY, errno.ETXTBSY, errno.EXDEV, errno.ENODEV, errno.ENXIO, errno.EOPNOTSUPP, errno.ENOLCK, errno.ETIMEDOUT,
+    }
+)  # fmt: skip
 
 
 def commit_point(name: str) -> None:
@@ -287,7 +297,8 @@ def remove_folder(path: Path) -> None:
     with suppress(OSError):
         if path.is_symlink() or path.is_file():
             path.unlink()
-    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # of a folder that could not be closed Python tells in spite of ignore_errors
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def allow_many_files() -> None:
@@ -317,6 +328,37 @@ def disk_error(path: Path, error: OSError, attempt: str) -> DiskError:
             reason += f", {format_bytes(state.f_bavail * state.f_frsize)} are left"
         return DiskError(f"cannot {attempt}: {reason} ({str(path)!r}); make room there, or give a --workdir on another disk")
     return DiskError(f"cannot {attempt}: {reason} ({str(path)!r}); check the disk and its access rights")
+
+
+def is_refusal(error: OSError) -> bool:
+    """Decide whether an error is a file system's or a drive's: not a fault of ours, nor a network's."""
+    return error.errno in _REFUSALS
+
+
+@contextmanager
+def file_system_faults(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses in this context, and nobody has put into words yet, into a `DiskError`.
+
+    Where a file cannot be read or written, what is done about it (closing, cleaning up) often fails too: the first error is told.
+
+    Args:
+        path: Folder that is worked in: the place that the message names where the system names none.
+
+    Raises:
+        DiskError: The file system refused something.
+    """
+    try:
+        yield
+    except OSError as error:
+        before = error.__context__
+        while before is not None and not isinstance(before, LowMemError):
+            before = before.__context__
+        if before is not None:
+            raise before from error
+        if not is_refusal(error):
+            raise
+        named = error.filename if isinstance(error.filename, str | bytes | os.PathLike) else path
+        raise disk_error(Path(os.fsdecode(named)), error, "go on") from error
 
 
 def _read_in_chunks(path: Path, process: Callable[[memoryview], None], counter: IoCounter | None) -> None:

@@ -15,6 +15,7 @@ files that no journal names are deleted. What is not in the journal did not happ
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -51,7 +52,7 @@ class RunDirectory:
         self.path = path
         self._lock = lock
         self._config_sha256 = config_sha256
-        self._metrics: IO[bytes] | None = None
+        self._metrics: io.FileIO | None = None
 
     @classmethod
     def create(cls, path: Path, config_json: str, journal: dict[str, Any], *, overwrite: bool = False) -> "RunDirectory":
@@ -197,8 +198,10 @@ class RunDirectory:
             if self._metrics is None:
                 flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
                 # Unbuffered: a buffered line that a full disk refused would be refused once more when the file is closed.
-                self._metrics = os.fdopen(open_regular(path, flags, remedy=DAMAGED), "ab", buffering=0)
-            self._metrics.write((json.dumps(line) + "\n").encode())
+                self._metrics = io.FileIO(open_regular(path, flags, remedy=DAMAGED), "ab")
+            content = (json.dumps(line) + "\n").encode()
+            while content:  # a disk that is nearly full takes a part
+                content = content[self._metrics.write(content) :]
         except OSError as error:
             raise disk_error(path, error, "write a line to it") from error
 
@@ -275,12 +278,15 @@ def read_config(folder: Path, config_sha256: str) -> str:
 
     Raises:
         CheckpointError: The configuration is missing, or was changed.
+        DiskError: The file system refused.
     """
     path = folder / "config.json"
     try:
         content = read_file(path, DAMAGED)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path}: {(error.strerror or str(error)).lower()}; {DAMAGED}") from error
+    except OSError as error:
+        raise disk_error(path, error, "read it") from error
     if hashlib.sha256(content).hexdigest() != config_sha256:
         raise CheckpointError(f"{path} is not the configuration that the run began with; {DAMAGED}")
     return content.decode(errors="replace")

@@ -180,20 +180,19 @@ class NewFile:
         """Write past the page cache.
 
         Returns:
-            Whether the file system takes direct transfers: else nothing is written.
+            Whether all is written: else it is to be written once more, through the cache.
 
         Raises:
-            OSError: The file system takes them, and refused this one.
+            OSError: The file system takes direct transfers, and refused this one.
         """
         if self._direct is None:
             return False
         try:
-            transfer.write(self._direct)
+            return transfer.write(self._direct)
         except OSError as error:
             if error.errno not in REFUSED:
                 raise
             return False
-        return True
 
     def sync(self) -> None:
         """Wait until all bytes written are on the drive.

@@ -160,12 +160,14 @@ def _before(folder: Path) -> dict[str, CommittedFile]:
 
     Raises:
         ConfigError: a file of an export's name is none that an export wrote.
+        DiskError: the file system refused, as it may with OSError.
     """
     there = [name for name in (*FILES, MANIFEST) if os.path.lexists(folder / name)]
     if not there:
         return {}
     known: list[CommittedFile] = []
-    with suppress(OSError, CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    no_manifest = (FileNotFoundError, CheckpointError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+    with suppress(*no_manifest):
         manifest = json.loads(read_file(folder / MANIFEST, _REMEDY))
         known = [parse_entry(entry, name) for part in ("files", "before") for name, entry in manifest[part].items()]
     found = {}
@@ -183,5 +185,5 @@ def _is(path: Path, expected: CommittedFile) -> bool:
     try:
         os.close(open_regular(path, remedy=_REMEDY))
         return not path.is_symlink() and path.stat().st_size == expected.bytes and sha256(path) == expected.sha256
-    except (CheckpointError, DiskError, OSError):
+    except (CheckpointError, FileNotFoundError):
         return False

@@ -29,7 +29,7 @@ from lowmem_pnn.run.resume import check_same_rank, count_resume, resumed_state, 
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.samples.reader_process import READER_VARIABLE
-from lowmem_pnn.stores.disk import allow_many_files
+from lowmem_pnn.stores.disk import allow_many_files, file_system_faults
 from lowmem_pnn.stores.journal import read_journal
 from lowmem_pnn.stores.run_directory import RunDirectory, read_config
 from lowmem_pnn.training.join import forget
@@ -71,7 +71,7 @@ def begin(
     _refuse_in_reader()
     rank.check(config)
     display = display or Display()
-    with _environment(display) as threads:
+    with file_system_faults(path), _environment(display) as threads:
         inputs = _open_before_floor(config, open_inputs, display)
         with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
             profile = profile_workload(workload, device)
@@ -125,7 +125,7 @@ def resume(
     options, display = options or {}, display or Display()
     if rank.number and not (path / "journal.json").exists():
         return _begin_late(path, options, rank, display, should_stop, trust=trust)
-    with RunDirectory.open(path, to_read=True) as rundir:
+    with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
         config = resumed_config(stored_config(rundir), options, path)
         state = State.from_journal(rundir.journal(), path)
         if state.stage == "done":
@@ -141,7 +141,7 @@ def resume(
             display.message(f"{damaged} is no whole commit of this run, and is left alone; going on from {path / 'journal.json'}")
     check_trust(config, options, path, trust=trust)
     rank.check(config)
-    with _environment(display) as threads:
+    with file_system_faults(path), _environment(display) as threads:
         inputs = _open_before_floor(config, open_inputs, display)
         with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
             profile = profile_workload(workload, device)

@@ -1,5 +1,6 @@
 """Finished runs: damaged files are refused by name, exports replace nothing but exports, and reading needs no writing."""
 
+import errno
 import json
 import os
 import shutil
@@ -335,3 +336,32 @@ def test_a_result_that_is_asked_for_in_python_is_checked_too(run: Path) -> None:
     _flip(run / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"run/model.safetensors has sha256 .*; restore it from a copy"):
         package.evaluate(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("journal.json", "evaluate run"),
+        ("config.json", "evaluate run"),
+        ("result.json", "fit --resume --workdir run"),
+        ("model.safetensors", "fit --resume --workdir run"),
+        ("export.json", "export run --exit 1 --out out"),
+    ],
+)
+def test_a_drive_that_does_not_read_a_file_is_not_taken_for_damage(
+    run: Path, name: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("out").mkdir()
+    Path("out/export.json").write_text("{}")
+    system_open = os.open
+
+    def fail(path: Any, *arguments: Any, **options: Any) -> int:
+        if Path(path).name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return system_open(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", fail)
+    done = lowmem_pnn(command)
+    assert done.code == 5
+    assert "input/output error" in done.fault
+    assert "; check the disk and its access rights" in done.fault

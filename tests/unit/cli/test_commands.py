@@ -3,6 +3,7 @@
 PYTHONPATH=tests python tests/unit/cli/test_commands.py  # writes golden/*.txt anew
 """
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,16 @@ def test_a_fault_of_ours_is_code_1_on_one_line(monkeypatch: pytest.MonkeyPatch) 
     done = lowmem_pnn("plan --max-gpu-mem 100MB")
     assert done.code == 1
     assert done.fault == "a fault of its own: AssertionError: two lines; run again with --debug for the traceback"
+
+
+def test_a_disk_that_fails_where_nobody_foresaw_it_is_code_5(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", "/somewhere/file")
+
+    monkeypatch.setattr("lowmem_pnn.api.plan_run", fail)
+    done = lowmem_pnn("plan --max-gpu-mem 100MB")
+    assert done.code == 5
+    assert done.fault.startswith("cannot go on: input/output error ('/somewhere/file'); check the disk and its access rights")
 
 
 def test_memory_that_ends_outside_of_training_is_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:

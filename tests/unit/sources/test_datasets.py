@@ -210,6 +210,17 @@ def test_torchvisions_files_are_read(spec: str, folder: str, prefix: str, tmp_pa
     assert dataset.preprocessing == ("made upright, " if prefix else "") + "uint8 / 255, HW to CHW"
 
 
+def test_a_file_of_mnists_that_says_another_type_is_refused(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    for name in ("train", "t10k"):
+        write_idx(raw / f"{name}-images-idx3-ubyte", image_bytes((28, 28)))
+        write_idx(raw / f"{name}-labels-idx1-ubyte", np.arange(6, dtype=np.uint8))
+    labels = raw / "train-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes().replace(b"\0\0\x08", b"\0\0\x09", 1))  # int8
+    with pytest.raises(DataError, match=r"data set 'mnist' is not usable in .*: TypeError: x should be of dtype torch.uint8"):
+        find_dataset("mnist", tmp_path, "any")
+
+
 class FakeCifar:
     """Stands for torchvision's class, whose files are checked by hash."""
 
@@ -234,7 +245,14 @@ def test_cifar_is_presented_and_prints_nothing(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("Error downloading x\nmore"), OSError("<urlopen error no network>"), EOFError("short")]
+    "error",
+    [
+        RuntimeError("Error downloading x\nmore"),
+        OSError("<urlopen error no network>"),
+        EOFError("short"),
+        TypeError("x should be of dtype torch.uint8"),
+        struct.error("unpack requires a buffer of 4 bytes"),
+    ],
 )
 def test_a_failed_download_is_said(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import torchvision.datasets
@@ -303,6 +321,21 @@ def test_npz_files_that_are_none(tmp_path: Path) -> None:
     whole.write_bytes(whole.read_bytes()[:-500])
     with pytest.raises(DataError, match=r"cut.npz cannot be read as .npz"):
         find_dataset(f"npz:{whole}", NOWHERE, "any")
+
+
+@pytest.mark.parametrize(
+    "error", [struct.error("unpack"), TypeError("of numpy"), RuntimeError("it is encrypted"), RecursionError()]
+)
+def test_whatever_numpy_raises_for_a_damaged_file_is_said(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    spec = save(tmp_path / "a.npz", x_train=np.zeros((3, 2)), y_train=np.arange(3))
+    monkeypatch.setattr(np, "load", fail)
+    with pytest.raises(DataError, match=r"a.npz cannot be read as .npz: \w+"):
+        find_dataset(spec, NOWHERE, "any")
 
 
 @pytest.mark.skipif(

@@ -231,3 +231,18 @@ def test_nonsense_is_an_error_that_names_the_file(form: str, tmp_path: Path) -> 
         for look in (lambda: read_header(path), lambda: decode(path, deep=False)):
             text = refusal(look)
             assert text is None or ("a.img" in text and "\n" not in text)
+
+
+def test_a_header_that_asks_for_all_memory_is_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    path = tmp_path / "a.png"
+    path.write_bytes(contents("PNG")[:-12])  # without its end it is decoded
+    monkeypatch.setattr(Image.Image, "load", fail)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    assert refusal(lambda: read_header(path)) == (
+        f"{path} cannot be read as an image (it says of itself that it needs more memory than there is); repair or remove it"
+    )
+    with pytest.raises(MemoryError):
+        decode(path, deep=False)  # in training, where a smaller batch may do

@@ -1,11 +1,13 @@
 """What the system is told about files."""
 
+import errno
 import os
 import time
 from pathlib import Path
 
 import pytest
 
+from lowmem_pnn.errors import DiskError
 from lowmem_pnn.stores import disk
 
 
@@ -37,3 +39,42 @@ def test_advice_about_a_file_brings_its_pages_in(tmp_path: Path) -> None:
         assert time.monotonic() < until, "nothing came"
         time.sleep(0.01)
     disk.prefetch_into_page_cache(tmp_path / "none", 0, 1)  # only advice
+
+
+def test_what_the_file_system_refuses_is_one_line_that_names_the_place(tmp_path: Path) -> None:
+    text = r"^cannot go on: input/output error \('.*/run'\); check the disk and its access rights$"
+    with pytest.raises(DiskError, match=text), disk.file_system_faults(tmp_path / "run"):
+        raise OSError(errno.EIO, "Input/output error")
+    with pytest.raises(DiskError, match=r"'.*/run/weights/p000'"), disk.file_system_faults(tmp_path / "run"):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run/weights/p000"))
+
+
+class _Unclosable:
+    """Context that cannot be left without another error."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_the_first_error_is_told_where_cleaning_up_fails_too(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match=r"^the first$"), disk.file_system_faults(tmp_path), _Unclosable():
+        raise DiskError("the first")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EBADF, "Bad file descriptor"), ConnectionRefusedError(111, "refused"), OSError("text")]
+)
+def test_an_error_that_is_no_file_systems_stays_what_it_is(error: OSError, tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, disk.file_system_faults(tmp_path):  # noqa: PT011 - the very same
+        raise error
+    assert caught.value is error
+
+
+def test_a_folder_that_cannot_be_closed_is_removed_as_far_as_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")  # what Python 3.11 raises in spite of ignore_errors
+
+    monkeypatch.setattr("shutil.rmtree", fail)
+    disk.remove_folder(tmp_path)

@@ -1,6 +1,7 @@
 """Run directories: born whole, locked, moved by their journal, and refused by name when damaged."""
 
 import contextlib
+import io
 import json
 import os
 import resource
@@ -250,6 +251,19 @@ def test_metrics_are_cut_to_the_last_commit(path: Path) -> None:
         run.log({"epoch": 3})
         assert (path / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 3}\n'
         assert run.disk_bytes() > 0
+
+
+def test_a_line_of_metrics_that_is_taken_in_parts_is_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(io.FileIO):
+        def write(self, content: Any) -> int:
+            return super().write(content[:5])
+
+    monkeypatch.setattr(run_directory.io, "FileIO", Slow)
+    with make(path) as run:
+        for number in range(3):
+            run.log({"step": number, "loss": 0.5})
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
 
 
 def test_metrics_on_a_full_disk_are_an_error_once(path: Path) -> None:
