@@ -244,14 +244,15 @@ class FitConfig(DataOptions, TaskOptions, StoppingOptions):
     batch_norm: Literal["micro", "refuse"] = Field(
         default="micro",
         description=(
-            "What BatchNorm layers normalise over where a batch goes through in several micro-batches. micro: each micro-batch, which is "
-            "said. refuse: the whole batch, or nothing is trained."
+            "What BatchNorm layers, and modules of one's own that mix samples, see where a batch goes through in several micro-batches. "
+            "micro: each micro-batch, which is said. refuse: the whole batch, or nothing is trained."
         ),
     )
     compare: bool = Field(
         default=True,
         description=(
-            "Before training, compare the model's outputs, loss, gradients and buffers on a few samples with those of the model in layers."
+            "Before training, compare the model's outputs, loss, gradients and buffers on a few samples with those of the model in "
+            "layers, and find modules that mix samples."
         ),
     )
     budget_scope: Literal["process", "allocator"] = Field(

@@ -1,9 +1,10 @@
-"""BatchNorm under a plan: over how many samples it normalises, and from which budget on over the whole batch."""
+"""BatchNorm, and whatever else mixes samples, under a plan: how many it sees, and from which budget on the whole batch."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from lowmem_pnn.errors import BudgetError, ConfigError
-from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning.batch_plan import plan_for_batches
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.units import MEGABYTE, format_bytes
@@ -47,37 +48,76 @@ def batch_norm_use(
         micro_batches: present micro-batches of the partitions; None for the plan's.
         sweep_micro_batch: present micro-batch in sweeps; None for the plan's.
     """
-    micro_batches = micro_batches or [part.micro_batch for part in plan.partitions]
-    sweep_micro_batch = plan.sweep_micro_batch if sweep_micro_batch is None else sweep_micro_batch
     layers, samples, batch = 0, 0, 0
-    for part, micro_batch in zip(plan.partitions, micro_batches, strict=True):
-        size = sweep_micro_batch if workload.method.sweeps else min(micro_batch, sweep_micro_batch or micro_batch)
-        norms = len(workload.batch_norms(part.start, part.stop))
-        if norms and size < part.batch:
+    for part, size in _in_pieces(workload, plan, micro_batches, sweep_micro_batch):
+        if norms := len(workload.batch_norms(part.start, part.stop)):
             samples, batch = min(samples, size) if layers else size, max(batch, part.batch)
             layers += norms
     return BatchNormUse(layers, samples, batch) if layers else None
 
 
-def batch_norm_note(request: PlanRequest, plan: Plan) -> str | None:
-    """Say in one line what BatchNorms see of a batch, and what would let them see all of it; None where they do.
+def mixing_note(
+    workload: Workload,
+    plan: Plan,
+    mixing: Mapping[str, int],
+    micro_batches: list[int] | None = None,
+    sweep_micro_batch: int | None = None,
+) -> str | None:
+    """Say in one line what modules that mix samples see of a batch, beside BatchNorm; None where they see all of it.
+
+    Args:
+        workload: model, data and method.
+        plan: partitions of the model.
+        mixing: such modules, in words, with the numbers of their layers.
+        micro_batches: present micro-batches of the partitions; None for the plan's.
+        sweep_micro_batch: present micro-batch in sweeps; None for the plan's.
+    """
+    seen = {
+        name: (size, part.batch)
+        for part, size in _in_pieces(workload, plan, micro_batches, sweep_micro_batch)
+        for name, number in mixing.items()
+        if part.start <= number < part.stop
+    }
+    if not seen:
+        return None
+    first, (samples, batch) = next(iter(seen)), min(seen.values())
+    whose = f"{first} and {len(seen) - 1} more mix" if len(seen) > 1 else f"{first} mixes"
+    return f"samples are mixed: {whose} {samples} of the {batch} samples of a batch, and in plain PyTorch all of them"
+
+
+def _in_pieces(
+    workload: Workload, plan: Plan, micro_batches: list[int] | None, sweep_micro_batch: int | None
+) -> Iterator[tuple[PartitionPlan, int]]:
+    """Yield the partitions through which a batch goes in several micro-batches, with their size."""
+    sweep_micro_batch = plan.sweep_micro_batch if sweep_micro_batch is None else sweep_micro_batch
+    for part, micro_batch in zip(plan.partitions, micro_batches or [part.micro_batch for part in plan.partitions], strict=True):
+        size = sweep_micro_batch if workload.method.sweeps else min(micro_batch, sweep_micro_batch or micro_batch)
+        if size < part.batch:
+            yield part, size
+
+
+def whole_batch_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int]) -> list[str]:
+    """Say in a line each what BatchNorms, and what modules that mix samples, see of a batch, and what would let them see all of it.
 
     Args:
         request: workload, layer costs and device.
         plan: plan for the request.
+        mixing: modules that mix samples, as for `mixing_note`.
     """
-    use = batch_norm_use(request.workload, plan)
-    if use is None:
-        return None
+    use, mixed = batch_norm_use(request.workload, plan), mixing_note(request.workload, plan, mixing)
+    notes = [None if use is None else str(use), mixed]
+    return [note + _remedy(request) for note in notes if note is not None]
+
+
+def _remedy(request: PlanRequest) -> str:
+    """Return what would let a batch go through at once, as the end of a note."""
     try:
         plan_for_batches(request, request.workload.config.batch_sizes, whole_batches=True)
     except ConfigError:
-        return f"{use} (--micro-batch {request.workload.config.micro_batch})"
+        return f" (--micro-batch {request.workload.config.micro_batch})"
     except BudgetError as error:
         if error.enough_bytes is None:
-            return f"{use}; a larger --max-gpu-mem would do"
+            return "; a larger --max-gpu-mem would do"
         enough = format_bytes(-(-error.enough_bytes // MEGABYTE) * MEGABYTE)
-        return (
-            f"{use}; they see the whole batch from --max-gpu-mem {enough.replace(' ', '')} on (--batch-norm refuse insists on it)"
-        )
-    return f"{use}; --batch-norm refuse has them see the whole batch in this budget"
+        return f"; they see the whole batch from --max-gpu-mem {enough.replace(' ', '')} on (--batch-norm refuse insists on it)"
+    return "; --batch-norm refuse has them see the whole batch in this budget"

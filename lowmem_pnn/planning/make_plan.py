@@ -11,7 +11,6 @@ from lowmem_pnn.planning.batch_plan import plan_for_batches
 from lowmem_pnn.planning.enough import naming_enough
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
-from lowmem_pnn.workload import Workload
 
 SecondsOf = Callable[[Plan], float]
 """Function from a plan to the predicted seconds of the whole training."""
@@ -39,16 +38,16 @@ def make_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> Plan
 
 def _make_plan(request: PlanRequest) -> Plan:
     config = request.workload.config
-    if config.plan_for == "auto" and _any_plan_trains_the_same(request.workload):
+    if config.plan_for == "auto" and _any_plan_trains_the_same(request):
         return _fastest(request, TimeEstimator.nominal(request))
     if config.batch_size == "auto":
         return _with_largest_batches(request)
     return plan_for_batches(request, config.batch_sizes)
 
 
-def _any_plan_trains_the_same(workload: Workload) -> bool:
+def _any_plan_trains_the_same(request: PlanRequest) -> bool:
     """Decide whether all plans train the same model, up to rounding, and there is a choice between plans."""
-    config = workload.config
+    workload, config = request.workload, request.workload.config
     if not workload.method.sweeps or config.batch_size == "auto" or config.cuts is not None or config.partitions is not None:
         return False
     # These options differ between partitions, or are for the last ones.
@@ -57,8 +56,8 @@ def _any_plan_trains_the_same(workload: Workload) -> bool:
     # No code is compiled for single samples.
     if config.compile:
         return False
-    # BatchNorm sees a micro-batch, and the more samples the better.
-    return not workload.batch_norms()
+    # What mixes samples sees a micro-batch, and the more samples the better.
+    return not request.depends_on_micro_batch
 
 
 def _with_largest_batches(request: PlanRequest) -> Plan:

@@ -1,20 +1,23 @@
 """Notes on a plan: in what training by it differs from plain PyTorch's, in a line each."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.planning.batch_norm import batch_norm_note
+from lowmem_pnn.planning.batch_norm import whole_batch_notes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.workload import Workload
 
 
-def plan_notes(request: PlanRequest, plan: Plan) -> list[str]:
+def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = MappingProxyType({})) -> list[str]:
     """Return all notes on a plan.
 
     Args:
         request: workload, layer costs and device.
         plan: plan for the request.
+        mixing: modules that mix samples, with the numbers of their layers; nobody knows before the model was built with its values.
     """
-    norms = batch_norm_note(request, plan)
-    return [*([norms] if norms is not None else []), *micro_batch_notes(request.workload, plan)]
+    return [*whole_batch_notes(request, plan, mixing), *micro_batch_notes(request.workload, plan)]
 
 
 def micro_batch_notes(workload: Workload, plan: Plan) -> list[str]:

@@ -25,12 +25,14 @@ class PlanRequest:
         profile: Memory costs of the layers, as they were measured.
         device: Device, open; the plan has to fit its budget.
         unexplained_bytes: Bytes that a measurement showed above the prediction of an earlier plan; they are kept free too.
+        mixes_samples: Whether modules of the user's own mix the samples of a batch, as BatchNorm does.
     """
 
     workload: Workload
     profile: MemoryProfile
     device: Device
     unexplained_bytes: int = 0
+    mixes_samples: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -45,9 +47,13 @@ class PlanRequest:
 
     @property
     def whole_batches(self) -> bool:
-        """Whether a batch has to go through at once, since BatchNorms, or the loss, have to see all of it."""
-        workload = self.workload
-        return workload.needs_whole_batch or (workload.config.batch_norm == "refuse" and bool(workload.batch_norms()))
+        """Whether a batch has to go through at once, since what mixes samples, or the loss, has to see all of it."""
+        return self.workload.needs_whole_batch or (self.workload.config.batch_norm == "refuse" and self.depends_on_micro_batch)
+
+    @property
+    def depends_on_micro_batch(self) -> bool:
+        """Whether what is trained depends on the micro-batch, since BatchNorm, or a module of the user's own, mixes the samples in it."""
+        return self.mixes_samples or bool(self.workload.batch_norms())
 
     @property
     def good_micro_batch(self) -> int:

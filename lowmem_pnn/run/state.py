@@ -95,6 +95,7 @@ class State:
         seconds: time so far, over all processes of the run, as are the bytes, peaks and counts that follow.
         metrics_bytes: length of `metrics.jsonl`.
         compared: whether the model was compared with its layers before training.
+        mixing: modules that mix the samples of a batch, beside BatchNorm, with the numbers of their layers.
         module_state: Python attributes of modules that forwards change, by module and attribute.
         best: the epoch that was best on the validation part.
         stopped_after: epochs after which training ended early; 0 where it did not.
@@ -125,6 +126,7 @@ class State:
     resumed: int = 0
     metrics_bytes: int = 0
     compared: Literal["yes", "no"] = "no"
+    mixing: dict[str, int] = field(default_factory=dict)
     module_state: dict[str, Any] = field(default_factory=dict)
     best: Best = field(default_factory=Best)
     stopped_after: int = 0

@@ -32,6 +32,7 @@ from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.tasks import Scores
 from lowmem_pnn.training.initial_weights import build_weights, check_layouts
 from lowmem_pnn.training.join import forget
+from lowmem_pnn.training.mixing import find_mixing
 from lowmem_pnn.training.parity import compare
 from lowmem_pnn.training.preflight import check_tightest
 from lowmem_pnn.training.program import carry_out
@@ -79,15 +80,25 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
     display.message(f"building {workload.source.spec}")
     missing = 0
     compared: Literal["yes", "no"] = "no"
+    mixing: dict[str, int] = {}
 
-    def compare_once(model: nn.Module) -> None:
-        nonlocal compared
+    def request(unexplained_bytes: int = 0) -> PlanRequest:
+        return PlanRequest(workload, profile, device, unexplained_bytes, mixes_samples=bool(mixing))
+
+    def inspect_once(model: nn.Module) -> None:
+        nonlocal compared, mixing
         compared = compare(workload, model, session.rundir.path, display.message)
+        mixing = find_mixing(workload, model, display.message)
 
     for attempt in range(_MAX_PLANS):
-        inspect = compare_once if workload.config.compare and not attempt else _nothing
+        inspect = inspect_once if workload.config.compare and not attempt else _nothing
         weights = build_weights(workload, plan, session.rundir.path / "weights", session.counter, inspect=inspect)
         run = Run(session, workload, plan, weights, state)
+        if mixing and not attempt and (mixed := _plan_with_mixing(request(), seconds_of, next(iter(mixing)))) != plan:
+            plan = mixed
+            display.message(f"planned again: {next(iter(mixing))} mixes the samples of a batch, and is to see many")
+            run.replan(plan)
+            continue
         check = check_tightest(run, profile)
         # What the check found beyond the plan comes on top of all that the plan foresees, reading too.
         expected = plan.predicted_peak_bytes + max(0, check.unexplained_bytes)
@@ -102,13 +113,25 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
             break
         # A step that did not fit does not show what it would have needed: what is kept free doubles.
         missing += max(check.unexplained_bytes, device.reserve_bytes, 0 if check.fits else missing)
-        plan = make_plan(PlanRequest(workload, profile, device, unexplained_bytes=missing), seconds_of)
+        plan = make_plan(request(missing), seconds_of)
         display.message(f"planned again: {check.describe()}")
         run.replan(plan)
-    for note in plan_notes(PlanRequest(workload, profile, device), run.plan):
+    for note in plan_notes(request(), run.plan, mixing):
         display.message(note)
+    state.mixing = mixing
     run.begin_training(check.to_dict(), compared)
     return run
+
+
+def _plan_with_mixing(request: PlanRequest, seconds_of: SecondsOf, module: str) -> Plan:
+    """Plan anew for a model of which it was found out that a module mixes the samples of a batch."""
+    try:
+        return make_plan(request, seconds_of)
+    except BudgetError as error:
+        raise BudgetError(
+            f"{module} mixes the samples of a batch, which is to go through at once (--batch-norm refuse): {error}",
+            error.enough_bytes,
+        ) from None
 
 
 def _nothing(model: nn.Module) -> None:

@@ -101,7 +101,7 @@ def differences(one: Observed, other: Observed) -> dict[str, float]:
     Returns:
         Sizes relative to the values; infinite where there is something on one side alone, or what is no number.
     """
-    found = {what: _difference(one.values.get(what), other.values.get(what)) for what in one.values.keys() | other.values.keys()}
+    found = {what: difference(one.values.get(what), other.values.get(what)) for what in one.values.keys() | other.values.keys()}
     least = _SMALL * max((gradient.norm for gradient in one.gradients.values()), default=0.0)
     for name in one.gradients.keys() | other.gradients.keys():
         mine, theirs = one.gradients.get(name), other.gradients.get(name)
@@ -109,7 +109,13 @@ def differences(one: Observed, other: Observed) -> dict[str, float]:
     return {what: size for what, size in found.items() if size > 0}
 
 
-def _difference(one: Any, other: Any) -> float:
+def difference(one: Any, other: Any) -> float:
+    """Return how much two values differ, relative to the first; 0.0 where they are the same, infinite where they cannot be compared.
+
+    Args:
+        one: a tensor, a number, or any other value.
+        other: what it is compared with; NaN is the same as NaN.
+    """
     if isinstance(one, float) and isinstance(other, float):
         one, other = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):

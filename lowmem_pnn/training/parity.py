@@ -34,8 +34,8 @@ from lowmem_pnn.workload import Workload
 _SAMPLES = 2
 # Tensors of so many bytes are not kept in memory for the backward.
 _SPILLED_BYTES = 1 << 16
-# Relative difference of two sums up to which they may be one sum in another order.
-_ROUNDING = 1e-4
+# Relative difference of two sums up to which they may be one sum in another order, by the type of what is summed.
+_ROUNDING = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
 
 
 def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[str], None]) -> Literal["yes", "no"]:
@@ -83,7 +83,7 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
     if not different:
         return "yes"
     what, size = max(different.items(), key=lambda item: item[1])
-    if size <= _ROUNDING:
+    if size <= _ROUNDING[workload.config.precision]:
         say(f"{title} in layers gives what it gives as a whole up to rounding: {what} differs by {size:.1g} of its size")
         return "yes"
     raise CaptureError(
@@ -132,36 +132,49 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Tensor, Ten
 
 def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Observed:
     """Run the layers of the model as exact training runs them, each layer a partition of its own."""
-    chain = workload.bare
+    chain, observed = workload.bare, Observed()
+    with layers_of(workload, model) as loaded:
+        for layer in chain.layers:
+            layer.train()
+        _seed(workload)
+        _forward_and_back(workload, batch, loaded, observed)
+        # Names of the model's own, buffers that no layer holds included.
+        buffers = {chain.owner_of(alias): tensor for layer in chain.layers for alias, tensor in layer.buffers().items()}
+        _note_state(workload, observed, {name: buffers.get(chain.owner_of(name), own) for name, own in model.named_buffers()})
+        for layer in chain.layers:
+            layer.eval()
+        with torch.no_grad():
+            observed.values["the output in eval mode"] = chain(batch[0].clone()).clone()
+    return observed
+
+
+@contextmanager
+def layers_of(workload: Workload, model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Give the layers of a workload the values of a model, until the end of the context, where they are as before.
+
+    Inside, layers run as they are: compiled code rounds otherwise.
+
+    Args:
+        workload: model in layers, and data.
+        model: the model as its constructor gives it; neither its parameters nor its buffers are changed by what layers do.
+
+    Yields:
+        The layers' parameters, by the names that they are stored under.
+    """
+    layers = workload.bare.layers
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    originals = [(layer, name, tensor) for layer in chain.layers for name, tensor in _tensors_of(layer).items()]
-    observed = Observed()
-    # Compiled code rounds otherwise; what is compared is how the model was cut.
-    compiled = [layer.compiled for layer in chain.layers]
-    with chain.python_state_restored():
+    originals = [(layer, name, tensor) for layer in layers for name, tensor in _tensors_of(layer).items()]
+    compiled = [layer.compiled for layer in layers]
+    with workload.bare.python_state_restored():
         try:
-            for layer in chain.layers:
+            for layer in layers:
                 layer.compiled = None
-            loaded = _load(workload, tensors)
-            for layer in chain.layers:
-                layer.train()
-            _seed(workload)
-            _forward_and_back(workload, batch, loaded, observed)
-            # Names of the model's own, buffers that no layer holds included.
-            buffers = {chain.owner_of(alias): tensor for layer in chain.layers for alias, tensor in layer.buffers().items()}
-            _note_state(
-                workload, observed, {name: buffers.get(chain.owner_of(name), tensors[name]) for name, _ in model.named_buffers()}
-            )
-            for layer in chain.layers:
-                layer.eval()
-            with torch.no_grad():
-                observed.values["the output in eval mode"] = chain(batch[0].clone()).clone()
+            yield _load(workload, tensors)
         finally:
             for layer, name, tensor in originals:
                 layer.set_tensor(name, tensor)
-            for layer, code in zip(chain.layers, compiled, strict=True):
+            for layer, code in zip(layers, compiled, strict=True):
                 layer.compiled = code
-    return observed
 
 
 def _forward_and_back(

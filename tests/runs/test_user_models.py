@@ -232,6 +232,65 @@ def test_batchnorm_under_micro_batches_is_said_or_refused(tmp_path: Path) -> Non
         )
 
 
+class OwnNorm(nn.Module):
+    """Centres over the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+def with_own_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), OwnNorm(), nn.ReLU(), nn.Linear(12, 4))
+
+
+def test_a_normalisation_of_ones_own_is_said_or_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {**COMMON, "cuts": "1,2", "epochs": 1}
+    said = Tells()
+    result = fit(with_own_norm, vectors(), tmp_path / "micro", display=said, micro_batch=4, **options)
+    note = "samples are mixed: module '3' mixes 4 of the 10 samples of a batch, and in plain PyTorch all of them"
+    assert result.notes == [note]
+    assert f"{note} (--micro-batch 4)" in said.messages
+    assert note in str(result)
+    with pytest.raises(
+        ConfigError, match=r"--micro-batch 4 of --batch-size 10: a batch has to go through at once here, by --batch-norm"
+    ):
+        fit(with_own_norm, vectors(), tmp_path / "both", batch_norm="refuse", micro_batch=4, **options)
+    whole = fit(with_own_norm, vectors(), tmp_path / "whole", batch_norm="refuse", **options)
+    assert whole.notes == []
+
+
+class WideOwnNorm(nn.Module):
+    """Maps of many channels, normalised over the batch by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Sequential(
+            nn.Conv2d(3, 32, 3, 1, 1), OwnNorm(), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), OwnNorm(), nn.ReLU()
+        )
+        self.scores = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.scores(self.maps(x))
+        return scores
+
+
+def test_where_a_batch_does_not_fit_at_once_the_budget_is_named_from_which_it_does(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "exact", "batch_size": 20, "epochs": 1, "max_gpu_mem": "22MB"}
+    said, data = Tells(), images(22, side=32)
+    fit(WideOwnNorm, data, tmp_path / "micro", display=said, **options)
+    found = re.search(r"samples are mixed: module 'maps\.1' .* from --max-gpu-mem (\d+)\.0MB on", " ".join(said.messages))
+    assert found is not None
+    refused = (
+        r"^module 'maps.1' mixes the samples of a batch, which is to .* \(--batch-norm refuse\): .* give --max-gpu-mem "
+        + found[1]
+    )
+    with pytest.raises(BudgetError, match=refused):
+        fit(WideOwnNorm, data, tmp_path / "tight", batch_norm="refuse", **options)
+    whole = fit(WideOwnNorm, data, tmp_path / "whole", batch_norm="refuse", **{**options, "max_gpu_mem": f"{found[1]}MB"})
+    assert whole.notes == []
+    assert {part["micro_batch"] for part in whole.partitions} == {20}
+
+
 @pytest.mark.parametrize(
     "options", [{"method": "pnn", "recovery_epochs": 1}, {"method": "exact", "fused": False, "batch_norm": "refuse"}]
 )

@@ -95,10 +95,11 @@ def test_a_hook_that_no_tensor_tells_of_is_found(tmp_path: Path) -> None:
     assert model[0].weight.grad is None
 
 
-def test_another_order_of_sums_is_said_and_no_reason_to_stop(tmp_path: Path) -> None:
-    workload, said = workload_of(small_mlp, vectors()), []
+@pytest.mark.parametrize(("precision", "difference"), [("fp32", 2e-7), ("fp16", 3e-3), ("bf16", 2e-2)])
+def test_another_order_of_sums_is_said_and_no_reason_to_stop(precision: str, difference: float, tmp_path: Path) -> None:
+    workload, said = workload_of(small_mlp, vectors(), precision=precision), []
     linear = workload.chain.layers[-1].module.get_submodule("4")
-    linear.register_forward_hook(lambda module, inputs, output: output * (1 + 2e-7))
+    linear.register_forward_hook(lambda module, inputs, output: output * (1 + difference))
     assert compare(workload, built(small_mlp), tmp_path, said.append) == "yes"
     assert len(said) == 1
     assert "gives what it gives as a whole up to rounding" in said[0]
