@@ -77,7 +77,8 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
 
     def compare_once(model: nn.Module) -> None:
         nonlocal compared
-        compared = compare(workload, model, session.rundir.path, display.message)
+        with session.rundir.scratch() as folder:  # by its name what a kill leaves of it is known
+            compared = compare(workload, model, folder, display.message)
 
     for attempt in range(_MAX_PLANS):
         inspect = compare_once if workload.config.compare and not attempt else _nothing
