@@ -25,7 +25,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from lowmem_pnn.errors import CheckpointError, DiskError
-from lowmem_pnn.stores.disk import disk_error, open_regular, read_file, refuse_link, remove_folder, sync_folder, write_durably
+from lowmem_pnn.stores.disk import (
+    disk_error,
+    open_regular,
+    read_file,
+    refuse_link,
+    remove_folder,
+    sync_file,
+    sync_folder,
+    write_durably,
+)
 from lowmem_pnn.stores.journal import DAMAGED, JOURNAL, last_whole_commit, older_commits, older_name, read_journal, seal_journal
 from lowmem_pnn.stores.run_creation import (
     WORK_FOLDERS,
@@ -53,6 +62,7 @@ class RunDirectory:
         self._lock = lock
         self._config_sha256 = config_sha256
         self._metrics: io.FileIO | None = None
+        self._durable_names: set[str] = set()
 
     @classmethod
     def create(cls, path: Path, config_json: str, journal: dict[str, Any], *, overwrite: bool = False) -> "RunDirectory":
@@ -157,7 +167,7 @@ class RunDirectory:
         return older_commits(self.path, self._config_sha256)[1]
 
     def commit(self, journal: dict[str, Any], keep: int = 1) -> list[dict[str, Any]]:
-        """Move to a new commit. The files that its journal names must be on the drive.
+        """Move to a new commit. The files that its journal names must be on the drive, in folders that are, but for the run's own.
 
         Args:
             journal: Body of the journal, JSON-able, with `number`, one higher than in the last one.
@@ -179,6 +189,7 @@ class RunDirectory:
                         os.link(current, previous)
                     except PermissionError:  # a file system without links
                         write_durably(previous, read_file(current, DAMAGED))
+            self._sync_what_a_journal_counts_on()
             write_durably(current, seal_journal(journal, self._config_sha256))
             older = older_commits(self.path, self._config_sha256)[0]
             for path, _ in older[keep - 1 :]:
@@ -186,6 +197,15 @@ class RunDirectory:
         except OSError as error:
             raise disk_error(current, error, "commit to it") from error
         return [journal, *(body for _, body in older[: keep - 1])]
+
+    def _sync_what_a_journal_counts_on(self) -> None:
+        """Bring the lines of `metrics.jsonl` to the drive, and its name and those of the work folders, which may be new."""
+        if self._metrics is not None:
+            sync_file(self.path / "metrics.jsonl", self._metrics.fileno())
+        names = {name for name in ("metrics.jsonl", *WORK_FOLDERS) if os.path.lexists(self.path / name)}
+        if names - self._durable_names:
+            sync_folder(self.path)
+            self._durable_names = names
 
     def log(self, line: dict[str, Any]) -> None:
         """Append a line to `metrics.jsonl`.

@@ -87,7 +87,8 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
 
     def inspect_once(model: nn.Module) -> None:
         nonlocal compared, mixing
-        compared = compare(workload, model, session.rundir.path, display.message)
+        with session.rundir.scratch() as folder:  # by its name what a kill leaves of it is known
+            compared = compare(workload, model, folder, display.message)
         mixing = find_mixing(workload, model, display.message)
 
     for attempt in range(_MAX_PLANS):

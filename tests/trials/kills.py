@@ -1,16 +1,15 @@
-"""Runs a small training again and again, killed by SIGKILL at a chosen place, resumed, and compared with the one that was left alone.
+"""Kills small trainings by SIGKILL, resumes them, and compares each with the one that was left alone.
 
-    python tests/trials/kills.py METHOD FOLDER all           # a kill at every step of the commit protocol
-    python tests/trials/kills.py METHOD FOLDER points        # at the first and last step of each kind; also: first, last
-    python tests/trials/kills.py METHOD FOLDER random N SEED # N kills at random moments
+    cd tests && python -m trials.kills FOLDER KILLS SEED [TRAINING...]
 
-METHOD is pnn, exact, or recovery (pnn with a recovery epoch after it).
+So many kills, shared among the trainings: one at the first and one at the last commit point of each kind, one in the first backward
+pass, the others at random moments, half of these several times in a row before the run may finish. With 0, each kind of commit point in one
+training, and a few others.
 
 Every trial is a fork of this process, which has imported everything and computed nothing: torch's threads do not survive a fork.
-Prints one JSON line: {"trials": n, "killed": n, "failed": [...]}.
+Prints a table, then one JSON line: {NAME: {"trials": n, "killed": n, "identical": n, "kinds": [...], "failed": [...]}}.
 """
 
-import gc
 import json
 import os
 import random
@@ -18,147 +17,153 @@ import re
 import shutil
 import signal
 import sys
-import time
-import traceback
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
-# Not used here: what a run imports on its way, so that its forks need not.
-import sklearn.datasets
-import sklearn.metrics  # noqa: F401
 import torch
-import torch._dynamo
 
-from lowmem_pnn import api as trainer
-from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.stores import disk
+from trials.trainings import (
+    TRAININGS,
+    Reference,
+    Training,
+    differences,
+    in_child,
+    kill_after,
+    prepare,
+    run_reference,
+    when_training_begins,
+)
 
-METHODS = {
-    "pnn": {"epochs": (2, 3), "cuts": "1", "kappa": 1.0, "train_limit": 300},
-    "exact": {"method": "exact", "epochs": 2, "cuts": "1,2", "train_limit": 250},
-    "recovery": {"epochs": 1, "recovery_epochs": 2, "cuts": "1,2", "kappa": 1.0, "train_limit": 150},
-}
-COMMON = {"optimizer": "adamw", "commit_every": 0.0, "device": "cpu"}  # commits after every batch
+Kill = tuple[Literal["point", "backward", "moment"], float]
+"""At the commit point of a number, in the backward pass of a number, or so many seconds after training begins."""
 
 
-def train(path: Path, resume: bool) -> None:
-    """The run that is killed."""
-    trainer.fit("mlp:64-32-32-10", "digits", max_gpu_mem="100MB", workdir=path, resume=resume, **METHODS[sys.argv[1]], **COMMON)
+@dataclass
+class Tally:
+    """What came of the trials of one training."""
+
+    trials: int = 0
+    killed: int = 0
+    identical: int = 0
+    kinds: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
 
-def in_child(work: Callable[[], None], kill_after: float | None = None) -> int:
-    """Run in a forked process; its exit status as `os.waitstatus_to_exitcode` gives it."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            # One thread of torch and a stdout of its own: nothing of the parent's is touched.
-            torch.set_num_threads(1)
+def kind_of(point: str) -> str:
+    """Return the kind of a commit point: its name, without the numbers of partitions, generations and shards."""
+    return re.sub(r"\d+|\.?reference\S*", "#", re.sub(r"-(train|val|test)\S*", "", point))
+
+
+def kill_at(kill: Kill, training: Training, path: Path, *, resume: bool) -> bool:
+    """Run a training that is killed; whether it was, or had ended before."""
+    work: Callable[[], None] = (lambda: training.finish(path)) if resume else (lambda: training.run(path))
+    kind, place = kill
+    if kind == "moment":
+
+        def until_moment(began: Callable[[], None]) -> None:
+            when_training_begins(began)
             work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+        return kill_after(place, until_moment) == -signal.SIGKILL
+    count = 0
+
+    def reached(*_: object) -> None:
+        nonlocal count
+        if count == place:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+
+    def watch_backward() -> None:
+        backward = torch.autograd.backward
+
+        def watched(*arguments: Any, **options: Any) -> None:
+            reached()
+            backward(*arguments, **options)
+
+        torch.autograd.backward = watched
+
+    def until_point() -> None:
+        if kind == "point":
+            disk.commit_point = reached
+        else:
+            when_training_begins(watch_backward)
+        work()
+
+    return in_child(until_point) == -signal.SIGKILL
 
 
-def until_point(path: Path, wanted: int, resume: bool = False) -> Callable[[], None]:
-    """A run that kills itself at the `wanted`th commit point."""
-
-    def work() -> None:
-        count = 0
-
-        def reached(name: str) -> None:
-            nonlocal count
-            if count == wanted:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-
-        disk.commit_point = reached
-        train(path, resume)
-
-    return work
+def try_kills(kills: list[Kill], training: Training, path: Path, reference: Reference, tally: Tally) -> None:
+    """Kill a training several times in a row, have it finish, and compare it."""
+    shutil.rmtree(path, ignore_errors=True)
+    killed = sum([kill_at(kill, training, path, resume=number > 0) for number, kill in enumerate(kills)])
+    finished = in_child(lambda: training.finish(path)) == 0
+    found = differences(path, reference.path) if finished else ["does not finish"]
+    tally.trials += 1
+    tally.killed += killed
+    tally.identical += not found
+    if found:
+        places = [reference.points[int(place)] if kind == "point" else f"{kind} {place:.3f}" for kind, place in kills]
+        tally.failed.append(f"killed at {', '.join(places)}: {'; '.join(found)}")
+        print(tally.failed[-1], file=sys.stderr, flush=True)
 
 
-def count_points(path: Path) -> list[str]:
-    """The names of the commit points of a run that is left alone."""
-    log = path.with_suffix(".points")
+def try_training(training: Training, folder: Path, least: int, known: set[str], chance: random.Random) -> Tally:
+    """Kill a training at the commit points of each kind that is not known yet, and then at random, until it was killed often enough.
 
-    def work() -> None:
-        def note(name: str) -> None:
-            with log.open("a") as file:
-                file.write(name + "\n")
+    Args:
+        training: what is trained.
+        folder: folder to work in.
+        least: kills; 0 for the commit points, and two trials at random.
+        known: kinds of commit points at which a training was killed before; where `least` is 0 they are left out.
+        chance: draws the moments.
+    """
+    prepare(training)
+    reference = run_reference(training, folder / "reference")
+    tally, path = Tally(), folder / "trial"
+    kinds = [kind_of(point) for point in reference.points]
+    points = {kinds.index(kind) for kind in kinds if least or kind not in known}
+    if least:
+        points |= {len(kinds) - 1 - kinds[::-1].index(kind) for kind in kinds}
+    for point in sorted(points):
+        try_kills([("point", point)], training, path, reference, tally)
+    try_kills([("backward", 0)], training, path, reference, tally)  # in the comparison before training, if there is one
+    tally.kinds = sorted({kinds[point] for point in points})
+    known |= set(kinds)
 
-        disk.commit_point = note
-        train(path, resume=False)
+    def somewhere() -> Kill:
+        if chance.random() < 0.5:
+            return "point", chance.randrange(len(kinds))
+        return "moment", chance.uniform(0, reference.seconds)
 
-    assert in_child(work) == 0, "the run that is left alone fails"
-    return log.read_text().splitlines()
-
-
-def finish(path: Path) -> None:
-    """Resume, or begin where the kill came before there was a run."""
-    try:
-        train(path, resume=True)
-    except CheckpointError as error:
-        if "no run to resume" not in str(error):
-            raise
-        train(path, resume=False)
-
-
-def same(path: Path, reference: Path) -> bool:
-    """Whether two runs ended with the same bytes, and the same scores."""
-    if (path / "model.safetensors").read_bytes() != (reference / "model.safetensors").read_bytes():
-        return False
-    first, second = (json.loads((run / "result.json").read_text()) for run in (path, reference))
-    keys = ("test_accuracy", "test_loss", "train_loss", "val_loss")
-    lines = [len((run / "metrics.jsonl").read_text().splitlines()) for run in (path, reference)]
-    return all(first[key] == second[key] for key in keys) and lines[0] == lines[1]
-
-
-def _last(names: list[str], name: str) -> int:
-    return len(names) - 1 - names[::-1].index(name)
+    in_a_row = False
+    while (tally.killed < least and tally.trials < 3 * least) if least else tally.trials < len(points) + 3:
+        moments: list[Kill] = [("moment", chance.uniform(0, reference.seconds))]
+        kills = [somewhere() for _ in range(3 if least else 2)] if in_a_row else moments
+        try_kills(kills, training, path, reference, tally)
+        in_a_row = not in_a_row
+    return tally
 
 
 def main() -> None:
     """Run the trials."""
-    folder, kind = Path(sys.argv[2]), sys.argv[3]
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    # What was imported is no garbage of a fork: looking through it there would copy it.
-    gc.freeze()
-    reference = folder / "reference"
-    points = count_points(reference)
-    began = time.monotonic()
-    assert in_child(lambda: train(folder / "timed", False)) == 0
-    duration = time.monotonic() - began
-    assert same(folder / "timed", reference), "two runs that are left alone differ"
-    if kind != "random":
-        kinds = [re.sub(r"\d+|\.reference\S*", "", name) for name in points]
-        first, last = {kinds.index(name) for name in kinds}, {_last(kinds, name) for name in kinds}
-        wanted = {"all": range(len(points)), "points": first | last, "first": first, "last": last}[kind]
-        trials = [(f"{number} ({points[number]})", number, None) for number in sorted(wanted)]
-    else:
-        chance = random.Random(int(sys.argv[5]))
-        moments = [chance.uniform(0, duration) for _ in range(int(sys.argv[4]))]
-        trials = [(f"{moment:.3f} s", -1, moment) for moment in moments]
-    killed, failed = 0, []
-    for name, point, moment in trials:
-        path = folder / "trial"
-        shutil.rmtree(path, ignore_errors=True)
-        code = in_child(until_point(path, point), kill_after=moment)
-        killed += code == -signal.SIGKILL
-        if in_child(lambda path=path: finish(path)) != 0 or not same(path, reference):
-            failed.append(name)
-    print(
-        json.dumps(
-            {"trials": len(trials), "killed": killed, "failed": failed, "points": len(points), "seconds": round(duration, 2)}
-        )
-    )
+    folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    names = sys.argv[4:] or list(TRAININGS)
+    chance, known = random.Random(seed), set[str]()
+    tallies: dict[str, Tally] = {}
+    print("| configuration | trials | killed | identical |\n| --- | --- | --- | --- |")
+    for number, name in enumerate(names):
+        place = folder / str(number)
+        place.mkdir(parents=True)
+        left = kills and max(1, kills - sum(tally.killed for tally in tallies.values()))
+        tallies[name] = tally = try_training(TRAININGS[name], place, -(-left // (len(names) - number)), known, chance)
+        print(f"| {name}: {TRAININGS[name].features} | {tally.trials} | {tally.killed} | {tally.identical} |", flush=True)
+        shutil.rmtree(place)
+    sums = [sum(getattr(tally, key) for tally in tallies.values()) for key in ("trials", "killed", "identical")]
+    print(f"| all | {' | '.join(map(str, sums))} |")
+    print(json.dumps({name: asdict(tally) for name, tally in tallies.items()}))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,22 @@ def test_a_birth_that_is_cut_short_leaves_nothing(path: Path, point: str, monkey
         assert list(path.iterdir()) == []
 
 
+def test_what_a_journal_counts_on_is_on_the_drive_before_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points: list[str] = []
+    with make(path) as run:
+        monkeypatch.setattr(disk, "commit_point", points.append)
+        (path / "weights").mkdir()
+        run.log({"loss": 1})
+        run.commit(body(1))
+        run.log({"loss": 2})
+        run.commit(body(2))
+        (path / "activations").mkdir()
+        run.commit(body(3))
+    journal = ["written journal.json", "renamed journal.json", "synced run"]
+    new_names = ["synced metrics.jsonl", "synced run"]
+    assert points == [*new_names, *journal, "synced metrics.jsonl", *journal, *new_names, *journal]
+
+
 def test_an_empty_folder_becomes_a_run_without_being_replaced(path: Path) -> None:
     path.mkdir()
     before = path.stat().st_ino

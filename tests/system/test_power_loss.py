@@ -1,0 +1,34 @@
+"""Whatever of a run's files a drive holds after the power went, the run ends with the same bits, or says in one line that it cannot go on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_power_lost_anywhere_and_resumed_is_same_as_uninterrupted(
+    tmp_path: Path, long: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trials.power_loss", str(tmp_path / "trials"), *(["1000", "0"] if long else ["-12", "0", "pnn"])],
+        cwd=TESTS,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with capsys.disabled():
+        print("\n" + done.stdout if long else "", end="")
+    tallies = json.loads(done.stdout.splitlines()[-1]).values()
+    assert [tally["failed"] for tally in tallies if tally["failed"]] == []
+    for tally in tallies:
+        assert tally["folders"] >= (500 if long else 12)
+        # No commit is ever lost: what can be refused is a run in whose place a new one was about to be.
+        assert tally["resumed"] + tally["begun"] + tally["refused"] == tally["folders"]
