@@ -5,7 +5,7 @@ CODE_FIELDS = ("model", "data")
 
 # What stands before the colon where no code is named.
 _BUILT_IN = {
-    "model": ("mlp", "gpt", "python"),
+    "model": ("mlp", "gpt", "timm", "python"),
     "data": ("npz", "imagefolder", "text", "python"),
 }
 

@@ -53,7 +53,7 @@ class FitConfig:
     model: str = Field(
         description=(
             "mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,heads=N,context=N, cifar-resnet18, cifar-vgg11, cifar-vgg16, "
-            "cifar-mobilenetv2, a torchvision name, package.module:factory, or file.py:factory."
+            "cifar-mobilenetv2, a torchvision name, timm:NAME, package.module:factory, or file.py:factory."
         )
     )
     model_arg: dict[str, Any] = Field(

@@ -1,0 +1,18 @@
+"""Image statistics: how the images were prepared that pretrained weights were trained on."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ImageStats:
+    """Preparation of the images of pretrained weights.
+
+    Args:
+        mean: Mean of each channel, of values in [0, 1].
+        std: Standard deviation of each channel.
+        size: Height and width in pixels.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int]
