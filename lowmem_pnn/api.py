@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from lowmem_pnn.training.setup import open_workload, warm_up_profiler
 from lowmem_pnn.training.start import OpenInputs, begin, worker_threads
 from lowmem_pnn.training.start import resume as resume_training
 from lowmem_pnn.workload import make_workload, profile_workload
-from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs
+from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs, without_weights
 
 
 def fit(
@@ -51,6 +52,7 @@ def fit(
     *,
     max_gpu_mem: str | int,
     test: Any = None,
+    weights: str | Path | Mapping[str, torch.Tensor] | None = None,
     workdir: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -68,6 +70,8 @@ def fit(
         val: a data set or a tuple to validate on; None takes the validation part that `train` names, or else `val_fraction` of `train`.
         max_gpu_mem: the budget, as a size ("2GB") or in bytes.
         test: a data set or a tuple to test on after training.
+        weights: pretrained weights to begin with, as the option `--weights` takes them, or a `state_dict`; then `method` is "exact" and
+            `epochs` 3, if they are not given.
         workdir: the run's folder; None takes the next free one under `runs`, or, to resume, that of the only unfinished run there
             that was begun with the same options.
         resume: go on with a run; options may be given as before, or left out. A finished run gives its result.
@@ -92,8 +96,9 @@ def fit(
     """
     if resume and overwrite:
         raise ConfigError("resume goes on with a run, and overwrite replaces it; give one")
-    given = {"max_gpu_mem": max_gpu_mem, **_names(model, train), **options}
-    open_inputs = python_inputs(model, train, val, test)
+    state_dict = weights if isinstance(weights, Mapping) else None
+    given = {"max_gpu_mem": max_gpu_mem, **_names(model, train), "weights": _named_weights(weights), **options}
+    open_inputs = python_inputs(model, train, val, test, state_dict)
     if resume:
         folder = unfinished_run(given) if workdir is None else Path(workdir)
         result = resume_training(folder, given, open_inputs, display=display)
@@ -105,7 +110,16 @@ def fit(
     return result
 
 
-def plan(model: Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, timing: bool = True, **options: Any) -> PlanReport:
+def plan(
+    model: Model,
+    train: Any,
+    val: Any = None,
+    *,
+    max_gpu_mem: str | int,
+    weights: str | Path | Mapping[str, torch.Tensor] | None = None,
+    timing: bool = True,
+    **options: Any,
+) -> PlanReport:
     """Show what `fit` with the same arguments would do; nothing is trained or kept.
 
     Args:
@@ -113,14 +127,16 @@ def plan(model: Model, train: Any, val: Any = None, *, max_gpu_mem: str | int, t
         train: as for `fit`.
         val: as for `fit`.
         max_gpu_mem: as for `fit`.
+        weights: as for `fit`.
         timing: run layers for a few seconds, within the budget, to say what an epoch of every method takes.
         **options: as for `fit`.
 
     Returns:
         The partitions, and whether they fit; with `timing` all methods side by side.
     """
-    config = configure(max_gpu_mem=max_gpu_mem, **_names(model, train), **options)
-    return _plan(config, python_inputs(model, train, val, None), timing)
+    config = configure(max_gpu_mem=max_gpu_mem, **_names(model, train), weights=_named_weights(weights), **options)
+    state_dict = weights if isinstance(weights, Mapping) else None
+    return _plan(config, python_inputs(model, train, val, None, state_dict), timing)
 
 
 def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, float]:
@@ -143,7 +159,7 @@ def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, float]:
         finished = open_finished(rundir)
         config, state = finished.config, finished.state
         check_trust(config, {}, path, trust=trust, again=False)
-        inputs = named_inputs(config)
+        inputs = without_weights(named_inputs(config))
         if "test" not in inputs[2]:
             raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
         warm_up_profiler()
@@ -185,7 +201,7 @@ def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None 
         folder = ExportFolder.find(path, number, finished.result, None if out is None else Path(out))
         check_trust(finished.config, {}, path, trust=trust, again=False)
         rundir.clear()
-        workload = make_workload(finished.config, *named_inputs(finished.config), torch.device("cpu"))
+        workload = make_workload(finished.config, *without_weights(named_inputs(finished.config)), torch.device("cpu"))
         return export_exit(workload, finished.result, number, path, folder)
 
 
@@ -230,6 +246,11 @@ def plan_run(config: FitConfig, *, timing: bool = True) -> PlanReport:
 def _names(model: Model, train: Any) -> dict[str, str]:
     """Return what a run's configuration calls model and data."""
     return {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
+
+
+def _named_weights(weights: Any) -> Any:
+    """Return what a run's configuration calls pretrained weights."""
+    return f"python:{type(weights).__name__}" if isinstance(weights, Mapping) else weights
 
 
 def _plan(config: FitConfig, open_inputs: OpenInputs, timing: bool) -> PlanReport:

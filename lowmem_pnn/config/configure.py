@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError as PydanticError
 
 from lowmem_pnn.config.faults import describe_fault, flag
+from lowmem_pnn.config.finetuning_options import DEFAULTS_WITH_WEIGHTS
 from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, field_names
 from lowmem_pnn.errors import ConfigError
 
@@ -92,6 +93,8 @@ def configure(**given: Any) -> FitConfig:
     values = {"data_root": Path("data").absolute(), **given}
     if "model" not in given and "data" not in given:
         values = {**DEMONSTRATION, **values}
+    if given.get("weights") not in (None, "none"):
+        values = {**DEFAULTS_WITH_WEIGHTS, **values}
     config = checked(values)
     faults = [
         f"{flag(name)} has no effect here: it needs {need}"
@@ -211,6 +214,8 @@ def _absolute(name: str, value: Any) -> Any:
     """Return an option's value with its path in full."""
     if name == "data_root":
         return _full(value)
+    if name == "weights":
+        return value if value in ("", "default", "none") or str(value).startswith("python:") else str(_full(value))
     if name not in ("model", "data") or not isinstance(value, str):
         return value
     kind, colon, path = value.partition(":")

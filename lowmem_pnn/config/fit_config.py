@@ -26,6 +26,7 @@ from lowmem_pnn.config.field_types import (
     Recovering,
     Size,
 )
+from lowmem_pnn.config.finetuning_options import FineTuningOptions
 from lowmem_pnn.errors import CheckpointError
 
 LARGEST_AUTO_BATCH = 512
@@ -38,7 +39,7 @@ PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "ka
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FitConfig:
+class FitConfig(FineTuningOptions):
     """Everything that decides a run, checked; the same values give the same run.
 
     Where a field is a tuple, one value holds for every partition, else there is one per partition.

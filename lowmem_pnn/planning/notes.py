@@ -1,8 +1,11 @@
 """Notes on a plan: in what training by it differs from plain PyTorch's, in a line each."""
 
+from lowmem_pnn.config.faults import as_typed
+from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_norm import batch_norm_note
 from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.pretrained.matching import describe_weights
 from lowmem_pnn.workload import Workload
 
 
@@ -13,8 +16,15 @@ def plan_notes(request: PlanRequest, plan: Plan) -> list[str]:
         request: workload, layer costs and device.
         plan: plan for the request.
     """
-    norms = batch_norm_note(request, plan)
-    return [*([norms] if norms is not None else []), *micro_batch_notes(request.workload, plan)]
+    norms, pretrained = batch_norm_note(request, plan), request.workload.pretrained
+    begins = [] if pretrained is None else [f"{describe_weights(pretrained.summary())}; {_training(request.workload.config)}"]
+    return [*begins, *([norms] if norms is not None else []), *micro_batch_notes(request.workload, plan)]
+
+
+def _training(config: FitConfig) -> str:
+    """Say what has other defaults with pretrained weights than without."""
+    epochs = as_typed(config.epochs)
+    return f"trained by {config.method}, {epochs} epoch{'s' if epochs != '1' else ''}, {as_typed(config.optimizer)}, lr {as_typed(config.lr)}"
 
 
 def micro_batch_notes(workload: Workload, plan: Plan) -> list[str]:

@@ -11,6 +11,7 @@ from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
 from lowmem_pnn.methods import Sweep, visits_of_rank
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.state import State
+from lowmem_pnn.sources.models import ModelSource
 from lowmem_pnn.stores.disk import RUN_REMEDY
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.workload import Workload
@@ -147,6 +148,24 @@ def check_same_data(state: State, workload: Workload, path: Path) -> None:
         raise CheckpointError(
             f"the data {workload.config.data} is not what the run in {path} began with{f' ({change})' if sizes else ''}; bring it back, "
             "or begin a new run"
+        )
+
+
+def check_same_weights(state: State, source: ModelSource, path: Path) -> None:
+    """Refuse pretrained weights that are not what a run began with; where they are gone, the run has all that it needs of them.
+
+    Args:
+        state: state of the run.
+        source: model, with the pretrained weights that are named now.
+        path: folder of the run, for the message.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    began = state.pretrained.get("sha256")
+    if source.weights is not None and began and source.weights.are_there() and source.weights.sha256() != began:
+        raise CheckpointError(
+            f"the weights {source.weights.where} are not what the run in {path} began with; bring them back, or begin a new run"
         )
 
 

@@ -79,6 +79,7 @@ class State:
         metrics_bytes: length of `metrics.jsonl`.
         compared: whether the model was compared with its layers before training.
         module_state: Python attributes of modules that forwards change, by module and attribute.
+        pretrained: what is said of the pretrained weights that training began with, their hash too; empty where there were none.
         files: size and SHA-256 of the files that a finished run leaves, by name; empty for runs of earlier versions.
         rank: number of this process, where several train a partition each; the first joins them.
         ranks: number of these processes.
@@ -107,6 +108,7 @@ class State:
     metrics_bytes: int = 0
     compared: Literal["yes", "no"] = "no"
     module_state: dict[str, Any] = field(default_factory=dict)
+    pretrained: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     rank: int = 0
     ranks: int = 1
@@ -128,6 +130,7 @@ class State:
             records=[PartitionRecord() for _ in plan.partitions],
             data=workload.data_stamp,
             module_state=workload.chain.python_state,
+            pretrained={} if workload.pretrained is None else workload.pretrained.to_dict(),
             rank=rank.number,
             ranks=rank.size,
         )

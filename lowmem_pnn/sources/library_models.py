@@ -28,6 +28,10 @@ class PretrainedValues(Protocol):
         """Where they are, in words."""
         ...
 
+    def are_there(self) -> bool:
+        """Decide whether they can be read without fetching anything."""
+        ...
+
     def layouts(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Return element type and shape of every tensor by name."""
         ...

@@ -47,6 +47,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, float], exit
         compared=state.compared,
         batch_norm=use.to_dict() if (use := batch_norm_use(workload, plan, state.micro_batches, state.sweep_micro_batch)) else {},
         module_state=state.module_state,
+        weights=state.pretrained,
         notes=micro_batch_notes(workload, plan),
         training_state_bytes=profile.training_state_bytes,
         partitions=_partitions(run),

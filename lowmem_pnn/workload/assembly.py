@@ -18,6 +18,7 @@ from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
 from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.pretrained.matching import match
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache, profile
 from lowmem_pnn.sources.dataset import Dataset
@@ -49,7 +50,7 @@ def make_workload(
 
     Raises:
         CaptureError: the model cannot be cut.
-        ConfigError: model and data do not fit together.
+        ConfigError: model and data, or the model and the pretrained weights, do not fit together.
     """
     try:
         model = skeleton(source.build)
@@ -84,7 +85,8 @@ def make_workload(
             f"--augment {config.augment} is for images (C, H, W), and the samples of data {dataset.name} are {dataset.sample_shape}; leave "
             "it out"
         )
-    workload = _by_method(Workload(config, source, dataset, splits, make_method(config), chain, chain))
+    pretrained = None if source.weights is None else match(source.weights, chain, source.spec)
+    workload = _by_method(Workload(config, source, dataset, splits, make_method(config), chain, chain, pretrained))
     if config.loss_chunk is not None and not is_rowwise(chain.layers[-1]):
         raise ConfigError(
             f"--loss-chunk {config.loss_chunk}: the last layer of {source.spec}, {chain.layers[-1].name!r}, is not one nn.Linear and "

@@ -11,6 +11,8 @@ from lowmem_pnn.config.fit_config import FitConfig, default_of
 from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.methods import SplitName
+from lowmem_pnn.pretrained.open_weights import WeightFiles
+from lowmem_pnn.pretrained.state_dicts import GivenTensors
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import find_dataset, make_dataset
@@ -42,7 +44,9 @@ def named_inputs(config: FitConfig) -> Inputs:
     return open_data(config)
 
 
-def python_inputs(model: Model, train: Any, val: Any, test: Any) -> Callable[[FitConfig], Inputs]:
+def python_inputs(
+    model: Model, train: Any, val: Any, test: Any, state_dict: Mapping[str, Any] | None = None
+) -> Callable[[FitConfig], Inputs]:
     """Return what opens model and data that were given as objects, or by name.
 
     Args:
@@ -50,10 +54,11 @@ def python_inputs(model: Model, train: Any, val: Any, test: Any) -> Callable[[Fi
         train: as `fit` takes it.
         val: as `fit` takes it.
         test: as `fit` takes it.
+        state_dict: weights that training begins with; None for those that the configuration names.
     """
 
     def open_inputs(config: FitConfig) -> Inputs:
-        named = find_model(model, config.model_arg, None) if isinstance(model, str) else None
+        named = _named_model(config, None) if isinstance(model, str) else None
         input_form = named.input_form if named is not None else "any"
         if isinstance(train, str):
             context = named.context if named is not None else None
@@ -61,7 +66,7 @@ def python_inputs(model: Model, train: Any, val: Any, test: Any) -> Callable[[Fi
         else:
             dataset = make_dataset(train, test, name=config.data, input_form=input_form, skip_broken=config.skip_broken)
         if isinstance(model, str):
-            source = find_model(model, config.model_arg, dataset.num_classes)
+            source = _named_model(config, dataset.num_classes)
         else:
             build = (lambda: model) if isinstance(model, nn.Module) else model
             source = ModelSource(name=run_name(config), spec=config.model, build=build, input_form=input_form)
@@ -86,7 +91,7 @@ def python_inputs(model: Model, train: Any, val: Any, test: Any) -> Callable[[Fi
                 fingerprint=hashlib.sha256("".join(prints).encode()).hexdigest(),
                 skipped={**dataset.skipped, **skipped},
             )
-        return source, dataset, splits
+        return _with_weights(source, config, state_dict), dataset, splits
 
     return open_inputs
 
@@ -109,10 +114,32 @@ def open_data(config: FitConfig) -> Inputs:
         DataError: the data cannot be trained on.
     """
     # The data set says how many classes the model gets; the model how images are to be shown to it, and how long a text.
-    named = find_model(config.model, config.model_arg, None)
+    named = _named_model(config, None)
     dataset = find_dataset(config.data, config.data_root, named.input_form, context=named.context, skip_broken=config.skip_broken)
-    source = find_model(config.model, config.model_arg, dataset.num_classes)
+    source = _with_weights(_named_model(config, dataset.num_classes), config)
     return source, dataset, split_data(dataset, config)
+
+
+def without_weights(inputs: Inputs) -> Inputs:
+    """Return model and data without the pretrained weights, which only the beginning of a run reads."""
+    source, dataset, splits = inputs
+    return dataclasses.replace(source, weights=None), dataset, splits
+
+
+def _named_model(config: FitConfig, num_classes: int | None) -> ModelSource:
+    """Find the model that the options name; how images are prepared for its pretrained weights is known where it has these."""
+    source = find_model(config.model, config.model_arg, num_classes)
+    return source if config.has_weights else dataclasses.replace(source, image_stats=None)
+
+
+def _with_weights(source: ModelSource, config: FitConfig, state_dict: Mapping[str, Any] | None = None) -> ModelSource:
+    """Return a model with the pretrained weights that were given, or that the options name, which are not opened yet."""
+    if state_dict is not None:
+        return dataclasses.replace(source, weights=GivenTensors(state_dict))
+    if not config.has_weights:
+        return source
+    assert config.weights is not None
+    return dataclasses.replace(source, weights=WeightFiles(config.weights, source))
 
 
 def split_data(dataset: Dataset, config: FitConfig, apart: Mapping[SplitName, Split] | None = None) -> dict[SplitName, Split]:

@@ -14,6 +14,7 @@ from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.pretrained.matching import PretrainedWeights
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.models import ModelSource
@@ -35,6 +36,7 @@ class Workload:
         method: training method.
         chain: the model in layers; its tensors are on the meta device until they are resident.
         bare: the same chain without auxiliary heads.
+        pretrained: pretrained weights that training begins with, matched with the model; None for the constructor's values.
         compiled: number of compiled `layers`, of `functions` that they share, and `seconds` it took to compile them; empty where
             layers run as they are.
     """
@@ -46,6 +48,7 @@ class Workload:
     method: Method
     chain: Chain
     bare: Chain
+    pretrained: PretrainedWeights | None = None
     compiled: Mapping[str, float] = field(default_factory=dict)
 
     @property
