@@ -13,7 +13,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "model_arg", "weights", "precision", "channels_last", "compile", "compare"),
+    "Model": ("model", "model_arg", "weights", "freeze", "train_only", "freeze_norm", "precision", "channels_last", "compile", "compare"),
     "Data": ("data", "data_root", "augment", "shuffle", "val_fraction", "train_limit", "test_limit", "skip_broken"),
     "Method": ("method", "epochs", "partitions", "cuts", "recovery_epochs", "recover"),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
@@ -47,7 +47,8 @@ _METAVARS = {
     "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
     "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
-    "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "weights": "default|FILE|DIR|none",
+    "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "weights": "default|FILE|DIR|none", "freeze": "PATTERN,...",
+    "train_only": "PATTERN,...",
 }  # fmt: skip
 
 # Options without a value: their names, and what the help says of the default.
@@ -59,6 +60,7 @@ _SWITCHES = {
     "channels_last": ("--channels-last", ""),
     "skip_broken": ("--skip-broken", ""),
     "compile": ("--compile", ""),
+    "freeze_norm": ("--freeze-norm", ""),
 }
 
 

@@ -170,6 +170,8 @@ def contradictions(config: FitConfig) -> list[str]:
             for name in ("epochs", "batch_size", "shuffle")
             if getattr(config, name) != "auto" and len(getattr(config, name)) > 1
         ]
+    if config.freeze and config.train_only:
+        faults.append("--freeze and --train-only exclude each other; give one")
     if config.batch_size == "auto" and (config.method not in ("pnn", "neuroflux") or config.recovery_epochs):
         faults.append(
             "--batch-size auto: only partitions that learn by themselves can each have a batch of their own; give a number"

@@ -16,6 +16,17 @@ def _text_of_path(value: Any) -> Any:
     return text
 
 
+def _patterns(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+        if not all(value):
+            raise ValueError("there is nothing between two commas, or nothing at all; write one pattern, or several as A,B")
+    return None if value is None else tuple(value)
+
+
+Patterns = Annotated[tuple[str, ...] | None, BeforeValidator(_patterns)]
+
+
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class FineTuningOptions:
     """Options of `FitConfig` that are about fine-tuning."""
@@ -28,6 +39,39 @@ class FineTuningOptions:
             "run's. none: random values. With weights the defaults are --method exact and --epochs 3."
         ),
     )
+
+    train_only: Patterns = Field(
+        default=None,
+        description=(
+            "Parameters that learn, by patterns of their names, separated by commas; * stands for any text ('classifier.*'). All others "
+            "are frozen, and BatchNorms that are frozen wholly are in eval mode."
+        ),
+    )
+    freeze: Patterns = Field(
+        default=None,
+        description=(
+            "Parameters that do not learn, by patterns of their names, separated by commas; * stands for any text ('features.*'). "
+            "BatchNorms that are frozen wholly are in eval mode."
+        ),
+    )
+    freeze_norm: bool = Field(
+        default=False,
+        description="Keep all BatchNorms in eval mode, with the statistics that they have, and their parameters frozen.",
+    )
+
+    @property
+    def freezes(self) -> bool:
+        """Whether options freeze anything."""
+        return bool(self.freezing_flags)
+
+    @property
+    def freezing_flags(self) -> list[str]:
+        """The options that freeze something, as one would type them."""
+        patterns = [("--train-only", self.train_only), ("--freeze", self.freeze)]
+        return [
+            *(f"{name} {','.join(values)}" for name, values in patterns if values),
+            *(["--freeze-norm"] if self.freeze_norm else []),
+        ]
 
     @property
     def has_weights(self) -> bool:

@@ -1,5 +1,7 @@
 """Notes on a plan: in what training by it differs from plain PyTorch's, in a line each."""
 
+from torch import nn
+
 from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.partition_plan import Plan
@@ -18,7 +20,40 @@ def plan_notes(request: PlanRequest, plan: Plan) -> list[str]:
     """
     norms, pretrained = batch_norm_note(request, plan), request.workload.pretrained
     begins = [] if pretrained is None else [f"{describe_weights(pretrained.summary())}; {_training(request.workload.config)}"]
-    return [*begins, *([norms] if norms is not None else []), *micro_batch_notes(request.workload, plan)]
+    return [
+        *begins,
+        *frozen_notes(request.workload),
+        *([norms] if norms is not None else []),
+        *micro_batch_notes(request.workload, plan),
+    ]
+
+
+def frozen_notes(workload: Workload) -> list[str]:
+    """Return what of a model does not learn, and which BatchNorms have what mode.
+
+    Args:
+        workload: model, data and method.
+    """
+    chain = workload.bare
+    sizes: dict[str, tuple[int, bool]] = {}
+    for layer in chain.layers:
+        sizes |= {chain.owner_of(name): (one.numel(), one.requires_grad) for name, one in layer.parameters().items()}
+    frozen = [size for size, learns in sizes.values() if not learns]
+    if not frozen:
+        return []
+    text = f"frozen: {len(frozen)} of {len(sizes)} parameters ({sum(frozen):,} of {sum(size for size, _ in sizes.values()):,} values)"
+    norms = [
+        (name in layer.modes.in_train, [one.requires_grad for one in module.parameters(recurse=False)])
+        for layer in chain.layers
+        for name, module in layer.module.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    if kept := sum(in_eval for in_eval, _ in norms):
+        text += f"; {kept} BatchNorm{'s' if kept > 1 else ''} in eval mode"
+    moving = sum(not in_eval and not any(own) for in_eval, own in norms)
+    if moving:
+        text += f"; the statistics of {moving} frozen BatchNorm{'s' if moving > 1 else ''} go on moving, unless --freeze-norm is given"
+    return [text]
 
 
 def _training(config: FitConfig) -> str:

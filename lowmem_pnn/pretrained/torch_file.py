@@ -87,7 +87,7 @@ class TorchFile:
                     f"--weights {self.where} holds more than tensors, such as a whole module, which would run its code; save "
                     "model.state_dict() instead, by torch.save or safetensors"
                 ) from error
-            if "sparse" in str(error).lower():
+            if "sparse" in str(error).lower() or "meta tensor" in str(error):
                 raise ConfigError(f"--weights {self.where} holds sparse tensors; make them dense") from error
             raise CheckpointError(
                 f"--weights {self.where} is no whole file of torch.save ({one_line(error)}); fetch the file again"

@@ -9,6 +9,7 @@ from lowmem_pnn.config.fit_config import FitConfig, field_names
 from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
 from lowmem_pnn.methods import Sweep, visits_of_rank
+from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.state import State
 from lowmem_pnn.sources.models import ModelSource
@@ -90,7 +91,7 @@ def check_position(state: State, workload: Workload, path: Path) -> None:
         CheckpointError: there is no such position.
     """
     parts, progress = state.plan["partitions"], state.progress
-    program = visits_of_rank(workload.method.program(len(parts), workload.training_splits), state.rank, state.ranks)
+    program = visits_of_rank(workload.program(Plan.from_json(state.plan).spans), state.rank, state.ranks)
     if state.visit > len(program):
         raise _not_ours(path, f"visit {state.visit}, where the program has {len(program)}")
     if state.visit == len(program):
@@ -191,7 +192,7 @@ def count_resume(rundir: RunDirectory, state: State, workload: Workload, *, afte
 
 def _halve_micro_batches(state: State, workload: Workload) -> None:
     """Halve the micro-batch of the partition that was resident when the process died, or of all that may have been."""
-    program = visits_of_rank(workload.method.program(len(state.micro_batches), workload.training_splits), state.rank, state.ranks)
+    program = visits_of_rank(workload.program(Plan.from_json(state.plan).spans), state.rank, state.ranks)
     smallest = max(state.micro_batches) if state.plan.get("whole_batches") else state.plan["smallest_micro_batch"]
     item = program[state.visit] if state.visit < len(program) else None
     if state.stage == "born":

@@ -45,7 +45,7 @@ class Run:
         self.plan = plan
         self.weights = weights
         self.state = state
-        whole_program = workload.method.program(len(plan.partitions), workload.training_splits)
+        whole_program = workload.program(plan.spans)
         self.program = visits_of_rank(whole_program, state.rank, state.ranks)
         executor = Executor(session.device, workload.config.seed, self._note_shrink, session.threads.stalls)
         self.partitions = Partitions(session, workload, plan, weights, state, executor)

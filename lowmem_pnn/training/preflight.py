@@ -131,7 +131,7 @@ def _sweep_once(run: Run, number: int, samples: int, micro_batch: int) -> int:
         BudgetError: not even the smallest did.
     """
     session, workload, plan = run.session, run.workload, run.plan
-    sweep = next(item for item in workload.method.program(len(plan.partitions), ["train"]) if isinstance(item, Sweep))
+    sweep = next(item for item in workload.program(plan.spans, ["train"]) if isinstance(item, Sweep))
     sweeper = Sweeper(
         workload, plan, sweep, session.device, run.weights, session.threads, session.counter, session.rundir.path, total_steps=1
     )

@@ -80,7 +80,7 @@ class SweepLearner:
     def save(self) -> Sequence[int]:
         """See `EpochsLearner`: all that was stepped is on its way to the working files."""
         self._sweeper.finish_writes()
-        return self._sweep.learners
+        return self._sweep.changed
 
     def after_epoch(self, epoch: int) -> None:
         """See `EpochsLearner`."""

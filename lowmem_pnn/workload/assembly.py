@@ -14,6 +14,7 @@ from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import CaptureError, ConfigError, LowMemError
 from lowmem_pnn.methods import SplitName, make_method
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.freezing import with_frozen
 from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
@@ -58,6 +59,7 @@ def make_workload(
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
+    model = with_frozen(model, config)
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     _check_input(source, dataset, model)

@@ -1,15 +1,19 @@
 """The workload: model, data and method of a run, open and cut into layers, with nothing allocated yet."""
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.methods import Method, Objective, SplitName
+from lowmem_pnn.methods import Method, Objective, SplitName, Sweep, Visit, sweep_visits
+from lowmem_pnn.model.behaviour import Behaviour, behaviour_of
 from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.model.freezing import with_frozen
 from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.optim.optimizers import OptimizerSpec
@@ -81,6 +85,47 @@ class Workload:
         """The data's fingerprint, and behind it the number of samples of each part: what a resume compares."""
         return " ".join([self.dataset.fingerprint, *(f"{name}={len(split)}" for name, split in self.splits.items())])
 
+    def program(self, spans: Sequence[tuple[int, int]], splits: Collection[SplitName] | None = None) -> list[Visit | Sweep]:
+        """Return the visits and sweeps of the whole run, for a model that may be frozen in part.
+
+        Args:
+            spans: first layer of each partition, and the layer after its last.
+            splits: parts of the data that training reads; None for all of them.
+        """
+        program = self.method.program(len(spans), self.training_splits if splits is None else splits)
+        if not self.method.sweeps or all(self.learns):
+            return program
+        learners = [number for number, span in enumerate(spans) if any(self.learns[slice(*span)])]
+        updaters = [
+            number
+            for number, span in enumerate(spans)
+            if number not in learners and any(self.behaviour(layer).changes_buffers for layer in range(*span))
+        ]
+        visits = sweep_visits(len(spans), learners, deferred=self.config.steps_wait, updaters=updaters, trains=True)
+        return [
+            dataclasses.replace(item, visits=visits) if isinstance(item, Sweep) and item.phase == "epoch" else item
+            for item in program
+        ]
+
+    @cached_property
+    def learns(self) -> tuple[bool, ...]:
+        """For each layer, whether any of its parameters learns."""
+        return tuple(any(one.requires_grad for one in layer.parameters().values()) for layer in self.chain.layers)
+
+    def behaviour(self, layer: int) -> Behaviour:
+        """Return what a forward of a layer does in train mode.
+
+        Args:
+            layer: number of the layer.
+        """
+        if layer not in self._behaviours:
+            self._behaviours[layer] = behaviour_of(self.chain.layers[layer], self.chain.boundaries[layer])
+        return self._behaviours[layer]
+
+    @cached_property
+    def _behaviours(self) -> dict[int, Behaviour]:
+        return {}
+
     def optimizer(self, partition: int) -> OptimizerSpec:
         """Return a partition's optimizer."""
         config = self.config
@@ -125,7 +170,7 @@ class Workload:
             return self.method.head(self.chain, number, self.dataset.num_classes, bool(self.dataset.label_shape))
 
     def build_model(self, seed: int) -> nn.Module:
-        """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`."""
+        """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`, frozen as the options say."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.source.build()
+            return with_frozen(self.source.build(), self.config)
