@@ -13,7 +13,8 @@ from lowmem_pnn.config.fit_config import FitConfig
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "model_arg", "weights", "freeze", "train_only", "freeze_norm", "precision", "channels_last", "compile", "compare"),
+    "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
+    "Fine-tuning": ("weights", "freeze", "train_only", "freeze_norm", "cache_frozen"),
     "Data": ("data", "data_root", "augment", "shuffle", "val_fraction", "train_limit", "test_limit", "skip_broken"),
     "Method": ("method", "epochs", "partitions", "cuts", "recovery_epochs", "recover"),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
@@ -61,6 +62,7 @@ _SWITCHES = {
     "skip_broken": ("--skip-broken", ""),
     "compile": ("--compile", ""),
     "freeze_norm": ("--freeze-norm", ""),
+    "cache_frozen": ("--cache-frozen/--no-cache-frozen", " [default: cache-frozen]"),
 }
 
 

@@ -44,6 +44,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("parallel_sil", "--method pnn", lambda config: config.method == "pnn"),
     ("activation_dtype", "--method pnn or neuroflux", lambda config: config.method in ("pnn", "neuroflux")),
     ("activation_dtype", "partitions that learn from activations (no --parallel-sil)", lambda config: not config.parallel_sil),
+    ("cache_frozen", "--method exact", lambda config: config.method == "exact"),
     ("cuts", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("partitions", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("plan_for", "cuts that are left to the planner", lambda config: config.cuts is None),

@@ -59,6 +59,14 @@ class FineTuningOptions:
         description="Keep all BatchNorms in eval mode, with the statistics that they have, and their parameters frozen.",
     )
 
+    cache_frozen: bool = Field(
+        default=True,
+        description=(
+            "Write the outputs of frozen first layers to disk once, and read them in every epoch (exact), where these layers draw nothing "
+            "at random, change no buffers, and images are not augmented."
+        ),
+    )
+
     @property
     def freezes(self) -> bool:
         """Whether options freeze anything."""

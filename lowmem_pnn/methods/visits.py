@@ -78,6 +78,11 @@ class Sweep:
         return tuple(sorted({visit.partition for visit in self.visits if visit.learns}))
 
     @property
+    def first(self) -> int:
+        """Number of the first partition that a batch goes through; those before it have written their outputs once."""
+        return min(visit.partition for visit in self.visits)
+
+    @property
     def changed(self) -> tuple[int, ...]:
         """Numbers of the partitions whose weights or buffers change, ascending."""
         return tuple(sorted({visit.partition for visit in self.visits if visit.learns or visit.keeps_buffers}))

@@ -23,6 +23,7 @@ def plan_notes(request: PlanRequest, plan: Plan) -> list[str]:
     return [
         *begins,
         *frozen_notes(request.workload),
+        *fixed_notes(request.workload, plan),
         *([norms] if norms is not None else []),
         *micro_batch_notes(request.workload, plan),
     ]
@@ -54,6 +55,20 @@ def frozen_notes(workload: Workload) -> list[str]:
     if moving:
         text += f"; the statistics of {moving} frozen BatchNorm{'s' if moving > 1 else ''} go on moving, unless --freeze-norm is given"
     return [text]
+
+
+def fixed_notes(workload: Workload, plan: Plan) -> list[str]:
+    """Return what is said of frozen partitions whose outputs are written once.
+
+    Args:
+        workload: model, data and method.
+        plan: partitions of the model.
+    """
+    count = sum(stop <= workload.fixed_layers for _, stop in plan.spans)
+    if not count:
+        return []
+    which = "partition 1 is frozen: its outputs are" if count == 1 else f"partitions 1 to {count} are frozen: their outputs are"
+    return [f"{which} written once, and read in every epoch (--no-cache-frozen: computed in every epoch)"]
 
 
 def _training(config: FitConfig) -> str:

@@ -119,6 +119,8 @@ class Run:
     def _drop_unread_stores(self) -> None:
         """Delete the stores that no later visit reads: the next one begins with the data set, or belongs to a sweep."""
         item = self.item
+        if isinstance(item, Sweep) and item.first > 0:
+            return
         if isinstance(item, Visit) and (item.partition != 0 or item.action == "emit"):
             return
         for name in self.state.activations.values():

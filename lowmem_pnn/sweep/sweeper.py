@@ -74,7 +74,7 @@ class Sweeper:
         self._sweep = sweep
         self._device = device
         self._on_visit = on_visit
-        self._last = len(plan.partitions) - 1
+        self._first, self._last = sweep.first, len(plan.partitions) - 1
         self._residencies = [
             Residency(workload.chain, part.start, part.stop, device, None, frozen=number not in sweep.learners)
             for number, part in enumerate(plan.partitions)
@@ -88,13 +88,13 @@ class Sweeper:
         self._streamer = WeightStreamer(weights, device, threads, stream_bytes, self._steps.largest_state_bytes(weights))
         phase = "forward" if sweep.phase == "epoch" else sweep.phase
         self._buffers = BoundaryBuffers(device, folder, buffer_sizes.boundary_bytes, counter, seed, phase)
-        self._passes = SweepPasses(workload, plan, self._residencies, device, self._buffers, sweep.learners)
+        self._passes = SweepPasses(workload, plan, self._residencies, device, self._buffers, sweep.learners, sweep.first)
 
     def train_batch(self, batch: Batch, step: int, micro_batch: int, scale: LossScale) -> float:
         """Run all visits of one batch: one optimizer step.
 
         Args:
-            batch: tensors of the first boundary (B, ...) and labels (B, ...), on the host.
+            batch: tensors of the boundary before the first partition that is visited (B, ...) and labels (B, ...), on the host.
             step: number of optimizer steps of this sweep before the batch.
             micro_batch: samples on the device at once.
             scale: factor on the loss; adjusted after the step.
@@ -136,12 +136,12 @@ class Sweeper:
         """
         planned, chain = self._plan.partitions[number], self._workload.chain
         before, after = chain.boundaries[planned.start], chain.boundaries[planned.stop]
-        tensors = tuple(_zeros(slice(0, samples), spec) for spec in before) if number == 0 else ()
+        tensors = tuple(_zeros(slice(0, samples), spec) for spec in before) if number == self._first else ()
         labels = torch.zeros(samples, *self._workload.dataset.label_shape, dtype=torch.int64)
         parts = micro_batches(samples, micro_batch, self._plan.smallest_micro_batch)
         batch = SweptBatch(tensors, labels, parts, Gradients(0, LossScale()))
         for part_number, part in enumerate(parts):
-            if number > 0:
+            if number > self._first:
                 self._buffers.put_activations(number, part_number, [_zeros(part, spec) for spec in before])
             if number < self._last:
                 gradients = [_zeros(part, spec) if spec.dtype.is_floating_point else None for spec in after]

@@ -26,6 +26,8 @@ from lowmem_pnn.sources.splits import Split
 
 # Batch size that `lr` is meant for where the batch is chosen: the default one.
 _BATCH_OF_LR = 64
+# Outputs of frozen layers are kept on disk where they take no more than so many times the bytes of the samples.
+_MOST_GROWTH = 4
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,37 @@ class Workload:
             if number not in learners and any(self.behaviour(layer).changes_buffers for layer in range(*span))
         ]
         visits = sweep_visits(len(spans), learners, deferred=self.config.steps_wait, updaters=updaters, trains=True)
+        fixed = sum(stop <= self.fixed_layers for _, stop in spans)
+        visits = tuple(visit for visit in visits if visit.partition >= fixed)
+        emitted = [Visit("emit", number, "train") for number in range(fixed)]
         return [
-            dataclasses.replace(item, visits=visits) if isinstance(item, Sweep) and item.phase == "epoch" else item
-            for item in program
+            *emitted,
+            *(
+                dataclasses.replace(item, visits=visits) if isinstance(item, Sweep) and item.phase == "epoch" else item
+                for item in program
+            ),
         ]
+
+    @cached_property
+    def fixed_layers(self) -> int:
+        """Number of first layers whose outputs are the same in every epoch, and are written once for all of them; 0 for none.
+
+        They are frozen, draw nothing at random, change no buffers, and see samples that are not augmented. Outputs that are much
+        larger than the samples are not kept: then it is fewer of the layers.
+        """
+        config = self.config
+        if not (self.method.sweeps and config.cache_frozen and config.augment == "none") or all(self.learns):
+            return 0
+        if config.value_for("epochs", 0) < 2:
+            return 0
+        sizes = [sum(spec.sample_bytes for spec in specs) for specs in self.chain.boundaries]
+        found = 0
+        for number in range(len(self.learns)):
+            if self.learns[number] or not self.behaviour(number).is_fixed:
+                break
+            if sizes[number + 1] <= _MOST_GROWTH * sizes[0]:
+                found = number + 1
+        return found
 
     @cached_property
     def learns(self) -> tuple[bool, ...]:

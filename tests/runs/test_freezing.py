@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 import lowmem_pnn
+from helpers.displays import StopsAt
 from helpers.exact_runs import COMMON, fit
 from helpers.frozen import FrozenByItsCode, frozen
 from helpers.plainloops import assert_same_weights, built, loaded, train_by_backprop, train_by_exact
 from helpers.small_networks import images, small_conv, small_resnet
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.errors import ConfigError, Stopped
 
 CUT: dict[str, Any] = {**COMMON, "micro_batch": 5}
 
@@ -98,6 +99,59 @@ def test_what_is_frozen_is_said_and_has_no_state(tmp_path: Path) -> None:
     # Frozen partitions are written once.
     assert files[:2] == ["p000.g000000.safetensors", "p001.g000000.safetensors"]
     assert files[2] != "p002.g000000.safetensors"
+
+
+# Outputs of frozen partitions that are written once.
+
+
+def test_outputs_of_frozen_partitions_are_computed_once(tmp_path: Path) -> None:
+    options = {**CUT, "freeze": "[0134].*", "epochs": 3}
+    cached = fit(Learns, images(), tmp_path / "cached", **options)
+    assert any(
+        note.startswith("partition 1 is frozen: its outputs are written once, and read in every epoch") for note in cached.notes
+    )
+    assert len(cached.partitions) == 2
+    computed = fit(Learns, images(), tmp_path / "computed", cache_frozen=False, **options)
+    assert len(computed.partitions) == 1
+    assert_same_weights(loaded(Learns, cached.weights_file), loaded(Learns, computed.weights_file))
+    assert cached.train_loss == computed.train_loss
+    assert not list((tmp_path / "cached" / "activations").glob("*"))
+    # Forward through the first partition once for every sample, and not once in every epoch.
+    again = fit(Learns, images(), tmp_path / "again", cache_frozen=False, cuts="1", **options)
+    assert again.macs > cached.macs
+
+
+@pytest.mark.parametrize("at", [2, 6, 9])
+def test_a_run_with_outputs_written_once_is_resumed(at: int, tmp_path: Path) -> None:
+    options = {**CUT, "freeze": "[0134].*", "cuts": "1,2", "commit_every": 0}
+    with pytest.raises(Stopped):
+        fit(Learns, images(), tmp_path / "run", display=StopsAt(at), **options)
+    result = fit(Learns, images(), tmp_path / "run", resume=True, **options)
+    expected = train_by_exact(frozen(Learns, "[0134].*"), images(), **CUT)
+    assert_same_weights(loaded(Learns, result.weights_file), expected.model)
+
+
+@pytest.mark.parametrize("change", [{"augment": "basic"}, {"epochs": 1}, {"cache_frozen": False}, {"freeze": "0.*"}])
+def test_where_outputs_change_or_are_needed_once_they_are_not_written(change: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"method": "exact", "freeze": "[0134].*", "cuts": "1,2", "epochs": 2, **change}
+    report = lowmem_pnn.plan(FrozenByItsCode, images(), max_gpu_mem="100MB", device="cpu", timing=False, **options)
+    assert "written once" not in str(report)
+
+
+def test_outputs_that_are_written_count_on_the_disk() -> None:
+    options: dict[str, Any] = {"method": "exact", "freeze": "[0134].*", "cuts": "1,2", "max_gpu_mem": "100MB", "device": "cpu"}
+    with_outputs = lowmem_pnn.plan(Learns, images(), timing=False, **options)
+    without = lowmem_pnn.plan(Learns, images(), timing=False, cache_frozen=False, **options)
+    # 36 samples of (4, 6, 6) and (4, 4, 4), two labels, and pages of headers.
+    assert with_outputs.disk_bytes - without.disk_bytes >= 36 * (4 * (144 + 64) + 16)
+    small = lowmem_pnn.plan(Learns, images(), timing=False, max_disk=without.disk_bytes, **options)
+    assert small.exit_code == 5
+    assert "give more, or --no-cache-frozen (" in small.reason
+
+
+def test_cache_frozen_is_for_exact(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--cache-frozen has no effect here: it needs --method exact"):
+        fit(small_conv, images(), tmp_path / "run", method="backprop", cache_frozen=False, **CUT)
 
 
 def test_patterns_are_checked_before_a_run_begins(tmp_path: Path) -> None:
