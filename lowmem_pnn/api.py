@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
 from lowmem_pnn.training.start import OpenInputs, begin, worker_threads
 from lowmem_pnn.training.start import resume as resume_training
 from lowmem_pnn.workload import make_workload, profile_workload
-from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs
+from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs, without_weights
 
 
 def fit(
@@ -59,6 +59,7 @@ def fit(
     test: Any = None,
     loss: str | OwnLoss = "auto",
     metrics: OwnMetrics | None = None,
+    weights: str | Path | Mapping[str, torch.Tensor] | None = None,
     workdir: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -82,6 +83,8 @@ def fit(
         loss: a loss by name, or a function of the model's outputs and the targets, which returns the mean over samples, or a pair (sum,
             count): then the gradient of a batch is that of all sums over all counts, whatever its micro-batches.
         metrics: functions of outputs and targets by name, which return a pair (sum, count), or torchmetrics objects; with such a loss.
+        weights: pretrained weights to begin with, as the option `--weights` takes them, or a `state_dict`; then `method` is "exact" and
+            `epochs` 3, if they are not given.
         workdir: the run's folder; None takes the next free one under `runs`, or, to resume, that of the only unfinished run there
             that was begun with the same options.
         resume: go on with a run; options may be given as before, or left out. A finished run gives its result.
@@ -107,9 +110,13 @@ def fit(
     """
     if resume and overwrite:
         raise ConfigError("resume goes on with a run, and overwrite replaces it; give one")
-    given = {"max_gpu_mem": max_gpu_mem, **_names(model, train, loss), **_given(train, val, test, options)}
+    state_dict = weights if isinstance(weights, Mapping) else None
+    named = {**_names(model, train, loss), "weights": _named_weights(weights)}
+    given = {"max_gpu_mem": max_gpu_mem, **named, **_given(train, val, test, options)}
     val, test = (None if isinstance(part, str) else part for part in (val, test))
-    open_inputs = python_inputs(model, train, val, test, None if isinstance(loss, str) else loss, metrics)
+    open_inputs = python_inputs(
+        model, train, val, test, loss=None if isinstance(loss, str) else loss, metrics=metrics, state_dict=state_dict
+    )
     if resume:
         folder = unfinished_run(given) if workdir is None else Path(workdir)
         result = resume_training(folder, given, open_inputs, display=display, callbacks=callbacks)
@@ -128,6 +135,7 @@ def plan(
     *,
     max_gpu_mem: str | int,
     loss: str | OwnLoss = "auto",
+    weights: str | Path | Mapping[str, torch.Tensor] | None = None,
     timing: bool = True,
     **options: Any,
 ) -> PlanReport:
@@ -139,15 +147,19 @@ def plan(
         val: as for `fit`.
         max_gpu_mem: as for `fit`.
         loss: as for `fit`.
+        weights: as for `fit`.
         timing: run layers for a few seconds, within the budget, to say what an epoch of every method takes.
         **options: as for `fit`.
 
     Returns:
         The partitions, and whether they fit; with `timing` all methods side by side.
     """
-    config = configure(max_gpu_mem=max_gpu_mem, **_names(model, train, loss), **_given(train, val, None, options))
+    named = {**_names(model, train, loss), "weights": _named_weights(weights)}
+    config = configure(max_gpu_mem=max_gpu_mem, **named, **_given(train, val, None, options))
+    state_dict = weights if isinstance(weights, Mapping) else None
     own_loss = None if isinstance(loss, str) else loss
-    return _plan(config, python_inputs(model, train, None if isinstance(val, str) else val, None, own_loss), timing)
+    open_inputs = python_inputs(model, train, None if isinstance(val, str) else val, None, loss=own_loss, state_dict=state_dict)
+    return _plan(config, open_inputs, timing)
 
 
 def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, Any]:
@@ -170,7 +182,7 @@ def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, Any]:
         finished = open_finished(rundir)
         config, state = finished.config, finished.state
         check_trust(config, {}, path, trust=trust, again=False)
-        inputs = named_inputs(config)
+        inputs = without_weights(named_inputs(config))
         if "test" not in inputs[2]:
             raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
         warm_up_profiler()
@@ -212,7 +224,7 @@ def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None 
         folder = ExportFolder.find(path, number, finished.result, None if out is None else Path(out))
         check_trust(finished.config, {}, path, trust=trust, again=False)
         rundir.clear()
-        workload = make_workload(finished.config, *named_inputs(finished.config), torch.device("cpu"))
+        workload = make_workload(finished.config, *without_weights(named_inputs(finished.config)), torch.device("cpu"))
         return export_exit(workload, finished.result, number, path, folder)
 
 
@@ -271,6 +283,11 @@ def _given(train: Any, val: Any, test: Any, options: dict[str, Any]) -> dict[str
         if not isinstance(part, str):
             named[name] = None
     return {**loader_options(train), **named, **{name: value for name, value in options.items() if value is not None}}
+
+
+def _named_weights(weights: Any) -> Any:
+    """Return what a run's configuration calls pretrained weights."""
+    return f"python:{type(weights).__name__}" if isinstance(weights, Mapping) else weights
 
 
 def _plan(config: FitConfig, open_inputs: OpenInputs, timing: bool) -> PlanReport:

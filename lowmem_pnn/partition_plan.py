@@ -73,6 +73,11 @@ class Plan:
         return f"partition {number + 1} of {len(self.partitions)} ({layers[part.start]} to {layers[part.stop - 1]})"
 
     @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First layer of each partition, and the layer after its last."""
+        return [(partition.start, partition.stop) for partition in self.partitions]
+
+    @property
     def cuts(self) -> tuple[int, ...]:
         """Layers that start a partition, without the first: `plan(..., cuts=...)` gives the same partitions again."""
         return tuple(partition.start for partition in self.partitions[1:])

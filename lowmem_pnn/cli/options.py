@@ -14,6 +14,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
+    "Fine-tuning": ("weights", "freeze", "train_only", "freeze_norm", "cache_frozen"),
     "Data": (
         "data", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "workers", "shuffle",
         "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
@@ -58,7 +59,7 @@ _METAVARS = {
     "early_stop": "N", "keep_weights": "last|best", "monitor": "val_loss|val_accuracy", "time_limit": "TIME",
     "loss": "NAME", "class_weights": "X,...|balanced", "ignore_index": "N", "val_data": "NAME", "test_data": "NAME",
     "image_size": "N|HxW", "resize": "crop|squash|pad", "normalize": "none|imagenet|auto|MEAN/STD", "workers": "N",
-    "test_fraction": "X",
+    "test_fraction": "X", "weights": "default|FILE|DIR|none", "freeze": "PATTERN,...", "train_only": "PATTERN,...",
 }  # fmt: skip
 
 # Options without a value: their names, and what the help says of the default.
@@ -70,6 +71,8 @@ _SWITCHES = {
     "channels_last": ("--channels-last", ""),
     "skip_broken": ("--skip-broken", ""),
     "compile": ("--compile", ""),
+    "freeze_norm": ("--freeze-norm", ""),
+    "cache_frozen": ("--cache-frozen/--no-cache-frozen", " [default: cache-frozen]"),
 }
 
 

@@ -5,7 +5,7 @@ CODE_FIELDS = ("model", "data", "val_data", "test_data", "loss")
 
 # What stands before the colon where no code is named.
 _DATA = ("npz", "imagefolder", "text", "python")
-_BUILT_IN = {"model": ("mlp", "gpt", "python"), "data": _DATA, "val_data": _DATA, "test_data": _DATA, "loss": ("python",)}
+_BUILT_IN = {"model": ("mlp", "gpt", "timm", "python"), "data": _DATA, "val_data": _DATA, "test_data": _DATA, "loss": ("python",)}
 
 
 def names_code(field: str, spec: str | None) -> bool:

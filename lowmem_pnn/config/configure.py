@@ -10,6 +10,7 @@ from pydantic import ValidationError as PydanticError
 
 from lowmem_pnn.config.code import CODE_FIELDS
 from lowmem_pnn.config.faults import describe_fault, flag
+from lowmem_pnn.config.finetuning_options import DEFAULTS_WITH_WEIGHTS
 from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, field_names
 from lowmem_pnn.errors import ConfigError
 
@@ -44,6 +45,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("parallel_sil", "--method pnn", lambda config: config.method == "pnn"),
     ("activation_dtype", "--method pnn or neuroflux", lambda config: config.method in ("pnn", "neuroflux")),
     ("activation_dtype", "partitions that learn from activations (no --parallel-sil)", lambda config: not config.parallel_sil),
+    ("cache_frozen", "--method exact", lambda config: config.method == "exact"),
     ("cuts", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("partitions", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("plan_for", "cuts that are left to the planner", lambda config: config.cuts is None),
@@ -102,6 +104,8 @@ def configure(**given: Any) -> FitConfig:
     values = {"data_root": Path("data").absolute(), **given}
     if "model" not in given and "data" not in given:
         values = {**DEMONSTRATION, **values}
+    if given.get("weights") not in (None, "none"):
+        values = {**DEFAULTS_WITH_WEIGHTS, **values}
     config = checked(values)
     faults = [
         f"{flag(name)} has no effect here: it needs {need}"
@@ -177,6 +181,8 @@ def contradictions(config: FitConfig) -> list[str]:
             for name in ("epochs", "batch_size", "shuffle")
             if getattr(config, name) != "auto" and len(getattr(config, name)) > 1
         ]
+    if config.freeze and config.train_only:
+        faults.append("--freeze and --train-only exclude each other; give one")
     if config.batch_size == "auto" and (config.method not in ("pnn", "neuroflux") or config.recovery_epochs):
         faults.append(
             "--batch-size auto: only partitions that learn by themselves can each have a batch of their own; give a number"
@@ -225,6 +231,8 @@ def _absolute(name: str, value: Any) -> Any:
     """Return an option's value with its path in full."""
     if name == "data_root":
         return _full(value)
+    if name == "weights":
+        return value if value in ("", "default", "none") or str(value).startswith("python:") else str(_full(value))
     if name not in CODE_FIELDS or not isinstance(value, str):
         return value
     kind, colon, path = value.partition(":")

@@ -26,6 +26,7 @@ from lowmem_pnn.config.field_types import (
     Recovering,
     Size,
 )
+from lowmem_pnn.config.finetuning_options import FineTuningOptions
 from lowmem_pnn.config.stopping_options import StoppingOptions
 from lowmem_pnn.config.task_options import TaskOptions
 from lowmem_pnn.errors import CheckpointError
@@ -40,7 +41,7 @@ PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "ka
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FitConfig(DataOptions, TaskOptions, StoppingOptions):
+class FitConfig(DataOptions, TaskOptions, FineTuningOptions, StoppingOptions):
     """Everything that decides a run, checked; the same values give the same run.
 
     Where a field is a tuple, one value holds for every partition, else there is one per partition.
@@ -55,7 +56,7 @@ class FitConfig(DataOptions, TaskOptions, StoppingOptions):
     model: str = Field(
         description=(
             "mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,heads=N,context=N, cifar-resnet18, cifar-vgg11, cifar-vgg16, "
-            "cifar-mobilenetv2, a torchvision name, package.module:factory, or file.py:factory."
+            "cifar-mobilenetv2, a torchvision name, timm:NAME, package.module:factory, or file.py:factory."
         )
     )
     model_arg: dict[str, Any] = Field(

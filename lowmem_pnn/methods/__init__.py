@@ -8,7 +8,7 @@ from lowmem_pnn.methods.neuroflux import NeuroFlux
 from lowmem_pnn.methods.objectives import Objective, TaskObjective
 from lowmem_pnn.methods.pnn import Pnn
 from lowmem_pnn.methods.sil import SyntheticLabels
-from lowmem_pnn.methods.visits import SplitName, Sweep, Visit, evaluation_visits, visits_of_rank
+from lowmem_pnn.methods.visits import SplitName, Sweep, Visit, evaluation_visits, sweep_visits, visits_of_rank
 
 __all__ = [
     "Backprop",
@@ -24,6 +24,7 @@ __all__ = [
     "Visit",
     "evaluation_visits",
     "make_method",
+    "sweep_visits",
     "visits_of_rank",
 ]
 

@@ -1,6 +1,6 @@
 """Visits and sweeps: the steps of a training program, as plain data."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +27,9 @@ class Visit:
         from_synthetic_labels: Whether the inputs are the synthetic labels of the boundary before the partition, instead of
             activations (`learn`).
         learns: Whether the partition learns in a sweep: it is in train mode, updates its buffers and steps. Else the partition is
-            frozen, in eval mode.
+            frozen, in eval mode unless `trains`.
+        trains: Whether a partition that does not learn is in train mode all the same, as in plain PyTorch.
+        keeps_buffers: Whether the buffers that a forward has changed are kept, since the partition runs but once (`emit`).
         returns_input_gradient: Whether the gradient of the partition's inputs is computed, for an earlier partition that learns.
         keeps_gradients: Whether gradients are kept for a later `step` visit, instead of being applied at once (`backpropagate`).
     """
@@ -43,6 +45,8 @@ class Visit:
     validates: bool = False
     from_synthetic_labels: bool = False
     learns: bool = False
+    trains: bool = False
+    keeps_buffers: bool = False
     returns_input_gradient: bool = False
     keeps_gradients: bool = False
 
@@ -73,30 +77,66 @@ class Sweep:
         """Numbers of the partitions that learn, ascending."""
         return tuple(sorted({visit.partition for visit in self.visits if visit.learns}))
 
+    @property
+    def first(self) -> int:
+        """Number of the first partition that a batch goes through; those before it have written their outputs once."""
+        return min(visit.partition for visit in self.visits)
 
-def sweep_visits(num_partitions: int, learners: Sequence[int], *, deferred: bool) -> tuple[Visit, ...]:
+    @property
+    def changed(self) -> tuple[int, ...]:
+        """Numbers of the partitions whose weights or buffers change, ascending."""
+        return tuple(sorted({visit.partition for visit in self.visits if visit.learns or visit.keeps_buffers}))
+
+
+def sweep_visits(
+    num_partitions: int,
+    learners: Sequence[int],
+    *,
+    deferred: bool,
+    updaters: Collection[int] = (),
+    trains: bool = False,
+) -> tuple[Visit, ...]:
     """Return the visits of one batch in exact training, or in recovery.
 
     Args:
         num_partitions: Number of partitions in the plan.
         learners: Numbers of the partitions that learn, at least one; the others are frozen.
         deferred: Whether all gradients are kept until the last one is complete, and applied by `step` visits.
+        updaters: Numbers of the frozen partitions whose forward changes their buffers.
+        trains: Whether frozen partitions are in train mode.
 
     Returns:
-        Forward through all partitions but the last, back from the last partition to the first that learns, then the steps.
+        Forward through all partitions but the last, back from the last partition to the first that learns, then the steps. Partitions
+        before the first that learns run but once.
 
     Example:
         >>> [(visit.action, visit.partition) for visit in sweep_visits(3, [1], deferred=False)]
         [('emit', 0), ('emit', 1), ('backpropagate', 2), ('backpropagate', 1)]
     """
     first = min(learners)
-    forward = [Visit("emit", number, "train", learns=number in learners) for number in range(num_partitions - 1)]
+    moving = {*learners, *(number for number in updaters if number > first)}
+
+    def frozen_in_train_mode(number: int) -> bool:
+        return trains and number not in moving
+
+    forward = [
+        Visit(
+            "emit",
+            number,
+            "train",
+            learns=number in moving,
+            trains=frozen_in_train_mode(number),
+            keeps_buffers=number < first and number in updaters,
+        )
+        for number in range(num_partitions - 1)
+    ]
     back = [
         Visit(
             "backpropagate",
             number,
             "train",
-            learns=number in learners,
+            learns=number in moving,
+            trains=frozen_in_train_mode(number),
             returns_input_gradient=number > first,
             keeps_gradients=deferred and number in learners,
         )

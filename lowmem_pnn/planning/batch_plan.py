@@ -63,6 +63,19 @@ def plan_for_batches(
         uniform=workload.method.sweeps,
         whole_batches=request.whole_batches if whole_batches is None else whole_batches,
     )
+    if (fixed := _cut_after_fixed_layers(request, plan)) is not None:
+        plan = planner.plan(
+            request.costs,
+            budget_bytes=device.budget_bytes,
+            overhead_bytes=overhead_bytes,
+            batch_sizes=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
+            cuts=fixed,
+            micro_batch=workload.config.micro_batch,
+            objective=request.objective_memory,
+            good_micro_batch=good_micro_batch or request.good_micro_batch,
+            uniform=True,
+            whole_batches=request.whole_batches if whole_batches is None else whole_batches,
+        )
     check_lengths(workload.config, len(plan.partitions))
     if workload.method.partitions_are_independent:
         _check_synthetic_inputs(request, plan)
@@ -70,6 +83,19 @@ def plan_for_batches(
     if workload.method.sweeps:
         return _with_longer_streams(request, dataclasses.replace(plan, sweep_micro_batch=plan.partitions[0].micro_batch))
     return _with_recovery(request, plan) if workload.config.recovery_epochs else plan
+
+
+def _cut_after_fixed_layers(request: PlanRequest, plan: Plan) -> list[int] | None:
+    """Return the cuts of a plan with one more after the layers whose outputs are written once; None where that is not to be.
+
+    A partition that is cut in two needs no more memory in either part.
+    """
+    config, after = request.workload.config, request.workload.fixed_layers
+    asked = config.cuts is not None or config.partitions is not None
+    per_partition = any(len(values) > 1 for values in (config.optimizer, config.lr))
+    if not after or asked or per_partition or after in plan.cuts or after in request.costs.forbidden_cuts:
+        return None
+    return sorted({*plan.cuts, after})
 
 
 def _check_synthetic_inputs(request: PlanRequest, plan: Plan) -> None:

@@ -46,9 +46,24 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
         batch = plan.partitions[-1].batch
         gradients += math.ceil(batch / plan.sweep_micro_batch) * profile.shared_bytes
         working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)
+        working += fixed_outputs_bytes(workload, plan)
     export = sum(layer.weight_bytes + layer.buffer_bytes for layer in profile.layers)
     kept = sum(stored) * (config.keep_commits + (config.keep_weights == "best"))
     return kept + max(working, export)
+
+
+def fixed_outputs_bytes(workload: Workload, plan: Plan) -> int:
+    """Return the most bytes of the outputs that frozen layers write once: those of a partition, and its inputs where these are such too.
+
+    Args:
+        workload: Model, data and method.
+        plan: Partitions and their micro-batches.
+    """
+    sizes = [activation_bytes(workload, stop) for _, stop in plan.spans if stop <= workload.fixed_layers]
+    if not sizes:
+        return 0
+    samples, labels = len(workload.splits["train"]), 8 * workload.rows_per_sample
+    return samples * (_largest_neighbours(sizes) + 2 * labels) + _header_bytes(workload, plan, samples, "float32")
 
 
 def check_disk(workload: Workload, plan: Plan, profile: MemoryProfile) -> None:
@@ -64,7 +79,11 @@ def check_disk(workload: Workload, plan: Plan, profile: MemoryProfile) -> None:
     """
     limit, needed = workload.config.max_disk, disk_bytes(workload, plan, profile)
     if limit is not None and needed > limit:
-        raise DiskError(f"the run needs up to {format_bytes(needed)} on disk, above --max-disk {format_bytes(limit)}; give more")
+        fixed = fixed_outputs_bytes(workload, plan)
+        cached = f", or --no-cache-frozen ({format_bytes(fixed)} less)" if fixed else ""
+        raise DiskError(
+            f"the run needs up to {format_bytes(needed)} on disk, above --max-disk {format_bytes(limit)}; give more{cached}"
+        )
 
 
 def activation_bytes(workload: Workload, boundary: int) -> int:

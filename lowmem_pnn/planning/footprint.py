@@ -87,7 +87,21 @@ class Footprint:
         # The gradient of shared weights that other partitions left, and the sum with it.
         shared = 2 * self.request.profile.shared_bytes
         streams = 2 * self.stream_bytes(self.buffer_sizes.stream_bytes)
-        return state + shared + self.reading_bytes(0, batch) + streams + self._boundary_bytes(batch)
+        return (
+            state
+            + shared
+            + max(self.reading_bytes(0, batch), self._stored_batches_bytes(batch))
+            + streams
+            + self._boundary_bytes(batch)
+        )
+
+    def _stored_batches_bytes(self, batch: int) -> int:
+        """Return the bytes of two batches of what frozen layers have written once, and of the order in which they come."""
+        workload = self.request.workload
+        if not workload.fixed_layers:
+            return 0
+        sample = sum(spec.sample_bytes for spec in workload.chain.boundaries[workload.fixed_layers])
+        return 2 * batch * (sample + _LABEL_BYTES * workload.rows_per_sample) + 2 * _ORDER_BYTES * len(workload.splits["train"])
 
     def _boundary_bytes(self, batch: int) -> int:
         """Return the bytes of a batch at the boundaries, as far as they are kept in memory: if there were a cut at every layer."""

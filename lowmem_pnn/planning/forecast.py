@@ -219,7 +219,9 @@ class _Forecast:
                 resident = number
             layers = timings.layers[part.start : part.stop]
             if visit.action == "emit":
-                forwards = [layer.forward for layer in layers] if visit.learns else [layer.emit for layer in layers]
+                forwards = (
+                    [layer.forward for layer in layers] if visit.learns or visit.trains else [layer.emit for layer in layers]
+                )
                 total += TimeAndTraffic(sum(count * line.at(one) for one, count in micro_batches.items() for line in forwards))
                 continue
             # Layers before the first that learns need no gradient: of the first partition no gradient of the inputs is computed.

@@ -3,9 +3,14 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from torch import nn
+
+from lowmem_pnn.config.faults import as_typed
+from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_norm import whole_batch_notes
 from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.pretrained.matching import describe_weights
 from lowmem_pnn.workload import Workload
 
 
@@ -17,7 +22,63 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         plan: plan for the request.
         mixing: modules that mix samples, with the numbers of their layers; nobody knows before the model was built with its values.
     """
-    return [*whole_batch_notes(request, plan, mixing), *micro_batch_notes(request.workload, plan)]
+    pretrained = request.workload.pretrained
+    begins = [] if pretrained is None else [f"{describe_weights(pretrained.summary())}; {_training(request.workload.config)}"]
+    return [
+        *begins,
+        *frozen_notes(request.workload),
+        *fixed_notes(request.workload, plan),
+        *whole_batch_notes(request, plan, mixing),
+        *micro_batch_notes(request.workload, plan),
+    ]
+
+
+def frozen_notes(workload: Workload) -> list[str]:
+    """Return what of a model does not learn, and which BatchNorms have what mode.
+
+    Args:
+        workload: model, data and method.
+    """
+    chain = workload.bare
+    sizes: dict[str, tuple[int, bool]] = {}
+    for layer in chain.layers:
+        sizes |= {chain.owner_of(name): (one.numel(), one.requires_grad) for name, one in layer.parameters().items()}
+    frozen = [size for size, learns in sizes.values() if not learns]
+    if not frozen:
+        return []
+    text = f"frozen: {len(frozen)} of {len(sizes)} parameters ({sum(frozen):,} of {sum(size for size, _ in sizes.values()):,} values)"
+    norms = [
+        (name in layer.modes.in_train, [one.requires_grad for one in module.parameters(recurse=False)])
+        for layer in chain.layers
+        for name, module in layer.module.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    if kept := sum(in_eval for in_eval, _ in norms):
+        text += f"; {kept} BatchNorm{'s' if kept > 1 else ''} in eval mode"
+    moving = sum(not in_eval and not any(own) for in_eval, own in norms)
+    if moving:
+        text += f"; the statistics of {moving} frozen BatchNorm{'s' if moving > 1 else ''} go on moving, unless --freeze-norm is given"
+    return [text]
+
+
+def fixed_notes(workload: Workload, plan: Plan) -> list[str]:
+    """Return what is said of frozen partitions whose outputs are written once.
+
+    Args:
+        workload: model, data and method.
+        plan: partitions of the model.
+    """
+    count = sum(stop <= workload.fixed_layers for _, stop in plan.spans)
+    if not count:
+        return []
+    which = "partition 1 is frozen: its outputs are" if count == 1 else f"partitions 1 to {count} are frozen: their outputs are"
+    return [f"{which} written once, and read in every epoch (--no-cache-frozen: computed in every epoch)"]
+
+
+def _training(config: FitConfig) -> str:
+    """Say what has other defaults with pretrained weights than without."""
+    epochs = as_typed(config.epochs)
+    return f"trained by {config.method}, {epochs} epoch{'s' if epochs != '1' else ''}, {as_typed(config.optimizer)}, lr {as_typed(config.lr)}"
 
 
 def micro_batch_notes(workload: Workload, plan: Plan) -> list[str]:

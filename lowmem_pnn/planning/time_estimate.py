@@ -82,7 +82,7 @@ class TimeEstimator:
         plan: Plan,
     ) -> TimeAndTraffic:
         workload = self._request.workload
-        program = workload.method.program(len(plan.partitions), workload.training_splits)
+        program = workload.program(plan.spans)
         return forecast(program, plan, forecast_inputs(self._request, plan), self.timings)
 
 

@@ -60,6 +60,7 @@ def profile(
         shared: set[int] = set()
         repeated: dict[int, int] = {}
         repeated_bytes = 0
+        learns_before = False  # else no gradient goes back through a layer's inputs
         for number, layer in enumerate(chain.layers):
             if cuts_through_ties:
                 again = _not_yet_counted(layer.parameters().values(), set())
@@ -69,7 +70,8 @@ def profile(
                 repeated_bytes += sum(map(_nbytes, again)) + sum(map(_nbytes, trainable)) + _state_bytes(trainable, optimizers)
                 counted = set()
             before, after = chain.boundaries[number], chain.boundaries[number + 1]
-            learns_input = number > 0 and not per_layer_loss
+            learns_input = learns_before and not per_layer_loss
+            learns_before |= any(parameter.requires_grad for parameter in layer.parameters().values())
             # Compiled code is the layer's own: that of an equal layer may be for other uses.
             key = layer_fingerprint(layer), layer.compiled, before, after, device, learns_input
             if key not in cache:

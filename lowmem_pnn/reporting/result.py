@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowmem_pnn.engine.stalls import describe_stalls
+from lowmem_pnn.pretrained.matching import describe_weights
 from lowmem_pnn.reporting.tables import describe_skipped, layer_range, text_table
 from lowmem_pnn.units import format_bytes
 
@@ -36,6 +37,9 @@ class Result:
     before training, else "no".
 
     `batch_norm` says how many BatchNorm `layers` normalised over `samples` of a `batch` at least; empty where all saw the whole batch.
+
+    `weights` says of the pretrained weights that training began with their `source` and `sha256`, how many tensors were `loaded` (`cast`
+    of them from another type), which tensors of the model are `new`, and which of theirs were `left_out`; empty where there were none.
 
     `notes` say what else was done for each micro-batch, and in plain PyTorch once for a batch.
 
@@ -71,6 +75,7 @@ class Result:
     compared: str = "no"
     batch_norm: Mapping[str, int] = dataclasses.field(default_factory=dict)
     module_state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
     training_state_bytes: int
     partitions: Sequence[Mapping[str, Any]]
@@ -151,6 +156,8 @@ class Result:
                 f"BatchNorm: {norm['layers']} layers normalised over as few as {norm['samples']} of the {norm['batch']} samples of a batch, "
                 "and plain PyTorch over all of them"
             )
+        if self.weights:
+            lines.append(describe_weights(self.weights))
         lines += self.notes
         if self.module_state:
             lines.append(

@@ -9,8 +9,10 @@ from lowmem_pnn.config.fit_config import FitConfig, field_names
 from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
 from lowmem_pnn.methods import Sweep, visits_of_rank
+from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.state import State
+from lowmem_pnn.sources.models import ModelSource
 from lowmem_pnn.stores.disk import RUN_REMEDY
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.workload import Workload
@@ -89,7 +91,7 @@ def check_position(state: State, workload: Workload, path: Path) -> None:
         CheckpointError: there is no such position.
     """
     parts, progress = state.plan["partitions"], state.progress
-    program = visits_of_rank(workload.method.program(len(parts), workload.training_splits), state.rank, state.ranks)
+    program = visits_of_rank(workload.program(Plan.from_json(state.plan).spans), state.rank, state.ranks)
     if state.visit > len(program):
         raise _not_ours(path, f"visit {state.visit}, where the program has {len(program)}")
     if state.visit == len(program):
@@ -150,6 +152,24 @@ def check_same_data(state: State, workload: Workload, path: Path) -> None:
         )
 
 
+def check_same_weights(state: State, source: ModelSource, path: Path) -> None:
+    """Refuse pretrained weights that are not what a run began with; where they are gone, the run has all that it needs of them.
+
+    Args:
+        state: state of the run.
+        source: model, with the pretrained weights that are named now.
+        path: folder of the run, for the message.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    began = state.pretrained.get("sha256")
+    if source.weights is not None and began and source.weights.are_there() and source.weights.sha256() != began:
+        raise CheckpointError(
+            f"the weights {source.weights.where} are not what the run in {path} began with; bring them back, or begin a new run"
+        )
+
+
 def count_resume(rundir: RunDirectory, state: State, workload: Workload, *, after_crash: bool) -> None:
     """Bring a run's files back to its last commit, and its state to what the process goes on with.
 
@@ -172,7 +192,7 @@ def count_resume(rundir: RunDirectory, state: State, workload: Workload, *, afte
 
 def _halve_micro_batches(state: State, workload: Workload) -> None:
     """Halve the micro-batch of the partition that was resident when the process died, or of all that may have been."""
-    program = visits_of_rank(workload.method.program(len(state.micro_batches), workload.training_splits), state.rank, state.ranks)
+    program = visits_of_rank(workload.program(Plan.from_json(state.plan).spans), state.rank, state.ranks)
     smallest = max(state.micro_batches) if state.plan.get("whole_batches") else state.plan["smallest_micro_batch"]
     item = program[state.visit] if state.visit < len(program) else None
     if state.stage == "born":

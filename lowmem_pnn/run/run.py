@@ -45,7 +45,7 @@ class Run:
         self.plan = plan
         self.weights = weights
         self.state = state
-        whole_program = workload.method.program(len(plan.partitions), workload.training_splits)
+        whole_program = workload.program(plan.spans)
         self.program = visits_of_rank(whole_program, state.rank, state.ranks)
         executor = Executor(session.device, workload.config.seed, self._note_shrink, session.threads.stalls)
         self.partitions = Partitions(session, workload, plan, weights, state, executor)
@@ -162,6 +162,8 @@ class Run:
     def _drop_unread_stores(self) -> None:
         """Delete the stores that no later visit reads: the next one begins with the data set, or belongs to a sweep."""
         item = self.item
+        if isinstance(item, Sweep) and item.first > 0:
+            return
         if isinstance(item, Visit) and (item.partition != 0 or item.action == "emit"):
             return
         for name in self.state.activations.values():

@@ -99,6 +99,7 @@ class State:
         module_state: Python attributes of modules that forwards change, by module and attribute.
         best: the epoch that was best on the validation part.
         stopped_after: epochs after which training ended early; 0 where it did not.
+        pretrained: what is said of the pretrained weights that training began with, their hash too; empty where there were none.
         files: size and SHA-256 of the files that a finished run leaves, by name; empty for runs of earlier versions.
         rank: number of this process, where several train a partition each; the first joins them.
         ranks: number of these processes.
@@ -130,6 +131,7 @@ class State:
     module_state: dict[str, Any] = field(default_factory=dict)
     best: Best = field(default_factory=Best)
     stopped_after: int = 0
+    pretrained: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     rank: int = 0
     ranks: int = 1
@@ -151,6 +153,7 @@ class State:
             records=[PartitionRecord() for _ in plan.partitions],
             data=workload.data_stamp,
             module_state=workload.chain.python_state,
+            pretrained={} if workload.pretrained is None else workload.pretrained.to_dict(),
             rank=rank.number,
             ranks=rank.size,
         )

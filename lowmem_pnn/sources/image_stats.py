@@ -1,16 +1,16 @@
-"""Statistics of the images that pretrained weights were trained on."""
+"""Image statistics: how the images were prepared that pretrained weights were trained on."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ImageStats:
-    """What pretrained weights expect of images.
+    """Preparation of the images of pretrained weights.
 
     Args:
         mean: Mean of each channel, of values from 0 to 1.
         std: Standard deviation of each channel.
-        size: Height and width; None where any will do.
+        size: Height and width in pixels; None where any will do.
     """
 
     mean: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""Models by name: `mlp:`, `gpt:`, `cifar-...`, torchvision's classifiers, and users' factories, as constructors to call later."""
+"""Models by name: `mlp:`, `gpt:`, `cifar-...`, torchvision's and timm's, and users' factories, as constructors to call later."""
 
 import ast
 import inspect
@@ -6,6 +6,7 @@ import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ from lowmem_pnn.sources.deferred_init import skeleton
 from lowmem_pnn.sources.gpt_model import BYTE_VOCABULARY, make_gpt, parse_gpt
 from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
+from lowmem_pnn.sources.library_models import (
+    PretrainedValues,
+    timm_builder,
+    timm_image_stats,
+    timm_weights,
+    torchvision_image_stats,
+    torchvision_weights,
+)
 from lowmem_pnn.sources.preprocessing import InputForm
 
 # Bytes of a tensor, and of what training keeps with it, are counted in 64 bits.
@@ -25,7 +34,7 @@ _MOST_VALUES = 2**56
 
 _FORMS = (
     f"mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,..., {', '.join(CIFAR_MODELS)}, a torchvision classifier such as resnet18, "
-    "package.module:factory or file.py:factory"
+    "timm:NAME, package.module:factory or file.py:factory"
 )
 # Keyword arguments that some torchvision builders take out before they call the class, which lists them as required.
 _POPPED = frozenset({"dropout", "image_size", "input_size"})
@@ -43,7 +52,9 @@ class ModelSource:
         build: Calls the constructor; the weights are random, from torch's global generator, which is not seeded by it.
         input_form: Form of the samples that the model takes.
         context: Number of tokens of a sample of text; None where the model does not say.
-        image_stats: Statistics of the images that its weights were trained on; None where they are random, or nobody says.
+        default_weights: Fetches the file of the library's own pretrained weights; None where there is no such library.
+        image_stats: How images were prepared that the pretrained weights are from; None where weights are random, or nobody knows.
+        weights: Pretrained weights that training begins with; None for the constructor's values.
     """
 
     name: str
@@ -51,7 +62,9 @@ class ModelSource:
     build: Callable[[], nn.Module]
     input_form: InputForm
     context: int | None = None
+    default_weights: Callable[[], Path] | None = None
     image_stats: ImageStats | None = None
+    weights: PretrainedValues | None = None
 
 
 def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
@@ -61,8 +74,8 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None)
 
     Args:
         spec: Name of a model: `mlp:784-80-47` (widths, ReLU after every layer but the last), `gpt:layers=12,width=768` (a decoder,
-            see `gpt.py` for all sizes), `cifar-resnet18` and others of `cifar.py`, a torchvision classifier, `package.module:factory`
-            or `path/to/file.py:factory`.
+            see `gpt.py` for all sizes), `cifar-resnet18` and others of `cifar.py`, a torchvision classifier, `timm:resnet18`,
+            `package.module:factory` or `path/to/file.py:factory`.
         arguments: Keyword arguments of the constructor.
         num_classes: Number of classes of the data set: the default of `cifar-` and torchvision models, and the number of tokens
             of a gpt. None where the number is not known.
@@ -87,6 +100,8 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None)
         return _gpt(spec, arguments, num_classes)
     if spec.partition(":")[0] in CIFAR_MODELS:
         return _cifar(spec, arguments, num_classes)
+    if spec.startswith("timm:"):
+        return _timm(spec, arguments, num_classes)
     if ":" in spec:
         return _factory(spec, arguments, num_classes)
     if spec.endswith(".py"):
@@ -201,8 +216,8 @@ def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | Non
     for name, value in arguments.items():
         if name == "weights" and value is not None:
             raise ConfigError(
-                f"model {spec!r}: weights={value!r} is not supported, weights start random; leave it out, or load them in a "
-                "factory: --model file.py:factory"
+                f"model {spec!r}: weights={value!r} is not supported, weights are not built with the model; give --weights default, or "
+                "--weights FILE"
             )
         if name not in ("weights", *accepted):
             raise ConfigError(f"model {spec!r} has no argument {name!r}{_accepted(name, accepted)}")
@@ -212,11 +227,44 @@ def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | Non
         settings.setdefault("num_classes", num_classes)
     settings["weights"] = None
 
+    build = _library_build(spec, partial(builder, **settings), arguments)
+    return ModelSource(
+        spec,
+        spec,
+        build,
+        "image3",
+        default_weights=partial(torchvision_weights, spec),
+        image_stats=torchvision_image_stats(spec),
+    )
+
+
+def _timm(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
+    """Return the source of one of timm's models, with random weights."""
+    name, builder = timm_builder(spec, arguments)
+    _check_num_classes(spec, arguments, num_classes)
+    settings = dict(arguments)
+    if num_classes is not None:
+        settings.setdefault("num_classes", num_classes)
+    build = _library_build(spec, partial(builder, **settings), arguments)
+    form: InputForm = "image3" if settings.get("in_chans", 3) == 3 else "any"
+    return ModelSource(
+        _folder_name(f"timm-{name}"),
+        spec,
+        build,
+        form,
+        default_weights=partial(timm_weights, name),
+        image_stats=timm_image_stats(name),
+    )
+
+
+def _library_build(spec: str, builder: Callable[[], Any], arguments: Mapping[str, Any]) -> Callable[[], nn.Module]:
+    """Return what calls a library's builder; with arguments it is tried, without values, so that what it refuses shows now."""
+
     def build() -> nn.Module:
         try:
-            model = builder(**settings)
+            model = builder()
         # Errors of constructors for values that they refuse. A RuntimeError may mean that memory ran out, which is handled elsewhere.
-        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError) as error:
             raise ConfigError(_refused(spec, arguments, error)) from error
         assert isinstance(model, nn.Module)
         return model
@@ -227,7 +275,7 @@ def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | Non
         # Without values there is no memory to run out of: here a RuntimeError is about the arguments too.
         except RuntimeError as error:
             raise ConfigError(_refused(spec, arguments, error)) from error
-    return ModelSource(spec, spec, build, "image3")
+    return build
 
 
 def _torchvision_arguments(builder: Callable[..., Any]) -> list[str]:

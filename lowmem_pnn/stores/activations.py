@@ -5,7 +5,7 @@ The layout on disk is in `activation_index.py` and `shard_layout.py`, the readin
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.memory.aligned import aligned_empty
 from lowmem_pnn.memory.pool import MemoryPool
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.activation_index import Index, read_index
@@ -152,6 +153,32 @@ class ActivationStore:
                     position += count
                     if num_filled == size:
                         yield _hand_over(batch)
+
+    def rows(self, numbers: Iterable[int]) -> Batch:
+        """Read single samples, by their places in the stored order, in the order that is asked for.
+
+        Args:
+            numbers: places of the samples, from 0.
+
+        Raises:
+            CheckpointError: A shard was damaged since the store was opened.
+            DiskError: The file system refused.
+        """
+        assert self.encoding == "float32", "rows are read as they are"
+        places: dict[int, list[tuple[int, int]]] = {}
+        count = 0
+        for number in numbers:
+            shard, row = divmod(int(number), self.shard_samples)
+            places.setdefault(shard, []).append((count, row))
+            count += 1
+        batch = allocate_batch(self.specs, count, self.label_shape, aligned_empty)
+        names = [*map(str, range(len(self.specs))), "labels"]
+        for shard, rows in sorted(places.items()):
+            with self._reader.open(shard) as file:
+                for place, row in rows:
+                    for name, tensor in zip(names, batch, strict=True):
+                        file.read_into(name, tensor[place : place + 1], row)
+        return _hand_over(batch)
 
     def close(self) -> None:
         """Free the cache. The store can be read again."""

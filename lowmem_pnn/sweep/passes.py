@@ -25,7 +25,7 @@ class SweptBatch:
     """A batch on its way through the partitions.
 
     Args:
-        tensors: tensors of the first boundary, each (B, ...), on the host.
+        tensors: tensors of the boundary before the first partition that it goes through, each (B, ...), on the host.
         labels: labels (B, ...), on the host.
         parts: ranges of samples that make its micro-batches.
         gradients: what is known of its gradients.
@@ -49,6 +49,7 @@ class SweepPasses:
         device: training device, open.
         buffers: buffers that inputs are taken from, and outputs and gradients are put into.
         learners: numbers of the partitions that learn.
+        first: number of the first partition that batches go through.
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class SweepPasses:
         device: Device,
         buffers: BoundaryBuffers,
         learners: Sequence[int],
+        first: int = 0,
     ) -> None:
         self._plan = plan
         self._learners = learners
+        self._first = first
         # What modules held before the forward of a micro-batch, by partition and micro-batch, where they hold such state.
         self._python_states: dict[tuple[int, int], dict[str, Any]] = {}
         self._residencies = residencies
@@ -146,7 +149,7 @@ class SweepPasses:
         """Return a micro-batch at a partition's boundary, on the device, and begin the upload of the next one."""
 
         def micro_batch(number: int, part: slice) -> MicroBatch:
-            if partition == 0:
+            if partition == self._first:
                 return MicroBatch.of((batch.tensors, batch.labels), part)
             return MicroBatch((partition, number), lambda: self._buffers.activations(partition, number))
 

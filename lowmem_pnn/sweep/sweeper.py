@@ -74,7 +74,7 @@ class Sweeper:
         self._sweep = sweep
         self._device = device
         self._on_visit = on_visit
-        self._last = len(plan.partitions) - 1
+        self._first, self._last = sweep.first, len(plan.partitions) - 1
         self._residencies = [
             Residency(workload.chain, part.start, part.stop, device, None, frozen=number not in sweep.learners)
             for number, part in enumerate(plan.partitions)
@@ -88,13 +88,13 @@ class Sweeper:
         self._streamer = WeightStreamer(weights, device, threads, stream_bytes, self._steps.largest_state_bytes(weights))
         phase = "forward" if sweep.phase == "epoch" else sweep.phase
         self._buffers = BoundaryBuffers(device, folder, buffer_sizes.boundary_bytes, counter, seed, phase)
-        self._passes = SweepPasses(workload, plan, self._residencies, device, self._buffers, sweep.learners)
+        self._passes = SweepPasses(workload, plan, self._residencies, device, self._buffers, sweep.learners, sweep.first)
 
     def train_batch(self, batch: Batch, step: int, micro_batch: int, scale: LossScale) -> float:
         """Run all visits of one batch: one optimizer step.
 
         Args:
-            batch: tensors of the first boundary (B, ...) and labels (B, ...), on the host.
+            batch: tensors of the boundary before the first partition that is visited (B, ...) and labels (B, ...), on the host.
             step: number of optimizer steps of this sweep before the batch.
             micro_batch: samples on the device at once.
             scale: factor on the loss; adjusted after the step.
@@ -136,22 +136,26 @@ class Sweeper:
         """
         planned, chain = self._plan.partitions[number], self._workload.chain
         before, after = chain.boundaries[planned.start], chain.boundaries[planned.stop]
-        tensors = tuple(_zeros(slice(0, samples), spec) for spec in before) if number == 0 else ()
+        tensors = tuple(_zeros(slice(0, samples), spec) for spec in before) if number == self._first else ()
         labels = self._workload.dataset.targets.zeros(samples)
         parts = micro_batches(samples, micro_batch, self._plan.smallest_micro_batch)
         batch = SweptBatch(tensors, labels, parts, Gradients(0, LossScale()))
         for part_number, part in enumerate(parts):
-            if number > 0:
+            if number > self._first:
                 self._buffers.put_activations(number, part_number, [_zeros(part, spec) for spec in before])
             if number < self._last:
                 gradients = [_zeros(part, spec) if spec.dtype.is_floating_point else None for spec in after]
                 self._buffers.put_gradients(number + 1, part_number, gradients)
         try:
             with self._streamer.batch(self._tensor_keys[number]):
-                visit = Visit("backpropagate", number, "train", learns=True, returns_input_gradient=number > 0)
+                # The last of its visits: forward alone, where nothing before it and in it learns.
+                visit = next(one for one in reversed(self._sweep.visits) if one.partition == number and one.action != "step")
                 residency = self._load(visit)
-                with self._layer_steps(visit, batch, partial(_drop_gradients, residency)):
-                    self._passes.backward(visit, batch)
+                if visit.action == "emit":
+                    self._passes.forward(number, batch)
+                else:
+                    with self._layer_steps(visit, batch, partial(_drop_gradients, residency)):
+                        self._passes.backward(visit, batch)
         finally:
             self.close()
 
@@ -185,9 +189,15 @@ class Sweeper:
     # The visits.
 
     def _emit(self, visit: Visit, batch: SweptBatch) -> None:
-        """Run a partition forward, and keep its outputs; what the forward changes in its buffers is dropped."""
-        self._load(visit)
-        self._passes.forward(visit.partition, batch)
+        """Run a partition forward, and keep its outputs; what the forward changes in its buffers is dropped if it runs once more."""
+        residency, number = self._load(visit), visit.partition
+        if not visit.keeps_buffers:
+            self._passes.forward(number, batch)
+        else:
+            with self._streamer.writing(number) as (file, is_new):
+                self._passes.forward(number, batch)
+                residency.copy_back_replaced_buffers()
+                self._write_unstepped(number, file, is_new=is_new)
         self._unload()
 
     def _backpropagate(self, visit: Visit, batch: SweptBatch) -> None:
@@ -207,16 +217,20 @@ class Sweeper:
                 self._passes.backward(visit, batch)
             self._check_loss(visit, batch)
             residency.check_gradients(self.title(number), steps.stepped)
-            # Frozen weights go into a new file once; buffers change with every batch.
-            for name, parameter in residency.parameters.items():
-                if is_new and not parameter.requires_grad and name not in residency.owned_elsewhere:
-                    self._streamer.write(number, file, weight_key(name), parameter)
-            for name, buffer in residency.buffers.items():
-                if name in residency.owned_elsewhere:
-                    continue
-                # A copy: the next batch's forward changes it, if the partition stays, while this is being written.
-                self._streamer.write(number, file, weight_key(name), buffer.clone())
+            self._write_unstepped(number, file, is_new=is_new)
             steps.finish()
+
+    def _write_unstepped(self, number: int, file: TensorFile, *, is_new: bool) -> None:
+        """Write what no step writes: buffers, which change with every batch, and frozen weights, which a new file gets once."""
+        residency = self._residencies[number]
+        for name, parameter in residency.parameters.items():
+            if is_new and not parameter.requires_grad and name not in residency.owned_elsewhere:
+                self._streamer.write(number, file, weight_key(name), parameter)
+        for name, buffer in residency.buffers.items():
+            if name in residency.owned_elsewhere:
+                continue
+            # A copy: the next batch's forward changes it, if the partition stays, while this is being written.
+            self._streamer.write(number, file, weight_key(name), buffer.clone())
 
     def _step_kept(self, visit: Visit, batch: SweptBatch) -> None:
         """Step a partition by kept gradients, without loading it as a whole."""
@@ -256,7 +270,7 @@ class Sweeper:
             self._streamer.reserve_pool_for(self._tensor_keys[visit.partition])
             residency.fill(self._streamer.take)
         for layer in residency.layers:
-            layer.train(visit.learns)
+            layer.train(visit.learns or visit.trains)
         return residency
 
     def _unload(self) -> None:

@@ -36,7 +36,8 @@ def build_weights(
     Optimizer state needs no writing: all of it starts as zeros, and the holes of a new file read as zeros.
 
     Args:
-        workload: source of the model, which is built after `torch.manual_seed(config.seed)`.
+        workload: source of the model, which is built after `torch.manual_seed(config.seed)`; where it has pretrained weights, these
+            take the place of the constructor's values, a tensor at a time.
         plan: partitions of the model, which get a file each.
         folder: folder of the new store; the mapped files are made beside it.
         counter: counter of the bytes read and written.
@@ -48,6 +49,7 @@ def build_weights(
 
     Raises:
         CheckpointError: the trained weights lack a tensor of the model, or have it in another type or shape.
+        ConfigError: so do pretrained weights.
     """
     chain = workload.chain
     layouts = _layouts(workload, plan)
@@ -65,7 +67,11 @@ def build_weights(
     layouts_of = {key: layout for part in (*layouts, rest) for key, layout in part.items()}
     # The constructor's values stand for what is in no file of weights: buffers that are not in the `state_dict`.
     persistent = set(chain.persistent)
-    with nullcontext() if trained is None else TensorFile.open(trained, counter=counter, remedy=DAMAGED) as source:
+    pretrained = workload.pretrained if trained is None else None
+    with (
+        nullcontext() if trained is None else TensorFile.open(trained, counter=counter, remedy=DAMAGED) as source,
+        nullcontext() if pretrained is None else pretrained.reading(folder) as read,
+    ):
         for home in homes:
             with store.writer(home) as file:  # type: ignore[arg-type]
                 if isinstance(home, int):
@@ -76,6 +82,8 @@ def build_weights(
                         continue
                     if source is not None and name in persistent:
                         file.copy_from(key, source, name)
+                    elif read is not None and (values := read(name, layouts_of[key])) is not None:
+                        file.write_from(key, values)
                     else:
                         _check_layout(workload, name, tensors.get(name), layouts_of[key])
                         file.write_from(key, tensors[name].detach().contiguous())

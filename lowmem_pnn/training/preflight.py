@@ -74,6 +74,9 @@ def check_tightest(run: Run, profile: MemoryProfile) -> Check:
     workload, plan, device = run.workload, run.plan, run.session.device
     sweeps, buffer_sizes = workload.method.sweeps, device.buffer_sizes
     numbers = range(len(plan.partitions)) if run.state.ranks == 1 else [run.state.rank]
+    if sweeps:
+        # Partitions before them write their outputs once, and go back never.
+        numbers = range(_first_sweep(run).first, len(plan.partitions))
     number = max(numbers, key=lambda number: plan.partitions[number].predicted_peak_bytes)
     planned = plan.partitions[number]
     samples = min(planned.batch, 2 * planned.micro_batch)
@@ -131,7 +134,7 @@ def _sweep_once(run: Run, number: int, samples: int, micro_batch: int) -> int:
         BudgetError: not even the smallest did.
     """
     session, workload, plan = run.session, run.workload, run.plan
-    sweep = next(item for item in workload.method.program(len(plan.partitions), ["train"]) if isinstance(item, Sweep))
+    sweep = _first_sweep(run)
     sweeper = Sweeper(
         workload, plan, sweep, session.device, run.weights, session.threads, session.counter, session.rundir.path, total_steps=1
     )
@@ -146,6 +149,10 @@ def _sweep_once(run: Run, number: int, samples: int, micro_batch: int) -> int:
             raise BudgetError(f"{title} does not fit with a micro-batch of {micro_batch}, the smallest")
         micro_batch = half
         session.device.begin_section()
+
+
+def _first_sweep(run: Run) -> Sweep:
+    return next(item for item in run.workload.program(run.plan.spans, ["train"]) if isinstance(item, Sweep))
 
 
 def _run_model(work: Callable[[], object], title: str) -> None:

@@ -142,7 +142,7 @@ def _sweep(run: Run, sweep: Sweep) -> bool:
 
 def _learners(sweep: Sweep) -> Sequence[int]:
     """Return the partitions that a sweep has changed: all of it is in the working files."""
-    return sweep.learners
+    return sweep.changed
 
 
 def _learn(run: Run, visit: Visit, active: ActivePartition, steps_before: int) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from lowmem_pnn.evaluation.exits import chosen_exit
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import describe_partition
-from lowmem_pnn.planning.notes import micro_batch_notes
+from lowmem_pnn.planning.notes import fixed_notes, frozen_notes, micro_batch_notes
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.macs import macs_until, program_macs, samples_learnt
@@ -30,7 +30,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
     test, stopped = scores.get("test", {}), state.stopped_after
     config, last, path = workload.config, state.records[-1], run.session.rundir.path
     # Of all processes, where several train a partition each.
-    program, samples = workload.method.program(len(plan.partitions), workload.training_splits), len(workload.splits["train"])
+    program, samples = workload.program(plan.spans), len(workload.splits["train"])
     mixed = mixing_note(workload, plan, state.mixing, state.micro_batches, state.sweep_micro_batch)
     return Result(
         method=config.method,
@@ -50,7 +50,13 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         compared=state.compared,
         batch_norm=use.to_dict() if (use := batch_norm_use(workload, plan, state.micro_batches, state.sweep_micro_batch)) else {},
         module_state=state.module_state,
-        notes=[*([mixed] if mixed is not None else []), *micro_batch_notes(workload, plan)],
+        weights=state.pretrained,
+        notes=[
+            *frozen_notes(workload),
+            *fixed_notes(workload, plan),
+            *([mixed] if mixed is not None else []),
+            *micro_batch_notes(workload, plan),
+        ],
         training_state_bytes=profile.training_state_bytes,
         partitions=_partitions(run),
         epochs=[config.value_for("epochs", number) for number in range(len(plan.partitions))],

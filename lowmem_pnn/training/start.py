@@ -25,7 +25,7 @@ from lowmem_pnn.reporting.tables import describe_skipped
 from lowmem_pnn.run.callbacks import Callback, Callbacks
 from lowmem_pnn.run.finished import read_result
 from lowmem_pnn.run.ranks import ALONE, Rank
-from lowmem_pnn.run.resume import check_same_rank, count_resume, resumed_state, stored_config
+from lowmem_pnn.run.resume import check_same_rank, check_same_weights, count_resume, resumed_state, stored_config
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.samples.reader_process import READER_VARIABLE
@@ -36,7 +36,7 @@ from lowmem_pnn.training.join import forget
 from lowmem_pnn.training.lifecycle import run_to_end
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
 from lowmem_pnn.workload import profile_workload
-from lowmem_pnn.workload.inputs import Inputs, named_inputs
+from lowmem_pnn.workload.inputs import Inputs, named_inputs, without_weights
 
 OpenInputs = Callable[[FitConfig], Inputs]
 """Opens model and data for a configuration."""
@@ -143,6 +143,9 @@ def resume(
     rank.check(config)
     with file_system_faults(path), _environment(display) as threads:
         inputs = _open_before_floor(config, open_inputs, display)
+        check_same_weights(state, inputs[0], path)
+        if state.stage != "born":
+            inputs = without_weights(inputs)  # the run's files have them
         with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
             profile = profile_workload(workload, device)
             estimator = TimeEstimator.measured(PlanRequest(workload, profile, device))

@@ -6,9 +6,11 @@ from typing import Literal
 
 from lowmem_pnn.engine.loaders import Batch, DatasetLoader
 from lowmem_pnn.engine.out_of_memory import SteppedInPart, unless_out_of_memory
+from lowmem_pnn.engine.stored_samples import StoredSampleLoader
 from lowmem_pnn.evaluation.measure import validate
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.run.run import Run
+from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.sweep.sweeper import Sweeper
 
 
@@ -24,11 +26,9 @@ class SweepLearner:
 
     def __init__(self, run: Run, sweep: Sweep) -> None:
         workload, session = run.workload, run.session
-        train, config = workload.splits["train"], workload.config
+        train = workload.splits["train"]
         self._run, self._sweep = run, sweep
-        self._loader = DatasetLoader(
-            train, config.seed, session.threads.read, permuted=True, phase=sweep.phase, augments=config.augment != "none"
-        )
+        self._loader = _loader(run, sweep)
         self.partition = run.partitions.last
         self.title = "recovery" if sweep.phase == "recovery" else "all partitions"
         self.num_samples, self.smallest_batch = len(train), run.plan.smallest_micro_batch
@@ -80,7 +80,7 @@ class SweepLearner:
     def save(self) -> Sequence[int]:
         """See `EpochsLearner`: all that was stepped is on its way to the working files."""
         self._sweeper.finish_writes()
-        return self._sweep.learners
+        return self._sweep.changed
 
     def after_epoch(self, epoch: int) -> None:
         """See `EpochsLearner`."""
@@ -93,6 +93,19 @@ class SweepLearner:
     def close(self) -> None:
         """Free all memory, and give up what waits to be written."""
         self._sweeper.close()
+
+
+def _loader(run: Run, sweep: Sweep) -> DatasetLoader | StoredSampleLoader:
+    """Return what gives the batches of a sweep: the data set, or what the partitions before it have written once."""
+    workload, session = run.workload, run.session
+    config, pool = workload.config, session.threads.read
+    if sweep.first == 0:
+        train, augments = workload.splits["train"], config.augment != "none"
+        return DatasetLoader(train, config.seed, pool, permuted=True, phase=sweep.phase, augments=augments)
+    name = run.store_of("train")
+    assert name is not None, "the visit before has written it"
+    store = ActivationStore.open(run.commits.activations / name, counter=session.counter)
+    return StoredSampleLoader(store, config.seed, pool, phase=sweep.phase)
 
 
 def _alone(batches: Iterator[Batch]) -> Iterator[tuple[Batch, None]]:

@@ -14,10 +14,12 @@ from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import CaptureError, ConfigError, LowMemError
 from lowmem_pnn.methods import SplitName, make_method
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.freezing import with_frozen
 from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
 from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.pretrained.matching import match
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache, profile
 from lowmem_pnn.sources.dataset import Dataset
@@ -66,7 +68,7 @@ def make_workload(
 
     Raises:
         CaptureError: the model cannot be cut.
-        ConfigError: model and data do not fit together.
+        ConfigError: model and data, or the model and the pretrained weights, do not fit together.
     """
     try:
         model = skeleton(source.build)
@@ -74,6 +76,7 @@ def make_workload(
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
+    model = with_frozen(model, config)
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     _check_input(source, dataset, model)
@@ -102,7 +105,8 @@ def make_workload(
         )
     if config.watches and config.monitor == "val_accuracy" and task.name not in ("classification", "multilabel"):
         raise ConfigError(f"--monitor val_accuracy: {task.name} has no accuracy; give val_loss")
-    workload = _by_method(Workload(config, source, dataset, splits, make_method(config), task, chain, chain))
+    pretrained = None if source.weights is None else match(source.weights, chain, source.spec)
+    workload = _by_method(Workload(config, source, dataset, splits, make_method(config), task, chain, chain, pretrained))
     if config.loss_chunk is not None and task.rows_per_sample is None:
         raise ConfigError(f"--loss-chunk {config.loss_chunk}: the loss of {task.name} is no sum over rows; leave it out")
     if config.loss_chunk is not None and not is_rowwise(chain.layers[-1]):

@@ -11,6 +11,8 @@ from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.formats.data_loader import without_loader
 from lowmem_pnn.methods import SplitName
+from lowmem_pnn.pretrained.open_weights import WeightFiles
+from lowmem_pnn.pretrained.state_dicts import GivenTensors
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.imports import load_factory
@@ -55,7 +57,14 @@ def named_inputs(config: FitConfig) -> Inputs:
 
 
 def python_inputs(
-    model: Model, train: Any, val: Any, test: Any, loss: OwnLoss | None = None, metrics: OwnMetrics | None = None
+    model: Model,
+    train: Any,
+    val: Any,
+    test: Any,
+    *,
+    loss: OwnLoss | None = None,
+    metrics: OwnMetrics | None = None,
+    state_dict: Mapping[str, Any] | None = None,
 ) -> Callable[[FitConfig], Inputs]:
     """Return what opens model and data that were given as objects, or by name.
 
@@ -66,12 +75,13 @@ def python_inputs(
         test: as `fit` takes it.
         loss: a loss of the user's own; None for one by name.
         metrics: metrics of the user's own, by name.
+        state_dict: weights that training begins with; None for those that the configuration names.
     """
 
     def open_inputs(config: FitConfig) -> Inputs:
         own = Own(loss or named_loss(config), metrics or {})
         options = target_options(config, own)
-        named = find_model(model, config.model_arg, None) if isinstance(model, str) else None
+        named = _named_model(config, None) if isinstance(model, str) else None
         input_form = named.input_form if named is not None else "any"
         apart_names = {"val": f"{config.data} (validation part)", "test": f"{config.data} (test part)"}
         form = SampleForm(input_form, named.context if named is not None else None, options)
@@ -88,7 +98,7 @@ def python_inputs(
                 resize=resize_of(config),
             )
         if isinstance(model, str):
-            source = find_model(model, config.model_arg, dataset.num_classes)
+            source = _named_model(config, dataset.num_classes)
         else:
             build = (lambda: model) if isinstance(model, nn.Module) else model
             source = ModelSource(name=run_name(config), spec=config.model, build=build, input_form=input_form)
@@ -110,6 +120,7 @@ def python_inputs(
             check_fit(split, dataset, where)
             apart[name] = split
             dataset = with_part(dataset, name, split.fingerprint(), split.skipped)
+        source = _with_weights(source, config, state_dict)
         return source, *prepare(*split_data(dataset, config, apart), config, source.image_stats), own
 
     return open_inputs
@@ -133,13 +144,35 @@ def open_data(config: FitConfig) -> Inputs:
         DataError: the data cannot be trained on.
     """
     # The data set says how many classes the model gets; the model how images are to be shown to it, and how long a text.
-    named = find_model(config.model, config.model_arg, None)
+    named = _named_model(config, None)
     own = Own(named_loss(config))
     form = SampleForm(named.input_form, named.context, target_options(config, own))
     dataset = open_source(config.data, config, form)
-    source = find_model(config.model, config.model_arg, dataset.num_classes)
+    source = _with_weights(_named_model(config, dataset.num_classes), config)
     dataset, apart = open_apart(config, dataset, form)
     return source, *prepare(*split_data(dataset, config, apart), config, source.image_stats), own
+
+
+def without_weights(inputs: Inputs) -> Inputs:
+    """Return model and data without the pretrained weights, which only the beginning of a run reads."""
+    source, *rest = inputs
+    return dataclasses.replace(source, weights=None), *rest  # type: ignore[return-value]
+
+
+def _named_model(config: FitConfig, num_classes: int | None) -> ModelSource:
+    """Find the model that the options name; how images are prepared for its pretrained weights is known where it has these."""
+    source = find_model(config.model, config.model_arg, num_classes)
+    return source if config.has_weights else dataclasses.replace(source, image_stats=None)
+
+
+def _with_weights(source: ModelSource, config: FitConfig, state_dict: Mapping[str, Any] | None = None) -> ModelSource:
+    """Return a model with the pretrained weights that were given, or that the options name, which are not opened yet."""
+    if state_dict is not None:
+        return dataclasses.replace(source, weights=GivenTensors(state_dict))
+    if not config.has_weights:
+        return source
+    assert config.weights is not None
+    return dataclasses.replace(source, weights=WeightFiles(config.weights, source))
 
 
 def named_loss(config: FitConfig) -> OwnLoss | None:

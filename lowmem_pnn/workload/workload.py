@@ -1,19 +1,24 @@
 """The workload: model, data and method of a run, open and cut into layers, with nothing allocated yet."""
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.methods import Method, Objective, SplitName
+from lowmem_pnn.methods import Method, Objective, SplitName, Sweep, Visit, sweep_visits
+from lowmem_pnn.model.behaviour import Behaviour, behaviour_of
 from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.model.freezing import with_frozen
 from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.pretrained.matching import PretrainedWeights
 from lowmem_pnn.samples.readers import ServedSplit
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
@@ -23,6 +28,8 @@ from lowmem_pnn.tasks import Task
 
 # Batch size that `lr` is meant for where the batch is chosen: the default one.
 _BATCH_OF_LR = 64
+# Outputs of frozen layers are kept on disk where they take no more than so many times the bytes of the samples.
+_MOST_GROWTH = 4
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Workload:
         task: what the model learns, by which loss.
         chain: the model in layers; its tensors are on the meta device until they are resident.
         bare: the same chain without auxiliary heads.
+        pretrained: pretrained weights that training begins with, matched with the model; None for the constructor's values.
         compiled: number of compiled `layers`, of `functions` that they share, and `seconds` it took to compile them; empty where
             layers run as they are.
     """
@@ -50,6 +58,7 @@ class Workload:
     task: Task
     chain: Chain
     bare: Chain
+    pretrained: PretrainedWeights | None = None
     compiled: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -92,6 +101,74 @@ class Workload:
     def data_stamp(self) -> str:
         """The data's fingerprint, and behind it the number of samples of each part: what a resume compares."""
         return " ".join([self.dataset.fingerprint, *(f"{name}={len(split)}" for name, split in self.splits.items())])
+
+    def program(self, spans: Sequence[tuple[int, int]], splits: Collection[SplitName] | None = None) -> list[Visit | Sweep]:
+        """Return the visits and sweeps of the whole run, for a model that may be frozen in part.
+
+        Args:
+            spans: first layer of each partition, and the layer after its last.
+            splits: parts of the data that training reads; None for all of them.
+        """
+        program = self.method.program(len(spans), self.training_splits if splits is None else splits)
+        if not self.method.sweeps or all(self.learns):
+            return program
+        learners = [number for number, span in enumerate(spans) if any(self.learns[slice(*span)])]
+        updaters = [
+            number
+            for number, span in enumerate(spans)
+            if number not in learners and any(self.behaviour(layer).changes_buffers for layer in range(*span))
+        ]
+        visits = sweep_visits(len(spans), learners, deferred=self.config.steps_wait, updaters=updaters, trains=True)
+        fixed = sum(stop <= self.fixed_layers for _, stop in spans)
+        visits = tuple(visit for visit in visits if visit.partition >= fixed)
+        emitted = [Visit("emit", number, "train") for number in range(fixed)]
+        return [
+            *emitted,
+            *(
+                dataclasses.replace(item, visits=visits) if isinstance(item, Sweep) and item.phase == "epoch" else item
+                for item in program
+            ),
+        ]
+
+    @cached_property
+    def fixed_layers(self) -> int:
+        """Number of first layers whose outputs are the same in every epoch, and are written once for all of them; 0 for none.
+
+        They are frozen, draw nothing at random, change no buffers, and see samples that are not augmented. Outputs that are much
+        larger than the samples are not kept: then it is fewer of the layers.
+        """
+        config = self.config
+        if not (self.method.sweeps and config.cache_frozen and config.augment == "none") or all(self.learns):
+            return 0
+        if config.value_for("epochs", 0) < 2:
+            return 0
+        sizes = [sum(spec.sample_bytes for spec in specs) for specs in self.chain.boundaries]
+        found = 0
+        for number in range(len(self.learns)):
+            if self.learns[number] or not self.behaviour(number).is_fixed:
+                break
+            if sizes[number + 1] <= _MOST_GROWTH * sizes[0]:
+                found = number + 1
+        return found
+
+    @cached_property
+    def learns(self) -> tuple[bool, ...]:
+        """For each layer, whether any of its parameters learns."""
+        return tuple(any(one.requires_grad for one in layer.parameters().values()) for layer in self.chain.layers)
+
+    def behaviour(self, layer: int) -> Behaviour:
+        """Return what a forward of a layer does in train mode.
+
+        Args:
+            layer: number of the layer.
+        """
+        if layer not in self._behaviours:
+            self._behaviours[layer] = behaviour_of(self.chain.layers[layer], self.chain.boundaries[layer])
+        return self._behaviours[layer]
+
+    @cached_property
+    def _behaviours(self) -> dict[int, Behaviour]:
+        return {}
 
     def optimizer(self, partition: int) -> OptimizerSpec:
         """Return a partition's optimizer."""
@@ -137,7 +214,7 @@ class Workload:
             return self.method.head(self.chain, number, self.task.head_size or 0, self.dataset.targets.kind == "tokens")
 
     def build_model(self, seed: int) -> nn.Module:
-        """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`."""
+        """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`, frozen as the options say."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.source.build()
+            return with_frozen(self.source.build(), self.config)

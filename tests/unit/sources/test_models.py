@@ -102,7 +102,7 @@ def test_an_argument_goes_before_the_number_of_classes() -> None:
         ("net.py", {}, 10, r"model 'net.py' names a file but no function in it; write net.py:FACTORY"),
         ("resnet18", {"num_clases": 3}, 10, r"no argument 'num_clases'; did you mean 'num_classes'.*; it accepts: .*norm_layer"),
         ("convnext_tiny", {"xyz": 3}, 10, r"model 'convnext_tiny' has no argument 'xyz'; it accepts: .*layer_scale"),
-        ("resnet18", {"weights": "DEFAULT"}, 10, r"'resnet18': weights='DEFAULT' is not supported, weights start random"),
+        ("resnet18", {"weights": "DEFAULT"}, 10, r"weights='DEFAULT' is not supported, .* the model; give --weights default, or --weights F"),
         ("resnet18", {"num_classes": 3}, 10, r"num_classes=3, but the data set has 10 classes; give num_classes=10"),
         ("resnet18", {"num_classes": -3}, None, r"'resnet18' cannot be built with num_classes=-3: RuntimeError: .*negative"),
         ("resnet18", {"num_classes": "x"}, None, r"model 'resnet18' cannot be built with num_classes='x': TypeError: "),

@@ -1,0 +1,57 @@
+"""Samples at a boundary whose activations were written once, in the order in which the data set itself would come."""
+
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future
+
+import numpy as np
+
+from lowmem_pnn.engine.loaders import AugmentationKey
+from lowmem_pnn.engine.stalls import StallKind
+from lowmem_pnn.seeds import permutation_of
+from lowmem_pnn.stores.activations import ActivationStore, Batch
+
+
+class StoredSampleLoader:
+    """Loader of the outputs of a frozen part of the model: the same batches as `DatasetLoader`'s, of activations instead of samples.
+
+    It reads one batch ahead, row by row: nothing but two batches is in memory.
+
+    Args:
+        store: activations of all training samples, written in the permutation of the seed.
+        seed: seed of the run.
+        pool: pool of one thread, which reads the next batch while the present one is used.
+        phase: word that seeds the order of shuffled epochs.
+    """
+
+    stall_kind: StallKind = "disk"
+
+    def __init__(self, store: ActivationStore, seed: int, pool: Executor, *, phase: str) -> None:
+        self.num_samples = store.num_samples
+        self._store, self._seed, self._pool, self._phase = store, seed, pool, phase
+        self._written = permutation_of(self.num_samples, seed, "own order")
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        epoch: int = 0,
+        start: int = 0,
+        augmentation_key: AugmentationKey | None = None,
+    ) -> Iterator[Batch]:
+        """Iterate as `Loader.batches` does; nothing is augmented."""
+        places = np.empty_like(self._written)
+        places[self._written] = np.arange(self.num_samples)
+        order = places[permutation_of(self.num_samples, self._seed, self._phase, epoch) if shuffle else self._written]
+        ahead: Future[Batch] | None = None
+        for begin in range(start * batch_size, len(order), batch_size):
+            now = ahead or self._pool.submit(self._store.rows, order[begin : begin + batch_size])
+            following = order[begin + batch_size : begin + 2 * batch_size]
+            ahead = self._pool.submit(self._store.rows, following) if len(following) else None
+            batch = now.result()
+            del now  # it holds the batch
+            yield batch
+            del batch  # or three would be there while the next one is waited for
+
+    def close(self) -> None:
+        """Do nothing: no file or memory is held between epochs."""

@@ -1,0 +1,119 @@
+"""Freezing: which parameters do not learn, by patterns of their names, and BatchNorms that are kept in eval mode."""
+
+import difflib
+import functools
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lowmem_pnn.config.finetuning_options import FineTuningOptions
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.model.tracer import copy_structure
+
+_MOST_NAMED = 3
+
+
+def with_frozen(model: nn.Module, options: FineTuningOptions) -> nn.Module:
+    """Return a copy of a model over the same tensors, in which what the options freeze does not learn.
+
+    A BatchNorm whose parameters are all frozen, some of them by the options, stays in eval mode under `model.train()`.
+
+    Args:
+        model: the user's model, which stays as it is; returned itself where the options freeze nothing.
+        options: patterns of parameter names.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing is left to learn.
+    """
+    if not options.freezes:
+        return model
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    frozen = _frozen_by_patterns(aliases.values(), names, options)
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    if options.freeze_norm:
+        if not norms:
+            raise ConfigError("--freeze-norm has no effect here: the model has no BatchNorms; leave it out")
+        frozen |= {f"{name}.{own}" for name, module in norms.items() for own, _ in module.named_parameters(recurse=False)}
+    by_id = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in frozen}
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in by_id]
+    if not learning:
+        asked = " ".join(options.freezing_flags)
+        raise ConfigError(f"{asked} leaves no parameter that learns; freeze less")
+    twins = {id(parameter): nn.Parameter(parameter.detach(), False) for parameter in model.parameters() if id(parameter) in by_id}
+    copied = copy_structure(model, twins)
+    for name in norms:
+        module = copied.get_submodule(name)
+        own = list(module.parameters(recurse=False))
+        if options.freeze_norm or (
+            own and all(not one.requires_grad for one in own) and any(id(one) in map(id, twins.values()) for one in own)
+        ):
+            module.__class__ = _kept_in_eval_mode(type(module))
+            module.training = False
+    return copied
+
+
+def suggestion(pattern: str, names: Sequence[str]) -> str:
+    """Return the end of a message about a pattern that matches no parameter: names that are near it.
+
+    Example:
+        >>> suggestion("classifer", ["features.0.weight", "classifier.1.weight", "classifier.1.bias"])
+        "; did you mean 'classifier.*'?"
+    """
+    if any(name.startswith(f"{pattern}.") for name in names):
+        return f"; did you mean {pattern + '.*'!r}?"
+    prefixes = {name.rsplit(".", count)[0] for name in names for count in range(1, name.count(".") + 1)}
+    words = {**{f"{prefix}.*": None for prefix in sorted(prefixes)}, **dict.fromkeys(names)}
+    bare = pattern.rstrip("*").rstrip(".")
+    known = {word.removesuffix(".*"): word for word in words}
+    if near := difflib.get_close_matches(bare, list(known), n=1):
+        return f"; did you mean {known[near[0]]!r}?"
+    return f"; there are: {', '.join(names[:_MOST_NAMED])}{', ...' if len(names) > _MOST_NAMED else ''}"
+
+
+def matching(pattern: str, names: Iterable[str]) -> set[str]:
+    """Return the names that match a pattern, in which `*` stands for any text, dots too."""
+    return {name for name in names if fnmatchcase(name, pattern)}
+
+
+def check_patterns(flag: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Refuse patterns that match no name.
+
+    Args:
+        flag: option that has them.
+        patterns: the patterns.
+        names: names of all parameters.
+
+    Raises:
+        ConfigError: a pattern matches none.
+    """
+    for pattern in patterns:
+        if not matching(pattern, names):
+            raise ConfigError(f"{flag} {pattern!r} matches no parameter of the model{suggestion(pattern, names)}")
+
+
+def _frozen_by_patterns(groups: Iterable[list[str]], names: Sequence[str], options: FineTuningOptions) -> set[str]:
+    """Return the names of frozen parameters; a tied one is what any of its names is."""
+    patterns = options.freeze or options.train_only or ()
+    check_patterns("--freeze" if options.freeze else "--train-only", patterns, names)
+    matched = {name for pattern in patterns for name in matching(pattern, names)}
+    if not patterns:
+        return set()
+    hit = [(group, bool(matched.intersection(group))) for group in groups]
+    return {name for group, is_hit in hit if is_hit == bool(options.freeze) for name in group}
+
+
+@functools.cache
+def _kept_in_eval_mode(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a class of the same modules that `train()` leaves in eval mode; one class for all of a kind, so that they count as equal."""
+
+    def train(self: nn.Module, mode: bool = True) -> Any:
+        return kind.train(self, False)
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "train": train}
+    return type(kind.__name__, (kind,), names)

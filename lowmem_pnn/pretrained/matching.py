@@ -1,0 +1,204 @@
+"""Matching of pretrained weights with a model: which tensor goes where, what is new, and what does not fit, all of it at once."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.sources.library_models import PretrainedValues
+from lowmem_pnn.stores.header import TensorLayout, describe
+
+# What training wrappers put before every name.
+_PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "model.")
+_MOST_NAMED = 4
+
+
+@dataclass(frozen=True)
+class PretrainedWeights:
+    """Pretrained weights that fit a model.
+
+    Args:
+        values: where they are read from.
+        names: name in the files of every tensor that is taken, by its name in the model's weight files.
+        new: tensors of the head, with shape, that keep the constructor's values: the files have them for other classes, or not at all.
+        left_out: names in the files that the model has no tensor for.
+        prefix: prefix that the files' names have, and the model's do not.
+        cast: number of tensors whose type in the files is another one than in the model.
+    """
+
+    values: PretrainedValues
+    names: Mapping[str, str]
+    new: Sequence[str]
+    left_out: Sequence[str]
+    prefix: str
+    cast: int
+
+    @contextmanager
+    def reading(self, folder: Path) -> Iterator[Callable[[str, TensorLayout], Tensor | None]]:
+        """Return a context with a function that reads one tensor, in the model's type, by its name in the model and its layout.
+
+        The function returns None for what keeps the constructor's value.
+
+        Args:
+            folder: folder of files that are mapped meanwhile.
+
+        Raises:
+            ConfigError: a tensor that no layer holds has another shape.
+        """
+        with self.values.reading(folder) as read:
+
+            def read_as(name: str, layout: TensorLayout) -> Tensor | None:
+                if name not in self.names:
+                    return None
+                dtype, shape = layout
+                tensor = read(self.names[name])
+                if tuple(tensor.shape) != shape:
+                    found = describe(tensor.dtype, tuple(tensor.shape))
+                    raise ConfigError(
+                        f"--weights {self.values.where}: {name} is {describe(dtype, shape)} in the model and {found} in the file"
+                    )
+                return tensor.to(dtype).contiguous()
+
+            yield read_as
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `result.json` says of them, which a resume compares."""
+        return {**self.summary(), "sha256": self.values.sha256()}
+
+    def summary(self) -> dict[str, Any]:
+        """Return the same without the hash, which reads all of them."""
+        return {
+            "source": self.values.where,
+            "loaded": len(self.names),
+            "new": list(self.new),
+            "left_out": list(self.left_out),
+            "prefix": self.prefix,
+            "cast": self.cast,
+        }
+
+
+def describe_weights(weights: Mapping[str, Any]) -> str:
+    """Say in one line what of some pretrained weights a model has taken.
+
+    Args:
+        weights: what `PretrainedWeights.summary` returned.
+
+    Example:
+        >>> describe_weights({"source": "a.pt", "loaded": 2, "new": ["fc.bias (3,)"], "left_out": [], "prefix": "module.", "cast": 0})
+        "pretrained: 2 tensors from a.pt; new, with random values: fc.bias (3,); prefix 'module.' left off"
+    """
+    text = f"pretrained: {weights['loaded']} tensors from {weights['source']}"
+    if weights["new"]:
+        text += f"; new, with random values: {_shortened(weights['new'])}"
+    if weights["left_out"]:
+        text += f"; not in the model, left out: {_shortened(weights['left_out'])}"
+    if weights["prefix"]:
+        text += f"; prefix {weights['prefix']!r} left off"
+    if weights["cast"]:
+        text += f"; {weights['cast']} cast to the model's types"
+    return text
+
+
+def match(values: PretrainedValues, chain: Chain, model: str) -> PretrainedWeights:
+    """Match pretrained weights with a model.
+
+    A head for another number of classes is new: tensors of the last layer whose first axis is the model's number of outputs, and which
+    the files have with another first axis, or not at all.
+
+    Args:
+        values: the weights.
+        chain: the model in layers.
+        model: what the user calls it, for messages.
+
+    Raises:
+        ConfigError: tensors of the model are missing, or have another shape; or nothing matches. All faults are named, in one line.
+        CheckpointError: a file is damaged.
+    """
+    found = values.layouts()
+    wanted = {name: layout for name, layout in _layouts(chain).items() if name in set(chain.persistent)}
+    prefix = _prefix(found, wanted)
+    bare = {name.removeprefix(prefix): name for name in found}
+    head, taken, new, faults, missing, used = _head(chain), {}, [], [], [], set()
+    cast = 0
+    groups = {group[0]: group for group in chain.ties}
+    for name, (dtype, shape) in wanted.items():
+        if chain.owner_of(name) != name:
+            continue
+        aliases = [alias for alias in groups.get(name, (name,)) if alias in bare]
+        used.update(aliases)
+        if not aliases:
+            if name in head:
+                new.append(f"{name} {shape}")
+            elif not name.endswith("num_batches_tracked"):  # files of old have none
+                missing.append(name)
+            continue
+        its_dtype, its_shape = found[bare[aliases[0]]]
+        same_kind = its_dtype.is_floating_point == dtype.is_floating_point and its_dtype.is_complex == dtype.is_complex
+        if its_shape == shape and same_kind:
+            taken[name] = bare[aliases[0]]
+            cast += its_dtype != dtype
+        elif name in head and its_shape[1:] == shape[1:] and len(its_shape) == len(shape) and same_kind:
+            new.append(f"{name} {shape}")
+        else:
+            faults.append(f"{name} is {describe(dtype, shape)} in the model and {describe(its_dtype, its_shape)} in the file")
+    # What no layer holds is not looked at until it is read.
+    for name in set(chain.unused) & bare.keys():
+        taken[name] = bare[name]
+        used.add(name)
+    if not taken:
+        few = ", ".join(map(repr, list(found)[:_MOST_NAMED])) or "nothing"
+        few_wanted = ", ".join(map(repr, list(wanted)[:_MOST_NAMED]))
+        raise ConfigError(
+            f"--weights: nothing in {values.where} is of model {model}: it holds {few}, ..., and the model has {few_wanted}, ...; give "
+            "weights of this model"
+        )
+    if missing:
+        faults.append(f"missing in the file: {_shortened(missing)}")
+    if faults:
+        raise ConfigError(
+            f"--weights {values.where} does not fit model {model}: {_shortened(faults)}; give weights of this model, or the --model-arg "
+            "that they were made with"
+        )
+    left_out = [name for short, name in bare.items() if short not in used and not short.endswith("num_batches_tracked")]
+    return PretrainedWeights(values, taken, new, left_out, prefix, cast)
+
+
+def _layouts(chain: Chain) -> dict[str, TensorLayout]:
+    """Return type and shape of the model's tensors that are in layers, by every name; what no layer holds stays as it was made."""
+    return {
+        name: (tensor.dtype, tuple(tensor.shape))
+        for layer in chain.layers
+        for name, tensor in (*layer.parameters().items(), *layer.buffers().items())
+    }
+
+
+def _head(chain: Chain) -> set[str]:
+    """Return the names of the parameters that make the model's outputs, one row of them for each output."""
+    outputs = {size for spec in chain.boundaries[-1] for size in (*spec.shape[:1], *spec.shape[-1:])}
+    return {
+        name
+        for name, parameter in chain.layers[-1].parameters().items()
+        if parameter.dim() and parameter.shape[0] in outputs and chain.owner_of(name) == name
+    }
+
+
+def _prefix(found: Collection[str], wanted: Collection[str]) -> str:
+    """Return the prefix that all names in files have, if without it more of them are the model's."""
+
+    def hits(prefix: str) -> int:
+        return sum(1 for name in found if name.removeprefix(prefix) in wanted)
+
+    candidates = [prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in found)]
+    best = max(candidates, key=hits, default="")
+    return best if best and hits(best) > hits("") else ""
+
+
+def _shortened(texts: Sequence[str]) -> str:
+    """Join texts with commas, the first few of them and how many more there are."""
+    more = len(texts) - _MOST_NAMED
+    return ", ".join(texts) if more <= 1 else f"{', '.join(texts[:_MOST_NAMED])} and {more} more"

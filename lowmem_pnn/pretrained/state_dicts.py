@@ -1,0 +1,92 @@
+"""State dicts in memory: found in what a checkpoint holds, their tensors checked, and given from Python as pretrained weights."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.sources.arrays import hash_tensor
+from lowmem_pnn.stores.header import TensorLayout
+
+_KEYS = ("state_dict", "model", "model_state_dict")
+
+
+class GivenTensors:
+    """A `state_dict` that is in memory already.
+
+    Args:
+        state_dict: tensors by name.
+    """
+
+    where = "the state_dict that was given"
+
+    def __init__(self, state_dict: Mapping[str, Any]) -> None:
+        self._tensors = tensors_of(state_dict, self.where)
+
+    def are_there(self) -> bool:
+        """Return True."""
+        return True
+
+    def layouts(self) -> Mapping[str, TensorLayout]:
+        """Return element type and shape of every tensor by name."""
+        return layouts_of(self._tensors, self.where)
+
+    @contextmanager
+    def reading(self, folder: Path) -> Iterator[Callable[[str], Tensor]]:
+        """Return a context with a function that returns one tensor, on the CPU; nothing is made in the folder."""
+        yield lambda name: self._tensors[name].detach().cpu().contiguous()
+
+    def sha256(self) -> str:
+        """Return a hash of names and values."""
+        digest = hashlib.sha256()
+        for name in sorted(self._tensors):
+            digest.update(name.encode())
+            hash_tensor(digest, self._tensors[name].detach().cpu())
+        return digest.hexdigest()
+
+
+def tensors_of(found: Any, where: str) -> Mapping[str, Tensor]:
+    """Return the tensors of a `state_dict`, or of the one in a checkpoint (`state_dict`, `model`, `model_state_dict`).
+
+    Args:
+        found: what a file held, or somebody gave.
+        where: where it is from, for messages.
+
+    Raises:
+        ConfigError: it holds no tensors by name, or one that is not dense.
+
+    Example:
+        >>> list(tensors_of({"epoch": 3, "state_dict": {"fc.bias": torch.zeros(2)}}, "x.pt"))
+        ['fc.bias']
+    """
+    candidates = [found, *(found.get(key) for key in _KEYS)] if isinstance(found, Mapping) else []
+    for candidate in candidates:
+        if isinstance(candidate, Mapping):
+            tensors = {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}
+            if tensors:
+                return tensors
+    raise ConfigError(
+        f"--weights: {where} holds a {type(found).__name__} without tensors; give a state_dict, or a dict that has one under "
+        f"{', '.join(map(repr, _KEYS))}"
+    )
+
+
+def layouts_of(tensors: Mapping[str, Tensor], where: str) -> Mapping[str, TensorLayout]:
+    """Return element type and shape of tensors by name.
+
+    Args:
+        tensors: tensors by name; their values are not read.
+        where: where they are from, for messages.
+
+    Raises:
+        ConfigError: one of them is sparse or quantized.
+    """
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ConfigError(f"--weights: {name!r} of {where} is sparse or quantized; make it dense")
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

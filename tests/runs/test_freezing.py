@@ -1,0 +1,160 @@
+"""Runs in which a part of the model is frozen: the same as in plain PyTorch, by every method that can."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem_pnn
+from helpers.displays import StopsAt
+from helpers.exact_runs import COMMON, fit
+from helpers.frozen import FrozenByItsCode, frozen
+from helpers.plainloops import assert_same_weights, built, loaded, train_by_backprop, train_by_exact
+from helpers.small_networks import images, small_conv, small_resnet
+from lowmem_pnn.errors import ConfigError, Stopped
+
+CUT: dict[str, Any] = {**COMMON, "micro_batch": 5}
+
+
+class Learns(FrozenByItsCode):
+    """The same network, of which all learns."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.requires_grad_(True)
+
+
+@pytest.mark.parametrize("cuts", [None, "1", "1,2,3"])
+@pytest.mark.parametrize("pattern", ["[0134].*", "[37].*", "[34678]*", "10.*"])
+def test_exact_with_frozen_parameters_is_same_as_plain_pytorch(pattern: str, cuts: str | None, tmp_path: Path) -> None:
+    options = {**CUT, **({"cuts": cuts} if cuts else {})}
+    result = fit(Learns, images(), tmp_path / "run", freeze=pattern, **options)
+    expected = train_by_exact(frozen(Learns, pattern), images(), **CUT)
+    assert_same_weights(loaded(Learns, result.weights_file), expected.model)
+
+
+@pytest.mark.parametrize("cuts", ["1", "1,2,3"])
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.05}, {"optimizer": "sgd", "commit_every": 0}])
+def test_what_the_models_code_freezes_has_moving_statistics(options: dict[str, Any], cuts: str, tmp_path: Path) -> None:
+    build = lambda: FrozenByItsCode(0.3)  # noqa: E731
+    result = fit(build, images(), tmp_path / "run", cuts=cuts, **{**CUT, **options})
+    expected = train_by_exact(build, images(), **{**CUT, **options})
+    assert_same_weights(loaded(build, result.weights_file), expected.model)
+    before = built(build, CUT["seed"])
+    assert not torch.equal(before[1].running_mean, expected.model[1].running_mean)
+    assert any(
+        "the statistics of 2 frozen BatchNorms go on moving, unless --freeze-norm is given" in note for note in result.notes
+    )
+
+
+def test_norms_alone_may_be_frozen(tmp_path: Path) -> None:
+    result = fit(small_resnet, images(), tmp_path / "run", freeze_norm=True, cuts="1", **CUT)
+
+    def plain() -> nn.Module:
+        model = small_resnet()
+        for name, module in model.named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                model = frozen(lambda model=model: model, f"{name}.*")()  # type: ignore[misc]
+        return model
+
+    expected = train_by_exact(plain, images(), **CUT)
+    assert_same_weights(loaded(small_resnet, result.weights_file), expected.model)
+
+
+def test_backprop_with_frozen_parameters_is_same_as_plain_pytorch(tmp_path: Path) -> None:
+    result = fit(small_conv, images(), tmp_path / "run", method="backprop", train_only="*bias", **COMMON)
+    names = [name for name, _ in small_conv().named_parameters() if not name.endswith("bias")]
+
+    def plain() -> nn.Module:
+        model = small_conv()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in names)
+        return model
+
+    assert_same_weights(loaded(small_conv, result.weights_file), train_by_backprop(plain, images(), **COMMON))
+
+
+@pytest.mark.parametrize("method", ["pnn", "neuroflux"])
+def test_frozen_parameters_of_the_other_methods_stay(method: str, tmp_path: Path) -> None:
+    result = fit(Learns, images(), tmp_path / "run", method=method, cuts="1,2", freeze="[01].*", **CUT)
+    before, after = built(Learns, CUT["seed"]).state_dict(), loaded(Learns, result.weights_file).state_dict()
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert not moved & {name for name in before if name[:2] in ("0.", "1.")}
+    assert {"3.weight", "4.running_mean", "10.weight"} <= moved
+
+
+def test_what_is_frozen_is_said_and_has_no_state(tmp_path: Path) -> None:
+    result = fit(Learns, images(), tmp_path / "run", freeze="[0134].*", cuts="1,2", keep_commits=2, commit_every=0, **CUT)
+    assert result.notes[0] == "frozen: 8 of 14 parameters (276 of 500 values); 2 BatchNorms in eval mode"
+    whole = lowmem_pnn.plan(Learns, images(), method="exact", cuts="1,2", max_gpu_mem="100MB", device="cpu", timing=False)
+    frozen_plan = lowmem_pnn.plan(
+        Learns, images(), method="exact", cuts="1,2", freeze="[0134].*", max_gpu_mem="100MB", device="cpu", timing=False
+    )
+    assert frozen_plan.training_state_bytes == whole.training_state_bytes - 3 * 4 * 276
+    journal = json.loads((tmp_path / "run" / "journal.json").read_text())
+    files = [part["file"] for part in journal["body"]["weights"]["partitions"]]
+    # Frozen partitions are written once.
+    assert files[:2] == ["p000.g000000.safetensors", "p001.g000000.safetensors"]
+    assert files[2] != "p002.g000000.safetensors"
+
+
+# Outputs of frozen partitions that are written once.
+
+
+def test_outputs_of_frozen_partitions_are_computed_once(tmp_path: Path) -> None:
+    options = {**CUT, "freeze": "[0134].*", "epochs": 3}
+    cached = fit(Learns, images(), tmp_path / "cached", **options)
+    assert any(
+        note.startswith("partition 1 is frozen: its outputs are written once, and read in every epoch") for note in cached.notes
+    )
+    assert len(cached.partitions) == 2
+    computed = fit(Learns, images(), tmp_path / "computed", cache_frozen=False, **options)
+    assert len(computed.partitions) == 1
+    assert_same_weights(loaded(Learns, cached.weights_file), loaded(Learns, computed.weights_file))
+    assert cached.train_loss == computed.train_loss
+    assert not list((tmp_path / "cached" / "activations").glob("*"))
+    # Forward through the first partition once for every sample, and not once in every epoch.
+    again = fit(Learns, images(), tmp_path / "again", cache_frozen=False, cuts="1", **options)
+    assert again.macs > cached.macs
+
+
+@pytest.mark.parametrize("at", [2, 6, 9])
+def test_a_run_with_outputs_written_once_is_resumed(at: int, tmp_path: Path) -> None:
+    options = {**CUT, "freeze": "[0134].*", "cuts": "1,2", "commit_every": 0}
+    with pytest.raises(Stopped):
+        fit(Learns, images(), tmp_path / "run", display=StopsAt(at), **options)
+    result = fit(Learns, images(), tmp_path / "run", resume=True, **options)
+    expected = train_by_exact(frozen(Learns, "[0134].*"), images(), **CUT)
+    assert_same_weights(loaded(Learns, result.weights_file), expected.model)
+
+
+@pytest.mark.parametrize("change", [{"augment": "basic"}, {"epochs": 1}, {"cache_frozen": False}, {"freeze": "0.*"}])
+def test_where_outputs_change_or_are_needed_once_they_are_not_written(change: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"method": "exact", "freeze": "[0134].*", "cuts": "1,2", "epochs": 2, **change}
+    report = lowmem_pnn.plan(FrozenByItsCode, images(), max_gpu_mem="100MB", device="cpu", timing=False, **options)
+    assert "written once" not in str(report)
+
+
+def test_outputs_that_are_written_count_on_the_disk() -> None:
+    options: dict[str, Any] = {"method": "exact", "freeze": "[0134].*", "cuts": "1,2", "max_gpu_mem": "100MB", "device": "cpu"}
+    with_outputs = lowmem_pnn.plan(Learns, images(), timing=False, **options)
+    without = lowmem_pnn.plan(Learns, images(), timing=False, cache_frozen=False, **options)
+    # 36 samples of (4, 6, 6) and (4, 4, 4), two labels, and pages of headers.
+    assert with_outputs.disk_bytes - without.disk_bytes >= 36 * (4 * (144 + 64) + 16)
+    small = lowmem_pnn.plan(Learns, images(), timing=False, max_disk=without.disk_bytes, **options)
+    assert small.exit_code == 5
+    assert "give more, or --no-cache-frozen (" in small.reason
+
+
+def test_cache_frozen_is_for_exact(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--cache-frozen has no effect here: it needs --method exact"):
+        fit(small_conv, images(), tmp_path / "run", method="backprop", cache_frozen=False, **CUT)
+
+
+def test_patterns_are_checked_before_a_run_begins(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--train-only 'fc' matches no parameter of the model"):
+        fit(small_conv, images(), tmp_path / "run", train_only="fc", **CUT)
+    assert not (tmp_path / "run").exists()

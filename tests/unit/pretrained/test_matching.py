@@ -1,0 +1,137 @@
+"""Which tensors of a file a model takes: heads for other classes, prefixes, types, and every fault in one line."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.pretrained.matching import PretrainedWeights, describe_weights, match
+from lowmem_pnn.pretrained.state_dicts import GivenTensors
+
+
+class Net(nn.Module):
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU())
+        self.register_buffer("spare", torch.zeros(2))
+        self.head = nn.Linear(5, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out
+
+
+def matched(state: dict[str, Any], model: nn.Module | None = None) -> PretrainedWeights:
+    chain = capture(model or Net(), TensorSpec((4,), torch.float32))
+    return match(GivenTensors(state), chain, "net")
+
+
+def test_all_is_taken_where_all_fits() -> None:
+    found = matched(Net().state_dict())
+    assert dict(found.names) == {name: name for name in Net().state_dict()}
+    assert (found.new, found.left_out, found.prefix, found.cast) == ([], [], "", 0)
+
+
+def test_a_head_for_other_classes_is_new() -> None:
+    found = matched(Net(7).state_dict())
+    assert found.new == ["head.weight (3, 5)", "head.bias (3,)"]
+    assert set(found.names) == set(Net().state_dict()) - {"head.weight", "head.bias"}
+
+
+def test_a_head_that_is_not_there_is_new_and_another_is_left_out() -> None:
+    state = {name.replace("head", "classifier"): value for name, value in Net().state_dict().items()}
+    found = matched(state)
+    assert found.new == ["head.weight (3, 5)", "head.bias (3,)"]
+    assert found.left_out == ["classifier.weight", "classifier.bias"]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_a_prefix_of_a_wrapper_is_left_off(prefix: str) -> None:
+    found = matched({prefix + name: value for name, value in Net().state_dict().items()})
+    assert found.prefix == prefix
+    assert dict(found.names) == {name: prefix + name for name in Net().state_dict()}
+
+
+def test_values_come_in_the_models_type(tmp_path: Path) -> None:
+    state = {name: value.half() if value.is_floating_point() else value for name, value in Net().state_dict().items()}
+    found = matched(state)
+    assert found.cast == 8
+    with found.reading(tmp_path) as read:
+        weight = read("head.weight", (torch.float32, (3, 5)))
+        assert weight is not None
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, state["head.weight"].float())
+        assert read("not taken", (torch.float32, (3,))) is None
+
+
+def test_a_file_of_old_has_no_counts_of_batches() -> None:
+    state = {name: value for name, value in Net().state_dict().items() if "num_batches" not in name}
+    assert len(matched(state).names) == len(state)
+
+
+def test_a_tied_weight_may_have_any_of_its_names() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(self.a(x))
+            return out
+
+    state = Tied().state_dict()
+    del state["a.weight"]
+    assert dict(matched(state, Tied()).names) == {"a.weight": "b.weight", "a.bias": "a.bias", "b.bias": "b.bias"}
+
+
+def _renamed(state: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tensor]:
+    changed = {**state, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"body__0__weight": torch.zeros(5, 6)}, "body.0.weight is float32 (5, 4) in the model and float32 (5, 6) in the file;"),
+        ({"head__weight": torch.zeros(3, 6)}, "head.weight is float32 (3, 5) in the model and float32 (3, 6) in the file;"),
+        ({"body__0__bias": torch.zeros(5, dtype=torch.int64)}, "body.0.bias is float32 (5,) in the model and int64 (5,) in the file;"),
+        ({"body__0__bias": None, "body__1__bias": None}, "missing in the file: body.0.bias, body.1.bias;"),
+        (
+            {"body__0__weight": torch.zeros(5, 6), "body__1__bias": None},
+            "body.0.weight is float32 (5, 4) in the model and float32 (5, 6) in the file, missing in the file: body.1.bias;",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_all_at_once(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        matched(_renamed(Net().state_dict(), **changes))
+    start = "--weights the state_dict that was given does not fit model net: "
+    assert str(raised.value) == f"{start}{text} give weights of this model, or the --model-arg that they were made with"
+
+
+def test_long_lists_are_shortened() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    with pytest.raises(ConfigError, match=r"missing in the file: 1.weight, 1.bias, 2.weight, 2.bias and 4 more; give"):
+        matched({"0.weight": torch.zeros(4, 4), "0.bias": torch.zeros(4)}, model)
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    text = "nothing in the state_dict that was given is of model net: it holds 'a', 'b', ..., and the model has 'body.0.weight',"
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        matched({"a": torch.zeros(1), "b": torch.zeros(1)})
+
+
+def test_what_is_taken_is_said_in_one_line() -> None:
+    state = {"module." + name: value for name, value in Net(7).half().state_dict().items()}
+    state |= {f"module.aux{number}": torch.zeros(1) for number in range(7)}
+    assert describe_weights(matched(state).summary()) == (
+        "pretrained: 8 tensors from the state_dict that was given; new, with random values: head.weight (3, 5), head.bias (3,); not in the "
+        "model, left out: module.aux0, module.aux1, module.aux2, module.aux3 and 3 more; prefix 'module.' left off; 6 cast to the model's "
+        "types"
+    )
