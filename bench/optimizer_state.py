@@ -182,7 +182,7 @@ def exact(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from lowmem_pnn.optim.optimizers import OptimizerSpec
-    from lowmem_pnn.sources.models import find_model
+    from lowmem_pnn.zoo.models import find_model
 
     with torch.device("meta"):
         parameters = list(find_model(fields["model"], {}, None).build().parameters())

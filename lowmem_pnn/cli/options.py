@@ -160,7 +160,7 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if "model_arg" in given:
         # Not at the top: it imports torch.
-        from lowmem_pnn.sources.models import parse_model_arguments
+        from lowmem_pnn.zoo.models import parse_model_arguments
 
         given["model_arg"] = parse_model_arguments(given["model_arg"])
     return given

@@ -5,8 +5,8 @@ from concurrent.futures import Executor, Future
 
 import numpy as np
 
-from lowmem_pnn.engine.loaders import AugmentationKey
 from lowmem_pnn.engine.stalls import StallKind
+from lowmem_pnn.samples.augment import AugmentationKey
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.stores.activations import ActivationStore, Batch
 

@@ -53,7 +53,7 @@ def with_frozen(model: nn.Module, options: FineTuningOptions) -> nn.Module:
         if options.freeze_norm or (
             own and all(not one.requires_grad for one in own) and any(id(one) in map(id, twins.values()) for one in own)
         ):
-            module.__class__ = _kept_in_eval_mode(type(module))
+            module.__class__ = _kept_in_eval_mode(type(module))  # type: ignore[arg-type]
             module.training = False
     return copied
 

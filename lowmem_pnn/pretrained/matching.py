@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import Chain
-from lowmem_pnn.sources.library_models import PretrainedValues
 from lowmem_pnn.stores.header import TensorLayout, describe
+from lowmem_pnn.zoo.library_models import PretrainedValues
 
 # What training wrappers put before every name.
 _PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "model.")

@@ -10,8 +10,8 @@ from torch import Tensor
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.pretrained.safetensors_files import SafetensorsFiles
 from lowmem_pnn.pretrained.torch_file import TorchFile
-from lowmem_pnn.sources.models import ModelSource
 from lowmem_pnn.stores.header import TensorLayout
+from lowmem_pnn.zoo.models import ModelSource
 
 _INDEX = ".safetensors.index.json"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")

@@ -16,10 +16,10 @@ from torch import Tensor
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.errors import CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.pretrained.state_dicts import layouts_of, tensors_of
-from lowmem_pnn.sources.deferred_init import FileBacked
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.stores.disk import sha256
 from lowmem_pnn.stores.header import TensorLayout
+from lowmem_pnn.zoo.deferred_init import FileBacked
 
 # torch's stubs disagree on what a storage is.
 Storage = Any

@@ -12,10 +12,10 @@ from lowmem_pnn.methods import Sweep, visits_of_rank
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.state import State
-from lowmem_pnn.sources.models import ModelSource
 from lowmem_pnn.stores.disk import RUN_REMEDY
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.workload import Workload
+from lowmem_pnn.zoo.models import ModelSource
 
 _LARGEST = 2**63 - 1
 

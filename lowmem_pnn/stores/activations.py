@@ -171,7 +171,7 @@ class ActivationStore:
             shard, row = divmod(int(number), self.shard_samples)
             places.setdefault(shard, []).append((count, row))
             count += 1
-        batch = allocate_batch(self.specs, count, self.label_shape, aligned_empty)
+        batch = allocate_batch(self.specs, count, self.labels, aligned_empty)
         names = [*map(str, range(len(self.specs))), "labels"]
         for shard, rows in sorted(places.items()):
             with self._reader.open(shard) as file:

@@ -13,12 +13,12 @@ from lowmem_pnn.evaluation.exits import HEADS_FILE, ExitModel, num_parameters
 from lowmem_pnn.memory.aligned import byte_view
 from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.sources.deferred_init import file_backed
 from lowmem_pnn.stores.header import describe, lay_out
 from lowmem_pnn.stores.journal import DAMAGED
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.training.export_folder import ExportFolder, HashedFile
 from lowmem_pnn.workload import Workload
+from lowmem_pnn.zoo.deferred_init import file_backed
 
 
 def find_exit(result: Result, exit: str | int, path: Path) -> int | None:

@@ -12,7 +12,6 @@ from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import Layer, head_prefix, is_of_head
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.sources.deferred_init import file_backed
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.stores.disk import RUN_REMEDY, IoCounter
 from lowmem_pnn.stores.header import TensorLayout, describe
@@ -21,6 +20,7 @@ from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.workload import Workload
+from lowmem_pnn.zoo.deferred_init import file_backed
 
 
 def build_weights(

@@ -27,9 +27,9 @@ from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.python_state import Snapshot, read_state
 from lowmem_pnn.model.tracer import copy_structure, preserve_random_state, set_mode
 from lowmem_pnn.seeds import seed_of
-from lowmem_pnn.sources.deferred_init import FileBacked
 from lowmem_pnn.training.observed import Observed, differences
 from lowmem_pnn.workload import Workload
+from lowmem_pnn.zoo.deferred_init import FileBacked
 
 _SAMPLES = 2
 # Tensors of so many bytes are not kept in memory for the backward.

@@ -18,9 +18,9 @@ from lowmem_pnn.profiling.memory_profiler import profile
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.samples.readers import Readers
-from lowmem_pnn.sources.deferred_init import skeleton
 from lowmem_pnn.workload import Workload, make_workload, with_compiled_layers
 from lowmem_pnn.workload.inputs import Inputs
+from lowmem_pnn.zoo.deferred_init import skeleton
 
 
 @contextmanager

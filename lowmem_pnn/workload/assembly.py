@@ -23,15 +23,15 @@ from lowmem_pnn.pretrained.matching import match
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache, profile
 from lowmem_pnn.sources.dataset import Dataset
-from lowmem_pnn.sources.deferred_init import skeleton
 from lowmem_pnn.sources.imports import one_line
-from lowmem_pnn.sources.models import ModelSource
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.subsets import as_floats
 from lowmem_pnn.tasks.class_weights import balanced_weights
 from lowmem_pnn.tasks.make_task import Own, make_task
 from lowmem_pnn.tasks.own_loss import OwnTask
 from lowmem_pnn.workload.workload import Workload
+from lowmem_pnn.zoo.deferred_init import skeleton
+from lowmem_pnn.zoo.models import ModelSource
 
 # Samples whose targets a loss of the user's own is tried on.
 _EXAMINED = 4

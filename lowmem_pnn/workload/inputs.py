@@ -1,6 +1,7 @@
 """Models and data as a caller gives them: by name, or as Python objects."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,6 @@ from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.imports import load_factory
 from lowmem_pnn.sources.map_split import from_torch
-from lowmem_pnn.sources.models import ModelSource, find_model
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.tasks import Own, OwnLoss, OwnMetrics
@@ -31,6 +31,7 @@ from lowmem_pnn.workload.parts import (
     split_data,
     with_part,
 )
+from lowmem_pnn.zoo.models import ModelSource, find_model
 
 Model = str | nn.Module | Callable[[], nn.Module]
 """A name, a model, or a function that builds one."""

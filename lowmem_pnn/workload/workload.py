@@ -22,9 +22,9 @@ from lowmem_pnn.pretrained.matching import PretrainedWeights
 from lowmem_pnn.samples.readers import ServedSplit
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
-from lowmem_pnn.sources.models import ModelSource
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.tasks import Task
+from lowmem_pnn.zoo.models import ModelSource
 
 # Batch size that `lr` is meant for where the batch is chosen: the default one.
 _BATCH_OF_LR = 64

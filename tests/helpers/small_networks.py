@@ -5,7 +5,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from lowmem_pnn.sources.gpt_model import GPT, GptShape
+from lowmem_pnn.zoo.gpt_model import GPT, GptShape
 
 Data = tuple[Tensor, Tensor]
 

@@ -24,7 +24,7 @@ from helpers.small_networks import (
 )
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.optim.lr_schedules import lr_factor
-from lowmem_pnn.sources.gpt_model import GptShape, make_gpt
+from lowmem_pnn.zoo.gpt_model import GptShape, make_gpt
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ def test_a_large_model_takes_no_private_memory(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         import torch
-        from lowmem_pnn.sources.deferred_init import file_backed
-        from lowmem_pnn.sources.models import find_model
+        from lowmem_pnn.zoo.deferred_init import file_backed
+        from lowmem_pnn.zoo.models import find_model
 
         def private_bytes():
             return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024

@@ -14,7 +14,7 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model import compiler as compiling
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.model.compiler import CompiledFunction, Compiler, CompileVariant, check_compiler
-from lowmem_pnn.sources.gpt_model import GPT, GptShape
+from lowmem_pnn.zoo.gpt_model import GPT, GptShape
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lowmem_pnn.errors import CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.pretrained.open_weights import WeightFiles
 from lowmem_pnn.pretrained.state_dicts import GivenTensors, tensors_of
-from lowmem_pnn.sources.models import find_model
+from lowmem_pnn.zoo.models import find_model
 
 SOURCE = find_model("mlp:4-3-2", {}, 2)
 
@@ -194,7 +194,7 @@ def test_a_large_file_is_never_whole_in_memory(kind: str, tmp_path: Path) -> Non
         from safetensors.torch import save_file
         from lowmem_pnn.memory.heap import fix_malloc_thresholds
         from lowmem_pnn.pretrained.open_weights import WeightFiles
-        from lowmem_pnn.sources.models import find_model
+        from lowmem_pnn.zoo.models import find_model
 
         def private_bytes():
             return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024

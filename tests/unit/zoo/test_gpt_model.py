@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
-from lowmem_pnn.sources.deferred_init import file_backed, skeleton
-from lowmem_pnn.sources.gpt_model import GptShape, parse_gpt
-from lowmem_pnn.sources.models import find_model
+from lowmem_pnn.zoo.deferred_init import file_backed, skeleton
+from lowmem_pnn.zoo.gpt_model import GptShape, parse_gpt
+from lowmem_pnn.zoo.models import find_model
 
 TINY = "gpt:layers=2,width=32,heads=4,context=16"
 

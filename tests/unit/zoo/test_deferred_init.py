@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from lowmem_pnn.errors import ConfigError, DiskError
-from lowmem_pnn.sources.deferred_init import file_backed, skeleton
-from lowmem_pnn.sources.models import find_model
+from lowmem_pnn.zoo.deferred_init import file_backed, skeleton
+from lowmem_pnn.zoo.models import find_model
 
 
 class Odd(nn.Module):

@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 
 from lowmem_pnn.errors import ConfigError, LowMemError
-from lowmem_pnn.sources.cifar_models import CIFAR_MODELS, CifarShape, make_cifar
-from lowmem_pnn.sources.deferred_init import skeleton
-from lowmem_pnn.sources.gpt_model import BYTE_VOCABULARY, make_gpt, parse_gpt
 from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
-from lowmem_pnn.sources.library_models import (
+from lowmem_pnn.sources.preprocessing import InputForm
+from lowmem_pnn.zoo.cifar_models import CIFAR_MODELS, CifarShape, make_cifar
+from lowmem_pnn.zoo.deferred_init import skeleton
+from lowmem_pnn.zoo.gpt_model import BYTE_VOCABULARY, make_gpt, parse_gpt
+from lowmem_pnn.zoo.library_models import (
     PretrainedValues,
     timm_builder,
     timm_image_stats,
@@ -27,7 +28,6 @@ from lowmem_pnn.sources.library_models import (
     torchvision_image_stats,
     torchvision_weights,
 )
-from lowmem_pnn.sources.preprocessing import InputForm
 
 # Bytes of a tensor, and of what training keeps with it, are counted in 64 bits.
 _MOST_VALUES = 2**56

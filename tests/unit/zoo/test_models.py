@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.sources.models import find_model, parse_model_arguments
+from lowmem_pnn.zoo.models import find_model, parse_model_arguments
 
 
 def write(folder: Path, text: str, name: str = "net.py") -> str:

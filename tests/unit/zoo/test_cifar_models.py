@@ -12,9 +12,9 @@ from torchvision import models
 
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
-from lowmem_pnn.sources.cifar_models import CIFAR_MODELS
-from lowmem_pnn.sources.deferred_init import file_backed, skeleton
-from lowmem_pnn.sources.models import find_model
+from lowmem_pnn.zoo.cifar_models import CIFAR_MODELS
+from lowmem_pnn.zoo.deferred_init import file_backed, skeleton
+from lowmem_pnn.zoo.models import find_model
 
 NARROW = {"width": 0.25}
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.sources.image_stats import ImageStats
-from lowmem_pnn.sources.library_models import import_timm, timm_weights, torchvision_image_stats, torchvision_weights
-from lowmem_pnn.sources.models import find_model
+from lowmem_pnn.zoo.library_models import import_timm, timm_weights, torchvision_image_stats, torchvision_weights
+from lowmem_pnn.zoo.models import find_model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
