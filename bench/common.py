@@ -213,6 +213,11 @@ class StepMeter:
             "private_above_imports": self._peak_private - self._floor_private,
         }
 
+    @property
+    def peak_private_bytes(self) -> int:
+        """Highest private memory so far, above what imports hold."""
+        return self._peak_private - self._floor_private
+
     def step_seconds(self) -> list[float]:
         """Wall seconds of every step."""
         return [after[0] - before[0] for before, after in pairwise(self._laps)]
