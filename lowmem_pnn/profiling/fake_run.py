@@ -161,7 +161,9 @@ class FakeRun:
         """
         self._layer.train()
         with self._mode, torch.no_grad(), FlopCounterMode(display=False) as flops:
-            self._run(*self._inputs(FEW), scores=True)
+            # Detached: a view of a parameter asks for a gradient without gradients too, and the counter's hooks look for its function.
+            tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
+            self._layer.run_on(tensors, *self._inputs(FEW), scores=True)
         return int(flops.get_total_flops()) // 2 // FEW
 
     def trace(self, batch: int, *, compiled: bool = False) -> MemoryTrace:

@@ -76,12 +76,12 @@ def write(folder: Path) -> None:
 
 
 class Torchrun:
-    """`torchrun --nproc-per-node NUMBER -m lowmem_pnn ARGUMENTS`."""
+    """`torchrun --nproc-per-node 3 -m lowmem_pnn ARGUMENTS`."""
 
-    def __init__(self, folder: Path, arguments: str, number: int) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    def __init__(self, folder: Path, arguments: str) -> None:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "lowmem_pnn"]
         self.process = subprocess.Popen(
-            [*command, "-m", "lowmem_pnn", *arguments.split()],
+            [*command, *arguments.split()],
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -91,17 +91,17 @@ class Torchrun:
 
     def end(self) -> tuple[int, str, str]:
         """Wait for it; its exit code, stdout and stderr."""
-        out, err = self.process.communicate(timeout=120)
+        out, err = self.process.communicate(timeout=300)  # on a machine that others use too
         return self.process.returncode, out, err
 
 
 @pytest.fixture
-def torchrun(folder: Path) -> Iterator[Callable[..., Torchrun]]:
+def torchrun(folder: Path) -> Iterator[Callable[[str], Torchrun]]:
     """Starts torchrun; what still runs at the end is ended, so that a test that fails leaves nothing behind."""
     started: list[Torchrun] = []
 
-    def run(arguments: str, number: int = 3) -> Torchrun:
-        started.append(Torchrun(folder, arguments, number))
+    def run(arguments: str) -> Torchrun:
+        started.append(Torchrun(folder, arguments))
         return started[-1]
 
     yield run
@@ -112,7 +112,7 @@ def torchrun(folder: Path) -> Iterator[Callable[..., Torchrun]]:
 
 
 def wait_for(happens: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not happens():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "it does not happen"
@@ -127,20 +127,9 @@ def commits(folder: Path) -> int:
     return int(journal(folder)["number"]) if (folder / "journal.json").exists() else 0
 
 
-def test_torchrun_gives_the_bits_of_one_process_and_one_result(
-    folder: Path, torchrun: Callable[..., Torchrun], whole: bytes
-) -> None:
-    # Of three partitions one process trains two.
-    code, out, err = torchrun(f"{_FIT} --workdir run --json --quiet", number=2).end()
-    assert code == 0, err
-    assert json.loads(out) == json.loads((folder / "run" / "result.json").read_text())
-    assert weights(folder / "run") == whole
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir() and "pycache" not in path.name) == ["run"]
-
-
 @pytest.mark.slow
-def test_torchrun_that_was_stopped_is_resumed_and_a_rank_that_is_killed_goes_on(
-    folder: Path, torchrun: Callable[..., Torchrun], whole: bytes
+def test_torchrun_that_was_stopped_and_lost_a_rank_gives_the_bits_of_one_process_and_one_result(
+    folder: Path, torchrun: Callable[[str], Torchrun], whole: bytes
 ) -> None:
     ranks = [rank_folder(folder / "run", number) for number in range(3)]
     (folder / "slow").touch()
@@ -160,6 +149,7 @@ def test_torchrun_that_was_stopped_is_resumed_and_a_rank_that_is_killed_goes_on(
     code, out, err = resumed.end()
     assert code == 0, err
     assert "lowmem-pnn: the worker died of SIGKILL; going on from the last commit" in err
+    assert json.loads(out) == json.loads((folder / "run" / "result.json").read_text())
     assert json.loads(out)["resumed"] == 1
     assert weights(folder / "run") == whole
-    assert not [rank for rank in ranks[1:] if rank.exists()]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir() and "pycache" not in path.name) == ["run"]

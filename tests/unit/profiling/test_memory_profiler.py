@@ -50,7 +50,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, 32, 4, 4)
         self.position = nn.Parameter(torch.zeros(1, 64, 32))
-        blocks = [nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True) for _ in range(3)]
+        blocks = [nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True) for _ in range(2)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(32)
         self.head = nn.Linear(32, 10)
@@ -211,6 +211,24 @@ def test_the_optimizers_are_named(optimizers, words):
 def test_of_several_optimizers_the_largest_is_counted():
     costs = profile(capture(mlp(30, 20, 10), flat(30)), optimizers=[SGD, ADAM_BY_LOOPS, ADAM], device=CPU)
     assert costs == dataclasses.replace(profile_of(mlp(30, 20, 10), flat(30), ADAM_BY_LOOPS), optimizer="sgd, adam")
+
+
+class TokenFirst(nn.Module):
+    """A parameter that is expanded to the batch leaves the first layer as a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 6))
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(12, 4)
+
+    def forward(self, x):
+        token = self.token.expand(x.shape[0], -1, -1)
+        return self.last(torch.cat([token, self.first(x).unsqueeze(1)], 1).flatten(1))
+
+
+def test_a_view_of_a_parameter_between_layers_counts_no_operations():
+    costs = profile_of(TokenFirst(), flat(6))
+    assert [layer.forward_macs for layer in costs.layers] == [0, 6 * 6, 12 * 4]
 
 
 def test_a_multiply_accumulate_is_counted_once():
