@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -137,7 +137,7 @@ def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) ->
         from lowmem_pnn.api import evaluate as evaluate_run
 
         scores = evaluate_run(run, trust=trust)
-    print_result(json.dumps(scores) if as_json else ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+    print_result(json.dumps(scores) if as_json else _numbers(scores))
 
 
 @cli.command()
@@ -167,6 +167,11 @@ def export(run: Path, exit_: str, out: Path | None, trust: bool, as_json: bool, 
         report = export_run(run, exit=exit_, out=out, trust=trust)
     text = json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items())
     print_result(text, f"the model is in {Path(report['program']).parent}")
+
+
+def _numbers(scores: Mapping[str, Any]) -> str:
+    """Return the scores that are numbers; tables are for --json."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, int | float))
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Options of fine-tuning: where training begins. No torch here."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -21,7 +22,7 @@ def _patterns(value: Any) -> Any:
         value = [part.strip() for part in value.split(",")]
         if not all(value):
             raise ValueError("there is nothing between two commas, or nothing at all; write one pattern, or several as A,B")
-    return None if value is None else tuple(value)
+    return tuple(value) if isinstance(value, Iterable) else value  # which is refused by name, if it is not None
 
 
 Patterns = Annotated[tuple[str, ...] | None, BeforeValidator(_patterns)]

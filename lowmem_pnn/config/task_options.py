@@ -1,5 +1,6 @@
 """Options of the task: what is predicted, by which loss. No torch here: the command line reads this file to print its help."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -11,7 +12,9 @@ from lowmem_pnn.config.field_types import Positive
 def _weights(value: Any) -> Any:
     if value in (None, "balanced"):
         return value
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, Iterable) else value  # which is refused by name
 
 
 ClassWeights = Annotated[tuple[Positive, ...] | Literal["balanced"] | None, BeforeValidator(_weights)]

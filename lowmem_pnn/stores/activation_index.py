@@ -8,6 +8,7 @@ index.json          written last: without it there is no store
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from contextlib import suppress
@@ -24,8 +25,8 @@ from lowmem_pnn.stores.encoding import ENCODINGS, Encoding
 from lowmem_pnn.stores.header import DTYPE_BY_NAME, NAME_BY_DTYPE, TensorLayout
 from lowmem_pnn.stores.shard_layout import shard_name
 
-FORMAT = 2
-_READABLE = (1, 2)
+FORMAT = 3
+_READABLE = (1, 2, 3)
 
 _INDEX = "index.json"
 _STORE_FILE = re.compile(r"\d{5,}\.safetensors|index\.json\.new")
@@ -96,7 +97,7 @@ def write_index(folder: Path, index: Index) -> None:
     sync_folder(folder)
     shards = [{key: value for key, value in asdict(shard).items() if value is not None} for shard in index.shards]
     content = {"format": FORMAT, **asdict(index), "tensors": tensors, "shards": shards}
-    write_durably(folder / _INDEX, json.dumps(content, indent=1))
+    write_durably(folder / _INDEX, json.dumps({**content, "sha256": _digest(content)}, indent=1))
     sync_folder(folder.parent)
 
 
@@ -119,6 +120,10 @@ def read_index(folder: Path) -> Index:
     version = content.get("format") if isinstance(content, dict) else None
     if version not in _READABLE:
         raise CheckpointError(f"{str(path)!r} has format {version}, this version reads {FORMAT}; {RUN_REMEDY}")
+    # Indices of earlier versions have no checksum of their own.
+    seal = content.pop("sha256", None)
+    if (seal is not None or version == FORMAT) and seal != _digest(content):
+        raise CheckpointError(f"{str(path)!r} is damaged: its content does not match its checksum; {RUN_REMEDY}")
     index = None
     # A part that is missing or of another kind ends in one of these; what can be wrong is too much to tell apart.
     with suppress(KeyError, TypeError, AttributeError):
@@ -127,6 +132,7 @@ def read_index(folder: Path) -> Index:
         label_shape = tuple(content.get("label_shape", ()))
         kept_as = content.get("kept_as", "float32")
         label_dtype = content.get("label_dtype", NAME_BY_DTYPE[torch.int64])
+        hash((kept_as, label_dtype))
         index = Index(content["num_samples"], content["shard_samples"], tensors, shards, label_shape, kept_as, label_dtype)
     if index is None or not _is_consistent(index):
         raise CheckpointError(f"{str(path)!r} contradicts itself or lacks a part; {RUN_REMEDY}")
@@ -152,6 +158,10 @@ def make_empty_folder(folder: Path) -> None:
             path.unlink()
     except OSError as error:
         raise disk_error(folder, error, "make an empty folder") from error
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _is_consistent(index: Index) -> bool:

@@ -1,6 +1,7 @@
 """Export folder: the files of an export, written whole or not at all, and never over what an export did not write."""
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -139,7 +140,8 @@ class ExportFolder:
             sync_folder(self.path.parent)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise DiskError(f"cannot write to {self.path}: {reason}; make room there, or {_REMEDY}") from error
+            remedy = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk and its access rights"
+            raise DiskError(f"cannot write to {self.path}: {reason}; {remedy}, or {_REMEDY}") from error
         finally:
             if temporary is not None:
                 remove_folder(temporary)

@@ -154,6 +154,9 @@ def test_evaluate_gives_the_scores_of_the_run() -> None:
     scores = json.loads(done.out)
     assert scores["test_accuracy"] == result["test_accuracy"]
     assert scores["test_loss"] == pytest.approx(result["test_loss"])
+    shown = lowmem_pnn("evaluate run")
+    assert shown.code == 0, shown.err
+    assert f"test_accuracy {scores['test_accuracy']:.4f}, " in shown.out
 
 
 def test_evaluate_on_other_data_than_the_run_had() -> None:

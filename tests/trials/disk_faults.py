@@ -228,7 +228,9 @@ def fault_of(trials: Trials, scenario: str, template: Path | None, trial: Trial,
         kind = "refused"
         line = lines[0] if lines else ""
         is_clear = (
-            line.startswith("lowmem-pnn: ") and ";" in line and ("run" in line or "tmp" in line or str(trials.place) in line)
+            line.startswith("lowmem-pnn: ")
+            and ";" in line
+            and any(name in line for name in ("run", "tmp", " out", str(trials.place)))
         )
         with (trials.place.parent / "messages").open("a") as file:
             file.write(f"{trial} {what}: {line}\n")

@@ -45,3 +45,18 @@ def test_every_field_says_what_it_is() -> None:
     for name in field_names():
         description = FitConfig.__dataclass_fields__[name].default.description
         assert description.endswith("."), name
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, -1, 2**200, 1e308, "", "x", "\0", "../../x", [], [None], [[]], {}, {"a": []}], ids=repr
+)
+def test_any_value_in_a_configuration_is_taken_or_refused_in_one_line(value: object) -> None:
+    whole = json.loads(make().to_json())
+    refused: list[str] = []
+    for name in field_names():
+        try:
+            FitConfig.from_json(json.dumps({**whole, name: value}))
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert len(refused) > len(whole) // 4
+    assert not [text for text in refused if "\n" in text]

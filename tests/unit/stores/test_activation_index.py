@@ -19,12 +19,19 @@ from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.tensor_file import TensorFile
 
 
+def unsealed(path):
+    """The content of an index, as versions wrote it that did not seal it."""
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    return {**content, "format": 2}
+
+
 def test_default_shards_are_those_of_earlier_versions(tmp_path, pool):
     write(tmp_path / "a", 5, pool)
     with TensorFile.open(tmp_path / "a" / "00000.safetensors") as file:
         assert list(file.entries) == ["0", "1", "labels"]
     path = tmp_path / "a" / "index.json"
-    content = json.loads(path.read_text())
+    content = unsealed(path)
     assert content.pop("kept_as") == "float32"
     path.write_text(json.dumps(content))
     assert ActivationStore.open(tmp_path / "a", verify=True).encoding == "float32"
@@ -42,7 +49,7 @@ def test_scales_are_in_the_checksum_and_their_absence_is_noticed(tmp_path, pool)
     with pytest.raises(CheckpointError, match=r"a/00001\.safetensors' has CRC-32"):
         ActivationStore.open(tmp_path / "a", verify=True)
     path = tmp_path / "b" / "index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "kept_as": "bfloat16"}))
+    path.write_text(json.dumps({**unsealed(path), "kept_as": "bfloat16"}))
     text = r"holds int8 \(4, 4, 16\), float32 \(4, 4\), int64 \(4,\), the index says bfloat16 \(4, 4, 16\), int64 \(4,\);"
     with pytest.raises(CheckpointError, match=text):
         ActivationStore.open(tmp_path / "b")
@@ -51,7 +58,7 @@ def test_scales_are_in_the_checksum_and_their_absence_is_noticed(tmp_path, pool)
 def test_an_index_of_an_earlier_version_is_of_single_labels(tmp_path, pool):
     write(tmp_path / "a", 20, pool)
     path = tmp_path / "a" / "index.json"
-    content = json.loads(path.read_text())
+    content = unsealed(path)
     del content["label_shape"]
     path.write_text(json.dumps(content))
     store = ActivationStore.open(tmp_path / "a", verify=True)
@@ -59,7 +66,7 @@ def test_an_index_of_an_earlier_version_is_of_single_labels(tmp_path, pool):
     assert label_lists(read(store, 20, pool)) == [list(range(20))]
     write_labelled(tmp_path / "b", 20, (5,), pool)
     path = tmp_path / "b" / "index.json"
-    content = json.loads(path.read_text())
+    content = unsealed(path)
     del content["label_shape"]
     path.write_text(json.dumps(content))
     with pytest.raises(
@@ -72,7 +79,7 @@ def test_shards_laid_out_by_others_are_read(tmp_path, pool):
     tensors, labels = samples(SPECS, 20)
     write(tmp_path / "a", 20, pool)
     index = tmp_path / "a" / "index.json"
-    content = json.loads(index.read_text())
+    content = unsealed(index)
     for number, shard in enumerate(content["shards"]):
         path = tmp_path / "a" / shard["file"]
         safetensors.torch.save_file(safetensors.torch.load_file(path), path, {"shard": str(number)})
@@ -156,11 +163,25 @@ def test_shards_of_another_store_are_told_by_their_checksum(tmp_path, pool):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [{"shard_samples": 21}, {"num_samples": 4}, {"format": 2}, {"format": 1}, {"more": 1}, {"kept_as": "int8"}, {"sha256": None}],
+)
+def test_a_change_of_a_sealed_index_is_noticed(tmp_path, pool, change):
+    write(tmp_path / "a", 3, pool)  # a single shard, which contradicts no number of samples above its own
+    path = tmp_path / "a" / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=r"a/index\.json' is damaged: its content does not match its checksum; restore"):
+        ActivationStore.open(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
     ("edit", "text"),
     [
         (lambda index: "{", "is no JSON"),
-        (lambda index: [], "has format None, this version reads 2"),
-        (lambda index: {**index, "format": 3}, "has format 3, this version reads 2"),
+        (lambda index: [], "has format None, this version reads 3"),
+        (lambda index: {**index, "format": 4}, "has format 4, this version reads 3"),
+        (lambda index: {**index, "format": 3}, "is damaged: its content does not match its checksum"),
+        (lambda index: {**index, "label_dtype": ["I64"]}, "contradicts itself or lacks a part"),
         (lambda index: {**index, "num_samples": 21}, "contradicts itself or lacks a part"),
         (lambda index: {**index, "num_samples": "20"}, "contradicts itself or lacks a part"),
         (lambda index: {**index, "shard_samples": 0}, "contradicts itself or lacks a part"),
@@ -189,7 +210,7 @@ def test_shards_of_another_store_are_told_by_their_checksum(tmp_path, pool):
 def test_a_damaged_index_is_refused_by_name(tmp_path, pool, edit, text):
     write(tmp_path / "a", 20, pool)
     path = tmp_path / "a" / "index.json"
-    content = edit(json.loads(path.read_text()))
+    content = edit(unsealed(path))
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(CheckpointError, match=r"a/index\.json' " + text) as caught:
         ActivationStore.open(tmp_path / "a")
@@ -210,7 +231,7 @@ def test_a_damaged_index_is_refused_by_name(tmp_path, pool, edit, text):
 def test_an_index_that_contradicts_the_shards_is_refused(tmp_path, pool, edit, text):
     write(tmp_path / "a", 20, pool)
     path = tmp_path / "a" / "index.json"
-    path.write_text(json.dumps(edit(json.loads(path.read_text()))))
+    path.write_text(json.dumps(edit(unsealed(path))))
     with pytest.raises(CheckpointError, match=text):
         ActivationStore.open(tmp_path / "a")
 
