@@ -62,12 +62,11 @@ def find_mixing(workload: Workload, model: nn.Module, say: Callable[[str], None]
                     found[name] = number
                 inputs = trial.run(None, training=False)
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
+        reason = "it does not fit" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
         say(
-            f"whether model {workload.source.spec} mixes samples was not found out: layer {layer.name!r} does not fit for two of them"
+            f"whether model {workload.source.spec} mixes samples was not found out from layer {layer.name!r} on, of two samples: "
+            f"{' '.join(reason.split())[:200]}"
         )
-        return {}
     return found
 
 
@@ -123,7 +122,13 @@ class _Trial:
             if draw:
                 whole = self.run([0, 1], training=training, draw=draw)
             for row in (0, 1):
-                if self._differs(whole, self.run([row, row], training=training, draw=draw), row):
+                try:
+                    twin = self.run([row, row], training=training, draw=draw)
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
+                    return self._title  # two of the same are no batch for it
+                if self._differs(whole, twin, row):
                     if self._differs(whole, self.run([0, 1], training=training, draw=draw), row):
                         return None  # something else each time: nothing can be said
                     return self._first_module(training, draw, row)

@@ -4,7 +4,8 @@
 
 A run fails that had more private memory than its floor and its budget together, or ended otherwise than with a result or with a refusal
 that names a budget; a run that is refused is done again with the budget named, which has to be enough. What each came to is a line of
-FOLDER/runs.jsonl. Prints one JSON line: {"runs": n, "trained": n, "refused": n, "above": n, "failed": [...], ...}.
+FOLDER/runs.jsonl; runs that have one already are not done again. Prints one JSON line:
+{"runs": n, "trained": n, "refused": n, "above": n, "failed": [...], ...}.
 
 Every tenth run is the command `lowmem-pnn`; the others are forks of this process, which has imported everything and computed nothing.
 """
@@ -245,12 +246,14 @@ def main() -> None:
     import_all()
     folder, count, first = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
     folder.mkdir(parents=True, exist_ok=True)
-    runs = []
-    with (folder / "runs.jsonl").open("w") as log:
-        for seed in range(first, first + count):
-            runs.append(try_run(seed, folder / "trial"))
-            log.write(json.dumps(runs[-1]) + "\n")
-            log.flush()
+    log = folder / "runs.jsonl"
+    done = {run["number"]: run for run in map(json.loads, log.read_text().splitlines())} if log.exists() else {}
+    for number in range(first, first + count):
+        if number not in done:
+            done[number] = try_run(number, folder / "trial")
+            with log.open("a") as file:
+                file.write(json.dumps(done[number]) + "\n")
+    runs = [done[number] for number in range(first, first + count)]
     trained = [run for run in runs if "highest" in run]
     print(
         json.dumps(

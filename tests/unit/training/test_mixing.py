@@ -122,6 +122,32 @@ def test_time_in_the_place_of_the_batch_is_found() -> None:
     assert mixing_of(lambda: tokens(First(nn.LSTM(8, 8)))) == {"module '2.inner'": 1}
 
 
+def decorrelate(x: Tensor) -> Tensor:
+    """Divide by the distance between samples, which has to be one."""
+    if not (distance := torch.dist(x[0], x[-1])) > 0:
+        raise ValueError("no distance")
+    return x / distance
+
+
+def test_what_takes_no_equal_samples_mixes_them() -> None:
+    workload, model = workload_of(own_norm, vectors()), built(own_norm)
+    workload.bare.layers[0].module.get_submodule("1").register_forward_hook(lambda module, x, output: decorrelate(x[0]))
+    assert find_mixing(workload, model, print) == {"layer '0'": 0}
+
+
+def test_a_layer_that_fails_is_said_and_no_reason_to_stop() -> None:
+    said: list[str] = []
+
+    def fail(module: nn.Module, x: Any) -> None:
+        raise ValueError("two are\nnot enough")
+
+    workload = workload_of(mixers, vectors())
+    workload.bare.layers[1].module.get_submodule("2").register_forward_pre_hook(fail)
+    assert find_mixing(workload, built(mixers), said.append) == {"module '1'": 0}
+    text = "whether model python:model mixes samples was not found out from layer '1' on, of two samples: ValueError: two are not enough"
+    assert said == [text]
+
+
 class Functional(nn.Module):
     """Normalises over the batch in its own forward."""
 
