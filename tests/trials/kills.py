@@ -116,7 +116,7 @@ def try_training(training: Training, folder: Path, least: int, known: set[str], 
     Args:
         training: what is trained.
         folder: folder to work in.
-        least: kills; 0 for the commit points, and two trials at random.
+        least: kills; 0 for the commit points, and one trial of two kills at random.
         known: kinds of commit points at which a training was killed before; where `least` is 0 they are left out.
         chance: draws the moments.
     """
@@ -138,8 +138,8 @@ def try_training(training: Training, folder: Path, least: int, known: set[str], 
             return "point", chance.randrange(len(kinds))
         return "moment", chance.uniform(0, reference.seconds)
 
-    in_a_row = False
-    while (tally.killed < least and tally.trials < 3 * least) if least else tally.trials < len(points) + 3:
+    in_a_row = not least
+    while (tally.killed < least and tally.trials < 3 * least) if least else tally.trials < len(points) + 2:
         moments: list[Kill] = [("moment", chance.uniform(0, reference.seconds))]
         kills = [somewhere() for _ in range(3 if least else 2)] if in_a_row else moments
         try_kills(kills, training, path, reference, tally)

@@ -8,7 +8,8 @@ with random subsets of them. Of a file nothing is sure before it is synced, and 
 kinds come and go in any order, by pages of 4096 bytes, and a file's size apart from its bytes.
 
 Each distinct folder is resumed in a fork of this process. Either it ends as the run that was left alone, or it says in one line why not.
-With SUBSETS below 0 that many folders are drawn, without a sign, from all of those. Prints a table, then one JSON line.
+With SUBSETS below 0 no random subsets are made, and that many folders, without the sign, are drawn from the others. Prints a table, then
+one JSON line.
 """
 
 import hashlib
@@ -379,7 +380,8 @@ RECORDINGS = {
         "exact, clipped, in the place of a run that has finished", _small("exact, fp16", clip_norm=0.5), overwrites=True
     ),
     "neuroflux": Recording(
-        "neuroflux, interleaved, its heads among the results", _small("neuroflux, interleaved", macro_batches=1, cuts="2")
+        "neuroflux, interleaved, its heads among the results",
+        _small("pnn", epochs=1, method="neuroflux", visits="interleaved", macro_batches=1, clip_norm=0.5, keep_commits=1),
     ),
 }
 """Recordings by name."""
