@@ -43,12 +43,14 @@ class Plan:
         partitions: Partitions in order; together they cover every layer once.
         budget_bytes: Budget that the plan was made for.
         overhead_bytes: Bytes of the budget that are kept free for everything beside the partitions.
-        predicted_peak_bytes: Largest predicted peak of the partitions.
+        predicted_peak_bytes: Largest predicted peak of the partitions: without the reserve, and without `waiting_bytes`.
         smallest_micro_batch: Fewest samples that the modules accept at once, to which a micro-batch may shrink.
         loss_chunk: Rows for which the last layer and the loss are computed at once; None for all rows of a micro-batch.
         sweep_micro_batch: Samples on the device at once in sweeps, the same for all partitions; 0 where there are no sweeps.
         stream_bytes: Bytes of weights and optimizer state that a method of sweeps prefetches, and as many that wait to be written; 0
             for other methods.
+        waiting_bytes: Most bytes that wait to be written in sweeps, where host and device are one. Plans keep them free beside the
+            predicted peak and the reserve: the drive mostly keeps up.
         whole_batches: Whether a batch goes through at once, and no micro-batch may be halved.
     """
 
@@ -60,6 +62,7 @@ class Plan:
     loss_chunk: int | None = None
     sweep_micro_batch: int = 0
     stream_bytes: int = 0
+    waiting_bytes: int = 0
     whole_batches: bool = False
 
     def title(self, number: int, layers: Sequence[str]) -> str:

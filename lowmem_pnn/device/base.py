@@ -45,8 +45,13 @@ class Device(ABC):
         return self.reserve_for(self.budget_bytes)
 
     @staticmethod
-    def slack_for(budget_bytes: int) -> int:
-        """Return how much freed memory the allocator keeps under a budget instead of giving it back."""
+    def slack_for(budget_bytes: int, heap_bytes: int | None = None) -> int:
+        """Return how much freed memory the allocator keeps under a budget instead of giving it back.
+
+        Args:
+            budget_bytes: the budget.
+            heap_bytes: most bytes in use that come from the heap, where only that keeps freed memory; None for any number.
+        """
         return 0
 
     @property

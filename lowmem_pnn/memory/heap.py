@@ -25,8 +25,13 @@ def fix_malloc_thresholds(budget_bytes: int) -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, min(max(budget_bytes // 64, MEBIBYTE // 4), 8 * MEBIBYTE))
+        libc.mallopt(_M_MMAP_THRESHOLD, mmap_threshold(budget_bytes))
         libc.mallopt(_M_TRIM_THRESHOLD, trim_threshold(budget_bytes))
+
+
+def mmap_threshold(budget_bytes: int) -> int:
+    """Return from how many bytes on a block is no part of the heap, and given back when it is freed."""
+    return min(max(budget_bytes // 64, MEBIBYTE // 4), 8 * MEBIBYTE)
 
 
 def trim_threshold(budget_bytes: int) -> int:

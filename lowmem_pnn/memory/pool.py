@@ -68,6 +68,11 @@ class MemoryPool:
             self._limit_bytes = limit_bytes
             self._make_room(0)
 
+    def keep_to_limit(self) -> None:
+        """Let free blocks go that exceed the limit; tensors that are freed do not do so by themselves."""
+        with self._lock:
+            self._make_room(0)
+
     def clear(self) -> None:
         """Let all free blocks go."""
         with self._lock:

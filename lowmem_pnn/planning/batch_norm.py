@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning.batch_plan import plan_for_batches
+from lowmem_pnn.planning.enough import smallest_budget
 from lowmem_pnn.planning.request import PlanRequest
-from lowmem_pnn.units import MEGABYTE, format_bytes
+from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
 
 
@@ -112,12 +113,17 @@ def whole_batch_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int
 def _remedy(request: PlanRequest) -> str:
     """Return what would let a batch go through at once, as the end of a note."""
     try:
-        plan_for_batches(request, request.workload.config.batch_sizes, whole_batches=True)
+        _plan_whole_batches(request)
     except ConfigError:
         return f" (--micro-batch {request.workload.config.micro_batch})"
     except BudgetError as error:
-        if error.enough_bytes is None:
+        enough = smallest_budget(request, _plan_whole_batches, error.enough_bytes or request.device.budget_bytes)
+        if enough is None:
             return "; a larger --max-gpu-mem would do"
-        enough = format_bytes(-(-error.enough_bytes // MEGABYTE) * MEGABYTE)
-        return f"; they see the whole batch from --max-gpu-mem {enough.replace(' ', '')} on (--batch-norm refuse insists on it)"
+        named = format_bytes(enough).replace(" ", "")
+        return f"; they see the whole batch from --max-gpu-mem {named} on (--batch-norm refuse insists on it)"
     return "; --batch-norm refuse has them see the whole batch in this budget"
+
+
+def _plan_whole_batches(request: PlanRequest) -> Plan:
+    return plan_for_batches(request, request.workload.config.batch_sizes, whole_batches=True)

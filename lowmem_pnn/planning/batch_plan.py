@@ -11,6 +11,7 @@ from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning import planner
 from lowmem_pnn.planning.footprint import Footprint
+from lowmem_pnn.planning.heap_share import heap_bytes
 from lowmem_pnn.planning.neuroflux_blocks import similar_batch_cuts
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.units import format_bytes
@@ -126,7 +127,8 @@ def _with_own_peaks(request: PlanRequest, plan: Plan) -> Plan:
 
 def _with_own_peak(footprint: Footprint, plan: Plan, part: PartitionPlan) -> PartitionPlan:
     request = footprint.request
-    learning = part.predicted_peak_bytes - plan.overhead_bytes + footprint.beside_bytes(part.start, part.batch)
+    beside = footprint.beside_bytes(part.start, part.batch, plan.cuts)
+    learning = part.predicted_peak_bytes - plan.overhead_bytes + beside
     writing = 0
     if request.device.shares_host and part.stop < request.num_layers:
         # Gradients are freed while outputs are written, and two shards are in memory.
@@ -138,7 +140,7 @@ def _with_own_peak(footprint: Footprint, plan: Plan, part: PartitionPlan) -> Par
         writing = state + forward + shards + objective + footprint.reading_bytes(part.start, part.batch)
     return dataclasses.replace(
         part,
-        predicted_peak_bytes=max(learning, writing) + footprint.constant_bytes,
+        predicted_peak_bytes=max(learning, writing) + footprint.constant_bytes_beside(heap_bytes(footprint, part, beside)),
         # With the optimizer state that a sweep streams in.
         state_bytes=sum(layer.state_bytes for layer in request.profile.layers[part.start : part.stop]),
     )
@@ -151,11 +153,12 @@ def _with_longer_streams(request: PlanRequest, plan: Plan) -> Plan:
     if not device.shares_host:
         return dataclasses.replace(plan, stream_bytes=window)
     # A second reserve, for what the check before training may find above the plan.
-    spare = device.budget_bytes - 2 * device.reserve_bytes - plan.predicted_peak_bytes
+    spare = device.budget_bytes - 2 * device.reserve_bytes - plan.predicted_peak_bytes - footprint.waiting_bytes()
     longer = window + min(window, max(0, spare) // 2)
-    more = 2 * (footprint.stream_bytes(longer) - footprint.stream_bytes(window))
+    more = footprint.stream_bytes(longer) - footprint.stream_bytes(window)
     partitions = [dataclasses.replace(part, predicted_peak_bytes=part.predicted_peak_bytes + more) for part in plan.partitions]
-    return dataclasses.replace(_with_partitions(plan, partitions), stream_bytes=longer)
+    waiting = footprint.waiting_bytes(longer)
+    return dataclasses.replace(_with_partitions(plan, partitions), stream_bytes=longer, waiting_bytes=waiting)
 
 
 def _with_recovery(request: PlanRequest, plan: Plan) -> Plan:
@@ -165,7 +168,9 @@ def _with_recovery(request: PlanRequest, plan: Plan) -> Plan:
         BudgetError: Not even the smallest micro-batch fits.
     """
     device, footprint, batch = request.device, Footprint.of(request), plan.partitions[-1].batch
-    beside = footprint.constant_bytes + footprint.sweep_bytes(batch)
+    beside = footprint.constant_bytes + footprint.sweep_bytes(batch, plan.cuts)
+    # What plans keep free.
+    free = device.reserve_bytes + footprint.waiting_bytes()
     size = min(batch, request.workload.config.micro_batch or batch)
     while True:
         peaks = [
@@ -180,13 +185,13 @@ def _with_recovery(request: PlanRequest, plan: Plan) -> Plan:
             )
             for part in plan.partitions
         ]
-        if max(peaks) + device.reserve_bytes <= device.budget_bytes:
+        if max(peaks) + free <= device.budget_bytes:
             break
         half = None if plan.whole_batches else halved(size, plan.smallest_micro_batch)
         if half is None:
             worst = peaks.index(max(peaks))
             raise BudgetError(
-                f"partition {worst + 1} of {len(peaks)} needs {format_bytes(max(peaks) + device.reserve_bytes)} in the recovery epochs, "
+                f"partition {worst + 1} of {len(peaks)} needs {format_bytes(max(peaks) + free)} in the recovery epochs, "
                 f"above the budget of {format_bytes(device.budget_bytes)}; give more --max-gpu-mem, or more --partitions"
             )
         size = half
@@ -194,7 +199,8 @@ def _with_recovery(request: PlanRequest, plan: Plan) -> Plan:
         dataclasses.replace(part, predicted_peak_bytes=max(part.predicted_peak_bytes, peak))
         for part, peak in zip(plan.partitions, peaks, strict=True)
     ]
-    return dataclasses.replace(_with_partitions(plan, partitions), sweep_micro_batch=size)
+    waiting = footprint.waiting_bytes()
+    return dataclasses.replace(_with_partitions(plan, partitions), sweep_micro_batch=size, waiting_bytes=waiting)
 
 
 def _with_partitions(plan: Plan, partitions: Sequence[PartitionPlan]) -> Plan:

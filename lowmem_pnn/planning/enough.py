@@ -33,15 +33,21 @@ def naming_enough(request: PlanRequest, plan: Callable[[PlanRequest], Plan]) -> 
     try:
         return plan(request)
     except BudgetError as error:
-        enough = _smallest_budget(request, plan, error.enough_bytes or request.device.budget_bytes)
+        enough = smallest_budget(request, plan, error.enough_bytes or request.device.budget_bytes)
         if enough is None:
             raise
         text = _NAMED.sub(f"--max-gpu-mem {enough // MEGABYTE}MB", str(error), count=1)
         raise BudgetError(text, enough) from None
 
 
-def _smallest_budget(request: PlanRequest, plan: Callable[[PlanRequest], Plan], guess: int) -> int | None:
-    """Return a budget in whole megabytes for which there is a plan, and none for one that is a hundredth smaller."""
+def smallest_budget(request: PlanRequest, plan: Callable[[PlanRequest], Plan], guess: int) -> int | None:
+    """Return a budget in whole megabytes for which there is a plan, and none for one that is a hundredth smaller.
+
+    Args:
+        request: workload, layer costs and device; nothing fits its budget.
+        plan: makes the plan.
+        guess: budget that is tried first, in bytes.
+    """
 
     def fits(megabytes: int) -> bool:
         device = copy.copy(request.device)

@@ -1,5 +1,6 @@
 """Footprint: the device memory that a run needs beside its partitions' own state and activations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,51 +50,72 @@ class Footprint:
         """
         device = self.request.device
         beside = max(self.beside_bytes(boundary, batch) for boundary in range(self.request.num_layers))
+        if self.request.workload.method.sweeps:
+            beside += self.waiting_bytes()
         shards = 2 * self.buffer_sizes.shard_bytes if device.shares_host else 0
         return device.reserve_for(self.budget_bytes) + self.constant_bytes + beside + shards
 
     @property
     def constant_bytes(self) -> int:
         """Bytes in use during every visit: context, kernels, unexplained bytes, the structure of the model, and the allocator's slack."""
+        return self.constant_bytes_beside(None)
+
+    def constant_bytes_beside(self, heap_bytes: int | None) -> int:
+        """Return `constant_bytes` where no more than so many bytes come from the heap, whose slack is then smaller."""
         request = self.request
-        constant = request.device.fixed_bytes + request.profile.kernel_bytes + request.unexplained_bytes
+        constant = request.device.fixed_bytes + self._kernel_bytes + request.unexplained_bytes
         if request.device.shares_host:
             constant += packing_bytes(request.profile.widest_product, torch.get_num_threads())
             constant += request.workload.chain.num_objects * _STRUCTURE_BYTES
-        return constant + request.device.slack_for(self.budget_bytes)
+        return constant + request.device.slack_for(self.budget_bytes, heap_bytes)
 
-    def beside_bytes(self, boundary: int, batch: int) -> int:
+    @property
+    def _kernel_bytes(self) -> int:
+        """Bytes of the kernels that are compiled and kept: anew for each number of samples that layers run on."""
+        request = self.request
+        workload, profile = request.workload, request.profile
+        batch_size = workload.config.batch_size
+        # An epoch's last batch has fewer samples where they do not divide.
+        divides = batch_size != "auto" and all(
+            len(workload.splits["train"]) % batch == 0 for batch in workload.config.batch_sizes
+        )
+        kernels = profile.kernel_bytes * (1 if divides else 2)
+        # Outside of sweeps partitions write their outputs in eval mode, in micro-batches of another size.
+        return kernels + (profile.emit_kernel_bytes if self._evaluates or not workload.method.sweeps else 0)
+
+    @property
+    def _evaluates(self) -> bool:
+        """Whether anything is measured outside of training."""
+        return not self.request.workload.splits.keys().isdisjoint(("val", "test"))
+
+    def beside_bytes(self, boundary: int, batch: int, cuts: Sequence[int] | None = None) -> int:
         """Return the bytes of samples and streams beside a partition while it trains.
 
         Args:
             boundary: Boundary before the partition, where its samples come from: 0 is the data set.
             batch: Samples of an optimizer step.
+            cuts: Layers that start a partition; None where they are not known yet.
         """
-        reading = self.reading_bytes(boundary, batch)
+        if not self.request.workload.method.sweeps:
+            return self.reading_bytes(boundary, batch)
         # In an evaluation a sweep's partitions read their samples from shards.
-        return max(reading, self.sweep_bytes(batch)) if self.request.workload.method.sweeps else reading
+        reading = self.reading_bytes(boundary, batch) if self._evaluates else 0
+        return max(reading, self.sweep_bytes(batch, cuts))
 
-    def sweep_bytes(self, batch: int) -> int:
-        """Return the bytes beside a partition in a sweep.
-
-        They hold one layer's optimizer state, batches of the data set, streams of weights, and boundary activations.
+    def sweep_bytes(self, batch: int, cuts: Sequence[int] | None = None) -> int:
+        """Return the bytes beside a partition in a sweep: batches of the data set, prefetched weights and state, boundary activations.
 
         Args:
             batch: Samples of an optimizer step.
+            cuts: Layers that start a partition; None where they are not known yet.
         """
-        state = max(layer.optimizer_bytes for layer in self.request.profile.layers)
         if not self.request.device.shares_host:
-            return state + self.buffer_sizes.transfer_bytes
+            return self.buffer_sizes.transfer_bytes
         # The gradient of shared weights that other partitions left, and the sum with it.
         shared = 2 * self.request.profile.shared_bytes
-        streams = 2 * self.stream_bytes(self.buffer_sizes.stream_bytes)
-        return (
-            state
-            + shared
-            + max(self.reading_bytes(0, batch), self._stored_batches_bytes(batch))
-            + streams
-            + self._boundary_bytes(batch)
-        )
+        reading = max(self.reading_bytes(0, batch), self._stored_batches_bytes(batch))
+        prefetched = self.stream_bytes(self.buffer_sizes.stream_bytes)
+        return shared + reading + prefetched + self._boundary_bytes(batch, cuts)
 
     def _stored_batches_bytes(self, batch: int) -> int:
         """Return the bytes of two batches of what frozen layers have written once, and of the order in which they come."""
@@ -103,20 +125,34 @@ class Footprint:
         sample = sum(spec.sample_bytes for spec in workload.chain.boundaries[workload.fixed_layers])
         return 2 * batch * (sample + _LABEL_BYTES * workload.rows_per_sample) + 2 * _ORDER_BYTES * len(workload.splits["train"])
 
-    def _boundary_bytes(self, batch: int) -> int:
-        """Return the bytes of a batch at the boundaries, as far as they are kept in memory: if there were a cut at every layer."""
-        boundaries = self.request.workload.chain.boundaries[1:-1]
-        sizes = [batch * sum(spec.sample_bytes for spec in specs) for specs in boundaries]
+    def waiting_bytes(self, window_bytes: int | None = None) -> int:
+        """Return the bytes that may wait to be written in a sweep; no prediction counts them, for the drive mostly keeps up.
+
+        Args:
+            window_bytes: Bytes of the stream's window; None for that of the budget.
+        """
+        return self.stream_bytes(window_bytes or self.buffer_sizes.stream_bytes) if self.request.device.shares_host else 0
+
+    def _boundary_bytes(self, batch: int, cuts: Sequence[int] | None) -> int:
+        """Return the bytes of a batch at the boundaries, as far as they are kept in memory: without cuts, as if every layer began one."""
+        boundaries = self.request.workload.chain.boundaries
+        numbers = range(1, self.request.num_layers) if cuts is None else cuts
+        sizes = [batch * sum(spec.sample_bytes for spec in boundaries[number]) for number in numbers]
         # And the gradients at one of them.
         return min(self.buffer_sizes.boundary_bytes, sum(sizes) + max(sizes, default=0))
 
     def stream_bytes(self, window_bytes: int) -> int:
-        """Return the bytes that a sweep prefetches, and as many that it writes behind.
+        """Return the bytes that a sweep prefetches, and as many that it writes behind: at most all that it moves.
 
         Args:
             window_bytes: Bytes of the stream's window; a tensor that is larger than the window waits alone.
         """
-        return max(window_bytes, self._largest_tensor_bytes)
+        return max(min(window_bytes, self._streamed_bytes), self._largest_tensor_bytes)
+
+    @cached_property
+    def _streamed_bytes(self) -> int:
+        layers = self.request.profile.layers
+        return sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in layers)
 
     @cached_property
     def _largest_tensor_bytes(self) -> int:

@@ -87,6 +87,9 @@ class LayerCost:
         forward_macs: Multiply-accumulates of a forward, per sample.
         freed_gradient_bytes: Gradient bytes freed by the in-backward step before the previous layer's backward runs, where a batch is one
             micro-batch.
+        complete: Memory of a backward at the moment when the last gradient of the layer's parameters is there, as `backward_peak`; no
+            kernel's scratch memory is in use then. A step in backward comes on top of it.
+        streamed_state_bytes: Bytes of optimizer state that are in memory only during the layer's step.
     """
 
     name: str
@@ -104,6 +107,8 @@ class LayerCost:
     output_bytes: Affine
     forward_macs: int
     freed_gradient_bytes: int = 0
+    complete: Affine | Envelope = Affine(0, 0)
+    streamed_state_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -120,7 +125,9 @@ class MemoryProfile:
         forbidden_cuts: Numbers of the layers that must not start a partition, because a weight is shared across the cut.
         optimizer: Names of the optimizers whose state was counted.
         smallest_micro_batch: Fewest samples that all layers accept in train mode.
-        kernel_bytes: Bytes of kernels that are compiled for the layers and kept, for the whole chain.
+        kernel_bytes: Bytes of kernels that are compiled for the layers and kept, for the whole chain, in training by micro-batches of one
+            size.
+        emit_kernel_bytes: Bytes of kernels that forwards of another size compile beside them.
         untouched_bytes: Most bytes that a kernel takes from the system without using them.
         widest_product: Largest width of a matrix product (`kernel_memory.product_width`).
         repeated_bytes: Training state of shared tensors beyond its first count, where it is counted with several layers.
@@ -132,6 +139,7 @@ class MemoryProfile:
     optimizer: str = ""
     smallest_micro_batch: int = 1
     kernel_bytes: int = 0
+    emit_kernel_bytes: int = 0
     untouched_bytes: int = 0
     widest_product: int = 0
     repeated_bytes: int = 0
@@ -163,6 +171,7 @@ class MemoryProfile:
             optimizer=data["optimizer"],
             smallest_micro_batch=data["smallest_micro_batch"],
             kernel_bytes=data["kernel_bytes"],
+            emit_kernel_bytes=data["emit_kernel_bytes"],
             untouched_bytes=data["untouched_bytes"],
             widest_product=data["widest_product"],
             repeated_bytes=data["repeated_bytes"],
@@ -178,11 +187,13 @@ def _field_value(value: Any) -> Any:
 
 
 def with_streamed_state(layer: LayerCost) -> LayerCost:
-    """Return the cost of a layer whose optimizer state is not resident with its weights but streamed in for the step.
+    """Return the cost of a layer whose optimizer state is not resident with its weights but streamed in for the step."""
+    return replace(layer, optimizer_bytes=0, streamed_state_bytes=layer.optimizer_bytes)
 
-    The caller counts the state of the layer that steps.
-    """
-    return replace(layer, optimizer_bytes=0)
+
+def without_step(layer: LayerCost) -> LayerCost:
+    """Return the cost of a layer that goes forward and back, and whose gradients are then dropped instead of a step."""
+    return replace(layer, streamed_state_bytes=0, step_bytes=0)
 
 
 def with_step_in_backward(layer: LayerCost) -> LayerCost:
@@ -204,11 +215,17 @@ def with_local_loss(layer: LayerCost) -> LayerCost:
     """
     before, kept = layer.input_bytes.per_sample, layer.kept
     forward = [Affine(moment.fixed, moment.per_sample + before) for moment in _moments(layer.forward_peak)]
-    backward = [
-        Affine(moment.fixed + kept.fixed, moment.per_sample + kept.per_sample + before)
-        for moment in _moments(layer.backward_peak)
-    ]
-    return replace(layer, forward_peak=Envelope.over([*forward, *backward]), kept=Affine(0, 0), backward_peak=Affine(0, 0))
+
+    def after_forward(peak: Affine | Envelope) -> list[Affine]:
+        return [Affine(moment.fixed + kept.fixed, moment.per_sample + kept.per_sample + before) for moment in _moments(peak)]
+
+    return replace(
+        layer,
+        forward_peak=Envelope.over([*forward, *after_forward(layer.backward_peak)]),
+        kept=Affine(0, 0),
+        backward_peak=Affine(0, 0),
+        complete=Envelope.over(after_forward(layer.complete)),
+    )
 
 
 def with_chunked_loss(layer: LayerCost, samples: float) -> LayerCost:
@@ -228,6 +245,7 @@ def with_chunked_loss(layer: LayerCost, samples: float) -> LayerCost:
         forward_peak=of_chunk(layer.forward_peak),
         kept=Affine(0, 0),
         backward_peak=Affine(backward + of_chunk(layer.kept).fixed, layer.input_bytes.per_sample),
+        complete=Affine(0, 0),
         emit_peak=of_chunk(layer.emit_peak),
         output_bytes=of_chunk(layer.output_bytes),
     )

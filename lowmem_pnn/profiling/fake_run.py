@@ -33,12 +33,14 @@ class MemoryTrace:
         forward: Live bytes of a forward in train mode.
         kept: Live bytes after the forward.
         backward: Live bytes of the backward, above `kept` and the incoming gradient.
+        complete: Live bytes, above these too, when the last gradient of the layer's parameters is there.
         emit: Live bytes of a forward in eval mode, without gradients.
     """
 
     forward: list[int] = field(default_factory=lambda: [0])
     kept: int = 0
     backward: list[int] = field(default_factory=lambda: [0])
+    complete: int = 0
     emit: list[int] = field(default_factory=lambda: [0])
 
 
@@ -50,7 +52,8 @@ class LayerMeasurement:
         traces: Traces at `FEW`, `MORE` and `MANY` samples; of a compiled layer, those of its module and those of its compiled code.
         macs: Multiply-accumulates of a forward, per sample.
         smallest: Fewest samples that the layer accepts in train mode.
-        compiled: Bytes of the kernels that are compiled for the layer, by their keys.
+        compiled: Bytes of the kernels that are compiled for the layer in training, by their keys.
+        emitting: Bytes of those that are compiled for its forward in eval mode.
         untouched: Most bytes that one of its kernels takes from the system without using them.
         widest: Largest width of its matrix products (`kernel_memory.product_width`).
     """
@@ -59,6 +62,7 @@ class LayerMeasurement:
     macs: int
     smallest: int
     compiled: Mapping[Hashable, int]
+    emitting: Mapping[Hashable, int]
     untouched: int = 0
     widest: int = 0
 
@@ -137,6 +141,7 @@ class FakeRun:
         self._learns_input = learns_input
         # Compiled kernels, by whether the layer's compiled code ran.
         self._kernels: dict[bool, dict[Hashable, int]] = {False: {}, True: {}}
+        self._emitting: dict[bool, dict[Hashable, int]] = {False: {}, True: {}}
         self._untouched, self._widest = 0, 0
         self._code: CompiledForward | None = None
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -151,8 +156,9 @@ class FakeRun:
         # A compiled layer runs as a module at times (one sample; rows in chunks), so that its cost is the greater of both.
         ways = [False] if self._layer.compiled is None else [False, True]
         traces = [tuple(self.trace(size, compiled=compiled) for size in (FEW, MORE, MANY)) for compiled in ways]
-        kernels = self._kernels[False] | self._kernels[True]
-        return LayerMeasurement(traces, self.count_macs(), 1 if self.accepts(1) else 2, kernels, self._untouched, self._widest)
+        kernels, emitting = self._kernels[False] | self._kernels[True], self._emitting[False] | self._emitting[True]
+        smallest = 1 if self.accepts(1) else 2
+        return LayerMeasurement(traces, self.count_macs(), smallest, kernels, emitting, self._untouched, self._widest)
 
     def count_macs(self) -> int:
         """Count the multiply-accumulates of a forward in train mode, per sample.
@@ -224,8 +230,17 @@ class FakeRun:
             begin = torch.ones_like(end)
             live_bytes.moments = []
             incoming = sum(tensor.nbytes for tensor in learnt)
+            completed = [0]
+            learners = {id(tensor): tensor for tensor in self._tensors.values() if tensor.requires_grad}
+            hooks = [
+                tensor.register_post_accumulate_grad_hook(lambda _: completed.append(live_bytes.live))
+                for tensor in learners.values()
+            ]
             with live_bytes:
                 torch.autograd.backward(end, begin)
+            for hook in hooks:
+                hook.remove()
+            trace.complete = completed[-1] - trace.kept - incoming
             self._kernels[self._code is not None] = live_bytes.compiled
             self._untouched = max(self._untouched, live_bytes.untouched)
             self._widest = max(self._widest, live_bytes.widest)
@@ -242,7 +257,7 @@ class FakeRun:
         with torch.no_grad(), live_bytes:
             self._run(*inputs)
         # Kernels of one number of samples are kept: the last one measured.
-        self._kernels[self._code is not None] |= {("eval", key): nbytes for key, nbytes in live_bytes.compiled.items()}
+        self._emitting[self._code is not None] = live_bytes.compiled
         return live_bytes.moments
 
     def _run(self, *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:

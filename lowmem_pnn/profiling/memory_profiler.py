@@ -5,7 +5,7 @@ of an operation) is matched with the same moment of the other run, which gives i
 at any number of samples is the peak. A third number of samples checks the peak. The chain's own tensors are neither read nor changed.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -57,6 +57,7 @@ def profile(
         layers = []
         smallest, untouched, widest = 1, 0, 0
         compiled_kernels: dict[Hashable, int] = {}
+        emitting_kernels: dict[Hashable, int] = {}
         shared: set[int] = set()
         repeated: dict[int, int] = {}
         repeated_bytes = 0
@@ -81,6 +82,7 @@ def profile(
             layers.append(with_local_loss(cost) if per_layer_loss else cost)
             shared |= counted
             compiled_kernels |= measurement.compiled
+            emitting_kernels |= measurement.emitting
             smallest = max(smallest, measurement.smallest)
             untouched, widest = max(untouched, measurement.untouched), max(widest, measurement.widest)
     # PyTorch's memory of what operations do to fake tensors: 7 MB for DenseNet-121.
@@ -91,7 +93,8 @@ def profile(
         forbidden_cuts=() if cuts_through_ties else tuple(sorted(forbidden)),
         optimizer=", ".join(dict.fromkeys(map(str, optimizers))),
         smallest_micro_batch=smallest,
-        kernel_bytes=sum(sorted(compiled_kernels.values(), reverse=True)[:PRIMITIVE_CACHE_CAPACITY]),
+        kernel_bytes=_kept_bytes(compiled_kernels),
+        emit_kernel_bytes=_kept_bytes(emitting_kernels),
         untouched_bytes=untouched,
         widest_product=widest,
         repeated_bytes=repeated_bytes,
@@ -140,6 +143,7 @@ def _layer_cost(
         input_bytes=Affine(0, sum(spec.sample_bytes for spec in before)),
         output_bytes=Affine(0, sum(spec.sample_bytes for spec in after)),
         forward_macs=measurement.macs,
+        complete=peak(lambda trace: [trace.complete]),
     )
 
 
@@ -188,6 +192,10 @@ def _not_yet_counted(tensors: Iterable[Tensor], counted: set[int]) -> list[Tenso
             counted.add(id(tensor))
             fresh.append(tensor)
     return fresh
+
+
+def _kept_bytes(kernels: Mapping[Hashable, int]) -> int:
+    return sum(sorted(kernels.values(), reverse=True)[:PRIMITIVE_CACHE_CAPACITY])
 
 
 def _state_bytes(parameters: Sequence[Tensor], optimizers: Sequence[OptimizerSpec]) -> int:

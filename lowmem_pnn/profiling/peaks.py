@@ -1,16 +1,18 @@
 """Peak memory of a range of neighbouring layers that train as one partition. Integers only, no torch.
 
-Letters: layer i of the partition [start, stop), micro-batch m, batch B. W weights and buffers, O optimizer state, G gradients.
+Letters: layer i of the partition [start, stop), micro-batch m, batch B. W weights and buffers, O optimizer state, S optimizer state that
+is streamed in for the step, G gradients.
 
                  resident                          grows with m
     forward i    W + O + [G if m < B]              input, kept of layers < i, forward peak of i
     objective    W + O + [G if m < B]              input, kept of all layers, objective
     backward i   W + O + [G if m < B, else G > i]  input, kept of layers <= i, gradient of i's output, backward peak of i
-    step         W + O + G                         nothing; the optimizer's temporaries
+    step i       W + O + [G if m < B, else G > i]  input, kept of layers < i, gradients when the last of i's is there; S of i, temporaries
+    step         W + O + G                         nothing; S of one layer, the optimizer's temporaries
 
 A partition's peak is the greatest of these. Gradients are in memory during the forward only where a batch takes several micro-batches.
 Where a batch takes one micro-batch, and the step of a layer comes at the end of its backward (`LayerCost.freed_gradient_bytes`),
-its gradients are freed there and G > i is nothing.
+its gradients are freed there, G > i is nothing, and there is a step i for each such layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,16 +38,21 @@ class RangePeaks:
                 # Undoing a batch that ran out of memory takes a copy of the buffers.
                 layer.weight_bytes + 2 * layer.buffer_bytes + layer.optimizer_bytes,
                 layer.gradient_bytes if accumulates else layer.gradient_bytes - layer.freed_gradient_bytes,
-                layer.step_bytes,
+                layer.step_bytes + layer.streamed_state_bytes,
                 layer.input_bytes.at(m),
                 layer.kept.at(m),
                 layer.forward_peak.at(m),
-                # A step in backward comes on top of what the layer's backward has left.
-                layer.output_bytes.at(m) + layer.backward_peak.at(m) + (layer.step_bytes if layer.freed_gradient_bytes else 0),
+                layer.output_bytes.at(m) + max(layer.backward_peak.at(m), self._step_in_backward(layer)),
                 layer.emit_peak.at(m),
             )
             for layer in layers
         ]
+
+    def _step_in_backward(self, layer: LayerCost) -> int:
+        """Return the bytes of a step in backward, as `LayerCost.backward_peak` counts: it comes when the kernels' scratch is free."""
+        if not layer.freed_gradient_bytes:
+            return 0
+        return layer.complete.at(self.micro_batch) + layer.step_bytes + layer.streamed_state_bytes
 
     def ranges(self, start: int) -> Iterator[tuple[int, int]]:
         """Iterate over the ranges of layers that begin at `start`: of one layer, of two, and so on to the end of the chain.

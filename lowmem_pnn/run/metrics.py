@@ -75,7 +75,7 @@ class Metrics:
         """
         self.update_record()
         device = self._session.device
-        device.set_expected_peak(self._plan.partitions[partition].predicted_peak_bytes)
+        device.set_expected_peak(self._plan.partitions[partition].predicted_peak_bytes + self._plan.waiting_bytes)
         device.begin_section()
         self._recording = partition, time.monotonic(), self._session.threads.stalls.seconds()
 

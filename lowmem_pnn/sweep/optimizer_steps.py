@@ -23,7 +23,6 @@ from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
-from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
 from lowmem_pnn.sweep.weight_streamer import WeightStreamer
 from lowmem_pnn.workload import Workload
@@ -99,15 +98,6 @@ class SweepOptimizerSteps:
                 yield from map(weight_key, self._residencies[partition].groups[group])
             if not self._starts_with_fresh_state(step):
                 yield from self._state_keys[partition][group]
-
-    def largest_state_bytes(self, weights: WeightStore) -> int:
-        """Return the size of the largest optimizer state of a group.
-
-        Args:
-            weights: weight files of the run.
-        """
-        states = (keys for number in self._sweep.learners for keys in self._state_keys[number])
-        return max((sum(map(weights.tensor_bytes, keys)) for keys in states), default=0)
 
     def step_group(self, partition: int, group: int, gradients: Gradients, streamer: WeightStreamer, file: TensorFile) -> None:
         """Step a group of a resident partition by the gradients in its parameters, and have the group written.

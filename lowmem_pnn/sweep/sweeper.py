@@ -85,7 +85,7 @@ class Sweeper:
         self._resident: int | None = None
         buffer_sizes, seed = device.buffer_sizes, workload.config.seed
         stream_bytes = plan.stream_bytes or buffer_sizes.stream_bytes
-        self._streamer = WeightStreamer(weights, device, threads, stream_bytes, self._steps.largest_state_bytes(weights))
+        self._streamer = WeightStreamer(weights, device, threads, stream_bytes)
         phase = "forward" if sweep.phase == "epoch" else sweep.phase
         self._buffers = BoundaryBuffers(device, folder, buffer_sizes.boundary_bytes, counter, seed, phase)
         self._passes = SweepPasses(workload, plan, self._residencies, device, self._buffers, sweep.learners, sweep.first)
@@ -255,6 +255,7 @@ class Sweeper:
 
     def _step_group(self, visit: Visit, batch: SweptBatch, file: TensorFile, group: int) -> None:
         self._steps.step_group(visit.partition, group, batch.gradients, self._streamer, file)
+        self._streamer.keep_pool_to_limit()
 
     def _keep_gradients(self, visit: Visit, batch: SweptBatch, group: int) -> None:
         self._steps.keep_gradients(visit.partition, group, batch.gradients, self._buffers)

@@ -27,16 +27,14 @@ class WeightStreamer:
         device: training device.
         threads: threads that read and write.
         stream_bytes: most bytes of tensors that wait to be taken, and of tensors that wait to be written.
-        state_bytes: size of the largest optimizer state that is on the device at once.
     """
 
-    def __init__(self, weights: WeightStore, device: Device, threads: WorkerThreads, stream_bytes: int, state_bytes: int) -> None:
+    def __init__(self, weights: WeightStore, device: Device, threads: WorkerThreads, stream_bytes: int) -> None:
         self._weights = weights
         self._device = device
         self._threads = threads
         self._stalls = threads.stalls
         self._stream_bytes = stream_bytes
-        self._beside_bytes = state_bytes + 2 * stream_bytes
         self._pool = MemoryPool(0)
         self._write_behind = WriteBehind(threads.write, stream_bytes)
         # Writes of the previous batch, and of the present one, by partition.
@@ -70,12 +68,18 @@ class WeightStreamer:
             return self._prefetcher.take()
 
     def reserve_pool_for(self, keys: Iterable[str]) -> None:
-        """Set the limit of the memory pool for a partition that is about to be loaded, and for the tensors in transfer beside it.
+        """Set the limit of the memory pool for a partition that is about to be loaded, and for the streams beside it.
+
+        No more: a layer's optimizer state is let go before the layer before it goes back, whose kernels need the memory.
 
         Args:
             keys: names in weight files of the partition's tensors.
         """
-        self._pool.set_limit(sum(map(self._weights.tensor_bytes, keys)) + self._beside_bytes)
+        self._pool.set_limit(sum(map(self._weights.tensor_bytes, keys)) + 2 * self._stream_bytes)
+
+    def keep_pool_to_limit(self) -> None:
+        """Let memory of the pool go that a layer's step has left above the limit."""
+        self._pool.keep_to_limit()
 
     @contextmanager
     def writing(self, partition: int) -> Iterator[tuple[TensorFile, bool]]:

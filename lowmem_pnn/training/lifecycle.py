@@ -102,7 +102,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
             continue
         check = check_tightest(run, profile)
         # What the check found beyond the plan comes on top of all that the plan foresees, reading too.
-        expected = plan.predicted_peak_bytes + max(0, check.unexplained_bytes)
+        expected = plan.predicted_peak_bytes + plan.waiting_bytes + max(0, check.unexplained_bytes)
         if check.fits and expected <= device.budget_bytes - device.reserve_bytes // 2:
             break
         if attempt == _MAX_PLANS - 1:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,9 +12,11 @@ from lowmem_pnn.engine.out_of_memory import SteppedInPart, fits, halved
 from lowmem_pnn.errors import BudgetError, CaptureError, LowMemError
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.model.precision import LossScale
+from lowmem_pnn.partition_plan import PartitionPlan
 from lowmem_pnn.planning.footprint import Footprint
+from lowmem_pnn.planning.planner import partition_peak
 from lowmem_pnn.planning.request import PlanRequest
-from lowmem_pnn.profiling.costs import MemoryProfile
+from lowmem_pnn.profiling.costs import MemoryProfile, without_step
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.sweep.sweeper import Sweeper
 from lowmem_pnn.units import format_bytes
@@ -72,7 +74,7 @@ def check_tightest(run: Run, profile: MemoryProfile) -> Check:
         CaptureError: the model raises on real tensors.
     """
     workload, plan, device = run.workload, run.plan, run.session.device
-    sweeps, buffer_sizes = workload.method.sweeps, device.buffer_sizes
+    sweeps = workload.method.sweeps
     numbers = range(len(plan.partitions)) if run.state.ranks == 1 else [run.state.rank]
     if sweeps:
         # Partitions before them write their outputs once, and go back never.
@@ -81,28 +83,32 @@ def check_tightest(run: Run, profile: MemoryProfile) -> Check:
     planned = plan.partitions[number]
     samples = min(planned.batch, 2 * planned.micro_batch)
     specs = workload.chain.boundaries[planned.start]
-    held = sum(samples * spec.sample_bytes for spec in specs) if device.shares_host else buffer_sizes.transfer_bytes
+    held = sum(samples * spec.sample_bytes for spec in specs) if device.shares_host else device.buffer_sizes.transfer_bytes
     # Smaller than planned where an earlier process died in this check.
     asked = micro_batch = run.state.sweep_micro_batch if sweeps else run.state.micro_batches[number]
     went_through = False
-    device.set_expected_peak(planned.predicted_peak_bytes)
+    device.set_expected_peak(planned.predicted_peak_bytes + plan.waiting_bytes)
     device.begin_section()
     # Where it does not load, or not even the smallest micro-batch fits, another plan may do.
     with contextlib.suppress(BudgetError):
         micro_batch = _sweep_once(run, number, samples, micro_batch) if sweeps else _learn_once(run, number, samples)
         went_through = True
     measured = device.section_peak_bytes()
-    # The check holds one batch of zeros, and reads nothing but, in a sweep, the partition's weights.
-    footprint = Footprint.of(PlanRequest(workload, profile, device))
-    beside = footprint.beside_bytes(planned.start, planned.batch)
-    if sweeps and device.shares_host:
-        own = sum(layer.weight_bytes for layer in profile.layers[planned.start : planned.stop])
-        least = footprint.stream_bytes(buffer_sizes.stream_bytes)
-        window = footprint.stream_bytes(plan.stream_bytes or buffer_sizes.stream_bytes)
-        beside += 2 * (window - least) - min(own, least)
-    predicted = planned.predicted_peak_bytes - beside + held
+    predicted = _predicted(PlanRequest(workload, profile, device), planned) + held
     fits = went_through and micro_batch == asked
     return Check(number, predicted, measured, fits, micro_batch if went_through else None)
+
+
+def _predicted(request: PlanRequest, planned: PartitionPlan) -> int:
+    """Return the predicted peak of a partition in the check, without its batch of zeros: nothing is streamed, and in a sweep nothing steps."""
+    footprint = Footprint.of(request)
+    if not request.workload.method.sweeps:
+        return planned.predicted_peak_bytes - footprint.beside_bytes(planned.start, planned.batch)
+    costs = replace(request.costs, layers=tuple(map(without_step, request.costs.layers)))
+    objective = request.objective_memory(planned.stop)
+    return partition_peak(
+        costs, planned.start, planned.stop, planned.micro_batch, planned.batch, objective, footprint.constant_bytes
+    )
 
 
 def _learn_once(run: Run, number: int, samples: int) -> int:

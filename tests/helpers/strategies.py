@@ -35,6 +35,8 @@ def layer_costs(draw: st.DrawFn, name: str = "layer") -> LayerCost:
         output_bytes=Affine(0, draw(st.integers(0, 8))),
         forward_macs=draw(_BYTES),
         freed_gradient_bytes=draw(st.sampled_from((0, gradients))),
+        complete=draw(falling),
+        streamed_state_bytes=draw(_BYTES),
     )
 
 

@@ -1,6 +1,7 @@
 """Plans held against runs: bytes that are moved, methods side by side, plans for time."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,19 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import CpuDevice
 from lowmem_pnn.device.buffers import BufferSizes
+from lowmem_pnn.device.kernel_memory import CONVOLUTION_PRIMITIVE_BYTES
 from lowmem_pnn.errors import ConfigError, Stopped
+from lowmem_pnn.memory.heap import trim_threshold
 from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.planning.footprint import Footprint
+from lowmem_pnn.planning.heap_share import heap_bytes
 from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.training import start
 from lowmem_pnn.workload import make_workload, profile_workload
-from lowmem_pnn.workload.inputs import named_inputs
+from lowmem_pnn.workload.inputs import named_inputs, python_inputs
 
 
 def config(**options: Any) -> FitConfig:
@@ -149,6 +155,51 @@ def test_streams_are_longer_where_the_plan_leaves_room() -> None:
         assert all(part.predicted_peak_bytes <= budget for part in found.partitions)
     assert roomy.stream_bytes == 2 * BufferSizes.of_budget(100_000_000).stream_bytes
     assert Plan.from_json(roomy.to_json()) == roomy
+
+
+def test_what_may_wait_to_be_written_is_kept_free_and_not_predicted() -> None:
+    asked = config(method="exact", cuts=None, model="mlp:64-512-512-512-512-10", max_gpu_mem="30MB", plan_for="size")
+    with CpuDevice(asked.max_gpu_mem) as device:
+        workload = make_workload(asked, *named_inputs(asked), device.torch_device)
+        request = PlanRequest(workload, profile_workload(workload, device), device)
+        plan, footprint = make_plan(request), Footprint.of(request)
+        assert plan.waiting_bytes == footprint.waiting_bytes(plan.stream_bytes) >= 512 * 512 * 4
+        assert plan.predicted_peak_bytes + plan.waiting_bytes + device.reserve_bytes <= 30_000_000
+        # Large tensors are no part of the heap: what it keeps beside them is less than beside small ones.
+        small, all_slack = footprint.constant_bytes_beside(0), footprint.constant_bytes
+        assert small == all_slack - 3 * trim_threshold(30_000_000)
+        part = plan.partitions[0]
+        assert heap_bytes(footprint, part, 0) < sum(layer.weight_bytes for layer in request.costs.layers[part.start : part.stop])
+
+
+def test_kernels_are_counted_for_each_number_of_samples() -> None:
+    def of(samples: int, **options: Any) -> tuple[int, MemoryProfile]:
+        asked = configure(
+            max_gpu_mem="60MB", model="python:m", data="python:d", batch_size=8, device="cpu", **{"val_fraction": 0.0, **options}
+        )
+        data = torch.rand(samples, 3, 8, 8), torch.arange(samples) % 2
+        build = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2))  # noqa: E731
+        with CpuDevice(asked.max_gpu_mem) as device:
+            workload = make_workload(asked, *python_inputs(build, data, None, None)(asked), device.torch_device)
+            request = PlanRequest(workload, profile_workload(workload, device), device)
+            return Footprint.of(request).constant_bytes, request.profile
+
+    constant, profile = of(16, method="exact")
+    assert (profile.kernel_bytes, profile.emit_kernel_bytes) == tuple(number * CONVOLUTION_PRIMITIVE_BYTES for number in (6, 2))
+    assert of(20, method="exact")[0] - constant == profile.kernel_bytes
+    assert of(20, method="exact", val_fraction=0.2)[0] - constant == profile.emit_kernel_bytes
+    assert of(16, method="pnn")[0] - constant == profile.emit_kernel_bytes
+
+
+def test_the_budget_for_whole_batches_does_with_recovery_epochs_too() -> None:
+    def report(**options: Any) -> PlanReport:
+        return of_convolutions(True, method="pnn", recovery_epochs=1, **options)
+
+    (note,) = report().notes
+    named = re.search(r"they see the whole batch from --max-gpu-mem (\d+)\.0MB on", note)
+    assert named is not None, note
+    assert report(max_gpu_mem=f"{named[1]}MB", batch_norm="refuse").fits
+    assert not report(max_gpu_mem=f"{int(named[1]) * 95 // 100}MB", batch_norm="refuse").fits
 
 
 def test_a_run_that_is_planned_for_time_ends_and_keeps_its_plan(tmp_path: Path) -> None:

@@ -48,3 +48,15 @@ def test_a_parameter_holds_its_block_and_small_tensors_take_none() -> None:
     assert pool.held_bytes == 2 << 20
     pool.empty((100,), torch.float32)
     assert pool.held_bytes == 2 << 20
+
+
+def test_freed_blocks_above_the_limit_go_when_the_pool_is_told_to_keep_to_it() -> None:
+    pool = MemoryPool(1 << 20)
+    first, second = (pool.empty((1 << 20,), torch.uint8) for _ in range(2))
+    address = second.data_ptr()
+    del first
+    del second
+    assert pool._held_bytes == 2 << 20
+    pool.keep_to_limit()
+    assert pool._held_bytes == 1 << 20
+    assert pool.empty((1 << 20,), torch.uint8).data_ptr() == address

@@ -54,15 +54,17 @@ def reference_peak(profile, start, stop, micro_batch, batch, objective):
     during = gradients if accumulates else 0
     base = sum(one.weight_bytes + 2 * one.buffer_bytes + one.optimizer_bytes for one in layers) + objective.fixed
     base += layers[0].input_bytes.at(size)
-    moments = [base + gradients + max(one.step_bytes for one in layers)]
+    moments = [base + gradients + max(one.step_bytes + one.streamed_state_bytes for one in layers)]
     for index, one in enumerate(layers):
         before = sum(other.kept.at(size) for other in layers[:index])
         after = before + one.kept.at(size)
         later = gradients if accumulates else sum(waiting[index + 1 :])
-        steps = one.step_bytes if one.freed_gradient_bytes else 0
         moments.append(base + during + before + one.forward_peak.at(size))
         moments.append(base + during + (one.input_bytes.at(size) if index else 0) + one.emit_peak.at(size))
-        moments.append(base + later + after + one.output_bytes.at(size) + one.backward_peak.at(size) + steps)
+        moments.append(base + later + after + one.output_bytes.at(size) + one.backward_peak.at(size))
+        if one.freed_gradient_bytes:
+            step = one.complete.at(size) + one.step_bytes + one.streamed_state_bytes
+            moments.append(base + later + after + one.output_bytes.at(size) + step)
     moments.append(base + during + sum(one.kept.at(size) for one in layers) + objective.per_sample * size)
     return max(moments)
 

@@ -103,6 +103,9 @@ def test_a_linear_layer_by_hand():
     # ReLU's gradient with the one that came in; then that one is free again, and the layer's own are there.
     assert first.backward_peak.at(1) == 4 * 620
     assert first.backward_peak.at(1000) == 80 * 1000
+    # When all gradients of a layer are there, the gradient of its inputs is too, and that of its outputs is free.
+    assert second.complete.at(7) == 4 * 210 + (80 - 40) * 7
+    assert first.complete.at(7) == 4 * 620 - 80 * 7
 
 
 @pytest.mark.usefixtures("tensors_only")

@@ -1,5 +1,7 @@
 """Peak memory of ranges of layers, by hand and by its rules."""
 
+from dataclasses import replace
+
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -48,6 +50,32 @@ def test_gradients_of_later_layers_are_in_memory_in_an_earlier_backward():
     assert peak == resident + max(last, first)
     [_, (peak, _)] = RangePeaks([LAYER, LAYER], 1, accumulates=False).ranges(0)
     assert peak == 2 * (40 + 6 + 72) + 11 + max(2 * 8 + 4 + 37, 8 + 4 + 37 + 36, 2 * 36 + 8)
+
+
+def test_a_step_in_backward_comes_when_the_kernels_scratch_is_free():
+    def peak(streamed: int, scratch: int) -> int:
+        layer = replace(
+            LAYER,
+            optimizer_bytes=0,
+            freed_gradient_bytes=36,
+            complete=Affine(36, 2),
+            streamed_state_bytes=streamed,
+            backward_peak=Affine(36 + scratch, 2),
+        )
+        [(highest, _)] = RangePeaks([layer], 5, accumulates=False).ranges(0)
+        return highest
+
+    held = (
+        40 + 6 + 55 + 32 + 20 + 36 + 10
+    )  # weights, buffers, inputs, kept, the gradients that come in, its own, and those that go out
+    assert peak(streamed=72, scratch=0) == peak(streamed=72, scratch=80) == held + 72 + 8
+    assert peak(streamed=72, scratch=81) == peak(streamed=0, scratch=81) == held + 81
+
+
+def test_state_that_is_streamed_comes_beside_gradients_that_wait_for_the_step():
+    layer = replace(LAYER, optimizer_bytes=0, streamed_state_bytes=900)
+    [_, (peak, _)] = RangePeaks([layer, layer], 1, accumulates=True).ranges(0)
+    assert peak == 2 * (40 + 6 + 36) + 11 + 900 + 8
 
 
 def test_an_objective_is_fixed_all_the_time_and_grows_between_forward_and_backward():

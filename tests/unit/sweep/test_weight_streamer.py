@@ -22,7 +22,7 @@ def test_a_write_that_fails_leaves_no_file_open_and_replaces_no_exception(
     store = WeightStore.create(tmp_path, [{key: (torch.float32, (4,))} for key in KEYS])
     with SimulatedDevice(1 << 30) as device:
         threads = WorkerThreads()
-        streamer = WeightStreamer(store, device, threads, 1 << 20, 0)
+        streamer = WeightStreamer(store, device, threads, 1 << 20)
         opened: list[TensorFile] = []
         writer = store.writer
 

@@ -1,0 +1,167 @@
+"""How near is the predicted peak to the measured one, at the smallest budget that `plan` names?
+
+For each network: `plan` in 6 MB names a budget, `fit` trains one epoch of three batches there (`exact`, AdamW, batch 16, random images
+of 64x64 or the smallest that the network takes, 10 classes), each in a process of its own; nine tenths of that budget have to be refused.
+
+    python bench/predictions.py [--quick] [--names mlp:1024-1024-1024-10,resnet18,timm:resnet10t] [--again]
+
+Names beginning with `timm:` need timm, which is no dependency. Results are kept, and a network is not measured again without --again.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from common import Cache, markdown_table, run_process, write_results
+
+BATCH, BATCHES, CLASSES, SIDE = 16, 3, 10, 64
+# Sides of the networks that do not take 64x64 images.
+SIDES = {"inception_v3": 75, "timm:levit_128s": 224, "timm:mobilevit_xxs": 64}
+# Goal for predicted / measured.
+LEAST, MOST = 0.9, 1.15
+MB = 1e6
+QUICK = ("mlp:1024-1024-1024-1024-10", "mnasnet0_5", "resnet18")
+NETWORKS = (
+    "mlp:256-256-256-10", *QUICK, "mlp:4096-4096-4096-4096-10",
+    "alexnet", "vgg11", "squeezenet1_1", "densenet121", "googlenet", "inception_v3", "shufflenet_v2_x0_5", "mobilenet_v2",
+    "mobilenet_v3_small", "resnext50_32x4d", "wide_resnet50_2", "efficientnet_b0", "efficientnet_v2_s", "regnet_y_400mf", "convnext_tiny",
+    "vit_b_16", "swin_t", "swin_v2_t", "maxvit_t",
+    "timm:mobilenetv3_small_050", "timm:mobilevit_xxs", "timm:edgenext_xx_small", "timm:efficientnet_lite0", "timm:resnet10t",
+    "timm:regnety_002", "timm:convnext_atto", "timm:levit_128s", "timm:poolformer_s12", "timm:deit_tiny_patch16_224",
+    "timm:mixer_s32_224", "timm:ghostnet_050",
+)  # fmt: skip
+
+
+def side_of(name: str) -> int:
+    """Return the height and width of a network's images."""
+    return SIDES.get(name, 224 if name.startswith("timm:") and name.endswith("_224") else SIDE)
+
+
+def builder_of(name: str) -> Callable[[], Any]:
+    """Return the function that builds a network."""
+
+    def build() -> Any:
+        from torch import nn
+
+        if name.startswith("mlp:"):
+            widths = [int(width) for width in name[4:].split("-")]
+            pairs = pairwise(widths)
+            return nn.Sequential(nn.Flatten(), *[layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())][:-1])
+        if name.startswith("timm:"):
+            import timm
+
+            return timm.create_model(name[5:], num_classes=CLASSES)
+        import torchvision
+
+        options: dict[str, Any] = {}
+        if name in ("googlenet", "inception_v3"):
+            options = {"aux_logits": False, "init_weights": False}
+        elif name.startswith("vit"):
+            options = {"image_size": SIDE}
+        elif name.startswith("maxvit"):
+            options = {"input_size": (SIDE, SIDE)}
+        return torchvision.models.get_model(name, num_classes=CLASSES, **options)
+
+    return build
+
+
+def work(name: str, budget: str | None) -> None:
+    """Plan (without a budget) or train in this process, and print what came out."""
+    import torch
+
+    import lowmem_pnn
+    from lowmem_pnn.errors import BudgetError
+
+    shape = (int(name[4:].split("-")[0]),) if name.startswith("mlp:") else (3, side_of(name), side_of(name))
+    x = torch.rand(BATCHES * BATCH, *shape, generator=torch.Generator().manual_seed(0))
+    data = x, torch.arange(BATCHES * BATCH) % CLASSES
+    options: dict[str, Any] = {"method": "exact", "batch_size": BATCH, "val_fraction": 0.0, "device": "cpu"}
+    if budget is None:
+        report = lowmem_pnn.plan(builder_of(name), data, max_gpu_mem="6MB", timing=False, **options)
+        named = re.search(r"--max-gpu-mem (\d+)MB", report.reason)
+        print(json.dumps({"named": int(named[1]) if named else 6}))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            result = lowmem_pnn.fit(builder_of(name), data, max_gpu_mem=budget, epochs=1, workdir=f"{folder}/run", **options)
+        except BudgetError:
+            print(json.dumps({"refused": True}))
+            return
+    print(json.dumps({"predicted": result.predicted_peak_bytes, "measured": result.peak_bytes, "shrinks": result.oom_retries}))
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Measure a network in processes of its own."""
+
+    def ours(*arguments: str) -> dict[str, Any]:
+        done = run_process([sys.executable, __file__, "--work", name, *arguments])
+        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found
+
+    named = ours()["named"]
+    tenth_less = ours("--budget", f"{named * 9 // 10}MB")
+    return {"named": named, **ours("--budget", f"{named}MB"), "tenth_less_refused": tenth_less.get("refused", False)}
+
+
+def main() -> None:
+    """Measure the networks and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--names")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--budget", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work, arguments.budget)
+        return
+    names = arguments.names.split(",") if arguments.names else QUICK if arguments.quick else NETWORKS
+    cache = Cache("predictions", arguments.again)
+    rows, data = [], []
+    for name in names:
+        try:
+            found = cache.get({"name": name}, lambda name=name: measure(name))  # type: ignore[misc]
+        except (RuntimeError, subprocess.SubprocessError) as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            continue
+        ratio = found["predicted"] / found["measured"]
+        data.append({"name": name, **found, "ratio": ratio})
+        rows.append(
+            (
+                name,
+                f"{side_of(name)}" if not name.startswith("mlp:") else "",
+                f"{found['named']}",
+                f"{found['predicted'] / MB:.1f}",
+                f"{found['measured'] / MB:.1f}",
+                f"{ratio:.2f}",
+                f"{found['shrinks']}",
+                "yes" if found["tenth_less_refused"] else "no",
+            )
+        )
+        print(*rows[-1], sep="\t", file=sys.stderr, flush=True)
+    heads = ("network", "side", "named MB", "predicted MB", "measured MB", "ratio", "batches done again", "a tenth less refused")
+    inside = [entry for entry in data if LEAST <= entry["ratio"] <= MOST]
+    text = "\n".join(
+        [
+            f"`exact`, AdamW, batch {BATCH}, one epoch of {BATCHES} batches, CPU, in the smallest budget that `plan` names. Predicted peaks are",
+            "without the reserve and without what may wait to be written; measured ones are the highest private memory above the floor.",
+            "",
+            markdown_table(heads, rows),
+            "",
+            f"- predicted / measured within {LEAST} to {MOST}: {len(inside)} of {len(data)}",
+            f"- peaks above the budget: {sum(entry['measured'] > entry['named'] * MB for entry in data)}",
+        ]
+    )
+    write_results("predictions", "Predicted peaks against measured ones", text, {"networks": data})
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main()
