@@ -14,7 +14,26 @@ def plan_notes(request: PlanRequest, plan: Plan) -> list[str]:
         plan: plan for the request.
     """
     norms = batch_norm_note(request, plan)
-    return [*([norms] if norms is not None else []), *micro_batch_notes(request.workload, plan)]
+    whole = [f"layer {layer.name!r} is {layer.whole}" for layer in request.workload.chain.layers if layer.whole]
+    return [
+        *([norms] if norms is not None else []),
+        *micro_batch_notes(request.workload, plan),
+        *idle_notes(request.workload),
+        *whole,
+    ]
+
+
+def idle_notes(workload: Workload) -> list[str]:
+    """Return which parameters stay as they are, since no gradient comes to them.
+
+    Args:
+        workload: model, data and method.
+    """
+    idle = workload.bare.idle
+    if not idle:
+        return []
+    more = f" and {len(idle) - 1} more parameters get" if len(idle) > 1 else " gets"
+    return [f"{idle[0]!r}{more} no gradient, since the output does not depend on them: kept as they are, as in plain PyTorch"]
 
 
 def micro_batch_notes(workload: Workload, plan: Plan) -> list[str]:

@@ -87,6 +87,7 @@ class LayerCost:
         forward_macs: Multiply-accumulates of a forward, per sample.
         freed_gradient_bytes: Gradient bytes freed by the in-backward step before the previous layer's backward runs, where a batch is one
             micro-batch.
+        whole: Why a large module in the layer is whole, and how large it is, in words; empty for most.
     """
 
     name: str
@@ -104,6 +105,7 @@ class LayerCost:
     output_bytes: Affine
     forward_macs: int
     freed_gradient_bytes: int = 0
+    whole: str = ""
 
     @property
     def state_bytes(self) -> int:
@@ -156,7 +158,7 @@ class MemoryProfile:
         data = dict(json.loads(text) if isinstance(text, str) else text)
         return cls(
             layers=tuple(
-                LayerCost(**{field.name: _field_value(layer[field.name]) for field in fields(LayerCost)})
+                LayerCost(**{field.name: _field_value(layer[field.name]) for field in fields(LayerCost) if field.name in layer})
                 for layer in data["layers"]
             ),
             forbidden_cuts=tuple(data["forbidden_cuts"]),

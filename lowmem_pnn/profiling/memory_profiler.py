@@ -138,6 +138,7 @@ def _layer_cost(
         input_bytes=Affine(0, sum(spec.sample_bytes for spec in before)),
         output_bytes=Affine(0, sum(spec.sample_bytes for spec in after)),
         forward_macs=measurement.macs,
+        whole=layer.whole,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from lowmem_pnn.evaluation.exits import chosen_exit
 from lowmem_pnn.planning.batch_norm import batch_norm_use
 from lowmem_pnn.planning.describe import describe_partition
-from lowmem_pnn.planning.notes import micro_batch_notes
+from lowmem_pnn.planning.notes import idle_notes, micro_batch_notes
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.macs import program_macs, samples_learnt
@@ -47,7 +47,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, float], exit
         compared=state.compared,
         batch_norm=use.to_dict() if (use := batch_norm_use(workload, plan, state.micro_batches, state.sweep_micro_batch)) else {},
         module_state=state.module_state,
-        notes=micro_batch_notes(workload, plan),
+        notes=[*micro_batch_notes(workload, plan), *idle_notes(workload)],
         training_state_bytes=profile.training_state_bytes,
         partitions=_partitions(run),
         epochs=[config.value_for("epochs", number) for number in range(len(plan.partitions))],

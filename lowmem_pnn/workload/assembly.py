@@ -72,6 +72,10 @@ def make_workload(
             f"--optimizer-state {config.optimizer_state} has no effect here: {source.spec} has no float32 parameters of "
             f"{MIN_QUANTIZED_SIZE} elements or more that learn; leave it out"
         )
+    if chain.output_form is not None:
+        raise CaptureError(
+            f"model {type(model).__name__} returns {chain.output_form}, not one tensor; wrap it in a module that returns the tensor to train on"
+        )
     (scores,) = chain.boundaries[-1]
     if not scores.shape or scores.shape[:-1] != dataset.label_shape or scores.shape[-1] < dataset.num_classes:
         wanted = ", ".join(["batch", *map(str, dataset.label_shape), str(dataset.num_classes)])
@@ -165,11 +169,16 @@ def by_other_method(workload: Workload, config: FitConfig) -> Workload:
 
 
 def _by_method(workload: Workload) -> Workload:
-    """Return a workload with the auxiliary heads that its method learns from, if its method can train it."""
+    """Return a workload with the auxiliary heads that its method learns from, if its method can train it.
+
+    Methods that give partitions losses of their own cut between blocks, where one tensor flows.
+    """
     if workload.dataset.label_shape and workload.config.method == "pnn":
         raise ConfigError(
             f"--method pnn needs a class for each sample, and data {workload.dataset.name} has one for each token; use --method exact"
         )
+    if not workload.method.sweeps and workload.bare.between_blocks is not None:
+        workload = dataclasses.replace(workload, chain=workload.bare.between_blocks)
     return dataclasses.replace(workload, chain=_with_heads(workload)) if workload.method.learns_per_layer else workload
 
 
