@@ -8,11 +8,10 @@ batch on axis 0, and no later operation changes one of them in place.
 """
 
 import difflib
-import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,39 +19,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowmem_pnn.errors import CaptureError, ConfigError
-from lowmem_pnn.model.dataflow import DataFlow
+from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, OutputForm
+from lowmem_pnn.model.call_form import TensorSpec as TensorSpec
+from lowmem_pnn.model.copies import copy_structure
+from lowmem_pnn.model.dataflow import trace_and_flow
 from lowmem_pnn.model.fake_model import Setting, run_model, uses_checkpointing
 from lowmem_pnn.model.layer import Layer, python_state_of, set_python_state
 from lowmem_pnn.model.modes import read_modes
+from lowmem_pnn.model.opening import LARGE_SHARE, weight_bytes
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.precision import FULL_PRECISION, Precision
 from lowmem_pnn.model.python_state import Attribute
 from lowmem_pnn.model.supported import check_model, check_overrides, tensors_by_name, versions_of
-from lowmem_pnn.model.tracer import copy_structure, trace
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Shape and type of one tensor of a boundary."""
-
-    shape: tuple[int, ...]
-    """Shape of one sample: without the batch axis, which is always axis 0."""
-
-    dtype: torch.dtype
-    """Type that the layers return and take."""
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of one sample.
-
-        Example:
-            >>> TensorSpec((3, 32, 32), torch.float32).sample_bytes
-            12288
-        """
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +44,7 @@ class Chain:
     """Layers in the order of computing."""
 
     boundaries: tuple[tuple[TensorSpec, ...], ...]
-    """`boundaries[k]` flows into layer k, `boundaries[k + 1]` out of it; the first and the last are one tensor each."""
+    """`boundaries[k]` flows into layer k, `boundaries[k + 1]` out of it; the first are the model's inputs, the last what it returns."""
 
     ties: tuple[tuple[str, ...], ...]
     """Groups of names, in `state_dict` order, that are one and the same tensor."""
@@ -83,22 +61,43 @@ class Chain:
     written: frozenset[str] = frozenset()
     """Parameters that a forward changes in place, under every name."""
 
+    idle: tuple[str, ...] = ()
+    """Parameters that would learn, and get no gradient since the output does not depend on them: they are frozen here."""
+
+    output_form: OutputForm | None = None
+    """What the model returns beside its tensors, where it does not return one tensor as it is."""
+
+    call_form: CallForm = ONE_TENSOR
+    """How the tensors of a batch are handed to the model."""
+
+    between_blocks: "Chain | None" = None
+    """The same layers, but those that are parts of one block and hand on several tensors joined; None where there are no such. It shares
+    its modules with this chain."""
+
     versions: str = ""
     """Metadata of the model's `state_dict`, as JSON, where the model cannot be loaded without it."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Any:
         """Run all layers.
 
         Args:
-            x: samples, (batch, *sample), as `boundaries[0]` says.
+            inputs: samples, (batch, *sample) each, as `boundaries[0]` says.
 
         Returns:
-            Outputs, (batch, *output).
+            What the model returns.
         """
-        tensors: tuple[Tensor, ...] = (x,)
+        tensors: tuple[Tensor, ...] = inputs
         for layer in self.layers:
             tensors = layer(*tensors)
-        return tensors[0]
+        return self.rebuild(tensors)
+
+    def rebuild(self, outputs: tuple[Tensor, ...]) -> Any:
+        """Return what the model returns with some outputs: a tensor, or a tuple, dict or dataclass of tensors.
+
+        Args:
+            outputs: tensors as the last layer returns them, `boundaries[-1]`.
+        """
+        return outputs[0] if self.output_form is None else self.output_form.build(outputs)
 
     @cached_property
     def owners(self) -> dict[str, str]:
@@ -164,10 +163,10 @@ class Chain:
     def drop_values(self) -> None:
         """Put tensors of the same shapes on torch's meta device in the place of the model's, where these have values."""
         twins: dict[int, Tensor] = {}
-        for layer in self.layers:
-            for name, tensor in (*layer.parameters().items(), *layer.buffers().items()):
-                if tensor.is_meta:
-                    continue
+        layers = (*self.layers, *(self.between_blocks.layers if self.between_blocks is not None else ()))
+        held = [(layer, name, tensor) for layer in layers for name, tensor in {**layer.parameters(), **layer.buffers()}.items()]
+        for layer, name, tensor in held:
+            if not tensor.is_meta:
                 if id(tensor) not in twins:
                     twin = torch.empty_like(tensor, device="meta")
                     twins[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
@@ -209,23 +208,29 @@ class Chain:
         raise ConfigError(f"no layer {cut!r} in the model; {hint}")
 
 
-def capture(model: nn.Module, input_spec: TensorSpec, precision: Precision = FULL_PRECISION) -> Chain:
+def capture(
+    model: nn.Module,
+    specs: TensorSpec | tuple[TensorSpec, ...],
+    precision: Precision = FULL_PRECISION,
+    call: CallForm | None = None,
+) -> Chain:
     """Cut a model into layers.
 
     Its weights are never read, so that the model may be on the meta device, or larger than memory. The model, its mode, its gradients
     and the random generators stay as they are.
 
     Args:
-        model: module for which `model(x)` returns one tensor, with the batch on axis 0 as in x.
-        input_spec: shape and type of x, (batch, *input_spec.shape).
+        model: module that returns a tensor, or a tuple, dict or dataclass of tensors, with the batch on axis 0 as in its inputs.
+        specs: shape and type of each input, (batch, *spec.shape).
         precision: compute precision and memory format of the layers.
+        call: how several inputs are handed to the model; by default by position.
 
     Returns:
         The chain, whose modules are in the mode of `model`.
 
     Raises:
-        CaptureError: torch.fx cannot trace the model's own forward, the model does not take such samples or does not return one
-            tensor of the same batch, or the output does not depend on a trainable parameter.
+        CaptureError: torch.fx cannot trace the model's own forward, the model does not take such samples or does not return tensors of
+            the same batch, or its output does not depend on any parameter that learns.
 
     Example:
         >>> chain = capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), TensorSpec((4,), torch.float32))
@@ -238,63 +243,91 @@ def capture(model: nn.Module, input_spec: TensorSpec, precision: Precision = FUL
     if modes.frozen:
         model = _with_frozen(model, names, modes.frozen)
         names = tensors_by_name(model)
-    kinds = ((2, True), (3, True), (2, False))
-    runs = [run_model(model, Setting(input_spec.shape, input_spec.dtype, precision, *kind)) for kind in kinds]
+    specs = specs if isinstance(specs, tuple) else (specs,)
+    setting = Setting(specs, precision, 2, True, call or CallForm.positional(len(specs)))
+    runs = [run_model(model, replace(setting, batch=batch, training=mode)) for batch, mode in ((2, True), (3, True), (2, False))]
     kept, left = (frozenset[Attribute]().union(*sets) for sets in zip(*((run.kept, run.left) for run in runs), strict=True))
     try:
         closed = {
             name: f"its forward changes its attribute {attribute!r}, whose value a trace would freeze" for name, attribute in kept
         }
-        traced = trace(model, closed)
+        traced, flow = trace_and_flow(model, setting, runs, closed)
         check_overrides(model, traced.opened)
-        flow = DataFlow(model, traced, runs)
     except CaptureError as error:
-        if uses_checkpointing(model, runs[0].setting):
+        if uses_checkpointing(model, setting):
             raise CaptureError(
                 f"model {type(model).__name__} uses activation checkpointing (torch.utils.checkpoint) in its forward; turn it off: it is not "
                 "needed here, where activations are kept to the budget anyway"
             ) from error
         raise
-    hooks = {name: found for name, tensor in names.items() if tensor.requires_grad and (found := ParameterHooks.of(tensor))}
-    # A module of an nn.Sequential is called '4': its layer is named by the layer's own number, so that no layer has the number of
-    # another one for a name.
-    named = ((str(number) if name.isdigit() else name, module) for number, (name, module) in enumerate(flow.layers()))
-    layers = [Layer(name, module, names, precision) for name, module in named]
+    reached = frozenset[str]().union(*(run.reached for run in runs))
+    idle = tuple(name for name, tensor in names.items() if tensor.requires_grad and name not in reached)
+    if idle and all(name in idle for name, tensor in names.items() if tensor.requires_grad):
+        raise CaptureError(
+            f"no parameter of {type(model).__name__} gets a gradient: its output depends on none that learns; see to its forward"
+        )
+    hooks = {
+        name: found
+        for name, tensor in names.items()
+        if tensor.requires_grad and name not in idle and (found := ParameterHooks.of(tensor))
+    }
+    frozen = {id(names[name]): nn.Parameter(names[name].detach(), False) for name in idle}
+
+    def cut(cuts: Sequence[int]) -> Chain:
+        # A module of an nn.Sequential is called '4': its layer is named by the layer's own number, so that no layer has the number of
+        # another one for a name.
+        named = ((str(number) if name.isdigit() else name, module) for number, (name, module) in enumerate(flow.layers(cuts)))
+        layers = [Layer(name, module, names, precision) for name, module in named]
+        held: dict[int, list[int]] = {}
+        for index, layer in enumerate(layers):
+            inside = {name for name, _ in layer.module.named_modules(remove_duplicate=False)}
+            layer.modes = modes.inside(inside)
+            layer.kept = tuple(sorted(attribute for attribute in kept if attribute[0] in inside))
+            layer.left = tuple(sorted(attribute for attribute in left if attribute[0] in inside and attribute[0]))
+            layer.hooks = {name: hooks[name] for name in layer.parameters() if name in hooks}
+            for name, tensor in {**layer.parameters(), **layer.buffers()}.items():
+                held.setdefault(id(names[name]), []).append(index)
+                if id(tensor) in frozen:
+                    layer.set_tensor(name, frozen[id(tensor)])
+        for name, found in hooks.items():
+            if found.see_gradients and len(held[id(names[name])]) > 1:
+                raise CaptureError(
+                    f"parameter {name!r} of {type(model).__name__} has a hook on its gradient, and is used in "
+                    f"{len(held[id(names[name])])} layers; its gradient is a sum of what these layers "
+                    "give, which no hook sees here: scale or clip in the loss, or by --clip-norm"
+                )
+        groups: dict[int, list[str]] = {}
+        for name, tensor in names.items():
+            groups.setdefault(id(tensor), []).append(name)
+        _say_what_is_whole(model, layers, traced.stopped)
+        return Chain(
+            layers=tuple(layers),
+            boundaries=tuple(tuple(TensorSpec(*spec) for spec in boundary) for boundary in flow.boundaries(cuts)),
+            ties=tuple(tuple(group) for group in groups.values() if len(group) > 1),
+            tied_ranges=tuple(sorted({(users[0], users[-1]) for users in held.values() if users[0] < users[-1]})),
+            unused=tuple(name for name, tensor in names.items() if id(tensor) not in held),
+            persistent=tuple(model.state_dict(keep_vars=True)),
+            written=frozenset().union(*(run.written for run in runs)),
+            idle=idle,
+            output_form=None if traced.output is None or traced.output.is_tensor else traced.output,
+            call_form=setting.form,
+            versions=versions_of(model),
+        )
+
+    coarse = flow.cuts_between_blocks()
+    chain = cut(flow.cuts)
+    return chain if coarse == flow.cuts else replace(chain, between_blocks=cut(coarse))
+
+
+def _say_what_is_whole(model: nn.Module, layers: Iterable[Layer], stopped: Mapping[str, str]) -> None:
+    """Note on layers that hold a large module which could not be opened why it is whole."""
+    total = weight_bytes(model)
     for layer in layers:
-        inside = {name for name, _ in layer.module.named_modules(remove_duplicate=False)}
-        layer.modes = modes.inside(inside)
-        layer.kept = tuple(sorted(attribute for attribute in kept if attribute[0] in inside))
-        layer.left = tuple(sorted(attribute for attribute in left if attribute[0] in inside and attribute[0]))
-        layer.hooks = {name: hooks[name] for name in layer.parameters() if name in hooks}
-    held: dict[int, list[int]] = {}
-    for index, layer in enumerate(layers):
-        for tensor in {**layer.parameters(), **layer.buffers()}.values():
-            held.setdefault(id(tensor), []).append(index)
-    trained = flow.trained()
-    for name, tensor in names.items():
-        if tensor.requires_grad and (id(tensor) not in held or id(tensor) not in trained):
-            raise CaptureError(
-                f"parameter {name!r} of {type(model).__name__} gets no gradient: its output does not depend on it; freeze it "
-                "(requires_grad_(False)) or remove it"
-            )
-        if name in hooks and hooks[name].see_gradients and len(held[id(tensor)]) > 1:
-            raise CaptureError(
-                f"parameter {name!r} of {type(model).__name__} has a hook on its gradient, and is used in {len(held[id(tensor)])} layers; its "
-                "gradient is a sum of what these layers give, which no hook sees here: scale or clip in the loss, or by --clip-norm"
-            )
-    groups: dict[int, list[str]] = {}
-    for name, tensor in names.items():
-        groups.setdefault(id(tensor), []).append(name)
-    return Chain(
-        layers=tuple(layers),
-        boundaries=tuple(tuple(TensorSpec(*spec) for spec in specs) for specs in flow.boundaries()),
-        ties=tuple(tuple(group) for group in groups.values() if len(group) > 1),
-        tied_ranges=tuple(sorted({(users[0], users[-1]) for users in held.values() if users[0] < users[-1]})),
-        unused=tuple(name for name, tensor in names.items() if id(tensor) not in held),
-        persistent=tuple(model.state_dict(keep_vars=True)),
-        written=frozenset().union(*(run.written for run in runs)),
-        versions=versions_of(model),
-    )
+        for name in stopped:
+            inside = name and any(own == name and type(module) is not nn.Module for own, module in layer.module.named_modules())
+            share = weight_bytes(model.get_submodule(name)) / max(1, total) if inside else 0.0
+            if share > LARGE_SHARE:
+                layer.whole = f"whole: {stopped[name]}; {share:.0%} of the weights"
 
 
 def _with_frozen(model: nn.Module, names: Mapping[str, Tensor], frozen: Collection[str]) -> nn.Module:

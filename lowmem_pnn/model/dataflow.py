@@ -6,9 +6,8 @@ storage that an operation changes in place, is recorded.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,8 +15,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.fake_model import ModelRun, OperationLog, explain, run_model, storages_of
-from lowmem_pnn.model.tracer import Trace, copy_structure
+from lowmem_pnn.model.copies import copy_structure
+from lowmem_pnn.model.fake_model import ModelRun, Setting, run_model, storages_of
+from lowmem_pnn.model.opening import (
+    LARGE_ACTIVATION_BYTES,
+    LARGE_SHARE,
+    chains_of_blocks,
+    depth_of,
+    large_blocks,
+    parents,
+)  # fmt: skip
+from lowmem_pnn.model.recording import TraceMismatchError, record, with_constants
+from lowmem_pnn.model.trace_modes import Trace
+from lowmem_pnn.model.tracer import trace
 
 MAX_TENSORS = 64
 """The most tensors that a boundary may have."""
@@ -28,72 +38,6 @@ _ATTACHED_FUNCTIONS = {
     F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm, F.prelu, torch.batch_norm, torch.layer_norm,
     torch.group_norm, torch.instance_norm, torch.rms_norm, torch.prelu,
 }  # fmt: skip
-
-
-@dataclass
-class _Recording:
-    """Values and in-place changes of a run on fake tensors, by node."""
-
-    batch: int
-    values: dict[fx.Node, Any] = field(default_factory=dict)
-    writes: dict[fx.Node, set[int]] = field(default_factory=dict)
-    """Storages that the node changed in place, also those that are freed by now."""
-
-
-class _RecordingInterpreter(fx.Interpreter):
-    """An interpreter that runs a graph node by node and keeps every value, so that no storage's identity is used twice."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph, recording: _Recording, log: OperationLog, error_prefix: str) -> None:
-        super().__init__(root, garbage_collect_values=False, graph=graph)
-        self.extra_traceback = False  # it would be added to the text of our errors
-        self._recording, self._log, self._error_prefix = recording, log, error_prefix
-
-    def run_node(self, n: fx.Node) -> Any:
-        self._log.written_storages = set()
-        try:
-            value = super().run_node(n)
-        except Exception as error:  # whatever a user's module raises on a shape it does not take
-            raise CaptureError(f"{self._error_prefix}, at {str(n.target)!r}: {explain(error)}") from error
-        self._recording.values[n], self._recording.writes[n] = value, self._log.written_storages
-        return value
-
-
-def _record(model: nn.Module, traced: Trace, run: ModelRun) -> _Recording:
-    """Run the traced graph on fake tensors as the model was run; it must do the same operations."""
-    setting = run.setting
-    recording = _Recording(setting.batch)
-
-    def run_graph(root: nn.Module, samples: Tensor, log: OperationLog) -> None:
-        root = _with_constants(root, traced, setting.training)
-        _RecordingInterpreter(root, traced.graph, recording, log, setting.error_prefix(model)).run(samples)
-
-    traced_log = setting.log(model, run_graph)
-    if traced_log != run.operations:
-        if run_model(model, setting).operations != run.operations:
-            raise CaptureError(
-                f"forward of model {type(model).__name__} does something else each time it is called on the same samples, by what is outside of "
-                "its modules (a global, a file, the time); such state cannot be kept with a run"
-            )
-        # A forward can tell proxies from tensors: by isinstance(x, Tensor), for one, and then silently do something else.
-        pairs = enumerate(zip(traced_log, run.operations, strict=False))
-        step = next((step for step, (one, other) in pairs if one != other), min(len(traced_log), len(run.operations)))
-        names = [str(log[step][0]) if step < len(log) else "nothing" for log in (run.operations, traced_log)]
-        raise CaptureError(
-            f"model {type(model).__name__} cannot be cut into layers: in {setting.mode_text} mode it does {names[0]} as operation "
-            f"{step}, where its traced forward does {names[1]}; keep isinstance(x, Tensor) and the like in a module of their own"
-        )
-    return recording
-
-
-def _with_constants(root: nn.Module, traced: Trace, training: bool = True) -> nn.Module:
-    """Add to a copy of the model the constants that the trace refers to, those of a mode where they depend on it."""
-    for target, tensor in traced.constants.items():
-        path, _, attribute = target.rpartition(".")
-        setattr(root.get_submodule(path), attribute, tensor)
-    for target, module in traced.mode_constants.items():
-        module.train(training)
-        root.add_module(target, module)
-    return root
 
 
 class _Constant(nn.Module):
@@ -108,6 +52,56 @@ class _Constant(nn.Module):
         return value.to(like.device)
 
 
+def trace_and_flow(
+    model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: Mapping[str, str]
+) -> "tuple[Trace, DataFlow]":
+    """Trace a model, and open what makes more than a small share of it, as far as its trace does what the model does.
+
+    Args:
+        model: the user's model.
+        setting: how it is called, and on what.
+        runs: runs of the model on fake tensors, of two batch sizes, and in both modes; the first one's batch is not 1.
+        closed: modules that are not opened, with the reason.
+
+    Raises:
+        CaptureError: its own forward cannot be traced.
+    """
+    base, made, stopped = chains_of_blocks(model), runs[0].made, dict(closed)
+    least = max(LARGE_SHARE * made[""], LARGE_ACTIVATION_BYTES * runs[0].setting.batch)
+    blocks = large_blocks(model, base, {name for name, size in made.items() if size > least})
+    while True:
+        traced = trace(model, setting, base | blocks, stopped, all(run.returns_tensor for run in runs))
+        stopped = dict(traced.stopped)
+        try:
+            flow = DataFlow(model, traced, runs, blocks & traced.opened)
+            _check_other_batches(model, traced, setting)
+        except TraceMismatchError as error:
+            if not error.owner:
+                raise
+            stopped[error.owner] = "its forward does something else where it is traced"
+        else:
+            return traced, flow
+
+
+def _check_other_batches(model: nn.Module, traced: Trace, setting: Setting) -> None:
+    """Compare the trace at more batch sizes, where the forward decides something by the number of samples."""
+    for batch, training in ((1, False), (7, True)) if traced.asked_of_batch else ():
+        try:
+            run = run_model(model, replace(setting, batch=batch, training=training))
+        except CaptureError:  # the model does not take such a batch
+            continue
+        try:
+            record(model, traced, run)
+        except TraceMismatchError as error:
+            owner = max(traced.asked_of_batch, key=depth_of)
+            if not owner:
+                raise CaptureError(
+                    f"model {type(model).__name__} cannot be cut into layers: its forward decides something by the number of samples, "
+                    f"and does otherwise with {batch}; move what it does there into a module of its own, which then stays whole"
+                ) from error
+            raise TraceMismatchError(str(error), owner) from error
+
+
 class DataFlow:
     """The values that are alive at each point of a traced graph, and so its cuts and its layers.
 
@@ -115,89 +109,136 @@ class DataFlow:
         model: the traced model.
         traced: its trace.
         runs: runs of the model on fake tensors, of two batch sizes, and in both modes; the first one's batch is not 1.
+        blocks: modules that are opened for being large alone.
 
     Raises:
-        CaptureError: the trace does other operations than the model, or the model does not return one tensor of the same batch.
+        CaptureError: the trace does other operations than the model, or the model returns other things than tensors of the same batch.
     """
 
-    def __init__(self, model: nn.Module, traced: Trace, runs: Sequence[ModelRun]) -> None:
-        self._traced = traced
-        self._recordings = [_record(model, traced, run) for run in runs]
+    def __init__(self, model: nn.Module, traced: Trace, runs: Sequence[ModelRun], blocks: Collection[str] = ()) -> None:
+        self._traced, self._blocks = traced, blocks
+        self._weights_of: dict[fx.Node, dict[str, nn.Parameter]] = {}
+        self._recordings = [record(model, traced, run) for run in runs]
         self._error_prefix = f"model {type(model).__name__}"
-        self._root = _with_constants(copy_structure(model), traced)
-        self._input = next(node for node in traced.graph.nodes if node.op == "placeholder")
+        self._root = with_constants(copy_structure(model), traced)
+        self._inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
         [self._output] = [node for node in traced.graph.nodes if node.op == "output"]
-        self._steps = [node for node in traced.graph.nodes if node.op.startswith("call_") and not traced.only_fetches(node)]
-        self._position = {self._input: -1, **{node: index for index, node in enumerate(self._steps)}}
+        self._batch_nodes = {node for node in traced.graph.nodes if self._is_batch(node)}
+        self._anywhere = self._find_anywhere()
+        self._steps = [
+            node
+            for node in traced.graph.nodes
+            if node.op.startswith("call_") and not traced.only_fetches(node) and node not in self._anywhere
+        ]
+        self._position = {**dict.fromkeys(self._inputs, -1), **{node: index for index, node in enumerate(self._steps)}}
         self._last_use = dict(self._position)
         for user in [*self._steps, self._output]:
             for node in user.all_input_nodes:
                 if node in self._last_use:
                     self._last_use[node] = self._position.get(user, len(self._steps))
-        self._check_output()
-        self._cuts = self._find_cuts()
-        self._live = [[self._input], *(self._alive_at(cut) for cut in self._cuts), [self._result]]
+        self._results = self._checked_output()
+        self.cuts = self._find_cuts()
 
-    def boundaries(self) -> list[list[tuple[tuple[int, ...], torch.dtype]]]:
-        """Return shapes without the batch axis, and types, of the tensors before the first layer, between layers, and after the last."""
-        return [[self._spec(node) for node in live] for live in self._live]
+    def _is_batch(self, node: fx.Node) -> bool:
+        """Decide whether a node is the number of samples, or the device: what every tensor of a boundary tells."""
+        if node.op == "call_function" and node.target is getattr and node.args[1] == "device":
+            return all(isinstance(recording.values[node], torch.device) for recording in self._recordings)
+        is_size = node.op == "call_method" and node.target == "size" and len(node.args) == 2
+        return is_size and all(recording.values[node] == recording.batch for recording in self._recordings)
 
-    def layers(self) -> list[tuple[str, fx.GraphModule]]:
-        """Make a module of the operations between two cuts, and name it, for all cuts in order."""
-        starts, stops = [0, *self._cuts], [*self._cuts, len(self._steps)]
+    def _find_anywhere(self) -> set[fx.Node]:
+        """Return the nodes that can be computed in every layer that uses them: from the number of samples, and constants, alone.
+
+        A mask of the batch's size, or a count of rows, does not cross a boundary then.
+        """
+        found = set(self._batch_nodes)
+        written = {storage for recording in self._recordings for storages in recording.writes.values() for storage in storages}
+        for node in self._traced.graph.nodes:
+            if node.op not in ("call_function", "call_method") or node in found or not node.all_input_nodes:
+                continue
+            if not all(source in found or source.target in self._traced.constants for source in node.all_input_nodes):
+                continue
+            if any(
+                node in recording.draws or recording.writes[node] or storages_of(recording.values[node]) & written
+                for recording in self._recordings
+            ):
+                continue
+            found.add(node)
+        return found
+
+    def boundaries(self, cuts: Sequence[int]) -> list[list[tuple[tuple[int, ...], torch.dtype]]]:
+        """Return shapes without the batch axis, and types, of the tensors before the first layer, between layers, and after the last.
+
+        Args:
+            cuts: where to cut, of `cuts`.
+        """
+        return [[self._spec(node) for node in live] for live in self._live(cuts)]
+
+    def layers(self, cuts: Sequence[int]) -> list[tuple[str, fx.GraphModule]]:
+        """Make a module of the operations between two cuts, and name it, for all cuts in order.
+
+        Args:
+            cuts: where to cut, of `cuts`.
+        """
+        starts, stops, live = [0, *cuts], [*cuts, len(self._steps)], self._live(cuts)
         seen: Counter[str] = Counter()
         layers = []
-        for start, stop, before, after in zip(starts, stops, self._live[:-1], self._live[1:], strict=True):
-            name = self._name(self._steps[start:stop])
+        for start, stop, before, after in zip(starts, stops, live[:-1], live[1:], strict=True):
+            name = self._name(start, stop)
             seen[name] += 1
             unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
             layers.append((unique, self._build(self._steps[start:stop], before, after)))
         return layers
 
-    def trained(self) -> set[int]:
-        """Return the identities of the parameters that the model's output depends on."""
-        needed = {self._output}
-        for recording in self._recordings:
-            known = storages_of(recording.values[self._input])
-            for node in self._steps:
-                if recording.writes[node] & known:
-                    needed.add(node)  # it changes an earlier value in place, which the output may depend on
-                known |= storages_of(recording.values[node])
-        stack = list(needed)
-        while stack:
-            for node in stack.pop().all_input_nodes:
-                if node not in needed:
-                    needed.add(node)
-                    stack.append(node)
-        parameters: set[int] = set()
-        for node in needed:
-            parameters.update(map(id, self._weights(node).values()))
-        return parameters
+    def cuts_between_blocks(self) -> list[int]:
+        """Return the cuts but those inside of a block across which several tensors flow."""
+        return [cut for cut in self.cuts if len(self._alive_at(cut)) == 1 or not self._inside_block(cut)]
 
-    def _check_output(self) -> None:
-        result = self._output.args[0]
+    def _live(self, cuts: Sequence[int]) -> list[list[fx.Node]]:
+        return [self._inputs, *(self._alive_at(cut) for cut in cuts), self._results]
+
+    def _inside_block(self, cut: int) -> bool:
+        """Decide whether a cut parts the operations of one block that was opened for being large."""
+        before, after = (
+            {name for node in steps if self._weights(node) for name in self._modules_of(node)}
+            for steps in (self._steps[:cut], self._steps[cut:])
+        )
+        return any(name in before and name in after for name in self._blocks)
+
+    def _modules_of(self, node: fx.Node) -> list[str]:
+        """Return the names of the opened modules that a node belongs to, the innermost first."""
+        owner = str(node.meta["owner"])
+        return [owner, *parents(owner)]
+
+    def _checked_output(self) -> list[fx.Node]:
+        """Return the nodes of the tensors that the model returns."""
+        results, form = self._output.args[0], self._traced.output
+        assert isinstance(results, tuple)
+        assert form is not None
+        if not results:
+            raise CaptureError(f"{self._error_prefix} returns {form}, in which there is no tensor; return the tensor to train on")
         for recording in self._recordings:
-            value = recording.values[result] if isinstance(result, fx.Node) else result
-            if not isinstance(value, Tensor):
-                kind = type(value).__name__.removeprefix("immutable_")
-                many = f" of {len(value)}" if isinstance(value, (tuple, list, dict)) else ""
+            values = [recording.values[result] if isinstance(result, fx.Node) else result for result in results]
+            for name, value in zip(form.names, values, strict=True):
+                where = f" {name!r}" if name else ""
+                if not isinstance(value, Tensor):
+                    raise CaptureError(
+                        f"{self._error_prefix} returns{where} a {type(value).__name__} that depends on its input; return tensors"
+                    )
+                if value.dim() == 0 or value.shape[0] != recording.batch:
+                    raise CaptureError(
+                        f"{self._error_prefix} returns a tensor{where} of shape {tuple(value.shape)} for a batch of {recording.batch}; its "
+                        "first axis must be the batch"
+                    )
+            if not any(value.dtype.is_floating_point for value in values):
                 raise CaptureError(
-                    f"{self._error_prefix} returns {kind}{many}, not one tensor; wrap it in a module that returns the tensor to train on"
+                    f"{self._error_prefix} returns a tensor of type {str(values[0].dtype).removeprefix('torch.')}, from which no gradient "
+                    "comes; return the scores themselves"
                 )
-            if value.dim() == 0 or value.shape[0] != recording.batch:
-                raise CaptureError(
-                    f"{self._error_prefix} returns a tensor of shape {tuple(value.shape)} for a batch of {recording.batch}; its "
-                    "first axis must be the batch"
-                )
-            if not value.dtype.is_floating_point:
-                raise CaptureError(
-                    f"{self._error_prefix} returns a tensor of type {str(value.dtype).removeprefix('torch.')}, from which no gradient comes; "
-                    "return the scores themselves"
-                )
-        assert isinstance(result, fx.Node)
-        if self._traced.only_fetches(result):
-            raise CaptureError(f"{self._error_prefix} returns {result.target!r}, which does not depend on its input")
-        self._result = result
+        for result in results:
+            if self._traced.only_fetches(result) or result in self._anywhere:
+                raise CaptureError(f"{self._error_prefix} returns {result.target!r}, which does not depend on its input")
+        return list(results)
 
     def _find_cuts(self) -> list[int]:
         candidates = [position for position, node in enumerate(self._steps) if self._starts_layer(node)]
@@ -208,7 +249,11 @@ class DataFlow:
         if not self._weights(node):
             return False
         if node.op != "call_module":
-            return node.target not in _ATTACHED_FUNCTIONS
+            # Weights that are repeated for each sample, as class tokens are, belong to the layer before them.
+            is_repeated = any(source in self._anywhere for source in node.all_input_nodes) and all(
+                source.op == "get_attr" or source in self._anywhere for source in node.all_input_nodes
+            )
+            return node.target not in _ATTACHED_FUNCTIONS and not is_repeated
         module = self._root.get_submodule(str(node.target))
         is_attached = isinstance(module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU))
         is_norm = _NORM_CLASS.search(type(module).__name__) is not None and not list(module.children())
@@ -216,6 +261,8 @@ class DataFlow:
 
     def _weights(self, node: fx.Node) -> dict[str, nn.Parameter]:
         """Return the parameters that a node uses, its module's or its arguments."""
+        if node in self._weights_of:
+            return self._weights_of[node]
         if node.op == "call_module":
             module = self._root.get_submodule(str(node.target))
             weights = {f"{node.target}.{name}": parameter for name, parameter in module.named_parameters()}
@@ -227,6 +274,7 @@ class DataFlow:
                 value = getattr(self._root.get_submodule(path), attribute)
                 if isinstance(value, nn.Parameter):
                     weights[str(source.target)] = value
+        self._weights_of[node] = weights
         return weights
 
     def _alive_at(self, cut: int) -> list[fx.Node]:
@@ -251,25 +299,30 @@ class DataFlow:
         value = self._recordings[0].values[node]
         return tuple(value.shape[1:]), value.dtype
 
-    def _name(self, steps: list[fx.Node]) -> str:
+    def _name(self, start: int, stop: int) -> str:
+        steps = self._steps[start:stop]
         for node in steps:
             weights = self._weights(node)
             if weights:
-                return str(node.target) if node.op == "call_module" else next(iter(weights))
+                name = str(node.target) if node.op == "call_module" else next(iter(weights))
+                # A block that was opened, and is whole again in this layer, gives it its name.
+                rest = [*self._steps[:start], *self._steps[stop:]]
+                elsewhere = {module for other in rest if self._weights(other) for module in self._modules_of(other)}
+                whole = [module for module in self._modules_of(node) if module in self._blocks and module not in elsewhere]
+                return whole[-1] if whole else name
         modules = [str(node.target) for node in steps if node.op == "call_module"]
-        return (modules or [node.name for node in steps] or [self._input.name])[0]
+        return (modules or [node.name for node in steps] or [self._inputs[0].name])[0]
 
     def _build(self, steps: list[fx.Node], before: list[fx.Node], after: list[fx.Node]) -> fx.GraphModule:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in before}
         anchor = copies[before[0]]
-        if self._input in before and any(
-            recording.writes[node] & storages_of(recording.values[self._input])
-            for recording in self._recordings
-            for node in steps
-        ):
-            # A model may change its input in place; the input here may be a buffer that is read again.
-            copies[self._input] = graph.call_method("clone", (copies[self._input],))
+        for source in self._inputs:
+            if source in before and any(
+                recording.writes[node] & storages_of(recording.values[source]) for recording in self._recordings for node in steps
+            ):
+                # A model may change its input in place; the input here may be a buffer that is read again.
+                copies[source] = graph.call_method("clone", (copies[source],))
 
         def fetch(node: fx.Node) -> fx.Node:
             if node not in copies:
@@ -278,6 +331,11 @@ class DataFlow:
                     if not hasattr(self._root, module_name):
                         self._root.add_module(module_name, _Constant(self._traced.constants[str(node.target)]))
                     copies[node] = graph.create_node("call_module", module_name, (anchor,))
+                elif node in self._batch_nodes:
+                    of_device = node.target is getattr
+                    copies[node] = (
+                        graph.call_function(getattr, (anchor, "device")) if of_device else graph.call_method("size", (anchor, 0))
+                    )
                 else:
                     copies[node] = graph.node_copy(node, fetch)
             return copies[node]

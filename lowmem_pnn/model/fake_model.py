@@ -8,6 +8,7 @@ import logging
 import pickle
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, OutputForm, TensorSpec
+from lowmem_pnn.model.copies import copy_structure, first_line, preserve_random_state, set_mode
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.model.python_state import (
     Attribute,
@@ -29,7 +33,6 @@ from lowmem_pnn.model.python_state import (
     is_kept,
     is_read,
 )
-from lowmem_pnn.model.tracer import copy_structure, first_line, preserve_random_state, set_mode
 
 
 class OperationLog(TorchDispatchMode):
@@ -43,6 +46,10 @@ class OperationLog(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.entries: list[tuple[Any, ...]] = []
         self.written_storages: set[int] = set()
+        self.draws = 0
+        """Operations that drew random numbers."""
+        self.new_bytes = 0
+        """Bytes of the tensors that operations made."""
         # The tensors themselves, not their ids alone: an id is used again once its tensor is gone.
         self._dependent = {id(tensor): tensor for tensor in tensors}
 
@@ -57,6 +64,10 @@ class OperationLog(TorchDispatchMode):
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
                 self.written_storages |= storages_of(value)
         result = func(*args, **kwargs)
+        before = storages_of((args, kwargs))
+        self.new_bytes += sum(tensor.nbytes for tensor in tensors_in(result) if tensor.untyped_storage()._cdata not in before)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.draws += 1
         # Constants are computed while tracing, and so not again by the graph; operations of `prim` only query, as for a device.
         if func.namespace != "prim" and any(id(tensor) in self._dependent for tensor in tensors_in((args, kwargs))):
             self._dependent.update((id(tensor), tensor) for tensor in tensors_in(result))
@@ -69,18 +80,18 @@ class Setting:
     """How a model is run on fake tensors.
 
     Args:
-        shape: shape of one sample.
-        dtype: type of the samples.
+        specs: shape and type of each tensor of a sample.
         precision: compute precision and memory format.
         batch: number of samples.
         training: whether in train mode.
+        form: how the tensors are handed to the model.
     """
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    specs: tuple[TensorSpec, ...]
     precision: Precision
     batch: int
     training: bool
+    form: CallForm = ONE_TENSOR
 
     @property
     def mode_text(self) -> str:
@@ -93,11 +104,16 @@ class Setting:
         Args:
             model: the user's model.
         """
-        samples = f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
+        many = len(self.specs) > 1
+        samples = ", ".join(
+            f"{name!r} {spec}" if many else str(spec) for name, spec in zip(self.form.names, self.specs, strict=True)
+        )
         maps = ", its maps channels last (--channels-last)" if self.precision.channels_last else ""
         return f"model {type(model).__name__} does not run on samples of {samples} in {self.mode_text} mode{maps}"
 
-    def log(self, model: nn.Module, forward: Callable[[nn.Module, Tensor, OperationLog], Any]) -> list[tuple[Any, ...]]:
+    def log(
+        self, model: nn.Module, forward: Callable[[nn.Module, tuple[Tensor, ...], OperationLog], Any]
+    ) -> list[tuple[Any, ...]]:
         """Run something on a copy of the model with fake tensors, and return the operations that depend on them.
 
         All fake tensors are on the CPU, wherever the model's are; under autocast, whose casts depend on the device, on the training device.
@@ -106,21 +122,59 @@ class Setting:
             model: module that stays as it is.
             forward: is given the copy, in its mode, the samples, and the log.
         """
-        device = "cpu" if self.precision.dtype == "fp32" else self.precision.device_type
+        fakes = self.fakes(model, "cpu" if self.precision.dtype == "fp32" else self.precision.device_type)
+        log = OperationLog([*fakes.samples, *fakes.root.parameters(), *fakes.root.buffers()])
+        with fakes.context(), log:
+            forward(fakes.root, fakes.samples, log)
+        return log.entries
+
+    def fakes(self, model: nn.Module, device: str) -> "Fakes":
+        """Return a copy of the model with fake tensors, in its mode, and fake samples.
+
+        Args:
+            model: module that stays as it is.
+            device: device that the fake tensors say they are on.
+        """
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
-            samples = torch.empty((self.batch, *self.shape), dtype=self.dtype, device=device)
-            (samples,) = self.precision.to_memory_format((samples,))
+            samples = tuple(torch.empty((self.batch, *spec.shape), dtype=spec.dtype, device=device) for spec in self.specs)
+            samples = self.precision.to_memory_format(samples)
             fakes: dict[int, Tensor] = {}
             for tensor in [*model.parameters(), *model.buffers()]:
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
                 fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         root = copy_structure(model, fakes)
         set_mode(root, self.training)
-        log = OperationLog([samples, *fakes.values()])
-        with preserve_random_state(), _fake_tensor_log_disabled(), mode, torch.enable_grad(), self.precision.autocast(), log:
-            forward(root, samples, log)
-        return log.entries
+        return Fakes(mode, root, samples, self.precision)
+
+
+@dataclass
+class Fakes:
+    """A copy of a model with fake tensors, and fake samples.
+
+    Args:
+        mode: the mode that they belong to.
+        root: the copy.
+        samples: tensors of a batch.
+        precision: compute precision and memory format.
+    """
+
+    mode: FakeTensorMode
+    root: nn.Module
+    samples: tuple[Tensor, ...]
+    precision: Precision
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Return the context in which the copy is run."""
+        with (
+            preserve_random_state(),
+            _fake_tensor_log_disabled(),
+            self.mode,
+            torch.enable_grad(),
+            self.precision.autocast(),
+        ):
+            yield
 
 
 @dataclass
@@ -133,6 +187,9 @@ class ModelRun:
         kept: attributes of its modules that the forward changes, and whose values a run keeps.
         left: attributes in which the forward leaves tensors that no later forward depends on.
         written: parameters that the forward changes in place, as an embedding with `max_norm` does.
+        made: bytes of the tensors that operations of a module, and of those in it, made; under "" those of all.
+        returns_tensor: whether the model returns one tensor, in nothing.
+        reached: parameters that a backward from what the model returns gives a gradient to.
     """
 
     setting: Setting
@@ -140,6 +197,9 @@ class ModelRun:
     kept: set[Attribute] = field(default_factory=set)
     left: set[Attribute] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
+    made: Counter[str] = field(default_factory=Counter)
+    returns_tensor: bool = True
+    reached: set[str] = field(default_factory=set)
 
 
 def run_model(model: nn.Module, setting: Setting) -> ModelRun:
@@ -156,14 +216,17 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
     result = ModelRun(setting, [])
     title = type(model).__name__
 
-    def forward(root: nn.Module, samples: Tensor, log: OperationLog) -> None:
+    def forward(root: nn.Module, samples: tuple[Tensor, ...], log: OperationLog) -> None:
         before, generators = Snapshot(root), _python_generators()
         versions = {name: parameter._version for name, parameter in root.named_parameters(remove_duplicate=False)}
         try:
-            root(samples)
+            with _made_by_module(root, log, result.made):
+                returned = setting.form.call(root, samples)
         except Exception as error:  # whatever a user's module raises on a shape it does not take
             where = _deepest_module(root, error)
             raise CaptureError(f"{setting.error_prefix(model)}{where and f', at {where!r}'}: {explain(error)}") from error
+        result.returns_tensor = isinstance(returned, Tensor)
+        result.reached = _reached(root, OutputForm.of(returned)[1])
         if _python_generators() != generators:
             raise CaptureError(
                 f"forward of model {title} draws from Python's or numpy's random generator, whose state is not kept with a run; draw with "
@@ -177,13 +240,13 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
         now = attributes_of(root)
         log.entries, entries = [], log.entries
         after_one = Snapshot(root)
-        root(samples)
+        setting.form.call(root, samples)
         changed_again = {*after_one.changed(root)}
         for key in sorted(changed):
             value = now.get(key)
             # What is computed once, from neither samples nor weights, is a cache.
             is_cache = holds_tensor(value) and key not in changed_again and not any(map(log.depends, tensors_in(value)))
-            if is_cache or not is_read(root, key, lambda: root(samples)):
+            if is_cache or not is_read(root, key, lambda: setting.form.call(root, samples)):
                 result.left.add(key)
             elif is_kept(value):
                 result.kept.add(key)
@@ -199,6 +262,39 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
     return result
 
 
+def _reached(root: nn.Module, outputs: tuple[Tensor, ...]) -> set[str]:
+    """Return the names of the parameters in the autograd graph of some outputs."""
+    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen, found = set(stack), {id(output) for output in outputs}
+    while stack:
+        function = stack.pop()
+        found.add(id(getattr(function, "variable", None)))
+        new = [inner for inner, _ in function.next_functions if inner is not None and inner not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return {name for name, parameter in root.named_parameters(remove_duplicate=False) if id(parameter) in found}
+
+
+@contextmanager
+def _made_by_module(root: nn.Module, log: OperationLog, made: Counter[str]) -> Iterator[None]:
+    """Count for each module the bytes of the tensors that are made while it runs."""
+    names = {module: name for name, module in root.named_modules()}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        made[names.get(module, "")] -= log.new_bytes
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        made[names.get(module, "")] += log.new_bytes
+
+    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    made[""] = log.new_bytes
+
+
 def uses_checkpointing(model: nn.Module, setting: Setting) -> bool:
     """Decide whether a model's forward calls `torch.utils.checkpoint`.
 
@@ -212,11 +308,11 @@ def uses_checkpointing(model: nn.Module, setting: Setting) -> bool:
         nonlocal found
         found = found or frame.f_code.co_filename.endswith("torch/utils/checkpoint.py")
 
-    def forward(root: nn.Module, samples: Tensor, log: OperationLog) -> None:
+    def forward(root: nn.Module, samples: tuple[Tensor, ...], log: OperationLog) -> None:
         previous = sys.getprofile()
         sys.setprofile(look)
         try:
-            root(samples)
+            setting.form.call(root, samples)
         except Exception:  # only what was called is asked
             pass
         finally:

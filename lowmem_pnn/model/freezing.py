@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowmem_pnn.config.finetuning_options import FineTuningOptions
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.model.tracer import copy_structure
+from lowmem_pnn.model.copies import copy_structure
 
 _MOST_NAMED = 3
 

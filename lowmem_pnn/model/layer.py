@@ -81,6 +81,9 @@ class Layer:
     hooks: Mapping[str, ParameterHooks] = MappingProxyType({})
     """What hangs on parameters of the layer, by their names."""
 
+    whole: str = ""
+    """Why a large module in it is whole, and how large it is: "whole: its forward ...; 63% of the weights"; else nothing."""
+
     compiled: CompiledForward | None = None
     """A function that runs instead of the module where it applies; the head always runs as a module."""
 
@@ -125,7 +128,7 @@ class Layer:
         order = [*self._parameter_names, *self._buffer_names, *dict.fromkeys(prefix + name for name in names)]
         layer = Layer(self.name, self.module, order, self.precision)
         layer.head = head
-        layer.modes, layer.kept, layer.left, layer.hooks = self.modes, self.kept, self.left, self.hooks
+        layer.modes, layer.kept, layer.left, layer.hooks, layer.whole = self.modes, self.kept, self.left, self.hooks, self.whole
         return layer
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.copies import copy_on_meta
 from lowmem_pnn.model.python_state import Snapshot, attributes_of
-from lowmem_pnn.model.tracer import copy_on_meta
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.copies import copy_on_meta
 from lowmem_pnn.model.modes import overrides
-from lowmem_pnn.model.tracer import copy_on_meta
 
 # Attributes that a GraphModule has and a plain module has not: a submodule of such a name would be lost.
 _GRAPH_MODULE_NAMES = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}

@@ -76,6 +76,9 @@ class Constraints:
     def title(self, start: int, stop: int) -> str:
         """Return a range of layers in words."""
         first, last = self.profile.layers[start].name, self.profile.layers[stop - 1].name
+        whole = self.profile.layers[start].whole
+        if stop == start + 1 and whole:
+            return f"layer {first!r} ({whole})"
         return f"layer {first!r}" if stop == start + 1 else f"layers {first!r} to {last!r}"
 
     def _check_cuts(self) -> None:

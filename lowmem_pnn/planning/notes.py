@@ -24,13 +24,29 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
     """
     pretrained = request.workload.pretrained
     begins = [] if pretrained is None else [f"{describe_weights(pretrained.summary())}; {_training(request.workload.config)}"]
+    whole = [f"layer {layer.name!r} is {layer.whole}" for layer in request.workload.chain.layers if layer.whole]
     return [
         *begins,
         *frozen_notes(request.workload),
         *fixed_notes(request.workload, plan),
         *whole_batch_notes(request, plan, mixing),
         *micro_batch_notes(request.workload, plan),
+        *idle_notes(request.workload),
+        *whole,
     ]
+
+
+def idle_notes(workload: Workload) -> list[str]:
+    """Return which parameters stay as they are, since no gradient comes to them.
+
+    Args:
+        workload: model, data and method.
+    """
+    idle = workload.bare.idle
+    if not idle:
+        return []
+    more = f" and {len(idle) - 1} more parameters get" if len(idle) > 1 else " gets"
+    return [f"{idle[0]!r}{more} no gradient, since the output does not depend on them: kept as they are, as in plain PyTorch"]
 
 
 def frozen_notes(workload: Workload) -> list[str]:

@@ -90,6 +90,7 @@ class LayerCost:
         complete: Memory of a backward at the moment when the last gradient of the layer's parameters is there, as `backward_peak`; no
             kernel's scratch memory is in use then. A step in backward comes on top of it.
         streamed_state_bytes: Bytes of optimizer state that are in memory only during the layer's step.
+        whole: Why a large module in the layer is whole, and how large it is, in words; empty for most.
     """
 
     name: str
@@ -109,6 +110,7 @@ class LayerCost:
     freed_gradient_bytes: int = 0
     complete: Affine | Envelope = Affine(0, 0)
     streamed_state_bytes: int = 0
+    whole: str = ""
 
     @property
     def state_bytes(self) -> int:
@@ -164,7 +166,7 @@ class MemoryProfile:
         data = dict(json.loads(text) if isinstance(text, str) else text)
         return cls(
             layers=tuple(
-                LayerCost(**{field.name: _field_value(layer[field.name]) for field in fields(LayerCost)})
+                LayerCost(**{field.name: _field_value(layer[field.name]) for field in fields(LayerCost) if field.name in layer})
                 for layer in data["layers"]
             ),
             forbidden_cuts=tuple(data["forbidden_cuts"]),

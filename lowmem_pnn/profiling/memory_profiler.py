@@ -144,6 +144,7 @@ def _layer_cost(
         output_bytes=Affine(0, sum(spec.sample_bytes for spec in after)),
         forward_macs=measurement.macs,
         complete=peak(lambda trace: [trace.complete]),
+        whole=layer.whole,
     )
 
 

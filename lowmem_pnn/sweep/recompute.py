@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem_pnn.model.copies import copy_structure
 from lowmem_pnn.model.layer import Layer, has_module_hooks
-from lowmem_pnn.model.tracer import copy_structure
 
 # Operations whose gradients do not depend on the values of their inputs. None of them works in place: the graph does not tell which
 # other tensors show the same memory.

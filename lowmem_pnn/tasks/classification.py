@@ -28,12 +28,15 @@ class Classification(Task):
         targets: Form of the targets.
         label_smoothing: Smoothing of the labels in training (Szegedy et al. 2016, section 7); measures have none.
         class_weights: Weight of each class in the mean; None for equal ones.
+        output: Number of the model's output tensor that the loss is taken of.
     """
 
     name = "classification"
 
-    def __init__(self, targets: Targets, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> None:
-        super().__init__(targets)
+    def __init__(
+        self, targets: Targets, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None, *, output: int = 0
+    ) -> None:
+        super().__init__(targets, output)
         self._label_smoothing = label_smoothing
         self._weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self._ignored = -100 if targets.ignored is None else targets.ignored
@@ -53,25 +56,28 @@ class Classification(Task):
         classes, kind = self.targets.num_classes, self.targets.kind
         if kind == "mask":
             wanted: tuple[Any, ...] = (classes, *self.targets.shape)
-            fits = outputs[0].shape[1:] == wanted[1:] and outputs[0].shape[0] >= classes
+            fits = outputs[self.output].shape[1:] == wanted[1:] and outputs[self.output].shape[0] >= classes
         else:
             rows = self.targets.shape if kind == "tokens" else ()
             wanted = (*rows, classes)
-            shape = outputs[0].shape
+            shape = outputs[self.output].shape
             # Probabilities have one for each score.
             fits = (
                 bool(shape) and shape[:-1] == rows and (shape[-1] == classes if kind == "probabilities" else shape[-1] >= classes)
             )
-        if len(outputs) == 1 and fits:
+        if fits:
             return None
         return f"{classes} classes; it should give ({', '.join(map(str, ('batch', *wanted)))}), or more scores than that"
 
     def loss(self, outputs: tuple[Tensor, ...], targets: Tensor, *, training: bool) -> Tensor:
         """See `Task.loss`."""
+        return self.loss_of(outputs[self.output], targets, training=training)
+
+    def loss_of(self, scores: Tensor, targets: Tensor, *, training: bool) -> Tensor:
+        """Return the mean loss of class scores, and as many targets; arguments as for `loss`."""
         if self.targets.kind == "mask":
-            return self._cross_entropy(at_least_float32(outputs[0]), targets.long(), "mean", training)
-        scores = at_least_float32(outputs[0]).flatten(0, -2)
-        return self._cross_entropy(scores, self._rows(targets), "mean", training)
+            return self._cross_entropy(at_least_float32(scores), targets.long(), "mean", training)
+        return self._cross_entropy(at_least_float32(scores).flatten(0, -2), self._rows(targets), "mean", training)
 
     def loss_of_rows(self, rows: Tensor, targets: Tensor, *, training: bool) -> Tensor:
         """See `Task.loss_of_rows`."""
@@ -88,7 +94,7 @@ class Classification(Task):
 
     def num_correct(self, outputs: tuple[Tensor, ...], targets: Tensor) -> tuple[int, int]:
         """See `Task.num_correct`."""
-        predicted, right = self._answers(outputs[0], targets)
+        predicted, right = self._answers(outputs[self.output], targets)
         counted = right != self._ignored
         return int(((predicted == right) & counted).sum()), int(counted.sum())
 
@@ -140,13 +146,13 @@ class ClassScores(Scores):
 
     def add(self, outputs: tuple[Tensor, ...], targets: Tensor) -> None:
         """See `Scores.add`."""
-        (scores,) = outputs
+        scores = outputs[self._task.output]
         on_device = targets.to(scores.device)
         if self._tokens:
             scores, on_device, targets = scores.flatten(0, -2), on_device.flatten(), targets.flatten()
         weight = self._task.count(targets)
         if weight:
-            self._add_loss(float(self._task.loss((scores,), on_device, training=False)), weight)
+            self._add_loss(float(self._task.loss_of(scores, on_device, training=False)), weight)
         if self._tokens:
             return
         predicted, right = (part.to("cpu", torch.int64).flatten() for part in self._task._answers(scores, on_device))

@@ -1,13 +1,11 @@
 """The task of a run: found from what was asked for and from what the targets of its data are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
 
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.sources.targets import TargetKind, Targets
 from lowmem_pnn.tasks.classification import Classification
 from lowmem_pnn.tasks.multilabel import MultiLabel
@@ -20,6 +18,9 @@ TASK_OF: dict[TargetKind, str] = {
     "values": "regression", "mask": "segmentation", "own": "own",
 }  # fmt: skip
 """Task of each kind of targets."""
+
+# What models call the tensor that losses are taken of, where they return several.
+_OUTPUT_NAMES = ("logits", "out")
 
 _LOSSES = {
     "classification": ("cross-entropy",),
@@ -46,7 +47,7 @@ def make_task(
     config: FitConfig,
     targets: Targets,
     own: Own,
-    rebuild: Callable[[tuple[Tensor, ...]], Any],
+    chain: Chain,
     weights: Sequence[float] | None = None,
 ) -> Task:
     """Return the task of a run.
@@ -55,7 +56,7 @@ def make_task(
         config: Options of the run.
         targets: Form of the targets.
         own: Loss and metrics of the user's own.
-        rebuild: Makes what the model returns of its output tensors.
+        chain: The model, for what it returns.
         weights: Weights of the classes, or labels, where there are such.
 
     Raises:
@@ -64,7 +65,8 @@ def make_task(
     name = TASK_OF[targets.kind]
     if own.loss is not None:
         _refuse_options(config, f"a loss of your own ({config.loss})", ("label_smoothing", "class_weights", "ignore_index"))
-        return OwnTask(targets, own.loss, own.metrics, config.loss, rebuild)
+        return OwnTask(targets, own.loss, own.metrics, config.loss, chain.rebuild)
+    output = _output(chain)
     known = _LOSSES[name]
     if config.loss not in ("auto", *known):
         raise ConfigError(
@@ -76,11 +78,25 @@ def make_task(
     if name == "regression":
         _refuse_options(config, "regression", ("label_smoothing", "class_weights", "ignore_index"))
         function: RegressionLoss = "mse" if config.loss == "auto" else config.loss  # type: ignore[assignment]
-        return Regression(targets, function)
+        return Regression(targets, function, output=output)
     if name == "multilabel":
         _refuse_options(config, "multilabel", ("ignore_index",))
-        return MultiLabel(targets, config.label_smoothing, weights)
-    return Classification(targets, config.label_smoothing, weights)
+        return MultiLabel(targets, config.label_smoothing, weights, output=output)
+    return Classification(targets, config.label_smoothing, weights, output=output)
+
+
+def _output(chain: Chain) -> int:
+    """Return the number of the output tensor that losses by name are taken of: the only one, or that which is called logits or out."""
+    form = chain.output_form
+    if form is None or len(form.names) == 1:
+        return 0
+    for name in _OUTPUT_NAMES:
+        if name in form.names:
+            return form.names.index(name)
+    raise ConfigError(
+        f"the model returns {form} ({', '.join(form.names)}), of which no loss by name knows which to take; give a loss that does (loss=..., "
+        "--loss file.py:function), or wrap the model in a module that returns one tensor"
+    )
 
 
 def _refuse_options(config: FitConfig, task: str, names: Sequence[str]) -> None:

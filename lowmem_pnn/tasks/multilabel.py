@@ -23,12 +23,15 @@ class MultiLabel(Task):
         targets: Form of the targets.
         label_smoothing: Share by which targets in training are drawn to 1/2; measures have none.
         class_weights: Weight of the samples that have a label, for each label (`pos_weight`); None for equal ones.
+        output: Number of the model's output tensor that the loss is taken of.
     """
 
     name = "multilabel"
 
-    def __init__(self, targets: Targets, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> None:
-        super().__init__(targets)
+    def __init__(
+        self, targets: Targets, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None, *, output: int = 0
+    ) -> None:
+        super().__init__(targets, output)
         self._label_smoothing = label_smoothing
         self._weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
 
@@ -39,7 +42,7 @@ class MultiLabel(Task):
 
     def misfit(self, outputs: tuple[TensorSpec, ...]) -> str | None:
         """See `Task.misfit`."""
-        if len(outputs) == 1 and outputs[0].shape == self.targets.shape:
+        if outputs[self.output].shape == self.targets.shape:
             return None
         return f"{self.targets.num_classes} labels; it should give (batch, {self.targets.num_classes})"
 
@@ -49,11 +52,11 @@ class MultiLabel(Task):
         if smoothing:
             targets = targets * (1 - smoothing) + smoothing / 2
         weights = None if self._weights is None else self._weights.to(targets.device)
-        return nn.functional.binary_cross_entropy_with_logits(at_least_float32(outputs[0]), targets, pos_weight=weights)
+        return nn.functional.binary_cross_entropy_with_logits(at_least_float32(outputs[self.output]), targets, pos_weight=weights)
 
     def num_correct(self, outputs: tuple[Tensor, ...], targets: Tensor) -> tuple[int, int]:
         """Return how many labels are rightly given or not given, and of how many."""
-        return int(((outputs[0] > 0) == (targets > 0.5)).sum()), targets.numel()
+        return int(((outputs[self.output] > 0) == (targets > 0.5)).sum()), targets.numel()
 
     def scores(self) -> "LabelScores":
         """See `Task.scores`."""
@@ -75,11 +78,15 @@ class LabelScores(Scores):
 
     def add(self, outputs: tuple[Tensor, ...], targets: Tensor) -> None:
         """See `Scores.add`."""
-        self._add_loss(float(self._task.loss(outputs, targets.to(outputs[0].device), training=False)), len(targets))
+        self._add_loss(
+            float(self._task.loss(outputs, targets.to(outputs[self._task.output].device), training=False)), len(targets)
+        )
         # Logits of 0 and below to the lower half, so that a label is given from the middle on.
-        scores = torch.sigmoid(outputs[0].double()).cpu()
+        scores = torch.sigmoid(outputs[self._task.output].double()).cpu()
         places = torch.where(
-            outputs[0].cpu() > 0, (scores * _BINS).floor().clamp(_BINS // 2, _BINS - 1), (scores * _BINS).ceil() - 1
+            outputs[self._task.output].cpu() > 0,
+            (scores * _BINS).floor().clamp(_BINS // 2, _BINS - 1),
+            (scores * _BINS).ceil() - 1,
         )
         places = places.clamp(0, _BINS - 1).long()
         has = targets > 0.5

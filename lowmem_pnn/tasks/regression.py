@@ -27,12 +27,13 @@ class Regression(Task):
     Args:
         targets: Form of the targets.
         function: Name of the loss.
+        output: Number of the model's output tensor that the loss is taken of.
     """
 
     name = "regression"
 
-    def __init__(self, targets: Targets, function: RegressionLoss = "mse") -> None:
-        super().__init__(targets)
+    def __init__(self, targets: Targets, function: RegressionLoss = "mse", *, output: int = 0) -> None:
+        super().__init__(targets, output)
         self._function = _FUNCTIONS[function]
 
     @property
@@ -43,13 +44,13 @@ class Regression(Task):
     def misfit(self, outputs: tuple[TensorSpec, ...]) -> str | None:
         """See `Task.misfit`."""
         wanted = self.targets.shape or (1,)
-        if len(outputs) == 1 and _squeezed(outputs[0].shape) == _squeezed(self.targets.shape):
+        if _squeezed(outputs[self.output].shape) == _squeezed(self.targets.shape):
             return None
         return f"{math.prod(wanted)} values to predict; it should give ({', '.join(map(str, ('batch', *wanted)))})"
 
     def loss(self, outputs: tuple[Tensor, ...], targets: Tensor, *, training: bool) -> Tensor:
         """See `Task.loss`."""
-        values = at_least_float32(outputs[0])
+        values = at_least_float32(outputs[self.output])
         return self._function(values, targets.reshape(values.shape))
 
     def scores(self) -> "ValueScores":
@@ -74,10 +75,10 @@ class ValueScores(Scores):
 
     def add(self, outputs: tuple[Tensor, ...], targets: Tensor) -> None:
         """See `Scores.add`."""
-        on_device = targets.to(outputs[0].device)
+        on_device = targets.to(outputs[self._task.output].device)
         self._add_loss(float(self._task.loss(outputs, on_device, training=False)), len(targets))
         right = targets.reshape(len(targets), -1).double()
-        errors = outputs[0].cpu().double().reshape(right.shape) - right
+        errors = outputs[self._task.output].cpu().double().reshape(right.shape) - right
         self._squared += (errors**2).sum(0)
         self._absolute += errors.abs().sum(0)
         mean = right.mean(0)

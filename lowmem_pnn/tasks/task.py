@@ -18,13 +18,14 @@ class Task(ABC):
 
     Args:
         targets: Form of the targets.
+        output: Number of the model's output tensor that the loss is taken of.
     """
 
     name: ClassVar[str]
     """What `--task` calls it."""
 
-    def __init__(self, targets: Targets) -> None:
-        self.targets = targets
+    def __init__(self, targets: Targets, output: int = 0) -> None:
+        self.targets, self.output = targets, output
 
     @property
     def rows_per_sample(self) -> int | None:

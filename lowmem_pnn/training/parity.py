@@ -22,10 +22,13 @@ from torch import Tensor, nn
 
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.errors import CaptureError, LowMemError
+from lowmem_pnn.model.call_form import OutputForm
+from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.model.copies import copy_structure, preserve_random_state, set_mode
+from lowmem_pnn.model.fake_model import tensors_in
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.python_state import Snapshot, read_state
-from lowmem_pnn.model.tracer import copy_structure, preserve_random_state, set_mode
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.training.observed import Observed, differences
 from lowmem_pnn.workload import Workload
@@ -57,9 +60,7 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
     if len(workload.splits["train"]) < count:
         say(f"{title} was not compared with its layers: there are fewer than {count} training samples")
         return "no"
-    samples, targets = workload.splits["train"].batch(range(count))
-    assert isinstance(samples, Tensor)
-    batch = samples, targets
+    batch = workload.splits["train"].batch(range(count))
     try:
         theirs = _observe_model(workload, model, batch, folder)
         with preserve_random_state():
@@ -92,13 +93,13 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
     )
 
 
-def _observe_model(workload: Workload, model: nn.Module, batch: tuple[Tensor, Tensor], folder: Path) -> Observed:
+def _observe_model(workload: Workload, model: nn.Module, batch: tuple[Any, Any], folder: Path) -> Observed:
     """Run the user's own model, forward and backward in train mode, and forward in eval mode."""
     with _parameters_kept(model), preserve_random_state():
         return _observe_copy(workload, model, batch, folder)
 
 
-def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Tensor, Tensor], folder: Path) -> Observed:
+def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], folder: Path) -> Observed:
     observed, chain = Observed(), workload.bare
     twin = _copied(model, chain.written)
     parameters = dict(twin.named_parameters(remove_duplicate=False))
@@ -108,17 +109,17 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Tensor, Ten
     set_mode(twin, True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         _seed(workload)
-        spilled = _Spilled(Path(scratch), [*twin.parameters(), *twin.buffers(), *batch])
+        spilled = _Spilled(Path(scratch), [*twin.parameters(), *twin.buffers(), *_inputs(batch), *tensors_in(batch[1])])
         with torch.autograd.graph.saved_tensors_hooks(spilled.pack, spilled.unpack):
             with precision.autocast():
-                outputs = twin(*precision.to_memory_format((batch[0].clone(),)))
-            loss = workload.task.loss((outputs,), batch[1], training=True)
+                outputs = _run(twin, chain, batch)
+            loss = workload.task.loss(outputs, batch[1], training=True)
             handles = [
                 parameter.register_post_accumulate_grad_hook(lambda tensor: observed.take_gradient(names[id(tensor)], tensor))
                 for parameter in {id(parameter): parameter for parameter in parameters.values()}.values()
                 if parameter.requires_grad
             ]
-            observed.values |= {"the output in train mode": outputs.detach().clone(), "the loss": float(loss.detach())}
+            observed.values |= {**_outputs(chain, outputs, "train"), "the loss": float(loss.detach())}
             torch.autograd.backward(loss)
         del outputs, loss
     for handle in handles:
@@ -126,11 +127,11 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Tensor, Ten
     _note_state(workload, observed, dict(twin.named_buffers()), twin, before)
     set_mode(twin, False)
     with torch.no_grad(), precision.autocast():
-        observed.values["the output in eval mode"] = twin(*precision.to_memory_format((batch[0].clone(),))).clone()
+        observed.values |= _outputs(chain, _run(twin, chain, batch), "eval")
     return observed
 
 
-def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Observed:
+def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Any, Any]) -> Observed:
     """Run the layers of the model as exact training runs them, each layer a partition of its own."""
     chain, observed = workload.bare, Observed()
     with layers_of(workload, model) as loaded:
@@ -144,7 +145,10 @@ def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Tensor, T
         for layer in chain.layers:
             layer.eval()
         with torch.no_grad():
-            observed.values["the output in eval mode"] = chain(batch[0].clone()).clone()
+            tensors = _inputs(batch)
+            for layer in chain.layers:
+                tensors = layer(*tensors)
+            observed.values |= _outputs(chain, tensors, "eval")
     return observed
 
 
@@ -177,16 +181,14 @@ def layers_of(workload: Workload, model: nn.Module) -> Iterator[dict[str, nn.Par
                 layer.compiled = code
 
 
-def _forward_and_back(
-    workload: Workload, batch: tuple[Tensor, Tensor], loaded: Mapping[str, nn.Parameter], observed: Observed
-) -> None:
+def _forward_and_back(workload: Workload, batch: tuple[Any, Any], loaded: Mapping[str, nn.Parameter], observed: Observed) -> None:
     layers, owner_of = workload.bare.layers, workload.bare.owner_of
     owners = [{owner_of(alias): parameter.requires_grad for alias, parameter in layer.parameters().items()} for layer in layers]
     first_user = {name: number for number, names in reversed([*enumerate(owners)]) for name in names}
     users = Counter(
         id(buffer) for layer in layers for buffer in {id(value): value for value in layer.buffers().values()}.values()
     )
-    inputs: list[tuple[Tensor, ...]] = [(batch[0].clone(),)]
+    inputs: list[tuple[Tensor, ...]] = [_inputs(batch)]
     states: list[tuple[Tensor, Mapping[str, Any], dict[str, Tensor]]] = []
     learns = False
     for number, layer in enumerate(layers[:-1]):
@@ -211,7 +213,7 @@ def _forward_and_back(
         if number == len(layers) - 1:
             after = [(value, value.clone()) for own in layers for value in own.buffers().values() if users[id(value)] > 1]
             loss = workload.task.loss(outputs, batch[1], training=True)
-            observed.values |= {"the output in train mode": outputs[0].detach().clone(), "the loss": float(loss.detach())}
+            observed.values |= {**_outputs(workload.bare, outputs, "train"), "the loss": float(loss.detach())}
             torch.autograd.backward(loss)
         else:
             pairs = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
@@ -245,6 +247,25 @@ def _load(workload: Workload, tensors: Mapping[str, Tensor]) -> dict[str, nn.Par
             name = chain.owner_of(alias)
             layer.set_tensor(alias, copies.setdefault(name, tensors[name].detach().clone()))
     return loaded
+
+
+def _inputs(batch: tuple[Any, Any]) -> tuple[Tensor, ...]:
+    """Return copies of a batch's inputs, which a forward may change."""
+    return tuple(tensor.clone() for tensor in (batch[0] if isinstance(batch[0], tuple) else (batch[0],)))
+
+
+def _run(model: nn.Module, chain: Chain, batch: tuple[Any, Any]) -> tuple[Tensor, ...]:
+    """Run the user's model as it is called, and return the tensors of what it returns."""
+    returned = chain.call_form.call(model, chain.layers[0].precision.to_memory_format(_inputs(batch)))
+    return OutputForm.of(returned)[1]
+
+
+def _outputs(chain: Chain, outputs: tuple[Tensor, ...], mode: str) -> dict[str, Tensor]:
+    names = chain.output_form.names if chain.output_form is not None else ("",)
+    return {
+        f"the output {f'{name!r} ' if name else ''}in {mode} mode": tensor.detach().clone()
+        for name, tensor in zip(names, outputs, strict=True)
+    }
 
 
 def _tensors_of(layer: Layer) -> dict[str, Tensor]:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import CaptureError, ConfigError, LowMemError
 from lowmem_pnn.methods import SplitName, make_method
+from lowmem_pnn.model.call_form import CallForm
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.model.freezing import with_frozen
 from lowmem_pnn.model.layer import is_rowwise
@@ -81,7 +83,7 @@ def make_workload(
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     _check_input(source, dataset, model)
     precision = Precision(config.precision, device.type, config.channels_last)
-    chain, dataset, splits = _capture(model, source, dataset, splits, precision)
+    chain, dataset, splits = _capture(config, model, source, dataset, splits, precision)
     chain.drop_values()  # of a model that could not be built without them
     if config.channels_last and all(parameter.dim() != 4 for parameter in model.parameters()):
         raise ConfigError(
@@ -92,7 +94,7 @@ def make_workload(
             f"--optimizer-state {config.optimizer_state} has no effect here: {source.spec} has no float32 parameters of "
             f"{MIN_QUANTIZED_SIZE} elements or more that learn; leave it out"
         )
-    task = make_task(config, dataset.targets, own, _rebuild, _class_weights(config, dataset, splits["train"]))
+    task = make_task(config, dataset.targets, own, chain, _class_weights(config, dataset, splits["train"]))
     outputs = chain.boundaries[-1]
     if (misfit := task.misfit(outputs)) is not None:
         shapes = " and ".join(f"({', '.join(map(str, ('batch', *spec.shape)))})" for spec in outputs)
@@ -132,13 +134,26 @@ class _RefusesFloatsForIntegers(TorchFunctionMode):
 
 
 def _capture(
-    model: nn.Module, source: ModelSource, dataset: Dataset, splits: dict[SplitName, Split], precision: Precision
+    config: FitConfig,
+    model: nn.Module,
+    source: ModelSource,
+    dataset: Dataset,
+    splits: dict[SplitName, Split],
+    precision: Precision,
 ) -> tuple[Chain, Dataset, dict[SplitName, Split]]:
     """Cut the model for the samples of a data set, whose integers become float32 where the model calculates with them.
 
     Integers are tokens for a model that looks them up, and numbers for any other, and only the model tells. An embedding refuses float32
     on fake tensors, where a linear layer would take int64: so float32 is tried first.
     """
+    if dataset.structure is not None:
+        options = [
+            flag for flag, given in (("--augment", config.augment != "none"), ("--image-size", config.image_shape)) if given
+        ]
+        if options:
+            raise ConfigError(f"{options[0]}: samples of data {dataset.name} are several tensors; prepare them in the data set")
+        example = pytree.tree_unflatten([torch.empty(spec.shape, dtype=spec.dtype) for spec in dataset.inputs], dataset.structure)
+        return capture(model, dataset.inputs, precision, CallForm.of(example, model)), dataset, splits
 
     def cut(shape: tuple[int, ...], dtype: torch.dtype) -> Chain:
         is_guess = dtype != dataset.dtype
@@ -169,10 +184,6 @@ def _capture(
     # Of two refusals the one that says more: what comes after running, then that of the type which the model looks like.
     looks_up = any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for module in model.modules())
     raise next((error for error in errors if "does not run on" not in str(error)), errors[-1 if looks_up else 0])
-
-
-def _rebuild(outputs: tuple[Tensor, ...]) -> Any:
-    return outputs[0] if len(outputs) == 1 else outputs
 
 
 def _class_weights(config: FitConfig, dataset: Dataset, train: Split) -> tuple[float, ...] | None:
@@ -209,7 +220,10 @@ def by_other_method(workload: Workload, config: FitConfig) -> Workload:
 
 
 def _by_method(workload: Workload) -> Workload:
-    """Return a workload with the auxiliary heads that its method learns from, if its method can train it."""
+    """Return a workload with the auxiliary heads that its method learns from, if its method can train it.
+
+    Methods that give partitions losses of their own cut between blocks, where one tensor flows.
+    """
     kind = workload.dataset.targets.kind
     if kind != "class" and workload.config.method == "pnn":
         raise ConfigError(
@@ -220,6 +234,8 @@ def _by_method(workload: Workload) -> Workload:
             f"--method neuroflux needs targets that a head can learn at every layer, and data {workload.dataset.name} has "
             f"{_INSTEAD_OF_CLASS[kind]}; use --method exact"
         )
+    if not workload.method.sweeps and workload.bare.between_blocks is not None:
+        workload = dataclasses.replace(workload, chain=workload.bare.between_blocks)
     return dataclasses.replace(workload, chain=_with_heads(workload)) if workload.method.learns_per_layer else workload
 
 

@@ -74,15 +74,29 @@ def test_input_is_not_changed_in_place() -> None:
     assert torch.equal(output, model(x))
 
 
-def test_no_cut_where_a_number_is_alive() -> None:
+def test_the_number_of_samples_does_not_cross_a_cut() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         n, width = x.shape
-        return m.c(m.b(m.a(x)).reshape(n, width))
+        shift = torch.zeros(n, width, device=x.device) + torch.arange(width)
+        return m.c(m.b(m.a(x)).reshape(n, width) + shift)
 
     model = FromFunction(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 2))
     chain = capture(model, vector(4))
-    assert layer_names(chain) == ["a", "c"]
-    assert_equal(chain, model, torch.randn(3, 4))
+    assert layer_names(chain) == ["a", "b", "c"]
+    assert [len(specs) for specs in chain.boundaries] == [1, 1, 1, 1]
+    for batch in (1, 3):
+        assert_equal(chain, model, torch.randn(batch, 4))
+
+
+def test_no_cut_where_a_number_of_rows_is_alive() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        return m.c(m.b(m.a(rows)) * rows.shape[0]).unflatten(0, (-1, 2))
+
+    model = FromFunction(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 2))
+    chain = capture(model, vector(2, 4))
+    assert layer_names(chain) == ["a"]
+    assert_equal(chain, model, torch.randn(3, 2, 4))
 
 
 def test_no_cut_where_the_batch_is_on_another_axis() -> None:

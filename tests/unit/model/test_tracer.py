@@ -65,7 +65,9 @@ def no_grad_of(x: Tensor) -> Tensor:
         (lambda m, x: m.blocks(x)[slice(None, 2 if m.training else 1)].mean(0) + x, True),
         (lambda m, x: m.blocks(x) * 2 if m.training else m.blocks(x), False),
         (lambda m, x: m.blocks(x if m.blocks is not None else -x), True),
-        (lambda m, x: m.blocks(x + 1 if x.dim() == 2 else x), False),
+        (lambda m, x: m.blocks(x + 1 if x.dim() == 2 else x), True),
+        (lambda m, x: m.blocks(x + 1 if x.shape[0] % 2 else x), False),
+        (lambda m, x: m.blocks(x + 1 if x.shape[0] > 1 else x), False),
         (lambda m, x: m.blocks(x) + no_grad_of(x), False),
         (lambda m, x: m.blocks(x) * (torch.rand(()) + 1), False),
     ],
@@ -76,6 +78,8 @@ def no_grad_of(x: Tensor) -> Tensor:
         "other in eval",
         "looks at modules",
         "looks at shape",
+        "looks at batch",
+        "is right for some batches",
         "no_grad",
         "torch random",
     ],
@@ -154,7 +158,11 @@ def other_in_eval(m: Any, x: Tensor) -> Tensor:
 
 
 def looks_at_types(m: Any, x: Tensor) -> Tensor:
-    return m.b(m.a(x).relu()) if isinstance(x, Tensor) else m.b(m.a(x))
+    return m.b(m.a(x).relu()) if type(x).__name__.endswith("Tensor") else m.b(m.a(x))
+
+
+def looks_at_batch(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(x)) if x.shape[0] > 1 else m.b(m.a(x).relu())
 
 
 def in_a_module(message: str) -> str:
@@ -182,10 +190,21 @@ def in_a_module(message: str) -> str:
             "in train mode it does aten.relu.default as operation 2, where its traced forward does aten.t.default; keep isin",
         ),
         (
-            lambda m, x: (m.b(m.a(x)), x),
-            "model FromFunction returns tuple of 2, not one tensor; wrap it in a module that returns the",
+            looks_at_batch,
+            "cannot be cut into layers: its forward decides something by the number of samples, and does otherwise with 1; move what",
         ),
-        (lambda m, x: {"logits": m.b(m.a(x))}, "model FromFunction returns dict of 1, not one tensor"),
+        (
+            lambda m, x: m.b(m.a(x)) if x.shape[0] == 2 else m.b(x),
+            in_a_module("decides something by the number of samples, which is another one in each batch"),
+        ),
+        (
+            lambda m, x: m.b(m.a(x)) if m.training else (m.b(m.a(x)), x),
+            "model FromFunction returns tensor in train mode and tuple of 2 in eval mode; wrap it in a module that returns the same",
+        ),
+        (
+            lambda m, x: {"scores": m.b(m.a(x)), "sum": x.sum()},
+            "model FromFunction returns a tensor 'sum' of shape () for a batch of 2; its first axis must be the batch",
+        ),
         (
             lambda m, x: m.b(m.a(x)).sum(),
             "model FromFunction returns a tensor of shape () for a batch of 2; its first axis must be the batch",
@@ -194,7 +213,7 @@ def in_a_module(message: str) -> str:
             lambda m, x: m.b(m.a(x)).t(),
             "model FromFunction returns a tensor of shape (2, 3) for a batch of 3; its first axis must be the b",
         ),
-        (lambda m, x: 3, "model FromFunction returns int, not one tensor"),
+        (lambda m, x: 3, "model FromFunction returns int, in which there is no tensor; return the tensor to train on"),
         (
             lambda m, x: m.b(x) + m.a(x).sum().item(),
             "does not run on samples of (4,) float32 in train mode: it reads a tensor's value",

@@ -1,0 +1,108 @@
+"""Examples: values of a graph's nodes on fake tensors of two batch sizes, computed when a forward that is being traced asks for them.
+
+A forward asks for shapes, types and devices: all sizes but the batch's are fixed, and are answered from the examples. What differs between
+the two batch sizes is the batch's, and stays a node of the graph.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lowmem_pnn.model.copies import preserve_random_state
+from lowmem_pnn.model.fake_model import Setting
+
+# What a tensor says of autograd depends on where the model is cut.
+_OF_AUTOGRAD = frozenset({"requires_grad", "grad", "grad_fn", "is_leaf", "_version"})
+
+
+class Examples:
+    """Values of a graph's nodes, for as long as the graph is being made.
+
+    Args:
+        model: the user's model.
+        settings: how it is run: two batch sizes in one mode.
+        root: the copy of the model that is traced, which holds constants that the graph refers to.
+    """
+
+    def __init__(self, model: nn.Module, settings: Sequence[Setting], root: nn.Module) -> None:
+        self._model, self._settings, self._root = model, settings, root
+        self._runs: list[_Run] | None = None
+        self.is_running = False
+
+    def of(self, node: fx.Node) -> tuple[Any, ...] | None:
+        """Return the values of a node, one for each setting; None where they cannot be computed.
+
+        Args:
+            node: node of the graph that is being made.
+        """
+        if node.target is getattr and node.args[1] in _OF_AUTOGRAD:
+            return None
+        self.is_running = True
+        try:
+            with preserve_random_state():
+                if self._runs is None:
+                    self._runs = [_Run(self._model, setting, self._root, node.graph) for setting in self._settings]
+                return tuple(run.value(node) for run in self._runs)
+        except Exception:  # whatever a user's module raises: then the question stays open
+            self._runs = []
+            return None
+        finally:
+            self.is_running = False
+
+    def of_batch(self, node: fx.Node) -> bool:
+        """Decide whether a number, or what else a node computes from sizes, depends on the number of samples.
+
+        Args:
+            node: node whose values are no tensors.
+        """
+        stack, seen = [node], {node}
+        while stack:
+            inner = stack.pop()
+            values = self.of(inner)
+            if values is None or any(isinstance(value, Tensor) for value in values):
+                continue
+            if any(value != values[0] for value in values[1:]):
+                return True
+            new = [source for source in inner.all_input_nodes if source not in seen]
+            seen.update(new)
+            stack.extend(new)
+        return False
+
+
+class _Run(fx.Interpreter):
+    """The nodes of a graph that are there by now, run on fake tensors."""
+
+    def __init__(self, model: nn.Module, setting: Setting, root: nn.Module, graph: fx.Graph) -> None:
+        self._fakes = setting.fakes(model, setting.precision.device_type)
+        super().__init__(self._fakes.root, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False
+        self._precision, self._traced = setting.precision, root
+        self._inputs = iter(self._fakes.samples)
+        self._last: fx.Node = graph._root
+
+    def value(self, node: fx.Node) -> Any:
+        """Return a node's value, after all nodes before it have run, in their order."""
+        with self._fakes.context():
+            while node not in self.env:
+                self._last = self._last.next
+                self.env[self._last] = self.run_node(self._last)
+        return self.env[node]
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return next(self._inputs)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return self.fetch_attr(target)
+        except RuntimeError:
+            value: Any = self._traced
+            for part in str(target).split("."):
+                value = getattr(value, part)
+            return self._fakes.mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+def are_plain(values: Sequence[Any]) -> bool:
+    """Decide whether values are no tensors and hold none."""
+    return not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(list(values)))

@@ -1,0 +1,112 @@
+"""Recordings of a traced model: its graph, run on fake tensors as the model was run, with every value and every change in place."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.fake_model import ModelRun, OperationLog, explain, run_model
+from lowmem_pnn.model.trace_modes import Trace
+
+
+@dataclass
+class Recording:
+    """Values and in-place changes of a run on fake tensors, by node."""
+
+    batch: int
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    writes: dict[fx.Node, set[int]] = field(default_factory=dict)
+    """Storages that the node changed in place, also those that are freed by now."""
+
+    draws: set[fx.Node] = field(default_factory=set)
+    """Nodes that drew random numbers."""
+
+    first_operation: dict[fx.Node, int] = field(default_factory=dict)
+    """How many operations there were before the node."""
+
+
+class TraceMismatchError(CaptureError):
+    """The trace does something else than the model; in which opened module is known."""
+
+    def __init__(self, message: str, owner: str) -> None:
+        super().__init__(message)
+        self.owner = owner
+
+
+class _RecordingInterpreter(fx.Interpreter):
+    """An interpreter that runs a graph node by node and keeps every value, so that no storage's identity is used twice."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, recording: Recording, log: OperationLog, error_prefix: str) -> None:
+        super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.extra_traceback = False  # it would be added to the text of our errors
+        self._recording, self._log, self._error_prefix = recording, log, error_prefix
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._log.written_storages = set()
+        draws = self._log.draws
+        self._recording.first_operation[n] = len(self._log.entries)
+        try:
+            value = super().run_node(n)
+        except Exception as error:  # whatever a user's module raises on a shape it does not take
+            message = f"{self._error_prefix}, at {str(n.target)!r}: {explain(error)}"
+            raise TraceMismatchError(message, str(n.meta["owner"])) from error
+        self._recording.values[n], self._recording.writes[n] = value, self._log.written_storages
+        if self._log.draws > draws:
+            self._recording.draws.add(n)
+        return value
+
+
+def record(model: nn.Module, traced: Trace, run: ModelRun) -> Recording:
+    """Run the traced graph on fake tensors as the model was run; it must do the same operations.
+
+    Args:
+        model: the traced model.
+        traced: its trace.
+        run: what the model did.
+
+    Raises:
+        TraceMismatchError: it does others.
+    """
+    setting = run.setting
+    recording = Recording(setting.batch)
+
+    def run_graph(root: nn.Module, samples: tuple[Tensor, ...], log: OperationLog) -> None:
+        root = with_constants(root, traced, setting.training)
+        _RecordingInterpreter(root, traced.graph, recording, log, setting.error_prefix(model)).run(*samples)
+
+    traced_log = setting.log(model, run_graph)
+    if traced_log != run.operations:
+        if run_model(model, setting).operations != run.operations:
+            raise CaptureError(
+                f"forward of model {type(model).__name__} does something else each time it is called on the same samples, by what is outside of "
+                "its modules (a global, a file, the time); such state cannot be kept with a run"
+            )
+        # A forward can tell proxies from tensors: by isinstance(x, Tensor), for one, and then silently do something else.
+        pairs = enumerate(zip(traced_log, run.operations, strict=False))
+        step = next((step for step, (one, other) in pairs if one != other), min(len(traced_log), len(run.operations)))
+        names = [str(log[step][0]) if step < len(log) else "nothing" for log in (run.operations, traced_log)]
+        owners = [str(node.meta["owner"]) for node, first in recording.first_operation.items() if first <= step]
+        raise TraceMismatchError(
+            f"model {type(model).__name__} cannot be cut into layers: in {setting.mode_text} mode it does {names[0]} as operation "
+            f"{step}, where its traced forward does {names[1]}; keep isinstance(x, Tensor) and the like in a module of their own",
+            owners[-1],
+        )
+    return recording
+
+
+def with_constants(root: nn.Module, traced: Trace, training: bool = True) -> nn.Module:
+    """Add to a copy of the model the constants that the trace refers to, those of a mode where they depend on it.
+
+    Args:
+        root: the copy.
+        traced: the trace.
+        training: whether those of train mode.
+    """
+    for target, tensor in traced.constants.items():
+        path, _, attribute = target.rpartition(".")
+        setattr(root.get_submodule(path), attribute, tensor)
+    for target, module in traced.mode_constants.items():
+        module.train(training)
+        root.add_module(target, module)
+    return root
