@@ -35,7 +35,7 @@ _TORCHVISION: dict[str, tuple[str, dict[str, str]]] = {
 }
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 _NPZ_PARTS = (("train", "training"), ("test", "test"), ("val", "validation"))
-_FORMS = "npz:FILE, imagefolder:DIR, text:FILE, package.module:factory or file.py:factory"
+_FORMS = "npz:FILE, imagefolder:DIR, csv:FILE, parquet:FILE, text:FILE, package.module:factory or file.py:factory"
 
 
 def find_dataset(
@@ -90,7 +90,7 @@ def find_dataset(
         return _torchvision(spec, root, input_form, resize)
     if ":" in spec:
         return _factory(spec, input_form, skip_broken, options, resize)
-    for suffix, form in ((".npz", "npz"), (".txt", "text")):
+    for suffix, form in ((".npz", "npz"), (".txt", "text"), (".csv", "csv"), (".parquet", "parquet")):
         if Path(spec).suffix == suffix:
             raise ConfigError(f"data set {spec!r} is a file; write {form}:{spec}")
     raise ConfigError(
