@@ -86,8 +86,8 @@ class DataOptions:
 
     data: str = Field(
         description=(
-            "digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100, imagefolder:DIR, npz:FILE, csv:FILE, "
-            "parquet:FILE, text:FILE (bytes as tokens), or file.py:factory."
+            "digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100, imagefolder:DIR, segmentation:DIR (folders images and "
+            "masks), npz:FILE, csv:FILE, parquet:FILE, text:FILE (bytes as tokens), or file.py:factory."
         )
     )
     target: Columns = Field(

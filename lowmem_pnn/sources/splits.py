@@ -169,13 +169,13 @@ class ArraySplit(SampleSplit):
         if len(x) != len(y):
             raise DataError(f"{where}: {len(x):,} samples but {len(y):,} labels; give one label for each sample")
         super().__init__(len(x))
-        self.targets, self.where = targets, where
+        self.targets, self.where = targets.of_size(resize), where
         self.preprocessing = Preprocessing.choose(tuple(x.shape[1:]), x.dtype, input_form, where, resize=resize)
-        self._x, self._y = x, y
+        self._x, self._y, self._resize = x, y, resize if targets.kind == "mask" else None
 
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         """See `SampleSplit.labels`."""
-        return self._y.index_select(0, torch.from_numpy(self._kept[numbers]))
+        return self._targets(torch.from_numpy(self._kept[numbers]))
 
     @property
     def y(self) -> Tensor:
@@ -219,7 +219,11 @@ class ArraySplit(SampleSplit):
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         index = torch.from_numpy(numbers)
-        return self.preprocessing.resized(self._x.index_select(0, index)), self._y.index_select(0, index)
+        return self.preprocessing.resized(self._x.index_select(0, index)), self._targets(index)
+
+    def _targets(self, index: Tensor) -> Tensor:
+        kept = self._y.index_select(0, index)
+        return kept if self._resize is None else self._resize.masks(kept, self.targets.outside).to(self.targets.dtype)
 
 
 def what_is_not_finite(x: Tensor) -> str:

@@ -11,6 +11,7 @@ import torch
 from lowmem_pnn.config.faults import flag
 from lowmem_pnn.config.fit_config import FitConfig, default_of
 from lowmem_pnn.errors import ConfigError, DataError
+from lowmem_pnn.formats.mask_folder import open_mask_folder
 from lowmem_pnn.formats.tables import TableSchema, open_table
 from lowmem_pnn.methods import SplitName
 from lowmem_pnn.samples.augment import Augmenter
@@ -64,9 +65,13 @@ def open_source(spec: str, config: FitConfig, form: SampleForm, preparation: Map
             the training data.
     """
     kind, _, path = spec.partition(":")
+    if kind in ("csv", "parquet", "segmentation") and not path:
+        raise ConfigError(f"data set {spec!r} says no place; write {kind}:{'DIR' if kind == 'segmentation' else 'FILE'}")
+    if kind == "segmentation":
+        return open_mask_folder(
+            Path(path).expanduser(), form.input_form, form.options, skip_broken=config.skip_broken, resize=resize_of(config)
+        )
     if kind in ("csv", "parquet"):
-        if not path:
-            raise ConfigError(f"data set {spec!r} says no place; write {kind}:FILE")
         if config.image_size is not None:
             raise ConfigError(f"--image-size has no effect here: data {spec!r} is a table; leave it out")
         if preparation is not None and "columns" not in preparation:
@@ -263,6 +268,17 @@ def prepare(
             f"--augment {config.augment} is for images of 1 or 3 channels, and those of data {dataset.name} have {shape[0]}; give --augment "
             "basic"
         )
+    targets = dataset.targets
+    is_mask = targets.kind == "mask"
+    if is_mask and config.augment not in ("none", "basic"):
+        raise ConfigError(
+            f"--augment {config.augment} is for classes of whole images: torchvision's policies move no masks; give --augment basic"
+        )
+    if is_mask and config.augment != "none" and targets.dtype == torch.uint8 and not 0 <= targets.outside < 256:
+        raise ConfigError(
+            f"--augment {config.augment} marks what comes from outside of an image with --ignore-index {targets.outside}, which masks of bytes "
+            "cannot hold; give one from 0 to 255"
+        )
     normalization = (
         standardization(splits["train"], TableSchema.from_dict(dataset.preparation).numbers)
         if _is_table(dataset) and normalize == "auto"
@@ -272,7 +288,8 @@ def prepare(
     if config.augment != "none":
         augmenter = Augmenter(config.augment, len(splits["train"]), config.seed, f"data {dataset.name}")
     prepared: dict[SplitName, Split] = {
-        name: PreparedSplit(split, augmenter if name == "train" else None, normalization) for name, split in splits.items()
+        name: PreparedSplit(split, augmenter if name == "train" else None, normalization, targets.outside if is_mask else None)
+        for name, split in splits.items()
     }
     if normalization is None:
         return dataset, prepared
