@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.arrays import hash_tensor
+from lowmem_pnn.sources.npz_file import mapped_member
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
 from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.targets import Targets
@@ -172,6 +173,7 @@ class ArraySplit(SampleSplit):
         self.targets, self.where = targets.of_size(resize), where
         self.preprocessing = Preprocessing.choose(tuple(x.shape[1:]), x.dtype, input_form, where, resize=resize)
         self._x, self._y, self._resize = x, y, resize if targets.kind == "mask" else None
+        self._map = mapped_member(x)
 
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         """See `SampleSplit.labels`."""
@@ -218,6 +220,8 @@ class ArraySplit(SampleSplit):
         return digest.hexdigest()
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        if self._map is not None:
+            self._map.check()
         index = torch.from_numpy(numbers)
         return self.preprocessing.resized(self._x.index_select(0, index)), self._targets(index)
 
