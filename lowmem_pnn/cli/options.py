@@ -16,7 +16,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
     "Fine-tuning": ("weights", "freeze", "train_only", "freeze_norm", "cache_frozen"),
     "Data": (
-        "data", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "workers", "shuffle",
+        "data", "target", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "workers", "shuffle",
         "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
     ),
     "Task": ("task", "loss", "class_weights", "label_smoothing", "ignore_index"),
@@ -60,6 +60,7 @@ _METAVARS = {
     "loss": "NAME", "class_weights": "X,...|balanced", "ignore_index": "N", "val_data": "NAME", "test_data": "NAME",
     "image_size": "N|HxW", "resize": "crop|squash|pad", "normalize": "none|imagenet|auto|MEAN/STD", "workers": "N",
     "test_fraction": "X", "weights": "default|FILE|DIR|none", "freeze": "PATTERN,...", "train_only": "PATTERN,...",
+    "target": "COLUMN,...",
 }  # fmt: skip
 
 # Options without a value: their names, and what the help says of the default.

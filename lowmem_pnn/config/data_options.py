@@ -48,6 +48,14 @@ def _normalization(value: Any) -> Any:
     return text
 
 
+def _columns(value: Any) -> Any:
+    """Return names of columns as a tuple."""
+    names = tuple(value.split(",")) if isinstance(value, str) else None if value is None else tuple(value)
+    if names is not None and not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError("a name of a column is missing; give A, or A,B")
+    return None if names is None else tuple(dict.fromkeys(name.strip() for name in names))
+
+
 def numbers_of(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the means and deviations of a text `MEAN/STD`.
 
@@ -65,6 +73,7 @@ def numbers_of(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(map(float, mean.split(","))), tuple(map(float, std.split(",")))
 
 
+Columns = Annotated[tuple[str, ...] | None, BeforeValidator(_columns)]
 ImageSize = Annotated[str, BeforeValidator(_image_size)]
 Normalization = Annotated[str, BeforeValidator(_normalization)]
 Augmentation = Literal["none", "basic", "randaugment", "trivial"]
@@ -77,9 +86,12 @@ class DataOptions:
 
     data: str = Field(
         description=(
-            "digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100, imagefolder:DIR, npz:FILE, text:FILE (bytes as "
-            "tokens), or file.py:factory."
+            "digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100, imagefolder:DIR, segmentation:DIR (folders images and "
+            "masks), npz:FILE, csv:FILE, parquet:FILE, text:FILE (bytes as tokens), or file.py:factory."
         )
+    )
+    target: Columns = Field(
+        default=None, description="Column of a table that is to be predicted, or several, separated by commas (csv:, parquet:)."
     )
     val_data: str | None = Field(
         default=None,
@@ -102,12 +114,12 @@ class DataOptions:
             "height and width by themselves. pad: they fit into it, and black is put around them."
         ),
     )
-    normalize: Normalization = Field(
-        default="none",
+    normalize: Normalization | None = Field(
+        default=None,
         description=(
             "Normalisation of images, by channel: (value - mean) / deviation, of values from 0 to 1. imagenet: that of torchvision's "
             "weights. auto: that of the pretrained weights, else computed from training images. MEAN/STD: 0.5/0.25, or a value for each "
-            "channel."
+            "channel. Of tables auto standardises each column of numbers by the training part. By default auto for tables, else none."
         ),
     )
     augment: Augmentation = Field(
@@ -130,7 +142,9 @@ class DataOptions:
     )
     test_fraction: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None,
-        description="Share of the training data that is kept for the test, where the data has no test part; by default none.",
+        description=(
+            "Share of the training data that is kept for the test, where the data has no test part; by default 0.1 of tables, else none."
+        ),
     )
     train_limit: PositiveInt | None = Field(
         default=None, description="Largest number of training samples to use, chosen at random by the seed."

@@ -51,8 +51,9 @@ class Result:
 
     `skipped_samples` holds the `count` of broken samples that were left out (--skip-broken), and the `names` of the first 100.
 
-    `data_parts` says how many samples each part of the data has, and which parts were split off. `workers` is the number of processes that
-    read them; their memory is in `host_peak_bytes` alone.
+    `data_parts` says how many samples each part of the data has, and which parts were split off. `preparation`
+    holds what samples are made with that follows from the training data: columns, classes, mean and std. `workers` is the number of processes
+    that read them; their memory is in `host_peak_bytes` alone.
 
     Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
     where the data is text, belongs to `weights_file`. Values that were not measured are None.
@@ -109,6 +110,7 @@ class Result:
     weights_file: str
     preprocessing: str
     data_parts: str = ""
+    preparation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     workers: int = 0
     versions: Mapping[str, str]
 

@@ -49,6 +49,18 @@ class Augmenter:
             self._policy = getattr(import_torchvision("transforms.v2"), _POLICIES[kind])()
         self._crops: tuple[AugmentationKey, RandomCropFlip] | None = None
 
+    def masks(self, masks: Tensor, numbers: npt.NDArray[np.int64], key: AugmentationKey, outside: int) -> Tensor:
+        """Crop and flip the masks of images as the images are.
+
+        Args:
+            masks: Class numbers (B, H, W).
+            numbers: As for `__call__`.
+            key: As for `__call__`.
+            outside: Class number of what was outside of an image.
+        """
+        assert self._policy is None, "torchvision's policies take no masks"
+        return self._crops_of(key)(masks[:, None], numbers, outside)[:, 0]
+
     def __call__(self, images: Tensor, numbers: npt.NDArray[np.int64], key: AugmentationKey) -> Tensor:
         """Augment samples.
 
@@ -63,9 +75,7 @@ class Augmenter:
         Raises:
             DataError: An image has values that torchvision's policies do not take.
         """
-        if self._crops is None or self._crops[0] != key:
-            self._crops = key, RandomCropFlip(self._num_samples, self._seed, key)
-        out = self._crops[1](images, numbers)
+        out = self._crops_of(key)(images, numbers)
         if self._policy is None:
             return out
         if float(out.min()) < 0 or float(out.max()) > 1:
@@ -77,6 +87,11 @@ class Augmenter:
             with _DrawsFrom(policy_seed(self._seed, self._kind, key, number)):
                 out[row] = self._policy(out[row])
         return out
+
+    def _crops_of(self, key: AugmentationKey) -> "RandomCropFlip":
+        if self._crops is None or self._crops[0] != key:
+            self._crops = key, RandomCropFlip(self._num_samples, self._seed, key)
+        return self._crops[1]
 
 
 def policy_seed(seed: int, kind: Augmentation, key: AugmentationKey, number: int) -> int:
@@ -124,19 +139,20 @@ class RandomCropFlip:
         words = np.random.Philox(key=seed_of(seed, "augment", *key)).random_raw(num_samples)
         self._draws = (words[:, None] >> np.array([0, 20, 40], dtype=np.uint64)).astype(np.int64) & 0xFFFFF
 
-    def __call__(self, images: Tensor, numbers: npt.NDArray[np.int64]) -> Tensor:
+    def __call__(self, images: Tensor, numbers: npt.NDArray[np.int64], outside: int = 0) -> Tensor:
         """Augment samples.
 
         Args:
             images: Images (B, C, H, W).
             numbers: Numbers of the samples in the split, (B,).
+            outside: Value of what is outside of an image.
 
         Returns:
             Augmented images (B, C, H, W), in fresh memory.
         """
         height, width = images.shape[2:]
         rows, columns = height // _PADDING_SHARE, width // _PADDING_SHARE
-        padded = nn.functional.pad(images, (columns, columns, rows, rows))
+        padded = nn.functional.pad(images, (columns, columns, rows, rows), value=outside)
         out = torch.empty_like(images)
         for sample, (down, right, flip) in enumerate(self._draws[numbers].tolist()):
             top, left = down % (2 * rows + 1), right % (2 * columns + 1)

@@ -1,8 +1,10 @@
 """Normalisation of images: (value - mean) / deviation by channel, with given statistics or those of training images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from lowmem_pnn.sources.subsets import sample_of
 # Training images whose statistics stand for all of them.
 _SAMPLED_IMAGES = 1024
 _BATCH = 16
+_ROWS = 4096
 _DIGITS = 4
 
 
@@ -28,6 +31,7 @@ class Normalization:
         mean: Mean of each channel, or one for all values.
         std: Standard deviation of each channel, or one for all values.
         origin: Where they are from, in words that follow them; empty where they were given.
+        of_columns: Whether there is one of each for every column of a table; there may be hundreds.
 
     Example:
         >>> Normalization((0.5,), (0.25,), "")(torch.ones(1, 1, 1, 2))
@@ -37,21 +41,26 @@ class Normalization:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     origin: str
+    of_columns: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise samples, as torchvision does.
 
         Args:
-            x: Samples (B, C, H, W), or of any other shape where there is one mean; the caller's own, which are changed.
+            x: Samples (B, C, H, W), (B, F) with a mean for each of F values, or of any other shape where there is one
+                mean; the caller's own, which are changed.
         """
         if x.ndim != 4:
-            return x.sub_(self.mean[0]).div_(self.std[0])
+            mean, std = (torch.tensor(values, dtype=x.dtype) for values in (self.mean, self.std))
+            return x.sub_(mean).div_(std)
         normalize = import_torchvision("transforms.v2.functional").normalize
         return normalize(x, list(self.mean), list(self.std), inplace=True)  # type: ignore[no-any-return]
 
     @property
     def step(self) -> str:
         """The step in words."""
+        if self.of_columns:
+            return f"numbers standardised{self.origin}"
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         return f"normalised by mean {mean} and deviation {std}{self.origin}"
 
@@ -97,6 +106,32 @@ def find_normalization(option: str, train: Split, seed: int, known: ImageStats |
             f"{f', or {channels}' if channels > 1 else ''}, or --normalize auto"
         )
     return Normalization(mean, std, origin)
+
+
+def standardization(train: Split, numbers: list[int]) -> Normalization | None:
+    """Return what brings each column of numbers to a mean of 0 and a deviation of 1 over the training part.
+
+    Args:
+        train: Training part, with samples (F,).
+        numbers: Places of the columns of numbers; the others stay as they are.
+    """
+    if not numbers:
+        return None
+    blocks = [range(begin, min(begin + _ROWS, len(train))) for begin in range(0, len(train), _ROWS)]
+
+    def sums(of: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+        parts = [of(np.asarray(train.batch(block)[0], dtype=np.float64)).sum(axis=0) for block in blocks]
+        return np.asarray(np.sum(parts, axis=0)) / len(train)
+
+    mean = sums(lambda x: x)
+    # From the mean: a sum of squares would lose all digits of what lies far from 0.
+    std = np.sqrt(sums(lambda x: np.square(x - mean)))
+    chosen = np.isin(np.arange(len(mean)), numbers)
+    # As float32, which samples are. A column of one value is only shifted.
+    mean, std = np.where(chosen, mean, 0).astype(np.float32), np.where(chosen & (std > 0), std, 1).astype(np.float32)
+    return Normalization(
+        tuple(mean.tolist()), tuple(std.tolist()), " by mean and deviation of the training part (preparation)", of_columns=True
+    )
 
 
 def _statistics(train: Split, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -19,10 +19,18 @@ class PreparedSplit:
         base: The samples as the data set gives them.
         augmenter: Augments them; None where there are no training samples, or nothing to do.
         normalization: Normalises them; None to leave values as they are.
+        masks_outside: Class number of what comes into a mask from outside of its image, where targets are masks; they are cropped and
+            flipped as their images are.
     """
 
-    def __init__(self, base: Split, augmenter: Augmenter | None, normalization: Normalization | None) -> None:
-        self._base, self._augmenter, self._normalization = base, augmenter, normalization
+    def __init__(
+        self,
+        base: Split,
+        augmenter: Augmenter | None,
+        normalization: Normalization | None,
+        masks_outside: int | None = None,
+    ) -> None:
+        self._base, self._augmenter, self._normalization, self._outside = base, augmenter, normalization, masks_outside
 
     def __len__(self) -> int:
         return len(self._base)
@@ -37,7 +45,10 @@ class PreparedSplit:
         x, labels = self._base.batch(indices)
         assert isinstance(x, Tensor), "samples of several tensors are taken as they are"
         if key is not None and self._augmenter is not None:
-            x = self._augmenter(x, np.asarray(indices, dtype=np.int64), key)
+            numbers = np.asarray(indices, dtype=np.int64)
+            x = self._augmenter(x, numbers, key)
+            if self._outside is not None:
+                labels = self._augmenter.masks(labels, numbers, key, self._outside)
         if self._normalization is not None:
             x = self._normalization(x)
         return x, labels

@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import DataError, LowMemError
+from lowmem_pnn.sources.arrays import as_tensor
 from lowmem_pnn.sources.imports import import_again, one_line
+from lowmem_pnn.sources.npz_file import MappedMember, mapped_member
 from lowmem_pnn.sources.subsets import as_floats
 
 READER_VARIABLE = "LOWMEM_PNN_READER"
@@ -152,9 +154,15 @@ class SplitPickler(pickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         """Have tensors on the CPU pickled as arrays, whose memory protocol 5 sets apart."""
         if type(obj) is Tensor and obj.device.type == "cpu" and obj.layout == torch.strided and not obj.requires_grad:
+            if (member := mapped_member(obj)) is not None:
+                return _mapped_tensor, (member,)
             dense = obj.contiguous()
             return _tensor, (dense.reshape(-1).view(torch.uint8).numpy(), dense.dtype, tuple(dense.shape))
         return NotImplemented
+
+
+def _mapped_tensor(member: MappedMember) -> Tensor:
+    return as_tensor(member.array, "a mapped file")
 
 
 def _tensor(array: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

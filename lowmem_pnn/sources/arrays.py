@@ -17,12 +17,13 @@ class _Digest(Protocol):
     def update(self, data: Any, /) -> None: ...
 
 
-def as_tensor(value: Any, where: str) -> Tensor:
+def as_tensor(value: Any, where: str, *, palette: bool = False) -> Tensor:
     """View a value as a CPU tensor, without a copy where that is possible.
 
     Args:
         value: A tensor, an array, a table with `to_numpy` (as pandas has), a list of these or of numbers, a number, or a PIL image.
         where: Name of the value in messages.
+        palette: Whether an image may hold places in a palette, as masks do.
 
     Returns:
         A tensor that may share memory with `value`: not to be written to.
@@ -41,7 +42,7 @@ def as_tensor(value: Any, where: str) -> Tensor:
     # PIL images have the first of these, other libraries' arrays the second; to ask for it spares importing PIL here.
     if not isinstance(value, int | float) and not any(hasattr(value, name) for name in ("__array_interface__", "__array__")):
         raise DataError(f"{where} holds a {type(value).__name__}; give tensors, arrays or images")
-    if (mode := getattr(value, "mode", None)) in ("P", "PA") and hasattr(value, "getpalette"):
+    if (mode := getattr(value, "mode", None)) in ("P", "PA") and hasattr(value, "getpalette") and not palette:
         raise DataError(
             f"{where} holds an image of mode {mode}, whose values are places in a palette and no colours; give image.convert('RGB')"
         )

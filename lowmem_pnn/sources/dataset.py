@@ -39,6 +39,7 @@ class Dataset:
         inputs: Tensors of one sample, where it is several.
         structure: Structure of these: a tuple or a dictionary; None where a sample is one tensor.
         parts: The samples of each part in words, and which parts were split off; empty before that.
+        preparation: What samples were made with that follows from the training data, as JSON has it: columns, classes, statistics.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Dataset:
     skipped: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     parts: str = ""
+    preparation: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[TensorSpec, ...] = ()
     structure: TreeSpec | None = None
 

@@ -19,6 +19,7 @@ from lowmem_pnn.sources.given import as_pair
 from lowmem_pnn.sources.image_folder import open_image_folder
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
 from lowmem_pnn.sources.map_split import from_arrays, from_torch
+from lowmem_pnn.sources.npz_file import read_members
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.splits import ArraySplit
@@ -35,7 +36,9 @@ _TORCHVISION: dict[str, tuple[str, dict[str, str]]] = {
 }
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 _NPZ_PARTS = (("train", "training"), ("test", "test"), ("val", "validation"))
-_FORMS = "npz:FILE, imagefolder:DIR, text:FILE, package.module:factory or file.py:factory"
+_FORMS = (
+    "npz:FILE, imagefolder:DIR, segmentation:DIR, csv:FILE, parquet:FILE, text:FILE, package.module:factory or file.py:factory"
+)
 
 
 def find_dataset(
@@ -90,7 +93,7 @@ def find_dataset(
         return _torchvision(spec, root, input_form, resize)
     if ":" in spec:
         return _factory(spec, input_form, skip_broken, options, resize)
-    for suffix, form in ((".npz", "npz"), (".txt", "text")):
+    for suffix, form in ((".npz", "npz"), (".txt", "text"), (".csv", "csv"), (".parquet", "parquet")):
         if Path(spec).suffix == suffix:
             raise ConfigError(f"data set {spec!r} is a file; write {form}:{spec}")
     raise ConfigError(
@@ -254,13 +257,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"there is no file {path.absolute()}; give npz:FILE with arrays {', '.join(_KEYS)}")
     try:
-        # Opened here: numpy leaves the files that it opens open when they are damaged.
-        with path.open("rb") as stream:
-            file = np.load(stream, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} holds a single array; save {', '.join(_KEYS)} with numpy.savez")
-            with file:
-                return {key: file[key] if key in (*_KEYS, "x_val", "y_val") else None for key in file.files}
+        return read_members(path, (*_KEYS, "x_val", "y_val"))
     except (LowMemError, MemoryError):
         raise
     # Numpy and zipfile raise nearly anything for files that are damaged, of another kind, or hold pickled objects: OSError, EOFError,

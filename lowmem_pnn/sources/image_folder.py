@@ -29,25 +29,25 @@ from lowmem_pnn.sources.splits import SampleSplit
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED, Targets
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_PARTS = {
+PARTS = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-_PART_WORDS = {"train": "training", "val": "validation", "test": "test"}
+PART_WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
-class _Part:
+class ImagePart:
     """Image files of one part, in the order of class and path, and the class number of each."""
 
     folder: Path
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
 
-    def without(self, broken: Mapping[Path, str]) -> "_Part":
+    def without(self, broken: Mapping[Path, str]) -> "ImagePart":
         kept = [(path, label) for path, label in zip(self.paths, self.labels, strict=True) if path not in broken]
-        return _Part(self.folder, tuple(path for path, _ in kept), tuple(label for _, label in kept))
+        return ImagePart(self.folder, tuple(path for path, _ in kept), tuple(label for _, label in kept))
 
 
 def open_image_folder(folder: Path, input_form: InputForm, skip_broken: bool = False, resize: Resize | None = None) -> Dataset:
@@ -68,7 +68,7 @@ def open_image_folder(folder: Path, input_form: InputForm, skip_broken: bool = F
     folders = _part_folders(folder)
     classes = [path.name for path in _class_folders(folders["train"])]
     parts = {name: _list_part(path, classes, is_training=name == "train") for name, path in folders.items()}
-    headers, broken = _look_at(parts, skip_broken, resize)
+    headers, broken = look_at(parts, skip_broken, resize)
     if broken:
         first, reason = next(iter(broken.items()))
         if not skip_broken:
@@ -93,7 +93,7 @@ def open_image_folder(folder: Path, input_form: InputForm, skip_broken: bool = F
         splits["train"],
         splits.get("test"),
         splits.get("val"),
-        first_steps=_words(used),
+        first_steps=words_of(used),
         skipped={str(path): reason for path, reason in broken.items()},
         classes=tuple(classes),
     )
@@ -172,8 +172,8 @@ def _part_folders(folder: Path) -> dict[str, Path]:
     """Find the folders of the parts, by name; without parts the folder itself is for training."""
     found: dict[str, list[Path]] = {}
     others = []
-    for path in _subfolders(folder):
-        part = _PARTS.get(path.name.lower())
+    for path in subfolders(folder):
+        part = PARTS.get(path.name.lower())
         if part is None:
             others.append(path)
         else:
@@ -182,12 +182,12 @@ def _part_folders(folder: Path) -> dict[str, Path]:
         if len(paths) > 1:
             names = " and ".join(repr(path.name) for path in paths)
             raise DataError(
-                f"{folder} holds {names}, which both name the {_PART_WORDS[part]} part; keep one, and move the other away"
+                f"{folder} holds {names}, which both name the {PART_WORDS[part]} part; keep one, and move the other away"
             )
     if not found:
         return {"train": folder}
     here = ", ".join(repr(path.name) for paths in found.values() for path in paths)
-    with_images = [path.name for path in others if _images_below(path, folder)]
+    with_images = [path.name for path in others if images_below(path, folder)]
     if with_images:
         raise DataError(
             f"{folder} holds {here}, which {_name_parts(len(found))}, beside {_listed(with_images)}, which {_hold(with_images)} images; "
@@ -216,12 +216,12 @@ def _class_folders(folder: Path) -> list[Path]:
     Raises:
         DataError: There are none, or they hold folders of the same names, so that those may be the classes.
     """
-    classes = _subfolders(folder)
+    classes = subfolders(folder)
     if not classes:
         raise DataError(
             f"{folder} holds no folders; put the images of each class in a folder of its own: {folder / 'CLASS/1.png'}"
         )
-    inner = {path: [sub.name for sub in _subfolders(path)] for path in classes}
+    inner = {path: [sub.name for sub in subfolders(path)] for path in classes}
     if len(classes) == 1:
         (only,) = classes
         if len(inner[only]) > 1 and not _entries(only)[1]:
@@ -242,14 +242,14 @@ def _class_folders(folder: Path) -> list[Path]:
     return classes
 
 
-def _list_part(folder: Path, classes: list[str], is_training: bool) -> _Part:
+def _list_part(folder: Path, classes: list[str], is_training: bool) -> ImagePart:
     """List the images of a part."""
     numbers = {name: number for number, name in enumerate(classes)}
     paths: list[Path] = []
     labels: list[int] = []
     empty = []
     for class_folder in _class_folders(folder):
-        images = _images_below(class_folder, folder)
+        images = images_below(class_folder, folder)
         if not images:
             empty.append(class_folder)
             continue
@@ -264,10 +264,10 @@ def _list_part(folder: Path, classes: list[str], is_training: bool) -> _Part:
             f"{empty[0]} holds 0 images ({', '.join(sorted(_SUFFIXES))}), and would be a class that nothing is learnt of; put images in "
             "it, or remove it"
         )
-    return _Part(folder, tuple(paths), tuple(labels))
+    return ImagePart(folder, tuple(paths), tuple(labels))
 
 
-def _images_below(folder: Path, root: Path) -> list[Path]:
+def images_below(folder: Path, root: Path) -> list[Path]:
     """Return the image files below a folder, sorted; a folder that links lead to again is looked into once."""
     images: list[Path] = []
     seen = {root.resolve(), *root.resolve().parents}
@@ -284,7 +284,7 @@ def _images_below(folder: Path, root: Path) -> list[Path]:
     return sorted(images)
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
     """Return the folders in a folder, and links to folders, sorted."""
     return _entries(folder)[0]
 
@@ -325,7 +325,9 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _look_at(parts: Mapping[str, _Part], decodes: bool, resize: Resize | None) -> tuple[dict[Path, ImageHeader], dict[Path, str]]:
+def look_at(
+    parts: Mapping[str, ImagePart], decodes: bool, resize: Resize | None
+) -> tuple[dict[Path, ImageHeader], dict[Path, str]]:
     """Read every header.
 
     Args:
@@ -370,7 +372,7 @@ def _look_at(parts: Mapping[str, _Part], decodes: bool, resize: Resize | None) -
     return headers, {path: broken[path] for path in order if path in broken}
 
 
-def _words(headers: list[ImageHeader]) -> tuple[str, ...]:
+def words_of(headers: list[ImageHeader]) -> tuple[str, ...]:
     """Return the steps from files to values from 0 to 1, in words."""
     done = frozenset().union(*(header.remarks for header in headers))
     bits = sorted({header.bits for header in headers})

@@ -57,7 +57,8 @@ class MapSplit(SampleSplit):
             self.skip(broken)
         first, _ = self._item(int(self._kept[0]))
         self.preprocessing = self._preprocessing(first)
-        self.targets = self._find_targets(tuple(first.shape), holds_tokens(first.dtype, input_form), options)
+        found = self._find_targets(tuple(first.shape), holds_tokens(first.dtype, input_form), options)
+        self.targets = found.of_size(resize)
         if self.targets.are_classes:
             count = self._count_classes() if num_classes is None else num_classes
             self.targets = self.targets.of_classes(count)
@@ -152,6 +153,14 @@ class MapSplit(SampleSplit):
     def _sample(self, number: int) -> tuple[Tensor, Tensor]:
         """Return a sample as it is stored, and its target as it is kept."""
         x, target = self._item(number)
+        if self._resize is not None and self.targets.kind == "mask":
+            mask = as_tensor(target, f"the labels of sample {number} of {self.where}", palette=True)
+            sides = (x.shape[-2:], x.shape[:2])
+            if mask.shape[-2:] not in sides:
+                raise DataError(
+                    f"sample {number} of {self.where} has an image {tuple(x.shape)} and a mask {tuple(mask.shape)}; give both one size"
+                )
+            target = self._resize.masks(mask, self.targets.outside)
         return x, self.targets.convert(target, f"sample {number} of {self.where}", batched=False)
 
     def _item(self, number: int) -> tuple[Tensor, Any]:
@@ -193,7 +202,7 @@ class MapSplit(SampleSplit):
 
 def _target_tensor(value: Any, where: str) -> Tensor:
     """Return part of a target as a tensor; words are refused, with what to write instead."""
-    return as_labels(value, where) if isinstance(value, str | bytes) else as_tensor(value, f"the labels of {where}")
+    return as_labels(value, where) if isinstance(value, str | bytes) else as_tensor(value, f"the labels of {where}", palette=True)
 
 
 def from_torch(

@@ -56,6 +56,29 @@ class Resize:
         top, left = (self.height - rows) // 2, (self.width - columns) // 2
         return functional.pad(out, [left, top, self.width - columns - left, self.height - rows - top])  # type: ignore[no-any-return]
 
+    def masks(self, masks: Tensor, outside: int) -> Tensor:
+        """Resize masks of one size as their images are, by the nearest pixel: between two classes there is none.
+
+        Args:
+            masks: Class numbers (..., H, W).
+            outside: Class number of what is around a padded image.
+
+        Returns:
+            Class numbers (..., height, width) of the same type.
+        """
+        functional = import_torchvision("transforms.v2.functional")
+        rows, columns = self.between(*masks.shape[-2:])
+        masks = masks if 0 <= outside < 256 else masks.long()
+        nearest = functional.InterpolationMode.NEAREST
+        out: Tensor = functional.resize(masks.unsqueeze(-3), [rows, columns], interpolation=nearest)
+        if self.mode == "crop":
+            out = functional.center_crop(out, [self.height, self.width])
+        else:
+            top, left = (self.height - rows) // 2, (self.width - columns) // 2
+            around = [left, top, self.width - columns - left, self.height - rows - top]
+            out = functional.pad(out, around, fill=outside) if any(around) else out
+        return out.squeeze(-3)
+
     def between(self, height: int, width: int) -> tuple[int, int]:
         """Return the size to which an image is resized, before it is cropped or padded.
 

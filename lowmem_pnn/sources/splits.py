@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.arrays import hash_tensor
+from lowmem_pnn.sources.npz_file import mapped_member
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
 from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.targets import Targets
@@ -169,13 +170,14 @@ class ArraySplit(SampleSplit):
         if len(x) != len(y):
             raise DataError(f"{where}: {len(x):,} samples but {len(y):,} labels; give one label for each sample")
         super().__init__(len(x))
-        self.targets, self.where = targets, where
+        self.targets, self.where = targets.of_size(resize), where
         self.preprocessing = Preprocessing.choose(tuple(x.shape[1:]), x.dtype, input_form, where, resize=resize)
-        self._x, self._y = x, y
+        self._x, self._y, self._resize = x, y, resize if targets.kind == "mask" else None
+        self._map = mapped_member(x)
 
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         """See `SampleSplit.labels`."""
-        return self._y.index_select(0, torch.from_numpy(self._kept[numbers]))
+        return self._targets(torch.from_numpy(self._kept[numbers]))
 
     @property
     def y(self) -> Tensor:
@@ -218,8 +220,14 @@ class ArraySplit(SampleSplit):
         return digest.hexdigest()
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        if self._map is not None:
+            self._map.check()
         index = torch.from_numpy(numbers)
-        return self.preprocessing.resized(self._x.index_select(0, index)), self._y.index_select(0, index)
+        return self.preprocessing.resized(self._x.index_select(0, index)), self._targets(index)
+
+    def _targets(self, index: Tensor) -> Tensor:
+        kept = self._y.index_select(0, index)
+        return kept if self._resize is None else self._resize.masks(kept, self.targets.outside).to(self.targets.dtype)
 
 
 def what_is_not_finite(x: Tensor) -> str:

@@ -25,6 +25,7 @@ from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.arrays import as_labels, as_tensor, refuse_words
 from lowmem_pnn.sources.packing import Packing
+from lowmem_pnn.sources.resize import Resize
 
 TaskName = Literal["auto", "classification", "multilabel", "regression", "segmentation", "own"]
 TargetKind = Literal["class", "tokens", "probabilities", "labels", "values", "mask", "own"]
@@ -83,6 +84,11 @@ class Targets:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @property
+    def outside(self) -> int:
+        """Class number of what is outside of an image that is padded or moved: one that is left out."""
+        return MASK_IGNORED if self.ignored is None else self.ignored
+
+    @property
     def are_classes(self) -> bool:
         """Whether targets are class numbers: of samples, tokens or pixels."""
         return self.kind in ("class", "tokens", "mask")
@@ -102,6 +108,17 @@ class Targets:
             kept: Targets (B, ...), as they are kept.
         """
         return kept if self.packing is None else self.packing.unpack(kept)
+
+    def of_size(self, resize: Resize | None) -> "Targets":
+        """Return the same form, of masks that are resized with their images.
+
+        Args:
+            resize: Brings images to one size; None to leave them as they are.
+        """
+        if resize is None or self.kind != "mask":
+            return self
+        dtype = self.dtype if 0 <= self.outside < 256 else torch.int64
+        return dataclasses.replace(self, shape=(resize.height, resize.width), dtype=dtype)
 
     def of_classes(self, num_classes: int) -> "Targets":
         """Return the same form, with another number of classes.
@@ -132,7 +149,7 @@ class Targets:
         """
         if self.kind == "own":
             return self._convert_own(value, where, batched=batched)
-        tensor = as_tensor(value, f"the labels of {where}")
+        tensor = as_tensor(value, f"the labels of {where}", palette=True)
         if not batched:
             tensor = tensor[None]
         if self.kind == "class":
@@ -244,7 +261,9 @@ def _kind(
     shape, floating = tuple(y.shape[1:]), y.dtype.is_floating_point
     one_each = shape in ((), (1,))
     of_tokens = tokens and shape == sample_shape and not floating and y[0].numel() > 1
-    of_pixels = not floating and len(sample_shape) == 3 and shape[-2:] == sample_shape[-2:] and len(shape) in (2, 3)
+    of_pixels = (
+        not floating and len(sample_shape) == 3 and shape[-2:] in (sample_shape[-2:], sample_shape[:2]) and len(shape) in (2, 3)
+    )
     if task == "regression":
         return "values"
     if task == "multilabel":

@@ -90,6 +90,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         weights_file=str(path / "model.safetensors"),
         preprocessing=workload.dataset.preprocessing,
         data_parts=workload.dataset.parts,
+        preparation=workload.dataset.preparation,
         workers=config.workers,
         versions={
             "python": platform.python_version(),

@@ -3,15 +3,19 @@
 import dataclasses
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from lowmem_pnn.config.faults import flag
 from lowmem_pnn.config.fit_config import FitConfig, default_of
 from lowmem_pnn.errors import ConfigError, DataError
+from lowmem_pnn.formats.mask_folder import open_mask_folder
+from lowmem_pnn.formats.tables import TableSchema, open_table
 from lowmem_pnn.methods import SplitName
 from lowmem_pnn.samples.augment import Augmenter
-from lowmem_pnn.samples.normalization import find_normalization
+from lowmem_pnn.samples.normalization import find_normalization, standardization
 from lowmem_pnn.samples.prepared import PreparedSplit
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
@@ -23,6 +27,9 @@ from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.splits import SampleSplit, Split
 from lowmem_pnn.sources.subsets import RenumberedSplit, as_floats, hold_out, sample_of, train_val_split
 from lowmem_pnn.sources.targets import TargetOptions, Targets
+
+# Tables seldom come with a test part.
+_TABLE_TEST_FRACTION = 0.1
 
 _WORDS: dict[SplitName, str] = {"train": "training", "val": "validation", "test": "test"}
 
@@ -47,14 +54,37 @@ class SampleForm:
     options: TargetOptions
 
 
-def open_source(spec: str, config: FitConfig, form: SampleForm) -> Dataset:
+def open_source(spec: str, config: FitConfig, form: SampleForm, preparation: Mapping[str, Any] | None = None) -> Dataset:
     """Open a data set by name, as a run's options say.
 
     Args:
         spec: name of the data set.
         config: options of the run.
         form: what is known of its samples.
+        preparation: what the training data's samples were made with (`Dataset.preparation`), for other data of the same kind; None for
+            the training data.
     """
+    kind, _, path = spec.partition(":")
+    if kind in ("csv", "parquet", "segmentation") and not path:
+        raise ConfigError(f"data set {spec!r} says no place; write {kind}:{'DIR' if kind == 'segmentation' else 'FILE'}")
+    if kind == "segmentation":
+        return open_mask_folder(
+            Path(path).expanduser(), form.input_form, form.options, skip_broken=config.skip_broken, resize=resize_of(config)
+        )
+    if kind in ("csv", "parquet"):
+        if config.image_size is not None:
+            raise ConfigError(f"--image-size has no effect here: data {spec!r} is a table; leave it out")
+        if preparation is not None and "columns" not in preparation:
+            raise DataError(f"data {spec} is a table, and the training data {config.data} is none; give data of one kind")
+        return open_table(
+            Path(path).expanduser(),
+            kind,  # type: ignore[arg-type]
+            config.target,
+            form.input_form,
+            form.options,
+            skip_broken=config.skip_broken,
+            schema=None if preparation is None else TableSchema.from_dict(preparation),
+        )
     return find_dataset(
         spec,
         config.data_root,
@@ -86,7 +116,7 @@ def open_apart(config: FitConfig, dataset: Dataset, form: SampleForm) -> tuple[D
     for name, spec in given:
         if spec is None:
             continue
-        other = open_source(spec, config, form)
+        other = open_source(spec, config, form, dataset.preparation)
         parts[name] = _matched(_part_of(other, name, spec), other, dataset, f"{flag(f'{name}_data')} {spec}")
         dataset = with_part(dataset, name, other.fingerprint, other.skipped)
         if other.preprocessing != dataset.preprocessing:
@@ -176,7 +206,9 @@ def split_data(
     """
     parts: dict[SplitName, Split | None] = {"val": dataset.val, "test": dataset.test, **(apart or {})}
     how = dict.fromkeys(_WORDS, "")
-    fraction, test_fraction, whole = config.val_fraction, config.test_fraction or 0.0, dataset.train
+    fraction, test_fraction, whole = config.val_fraction, config.test_fraction, dataset.train
+    if test_fraction is None and _is_table(dataset) and len(whole) > 1:
+        test_fraction = 0.0 if parts["test"] is not None else _TABLE_TEST_FRACTION
     if (test := parts["test"]) is not None:
         if test_fraction:
             raise ConfigError(
@@ -223,33 +255,53 @@ def prepare(
     Raises:
         ConfigError: the samples are no images, where images are asked for.
     """
-    if config.augment == "none" and config.normalize == "none":
+    normalize = config.normalize or ("auto" if _is_table(dataset) else "none")
+    if config.augment == "none" and normalize == "none":
         return dataset, splits
     if dataset.may_be_numbers:
         dataset, splits = dataset.as_floats(), {name: as_floats(split) for name, split in splits.items()}
-    option, shape = ("augment", dataset.sample_shape) if config.augment != "none" else ("normalize", dataset.sample_shape)
+    asked, shape = f"--augment {config.augment}" if config.augment != "none" else f"--normalize {normalize}", dataset.sample_shape
     if not dataset.dtype.is_floating_point or (config.augment != "none" and len(shape) != 3):
-        raise ConfigError(
-            f"{flag(option)} {getattr(config, option)} is for images (C, H, W), and the samples of data {dataset.name} are {shape}; leave "
-            "it out"
-        )
+        raise ConfigError(f"{asked} is for images (C, H, W), and the samples of data {dataset.name} are {shape}; leave it out")
     if config.augment not in ("none", "basic") and shape[0] not in (1, 3):
         raise ConfigError(
             f"--augment {config.augment} is for images of 1 or 3 channels, and those of data {dataset.name} have {shape[0]}; give --augment "
             "basic"
         )
-    normalization = find_normalization(config.normalize, splits["train"], config.seed, stats, dataset.name)
+    targets = dataset.targets
+    is_mask = targets.kind == "mask"
+    if is_mask and config.augment not in ("none", "basic"):
+        raise ConfigError(
+            f"--augment {config.augment} is for classes of whole images: torchvision's policies move no masks; give --augment basic"
+        )
+    if is_mask and config.augment != "none" and targets.dtype == torch.uint8 and not 0 <= targets.outside < 256:
+        raise ConfigError(
+            f"--augment {config.augment} marks what comes from outside of an image with --ignore-index {targets.outside}, which masks of bytes "
+            "cannot hold; give one from 0 to 255"
+        )
+    normalization = (
+        standardization(splits["train"], TableSchema.from_dict(dataset.preparation).numbers)
+        if _is_table(dataset) and normalize == "auto"
+        else find_normalization(normalize, splits["train"], config.seed, stats, dataset.name)
+    )
     augmenter = None
     if config.augment != "none":
         augmenter = Augmenter(config.augment, len(splits["train"]), config.seed, f"data {dataset.name}")
     prepared: dict[SplitName, Split] = {
-        name: PreparedSplit(split, augmenter if name == "train" else None, normalization) for name, split in splits.items()
+        name: PreparedSplit(split, augmenter if name == "train" else None, normalization, targets.outside if is_mask else None)
+        for name, split in splits.items()
     }
     if normalization is None:
         return dataset, prepared
     words = f"{dataset.preprocessing}, {normalization.step}"
     prints = hashlib.sha256(f"{dataset.fingerprint}{normalization.step}".encode()).hexdigest()
-    return dataclasses.replace(dataset, preprocessing=words, fingerprint=prints), prepared
+    statistics = {"mean": list(normalization.mean), "std": list(normalization.std)}
+    preparation = {**dataset.preparation, **statistics}
+    return dataclasses.replace(dataset, preprocessing=words, fingerprint=prints, preparation=preparation), prepared
+
+
+def _is_table(dataset: Dataset) -> bool:
+    return "columns" in dataset.preparation
 
 
 def check_fit(part: SampleSplit, dataset: Dataset, what: str) -> None:

@@ -153,3 +153,20 @@ def test_a_loader_is_trained_as_it_says(tmp_path: Path) -> None:
     plain = lowmem_pnn.fit(build, data, data, test=data, workdir=tmp_path / "plain", **{**options, "batch_size": 4})
     assert_same_weights(loaded(build, by_loader.weights_file), loaded(build, plain.weights_file))
     assert (by_loader.test_loss, by_loader.partitions[0]["batch"]) == (plain.test_loss, 4)
+
+
+def test_masks_in_files_train_as_masks_in_arrays(tmp_path: Path) -> None:
+    images = image_bytes((20, 14, 3), num=6)
+    masks = (images[:, :, :, 0] // 100).astype(np.uint8)
+    for name, files in (("images", images), ("masks", masks)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number, image in enumerate(files):
+            Image.fromarray(image).save(tmp_path / "data" / name / f"{number}.png")
+
+    def build_net() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1))
+
+    options = {**OPTIONS, "augment": "basic", "epochs": 1, "val_fraction": 0}
+    files_run = lowmem_pnn.fit(build_net, f"segmentation:{tmp_path / 'data'}", workdir=tmp_path / "files", **options)
+    arrays_run = lowmem_pnn.fit(build_net, (images, masks), workdir=tmp_path / "arrays", **options)
+    assert_same_weights(loaded(build_net, files_run.weights_file), loaded(build_net, arrays_run.weights_file))

@@ -1,0 +1,166 @@
+"""Table files: rows of texts from CSV or Parquet, read twice: once to find out what columns are, once for their values."""
+
+import csv
+import importlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from lowmem_pnn.errors import ConfigError, DataError, LowMemError
+from lowmem_pnn.sources.imports import one_line
+
+TableKind = Literal["csv", "parquet"]
+
+MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
+"""What numbers that are not known are written as, in any case."""
+
+_DELIMITERS = ",;\t"
+# A field may be as long as a text is.
+csv.field_size_limit(1 << 24)
+
+
+class TableFile:
+    """File of a table with names of columns.
+
+    Args:
+        path: Path of the file.
+        kind: `csv`, with commas, semicolons or tabs, whichever the header has most of; or `parquet`.
+
+    Raises:
+        DataError: There is no such file, it cannot be read, or it has no header.
+        ConfigError: What reads Parquet is not installed.
+    """
+
+    def __init__(self, path: Path, kind: TableKind) -> None:
+        self.path, self.kind = path, kind
+        self.place = "line" if kind == "csv" else "row"
+        """What a place in the file is called."""
+        if not path.is_file():
+            raise DataError(f"there is no file {path.absolute()}; give {kind}:FILE")
+        self.decimal_comma = False
+        self._delimiter = ","
+        if kind == "csv":
+            self.columns = self._read_header()
+        else:
+            self.columns = list(self._parquet().schema_arrow.names)
+        twice = [name for name in self.columns if self.columns.count(name) > 1]
+        if twice:
+            raise DataError(f"{path} has two columns {twice[0]!r}; give each a name of its own")
+        if not self.columns:
+            raise DataError(f"{path} is empty; give a file with a line of names and lines of values")
+
+    def rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Return the rows as texts, each with its place in the file; numbers that Parquet does not know are empty.
+
+        Raises:
+            DataError: The file is damaged.
+        """
+        try:
+            yield from self._csv_rows() if self.kind == "csv" else self._parquet_rows()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path} is no text in UTF-8 ({error.reason}, byte {error.start}); store it in UTF-8") from error
+        except (OSError, csv.Error) as error:
+            raise DataError(f"{self.path} cannot be read: {one_line(error)}; repair it") from error
+
+    def number(self, text: str) -> float | None:
+        """Return the number that a text is; None where it is none.
+
+        Args:
+            text: A field.
+        """
+        text = text.strip()
+        try:
+            # Python also takes 1_000.
+            return None if "_" in text else float(text)
+        except ValueError:
+            pass
+        if not self.decimal_comma or text.count(",") != 1:
+            return None
+        try:
+            return float(text.replace(",", "."))
+        except ValueError:
+            return None
+
+    def _read_header(self) -> list[str]:
+        for _, header in self.rows_of(None):
+            names = [name.strip() for name in header]
+            break
+        else:
+            raise DataError(f"{self.path} is empty; give a file with a line of names and lines of values")
+        if all(_is_number(name) for name in names):
+            raise DataError(
+                f"{self.path}: line 1 holds numbers ({', '.join(names[:4])}), and should name the columns; add a line of names"
+            )
+        if "" in names:
+            raise DataError(
+                f"{self.path}: column {names.index('') + 1} has no name; give it one, or leave it out (pandas: to_csv(index=False))"
+            )
+        return names
+
+    def rows_of(self, delimiter: str | None) -> Iterator[tuple[int, list[str]]]:
+        """Return all lines of a CSV file, the header too.
+
+        Args:
+            delimiter: What stands between fields; None to take what the first line has most of.
+        """
+        try:
+            with self.path.open(newline="", encoding="utf-8-sig") as stream:
+                if delimiter is None:
+                    first = stream.readline()
+                    bare = "".join(first.split('"')[::2])  # what stands in quotes separates nothing
+                    self._delimiter = delimiter = max(_DELIMITERS, key=bare.count)
+                    self.decimal_comma = delimiter != ","
+                    stream.seek(0)
+                reader = csv.reader(stream, delimiter=delimiter)
+                for row in reader:
+                    if row:
+                        yield reader.line_num, row
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path} is no text in UTF-8 ({error.reason}, byte {error.start}); store it in UTF-8") from error
+        except (OSError, csv.Error) as error:
+            raise DataError(f"{self.path} cannot be read: {one_line(error)}; repair it") from error
+
+    def _csv_rows(self) -> Iterator[tuple[int, list[str]]]:
+        rows = self.rows_of(self._delimiter)
+        next(rows)
+        yield from rows
+
+    def _parquet(self) -> Any:
+        try:
+            parquet = importlib.import_module("pyarrow.parquet")
+        except ImportError as error:
+            raise ConfigError("parquet: needs pyarrow, which is not installed; run: pip install 'lowmem-pnn[parquet]'") from error
+        try:
+            return parquet.ParquetFile(self.path)
+        # Of Arrow's many errors for a damaged file all but two are OSError or ValueError.
+        except Exception as error:
+            raise DataError(f"{self.path} cannot be read as Parquet: {one_line(error)}; repair it") from error
+
+    def _parquet_rows(self) -> Iterator[tuple[int, list[str]]]:
+        number = 0
+        try:
+            for batch in self._parquet().iter_batches(batch_size=4096):
+                columns = [column.to_pylist() for column in batch.columns]
+                for values in zip(*columns, strict=True):
+                    number += 1
+                    yield number, [self._text(value, name, number) for value, name in zip(values, self.columns, strict=True)]
+        except LowMemError:
+            raise
+        except Exception as error:
+            raise DataError(f"{self.path} cannot be read as Parquet: {one_line(error)}; repair it") from error
+
+    def _text(self, value: Any, name: str, number: int) -> str:
+        if isinstance(value, list | dict | bytes):
+            raise DataError(
+                f"{self.path}: column {name!r} holds a {type(value).__name__} in row {number}; give numbers or words alone, or leave it out"
+            )
+        return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

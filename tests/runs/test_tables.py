@@ -1,0 +1,56 @@
+"""Whole runs on tables: trained, scored, evaluated and resumed with the statistics of their training part."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lowmem_pnn
+from helpers.commands import lowmem_pnn as command
+from helpers.plainloops import assert_same_weights, loaded
+
+FIT = "fit --max-gpu-mem 100MB --device cpu --epochs 1 --method exact --data csv:a.csv --target y --model"
+
+
+def write(folder: Path, values: str = "rated") -> None:
+    random = np.random.RandomState(0)
+    rows = [(random.rand() * 50, "uvw"[random.randint(3)]) for _ in range(60)]
+    target = {"rated": lambda a, k: f"{a / 7 + len(k):.3f}", "named": lambda a, k: "high" if a > 25 else "low"}[values]
+    (folder / "a.csv").write_text("a;k;y\n" + "".join(f"{a:.3f};{k};{target(a, k)}\n" for a, k in rows))
+
+
+def test_regression_on_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    done = command(f"{FIT} mlp:4-8-1 --workdir run")
+    assert done.code == 0, done.err
+    assert "data: 49 to train on, 5 to validate on (0.1 of the training data, by seed), 6 to test on (0.1 of" in done.err
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["preparation"]["columns"] == {"a": None, "k": ["u", "v", "w"]}
+    assert (len(result["preparation"]["mean"]), result["preparation"]["std"][1:]) == (4, [1, 1, 1])
+    assert lowmem_pnn.evaluate(tmp_path / "run")["test_loss"] == result["test_loss"]
+    again = command("fit --resume --workdir run --target y --data csv:a.csv")
+    assert again.code == 0, again.err
+    (tmp_path / "a.csv").write_text((tmp_path / "a.csv").read_text().replace(";u;", ";v;", 1))
+    with pytest.raises(lowmem_pnn.errors.LowMemError, match="data"):
+        lowmem_pnn.evaluate(tmp_path / "run")
+
+
+def test_words_are_classes_and_arrays_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "named")
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    options = {"method": "exact", "max_gpu_mem": "100MB", "device": "cpu", "epochs": 1, "val_fraction": 0}
+    result = lowmem_pnn.fit(build, "csv:a.csv", target="y", normalize="none", test_fraction=0, workdir="table", **options)
+    rows = [line.split(";") for line in (tmp_path / "a.csv").read_text().splitlines()[1:]]
+    x = torch.tensor([[float(a), *(float(word == k) for word in "uvw")] for a, k, _ in rows])
+    y = torch.tensor([["high", "low"].index(word) for _, _, word in rows])
+    plain = lowmem_pnn.fit(build, (x, y), workdir="arrays", **options)
+    assert_same_weights(loaded(build, result.weights_file), loaded(build, plain.weights_file))
+    assert result.preparation["classes"] == ["high", "low"]
