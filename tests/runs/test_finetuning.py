@@ -1,6 +1,7 @@
 """Layer-wise learning rates, and frozen parameters that learn from some epoch on: the same as in plain PyTorch."""
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,13 @@ def test_a_run_that_unfreezes_is_resumed(at: int, tmp_path: Path) -> None:
     result = fit(Learns, images(), tmp_path / "run", resume=True, **options)
     expected = train_in_groups(Learns, lambda name: 0.01, "[0134].*", 1, **COMMON)
     assert_same_weights(loaded(Learns, result.weights_file), expected)
+
+
+def test_patience_begins_anew_where_parameters_are_unfrozen(tmp_path: Path) -> None:
+    # Nothing gets better at such a rate: the frozen epochs are all trained, and after them as many as patience lasts.
+    options = {**COMMON, "epochs": 6, "lr": 1e-30, "freeze": "[0134].*", "unfreeze_at": 3, "early_stop": 1}
+    fit(Learns, images(), tmp_path / "run", **options)
+    assert json.loads((tmp_path / "run" / "journal.json").read_text())["body"]["stopped_after"] == 4
 
 
 @pytest.mark.parametrize(
