@@ -112,6 +112,8 @@ def test_unfrozen_parameters_learn_as_in_plain_pytorch(until: int, cuts: str | N
     when = "in the first epoch" if until == 1 else "in the first 2 epochs"
     assert f"frozen: 8 of 14 parameters (276 of 500 values); 2 BatchNorms in eval mode, {when}" in result.notes
     assert [part["epochs"] for part in result.partitions] == [3] * len(result.partitions)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["action"] == "sweep"] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("at", [4, 8, 12, 16])
