@@ -14,7 +14,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
-    "Fine-tuning": ("weights", "freeze", "train_only", "freeze_norm", "cache_frozen"),
+    "Fine-tuning": ("weights", "freeze", "train_only", "freeze_norm", "unfreeze_at", "cache_frozen"),
     "Data": (
         "data", "target", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "workers", "shuffle",
         "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
@@ -28,7 +28,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "heads", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
     ),
     "Optimisation": (
-        "batch_size", "optimizer", "lr", "lr_schedule", "warmup_steps", "momentum", "weight_decay", "clip_norm",
+        "batch_size", "optimizer", "lr", "lr_for", "lr_schedule", "warmup_steps", "momentum", "weight_decay", "clip_norm",
         "fused", "seed",
     ),
     "Budget": (
@@ -61,6 +61,7 @@ _METAVARS = {
     "image_size": "N|HxW", "resize": "crop|squash|pad", "normalize": "none|imagenet|auto|MEAN/STD", "workers": "N",
     "test_fraction": "X", "weights": "default|FILE|DIR|none", "freeze": "PATTERN,...", "train_only": "PATTERN,...",
     "target": "COLUMN,...",
+    "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH",
 }  # fmt: skip
 
 # Options without a value: their names, and what the help says of the default.
@@ -104,7 +105,7 @@ def config_options(command: _Command) -> _Command:
         if default_value not in (None, {}):
             text += f" [default: {as_typed(default_value)}]"
         command = click.option(
-            flag(field.name), field.name, metavar=_METAVARS[field.name], multiple=field.name == "model_arg", help=text
+            flag(field.name), field.name, metavar=_METAVARS[field.name], multiple=field.name in ("model_arg", "lr_for"), help=text
         )(command)
     return command
 

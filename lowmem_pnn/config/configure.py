@@ -45,6 +45,8 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("parallel_sil", "--method pnn", lambda config: config.method == "pnn"),
     ("activation_dtype", "--method pnn or neuroflux", lambda config: config.method in ("pnn", "neuroflux")),
     ("activation_dtype", "partitions that learn from activations (no --parallel-sil)", lambda config: not config.parallel_sil),
+    ("unfreeze_at", "--method exact", lambda config: config.method == "exact"),
+    ("unfreeze_at", "--freeze or --train-only", lambda config: bool(config.freeze or config.train_only)),
     ("cache_frozen", "--method exact", lambda config: config.method == "exact"),
     ("cuts", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("partitions", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
@@ -184,6 +186,14 @@ def contradictions(config: FitConfig) -> list[str]:
         ]
     if config.freeze and config.train_only:
         faults.append("--freeze and --train-only exclude each other; give one")
+    if config.unfreeze_at is not None and config.unfreeze_at >= min(config.epochs):
+        least = min(config.epochs)
+        faults.append(
+            f"--unfreeze-at {config.unfreeze_at}: the epochs are 0 to {least - 1}; give "
+            + (f"at most {least - 1}, or more --epochs" if least > 1 else "more --epochs")
+        )
+    if config.unfreeze_at is not None and config.compile:
+        faults.append("--unfreeze-at trains layers in two ways, and --compile makes code of one; leave one out")
     if config.batch_size == "auto" and (config.method not in ("pnn", "neuroflux") or config.recovery_epochs):
         faults.append(
             "--batch-size auto: only partitions that learn by themselves can each have a batch of their own; give a number"

@@ -1,5 +1,6 @@
 """Options of fine-tuning: where training begins. No torch here."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -24,6 +25,22 @@ def _patterns(value: Any) -> Any:
             raise ValueError("there is nothing between two commas, or nothing at all; write one pattern, or several as A,B")
     return tuple(value) if isinstance(value, Iterable) else value  # which is refused by name, if it is not None
 
+
+def _rates(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        return value
+    rates = {}
+    for text in value:
+        pattern, equals, rate = str(text).rpartition("=")
+        if not equals or not pattern.strip():
+            raise ValueError(f"{text!r} is not PATTERN=X; write, for example, --lr-for 'features.*=1e-4'")
+        rates[pattern.strip()] = rate.strip()
+    return rates
+
+
+Rates = Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], BeforeValidator(_rates)]
 
 Patterns = Annotated[tuple[str, ...] | None, BeforeValidator(_patterns)]
 
@@ -60,6 +77,20 @@ class FineTuningOptions:
         description="Keep all BatchNorms in eval mode, with the statistics that they have, and their parameters frozen.",
     )
 
+    unfreeze_at: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description=(
+            "Epoch from which what --freeze or --train-only have frozen learns too (exact), counted from 0: with 1 it is frozen in the "
+            "first epoch, and learns from the second one on. --freeze-norm holds for all epochs."
+        ),
+    )
+    lr_for: Rates = Field(
+        default_factory=dict,
+        description=(
+            "Learning rate of the parameters whose names match a pattern, as PATTERN=X ('features.*=1e-4'), in the place of --lr and with "
+            "the same schedule; may be repeated, the last that matches counts."
+        ),
+    )
     cache_frozen: bool = Field(
         default=True,
         description=(
@@ -72,6 +103,11 @@ class FineTuningOptions:
     def freezes(self) -> bool:
         """Whether options freeze anything."""
         return bool(self.freezing_flags)
+
+    @property
+    def after_unfreezing(self) -> "FineTuningOptions":
+        """The options by which the model is frozen in the last epochs."""
+        return self if self.unfreeze_at is None else dataclasses.replace(self, freeze=None, train_only=None)
 
     @property
     def freezing_flags(self) -> list[str]:

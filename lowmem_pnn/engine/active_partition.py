@@ -24,7 +24,7 @@ class ActivePartition:
         smallest_micro_batch: samples that the modules accept at least.
         may_shrink: whether the micro-batch may be halved.
         is_last: whether the partition's outputs are class scores.
-        learning_rate: learning rate of a step, which is counted from 0.
+        learning_rate: learning rate of a step, which is counted from 0; given `base` too, of parameters whose own rate that is.
         loss_scale: factor on the loss, moved on with every step.
         clip_norm: norm that gradients are scaled down to (of each layer, where each learns by a loss of its own), or None.
         chunk_rows: rows for which the last layer and the loss are computed at once, or None for all.
@@ -40,7 +40,7 @@ class ActivePartition:
     micro_batch: int
     smallest_micro_batch: int
     is_last: bool
-    learning_rate: Callable[[int], float]
+    learning_rate: Callable[..., float]
     loss_scale: LossScale = field(default_factory=LossScale)
     clip_norm: float | None = None
     chunk_rows: int | None = None

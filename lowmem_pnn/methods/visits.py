@@ -63,6 +63,9 @@ class Sweep:
             `recovery` for the epochs after it.
         fresh_state: Whether the optimizer state of earlier visits is dropped at the first step.
         shuffle: Whether every epoch has a data order of its own.
+        epochs_before: Epochs of the sweeps before, whose training this one goes on with.
+        epochs_after: Epochs of the sweeps that go on with this one's training.
+        frozen: Whether what is to be unfrozen later is frozen yet.
     """
 
     visits: tuple[Visit, ...]
@@ -71,6 +74,9 @@ class Sweep:
     phase: Literal["epoch", "recovery"] = "epoch"
     fresh_state: bool = False
     shuffle: bool = True
+    epochs_before: int = 0
+    epochs_after: int = 0
+    frozen: bool = False
 
     @property
     def learners(self) -> tuple[int, ...]:

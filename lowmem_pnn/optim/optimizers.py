@@ -29,6 +29,7 @@ class OptimizerSpec:
         fused: whether to use PyTorch's fused kernels.
         state: format of the state of adam and adamw; `fp32` is the parameter's own type.
         seed: seed of the run; stochastic rounding follows from it.
+        rates: learning rates of single parameters, by name, where they have their own.
     """
 
     name: Literal["sgd", "adam", "adamw"]
@@ -38,6 +39,7 @@ class OptimizerSpec:
     fused: bool = True
     state: StateKind = "fp32"
     seed: int = 0
+    rates: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
         """Name the settings that determine the size of the state."""
@@ -119,7 +121,7 @@ class OptimizerSpec:
             state: for each name, the tensors of `layout`, which the optimizer will update in place.
 
         Returns:
-            An optimizer of torch.optim, or `QuantizedStateAdam`.
+            An optimizer of torch.optim, or `QuantizedStateAdam`; parameters with a rate of their own are in groups that say it (`rate`).
         """
         values = list(parameters.values())
         optimizer: torch.optim.Optimizer
@@ -138,6 +140,14 @@ class OptimizerSpec:
             )
         for name, parameter in parameters.items():
             optimizer.state[parameter] = dict(state[name])
+        rates = dict(self.rates)
+        own = {rates.get(name) for name in parameters}
+        if own != {None}:
+            [group] = optimizer.param_groups
+            optimizer.param_groups[:] = [
+                {**group, "params": [one for name, one in parameters.items() if rates.get(name) == rate], "rate": rate}
+                for rate in sorted(own, key=str)
+            ]
         return optimizer
 
 

@@ -55,6 +55,17 @@ def frozen_notes(workload: Workload) -> list[str]:
     Args:
         workload: model, data and method.
     """
+    if workload.early is not None:
+        until = workload.config.unfreeze_at
+        when = "in the first epoch" if until == 1 else f"in the first {until} epochs"
+        return [
+            *(f"{note}, {when}" for note in frozen_notes(workload.early)),
+            *(f"{note}, after that" for note in _frozen_notes(workload)),
+        ]
+    return _frozen_notes(workload)
+
+
+def _frozen_notes(workload: Workload) -> list[str]:
     chain = workload.bare
     sizes: dict[str, tuple[int, bool]] = {}
     for layer in chain.layers:

@@ -120,7 +120,8 @@ def match(values: PretrainedValues, chain: Chain, model: str) -> PretrainedWeigh
         CheckpointError: a file is damaged.
     """
     found = values.layouts()
-    wanted = {name: layout for name, layout in _layouts(chain).items() if name in set(chain.persistent)}
+    persistent = set(chain.persistent)
+    wanted = {name: layout for name, layout in _layouts(chain).items() if name in persistent}
     prefix = _prefix(found, wanted)
     bare = {name.removeprefix(prefix): name for name in found}
     head, taken, new, faults, missing, used = _head(chain), {}, [], [], [], set()

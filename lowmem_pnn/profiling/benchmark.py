@@ -123,6 +123,8 @@ class LayerBenchmark:
         def fits(samples: int) -> bool:
             return peak_of([cost], samples, samples, Affine(0, cost.output_bytes.per_sample)) <= room
 
+        # Nothing goes back through frozen layers before the first that learns.
+        learns_before = any(one.requires_grad for layer in chain.layers[:number] for one in layer.parameters().values())
         began, few = self._clock(), max(smallest, min(_FEW, max_samples))
         if not fits(few):
             return None
@@ -130,7 +132,7 @@ class LayerBenchmark:
             chain.layers[number],
             chain.boundaries[number],
             self.device,
-            learns_input=number > 0 and not per_layer_loss,
+            learns_input=learns_before and not per_layer_loss,
             per_layer_loss=per_layer_loss,
         )
         try:
@@ -156,7 +158,8 @@ class LayerBenchmark:
                 raise
             return None
         forward, backward = (_line(few, low, many, high) for low, high in zip(of_few, of_many, strict=True))
-        return LayerTimings(forward, backward, _scaled(backward, to_weights / of_many[1]), _scaled(forward, emit / of_many[0]))
+        share = to_weights / of_many[1] if of_many[1] else 0.0
+        return LayerTimings(forward, backward, _scaled(backward, share), _scaled(forward, emit / of_many[0]))
 
 
 def _line(few: int, low: float, many: int, high: float) -> Seconds:

@@ -173,12 +173,13 @@ class Metrics:
             micro_batch: samples on the device at once.
             timer: timer of the epoch, which is over.
         """
-        device = self._session.device
+        device, item = self._session.device, self._program[self._state.visit]
+        before = item.epochs_before if isinstance(item, Sweep) else 0
         line = self._log(
             {
                 "action": action,
                 "partition": partition,
-                "epoch": self._state.progress.epoch,
+                "epoch": before + self._state.progress.epoch,
                 **self._scores_of(partition),
                 "samples_per_second": timer.samples_per_second,
                 "waiting": timer.waiting,

@@ -84,7 +84,7 @@ class Partitions:
             may_shrink=not self._plan.whole_batches,
             is_last=partition == self.last,
             loss_scale=self._state.loss_scales[partition],
-            learning_rate=lambda step: workload.learning_rate(partition, step, total_steps, planned.batch),
+            learning_rate=lambda step, base=None: workload.learning_rate(partition, step, total_steps, planned.batch, base),
             clip_norm=config.clip_norm,
             chunk_rows=self._plan.loss_chunk,
             shuffle=config.value_for("shuffle", partition),

@@ -109,21 +109,29 @@ class Run:
         before = state.best.value
         better = value is not None and (before is None or (value < before if config.monitor == "val_loss" else value > before))
         if better:
-            state.best = Best(state.progress.epoch, value, module_state=self.workload.chain.python_state)
+            state.best = Best(self._epochs_before + state.progress.epoch, value, module_state=self.workload.chain.python_state)
         return better and config.keep_weights == "best"
 
     @property
     def is_out_of_patience(self) -> bool:
         """Whether so many epochs went by without a better one that training is to end."""
-        config, state = self.workload.config, self.state
-        return config.early_stop is not None and state.progress.epoch - state.best.epoch >= config.early_stop
+        config, state, before = self.workload.config, self.state, self._epochs_before
+        if config.early_stop is None or (isinstance(self.item, Sweep) and self.item.frozen):
+            return False
+        # What is unfrozen has its own time to make things better.
+        return before + state.progress.epoch - max(state.best.epoch, before) >= config.early_stop
+
+    @property
+    def _epochs_before(self) -> int:
+        """Epochs of the sweeps whose training the present one goes on with."""
+        return self.item.epochs_before if isinstance(self.item, Sweep) else 0
 
     def stop_early(self) -> None:
         """Note that training ends before its last epoch."""
         state, config = self.state, self.workload.config
-        state.stopped_after = state.progress.epoch
+        state.stopped_after = self._epochs_before + state.progress.epoch
         self.session.display.message(
-            f"training ends after epoch {state.progress.epoch}: {config.monitor} was best after epoch {state.best.epoch}"
+            f"training ends after epoch {state.stopped_after}: {config.monitor} was best after epoch {state.best.epoch}"
         )
 
     def take_best(self) -> None:

@@ -186,7 +186,12 @@ class SweepOptimizerSteps:
             for name, parameter in parameters.items():
                 assert parameter.grad is not None
                 self._check_finite(name, parameter.grad.sum(), partition, gradients)
-            step_parameters(spec, parameters, state, self._workload.learning_rate(partition, gradients.step, self._total_steps))
+            step_parameters(
+                spec,
+                parameters,
+                state,
+                lambda base: self._workload.learning_rate(partition, gradients.step, self._total_steps, base=base),
+            )
         for name, parameter in parameters.items():
             streamer.write(partition, file, weight_key(name), parameter)
             for key, tensor in state[name].items():
@@ -248,7 +253,10 @@ def take_state(
 
 
 def step_parameters(
-    spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Mapping[str, Tensor]], lr: float
+    spec: OptimizerSpec,
+    parameters: Mapping[str, nn.Parameter],
+    state: Mapping[str, Mapping[str, Tensor]],
+    rate_of: Callable[[float | None], float],
 ) -> None:
     """Step parameters by their gradients, and free the gradients.
 
@@ -256,11 +264,11 @@ def step_parameters(
         spec: optimizer.
         parameters: parameters by name, on the device.
         state: optimizer state by parameter and name, on the device; changed in place.
-        lr: learning rate of this step.
+        rate_of: returns the learning rate of this step, of parameters with a rate of their own, or of the others (None).
     """
     optimizer = spec.build(parameters, state)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = rate_of(group.get("rate"))
     optimizer.step()
     for parameter in parameters.values():
         parameter.grad = None

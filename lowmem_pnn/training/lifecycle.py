@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.loaders import Loader
-from lowmem_pnn.errors import BudgetError, CheckpointError, DataError
+from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, DataError
 from lowmem_pnn.evaluation.exits import HEADS_FILE, describe_exits, head_names
 from lowmem_pnn.evaluation.measure import measure, validate
 from lowmem_pnn.methods import SplitName
@@ -90,6 +90,11 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
         with session.rundir.scratch() as folder:  # by its name what a kill leaves of it is known
             compared = compare(workload, model, folder, display.message)
         mixing = find_mixing(workload, model, display.message)
+        if mixed := [name for name, layer in mixing.items() if layer < workload.fixed_layers]:
+            raise ConfigError(
+                f"{mixed[0]} mixes the samples of a batch, and is in frozen layers whose outputs are to be written once for every sample; "
+                "give --no-cache-frozen"
+            )
 
     for attempt in range(_MAX_PLANS):
         inspect = inspect_once if workload.config.compare and not attempt else _nothing

@@ -95,7 +95,8 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
     while progress.epoch < learner.num_epochs and not run.is_out_of_patience:
         timer = metrics.epoch_timer()
         done = int(progress.tally.num_samples)
-        display.start_epoch(learner.title, progress.epoch, learner.num_epochs, learner.num_samples, done)
+        before = learner.epochs_before if learner.action == "sweep" else 0
+        display.start_epoch(learner.title, before + progress.epoch, before + learner.num_epochs, learner.num_samples, done)
         train_epoch(learner, progress, after_batch)
         timer.end(int(progress.tally.num_samples))
         run.complete_epoch(learner.partition)

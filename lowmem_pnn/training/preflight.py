@@ -78,7 +78,7 @@ def check_tightest(run: Run, profile: MemoryProfile) -> Check:
     numbers = range(len(plan.partitions)) if run.state.ranks == 1 else [run.state.rank]
     if sweeps:
         # Partitions before them write their outputs once, and go back never.
-        numbers = range(_first_sweep(run).first, len(plan.partitions))
+        numbers = range(_full_sweep(run).first, len(plan.partitions))
     number = max(numbers, key=lambda number: plan.partitions[number].predicted_peak_bytes)
     planned = plan.partitions[number]
     samples = min(planned.batch, 2 * planned.micro_batch)
@@ -140,7 +140,7 @@ def _sweep_once(run: Run, number: int, samples: int, micro_batch: int) -> int:
         BudgetError: not even the smallest did.
     """
     session, workload, plan = run.session, run.workload, run.plan
-    sweep = _first_sweep(run)
+    sweep = _full_sweep(run)
     sweeper = Sweeper(
         workload, plan, sweep, session.device, run.weights, session.threads, session.counter, session.rundir.path, total_steps=1
     )
@@ -157,8 +157,9 @@ def _sweep_once(run: Run, number: int, samples: int, micro_batch: int) -> int:
         session.device.begin_section()
 
 
-def _first_sweep(run: Run) -> Sweep:
-    return next(item for item in run.workload.program(run.plan.spans, ["train"]) if isinstance(item, Sweep))
+def _full_sweep(run: Run) -> Sweep:
+    sweeps = [item for item in run.workload.program(run.plan.spans, ["train"]) if isinstance(item, Sweep) and not item.frozen]
+    return sweeps[0]  # the first in which all learns that ever does
 
 
 def _run_model(work: Callable[[], object], title: str) -> None:

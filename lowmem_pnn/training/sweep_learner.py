@@ -33,9 +33,13 @@ class SweepLearner:
         self.title = "recovery" if sweep.phase == "recovery" else "all partitions"
         self.num_samples, self.smallest_batch = len(train), run.plan.smallest_micro_batch
         self.steps_per_epoch = math.ceil(len(train) / sweep.batch_size)
-        self.num_epochs, self.epochs_before, self.steps_before = sweep.epochs, 0, 0
+        self.num_epochs, self.epochs_before = sweep.epochs, sweep.epochs_before
+        self.steps_before = sweep.epochs_before * self.steps_per_epoch
         self.is_joint = False
-        self._total_steps = sweep.epochs * self.steps_per_epoch
+        self._total_steps = (sweep.epochs_before + sweep.epochs + sweep.epochs_after) * self.steps_per_epoch
+        if sweep.frozen:
+            assert workload.early is not None, "there is a frozen model to train"
+            workload = workload.early
         self._sweeper = Sweeper(
             workload,
             run.plan,
@@ -56,7 +60,7 @@ class SweepLearner:
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Batch, Batch | None]]:
         """See `Learner`; no batch is read before its turn, since the partitions take the memory."""
-        sweep, loader = self._sweep, self._loader
+        sweep, loader, epoch = self._sweep, self._loader, self.epochs_before + epoch
         batches = loader.batches(
             sweep.batch_size, shuffle=sweep.shuffle, epoch=epoch, start=start, augmentation_key=(sweep.phase, epoch)
         )
@@ -65,7 +69,7 @@ class SweepLearner:
     def train_batch(self, batch: Batch, step: int, following: Batch | None) -> float:
         """See `Learner`."""
         scale = self._run.state.loss_scales[-1]
-        loss = unless_out_of_memory(lambda: self._sweeper.train_batch(batch, step, self.micro_batch, scale))
+        loss = unless_out_of_memory(lambda: self._sweeper.train_batch(batch, self.steps_before + step, self.micro_batch, scale))
         if loss is None:
             raise SteppedInPart("memory ran out in a sweep, when later partitions may have been stepped")
         return loss
@@ -88,7 +92,7 @@ class SweepLearner:
         self._sweeper.finish_writes()
         if "val" in self._run.workload.splits:
             self._sweeper.free_memory()
-            validate(self._run, f"epoch {epoch}")
+            validate(self._run, f"epoch {self.epochs_before + epoch}")
 
     def close(self) -> None:
         """Free all memory, and give up what waits to be written."""

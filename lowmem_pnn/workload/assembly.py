@@ -78,7 +78,7 @@ def make_workload(
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
-    model = with_frozen(model, config)
+    early, model = with_frozen(model, config), with_frozen(model, config.after_unfreezing)
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     _check_input(source, dataset, model)
@@ -109,6 +109,15 @@ def make_workload(
         raise ConfigError(f"--monitor val_accuracy: {task.name} has no accuracy; give val_loss")
     pretrained = None if source.weights is None else match(source.weights, chain, source.spec)
     workload = _by_method(Workload(config, source, dataset, splits, make_method(config), task, chain, chain, pretrained))
+    if config.unfreeze_at is not None:
+        if state := chain.python_state:
+            raise ConfigError(
+                f"--unfreeze-at: a forward changes {next(iter(state))!r}, which two ways of training would each have; leave it out"
+            )
+        frozen = capture(early, chain.boundaries[0][0], precision)
+        frozen.drop_values()
+        workload = dataclasses.replace(workload, early=dataclasses.replace(workload, chain=frozen, bare=frozen))
+    _ = workload.rates  # patterns are checked before anything is made
     if config.loss_chunk is not None and task.rows_per_sample is None:
         raise ConfigError(f"--loss-chunk {config.loss_chunk}: the loss of {task.name} is no sum over rows; leave it out")
     if config.loss_chunk is not None and not is_rowwise(chain.layers[-1]):

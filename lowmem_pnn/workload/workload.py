@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.methods import Method, Objective, SplitName, Sweep, Visit, sweep_visits
 from lowmem_pnn.model.behaviour import Behaviour, behaviour_of
 from lowmem_pnn.model.chain import Chain
-from lowmem_pnn.model.freezing import with_frozen
+from lowmem_pnn.model.freezing import check_patterns, matching, with_frozen
 from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.optim.optimizers import OptimizerSpec
@@ -46,6 +47,7 @@ class Workload:
         chain: the model in layers; its tensors are on the meta device until they are resident.
         bare: the same chain without auxiliary heads.
         pretrained: pretrained weights that training begins with, matched with the model; None for the constructor's values.
+        early: the same workload for the epochs in which what is unfrozen later is frozen; None without `--unfreeze-at`.
         compiled: number of compiled `layers`, of `functions` that they share, and `seconds` it took to compile them; empty where
             layers run as they are.
     """
@@ -59,6 +61,7 @@ class Workload:
     chain: Chain
     bare: Chain
     pretrained: PretrainedWeights | None = None
+    early: "Workload | None" = None
     compiled: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -110,8 +113,27 @@ class Workload:
             splits: parts of the data that training reads; None for all of them.
         """
         program = self.method.program(len(spans), self.training_splits if splits is None else splits)
-        if not self.method.sweeps or all(self.learns):
+        if not self.method.sweeps:
             return program
+        items: list[Visit | Sweep] = []
+        for item in program:
+            if not isinstance(item, Sweep) or item.phase != "epoch":
+                items.append(item)
+            elif (early := self.early) is None:
+                items += self._sweep_of_what_learns(item, spans)
+            else:
+                until = self.config.unfreeze_at
+                assert until is not None
+                first = dataclasses.replace(item, epochs=until, epochs_after=item.epochs - until, frozen=True)
+                items += early._sweep_of_what_learns(first, spans)
+                rest = dataclasses.replace(item, epochs=item.epochs - until, epochs_before=until)
+                items += self._sweep_of_what_learns(rest, spans)
+        return items
+
+    def _sweep_of_what_learns(self, sweep: Sweep, spans: Sequence[tuple[int, int]]) -> list[Visit | Sweep]:
+        """Return a sweep without the visits that frozen partitions do not need, after those that write fixed outputs once."""
+        if all(self.learns):
+            return [sweep]
         learners = [number for number, span in enumerate(spans) if any(self.learns[slice(*span)])]
         updaters = [
             number
@@ -121,14 +143,7 @@ class Workload:
         visits = sweep_visits(len(spans), learners, deferred=self.config.steps_wait, updaters=updaters, trains=True)
         fixed = sum(stop <= self.fixed_layers for _, stop in spans)
         visits = tuple(visit for visit in visits if visit.partition >= fixed)
-        emitted = [Visit("emit", number, "train") for number in range(fixed)]
-        return [
-            *emitted,
-            *(
-                dataclasses.replace(item, visits=visits) if isinstance(item, Sweep) and item.phase == "epoch" else item
-                for item in program
-            ),
-        ]
+        return [*(Visit("emit", number, "train") for number in range(fixed)), dataclasses.replace(sweep, visits=visits)]
 
     @cached_property
     def fixed_layers(self) -> int:
@@ -138,9 +153,11 @@ class Workload:
         larger than the samples are not kept: then it is fewer of the layers.
         """
         config = self.config
+        if self.early is not None:
+            return self.early.fixed_layers
         if not (self.method.sweeps and config.cache_frozen and config.augment == "none") or all(self.learns):
             return 0
-        if config.value_for("epochs", 0) < 2:
+        if (config.unfreeze_at or config.value_for("epochs", 0)) < 2:
             return 0
         sizes = [sum(spec.sample_bytes for spec in specs) for specs in self.chain.boundaries]
         found = 0
@@ -181,9 +198,33 @@ class Workload:
             config.fused,
             config.optimizer_state,
             config.seed,
+            self.rates,
         )
 
-    def learning_rate(self, partition: int, step: int, total_steps: int, batch: int | None = None) -> float:
+    @cached_property
+    def rates(self) -> tuple[tuple[str, float], ...]:
+        """Learning rates of the parameters that have their own, by the names under which they are stored.
+
+        Raises:
+            ConfigError: a pattern matches no parameter, or none that learns.
+        """
+        chain, patterns = self.bare, self.config.lr_for
+        learning = {
+            name: chain.owner_of(name) for layer in chain.layers for name, one in layer.parameters().items() if one.requires_grad
+        }
+        names = [*dict.fromkeys(name for layer in chain.layers for name in layer.parameters()), *chain.unused]
+        check_patterns("--lr-for", patterns, names)
+        rates: dict[str, float] = {}
+        for pattern, rate in patterns.items():
+            matched = matching(pattern, learning)
+            if not matched:
+                raise ConfigError(f"--lr-for {pattern!r} matches only parameters that are frozen; leave it out")
+            rates |= {learning[name]: rate for name in matched}
+        return tuple(sorted(rates.items()))
+
+    def learning_rate(
+        self, partition: int, step: int, total_steps: int, batch: int | None = None, base: float | None = None
+    ) -> float:
         """Return a partition's learning rate.
 
         Where the batch is `auto`, `lr` is meant for 64 samples, and follows the batch: in proportion with sgd (Goyal et al. 2017,
@@ -194,9 +235,10 @@ class Workload:
             step: optimizer steps before this one, from 0.
             total_steps: optimizer steps of the training that the schedule covers.
             batch: samples per step; None where it is as asked.
+            base: rate that the schedule is applied to; None for the partition's own.
         """
         config = self.config
-        rate: float = config.value_for("lr", partition)
+        rate: float = config.value_for("lr", partition) if base is None else base
         if config.batch_size == "auto" and batch is not None:
             share = batch / _BATCH_OF_LR
             rate *= share if config.value_for("optimizer", partition) == "sgd" else math.sqrt(share)
@@ -217,4 +259,4 @@ class Workload:
         """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`, frozen as the options say."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return with_frozen(self.source.build(), self.config)
+            return with_frozen(self.source.build(), self.config.after_unfreezing)

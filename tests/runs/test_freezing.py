@@ -13,7 +13,7 @@ from helpers.displays import StopsAt
 from helpers.exact_runs import COMMON, fit
 from helpers.frozen import FrozenByItsCode, frozen
 from helpers.plainloops import assert_same_weights, built, loaded, train_by_backprop, train_by_exact
-from helpers.small_networks import images, small_conv, small_resnet
+from helpers.small_networks import images, small_conv, small_resnet, vectors
 from lowmem_pnn.errors import ConfigError, Stopped
 
 CUT: dict[str, Any] = {**COMMON, "micro_batch": 5}
@@ -147,6 +147,31 @@ def test_outputs_that_are_written_count_on_the_disk() -> None:
     small = lowmem_pnn.plan(Learns, images(), timing=False, max_disk=without.disk_bytes, **options)
     assert small.exit_code == 5
     assert "give more, or --no-cache-frozen (" in small.reason
+
+
+@pytest.mark.parametrize("options", [{"freeze_norm": True}, {"freeze": "[0134].*"}])
+def test_frozen_first_layers_are_timed_without_a_backward(options: dict[str, Any]) -> None:
+    report = lowmem_pnn.plan(FrozenByItsCode, images(), method="exact", epochs=2, max_gpu_mem="100MB", device="cpu", **options)
+    assert [prospect.method for prospect in report.prospects] == ["pnn", "neuroflux", "exact", "backprop"]
+    assert report.fits
+
+
+class Mixes(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(0, keepdim=True)
+
+
+def mixing_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 8), Mixes(), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def test_frozen_layers_that_mix_samples_are_not_written_once(tmp_path: Path) -> None:
+    options = {**COMMON, "freeze": "0.*", "micro_batch": 10}
+    with pytest.raises(ConfigError, match=r"mixes the samples of a batch, and is in frozen layers .*; give --no-cache-frozen$"):
+        fit(mixing_net, vectors(), tmp_path / "run", **options)
+    result = fit(mixing_net, vectors(), tmp_path / "run", overwrite=True, cache_frozen=False, **options)
+    expected = train_by_exact(frozen(mixing_net, "0.*"), vectors(), **COMMON)
+    assert_same_weights(loaded(mixing_net, result.weights_file), expected.model)
 
 
 def test_cache_frozen_is_for_exact(tmp_path: Path) -> None:
