@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lowmem_pnn.compilation.compiler import check_compiler
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import CheckpointError, ConfigError
 from lowmem_pnn.formats.data_loader import loader_options
-from lowmem_pnn.model.compiler import check_compiler
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.comparison import compare_methods
 from lowmem_pnn.planning.describe import describe_plan

@@ -1,1 +1,1 @@
-"""Pretrained weights: files that others wrote, read a tensor at a time, and which of their tensors a model takes."""
+"""Pretrained networks: files of weights that others wrote, which of their tensors a model takes, and what of it is frozen."""

@@ -16,11 +16,11 @@ from lowmem_pnn.errors import CaptureError, ConfigError, LowMemError
 from lowmem_pnn.methods import SplitName, make_method
 from lowmem_pnn.model.call_form import CallForm
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
-from lowmem_pnn.model.freezing import with_frozen
 from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
 from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.pretrained.freezing import with_frozen
 from lowmem_pnn.pretrained.matching import match
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache, profile

@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
+from lowmem_pnn.compilation.compiler import Compiler, CompileVariant
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.model.compiler import Compiler, CompileVariant
 from lowmem_pnn.workload.workload import Workload
 
 

@@ -14,11 +14,11 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.methods import Method, Objective, SplitName, Sweep, Visit, sweep_visits
 from lowmem_pnn.model.behaviour import Behaviour, behaviour_of
 from lowmem_pnn.model.chain import Chain
-from lowmem_pnn.model.freezing import check_patterns, matching, with_frozen
 from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.optim.lr_schedules import lr_factor
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.pretrained.freezing import check_patterns, matching, with_frozen
 from lowmem_pnn.pretrained.matching import PretrainedWeights
 from lowmem_pnn.samples.readers import ServedSplit
 from lowmem_pnn.seeds import seed_of

@@ -11,7 +11,7 @@ from torch import nn
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.model.freezing import with_frozen
+from lowmem_pnn.pretrained.freezing import with_frozen
 
 
 class Net(nn.Module):

@@ -1,0 +1,1 @@
+"""Compilation of layers by PyTorch's compiler."""
