@@ -30,13 +30,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("done/*", "evaluate done"),
     "export": ("done/*", "export done --exit 1 --out new"),
     "export again": ("out/*", "export done --exit 1 --out out"),
-    "npz": ("users/plain.npz", f"{_FIT} --model mlp:3-4-3 --data npz:users/plain.npz"),
-    "text": (
+    "fit, npz": ("users/plain.npz", f"{_FIT} --model mlp:3-4-3 --data npz:users/plain.npz"),
+    "fit, text": (
         "users/book.txt",
         f"{_FIT} --method exact --model gpt:layers=1,width=8,heads=1,context=16 --data text:users/book.txt",
     ),
-    "images": ("users/folder/*/*", f"{_FIT} --model mlp:189-4-2 --data imagefolder:users/folder"),
-    "MNIST": ("users/MNIST/raw/*", f"{_FIT} --model mlp:784-4-10 --data mnist --data-root users"),
+    "fit, images": ("users/folder/*/*", f"{_FIT} --model mlp:189-4-2 --data imagefolder:users/folder"),
+    "fit, MNIST": ("users/MNIST/raw/*", f"{_FIT} --model mlp:784-4-10 --data mnist --data-root users"),
 }
 _CODES = (0, 3, 4, 5, 6, 7)
 

@@ -230,7 +230,7 @@ def fault_of(trials: Trials, scenario: str, template: Path | None, trial: Trial,
         is_clear = (
             line.startswith("lowmem-pnn: ")
             and ";" in line
-            and any(name in line for name in ("run", "tmp", " out", str(trials.place)))
+            and any(name in line for name in ("run", "tmp", " out", "'out'", str(trials.place)))
         )
         with (trials.place.parent / "messages").open("a") as file:
             file.write(f"{trial} {what}: {line}\n")
