@@ -124,6 +124,7 @@ def open_apart(config: FitConfig, dataset: Dataset, form: SampleForm) -> tuple[D
         other = open_source(spec, config, form, dataset.preparation)
         parts[name] = _matched(_part_of(other, name, spec), other, dataset, f"{flag(f'{name}_data')} {spec}")
         dataset = with_part(dataset, name, other.fingerprint, other.skipped)
+        dataset = dataclasses.replace(dataset, decoding_bytes=max(dataset.decoding_bytes, other.decoding_bytes))
         if other.preprocessing != dataset.preprocessing:
             words = f"{dataset.preprocessing}; {_WORDS[name]} samples: {other.preprocessing}"
             dataset = dataclasses.replace(dataset, preprocessing=words)
