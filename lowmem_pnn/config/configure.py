@@ -61,11 +61,15 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
     ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
     ("data_root", "a data set that is downloaded", lambda config: any(spec in DOWNLOADED for spec in _sources(config))),
-    ("target", "a table (csv:, parquet:)", lambda config: config.data.startswith(("csv:", "parquet:"))),
+    (
+        "target",
+        "data with columns (csv:, parquet:, hfdata:)",
+        lambda config: config.data.startswith(("csv:", "parquet:", "hfdata:")),
+    ),
     ("resize", "--image-size", lambda config: config.image_size is not None),
     (
         "skip_broken",
-        "data of your own (imagefolder:, segmentation:, npz:, csv:, parquet:, file.py:factory)",
+        "data of your own (imagefolder:, npz:, csv:, parquet:, segmentation:, hfdata:, file.py:factory)",
         lambda config: any(spec not in ("digits", *DOWNLOADED) and not spec.startswith("text:") for spec in _sources(config)),
     ),
     (
@@ -249,6 +253,9 @@ def _absolute(name: str, value: Any) -> Any:
     kind, colon, path = value.partition(":")
     if name not in ("model", "loss") and kind in ("npz", "imagefolder", "text", "csv", "parquet", "segmentation") and path:
         return f"{kind}:{_full(path)}"
+    if kind == "hfdata" and path:
+        # A folder, or else a name on the hub.
+        return f"{kind}:{_full(path)}" if _full(path).is_dir() else value
     file, colon, factory = value.rpartition(":")
     return f"{_full(file)}{colon}{factory}" if file.endswith(".py") else value
 

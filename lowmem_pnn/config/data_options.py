@@ -87,11 +87,12 @@ class DataOptions:
     data: str = Field(
         description=(
             "digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100, imagefolder:DIR, segmentation:DIR (folders images and "
-            "masks), npz:FILE, csv:FILE, parquet:FILE, text:FILE (bytes as tokens), or file.py:factory."
+            "masks), npz:FILE, csv:FILE, parquet:FILE, hfdata:DIR|NAME, text:FILE (bytes as tokens), or file.py:factory."
         )
     )
     target: Columns = Field(
-        default=None, description="Column of a table that is to be predicted, or several, separated by commas (csv:, parquet:)."
+        default=None,
+        description="Column of a table that is to be predicted, or several, separated by commas (csv:, parquet:, hfdata:).",
     )
     val_data: str | None = Field(
         default=None,

@@ -5,6 +5,7 @@
 Every header and every mask is read before training, so that what cannot be used is found then, and classes are counted.
 """
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,16 @@ from torch import Tensor
 from lowmem_pnn.errors import DataError, LowMemError
 from lowmem_pnn.sources.dataset import Dataset, join_parts
 from lowmem_pnn.sources.image_file import ImageHeader, decode
-from lowmem_pnn.sources.image_folder import PART_WORDS, PARTS, ImagePart, images_below, look_at, subfolders, words_of
+from lowmem_pnn.sources.image_folder import (
+    PART_WORDS,
+    PARTS,
+    ImagePart,
+    decoding_bytes,
+    images_below,
+    look_at,
+    subfolders,
+    words_of,
+)
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
 from lowmem_pnn.sources.resize import Resize
@@ -91,7 +101,7 @@ def open_mask_folder(
     shape = (used[0].height, used[0].width)
     targets = Targets("mask", largest + 1, shape, dtype, ignored).of_size(resize)
     splits = {name: MaskFolderSplit(part, masks, targets, used[0], deep, input_form, resize) for name, part in parts.items()}
-    return join_parts(
+    dataset = join_parts(
         folder.resolve().name,
         splits["train"],
         splits.get("test"),
@@ -99,6 +109,7 @@ def open_mask_folder(
         first_steps=words_of(used),
         skipped={str(path): reason for path, reason in broken.items()},
     )
+    return dataclasses.replace(dataset, decoding_bytes=0 if resize is None else decoding_bytes(used))
 
 
 class MaskFolderSplit(SampleSplit):

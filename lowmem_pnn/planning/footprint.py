@@ -176,7 +176,8 @@ class Footprint:
         if workload.config.activation_dtype != "float32":
             batches += WORK_BYTES
         if boundary == 0:
-            # And the epoch's order while it is made.
+            # And the epoch's order while it is made, and an image while it is decoded, where no other process does that.
+            batches += 0 if workload.config.workers else workload.dataset.decoding_bytes
             return batches + _ORDER_BYTES * max(len(split) for split in workload.splits.values())
         if workload.method.partitions_are_independent:
             class_vectors = workload.method.objective(0, 2, specs, workload.task).memory(0).fixed

@@ -38,6 +38,7 @@ class Dataset:
         classes: Names of the classes, in the order of their numbers; empty where they have none.
         inputs: Tensors of one sample, where it is several.
         structure: Structure of these: a tuple or a dictionary; None where a sample is one tensor.
+        decoding_bytes: Most memory that reading a sample takes for a moment, beside the sample itself: that of an image before it is resized.
         parts: The samples of each part in words, and which parts were split off; empty before that.
         preparation: What samples were made with that follows from the training data, as JSON has it: columns, classes, statistics.
     """
@@ -53,6 +54,7 @@ class Dataset:
     val: Split | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    decoding_bytes: int = 0
     parts: str = ""
     preparation: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[TensorSpec, ...] = ()

@@ -36,9 +36,7 @@ _TORCHVISION: dict[str, tuple[str, dict[str, str]]] = {
 }
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 _NPZ_PARTS = (("train", "training"), ("test", "test"), ("val", "validation"))
-_FORMS = (
-    "npz:FILE, imagefolder:DIR, segmentation:DIR, csv:FILE, parquet:FILE, text:FILE, package.module:factory or file.py:factory"
-)
+_FORMS = "npz:FILE, imagefolder:DIR, segmentation:DIR, csv:FILE, parquet:FILE, hfdata:DIR, text:FILE, package.module:factory or file.py:factory"
 
 
 def find_dataset(

@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 from lowmem_pnn.errors import DataError, LowMemError
 from lowmem_pnn.sources.imports import one_line
 
-# What data sets call the label of a sample, in dictionaries.
-_LABEL_NAMES = ("y", "label", "labels", "target", "targets")
+LABEL_NAMES = ("y", "label", "labels", "target", "targets")
+"""What data sets call the label of a sample, in dictionaries."""
 
 
 def as_pair(data: Any) -> tuple[Any, Any] | None:
@@ -57,13 +57,13 @@ def as_sample(item: Any, where: str) -> tuple[Any, Any]:
     if isinstance(item, tuple | list) and len(item) == 2:
         return item[0], item[1]
     if isinstance(item, Mapping):
-        labels = [name for name in item if name in _LABEL_NAMES]
-        others = [name for name in item if name not in _LABEL_NAMES]
+        labels = [name for name in item if name in LABEL_NAMES]
+        others = [name for name in item if name not in LABEL_NAMES]
         if len(labels) == 1 and others:
             return item[others[0]] if len(others) == 1 else {name: item[name] for name in others}, item[labels[0]]
         raise DataError(
             f"{where} is a dictionary of {', '.join(map(repr, list(item)[:6])) or 'nothing'}; give one value under one of "
-            f"{', '.join(map(repr, _LABEL_NAMES))} and at least one other, or pairs (x, target)"
+            f"{', '.join(map(repr, LABEL_NAMES))} and at least one other, or pairs (x, target)"
         )
     content = f"{len(item)} values" if isinstance(item, tuple | list) else f"a {type(item).__name__}"
     raise DataError(f"{where} is {content}; a data set must give pairs (x, target)")

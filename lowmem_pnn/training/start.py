@@ -197,12 +197,12 @@ def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Disp
     if config.skip_broken:
         display.message("reading every sample once, to leave out broken ones (--skip-broken)")
     inputs = open_inputs(config)
-    display.message(f"data: {inputs[1].parts}")
-    if inputs[1].preprocessing:
-        display.message(f"samples: {inputs[1].preprocessing}")
     skipped = inputs[1].skipped_samples
     if skipped["count"]:
         display.message(describe_skipped(skipped["names"], skipped["count"]))
+    display.message(f"data: {inputs[1].parts}")
+    if inputs[1].preprocessing:
+        display.message(f"samples: {inputs[1].preprocessing}")
     warm_up_profiler()
     return inputs
 

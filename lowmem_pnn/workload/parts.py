@@ -11,6 +11,7 @@ import torch
 from lowmem_pnn.config.faults import flag
 from lowmem_pnn.config.fit_config import FitConfig, default_of
 from lowmem_pnn.errors import ConfigError, DataError
+from lowmem_pnn.formats.hub_data import open_hub_data
 from lowmem_pnn.formats.mask_folder import open_mask_folder
 from lowmem_pnn.formats.tables import TableSchema, open_table
 from lowmem_pnn.methods import SplitName
@@ -65,8 +66,12 @@ def open_source(spec: str, config: FitConfig, form: SampleForm, preparation: Map
             the training data.
     """
     kind, _, path = spec.partition(":")
-    if kind in ("csv", "parquet", "segmentation") and not path:
-        raise ConfigError(f"data set {spec!r} says no place; write {kind}:{'DIR' if kind == 'segmentation' else 'FILE'}")
+    if kind in ("csv", "parquet", "segmentation", "hfdata") and not path:
+        raise ConfigError(f"data set {spec!r} says no place; write {kind}:{'FILE' if kind in ('csv', 'parquet') else 'DIR'}")
+    if kind == "hfdata":
+        return open_hub_data(
+            path, config.target, form.input_form, form.options, skip_broken=config.skip_broken, resize=resize_of(config)
+        )
     if kind == "segmentation":
         return open_mask_folder(
             Path(path).expanduser(), form.input_form, form.options, skip_broken=config.skip_broken, resize=resize_of(config)
@@ -119,6 +124,7 @@ def open_apart(config: FitConfig, dataset: Dataset, form: SampleForm) -> tuple[D
         other = open_source(spec, config, form, dataset.preparation)
         parts[name] = _matched(_part_of(other, name, spec), other, dataset, f"{flag(f'{name}_data')} {spec}")
         dataset = with_part(dataset, name, other.fingerprint, other.skipped)
+        dataset = dataclasses.replace(dataset, decoding_bytes=max(dataset.decoding_bytes, other.decoding_bytes))
         if other.preprocessing != dataset.preprocessing:
             words = f"{dataset.preprocessing}; {_WORDS[name]} samples: {other.preprocessing}"
             dataset = dataclasses.replace(dataset, preprocessing=words)

@@ -170,3 +170,14 @@ def test_masks_in_files_train_as_masks_in_arrays(tmp_path: Path) -> None:
     files_run = lowmem_pnn.fit(build_net, f"segmentation:{tmp_path / 'data'}", workdir=tmp_path / "files", **options)
     arrays_run = lowmem_pnn.fit(build_net, (images, masks), workdir=tmp_path / "arrays", **options)
     assert_same_weights(loaded(build_net, files_run.weights_file), loaded(build_net, arrays_run.weights_file))
+
+
+def test_an_image_that_is_decoded_here_is_in_the_plan(tmp_path: Path) -> None:
+    write(tmp_path / "pictures")
+    Image.new("RGB", (1000, 700)).save(tmp_path / "pictures" / "a" / "large.png")
+
+    def predicted(**options: Any) -> int:
+        plan = lowmem_pnn.plan(build, f"imagefolder:{tmp_path / 'pictures'}", timing=False, **{**OPTIONS, **options})
+        return plan.predicted_peak_bytes
+
+    assert predicted() >= predicted(workers=1) + 18 * 700_000

@@ -1,0 +1,149 @@
+"""Hugging Face's data sets: a folder by `save_to_disk`, or a name on the hub, with rows of named columns."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowmem_pnn.errors import ConfigError, DataError, LowMemError
+from lowmem_pnn.sources.dataset import Dataset, join_parts
+from lowmem_pnn.sources.given import LABEL_NAMES
+from lowmem_pnn.sources.image_folder import PARTS
+from lowmem_pnn.sources.imports import did_you_mean, one_line
+from lowmem_pnn.sources.map_split import MapSplit
+from lowmem_pnn.sources.preprocessing import InputForm
+from lowmem_pnn.sources.resize import Resize
+from lowmem_pnn.sources.targets import TargetOptions
+
+
+def open_hub_data(
+    place: str,
+    target: Sequence[str] | None,
+    input_form: InputForm,
+    options: TargetOptions,
+    *,
+    skip_broken: bool = False,
+    resize: Resize | None = None,
+) -> Dataset:
+    """Open a data set of Hugging Face's library.
+
+    Args:
+        place: Folder that `save_to_disk` wrote, or a name on the hub, with `:CONFIGURATION` behind it where there are several.
+        target: Name of the column that is to be predicted; None for the one column that is called so, or holds class labels.
+        input_form: Form of the samples that the model takes.
+        options: What is known of the targets.
+        skip_broken: Read every sample once, and leave out those that cannot be used.
+        resize: Brings images to one size; None to leave them as they are.
+
+    Raises:
+        ConfigError: The library is not installed, or it is not clear which columns are meant.
+        DataError: There is no such data set, or a sample cannot be used.
+    """
+    parts = _open(place)
+    name = f"hfdata:{place}"
+    x_name, y_name = _columns(parts["train"], target, name)
+    words = {"train": "training", "val": "validation", "test": "test"}
+    splits = {
+        part: MapSplit(
+            HubRows(rows, x_name, y_name), None, input_form, f"{name} ({words[part]} part)", skip_broken, options, resize
+        )
+        for part, rows in parts.items()
+    }
+    classes = getattr(parts["train"].features[y_name], "names", None) or ()
+    if classes:
+        for split in splits.values():
+            split.targets = split.targets.of_classes(len(classes)) if split.targets.are_classes else split.targets
+    is_image = _is_image(parts["train"].features[x_name])
+    return join_parts(
+        Path(place).name,
+        splits["train"],
+        splits.get("test"),
+        splits.get("val"),
+        first_steps=("decoded to RGB", "uint8 / 255") if is_image else None,
+        classes=tuple(map(str, classes)) if splits["train"].targets.kind == "class" else (),
+    )
+
+
+class HubRows:
+    """Rows of a data set as pairs.
+
+    Args:
+        rows: The data set.
+        x_name: Column of the samples; images become RGB.
+        y_name: Column of the targets.
+    """
+
+    def __init__(self, rows: Any, x_name: str, y_name: str) -> None:
+        self._rows, self._x_name, self._y_name = rows, x_name, y_name
+        names = getattr(rows.features[y_name], "names", None)
+        if names:
+            self.classes = list(names)
+            """Names of the classes, which spare reading all rows to count them."""
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        row = self._rows[index]
+        x = row[self._x_name]
+        return x.convert("RGB") if hasattr(x, "getpalette") else x, row[self._y_name]
+
+
+def _open(place: str) -> dict[str, Any]:
+    """Return the parts of a data set by our names."""
+    try:
+        library = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ConfigError("hfdata: needs datasets, which is not installed; run: pip install 'lowmem-pnn[hfdata]'") from error
+    name, _, configuration = place.partition(":")
+    try:
+        if Path(place).expanduser().is_dir():
+            found = library.load_from_disk(str(Path(place).expanduser()))
+        else:
+            found = library.load_dataset(name, configuration or None)
+    except (LowMemError, MemoryError):
+        raise
+    # The library raises nearly anything for a name that there is not, a network that is down, and a damaged folder.
+    except Exception as error:
+        raise DataError(
+            f"data hfdata:{place} cannot be opened: {one_line(error)}; give a folder that save_to_disk wrote, or a name on the hub"
+        ) from error
+    if not isinstance(found, Mapping):
+        return {"train": found}
+    parts = {PARTS[own.lower()]: rows for own, rows in found.items() if own.lower() in PARTS}
+    if "train" not in parts:
+        raise DataError(
+            f"data hfdata:{place} has the parts {', '.join(map(repr, found))}, and no training part; save one called train"
+        )
+    return {part: parts[part] for part in ("train", "val", "test") if part in parts}
+
+
+def _columns(rows: Any, target: Sequence[str] | None, name: str) -> tuple[str, str]:
+    """Return the columns of samples and targets."""
+    features = dict(rows.features)
+    there = ", ".join(features)
+    if target is not None and len(target) > 1:
+        raise ConfigError(f"data {name}: --target {','.join(target)} names several columns; give one")
+    if target is not None:
+        (y_name,) = target
+        if y_name not in features:
+            raise ConfigError(f"data {name} has no column {y_name!r}{did_you_mean(y_name, list(features))}")
+    else:
+        labels = [own for own, feature in features.items() if getattr(feature, "names", None)] or [
+            own for own in features if own in LABEL_NAMES
+        ]
+        if len(labels) != 1:
+            raise ConfigError(f"data {name} needs --target COLUMN; its columns are {there}")
+        (y_name,) = labels
+    others = [own for own in features if own != y_name]
+    images = [own for own in others if _is_image(features[own])]
+    chosen = images or others
+    if len(chosen) != 1:
+        raise ConfigError(
+            f"data {name} has the columns {there}, and which one samples are of is not clear; leave others out with remove_columns()"
+        )
+    return chosen[0], y_name
+
+
+def _is_image(feature: Any) -> bool:
+    return type(feature).__name__ == "Image"

@@ -1,0 +1,126 @@
+"""Hugging Face's data sets: which columns are taken, and what is said where that is not clear."""
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PIL
+
+from helpers.datasets import everything, image_bytes
+from lowmem_pnn.config.configure import configure
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.workload.inputs import open_data
+
+
+class Image:
+    """What the library's features are, as far as they are looked at: the name of the class, and the names of classes."""
+
+
+class Value:
+    pass
+
+
+class ClassLabel:
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+
+class Rows:
+    def __init__(self, features: dict[str, Any], rows: dict[str, Any]) -> None:
+        self.features, self._rows = features, rows
+
+    def __len__(self) -> int:
+        return len(next(iter(self._rows.values())))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: values[index] for name, values in self._rows.items()}
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """Data sets by their folder or name on the hub; the library itself is a stand-in."""
+    there: dict[str, Any] = {}
+
+    def load(place: str, *configuration: Any) -> Any:
+        key = ":".join([place, *(word for word in configuration if word)])
+        if key not in there:
+            raise FileNotFoundError(f"Couldn't find {key}")
+        return there[key]
+
+    module = types.ModuleType("datasets")
+    module.load_from_disk = module.load_dataset = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    monkeypatch.chdir(tmp_path)
+    return there
+
+
+def opened(place: Path | str, model: str = "resnet18", **options: Any) -> Any:
+    return open_data(
+        configure(max_gpu_mem="100MB", model=model, data=f"hfdata:{place}", device="cpu", **{"val_fraction": 0, **options})
+    )
+
+
+IMAGES = image_bytes((6, 5, 3), num=6)
+
+
+def pictures(chosen: list[int]) -> Rows:
+    rows = {
+        "id": chosen,
+        "img": [PIL.fromarray(IMAGES[number]) for number in chosen],
+        "fine": [(0, 1, 2, 1, 0, 0)[number] for number in chosen],
+    }
+    return Rows({"id": Value(), "img": Image(), "fine": ClassLabel(["cat", "dog", "owl"])}, rows)
+
+
+def test_images_and_class_labels_are_found(library: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    parts = {"train": pictures(list(range(6))), "validation": pictures([1]), "test": pictures([3, 2])}
+    library[str(tmp_path / "a")] = library["pets:small"] = parts
+    for place in (tmp_path / "a", "a", "pets:small"):
+        _, dataset, splits, _ = opened(place, val_fraction=None)
+        x, y = everything(dataset.train)
+        assert torch.equal(x, torch.from_numpy(IMAGES).movedim(-1, 1) / 255)
+        assert (y.tolist(), dataset.classes, dataset.num_classes) == ([0, 1, 2, 1, 0, 0], ("cat", "dog", "owl"), 3)
+        assert [everything(splits[name])[1].tolist() for name in ("val", "test")] == [[1], [1, 2]]
+        assert dataset.preprocessing == "decoded to RGB, uint8 / 255, HWC to CHW"
+    assert everything(opened("pets:small", image_size=4, val_fraction=None)[1].train)[0].shape == (6, 3, 4, 4)
+
+
+def test_numbers_and_a_named_target_are_taken(library: dict[str, Any]) -> None:
+    library["a"] = Rows({"x": Value(), "height": Value()}, {"x": np.eye(4).tolist(), "height": [0.5, 1.5, 2.0, 3.5]})
+    _, dataset, _, _ = opened("a", "mlp:4-1", target="height")
+    assert torch.equal(everything(dataset.train)[0], torch.eye(4))
+    assert dataset.targets.kind == "values"
+    library["b"] = Rows({name: Value() for name in ("a", "b", "label")}, {"a": [1.0], "b": [2.0], "label": [0]})
+    library["c"] = {"dev": library["a"]}
+    for place, options, message in (
+        ("a", {}, r"^data hfdata:a needs --target COLUMN; its columns are x, height$"),
+        ("a", {"target": "heigth"}, r"^data hfdata:a has no column 'heigth'; did you mean 'height'\?$"),
+        ("a", {"target": "x,height"}, r"^data hfdata:a: --target x,height names several columns; give one$"),
+        (
+            "b",
+            {},
+            r"^data hfdata:b has the columns a, b, label, and which one samples are of is not clear; leave others out with",
+        ),
+        ("c", {}, r"^data hfdata:c has the parts 'dev', and no training part; save one called train$"),
+        (
+            "d",
+            {},
+            r"^data hfdata:d cannot be opened: FileNotFoundError: Couldn't find d; give a folder that save_to_disk wrote, or a name",
+        ),
+        ("", {}, r"^data set 'hfdata:' says no place; write hfdata:DIR$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            opened(place, "mlp:4-1", **options)
+
+
+def test_without_the_library_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        ConfigError, match=r"^hfdata: needs datasets, which is not installed; run: pip install 'lowmem-pnn\[hfdata\]'$"
+    ):
+        opened("mnist")
