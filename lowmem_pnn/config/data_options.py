@@ -50,6 +50,8 @@ def _normalization(value: Any) -> Any:
 
 def _columns(value: Any) -> Any:
     """Return names of columns as a tuple."""
+    if value is not None and not isinstance(value, str | list | tuple):
+        return value  # refused by its type
     names = tuple(value.split(",")) if isinstance(value, str) else None if value is None else tuple(value)
     if names is not None and not all(isinstance(name, str) and name.strip() for name in names):
         raise ValueError("a name of a column is missing; give A, or A,B")

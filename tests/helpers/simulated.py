@@ -67,7 +67,7 @@ def resident(
         "batch_size": 16,
         "micro_batch": 16,
         "smallest_micro_batch": 2,
-        "learning_rate": lambda step: ADAM.lr,
+        "learning_rate": lambda step, base=None: ADAM.lr,
     }
     return ActivePartition(
         number=0,

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from helpers.compiled import CPU, alike, assert_allocates_what_was_foreseen, compiled, three_layers
 from helpers.small_networks import small_conv
+from lowmem_pnn.compilation import compiler as compiling
 from lowmem_pnn.compilation.compiler import CompiledFunction, Compiler, CompileVariant, check_compiler
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.compilation import compiler as compiling
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.zoo.gpt_model import GPT, GptShape
 
