@@ -232,14 +232,11 @@ class WeightStore:
         Returns:
             The partitions that had one. `seal` is for these alone, if it is called while others are written to.
         """
-        frozen = []
         with self._lock:
-            for partition in partitions:
-                if partition in self._working:
-                    assert partition not in self._frozen, "a commit ends before the next begins"
-                    self._frozen[partition] = self._working.pop(partition)
-                    frozen.append(partition)
-        return frozen
+            working = [partition for partition in partitions if partition in self._working]
+            assert not self._frozen.keys() & set(working), "a commit ends before the next begins"
+            self._frozen |= {partition: self._working.pop(partition) for partition in working}
+        return working
 
     def seal(self, partitions: Iterable[PartitionName]) -> dict[str, Any]:
         """Make working or frozen files the committed ones, once they are on the drive. The files that they replace stay.
