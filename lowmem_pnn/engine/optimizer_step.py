@@ -28,7 +28,8 @@ def layer_steps(active: ActivePartition, step: int, *, one_micro_batch: bool) ->
             nn.utils.clip_grad_norm_([residency.parameters[name] for name in residency.groups[number]], active.clip_norm)
         optimizer = residency.optimizers[number]
         for group in optimizer.param_groups:
-            group["lr"] = active.learning_rate(step, base=group.get("rate"))
+            own = {"base": group["rate"]} if group.get("rate") is not None else {}
+            group["lr"] = active.learning_rate(step, **own)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -15,6 +15,7 @@ from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State, states_of, weights_of
 from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import remove_folder
+from lowmem_pnn.stores.keys import PartitionName
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.units import format_bytes
 
@@ -71,14 +72,15 @@ class Commits:
         self._metrics.update_record()
         changed = sorted({*save(), *self._staged})
         self._staged.clear()
-        self._weights.freeze(changed)
+        # What has no working file now may have one, half written, by the time that the committing thread looks.
+        frozen = self._weights.freeze(changed)
         self._metrics.update_totals()
         self._state.number += 1
         self._state.module_state = self._chain.python_state
         self._state.metrics_bytes = self._session.rundir.metrics_bytes()
         journal = self._state.to_journal()
         self._promised.update(journal["activations"].values())
-        self._pending = self._session.threads.commit.submit(self._finish, journal, changed)
+        self._pending = self._session.threads.commit.submit(self._finish, journal, frozen)
         self._last_commit = time.monotonic()
 
     def stage_for_commit(self, save: Save) -> None:
@@ -150,10 +152,10 @@ class Commits:
         if name not in self._promised:
             remove_folder(self.activations / name)
 
-    def _finish(self, journal: dict[str, Any], changed: Sequence[int]) -> None:
-        """On the committing thread: seal the weight files, write the journal, and delete what no kept journal names."""
-        if changed:
-            journal["weights"] = self._state.weights = self._weights.seal(changed)
+    def _finish(self, journal: dict[str, Any], frozen: Sequence[PartitionName]) -> None:
+        """On the committing thread: seal the frozen weight files, write the journal, and delete what no kept journal names."""
+        if frozen:
+            journal["weights"] = self._state.weights = self._weights.seal(frozen)
         best = journal["best"]
         if self._config.keep_weights == "best" and best["epoch"] and not best["weights"]:
             best["weights"] = journal["weights"]

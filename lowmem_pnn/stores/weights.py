@@ -223,17 +223,20 @@ class WeightStore:
             working = self._working[partition].path
             return TensorFile.open(working, writable=True, counter=self._counter, remedy=RUN_REMEDY, direct=self._direct)
 
-    def freeze(self, partitions: Iterable[PartitionName]) -> None:
+    def freeze(self, partitions: Iterable[PartitionName]) -> list[PartitionName]:
         """Close working files for writing, so that `seal` can bring them to the drive while the next `writer` begins new ones.
 
         Args:
             partitions: Partitions that nobody is writing to; those without a working file stay as they are.
+
+        Returns:
+            The partitions that had one. `seal` is for these alone, if it is called while others are written to.
         """
         with self._lock:
-            for partition in partitions:
-                if partition in self._working:
-                    assert partition not in self._frozen, "a commit ends before the next begins"
-                    self._frozen[partition] = self._working.pop(partition)
+            working = [partition for partition in partitions if partition in self._working]
+            assert not self._frozen.keys() & set(working), "a commit ends before the next begins"
+            self._frozen |= {partition: self._working.pop(partition) for partition in working}
+        return working
 
     def seal(self, partitions: Iterable[PartitionName]) -> dict[str, Any]:
         """Make working or frozen files the committed ones, once they are on the drive. The files that they replace stay.

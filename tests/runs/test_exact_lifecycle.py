@@ -3,6 +3,9 @@
 import functools
 import itertools
 import re
+import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import CaptureError, ConfigError, DataError, DivergedError, Stopped
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.training import start
 
 
@@ -150,3 +154,19 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_last_commit(clip_norm: flo
 def test_batches_too_small_for_the_model_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch"):
         fit(small_conv, images(), tmp_path / "run", cuts="2", epochs=1, batch_size=1)
+
+
+def test_a_commit_seals_no_file_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second commit right after the first has nothing to seal; by the time that its thread looks, the next batch writes.
+    seal, unfrozen = WeightStore.seal, []
+
+    def seal_late(store: WeightStore, partitions: Iterable[Any]) -> dict[str, Any]:
+        partitions = list(partitions)
+        if threading.current_thread().name.startswith("lowmem-commit"):
+            time.sleep(0.02)
+            unfrozen.extend(partition for partition in partitions if partition not in store._frozen)
+        return seal(store, partitions)
+
+    monkeypatch.setattr(WeightStore, "seal", seal_late)
+    fit(small_mlp, vectors(), tmp_path / "run", **{**COMMON, "commit_every": 0})
+    assert not unfrozen
