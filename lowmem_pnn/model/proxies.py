@@ -101,8 +101,11 @@ class Proxy(fx.Proxy):
         if isinstance(values[0], Mapping):
             return iter(list(values[0]))
         count = len(self)
-        rows = self.tracer.create_proxy("call_method", "unbind", (self, 0), {}) if isinstance(values[0], Tensor) else self
-        return iter([rows[number] for number in range(count)])  # type: ignore[index]
+        rows: Any = self.tracer.create_proxy("call_method", "unbind", (self, 0), {}) if isinstance(values[0], Tensor) else self
+        return iter([rows[number] for number in range(count)])
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
