@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
+import lowmem_pnn
 from helpers.exact_runs import COMMON, fit
 from helpers.plainloops import assert_same_weights, built, loaded, train_by_exact
 from helpers.small_networks import vectors
@@ -111,3 +113,40 @@ def test_unused_weights_are_said_and_kept(tmp_path: Path) -> None:
     for name in ("pooler.weight", "auxiliary.0.weight", "auxiliary.1.weight"):
         assert torch.equal(found[name], first.get_parameter(name))
     assert not torch.equal(found["auxiliary.0.running_mean"], first.auxiliary[0].running_mean)
+
+
+class Returns(nn.Module):
+    """Returns a dict of scores and of what they were made from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.first(x).relu()
+        return {"hidden": hidden, "scores": self.second(hidden)}
+
+
+class Scores(Returns):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)["scores"]
+
+
+def loss_of_scores(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs["scores"], targets)
+
+
+def test_a_loss_of_ones_own_takes_a_dict(tmp_path: Path) -> None:
+    expected = train_by_exact(Scores, vectors(), **COMMON)
+    result = fit(Returns, vectors(), tmp_path / "run", loss=loss_of_scores, cuts="second", **COMMON)
+    assert_same_weights(loaded(Returns, result.weights_file), expected.model)
+
+
+def test_blocks_are_cut_apart_for_exact_and_kept_for_pnn(tmp_path: Path) -> None:
+    x, y = torch.rand(24, 3, 32, 32), torch.arange(24) % 4
+    build = lambda: resnet18(num_classes=4)  # noqa: E731
+    options = {"max_gpu_mem": "1GB", "device": "cpu", "batch_size": 8}
+    exact = lowmem_pnn.plan(build, (x, y), method="exact", **options)
+    pnn = lowmem_pnn.plan(build, (x, y), method="pnn", **options)
+    assert [name for part in exact.partitions for name in part["layers"]][-3:] == ["layer4.1.conv1", "layer4.1.conv2", "fc"]
+    assert [name for part in pnn.partitions for name in part["layers"]][-3:] == ["layer4.0", "layer4.1", "fc"]
