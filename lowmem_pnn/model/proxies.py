@@ -64,13 +64,13 @@ class Proxy(fx.Proxy):
     def values(self) -> Any:
         """Return the values of a dict."""
         values = self._values()
-        return [self[key] for key in values[0]] if values and isinstance(values[0], Mapping) else Attribute(self, "values")()  # type: ignore[index]
+        return [self[key] for key in values[0]] if values and isinstance(values[0], Mapping) else Attribute(self, "values")()
 
     def items(self) -> Any:
         """Return keys and values of a dict."""
         values = self._values()
         if values and isinstance(values[0], Mapping):
-            return [(key, self[key]) for key in values[0]]  # type: ignore[index]
+            return [(key, self[key]) for key in values[0]]
         return Attribute(self, "items")()
 
     def __bool__(self) -> bool:
