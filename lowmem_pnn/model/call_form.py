@@ -246,10 +246,12 @@ def like(example: Any, stand_in: Any) -> Any:
     """
     if not _is_container(example):
         return example
-    by_item = isinstance(example, tuple | list | Mapping)
     keys = [key for key, _ in _items(example)]
-    numbers = range(len(keys)) if isinstance(example, tuple | list) else keys
-    return _make(type(example), keys, [stand_in[key] if by_item else getattr(stand_in, str(key)) for key in numbers])
+    if isinstance(example, tuple | list):
+        items = [stand_in[number] for number in range(len(keys))]
+    else:
+        items = [stand_in[key] if isinstance(example, Mapping) else getattr(stand_in, str(key)) for key in keys]
+    return _make(type(example), keys, items)
 
 
 def _stands_for_tensor(value: Any) -> bool:
@@ -270,12 +272,12 @@ def _items(value: Any) -> Iterator[tuple[Any, Any]]:
     return ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
 
 
-def _make(kind: Any, keys: Sequence[Any], items: Sequence[Any]) -> Any:
+def _make(kind: type[Any], keys: Sequence[Any], items: Sequence[Any]) -> Any:
     """Make a container of its class, as its own constructor might refuse to."""
     if issubclass(kind, tuple | list):
         return kind(*items) if hasattr(kind, "_fields") else kind(items)
     pairs = dict(zip(keys, items, strict=True))
-    if issubclass(kind, Mapping):
+    if issubclass(kind, dict):
         # A dict that is a dataclass too, as the outputs of transformers are, takes its keys by name.
         by_name = dataclasses.is_dataclass(kind)
         return kind(**pairs) if by_name else kind(pairs)

@@ -64,13 +64,13 @@ class Proxy(fx.Proxy):
     def values(self) -> Any:
         """Return the values of a dict."""
         values = self._values()
-        return [self[key] for key in values[0]] if values and isinstance(values[0], Mapping) else Attribute(self, "values")()  # type: ignore[index]
+        return [self[key] for key in values[0]] if values and isinstance(values[0], Mapping) else Attribute(self, "values")()
 
     def items(self) -> Any:
         """Return keys and values of a dict."""
         values = self._values()
         if values and isinstance(values[0], Mapping):
-            return [(key, self[key]) for key in values[0]]  # type: ignore[index]
+            return [(key, self[key]) for key in values[0]]
         return Attribute(self, "items")()
 
     def __bool__(self) -> bool:
@@ -101,8 +101,11 @@ class Proxy(fx.Proxy):
         if isinstance(values[0], Mapping):
             return iter(list(values[0]))
         count = len(self)
-        rows = self.tracer.create_proxy("call_method", "unbind", (self, 0), {}) if isinstance(values[0], Tensor) else self
-        return iter([rows[number] for number in range(count)])  # type: ignore[index]
+        rows: Any = self.tracer.create_proxy("call_method", "unbind", (self, 0), {}) if isinstance(values[0], Tensor) else self
+        return iter([rows[number] for number in range(count)])
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})

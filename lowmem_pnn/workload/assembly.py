@@ -225,7 +225,10 @@ def by_other_method(workload: Workload, config: FitConfig) -> Workload:
     Raises:
         ConfigError: the method cannot train this.
     """
-    return _by_method(dataclasses.replace(workload, config=config, method=make_method(config), chain=workload.bare))
+    chain = workload.parts or workload.bare
+    return _by_method(
+        dataclasses.replace(workload, config=config, method=make_method(config), chain=chain, bare=chain, parts=None)
+    )
 
 
 def _by_method(workload: Workload) -> Workload:
@@ -243,8 +246,8 @@ def _by_method(workload: Workload) -> Workload:
             f"--method neuroflux needs targets that a head can learn at every layer, and data {workload.dataset.name} has "
             f"{_INSTEAD_OF_CLASS[kind]}; use --method exact"
         )
-    if not workload.method.sweeps and workload.bare.between_blocks is not None:
-        workload = dataclasses.replace(workload, chain=workload.bare.between_blocks)
+    if not workload.method.sweeps and (chain := workload.bare.between_blocks) is not None:
+        workload = dataclasses.replace(workload, chain=chain, bare=chain, parts=workload.bare)
     return dataclasses.replace(workload, chain=_with_heads(workload)) if workload.method.learns_per_layer else workload
 
 

@@ -48,6 +48,7 @@ class Workload:
         bare: the same chain without auxiliary heads.
         pretrained: pretrained weights that training begins with, matched with the model; None for the constructor's values.
         early: the same workload for the epochs in which what is unfrozen later is frozen; None without `--unfreeze-at`.
+        parts: the chain with parts of large blocks as layers of their own, where the method does not cut there; else None.
         compiled: number of compiled `layers`, of `functions` that they share, and `seconds` it took to compile them; empty where
             layers run as they are.
     """
@@ -62,6 +63,7 @@ class Workload:
     bare: Chain
     pretrained: PretrainedWeights | None = None
     early: "Workload | None" = None
+    parts: Chain | None = None
     compiled: Mapping[str, float] = field(default_factory=dict)
 
     @property

@@ -388,3 +388,10 @@ def test_a_uniform_micro_batch_fits_everywhere(profile, batch, budget_bytes):
     for partition in best.partitions:
         peak = partition_peak(profile, partition.start, partition.stop, partition.micro_batch, batch)
         assert peak == partition.predicted_peak_bytes <= budget_bytes
+
+
+def test_a_layer_that_does_not_fit_says_why_it_is_whole():
+    whole = "whole: its forward draws random numbers that tracing would freeze; 63% of the weights"
+    profile = MemoryProfile(layers=(layer("encoder", weights=100, whole=whole), layer("fc", weights=10)))
+    with pytest.raises(BudgetError, match=re.escape(f"layer 'encoder' ({whole}) alone needs ")):
+        plan(profile, budget_bytes=50, overhead_bytes=0, batch_sizes=4)

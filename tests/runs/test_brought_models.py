@@ -1,0 +1,152 @@
+"""Models as people bring them: held by other modules, asking for sizes, with weights that nothing uses; bit-equal to plain PyTorch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+import lowmem_pnn
+from helpers.exact_runs import COMMON, fit
+from helpers.plainloops import assert_same_weights, built, loaded, train_by_exact
+from helpers.small_networks import vectors
+from lowmem_pnn.reporting.progress import Display
+
+
+class Net(nn.Module):
+    """Has no containers, asks for sizes, and makes a mask of the batch's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.c = nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width = x.shape
+        if width != 12 or x.dim() != 2:
+            raise ValueError(f"12 features, not {width}")
+        mask = torch.ones(batch, width, device=x.device) * torch.arange(width, device=x.device) / width
+        scores: Tensor = self.c((self.b(self.norm(self.a(x)).relu()) * mask).view(x.size(0), -1))
+        return scores
+
+
+class Holder(nn.Module):
+    """Holds a model, with a pooler that nothing uses and a head that is called for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Net()
+        self.pooler = nn.Linear(12, 3)
+        self.auxiliary = nn.Sequential(nn.BatchNorm1d(12), nn.Linear(12, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.auxiliary(x)
+        scores: Tensor = self.model((x - 0.5) / 0.25)
+        return scores
+
+
+class Residual(nn.Module):
+    """Blocks that hand on two tensors inside, in a stage that loops over its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return x + self.second(self.first(x).relu()) * scale
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for number in range(3):
+            self.add_module(f"block{number}", Residual())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.children():
+            x = block(x, 0.5)
+        return x
+
+
+class Tells(Display):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+BROUGHT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "held, with unused weights": (Holder, "model.b,model.c"),
+    "children in a loop": (lambda: nn.Sequential(Stage(), nn.Linear(12, 4)), "0.block1,0.block2"),
+}
+
+
+@pytest.mark.parametrize("case", BROUGHT)
+def test_what_people_bring_is_trained_as_plain_pytorch_trains_it(case: str, tmp_path: Path) -> None:
+    build, cuts = BROUGHT[case]
+    # Weights decay, but for those without a gradient.
+    options: dict[str, Any] = {**COMMON, "weight_decay": 0.1}
+    expected = train_by_exact(build, vectors(), **options)
+    result = fit(build, vectors(), tmp_path / "run", cuts=cuts, **options)
+    assert len(result.partitions) == 3
+    assert_same_weights(loaded(build, result.weights_file), expected.model)
+    assert result.train_loss == expected.train_loss
+
+
+def test_unused_weights_are_said_and_kept(tmp_path: Path) -> None:
+    said = Tells()
+    result = fit(Holder, vectors(), tmp_path / "run", display=said, **COMMON)
+    note = (
+        "'pooler.weight' and 5 more parameters get no gradient, since the output does not depend on them: kept as they are, as in plain "
+        "PyTorch"
+    )
+    assert note in result.notes
+    assert note in said.messages
+    first = built(Holder, COMMON["seed"])
+    found = load_file(result.weights_file)
+    for name in ("pooler.weight", "auxiliary.0.weight", "auxiliary.1.weight"):
+        assert torch.equal(found[name], first.get_parameter(name))
+    assert not torch.equal(found["auxiliary.0.running_mean"], first.auxiliary[0].running_mean)
+
+
+class Returns(nn.Module):
+    """Returns a dict of scores and of what they were made from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.first(x).relu()
+        return {"hidden": hidden, "scores": self.second(hidden)}
+
+
+class Scores(Returns):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)["scores"]
+
+
+def loss_of_scores(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs["scores"], targets)
+
+
+def test_a_loss_of_ones_own_takes_a_dict(tmp_path: Path) -> None:
+    expected = train_by_exact(Scores, vectors(), **COMMON)
+    result = fit(Returns, vectors(), tmp_path / "run", loss=loss_of_scores, cuts="second", **COMMON)
+    assert_same_weights(loaded(Returns, result.weights_file), expected.model)
+
+
+def test_blocks_are_cut_apart_for_exact_and_kept_for_pnn(tmp_path: Path) -> None:
+    x, y = torch.rand(24, 3, 32, 32), torch.arange(24) % 4
+    build = lambda: resnet18(num_classes=4)  # noqa: E731
+    options = {"max_gpu_mem": "1GB", "device": "cpu", "batch_size": 8}
+    exact = lowmem_pnn.plan(build, (x, y), method="exact", **options)
+    pnn = lowmem_pnn.plan(build, (x, y), method="pnn", **options)
+    assert [name for part in exact.partitions for name in part["layers"]][-3:] == ["layer4.1.conv1", "layer4.1.conv2", "fc"]
+    assert [name for part in pnn.partitions for name in part["layers"]][-3:] == ["layer4.0", "layer4.1", "fc"]
