@@ -86,9 +86,7 @@ def test_broken_samples_of_all_parts_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", ["digits", "cifar10", "text:book.txt"])
 def test_nothing_is_broken_in_data_that_are_checked_otherwise(data: str) -> None:
-    with pytest.raises(
-        ConfigError, match=r"--skip-broken has no effect here: it needs data of your own \(imagefolder:"
-    ):
+    with pytest.raises(ConfigError, match=r"--skip-broken has no effect here: it needs data of your own \(imagefolder:"):
         config(data, skip_broken=True)
 
 
