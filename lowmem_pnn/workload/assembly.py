@@ -114,7 +114,7 @@ def make_workload(
             raise ConfigError(
                 f"--unfreeze-at: a forward changes {next(iter(state))!r}, which two ways of training would each have; leave it out"
             )
-        frozen = capture(early, chain.boundaries[0][0], precision)
+        frozen = capture(early, chain.boundaries[0], precision, chain.call_form)
         frozen.drop_values()
         workload = dataclasses.replace(workload, early=dataclasses.replace(workload, chain=frozen, bare=frozen))
     _ = workload.rates  # patterns are checked before anything is made
