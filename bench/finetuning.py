@@ -1,9 +1,9 @@
 """Fine-tuning a pretrained network on a folder of images, in a third of plain PyTorch's memory, beside plain PyTorch.
 
 MobileNetV2 with ImageNet's weights learns the ten classes of CIFAR-10, of which 2,000 training and 2,000 test images are written as PNG
-of 96x96: three epochs with its features frozen, then three with all of it, BatchNorms frozen throughout. Compared are test accuracy
-(mean over seeds), the peak of private memory above imports, and seconds of an epoch: while features are frozen the first epoch writes
-their outputs to disk, and the others read them.
+of 96x96: three epochs with its features frozen, then three with all of it (features at a tenth of the rate), BatchNorms frozen
+throughout. Compared are test accuracy (mean over seeds), the peak of private memory above imports, and seconds of an epoch: the outputs
+of the frozen features are written once, and read in the epochs in which they are frozen.
 
     python bench/finetuning.py [--data npz:cifar10.npz] [--weights FILE|default] [--seeds 3] [--quick] [--again]
 
@@ -53,7 +53,8 @@ def ours(folder: Path, weights: str, frozen: int, epochs: int, seed: int, budget
         workdir = Path(name) / "run"
         fields = {
             "model": "mobilenet_v2", "weights": weights, "data": f"imagefolder:{folder}", "normalize": "imagenet", "freeze": "features.*",
-            "unfreeze_at": frozen, "freeze_norm": True, "epochs": epochs, "batch_size": BATCH, "lr": LR, "seed": seed, "val_fraction": 0,
+            "unfreeze_at": frozen, "freeze_norm": True, "lr_for": {"features.*": LR / 10},
+            "epochs": epochs, "batch_size": BATCH, "lr": LR, "seed": seed, "val_fraction": 0,
             "max_gpu_mem": budget, "device": "cpu",
         }  # fmt: skip
         done = run_process(lowmem_pnn("fit", "--json", "--quiet", "--workdir", str(workdir), *arguments_of(fields)))
@@ -89,14 +90,16 @@ def plain(folder: str, weights: str, frozen: int, epochs: int, seed: int) -> Non
         model.load_state_dict(load_file(weights), strict=True)
     model.classifier[1] = nn.Linear(model.last_channel, len(parts["train"].classes))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    speeds = []
+    speeds, started = [], time.monotonic()
     for epoch in range(epochs):
         if epoch in (0, frozen):
             model.features.requires_grad_(epoch > 0)
             for parameter in (parameter for norm in norms for parameter in norm.parameters()):
                 parameter.requires_grad_(False)
             if epoch == 0:
-                optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=0.0, fused=True)
+                rates = ((model.features, LR / 10), (model.classifier, LR))
+                groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates]
+                optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         model.train()
         for norm in norms:
             norm.eval()
@@ -106,11 +109,11 @@ def plain(folder: str, weights: str, frozen: int, epochs: int, seed: int) -> Non
             optimizer.step()
             optimizer.zero_grad()
         speeds.append(len(parts["train"]) / (time.monotonic() - began))
-    peak = meter.peak_private_bytes
+    peak, seconds = meter.peak_private_bytes, time.monotonic() - started
     model.eval()
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in torch.utils.data.DataLoader(parts["test"], BATCH))
-    print(json.dumps({"accuracy": right / len(parts["test"]), "peak": peak, "speeds": speeds}))
+    print(json.dumps({"accuracy": right / len(parts["test"]), "peak": peak, "speeds": speeds, "seconds": seconds}))
 
 
 def page(found: dict[str, list[dict[str, Any]]], frozen: int, budget: int, count: int) -> str:
@@ -124,19 +127,19 @@ def page(found: dict[str, list[dict[str, Any]]], frozen: int, budget: int, count
         rows.append([
             name, f"{statistics.mean(accuracies):.1%} ({spread:.1%})", f"{max(run['peak'] for run in runs) / MB:.0f}",
             f"{count / statistics.mean(run['speeds'][0] for run in runs):.1f}", f"{count / later:.1f}", f"{count / whole:.1f}",
-            f"{later / whole:.1f}",
+            f"{later / whole:.1f}", f"{statistics.mean(run['seconds'] for run in runs):.0f}",
         ])  # fmt: skip
     heads = (
         "", "test accuracy (deviation)", "peak, MB", "first frozen epoch, s", "later frozen epochs, s", "epochs of all, s",
-        "frozen / all, speed",
+        "frozen / all, speed", "all of it, s",
     )  # fmt: skip
     own, theirs = found["lowmem-pnn, exact"], found["plain PyTorch"]
     gap = statistics.mean(run["accuracy"] for run in own) - statistics.mean(run["accuracy"] for run in theirs)
     share = max(run["peak"] for run in own) / max(run["peak"] for run in theirs)
     return (
         f"{markdown_table(heads, rows)}\n\nBudget {budget / MB:.0f} MB, a third of plain PyTorch's peak; the peak is {share:.2f} of it. Test "
-        f"accuracy is {100 * gap:+.1f} points beside plain PyTorch's. Plain PyTorch keeps nothing of its frozen epochs; its frozen features "
-        "run forward in each."
+        f"accuracy is {100 * gap:+.1f} points beside plain PyTorch's. Plain PyTorch's frozen features run forward in every "
+        "epoch; here they run once, before the first, which the last column counts."
     )
 
 
