@@ -160,8 +160,10 @@ class Targets:
             converted = _without_channel(tensor, where).to(self.dtype)
         else:
             converted = tensor.to(torch.float32)
-            if self.kind == "values" and not bool(torch.isfinite(converted).all()):
-                raise DataError(f"{where}: a target is NaN or infinite; repair it or leave the sample out (--skip-broken)")
+            finite = torch.isfinite(converted).reshape(len(converted), -1).all(1)
+            if self.kind == "values" and not bool(finite.all()):
+                which = f"the target of sample {int((~finite).nonzero()[0])}" if batched else "its target"
+                raise DataError(f"{where}: {which} is NaN or infinite; repair it or leave the sample out (--skip-broken)")
         if tuple(converted.shape[1:]) != self.shape:
             raise DataError(
                 f"{where} has labels of shape {tuple(converted.shape[1:])}, others of {self.shape}; give all samples labels of "
@@ -377,4 +379,11 @@ def _form_text(forms: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:
 
 
 def _kind_text(targets: Targets) -> str:
-    return f"{targets.kind} {targets.shape}"
+    words = {
+        "class": "class numbers",
+        "tokens": "class numbers of tokens",
+        "mask": "masks",
+        "labels": "0 and 1",
+        "values": "numbers",
+    }
+    return f"{words.get(targets.kind, targets.kind)}{f' of shape {targets.shape}' if targets.shape else ''}"

@@ -106,7 +106,10 @@ _FACTORY = "import torch\ndef build():\n    {body}\n"
         (_FACTORY.format(body="return torch.nn.ReLU()"), "has no parameters to train"),
         (_FACTORY.format(body="return torch.nn.Linear(20, 3).requires_grad_(False)"), "has no parameters to train"),
         (_FACTORY.format(body="return torch.nn.LazyLinear(3)"), "has no shape yet; run the model once on one sample"),
-        (_MODULE.format(forward="return {'scores': self.b(self.a(x))}"), "returns dict of 1, not one tensor"),
+        (
+            _MODULE.format(forward="y = self.a(x); return {'y': y, 'scores': self.b(y)}"),
+            "of which no loss by name knows which to take",
+        ),
         (
             _MODULE.format(forward="return self.a(x) if x.sum() > 0 else self.b(x)"),
             "it reads a tensor's value (as by",
@@ -161,9 +164,15 @@ def _with(array: np.ndarray, value: float) -> np.ndarray:
         ({"x_test": _with(_X, np.nan), "y_test": _Y}, "sample 17 of {}/bad.npz (test part) holds NaN"),
         ({"y_train": _with(_Y, -1)}, "y_train holds the label -1; number the classes from 0"),
         ({"y_train": _with(_Y, 7)}, "ends in 3 outputs, but the data set has 8 classes; write mlp:20-16-8"),
-        ({"y_train": _with(_Y, np.nan)}, "y_train: a label is nan; labels are class numbers"),
-        ({"y_train": _Y + 0.5}, "y_train: a label is 0.5; labels are class numbers"),
-        ({"y_train": np.eye(3)[_Y]}, "labels have shape (120, 3); give one class number for each sample (one-hot: argmax)"),
+        (
+            {"y_train": _with(_Y, np.nan)},
+            "y_train: the target of sample 17 is NaN or infinite; repair it or leave it",
+        ),
+        ({"y_train": _Y + 0.5}, "targets are numbers in one part and class numbers in another; give both one form"),
+        (
+            {"y_train": np.eye(3)[_Y]},
+            "labels have shape (120, 3), with one-hot rows; give one class number for each sample (one-hot: argmax)",
+        ),
         (
             {"y_train": np.array(["a"] * 120)},
             "y_train: labels are words ('a'); give class numbers, the same for training and test: y = ",

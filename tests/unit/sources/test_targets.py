@@ -101,7 +101,7 @@ def test_a_target_of_another_form_is_named() -> None:
     with pytest.raises(DataError, match=r"sample 7 has targets \(\) float32, others have"):
         split.targets.convert({"b": 1.5}, "sample 7", batched=False)
     with pytest.raises(
-        DataError, match=r"mine: a target is NaN or infinite; repair it or leave the sample out \(--skip-broken\)"
+        DataError, match=r"mine: the target of sample 1 is NaN or infinite; repair it or leave the sample out \(--skip-broken\)"
     ):
         from_torch((torch.zeros(2, 3), [1.5, float("nan")]), where="mine")
 
