@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from lowmem_pnn.model.copies import preserve_random_state
 from lowmem_pnn.model.fake_model import Setting
@@ -61,7 +62,7 @@ class Examples:
         while stack:
             inner = stack.pop()
             values = self.of(inner)
-            if values is None or any(isinstance(value, Tensor) for value in values):
+            if values is None or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(values)):
                 continue
             if any(value != values[0] for value in values[1:]):
                 return True

@@ -100,7 +100,7 @@ class Proxy(fx.Proxy):
             return iter(self.tracer.iter(self))
         if isinstance(values[0], Mapping):
             return iter(list(values[0]))
-        count = len(self)
+        count = self.__len__()
         rows: Any = self.tracer.create_proxy("call_method", "unbind", (self, 0), {}) if isinstance(values[0], Tensor) else self
         return iter([rows[number] for number in range(count)])
 
@@ -121,7 +121,8 @@ class Proxy(fx.Proxy):
 
     def length(self) -> Any:
         """Return the number of items: a proxy where these are the samples."""
-        return self.size(0) if self._are_tensors() else len(self)
+        # Not by `len`, which asks for this while a forward is traced.
+        return self.size(0) if self._are_tensors() else self.__len__()
 
     def _values(self) -> tuple[Any, ...] | None:
         found: tuple[Any, ...] | None = self.tracer.values_of(self.node)  # type: ignore[attr-defined]

@@ -101,7 +101,7 @@ def train_plainly(case: Case, options: dict[str, Any]) -> nn.Module:
     own = None if isinstance(case.loss, str) else case.loss
     names = {"loss": case.loss} if own is None and case.loss != "auto" else {}
     config = configure(max_gpu_mem="1GB", model="python:model", data="python:data", **options, **names)
-    _, dataset, splits, _ = python_inputs(case.build, case.data, None, None, own)(config)
+    _, dataset, splits, _ = python_inputs(case.build, case.data, None, None, loss=own)(config)
     split, model = splits["train"], built(case.build).train()
     optimizer = make_optimizer(config, 0, list(model.parameters()))
     for epoch in range(config.value_for("epochs", 0)):

@@ -19,7 +19,7 @@ from helpers.simulated import chain_of, fit_on
 from helpers.small_networks import Data, images, small_conv, small_mlp, vectors
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device import SimulatedDevice
-from lowmem_pnn.errors import CaptureError, CheckpointError, ConfigError, Stopped
+from lowmem_pnn.errors import CheckpointError, ConfigError, Stopped
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import TerminalDisplay
 from lowmem_pnn.reporting.result import Result
@@ -198,7 +198,8 @@ def test_a_plan_shows_what_activations_are_kept_in() -> None:
         # And the headers of the shards that are not needed.
         assert saved <= plans["float32"].disk_bytes - plans[activation_dtype].disk_bytes <= saved + 40 * 4096
         for part, exact in zip(plans[activation_dtype].partitions, plans["float32"].partitions, strict=True):
-            assert part["predicted_peak_bytes"] <= exact["predicted_peak_bytes"] + WORK_BYTES
+            # Twice: what lies in the heap has slack beside it.
+            assert part["predicted_peak_bytes"] <= exact["predicted_peak_bytes"] + 2 * WORK_BYTES
 
 
 @pytest.mark.parametrize("method", ["exact", "backprop"])
@@ -285,35 +286,6 @@ def test_a_model_that_is_given_is_trained_from_its_own_values_and_left_as_it_was
         return twin
 
     assert_same_weights(loaded(small_conv, result.weights_file), train_by_backprop(same_start, images(), **options))
-
-
-class _Forgets(nn.Module):
-    """Uses one of its layers only in eval mode, by a branch inside a block that is not opened."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used = nn.Linear(12, 12)
-            self.forgotten = nn.Linear(12, 12)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad():
-                extra = self.forgotten(x)
-            return self.used(x) + extra
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(self.Block(), nn.Linear(12, 4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.blocks(x)
-
-
-def test_a_parameter_without_gradient_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(
-        CaptureError, match=r"parameter 'blocks\.0\.forgotten\.weight' got no gradient in partition 1 of 1 .*freeze it"
-    ):
-        fit(_Forgets, vectors(), tmp_path / "run", method="backprop", epochs=1)
 
 
 def test_batches_too_small_for_the_model_are_an_error(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 def test_torchvision_and_sklearn_are_imported_only_when_needed() -> None:
     script = (
-        "import sys; from lowmem_pnn.sources import datasets, deferred_init, models; models.find_model('mlp:8-2', {}, 2).build(); "
+        "import sys; from lowmem_pnn.sources import datasets; "
+        "from lowmem_pnn.zoo import deferred_init, models; models.find_model('mlp:8-2', {}, 2).build(); "
         "print([name for name in ('torchvision', 'sklearn', 'PIL') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
