@@ -213,6 +213,7 @@ def capture(
     specs: TensorSpec | tuple[TensorSpec, ...],
     precision: Precision = FULL_PRECISION,
     call: CallForm | None = None,
+    learns_from: tuple[str, ...] = (),
 ) -> Chain:
     """Cut a model into layers.
 
@@ -224,6 +225,8 @@ def capture(
         specs: shape and type of each input, (batch, *spec.shape).
         precision: compute precision and memory format of the layers.
         call: how several inputs are handed to the model; by default by position.
+        learns_from: names of outputs, the first of which that there is the loss is taken of; empty where it takes what it wants. What no
+            gradient comes to is kept as it is.
 
     Returns:
         The chain, whose modules are in the mode of `model`.
@@ -244,7 +247,7 @@ def capture(
         model = _with_frozen(model, names, modes.frozen)
         names = tensors_by_name(model)
     specs = specs if isinstance(specs, tuple) else (specs,)
-    setting = Setting(specs, precision, 2, True, call or CallForm.positional(len(specs)))
+    setting = Setting(specs, precision, 2, True, call or CallForm.positional(len(specs)), learns_from)
     runs = [run_model(model, replace(setting, batch=batch, training=mode)) for batch, mode in ((2, True), (3, True), (2, False))]
     kept, left = (frozenset[Attribute]().union(*sets) for sets in zip(*((run.kept, run.left) for run in runs), strict=True))
     try:

@@ -85,6 +85,7 @@ class Setting:
         batch: number of samples.
         training: whether in train mode.
         form: how the tensors are handed to the model.
+        learns_from: names of outputs, the first of which that there is training learns from; empty where it may learn from all.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -92,6 +93,7 @@ class Setting:
     batch: int
     training: bool
     form: CallForm = ONE_TENSOR
+    learns_from: tuple[str, ...] = ()
 
     @property
     def mode_text(self) -> str:
@@ -189,7 +191,7 @@ class ModelRun:
         written: parameters that the forward changes in place, as an embedding with `max_norm` does.
         made: bytes of the tensors that operations of a module, and of those in it, made; under "" those of all.
         returns_tensor: whether the model returns one tensor, in nothing.
-        reached: parameters that a backward from what the model returns gives a gradient to.
+        reached: parameters that a backward from what training learns from gives a gradient to.
     """
 
     setting: Setting
@@ -226,7 +228,9 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
             where = _deepest_module(root, error)
             raise CaptureError(f"{setting.error_prefix(model)}{where and f', at {where!r}'}: {explain(error)}") from error
         result.returns_tensor = isinstance(returned, Tensor)
-        result.reached = _reached(root, OutputForm.of(returned)[1])
+        output, tensors = OutputForm.of(returned)
+        chosen = next((tensors[output.names.index(name)] for name in setting.learns_from if name in output.names), None)
+        result.reached = _reached(root, tensors if chosen is None else (chosen,))
         if _python_generators() != generators:
             raise CaptureError(
                 f"forward of model {title} draws from Python's or numpy's random generator, whose state is not kept with a run; draw with "

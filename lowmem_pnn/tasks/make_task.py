@@ -19,8 +19,8 @@ TASK_OF: dict[TargetKind, str] = {
 }  # fmt: skip
 """Task of each kind of targets."""
 
-# What models call the tensor that losses are taken of, where they return several.
-_OUTPUT_NAMES = ("logits", "out")
+OUTPUT_NAMES = ("logits", "out")
+"""What models call the tensor that losses by name are taken of, where they return several."""
 
 _LOSSES = {
     "classification": ("cross-entropy",),
@@ -90,7 +90,7 @@ def _output(chain: Chain) -> int:
     form = chain.output_form
     if form is None or len(form.names) == 1:
         return 0
-    for name in _OUTPUT_NAMES:
+    for name in OUTPUT_NAMES:
         if name in form.names:
             return form.names.index(name)
     raise ConfigError(

@@ -29,7 +29,7 @@ from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.subsets import as_floats
 from lowmem_pnn.tasks.class_weights import balanced_weights
-from lowmem_pnn.tasks.make_task import Own, make_task
+from lowmem_pnn.tasks.make_task import OUTPUT_NAMES, Own, make_task
 from lowmem_pnn.tasks.own_loss import OwnTask
 from lowmem_pnn.workload.workload import Workload
 from lowmem_pnn.zoo.deferred_init import skeleton
@@ -83,7 +83,9 @@ def make_workload(
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     _check_input(source, dataset, model)
     precision = Precision(config.precision, device.type, config.channels_last)
-    chain, dataset, splits = _capture(config, model, source, dataset, splits, precision)
+    chain, dataset, splits = _capture(
+        config, model, source, dataset, splits, precision, () if own.loss is not None else OUTPUT_NAMES
+    )
     chain.drop_values()  # of a model that could not be built without them
     if config.channels_last and all(parameter.dim() != 4 for parameter in model.parameters()):
         raise ConfigError(
@@ -114,7 +116,7 @@ def make_workload(
             raise ConfigError(
                 f"--unfreeze-at: a forward changes {next(iter(state))!r}, which two ways of training would each have; leave it out"
             )
-        frozen = capture(early, chain.boundaries[0], precision, chain.call_form)
+        frozen = capture(early, chain.boundaries[0], precision, chain.call_form, () if own.loss is not None else OUTPUT_NAMES)
         frozen.drop_values()
         workload = dataclasses.replace(workload, early=dataclasses.replace(workload, chain=frozen, bare=frozen))
     _ = workload.rates  # patterns are checked before anything is made
@@ -149,6 +151,7 @@ def _capture(
     dataset: Dataset,
     splits: dict[SplitName, Split],
     precision: Precision,
+    learns_from: tuple[str, ...],
 ) -> tuple[Chain, Dataset, dict[SplitName, Split]]:
     """Cut the model for the samples of a data set, whose integers become float32 where the model calculates with them.
 
@@ -162,12 +165,12 @@ def _capture(
         if options:
             raise ConfigError(f"{options[0]}: samples of data {dataset.name} are several tensors; prepare them in the data set")
         example = pytree.tree_unflatten([torch.empty(spec.shape, dtype=spec.dtype) for spec in dataset.inputs], dataset.structure)
-        return capture(model, dataset.inputs, precision, CallForm.of(example, model)), dataset, splits
+        return capture(model, dataset.inputs, precision, CallForm.of(example, model), learns_from), dataset, splits
 
     def cut(shape: tuple[int, ...], dtype: torch.dtype) -> Chain:
         is_guess = dtype != dataset.dtype
         with _RefusesFloatsForIntegers() if is_guess else nullcontext():
-            return capture(model, TensorSpec(shape, dtype), precision)
+            return capture(model, TensorSpec(shape, dtype), precision, learns_from=learns_from)
 
     shape, dtypes = dataset.sample_shape, [dataset.dtype]
     if source.input_form == "any" and source.context is None and dataset.may_be_numbers:

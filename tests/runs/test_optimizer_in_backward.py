@@ -140,7 +140,7 @@ def test_a_parameter_without_gradient_is_an_error_though_others_have_stepped(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(CaptureError, match=r"parameter 'forgotten\.weight' got no gradient in partition 1 of 1"):
-        fit(Forgets, vectors(), tmp_path / "run", monkeypatch, method=method, **one_partition(method))
+        fit(Forgets, vectors(), tmp_path / "run", monkeypatch, method=method, loss=Forgets.loss, **one_partition(method))
 
 
 @pytest.mark.parametrize("method", ["exact", "backprop"])

@@ -140,6 +140,27 @@ def test_a_loss_takes_what_it_wants_of_a_structure(build: Callable[[], nn.Module
     assert_same_weights(loaded(build, result.weights_file), train_plainly(build, data, lambda model, x: model(*x), both_parts))
 
 
+class WithAuxiliary(TwoInputs):
+    """Returns what a loss by name takes, and something else that nothing learns from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(12, 3)
+
+    def forward(self, numbers: Tensor, words: Tensor) -> Any:
+        hidden = self.body(torch.cat([torch.relu(self.numbers(numbers)), self.words(words).mean(1)], 1))
+        return {"aux": self.auxiliary(hidden), "out": self.head(hidden)}
+
+
+def test_what_a_loss_by_name_does_not_take_stays_as_it_is(tmp_path: Path) -> None:
+    data = DATA["tuple of arrays"]
+    result = fit(WithAuxiliary, data, tmp_path)
+    assert_same_weights(
+        loaded(WithAuxiliary, result.weights_file), train_plainly(WithAuxiliary, data, lambda model, x: model(*x)["out"], None)
+    )
+    assert any("'auxiliary.weight' and 1 more parameters get no gradient" in note for note in result.notes)
+
+
 def test_a_run_of_two_inputs_is_resumed_to_the_same_bits(tmp_path: Path) -> None:
     class StopsAt(lowmem_pnn.Callback):
         def on_step_end(self, info: Any) -> None:
