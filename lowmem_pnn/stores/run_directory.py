@@ -194,6 +194,9 @@ class RunDirectory:
             older = older_commits(self.path, self._config_sha256)[0]
             for path, _ in older[keep - 1 :]:
                 path.unlink()
+            if older[keep - 1 :] and journal.get("stage") == "done":
+                # No later commit would bring it to the drive that they are gone.
+                sync_folder(self.path)
         except OSError as error:
             raise disk_error(current, error, "commit to it") from error
         return [journal, *(body for _, body in older[: keep - 1])]

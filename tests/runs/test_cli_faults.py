@@ -166,7 +166,7 @@ def _with(array: np.ndarray, value: float) -> np.ndarray:
         ({"y_train": _with(_Y, 7)}, "ends in 3 outputs, but the data set has 8 classes; write mlp:20-16-8"),
         (
             {"y_train": _with(_Y, np.nan)},
-            "y_train: the target of sample 17 is NaN or infinite; repair it or leave it",
+            "y_train: the target of sample 17 is NaN or infinite; repair it or leave the sample out",
         ),
         ({"y_train": _Y + 0.5}, "targets are numbers in one part and class numbers in another; give both one form"),
         (

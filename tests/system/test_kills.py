@@ -87,7 +87,7 @@ def _interrupt(kind: str, arguments: str, run: Path, chance: random.Random) -> N
         wait_for(lambda: commits(run) > before)
 
     slow, stuck = Path("slow"), Path("stuck")
-    slow.write_text("0.03")  # seconds for a sample
+    slow.write_text("0.05")  # seconds for a sample
     command = Command(Path(), arguments)
     wait_for_commit()
     time.sleep(chance.uniform(0, 0.2))  # somewhere in a batch
