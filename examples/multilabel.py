@@ -30,7 +30,7 @@ def network() -> nn.Module:
 train, test = recordings(1000, seed=0), recordings(300, seed=1)
 run = {"max_gpu_mem": "100MB", "device": "cpu", "workdir": f"{tempfile.mkdtemp()}/run"}
 result = lowmem_pnn.fit(
-    network, train, test=test, method="exact", class_weights="balanced", epochs=8, lr=3e-3, early_stop=3, **run
+    network, train, test=test, method="exact", class_weights="balanced", epochs=5, lr=3e-3, early_stop=3, **run
 )
 model = lowmem_pnn.load_weights(network(), result.weights_file).eval()
 right = ((model(test[0]) > 0) == (test[1] > 0)).float().mean().item()

@@ -34,7 +34,7 @@ x = torch.rand(600, 8, generator=torch.Generator().manual_seed(0))
 data = x, {"height": x.sum(1), "kind": x[:, :3].argmax(1)}
 own = {"loss": loss, "metrics": {"height_error": absolute_error}}
 run = {"max_gpu_mem": "100MB", "device": "cpu", "workdir": f"{tempfile.mkdtemp()}/run"}
-result = lowmem_pnn.fit(HeightAndKind, data, test=data, method="exact", epochs=10, lr=3e-3, **own, **run)
+result = lowmem_pnn.fit(HeightAndKind, data, test=data, method="exact", epochs=6, lr=3e-3, **own, **run)
 model = lowmem_pnn.load_weights(HeightAndKind(), result.weights_file)
 assert abs(loss(model(x), data[1]).item() - result.scores["test"]["loss"]) < 1e-5
 print(f"plain PyTorch, same weights: {result.scores['test']}")

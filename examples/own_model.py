@@ -61,7 +61,7 @@ def main() -> None:
             test=test,
             max_gpu_mem="100MB",
             method="backprop",
-            epochs=20,
+            epochs=10,
             lr=3e-3,
             device="cpu",
             workdir=f"{folder}/run",

@@ -32,9 +32,9 @@ def discs(samples: int, seed: int) -> tuple[Tensor, Tensor]:
     return (distance < 0).float()[:, None] + 0.7 * torch.randn(samples, 1, 32, 32, generator=generator), mask
 
 
-train, test = discs(300, seed=0), discs(100, seed=1)
+train, test = discs(200, seed=0), discs(100, seed=1)
 run = {"max_gpu_mem": "100MB", "device": "cpu", "workdir": f"{tempfile.mkdtemp()}/run"}
-result = lowmem_pnn.fit(UNet, train, test=test, method="exact", epochs=6, lr=3e-3, **run)
+result = lowmem_pnn.fit(UNet, train, test=test, method="exact", epochs=5, lr=3e-3, **run)
 predicted, counted = lowmem_pnn.load_weights(UNet(), result.weights_file)(test[0]).argmax(1), test[1] != 255
 assert abs((predicted == test[1])[counted].float().mean().item() - result.scores["test"]["accuracy"]) < 1e-5
 print(f"plain PyTorch, same weights: mean IoU {result.scores['test']['miou']:.3f}")

@@ -15,7 +15,8 @@ from lowmem_pnn.stores.header import NAME_BY_DTYPE
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="huge pages are Linux's")
 @pytest.mark.parametrize("nbytes", [2 << 20, (5 << 20) + 4096, 7_000_001])
 def test_large_memory_for_direct_transfers_lies_in_huge_pages_and_counts_for_what_it_is(nbytes: int) -> None:
-    aligned_empty((nbytes,), torch.uint8, alignment=PAGE_BYTES).fill_(1)  # whatever that needs once
+    # Whatever these need once.
+    int(aligned_empty((nbytes,), torch.uint8, alignment=PAGE_BYTES).fill_(1).sum())
     before = private_and_data_bytes()
     tensor = aligned_empty((nbytes,), torch.uint8, alignment=PAGE_BYTES)
     tensor.fill_(1)

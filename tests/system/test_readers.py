@@ -159,18 +159,19 @@ def test_they_die_with_the_trainer_whatever_they_are_at(tmp_path: Path) -> None:
     _wait_until_gone([int(pid) for pid in pids])
 
 
-def test_one_that_dies_is_said_and_none_is_left_behind(served: Any) -> None:
-    """The last test with these processes."""
-    readers = served["file"].readers
-    pids = list(readers._pids)
-    os.kill(pids[0], signal.SIGKILL)
-    with pytest.raises(
-        DataError, match=r"^a process that reads samples of data a died of SIGKILL; give fewer --workers where host memory"
-    ):
+def test_one_that_dies_is_said_and_none_is_left_behind(splits: dict[str, Any]) -> None:
+    with Readers(splits, 3, "a") as readers:
+        served: Any = dict(readers.serve())
         served["file"].batch([0, 1])
-    before = _num_descriptors()
-    readers.close()
-    assert _num_descriptors() == before - 3
+        pids = list(readers._pids)
+        os.kill(pids[0], signal.SIGKILL)
+        with pytest.raises(
+            DataError, match=r"^a process that reads samples of data a died of SIGKILL; give fewer --workers where host memory"
+        ):
+            served["file"].batch([0, 1])
+        before = _num_descriptors()
+        readers.close()
+        assert _num_descriptors() == before - 3
     _wait_until_gone(pids)
 
 
