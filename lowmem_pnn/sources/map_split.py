@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lowmem_pnn.errors import DataError, LowMemError
+from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_labels, as_tensor, count_classes, hash_tensor
 from lowmem_pnn.sources.given import as_pair, as_sample, require_map_style
 from lowmem_pnn.sources.imports import one_line
@@ -241,6 +241,7 @@ def from_torch(
         return dataset
     if (pair := as_pair(dataset)) is not None:
         if isinstance(pair[0], dict | tuple):
+            _refuse_skipping(skip_broken, where)
             return from_structured_arrays(pair[0], pair[1], where, options)
         x = as_tensor(pair[0], where)
         split = from_arrays(
@@ -251,11 +252,19 @@ def from_torch(
         return split
     require_map_style(dataset, where)
     require_samples(len(dataset), where)
-    if not skip_broken and _is_structured(dataset):
+    if _is_structured(dataset):
+        _refuse_skipping(skip_broken, where)
         return StructuredSplit(
             len(dataset), lambda number: as_sample(dataset[number], f"sample {number} of {where}"), where, options
         )
     return MapSplit(dataset, num_classes, input_form, where, skip_broken, options, resize)
+
+
+def _refuse_skipping(skip_broken: bool, where: str) -> None:
+    if skip_broken:
+        raise ConfigError(
+            f"--skip-broken: samples of {where} are several tensors, of which none is left out; leave the option out"
+        )
 
 
 def _is_structured(dataset: Any) -> bool:

@@ -42,7 +42,7 @@ class StructuredSplit(SampleSplit):
         require_samples(num_samples, where)
         super().__init__(num_samples)
         self.where, self._read = where, read
-        first, self.structure = self._leaves(0)
+        first, self.structure, _ = self._leaves(0)
         self.forms = tuple(
             Preprocessing.choose(tuple(tensor.shape), tensor.dtype, "any", f"{where}, {name}")
             for name, tensor in zip(self.names, first, strict=True)
@@ -74,7 +74,10 @@ class StructuredSplit(SampleSplit):
                     f"sample {numbers[row]} of {self.where}, {self.names[place]}, holds {what_is_not_finite(x[row])}; repair it or leave it out"
                 )
             inputs.append(x)
-        return tuple(inputs), torch.stack([target for _, target in read])
+        targets = torch.stack([target for _, target in read])
+        if self.targets.are_classes:
+            self._check_classes(targets, "label", numbers, self.targets.ignored)
+        return tuple(inputs), targets
 
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         """See `SampleSplit.labels`."""
@@ -118,18 +121,20 @@ class StructuredSplit(SampleSplit):
             )
         )
 
-    def _leaves(self, number: int) -> tuple[list[Tensor], pytree.TreeSpec]:
-        leaves, tree = pytree.tree_flatten(self._read(number)[0])
-        return [as_tensor(leaf, f"sample {number} of {self.where}") for leaf in leaves], tree
+    def _leaves(self, number: int) -> tuple[list[Tensor], pytree.TreeSpec, Any]:
+        """Return the tensors of a sample, their structure, and its target as it is given."""
+        sample, target = self._read(number)
+        leaves, tree = pytree.tree_flatten(sample)
+        return [as_tensor(leaf, f"sample {number} of {self.where}") for leaf in leaves], tree, target
 
     def _sample(self, number: int) -> tuple[list[Tensor], Tensor]:
-        tensors, tree = self._leaves(number)
+        tensors, tree, target = self._leaves(number)
         where = f"sample {number} of {self.where}"
         expected = [(form.raw_shape, form.raw_dtype) for form in self.forms]
         if tree != self.structure or [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] != expected:
             found = ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors)
             raise DataError(f"{where} is of another form than sample 0 (it holds {found}); give all samples one form")
-        return tensors, self.targets.convert(self._read(number)[1], where, batched=False)
+        return tensors, self.targets.convert(target, where, batched=False)
 
 
 def from_structured_arrays(x: Any, y: Any, where: str, options: TargetOptions = TargetOptions()) -> StructuredSplit:  # noqa: B008

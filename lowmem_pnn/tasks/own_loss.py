@@ -62,7 +62,10 @@ class OwnTask(Task):
         """
         parts = [slice(0, 1), slice(1, len(targets))]
         made_up = _made_up(outputs, len(targets))
+        given, before = self._function, _state_of(self._function)
         try:
+            # On a copy: what it is tried on is no batch.
+            self._function = copy.deepcopy(given)
             whole = float(self.loss(made_up, targets, training=True))
             shares = self.shares(targets, parts, outputs)
             pieces = [
@@ -79,6 +82,13 @@ class OwnTask(Task):
                 f"loss {self._title} failed on outputs {shapes} and targets of {len(targets)} samples: {type(error).__name__}: {reason}; mend "
                 "it"
             ) from error
+        finally:
+            tried, self._function = self._function, given
+        if changed := [name for name, value in _state_of(tried).items() if not _same(value, before.get(name))]:
+            raise ConfigError(
+                f"loss {self._title} changes its {changed[0]!r} when it is called, which no commit keeps, and once for each part of a batch; "
+                "make it a part of the model, in a buffer"
+            )
         self.needs_whole_batch = not abs(sum(pieces) - whole) <= _ROUNDING * max(abs(whole), 1e-12)
 
     def loss(self, outputs: tuple[Tensor, ...], targets: Tensor, *, training: bool) -> Tensor:
@@ -172,6 +182,19 @@ class OwnScores(Scores):
         """`loss`, and the metrics by their names."""
         means = {name: total / number if number else 0.0 for name, (total, number) in self._sums.items()}
         return {"loss": self.loss, **means, **{name: _value(metric.compute()) for name, metric in self._metrics.items()}}
+
+
+def _state_of(loss: OwnLoss) -> dict[str, Any]:
+    """Return what a loss holds: tensors of a module, and plain values of any object."""
+    held = dict(loss.state_dict()) if isinstance(loss, nn.Module) else {}
+    plain = {
+        name: value for name, value in getattr(loss, "__dict__", {}).items() if isinstance(value, int | float | str | Tensor)
+    }
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in {**held, **plain}.items()}
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else bool(one == other)
 
 
 def _is_torchmetric(metric: Any) -> bool:

@@ -61,6 +61,11 @@ def export_exit(workload: Workload, result: Result, number: int | None, path: Pa
         DiskError: the files could not be written.
     """
     chain = workload.chain
+    if len(chain.boundaries[0]) > 1 or chain.output_form is not None:
+        raise ConfigError(
+            f"the model of {path} takes several tensors, or returns a structure, and a program is made for one of each; its weights are "
+            f"in {path / 'model.safetensors'}"
+        )
     if result.exits and len(result.exits) != len(chain.layers):
         raise CheckpointError(f"{path} has {len(result.exits)} exits, and its model {len(chain.layers)} layers; {DAMAGED}")
     last = len(chain.layers) - 1 if number is None else number

@@ -16,6 +16,7 @@ from helpers.plainloops import assert_same_weights, built, loaded, make_optimize
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.seeds import permutation_of
+from lowmem_pnn.sources.map_split import from_torch
 from lowmem_pnn.workload.inputs import python_inputs
 
 RANDOM = np.random.default_rng(1)
@@ -198,3 +199,25 @@ def test_a_loss_by_name_needs_one_output_or_a_usual_name(tmp_path: Path) -> None
 def test_samples_that_do_not_fit_are_said(data: Any, text: str, tmp_path: Path) -> None:
     with pytest.raises((ConfigError, DataError, lowmem_pnn.errors.CaptureError), match=text):
         fit(TwoInputs, data, tmp_path)
+
+
+def test_a_label_that_is_no_class_is_named_and_samples_are_read_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"sample 3 of .* has label -1, outside 0 to 1 \(2 classes\); number the classes from 0"):
+        fit(TwoInputs, ((A, B), np.where(np.arange(len(Y)) == 3, -1, Y)), tmp_path)
+    read: list[int] = []
+
+    class Counts(list[Any]):
+        def __getitem__(self, number: Any) -> Any:
+            read.append(number)
+            return super().__getitem__(number)
+
+    split = from_torch(Counts(DATA["samples that are dicts"]))
+    read.clear()
+    split.batch([2, 5])
+    assert read == [2, 5]
+
+
+def test_what_is_for_one_tensor_is_refused_in_words(tmp_path: Path) -> None:
+    data = DATA["tuple of arrays"]
+    with pytest.raises(ConfigError, match=r"--skip-broken: samples of .* are several tensors, of which none is left out"):
+        fit(TwoInputs, data, tmp_path, skip_broken=True)

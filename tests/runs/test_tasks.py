@@ -234,6 +234,28 @@ def test_losses_that_cannot_be_used_are_refused_before_training(loss: Any, text:
         lowmem_pnn.fit(net(1), (X, VALUES), loss=loss, max_gpu_mem="1GB", workdir=tmp_path / "run", device="cpu", method="exact")
 
 
+class Remembers(nn.Module):
+    """A loss with a running mean in a buffer, or a count in an attribute."""
+
+    def __init__(self, *, in_buffer: bool) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.in_buffer, self.calls = in_buffer, 0
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.calls += not self.in_buffer
+        self.mean += 0.1 * self.in_buffer
+        return (outputs[:, 0] - targets - self.mean).square().mean()
+
+
+@pytest.mark.parametrize(("in_buffer", "name"), [(True, "mean"), (False, "calls")])
+def test_a_loss_that_remembers_is_refused_and_left_as_it_was(in_buffer: bool, name: str, tmp_path: Path) -> None:
+    loss = Remembers(in_buffer=in_buffer)
+    with pytest.raises(ConfigError, match=f"loss python:Remembers changes its '{name}' when it is called, which no commit keeps"):
+        lowmem_pnn.fit(net(1), (X, VALUES), loss=loss, max_gpu_mem="1GB", workdir=tmp_path / "run", device="cpu", method="exact")
+    assert (float(loss.mean), loss.calls) == (0.0, 0)
+
+
 @pytest.mark.parametrize(("options", "text"), [
     ({"loss": "bce"}, "--loss bce is no loss of regression, which the targets of the data are for; give mse, l1, smooth-l1, huber"),
     ({"label_smoothing": 0.1}, "--label-smoothing has no meaning for regression; leave it out"),
