@@ -127,11 +127,14 @@ class Run:
         return self.item.epochs_before if isinstance(self.item, Sweep) else 0
 
     def stop_early(self) -> None:
-        """Note that training ends before its last epoch."""
+        """Note that training ends before its last epoch, or that what was frozen is unfrozen before its epoch."""
         state, config = self.state, self.workload.config
-        state.stopped_after = self._epochs_before + state.progress.epoch
+        epoch, is_last = self._epochs_before + state.progress.epoch, state.visit == len(self.program) - 1
+        if is_last:
+            state.stopped_after = epoch
         self.session.display.message(
-            f"training ends after epoch {state.stopped_after}: {config.monitor} was best after epoch {state.best.epoch}"
+            f"{'training ends' if is_last else 'what is frozen learns from here on'} after epoch {epoch}: {config.monitor} was best after "
+            f"epoch {state.best.epoch}"
         )
 
     def take_best(self) -> None:
