@@ -23,6 +23,7 @@ from lowmem_pnn.model.opening import (
     chains_of_blocks,
     depth_of,
     large_blocks,
+    opened_blocks,
     parents,
 )  # fmt: skip
 from lowmem_pnn.model.recording import TraceMismatchError, record, with_constants
@@ -73,7 +74,7 @@ def trace_and_flow(
         traced = trace(model, setting, base | blocks, stopped, all(run.returns_tensor for run in runs))
         stopped = dict(traced.stopped)
         try:
-            flow = DataFlow(model, traced, runs, blocks & traced.opened)
+            flow = DataFlow(model, traced, runs, (blocks | opened_blocks(model, base)) & traced.opened)
             _check_other_batches(model, traced, setting)
         except TraceMismatchError as error:
             if not error.owner:
@@ -109,7 +110,7 @@ class DataFlow:
         model: the traced model.
         traced: its trace.
         runs: runs of the model on fake tensors, of two batch sizes, and in both modes; the first one's batch is not 1.
-        blocks: modules that are opened for being large alone.
+        blocks: modules that are opened although each is one block.
 
     Raises:
         CaptureError: the trace does other operations than the model, or the model returns other things than tensors of the same batch.

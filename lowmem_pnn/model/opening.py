@@ -92,6 +92,23 @@ def large_blocks(model: nn.Module, opened: set[str], heavy: set[str]) -> set[str
     return found
 
 
+def opened_blocks(model: nn.Module, opened: set[str]) -> set[str]:
+    """Return those of the opened modules that are blocks themselves: they stand in a container, and hold no chain of others.
+
+    A block that holds most of a model's weights is opened as a model inside of another one would be.
+
+    Args:
+        model: the user's model.
+        opened: modules that `chains_of_blocks` opens.
+    """
+
+    def is_block(name: str) -> bool:
+        module, container = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+        return _is_composite(module) and not _holds_chain(module, below_container=True) and _is_pure_container(container)
+
+    return {name for name in opened if name and is_block(name)}
+
+
 def parents(name: str) -> Iterator[str]:
     """Return the names of the modules that a module is inside of, the innermost first, but not the model itself."""
     while "." in name:

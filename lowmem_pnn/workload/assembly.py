@@ -257,14 +257,14 @@ def _by_method(workload: Workload) -> Workload:
 def _with_heads(workload: Workload) -> Chain:
     """Return the chain with a head at every layer that has no class scores of its own, on the meta device."""
     chain, layers = workload.chain, []
-    for number, layer in enumerate(chain.layers):
-        after = chain.boundaries[number + 1]
+    for layer, after in zip(chain.layers, chain.boundaries[1:], strict=True):
         if len(after) > 1 or not after[0].dtype.is_floating_point:
             tensors = ", ".join(map(str, after))
             raise ConfigError(
                 f"--method neuroflux needs layers that hand on one tensor each, and {layer.name!r} of {workload.source.spec} hands on "
                 f"{tensors}; use --method exact"
             )
+    for number, layer in enumerate(chain.layers):
         with torch.device("meta"):
             head = workload.head(number)
         layers.append(layer if head is None else layer.with_head(head, number))

@@ -66,7 +66,7 @@ def test_resnet_trains_and_its_weights_load_into_torchvisions_own(pictures: Path
     # Below the model's training state of 179 MB. Less does not do on every processor: without AVX-512 oneDNN takes four times the
     # gradient of a kernel that is larger than its map.
     result = fit(
-        tmp_path / "run", "--max-gpu-mem", "170MB", "--model", "resnet18", "--data", f"npz:{pictures}", "--epochs", "2",
+        tmp_path / "run", "--max-gpu-mem", "170MB", "--model", "resnet18", "--data", f"npz:{pictures}", "--epochs", "1",
         "--batch-size", "32",
     )  # fmt: skip
     assert set(result) >= CONTRACT
