@@ -47,6 +47,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+Clip = Annotated[Positive | None, BeforeValidator(lambda value: None if value in (0, "0") else value)]
+
+
 Flags = Annotated[tuple[bool, ...], BeforeValidator(_list), Field(min_length=1)]
 
 

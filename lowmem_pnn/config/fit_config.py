@@ -15,6 +15,7 @@ from lowmem_pnn.config.data_options import DataOptions
 from lowmem_pnn.config.faults import describe_fault
 from lowmem_pnn.config.field_types import (
     Batches,
+    Clip,
     Counts,
     DeviceName,
     Flags,
@@ -22,11 +23,12 @@ from lowmem_pnn.config.field_types import (
     LearningRates,
     NotNegative,
     Optimizers,
-    Positive,
     Recovering,
     Size,
 )
 from lowmem_pnn.config.finetuning_options import FineTuningOptions
+from lowmem_pnn.config.language_options import LanguageOptions
+from lowmem_pnn.config.optimizer_options import OptimizerOptions
 from lowmem_pnn.config.stopping_options import StoppingOptions
 from lowmem_pnn.config.task_options import TaskOptions
 from lowmem_pnn.errors import CheckpointError
@@ -41,7 +43,7 @@ PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "ka
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FitConfig(DataOptions, TaskOptions, FineTuningOptions, StoppingOptions):
+class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, StoppingOptions, OptimizerOptions):
     """Everything that decides a run, checked; the same values give the same run.
 
     Where a field is a tuple, one value holds for every partition, else there is one per partition.
@@ -97,11 +99,11 @@ class FitConfig(DataOptions, TaskOptions, FineTuningOptions, StoppingOptions):
     )
     optimizer: Optimizers = Field(default=("adamw",), description="Optimizer: one value, or one per partition.")
     lr: LearningRates = Field(default=(1e-3,), description="Learning rate: one value, or one per partition.")
-    lr_schedule: Literal["constant", "cosine", "onecycle"] = Field(
+    lr_schedule: Literal["constant", "linear", "cosine", "onecycle"] = Field(
         default="constant", description="Schedule of the learning rate over the steps."
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Steps over which the learning rate first rises to --lr (constant, cosine)."
+        default=0, description="Steps over which the learning rate first rises to --lr (constant, linear, cosine)."
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of sgd.")
     weight_decay: NotNegative = Field(default=0.0, description="Weight decay.")
@@ -126,11 +128,11 @@ class FitConfig(DataOptions, TaskOptions, FineTuningOptions, StoppingOptions):
             "element), bf16 with stochastic rounding (4), or int8 in blocks with a scale each (2; needs torchao)."
         ),
     )
-    clip_norm: Positive | None = Field(
+    clip_norm: Clip = Field(
         default=None,
         description=(
             "Gradient clipping: norm that gradients are scaled down to, over all weights (exact, backprop), the weights of a partition "
-            "(pnn), or those of a layer (neuroflux)."
+            "(pnn), or those of a layer (neuroflux); 0 for none."
         ),
     )
     loss_chunk: PositiveInt | None = Field(

@@ -39,7 +39,7 @@ def open_hub_data(
         ConfigError: The library is not installed, or it is not clear which columns are meant.
         DataError: There is no such data set, or a sample cannot be used.
     """
-    parts = _open(place)
+    parts = open_parts(place)
     name = f"hfdata:{place}"
     x_name, y_name = _columns(parts["train"], target, name)
     words = {"train": "training", "val": "validation", "test": "test"}
@@ -89,8 +89,16 @@ class HubRows:
         return x.convert("RGB") if hasattr(x, "getpalette") else x, row[self._y_name]
 
 
-def _open(place: str) -> dict[str, Any]:
-    """Return the parts of a data set by our names."""
+def open_parts(place: str) -> dict[str, Any]:
+    """Return the parts of a data set by our names: `train`, and `val` and `test` where there are such.
+
+    Args:
+        place: As for `open_hub_data`.
+
+    Raises:
+        ConfigError: The library is not installed.
+        DataError: There is no such data set, or it has no training part.
+    """
     try:
         library = importlib.import_module("datasets")
     except ImportError as error:

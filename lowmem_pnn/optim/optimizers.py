@@ -30,6 +30,9 @@ class OptimizerSpec:
         state: format of the state of adam and adamw; `fp32` is the parameter's own type.
         seed: seed of the run; stochastic rounding follows from it.
         rates: learning rates of single parameters, by name, where they have their own.
+        betas: decay of the moments of adam and adamw.
+        eps: number added to the root of the second moment of adam and adamw.
+        no_decay: names of the parameters that weight decay leaves alone.
     """
 
     name: Literal["sgd", "adam", "adamw"]
@@ -40,6 +43,9 @@ class OptimizerSpec:
     state: StateKind = "fp32"
     seed: int = 0
     rates: tuple[tuple[str, float], ...] = ()
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    no_decay: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         """Name the settings that determine the size of the state."""
@@ -136,17 +142,28 @@ class OptimizerSpec:
             kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
             # foreach would allocate temporaries of all parameters at once.
             optimizer = kind(
-                values, lr=self.lr, weight_decay=self.weight_decay, foreach=False if not self.fused else None, fused=self.fused
+                values,
+                lr=self.lr,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                foreach=False if not self.fused else None,
+                fused=self.fused,
             )
         for name, parameter in parameters.items():
             optimizer.state[parameter] = dict(state[name])
         rates = dict(self.rates)
-        own = {rates.get(name) for name in parameters}
-        if own != {None}:
+        kinds = {name: (rates.get(name), name in self.no_decay) for name in parameters}
+        if set(kinds.values()) != {(None, False)}:
             [group] = optimizer.param_groups
             optimizer.param_groups[:] = [
-                {**group, "params": [one for name, one in parameters.items() if rates.get(name) == rate], "rate": rate}
-                for rate in sorted(own, key=str)
+                {
+                    **group,
+                    "params": [one for name, one in parameters.items() if kinds[name] == kind],
+                    "rate": kind[0],
+                    "weight_decay": 0.0 if kind[1] else self.weight_decay,
+                }
+                for kind in sorted(set(kinds.values()), key=str)
             ]
         return optimizer
 
@@ -162,7 +179,7 @@ class QuantizedStateAdam(torch.optim.Optimizer):
     """
 
     def __init__(self, spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__(list(parameters.values()), {"lr": spec.lr})
+        super().__init__(list(parameters.values()), {"lr": spec.lr, "weight_decay": spec.weight_decay})
         self._spec = spec
         self._names = {parameter: name for name, parameter in parameters.items()}
 
@@ -173,38 +190,41 @@ class QuantizedStateAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_parameter(parameter, group["lr"])
+                    self._step_parameter(parameter, group["lr"], group["weight_decay"])
 
-    def _step_parameter(self, parameter: nn.Parameter, lr: float) -> None:
+    def _step_parameter(self, parameter: nn.Parameter, lr: float, decay: float) -> None:
         state = self.state[parameter]
         gradient = parameter.grad
         assert gradient is not None
         if not self._spec.codecs(parameter):
-            self._compute(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], lr)
+            self._compute(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], lr, decay)
             return
         generator = torch.Generator(parameter.device)
         generator.manual_seed(seed_of(self._spec.seed, "rounding", self._names[parameter], int(state["step"]) + 1))
         gradients = gradient.reshape(-1)
         for piece in pieces(parameter.numel()):
-            self._step_piece(parameter, gradients, piece, lr, generator)
+            self._step_piece(parameter, gradients, piece, lr, decay, generator)
         state["step"] += 1
 
     def _step_piece(
-        self, parameter: nn.Parameter, gradients: Tensor, piece: slice, lr: float, generator: torch.Generator
+        self, parameter: nn.Parameter, gradients: Tensor, piece: slice, lr: float, decay: float, generator: torch.Generator
     ) -> None:
         """Step one piece; a function of its own, so that no tensor of a piece is held when the next one begins."""
         state, codecs = self.state[parameter], self._spec.codecs(parameter)
         mean, square = (codec.dequantize(state, piece) for codec in codecs)
         count = state["step"].clone()  # the step increments it, and all pieces have the same count
-        self._compute(parameter.view(-1)[piece], gradients[piece], mean, square, count, lr)
+        self._compute(parameter.view(-1)[piece], gradients[piece], mean, square, count, lr, decay)
         for codec, values in zip(codecs, (mean, square), strict=True):
             codec.quantize(state, piece, values, generator)
 
-    def _compute(self, weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, lr: float) -> None:
-        """Do PyTorch's step, with the default betas and epsilon of its Adam and AdamW."""
+    def _compute(
+        self, weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, lr: float, decay: float
+    ) -> None:
+        """Do PyTorch's step."""
+        beta1, beta2 = self._spec.betas
         compute = adamw if self._spec.name == "adamw" else adam
         compute(
             [weights], [gradient], [exp_avg], [exp_avg_sq], [], [count],
-            foreach=False, fused=self._spec.fused, amsgrad=False, beta1=0.9, beta2=0.999, eps=1e-8, maximize=False,
-            lr=lr, weight_decay=self._spec.weight_decay,
+            foreach=False, fused=self._spec.fused, amsgrad=False, beta1=beta1, beta2=beta2, eps=self._spec.eps,
+            maximize=False, lr=lr, weight_decay=decay,
         )  # fmt: skip

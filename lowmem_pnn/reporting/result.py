@@ -28,6 +28,8 @@ class Result:
     `compiled` holds the number of compiled `layers`, the number of `functions` that they share, and the `seconds` of compiling in the
     last process, which `seconds` of the run leave out; empty without --compile.
 
+    `training` holds the optimizer and its settings: those that were asked for, and the defaults of the others.
+
     `stopped_after` is the epoch after which training ended early (--early-stop), `best_epoch` the one that was best by --monitor, and
     `weights_of` says whether the weights are those of the "last" epoch or of the "best".
 
@@ -81,6 +83,7 @@ class Result:
     training_state_bytes: int
     partitions: Sequence[Mapping[str, Any]]
     epochs: Sequence[int]
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stopped_after: int | None = None
     best_epoch: int | None = None
     weights_of: str = "last"

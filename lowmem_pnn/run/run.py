@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Literal
 
+from torch import Tensor
+
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.executor import Executor
 from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.errors import BudgetError
-from lowmem_pnn.methods import Sweep, Visit, visits_of_rank
+from lowmem_pnn.methods import Objective, Sweep, Visit, visits_of_rank
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.commits import Commits
@@ -45,6 +47,7 @@ class Run:
         self.plan = plan
         self.weights = weights
         self.state = state
+        self._said_uncounted = False
         whole_program = workload.program(plan.spans)
         self.program = visits_of_rank(whole_program, state.rank, state.ranks)
         executor = Executor(session.device, workload.config.seed, self._note_shrink, session.threads.stalls)
@@ -75,6 +78,22 @@ class Run:
         progress = self.state.progress
         self.state.records[partition].train_loss = progress.tally.loss if progress.tally.num_samples else None
         progress.tally = Tally()
+
+    def counts(self, objective: Objective, labels: Tensor) -> bool:
+        """Return whether anything in a batch counts in its loss; the first time that nothing does is said.
+
+        Args:
+            objective: what is learnt.
+            labels: targets of the batch, on the host.
+        """
+        if objective.count(labels) > 0:
+            return True
+        if not self._said_uncounted:
+            self._said_uncounted = True
+            self.session.display.message(
+                "a batch has no label that counts: it is left out, without a step (and so are others like it)"
+            )
+        return False
 
     def record_validation(self, partition: int, tally: Tally, layers: Sequence[Tally] = ()) -> None:
         """Record what was measured of a partition on the validation split.

@@ -37,7 +37,10 @@ _TORCHVISION: dict[str, tuple[str, dict[str, str]]] = {
 }
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 _NPZ_PARTS = (("train", "training"), ("test", "test"), ("val", "validation"))
-_FORMS = "npz:FILE, imagefolder:DIR, segmentation:DIR, csv:FILE, parquet:FILE, hfdata:DIR, text:FILE, package.module:factory or file.py:factory"
+_FORMS = (
+    "npz:FILE, imagefolder:DIR, segmentation:DIR, csv:FILE, parquet:FILE, hfdata:DIR, text:FILE, jsonl:FILE, tokens:FILE, "
+    "package.module:factory or file.py:factory"
+)
 
 
 def find_dataset(
@@ -92,7 +95,14 @@ def find_dataset(
         return _torchvision(spec, root, input_form, resize)
     if ":" in spec:
         return _factory(spec, input_form, skip_broken, options, resize)
-    for suffix, form in ((".npz", "npz"), (".txt", "text"), (".csv", "csv"), (".parquet", "parquet")):
+    for suffix, form in (
+        (".npz", "npz"),
+        (".txt", "text"),
+        (".jsonl", "jsonl"),
+        (".bin", "tokens"),
+        (".csv", "csv"),
+        (".parquet", "parquet"),
+    ):
         if Path(spec).suffix == suffix:
             raise ConfigError(f"data set {spec!r} is a file; write {form}:{spec}")
     raise ConfigError(

@@ -4,13 +4,14 @@ import importlib.metadata
 import platform
 from typing import Any
 
+from lowmem_pnn.config.defaults import training_facts
 from lowmem_pnn.evaluation.exits import chosen_exit
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import describe_partition
 from lowmem_pnn.planning.notes import fixed_notes, frozen_notes, idle_notes, micro_batch_notes
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.macs import macs_until, program_macs, samples_learnt
+from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs, samples_learnt
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.tasks.make_task import TASK_OF
 
@@ -31,6 +32,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
     config, last, path = workload.config, state.records[-1], run.session.rundir.path
     # Of all processes, where several train a partition each.
     program, samples = workload.program(plan.spans), len(workload.splits["train"])
+    missing = 0 if stopped else workload.samples_not_reached
     mixed = mixing_note(workload, plan, state.mixing, state.micro_batches, state.sweep_micro_batch)
     return Result(
         method=config.method,
@@ -61,12 +63,14 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         training_state_bytes=profile.training_state_bytes,
         partitions=_partitions(run),
         epochs=[config.value_for("epochs", number) for number in range(len(plan.partitions))],
+        training=training_facts(config),
         stopped_after=stopped or None,
         best_epoch=state.best.epoch or None,
         weights_of=config.keep_weights,
         seconds=state.seconds,
         compiled=workload.compiled,
-        samples_per_second=(samples * stopped if stopped else samples_learnt(program, samples)) / max(state.seconds, 1e-9),
+        samples_per_second=(samples * stopped if stopped else samples_learnt(program, samples) - missing)
+        / max(state.seconds, 1e-9),
         train_loss=last.train_loss,
         val_loss=last.val_loss,
         val_accuracy=last.val_accuracy,
@@ -77,7 +81,9 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         test_accuracy=test.get("accuracy"),
         test_f1=test.get("f1"),
         perplexity=test.get("perplexity"),
-        macs=macs_until(program, plan, samples, 0, stopped) if stopped else program_macs(program, plan, samples),
+        macs=macs_until(program, plan, samples, 0, stopped)
+        if stopped
+        else program_macs(program, plan, samples) - epoch_macs(program[-1], plan, missing),
         exits=exits,
         chosen_exit=chosen_exit(exits, config.exit_tolerance),
         bytes_read=state.bytes_read,

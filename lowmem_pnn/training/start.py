@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from lowmem_pnn.compilation.compiler import check_compiler
+from lowmem_pnn.config.defaults import training_words
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust, resumed_config
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
+from lowmem_pnn.language.progress import telling
 from lowmem_pnn.planning.disk_footprint import check_disk
 from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.planning.request import PlanRequest
@@ -196,13 +198,16 @@ def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Disp
         check_compiler()
     if config.skip_broken:
         display.message("reading every sample once, to leave out broken ones (--skip-broken)")
-    inputs = open_inputs(config)
+    with telling(display.message):
+        inputs = open_inputs(config)
     skipped = inputs[1].skipped_samples
     if skipped["count"]:
         display.message(describe_skipped(skipped["names"], skipped["count"]))
     display.message(f"data: {inputs[1].parts}")
     if inputs[1].preprocessing:
         display.message(f"samples: {inputs[1].preprocessing}")
+    if inputs[0].weights is not None:
+        display.message(f"training: {training_words(config)}")
     warm_up_profiler()
     return inputs
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import CaptureError, ConfigError, LowMemError
+from lowmem_pnn.language.open_language import fit_inputs
 from lowmem_pnn.methods import SplitName, make_method
 from lowmem_pnn.model.call_form import CallForm
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
@@ -81,6 +82,8 @@ def make_workload(
     early, model = with_frozen(model, config), with_frozen(model, config.after_unfreezing)
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
+    config = _of_max_steps(config, len(splits["train"]))
+    dataset, splits = fit_inputs(model, source.spec, dataset, splits)
     _check_input(source, dataset, model)
     precision = Precision(config.precision, device.type, config.channels_last)
     chain, dataset, splits = _capture(
@@ -119,7 +122,7 @@ def make_workload(
         frozen = capture(early, chain.boundaries[0], precision, chain.call_form, () if own.loss is not None else OUTPUT_NAMES)
         frozen.drop_values()
         workload = dataclasses.replace(workload, early=dataclasses.replace(workload, chain=frozen, bare=frozen))
-    _ = workload.rates  # patterns are checked before anything is made
+    _ = workload.rates, workload.without_decay  # patterns are checked before anything is made
     if config.loss_chunk is not None and task.rows_per_sample is None:
         raise ConfigError(f"--loss-chunk {config.loss_chunk}: the loss of {task.name} is no sum over rows; leave it out")
     if config.loss_chunk is not None and not is_rowwise(chain.layers[-1]):
@@ -128,6 +131,25 @@ def make_workload(
             "cannot be computed in parts; leave it out"
         )
     return workload
+
+
+def _of_max_steps(config: FitConfig, samples: int) -> FitConfig:
+    """Return the options with the epochs that `--max-steps` leaves, the last of which may end early."""
+    if config.max_steps is None:
+        return config
+    per_epoch, epochs = math.ceil(samples / config.value_for("batch_size", 0)), config.value_for("epochs", 0)
+    if config.max_steps > epochs * per_epoch:
+        raise ConfigError(
+            f"--max-steps {config.max_steps:,}: {epochs} epoch{'s' if epochs > 1 else ''} of {samples:,} samples have {epochs * per_epoch:,} "
+            f"steps; give --epochs {math.ceil(config.max_steps / per_epoch)}, or fewer steps"
+        )
+    left = math.ceil(config.max_steps / per_epoch)
+    if config.unfreeze_at is not None and config.unfreeze_at >= left:
+        raise ConfigError(
+            f"--unfreeze-at {config.unfreeze_at}: --max-steps {config.max_steps:,} ends training in epoch {left - 1}, counted from 0; give more "
+            "steps"
+        )
+    return dataclasses.replace(config, epochs=(left,))
 
 
 class _RefusesFloatsForIntegers(TorchFunctionMode):
@@ -282,9 +304,11 @@ def _check_input(source: ModelSource, dataset: Dataset, model: nn.Module) -> Non
         )
     if source.context is not None and (dataset.dtype != torch.int64 or dataset.sample_shape[0] > source.context):
         found = f"{dataset.sample_shape} {str(dataset.dtype).removeprefix('torch.')}"
+        remedy = f"--data text:FILE, or tokens of shape ({source.context},)"
+        if "context" in dataset.preparation:
+            remedy = f"--context {source.context} at most"
         raise ConfigError(
-            f"model {source.spec} takes up to {source.context} tokens (int64), and the samples of data {dataset.name} are {found}; give "
-            f"--data text:FILE, or tokens of shape ({source.context},)"
+            f"model {source.spec} takes up to {source.context} tokens (int64), and the samples of data {dataset.name} are {found}; give {remedy}"
         )
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(dtypes) == 1 and dataset.dtype.is_floating_point and dataset.dtype not in dtypes:
