@@ -143,6 +143,69 @@ def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) ->
 @cli.command()
 @click.argument("run", type=click.Path(readable=False, path_type=Path))
 @click.option(
+    "--data",
+    metavar="NAME",
+    help=(
+        "Data to predict, with targets or without: as for fit, or a folder of images, an image, a .npz with x, a table without the target's "
+        "column. [default: the run's own data]"
+    ),
+)
+@click.option(
+    "--part",
+    metavar="train|val|test|all",
+    help="Part of the data. [default: test, or all of data that has no test part]",
+)
+@click.option(
+    "--out",
+    required=True,
+    metavar="FILE|DIR",
+    help="FILE.npz: outputs, as arrays. FILE.csv: a row for each sample. DIR/: a mask for each image, as PNG.",
+)
+@click.option("--max-gpu-mem", metavar="SIZE", help="Memory budget of the device. [default: the run's]")
+@click.option("--skip-broken", is_flag=True, help="Leave out samples that cannot be used.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at --out.")
+@trust_option
+@output_options
+def predict(
+    run: Path,
+    data: str | None,
+    part: Any,
+    out: str,
+    max_gpu_mem: str | None,
+    skip_broken: bool,
+    overwrite: bool,
+    trust: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Predict samples by the model of a finished run, within its memory budget, one partition at a time."""
+    import json
+
+    with _stdout_is_ours():
+        from rich.console import Console
+
+        from lowmem_pnn.api import predict as predict_samples
+        from lowmem_pnn.reporting.progress import TerminalDisplay
+
+        report = predict_samples(
+            run,
+            data,
+            out,
+            part=part,
+            max_gpu_mem=max_gpu_mem,
+            skip_broken=skip_broken,
+            overwrite=overwrite,
+            trust=trust,
+            display=None if quiet else TerminalDisplay(Console(stderr=True)),
+        )
+    text = json.dumps(report) if as_json else f"predicted {report['data']}: {report['out']}"
+    print_result(text, f"the predictions are in {report['out']}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(readable=False, path_type=Path))
+@click.option(
     "--exit",
     "exit_",
     metavar="auto|K",

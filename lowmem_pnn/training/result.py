@@ -13,6 +13,7 @@ from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.macs import macs_until, program_macs, samples_learnt
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.tasks.make_task import TASK_OF
+from lowmem_pnn.workload.data_form import DataForm
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
 
@@ -91,6 +92,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         preprocessing=workload.dataset.preprocessing,
         data_parts=workload.dataset.parts,
         preparation=workload.dataset.preparation,
+        form=DataForm.of(workload.dataset).to_dict(),
         workers=config.workers,
         versions={
             "python": platform.python_version(),

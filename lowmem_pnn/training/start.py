@@ -211,7 +211,7 @@ def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Disp
 def _environment(display: Display) -> Iterator[WorkerThreads]:
     """What a training needs around it: the caller's random state kept, background threads, and a display that is closed at the end."""
     allow_many_files()
-    with torch.random.fork_rng(devices=[]), _full_is_a_budget_error(), worker_threads() as threads:
+    with torch.random.fork_rng(devices=[]), full_is_a_budget_error(), worker_threads() as threads:
         try:
             yield threads
         finally:
@@ -219,7 +219,7 @@ def _environment(display: Display) -> Iterator[WorkerThreads]:
 
 
 @contextmanager
-def _full_is_a_budget_error() -> Iterator[None]:
+def full_is_a_budget_error() -> Iterator[None]:
     """Memory that runs out outside of a batch, which could have been made smaller, ends the run."""
     try:
         yield
