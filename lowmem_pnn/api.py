@@ -14,7 +14,7 @@ from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.formats.data_loader import loader_options
-from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember
+from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember, workload_of
 from lowmem_pnn.inference.predict import predict_run
 from lowmem_pnn.inference.samples import PartName
 from lowmem_pnn.partition_plan import Plan
@@ -40,12 +40,13 @@ from lowmem_pnn.tasks import OwnLoss, OwnMetrics
 from lowmem_pnn.tasks.scores import with_prefix
 from lowmem_pnn.training.export import export_exit, find_exit
 from lowmem_pnn.training.export_folder import ExportFolder
+from lowmem_pnn.training.export_formats import ExportFormat, check_name
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.lifecycle import score
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
 from lowmem_pnn.training.start import OpenInputs, begin, worker_threads
 from lowmem_pnn.training.start import resume as resume_training
-from lowmem_pnn.workload import make_workload, profile_workload
+from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs, without_weights
 
 
@@ -283,34 +284,47 @@ def load(run: str | Path | Result, model: Model | None = None, *, trust: bool = 
     return load_run(path, given_model(path, model), trust=trust)
 
 
-def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None = None, trust: bool = False) -> dict[str, Any]:
-    """Write the model of a finished run, up to one of its exits, for plain PyTorch.
+def export(
+    run: str | Path | Result,
+    *,
+    to: ExportFormat | None = None,
+    exit: str | int = "auto",
+    out: str | Path | None = None,
+    model: Model | None = None,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Write the model of a finished run, up to one of its exits, for plain PyTorch or for others.
 
     Args:
-        run: the run's folder, which need not be writable if `out` is given.
+        run: the run's folder, which need not be writable if `out` is given, or its result.
+        to: "safetensors", weights under the model's own names, which are never whole in memory; "pt2", a `torch.export` program; "onnx";
+            None writes a program and its weights.
         exit: the number of an exit, from 1, the whole model's being the last; "auto" takes the one that the run has chosen.
         out: folder for `model.pt2` (a `torch.export` program of any batch size, in eval mode) and `model.safetensors`; None takes
-            `RUN/exit-K`. Files that an earlier export wrote there are replaced, others are not.
+            `RUN/exit-K`, or `RUN/export`. Files that an earlier export wrote there are replaced, others are not.
+        model: what builds the model, of a run that was started from Python with a model of its own; runs of this process remember it.
         trust: run code that the run names for its model or data (`file.py:factory`).
 
     Returns:
-        `exit`, `layer`, `params`, `val_accuracy`, and the files `program` and `weights`.
+        `exit`, `layer`, `params`, `val_accuracy`, and the files `program` and `weights`; with `to` the one `file`, and the
+        `largest_difference` between outputs of the run's model and of the file for a batch, None where nothing is there to read it.
 
     Raises:
         CheckpointError: no run is there, it has not finished, or its files are damaged.
         ConfigError: it has no such exit, `out` holds something else than an export, the run names code and `trust` was not given,
-            or it was started from Python with a model or data of its own.
+            or the model has to be given; or the format does not hold the model.
+        BudgetError: the format needs the model whole in memory, and it is larger than the run's budget.
         DiskError: the disk is full, or not writable.
     """
     path = folder_of(run)
+    check_name(to)
     with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
         finished = open_finished(rundir)
         number = find_exit(finished.result, exit, path)
         folder = ExportFolder.find(path, number, finished.result, None if out is None else Path(out))
-        check_trust(finished.config, {}, path, trust=trust, again=False)
+        workload = workload_of(finished, path, given_model(path, model), trust=trust)
         rundir.clear()
-        workload = make_workload(finished.config, *without_weights(named_inputs(finished.config)), torch.device("cpu"))
-        return export_exit(workload, finished.result, number, path, folder)
+        return export_exit(workload, finished.result, number, path, folder, to)
 
 
 def load_weights(model: torch.nn.Module, file: str | Path) -> torch.nn.Module:

@@ -206,6 +206,14 @@ def predict(
 @cli.command()
 @click.argument("run", type=click.Path(readable=False, path_type=Path))
 @click.option(
+    "--to",
+    metavar="safetensors|pt2|onnx",
+    help=(
+        "One format, which is read again and compared: weights under the model's own names; a torch.export program; ONNX. Only weights are "
+        "never whole in memory. [default: a program and its weights]"
+    ),
+)
+@click.option(
     "--exit",
     "exit_",
     metavar="auto|K",
@@ -216,20 +224,22 @@ def predict(
     "--out",
     type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
-    help="Folder that the model is written to. [default: RUN/exit-K]",
+    help="Folder that the model is written to. [default: RUN/exit-K, or RUN/export]",
 )
 @trust_option
 @output_options
-def export(run: Path, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
-    """Write the model of a finished run, up to one of its exits, for plain PyTorch: a torch.export program, and its weights."""
+def export(run: Path, to: Any, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Write the model of a finished run, up to one of its exits, for plain PyTorch or for others."""
     import json
 
     with _stdout_is_ours():
         from lowmem_pnn.api import export as export_run
 
-        report = export_run(run, exit=exit_, out=out, trust=trust)
+        report = export_run(run, to=to, exit=exit_, out=out, trust=trust)
+    if to is not None and report["largest_difference"] is None:
+        click.echo("not compared: onnxruntime is not installed; run: pip install 'lowmem-pnn[onnx]'", err=True)
     text = json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items())
-    print_result(text, f"the model is in {Path(report['program']).parent}")
+    print_result(text, f"the model is in {Path(report['program' if to is None else 'file']).parent}")
 
 
 def _numbers(scores: Mapping[str, Any]) -> str:

@@ -91,8 +91,8 @@ def open_hub_samples(
         ConfigError: The library is not installed, or it is not clear which columns are meant.
         DataError: There is no such data set, or a sample cannot be used.
     """
-    parts, opened = _open(place, needs_train=False), {}
-    for part, rows in parts.items():
+    opened: dict[str, tuple[SampleSplit, bool]] = {}
+    for part, rows in _open(place, needs_train=False).items():
         name = f"hfdata:{place} ({part} part)"
         y_name = _target(rows, target)
         x_name = _samples(rows, y_name, f"hfdata:{place}")
@@ -184,7 +184,7 @@ def _target(rows: Any, target: Sequence[str] | None) -> str | None:
 
 def _samples(rows: Any, y_name: str | None, name: str) -> str:
     """Return the column of samples: the only one of images, or the only one beside the targets."""
-    features = dict(rows.features)
+    features: dict[str, Any] = dict(rows.features)
     others = [own for own in features if own != y_name]
     chosen = [own for own in others if _is_image(features[own])] or others
     if len(chosen) != 1:

@@ -125,6 +125,8 @@ class MaskFolderSplit(SampleSplit):
         resize: Brings images and masks to one size; None to leave them as they are.
     """
 
+    paths: tuple[Path, ...]
+
     def __init__(
         self,
         part: ImagePart,

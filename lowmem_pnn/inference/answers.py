@@ -20,8 +20,6 @@ from lowmem_pnn.inference.samples import SamplesToPredict
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.targets import TargetKind
 
-_NAMES_AT_ONCE = 1024
-
 
 @dataclass(frozen=True)
 class Answers:
@@ -189,7 +187,9 @@ class TableWriter:
         kind = self._answers.kind
         if kind in ("class", "probabilities"):
             best = values.softmax(-1).max(-1)
-            rows = list(zip(self._answers.class_names(best.indices.tolist()), _texts(best.values), strict=True))
+            rows: list[Sequence[str]] = list(
+                zip(self._answers.class_names(best.indices.tolist()), _texts(best.values), strict=True)
+            )
         else:
             values = values.sigmoid() if kind == "labels" else values
             rows = [tuple(_texts(row)) for row in values.reshape(len(values), -1)]

@@ -10,17 +10,19 @@ from torch import nn
 
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
-from lowmem_pnn.errors import ConfigError, LowMemError
+from lowmem_pnn.errors import CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.model.python_state import write_state
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.finished import open_finished
+from lowmem_pnn.run.finished import FinishedRun, open_finished
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.stores.disk import file_system_faults
+from lowmem_pnn.stores.journal import DAMAGED
 from lowmem_pnn.stores.model_file import load_into
 from lowmem_pnn.stores.run_directory import RunDirectory
+from lowmem_pnn.workload import Workload, make_workload
 from lowmem_pnn.workload.data_form import DataForm
-from lowmem_pnn.workload.inputs import Model, named_inputs
-from lowmem_pnn.workload.trained import trained_source
+from lowmem_pnn.workload.inputs import Model, named_inputs, without_weights
+from lowmem_pnn.workload.trained import trained_source, trained_workload
 from lowmem_pnn.zoo.models import ModelSource
 
 # Models that runs of this process were started with, by the run's folder.
@@ -70,10 +72,9 @@ def load_run(path: Path, model: Model | None, *, trust: bool = False) -> nn.Modu
     with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
         finished = open_finished(rundir)
         config, result = finished.config, finished.result
-        own = {"loss": config.loss, "data": config.data, "val_data": "", "test_data": ""}
         if result.form:
-            check_trust(config, {**own, **({} if model is None else {"model": config.model})}, path, trust=trust, again=False)
-            classes = DataForm.from_dict(result.form).targets.num_classes
+            check_trust(config, {**_without_data(config), **_named(config, model)}, path, trust=trust, again=False)
+            classes = form_of(finished, path).targets.num_classes
             source = trained_source(config, model, classes, f"lowmem_pnn.load({str(path)!r}")
         else:
             check_trust(config, {}, path, trust=trust, again=False)
@@ -84,6 +85,57 @@ def load_run(path: Path, model: Model | None, *, trust: bool = False) -> nn.Modu
     places = [(owner, attribute) for owner, _, attribute in (name.rpartition(".") for name in result.module_state)]
     write_state(built, [place for place in places if place[0] in modules], result.module_state)
     return built.eval()
+
+
+def form_of(finished: FinishedRun, path: Path) -> DataForm:
+    """Return the form of a run's samples and targets.
+
+    Args:
+        finished: the run.
+        path: folder of the run, for messages.
+
+    Raises:
+        ConfigError: its result does not say it.
+        CheckpointError: what it says is no form.
+    """
+    kept = finished.result.form
+    if not kept:
+        raise ConfigError(
+            f"the run in {path} does not say what its samples are like: it is of an earlier version, or samples are of a class of your own; "
+            "load its weights into your model by lowmem_pnn.load_weights"
+        )
+    try:
+        return DataForm.from_dict(kept)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{path / 'result.json'} cannot be read: its form is none; {DAMAGED}") from error
+
+
+def workload_of(finished: FinishedRun, path: Path, model: Model | None, *, trust: bool) -> Workload:
+    """Return the workload of a finished run, to be exported: without its data, where its result says what that is like.
+
+    Args:
+        finished: the run.
+        path: folder of the run.
+        model: what builds the model, where it was given now.
+        trust: run code that the run names.
+    """
+    config, kept = finished.config, finished.result.form
+    if not kept:
+        check_trust(config, {}, path, trust=trust, again=False)
+        return make_workload(config, *without_weights(named_inputs(config)), torch.device("cpu"))
+    check_trust(config, {**_without_data(config), **_named(config, model)}, path, trust=trust, again=False)
+    form = form_of(finished, path)
+    source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.export({str(path)!r}")
+    return trained_workload(config, form, source)
+
+
+def _without_data(config: FitConfig) -> dict[str, str]:
+    """Return names of code that is not run where nothing but the model is built."""
+    return {"loss": config.loss, "data": config.data, "val_data": "", "test_data": ""}
+
+
+def _named(config: FitConfig, model: Model | None) -> dict[str, str]:
+    return {} if model is None else {"model": config.model}
 
 
 def _build(source: ModelSource, config: FitConfig) -> nn.Module:

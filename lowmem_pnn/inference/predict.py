@@ -2,7 +2,8 @@
 
 import dataclasses
 import tempfile
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ from torch import Tensor
 from lowmem_pnn.config.configure import checked
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
-from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
+from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.evaluation.measure import measure
 from lowmem_pnn.inference.answers import Answers, AnswerWriter, ArrayWriter, MaskWriter, TableWriter, pack_arrays, read_arrays
+from lowmem_pnn.inference.load import form_of
 from lowmem_pnn.inference.places import Place, writing_faults
 from lowmem_pnn.inference.samples import Opened, PartName, SamplesToPredict, open_samples
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.finished import FinishedRun, open_finished
+from lowmem_pnn.run.finished import open_finished
 from lowmem_pnn.run.ranks import ALONE
 from lowmem_pnn.run.resume import check_plan
 from lowmem_pnn.run.run import Run
@@ -28,7 +30,6 @@ from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.stores.disk import file_system_faults
-from lowmem_pnn.stores.journal import DAMAGED
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.setup import open_workload, warm_up_profiler
@@ -81,8 +82,8 @@ def predict_run(
         _tell(display, opened, finished.result)
         config, inputs = trained_inputs(config, form, source, opened.split, opened.split.targets)
         # Arrays that are given back are read when the budget's limit is lifted.
-        folder = stack.enter_context(tempfile.TemporaryDirectory() if place is None else place.writing())
-        writer = _Writer(Path(folder), place)
+        folder = stack.enter_context(_temporary() if place is None else place.writing())
+        writer = _Writer(folder, place)
         warm_up_profiler()
         with open_workload(config, inputs) as (device, workload):
             check_plan(finished.state, workload, path)
@@ -108,27 +109,10 @@ def predict_run(
     return written if place is None else {"out": str(place.path), "samples": count, "data": opened.words}
 
 
-def form_of(finished: FinishedRun, path: Path) -> DataForm:
-    """Return the form of a run's samples and targets.
-
-    Args:
-        finished: the run.
-        path: folder of the run, for messages.
-
-    Raises:
-        ConfigError: its result does not say it.
-        CheckpointError: what it says is no form.
-    """
-    kept = finished.result.form
-    if not kept:
-        raise ConfigError(
-            f"the run in {path} does not say what its samples are like: it is of an earlier version, or samples are of a class of your own; "
-            "load its weights into your model by lowmem_pnn.load_weights"
-        )
-    try:
-        return DataForm.from_dict(kept)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"{path / 'result.json'} cannot be read: its form is none; {DAMAGED}") from error
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def _not_run(config: FitConfig, data: Any, model: Model | None) -> dict[str, Any]:

@@ -118,6 +118,8 @@ class ImageFolderSplit(SampleSplit):
         resize: Brings images to one size; None to leave them as they are.
     """
 
+    paths: tuple[Path, ...]
+
     def __init__(
         self,
         folder: Path,

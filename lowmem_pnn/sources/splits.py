@@ -143,7 +143,7 @@ class SampleSplit:
 
     def files(self, numbers: npt.NDArray[np.int64]) -> list[Path] | None:
         """Return the files of samples by their numbers; None where samples have no files."""
-        return None if self.paths is None else [self.paths[number] for number in self._kept[numbers]]
+        return None if self.paths is None else [self.paths[int(number)] for number in self._kept[numbers]]
 
     def fingerprint(self) -> str:
         """Return a hash that changes when the samples or labels do."""
