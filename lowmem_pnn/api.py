@@ -22,6 +22,7 @@ from lowmem_pnn.planning.comparison import compare_methods
 from lowmem_pnn.planning.describe import describe_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
+from lowmem_pnn.pretrained.model_file import load_into
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache
 from lowmem_pnn.reporting.plan_report import PlanReport
@@ -34,7 +35,6 @@ from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.unfinished import unfinished_run
 from lowmem_pnn.stores.disk import file_system_faults
-from lowmem_pnn.stores.model_file import load_into
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.tasks import OwnLoss, OwnMetrics
 from lowmem_pnn.tasks.scores import with_prefix

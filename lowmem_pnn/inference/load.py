@@ -12,12 +12,12 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.errors import CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.model.python_state import write_state
+from lowmem_pnn.pretrained.model_file import load_into
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.finished import FinishedRun, open_finished
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.journal import DAMAGED
-from lowmem_pnn.stores.model_file import load_into
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.workload import Workload, make_workload
 from lowmem_pnn.workload.data_form import DataForm

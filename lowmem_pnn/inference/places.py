@@ -1,6 +1,7 @@
 """Places that answers are written to: beside what they are to replace, and renamed when all is there; nothing else is replaced."""
 
 import errno
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,15 +40,18 @@ class Place:
         """
         text, path = str(out), Path(out).expanduser()
         suffix = path.suffix.lower()
+        if not text:
+            raise ConfigError("--out is empty; give FILE.npz, FILE.csv, or a folder for masks, DIR/")
         if text.endswith("/") or path.is_dir() or not suffix:
             kind: Kind = "masks"
         elif suffix in (".npz", ".csv"):
             kind = "npz" if suffix == ".npz" else "csv"
         else:
             raise ConfigError(f"--out {text} ends in {path.suffix!r}; give FILE.npz, FILE.csv, or a folder for masks, DIR/")
-        if not text:
-            raise ConfigError("--out is empty; give FILE.npz, FILE.csv, or a folder for masks, DIR/")
-        if path.exists() or path.is_symlink():
+        above = next((parent for parent in path.parents if os.path.lexists(parent)), Path())
+        if not above.is_dir():
+            raise ConfigError(f"--out {text} lies below {above}, which is a file; give another")
+        if os.path.lexists(path):
             if not overwrite:
                 raise ConfigError(f"--out {text} is there already; give another, or --overwrite")
             if kind == "masks" and not path.is_dir():

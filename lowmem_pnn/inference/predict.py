@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lowmem_pnn.config.configure import checked
+from lowmem_pnn.config.faults import suggest
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.errors import BudgetError, ConfigError
@@ -63,7 +64,7 @@ def predict_run(
     """
     place = None if out is None else Place.find(out, overwrite)
     if part not in (None, *_PARTS):
-        raise ConfigError(f"--part {part!r} is none of {', '.join(_PARTS)}")
+        raise ConfigError(f"--part {part!r} is none of {', '.join(_PARTS)}{suggest(str(part), _PARTS)}")
     display = display or Display()
     with ExitStack() as stack:
         stack.enter_context(file_system_faults(path))

@@ -10,8 +10,8 @@ from torch import nn
 
 from lowmem_pnn.engine.stalls import describe_stalls
 from lowmem_pnn.pretrained.matching import describe_weights
+from lowmem_pnn.pretrained.model_file import load_into
 from lowmem_pnn.reporting.tables import describe_skipped, layer_range, text_table
-from lowmem_pnn.stores.model_file import load_into
 from lowmem_pnn.units import format_bytes
 
 # Scores on the test data that not every task has: what people call them, and their format.

@@ -1,6 +1,8 @@
 """Prediction: what a finished run answers is what its own model answers, for every task, of any data, in every form of file."""
 
 import csv
+import dataclasses
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader
 import lowmem_pnn as package
 from helpers.commands import lowmem_pnn, train, write_data
 from helpers.datasets import Pairs
-from lowmem_pnn.errors import BudgetError, ConfigError
+from lowmem_pnn.errors import BudgetError, ConfigError, DataError
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 
@@ -316,3 +318,110 @@ def test_integers_are_numbers_where_they_were_in_training(tmp_path: Path) -> Non
     result = fit(lambda: nn.Linear(6, 2), (x, x.sum(1) % 2), tmp_path)
     expected = answers(result, nn.Linear(6, 2), x.float())
     assert torch.equal(torch.from_numpy(package.predict(result, x.numpy())["scores"]), expected)
+
+
+# What is refused, in one line.
+
+
+def _files(folder: Path) -> None:
+    """Data of other kinds and forms than that of the run."""
+    np.savez(folder / "wide.npz", x=np.zeros((4, 21), np.float32))
+    np.savez(folder / "values.npz", x=np.zeros((4, 20), np.float32), y=np.full(4, 0.5))
+    (folder / "table.csv").write_text("a,b\n1,2\n")
+    (folder / "fails.py").write_text("def data():\n    raise ValueError('no data')\n")
+
+
+REFUSED = {
+    "--data digits --part tets": "--part 'tets' is none of train, val, test, all; did you mean 'test'?",
+    "--data wide.npz --part val": "--part val: data npz:HERE/wide.npz has no parts; leave --part out",
+    "--data digits --part val": "--part val: data digits has a training and a test part, and no validation part; give --part all",
+    "--data wide.npz": "data npz:HERE/wide.npz has samples of shape (21,) float32, and the run was trained on samples of shape (20,) "
+    "float32; give data of one form",
+    "--data values.npz": "data npz:HERE/values.npz has targets of shape () (values), and the run was trained on () (class); give such "
+    "targets, or samples alone",
+    "--data table.csv": "data csv:HERE/table.csv is a table, and the run was trained on npz:RUN/data.npz, which is none; give data of one "
+    "kind",
+    "--data npz:": "data 'npz:' says no place; write npz:FILE",
+    "--data digits --skip-broken": "--skip-broken has no effect here: data digits has no broken samples; leave it out",
+    "--data fails.py:data": "data 'HERE/fails.py:data' cannot be opened: ValueError: no data; see to the function",
+    "--data nothing": "there is no data set 'nothing'; there are: digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100; "
+    "others are given as npz:FILE, imagefolder:DIR, segmentation:DIR, csv:FILE, "
+    "parquet:FILE, hfdata:DIR, text:FILE, package.module:factory or file.py:factory",
+    "--data gone.npz": "data set 'gone.npz' is a file; write npz:gone.npz",
+    "--data npz:gone.npz": "there is no file HERE/gone.npz; give npz:FILE with arrays x_train, y_train, x_test, y_test",
+    "--max-gpu-mem lots": "--max-gpu-mem: 'lots' is not a size; write 512MB or 512MiB",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_data_that_cannot_be_predicted_is_one_line(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    _files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = lowmem_pnn(f"predict {here / 'run'} {options} --out o.npz --quiet")
+    assert (done.code, done.fault.replace(str(tmp_path), "HERE").replace(str(here), "RUN")) == (3, REFUSED[options]), done.err
+    assert not list(tmp_path.glob("*o.npz*"))
+
+
+def test_an_answer_that_a_file_cannot_hold_is_one_line(here: Path, tmp_path: Path) -> None:
+    done = lowmem_pnn(f"predict run --out {tmp_path / 'masks'}/")
+    assert (
+        done.fault == "--out DIR/ takes masks, and the model gives no class for each pixel; give --out FILE.csv or --out FILE.npz"
+    )
+    assert "--out" in lowmem_pnn("predict run").fault
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_does_not_say_what_its_samples_are_is_one_line(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowmem_pnn.inference import predict as module
+
+    opened = module.open_finished
+
+    def of_an_earlier_version(rundir: Any) -> Any:
+        finished = opened(rundir)
+        return dataclasses.replace(finished, result=dataclasses.replace(finished.result, form={}))
+
+    monkeypatch.setattr(module, "open_finished", of_an_earlier_version)
+    with pytest.raises(ConfigError) as caught:
+        package.predict("run")
+    assert str(caught.value) == (
+        "the run in run does not say what its samples are like: it is of an earlier version, or samples are of a class of your own; load its "
+        "weights into your model by lowmem_pnn.load_weights"
+    )
+
+
+def test_what_python_has_given_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(20, 4)
+    result = fit(lambda: nn.Linear(4, 2), (x, torch.arange(20) % 2), tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        package.predict(result)
+    assert str(caught.value) == (
+        "the run was trained on data from Python (python:tuple), which no name leads to; give the data to predict"
+    )
+    monkeypatch.setattr("lowmem_pnn.inference.load._GIVEN", {})
+    done = lowmem_pnn(f"predict {result.workdir} --data digits --out {tmp_path / 'o.npz'}")
+    assert done.fault == (
+        "this run was started from Python with its own model (python:<lambda>), which no name leads to; give it again, from Python: "
+        f"lowmem_pnn.predict('{result.workdir}', data, model=...)"
+    )
+    assert package.predict(result, x, model=lambda: nn.Linear(4, 2))["scores"].shape == (20, 2)
+    with pytest.raises(DataError, match=r"^data python:Tensor has samples of shape \(3,\) float32, and the run was trained on"):
+        package.predict(result, x[:, :3], model=lambda: nn.Linear(4, 2))
+
+
+def test_a_full_disk_changes_nothing(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "o.csv").write_text("before")
+
+    def full(self: Any, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lowmem_pnn.inference.answers.TableWriter.add", full)
+    done = lowmem_pnn(f"predict run --out {tmp_path / 'o.csv'} --overwrite")
+    assert (done.code, done.fault) == (
+        5,
+        f"cannot write to {tmp_path / 'o.csv'}: no space left on device; make room there, or give another --out",
+    )
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("o.csv", "before")]
