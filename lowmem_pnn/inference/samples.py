@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from lowmem_pnn.config.code import names_code
-from lowmem_pnn.config.configure import given_options
+from lowmem_pnn.config.configure import DOWNLOADED, given_options
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.formats.hub_data import open_hub_samples
@@ -187,12 +187,16 @@ def open_samples(
     spec = _spec(str(data), form) if text else config.data
     steps, root = "", None
     sample_form = SampleForm(source.input_form, source.context, options)
+    fixed = spec in ("digits", *DOWNLOADED) or spec.startswith("text:")
+    if skip_broken and fixed and (text or data is None):
+        raise ConfigError(f"--skip-broken has no effect here: data {spec} has no broken samples; leave it out")
     if data is None or (text and spec == config.data):
         if config.data.startswith("python:"):
             raise ConfigError(
                 f"the run was trained on data from Python ({config.data}), which no name leads to; give the data to predict"
             )
-        parts, steps = _own_parts(config, sample_form)
+        own = dataclasses.replace(config, skip_broken=config.skip_broken or skip_broken)
+        parts, steps = _own_parts(own, sample_form)
         root = _root(spec)
     elif text:
         parts, steps = _parts_of(spec, config, form, sample_form, preparation, skip_broken)
@@ -290,8 +294,6 @@ def _parts_of(
             for name, one in given.items()
         }
     else:
-        if skip_broken:
-            raise ConfigError(f"--skip-broken has no effect here: data {spec} has no broken samples; leave it out")
         dataset = find_dataset(spec, config.data_root, input_form, context=sample_form.context, options=options, resize=resize)
         return _of_dataset(dataset), dataset.preprocessing
     first = next(iter(splits.values()))[0]

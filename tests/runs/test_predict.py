@@ -85,6 +85,13 @@ def test_every_part_has_the_samples_that_the_run_had(here: Path) -> None:
     assert np.array_equal(parts["all"]["scores"], whole)
 
 
+def test_a_result_stands_for_its_run(here: Path) -> None:
+    result = Result.from_json(Path("run/result.json").read_text())
+    assert package.evaluate(result) == package.evaluate("run")
+    assert np.array_equal(package.predict(result)["scores"], package.predict("run")["scores"])
+    assert torch.equal(package.load(result)[0].weight, package.load("run")[0].weight)  # type: ignore[index,arg-type]
+
+
 @pytest.mark.parametrize("method", ["pnn --kappa 1", "neuroflux --heads linear"])
 def test_other_methods_predict_too(here: Path, tmp_path: Path, method: str) -> None:
     assert train(f"--method {method} --partitions 2", workdir=str(tmp_path / "run")).code == 0
