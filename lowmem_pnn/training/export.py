@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError, ConfigError, DiskError
-from lowmem_pnn.evaluation.exits import HEADS_FILE, ExitModel, num_parameters
+from lowmem_pnn.evaluation.exits import HEADS_FILE, ExitModel, SeveralTensorsModel, num_parameters
 from lowmem_pnn.memory.aligned import byte_view
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import is_of_head
@@ -77,7 +77,7 @@ def export_exit(
         raise CheckpointError(f"{path} has {len(result.exits)} exits, and its model {len(chain.layers)} layers; {DAMAGED}")
     last = len(chain.layers) - 1 if number is None else number
     params, known = num_parameters(chain, last), result.exits[last] if result.exits else {}
-    report = {
+    report: dict[str, Any] = {
         "exit": last + 1 if number is not None else None,
         "layer": chain.layers[last].name,
         "params": params,
@@ -86,18 +86,16 @@ def export_exit(
     if to == "safetensors":
         difference: float | None = _export_weights(workload, last, path, folder)
         return {**report, "file": str(folder.path / FILE_OF[to]), "largest_difference": difference}
-    if len(chain.boundaries[0]) > 1 or chain.output_form is not None:
-        raise ConfigError(
-            f"the model of {path} takes several tensors, or returns a structure, and a program is made for one of each; its weights are "
-            f"in {path / 'model.safetensors'}"
-        )
     if to is not None:
         tensors = {chain.owner_of(name): tensor for name, tensor in _wanted(chain, last).items()}
         check_format(to, sum(tensor.nbytes for tensor in tensors.values()), workload.config.max_gpu_mem)
     _fill(workload, last, path)
-    model = ExitModel(chain, last).eval()
-    (sample,) = chain.boundaries[0]
-    program = make_program(model, sample, f"the model of {path}")
+    inputs, several = chain.boundaries[0], len(chain.boundaries[0]) > 1 or chain.output_form is not None
+    model = (SeveralTensorsModel if several else ExitModel)(chain, last).eval()
+    program = make_program(model, inputs, f"the model of {path}")
+    if several:
+        outputs = ("outputs",) if chain.output_form is None or number is not None else chain.output_form.names
+        report |= {"inputs": list(chain.call_form.names), "outputs": list(outputs)}
     tensors = {name: tensor.detach().contiguous() for name, tensor in program.state_dict.items()}
     if to is None:
         folder.write(
@@ -111,10 +109,10 @@ def export_exit(
     with tempfile.TemporaryDirectory() as place:
         onnx = Path(place) / FILE_OF["onnx"]
         if to == "onnx":
-            save_onnx(program, onnx, f"the model of {path}")
+            save_onnx(program, onnx, f"the model of {path}", report.get("inputs", ["x"]), report.get("outputs", ["outputs"]))
         folder.write(
             {FILE_OF[to]: lambda file: torch.export.save(program, file) if to == "pt2" else _copy(onnx, file)},
-            lambda written: found.append(largest_difference(model, sample, written / FILE_OF[to], to)),
+            lambda written: found.append(largest_difference(model, inputs, written / FILE_OF[to], to)),
         )
     return {**report, "file": str(folder.path / FILE_OF[to]), "largest_difference": found[0]}
 

@@ -5,7 +5,7 @@ import importlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lowmem_pnn.config.faults import suggest
 from lowmem_pnn.errors import BudgetError, ConfigError
+from lowmem_pnn.evaluation.exits import SeveralTensorsModel
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.units import format_bytes
@@ -77,45 +78,51 @@ def check_format(to: ExportFormat, weight_bytes: int, budget_bytes: int) -> None
         raise ConfigError(f"a file of ONNX holds at most 2 GiB, and the model has {format_bytes(weight_bytes)}; give --to pt2")
 
 
-def make_program(model: nn.Module, sample: TensorSpec, what: str) -> torch.export.ExportedProgram:
+def make_program(model: nn.Module, inputs: Sequence[TensorSpec], what: str) -> torch.export.ExportedProgram:
     """Return a model as a program for batches of any size.
 
     Args:
-        model: the model, in eval mode.
-        sample: shape and type of one sample.
+        model: the model, in eval mode; one of several inputs takes them as `*inputs`.
+        inputs: shape and type of each tensor of a sample.
         what: name of the model in messages.
 
     Raises:
         ConfigError: it cannot be written as a program.
     """
-    example = torch.zeros(2, *sample.shape, dtype=sample.dtype)
+    examples = tuple(torch.zeros(2, *spec.shape, dtype=spec.dtype) for spec in inputs)
+    shapes: Any = ({0: torch.export.Dim("batch")},) * len(examples)
+    takes_any_number = isinstance(model, SeveralTensorsModel)
     with _refused(what, "a torch.export program"):
-        return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        return torch.export.export(model, examples, dynamic_shapes=(shapes,) if takes_any_number else shapes)
 
 
-def save_onnx(program: torch.export.ExportedProgram, file: Path, what: str) -> None:
+def save_onnx(
+    program: torch.export.ExportedProgram, file: Path, what: str, inputs: Sequence[str], outputs: Sequence[str]
+) -> None:
     """Write a program as ONNX, its first axis of any length.
 
     Args:
         program: the program.
         file: path of the new file.
         what: name of the model in messages.
+        inputs: names of its inputs.
+        outputs: names of its outputs.
 
     Raises:
         ConfigError: it cannot be written as ONNX.
     """
     with _refused(what, "ONNX"), _quiet():
-        written = torch.onnx.export(program, input_names=["x"], output_names=["outputs"], dynamo=True, verbose=False)
+        written = torch.onnx.export(program, input_names=list(inputs), output_names=list(outputs), dynamo=True, verbose=False)
         assert written is not None
         written.save(str(file), external_data=False)
 
 
-def largest_difference(model: nn.Module, sample: TensorSpec, file: Path, to: ExportFormat) -> float | None:
+def largest_difference(model: nn.Module, inputs: Sequence[TensorSpec], file: Path, to: ExportFormat) -> float | None:
     """Run a batch through a model and through the file that was written of it.
 
     Args:
         model: the model, in eval mode.
-        sample: shape and type of one sample.
+        inputs: shape and type of each tensor of a sample.
         file: path of the file.
         to: format of the file.
 
@@ -124,25 +131,36 @@ def largest_difference(model: nn.Module, sample: TensorSpec, file: Path, to: Exp
     """
     generator = torch.Generator().manual_seed(0)
     # Of tokens only the first is sure to be known.
-    x = torch.rand(_SAMPLES, *sample.shape, generator=generator).to(sample.dtype)
+    tensors = [torch.rand(_SAMPLES, *spec.shape, generator=generator).to(spec.dtype) for spec in inputs]
     run = _reader(file, to)
     if run is None:
         return None
     with torch.no_grad():
-        expected, found = model(x), run(x)
-    return float((expected.double() - found.double()).abs().max()) if expected.numel() else 0.0
+        pairs = zip(_as_tuple(model(*tensors)), _as_tuple(run(*tensors)), strict=True)
+        return max(float((one.double() - other.double()).abs().max()) for one, other in pairs if one.numel())
 
 
-def _reader(file: Path, to: ExportFormat) -> Callable[[Tensor], Tensor] | None:
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _reader(file: Path, to: ExportFormat) -> Callable[..., Any] | None:
     if to == "pt2":
-        loaded: Any = torch.export.load(file).module()
-        return loaded  # type: ignore[no-any-return]
+        loaded: Callable[..., Any] = torch.export.load(file).module()
+        return loaded
     try:
         runtime = importlib.import_module("onnxruntime")
     except ImportError:
         return None
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    names = [one.name for one in session.get_inputs()]
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        # An input that nothing depends on may have been left out.
+        given = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=False)}
+        return tuple(torch.from_numpy(output) for output in session.run(None, given))
+
+    return run
 
 
 @contextlib.contextmanager

@@ -252,27 +252,49 @@ def test_what_cannot_be_compared_is_said(named: Path, tmp_path: Path, monkeypatc
     assert done.err.endswith("not compared: onnxruntime is not installed; run: pip install 'lowmem-pnn[onnx]'\n")
 
 
-def test_what_a_format_cannot_hold_is_one_line(
-    tied: Result, named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Two(nn.Module):
+    """Takes two tensors, and returns a dictionary of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+        h = self.inner(left - right)
+        return {"logits": h, "norm": h.norm(dim=1)}
+
+
+def test_several_tensors_come_and_go_by_their_names(tmp_path: Path) -> None:
+    x = {"left": torch.rand(8, 2), "right": torch.rand(8, 2)}
+    result = package.fit(Two, (x, torch.arange(8) % 2), workdir=tmp_path / "run", **SMALL)
+    with torch.no_grad():
+        expected = result.load(Two())(**x)
+    for to in ("pt2", "onnx"):
+        report = package.export(result, to=to)  # type: ignore[arg-type]
+        assert (report["inputs"], report["outputs"]) == (["left", "right"], ["logits", "norm"])
+        assert report["largest_difference"] < 1e-5
+    logits, norm = torch.export.load(tmp_path / "run/export/model.pt2").module()(*x.values())
+    assert torch.allclose(logits, expected["logits"])
+    assert torch.allclose(norm, expected["norm"])
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(str(tmp_path / "run/export/model.onnx"))
+    found = session.run(["norm"], {name: tensor.numpy() for name, tensor in x.items()})
+    assert torch.allclose(torch.from_numpy(found[0]), expected["norm"], atol=1e-6)
+    assert package.export(result, to="safetensors")["largest_difference"] == 0.0
+    assert set(package.export(result)) >= {"program", "weights", "inputs", "outputs"}
+
+
+def test_a_forward_that_no_format_holds_is_one_line(tied: Result, named: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(named)
     assert lowmem_pnn("export run --to onx --trust").fault == "--to 'onx' is none of safetensors, pt2, onnx; did you mean 'onnx'?"
 
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(2, 2)
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such operation")
 
-        def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-            return {"logits": self.inner(a + b)}
-
-    x = (torch.rand(8, 2), torch.rand(8, 2))
-    result = package.fit(Two, (x, torch.arange(8) % 2), workdir=tmp_path / "run", **SMALL)
-    for to in ("pt2", "onnx"):
+    for name, to, form in (("torch.onnx.export", "onnx", "ONNX"), ("torch.export.export", "pt2", "a torch.export program")):
+        monkeypatch.setattr(name, fail)
         with pytest.raises(ConfigError) as caught:
-            package.export(result, to=to)
+            package.export(tied, to=to)  # type: ignore[arg-type]
         assert str(caught.value) == (
-            f"the model of {result.workdir} takes several tensors, or returns a structure, and a program is made for one of each; its weights "
-            f"are in {result.workdir}/model.safetensors"
+            f"the model of {tied.workdir} cannot be written as {form}: RuntimeError: no such operation; give --to safetensors"
         )
-    assert package.export(result, to="safetensors")["largest_difference"] == 0.0
