@@ -25,7 +25,7 @@ from lowmem_pnn.cli.options import (
     trust_option,
 )
 from lowmem_pnn.cli.output import open_standard_streams, print_result
-from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_worker
+from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
@@ -303,10 +303,12 @@ def _stdout_is_ours() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Note the first SIGINT or SIGTERM, for the run to stop at a good place; the second ends the process at once."""
+    """Note the first SIGINT, SIGTERM or SIGHUP, for the run to stop at a good place; the second ends the process at once."""
     caught: list[int] = []
 
     def handle(number: int, _: FrameType | None) -> None:
+        if is_repeated_hangup(number, caught):
+            return
         if caught:
             os._exit(128 + number)
         caught.append(number)
@@ -314,7 +316,7 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
         with contextlib.suppress(OSError):
             os.write(2, b"lowmem-pnn: stopping after this batch; once more to stop at once\n")
 
-    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, handle) for number in stop_signals()}
     # The supervisor starts its worker with these blocked.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:

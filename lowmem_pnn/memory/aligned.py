@@ -7,12 +7,13 @@ import ctypes
 import math
 import mmap
 from collections.abc import Callable, Iterable
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from lowmem_pnn.memory.libc import libc
 
 ALIGNMENT = 64
 """Alignment in bytes: the width of a cache line and of the widest vector registers."""
@@ -80,12 +81,7 @@ def _in_huge_pages(nbytes: int) -> Tensor:
 def _make_inaccessible(address: int, nbytes: int) -> None:
     """Forbid to read and to write pages."""
     if nbytes > 0:
-        _libc().mprotect(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _PROT_NONE)
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+        libc().mprotect(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _PROT_NONE)
 
 
 def _round_up(offset: int) -> int:
