@@ -145,19 +145,14 @@ class Footprint:
         """Return the bytes that a sweep prefetches, and as many that it writes behind: at most all that it moves.
 
         Args:
-            window_bytes: Bytes of the stream's window; a tensor that is larger than the window waits alone.
+            window_bytes: Bytes of the stream's window; a tensor that is larger is read into its place, and written in parts.
         """
-        return max(min(window_bytes, self._streamed_bytes), self._largest_tensor_bytes)
+        return min(window_bytes, self._streamed_bytes)
 
     @cached_property
     def _streamed_bytes(self) -> int:
         layers = self.request.profile.layers
         return sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in layers)
-
-    @cached_property
-    def _largest_tensor_bytes(self) -> int:
-        layers = self.request.workload.chain.layers
-        return max(tensor.nbytes for layer in layers for tensor in (*layer.parameters().values(), *layer.buffers().values()))
 
     def reading_bytes(self, boundary: int, batch: int) -> int:
         """Return the bytes of samples while they are read; where the host is not the device, while they are copied.

@@ -188,9 +188,15 @@ def _field_value(value: Any) -> Any:
     return Envelope(tuple(Affine(**moment) for moment in value["moments"])) if "moments" in value else Affine(**value)
 
 
-def with_streamed_state(layer: LayerCost) -> LayerCost:
-    """Return the cost of a layer whose optimizer state is not resident with its weights but streamed in for the step."""
-    return replace(layer, optimizer_bytes=0, streamed_state_bytes=layer.optimizer_bytes)
+def with_streamed_state(layer: LayerCost, slice_bytes: int, step_bytes: int) -> LayerCost:
+    """Return the cost of a layer whose optimizer state is not resident with its weights but streamed in, slice by slice, for the step.
+
+    Args:
+        layer: Cost of a layer whose state is resident.
+        slice_bytes: Most bytes of state in memory at one time.
+        step_bytes: Highest temporary memory of the step of a slice.
+    """
+    return replace(layer, optimizer_bytes=0, streamed_state_bytes=slice_bytes, step_bytes=step_bytes)
 
 
 def without_step(layer: LayerCost) -> LayerCost:

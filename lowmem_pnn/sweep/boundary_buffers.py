@@ -144,10 +144,17 @@ class BoundaryBuffers:
         """Keep the gradient of a parameter over the whole batch."""
         self._put(("whole", name, 0), [gradient])
 
-    def pop_parameter_gradient(self, name: str) -> Tensor:
-        """Return the gradient of a parameter over the whole batch, on the device, and forget it; the caller may change it."""
+    def pop_parameter_gradient(self, name: str, elements: slice | None = None) -> Tensor:
+        """Return the gradient of a parameter over the whole batch, on the device, once; the caller may change it.
+
+        Args:
+            name: name of the parameter.
+            elements: elements to return, flat, in the order of the parameter's memory; None for all, in its shape. What is returned in
+                such slices is forgotten with the batch.
+        """
         key = ("whole", name, 0)
-        (gradient,) = self._scratch_with(key).pop(key)
+        scratch = self._scratch_with(key)
+        gradient = scratch.pop(key)[0] if elements is None else scratch.elements(key, elements)
         assert gradient is not None
         return self._device.to_device(gradient)
 

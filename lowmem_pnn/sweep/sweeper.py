@@ -36,7 +36,7 @@ from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
 from lowmem_pnn.sweep.optimizer_steps import Gradients, SweepOptimizerSteps
 from lowmem_pnn.sweep.passes import SweepPasses, SweptBatch
-from lowmem_pnn.sweep.weight_streamer import WeightStreamer
+from lowmem_pnn.sweep.weight_streamer import Piece, WeightStreamer
 from lowmem_pnn.workload import Workload
 
 
@@ -114,7 +114,7 @@ class Sweeper:
             "backpropagate": self._backpropagate,
             "step": self._step_kept,
         }
-        with self._streamer.batch(self._keys(step)):
+        with self._streamer.batch(self._pieces(step)):
             for visit in self._sweep.visits:
                 self._on_visit(visit.partition)
                 actions[visit.action](visit, swept)
@@ -147,7 +147,7 @@ class Sweeper:
                 gradients = [_zeros(part, spec) if spec.dtype.is_floating_point else None for spec in after]
                 self._buffers.put_gradients(number + 1, part_number, gradients)
         try:
-            with self._streamer.batch(self._tensor_keys[number]):
+            with self._streamer.batch(map(Piece, self._tensor_keys[number])):
                 # The last of its visits: forward alone, where nothing before it and in it learns.
                 visit = next(one for one in reversed(self._sweep.visits) if one.partition == number and one.action != "step")
                 residency = self._load(visit)
@@ -277,21 +277,22 @@ class Sweeper:
     def _unload(self) -> None:
         """Unload the resident partition, if there is one."""
         if self._resident is not None:
+            self._streamer.finish_writes_in_parts()
             self._residencies[self._resident].unload()
             self._resident = None
 
-    def _keys(self, step: int) -> Iterator[str]:
-        """Yield the names in weight files of all tensors that `train_batch` takes, in its order."""
+    def _pieces(self, step: int) -> Iterator[Piece]:
+        """Yield all that `train_batch` takes of the weight files, in its order."""
         resident = self._resident
         for visit in self._sweep.visits:
             number, is_step = visit.partition, visit.action == "step"
             if is_step:
                 resident = None
             elif resident != number:
-                yield from self._tensor_keys[number]
+                yield from map(Piece, self._tensor_keys[number])
                 resident = number
             if is_step or (visit.action == "backpropagate" and visit.learns and not visit.keeps_gradients):
-                yield from self._steps.keys(number, step, with_weights=is_step)
+                yield from self._steps.pieces(number, step, with_weights=is_step)
 
 
 def _drop_gradients(residency: Residency, group: int) -> None:
