@@ -33,9 +33,10 @@ class BufferSizes:
     def of_budget(cls, budget_bytes: int) -> "BufferSizes":
         """Derive all sizes from the budget.
 
-        A shard is a sixty-fourth of the budget, between 256 KiB and 16 MiB; window, stream and boundary buffers are four shards each.
+        A shard is a sixty-fourth of the budget, between 256 KiB and 16 MiB; window and boundary buffers are four shards each, a
+        stream is two: where there is room for longer ones plans have them.
         A slice has as many float32 as fit a shard, rounded down to a power of two, and no more than 8 MiB of them.
         """
         shard = min(max(budget_bytes // 64, MEBIBYTE // 4), 16 * MEBIBYTE)
         elements = 1 << (min(shard, _MOST_SLICE_BYTES) // _FLOAT_BYTES).bit_length() - 1
-        return cls(shard, 4 * shard, 4 * shard, 4 * shard, in_flight_bytes_of(budget_bytes), elements)
+        return cls(shard, 4 * shard, 2 * shard, 4 * shard, in_flight_bytes_of(budget_bytes), elements)

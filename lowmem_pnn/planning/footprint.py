@@ -10,6 +10,7 @@ from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.device.kernel_memory import packing_bytes
 from lowmem_pnn.planning.disk_footprint import activation_bytes, num_evaluated_samples
 from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.profiling.costs import ties_counted_once
 from lowmem_pnn.stores.encoding import WORK_BYTES
 
 # Python objects of a module, and of an operation that is no module's. Measured: 5 MB for ResNet-18 (116 of them), 10 for MobileNetV2
@@ -111,11 +112,9 @@ class Footprint:
         """
         if not self.request.device.shares_host:
             return self.buffer_sizes.transfer_bytes
-        # The gradient of shared weights that other partitions left, and the sum with it.
-        shared = 2 * self.request.profile.shared_bytes
         reading = max(self.reading_bytes(0, batch), self._stored_batches_bytes(batch))
         prefetched = self.stream_bytes(self.buffer_sizes.stream_bytes)
-        return shared + reading + prefetched + self._boundary_bytes(batch, cuts)
+        return reading + prefetched + self._boundary_bytes(batch, cuts)
 
     def _stored_batches_bytes(self, batch: int) -> int:
         """Return the bytes of two batches of what frozen layers have written once, and of the order in which they come."""
@@ -151,8 +150,14 @@ class Footprint:
 
     @cached_property
     def _streamed_bytes(self) -> int:
-        layers = self.request.profile.layers
+        layers = ties_counted_once(self.request.profile.layers)
         return sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in layers)
+
+    @cached_property
+    def largest_tensor_bytes(self) -> int:
+        """Bytes of the model's largest tensor."""
+        layers = self.request.workload.chain.layers
+        return max(tensor.nbytes for layer in layers for tensor in (*layer.parameters().values(), *layer.buffers().values()))
 
     def reading_bytes(self, boundary: int, batch: int) -> int:
         """Return the bytes of samples while they are read; where the host is not the device, while they are copied.

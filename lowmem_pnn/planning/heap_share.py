@@ -57,4 +57,5 @@ def _from_heap(layer: Layer, cost: LayerCost, threshold: int) -> LayerCost:
         streamed_state_bytes=of_heap(cost.streamed_state_bytes),
         backward_peak=without_gradients(cost.backward_peak),
         complete=without_gradients(cost.complete),
+        ties=tuple(tie for tie in cost.ties if tie.weight_bytes < threshold),
     )

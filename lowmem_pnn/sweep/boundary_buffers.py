@@ -6,6 +6,7 @@ for steps   gradients of the whole batch, where a step has to wait for all of th
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -120,12 +121,22 @@ class BoundaryBuffers:
             parameter = residency.parameters[name]
             key = ("shared", name, number)
             if parameter.requires_grad and key in self._scratch_with(key):
-                (kept,) = self._scratch.pop(key)
-                assert kept is not None
-                later = self._device.to_device(kept)
-                # In this order: autograd adds the gradient that comes later to the one that was there.
-                hooks.append(parameter.register_hook(lambda gradient, later=later: later + gradient))
+                # On the host it is read when the own gradient is there: it waits in the scratch store until then.
+                later = None if self._device.shares_host else self._device.to_device(self._pop_one(key))
+                hooks.append(parameter.register_hook(partial(self._add_later, key, later)))
         return hooks
+
+    def _add_later(self, key: Key, later: Tensor | None, gradient: Tensor) -> Tensor:
+        """Return the sum of a gradient and the kept one, in the memory of the kept one."""
+        if later is None:
+            later = self._pop_one(key)
+        # In this order: autograd adds the gradient that comes later to the one that was there.
+        return later.add_(gradient)
+
+    def _pop_one(self, key: Key) -> Tensor:
+        (kept,) = self._scratch.pop(key)
+        assert kept is not None, "a gradient was put"
+        return kept
 
     def put_shared_gradients(self, residency: Residency, number: int) -> None:
         """Keep the gradients of tied weights that an earlier partition owns, and take them from the parameters.
