@@ -11,7 +11,8 @@ is streamed in for the step, G gradients.
     step         W + O + G                         nothing; S of one layer, the optimizer's temporaries
 
 A weight that several layers of the partition share has one W, O and G; but until all of its layers have gone back, the gradient that the
-later ones have made is a G beside it. Where a later partition holds such a weight too, its gradient comes in beside the own one: a G more.
+later ones have made is a G beside it. Where a later partition holds such a weight too, and m < B, its gradient comes in beside the own
+one: a G more.
 
 A partition's peak is the greatest of these. Gradients are in memory during the forward only where a batch takes several micro-batches.
 Where a batch takes one micro-batch, and the step of a layer comes at the end of its backward (`LayerCost.freed_gradient_bytes`),
@@ -83,7 +84,7 @@ class RangePeaks:
                     weights -= tie.weight_bytes + tie.optimizer_bytes
                     again += tie.gradient_bytes
                 elif tie.is_first:
-                    from_later[tie.number] = tie.gradient_bytes
+                    from_later[tie.number] = tie.gradient_bytes if self.accumulates else 0
                 shared.add(tie.number)
                 if tie.is_last:
                     from_later.pop(tie.number, None)

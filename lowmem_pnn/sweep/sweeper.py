@@ -250,8 +250,15 @@ class Sweeper:
 
     def _layer_steps(self, visit: Visit, batch: SweptBatch, step_fn: Callable[[int], None]) -> OptimizerInBackward:
         residency, after_backward = self._residencies[visit.partition], self._steps.after_backward[visit.partition]
-        at_once = self._workload.config.step_in_backward and len(batch.parts) == 1
-        return OptimizerInBackward(residency.groups, residency.parameters, after_backward, step_fn, at_once=at_once)
+        alone = len(batch.parts) == 1
+        at_once = self._workload.config.step_in_backward and alone
+
+        def step(group: int) -> None:
+            if alone:
+                self._buffers.add_in_step(residency, residency.groups[group])
+            step_fn(group)
+
+        return OptimizerInBackward(residency.groups, residency.parameters, after_backward, step, at_once=at_once)
 
     def _step_group(self, visit: Visit, batch: SweptBatch, file: TensorFile, group: int) -> None:
         self._steps.step_group(visit.partition, group, batch.gradients, self._streamer, file)

@@ -55,7 +55,9 @@ def test_steps_by_slices_are_same_as_plain_pytorch(cuts: str, options: dict[str,
 
 
 @pytest.mark.parametrize(
-    "options", [{"cuts": "1,2,3"}, {"cuts": "2", "clip_norm": 0.1, "micro_batch": 4}], ids=["cut", "clipped"]
+    "options",
+    [{"cuts": "1,2,3"}, {"cuts": "2", "clip_norm": 0.1}, {"cuts": "2", "clip_norm": 0.1, "micro_batch": 4}],
+    ids=["cut", "clipped", "micro-batches"],
 )
 def test_steps_of_tied_weights_by_slices_are_same_as_plain_pytorch(options: dict[str, Any], tmp_path: Path) -> None:
     check_equal(functools.partial(small_gpt, tied=True), tokens(), tmp_path / "run", **SHORT, **options)

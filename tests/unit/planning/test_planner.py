@@ -59,6 +59,7 @@ def reference_peak(profile, start, stop, micro_batch, batch, objective):
     base -= sum(tie.weight_bytes + tie.optimizer_bytes for ties in again for tie in ties)
     ends = {tie.number for own in held for tie in own.values() if tie.is_last}
     from_later = sum(tie.gradient_bytes for own in held for tie in own.values() if tie.is_first and tie.number not in ends)
+    from_later *= accumulates
     base += layers[0].input_bytes.at(size)
     moments = [base + gradients + max(one.step_bytes + one.streamed_state_bytes for one in layers)]
     for index, one in enumerate(layers):
