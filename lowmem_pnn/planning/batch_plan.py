@@ -131,7 +131,7 @@ def _with_own_peak(footprint: Footprint, plan: Plan, part: PartitionPlan) -> Par
     beside = footprint.beside_bytes(part.start, part.batch, plan.cuts)
     learning = part.predicted_peak_bytes - plan.overhead_bytes + beside
     writing = 0
-    if request.device.shares_host and part.stop < request.num_layers:
+    if footprint.writes_shards and part.stop < request.num_layers:
         # Gradients are freed while outputs are written, and two shards are in memory.
         layers = ties_counted_once(request.costs.layers[part.start : part.stop])
         forward = max(layer.input_bytes.at(part.micro_batch) + layer.emit_peak.at(part.micro_batch) for layer in layers)

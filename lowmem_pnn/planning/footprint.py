@@ -53,7 +53,7 @@ class Footprint:
         beside = max(self.beside_bytes(boundary, batch) for boundary in range(self.request.num_layers))
         if self.request.workload.method.sweeps:
             beside += self.waiting_bytes()
-        shards = 2 * self.buffer_sizes.shard_bytes if device.shares_host else 0
+        shards = 2 * self.buffer_sizes.shard_bytes if self.writes_shards else 0
         return device.reserve_for(self.budget_bytes) + self.constant_bytes + beside + shards
 
     @property
@@ -83,6 +83,12 @@ class Footprint:
         kernels = profile.kernel_bytes * (1 if divides else 2)
         # Outside of sweeps partitions write their outputs in eval mode, in micro-batches of another size.
         return kernels + (profile.emit_kernel_bytes if self._evaluates or not workload.method.sweeps else 0)
+
+    @property
+    def writes_shards(self) -> bool:
+        """Whether partitions write their outputs in shards, which are in device memory: sweeps do so for measures and fixed layers alone."""
+        workload = self.request.workload
+        return self.request.device.shares_host and (not workload.method.sweeps or self._evaluates or workload.fixed_layers > 0)
 
     @property
     def _evaluates(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lowmem_pnn.device import Device
+from lowmem_pnn.engine.gradient_tiles import tiled_bytes
 from lowmem_pnn.model.layer import Layer, gradients_complete_at_once, is_rowwise
 from lowmem_pnn.optim.step_slices import largest_state_bytes
 from lowmem_pnn.planning.search import GOOD_MICRO_BATCH
@@ -90,7 +91,8 @@ class PlanRequest:
     def _costs(self, *, sweeps: bool) -> MemoryProfile:
         layers = list(self.profile.layers)
         if self.loss_chunk is not None:
-            layers[-1] = with_chunked_loss(layers[-1], self.loss_chunk / self.workload.rows_per_sample)
+            tiled = tiled_bytes(self.workload.chain.layers[-1])
+            layers[-1] = with_chunked_loss(layers[-1], self.loss_chunk / self.workload.rows_per_sample, tiled)
         # Steps that wait for all gradients: a sweep keeps the gradients outside of memory, other visits keep them in memory.
         if self.workload.config.step_in_backward and (sweeps or not self.workload.config.steps_wait):
             complete = gradients_complete_at_once(self.workload.chain.layers, in_chunks=self.loss_chunk is not None)

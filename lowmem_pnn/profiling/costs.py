@@ -283,18 +283,20 @@ def with_local_loss(layer: LayerCost) -> LayerCost:
     )
 
 
-def with_chunked_loss(layer: LayerCost, samples: float) -> LayerCost:
+def with_chunked_loss(layer: LayerCost, samples: float, tiled_bytes: int = 0) -> LayerCost:
     """Return the cost of a last layer that is computed with the loss in chunks; the gradients of its weights add up.
 
     Args:
         layer: Cost of the layer computed as a whole.
         samples: Samples in a chunk; of tokens, a fraction of a sample.
+        tiled_bytes: Bytes that a chunk's own gradients take less, since they are added up in tiles.
     """
 
     def of_chunk(peak: Affine | Envelope) -> Affine:
         return Affine(max(moment.fixed + math.ceil(moment.per_sample * samples) for moment in _moments(peak)), 0)
 
-    backward = of_chunk(layer.backward_peak).fixed + layer.gradient_bytes
+    own = (Affine(max(0, moment.fixed - tiled_bytes), moment.per_sample) for moment in _moments(layer.backward_peak))
+    backward = of_chunk(Envelope(tuple(own))).fixed + layer.gradient_bytes
     return replace(
         layer,
         forward_peak=of_chunk(layer.forward_peak),
