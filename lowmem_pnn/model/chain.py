@@ -150,6 +150,10 @@ class Chain:
         if name in self._hooks:
             self._hooks[name].hang_on(parameter)
 
+    def has_hooks(self, name: str) -> bool:
+        """Decide whether anything hangs on a parameter, which then sees its gradient."""
+        return name in self._hooks
+
     def train(self, mode: bool = True) -> "Chain":
         """Put all layers in train mode, or in eval mode, and return the chain."""
         for layer in self.layers:
