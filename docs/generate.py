@@ -15,8 +15,8 @@ BEGIN, END = "<!-- files: written by docs/generate.py -->", "<!-- end of files -
 
 FOLDERS = (
     "cli", "api", "inference", "training", "evaluation", "run", "planning", "reporting", "sweep", "engine", "workload", "methods", "tasks",
-    "profiling", "compilation", "pretrained", "device", "stores", "samples", "formats", "zoo", "sources", "memory", "model", "optim", "config",
-    "partition_plan", "seeds", "units", "errors",
+    "profiling", "compilation", "adapters", "pretrained", "device", "stores", "samples", "formats", "zoo", "sources", "memory", "model",
+    "quantization", "optim", "config", "partition_plan", "seeds", "units", "errors",
 )  # fmt: skip
 """The folders of the package and the files beside them: imports point from the left to the right, never back."""
 

@@ -14,7 +14,9 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
-    "Fine-tuning": ("weights", "freeze", "train_only", "freeze_norm", "unfreeze_at", "cache_frozen"),
+    "Fine-tuning": (
+        "weights", "freeze", "train_only", "freeze_norm", "unfreeze_at", "cache_frozen", "lora", "modules_to_save", "frozen_dtype",
+    ),
     "Data": (
         "data", "target", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "workers", "shuffle",
         "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
@@ -61,7 +63,8 @@ _METAVARS = {
     "image_size": "N|HxW", "resize": "crop|squash|pad", "normalize": "none|imagenet|auto|MEAN/STD", "workers": "N",
     "test_fraction": "X", "weights": "default|FILE|DIR|none", "freeze": "PATTERN,...", "train_only": "PATTERN,...",
     "target": "COLUMN,...",
-    "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH",
+    "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH", "lora": "KEY=VALUE,...", "modules_to_save": "NAME,...",
+    "frozen_dtype": "fp32|bf16|int8|nf4",
 }  # fmt: skip
 
 # Options without a value: their names, and what the help says of the default.

@@ -110,6 +110,10 @@ class Chain:
         graphs = (layer.module.graph.nodes for layer in self.layers if isinstance(layer.module, fx.GraphModule))
         return sum(map(len, graphs)) + sum(1 for layer in self.layers for _ in layer.module.modules())
 
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules of all layers, with their names in the model."""
+        return (named for layer in self.layers for named in layer.module.named_modules(remove_duplicate=False))
+
     @cached_property
     def _hooks(self) -> dict[str, ParameterHooks]:
         """What hangs on parameters, by the names under which they are stored."""

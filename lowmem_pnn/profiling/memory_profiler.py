@@ -19,6 +19,7 @@ from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost, MemoryProfile, Tie, with_local_loss
 from lowmem_pnn.profiling.fake_run import FEW, MANY, MORE, FakeRun, LayerMeasurement, MemoryTrace
+from lowmem_pnn.quantization.stored_weights import num_values
 
 MeasurementCache = dict[Hashable, LayerMeasurement]
 """Measurements of layers, by their fingerprint, compiled code, boundaries and device."""
@@ -115,6 +116,7 @@ def _layer_cost(
     """
     parameters = _not_yet_counted(layer.parameters().values(), set())
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    sizes = num_values(layer.module)
 
     def peak(moments: Callable[[MemoryTrace], list[int]]) -> Envelope:
         return Envelope.over(moment for sizes in measurement.traces for moment in fit_peak(*map(moments, sizes)).moments)
@@ -123,7 +125,7 @@ def _layer_cost(
     kept = Affine(max(kept.fixed for kept in kepts), max(kept.per_sample for kept in kepts))
     return LayerCost(
         name=layer.name,
-        num_params=sum(parameter.numel() for parameter in parameters),
+        num_params=sum(sizes.get(id(parameter), parameter.numel()) for parameter in parameters),
         weight_bytes=sum(map(_nbytes, parameters)),
         buffer_bytes=sum(map(_nbytes, _not_yet_counted(layer.buffers().values(), counted_buffers))),
         gradient_bytes=sum(map(_nbytes, trainable)),

@@ -74,6 +74,7 @@ def begin(
     with file_system_faults(path), _environment(display) as threads:
         inputs = _open_before_floor(config, open_inputs, display)
         with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
+            config = workload.config  # which names what else learns beside adapters
             profile = profile_workload(workload, device)
             request = PlanRequest(workload, profile, device)
             estimator = TimeEstimator.measured(request)
