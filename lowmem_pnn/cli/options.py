@@ -14,7 +14,9 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
-    "Fine-tuning": ("weights", "freeze", "train_only", "freeze_norm", "unfreeze_at", "cache_frozen"),
+    "Fine-tuning": (
+        "weights", "freeze", "train_only", "freeze_norm", "unfreeze_at", "cache_frozen", "lora", "modules_to_save", "frozen_dtype",
+    ),
     "Data": (
         "data", "target", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "workers", "shuffle",
         "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
@@ -65,6 +67,7 @@ _METAVARS = {
     "target": "COLUMN,...",
     "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH", "tokenizer": "DIR|FILE|bytes", "context": "N", "loss_on": "completions|all",
     "betas": "A,B", "eps": "X", "no_decay": "PATTERN,...", "min_lr": "X", "max_steps": "N",
+    "lora": "KEY=VALUE,...", "modules_to_save": "NAME,...", "frozen_dtype": "fp32|bf16|int8|nf4",
 }  # fmt: skip
 
 # Options without a value: their names, and what the help says of the default.

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError as PydanticError
 
+from lowmem_pnn.config.adapter_options import DEFAULTS_WITH_ADAPTERS
 from lowmem_pnn.config.code import CODE_FIELDS
 from lowmem_pnn.config.defaults import is_language, training_defaults
 from lowmem_pnn.config.faults import describe_fault, flag
@@ -52,6 +53,8 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("activation_dtype", "partitions that learn from activations (no --parallel-sil)", lambda config: not config.parallel_sil),
     ("unfreeze_at", "--method exact", lambda config: config.method == "exact"),
     ("unfreeze_at", "--freeze or --train-only", lambda config: bool(config.freeze or config.train_only)),
+    ("modules_to_save", "--lora", lambda config: config.lora is not None),
+    ("frozen_dtype", "--lora, --freeze or --train-only", lambda config: bool(config.lora or config.freeze or config.train_only)),
     ("cache_frozen", "--method exact", lambda config: config.method == "exact"),
     ("cuts", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("partitions", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
@@ -139,6 +142,8 @@ def configure(**given: Any) -> FitConfig:
         values = {**DEMONSTRATION, **values}
     pretrained = given.get("weights") not in (None, "none")
     values = {**training_defaults(pretrained=pretrained, language=is_language(values)), **values}
+    if given.get("lora") is not None:
+        values = {**values, **DEFAULTS_WITH_ADAPTERS, **given}
     config = checked(values)
     faults = [
         f"{flag(name)} has no effect here: it needs {need}"
@@ -216,6 +221,15 @@ def contradictions(config: FitConfig) -> list[str]:
         ]
     if config.freeze and config.train_only:
         faults.append("--freeze and --train-only exclude each other; give one")
+    if config.lora is not None and (config.freeze or config.train_only):
+        faults.append(
+            f"--lora freezes all but the adapters, and {'--freeze' if config.freeze else '--train-only'} would freeze otherwise; leave it out, "
+            "and name modules that are to learn whole in --modules-to-save"
+        )
+    if config.unfreeze_at is not None and config.frozen_form != "fp32":
+        faults.append(
+            f"--unfreeze-at: what is kept in {config.frozen_form} never learns (--frozen-dtype); leave one of the two out"
+        )
     if config.unfreeze_at is not None and config.unfreeze_at >= min(config.epochs):
         least = min(config.epochs)
         faults.append(

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter
 from pydantic import ValidationError as PydanticError
 from pydantic.dataclasses import dataclass
 
+from lowmem_pnn.config.adapter_options import AdapterOptions, FrozenForm
 from lowmem_pnn.config.data_options import DataOptions
 from lowmem_pnn.config.faults import describe_fault
 from lowmem_pnn.config.field_types import (
@@ -43,7 +44,7 @@ PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "ka
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, StoppingOptions, OptimizerOptions):
+class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, AdapterOptions, StoppingOptions, OptimizerOptions):
     """Everything that decides a run, checked; the same values give the same run.
 
     Where a field is a tuple, one value holds for every partition, else there is one per partition.
@@ -284,6 +285,11 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, St
         """
         values = getattr(self, field) if field != "batch_size" else self.batch_sizes
         return values[0] if len(values) == 1 else values[partition]
+
+    @property
+    def frozen_form(self) -> FrozenForm:
+        """Type that frozen weights are kept in."""
+        return self.frozen_dtype or ("bf16" if self.lora is not None and self.precision == "bf16" else "fp32")
 
     @property
     def watches(self) -> bool:

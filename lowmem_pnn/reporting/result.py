@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from lowmem_pnn.engine.stalls import describe_stalls
 from lowmem_pnn.pretrained.matching import describe_weights
+from lowmem_pnn.pretrained.model_file import load_into
 from lowmem_pnn.reporting.tables import describe_skipped, layer_range, text_table
 from lowmem_pnn.units import format_bytes
 
@@ -54,7 +57,8 @@ class Result:
     `skipped_samples` holds the `count` of broken samples that were left out (--skip-broken), and the `names` of the first 100.
 
     `data_parts` says how many samples each part of the data has, and which parts were split off. `preparation`
-    holds what samples are made with that follows from the training data: columns, classes, mean and std. `workers` is the number of processes
+    holds what samples are made with that follows from the training data: columns, classes, mean and std. `form` says what samples and targets
+    are, for whoever uses the model without them: shapes, types, kind of targets, names of classes. `workers` is the number of processes
     that read them; their memory is in `host_peak_bytes` alone.
 
     Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
@@ -114,6 +118,7 @@ class Result:
     preprocessing: str
     data_parts: str = ""
     preparation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    form: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     workers: int = 0
     versions: Mapping[str, str]
 
@@ -125,6 +130,21 @@ class Result:
     def from_json(cls, text: str) -> "Result":
         """Read a result that `to_json` wrote."""
         return cls(**json.loads(text))
+
+    def load(self, model: nn.Module) -> nn.Module:
+        """Load the trained weights into a model of the class that was trained.
+
+        Args:
+            model: the model, which is changed.
+
+        Returns:
+            The same model.
+
+        Raises:
+            CheckpointError: the weights are gone, or not of such a model: all that differs is named.
+        """
+        load_into(model, self.weights_file)
+        return model
 
     def __str__(self) -> str:
         """Return the result for people; the last line names model size, budget and peak."""

@@ -242,7 +242,7 @@ def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[A
 
 def _npz(path: Path, input_form: InputForm, skip_broken: bool, options: TargetOptions, resize: Resize | None) -> Dataset:
     """Open the arrays of a .npz file, as Keras names them."""
-    arrays = _read_npz(path)
+    arrays = read_npz(path, (*_KEYS, "x_val", "y_val"))
     present = [name for name, _ in _NPZ_PARTS if name == "train" or {f"x_{name}", f"y_{name}"} & set(arrays)]
     missing = [key for name in present for key in (f"x_{name}", f"y_{name}") if key not in arrays]
     if missing:
@@ -276,11 +276,20 @@ def _npz(path: Path, input_form: InputForm, skip_broken: bool, options: TargetOp
     return join_parts(path.stem, splits["train"], splits.get("test"), splits.get("val"))
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
+def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Read arrays of a .npz file, which are mapped where they are large and stored as they are.
+
+    Args:
+        path: Path of the file.
+        names: Names of the arrays that are wanted; others are there as None.
+
+    Raises:
+        DataError: There is no such file, or it cannot be read.
+    """
     if not path.is_file():
         raise DataError(f"there is no file {path.absolute()}; give npz:FILE with arrays {', '.join(_KEYS)}")
     try:
-        return read_members(path, (*_KEYS, "x_val", "y_val"))
+        return read_members(path, names)
     except (LowMemError, MemoryError):
         raise
     # Numpy and zipfile raise nearly anything for files that are damaged, of another kind, or hold pickled objects: OSError, EOFError,

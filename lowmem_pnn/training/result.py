@@ -8,12 +8,13 @@ from lowmem_pnn.config.defaults import training_facts
 from lowmem_pnn.evaluation.exits import chosen_exit
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import describe_partition
-from lowmem_pnn.planning.notes import fixed_notes, frozen_notes, idle_notes, micro_batch_notes
+from lowmem_pnn.planning.notes import adapter_notes, fixed_notes, frozen_notes, idle_notes, micro_batch_notes
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs, samples_learnt
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.tasks.make_task import TASK_OF
+from lowmem_pnn.workload.data_form import DataForm
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
 
@@ -54,6 +55,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         module_state=state.module_state,
         weights=state.pretrained,
         notes=[
+            *adapter_notes(workload),
             *frozen_notes(workload),
             *fixed_notes(workload, plan),
             *([mixed] if mixed is not None else []),
@@ -97,6 +99,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         preprocessing=workload.dataset.preprocessing,
         data_parts=workload.dataset.parts,
         preparation=workload.dataset.preparation,
+        form=DataForm.of(workload.dataset).to_dict(),
         workers=config.workers,
         versions={
             "python": platform.python_version(),

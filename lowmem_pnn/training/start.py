@@ -76,6 +76,7 @@ def begin(
     with file_system_faults(path), _environment(display) as threads:
         inputs = _open_before_floor(config, open_inputs, display)
         with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
+            config = workload.config  # which names what else learns beside adapters
             profile = profile_workload(workload, device)
             request = PlanRequest(workload, profile, device)
             estimator = TimeEstimator.measured(request)
@@ -216,7 +217,7 @@ def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Disp
 def _environment(display: Display) -> Iterator[WorkerThreads]:
     """What a training needs around it: the caller's random state kept, background threads, and a display that is closed at the end."""
     allow_many_files()
-    with torch.random.fork_rng(devices=[]), _full_is_a_budget_error(), worker_threads() as threads:
+    with torch.random.fork_rng(devices=[]), full_is_a_budget_error(), worker_threads() as threads:
         try:
             yield threads
         finally:
@@ -224,7 +225,7 @@ def _environment(display: Display) -> Iterator[WorkerThreads]:
 
 
 @contextmanager
-def _full_is_a_budget_error() -> Iterator[None]:
+def full_is_a_budget_error() -> Iterator[None]:
     """Memory that runs out outside of a batch, which could have been made smaller, ends the run."""
     try:
         yield

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lowmem_pnn.adapters.prepared_model import adapter_tensor_names, new_modules, prepared
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import CaptureError, ConfigError, LowMemError
@@ -21,7 +22,6 @@ from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
 from lowmem_pnn.optim.optimizers import OptimizerSpec
-from lowmem_pnn.pretrained.freezing import with_frozen
 from lowmem_pnn.pretrained.matching import match
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache, profile
@@ -73,13 +73,14 @@ def make_workload(
         CaptureError: the model cannot be cut.
         ConfigError: model and data, or the model and the pretrained weights, do not fit together.
     """
+    opened = dataset, splits  # as they are, before the model tells what of integers are numbers
     try:
         model = skeleton(source.build)
     except Exception as error:
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
-    early, model = with_frozen(model, config), with_frozen(model, config.after_unfreezing)
+    early, model = prepared(model, config, early=True), prepared(model, config)
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     config = _of_max_steps(config, len(splits["train"]))
@@ -112,7 +113,18 @@ def make_workload(
         )
     if config.watches and config.monitor == "val_accuracy" and task.name not in ("classification", "multilabel"):
         raise ConfigError(f"--monitor val_accuracy: {task.name} has no accuracy; give val_loss")
-    pretrained = None if source.weights is None else match(source.weights, chain, source.spec)
+    pretrained = (
+        None if source.weights is None else match(source.weights, chain, source.spec, adapter_tensor_names(chain.modules()))
+    )
+    if config.lora is not None and pretrained is not None and (heads := new_modules(pretrained.new_names, chain)):
+        # A head with random values has to learn, beside adapters too.
+        if config.modules_to_save is None:
+            config = dataclasses.replace(config, modules_to_save=tuple(heads))
+            return make_workload(config, source, *opened, own, device)
+        raise ConfigError(
+            f"--modules-to-save {','.join(config.modules_to_save)}: {heads[0]!r} is new, and would never learn; name it too, or leave "
+            "the option out"
+        )
     workload = _by_method(Workload(config, source, dataset, splits, make_method(config), task, chain, chain, pretrained))
     if config.unfreeze_at is not None:
         if state := chain.python_state:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from lowmem_pnn.adapters.prepared_model import prepared
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.methods import Method, Objective, SplitName, Sweep, Visit, sweep_visits
@@ -18,7 +19,7 @@ from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.optim.lr_schedules import scheduled_rate
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.pretrained.freezing import check_patterns, matching, with_frozen
+from lowmem_pnn.pretrained.freezing import check_patterns, matching
 from lowmem_pnn.pretrained.matching import PretrainedWeights
 from lowmem_pnn.samples.readers import Readers
 from lowmem_pnn.seeds import seed_of
@@ -295,7 +296,7 @@ class Workload:
             return self.method.head(self.chain, number, self.task.head_size or 0, self.dataset.targets.kind == "tokens")
 
     def build_model(self, seed: int) -> nn.Module:
-        """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`, frozen as the options say."""
+        """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`, prepared as the options say."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return with_frozen(self.source.build(), self.config.after_unfreezing)
+            return prepared(self.source.build(), self.config)

@@ -16,7 +16,7 @@ from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.planning.planner import partition_peak
 from lowmem_pnn.profiling import fake_run
-from lowmem_pnn.profiling.costs import Affine, Envelope, with_local_loss
+from lowmem_pnn.profiling.costs import Affine, Envelope, ties_counted_once, with_local_loss
 from lowmem_pnn.profiling.memory_profiler import fit_peak, profile
 from lowmem_pnn.profiling.peaks import largest_micro_batch, peak_of
 
@@ -177,8 +177,13 @@ def test_a_shared_weight_counts_once_and_forbids_the_cuts_between():
     model[4].weight = model[0].weight
     costs = profile_of(model, flat(8))
     assert costs.forbidden_cuts == (1, 2)
-    assert [layer.num_params for layer in costs.layers] == [72, 72, 8]
-    assert sum(layer.weight_bytes for layer in costs.layers) == 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert [layer.num_params for layer in costs.layers] == [72, 72, 72]
+    assert [[(tie.is_first, tie.is_last, tie.num_params) for tie in layer.ties] for layer in costs.layers] == [
+        [(True, False, 64)], [], [(False, True, 64)]
+    ]  # fmt: skip
+    once = ties_counted_once(costs.layers)
+    assert [layer.num_params for layer in once] == [72, 72, 8]
+    assert sum(layer.weight_bytes for layer in once) == 4 * sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_whole_numbers_as_input():
