@@ -102,13 +102,13 @@ def structure(name: str) -> dict[str, Any]:
 
     x, y = data_of(name, 1)
     chain = capture(builder_of(name)(), TensorSpec(shape_of(name), torch.float32))
-    sizes = [sum(p.numel() for p in layer.parameters()) for layer in chain.layers]
+    sizes = [sum(p.numel() for p in layer.parameters().values()) for layer in chain.layers]
     found: dict[str, Any] = {"layers": len(chain.layers), "largest": max(sizes) / sum(sizes)}
     # The tightest cut: a partition for every layer.
     cuts = ",".join(str(number) for number in range(1, len(chain.layers)))
     with tempfile.TemporaryDirectory() as folder:
         result = lowmem_pnn.fit(
-            builder_of(name), (x, y), test=(x, y), method="exact", max_gpu_mem="64GB", device="cpu", batch_size=BATCH, micro_batch=BATCH,
+            builder_of(name), (x, y), test=(x, y), method="exact", max_gpu_mem="12GB", device="cpu", batch_size=BATCH, micro_batch=BATCH,
             epochs=1, lr=LR, seed=SEED, val_fraction=0.0, cuts=cuts or None, workdir=f"{folder}/run",
         )  # fmt: skip
         ours = load_file(result.weights_file)

@@ -242,6 +242,26 @@ def export(run: Path, to: Any, exit_: str, out: Path | None, trust: bool, as_jso
     print_result(text, f"the model is in {Path(report['program' if to is None else 'file']).parent}")
 
 
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(readable=False, path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(readable=False, path_type=Path),
+    metavar="FILE",
+    help="The HTML file. [default: report.html in the run's folder; of several runs, in the current folder]",
+)
+@output_options
+def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Write a page about a finished run: memory over time, plan, learning, where the seconds went. Several runs are set side by side."""
+    import json
+
+    from lowmem_pnn.page.page import write_page
+
+    chosen = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    write_page(runs, chosen)
+    print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
+
+
 def _numbers(scores: Mapping[str, Any]) -> str:
     """Return the scores that are numbers; tables are for --json."""
     return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, int | float))

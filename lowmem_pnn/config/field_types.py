@@ -30,6 +30,9 @@ def _numbers_or_all(value: Any) -> Any:
     return value if value in (None, "all") else _list(value)
 
 
+SIZES = ("max_gpu_mem", "max_host_mem", "max_disk")
+"""Options that are sizes in bytes."""
+
 Size = Annotated[PositiveInt, BeforeValidator(_size)]
 
 

@@ -26,6 +26,8 @@ _KNOWN = (*_MORE_SCORES, "loss", "accuracy", "f1", "top5", "perplexity", "confus
 class Result:
     """Result of a run: the content of `result.json`.
 
+    `schema_version` rises when a key changes its meaning or goes; keys may be added without that.
+
     Exits are numbered from 1, as `export --exit` takes them; `chosen_exit` is the exit that `export --exit auto` takes.
 
     `compiled` holds the number of compiled `layers`, the number of `functions` that they share, and the `seconds` of compiling in the
@@ -61,10 +63,13 @@ class Result:
     are, for whoever uses the model without them: shapes, types, kind of targets, names of classes. `workers` is the number of processes
     that read them; their memory is in `host_peak_bytes` alone.
 
+    `plain_bytes` is the predicted peak of a plain PyTorch loop with the same batch; None where it is not known (`neuroflux`).
+
     Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
     where the data is text, belongs to `weights_file`. Values that were not measured are None.
     """
 
+    schema_version: int = 1
     method: str
     model: str
     data: str
@@ -78,6 +83,7 @@ class Result:
     host_peak_bytes: int
     predicted_peak_bytes: int
     reserve_bytes: int
+    plain_bytes: int | None = None
     check: Mapping[str, int]
     compared: str = "no"
     batch_norm: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -128,8 +134,9 @@ class Result:
 
     @classmethod
     def from_json(cls, text: str) -> "Result":
-        """Read a result that `to_json` wrote."""
-        return cls(**json.loads(text))
+        """Read a result that `to_json` wrote, in this version or another; keys that are not known are left out."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in json.loads(text).items() if name in known})
 
     def load(self, model: nn.Module) -> nn.Module:
         """Load the trained weights into a model of the class that was trained.
@@ -196,9 +203,16 @@ class Result:
         lines += [
             f"weights: {self.weights_file}",
             f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state), "
-            f"budget {format_bytes(self.budget_bytes)}, peak {format_bytes(self.peak_bytes)}",
+            f"budget {format_bytes(self.budget_bytes)}, peak {format_bytes(self.peak_bytes)}{self._saving()}",
         ]
         return "\n".join(lines)
+
+    def _saving(self) -> str:
+        """Return how the peak compares with plain PyTorch's."""
+        if self.plain_bytes is None:
+            return ""
+        saved = f": {1 - self.peak_bytes / self.plain_bytes:.0%} saved" if self.peak_bytes < self.plain_bytes else ""
+        return f"; plain PyTorch needs about {format_bytes(self.plain_bytes)}{saved}"
 
     def _partition_table(self) -> str:
         rows = [

@@ -9,6 +9,7 @@ from lowmem_pnn.evaluation.exits import chosen_exit
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import describe_partition
 from lowmem_pnn.planning.notes import adapter_notes, fixed_notes, frozen_notes, idle_notes, micro_batch_notes
+from lowmem_pnn.planning.plain_training import plain_bytes
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs, samples_learnt
@@ -49,6 +50,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         host_peak_bytes=state.host_peak_bytes,
         predicted_peak_bytes=plan.predicted_peak_bytes,
         reserve_bytes=device.reserve_bytes,
+        plain_bytes=plain_bytes(workload, profile, max(part.batch for part in plan.partitions)),
         check=state.check,
         compared=state.compared,
         batch_norm=use.to_dict() if (use := batch_norm_use(workload, plan, state.micro_batches, state.sweep_micro_batch)) else {},
