@@ -16,8 +16,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
     "Fine-tuning": ("weights", "freeze", "train_only", "freeze_norm", "unfreeze_at", "cache_frozen"),
     "Data": (
-        "data", "target", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "workers", "shuffle",
-        "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
+        "data", "target", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "mixup", "cutmix", "workers",
+        "shuffle", "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
     ),
     "Task": ("task", "loss", "class_weights", "label_smoothing", "ignore_index"),
     "Method": (
@@ -60,7 +60,7 @@ _METAVARS = {
     "loss": "NAME", "class_weights": "X,...|balanced", "ignore_index": "N", "val_data": "NAME", "test_data": "NAME",
     "image_size": "N|HxW", "resize": "crop|squash|pad", "normalize": "none|imagenet|auto|MEAN/STD", "workers": "N",
     "test_fraction": "X", "weights": "default|FILE|DIR|none", "freeze": "PATTERN,...", "train_only": "PATTERN,...",
-    "target": "COLUMN,...",
+    "target": "COLUMN,...", "mixup": "X", "cutmix": "X",
     "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH",
 }  # fmt: skip
 
