@@ -44,6 +44,8 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
         "--augment basic and --visits sequential or laps=L",
         lambda config: config.augment != "none" and config.visits != "interleaved",
     ),
+    ("mixup", "--method exact, backprop or neuroflux", lambda config: config.method != "pnn"),
+    ("cutmix", "--method exact, backprop or neuroflux", lambda config: config.method != "pnn"),
     ("blocks", "--method neuroflux", lambda config: config.method == "neuroflux"),
     ("block_tolerance", "--blocks alike", lambda config: config.blocks == "alike"),
     ("exit_tolerance", "--method neuroflux", lambda config: config.method == "neuroflux"),
@@ -242,6 +244,8 @@ def contradictions(config: FitConfig) -> list[str]:
         faults.append(
             "--batch-size auto: only partitions that learn by themselves can each have a batch of their own; give a number"
         )
+    if config.mixing is not None and config.ignore_index is not None:
+        faults.append(f"{config.mixing} mixes the labels of all samples, and --ignore-index leaves some out; leave one out")
     if config.views > 1 and config.method != "neuroflux":
         faults.append("--views has no effect here: it needs --method neuroflux")
     if config.visits == "interleaved" and len(config.epochs) > 1:

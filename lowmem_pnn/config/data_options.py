@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
+from lowmem_pnn.config.field_types import Positive
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and deviation of ImageNet's training images in [0, 1], as torchvision's weights were trained with them."""
 
@@ -132,6 +134,17 @@ class DataOptions:
             "torchvision's RandAugment or TrivialAugmentWide."
         ),
     )
+    mixup: Positive | None = Field(
+        default=None,
+        description=(
+            "MixUp: samples of a training batch are added, in shares from Beta(MIXUP, MIXUP), and so are their labels (exact, backprop; "
+            "neuroflux at each block). With --cutmix one of the two is drawn for each batch."
+        ),
+    )
+    cutmix: Positive | None = Field(
+        default=None,
+        description="CutMix: a box of each image of a training batch is another image's, and the labels are mixed as --mixup does.",
+    )
     workers: NonNegativeInt = Field(
         default=0,
         description=(
@@ -162,6 +175,16 @@ class DataOptions:
             "size than most."
         ),
     )
+
+    @property
+    def changes_samples(self) -> bool:
+        """Whether the model sees other training samples in every epoch, since they are augmented or mixed."""
+        return self.augment != "none" or self.mixing is not None
+
+    @property
+    def mixing(self) -> str | None:
+        """The option by which batches are mixed; None where they are not."""
+        return "--mixup" if self.mixup is not None else "--cutmix" if self.cutmix is not None else None
 
     @property
     def image_shape(self) -> tuple[int, int] | None:

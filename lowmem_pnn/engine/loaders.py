@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,13 @@ from torch import Tensor
 
 from lowmem_pnn.engine.stalls import StallKind
 from lowmem_pnn.samples.augment import AugmentationKey
+from lowmem_pnn.samples.batch_mixer import BatchMixer
 from lowmem_pnn.samples.prepared import read_samples
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.stores.activations import ActivationStore
+
+_T = TypeVar("_T")
 
 # Samples that are read at once where only their labels are needed.
 _LABELS_AT_ONCE = 64
@@ -58,6 +61,29 @@ class Loader(Protocol):
     def close(self) -> None:
         """Close the files, and free the memory, that are held between epochs."""
         ...
+
+
+def read_ahead(
+    pool: Executor, read: Callable[[npt.NDArray[np.int64]], _T], order: npt.NDArray[np.int64], batch_size: int, start: int
+) -> Iterator[_T]:
+    """Iterate over batches that are read in another thread, one ahead: nothing but two batches is in memory.
+
+    Args:
+        pool: pool of one thread, which reads.
+        read: reads a batch of samples by their numbers.
+        order: numbers of all samples, in the order in which they come.
+        batch_size: samples per batch; the last batch may have fewer.
+        start: batches to skip.
+    """
+    ahead: Future[_T] | None = None
+    for begin in range(start * batch_size, len(order), batch_size):
+        now = ahead or pool.submit(read, order[begin : begin + batch_size])
+        following = order[begin + batch_size : begin + 2 * batch_size]
+        ahead = pool.submit(read, following) if len(following) else None
+        batch = now.result()
+        del now  # it holds the batch
+        yield batch
+        del batch  # or three would be there while the next one is waited for
 
 
 class DatasetLoader:
@@ -107,15 +133,7 @@ class DatasetLoader:
             samples, labels = read_samples(self._split, numbers, key)
             return samples if isinstance(samples, tuple) else (samples,), labels
 
-        ahead: Future[Batch] | None = None
-        for begin in range(start * batch_size, len(order), batch_size):
-            now = ahead or self._pool.submit(read, order[begin : begin + batch_size])
-            following = order[begin + batch_size : begin + 2 * batch_size]
-            ahead = self._pool.submit(read, following) if len(following) else None
-            batch = now.result()
-            del now  # it holds the batch
-            yield batch
-            del batch  # or three would be there while the next one is waited for
+        yield from read_ahead(self._pool, read, order, batch_size, start)
 
     def close(self) -> None:
         """Do nothing: no file or memory is held between epochs."""
@@ -124,6 +142,46 @@ class DatasetLoader:
         if shuffle:
             return permutation_of(self.num_samples, self._seed, self._phase, epoch)
         return permutation_of(self.num_samples, self._seed, "own order") if self._permuted else np.arange(self.num_samples)
+
+
+class MixedLoader:
+    """Loader of the batches of another one, mixed (MixUp, CutMix) where they have an augmentation key.
+
+    Args:
+        loader: samples at any boundary, one tensor each.
+        mixer: mixes a batch.
+        macro_batch_start: number of the first sample's place in the order of its epoch.
+    """
+
+    def __init__(self, loader: Loader, mixer: BatchMixer, macro_batch_start: int = 0) -> None:
+        self.num_samples, self.stall_kind = loader.num_samples, loader.stall_kind
+        self._loader, self._mixer, self._macro_batch_start = loader, mixer, macro_batch_start
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        epoch: int = 0,
+        start: int = 0,
+        augmentation_key: AugmentationKey | None = None,
+    ) -> Iterator[Batch]:
+        """Iterate as `Loader.batches` does; labels of batches that are mixed are probabilities (B, classes)."""
+        batches = self._loader.batches(batch_size, shuffle=shuffle, epoch=epoch, start=start, augmentation_key=augmentation_key)
+        if augmentation_key is None:
+            yield from batches
+            return
+        number = self._macro_batch_start // batch_size + start
+        for (x,), labels in batches:
+            mixed, labels = self._mixer(x, labels, augmentation_key, number)
+            del x
+            yield (mixed,), labels
+            number += 1
+            del mixed, labels  # or one more would be there while the next one is waited for
+
+    def close(self) -> None:
+        """Close the other loader."""
+        self._loader.close()
 
 
 class SyntheticLabelLoader:

@@ -1,20 +1,21 @@
 """Samples at a boundary whose activations were written once, in the order in which the data set itself would come."""
 
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 
 import numpy as np
 
+from lowmem_pnn.engine.loaders import Batch, read_ahead
 from lowmem_pnn.engine.stalls import StallKind
 from lowmem_pnn.samples.augment import AugmentationKey
 from lowmem_pnn.seeds import permutation_of
-from lowmem_pnn.stores.activations import ActivationStore, Batch
+from lowmem_pnn.stores.activations import ActivationStore
 
 
 class StoredSampleLoader:
     """Loader of the outputs of a frozen part of the model: the same batches as `DatasetLoader`'s, of activations instead of samples.
 
-    It reads one batch ahead, row by row: nothing but two batches is in memory.
+    It reads one batch ahead, row by row.
 
     Args:
         store: activations of all training samples, written in the permutation of the seed.
@@ -43,15 +44,7 @@ class StoredSampleLoader:
         places = np.empty_like(self._written)
         places[self._written] = np.arange(self.num_samples)
         order = places[permutation_of(self.num_samples, self._seed, self._phase, epoch) if shuffle else self._written]
-        ahead: Future[Batch] | None = None
-        for begin in range(start * batch_size, len(order), batch_size):
-            now = ahead or self._pool.submit(self._store.rows, order[begin : begin + batch_size])
-            following = order[begin + batch_size : begin + 2 * batch_size]
-            ahead = self._pool.submit(self._store.rows, following) if len(following) else None
-            batch = now.result()
-            del now  # it holds the batch
-            yield batch
-            del batch  # or three would be there while the next one is waited for
+        yield from read_ahead(self._pool, self._store.rows, order, batch_size, start)
 
     def close(self) -> None:
         """Do nothing: no file or memory is held between epochs."""

@@ -175,10 +175,11 @@ class Footprint:
         workload, buffers = self.request.workload, self.buffer_sizes
         if not self.request.device.shares_host:
             return buffers.transfer_bytes
-        label_and_order = workload.dataset.targets.sample_bytes + _ORDER_BYTES
+        label_and_order = workload.task.training_targets.sample_bytes + _ORDER_BYTES
         specs = workload.chain.boundaries[boundary]
         sample = sum(spec.sample_bytes for spec in specs) + label_and_order
-        batches = 2 * batch * sample
+        # One more while its samples are mixed.
+        batches = (3 if workload.mixer is not None else 2) * batch * sample
         if workload.config.activation_dtype != "float32":
             batches += WORK_BYTES
         if boundary == 0:

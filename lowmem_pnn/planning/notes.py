@@ -33,6 +33,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *adapter_notes(request.workload),
         *frozen_notes(request.workload),
         *fixed_notes(request.workload, plan),
+        *mixing_notes(request.workload),
         *whole_batch_notes(request, plan, mixing),
         *micro_batch_notes(request.workload, plan),
         *idle_notes(request.workload),
@@ -137,6 +138,24 @@ def fixed_notes(workload: Workload, plan: Plan) -> list[str]:
         return []
     which = "partition 1 is frozen: its outputs are" if count == 1 else f"partitions 1 to {count} are frozen: their outputs are"
     return [f"{which} written once, and read in every epoch (--no-cache-frozen: computed in every epoch)"]
+
+
+def mixing_notes(workload: Workload) -> list[str]:
+    """Return what is said of training batches whose samples are mixed.
+
+    Args:
+        workload: model, data and method.
+    """
+    config = workload.config
+    if config.mixing is None:
+        return []
+    kinds = [f"{name} {value:g}" for name, value in (("MixUp", config.mixup), ("CutMix", config.cutmix)) if value is not None]
+    text = f"training batches are mixed ({' or '.join(kinds)}), and so is what the training loss is taken of"
+    if workload.method.learns_per_layer:
+        text += "; every block mixes what it learns from"
+    if config.cache_frozen and workload.method.sweeps and not all(workload.learns):
+        text += "; outputs of frozen layers are computed in every epoch"
+    return [text]
 
 
 def _training(config: FitConfig) -> str:

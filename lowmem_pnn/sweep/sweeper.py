@@ -137,7 +137,7 @@ class Sweeper:
         planned, chain = self._plan.partitions[number], self._workload.chain
         before, after = chain.boundaries[planned.start], chain.boundaries[planned.stop]
         tensors = tuple(_zeros(slice(0, samples), spec) for spec in before) if number == self._first else ()
-        labels = self._workload.dataset.targets.zeros(samples)
+        labels = self._workload.task.training_targets.zeros(samples)
         parts = micro_batches(samples, micro_batch, self._plan.smallest_micro_batch)
         batch = SweptBatch(tensors, labels, parts, Gradients(0, LossScale()))
         for part_number, part in enumerate(parts):

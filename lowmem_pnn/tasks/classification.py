@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.profiling.costs import Affine
 from lowmem_pnn.sources.targets import Targets
 from lowmem_pnn.tasks.scores import Scores
 from lowmem_pnn.tasks.task import Task, at_least_float32
@@ -29,14 +30,22 @@ class Classification(Task):
         label_smoothing: Smoothing of the labels in training (Szegedy et al. 2016, section 7); measures have none.
         class_weights: Weight of each class in the mean; None for equal ones.
         output: Number of the model's output tensor that the loss is taken of.
+        mixes: Whether training batches have probabilities in the place of class numbers, since their samples are mixed.
     """
 
     name = "classification"
 
     def __init__(
-        self, targets: Targets, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None, *, output: int = 0
+        self,
+        targets: Targets,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | None = None,
+        *,
+        output: int = 0,
+        mixes: bool = False,
     ) -> None:
         super().__init__(targets, output)
+        self._mixes = mixes
         self._label_smoothing = label_smoothing
         self._weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self._ignored = -100 if targets.ignored is None else targets.ignored
@@ -44,7 +53,15 @@ class Classification(Task):
     @property
     def rows_per_sample(self) -> int | None:
         """1, or the tokens of a sample; None for masks and probabilities."""
-        return math.prod(self.targets.shape) if self.targets.kind in ("class", "tokens") else None
+        return math.prod(self.targets.shape) if self.targets.kind in ("class", "tokens") and not self._mixes else None
+
+    @property
+    def training_targets(self) -> Targets:
+        """See `Task.training_targets`: probabilities where batches are mixed."""
+        if not self._mixes:
+            return self.targets
+        classes = self.targets.num_classes
+        return Targets("probabilities", classes, (classes,), torch.float32)
 
     @property
     def head_size(self) -> int | None:
@@ -85,8 +102,8 @@ class Classification(Task):
 
     def count(self, targets: Tensor) -> float:
         """Return the number of labels that are not left out, or the sum of their classes' weights."""
-        if self.targets.kind == "probabilities":
-            return len(targets)
+        if targets.is_floating_point():
+            return len(targets)  # as PyTorch has it, whatever the weights of the classes
         if self._weights is None:
             return int((targets != self._ignored).sum())
         counted = targets[targets != self._ignored].long()
@@ -106,12 +123,16 @@ class Classification(Task):
         """Return the classes with the highest score, and the right ones."""
         if self.targets.kind == "mask":
             return scores.argmax(1), targets
-        if self.targets.kind == "probabilities":
+        if targets.is_floating_point():
             return scores.argmax(-1), targets.argmax(-1)
         return scores.argmax(-1), targets
 
     def _rows(self, targets: Tensor) -> Tensor:
-        return targets if self.targets.kind == "probabilities" else targets.flatten()
+        return targets if targets.is_floating_point() else targets.flatten()
+
+    def memory(self, output_bytes: int) -> Affine:
+        """See `Task.memory`; probabilities are smoothed, and multiplied with scores, one for each."""
+        return Affine(0, (5 if self._mixes else 2) * output_bytes)
 
     def _cross_entropy(self, scores: Tensor, targets: Tensor, reduction: str, training: bool) -> Tensor:
         weights = self._weights
@@ -119,6 +140,8 @@ class Classification(Task):
             # More classes may be scored than the data has.
             extra = scores.shape[1] - len(weights)
             weights = nn.functional.pad(weights, (0, extra), value=1.0).to(scores.device)
+        if self._mixes and targets.is_floating_point() and (extra := scores.shape[1] - targets.shape[1]):
+            targets = nn.functional.pad(targets, (0, extra))
         return nn.functional.cross_entropy(
             scores,
             targets,

@@ -29,6 +29,8 @@ _LOSSES = {
     "regression": ("mse", "l1", "smooth-l1", "huber"),
 }
 
+_MIXING = ("mixup", "cutmix")
+
 
 @dataclass(frozen=True)
 class Own:
@@ -64,7 +66,9 @@ def make_task(
     """
     name = TASK_OF[targets.kind]
     if own.loss is not None:
-        _refuse_options(config, f"a loss of your own ({config.loss})", ("label_smoothing", "class_weights", "ignore_index"))
+        _refuse_options(
+            config, f"a loss of your own ({config.loss})", ("label_smoothing", "class_weights", "ignore_index", *_MIXING)
+        )
         return OwnTask(targets, own.loss, own.metrics, config.loss, chain.rebuild)
     output = _output(chain)
     known = _LOSSES[name]
@@ -76,13 +80,15 @@ def make_task(
     if own.metrics:
         raise ConfigError(f"metrics of your own go with a loss of your own (loss=...); {name} reports its own scores")
     if name == "regression":
-        _refuse_options(config, "regression", ("label_smoothing", "class_weights", "ignore_index"))
+        _refuse_options(config, "regression", ("label_smoothing", "class_weights", "ignore_index", *_MIXING))
         function: RegressionLoss = "mse" if config.loss == "auto" else config.loss  # type: ignore[assignment]
         return Regression(targets, function, output=output)
     if name == "multilabel":
-        _refuse_options(config, "multilabel", ("ignore_index",))
+        _refuse_options(config, "multilabel", ("ignore_index", *_MIXING))
         return MultiLabel(targets, config.label_smoothing, weights, output=output)
-    return Classification(targets, config.label_smoothing, weights, output=output)
+    if targets.kind in ("tokens", "mask"):
+        _refuse_options(config, "segmentation" if targets.kind == "mask" else "a label for each token", _MIXING)
+    return Classification(targets, config.label_smoothing, weights, output=output, mixes=config.mixing is not None)
 
 
 def _output(chain: Chain) -> int:

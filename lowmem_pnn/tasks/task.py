@@ -33,6 +33,11 @@ class Task(ABC):
         return None
 
     @property
+    def training_targets(self) -> Targets:
+        """Form of the targets of training batches: those of the data, or what becomes of them when samples are mixed."""
+        return self.targets
+
+    @property
     def head_size(self) -> int | None:
         """Outputs of a head that learns this task from any layer; None where heads cannot."""
         return None

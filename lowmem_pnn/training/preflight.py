@@ -121,7 +121,7 @@ def _learn_once(run: Run, number: int, samples: int) -> int:
         active.train()
         specs = workload.chain.boundaries[run.plan.partitions[number].start]
         inputs = tuple(torch.zeros(samples, *spec.shape, dtype=spec.dtype) for spec in specs)
-        batch = inputs, workload.dataset.targets.zeros(samples)
+        batch = inputs, workload.task.training_targets.zeros(samples)
         while True:
             try:
                 _run_model(lambda: executor.train_batch(active, batch, step=0), active.title)

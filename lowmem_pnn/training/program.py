@@ -7,7 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from lowmem_pnn.engine.active_partition import ActivePartition
-from lowmem_pnn.engine.loaders import DatasetLoader, Loader, MacroBatchLoader, StoredMacroBatchLoader, ViewsLoader
+from lowmem_pnn.engine.loaders import (
+    DatasetLoader,
+    Loader,
+    MacroBatchLoader,
+    MixedLoader,
+    StoredMacroBatchLoader,
+    ViewsLoader,
+)
 from lowmem_pnn.engine.out_of_memory import SteppedInPart
 from lowmem_pnn.evaluation.measure import validate
 from lowmem_pnn.methods import SplitName, Sweep, Visit
@@ -161,6 +168,8 @@ def _learn(run: Run, visit: Visit, active: ActivePartition, steps_before: int) -
             train = run.partitions.synthetic_label_loader(visit.partition)
         else:
             train = _training_samples(run, stack, visit)
+            if (mixer := run.workload.mixer) is not None:
+                train = MixedLoader(train, mixer, visit.macro_batch[0] if visit.macro_batch is not None else 0)
             if "val" in run.workload.splits and visit.macro_batch is None:
                 val = run.partitions.loader(stack, visit.partition, "val", _folder(run, "val"))
         try:

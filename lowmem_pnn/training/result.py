@@ -8,7 +8,7 @@ from lowmem_pnn.config.defaults import training_facts
 from lowmem_pnn.evaluation.exits import chosen_exit
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import describe_partition
-from lowmem_pnn.planning.notes import adapter_notes, fixed_notes, frozen_notes, idle_notes, micro_batch_notes
+from lowmem_pnn.planning.notes import adapter_notes, fixed_notes, frozen_notes, idle_notes, micro_batch_notes, mixing_notes
 from lowmem_pnn.planning.plain_training import plain_bytes
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
@@ -60,6 +60,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
             *adapter_notes(workload),
             *frozen_notes(workload),
             *fixed_notes(workload, plan),
+            *mixing_notes(workload),
             *([mixed] if mixed is not None else []),
             *micro_batch_notes(workload, plan),
             *idle_notes(workload),

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from lowmem_pnn.engine.epoch import first_batches
-from lowmem_pnn.engine.loaders import Batch, DatasetLoader
+from lowmem_pnn.engine.loaders import Batch, DatasetLoader, Loader, MixedLoader
 from lowmem_pnn.engine.out_of_memory import SteppedInPart, unless_out_of_memory
 from lowmem_pnn.engine.stored_samples import StoredSampleLoader
 from lowmem_pnn.evaluation.measure import validate
@@ -106,13 +106,14 @@ class SweepLearner:
         self._sweeper.close()
 
 
-def _loader(run: Run, sweep: Sweep) -> DatasetLoader | StoredSampleLoader:
+def _loader(run: Run, sweep: Sweep) -> Loader:
     """Return what gives the batches of a sweep: the data set, or what the partitions before it have written once."""
     workload, session = run.workload, run.session
     config, pool = workload.config, session.threads.read
     if sweep.first == 0:
         train, augments = workload.splits["train"], config.augment != "none"
-        return DatasetLoader(train, config.seed, pool, permuted=True, phase=sweep.phase, augments=augments)
+        loader = DatasetLoader(train, config.seed, pool, permuted=True, phase=sweep.phase, augments=augments)
+        return loader if workload.mixer is None else MixedLoader(loader, workload.mixer)
     name = run.store_of("train")
     assert name is not None, "the visit before has written it"
     store = ActivationStore.open(run.commits.activations / name, counter=session.counter)

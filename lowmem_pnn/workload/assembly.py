@@ -105,6 +105,8 @@ def make_workload(
     if (misfit := task.misfit(outputs)) is not None:
         shapes = " and ".join(f"({', '.join(map(str, ('batch', *spec.shape)))})" for spec in outputs)
         raise ConfigError(f"model {source.spec} gives outputs of shape {shapes}, and data {dataset.name} has {misfit}")
+    if config.mixing is not None:
+        _check_mixing(config, dataset)
     if isinstance(task, OwnTask):
         task.examine(splits["train"].batch(range(min(_EXAMINED, len(splits["train"]))))[1], outputs)
     if config.watches and "val" not in splits:
@@ -246,6 +248,19 @@ def _class_weights(config: FitConfig, dataset: Dataset, train: Split) -> tuple[f
             "for each, or balanced"
         )
     return config.class_weights
+
+
+def _check_mixing(config: FitConfig, dataset: Dataset) -> None:
+    """Refuse samples that cannot be mixed."""
+    shape, dtype = dataset.sample_shape, str(dataset.dtype).removeprefix("torch.")
+    if dataset.structure is not None:
+        raise ConfigError(f"{config.mixing}: samples of data {dataset.name} are several tensors, and one is mixed; leave it out")
+    if not dataset.dtype.is_floating_point:
+        raise ConfigError(f"{config.mixing}: samples of data {dataset.name} are {dtype}, which have no mean; leave it out")
+    if config.cutmix is not None and len(shape) != 3:
+        raise ConfigError(
+            f"--cutmix is for images (channels, height, width), and samples of data {dataset.name} are {shape}; give --mixup, or leave it out"
+        )
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -68,7 +68,17 @@ def trained_inputs(
         if getattr(config, name) != "auto"
     }
     config = dataclasses.replace(
-        config, **first, class_weights=None, early_stop=None, keep_weights="last", compile=False, workers=0, recovery_epochs=0
+        config,
+        **first,
+        class_weights=None,
+        early_stop=None,
+        keep_weights="last",
+        compile=False,
+        workers=0,
+        recovery_epochs=0,
+        mixup=None,
+        cutmix=None,
+        max_steps=None,
     )
     return config, (source, dataset, parts, own)
 

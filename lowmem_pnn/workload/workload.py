@@ -21,6 +21,7 @@ from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.pretrained.freezing import check_patterns, matching
 from lowmem_pnn.pretrained.matching import PretrainedWeights
+from lowmem_pnn.samples.batch_mixer import BatchMixer
 from lowmem_pnn.samples.readers import Readers
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
@@ -71,6 +72,14 @@ class Workload:
     def rows_per_sample(self) -> int:
         """Rows of outputs of one sample: 1, or its tokens."""
         return self.task.rows_per_sample or 1
+
+    @property
+    def mixer(self) -> BatchMixer | None:
+        """What mixes the samples of training batches; None where they are as they are."""
+        config = self.config
+        if config.mixing is None:
+            return None
+        return BatchMixer(config.seed, self.task.targets.num_classes, config.mixup, config.cutmix)
 
     @property
     def needs_whole_batch(self) -> bool:
@@ -152,13 +161,13 @@ class Workload:
     def fixed_layers(self) -> int:
         """Number of first layers whose outputs are the same in every epoch, and are written once for all of them; 0 for none.
 
-        They are frozen, draw nothing at random, change no buffers, and see samples that are not augmented. Outputs that are much
+        They are frozen, draw nothing at random, change no buffers, and see samples that are not augmented or mixed. Outputs that are much
         larger than the samples are not kept: then it is fewer of the layers.
         """
         config = self.config
         if self.early is not None:
             return self.early.fixed_layers
-        if not (self.method.sweeps and config.cache_frozen and config.augment == "none") or all(self.learns):
+        if not (self.method.sweeps and config.cache_frozen) or config.changes_samples or all(self.learns):
             return 0
         if (config.unfreeze_at or config.value_for("epochs", 0)) < 2:
             return 0
