@@ -42,9 +42,11 @@ def training_facts(config: FitConfig) -> dict[str, Any]:
     if config.weight_decay:
         names += ["no_decay", "no_decay_norms"]
     values = {name: getattr(config, name) for name in names}
+    # Lists, as they come back from JSON.
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     return {
-        name: value[0] if isinstance(value, tuple) and len(value) == 1 and name in ("optimizer", "lr") else value
-        for name, value in values.items()
+        name: value[0] if isinstance(value, list) and len(value) == 1 and name in ("optimizer", "lr") else value
+        for name, value in lists.items()
     }
 
 

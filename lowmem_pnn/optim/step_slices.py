@@ -61,6 +61,7 @@ def step_slices(parameters: Mapping[str, Tensor], most_elements: int) -> Iterato
         most_elements: most elements at one time; rounded up to a multiple of `SLICE_UNIT`.
 
     Example:
+        >>> import torch
         >>> parameters = {"weight": torch.empty(100_000, device="meta"), "bias": torch.empty(10), "scale": torch.empty(5)}
         >>> [[(one.name, one.begin, one.end) for one in step] for step in step_slices(parameters, 65536)]
         [[('weight', 0, 65536)], [('weight', 65536, 100000)], [('bias', 0, 10), ('scale', 0, 5)]]

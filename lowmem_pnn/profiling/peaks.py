@@ -46,18 +46,20 @@ class RangePeaks:
                 layer.input_bytes.at(m),
                 layer.kept.at(m),
                 layer.forward_peak.at(m),
-                layer.output_bytes.at(m) + max(layer.backward_peak.at(m), self._step_in_backward(layer)),
+                layer.output_bytes.at(m) + self._backward(layer),
                 layer.emit_peak.at(m),
                 layer.ties,
             )
             for layer in layers
         ]
 
-    def _step_in_backward(self, layer: LayerCost) -> int:
-        """Return the bytes of a step in backward, as `LayerCost.backward_peak` counts: it comes when the kernels' scratch is free."""
+    def _backward(self, layer: LayerCost) -> int:
+        """Return the peak of a layer's backward, as `LayerCost.backward_peak` counts, with its step where that comes at the end of it."""
+        peak = layer.backward_peak.at(self.micro_batch)
         if not layer.freed_gradient_bytes:
-            return 0
-        return layer.complete.at(self.micro_batch) + layer.step_bytes + layer.streamed_state_bytes
+            return peak
+        # The step comes when the kernels' scratch memory is free.
+        return max(peak, layer.complete.at(self.micro_batch) + layer.step_bytes + layer.streamed_state_bytes)
 
     def ranges(self, start: int) -> Iterator[tuple[int, int, int]]:
         """Iterate over the ranges of layers that begin at `start`: of one layer, of two, and so on to the end of the chain.
@@ -95,7 +97,8 @@ class RangePeaks:
             kept += keeps
             # Gradients are made from the last layer to the first: those of the new layer are in memory during the backward of all
             # earlier layers.
-            backward = max(backward + (again if self.accumulates else gradient), kept + backward_peak)
+            earlier = backward + (again if self.accumulates else gradient) if number > start else 0
+            backward = max(earlier, kept + backward_peak)
             during = resident + (gradients if self.accumulates else 0)
             peak = max(during + forward, during + backward, resident + gradients + step)
             yield peak, during + kept, sum(from_later.values())
