@@ -72,7 +72,7 @@ def test_the_step_is_pytorchs(options: dict[str, Any], no_decay: Any, method: st
     cuts = {"cuts": "2"} if method == "exact" else {}
     result = fit(small_mlp, vectors(), tmp_path / "run", method=method, **cuts, **options, **OPTIONS)
     assert_same_weights(loaded(small_mlp, result.weights_file), plain(no_decay=no_decay))
-    assert result.training["betas"] == (0.8, 0.95)
+    assert result.training["betas"] == [0.8, 0.95]
     assert result.training["lr_schedule"] == "linear"
 
 
