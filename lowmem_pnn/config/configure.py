@@ -57,6 +57,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("warmup_steps", "--lr-schedule constant or cosine", lambda config: config.lr_schedule != "onecycle"),
     ("early_stop", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
     ("keep_weights", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
+    ("eval_every", "--method pnn, exact or backprop", lambda config: config.method != "neuroflux"),
     ("monitor", "--early-stop or --keep-weights best", lambda config: config.watches),
     ("momentum", "--optimizer sgd", lambda config: "sgd" in config.optimizer),
     ("optimizer_state", "--optimizer adam or adamw", lambda config: "sgd" not in config.optimizer),
@@ -206,6 +207,8 @@ def contradictions(config: FitConfig) -> list[str]:
         )
     if config.mixing is not None and config.ignore_index is not None:
         faults.append(f"{config.mixing} mixes the labels of all samples, and --ignore-index leaves some out; leave one out")
+    if config.eval_every is not None and config.parallel_sil:
+        faults.append("--eval-every measures the model while its last partition learns, and --parallel-sil joins it later; leave one out")
     if config.views > 1 and config.method != "neuroflux":
         faults.append("--views has no effect here: it needs --method neuroflux")
     if config.visits == "interleaved" and len(config.epochs) > 1:

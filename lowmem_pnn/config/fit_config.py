@@ -284,11 +284,6 @@ class FitConfig(DataOptions, TaskOptions, FineTuningOptions, StoppingOptions):
         return values[0] if len(values) == 1 else values[partition]
 
     @property
-    def watches(self) -> bool:
-        """Whether validation decides when training ends, or which weights are left."""
-        return self.early_stop is not None or self.keep_weights == "best"
-
-    @property
     def laps(self) -> int:
         """How often all blocks take their turn."""
         return int(self.visits.partition("=")[2] or 1)
