@@ -14,62 +14,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from classifiers import CLASSES, TIMM, TORCHVISION, builder_of, shape_of, side_of
 from common import Cache, markdown_table, run_process, write_results
 
-BATCH, BATCHES, CLASSES, SIDE = 16, 3, 10, 64
-# Sides of the networks that do not take 64x64 images.
-SIDES = {"inception_v3": 75, "timm:levit_128s": 224, "timm:mobilevit_xxs": 64}
+BATCH, BATCHES = 16, 3
 # Goal for predicted / measured.
 LEAST, MOST = 0.9, 1.15
 MB = 1e6
 QUICK = ("mlp:1024-1024-1024-1024-10", "mnasnet0_5", "resnet18")
-NETWORKS = (
-    "mlp:256-256-256-10", *QUICK, "mlp:4096-4096-4096-4096-10",
-    "alexnet", "vgg11", "squeezenet1_1", "densenet121", "googlenet", "inception_v3", "shufflenet_v2_x0_5", "mobilenet_v2",
-    "mobilenet_v3_small", "resnext50_32x4d", "wide_resnet50_2", "efficientnet_b0", "efficientnet_v2_s", "regnet_y_400mf", "convnext_tiny",
-    "vit_b_16", "swin_t", "swin_v2_t", "maxvit_t",
-    "timm:mobilenetv3_small_050", "timm:mobilevit_xxs", "timm:edgenext_xx_small", "timm:efficientnet_lite0", "timm:resnet10t",
-    "timm:regnety_002", "timm:convnext_atto", "timm:levit_128s", "timm:poolformer_s12", "timm:deit_tiny_patch16_224",
-    "timm:mixer_s32_224", "timm:ghostnet_050",
-)  # fmt: skip
-
-
-def side_of(name: str) -> int:
-    """Return the height and width of a network's images."""
-    return SIDES.get(name, 224 if name.startswith("timm:") and name.endswith("_224") else SIDE)
-
-
-def builder_of(name: str) -> Callable[[], Any]:
-    """Return the function that builds a network."""
-
-    def build() -> Any:
-        from torch import nn
-
-        if name.startswith("mlp:"):
-            widths = [int(width) for width in name[4:].split("-")]
-            pairs = pairwise(widths)
-            return nn.Sequential(nn.Flatten(), *[layer for pair in pairs for layer in (nn.Linear(*pair), nn.ReLU())][:-1])
-        if name.startswith("timm:"):
-            import timm
-
-            return timm.create_model(name[5:], num_classes=CLASSES)
-        import torchvision
-
-        options: dict[str, Any] = {}
-        if name in ("googlenet", "inception_v3"):
-            options = {"aux_logits": False, "init_weights": False}
-        elif name.startswith("vit"):
-            options = {"image_size": SIDE}
-        elif name.startswith("maxvit"):
-            options = {"input_size": (SIDE, SIDE)}
-        return torchvision.models.get_model(name, num_classes=CLASSES, **options)
-
-    return build
+NETWORKS = ("mlp:256-256-256-10", QUICK[0], "mlp:4096-4096-4096-4096-10", *TORCHVISION, *TIMM)
 
 
 def work(name: str, budget: str | None) -> None:
@@ -79,8 +35,7 @@ def work(name: str, budget: str | None) -> None:
     import lowmem_pnn
     from lowmem_pnn.errors import BudgetError
 
-    shape = (int(name[4:].split("-")[0]),) if name.startswith("mlp:") else (3, side_of(name), side_of(name))
-    x = torch.rand(BATCHES * BATCH, *shape, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(BATCHES * BATCH, *shape_of(name), generator=torch.Generator().manual_seed(0))
     data = x, torch.arange(BATCHES * BATCH) % CLASSES
     options: dict[str, Any] = {"method": "exact", "batch_size": BATCH, "val_fraction": 0.0, "device": "cpu"}
     if budget is None:

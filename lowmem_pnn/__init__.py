@@ -3,13 +3,25 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lowmem_pnn.api import evaluate, export, fit, load_weights, plan
+    from lowmem_pnn.api import evaluate, export, fit, load, load_weights, plan, predict
     from lowmem_pnn.reporting.plan_report import PlanReport
     from lowmem_pnn.reporting.result import Result
     from lowmem_pnn.run.callbacks import Callback
 
 __version__ = "0.1.0"
-__all__ = ["Callback", "PlanReport", "Result", "__version__", "evaluate", "export", "fit", "load_weights", "plan"]
+__all__ = [
+    "Callback",
+    "PlanReport",
+    "Result",
+    "__version__",
+    "evaluate",
+    "export",
+    "fit",
+    "load",
+    "load_weights",
+    "plan",
+    "predict",
+]
 
 _HOMES = {
     "Callback": "run.callbacks",
@@ -18,8 +30,10 @@ _HOMES = {
     "evaluate": "api",
     "export": "api",
     "fit": "api",
+    "load": "api",
     "load_weights": "api",
     "plan": "api",
+    "predict": "api",
 }
 
 

@@ -1,27 +1,28 @@
-"""The public functions: `fit`, `plan`, `evaluate`, `export`, `load_weights`."""
+"""The public functions: `fit`, `plan`, `evaluate`, `predict`, `export`, `load`, `load_weights`."""
 
 import dataclasses
-import json
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lowmem_pnn.compilation.compiler import check_compiler
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.config.workdir import next_workdir
-from lowmem_pnn.errors import CheckpointError, ConfigError
+from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.formats.data_loader import loader_options
+from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember, workload_of
+from lowmem_pnn.inference.predict import predict_run
+from lowmem_pnn.inference.samples import PartName
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.comparison import compare_methods
 from lowmem_pnn.planning.describe import describe_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
+from lowmem_pnn.pretrained.model_file import load_into
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache
 from lowmem_pnn.reporting.plan_report import PlanReport
@@ -33,20 +34,19 @@ from lowmem_pnn.run.resume import check_plan, check_same_data
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.unfinished import unfinished_run
-from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.stores.disk import file_system_faults
-from lowmem_pnn.stores.keys import VERSIONS_KEY
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.tasks import OwnLoss, OwnMetrics
 from lowmem_pnn.tasks.scores import with_prefix
 from lowmem_pnn.training.export import export_exit, find_exit
 from lowmem_pnn.training.export_folder import ExportFolder
+from lowmem_pnn.training.export_formats import ExportFormat, check_name
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.lifecycle import score
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
 from lowmem_pnn.training.start import OpenInputs, begin, worker_threads
 from lowmem_pnn.training.start import resume as resume_training
-from lowmem_pnn.workload import make_workload, profile_workload
+from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs, without_weights
 
 
@@ -125,6 +125,7 @@ def fit(
         folder = next_workdir(config) if workdir is None else Path(workdir)
         result = begin(config, folder, open_inputs, overwrite=overwrite, display=display, callbacks=callbacks)
     assert result is not None, "one process trains all partitions"
+    remember(result.workdir, model)
     return result
 
 
@@ -162,11 +163,11 @@ def plan(
     return _plan(config, open_inputs, timing)
 
 
-def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, Any]:
+def evaluate(run: str | Path | Result, *, trust: bool = False) -> dict[str, Any]:
     """Measure the weights of a finished run on its test data, within its budget.
 
     Args:
-        run: the run's folder, which need not be writable.
+        run: the run's folder, which need not be writable, or its result.
         trust: run code that the run names for its model or data (`file.py:factory`).
 
     Returns:
@@ -177,7 +178,7 @@ def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, Any]:
         ConfigError: its data has no test part, it names code and `trust` was not given, or it was started from Python with a model
             or data of its own.
     """
-    path = Path(run)
+    path = folder_of(run)
     with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir, worker_threads() as threads:
         finished = open_finished(rundir)
         config, state = finished.config, finished.state
@@ -198,34 +199,132 @@ def evaluate(run: str | Path, *, trust: bool = False) -> dict[str, Any]:
                 return with_prefix("test", score(Run(session, workload, plan, weights, state)))
 
 
-def export(run: str | Path, *, exit: str | int = "auto", out: str | Path | None = None, trust: bool = False) -> dict[str, Any]:
-    """Write the model of a finished run, up to one of its exits, for plain PyTorch.
+def predict(
+    run: str | Path | Result,
+    data: Any = None,
+    out: str | Path | None = None,
+    *,
+    part: PartName | None = None,
+    model: Model | None = None,
+    max_gpu_mem: str | int | None = None,
+    skip_broken: bool = False,
+    overwrite: bool = False,
+    trust: bool = False,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Predict samples by the model of a finished run, within its budget, one partition at a time.
+
+    Samples are prepared as in training: same size, normalisation and columns.
 
     Args:
-        run: the run's folder, which need not be writable if `out` is given.
+        run: the run's folder, which need not be writable, or its result.
+        data: samples, with or without targets: an array, a table or a tuple (x, y); a map-style data set of samples, or of pairs; a
+            `DataLoader` of one; a data set's name, a file or a folder, as the command takes them. None takes the run's own data.
+        out: FILE.npz, FILE.csv, or a folder for masks as PNG; None gives arrays back.
+        part: `train`, `val`, `test` or `all`; None takes the test part, or all of data that has none.
+        model: what builds the model, of a run that was started from Python with a model of its own; runs of this process remember it.
+        max_gpu_mem: another budget than the run's.
+        skip_broken: leave out samples that cannot be used.
+        overwrite: replace what is there.
+        trust: run code that the run names for its model or data (`file.py:factory`).
+        display: is told what is predicted; None shows nothing.
+
+    Returns:
+        Arrays by name, in the order of the samples: `scores` of classes (N, classes) and labels (N, labels), which are logits, of tokens
+        (N, T, tokens) and of pixels (N, classes, H, W); or `outputs`, where values are predicted, and where the loss is your own, which
+        takes the names of a model that returns several; `classes`, their names; `targets`, where the data has them; and `files`, where
+        samples are files. With `out` these are in the file, and `out`, `samples` and `data` are returned.
+
+    Raises:
+        CheckpointError: no run is there, it has not finished, or its files are damaged.
+        ConfigError: the data cannot be used, `out` is there, or does not suit the task; or the model has to be given.
+        BudgetError: a layer does not fit in the budget.
+        DiskError: the disk is full, or not writable.
+    """
+    path = folder_of(run)
+    return predict_run(
+        path,
+        data,
+        part=part,
+        out=out,
+        model=given_model(path, model),
+        max_gpu_mem=max_gpu_mem,
+        skip_broken=skip_broken,
+        overwrite=overwrite,
+        trust=trust,
+        display=display,
+    )
+
+
+def load(run: str | Path | Result, model: Model | None = None, *, trust: bool = False) -> torch.nn.Module:
+    """Build the model of a finished run, whatever its source, with the trained weights.
+
+    Args:
+        run: the run's folder, which need not be writable, or its result.
+        model: a model of the class that was trained, which is changed, or what builds it; None builds what the run names, or what it was
+            started with in this process.
+        trust: run code that the run names for its model (`file.py:factory`).
+
+    Returns:
+        The model, whole in memory, in eval mode.
+
+    Raises:
+        CheckpointError: no run is there, it has not finished, its files are damaged, or the model is another one.
+        ConfigError: the run names code and `trust` was not given, or the model has to be given.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = fit("mlp:64-32-10", "digits", max_gpu_mem="100MB", epochs=1, workdir=f"{folder}/run", device="cpu")
+        ...     model = load(result)
+        >>> model(torch.zeros(1, 64)).shape
+        torch.Size([1, 10])
+    """
+    path = folder_of(run)
+    return load_run(path, given_model(path, model), trust=trust)
+
+
+def export(
+    run: str | Path | Result,
+    *,
+    to: ExportFormat | None = None,
+    exit: str | int = "auto",
+    out: str | Path | None = None,
+    model: Model | None = None,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Write the model of a finished run, up to one of its exits, for plain PyTorch or for others.
+
+    Args:
+        run: the run's folder, which need not be writable if `out` is given, or its result.
+        to: "safetensors", weights under the model's own names, which are never whole in memory; "pt2", a `torch.export` program; "onnx";
+            None writes a program and its weights.
         exit: the number of an exit, from 1, the whole model's being the last; "auto" takes the one that the run has chosen.
         out: folder for `model.pt2` (a `torch.export` program of any batch size, in eval mode) and `model.safetensors`; None takes
-            `RUN/exit-K`. Files that an earlier export wrote there are replaced, others are not.
+            `RUN/exit-K`, or `RUN/export`. Files that an earlier export wrote there are replaced, others are not.
+        model: what builds the model, of a run that was started from Python with a model of its own; runs of this process remember it.
         trust: run code that the run names for its model or data (`file.py:factory`).
 
     Returns:
-        `exit`, `layer`, `params`, `val_accuracy`, and the files `program` and `weights`.
+        `exit`, `layer`, `params`, `val_accuracy`, and the files `program` and `weights`; with `to` the one `file`, and the
+        `largest_difference` between outputs of the run's model and of the file for a batch, None where nothing is there to read it.
 
     Raises:
         CheckpointError: no run is there, it has not finished, or its files are damaged.
         ConfigError: it has no such exit, `out` holds something else than an export, the run names code and `trust` was not given,
-            or it was started from Python with a model or data of its own.
+            or the model has to be given; or the format does not hold the model.
+        BudgetError: the format needs the model whole in memory, and it is larger than the run's budget.
         DiskError: the disk is full, or not writable.
     """
-    path = Path(run)
+    path = folder_of(run)
+    check_name(to)
     with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
         finished = open_finished(rundir)
         number = find_exit(finished.result, exit, path)
         folder = ExportFolder.find(path, number, finished.result, None if out is None else Path(out))
-        check_trust(finished.config, {}, path, trust=trust, again=False)
+        workload = workload_of(finished, path, given_model(path, model), trust=trust)
         rundir.clear()
-        workload = make_workload(finished.config, *without_weights(named_inputs(finished.config)), torch.device("cpu"))
-        return export_exit(workload, finished.result, number, path, folder)
+        return export_exit(workload, finished.result, number, path, folder, to)
 
 
 def load_weights(model: torch.nn.Module, file: str | Path) -> torch.nn.Module:
@@ -242,17 +341,9 @@ def load_weights(model: torch.nn.Module, file: str | Path) -> torch.nn.Module:
         The same model.
 
     Raises:
-        CheckpointError: the file cannot be read, or is not of such a model.
+        CheckpointError: the file cannot be read, or is not of such a model: all that differs is named.
     """
-    try:
-        with safe_open(file, framework="pt") as source:
-            state = OrderedDict((name, source.get_tensor(name)) for name in source.keys())  # noqa: SIM118 - it is no mapping
-            versions = (source.metadata() or {}).get(VERSIONS_KEY)
-        if versions:
-            state._metadata = json.loads(versions)  # type: ignore[attr-defined]
-        model.load_state_dict(state, strict=True)
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{str(file)!r} cannot be loaded into {type(model).__name__}: {one_line(error)}") from error
+    load_into(model, file)
     return model
 
 

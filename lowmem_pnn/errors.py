@@ -70,6 +70,6 @@ class BusyError(LowMemError):
 
 
 class Stopped(LowMemError):
-    """The run was asked to stop (Ctrl-C or SIGTERM), committed its work, and can be resumed."""
+    """The run was asked to stop (Ctrl-C, SIGTERM, or a terminal that was closed), committed its work, and can be resumed."""
 
     exit_code = 75

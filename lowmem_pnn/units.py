@@ -98,6 +98,26 @@ def format_bytes(size: int | float) -> str:
     return f"{int(size)} B"
 
 
+def exact_size(size: int) -> str:
+    """Write a size so that `parse_bytes` reads the same: in the largest unit in which it is a whole number.
+
+    Example:
+        >>> exact_size(2_000_000_000), exact_size(1_500_000), exact_size(1 << 30), exact_size(1025)
+        ('2GB', '1500kB', '1GiB', '1025')
+    """
+    units = (
+        ("TiB", 2**40),
+        ("TB", 10**12),
+        ("GiB", 2**30),
+        ("GB", 10**9),
+        ("MiB", 2**20),
+        ("MB", 10**6),
+        ("KiB", 2**10),
+        ("kB", 10**3),
+    )
+    return next((f"{size // factor}{unit}" for unit, factor in units if size % factor == 0), str(size))
+
+
 def gigabytes(nbytes: float) -> str:
     """Bytes as tables of forecasts have them.
 

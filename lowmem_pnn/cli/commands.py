@@ -25,7 +25,7 @@ from lowmem_pnn.cli.options import (
     trust_option,
 )
 from lowmem_pnn.cli.output import open_standard_streams, print_result
-from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_worker
+from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
@@ -143,6 +143,77 @@ def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) ->
 @cli.command()
 @click.argument("run", type=click.Path(readable=False, path_type=Path))
 @click.option(
+    "--data",
+    metavar="NAME",
+    help=(
+        "Data to predict, with targets or without: as for fit, or a folder of images, an image, a .npz with x, a table without the target's "
+        "column. [default: the run's own data]"
+    ),
+)
+@click.option(
+    "--part",
+    metavar="train|val|test|all",
+    help="Part of the data. [default: test, or all of data that has no test part]",
+)
+@click.option(
+    "--out",
+    required=True,
+    metavar="FILE|DIR",
+    help="FILE.npz: outputs, as arrays. FILE.csv: a row for each sample. DIR/: a mask for each image, as PNG.",
+)
+@click.option("--max-gpu-mem", metavar="SIZE", help="Memory budget of the device. [default: the run's]")
+@click.option("--skip-broken", is_flag=True, help="Leave out samples that cannot be used.")
+@click.option("--overwrite", is_flag=True, help="Replace what is at --out.")
+@trust_option
+@output_options
+def predict(
+    run: Path,
+    data: str | None,
+    part: Any,
+    out: str,
+    max_gpu_mem: str | None,
+    skip_broken: bool,
+    overwrite: bool,
+    trust: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Predict samples by the model of a finished run, within its memory budget, one partition at a time."""
+    import json
+
+    with _stdout_is_ours():
+        from rich.console import Console
+
+        from lowmem_pnn.api import predict as predict_samples
+        from lowmem_pnn.reporting.progress import TerminalDisplay
+
+        report = predict_samples(
+            run,
+            data,
+            out,
+            part=part,
+            max_gpu_mem=max_gpu_mem,
+            skip_broken=skip_broken,
+            overwrite=overwrite,
+            trust=trust,
+            display=None if quiet else TerminalDisplay(Console(stderr=True)),
+        )
+    text = json.dumps(report) if as_json else f"predicted {report['data']}: {report['out']}"
+    print_result(text, f"the predictions are in {report['out']}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(readable=False, path_type=Path))
+@click.option(
+    "--to",
+    metavar="safetensors|pt2|onnx",
+    help=(
+        "One format, which is read again and compared: weights under the model's own names; a torch.export program; ONNX. Only weights are "
+        "never whole in memory. [default: a program and its weights]"
+    ),
+)
+@click.option(
     "--exit",
     "exit_",
     metavar="auto|K",
@@ -153,20 +224,42 @@ def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) ->
     "--out",
     type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
-    help="Folder that the model is written to. [default: RUN/exit-K]",
+    help="Folder that the model is written to. [default: RUN/exit-K, or RUN/export]",
 )
 @trust_option
 @output_options
-def export(run: Path, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
-    """Write the model of a finished run, up to one of its exits, for plain PyTorch: a torch.export program, and its weights."""
+def export(run: Path, to: Any, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Write the model of a finished run, up to one of its exits, for plain PyTorch or for others."""
     import json
 
     with _stdout_is_ours():
         from lowmem_pnn.api import export as export_run
 
-        report = export_run(run, exit=exit_, out=out, trust=trust)
+        report = export_run(run, to=to, exit=exit_, out=out, trust=trust)
+    if to is not None and report["largest_difference"] is None:
+        click.echo("not compared: onnxruntime is not installed; run: pip install 'lowmem-pnn[onnx]'", err=True)
     text = json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items())
-    print_result(text, f"the model is in {Path(report['program']).parent}")
+    print_result(text, f"the model is in {Path(report['program' if to is None else 'file']).parent}")
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(readable=False, path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(readable=False, path_type=Path),
+    metavar="FILE",
+    help="The HTML file. [default: report.html in the run's folder; of several runs, in the current folder]",
+)
+@output_options
+def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool, debug: bool) -> None:
+    """Write a page about a finished run: memory over time, plan, learning, where the seconds went. Several runs are set side by side."""
+    import json
+
+    from lowmem_pnn.page.page import write_page
+
+    chosen = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    write_page(runs, chosen)
+    print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
 
 
 def _numbers(scores: Mapping[str, Any]) -> str:
@@ -230,10 +323,12 @@ def _stdout_is_ours() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Note the first SIGINT or SIGTERM, for the run to stop at a good place; the second ends the process at once."""
+    """Note the first SIGINT, SIGTERM or SIGHUP, for the run to stop at a good place; the second ends the process at once."""
     caught: list[int] = []
 
     def handle(number: int, _: FrameType | None) -> None:
+        if is_repeated_hangup(number, caught):
+            return
         if caught:
             os._exit(128 + number)
         caught.append(number)
@@ -241,7 +336,7 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
         with contextlib.suppress(OSError):
             os.write(2, b"lowmem-pnn: stopping after this batch; once more to stop at once\n")
 
-    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, handle) for number in stop_signals()}
     # The supervisor starts its worker with these blocked.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:

@@ -14,22 +14,26 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
-    "Fine-tuning": ("weights", "freeze", "train_only", "freeze_norm", "unfreeze_at", "cache_frozen"),
+    "Fine-tuning": (
+        "weights", "freeze", "train_only", "freeze_norm", "unfreeze_at", "cache_frozen", "lora", "modules_to_save", "frozen_dtype",
+    ),
     "Data": (
         "data", "target", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "mixup", "cutmix", "workers",
         "shuffle", "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
     ),
+    "Text": ("tokenizer", "context", "pack", "loss_on"),
     "Task": ("task", "loss", "class_weights", "label_smoothing", "ignore_index"),
     "Method": (
-        "method", "epochs", "early_stop", "keep_weights", "monitor", "eval_every", "time_limit", "partitions", "cuts", "recovery_epochs", "recover",
+        "method", "epochs", "max_steps", "early_stop", "keep_weights", "monitor", "eval_every", "time_limit", "partitions", "cuts",
+        "recovery_epochs", "recover",
     ),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
     "Method neuroflux": (
         "heads", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
     ),
     "Optimisation": (
-        "batch_size", "optimizer", "lr", "lr_for", "lr_schedule", "warmup_steps", "momentum", "weight_decay", "clip_norm",
-        "fused", "seed",
+        "batch_size", "optimizer", "lr", "lr_for", "lr_schedule", "warmup_steps", "min_lr", "momentum", "betas", "eps", "weight_decay",
+        "no_decay", "no_decay_norms", "clip_norm", "fused", "seed",
     ),
     "Budget": (
         "max_gpu_mem", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm", "loss_chunk",
@@ -52,7 +56,7 @@ _METAVARS = {
     "visits": "sequential|interleaved|laps=L", "macro_batches": "N", "views": "N", "augment": "none|basic|randaugment|trivial",
     "blocks": "planner|alike",
     "block_tolerance": "X", "exit_tolerance": "X", "heads": "adaptive|classic|auglocal|linear", "sil_target": "full|pooled",
-    "budget_scope": "process|allocator", "lr_schedule": "constant|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
+    "budget_scope": "process|allocator", "lr_schedule": "constant|linear|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
     "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
     "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "task": "auto|classification|multilabel|regression|segmentation",
@@ -61,7 +65,9 @@ _METAVARS = {
     "image_size": "N|HxW", "resize": "crop|squash|pad", "normalize": "none|imagenet|auto|MEAN/STD", "workers": "N",
     "test_fraction": "X", "weights": "default|FILE|DIR|none", "freeze": "PATTERN,...", "train_only": "PATTERN,...",
     "target": "COLUMN,...", "mixup": "X", "cutmix": "X",
-    "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH",
+    "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH", "tokenizer": "DIR|FILE|bytes", "context": "N", "loss_on": "completions|all",
+    "betas": "A,B", "eps": "X", "no_decay": "PATTERN,...", "min_lr": "X", "max_steps": "N",
+    "lora": "KEY=VALUE,...", "modules_to_save": "NAME,...", "frozen_dtype": "fp32|bf16|int8|nf4",
 }  # fmt: skip
 
 # Options without a value: their names, and what the help says of the default.
@@ -74,6 +80,8 @@ _SWITCHES = {
     "skip_broken": ("--skip-broken", ""),
     "compile": ("--compile", ""),
     "freeze_norm": ("--freeze-norm", ""),
+    "pack": ("--pack", ""),
+    "no_decay_norms": ("--no-decay-norms", ""),
     "cache_frozen": ("--cache-frozen/--no-cache-frozen", " [default: cache-frozen]"),
 }
 

@@ -26,7 +26,7 @@ from lowmem_pnn.reporting.streams import drop
 
 WORKER_VARIABLE = "LOWMEM_PNN_WORKER"
 MAX_RESTARTS = 5
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # What an unchecked allocation failure looks like from outside.
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
@@ -36,6 +36,20 @@ _PR_SET_PDEATHSIG = 1
 def is_worker() -> bool:
     """Whether this process was started by a supervisor."""
     return WORKER_VARIABLE in os.environ
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that stop this process: a terminal that is closed (SIGHUP) does, unless it was begun to outlive it (nohup)."""
+    return tuple(number for number in STOP_SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN)
+
+
+def is_repeated_hangup(number: int, received: Sequence[int]) -> bool:
+    """Decide whether a signal says nothing new after those that a process has received.
+
+    A terminal that is closed sends SIGHUP more than once, by the kernel and by the shell, and a session that ends sends it after
+    SIGTERM: nobody has asked twice.
+    """
+    return number == signal.SIGHUP and bool(received)
 
 
 def begin_supervisor(arguments: Sequence[str], workdir: Path) -> NoReturn:
@@ -135,6 +149,8 @@ def _run_worker(arguments: Sequence[str]) -> tuple[int, list[int]]:
                 os._exit(1)
 
     def forward(number: int, _: FrameType | None) -> None:
+        if is_repeated_hangup(number, received):
+            return
         received.append(number)
         # The second ends the worker whatever it is in: its own handler would wait for a long operation to return.
         with suppress(ProcessLookupError):
@@ -151,7 +167,7 @@ def _run_worker(arguments: Sequence[str]) -> tuple[int, list[int]]:
             start_new_session=True,
             preexec_fn=die_with_parent,
         )
-        before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+        before = {number: signal.signal(number, forward) for number in stop_signals()}
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:

@@ -4,7 +4,7 @@ CODE_FIELDS = ("model", "data", "val_data", "test_data", "loss")
 """Fields of `FitConfig` that may name code."""
 
 # What stands before the colon where no code is named.
-_DATA = ("npz", "imagefolder", "text", "csv", "parquet", "segmentation", "hfdata", "python")
+_DATA = ("npz", "imagefolder", "text", "jsonl", "tokens", "csv", "parquet", "segmentation", "hfdata", "python")
 _BUILT_IN = {"model": ("mlp", "gpt", "timm", "python"), "data": _DATA, "val_data": _DATA, "test_data": _DATA, "loss": ("python",)}
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError as PydanticError
 
+from lowmem_pnn.config.adapter_options import DEFAULTS_WITH_ADAPTERS
 from lowmem_pnn.config.code import CODE_FIELDS
+from lowmem_pnn.config.defaults import is_language, training_defaults
 from lowmem_pnn.config.faults import describe_fault, flag
-from lowmem_pnn.config.finetuning_options import DEFAULTS_WITH_WEIGHTS
 from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, field_names
+from lowmem_pnn.config.language_options import LANGUAGE_KINDS, ROWS_OF_TEXT
 from lowmem_pnn.errors import ConfigError
 
 # Trained when neither a model nor data is named: larger than 2 GB with its optimizer state, and learnt in a minute.
@@ -23,7 +25,11 @@ DEMONSTRATION: Mapping[str, Any] = {
     "kappa": (1.0,),
 }
 
-# Data sets that are kept in `data_root`.
+# Kinds of data that name a file or a folder.
+_FILE_KINDS = ("npz", "imagefolder", "text", "jsonl", "tokens", "csv", "parquet", "segmentation")
+# Data that becomes tokens, which are kept in `data_root`.
+_TOKENISED = ("text", "jsonl", *ROWS_OF_TEXT)
+# Data sets that are kept there.
 DOWNLOADED = ("mnist", "fashion-mnist", "emnist-balanced", "cifar10", "cifar100")
 
 # Options that only some choice of another option reads: (option, what it needs, does this run have it?).
@@ -49,21 +55,37 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("activation_dtype", "partitions that learn from activations (no --parallel-sil)", lambda config: not config.parallel_sil),
     ("unfreeze_at", "--method exact", lambda config: config.method == "exact"),
     ("unfreeze_at", "--freeze or --train-only", lambda config: bool(config.freeze or config.train_only)),
+    ("modules_to_save", "--lora", lambda config: config.lora is not None),
+    ("frozen_dtype", "--lora, --freeze or --train-only", lambda config: bool(config.lora or config.freeze or config.train_only)),
     ("cache_frozen", "--method exact", lambda config: config.method == "exact"),
     ("cuts", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("partitions", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
     ("plan_for", "cuts that are left to the planner", lambda config: config.cuts is None),
     ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
-    ("warmup_steps", "--lr-schedule constant or cosine", lambda config: config.lr_schedule != "onecycle"),
+    ("warmup_steps", "--lr-schedule constant, linear or cosine", lambda config: config.lr_schedule != "onecycle"),
     ("early_stop", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
     ("keep_weights", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
     ("eval_every", "--method pnn, exact or backprop", lambda config: config.method != "neuroflux"),
     ("monitor", "--early-stop or --keep-weights best", lambda config: config.watches),
+    ("min_lr", "--lr-schedule linear or cosine", lambda config: config.lr_schedule in ("linear", "cosine")),
+    ("max_steps", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
+    ("betas", "--optimizer adam or adamw", lambda config: set(config.optimizer) != {"sgd"}),
+    ("eps", "--optimizer adam or adamw", lambda config: set(config.optimizer) != {"sgd"}),
+    ("no_decay", "--weight-decay above 0", lambda config: config.weight_decay > 0),
+    ("no_decay_norms", "--weight-decay above 0", lambda config: config.weight_decay > 0),
     ("momentum", "--optimizer sgd", lambda config: "sgd" in config.optimizer),
     ("optimizer_state", "--optimizer adam or adamw", lambda config: "sgd" not in config.optimizer),
     ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
     ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
-    ("data_root", "a data set that is downloaded", lambda config: any(spec in DOWNLOADED for spec in _sources(config))),
+    (
+        "data_root",
+        "a data set that is downloaded, or text that is tokenised",
+        lambda config: any(spec in DOWNLOADED for spec in _sources(config)) or _has(config, *_TOKENISED),
+    ),
+    ("tokenizer", "data of text (text:, jsonl:, tokens:, parquet:, hfdata:)", lambda config: _has(config, "tokens", *_TOKENISED)),
+    ("context", "data of text (text:, jsonl:, tokens:, parquet:, hfdata:)", lambda config: _has(config, "tokens", *_TOKENISED)),
+    ("pack", "documents (text:, jsonl:, parquet:, hfdata:)", lambda config: _has(config, *_TOKENISED)),
+    ("loss_on", "prompts or messages (jsonl:, parquet:, hfdata:)", lambda config: _has(config, "jsonl", *ROWS_OF_TEXT)),
     (
         "target",
         "data with columns (csv:, parquet:, hfdata:)",
@@ -73,7 +95,9 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     (
         "skip_broken",
         "data of your own (imagefolder:, npz:, csv:, parquet:, segmentation:, hfdata:, file.py:factory)",
-        lambda config: any(spec not in ("digits", *DOWNLOADED) and not spec.startswith("text:") for spec in _sources(config)),
+        lambda config: any(
+            spec not in ("digits", *DOWNLOADED) and spec.partition(":")[0] not in LANGUAGE_KINDS for spec in _sources(config)
+        ),
     ),
     (
         "model_arg",
@@ -81,6 +105,11 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
         lambda config: config.model.partition(":")[0] not in ("mlp", "gpt"),
     ),
 )
+
+
+def _has(config: FitConfig, *kinds: str) -> bool:
+    """Return whether the training data is of one of some kinds."""
+    return config.data.partition(":")[0] in kinds
 
 
 def _sources(config: FitConfig) -> list[str]:
@@ -114,8 +143,10 @@ def configure(**given: Any) -> FitConfig:
     values = {"data_root": Path("data").absolute(), **given}
     if "model" not in given and "data" not in given:
         values = {**DEMONSTRATION, **values}
-    if given.get("weights") not in (None, "none"):
-        values = {**DEFAULTS_WITH_WEIGHTS, **values}
+    pretrained = given.get("weights") not in (None, "none")
+    values = {**training_defaults(pretrained=pretrained, language=is_language(values)), **values}
+    if given.get("lora") is not None:
+        values = {**values, **DEFAULTS_WITH_ADAPTERS, **given}
     config = checked(values)
     faults = [
         f"{flag(name)} has no effect here: it needs {need}"
@@ -193,6 +224,15 @@ def contradictions(config: FitConfig) -> list[str]:
         ]
     if config.freeze and config.train_only:
         faults.append("--freeze and --train-only exclude each other; give one")
+    if config.lora is not None and (config.freeze or config.train_only):
+        faults.append(
+            f"--lora freezes all but the adapters, and {'--freeze' if config.freeze else '--train-only'} would freeze otherwise; leave it out, "
+            "and name modules that are to learn whole in --modules-to-save"
+        )
+    if config.unfreeze_at is not None and config.frozen_form != "fp32":
+        faults.append(
+            f"--unfreeze-at: what is kept in {config.frozen_form} never learns (--frozen-dtype); leave one of the two out"
+        )
     if config.unfreeze_at is not None and config.unfreeze_at >= min(config.epochs):
         least = min(config.epochs)
         faults.append(
@@ -208,7 +248,9 @@ def contradictions(config: FitConfig) -> list[str]:
     if config.mixing is not None and config.ignore_index is not None:
         faults.append(f"{config.mixing} mixes the labels of all samples, and --ignore-index leaves some out; leave one out")
     if config.eval_every is not None and config.parallel_sil:
-        faults.append("--eval-every measures the model while its last partition learns, and --parallel-sil joins it later; leave one out")
+        faults.append(
+            "--eval-every measures the model while its last partition learns, and --parallel-sil joins it later; leave one out"
+        )
     if config.views > 1 and config.method != "neuroflux":
         faults.append("--views has no effect here: it needs --method neuroflux")
     if config.visits == "interleaved" and len(config.epochs) > 1:
@@ -223,6 +265,10 @@ def contradictions(config: FitConfig) -> list[str]:
         faults.append("--recovery-epochs has no effect here: it needs --method pnn, exact or backprop")
     if config.method == "neuroflux" and config.loss_chunk is not None:
         faults.append("--loss-chunk has no effect here: every unit of --method neuroflux has a loss of its own")
+    if config.max_steps is not None and config.recovery_epochs:
+        faults.append("--max-steps ends training, and --recovery-epochs goes on after it; give one")
+    if config.min_lr > max(config.lr):
+        faults.append(f"--min-lr {config.min_lr:g} is above --lr {max(config.lr):g}; give less")
     if config.watches and config.recovery_epochs:
         faults.append(
             "--early-stop and --keep-weights best watch the epochs of --method exact or backprop, and --recovery-epochs adds others"
@@ -255,10 +301,12 @@ def _absolute(name: str, value: Any) -> Any:
         return _full(value)
     if name == "weights":
         return value if value in ("", "default", "none") or str(value).startswith("python:") else str(_full(value))
+    if name == "tokenizer":
+        return value if str(value) in ("", "bytes") else str(_full(value))
     if name not in CODE_FIELDS or not isinstance(value, str):
         return value
     kind, colon, path = value.partition(":")
-    if name not in ("model", "loss") and kind in ("npz", "imagefolder", "text", "csv", "parquet", "segmentation") and path:
+    if name not in ("model", "loss") and kind in _FILE_KINDS and path:
         return f"{kind}:{_full(path)}"
     if kind == "hfdata" and path:
         # A folder, or else a name on the hub.

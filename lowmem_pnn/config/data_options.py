@@ -91,7 +91,7 @@ class DataOptions:
     data: str = Field(
         description=(
             "digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100, imagefolder:DIR, segmentation:DIR (folders images and "
-            "masks), npz:FILE, csv:FILE, parquet:FILE, hfdata:DIR|NAME, text:FILE (bytes as tokens), or file.py:factory."
+            "masks), npz:FILE, csv:FILE, parquet:FILE, hfdata:DIR|NAME, text:FILE|DIR, jsonl:FILE, tokens:FILE.bin, or file.py:factory."
         )
     )
     target: Columns = Field(

@@ -30,6 +30,9 @@ def _numbers_or_all(value: Any) -> Any:
     return value if value in (None, "all") else _list(value)
 
 
+SIZES = ("max_gpu_mem", "max_host_mem", "max_disk")
+"""Options that are sizes in bytes."""
+
 Size = Annotated[PositiveInt, BeforeValidator(_size)]
 
 
@@ -45,6 +48,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+Clip = Annotated[Positive | None, BeforeValidator(lambda value: None if value in (0, "0") else value)]
 
 
 Flags = Annotated[tuple[bool, ...], BeforeValidator(_list), Field(min_length=1)]

@@ -11,10 +11,12 @@ from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter
 from pydantic import ValidationError as PydanticError
 from pydantic.dataclasses import dataclass
 
+from lowmem_pnn.config.adapter_options import AdapterOptions, FrozenForm
 from lowmem_pnn.config.data_options import DataOptions
 from lowmem_pnn.config.faults import describe_fault
 from lowmem_pnn.config.field_types import (
     Batches,
+    Clip,
     Counts,
     DeviceName,
     Flags,
@@ -22,11 +24,12 @@ from lowmem_pnn.config.field_types import (
     LearningRates,
     NotNegative,
     Optimizers,
-    Positive,
     Recovering,
     Size,
 )
 from lowmem_pnn.config.finetuning_options import FineTuningOptions
+from lowmem_pnn.config.language_options import LanguageOptions
+from lowmem_pnn.config.optimizer_options import OptimizerOptions
 from lowmem_pnn.config.stopping_options import StoppingOptions
 from lowmem_pnn.config.task_options import TaskOptions
 from lowmem_pnn.errors import CheckpointError
@@ -41,7 +44,7 @@ PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "ka
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FitConfig(DataOptions, TaskOptions, FineTuningOptions, StoppingOptions):
+class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, AdapterOptions, StoppingOptions, OptimizerOptions):
     """Everything that decides a run, checked; the same values give the same run.
 
     Where a field is a tuple, one value holds for every partition, else there is one per partition.
@@ -97,11 +100,11 @@ class FitConfig(DataOptions, TaskOptions, FineTuningOptions, StoppingOptions):
     )
     optimizer: Optimizers = Field(default=("adamw",), description="Optimizer: one value, or one per partition.")
     lr: LearningRates = Field(default=(1e-3,), description="Learning rate: one value, or one per partition.")
-    lr_schedule: Literal["constant", "cosine", "onecycle"] = Field(
+    lr_schedule: Literal["constant", "linear", "cosine", "onecycle"] = Field(
         default="constant", description="Schedule of the learning rate over the steps."
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Steps over which the learning rate first rises to --lr (constant, cosine)."
+        default=0, description="Steps over which the learning rate first rises to --lr (constant, linear, cosine)."
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Momentum of sgd.")
     weight_decay: NotNegative = Field(default=0.0, description="Weight decay.")
@@ -126,11 +129,11 @@ class FitConfig(DataOptions, TaskOptions, FineTuningOptions, StoppingOptions):
             "element), bf16 with stochastic rounding (4), or int8 in blocks with a scale each (2; needs torchao)."
         ),
     )
-    clip_norm: Positive | None = Field(
+    clip_norm: Clip = Field(
         default=None,
         description=(
             "Gradient clipping: norm that gradients are scaled down to, over all weights (exact, backprop), the weights of a partition "
-            "(pnn), or those of a layer (neuroflux)."
+            "(pnn), or those of a layer (neuroflux); 0 for none."
         ),
     )
     loss_chunk: PositiveInt | None = Field(
@@ -282,6 +285,11 @@ class FitConfig(DataOptions, TaskOptions, FineTuningOptions, StoppingOptions):
         """
         values = getattr(self, field) if field != "batch_size" else self.batch_sizes
         return values[0] if len(values) == 1 else values[partition]
+
+    @property
+    def frozen_form(self) -> FrozenForm:
+        """Type that frozen weights are kept in."""
+        return self.frozen_dtype or ("bf16" if self.lora is not None and self.precision == "bf16" else "fp32")
 
     @property
     def laps(self) -> int:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from lowmem_pnn.device.transfers import in_flight_bytes_of
 from lowmem_pnn.units import MEBIBYTE
 
+_FLOAT_BYTES = 4
+_MOST_SLICE_BYTES = 8 * MEBIBYTE
+
 
 @dataclass(frozen=True)
 class BufferSizes:
@@ -16,6 +19,7 @@ class BufferSizes:
         stream_bytes: size of the weights and optimizer state that a sweep has prefetched, and of as many that wait to be written.
         boundary_bytes: size of the boundary activations and gradients that a sweep keeps in memory; the others go to disk.
         transfer_bytes: device memory of copies in flight, on a device that is not the host: uploads ahead of their use, and downloads.
+        slice_elements: elements of parameters that an optimizer step of a sweep takes at one time.
     """
 
     shard_bytes: int
@@ -23,12 +27,16 @@ class BufferSizes:
     stream_bytes: int
     boundary_bytes: int
     transfer_bytes: int
+    slice_elements: int
 
     @classmethod
     def of_budget(cls, budget_bytes: int) -> "BufferSizes":
         """Derive all sizes from the budget.
 
-        A shard is a sixty-fourth of the budget, between 256 KiB and 16 MiB; window, stream and boundary buffers are four shards each.
+        A shard is a sixty-fourth of the budget, between 256 KiB and 16 MiB; window and boundary buffers are four shards each, a
+        stream is two: where there is room for longer ones plans have them.
+        A slice has as many float32 as fit a shard, rounded down to a power of two, and no more than 8 MiB of them.
         """
         shard = min(max(budget_bytes // 64, MEBIBYTE // 4), 16 * MEBIBYTE)
-        return cls(shard, 4 * shard, 4 * shard, 4 * shard, in_flight_bytes_of(budget_bytes))
+        elements = 1 << (min(shard, _MOST_SLICE_BYTES) // _FLOAT_BYTES).bit_length() - 1
+        return cls(shard, 4 * shard, 2 * shard, 4 * shard, in_flight_bytes_of(budget_bytes), elements)

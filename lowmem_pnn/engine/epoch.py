@@ -24,6 +24,10 @@ class Learner(Protocol):
     smallest_batch: int
     """Samples that the modules need at once; a last batch of fewer is left out."""
 
+    def counts(self, batch: Batch) -> bool:
+        """Return whether anything in a batch counts in its loss; where nothing does there is nothing to learn, and no step."""
+        ...
+
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Batch, Batch | None]]:
         """Iterate over an epoch's batches, each with the one after it where that is there already.
 
@@ -49,6 +53,23 @@ class Learner(Protocol):
         ...
 
 
+def first_batches(batches: Iterator[tuple[Batch, Batch | None]], count: int) -> Iterator[tuple[Batch, Batch | None]]:
+    """Iterate over the first batches of an epoch, the last of which none follows.
+
+    Args:
+        batches: batches, each with the one after it where that is there already.
+        count: number of them that are wanted.
+    """
+    if count <= 0:
+        return
+    for batch, following in batches:
+        count -= 1
+        yield batch, following if count else None
+        del batch, following  # or two would be there while the next one is waited for
+        if not count:
+            return
+
+
 def train_epoch(
     learner: Learner, progress: EpochProgress, after_batch: Callable[[float | None], None], until: int | None = None
 ) -> bool:
@@ -69,12 +90,12 @@ def train_epoch(
         BudgetError: not even the smallest micro-batch fits.
         DivergedError: the loss became NaN or infinite.
         CaptureError: a parameter got no gradient.
-        DataError: there are fewer samples than the modules need at once.
+        DataError: there are fewer samples than the modules need at once, or nothing in any batch counts.
     """
     loss = None
     for batch, following in learner.batches(progress.epoch, progress.batch):
         loss = None
-        if len(batch[1]) >= learner.smallest_batch:  # a last batch of 1 tells BatchNorm nothing
+        if len(batch[1]) >= learner.smallest_batch and learner.counts(batch):  # a last batch of 1 tells BatchNorm nothing
             loss = learner.train_batch(batch, progress.epoch * learner.steps_per_epoch + progress.batch, following)
             if math.isfinite(loss):
                 progress.tally.add(loss, len(batch[1]))
@@ -86,7 +107,7 @@ def train_epoch(
     if not progress.tally.num_samples and loss is None:
         raise DataError(
             f"{learner.num_samples} training samples make no batch that {learner.title} can learn from: the modules need at least "
-            f"{learner.smallest_batch} samples at once; give more samples"
+            f"{learner.smallest_batch} samples at once, and a label that counts; give more samples, or labels"
         )
     progress.epoch += 1
     progress.batch = 0

@@ -9,12 +9,14 @@ computed for some rows at a time:
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lowmem_pnn.device import Device
+from lowmem_pnn.engine.gradient_tiles import GradientTiles
 from lowmem_pnn.methods import Objective, TaskObjective
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.precision import UNSCALED, LossScale
@@ -172,14 +174,16 @@ def _backward_in_chunks(
     loss_sum, begin, count = 0.0, 0, objective.count(labels) or 1
     for rows, targets in _chunks(x.detach(), labels, chunk_rows):
         rows = rows.detach().requires_grad_(gradient is not None)
-        loss = objective.loss_of_rows(last(rows)[0], targets) / count
+        with GradientTiles() if last.compiled is None else nullcontext():
+            (outputs,) = last(rows)
+        loss = objective.loss_of_rows(outputs, targets) / count
         if weight != 1.0:
             loss = loss * weight
         loss_sum += _backward(loss, scale)
         if gradient is not None and rows.grad is not None:
             gradient.flatten(0, -2)[begin : begin + len(rows)] = rows.grad
         begin += len(rows)
-        del rows, loss
+        del rows, outputs, loss
     if gradient is not None and (math.isfinite(loss_sum) or scale.moves):
         torch.autograd.backward(x, gradient)
     return loss_sum

@@ -20,10 +20,12 @@ class Request:
     Args:
         nbytes: size of the tensor.
         read: function that reads the tensor; called on the reading thread.
+        early: whether the tensor is read before it is needed; a tensor that is too large to wait is read when it is taken.
     """
 
     nbytes: int
     read: Callable[[], Tensor]
+    early: bool = True
 
 
 class Prefetcher:
@@ -53,25 +55,29 @@ class Prefetcher:
 
     def start(self) -> None:
         """Begin to read the next tensors, as many as there is room for."""
-        while self._next is not None:
-            request = self._next
-            if self._waiting and self._waiting_bytes + request.nbytes > self._limit_bytes:
+        while self._next is not None and self._next.early:
+            if self._waiting and self._waiting_bytes + self._next.nbytes > self._limit_bytes:
                 return
-            self._waiting.append((self._pool.submit(request.read), request.nbytes))
-            self._waiting_bytes += request.nbytes
-            self._next = next(self._requests, None)
+            self._begin(self._next)
 
     def take(self) -> Tensor:
         """Return the next tensor, which only the caller holds then; wait until it is read."""
         if not self._waiting:
             self.start()
-        assert self._waiting, "more is taken than was requested"
+        if not self._waiting:
+            assert self._next is not None, "more is taken than was requested"
+            self._begin(self._next)
         future, nbytes = self._waiting.popleft()
         tensor = future.result()
         del future  # it holds the tensor
         self._waiting_bytes -= nbytes
         self.start()
         return tensor
+
+    def _begin(self, request: Request) -> None:
+        self._waiting.append((self._pool.submit(request.read), request.nbytes))
+        self._waiting_bytes += request.nbytes
+        self._next = next(self._requests, None)
 
     def close(self) -> None:
         """Drop the tensors that were not taken, and wait for the read under way."""

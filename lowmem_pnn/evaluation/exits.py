@@ -152,3 +152,14 @@ class ExitModel(nn.Module):
         for module in self.body:
             tensors = module(*tensors)
         return tensors[0] if self.head is None else self.head(tensors[0])
+
+
+class SeveralTensorsModel(ExitModel):
+    """The same of a model that takes several tensors, or gives several: each an argument of its own, and a tuple of what comes out."""
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Return the output tensors in their order."""
+        tensors = inputs
+        for module in self.body:
+            tensors = module(*tensors)
+        return tensors if self.head is None else (self.head(tensors[0]),)

@@ -13,6 +13,7 @@ from lowmem_pnn.sources.imports import did_you_mean, one_line
 from lowmem_pnn.sources.map_split import MapSplit
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.sources.resize import Resize
+from lowmem_pnn.sources.splits import SampleSplit
 from lowmem_pnn.sources.targets import TargetOptions
 
 
@@ -39,7 +40,7 @@ def open_hub_data(
         ConfigError: The library is not installed, or it is not clear which columns are meant.
         DataError: There is no such data set, or a sample cannot be used.
     """
-    parts = _open(place)
+    parts = open_parts(place)
     name = f"hfdata:{place}"
     x_name, y_name = _columns(parts["train"], target, name)
     words = {"train": "training", "val": "validation", "test": "test"}
@@ -64,18 +65,55 @@ def open_hub_data(
     )
 
 
+def open_hub_samples(
+    place: str,
+    target: Sequence[str] | None,
+    input_form: InputForm,
+    options: TargetOptions,
+    *,
+    skip_broken: bool = False,
+    resize: Resize | None = None,
+) -> dict[str, tuple[SampleSplit, bool]]:
+    """Open a data set of Hugging Face's library to predict it: its targets may be missing, and any part will do.
+
+    Args:
+        place: As for `open_hub_data`.
+        target: Name of the column that was predicted in training; None for the one that is called so, or holds class labels.
+        input_form: Form of the samples that the model takes.
+        options: What is known of the targets.
+        skip_broken: Read every sample once, and leave out those that cannot be used.
+        resize: Brings images to one size; None to leave them as they are.
+
+    Returns:
+        The parts by name, `all` where there is but one without a name, each with whether its samples have targets.
+
+    Raises:
+        ConfigError: The library is not installed, or it is not clear which columns are meant.
+        DataError: There is no such data set, or a sample cannot be used.
+    """
+    opened: dict[str, tuple[SampleSplit, bool]] = {}
+    for part, rows in open_parts(place, needs_train=False).items():
+        name = f"hfdata:{place} ({part} part)"
+        y_name = _target(rows, target)
+        x_name = _samples(rows, y_name, f"hfdata:{place}")
+        own = options if y_name is not None else TargetOptions()
+        split = MapSplit(HubRows(rows, x_name, y_name), None, input_form, name, skip_broken, own, resize)
+        opened[part] = split, y_name is not None
+    return opened
+
+
 class HubRows:
     """Rows of a data set as pairs.
 
     Args:
         rows: The data set.
         x_name: Column of the samples; images become RGB.
-        y_name: Column of the targets.
+        y_name: Column of the targets; None for rows without targets, whose class is 0.
     """
 
-    def __init__(self, rows: Any, x_name: str, y_name: str) -> None:
+    def __init__(self, rows: Any, x_name: str, y_name: str | None) -> None:
         self._rows, self._x_name, self._y_name = rows, x_name, y_name
-        names = getattr(rows.features[y_name], "names", None)
+        names = [""] if y_name is None else getattr(rows.features[y_name], "names", None)
         if names:
             self.classes = list(names)
             """Names of the classes, which spare reading all rows to count them."""
@@ -86,11 +124,20 @@ class HubRows:
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         row = self._rows[index]
         x = row[self._x_name]
-        return x.convert("RGB") if hasattr(x, "getpalette") else x, row[self._y_name]
+        return x.convert("RGB") if hasattr(x, "getpalette") else x, 0 if self._y_name is None else row[self._y_name]
 
 
-def _open(place: str) -> dict[str, Any]:
-    """Return the parts of a data set by our names."""
+def open_parts(place: str, needs_train: bool = True) -> dict[str, Any]:
+    """Return the parts of a data set by our names: `train`, and `val` and `test` where there are such.
+
+    Args:
+        place: As for `open_hub_data`.
+        needs_train: Whether there has to be a training part; else one without parts is `all`.
+
+    Raises:
+        ConfigError: The library is not installed.
+        DataError: There is no such data set, or it has no training part.
+    """
     try:
         library = importlib.import_module("datasets")
     except ImportError as error:
@@ -109,9 +156,11 @@ def _open(place: str) -> dict[str, Any]:
             f"data hfdata:{place} cannot be opened: {one_line(error)}; give a folder that save_to_disk wrote, or a name on the hub"
         ) from error
     if not isinstance(found, Mapping):
-        return {"train": found}
+        return {"train" if needs_train else "all": found}
     parts = {PARTS[own.lower()]: rows for own, rows in found.items() if own.lower() in PARTS}
-    if "train" not in parts:
+    if not parts and not needs_train:
+        return dict(found)
+    if "train" not in parts and needs_train:
         raise DataError(
             f"data hfdata:{place} has the parts {', '.join(map(repr, found))}, and no training part; save one called train"
         )
@@ -121,28 +170,38 @@ def _open(place: str) -> dict[str, Any]:
 def _columns(rows: Any, target: Sequence[str] | None, name: str) -> tuple[str, str]:
     """Return the columns of samples and targets."""
     features = dict(rows.features)
-    there = ", ".join(features)
     if target is not None and len(target) > 1:
         raise ConfigError(f"data {name}: --target {','.join(target)} names several columns; give one")
+    y_name = _target(rows, target)
+    if y_name is None and target is not None:
+        raise ConfigError(f"data {name} has no column {target[0]!r}{did_you_mean(target[0], list(features))}")
+    if y_name is None:
+        raise ConfigError(f"data {name} needs --target COLUMN; its columns are {', '.join(features)}")
+    return _samples(rows, y_name, name), y_name
+
+
+def _target(rows: Any, target: Sequence[str] | None) -> str | None:
+    """Return the column of targets: the one that is asked for, or the only one that may be; None where there is none, or several."""
+    features = dict(rows.features)
     if target is not None:
-        (y_name,) = target
-        if y_name not in features:
-            raise ConfigError(f"data {name} has no column {y_name!r}{did_you_mean(y_name, list(features))}")
-    else:
-        labels = [own for own, feature in features.items() if getattr(feature, "names", None)] or [
-            own for own in features if own in LABEL_NAMES
-        ]
-        if len(labels) != 1:
-            raise ConfigError(f"data {name} needs --target COLUMN; its columns are {there}")
-        (y_name,) = labels
+        return target[0] if target[0] in features else None
+    labels = [own for own, feature in features.items() if getattr(feature, "names", None)] or [
+        own for own in features if own in LABEL_NAMES
+    ]
+    return labels[0] if len(labels) == 1 else None
+
+
+def _samples(rows: Any, y_name: str | None, name: str) -> str:
+    """Return the column of samples: the only one of images, or the only one beside the targets."""
+    features: dict[str, Any] = dict(rows.features)
     others = [own for own in features if own != y_name]
-    images = [own for own in others if _is_image(features[own])]
-    chosen = images or others
+    chosen = [own for own in others if _is_image(features[own])] or others
     if len(chosen) != 1:
         raise ConfigError(
-            f"data {name} has the columns {there}, and which one samples are of is not clear; leave others out with remove_columns()"
+            f"data {name} has the columns {', '.join(features)}, and which one samples are of is not clear; leave others out with "
+            "remove_columns()"
         )
-    return chosen[0], y_name
+    return chosen[0]
 
 
 def _is_image(feature: Any) -> bool:

@@ -125,6 +125,8 @@ class MaskFolderSplit(SampleSplit):
         resize: Brings images and masks to one size; None to leave them as they are.
     """
 
+    paths: tuple[Path, ...]
+
     def __init__(
         self,
         part: ImagePart,
@@ -137,7 +139,7 @@ class MaskFolderSplit(SampleSplit):
     ) -> None:
         super().__init__(len(part.paths))
         self.where, self.targets = str(part.folder), targets
-        self._paths, self._masks = part.paths, [masks[path] for path in part.paths]
+        self.paths, self._masks = part.paths, [masks[path] for path in part.paths]
         self._deep, self._resize = deep, resize
         shape = (header.height, header.width, 3)
         self.preprocessing = Preprocessing.choose(
@@ -147,7 +149,7 @@ class MaskFolderSplit(SampleSplit):
     def fingerprint(self) -> str:
         """Return a hash of all paths, sizes and times of change."""
         digest = hashlib.sha256()
-        for path in (*self._paths, *self._masks):
+        for path in (*self.paths, *self._masks):
             status = path.stat()
             digest.update(
                 f"{path.relative_to(self.where)} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape")
@@ -162,9 +164,9 @@ class MaskFolderSplit(SampleSplit):
         expected = self.preprocessing
         x = torch.empty(len(numbers), *expected.raw_shape, dtype=expected.raw_dtype)
         for row, number in enumerate(numbers):
-            pixels = expected.resized(torch.from_numpy(decode(self._paths[number], self._deep))[None])[0]
+            pixels = expected.resized(torch.from_numpy(decode(self.paths[number], self._deep))[None])[0]
             if pixels.shape != expected.raw_shape:
-                raise DataError(f"{self._paths[number]} is of another size than when training began; bring it back")
+                raise DataError(f"{self.paths[number]} is of another size than when training began; bring it back")
             x[row] = pixels
         return x, torch.stack([self._mask(int(number)) for number in numbers])
 
@@ -175,7 +177,7 @@ class MaskFolderSplit(SampleSplit):
         return self.targets.convert(mask, f"mask {self._masks[number]}", batched=False)
 
     def _name(self, number: np.int64) -> str:
-        return str(self._paths[number])
+        return str(self.paths[number])
 
 
 def _places(folder: Path) -> dict[str, Path]:

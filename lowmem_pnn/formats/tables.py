@@ -87,6 +87,7 @@ def open_table(
     *,
     skip_broken: bool = False,
     schema: TableSchema | None = None,
+    may_lack_targets: bool = False,
 ) -> Dataset:
     """Open a file of a table as data of one part.
 
@@ -98,6 +99,8 @@ def open_table(
         options: What is known of the targets.
         skip_broken: Leave out rows that cannot be used, instead of raising.
         schema: What columns are in the training data; None for the training data itself.
+        may_lack_targets: Whether a file without the columns of targets is taken, with class 0 for each row and no targets in its
+            `preparation`.
 
     Raises:
         ConfigError: The target is not said, or there is no such column.
@@ -106,6 +109,8 @@ def open_table(
     file = TableFile(path, kind)
     if schema is None and targets is None:
         raise ConfigError(f"data {kind}:{path} needs --target COLUMN; its columns are {_listed(file.columns)}")
+    if may_lack_targets and schema is not None and not any(name in file.columns for name in schema.targets):
+        schema, options = dataclasses.replace(schema, targets=(), classes=()), TargetOptions()
     wanted = schema.targets if schema is not None else tuple(targets or ())
     for name in (*wanted, *(schema.columns if schema is not None else ())):
         if name not in file.columns:
@@ -315,6 +320,8 @@ def _read(
     if not kept:
         raise DataError(f"{file.path}: no row can be used, such as {file.place} {min(broken)}, which {broken[min(broken)]}")
     samples, values = torch.from_numpy(x[:kept]), torch.from_numpy(y[:kept])
+    if not schema.targets:
+        return samples, torch.zeros(kept, dtype=torch.int64)
     return samples, values[:, 0] if len(schema.targets) == 1 else values
 
 

@@ -1,9 +1,9 @@
 """The heap of glibc's malloc: when freed blocks go back to the system (mmap and trim thresholds, malloc_trim)."""
 
 import contextlib
-import ctypes
 import time
 
+from lowmem_pnn.memory.libc import libc
 from lowmem_pnn.memory.process_meter import private_bytes
 from lowmem_pnn.units import MEBIBYTE
 
@@ -24,9 +24,8 @@ def fix_malloc_thresholds(budget_bytes: int) -> None:
             8 MiB).
     """
     with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, mmap_threshold(budget_bytes))
-        libc.mallopt(_M_TRIM_THRESHOLD, trim_threshold(budget_bytes))
+        libc().mallopt(_M_MMAP_THRESHOLD, mmap_threshold(budget_bytes))
+        libc().mallopt(_M_TRIM_THRESHOLD, trim_threshold(budget_bytes))
 
 
 def mmap_threshold(budget_bytes: int) -> int:
@@ -42,7 +41,7 @@ def trim_threshold(budget_bytes: int) -> int:
 def trim_heap() -> None:
     """Give the heap's free pages back to the system, those between used ones too (glibc only)."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        libc().malloc_trim(0)
 
 
 class HeapTrimmer:

@@ -110,6 +110,10 @@ class Chain:
         graphs = (layer.module.graph.nodes for layer in self.layers if isinstance(layer.module, fx.GraphModule))
         return sum(map(len, graphs)) + sum(1 for layer in self.layers for _ in layer.module.modules())
 
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules of all layers, with their names in the model."""
+        return (named for layer in self.layers for named in layer.module.named_modules(remove_duplicate=False))
+
     @cached_property
     def _hooks(self) -> dict[str, ParameterHooks]:
         """What hangs on parameters, by the names under which they are stored."""
@@ -149,6 +153,10 @@ class Chain:
         """
         if name in self._hooks:
             self._hooks[name].hang_on(parameter)
+
+    def has_hooks(self, name: str) -> bool:
+        """Decide whether anything hangs on a parameter, which then sees its gradient."""
+        return name in self._hooks
 
     def train(self, mode: bool = True) -> "Chain":
         """Put all layers in train mode, or in eval mode, and return the chain."""

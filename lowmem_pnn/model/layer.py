@@ -12,6 +12,7 @@ from lowmem_pnn.model.modes import Modes
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.precision import FULL_PRECISION, Precision
 from lowmem_pnn.model.python_state import Attribute, read_state, state_restored, write_state
+from lowmem_pnn.quantization.stored_weights import is_stored_linear
 
 
 def head_prefix(number: int) -> str:
@@ -222,7 +223,8 @@ def is_rowwise(layer: Layer) -> bool:
         return False
     if operations[0].op == "call_module":
         linear = module.get_submodule(str(operations[0].target))
-        return type(linear) is nn.Linear and not has_module_hooks(linear) and "forward" not in vars(linear)
+        is_plain = type(linear) is nn.Linear or is_stored_linear(linear)
+        return is_plain and not has_module_hooks(linear) and "forward" not in vars(linear)
     return bool(operations[0].target is nn.functional.linear)
 
 

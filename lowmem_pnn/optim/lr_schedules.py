@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-Schedule = Literal["constant", "cosine", "onecycle"]
+Schedule = Literal["constant", "linear", "cosine", "onecycle"]
 
 # Defaults of torch.optim.lr_scheduler.OneCycleLR.
 _WARMUP_SHARE = 0.3
@@ -17,9 +17,10 @@ def lr_factor(schedule: Schedule, step: int, total_steps: int, warmup_steps: int
     With s for `step`, T for `total_steps`, w for `warmup_steps`:
 
     - `constant`: 1.
+    - `linear`: (T - s) / (T - w), from 1 towards 0, which the step after the last would reach.
     - `cosine`: (1 + cos(pi * (s - w) / (T - w))) / 2, from 1 towards 0, which the step after the last would reach: "SGDR: Stochastic
       Gradient Descent with Warm Restarts", Loshchilov & Hutter 2017, equation 5, without restarts.
-    - Both after a linear warm-up: (s + 1) / w for s < w. The first step that the schedule itself decides, s = w, has 1, as the last
+    - All three after a linear warm-up: (s + 1) / w for s < w. The first step that the schedule itself decides, s = w, has 1, as the last
       one of the warm-up has.
     - `onecycle`: half a cosine from 1/25 up to 1, which is reached at s = 0.3 T - 1, and half a cosine down to 1/250,000 at the last
       step, s = T - 1: "Super-Convergence", Smith & Topin 2018, in the two phases of
@@ -51,7 +52,33 @@ def lr_factor(schedule: Schedule, step: int, total_steps: int, warmup_steps: int
         return (step + 1) / warmup_steps
     if schedule == "constant":
         return 1.0
+    if schedule == "linear":
+        return (total_steps - step) / (total_steps - warmup_steps)
     return _half_cosine(1.0, 0.0, (step - warmup_steps) / (total_steps - warmup_steps))
+
+
+def scheduled_rate(schedule: Schedule, base: float, minimum: float, step: int, total_steps: int, warmup_steps: int = 0) -> float:
+    """Return the learning rate at one step: minimum + (base - minimum) * factor, as PyTorch's schedulers have it (`eta_min`).
+
+    A warm-up rises from 0, whatever the minimum; a base below the minimum stays what it is.
+
+    Args:
+        schedule: name of the schedule.
+        base: rate that the factor 1 stands for.
+        minimum: rate that the factor 0 stands for.
+        step: as for `lr_factor`.
+        total_steps: as for `lr_factor`.
+        warmup_steps: as for `lr_factor`.
+
+    Example:
+        >>> [scheduled_rate("linear", 1.0, 0.5, step, 4) for step in range(4)]
+        [1.0, 0.875, 0.75, 0.625]
+    """
+    factor = lr_factor(schedule, step, total_steps, warmup_steps)
+    if minimum == 0 or step < warmup_steps:
+        return base * factor
+    minimum = min(minimum, base)
+    return minimum + (base - minimum) * factor
 
 
 def _one_cycle(step: int, total_steps: int) -> float:

@@ -14,6 +14,9 @@ from lowmem_pnn.optim.low_precision import CODECS, PIECE_SIZE, Codec, is_quantiz
 from lowmem_pnn.seeds import seed_of
 
 StateKind = Literal["fp32", "bf16", "int8"]
+COUNT = "step"
+"""Name of the state tensor that counts a parameter's steps, and belongs to the parameter as a whole."""
+
 _FLOAT_BYTES = 4
 
 
@@ -30,6 +33,9 @@ class OptimizerSpec:
         state: format of the state of adam and adamw; `fp32` is the parameter's own type.
         seed: seed of the run; stochastic rounding follows from it.
         rates: learning rates of single parameters, by name, where they have their own.
+        betas: decay of the moments of adam and adamw.
+        eps: number added to the root of the second moment of adam and adamw.
+        no_decay: names of the parameters that weight decay leaves alone.
     """
 
     name: Literal["sgd", "adam", "adamw"]
@@ -40,6 +46,9 @@ class OptimizerSpec:
     state: StateKind = "fp32"
     seed: int = 0
     rates: tuple[tuple[str, float], ...] = ()
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    no_decay: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         """Name the settings that determine the size of the state."""
@@ -90,8 +99,21 @@ class OptimizerSpec:
         if not layout:
             layout = dict.fromkeys(self.state_names, (parameter.dtype, shape))
         if self.name != "sgd":
-            layout["step"] = (torch.float32, ())
+            layout[COUNT] = (torch.float32, ())
         return layout
+
+    def state_sizes(self, parameter: Tensor, num_elements: int) -> dict[str, int]:
+        """Return the number of elements that each state tensor has for the first elements of a parameter; without its count of steps.
+
+        Args:
+            parameter: parameter of any shape; only its type and shape are read.
+            num_elements: number of elements, a multiple of the codecs' blocks, or all.
+        """
+        codecs = self.codecs(parameter)
+        if not codecs:
+            return dict.fromkeys(self.state_names, num_elements)
+        layouts = [codec.layout((num_elements,)) for codec in codecs]
+        return {name: math.prod(shape) for layout in layouts for name, (_, shape) in layout.items()}
 
     def state_bytes(self, parameter: Tensor) -> int:
         """Return the bytes of the state of one parameter, without its count of steps.
@@ -99,26 +121,34 @@ class OptimizerSpec:
         Args:
             parameter: parameter of any shape; only its type and shape are read.
         """
-        return sum(dtype.itemsize * math.prod(shape) for name, (dtype, shape) in self.layout(parameter).items() if name != "step")
+        return sum(dtype.itemsize * math.prod(shape) for name, (dtype, shape) in self.layout(parameter).items() if name != COUNT)
 
-    def step_bytes(self, parameter: Tensor) -> int:
+    def step_bytes(self, parameter: Tensor, most_elements: int | None = None) -> int:
         """Return the most bytes that a step of one parameter allocates.
 
         Args:
             parameter: parameter of any shape; only its type and shape are read.
+            most_elements: most elements that are stepped at one time; None for all.
         """
         codecs = self.codecs(parameter)
         if not codecs:
-            return math.ceil(self.step_temporaries * parameter.numel() * parameter.element_size())
+            size = min(parameter.numel(), most_elements or parameter.numel())
+            return math.ceil(self.step_temporaries * size * parameter.element_size())
         temporaries = max(self.step_temporaries * _FLOAT_BYTES, *(codec.temporary_bytes for codec in codecs))
         return math.ceil(min(PIECE_SIZE, parameter.numel()) * (len(codecs) * _FLOAT_BYTES + temporaries))
 
-    def build(self, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Mapping[str, Tensor]]) -> torch.optim.Optimizer:
+    def build(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        state: Mapping[str, Mapping[str, Tensor]],
+        sliced: "SlicedParameter | None" = None,
+    ) -> torch.optim.Optimizer:
         """Make the optimizer over parameters that are in memory, with state that is in memory.
 
         Args:
             parameters: trainable parameters by name, each tensor once.
             state: for each name, the tensors of `layout`, which the optimizer will update in place.
+            sliced: the parameter of which the only one of `parameters` is a slice; None where they are whole.
 
         Returns:
             An optimizer of torch.optim, or `QuantizedStateAdam`; parameters with a rate of their own are in groups that say it (`rate`).
@@ -131,24 +161,48 @@ class OptimizerSpec:
                 values, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, foreach=False, fused=self.fused
             )
         elif self.state != "fp32":
-            optimizer = QuantizedStateAdam(self, parameters)
+            optimizer = QuantizedStateAdam(self, parameters, sliced)
         else:
             kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
             # foreach would allocate temporaries of all parameters at once.
             optimizer = kind(
-                values, lr=self.lr, weight_decay=self.weight_decay, foreach=False if not self.fused else None, fused=self.fused
+                values,
+                lr=self.lr,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+                foreach=False if not self.fused else None,
+                fused=self.fused,
             )
         for name, parameter in parameters.items():
             optimizer.state[parameter] = dict(state[name])
         rates = dict(self.rates)
-        own = {rates.get(name) for name in parameters}
-        if own != {None}:
+        kinds = {name: (rates.get(name), name in self.no_decay) for name in parameters}
+        if set(kinds.values()) != {(None, False)}:
             [group] = optimizer.param_groups
             optimizer.param_groups[:] = [
-                {**group, "params": [one for name, one in parameters.items() if rates.get(name) == rate], "rate": rate}
-                for rate in sorted(own, key=str)
+                {
+                    **group,
+                    "params": [one for name, one in parameters.items() if kinds[name] == kind],
+                    "rate": kind[0],
+                    "weight_decay": 0.0 if kind[1] else self.weight_decay,
+                }
+                for kind in sorted(set(kinds.values()), key=str)
             ]
         return optimizer
+
+
+@dataclass
+class SlicedParameter:
+    """A parameter that is stepped slice by slice, in order.
+
+    Args:
+        whole: the parameter; only its type and shape are read.
+        generator: random generator of the step's stochastic rounding, which goes on from slice to slice; made by the first slice.
+    """
+
+    whole: Tensor
+    generator: torch.Generator | None = None
 
 
 class QuantizedStateAdam(torch.optim.Optimizer):
@@ -159,11 +213,15 @@ class QuantizedStateAdam(torch.optim.Optimizer):
     Args:
         spec: settings of the optimizer.
         parameters: parameters by name; the caller sets `state`.
+        sliced: the parameter of which the only one of `parameters` is a slice; None where they are whole.
     """
 
-    def __init__(self, spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__(list(parameters.values()), {"lr": spec.lr})
+    def __init__(
+        self, spec: OptimizerSpec, parameters: Mapping[str, nn.Parameter], sliced: SlicedParameter | None = None
+    ) -> None:
+        super().__init__(list(parameters.values()), {"lr": spec.lr, "weight_decay": spec.weight_decay})
         self._spec = spec
+        self._sliced = sliced
         self._names = {parameter: name for name, parameter in parameters.items()}
 
     @torch.no_grad()
@@ -173,38 +231,51 @@ class QuantizedStateAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_parameter(parameter, group["lr"])
+                    self._step_parameter(parameter, group["lr"], group["weight_decay"])
 
-    def _step_parameter(self, parameter: nn.Parameter, lr: float) -> None:
+    def _step_parameter(self, parameter: nn.Parameter, lr: float, decay: float) -> None:
         state = self.state[parameter]
         gradient = parameter.grad
         assert gradient is not None
-        if not self._spec.codecs(parameter):
-            self._compute(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], lr)
+        sliced = self._sliced or SlicedParameter(parameter)
+        codecs = self._spec.codecs(sliced.whole)  # a slice is quantized as the parameter is, however small it is
+        if not codecs:
+            self._compute(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state[COUNT], lr, decay)
             return
-        generator = torch.Generator(parameter.device)
-        generator.manual_seed(seed_of(self._spec.seed, "rounding", self._names[parameter], int(state["step"]) + 1))
+        if sliced.generator is None:
+            sliced.generator = torch.Generator(parameter.device)
+            sliced.generator.manual_seed(seed_of(self._spec.seed, "rounding", self._names[parameter], int(state[COUNT]) + 1))
         gradients = gradient.reshape(-1)
         for piece in pieces(parameter.numel()):
-            self._step_piece(parameter, gradients, piece, lr, generator)
-        state["step"] += 1
+            self._step_piece(parameter, gradients, piece, lr, decay, codecs, sliced.generator)
+        state[COUNT] += 1
 
     def _step_piece(
-        self, parameter: nn.Parameter, gradients: Tensor, piece: slice, lr: float, generator: torch.Generator
+        self,
+        parameter: nn.Parameter,
+        gradients: Tensor,
+        piece: slice,
+        lr: float,
+        decay: float,
+        codecs: tuple[Codec, ...],
+        generator: torch.Generator,
     ) -> None:
         """Step one piece; a function of its own, so that no tensor of a piece is held when the next one begins."""
-        state, codecs = self.state[parameter], self._spec.codecs(parameter)
+        state = self.state[parameter]
         mean, square = (codec.dequantize(state, piece) for codec in codecs)
-        count = state["step"].clone()  # the step increments it, and all pieces have the same count
-        self._compute(parameter.view(-1)[piece], gradients[piece], mean, square, count, lr)
+        count = state[COUNT].clone()  # the step increments it, and all pieces have the same count
+        self._compute(parameter.view(-1)[piece], gradients[piece], mean, square, count, lr, decay)
         for codec, values in zip(codecs, (mean, square), strict=True):
             codec.quantize(state, piece, values, generator)
 
-    def _compute(self, weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, lr: float) -> None:
-        """Do PyTorch's step, with the default betas and epsilon of its Adam and AdamW."""
+    def _compute(
+        self, weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, lr: float, decay: float
+    ) -> None:
+        """Do PyTorch's step."""
+        beta1, beta2 = self._spec.betas
         compute = adamw if self._spec.name == "adamw" else adam
         compute(
             [weights], [gradient], [exp_avg], [exp_avg_sq], [], [count],
-            foreach=False, fused=self._spec.fused, amsgrad=False, beta1=0.9, beta2=0.999, eps=1e-8, maximize=False,
-            lr=lr, weight_decay=self._spec.weight_decay,
+            foreach=False, fused=self._spec.fused, amsgrad=False, beta1=beta1, beta2=beta2, eps=self._spec.eps,
+            maximize=False, lr=lr, weight_decay=decay,
         )  # fmt: skip

@@ -14,6 +14,7 @@ from lowmem_pnn.planning.footprint import Footprint
 from lowmem_pnn.planning.heap_share import heap_bytes
 from lowmem_pnn.planning.neuroflux_blocks import similar_batch_cuts
 from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.profiling.costs import ties_counted_once
 from lowmem_pnn.units import format_bytes
 
 
@@ -130,9 +131,9 @@ def _with_own_peak(footprint: Footprint, plan: Plan, part: PartitionPlan) -> Par
     beside = footprint.beside_bytes(part.start, part.batch, plan.cuts)
     learning = part.predicted_peak_bytes - plan.overhead_bytes + beside
     writing = 0
-    if request.device.shares_host and part.stop < request.num_layers:
+    if footprint.writes_shards and part.stop < request.num_layers:
         # Gradients are freed while outputs are written, and two shards are in memory.
-        layers = request.costs.layers[part.start : part.stop]
+        layers = ties_counted_once(request.costs.layers[part.start : part.stop])
         forward = max(layer.input_bytes.at(part.micro_batch) + layer.emit_peak.at(part.micro_batch) for layer in layers)
         state = part.state_bytes - sum(layer.gradient_bytes for layer in layers)
         shards = 2 * footprint.buffer_sizes.shard_bytes
@@ -142,19 +143,25 @@ def _with_own_peak(footprint: Footprint, plan: Plan, part: PartitionPlan) -> Par
         part,
         predicted_peak_bytes=max(learning, writing) + footprint.constant_bytes_beside(heap_bytes(footprint, part, beside)),
         # With the optimizer state that a sweep streams in.
-        state_bytes=sum(layer.state_bytes for layer in request.profile.layers[part.start : part.stop]),
+        state_bytes=sum(layer.state_bytes for layer in ties_counted_once(request.profile.layers[part.start : part.stop])),
     )
 
 
 def _with_longer_streams(request: PlanRequest, plan: Plan) -> Plan:
-    """Let a sweep prefetch up to twice as many bytes where the plan leaves room: the first layers of a partition then come sooner."""
+    """Let a sweep prefetch up to four times as many bytes where the plan leaves room: the first layers of a partition then come sooner.
+
+    Where there is room for more, it prefetches the largest tensor too, which else is read when it is needed.
+    """
     device, footprint = request.device, Footprint.of(request)
     window = footprint.buffer_sizes.stream_bytes
     if not device.shares_host:
-        return dataclasses.replace(plan, stream_bytes=window)
+        return dataclasses.replace(plan, stream_bytes=2 * window)
     # A second reserve, for what the check before training may find above the plan.
     spare = device.budget_bytes - 2 * device.reserve_bytes - plan.predicted_peak_bytes - footprint.waiting_bytes()
-    longer = window + min(window, max(0, spare) // 2)
+    room = window + max(0, spare) // 2
+    longer = min(room, 4 * window)
+    if longer < footprint.largest_tensor_bytes <= room:
+        longer = footprint.largest_tensor_bytes
     more = footprint.stream_bytes(longer) - footprint.stream_bytes(window)
     partitions = [dataclasses.replace(part, predicted_peak_bytes=part.predicted_peak_bytes + more) for part in plan.partitions]
     waiting = footprint.waiting_bytes(longer)

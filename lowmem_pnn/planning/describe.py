@@ -5,6 +5,7 @@ from lowmem_pnn.partition_plan import PartitionPlan
 from lowmem_pnn.planning.disk_footprint import activation_bytes, check_disk, disk_bytes, num_stored_samples
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.planning.notes import plan_notes
+from lowmem_pnn.planning.plain_training import plain_bytes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.workload import Workload
@@ -13,10 +14,12 @@ from lowmem_pnn.workload import Workload
 def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> PlanReport:
     """Describe the plan of a run, or say why there is none; arguments as for `make_plan`."""
     workload, profile, device = request.workload, request.profile, request.device
+    batch = max(workload.config.batch_sizes)
     reason, exit_code, partitions, disk, peak, notes = "", 0, [], 0, 0, []
     try:
         plan = make_plan(request, seconds_of)
         partitions = [describe_partition(workload, part) for part in plan.partitions]
+        batch = max(part.batch for part in plan.partitions)
         disk, peak = disk_bytes(workload, plan, profile), plan.predicted_peak_bytes
         notes = plan_notes(request, plan)
         check_disk(workload, plan, profile)
@@ -30,6 +33,7 @@ def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> 
         budget_bytes=device.budget_bytes,
         reserve_bytes=device.reserve_bytes,
         training_state_bytes=profile.training_state_bytes,
+        plain_bytes=plain_bytes(workload, profile, batch),
         predicted_peak_bytes=peak,
         disk_bytes=disk,
         partitions=partitions,

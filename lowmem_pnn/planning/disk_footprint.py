@@ -7,7 +7,7 @@ from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.errors import DiskError
 from lowmem_pnn.memory.aligned import PAGE_BYTES
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.profiling.costs import MemoryProfile
+from lowmem_pnn.profiling.costs import MemoryProfile, ties_counted_once
 from lowmem_pnn.stores.encoding import Encoding, encoded_bytes
 from lowmem_pnn.stores.shard_layout import samples_per_shard
 from lowmem_pnn.units import format_bytes
@@ -26,9 +26,10 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
         profile: Memory costs of the layers.
     """
     config, encoding = workload.config, workload.config.activation_dtype
+    layers = ties_counted_once(profile.layers)
     stored = [
         PAGE_BYTES
-        + sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in profile.layers[part.start : part.stop])
+        + sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in layers[part.start : part.stop])
         for part in plan.partitions
     ]
     outputs = [part.output_bytes_per_sample for part in plan.partitions[:-1]]
@@ -42,12 +43,12 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     stores += max(_header_bytes(workload, plan, evaluated, "float32"), _header_bytes(workload, plan, samples, encoding))
     working = max(stored) + stores
     if plan.sweep_micro_batch:
-        gradients = sum(layer.gradient_bytes for layer in profile.layers) if config.steps_wait else 0
+        gradients = sum(layer.gradient_bytes for layer in layers) if config.steps_wait else 0
         batch = plan.partitions[-1].batch
         gradients += math.ceil(batch / plan.sweep_micro_batch) * profile.shared_bytes
         working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)
         working += fixed_outputs_bytes(workload, plan)
-    export = sum(layer.weight_bytes + layer.buffer_bytes for layer in profile.layers)
+    export = sum(layer.weight_bytes + layer.buffer_bytes for layer in layers)
     kept = sum(stored) * (config.keep_commits + (config.keep_weights == "best"))
     return kept + max(working, export)
 

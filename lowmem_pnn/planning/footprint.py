@@ -10,6 +10,7 @@ from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.device.kernel_memory import packing_bytes
 from lowmem_pnn.planning.disk_footprint import activation_bytes, num_evaluated_samples
 from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.profiling.costs import ties_counted_once
 from lowmem_pnn.stores.encoding import WORK_BYTES
 
 # Python objects of a module, and of an operation that is no module's. Measured: 5 MB for ResNet-18 (116 of them), 10 for MobileNetV2
@@ -52,7 +53,7 @@ class Footprint:
         beside = max(self.beside_bytes(boundary, batch) for boundary in range(self.request.num_layers))
         if self.request.workload.method.sweeps:
             beside += self.waiting_bytes()
-        shards = 2 * self.buffer_sizes.shard_bytes if device.shares_host else 0
+        shards = 2 * self.buffer_sizes.shard_bytes if self.writes_shards else 0
         return device.reserve_for(self.budget_bytes) + self.constant_bytes + beside + shards
 
     @property
@@ -84,6 +85,12 @@ class Footprint:
         return kernels + (profile.emit_kernel_bytes if self._evaluates or not workload.method.sweeps else 0)
 
     @property
+    def writes_shards(self) -> bool:
+        """Whether partitions write their outputs in shards, which are in device memory: sweeps do so for measures and fixed layers alone."""
+        workload = self.request.workload
+        return self.request.device.shares_host and (not workload.method.sweeps or self._evaluates or workload.fixed_layers > 0)
+
+    @property
     def _evaluates(self) -> bool:
         """Whether anything is measured outside of training."""
         return not self.request.workload.splits.keys().isdisjoint(("val", "test"))
@@ -111,11 +118,9 @@ class Footprint:
         """
         if not self.request.device.shares_host:
             return self.buffer_sizes.transfer_bytes
-        # The gradient of shared weights that other partitions left, and the sum with it.
-        shared = 2 * self.request.profile.shared_bytes
         reading = max(self.reading_bytes(0, batch), self._stored_batches_bytes(batch))
         prefetched = self.stream_bytes(self.buffer_sizes.stream_bytes)
-        return shared + reading + prefetched + self._boundary_bytes(batch, cuts)
+        return reading + prefetched + self._boundary_bytes(batch, cuts)
 
     def _stored_batches_bytes(self, batch: int) -> int:
         """Return the bytes of two batches of what frozen layers have written once, and of the order in which they come."""
@@ -145,17 +150,18 @@ class Footprint:
         """Return the bytes that a sweep prefetches, and as many that it writes behind: at most all that it moves.
 
         Args:
-            window_bytes: Bytes of the stream's window; a tensor that is larger than the window waits alone.
+            window_bytes: Bytes of the stream's window; a tensor that is larger is read into its place, and written in parts.
         """
-        return max(min(window_bytes, self._streamed_bytes), self._largest_tensor_bytes)
+        return min(window_bytes, self._streamed_bytes)
 
     @cached_property
     def _streamed_bytes(self) -> int:
-        layers = self.request.profile.layers
+        layers = ties_counted_once(self.request.profile.layers)
         return sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in layers)
 
     @cached_property
-    def _largest_tensor_bytes(self) -> int:
+    def largest_tensor_bytes(self) -> int:
+        """Bytes of the model's largest tensor."""
         layers = self.request.workload.chain.layers
         return max(tensor.nbytes for layer in layers for tensor in (*layer.parameters().values(), *layer.buffers().values()))
 

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+from lowmem_pnn.memory.aligned import HUGE_BYTES
 from lowmem_pnn.memory.heap import mmap_threshold
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.partition_plan import PartitionPlan
 from lowmem_pnn.planning.footprint import Footprint
 from lowmem_pnn.planning.planner import partition_peak
 from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost
+
+_FLOAT_BYTES = 4
 
 
 def heap_bytes(footprint: Footprint, part: PartitionPlan, beside: int) -> int:
@@ -21,22 +24,29 @@ def heap_bytes(footprint: Footprint, part: PartitionPlan, beside: int) -> int:
         beside: Bytes beside the partition while it trains.
     """
     request, threshold = footprint.request, mmap_threshold(footprint.budget_bytes)
+    # Large blocks of the streams' pool are mapped too: slices of parameters and of their state are not large where the budget is small.
+    mapped_slices = footprint.buffer_sizes.slice_elements * _FLOAT_BYTES >= min(threshold, HUGE_BYTES)
     layers = [
-        _from_heap(layer, cost, threshold)
+        _from_heap(layer, cost, threshold, mapped_slices)
         for layer, cost in zip(request.workload.chain.layers, request.costs.layers, strict=True)
     ]
     profile = replace(request.costs, layers=tuple(layers))
     objective = request.objective_memory(part.stop)
     within = partition_peak(profile, part.start, part.stop, part.micro_batch, part.batch, objective)
     if request.workload.method.sweeps and request.device.shares_host:
-        small = sum(cost.weight_bytes + cost.optimizer_bytes + cost.streamed_state_bytes for cost in layers)
         prefetched = footprint.stream_bytes(footprint.buffer_sizes.stream_bytes)
+        small = sum(cost.weight_bytes + cost.optimizer_bytes + cost.streamed_state_bytes for cost in layers)
+        if not mapped_slices:
+            small = sum(cost.streamed_state_bytes + cost.weight_bytes for cost in request.costs.layers)
         beside -= prefetched - min(prefetched, small)
     return max(0, within) + beside
 
 
-def _from_heap(layer: Layer, cost: LayerCost, threshold: int) -> LayerCost:
-    """Return the cost of a layer without its parameters of at least so many bytes, their gradients and their state."""
+def _from_heap(layer: Layer, cost: LayerCost, threshold: int, mapped_slices: bool) -> LayerCost:
+    """Return the cost of a layer without its parameters of at least so many bytes, their gradients and their state.
+
+    Of state that is streamed in slices nothing is taken away, unless the slices are mapped too.
+    """
     large = [parameter for parameter in layer.parameters().values() if parameter.nbytes >= threshold]
     mapped = min(cost.weight_bytes, sum(parameter.nbytes for parameter in large))
     gradients = min(cost.gradient_bytes, sum(parameter.nbytes for parameter in large if parameter.requires_grad))
@@ -54,7 +64,8 @@ def _from_heap(layer: Layer, cost: LayerCost, threshold: int) -> LayerCost:
         gradient_bytes=cost.gradient_bytes - gradients,
         freed_gradient_bytes=max(0, cost.freed_gradient_bytes - gradients),
         optimizer_bytes=of_heap(cost.optimizer_bytes),
-        streamed_state_bytes=of_heap(cost.streamed_state_bytes),
+        streamed_state_bytes=of_heap(cost.streamed_state_bytes) if mapped_slices else cost.streamed_state_bytes,
         backward_peak=without_gradients(cost.backward_peak),
         complete=without_gradients(cost.complete),
+        ties=tuple(tie for tie in cost.ties if tie.weight_bytes < threshold),
     )

@@ -1,16 +1,19 @@
 """Notes on a plan: in what training by it differs from plain PyTorch's, in a line each."""
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from torch import nn
 
+from lowmem_pnn.adapters.prepared_model import adapter_modules
 from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_norm import whole_batch_notes
 from lowmem_pnn.planning.request import PlanRequest
-from lowmem_pnn.pretrained.matching import describe_weights
+from lowmem_pnn.pretrained.matching import describe_weights, shortened
+from lowmem_pnn.quantization.stored_weights import num_values, stored_parts
 from lowmem_pnn.workload import Workload
 
 
@@ -27,6 +30,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
     whole = [f"layer {layer.name!r} is {layer.whole}" for layer in request.workload.chain.layers if layer.whole]
     return [
         *begins,
+        *adapter_notes(request.workload),
         *frozen_notes(request.workload),
         *fixed_notes(request.workload, plan),
         *mixing_notes(request.workload),
@@ -50,6 +54,37 @@ def idle_notes(workload: Workload) -> list[str]:
     return [f"{idle[0]!r}{more} no gradient, since the output does not depend on them: kept as they are, as in plain PyTorch"]
 
 
+def adapter_notes(workload: Workload) -> list[str]:
+    """Return which adapters learn, what learns whole beside them, and in which types frozen weights are kept.
+
+    Args:
+        workload: model, data and method.
+    """
+    chain, config = workload.bare, workload.config
+    notes = []
+    if config.lora is not None:
+        modules = adapter_modules(chain.modules())
+        count = sum(one.lora_A.numel() + one.lora_B.numel() for one in modules.values())
+        called = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+        layers = f"{len(modules)} linear layer{'s' if len(modules) > 1 else ''}"
+        text = (
+            f"adapters of rank {config.lora.r}, alpha {config.lora.alpha:g}, on {layers} ({shortened(called)}): {count:,} values"
+        )
+        if config.modules_to_save:
+            text += f"; {shortened(config.modules_to_save)} learn{'s' if len(config.modules_to_save) == 1 else ''} whole"
+        notes.append(text)
+    kept: dict[str, dict[str, int]] = {}
+    for name, part in stored_parts(chain.modules()).items():
+        if not part.end:
+            kept.setdefault(part.form.name, {})[chain.owner_of(name)] = math.prod(part.form.shape)
+    if kept:
+        sizes = ", ".join(
+            f"{sum(own.values()):,} values in {form}" for form, own in sorted(kept.items(), key=lambda item: item[0] == "bf16")
+        )
+        notes.append(f"frozen weights are kept as {sizes}, and cast layer by layer to what is computed in")
+    return notes
+
+
 def frozen_notes(workload: Workload) -> list[str]:
     """Return what of a model does not learn, and which BatchNorms have what mode.
 
@@ -70,7 +105,9 @@ def _frozen_notes(workload: Workload) -> list[str]:
     chain = workload.bare
     sizes: dict[str, tuple[int, bool]] = {}
     for layer in chain.layers:
-        sizes |= {chain.owner_of(name): (one.numel(), one.requires_grad) for name, one in layer.parameters().items()}
+        values = num_values(layer.module)
+        own = {name: (values.get(id(one), one.numel()), one.requires_grad) for name, one in layer.parameters().items()}
+        sizes |= {chain.owner_of(name): size for name, size in own.items() if size[0]}
     frozen = [size for size, learns in sizes.values() if not learns]
     if not frozen:
         return []

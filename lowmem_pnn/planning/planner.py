@@ -18,7 +18,7 @@ from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning.constraints import Constraints, Objectives
 from lowmem_pnn.planning.search import GOOD_MICRO_BATCH, possible_starts
-from lowmem_pnn.profiling.costs import Affine, MemoryProfile
+from lowmem_pnn.profiling.costs import Affine, MemoryProfile, ties_counted_once
 from lowmem_pnn.profiling.peaks import default_objective, largest_micro_batch, peak_of
 from lowmem_pnn.units import MEGABYTE, format_bytes
 
@@ -79,7 +79,7 @@ def plan(
         chosen = [(smallest, search.peak(number, *span, smallest)) for number, span in enumerate(spans)]
     partitions = []
     for number, ((start, stop), (size, peak)) in enumerate(zip(spans, chosen, strict=True)):
-        layers = profile.layers[start:stop]
+        layers = ties_counted_once(profile.layers[start:stop])
         partitions.append(
             PartitionPlan(
                 start=start,

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lowmem_pnn.device import Device
-from lowmem_pnn.model.layer import gradients_complete_at_once, is_rowwise
+from lowmem_pnn.engine.gradient_tiles import tiled_bytes
+from lowmem_pnn.model.layer import Layer, gradients_complete_at_once, is_rowwise
+from lowmem_pnn.optim.step_slices import largest_state_bytes
 from lowmem_pnn.planning.search import GOOD_MICRO_BATCH
 from lowmem_pnn.profiling.costs import Affine, MemoryProfile, with_chunked_loss, with_step_in_backward, with_streamed_state
 from lowmem_pnn.workload import Workload
@@ -89,14 +91,27 @@ class PlanRequest:
     def _costs(self, *, sweeps: bool) -> MemoryProfile:
         layers = list(self.profile.layers)
         if self.loss_chunk is not None:
-            layers[-1] = with_chunked_loss(layers[-1], self.loss_chunk / self.workload.rows_per_sample)
+            tiled = tiled_bytes(self.workload.chain.layers[-1])
+            layers[-1] = with_chunked_loss(layers[-1], self.loss_chunk / self.workload.rows_per_sample, tiled)
         # Steps that wait for all gradients: a sweep keeps the gradients outside of memory, other visits keep them in memory.
         if self.workload.config.step_in_backward and (sweeps or not self.workload.config.steps_wait):
             complete = gradients_complete_at_once(self.workload.chain.layers, in_chunks=self.loss_chunk is not None)
             layers = [with_step_in_backward(layer) if at_once else layer for layer, at_once in zip(layers, complete, strict=True)]
         if sweeps:
-            layers = [with_streamed_state(layer) for layer in layers]
+            layers = [
+                with_streamed_state(cost, *self._slice_bytes(layer))
+                for cost, layer in zip(layers, self.workload.chain.layers, strict=True)
+            ]
         return dataclasses.replace(self.profile, layers=tuple(layers))
+
+    def _slice_bytes(self, layer: Layer) -> tuple[int, int]:
+        """Return the most bytes of optimizer state that a sweep's step of a layer holds at one time, and of the step's own memory."""
+        learning = {name: parameter for name, parameter in layer.parameters().items() if parameter.requires_grad}
+        most = self.device.buffer_sizes.slice_elements
+        optimizers = [self.workload.optimizer(number) for number in range(len(self.workload.config.optimizer))]
+        state = max(largest_state_bytes(optimizer, learning, most) for optimizer in optimizers)
+        steps = (optimizer.step_bytes(parameter, most) for optimizer in optimizers for parameter in learning.values())
+        return state, max(steps, default=0)
 
     def objective_memory(self, stop: int, *, sweeps: bool = False) -> Affine:
         """Return the device memory of a partition's objective.

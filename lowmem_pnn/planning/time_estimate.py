@@ -18,6 +18,7 @@ from lowmem_pnn.planning.forecast import (
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling import nominal
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
+from lowmem_pnn.profiling.costs import ties_counted_once
 from lowmem_pnn.profiling.timings import MachineTimings
 
 
@@ -96,7 +97,7 @@ def forecast_inputs(request: PlanRequest, plan: Plan) -> ForecastInputs:
     workload, buffer_sizes = request.workload, BufferSizes.of_budget(plan.budget_bytes)
     partitions = []
     for part in plan.partitions:
-        layers = request.profile.layers[part.start : part.stop]
+        layers = ties_counted_once(request.profile.layers[part.start : part.stop])
         buffers = sum(layer.buffer_bytes for layer in layers)
         partitions.append(
             PartitionBytes(

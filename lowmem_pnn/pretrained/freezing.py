@@ -2,7 +2,7 @@
 
 import difflib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,7 +16,7 @@ from lowmem_pnn.model.copies import copy_structure
 _MOST_NAMED = 3
 
 
-def with_frozen(model: nn.Module, options: FineTuningOptions) -> nn.Module:
+def with_frozen(model: nn.Module, options: FineTuningOptions, base: Collection[str] = ()) -> nn.Module:
     """Return a copy of a model over the same tensors, in which what the options freeze does not learn.
 
     A BatchNorm whose parameters are all frozen, some of them by the options, stays in eval mode under `model.train()`.
@@ -24,17 +24,18 @@ def with_frozen(model: nn.Module, options: FineTuningOptions) -> nn.Module:
     Args:
         model: the user's model, which stays as it is; returned itself where the options freeze nothing.
         options: patterns of parameter names.
+        base: names of parameters that are frozen too, since adapters learn instead.
 
     Raises:
         ConfigError: a pattern matches nothing, or nothing is left to learn.
     """
-    if not options.freezes:
+    if not options.freezes and not base:
         return model
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
-    frozen = _frozen_by_patterns(aliases.values(), names, options)
+    frozen = {*base, *_frozen_by_patterns(aliases.values(), names, options)}
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     if options.freeze_norm:
         if not norms:
@@ -42,7 +43,7 @@ def with_frozen(model: nn.Module, options: FineTuningOptions) -> nn.Module:
         frozen |= {f"{name}.{own}" for name, module in norms.items() for own, _ in module.named_parameters(recurse=False)}
     by_id = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in frozen}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in by_id]
-    if not learning:
+    if not learning and not base:
         asked = " ".join(options.freezing_flags)
         raise ConfigError(f"{asked} leaves no parameter that learns; freeze less")
     twins = {id(parameter): nn.Parameter(parameter.detach(), False) for parameter in model.parameters() if id(parameter) in by_id}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.quantization.stored_weights import StoredPart, stored_parts
 from lowmem_pnn.stores.header import TensorLayout, describe
 from lowmem_pnn.zoo.library_models import PretrainedValues
 
@@ -29,6 +30,8 @@ class PretrainedWeights:
         left_out: names in the files that the model has no tensor for.
         prefix: prefix that the files' names have, and the model's do not.
         cast: number of tensors whose type in the files is another one than in the model.
+        new_names: names of the tensors in `new`.
+        stored: tensors of the model that a weight in the files is converted to, by name.
     """
 
     values: PretrainedValues
@@ -37,6 +40,8 @@ class PretrainedWeights:
     left_out: Sequence[str]
     prefix: str
     cast: int
+    new_names: Sequence[str] = ()
+    stored: Mapping[str, StoredPart] = field(default_factory=dict)
 
     @contextmanager
     def reading(self, folder: Path) -> Iterator[Callable[[str, TensorLayout], Tensor | None]]:
@@ -55,14 +60,15 @@ class PretrainedWeights:
             def read_as(name: str, layout: TensorLayout) -> Tensor | None:
                 if name not in self.names:
                     return None
-                dtype, shape = layout
+                part = self.stored.get(name)
+                dtype, shape = layout if part is None else (part.form.dtype, part.form.shape)
                 tensor = read(self.names[name])
                 if tuple(tensor.shape) != shape:
                     found = describe(tensor.dtype, tuple(tensor.shape))
                     raise ConfigError(
                         f"--weights {self.values.where}: {name} is {describe(dtype, shape)} in the model and {found} in the file"
                     )
-                return tensor.to(dtype).contiguous()
+                return tensor.to(dtype).contiguous() if part is None else part.form.encode(tensor)[part.end]
 
             yield read_as
 
@@ -74,7 +80,7 @@ class PretrainedWeights:
         """Return the same without the hash, which reads all of them."""
         return {
             "source": self.values.where,
-            "loaded": len(self.names),
+            "loaded": len(set(self.names.values())) if self.stored else len(self.names),
             "new": list(self.new),
             "left_out": list(self.left_out),
             "prefix": self.prefix,
@@ -94,9 +100,9 @@ def describe_weights(weights: Mapping[str, Any]) -> str:
     """
     text = f"pretrained: {weights['loaded']} tensors from {weights['source']}"
     if weights["new"]:
-        text += f"; new, with random values: {_shortened(weights['new'])}"
+        text += f"; new, with random values: {shortened(weights['new'])}"
     if weights["left_out"]:
-        text += f"; not in the model, left out: {_shortened(weights['left_out'])}"
+        text += f"; not in the model, left out: {shortened(weights['left_out'])}"
     if weights["prefix"]:
         text += f"; prefix {weights['prefix']!r} left off"
     if weights["cast"]:
@@ -104,7 +110,7 @@ def describe_weights(weights: Mapping[str, Any]) -> str:
     return text
 
 
-def match(values: PretrainedValues, chain: Chain, model: str) -> PretrainedWeights:
+def match(values: PretrainedValues, chain: Chain, model: str, beside: Collection[str] = ()) -> PretrainedWeights:
     """Match pretrained weights with a model.
 
     A head for another number of classes is new: tensors of the last layer whose first axis is the model's number of outputs, and which
@@ -114,6 +120,7 @@ def match(values: PretrainedValues, chain: Chain, model: str) -> PretrainedWeigh
         values: the weights.
         chain: the model in layers.
         model: what the user calls it, for messages.
+        beside: names of tensors that the files are not expected to have: those of adapters.
 
     Raises:
         ConfigError: tensors of the model are missing, or have another shape; or nothing matches. All faults are named, in one line.
@@ -121,10 +128,16 @@ def match(values: PretrainedValues, chain: Chain, model: str) -> PretrainedWeigh
     """
     found = values.layouts()
     persistent = set(chain.persistent)
-    wanted = {name: layout for name, layout in _layouts(chain).items() if name in persistent}
+    stored = stored_parts(chain.modules())
+    wanted = {
+        name: (stored[name].form.dtype, stored[name].form.shape) if name in stored else layout
+        for name, layout in _layouts(chain).items()
+        if name in persistent and name not in beside and not (name in stored and stored[name].end)
+    }
     prefix = _prefix(found, wanted)
     bare = {name.removeprefix(prefix): name for name in found}
-    head, taken, new, faults, missing, used = _head(chain), {}, [], [], [], set()
+    head, taken, faults, missing, used = _head(chain), {}, [], [], set()
+    new: dict[str, str] = {}
     cast = 0
     groups = {group[0]: group for group in chain.ties}
     for name, (dtype, shape) in wanted.items():
@@ -134,7 +147,7 @@ def match(values: PretrainedValues, chain: Chain, model: str) -> PretrainedWeigh
         used.update(aliases)
         if not aliases:
             if name in head:
-                new.append(f"{name} {shape}")
+                new[name] = f"{name} {shape}"
             elif not name.endswith("num_batches_tracked"):  # files of old have none
                 missing.append(name)
             continue
@@ -144,7 +157,7 @@ def match(values: PretrainedValues, chain: Chain, model: str) -> PretrainedWeigh
             taken[name] = bare[aliases[0]]
             cast += its_dtype != dtype
         elif name in head and its_shape[1:] == shape[1:] and len(its_shape) == len(shape) and same_kind:
-            new.append(f"{name} {shape}")
+            new[name] = f"{name} {shape}"
         else:
             faults.append(f"{name} is {describe(dtype, shape)} in the model and {describe(its_dtype, its_shape)} in the file")
     # What no layer holds is not looked at until it is read.
@@ -159,14 +172,15 @@ def match(values: PretrainedValues, chain: Chain, model: str) -> PretrainedWeigh
             "weights of this model"
         )
     if missing:
-        faults.append(f"missing in the file: {_shortened(missing)}")
+        faults.append(f"missing in the file: {shortened(missing)}")
     if faults:
         raise ConfigError(
-            f"--weights {values.where} does not fit model {model}: {_shortened(faults)}; give weights of this model, or the --model-arg "
+            f"--weights {values.where} does not fit model {model}: {shortened(faults)}; give weights of this model, or the --model-arg "
             "that they were made with"
         )
     left_out = [name for short, name in bare.items() if short not in used and not short.endswith("num_batches_tracked")]
-    return PretrainedWeights(values, taken, new, left_out, prefix, cast)
+    taken |= {name: taken[part.weight] for name, part in stored.items() if part.weight in taken and chain.owner_of(name) == name}
+    return PretrainedWeights(values, taken, list(new.values()), left_out, prefix, cast, list(new), stored)
 
 
 def _layouts(chain: Chain) -> dict[str, TensorLayout]:
@@ -199,7 +213,11 @@ def _prefix(found: Collection[str], wanted: Collection[str]) -> str:
     return best if best and hits(best) > hits("") else ""
 
 
-def _shortened(texts: Sequence[str]) -> str:
-    """Join texts with commas, the first few of them and how many more there are."""
+def shortened(texts: Sequence[str]) -> str:
+    """Join texts with commas, the first few of them and how many more there are.
+
+    Args:
+        texts: the texts.
+    """
     more = len(texts) - _MOST_NAMED
     return ", ".join(texts) if more <= 1 else f"{', '.join(texts[:_MOST_NAMED])} and {more} more"

@@ -66,13 +66,36 @@ class Envelope:
 
 
 @dataclass(frozen=True)
+class Tie:
+    """A parameter of a layer that other layers hold too.
+
+    Args:
+        number: Number of the parameter, the same in all layers that hold it.
+        is_first: Whether no layer before holds it.
+        is_last: Whether no layer after holds it.
+        num_params: Number of its elements.
+        weight_bytes: Bytes of the parameter.
+        gradient_bytes: Bytes of its gradient.
+        optimizer_bytes: Bytes of its optimizer state.
+    """
+
+    number: int
+    is_first: bool
+    is_last: bool
+    num_params: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+
+
+@dataclass(frozen=True)
 class LayerCost:
     """Memory of one layer in bytes, and its multiply-accumulates.
 
     Args:
         name: Name of the layer.
         num_params: Number of elements in the layer's parameters.
-        weight_bytes: Bytes of the parameters; a weight that several layers share is counted with the first of them.
+        weight_bytes: Bytes of the parameters; a weight that several layers share is counted with each of them.
         buffer_bytes: Bytes of the buffers.
         gradient_bytes: Bytes of the trainable parameters' gradients.
         optimizer_bytes: Bytes of the trainable parameters' optimizer state.
@@ -91,6 +114,7 @@ class LayerCost:
             kernel's scratch memory is in use then. A step in backward comes on top of it.
         streamed_state_bytes: Bytes of optimizer state that are in memory only during the layer's step.
         whole: Why a large module in the layer is whole, and how large it is, in words; empty for most.
+        ties: Parameters that other layers hold too; among the bytes above.
     """
 
     name: str
@@ -111,6 +135,7 @@ class LayerCost:
     complete: Affine | Envelope = Affine(0, 0)
     streamed_state_bytes: int = 0
     whole: str = ""
+    ties: tuple[Tie, ...] = ()
 
     @property
     def state_bytes(self) -> int:
@@ -132,7 +157,6 @@ class MemoryProfile:
         emit_kernel_bytes: Bytes of kernels that forwards of another size compile beside them.
         untouched_bytes: Most bytes that a kernel takes from the system without using them.
         widest_product: Largest width of a matrix product (`kernel_memory.product_width`).
-        repeated_bytes: Training state of shared tensors beyond its first count, where it is counted with several layers.
         shared_bytes: Bytes of the trainable weights that layers in several partitions may share.
     """
 
@@ -144,13 +168,12 @@ class MemoryProfile:
     emit_kernel_bytes: int = 0
     untouched_bytes: int = 0
     widest_product: int = 0
-    repeated_bytes: int = 0
     shared_bytes: int = 0
 
     @property
     def training_state_bytes(self) -> int:
         """Bytes of the whole model in training: weights, buffers, gradients and optimizer state."""
-        return sum(layer.state_bytes for layer in self.layers) - self.repeated_bytes
+        return sum(layer.state_bytes for layer in ties_counted_once(self.layers))
 
     def to_json(self) -> str:
         """Return the profile as JSON text, which `from_json` reads."""
@@ -176,21 +199,51 @@ class MemoryProfile:
             emit_kernel_bytes=data["emit_kernel_bytes"],
             untouched_bytes=data["untouched_bytes"],
             widest_product=data["widest_product"],
-            repeated_bytes=data["repeated_bytes"],
             shared_bytes=data["shared_bytes"],
         )
 
 
 def _field_value(value: Any) -> Any:
     """Return a field of LayerCost from its JSON value."""
+    if isinstance(value, list):
+        return tuple(Tie(**tie) for tie in value)
     if not isinstance(value, dict):
         return value
     return Envelope(tuple(Affine(**moment) for moment in value["moments"])) if "moments" in value else Affine(**value)
 
 
-def with_streamed_state(layer: LayerCost) -> LayerCost:
-    """Return the cost of a layer whose optimizer state is not resident with its weights but streamed in for the step."""
-    return replace(layer, optimizer_bytes=0, streamed_state_bytes=layer.optimizer_bytes)
+def ties_counted_once(layers: Iterable[LayerCost]) -> tuple[LayerCost, ...]:
+    """Return the costs of layers in which the training state of a weight that several of them share is counted with the first of these.
+
+    Sums over them are what the layers have together; peaks are not made of them, since each layer makes a gradient of its own.
+    """
+    counted: set[int] = set()
+    once = []
+    for layer in layers:
+        again = [tie for tie in layer.ties if tie.number in counted]
+        counted |= {tie.number for tie in layer.ties}
+        once.append(
+            replace(
+                layer,
+                num_params=layer.num_params - sum(tie.num_params for tie in again),
+                weight_bytes=layer.weight_bytes - sum(tie.weight_bytes for tie in again),
+                gradient_bytes=layer.gradient_bytes - sum(tie.gradient_bytes for tie in again),
+                optimizer_bytes=layer.optimizer_bytes - sum(tie.optimizer_bytes for tie in again),
+            )
+        )
+    return tuple(once)
+
+
+def with_streamed_state(layer: LayerCost, slice_bytes: int, step_bytes: int) -> LayerCost:
+    """Return the cost of a layer whose optimizer state is not resident with its weights but streamed in, slice by slice, for the step.
+
+    Args:
+        layer: Cost of a layer whose state is resident.
+        slice_bytes: Most bytes of state in memory at one time.
+        step_bytes: Highest temporary memory of the step of a slice.
+    """
+    ties = tuple(replace(tie, optimizer_bytes=0) for tie in layer.ties)
+    return replace(layer, optimizer_bytes=0, streamed_state_bytes=slice_bytes, step_bytes=step_bytes, ties=ties)
 
 
 def without_step(layer: LayerCost) -> LayerCost:
@@ -230,18 +283,20 @@ def with_local_loss(layer: LayerCost) -> LayerCost:
     )
 
 
-def with_chunked_loss(layer: LayerCost, samples: float) -> LayerCost:
+def with_chunked_loss(layer: LayerCost, samples: float, tiled_bytes: int = 0) -> LayerCost:
     """Return the cost of a last layer that is computed with the loss in chunks; the gradients of its weights add up.
 
     Args:
         layer: Cost of the layer computed as a whole.
         samples: Samples in a chunk; of tokens, a fraction of a sample.
+        tiled_bytes: Bytes that a chunk's own gradients take less, since they are added up in tiles.
     """
 
     def of_chunk(peak: Affine | Envelope) -> Affine:
         return Affine(max(moment.fixed + math.ceil(moment.per_sample * samples) for moment in _moments(peak)), 0)
 
-    backward = of_chunk(layer.backward_peak).fixed + layer.gradient_bytes
+    own = (Affine(max(0, moment.fixed - tiled_bytes), moment.per_sample) for moment in _moments(layer.backward_peak))
+    backward = of_chunk(Envelope(tuple(own))).fixed + layer.gradient_bytes
     return replace(
         layer,
         forward_peak=of_chunk(layer.forward_peak),

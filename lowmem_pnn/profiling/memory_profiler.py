@@ -17,8 +17,9 @@ from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.fingerprint import layer_fingerprint
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
-from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost, MemoryProfile, with_local_loss
+from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost, MemoryProfile, Tie, with_local_loss
 from lowmem_pnn.profiling.fake_run import FEW, MANY, MORE, FakeRun, LayerMeasurement, MemoryTrace
+from lowmem_pnn.quantization.stored_weights import num_values
 
 MeasurementCache = dict[Hashable, LayerMeasurement]
 """Measurements of layers, by their fingerprint, compiled code, boundaries and device."""
@@ -39,37 +40,30 @@ def profile(
         chain: The chain; its tensors may be on the meta device, for they are not read.
         optimizers: Optimizers, at least one; of several the one with the largest state is counted for all layers.
         device: Device on which the chain will run; kernels of different devices save different tensors.
-        cuts_through_ties: Whether layers that share a tensor may come into different partitions; the tensor is then counted with each
+        cuts_through_ties: Whether layers that share a tensor may come into different partitions; a shared buffer is then counted with each
             of these layers.
         per_layer_loss: Whether every layer runs backward from its own head before the next layer runs forward.
         cache: Measurements of earlier profiles of the same model under other methods, whose chains must still exist; new measurements
             are added.
 
     Returns:
-        The costs, layer by layer. A tensor that several layers share is counted with the first of them.
+        The costs, layer by layer. A parameter that several layers share is counted with each of them, and named in `LayerCost.ties`.
 
     Raises:
         ConfigError: A layer does not run on samples of its boundary.
     """
     cache = {} if cache is None else cache
     with _modes_restored(chain), torch.random.fork_rng(devices=[]):
-        counted: set[int] = set()
+        counted_buffers: set[int] = set()
         layers = []
         smallest, untouched, widest = 1, 0, 0
         compiled_kernels: dict[Hashable, int] = {}
         emitting_kernels: dict[Hashable, int] = {}
-        shared: set[int] = set()
-        repeated: dict[int, int] = {}
-        repeated_bytes = 0
+        ties = _ties_by_layer(chain, optimizers)
         learns_before = False  # else no gradient goes back through a layer's inputs
         for number, layer in enumerate(chain.layers):
             if cuts_through_ties:
-                again = _not_yet_counted(layer.parameters().values(), set())
-                again = [tensor for tensor in again if id(tensor) in shared]
-                repeated |= {id(tensor): _nbytes(tensor) for tensor in again if tensor.requires_grad}
-                trainable = [tensor for tensor in again if tensor.requires_grad]
-                repeated_bytes += sum(map(_nbytes, again)) + sum(map(_nbytes, trainable)) + _state_bytes(trainable, optimizers)
-                counted = set()
+                counted_buffers = set()
             before, after = chain.boundaries[number], chain.boundaries[number + 1]
             learns_input = learns_before and not per_layer_loss
             learns_before |= any(parameter.requires_grad for parameter in layer.parameters().values())
@@ -78,9 +72,8 @@ def profile(
             if key not in cache:
                 cache[key] = FakeRun(layer, before, after, device, learns_input).measure()
             measurement = cache[key]
-            cost = _layer_cost(layer, measurement, counted, optimizers, before, after)
+            cost = _layer_cost(layer, measurement, counted_buffers, optimizers, before, after, ties[number])
             layers.append(with_local_loss(cost) if per_layer_loss else cost)
-            shared |= counted
             compiled_kernels |= measurement.compiled
             emitting_kernels |= measurement.emitting
             smallest = max(smallest, measurement.smallest)
@@ -97,31 +90,33 @@ def profile(
         emit_kernel_bytes=_kept_bytes(emitting_kernels),
         untouched_bytes=untouched,
         widest_product=widest,
-        repeated_bytes=repeated_bytes,
-        shared_bytes=sum(repeated.values()),
+        shared_bytes=sum(tie.gradient_bytes for own in ties for tie in own if tie.is_first) if cuts_through_ties else 0,
     )
 
 
 def _layer_cost(
     layer: Layer,
     measurement: LayerMeasurement,
-    counted: set[int],
+    counted_buffers: set[int],
     optimizers: Sequence[OptimizerSpec],
     before: tuple[TensorSpec, ...],
     after: tuple[TensorSpec, ...],
+    ties: tuple[Tie, ...],
 ) -> LayerCost:
     """Return the cost of one layer.
 
     Args:
         layer: The layer.
         measurement: Measurement of the layer, or of an equal one.
-        counted: Identities of the tensors that are counted with earlier layers; those of this layer are added.
+        counted_buffers: Identities of the buffers that are counted with earlier layers; those of this layer are added.
         optimizers: Optimizers that the layer's parameters may have.
         before: Boundary before the layer.
         after: Boundary after the layer.
+        ties: Parameters that other layers hold too.
     """
-    parameters = _not_yet_counted(layer.parameters().values(), counted)
+    parameters = _not_yet_counted(layer.parameters().values(), set())
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    sizes = num_values(layer.module)
 
     def peak(moments: Callable[[MemoryTrace], list[int]]) -> Envelope:
         return Envelope.over(moment for sizes in measurement.traces for moment in fit_peak(*map(moments, sizes)).moments)
@@ -130,9 +125,9 @@ def _layer_cost(
     kept = Affine(max(kept.fixed for kept in kepts), max(kept.per_sample for kept in kepts))
     return LayerCost(
         name=layer.name,
-        num_params=sum(parameter.numel() for parameter in parameters),
+        num_params=sum(sizes.get(id(parameter), parameter.numel()) for parameter in parameters),
         weight_bytes=sum(map(_nbytes, parameters)),
-        buffer_bytes=sum(map(_nbytes, _not_yet_counted(layer.buffers().values(), counted))),
+        buffer_bytes=sum(map(_nbytes, _not_yet_counted(layer.buffers().values(), counted_buffers))),
         gradient_bytes=sum(map(_nbytes, trainable)),
         optimizer_bytes=_state_bytes(trainable, optimizers),
         step_bytes=max((optimizer.step_bytes(parameter) for optimizer in optimizers for parameter in trainable), default=0),
@@ -145,7 +140,32 @@ def _layer_cost(
         forward_macs=measurement.macs,
         complete=peak(lambda trace: [trace.complete]),
         whole=layer.whole,
+        ties=ties,
     )
+
+
+def _ties_by_layer(chain: Chain, optimizers: Sequence[OptimizerSpec]) -> list[tuple[Tie, ...]]:
+    """Return for each layer of a chain its parameters that other layers hold too."""
+    own = [_not_yet_counted(layer.parameters().values(), set()) for layer in chain.layers]
+    users: dict[int, list[int]] = {}
+    for number, parameters in enumerate(own):
+        for parameter in parameters:
+            users.setdefault(id(parameter), []).append(number)
+    numbers = {identity: number for number, identity in enumerate(users)}
+
+    def tie(parameter: Tensor, layer: int) -> Tie:
+        layers, trainable = users[id(parameter)], [parameter] if parameter.requires_grad else []
+        return Tie(
+            number=numbers[id(parameter)],
+            is_first=layer == layers[0],
+            is_last=layer == layers[-1],
+            num_params=parameter.numel(),
+            weight_bytes=_nbytes(parameter),
+            gradient_bytes=sum(map(_nbytes, trainable)),
+            optimizer_bytes=_state_bytes(trainable, optimizers),
+        )
+
+    return [tuple(tie(one, number) for one in parameters if len(users[id(one)]) > 1) for number, parameters in enumerate(own)]
 
 
 def fit_peak(few: list[int], more: list[int], many: list[int]) -> Envelope:

@@ -10,6 +10,10 @@ is streamed in for the step, G gradients.
     step i       W + O + [G if m < B, else G > i]  input, kept of layers < i, gradients when the last of i's is there; S of i, temporaries
     step         W + O + G                         nothing; S of one layer, the optimizer's temporaries
 
+A weight that several layers of the partition share has one W, O and G; but until all of its layers have gone back, the gradient that the
+later ones have made is a G beside it. Where a later partition holds such a weight too, and m < B, its gradient comes in beside the own
+one: a G more.
+
 A partition's peak is the greatest of these. Gradients are in memory during the forward only where a batch takes several micro-batches.
 Where a batch takes one micro-batch, and the step of a layer comes at the end of its backward (`LayerCost.freed_gradient_bytes`),
 its gradients are freed there, G > i is nothing, and there is a step i for each such layer.
@@ -42,54 +46,72 @@ class RangePeaks:
                 layer.input_bytes.at(m),
                 layer.kept.at(m),
                 layer.forward_peak.at(m),
-                layer.output_bytes.at(m) + max(layer.backward_peak.at(m), self._step_in_backward(layer)),
+                layer.output_bytes.at(m) + self._backward(layer),
                 layer.emit_peak.at(m),
+                layer.ties,
             )
             for layer in layers
         ]
 
-    def _step_in_backward(self, layer: LayerCost) -> int:
-        """Return the bytes of a step in backward, as `LayerCost.backward_peak` counts: it comes when the kernels' scratch is free."""
+    def _backward(self, layer: LayerCost) -> int:
+        """Return the peak of a layer's backward, as `LayerCost.backward_peak` counts, with its step where that comes at the end of it."""
+        peak = layer.backward_peak.at(self.micro_batch)
         if not layer.freed_gradient_bytes:
-            return 0
-        return layer.complete.at(self.micro_batch) + layer.step_bytes + layer.streamed_state_bytes
+            return peak
+        # The step comes when the kernels' scratch memory is free.
+        return max(peak, layer.complete.at(self.micro_batch) + layer.step_bytes + layer.streamed_state_bytes)
 
-    def ranges(self, start: int) -> Iterator[tuple[int, int]]:
+    def ranges(self, start: int) -> Iterator[tuple[int, int, int]]:
         """Iterate over the ranges of layers that begin at `start`: of one layer, of two, and so on to the end of the chain.
 
         Args:
             start: First layer of every range.
 
         Yields:
-            Bytes of the range's peak without its objective, which never fall as the range grows; and the bytes in memory when the
-            objective begins.
+            Bytes of the range's peak without its objective, which never fall as the range grows; the bytes in memory when the
+            objective begins; and the bytes of gradients that later ranges leave for weights of this one, which come on top of the peak.
         """
+        # The weights that the range shares with itself or with others, and the gradients of those that later ranges hold too.
+        shared: set[int] = set()
+        from_later: dict[int, int] = {}
         resident, gradients, kept, step = self._layers[start][3], 0, 0, 0
         # Highest so far, above the bytes that are in memory all the time.
         forward = backward = 0
-        for number, (weights, gradient, temporary, inputs, keeps, forward_peak, backward_peak, emit_peak) in enumerate(
+        for number, (weights, gradient, temporary, inputs, keeps, forward_peak, backward_peak, emit_peak, ties) in enumerate(
             self._layers[start:], start
         ):
+            again = 0
+            for tie in ties:
+                if tie.number in shared:
+                    weights -= tie.weight_bytes + tie.optimizer_bytes
+                    again += tie.gradient_bytes
+                elif tie.is_first:
+                    from_later[tie.number] = tie.gradient_bytes if self.accumulates else 0
+                shared.add(tie.number)
+                if tie.is_last:
+                    from_later.pop(tie.number, None)
             resident += weights
-            gradients += gradient
+            gradients += gradient - again
             step = max(step, temporary)
             forward = max(forward, kept + forward_peak, (inputs if number > start else 0) + emit_peak)
             kept += keeps
             # Gradients are made from the last layer to the first: those of the new layer are in memory during the backward of all
             # earlier layers.
-            backward = max(backward + (0 if self.accumulates else gradient), kept + backward_peak)
+            earlier = backward + (again if self.accumulates else gradient) if number > start else 0
+            backward = max(earlier, kept + backward_peak)
             during = resident + (gradients if self.accumulates else 0)
-            yield max(during + forward, during + backward, resident + gradients + step), during + kept
+            peak = max(during + forward, during + backward, resident + gradients + step)
+            yield peak, during + kept, sum(from_later.values())
 
-    def with_objective(self, of_range: tuple[int, int], objective: Affine) -> int:
+    def with_objective(self, of_range: tuple[int, int, int], objective: Affine) -> int:
         """Return the peak of a range with its objective, in bytes.
 
         Args:
             of_range: Bytes of the range, from `ranges`.
             objective: Bytes of the loss: `fixed` all the time, `per_sample` between forward and backward.
         """
-        peak, held = of_range
-        return objective.fixed + max(peak, held + objective.per_sample * self.micro_batch)
+        peak, held, from_later = of_range
+        return objective.fixed + max(peak + from_later, held + objective.per_sample * self.micro_batch)
 
 
 def peak_of(layers: Sequence[LayerCost], micro_batch: int, batch: int, objective: Affine) -> int:

@@ -18,10 +18,11 @@ class PlanReport:
     Sizes are in bytes. `fits` says whether the run fits the budget and `max_disk`; where it does not, `reason` says why and `exit_code`
     is the exit code with which `fit` would end. `notes` say in what training would differ from plain PyTorch's. `prospects` are the
     estimates of all methods; empty where nothing was timed. `preprocessing` says how samples are presented to the model,
-    `data_parts` how many there are in each part;
+    `data_parts` how many there are in each part; `plain_bytes` is the predicted peak of a plain PyTorch loop with the same batch;
     `skipped_samples` holds the `count` of broken samples that are left out, and the `names` of the first 100.
     """
 
+    schema_version: int = 1
     method: str
     model: str
     data: str
@@ -29,6 +30,7 @@ class PlanReport:
     budget_bytes: int
     reserve_bytes: int
     training_state_bytes: int
+    plain_bytes: int | None = None
     predicted_peak_bytes: int
     disk_bytes: int
     partitions: Sequence[Mapping[str, Any]]
@@ -67,6 +69,11 @@ class PlanReport:
             else f"does not fit: {self.reason}"
         )
         lines = [f"{self.model} on {self.data}, method {self.method}, {self.device}", ""]
+        if self.plain_bytes is not None:
+            # What its allocator and kernels keep beside is up to a third more: see `bench/model_coverage.py`.
+            enough = 1.5 * self.plain_bytes + self.reserve_bytes <= self.budget_bytes
+            has_it = ", which this budget has: it trains there without all this" if enough else ""
+            lines += [f"plain PyTorch needs about {format_bytes(self.plain_bytes)}{has_it}", ""]
         if self.data_parts:
             lines += [f"data: {self.data_parts}", ""]
         if self.skipped_samples["count"]:

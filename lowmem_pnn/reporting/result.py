@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from lowmem_pnn.engine.stalls import describe_stalls
 from lowmem_pnn.pretrained.matching import describe_weights
+from lowmem_pnn.pretrained.model_file import load_into
 from lowmem_pnn.reporting.tables import describe_skipped, layer_range, text_table
 from lowmem_pnn.units import format_bytes
 
@@ -23,10 +26,14 @@ _KNOWN = (*_MORE_SCORES, "loss", "accuracy", "f1", "top5", "perplexity", "confus
 class Result:
     """Result of a run: the content of `result.json`.
 
+    `schema_version` rises when a key changes its meaning or goes; keys may be added without that.
+
     Exits are numbered from 1, as `export --exit` takes them; `chosen_exit` is the exit that `export --exit auto` takes.
 
     `compiled` holds the number of compiled `layers`, the number of `functions` that they share, and the `seconds` of compiling in the
     last process, which `seconds` of the run leave out; empty without --compile.
+
+    `training` holds the optimizer and its settings: those that were asked for, and the defaults of the others.
 
     `stopped_after` is the epoch, and `stopped_step` the optimizer step, after which training ended early (--early-stop); `best_epoch` and
     `best_step` are those of the validation that was best by --monitor. Where it was within an epoch (--eval-every) there is a step alone.
@@ -53,13 +60,17 @@ class Result:
     `skipped_samples` holds the `count` of broken samples that were left out (--skip-broken), and the `names` of the first 100.
 
     `data_parts` says how many samples each part of the data has, and which parts were split off. `preparation`
-    holds what samples are made with that follows from the training data: columns, classes, mean and std. `workers` is the number of processes
+    holds what samples are made with that follows from the training data: columns, classes, mean and std. `form` says what samples and targets
+    are, for whoever uses the model without them: shapes, types, kind of targets, names of classes. `workers` is the number of processes
     that read them; their memory is in `host_peak_bytes` alone.
+
+    `plain_bytes` is the predicted peak of a plain PyTorch loop with the same batch; None where it is not known (`neuroflux`).
 
     Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
     where the data is text, belongs to `weights_file`. Values that were not measured are None.
     """
 
+    schema_version: int = 1
     method: str
     model: str
     data: str
@@ -73,6 +84,7 @@ class Result:
     host_peak_bytes: int
     predicted_peak_bytes: int
     reserve_bytes: int
+    plain_bytes: int | None = None
     check: Mapping[str, int]
     compared: str = "no"
     batch_norm: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -82,6 +94,7 @@ class Result:
     training_state_bytes: int
     partitions: Sequence[Mapping[str, Any]]
     epochs: Sequence[int]
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stopped_after: int | None = None
     stopped_step: int | None = None
     best_epoch: int | None = None
@@ -114,6 +127,7 @@ class Result:
     preprocessing: str
     data_parts: str = ""
     preparation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    form: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     workers: int = 0
     versions: Mapping[str, str]
 
@@ -123,8 +137,24 @@ class Result:
 
     @classmethod
     def from_json(cls, text: str) -> "Result":
-        """Read a result that `to_json` wrote."""
-        return cls(**json.loads(text))
+        """Read a result that `to_json` wrote, in this version or another; keys that are not known are left out."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in json.loads(text).items() if name in known})
+
+    def load(self, model: nn.Module) -> nn.Module:
+        """Load the trained weights into a model of the class that was trained.
+
+        Args:
+            model: the model, which is changed.
+
+        Returns:
+            The same model.
+
+        Raises:
+            CheckpointError: the weights are gone, or not of such a model: all that differs is named.
+        """
+        load_into(model, self.weights_file)
+        return model
 
     def __str__(self) -> str:
         """Return the result for people; the last line names model size, budget and peak."""
@@ -178,9 +208,16 @@ class Result:
         lines += [
             f"weights: {self.weights_file}",
             f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state), "
-            f"budget {format_bytes(self.budget_bytes)}, peak {format_bytes(self.peak_bytes)}",
+            f"budget {format_bytes(self.budget_bytes)}, peak {format_bytes(self.peak_bytes)}{self._saving()}",
         ]
         return "\n".join(lines)
+
+    def _saving(self) -> str:
+        """Return how the peak compares with plain PyTorch's."""
+        if self.plain_bytes is None:
+            return ""
+        saved = f": {1 - self.peak_bytes / self.plain_bytes:.0%} saved" if self.peak_bytes < self.plain_bytes else ""
+        return f"; plain PyTorch needs about {format_bytes(self.plain_bytes)}{saved}"
 
     def _partition_table(self) -> str:
         rows = [

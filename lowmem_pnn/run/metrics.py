@@ -12,8 +12,12 @@ from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.macs import macs_until
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
+from lowmem_pnn.run.timeline import MemoryTimeline
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
+
+# Seconds between two points of the memory's timeline while one partition learns.
+_LAP_SECONDS = 0.2
 
 
 class EpochTimer:
@@ -74,6 +78,7 @@ class Metrics:
         self._recording: tuple[int, float, dict[str, float]] | None = None
         # Totals of earlier processes of this run; what this one adds comes on top.
         self._earlier = (state.seconds, state.bytes_read, state.bytes_written, state.peak_bytes, state.host_peak_bytes)
+        self._timeline = MemoryTimeline()
 
     # Records of partitions.
 
@@ -97,7 +102,9 @@ class Metrics:
         record, now, stalls = self._state.records[partition], time.monotonic(), self._session.threads.stalls.seconds()
         record.seconds += now - since
         record.waited = {kind: record.waited.get(kind, 0.0) + stalls[kind] - waited[kind] for kind in stalls}
-        record.peak_bytes = max(record.peak_bytes, self._session.device.section_peak_bytes())
+        peak = self._session.device.section_peak_bytes()
+        record.peak_bytes = max(record.peak_bytes, peak)
+        self._timeline.add(self._seconds(), partition, peak)
         self._recording = partition, now, stalls
 
     def end_record(self) -> None:
@@ -121,7 +128,7 @@ class Metrics:
 
     def totals(self) -> dict[str, Any]:
         """Return MACs, bytes and seconds so far, over all processes of the run: a part of every line of `metrics.jsonl`."""
-        seconds, read, written, _, _ = self._earlier
+        _, read, written, _, _ = self._earlier
         session, state, samples = self._session, self._state, len(self._workload.splits["train"])
         done = 0
         if state.visit < len(self._program):
@@ -132,8 +139,12 @@ class Metrics:
             "macs": macs_until(self._program, self._plan, samples, state.visit, state.progress.epoch, done),
             "bytes_read": read + session.counter.bytes_read,
             "bytes_written": written + session.counter.bytes_written,
-            "seconds": seconds + time.monotonic() - session.began,
+            "seconds": self._seconds(),
         }
+
+    def _seconds(self) -> float:
+        """Return the seconds of the run so far, over all of its processes."""
+        return self._earlier[0] + time.monotonic() - self._session.began
 
     def after_batch(self, title: str) -> None:
         """Show where the run is, and hold the host's memory against its bound.
@@ -145,6 +156,9 @@ class Metrics:
             BudgetError: the host's memory is above `--max-host-mem`.
         """
         device, limit = self._session.device, self._workload.config.max_host_mem
+        if self._recording is not None and time.monotonic() - self._recording[1] > _LAP_SECONDS:
+            self.update_record()
+            device.begin_section()
         self._session.display.advance(int(self._state.progress.tally.num_samples), device.used_bytes(), device.budget_bytes)
         if limit is not None and (peak := device.host_peak_bytes + self._workload.readers_peak_bytes) > limit:
             raise BudgetError(
@@ -168,7 +182,14 @@ class Metrics:
             loss: loss of its batch; None if the batch, or its step, was left out.
             rate: gives the learning rate of a step, counted from 0.
         """
-        told = {"action": action, "epoch": epoch + 1, "step": steps_done, "loss": loss, "lr": rate(steps_done - 1)}
+        told = {
+            "action": action,
+            "epoch": epoch + 1,
+            "step": steps_done,
+            "loss": loss,
+            "lr": rate(steps_done - 1),
+            "used_bytes": self._session.device.used_bytes(),
+        }
         self._session.callbacks.tell("on_step_end", told)
         if steps_done % self._workload.config.log_every:
             return
@@ -183,6 +204,7 @@ class Metrics:
             micro_batch: samples on the device at once.
             timer: timer of the epoch, which is over.
         """
+        self.update_record()
         device, item = self._session.device, self._program[self._state.visit]
         before = item.epochs_before if isinstance(item, Sweep) else 0
         line = self._log(
@@ -195,7 +217,8 @@ class Metrics:
                 "waiting": timer.waiting,
                 "micro_batch": micro_batch,
                 "used_bytes": device.used_bytes(),
-                "peak_bytes": device.section_peak_bytes() if action == "learn" else device.peak_bytes,
+                "peak_bytes": self._state.records[partition].peak_bytes if action == "learn" else device.peak_bytes,
+                "memory": self._timeline.take(),
             }
         )
         self._session.display.end_epoch(line)

@@ -8,12 +8,14 @@ from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any, Literal
 
+from torch import Tensor
+
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.executor import Executor
 from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.errors import BudgetError
-from lowmem_pnn.methods import Sweep, Visit, visits_of_rank
+from lowmem_pnn.methods import Objective, Sweep, Visit, visits_of_rank
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.commits import Commits
@@ -47,6 +49,7 @@ class Run:
         self.plan = plan
         self.weights = weights
         self.state = state
+        self._said_uncounted = False
         whole_program = workload.program(plan.spans)
         self.program = visits_of_rank(whole_program, state.rank, state.ranks)
         executor = Executor(session.device, workload.config.seed, self._note_shrink, session.threads.stalls)
@@ -78,6 +81,22 @@ class Run:
         progress = self.state.progress
         self.state.records[partition].train_loss = progress.tally.loss if progress.tally.num_samples else None
         progress.tally = Tally()
+
+    def counts(self, objective: Objective, labels: Tensor) -> bool:
+        """Return whether anything in a batch counts in its loss; the first time that nothing does is said.
+
+        Args:
+            objective: what is learnt.
+            labels: targets of the batch, on the host.
+        """
+        if objective.count(labels) > 0:
+            return True
+        if not self._said_uncounted:
+            self._said_uncounted = True
+            self.session.display.message(
+                "a batch has no label that counts: it is left out, without a step (and so are others like it)"
+            )
+        return False
 
     def record_validation(
         self, partition: int, tally: Tally, layers: Sequence[Tally] = (), scores: Mapping[str, Any] = MappingProxyType({})
@@ -127,9 +146,8 @@ class Run:
             state.best = Best(epoch, step, value, module_state=self.workload.chain.python_state)
         return better and config.keep_weights == "best"
 
-    @property
     def is_out_of_patience(self) -> bool:
-        """Whether so many validations went by without a better one that training is to end."""
+        """Return whether so many validations went by without a better one that training is to end."""
         config = self.workload.config
         if config.early_stop is None or (isinstance(self.item, Sweep) and self.item.frozen):
             return False

@@ -262,7 +262,7 @@ class State:
 _OF_A_POSITION = (
     "visit", "progress", "weights", "activations", "loss_scales", "module_state", "best", "without_gain", "stopped_after", "stopped_step",
 )  # fmt: skip
-_NO_LOSSES = {"train_loss": None, "val_loss": None, "val_scores": {}}
+_NO_LOSSES: dict[str, Any] = {"train_loss": None, "val_loss": None, "val_scores": {}}
 _STATES, _PLANS = TypeAdapter(State), TypeAdapter(Plan)
 
 

@@ -37,7 +37,10 @@ _TORCHVISION: dict[str, tuple[str, dict[str, str]]] = {
 }
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 _NPZ_PARTS = (("train", "training"), ("test", "test"), ("val", "validation"))
-_FORMS = "npz:FILE, imagefolder:DIR, segmentation:DIR, csv:FILE, parquet:FILE, hfdata:DIR, text:FILE, package.module:factory or file.py:factory"
+_FORMS = (
+    "npz:FILE, imagefolder:DIR, segmentation:DIR, csv:FILE, parquet:FILE, hfdata:DIR, text:FILE, jsonl:FILE, tokens:FILE, "
+    "package.module:factory or file.py:factory"
+)
 
 
 def find_dataset(
@@ -92,7 +95,14 @@ def find_dataset(
         return _torchvision(spec, root, input_form, resize)
     if ":" in spec:
         return _factory(spec, input_form, skip_broken, options, resize)
-    for suffix, form in ((".npz", "npz"), (".txt", "text"), (".csv", "csv"), (".parquet", "parquet")):
+    for suffix, form in (
+        (".npz", "npz"),
+        (".txt", "text"),
+        (".jsonl", "jsonl"),
+        (".bin", "tokens"),
+        (".csv", "csv"),
+        (".parquet", "parquet"),
+    ):
         if Path(spec).suffix == suffix:
             raise ConfigError(f"data set {spec!r} is a file; write {form}:{spec}")
     raise ConfigError(
@@ -232,7 +242,7 @@ def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[A
 
 def _npz(path: Path, input_form: InputForm, skip_broken: bool, options: TargetOptions, resize: Resize | None) -> Dataset:
     """Open the arrays of a .npz file, as Keras names them."""
-    arrays = _read_npz(path)
+    arrays = read_npz(path, (*_KEYS, "x_val", "y_val"))
     present = [name for name, _ in _NPZ_PARTS if name == "train" or {f"x_{name}", f"y_{name}"} & set(arrays)]
     missing = [key for name in present for key in (f"x_{name}", f"y_{name}") if key not in arrays]
     if missing:
@@ -266,11 +276,20 @@ def _npz(path: Path, input_form: InputForm, skip_broken: bool, options: TargetOp
     return join_parts(path.stem, splits["train"], splits.get("test"), splits.get("val"))
 
 
-def _read_npz(path: Path) -> dict[str, Any]:
+def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Read arrays of a .npz file, which are mapped where they are large and stored as they are.
+
+    Args:
+        path: Path of the file.
+        names: Names of the arrays that are wanted; others are there as None.
+
+    Raises:
+        DataError: There is no such file, or it cannot be read.
+    """
     if not path.is_file():
         raise DataError(f"there is no file {path.absolute()}; give npz:FILE with arrays {', '.join(_KEYS)}")
     try:
-        return read_members(path, (*_KEYS, "x_val", "y_val"))
+        return read_members(path, names)
     except (LowMemError, MemoryError):
         raise
     # Numpy and zipfile raise nearly anything for files that are damaged, of another kind, or hold pickled objects: OSError, EOFError,

@@ -31,11 +31,11 @@ def as_pair(data: Any) -> tuple[Any, Any] | None:
     if not isinstance(data, tuple | list) or len(data) != 2:
         return None
     x, y = data
-    if _is_array(x) and (_is_array(y) or isinstance(y, list | tuple | range) or _holds_arrays(y)):
+    if is_array(x) and (is_array(y) or isinstance(y, list | tuple | range) or _holds_arrays(y)):
         return x, y
-    if isinstance(data, tuple) and _holds_arrays(x) and (_is_array(y) or isinstance(y, list | dict)):
+    if isinstance(data, tuple) and _holds_arrays(x) and (is_array(y) or isinstance(y, list | dict)):
         return x, y
-    if isinstance(data, tuple) and isinstance(x, list) and (_is_array(y) or isinstance(y, range) or _holds_scalars(y)):
+    if isinstance(data, tuple) and isinstance(x, list) and (is_array(y) or isinstance(y, range) or _holds_scalars(y)):
         return x, y
     return None
 
@@ -93,9 +93,9 @@ def require_map_style(data: Any, where: str) -> None:
     if isinstance(data, dict):
         names = ", ".join(map(repr, list(data)[:4]))
         raise DataError(f"{where} is a dict ({names}); give the pair (x, y), or a map-style data set of pairs")
-    if _is_array(data):
+    if is_array(data):
         raise DataError(f"{where} is one {kind}, without labels; give the pair (x, y)")
-    if isinstance(data, tuple | list) and len(data) == 2 and _is_array(data[0]):
+    if isinstance(data, tuple | list) and len(data) == 2 and is_array(data[0]):
         raise DataError(f"{where}: the labels are a {type(data[1]).__name__}; give a tensor, an array or a list of class numbers")
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise DataError(
@@ -111,13 +111,14 @@ def require_map_style(data: Any, where: str) -> None:
         raise DataError(f"{where} is a {kind} whose length cannot be told: {one_line(error)}; see to its __len__") from error
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Decide whether a value is an array, a tensor or a table."""
     # Tables have `to_numpy`, sparse matrices `toarray`, arrays of other libraries `__array__`.
     return isinstance(value, Tensor | np.ndarray) or any(hasattr(value, name) for name in ("to_numpy", "toarray", "__array__"))
 
 
 def _holds_arrays(value: Any) -> bool:
-    return isinstance(value, dict | tuple) and bool(value) and all(map(_is_array, pytree.tree_leaves(value)))
+    return isinstance(value, dict | tuple) and bool(value) and all(map(is_array, pytree.tree_leaves(value)))
 
 
 def _holds_scalars(value: Any) -> bool:

@@ -118,6 +118,8 @@ class ImageFolderSplit(SampleSplit):
         resize: Brings images to one size; None to leave them as they are.
     """
 
+    paths: tuple[Path, ...]
+
     def __init__(
         self,
         folder: Path,
@@ -131,7 +133,7 @@ class ImageFolderSplit(SampleSplit):
     ) -> None:
         super().__init__(len(paths))
         self.where, self.targets = str(folder), Targets("class", num_classes, ignored=PYTORCH_IGNORED)
-        self._paths, self._labels, self._deep = paths, torch.tensor(labels, dtype=torch.int64), deep
+        self.paths, self._labels, self._deep = paths, torch.tensor(labels, dtype=torch.int64), deep
         shape = (header.height, header.width, 3)
         self.preprocessing = Preprocessing.choose(
             shape, torch.float32 if deep else torch.uint8, input_form, self.where, layout="HWC", resize=resize
@@ -140,7 +142,7 @@ class ImageFolderSplit(SampleSplit):
     def fingerprint(self) -> str:
         """Return a hash of all paths, sizes and times of change."""
         digest = hashlib.sha256()
-        for path in self._paths:
+        for path in self.paths:
             status = path.stat()
             digest.update(
                 f"{path.relative_to(self.where)} {status.st_size} {status.st_mtime_ns}\n".encode(errors="surrogateescape")
@@ -155,7 +157,7 @@ class ImageFolderSplit(SampleSplit):
         expected = self.preprocessing.raw_shape
         x = torch.empty(len(numbers), *expected, dtype=self.preprocessing.raw_dtype)
         for row, number in enumerate(numbers):
-            path = self._paths[number]
+            path = self.paths[number]
             try:
                 image = decode(path, self._deep)
             except DataError as error:
@@ -170,7 +172,7 @@ class ImageFolderSplit(SampleSplit):
         return x, self._labels.index_select(0, torch.from_numpy(numbers))
 
     def _name(self, number: np.int64) -> str:
-        return str(self._paths[number])
+        return str(self.paths[number])
 
 
 def _part_folders(folder: Path) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -60,6 +61,8 @@ class SampleSplit:
     """Structure of a sample's tensors; None where a sample is one tensor."""
     skipped: Mapping[str, str] = {}
     """Broken samples that were left out, by name, with what is wrong with each."""
+    paths: Sequence[Path] | None = None
+    """Files of the samples, as the source counts them; None where samples have no files."""
 
     def __init__(self, num_samples: int) -> None:
         # Numbers, as the source counts, of the samples that are left.
@@ -137,6 +140,10 @@ class SampleSplit:
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         """Return targets (B, ...) alone, of samples by their numbers."""
         return self._raw(self._kept[numbers])[1]
+
+    def files(self, numbers: npt.NDArray[np.int64]) -> list[Path] | None:
+        """Return the files of samples by their numbers; None where samples have no files."""
+        return None if self.paths is None else [self.paths[int(number)] for number in self._kept[numbers]]
 
     def fingerprint(self) -> str:
         """Return a hash that changes when the samples or labels do."""

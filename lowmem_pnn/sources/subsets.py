@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,20 @@ def labels_of(split: Split, numbers: npt.NDArray[np.int64]) -> Tensor:
         return labels_of(split.base, split.numbers[numbers])
     own: Callable[[npt.NDArray[np.int64]], Tensor] | None = getattr(split, "labels", None)
     return own(numbers) if own is not None else split.batch(numbers)[1]
+
+
+def files_of(split: Split, numbers: npt.NDArray[np.int64]) -> list[Path] | None:
+    """Return the files of samples; None where they have none.
+
+    Args:
+        split: Any split.
+        numbers: Numbers of B samples.
+    """
+    if isinstance(split, SubsetSplit):
+        return files_of(split.base, split.numbers[numbers])
+    if isinstance(split, RenumberedSplit):
+        return files_of(split.base, numbers)
+    return split.files(numbers) if isinstance(split, SampleSplit) else None
 
 
 def as_floats(split: Split) -> Split:

@@ -64,7 +64,7 @@ def open_text(path: Path, context: int) -> Text:
         DataError: There is no such file, it cannot be read, or it is shorter than two windows and a byte.
     """
     assert context > 0, "a window has at least one token"
-    file = _File(path)
+    file = TokenFile(path)
     needed = 2 * context + 1
     if file.size < needed:
         remedy = (
@@ -82,13 +82,13 @@ def open_text(path: Path, context: int) -> Text:
     )
     digest = hashlib.sha256(words.encode())
     for begin in range(0, file.size, _CHUNK_BYTES):
-        digest.update(file.bytes[begin : begin + _CHUNK_BYTES].data)
+        digest.update(file.tokens[begin : begin + _CHUNK_BYTES].data)
     num_train = num_windows - num_test
     return Text(TextSplit(file, context, 0, num_train), TextSplit(file, context, num_train, num_test), words, digest.hexdigest())
 
 
 class TextSplit:
-    """Split of neighbouring windows of a file, with labels (B, T).
+    """Split of neighbouring windows of a file of tokens, with labels (B, T).
 
     Args:
         file: Open file.
@@ -97,7 +97,7 @@ class TextSplit:
         num_windows: Number of windows.
     """
 
-    def __init__(self, file: "_File", context: int, first: int, num_windows: int) -> None:
+    def __init__(self, file: "TokenFile", context: int, first: int, num_windows: int) -> None:
         self._file, self._context, self._first, self._num_windows = file, context, first, num_windows
 
     def __len__(self) -> int:
@@ -118,23 +118,32 @@ class TextSplit:
         """
         numbers = as_indices(indices, len(self))
         self._file.check()
-        windows = np.empty((len(numbers), self._context + 1), dtype=np.uint8)
+        windows = np.empty((len(numbers), self._context + 1), dtype=np.int64)
         for window, number in zip(windows, numbers, strict=True):
             begin = (self._first + int(number)) * self._context
-            window[:] = self._file.bytes[begin : begin + self._context + 1]
+            window[:] = self._file.tokens[begin : begin + self._context + 1]
         tokens = torch.from_numpy(windows)
-        return tokens[:, :-1].to(torch.int64).contiguous(), tokens[:, 1:].to(torch.int64).contiguous()
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-class _File:
-    """File mapped into memory, which notices when it is changed under the map."""
+class TokenFile:
+    """File of tokens mapped into memory, which notices when it is changed under the map.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: Path of the file.
+        dtype: Type of a token.
+        kind: What the option calls the file: `text` or `tokens`.
+
+    Raises:
+        DataError: There is no such file, or it cannot be read.
+    """
+
+    def __init__(self, path: Path, dtype: Any = np.uint8, kind: str = "text") -> None:
+        self._path, self._dtype, self._kind = path, np.dtype(dtype), kind
         try:
             if path.exists() and not path.is_file():
-                kind = "a folder" if path.is_dir() else "no regular file"
-                raise DataError(f"text {str(path)!r} is {kind}; give text:FILE with one file, to which cat joins several")
+                what = "a folder" if path.is_dir() else "no regular file"
+                raise DataError(f"{kind} {str(path)!r} is {what}; give {kind}:FILE with one file, to which cat joins several")
             with path.open("rb") as stream:
                 self._descriptor = os.dup(stream.fileno())
                 weakref.finalize(self, os.close, self._descriptor)
@@ -142,17 +151,20 @@ class _File:
                 self.size = self._state[0]
                 """Size in bytes."""
                 # An empty file cannot be mapped.
-                mapped = np.memmap(stream, dtype=np.uint8, mode="r") if self.size else np.empty(0, dtype=np.uint8)
-                self.bytes = mapped.view(np.ndarray)
-                """Content (size,), uint8, read-only."""
+                whole = self.size // self._dtype.itemsize
+                mapped = (
+                    np.memmap(stream, dtype=self._dtype, mode="r", shape=(whole,)) if whole else np.empty(0, dtype=self._dtype)
+                )
+                self.tokens = mapped.view(np.ndarray)
+                """Content, read-only; bytes at the end that make no token are left out."""
         except FileNotFoundError as error:
-            raise DataError(f"there is no file {path.absolute()}; give text:FILE") from error
+            raise DataError(f"there is no file {path.absolute()}; give {kind}:FILE") from error
         except OSError as error:
-            raise DataError(f"text {str(path)!r} cannot be read: {error.strerror or error}; give text:FILE") from error
+            raise DataError(f"{kind} {str(path)!r} cannot be read: {error.strerror or error}; give {kind}:FILE") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Have another process map the file itself; what was written to it meanwhile is noticed there too."""
-        return _reopened, (self._path, self._state)
+        return _reopened, (self._path, self._dtype, self._kind, self._state)
 
     def check(self) -> None:
         """Raise if the file was written to: a read behind its end would kill the process, and other bytes are other data.
@@ -162,7 +174,7 @@ class _File:
         """
         if (state := self._size_and_time()) != self._state:
             raise DataError(
-                f"text {str(self._path)!r} was changed while it is used: it had {self.size:,} bytes, it has {state[0]:,} and another "
+                f"{self._kind} {str(self._path)!r} was changed while it is used: it had {self.size:,} bytes, it has {state[0]:,} and another "
                 "time of change; put it back and go on with --resume, or begin again with --overwrite"
             )
 
@@ -171,8 +183,8 @@ class _File:
         return status.st_size, status.st_mtime_ns
 
 
-def _reopened(path: Path, state: tuple[int, int]) -> _File:
-    file = _File(path)
+def _reopened(path: Path, dtype: Any, kind: str, state: tuple[int, int]) -> TokenFile:
+    file = TokenFile(path, dtype, kind)
     file._state = state
     file.check()
     return file

@@ -97,7 +97,8 @@ def write_index(folder: Path, index: Index) -> None:
     sync_folder(folder)
     shards = [{key: value for key, value in asdict(shard).items() if value is not None} for shard in index.shards]
     content = {"format": FORMAT, **asdict(index), "tensors": tensors, "shards": shards}
-    write_durably(folder / _INDEX, json.dumps({**content, "sha256": _digest(content)}, indent=1))
+    # On one line, as the journal is.
+    write_durably(folder / _INDEX, json.dumps({**content, "sha256": _digest(content)}) + "\n")
     sync_folder(folder.parent)
 
 

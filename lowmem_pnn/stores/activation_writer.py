@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import CheckpointError, DiskError
@@ -99,7 +100,8 @@ class ActivationWriter:
         """Append samples. They are copied: the tensors may be reused at once.
 
         Args:
-            tensors: Boundary tensors, each (B, ...) as its spec says, on any device.
+            tensors: Boundary tensors, each (B, ...) as its spec says, on any device; one of a narrower floating type is widened, which
+                changes no value: under autocast some kernels give another type where no gradient is wanted.
             labels: Labels (B, ...), as their spec says.
 
         Raises:
@@ -110,6 +112,8 @@ class ActivationWriter:
         assert self._state == "open", "the writer has ended"
         if self._failure is not None:
             raise self._failure
+        if len(tensors) == len(self.specs):
+            tensors = tuple(_widened(tensor, spec.dtype) for tensor, spec in zip(tensors, self.specs, strict=True))
         self._check(tensors, labels)
         done = 0
         while done < len(labels):
@@ -260,3 +264,9 @@ class ActivationWriter:
 
     def _layout(self, num_samples: int) -> dict[str, TensorLayout]:
         return shard_layout(self.specs, num_samples, self.labels, self.encoding)
+
+
+def _widened(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tensor in a type that holds all values of its own; as it is where the type does not."""
+    floats = tensor.dtype.is_floating_point and dtype.is_floating_point
+    return tensor.to(dtype) if floats and tensor.dtype != dtype == torch.promote_types(tensor.dtype, dtype) else tensor

@@ -32,7 +32,8 @@ def older_name(number: int) -> str:
 def seal_journal(body: dict[str, Any], config_sha256: str) -> str:
     """Return a journal's text: the body with its checksum, and the checksum of the run's configuration."""
     sealed = {"format": FORMAT, "sha256": _digest(body, config_sha256), "config_sha256": config_sha256, "body": body}
-    return json.dumps(sealed, indent=1, sort_keys=True)
+    # On one line: with an indent it is Python's own encoder that writes, whose functions refer to each other until garbage is collected.
+    return json.dumps(sealed, sort_keys=True) + "\n"
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], str]:

@@ -90,6 +90,27 @@ class Scratch:
         """
         return tuple(self._read(stored) if isinstance(stored, _Slot) else stored for stored in self._stored[key])
 
+    def elements(self, key: Hashable, elements: slice) -> Tensor:
+        """Return some elements of the only tensor of a key, flat, in the order of its axes.
+
+        Args:
+            key: key of one tensor.
+            elements: elements to return.
+
+        Raises:
+            KeyError: Nothing was put under the key.
+            DiskError: The file system refused.
+        """
+        (stored,) = self._stored[key]
+        assert stored is not None, "a tensor was put"
+        if not isinstance(stored, _Slot):
+            return stored.reshape(-1)[elements]
+        if stored.order != tuple(range(len(stored.order))):
+            return self._read(stored).reshape(-1)[elements].clone()
+        tensor = aligned_empty((elements.stop - elements.start,), stored.dtype)
+        self._move(byte_view(tensor).data, stored.offset + elements.start * stored.dtype.itemsize, write=False)
+        return tensor
+
     def pop(self, key: Hashable) -> tuple[Tensor | None, ...]:
         """Return the tensors of a key, and forget the key."""
         tensors = self.get(key)

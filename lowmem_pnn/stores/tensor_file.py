@@ -7,6 +7,7 @@ second copy of the tensors in memory and does not sync, and its readers map the 
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -193,23 +194,42 @@ class TensorFile:
         offset, view = self._locate(name, tensor, start)
         self._write_bytes(view, offset)
 
-    def read(self, name: str, allocate: HostAllocator | None = None) -> Tensor:
-        """Read a tensor of the file, into memory that starts at a multiple of 64 bytes.
+    def read(self, name: str, allocate: HostAllocator | None = None, elements: slice | None = None) -> Tensor:
+        """Read a tensor of the file, or some of its elements, into memory that starts at a multiple of 64 bytes.
 
         Args:
             name: Name of the tensor in the file.
             allocate: Allocates the tensor that is filled, from shape and element type; None for fresh memory.
+            elements: Elements to read, in the order of the file, as a flat tensor; None for the tensor as it is.
 
         Raises:
-            CheckpointError: The file holds no such tensor, or ends early.
+            CheckpointError: The file holds no such tensor or elements, or ends early.
         """
         entry = self._entry(name)
+        shape = entry.shape if elements is None else (elements.stop - elements.start,)
         if allocate is not None:
-            tensor = allocate(entry.shape, entry.dtype)
+            tensor = allocate(shape, entry.dtype)
         else:
-            tensor = aligned_empty(entry.shape, entry.dtype, alignment=PAGE_BYTES if self._bypasses_cache else ALIGNMENT)
-        self.read_into(name, tensor)
+            tensor = aligned_empty(shape, entry.dtype, alignment=PAGE_BYTES if self._bypasses_cache else ALIGNMENT)
+        if elements is None:
+            self.read_into(name, tensor)
+        else:
+            self._read_bytes(byte_view(tensor).data, self._offset_of(name, tensor, elements.start), name)
         return tensor
+
+    def write_elements(self, name: str, tensor: Tensor, start: int) -> None:
+        """Overwrite some elements of a tensor of the file. Other threads run meanwhile.
+
+        Args:
+            name: Name of the tensor in the file.
+            tensor: Values to write, contiguous, on the CPU, of any shape, with the entry's element type.
+            start: First element to write, in the order of the file.
+
+        Raises:
+            CheckpointError: The file holds no such tensor or elements.
+            DiskError: The disk is full, or the file system refused.
+        """
+        self._write_bytes(byte_view(tensor).data, self._offset_of(name, tensor, start))
 
     def copy_from(self, name: str, source: TensorFile, source_name: str) -> None:
         """Copy a tensor from another file, through a buffer of `CHUNK_BYTES`.
@@ -280,6 +300,16 @@ class TensorFile:
             )
         row_bytes = entry.nbytes // entry.shape[0] if entry.shape and entry.shape[0] else 0
         return entry.offset + start * row_bytes, byte_view(tensor).data
+
+    def _offset_of(self, name: str, tensor: Tensor, start: int) -> int:
+        """Return the offset in the file of as many elements as a tensor has, from `start` on."""
+        entry = self._entry(name)
+        if tensor.dtype != entry.dtype or start < 0 or start + tensor.numel() > math.prod(entry.shape):
+            raise CheckpointError(
+                f"{str(self.path)!r} holds {name!r} as {describe(entry.dtype, entry.shape)}, "
+                f"asked for {tensor.numel()} elements of {tensor.dtype} from element {start}; {self._remedy}"
+            )
+        return entry.offset + start * tensor.element_size()
 
     def _read_bytes(self, memory: memoryview, offset: int, name: str) -> None:
         done = 0

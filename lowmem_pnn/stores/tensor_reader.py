@@ -34,13 +34,13 @@ class TensorReader:
         self._lock = threading.Lock()
         self._files: dict[PartitionName, TensorFile] = {}
 
-    def read(self, key: str) -> Tensor:
-        """Read a tensor, into memory that starts at a multiple of 64 bytes.
+    def read(self, key: str, elements: slice | None = None) -> Tensor:
+        """Read a tensor, or some of its elements as a flat tensor, into memory that starts at a multiple of 64 bytes.
 
         Raises:
-            CheckpointError: No file holds the tensor.
+            CheckpointError: No file holds the tensor, or the elements.
         """
-        return self.open(self._partition_of(key)).read(key, self._allocate)
+        return self.open(self._partition_of(key)).read(key, self._allocate, elements)
 
     def open(self, partition: PartitionName) -> TensorFile:
         """Return a partition's open file: the file that was the newest when it was first asked for."""

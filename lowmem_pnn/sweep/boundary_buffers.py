@@ -5,7 +5,8 @@ backward    gradients of boundaries, and of tied weights that an earlier partiti
 for steps   gradients of the whole batch, where a step has to wait for all of them
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,12 +106,13 @@ class BoundaryBuffers:
         if any(not torch.equal(one, other) for one, other in zip(state_before, state, strict=True)):
             self._scratch.put(("random", partition + 1, number), state)
 
-    def add_shared_gradients(self, residency: Residency, number: int) -> Hooks:
+    def add_shared_gradients(self, residency: Residency, number: int, *, alone: bool) -> Hooks:
         """Register hooks that add later partitions' gradients of tied weights, as autograd does in the whole model.
 
         Args:
             residency: partition that is about to run a micro-batch.
             number: number of the micro-batch.
+            alone: whether it is the whole batch: the gradients of weights that step here are then left for `add_in_step`.
 
         Returns:
             The hooks, to be removed after the micro-batch's backward.
@@ -119,13 +121,50 @@ class BoundaryBuffers:
         for name in residency.shared & residency.parameters.keys():
             parameter = residency.parameters[name]
             key = ("shared", name, number)
+            if alone and self._is_added_in_step(residency, name):
+                continue
             if parameter.requires_grad and key in self._scratch_with(key):
-                (kept,) = self._scratch.pop(key)
-                assert kept is not None
-                later = self._device.to_device(kept)
-                # In this order: autograd adds the gradient that comes later to the one that was there.
-                hooks.append(parameter.register_hook(lambda gradient, later=later: later + gradient))
+                # On the host it is read when the own gradient is there: it waits in the scratch store until then.
+                later = None if self._device.shares_host else self._device.to_device(self._pop_one(key))
+                hooks.append(parameter.register_hook(partial(self._add_later, key, later)))
         return hooks
+
+    def add_in_step(self, residency: Residency, names: Iterable[str]) -> None:
+        """Add later partitions' gradients of tied weights to those of the whole batch, slice by slice.
+
+        Args:
+            residency: partition whose parameters have gradients.
+            names: names of parameters that are about to be stepped.
+        """
+        size = self._device.buffer_sizes.slice_elements
+        for name in residency.shared.intersection(names):
+            key = ("shared", name, 0)
+            if not self._is_added_in_step(residency, name) or key not in self._scratch_with(key):
+                continue
+            gradient = residency.parameters[name].grad
+            assert gradient is not None, "what steps has a gradient"
+            flat = gradient.view(-1)
+            for begin in range(0, len(flat), size):
+                elements = slice(begin, min(begin + size, len(flat)))
+                flat[elements] += self._device.to_device(self._scratch.elements(key, elements))
+            self._scratch.drop(key)
+
+    @staticmethod
+    def _is_added_in_step(residency: Residency, name: str) -> bool:
+        # What hangs on a parameter is to see all of its gradient.
+        return name not in residency.owned_elsewhere and not residency.chain.has_hooks(name)
+
+    def _add_later(self, key: Key, later: Tensor | None, gradient: Tensor) -> Tensor:
+        """Return the sum of a gradient and the kept one, in the memory of the kept one."""
+        if later is None:
+            later = self._pop_one(key)
+        # In this order: autograd adds the gradient that comes later to the one that was there.
+        return later.add_(gradient)
+
+    def _pop_one(self, key: Key) -> Tensor:
+        (kept,) = self._scratch.pop(key)
+        assert kept is not None, "a gradient was put"
+        return kept
 
     def put_shared_gradients(self, residency: Residency, number: int) -> None:
         """Keep the gradients of tied weights that an earlier partition owns, and take them from the parameters.
@@ -144,10 +183,17 @@ class BoundaryBuffers:
         """Keep the gradient of a parameter over the whole batch."""
         self._put(("whole", name, 0), [gradient])
 
-    def pop_parameter_gradient(self, name: str) -> Tensor:
-        """Return the gradient of a parameter over the whole batch, on the device, and forget it; the caller may change it."""
+    def pop_parameter_gradient(self, name: str, elements: slice | None = None) -> Tensor:
+        """Return the gradient of a parameter over the whole batch, on the device, once; the caller may change it.
+
+        Args:
+            name: name of the parameter.
+            elements: elements to return, flat, in the order of the parameter's memory; None for all, in its shape. What is returned in
+                such slices is forgotten with the batch.
+        """
         key = ("whole", name, 0)
-        (gradient,) = self._scratch_with(key).pop(key)
+        scratch = self._scratch_with(key)
+        gradient = scratch.pop(key)[0] if elements is None else scratch.elements(key, elements)
         assert gradient is not None
         return self._device.to_device(gradient)
 

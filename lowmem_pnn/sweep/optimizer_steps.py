@@ -1,13 +1,13 @@
 """Optimizer steps of a sweep: each layer steps in backward and is written behind, or its gradients are kept until all are complete.
 
-    in backward   state --prefetch--> [ one layer: weights, gradients, state ] --write-behind-->
-    kept          gradients --> scratch store ... [ norm of all of them ] ... weights, gradients, state --> step
+    in backward   state --prefetch--> [ one layer: weights, gradients; a slice of the state ] --write-behind-->
+    kept          gradients --> scratch store ... [ norm of all of them ] ... slices of weights, gradients, state --> step
 
 Gradients are kept where no layer may step before all of them are there: to clip their norm, or since any of them may have overflowed.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,12 +19,13 @@ from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.errors import DivergedError
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.model.precision import LossScale, unscale
-from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.optim.optimizers import COUNT, OptimizerSpec, SlicedParameter
+from lowmem_pnn.optim.step_slices import StepSlice, state_elements, step_slices
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
-from lowmem_pnn.sweep.weight_streamer import WeightStreamer
+from lowmem_pnn.sweep.weight_streamer import Piece, WeightStreamer
 from lowmem_pnn.workload import Workload
 
 
@@ -71,6 +72,7 @@ class SweepOptimizerSteps:
         self._residencies = residencies
         self._device = device
         self._total_steps = total_steps
+        most_elements = device.buffer_sizes.slice_elements
         # Gradient norms are added up in the order in which the model names its parameters.
         self._rank = {name: number for number, name in enumerate(workload.chain.persistent)}
         self.after_backward = [
@@ -82,22 +84,30 @@ class SweepOptimizerSteps:
             )
             for residency in residencies
         ]
-        # Names in weight files of the optimizer state, by partition and group; they do not change.
-        self._state_keys = [self._state_keys_by_group(number) for number in range(len(residencies))]
+        # What is stepped at one time, by partition and group; it does not change.
+        self._shapes = [residency.shapes() for residency in residencies]
+        self._slices = [
+            [list(step_slices({name: shapes[name] for name in names}, most_elements)) for names in residency.groups]
+            for residency, shapes in zip(residencies, self._shapes, strict=True)
+        ]
 
-    def keys(self, partition: int, step: int, *, with_weights: bool) -> Iterator[str]:
-        """Yield the names in weight files of the tensors that a partition's steps take, in the order of taking.
+    def pieces(self, partition: int, step: int, *, with_weights: bool) -> Iterator[Piece]:
+        """Yield the pieces of the weight files that a partition's steps take, in the order of taking.
 
         Args:
             partition: number of the partition.
             step: number of optimizer steps before the batch.
             with_weights: whether the weights are taken too, since they are not resident.
         """
+        spec, shapes = self._workload.optimizer(partition), self._shapes[partition]
         for group in step_order(self._residencies[partition].groups, self.after_backward[partition]):
-            if with_weights:
-                yield from map(weight_key, self._residencies[partition].groups[group])
-            if not self._starts_with_fresh_state(step):
-                yield from self._state_keys[partition][group]
+            for parts in self._slices[partition][group]:
+                if with_weights:
+                    for part in parts:
+                        yield Piece(weight_key(part.name), None if part.is_whole else part.elements)
+                if not self._starts_with_fresh_state(step):
+                    for part in parts:
+                        yield from state_pieces(spec, shapes[part.name], part)
 
     def step_group(self, partition: int, group: int, gradients: Gradients, streamer: WeightStreamer, file: TensorFile) -> None:
         """Step a group of a resident partition by the gradients in its parameters, and have the group written.
@@ -113,8 +123,18 @@ class SweepOptimizerSteps:
             DivergedError: a gradient is not finite.
         """
         residency = self._residencies[partition]
-        parameters = {name: residency.parameters[name] for name in residency.groups[group]}
-        self._step(partition, parameters, gradients, streamer, file)
+        target = _Target(partition, self._workload.optimizer(partition), streamer, file)
+        for parts in self._slices[partition][group]:
+            parameters = {}
+            for part in parts:
+                whole = residency.parameters[part.name]
+                parameters[part.name] = whole if part.is_whole else _slice_of(whole, part)
+            self._step(target, parts, parameters, gradients)
+            for part in parts:
+                if part.is_last:
+                    whole = residency.parameters[part.name]
+                    whole.grad = None
+                    streamer.write(partition, file, weight_key(part.name), whole)
 
     def keep_gradients(self, partition: int, group: int, gradients: Gradients, buffers: BoundaryBuffers) -> None:
         """Keep the gradients of a group of a resident partition for `step_kept`.
@@ -160,27 +180,30 @@ class SweepOptimizerSteps:
             norms = [norm for _, norm in sorted(gradients.norms.items(), key=lambda item: self._rank[item[0]])]
             gradients.total_norm = nn.utils.get_total_norm(norms)
         groups = self._residencies[partition].groups
-        for group in step_order(groups, self.after_backward[partition]):
+        target = _Target(partition, self._workload.optimizer(partition), streamer, file)
+        for parts in (
+            parts for group in step_order(groups, self.after_backward[partition]) for parts in self._slices[partition][group]
+        ):
             parameters = {}
-            for name in groups[group]:
-                parameters[name] = nn.Parameter(self._device.to_device(streamer.take()))
-                parameters[name].grad = buffers.pop_parameter_gradient(name)
+            for part in parts:
+                parameters[part.name] = nn.Parameter(self._device.to_device(streamer.take()))
+                parameters[part.name].grad = buffers.pop_parameter_gradient(part.name, None if part.is_whole else part.elements)
             if clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters.values(), clip_norm, gradients.total_norm)
-            self._step(partition, parameters, gradients, streamer, file)
+            self._step(target, parts, parameters, gradients)
+            for part in parts:
+                streamer.write(
+                    partition, file, weight_key(part.name), parameters[part.name], None if part.is_whole else part.begin
+                )
 
     def _step(
-        self,
-        partition: int,
-        parameters: dict[str, nn.Parameter],
-        gradients: Gradients,
-        streamer: WeightStreamer,
-        file: TensorFile,
+        self, target: "_Target", parts: Sequence[StepSlice], parameters: dict[str, nn.Parameter], gradients: Gradients
     ) -> None:
-        spec = self._workload.optimizer(partition)
-        state = take_state(
-            spec, parameters, self._device, None if self._starts_with_fresh_state(gradients.step) else streamer.take
-        )
+        """Step parameters, or a slice of one; have their state written, and free the gradients."""
+        partition, spec = target.partition, target.spec
+        shapes = self._shapes[partition]
+        take = None if self._starts_with_fresh_state(gradients.step) else target.streamer.take
+        state = {part.name: target.load_state(part, shapes[part.name], self._device, take) for part in parts}
         # Without a step, too, everything is written: the file may be a new one, without any values.
         if not gradients.overflowed:
             for name, parameter in parameters.items():
@@ -191,11 +214,12 @@ class SweepOptimizerSteps:
                 parameters,
                 state,
                 lambda base: self._workload.learning_rate(partition, gradients.step, self._total_steps, base=base),
+                target.sliced,
             )
-        for name, parameter in parameters.items():
-            streamer.write(partition, file, weight_key(name), parameter)
-            for key, tensor in state[name].items():
-                streamer.write(partition, file, state_key(name, key), tensor)
+        for parameter in parameters.values():
+            parameter.grad = None
+        for part in parts:
+            target.write_state(part, shapes[part.name], state[part.name])
 
     def _check_finite(self, name: str, value: Tensor, partition: int, gradients: Gradients) -> None:
         """Refuse a gradient by its sum or its norm, before it gets into the weights."""
@@ -206,50 +230,95 @@ class SweepOptimizerSteps:
                 "the last commit is kept; try a lower --lr"
             )
 
-    def _state_keys_by_group(self, partition: int) -> list[list[str]]:
-        residency, spec = self._residencies[partition], self._workload.optimizer(partition)
-        shapes = residency.shapes()
-        return [state_keys(spec, {name: shapes[name] for name in names}) for names in residency.groups]
-
     def _starts_with_fresh_state(self, step: int) -> bool:
         return self._sweep.fresh_state and step == 0
 
 
-def state_keys(spec: OptimizerSpec, parameters: Mapping[str, Tensor]) -> list[str]:
-    """Return the names in weight files of the optimizer state of some parameters, in the order of `take_state`.
+@dataclass
+class _Target:
+    """What is known of the steps of one partition: where state comes from and goes to, and how far a sliced parameter is.
+
+    Args:
+        partition: number of the partition.
+        spec: its optimizer.
+        streamer: source and target of the state.
+        file: open working file of the partition.
+        sliced: the parameter that is stepped slice by slice at present.
+        count: its count of steps, before the step.
+    """
+
+    partition: int
+    spec: OptimizerSpec
+    streamer: WeightStreamer
+    file: TensorFile
+    sliced: SlicedParameter | None = None
+    count: Tensor | None = None
+
+    def load_state(
+        self, part: StepSlice, parameter: Tensor, device: Device, take: Callable[[], Tensor] | None
+    ) -> dict[str, Tensor]:
+        """Load the state of a slice onto the device.
+
+        Args:
+            part: slice of a parameter; the slices of a parameter come in order.
+            parameter: the whole parameter; only its type and shape are read.
+            device: training device.
+            take: function that returns the host tensors of `state_pieces`, one after the other; None for the state before the first step.
+        """
+
+        def load(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+            if take is None:
+                return torch.zeros(shape, dtype=dtype, device=device.torch_device)
+            tensor = device.to_device(take())
+            assert tensor.shape == shape, "state is taken in the order in which it is read"  # a fused step would not ask
+            return tensor
+
+        layout = self.spec.layout(parameter)
+        if part.is_whole:
+            self.sliced = None
+            return {name: load(*layout[name]) for name in layout}
+        state = {}
+        for name, elements in state_elements(self.spec, parameter, part).items():
+            if elements is not None:
+                state[name] = load(layout[name][0], (elements.stop - elements.start,))
+            elif part.begin == 0:
+                self.count = load(*layout[name])
+        if part.begin == 0:
+            self.sliced = SlicedParameter(parameter)
+        if self.count is not None and COUNT in layout:
+            state[COUNT] = self.count.clone()  # each slice increments it
+        return state
+
+    def write_state(self, part: StepSlice, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Have the state of a slice written.
+
+        Args:
+            part: slice of a parameter.
+            parameter: the whole parameter; only its type and shape are read.
+            state: state of the slice, as `load_state` returned it, after the step.
+        """
+        if part.is_whole:
+            for name, tensor in state.items():
+                self.streamer.write(self.partition, self.file, state_key(part.name, name), tensor)
+            return
+        for name, elements in state_elements(self.spec, parameter, part).items():
+            if elements is not None:
+                self.streamer.write(self.partition, self.file, state_key(part.name, name), state[name], elements.start)
+            elif part.is_last:
+                self.streamer.write(self.partition, self.file, state_key(part.name, name), state[name])
+
+
+def state_pieces(spec: OptimizerSpec, parameter: Tensor, part: StepSlice) -> Iterator[Piece]:
+    """Yield the pieces of a weight file that hold the optimizer state of a slice.
 
     Args:
         spec: optimizer.
-        parameters: parameters by name; only their types and shapes are read.
+        parameter: the whole parameter; only its type and shape are read.
+        part: slice of the parameter.
     """
-    return [state_key(name, state) for name, tensor in parameters.items() for state in spec.layout(tensor)]
-
-
-def take_state(
-    spec: OptimizerSpec, parameters: Mapping[str, Tensor], device: Device, take: Callable[[], Tensor] | None
-) -> dict[str, dict[str, Tensor]]:
-    """Load the optimizer state of some parameters onto the device.
-
-    Args:
-        spec: optimizer.
-        parameters: parameters by name; only their types and shapes are read.
-        device: training device.
-        take: function that returns the host tensors of `state_keys`, one after the other; None for the state before the first step.
-
-    Returns:
-        The state's tensors by parameter and name.
-    """
-
-    def load(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        if take is None:
-            return torch.zeros(shape, dtype=dtype, device=device.torch_device)
-        tensor = device.to_device(take())
-        assert tensor.shape == shape, "state is taken in the order in which it is read"  # a fused step would not ask
-        return tensor
-
-    return {
-        name: {state: load(*layout) for state, layout in spec.layout(parameter).items()} for name, parameter in parameters.items()
-    }
+    for name, elements in state_elements(spec, parameter, part).items():
+        if part.is_whole or elements is not None or part.begin == 0:
+            yield Piece(state_key(part.name, name), None if part.is_whole else elements)
 
 
 def step_parameters(
@@ -257,18 +326,26 @@ def step_parameters(
     parameters: Mapping[str, nn.Parameter],
     state: Mapping[str, Mapping[str, Tensor]],
     rate_of: Callable[[float | None], float],
+    sliced: SlicedParameter | None = None,
 ) -> None:
-    """Step parameters by their gradients, and free the gradients.
+    """Step parameters by their gradients.
 
     Args:
         spec: optimizer.
         parameters: parameters by name, on the device.
         state: optimizer state by parameter and name, on the device; changed in place.
         rate_of: returns the learning rate of this step, of parameters with a rate of their own, or of the others (None).
+        sliced: the parameter of which the only one of `parameters` is a slice; None where they are whole.
     """
-    optimizer = spec.build(parameters, state)
+    optimizer = spec.build(parameters, state, sliced)
     for group in optimizer.param_groups:
         group["lr"] = rate_of(group.get("rate"))
     optimizer.step()
-    for parameter in parameters.values():
-        parameter.grad = None
+
+
+def _slice_of(parameter: nn.Parameter, part: StepSlice) -> nn.Parameter:
+    """Return a slice of a parameter as a flat parameter that shares its memory, with that slice of the gradient."""
+    assert parameter.grad is not None
+    own = nn.Parameter(parameter.detach().view(-1)[part.elements])
+    own.grad = parameter.grad.reshape(-1)[part.elements]
+    return own

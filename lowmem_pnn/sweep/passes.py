@@ -115,7 +115,7 @@ class SweepPasses:
                 set_python_state(residency.layers, self._python_states.pop((partition, number)))
             for tensor in inputs:
                 tensor.requires_grad_(visit.returns_input_gradient and tensor.is_floating_point())
-            hooks = self._buffers.add_shared_gradients(residency, number)
+            hooks = self._buffers.add_shared_gradients(residency, number, alone=len(batch.parts) == 1)
             if partition == self._last:
                 self._backward_from_loss(inputs, part, batch, shares[number])
             else:

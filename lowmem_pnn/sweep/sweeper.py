@@ -36,7 +36,7 @@ from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
 from lowmem_pnn.sweep.optimizer_steps import Gradients, SweepOptimizerSteps
 from lowmem_pnn.sweep.passes import SweepPasses, SweptBatch
-from lowmem_pnn.sweep.weight_streamer import WeightStreamer
+from lowmem_pnn.sweep.weight_streamer import Piece, WeightStreamer
 from lowmem_pnn.workload import Workload
 
 
@@ -114,7 +114,7 @@ class Sweeper:
             "backpropagate": self._backpropagate,
             "step": self._step_kept,
         }
-        with self._streamer.batch(self._keys(step)):
+        with self._streamer.batch(self._pieces(step)):
             for visit in self._sweep.visits:
                 self._on_visit(visit.partition)
                 actions[visit.action](visit, swept)
@@ -147,7 +147,7 @@ class Sweeper:
                 gradients = [_zeros(part, spec) if spec.dtype.is_floating_point else None for spec in after]
                 self._buffers.put_gradients(number + 1, part_number, gradients)
         try:
-            with self._streamer.batch(self._tensor_keys[number]):
+            with self._streamer.batch(map(Piece, self._tensor_keys[number])):
                 # The last of its visits: forward alone, where nothing before it and in it learns.
                 visit = next(one for one in reversed(self._sweep.visits) if one.partition == number and one.action != "step")
                 residency = self._load(visit)
@@ -250,8 +250,15 @@ class Sweeper:
 
     def _layer_steps(self, visit: Visit, batch: SweptBatch, step_fn: Callable[[int], None]) -> OptimizerInBackward:
         residency, after_backward = self._residencies[visit.partition], self._steps.after_backward[visit.partition]
-        at_once = self._workload.config.step_in_backward and len(batch.parts) == 1
-        return OptimizerInBackward(residency.groups, residency.parameters, after_backward, step_fn, at_once=at_once)
+        alone = len(batch.parts) == 1
+        at_once = self._workload.config.step_in_backward and alone
+
+        def step(group: int) -> None:
+            if alone:
+                self._buffers.add_in_step(residency, residency.groups[group])
+            step_fn(group)
+
+        return OptimizerInBackward(residency.groups, residency.parameters, after_backward, step, at_once=at_once)
 
     def _step_group(self, visit: Visit, batch: SweptBatch, file: TensorFile, group: int) -> None:
         self._steps.step_group(visit.partition, group, batch.gradients, self._streamer, file)
@@ -277,21 +284,22 @@ class Sweeper:
     def _unload(self) -> None:
         """Unload the resident partition, if there is one."""
         if self._resident is not None:
+            self._streamer.finish_writes_in_parts()
             self._residencies[self._resident].unload()
             self._resident = None
 
-    def _keys(self, step: int) -> Iterator[str]:
-        """Yield the names in weight files of all tensors that `train_batch` takes, in its order."""
+    def _pieces(self, step: int) -> Iterator[Piece]:
+        """Yield all that `train_batch` takes of the weight files, in its order."""
         resident = self._resident
         for visit in self._sweep.visits:
             number, is_step = visit.partition, visit.action == "step"
             if is_step:
                 resident = None
             elif resident != number:
-                yield from self._tensor_keys[number]
+                yield from map(Piece, self._tensor_keys[number])
                 resident = number
             if is_step or (visit.action == "backpropagate" and visit.learns and not visit.keeps_gradients):
-                yield from self._steps.keys(number, step, with_weights=is_step)
+                yield from self._steps.pieces(number, step, with_weights=is_step)
 
 
 def _drop_gradients(residency: Residency, group: int) -> None:

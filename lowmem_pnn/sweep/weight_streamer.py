@@ -5,8 +5,9 @@ was written.
 """
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -17,6 +18,22 @@ from lowmem_pnn.memory.pool import MemoryPool
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.tensor_reader import TensorReader
 from lowmem_pnn.stores.weights import WeightStore
+
+# Parts of a tensor that wait to be written, at most.
+_PARTS_OF_STREAM = 4
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the weight files, or some of its elements.
+
+    Args:
+        key: name of the tensor in the files.
+        elements: elements, in the order of the file; None for all of them, in the tensor's shape.
+    """
+
+    key: str
+    elements: slice | None = None
 
 
 class WeightStreamer:
@@ -40,20 +57,20 @@ class WeightStreamer:
         # Writes of the previous batch, and of the present one, by partition.
         self._previous_writes: dict[int, list[Future[None]]] = {}
         self._present_writes: dict[int, list[Future[None]]] = {}
+        self._in_parts: list[Future[None]] = []
         self._reader: TensorReader | None = None
         self._prefetcher: Prefetcher | None = None
 
     @contextmanager
-    def batch(self, keys: Iterable[str]) -> Iterator[None]:
+    def batch(self, pieces: Iterable[Piece]) -> Iterator[None]:
         """Prefetch the tensors of one batch inside the context.
 
         Args:
-            keys: names in weight files of all tensors that will be taken, in that order.
+            pieces: all that will be taken, in that order.
         """
         # Tensors for another device pass through page-locked memory; where host and device are one, they stay in the pool's memory.
         with self._weights.tensor_reader(self._device.host_allocator() or self._pool.empty) as self._reader:
-            requests = (Request(self._weights.tensor_bytes(key), lambda key=key: self._read(key)) for key in keys)  # type: ignore[misc]
-            self._prefetcher = Prefetcher(requests, self._threads.read, self._stream_bytes)
+            self._prefetcher = Prefetcher(map(self._request, pieces), self._threads.read, self._stream_bytes)
             try:
                 yield
             finally:
@@ -105,19 +122,45 @@ class WeightStreamer:
             # Also when an earlier write has failed, or something else: the file is closed, and what is under way is not replaced.
             self._write_behind.submit_close(file.close)
 
-    def write(self, partition: int, file: TensorFile, key: str, tensor: Tensor) -> None:
-        """Begin to write a tensor.
+    def write(self, partition: int, file: TensorFile, key: str, tensor: Tensor, first: int | None = None) -> None:
+        """Begin to write a tensor, or some elements of one; what is larger than the stream is written in parts.
 
         Args:
             partition: number of the partition whose file is open.
             file: file that `writing` opened.
             key: name of the tensor in the file.
             tensor: tensor on the device; it must not change before the next batch is over.
+            first: first of the elements in the file's tensor; None for all of its elements.
         """
+        if tensor.nbytes <= self._stream_bytes:
+            self._write(partition, file, key, tensor, first)
+            return
+        flat = tensor.detach().view(-1)
+        size = max(1, self._stream_bytes // (_PARTS_OF_STREAM * flat.element_size()))
+        for begin in range(0, len(flat), size):
+            self._write(partition, file, key, flat[begin : begin + size], (first or 0) + begin)
+        if self._device.shares_host:
+            # The parts hold the memory of all of it.
+            self._in_parts = [*(part for part in self._in_parts if not part.done()), self._present_writes[partition][-1]]
+
+    def finish_writes_in_parts(self) -> None:
+        """Wait until tensors that are larger than the stream are written, before their memory is to be free."""
+        with self._stalls.waiting("disk"):
+            wait(self._in_parts)
+        self._in_parts.clear()
+
+    def _write(self, partition: int, file: TensorFile, key: str, tensor: Tensor, first: int | None) -> None:
         with self._stalls.waiting("copy"):  # for room
             download = self._device.download(tensor.detach())
+
+        def write() -> None:
+            if first is None:
+                file.write_from(key, download.get())
+            else:
+                file.write_elements(key, download.get(), first)
+
         with self._stalls.waiting("disk"):  # for room
-            future = self._write_behind.submit(download.nbytes, lambda: file.write_from(key, download.get()))
+            future = self._write_behind.submit(download.nbytes, write)
         self._present_writes.setdefault(partition, []).append(future)
 
     def finish_writes(self) -> None:
@@ -137,15 +180,22 @@ class WeightStreamer:
         """Wait for the writes under way, whatever comes of them, and free all memory."""
         self._write_behind.abandon()
         self._previous_writes, self._present_writes = {}, {}
+        self._in_parts.clear()
         self.free_memory()
 
-    def _read(self, key: str) -> Tensor:
+    def _request(self, piece: Piece) -> Request:
+        nbytes = self._weights.tensor_bytes(piece.key, piece.elements)
+        # On the host a tensor that is larger than the stream would be in memory twice: it is read into its place, when that is free.
+        early = nbytes <= self._stream_bytes or not self._device.shares_host
+        return Request(nbytes, lambda: self._read(piece), early)
+
+    def _read(self, piece: Piece) -> Tensor:
         """Read a tensor on the reading thread, after the previous batch's writes to its file."""
-        partition = self._weights.partition_of(key)
+        partition = self._weights.partition_of(piece.key)
         assert isinstance(partition, int)
         self._wait_for_writes(partition)
         assert self._reader is not None
-        return self._reader.read(key)
+        return self._reader.read(piece.key, piece.elements)
 
     def _wait_for_writes(self, partition: int) -> None:
         """Wait until the previous batch's writes to a partition's file are done."""

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-
 Direction = Literal["min", "max"]
 DIRECTIONS: Mapping[str, Direction] = {
     "loss": "min", "perplexity": "min", "mse": "min", "mae": "min",

@@ -2,23 +2,30 @@
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lowmem_pnn.errors import CheckpointError, ConfigError
-from lowmem_pnn.evaluation.exits import HEADS_FILE, ExitModel, num_parameters
+from lowmem_pnn.errors import CheckpointError, ConfigError, DiskError
+from lowmem_pnn.evaluation.exits import HEADS_FILE, ExitModel, SeveralTensorsModel, num_parameters
 from lowmem_pnn.memory.aligned import byte_view
+from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.stores.header import describe, lay_out
 from lowmem_pnn.stores.journal import DAMAGED
+from lowmem_pnn.stores.keys import VERSIONS_KEY
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.training.export_folder import ExportFolder, HashedFile
+from lowmem_pnn.training.export_formats import FILE_OF, ExportFormat, check_format, largest_difference, make_program, save_onnx
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.zoo.deferred_init import file_backed
+
+_PIECE_BYTES = 1 << 22
 
 
 def find_exit(result: Result, exit: str | int, path: Path) -> int | None:
@@ -43,7 +50,9 @@ def find_exit(result: Result, exit: str | int, path: Path) -> int | None:
     return int(exit) - 1
 
 
-def export_exit(workload: Workload, result: Result, number: int | None, path: Path, folder: ExportFolder) -> dict[str, Any]:
+def export_exit(
+    workload: Workload, result: Result, number: int | None, path: Path, folder: ExportFolder, to: ExportFormat | None = None
+) -> dict[str, Any]:
     """Write the model that ends at an exit.
 
     Args:
@@ -52,45 +61,110 @@ def export_exit(workload: Workload, result: Result, number: int | None, path: Pa
         number: number of the exit, from 0; None for the whole model.
         path: folder of the run.
         folder: folder for the files.
+        to: the one format that is written, and compared; None for a program and its weights.
 
     Returns:
         What was written, and what is known of the exit.
 
     Raises:
         CheckpointError: a weight is missing in the run's files, or differs from the model's.
+        ConfigError: the format does not hold the model, or a package for it is not installed.
+        BudgetError: the model does not fit in the budget whole, and the format needs it so.
         DiskError: the files could not be written.
     """
     chain = workload.chain
-    if len(chain.boundaries[0]) > 1 or chain.output_form is not None:
-        raise ConfigError(
-            f"the model of {path} takes several tensors, or returns a structure, and a program is made for one of each; its weights are "
-            f"in {path / 'model.safetensors'}"
-        )
     if result.exits and len(result.exits) != len(chain.layers):
         raise CheckpointError(f"{path} has {len(result.exits)} exits, and its model {len(chain.layers)} layers; {DAMAGED}")
     last = len(chain.layers) - 1 if number is None else number
-    _fill(workload, last, path)
-    params = num_parameters(chain, last)
-    model = ExitModel(chain, last).eval()
-    (sample,) = chain.boundaries[0]
-    example = torch.zeros(2, *sample.shape, dtype=sample.dtype)
-    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    tensors = {name: tensor.detach().contiguous() for name, tensor in program.state_dict.items()}
-    folder.write(
-        {
-            "model.pt2": lambda file: torch.export.save(program, file),
-            "model.safetensors": lambda file: _write_tensors(file, tensors),
-        }
-    )
-    known = result.exits[last] if result.exits else {}
-    return {
+    params, known = num_parameters(chain, last), result.exits[last] if result.exits else {}
+    report: dict[str, Any] = {
         "exit": last + 1 if number is not None else None,
         "layer": chain.layers[last].name,
         "params": params,
         "val_accuracy": known.get("val_accuracy", result.val_accuracy),
-        "program": str(folder.path / "model.pt2"),
-        "weights": str(folder.path / "model.safetensors"),
     }
+    if to == "safetensors":
+        difference: float | None = _export_weights(workload, last, path, folder)
+        return {**report, "file": str(folder.path / FILE_OF[to]), "largest_difference": difference}
+    if to is not None:
+        tensors = {chain.owner_of(name): tensor for name, tensor in _wanted(chain, last).items()}
+        check_format(to, sum(tensor.nbytes for tensor in tensors.values()), workload.config.max_gpu_mem)
+    _fill(workload, last, path)
+    inputs, several = chain.boundaries[0], len(chain.boundaries[0]) > 1 or chain.output_form is not None
+    model = (SeveralTensorsModel if several else ExitModel)(chain, last).eval()
+    program = make_program(model, inputs, f"the model of {path}")
+    if several:
+        outputs = ("outputs",) if chain.output_form is None or number is not None else chain.output_form.names
+        report |= {"inputs": list(chain.call_form.names), "outputs": list(outputs)}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in program.state_dict.items()}
+    if to is None:
+        folder.write(
+            {
+                "model.pt2": lambda file: torch.export.save(program, file),
+                "model.safetensors": lambda file: _write_tensors(file, tensors),
+            }
+        )
+        return {**report, "program": str(folder.path / "model.pt2"), "weights": str(folder.path / "model.safetensors")}
+    found: list[float | None] = []
+    with tempfile.TemporaryDirectory() as place:
+        onnx = Path(place) / FILE_OF["onnx"]
+        if to == "onnx":
+            save_onnx(program, onnx, f"the model of {path}", report.get("inputs", ["x"]), report.get("outputs", ["outputs"]))
+        folder.write(
+            {FILE_OF[to]: lambda file: torch.export.save(program, file) if to == "pt2" else _copy(onnx, file)},
+            lambda written: found.append(largest_difference(model, inputs, written / FILE_OF[to], to)),
+        )
+    return {**report, "file": str(folder.path / FILE_OF[to]), "largest_difference": found[0]}
+
+
+def _wanted(chain: Chain, last: int) -> dict[str, Tensor]:
+    """Return the tensors of the layers up to an exit, and of its head, by the names that layers know them by."""
+    return {
+        alias: tensor
+        for number, layer in enumerate(chain.layers[: last + 1])
+        for alias, tensor in (*layer.parameters().items(), *layer.buffers().items())
+        if number == last or not is_of_head(alias)
+    }
+
+
+def _copy(source: Path, file: HashedFile) -> None:
+    with source.open("rb") as stream:
+        while piece := stream.read(_PIECE_BYTES):
+            file.write(piece)
+
+
+def _export_weights(workload: Workload, last: int, path: Path, folder: ExportFolder) -> float:
+    """Write the trained tensors up to an exit under the model's own names, a tensor at a time, and read them again."""
+    chain = workload.chain
+    whole = last == len(chain.layers) - 1
+    owners = {chain.owner_of(alias) for alias in _wanted(chain, last)}
+    with ExitStack() as stack:
+        homes: dict[str, TensorFile] = {}
+        for file in (path / "model.safetensors", path / HEADS_FILE):
+            if file.exists():
+                source = stack.enter_context(TensorFile.open(file, remedy=DAMAGED))
+                # The whole model is all of its names, tied ones and those that nothing depends on too.
+                names = source.entries if whole and file.name != HEADS_FILE else owners & set(source.entries)
+                homes |= {name: homes.get(name, source) for name in sorted(names)}
+        layout = {name: (home.entries[name].dtype, tuple(home.entries[name].shape)) for name, home in homes.items()}
+        metadata = {"format": "pt", **({VERSIONS_KEY: chain.versions} if chain.versions else {})}
+        header, entries = lay_out(layout, metadata)
+
+        def write(file: HashedFile) -> None:
+            file.write(header)
+            for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
+                file.write(byte_view(homes[entry.name].read(entry.name)).data)
+
+        def check(written: Path) -> None:
+            with TensorFile.open(written / FILE_OF["safetensors"], remedy=DAMAGED) as again:
+                for name, home in homes.items():
+                    if not np.array_equal(byte_view(home.read(name)), byte_view(again.read(name))):
+                        raise DiskError(
+                            f"{name!r} is not what was written to {folder.path}; check the disk, or give another --out"
+                        )
+
+        folder.write({FILE_OF["safetensors"]: write}, check)
+    return 0.0
 
 
 def _write_tensors(file: HashedFile, tensors: Mapping[str, Tensor]) -> None:
@@ -106,12 +180,7 @@ def _fill(workload: Workload, last: int, path: Path) -> None:
     """Give the layers up to an exit, and its head, their trained values."""
     chain = workload.chain
     values: dict[str, Tensor] = {}
-    wanted = {
-        chain.owner_of(alias): tensor
-        for number, layer in enumerate(chain.layers[: last + 1])
-        for alias, tensor in (*layer.parameters().items(), *layer.buffers().items())
-        if number == last or not is_of_head(alias)
-    }
+    wanted = {chain.owner_of(alias): tensor for alias, tensor in _wanted(chain, last).items()}
     for file in (path / "model.safetensors", path / HEADS_FILE):
         if not file.exists():
             continue

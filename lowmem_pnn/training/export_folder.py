@@ -21,7 +21,7 @@ from lowmem_pnn.stores.journal import JOURNAL
 from lowmem_pnn.stores.keys import CommittedFile, parse_entry
 
 MANIFEST = "export.json"
-FILES = ("model.pt2", "model.safetensors")
+FILES = ("model.pt2", "model.safetensors", "model.onnx")
 
 _REMEDY = "give another --out"
 _TEMPORARY = re.compile(r"\.export\.[a-z0-9_]{8}")  # as `tempfile.mkdtemp` names it
@@ -114,11 +114,14 @@ class ExportFolder:
         except OSError as error:
             raise disk_error(folder, error, "look into it") from error
 
-    def write(self, writers: Mapping[str, Callable[[HashedFile], object]]) -> None:
+    def write(
+        self, writers: Mapping[str, Callable[[HashedFile], object]], check: Callable[[Path], object] = lambda folder: None
+    ) -> None:
         """Write the files of an export: all beside their places first, then the manifest, then each is renamed.
 
         Args:
             writers: what writes each file, by its name.
+            check: is shown the folder in which the files lie, complete, before they take their places.
 
         Raises:
             DiskError: the disk is full or not writable; nothing is changed then.
@@ -131,6 +134,7 @@ class ExportFolder:
                     remove_folder(left)  # of an export that was killed
             temporary = Path(tempfile.mkdtemp(prefix=".export.", dir=self.path))
             written = {name: _write(temporary / name, write) for name, write in writers.items()}
+            check(temporary)
             # Old and new: whatever comes between the renames, the files are known to be an export's.
             manifest = {"files": _entries(written), "before": _entries(self.before)}
             write_durably(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")

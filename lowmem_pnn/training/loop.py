@@ -125,11 +125,11 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
         show_epoch()
         return False
 
-    while progress.epoch < learner.num_epochs and not run.is_out_of_patience:
+    while progress.epoch < learner.num_epochs and not run.is_out_of_patience():
         timer = metrics.epoch_timer()
         show_epoch()
         is_over = train_to_next_validation()
-        while not is_over and not run.is_out_of_patience:
+        while not is_over and not run.is_out_of_patience():
             is_over = train_to_next_validation()
         if not is_over:
             run.complete_epoch(learner.partition)  # as far as it came

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from lowmem_pnn.engine.active_partition import ActivePartition
+from lowmem_pnn.engine.epoch import first_batches
 from lowmem_pnn.engine.loaders import Batch, Loader
 from lowmem_pnn.errors import DivergedError
 from lowmem_pnn.evaluation.measure import Measured, say_if_not_finite
@@ -46,6 +47,10 @@ class PartitionLearner:
         self._run, self._active, self._train, self._val = run, active, train, val
         self._executor, self._page_cache = run.partitions.executor, page_cache
 
+    def counts(self, batch: Batch) -> bool:
+        """See `Learner`; batches of which nothing counts are said, once."""
+        return self._run.counts(self._active.objective, batch[1])
+
     @property
     def micro_batch(self) -> int:
         """See `EpochsLearner`."""
@@ -58,7 +63,10 @@ class PartitionLearner:
         batches = self._train.batches(
             active.batch_size, shuffle=active.shuffle, epoch=epoch, start=start, augmentation_key=("epoch", epoch)
         )
-        return self._executor.over(self._train, batches)
+        pairs = self._executor.over(self._train, batches)
+        if (most := self._run.workload.config.max_steps) is None:
+            return pairs
+        return first_batches(pairs, most - epoch * self.steps_per_epoch - start)
 
     def train_batch(self, batch: Batch, step: int, following: Batch | None) -> float:
         """See `Learner`."""

@@ -101,6 +101,7 @@ class StepCounts:
     """
 
     def __init__(self, run: Run) -> None:
+        self._steps = run.workload.steps
         self._total = [0] * len(run.plan.partitions)
         # Before each item of the program, of its own partition.
         self.before: list[int] = []
@@ -120,7 +121,7 @@ class StepCounts:
         Args:
             partition: number of the partition.
         """
-        return self._total[partition]
+        return self._steps(self._total[partition])
 
 
 def steps_of_epoch(visit: Visit, samples: int, batch: int) -> int:

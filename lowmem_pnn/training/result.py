@@ -5,15 +5,18 @@ import math
 import platform
 from typing import Any
 
+from lowmem_pnn.config.defaults import training_facts
 from lowmem_pnn.evaluation.exits import chosen_exit
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import describe_partition
-from lowmem_pnn.planning.notes import fixed_notes, frozen_notes, idle_notes, micro_batch_notes, mixing_notes
+from lowmem_pnn.planning.notes import adapter_notes, fixed_notes, frozen_notes, idle_notes, micro_batch_notes, mixing_notes
+from lowmem_pnn.planning.plain_training import plain_bytes
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.macs import macs_until, program_macs, samples_learnt
+from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs, samples_learnt
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.tasks.make_task import TASK_OF
+from lowmem_pnn.workload.data_form import DataForm
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
 
@@ -36,6 +39,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
     batch = plan.partitions[-1].batch
     per_epoch, best = math.ceil(samples / batch), state.best
     rest = min(samples, (steps - stopped * per_epoch) * batch)
+    missing = 0 if steps else workload.samples_not_reached
     mixed = mixing_note(workload, plan, state.mixing, state.micro_batches, state.sweep_micro_batch)
     return Result(
         method=config.method,
@@ -51,12 +55,14 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         host_peak_bytes=state.host_peak_bytes,
         predicted_peak_bytes=plan.predicted_peak_bytes,
         reserve_bytes=device.reserve_bytes,
+        plain_bytes=plain_bytes(workload, profile, max(part.batch for part in plan.partitions)),
         check=state.check,
         compared=state.compared,
         batch_norm=use.to_dict() if (use := batch_norm_use(workload, plan, state.micro_batches, state.sweep_micro_batch)) else {},
         module_state=state.module_state,
         weights=state.pretrained,
         notes=[
+            *adapter_notes(workload),
             *frozen_notes(workload),
             *fixed_notes(workload, plan),
             *mixing_notes(workload),
@@ -67,6 +73,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         training_state_bytes=profile.training_state_bytes,
         partitions=_partitions(run),
         epochs=[config.value_for("epochs", number) for number in range(len(plan.partitions))],
+        training=training_facts(config),
         stopped_after=stopped if steps and not steps % per_epoch else None,
         stopped_step=steps or None,
         best_epoch=best.epoch if best.step and not best.step % per_epoch else None,
@@ -74,7 +81,8 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         weights_of=config.keep_weights,
         seconds=state.seconds,
         compiled=workload.compiled,
-        samples_per_second=(samples * stopped + rest if steps else samples_learnt(program, samples)) / max(state.seconds, 1e-9),
+        samples_per_second=(samples * stopped + rest if steps else samples_learnt(program, samples) - missing)
+        / max(state.seconds, 1e-9),
         train_loss=last.train_loss,
         val_loss=last.val_loss,
         val_accuracy=last.val_accuracy,
@@ -85,7 +93,9 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         test_accuracy=test.get("accuracy"),
         test_f1=test.get("f1"),
         perplexity=test.get("perplexity"),
-        macs=macs_until(program, plan, samples, 0, stopped, rest) if steps else program_macs(program, plan, samples),
+        macs=macs_until(program, plan, samples, 0, stopped, rest)
+        if steps
+        else program_macs(program, plan, samples) - epoch_macs(program[-1], plan, missing),
         exits=exits,
         chosen_exit=chosen_exit(exits, config.exit_tolerance),
         bytes_read=state.bytes_read,
@@ -99,6 +109,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         preprocessing=workload.dataset.preprocessing,
         data_parts=workload.dataset.parts,
         preparation=workload.dataset.preparation,
+        form=DataForm.of(workload.dataset).to_dict(),
         workers=config.workers,
         versions={
             "python": platform.python_version(),

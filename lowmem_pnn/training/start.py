@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from lowmem_pnn.compilation.compiler import check_compiler
+from lowmem_pnn.config.defaults import training_words
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust, resumed_config
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
+from lowmem_pnn.language.progress import telling
 from lowmem_pnn.planning.disk_footprint import check_disk
 from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.planning.request import PlanRequest
@@ -74,6 +76,7 @@ def begin(
     with file_system_faults(path), _environment(display) as threads:
         inputs = _open_before_floor(config, open_inputs, display)
         with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
+            config = workload.config  # which names what else learns beside adapters
             profile = profile_workload(workload, device)
             request = PlanRequest(workload, profile, device)
             estimator = TimeEstimator.measured(request)
@@ -196,13 +199,16 @@ def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Disp
         check_compiler()
     if config.skip_broken:
         display.message("reading every sample once, to leave out broken ones (--skip-broken)")
-    inputs = open_inputs(config)
+    with telling(display.message):
+        inputs = open_inputs(config)
     skipped = inputs[1].skipped_samples
     if skipped["count"]:
         display.message(describe_skipped(skipped["names"], skipped["count"]))
     display.message(f"data: {inputs[1].parts}")
     if inputs[1].preprocessing:
         display.message(f"samples: {inputs[1].preprocessing}")
+    if inputs[0].weights is not None:
+        display.message(f"training: {training_words(config)}")
     warm_up_profiler()
     return inputs
 
@@ -211,7 +217,7 @@ def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Disp
 def _environment(display: Display) -> Iterator[WorkerThreads]:
     """What a training needs around it: the caller's random state kept, background threads, and a display that is closed at the end."""
     allow_many_files()
-    with torch.random.fork_rng(devices=[]), _full_is_a_budget_error(), worker_threads() as threads:
+    with torch.random.fork_rng(devices=[]), full_is_a_budget_error(), worker_threads() as threads:
         try:
             yield threads
         finally:
@@ -219,7 +225,7 @@ def _environment(display: Display) -> Iterator[WorkerThreads]:
 
 
 @contextmanager
-def _full_is_a_budget_error() -> Iterator[None]:
+def full_is_a_budget_error() -> Iterator[None]:
     """Memory that runs out outside of a batch, which could have been made smaller, ends the run."""
     try:
         yield

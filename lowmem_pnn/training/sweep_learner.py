@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+from lowmem_pnn.engine.epoch import first_batches
 from lowmem_pnn.engine.loaders import Batch, DatasetLoader, Loader, MixedLoader
 from lowmem_pnn.engine.out_of_memory import SteppedInPart, unless_out_of_memory
 from lowmem_pnn.engine.stored_samples import StoredSampleLoader
@@ -36,10 +37,11 @@ class SweepLearner:
         self.num_epochs, self.epochs_before = sweep.epochs, sweep.epochs_before
         self.steps_before = sweep.epochs_before * self.steps_per_epoch
         self.is_joint = False
-        self._total_steps = (sweep.epochs_before + sweep.epochs + sweep.epochs_after) * self.steps_per_epoch
+        self._total_steps = workload.steps((sweep.epochs_before + sweep.epochs + sweep.epochs_after) * self.steps_per_epoch)
         if sweep.frozen:
             assert workload.early is not None, "there is a frozen model to train"
             workload = workload.early
+        self._objective = workload.objective(run.plan, run.partitions.last)
         self._sweeper = Sweeper(
             workload,
             run.plan,
@@ -53,6 +55,10 @@ class SweepLearner:
             run.metrics.begin_record,
         )
 
+    def counts(self, batch: Batch) -> bool:
+        """See `Learner`; batches of which nothing counts are said, once."""
+        return self._run.counts(self._objective, batch[1])
+
     @property
     def micro_batch(self) -> int:
         """See `EpochsLearner`."""
@@ -64,7 +70,8 @@ class SweepLearner:
         batches = loader.batches(
             sweep.batch_size, shuffle=sweep.shuffle, epoch=epoch, start=start, augmentation_key=(sweep.phase, epoch)
         )
-        return _alone(self._run.session.threads.stalls.iterate(loader.stall_kind, batches))
+        left = self._total_steps - epoch * self.steps_per_epoch - start
+        return first_batches(_alone(self._run.session.threads.stalls.iterate(loader.stall_kind, batches)), left)
 
     def train_batch(self, batch: Batch, step: int, following: Batch | None) -> float:
         """See `Learner`."""

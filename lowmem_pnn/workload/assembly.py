@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lowmem_pnn.adapters.prepared_model import adapter_tensor_names, new_modules, prepared
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import CaptureError, ConfigError, LowMemError
+from lowmem_pnn.language.open_language import fit_inputs
 from lowmem_pnn.methods import SplitName, make_method
 from lowmem_pnn.model.call_form import CallForm
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
@@ -20,7 +22,6 @@ from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
 from lowmem_pnn.optim.optimizers import OptimizerSpec
-from lowmem_pnn.pretrained.freezing import with_frozen
 from lowmem_pnn.pretrained.matching import match
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache, profile
@@ -73,15 +74,18 @@ def make_workload(
         CaptureError: the model cannot be cut.
         ConfigError: model and data, or the model and the pretrained weights, do not fit together.
     """
+    opened = dataset, splits  # as they are, before the model tells what of integers are numbers
     try:
         model = skeleton(source.build)
     except Exception as error:
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
-    early, model = with_frozen(model, config), with_frozen(model, config.after_unfreezing)
+    early, model = prepared(model, config, early=True), prepared(model, config)
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
+    config = _of_max_steps(config, len(splits["train"]))
+    dataset, splits = fit_inputs(model, source.spec, dataset, splits)
     _check_input(source, dataset, model)
     precision = Precision(config.precision, device.type, config.channels_last)
     chain, dataset, splits = _capture(
@@ -114,7 +118,18 @@ def make_workload(
         check_monitor(config, task, outputs)
     if config.eval_every is not None:
         check_eval_every(config, dataset, splits)
-    pretrained = None if source.weights is None else match(source.weights, chain, source.spec)
+    pretrained = (
+        None if source.weights is None else match(source.weights, chain, source.spec, adapter_tensor_names(chain.modules()))
+    )
+    if config.lora is not None and pretrained is not None and (heads := new_modules(pretrained.new_names, chain)):
+        # A head with random values has to learn, beside adapters too.
+        if config.modules_to_save is None:
+            config = dataclasses.replace(config, modules_to_save=tuple(heads))
+            return make_workload(config, source, *opened, own, device)
+        raise ConfigError(
+            f"--modules-to-save {','.join(config.modules_to_save)}: {heads[0]!r} is new, and would never learn; name it too, or leave "
+            "the option out"
+        )
     workload = _by_method(Workload(config, source, dataset, splits, make_method(config), task, chain, chain, pretrained))
     if config.unfreeze_at is not None:
         if state := chain.python_state:
@@ -124,7 +139,7 @@ def make_workload(
         frozen = capture(early, chain.boundaries[0], precision, chain.call_form, () if own.loss is not None else OUTPUT_NAMES)
         frozen.drop_values()
         workload = dataclasses.replace(workload, early=dataclasses.replace(workload, chain=frozen, bare=frozen))
-    _ = workload.rates  # patterns are checked before anything is made
+    _ = workload.rates, workload.without_decay  # patterns are checked before anything is made
     if config.loss_chunk is not None and task.rows_per_sample is None:
         raise ConfigError(f"--loss-chunk {config.loss_chunk}: the loss of {task.name} is no sum over rows; leave it out")
     if config.loss_chunk is not None and not is_rowwise(chain.layers[-1]):
@@ -133,6 +148,25 @@ def make_workload(
             "cannot be computed in parts; leave it out"
         )
     return workload
+
+
+def _of_max_steps(config: FitConfig, samples: int) -> FitConfig:
+    """Return the options with the epochs that `--max-steps` leaves, the last of which may end early."""
+    if config.max_steps is None:
+        return config
+    per_epoch, epochs = math.ceil(samples / config.value_for("batch_size", 0)), config.value_for("epochs", 0)
+    if config.max_steps > epochs * per_epoch:
+        raise ConfigError(
+            f"--max-steps {config.max_steps:,}: {epochs} epoch{'s' if epochs > 1 else ''} of {samples:,} samples have {epochs * per_epoch:,} "
+            f"steps; give --epochs {math.ceil(config.max_steps / per_epoch)}, or fewer steps"
+        )
+    left = math.ceil(config.max_steps / per_epoch)
+    if config.unfreeze_at is not None and config.unfreeze_at >= left:
+        raise ConfigError(
+            f"--unfreeze-at {config.unfreeze_at}: --max-steps {config.max_steps:,} ends training in epoch {left - 1}, counted from 0; give more "
+            "steps"
+        )
+    return dataclasses.replace(config, epochs=(left,))
 
 
 class _RefusesFloatsForIntegers(TorchFunctionMode):
@@ -287,9 +321,11 @@ def _check_input(source: ModelSource, dataset: Dataset, model: nn.Module) -> Non
         )
     if source.context is not None and (dataset.dtype != torch.int64 or dataset.sample_shape[0] > source.context):
         found = f"{dataset.sample_shape} {str(dataset.dtype).removeprefix('torch.')}"
+        remedy = f"--data text:FILE, or tokens of shape ({source.context},)"
+        if "context" in dataset.preparation:
+            remedy = f"--context {source.context} at most"
         raise ConfigError(
-            f"model {source.spec} takes up to {source.context} tokens (int64), and the samples of data {dataset.name} are {found}; give "
-            f"--data text:FILE, or tokens of shape ({source.context},)"
+            f"model {source.spec} takes up to {source.context} tokens (int64), and the samples of data {dataset.name} are {found}; give {remedy}"
         )
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(dtypes) == 1 and dataset.dtype.is_floating_point and dataset.dtype not in dtypes:

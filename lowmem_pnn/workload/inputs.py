@@ -85,7 +85,9 @@ def python_inputs(
         named = _named_model(config, None) if isinstance(model, str) else None
         input_form = named.input_form if named is not None else "any"
         apart_names = {"val": f"{config.data} (validation part)", "test": f"{config.data} (test part)"}
-        form = SampleForm(input_form, named.context if named is not None else None, options)
+        form = SampleForm(
+            input_form, named.context if named is not None else None, options, named.tokenizer if named is not None else None
+        )
         if isinstance(train, str):
             dataset = open_source(train, config, form)
         else:
@@ -147,7 +149,7 @@ def open_data(config: FitConfig) -> Inputs:
     # The data set says how many classes the model gets; the model how images are to be shown to it, and how long a text.
     named = _named_model(config, None)
     own = Own(named_loss(config))
-    form = SampleForm(named.input_form, named.context, target_options(config, own))
+    form = SampleForm(named.input_form, named.context, target_options(config, own), named.tokenizer)
     dataset = open_source(config.data, config, form)
     source = _with_weights(_named_model(config, dataset.num_classes), config)
     dataset, apart = open_apart(config, dataset, form)

@@ -10,10 +10,13 @@ import torch
 
 from lowmem_pnn.config.faults import flag
 from lowmem_pnn.config.fit_config import FitConfig, default_of
+from lowmem_pnn.config.language_options import ROWS_OF_TEXT
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.formats.hub_data import open_hub_data
 from lowmem_pnn.formats.mask_folder import open_mask_folder
 from lowmem_pnn.formats.tables import TableSchema, open_table
+from lowmem_pnn.language.open_language import LanguageForm, open_language
+from lowmem_pnn.language.token_file import open_token_file
 from lowmem_pnn.methods import SplitName
 from lowmem_pnn.samples.augment import Augmenter
 from lowmem_pnn.samples.normalization import find_normalization, standardization
@@ -48,11 +51,13 @@ class SampleForm:
         input_form: form of the samples that the model takes.
         context: tokens of a sample of text, which is the model's context; None where it does not say.
         options: what is known of the targets.
+        tokenizer: tokenizer that belongs to the model; None where there is none.
     """
 
     input_form: InputForm
     context: int | None
     options: TargetOptions
+    tokenizer: str | None = None
 
 
 def open_source(spec: str, config: FitConfig, form: SampleForm, preparation: Mapping[str, Any] | None = None) -> Dataset:
@@ -66,8 +71,12 @@ def open_source(spec: str, config: FitConfig, form: SampleForm, preparation: Map
             the training data.
     """
     kind, _, path = spec.partition(":")
-    if kind in ("csv", "parquet", "segmentation", "hfdata") and not path:
-        raise ConfigError(f"data set {spec!r} says no place; write {kind}:{'FILE' if kind in ('csv', 'parquet') else 'DIR'}")
+    if kind in ("csv", "parquet", "segmentation", "hfdata", "jsonl", "tokens") and not path:
+        raise ConfigError(
+            f"data set {spec!r} says no place; write {kind}:{'DIR' if kind in ('segmentation', 'hfdata') else 'FILE'}"
+        )
+    if (dataset := _open_text(spec, config, form)) is not None:
+        return dataset
     if kind == "hfdata":
         return open_hub_data(
             path, config.target, form.input_form, form.options, skip_broken=config.skip_broken, resize=resize_of(config)
@@ -94,11 +103,34 @@ def open_source(spec: str, config: FitConfig, form: SampleForm, preparation: Map
         spec,
         config.data_root,
         form.input_form,
-        context=form.context,
+        context=config.context or form.context,
         skip_broken=config.skip_broken,
         options=form.options,
         resize=resize_of(config),
     )
+
+
+def _open_text(spec: str, config: FitConfig, form: SampleForm) -> Dataset | None:
+    """Open text that becomes tokens by a tokenizer, or tokens in a file; None where the data is something else, or bytes of one file."""
+    kind, _, place = spec.partition(":")
+    tokenizer = config.tokenizer or form.tokenizer
+    context = config.context or form.context
+    is_text = kind == "jsonl" or (kind in ROWS_OF_TEXT and tokenizer is not None)
+    if kind == "text" and place:
+        is_text = tokenizer not in (None, "bytes") or config.pack or Path(place).expanduser().is_dir()
+    if not is_text and kind != "tokens":
+        return None
+    if form.input_form != "any":
+        what = "images" if form.input_form == "image3" else "flat vectors"
+        raise ConfigError(
+            f"data set {spec!r} holds tokens, and the model takes {what}; give a model of tokens, such as --model gpt:layers=2,width=64,heads=2"
+        )
+    given = {"--image-size": config.image_size, "--target": config.target, "--skip-broken": config.skip_broken or None}
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{wrong[0]} has no effect here: data {spec!r} is text; leave it out")
+    if kind == "tokens":
+        return open_token_file(place, context, tokenizer)
+    return open_language(spec, LanguageForm(tokenizer, context, config.pack, config.loss_on, config.data_root / "tokens"))
 
 
 def open_apart(config: FitConfig, dataset: Dataset, form: SampleForm) -> tuple[Dataset, dict[SplitName, Split]]:
@@ -166,6 +198,10 @@ def _matched(part: Split, other: Dataset, dataset: Dataset, what: str) -> Split:
             f"samples are {dataset.sample_shape} {_name(dataset.dtype)} with labels {_labels(dataset.targets)}; give data of one form"
             f"{', or --image-size' if len(other.sample_shape) == len(dataset.sample_shape) == 3 else ''}"
         )
+    if other.structure != dataset.structure:
+        raise DataError(
+            f"{what} has samples of other tensors than the training data has ({_inputs(other)}, and {_inputs(dataset)}); give data of one form"
+        )
     if not dataset.targets.are_classes:
         return part
     known = dataset.classes
@@ -183,6 +219,12 @@ def _matched(part: Split, other: Dataset, dataset: Dataset, what: str) -> Split:
         )
     numbers = [known.index(name) for name in other.classes]
     return part if numbers == list(range(len(numbers))) else RenumberedSplit(part, torch.tensor(numbers))
+
+
+def _inputs(data: Dataset) -> str:
+    return " and ".join(data.preparation.get("input_names", ())) or (
+        f"{len(data.inputs)} tensors" if data.inputs else "one tensor"
+    )
 
 
 def _labels(targets: Targets) -> str:

@@ -9,19 +9,20 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from lowmem_pnn.adapters.prepared_model import prepared
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.methods import Method, Objective, SplitName, Sweep, Visit, sweep_visits
 from lowmem_pnn.model.behaviour import Behaviour, behaviour_of
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import is_of_head
-from lowmem_pnn.optim.lr_schedules import lr_factor
+from lowmem_pnn.optim.lr_schedules import scheduled_rate
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.pretrained.freezing import check_patterns, matching, with_frozen
+from lowmem_pnn.pretrained.freezing import check_patterns, matching
 from lowmem_pnn.pretrained.matching import PretrainedWeights
 from lowmem_pnn.samples.batch_mixer import BatchMixer
-from lowmem_pnn.samples.readers import ServedSplit
+from lowmem_pnn.samples.readers import Readers
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.splits import Split
@@ -88,8 +89,8 @@ class Workload:
     @property
     def readers_peak_bytes(self) -> int:
         """The most private memory that processes which read samples had together."""
-        train = self.splits["train"]
-        return train.readers.peak_bytes if isinstance(train, ServedSplit) else 0
+        readers = getattr(self.splits["train"], "readers", None)
+        return readers.peak_bytes if isinstance(readers, Readers) else 0
 
     @property
     def training_splits(self) -> dict[SplitName, int]:
@@ -210,7 +211,44 @@ class Workload:
             config.optimizer_state,
             config.seed,
             self.rates,
+            config.betas,
+            config.eps,
+            self.without_decay,
         )
+
+    @cached_property
+    def without_decay(self) -> frozenset[str]:
+        """Names, as they are stored, of the parameters that weight decay leaves alone.
+
+        Raises:
+            ConfigError: a pattern matches no parameter.
+        """
+        chain, patterns = self.bare, self.config.no_decay or ()
+        shapes = {name: one.shape for layer in self.chain.layers for name, one in layer.parameters().items()}
+        check_patterns("--no-decay", patterns, [*dict.fromkeys(shapes), *chain.unused])
+        found = {chain.owner_of(name) for pattern in patterns for name in matching(pattern, shapes)}
+        if self.config.no_decay_norms:
+            found |= {name for name, shape in shapes.items() if len(shape) < 2 or name.rpartition(".")[2] == "bias"}
+        return frozenset(self.chain.owner_of(name) for name in found)
+
+    def steps(self, planned: int) -> int:
+        """Return the optimizer steps of a training that has so many in its epochs.
+
+        Args:
+            planned: steps of all epochs.
+        """
+        return planned if self.config.max_steps is None else min(planned, self.config.max_steps)
+
+    @property
+    def samples_not_reached(self) -> int:
+        """Training samples of the last epoch that come after its last step (`--max-steps`)."""
+        most, samples = self.config.max_steps, len(self.splits["train"])
+        if most is None:
+            return 0
+        batch: int = self.config.value_for("batch_size", 0)
+        steps = math.ceil(samples / batch)
+        epochs: int = self.config.value_for("epochs", 0)
+        return max(0, samples - (most - (epochs - 1) * steps) * batch)
 
     @cached_property
     def rates(self) -> tuple[tuple[str, float], ...]:
@@ -253,7 +291,7 @@ class Workload:
         if config.batch_size == "auto" and batch is not None:
             share = batch / _BATCH_OF_LR
             rate *= share if config.value_for("optimizer", partition) == "sgd" else math.sqrt(share)
-        return rate * lr_factor(config.lr_schedule, step, total_steps, config.warmup_steps)
+        return scheduled_rate(config.lr_schedule, rate, config.min_lr, step, total_steps, config.warmup_steps)
 
     def objective(self, plan: Plan, partition: int) -> Objective:
         """Return what a partition learns."""
@@ -267,7 +305,7 @@ class Workload:
             return self.method.head(self.chain, number, self.task.head_size or 0, self.dataset.targets.kind == "tokens")
 
     def build_model(self, seed: int) -> nn.Module:
-        """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`, frozen as the options say."""
+        """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`, prepared as the options say."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return with_frozen(self.source.build(), self.config.after_unfreezing)
+            return prepared(self.source.build(), self.config)

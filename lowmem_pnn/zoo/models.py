@@ -55,6 +55,7 @@ class ModelSource:
         default_weights: Fetches the file of the library's own pretrained weights; None where there is no such library.
         image_stats: How images were prepared that the pretrained weights are from; None where weights are random, or nobody knows.
         weights: Pretrained weights that training begins with; None for the constructor's values.
+        tokenizer: Tokenizer that belongs to the model, as `--tokenizer` takes it; None where there is none.
     """
 
     name: str
@@ -65,6 +66,7 @@ class ModelSource:
     default_weights: Callable[[], Path] | None = None
     image_stats: ImageStats | None = None
     weights: PretrainedValues | None = None
+    tokenizer: str | None = None
 
 
 def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:

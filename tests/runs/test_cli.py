@@ -247,6 +247,45 @@ def test_a_stopped_run_goes_on_to_the_same_bits_from_any_folder(stopped: Path, m
     assert lines[0] == lines[1]
 
 
+_HANGS_UP = """
+import os, signal
+import numpy as np
+reads = 0
+class Set:
+    classes = ["a", "b", "c"]
+    def __init__(self):
+        with np.load("data.npz") as file:
+            self.x, self.y = file["x_train"], file["y_train"]
+    def __len__(self):
+        return len(self.x)
+    def __getitem__(self, number):
+        global reads
+        reads += 1
+        if reads in (300, 301, 302):
+            os.kill(os.getpid(), signal.SIGHUP)
+        return self.x[number], int(self.y[number])
+"""
+
+
+@pytest.mark.parametrize(("before", "code"), [(signal.SIG_DFL, 75), (signal.SIG_IGN, 0)], ids=["terminal", "nohup"])
+def test_a_terminal_that_closes_stops_a_run_as_sigterm_does_unless_it_is_to_outlive_it(
+    before: signal.Handlers, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("hangs_up.py").write_text(_HANGS_UP)
+    outer = signal.signal(signal.SIGHUP, before)
+    try:
+        done = train("--epochs 3 --partitions 1", data="hangs_up.py:Set")
+        assert signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, outer)
+    assert done.code == code, done.err
+    if code:
+        assert done.fault == "stopped; lowmem-pnn fit --resume --workdir run --trust goes on from the last commit"
+        assert json.loads(Path("run/journal.json").read_text())["body"]["number"] >= 1
+    else:
+        assert Path("run/result.json").exists()
+
+
 def _flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-5] ^= 1

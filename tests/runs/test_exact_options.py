@@ -160,7 +160,7 @@ def test_a_gpt_on_a_text_is_same_as_plain_pytorch(tied: bool, tmp_path: Path) ->
         ({"lr": (0.1, 0.2, 0.3)}, "--lr"),
         ({"lr_schedule": "onecycle", "warmup_steps": 2}, "--warmup-steps"),
         ({"label_smoothing": 1.0}, "--label-smoothing"),
-        ({"clip_norm": 0.0}, "--clip-norm"),
+        ({"clip_norm": -1.0}, "--clip-norm"),
         ({"method": "pnn", "loss_chunk": 0}, "--loss-chunk"),
         ({"recover": "1"}, "--recover"),
     ],

@@ -151,9 +151,9 @@ def test_streams_are_longer_where_the_plan_leaves_room() -> None:
     tight, roomy = (planned(lambda plan: 0.0, max_gpu_mem=budget, plan_for="size") for budget in ("26MB", "100MB"))
     for found, budget in ((tight, 26_000_000), (roomy, 100_000_000)):
         window = BufferSizes.of_budget(budget).stream_bytes
-        assert window <= found.stream_bytes <= 2 * window
+        assert window <= found.stream_bytes <= 4 * window
         assert all(part.predicted_peak_bytes <= budget for part in found.partitions)
-    assert roomy.stream_bytes == 2 * BufferSizes.of_budget(100_000_000).stream_bytes
+    assert roomy.stream_bytes == 4 * BufferSizes.of_budget(100_000_000).stream_bytes
     assert Plan.from_json(roomy.to_json()) == roomy
 
 
@@ -163,7 +163,7 @@ def test_what_may_wait_to_be_written_is_kept_free_and_not_predicted() -> None:
         workload = make_workload(asked, *named_inputs(asked), device.torch_device)
         request = PlanRequest(workload, profile_workload(workload, device), device)
         plan, footprint = make_plan(request), Footprint.of(request)
-        assert plan.waiting_bytes == footprint.waiting_bytes(plan.stream_bytes) >= 512 * 512 * 4
+        assert plan.waiting_bytes == footprint.waiting_bytes(plan.stream_bytes) > 0
         assert plan.predicted_peak_bytes + plan.waiting_bytes + device.reserve_bytes <= 30_000_000
         # Large tensors are no part of the heap: what it keeps beside them is less than beside small ones.
         small, all_slack = footprint.constant_bytes_beside(0), footprint.constant_bytes

@@ -204,7 +204,14 @@ def test_the_best_is_best_by_any_score_of_the_validation_part(
 
 def test_masks_and_metrics_of_ones_own_are_monitored(tmp_path: Path) -> None:
     masks = lowmem_pnn.fit(
-        lambda: nn.Conv2d(3, 3, 1), MASKS, workdir=tmp_path / "masks", **OPTIONS, method="exact", epochs=2, early_stop=1, monitor="val_miou"
+        lambda: nn.Conv2d(3, 3, 1),
+        MASKS,
+        workdir=tmp_path / "masks",
+        **OPTIONS,
+        method="exact",
+        epochs=2,
+        early_stop=1,
+        monitor="val_miou",
     )
     assert masks.scores["val"]["miou"] >= 0
     own: dict[str, Any] = {

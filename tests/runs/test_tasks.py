@@ -152,14 +152,15 @@ def test_parts_of_batches_weigh_what_counts_in_them(name: str, method: str, tmp_
         assert torch.allclose(weights[key], tensor, rtol=1e-4, atol=1e-6), key
 
 
-def test_a_part_in_which_nothing_counts_changes_nothing(tmp_path: Path) -> None:
+def test_data_in_which_nothing_counts_are_refused(tmp_path: Path) -> None:
     targets = SOME.copy()
     case = Case(net(4), (X, targets), F.cross_entropy)
     options = {"epochs": 1, "batch_size": 4, "method": "exact", "val_fraction": 0.0, "shuffle": "no", "optimizer": "sgd"}
     targets[:] = -100
-    result = fit(case, tmp_path / "nothing", **options, micro_batch=2)
-    assert_same_weights(loaded(case.build, result.weights_file), built(case.build))
-    assert result.scores["test"]["loss"] == 0.0
+    with pytest.raises(
+        DataError, match=r"training samples make no batch .* and a label that counts; give more samples, or labels"
+    ):
+        fit(case, tmp_path / "nothing", **options, micro_batch=2)
 
 
 @pytest.mark.parametrize("name", ["values", "labels", "weighted classes", "some classes", "some tokens"])

@@ -19,7 +19,7 @@ TESTS = Path(__file__).parents[1]
 _WORKER = "SIGKILL of the worker, then SIGTERM"
 # By what happens to a command, the code with which it then ends.
 _CODES = {
-    "SIGSTOP and SIGCONT, then SIGHUP": -signal.SIGHUP,
+    "SIGSTOP and SIGCONT, then SIGHUP": 75,
     "SIGINT twice": 130,
     _WORKER: 75,
     "SIGTERM": 75,

@@ -1,7 +1,10 @@
 """The supervisor: stops, kills and crashes of a training, and what comes of the run."""
 
 import json
+import os
+import select
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -46,6 +49,29 @@ def test_ctrl_c_stops_cleanly_and_the_run_resumes_to_the_same_bits(folder: Path,
     assert not (folder / "run" / "result.json").exists()
     (folder / "slow").unlink()
     assert run(folder, "fit --resume --workdir run --trust")[0] == 0
+    assert (folder / "run" / "model.safetensors").read_bytes() == whole
+
+
+def test_a_closed_terminal_stops_cleanly_and_the_run_resumes_to_the_same_bits(folder: Path, whole: bytes) -> None:
+    (folder / "slow").touch()
+    process, terminal = os.forkpty()
+    if process == 0:
+        try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
+            os.chdir(folder)
+            os.execl(sys.executable, sys.executable, "-m", "lowmem_pnn", *f"{SLOW_FIT} --workdir run".split())
+        finally:
+            os._exit(99)
+    deadline = time.monotonic() + 240
+    while commits(folder / "run") <= 3 and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.02)[0]:
+            os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 75
+    assert not (folder / "run" / "result.json").exists()
+    (folder / "slow").unlink()
+    code, _, err = run(folder, "fit --resume --workdir run --trust --quiet")
+    assert (code, err) == (0, "")
     assert (folder / "run" / "model.safetensors").read_bytes() == whole
 
 

@@ -122,3 +122,17 @@ def test_a_signal_after_the_run_is_done_is_no_failure(script: Callable[..., Scri
     played = script((-signal.SIGKILL, 4, [signal.SIGTERM, signal.SIGTERM]), stage="done")
     assert supervise(_ARGUMENTS, played.path) == 143
     assert supervise(_ARGUMENTS, script((-signal.SIGTERM, None, [signal.SIGTERM])).path) == 143
+
+
+def test_hangups_count_once_and_not_where_they_are_ignored() -> None:
+    assert not supervisor.is_repeated_hangup(signal.SIGHUP, [])
+    assert supervisor.is_repeated_hangup(signal.SIGHUP, [signal.SIGHUP])
+    assert supervisor.is_repeated_hangup(signal.SIGHUP, [signal.SIGTERM])
+    assert not supervisor.is_repeated_hangup(signal.SIGTERM, [signal.SIGHUP])
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert supervisor.stop_signals() == (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert supervisor.stop_signals() == (signal.SIGINT, signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)

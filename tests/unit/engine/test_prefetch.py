@@ -46,6 +46,19 @@ def test_tensors_come_in_order_and_no_more_than_the_limit_waits(sizes: list[int]
     assert disk.most <= max(limit, max(sizes, default=0)) + largest
 
 
+def test_a_tensor_that_is_too_large_to_wait_is_read_when_it_is_taken(pool: ThreadPoolExecutor) -> None:
+    disk = _Disk()
+    small, large = disk.request(0, 10), disk.request(1, 100)
+    prefetcher = Prefetcher(iter([small, Request(100, large.read, early=False), small]), pool, 50)
+    prefetcher.start()
+    pool.submit(int).result()
+    assert disk.ahead == 10
+    assert [len(prefetcher.take()) for _ in range(2)] == [10, 100]
+    pool.submit(int).result()
+    assert disk.ahead == 120  # what comes after it is read ahead again
+    assert len(prefetcher.take()) == 10
+
+
 def test_a_stream_that_is_closed_reads_no_more(pool: ThreadPoolExecutor) -> None:
     disk = _Disk()
     prefetcher = Prefetcher((disk.request(number, 10) for number in range(100)), pool, 50)

@@ -13,6 +13,8 @@ from PIL import Image as PIL
 from helpers.datasets import everything, image_bytes
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.formats.hub_data import open_hub_samples
+from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.workload.inputs import open_data
 
 
@@ -124,3 +126,34 @@ def test_without_the_library_the_command_is_named(monkeypatch: pytest.MonkeyPatc
         ConfigError, match=r"^hfdata: needs datasets, which is not installed; run: pip install 'lowmem-pnn\[hfdata\]'$"
     ):
         opened("mnist")
+
+
+# To be predicted.
+
+
+def samples(place: str, target: tuple[str, ...] | None = None) -> dict[str, tuple[list[Any], list[Any], bool]]:
+    parts = open_hub_samples(place, target, "any", TargetOptions())
+    return {name: (*(values.tolist() for values in everything(split)), labelled) for name, (split, labelled) in parts.items()}
+
+
+def test_rows_without_targets_are_taken_and_parts_of_any_name(library: dict[str, Any]) -> None:
+    x = [[0.0, 1.0], [2.0, 3.0]]
+    library["alone"] = Rows({"x": Value()}, {"x": x})
+    library["both"] = Rows({"x": Value(), "y": ClassLabel(["a", "b"])}, {"x": x, "y": [1, 0]})
+    library["parts"] = {"test": library["alone"]}
+    library["odd"] = {"unseen": library["both"]}
+    assert samples("alone") == {"all": (x, [0, 0], False)}
+    assert samples("both") == {"all": (x, [1, 0], True)}
+    assert samples("both", ("y",)) == {"all": (x, [1, 0], True)}
+    assert samples("alone", ("y",)) == {"all": (x, [0, 0], False)}
+    assert samples("parts") == {"test": (x, [0, 0], False)}
+    assert samples("odd") == {"unseen": (x, [1, 0], True)}
+
+
+def test_which_column_is_meant_has_to_be_clear(library: dict[str, Any]) -> None:
+    library["two"] = Rows({"a": Value(), "b": Value()}, {"a": [0.0], "b": [1.0]})
+    with pytest.raises(ConfigError) as caught:
+        samples("two")
+    assert str(caught.value) == (
+        "data hfdata:two has the columns a, b, and which one samples are of is not clear; leave others out with remove_columns()"
+    )

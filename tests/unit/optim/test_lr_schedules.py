@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from lowmem_pnn.optim.lr_schedules import Schedule, lr_factor
+from lowmem_pnn.optim.lr_schedules import Schedule, lr_factor, scheduled_rate
 
 LR = 0.3
 LENGTHS = [1, 2, 3, 4, 5, 7, 10, 33, 1000]
@@ -44,14 +44,33 @@ def test_one_cycle_is_same_as_pytorchs(total_steps: int) -> None:
     assert [LR * value for value in factors("onecycle", total_steps)] == pytest.approx(expected, rel=1e-6, abs=0)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("total_steps", LENGTHS)
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_linear_is_the_line_of_huggingfaces_trainers(total_steps: int, warmup_steps: int) -> None:
+    def factor(step: int) -> float:  # transformers.get_linear_schedule_with_warmup, after the warm-up
+        return max(0.0, float(total_steps - step) / float(max(1, total_steps - warmup_steps)))
+
+    found = factors("linear", total_steps, warmup_steps)
+    expected = rates_of(lambda optimizer: lr_scheduler.LambdaLR(optimizer, factor), total_steps)
+    assert [LR * value for value in found[warmup_steps:]] == expected[warmup_steps:]
+
+
+@pytest.mark.parametrize("total_steps", LENGTHS)
+def test_a_minimum_is_pytorchs_eta_min(total_steps: int) -> None:
+    expected = rates_of(lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=total_steps, eta_min=0.1), total_steps)
+    found = [scheduled_rate("cosine", LR, 0.1, step, total_steps) for step in range(total_steps)]
+    assert found == pytest.approx(expected, rel=1e-6, abs=0)
+    assert scheduled_rate("linear", 0.05, 0.1, 0, 4) == 0.05  # a rate below the minimum stays
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_a_warm_up_rises_by_equal_steps_and_leaves_the_rest_to_the_schedule(schedule: Schedule) -> None:
     found = factors(schedule, 20, warmup_steps=5)
     assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert found[5:] == factors(schedule, 15)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup_steps", [4, 9])
 def test_a_training_may_end_within_its_warm_up(schedule: Schedule, warmup_steps: int) -> None:
     assert factors(schedule, 4, warmup_steps) == pytest.approx([step / warmup_steps for step in (1, 2, 3, 4)])

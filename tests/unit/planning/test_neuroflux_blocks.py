@@ -20,7 +20,7 @@ def test_batches_of_blocks_never_pass_the_budget_over_random_networks() -> None:
     rng = random.Random(0)
     measured: MeasurementCache = {}
     chains = []  # which have to exist as long as the measurements
-    for _ in range(5):
+    for _ in range(3):
         widths = [rng.choice([8, 24, 64]) for _ in range(rng.randint(2, 4))]
         parts: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise([3, *widths]):

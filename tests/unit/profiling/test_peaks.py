@@ -1,12 +1,13 @@
 """Peak memory of ranges of layers, by hand and by its rules."""
 
+import itertools
 from dataclasses import replace
 
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from helpers.strategies import profiles
-from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost
+from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost, Tie, ties_counted_once
 from lowmem_pnn.profiling.peaks import RangePeaks, default_objective, largest_micro_batch
 
 LAYER = LayerCost(
@@ -30,25 +31,25 @@ LAYER = LayerCost(
 def test_a_layer_alone_by_hand():
     # weights, twice the buffers, the optimizer's state, and inputs of 2 samples
     resident = 40 + 6 + 72 + 22
-    [(peak, held)] = RangePeaks([LAYER], 2, accumulates=False).ranges(0)
+    [(peak, held, _)] = RangePeaks([LAYER], 2, accumulates=False).ranges(0)
     assert held == resident + 14
     assert peak == resident + 14 + 8 + max(36 + 2, 18)
-    [(peak, held)] = RangePeaks([LAYER], 2, accumulates=True).ranges(0)
+    [(peak, held, _)] = RangePeaks([LAYER], 2, accumulates=True).ranges(0)
     assert held == resident + 36 + 14
     assert peak == resident + 36 + 14 + 8 + 38
 
 
 def test_with_few_samples_the_optimizers_step_can_be_the_peak():
-    [(peak, _)] = RangePeaks([LAYER], 0, accumulates=False).ranges(0)
+    [(peak, _, _)] = RangePeaks([LAYER], 0, accumulates=False).ranges(0)
     assert peak == 40 + 6 + 72 + 36 + 8
 
 
 def test_gradients_of_later_layers_are_in_memory_in_an_earlier_backward():
-    [_, (peak, _)] = RangePeaks([LAYER, LAYER], 100, accumulates=False).ranges(0)
+    [_, (peak, _, _)] = RangePeaks([LAYER, LAYER], 100, accumulates=False).ranges(0)
     resident = 2 * (40 + 6 + 72) + 1100
     last, first = 2 * 602 + 400 + 900, 602 + 400 + 900 + 36
     assert peak == resident + max(last, first)
-    [_, (peak, _)] = RangePeaks([LAYER, LAYER], 1, accumulates=False).ranges(0)
+    [_, (peak, _, _)] = RangePeaks([LAYER, LAYER], 1, accumulates=False).ranges(0)
     assert peak == 2 * (40 + 6 + 72) + 11 + max(2 * 8 + 4 + 37, 8 + 4 + 37 + 36, 2 * 36 + 8)
 
 
@@ -62,7 +63,7 @@ def test_a_step_in_backward_comes_when_the_kernels_scratch_is_free():
             streamed_state_bytes=streamed,
             backward_peak=Affine(36 + scratch, 2),
         )
-        [(highest, _)] = RangePeaks([layer], 5, accumulates=False).ranges(0)
+        [(highest, _, _)] = RangePeaks([layer], 5, accumulates=False).ranges(0)
         return highest
 
     held = (
@@ -74,15 +75,43 @@ def test_a_step_in_backward_comes_when_the_kernels_scratch_is_free():
 
 def test_state_that_is_streamed_comes_beside_gradients_that_wait_for_the_step():
     layer = replace(LAYER, optimizer_bytes=0, streamed_state_bytes=900)
-    [_, (peak, _)] = RangePeaks([layer, layer], 1, accumulates=True).ranges(0)
+    [_, (peak, _, _)] = RangePeaks([layer, layer], 1, accumulates=True).ranges(0)
     assert peak == 2 * (40 + 6 + 36) + 11 + 900 + 8
 
 
 def test_an_objective_is_fixed_all_the_time_and_grows_between_forward_and_backward():
     peaks = RangePeaks([LAYER], 2, accumulates=False)
-    [(peak, held)] = peaks.ranges(0)
-    assert peaks.with_objective((peak, held), Affine(1000, 0)) == peak + 1000
-    assert peaks.with_objective((peak, held), Affine(0, 1000)) == held + 2000
+    [(peak, held, _)] = peaks.ranges(0)
+    assert peaks.with_objective((peak, held, 0), Affine(1000, 0)) == peak + 1000
+    assert peaks.with_objective((peak, held, 0), Affine(0, 1000)) == held + 2000
+    assert peaks.with_objective((peak, held, 5), Affine(0, 0)) == peak + 5  # when gradients are there, not at the objective
+    assert peaks.with_objective((peak, held, 5), Affine(0, 1000)) == held + 2000
+
+
+def test_a_weight_that_layers_of_a_range_share_is_there_once_and_its_gradient_twice_in_backward():
+    first = replace(LAYER, ties=(Tie(7, True, False, 10, 40, 36, 72),))
+    middle, last = LAYER, replace(LAYER, ties=(Tie(7, False, True, 10, 40, 36, 72),))
+    alone, _, both = RangePeaks([first, middle, last], 1, accumulates=False).ranges(0)
+    assert (alone[2], both[2]) == (0, 0)
+    *_, (apart, _, _) = RangePeaks([LAYER, LAYER, LAYER], 1, accumulates=False).ranges(0)
+    assert apart - both[0] == 40 + 72  # the gradients of all layers are there in the first one's backward
+    alone, _, both = RangePeaks([first, middle, last], 1, accumulates=True).ranges(0)
+    assert (alone[2], both[2]) == (36, 0)  # what a later range leaves of each micro-batch comes on top
+    *_, (apart, _, _) = RangePeaks([LAYER, LAYER, LAYER], 1, accumulates=True).ranges(0)
+    # Gradients of earlier micro-batches stay in memory, one for the weight; that of the present one is on its way to the first layer.
+    in_backward = {"apart": 3 * 8 + 4 + 37, "tied": 2 * 8 + 4 + 37 + 36}
+    assert apart - both[0] == 40 + 72 + 36 + in_backward["apart"] - in_backward["tied"]
+    [_, (alone, _, from_later)] = RangePeaks([middle, last], 1, accumulates=False).ranges(0)
+    assert (alone, from_later) == (next(itertools.islice(RangePeaks([LAYER, LAYER], 1, accumulates=False).ranges(0), 1, 2))[0], 0)
+
+
+def test_sums_count_a_shared_weight_with_the_first_layer_that_holds_it():
+    tie = Tie(7, True, False, 10, 40, 36, 72)
+    once = ties_counted_once(
+        [replace(LAYER, ties=(tie,)), LAYER, replace(LAYER, ties=(replace(tie, is_first=False, is_last=True),))]
+    )
+    assert [layer.num_params for layer in once] == [10, 10, 0]
+    assert [layer.state_bytes for layer in once] == [151, 151, 3]
 
 
 def test_the_default_objective_is_three_times_the_outputs():
@@ -92,7 +121,7 @@ def test_the_default_objective_is_three_times_the_outputs():
 @given(profiles(), st.integers(1, 40), st.booleans())
 def test_a_ranges_peak_never_falls_as_it_grows(profile, batch, accumulates):
     for start in range(len(profile.layers)):
-        peaks = [peak for peak, _ in RangePeaks(profile.layers, batch, accumulates).ranges(start)]
+        peaks = [peak for peak, _, _ in RangePeaks(profile.layers, batch, accumulates).ranges(start)]
         assert len(peaks) == len(profile.layers) - start
         assert peaks == sorted(peaks)
 

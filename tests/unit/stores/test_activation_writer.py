@@ -203,3 +203,17 @@ def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path, pool):
     (tmp_path / "file").touch()
     with pytest.raises(DiskError, match=r"cannot make an empty folder: not a directory \('.*file/a'\)"):
         ActivationWriter(tmp_path / "file" / "a", SPECS, 5, 1, pool)
+
+
+def test_a_narrower_type_is_widened_and_a_wider_one_refused(tmp_path, pool):
+    values = torch.tensor([[1.5], [-2.25]])
+    labels = torch.zeros(2, dtype=torch.int64)
+    with ActivationWriter(tmp_path / "a", (TensorSpec((1,), torch.float32),), 2, 1000, pool) as writer:
+        writer.append((values.bfloat16(),), labels)
+    [((stored,), _)] = read(ActivationStore.open(tmp_path / "a"), 2, pool)
+    assert stored.dtype == torch.float32
+    assert torch.equal(stored, values)
+    writer = ActivationWriter(tmp_path / "b", (TensorSpec((1,), torch.bfloat16),), 2, 1000, pool)
+    with pytest.raises(CheckpointError, match=r"takes bfloat16 .* got float32"):
+        writer.append((values,), labels)
+    writer.abort()

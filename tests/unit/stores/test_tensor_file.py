@@ -381,3 +381,16 @@ def test_a_direct_file_leaves_the_page_cache_as_it_is(tmp_path, monkeypatch):
     if not moved:
         pytest.skip("the file system takes no direct transfers")
     assert cached_bytes(tmp_path / "x") <= 64 << 10
+
+
+def test_elements_of_a_tensor_are_read_and_written_in_the_order_of_the_file(tmp_path: Path) -> None:
+    with TensorFile.create(tmp_path / "x", {"x": (torch.float32, (3, 4)), "y": (torch.int64, ())}) as file:
+        file.write_from("x", torch.arange(12.0).view(3, 4))
+        file.write_elements("x", torch.tensor([-1.0, -2.0, -3.0]), 5)
+        assert file.read("x", elements=slice(4, 9)).tolist() == [4.0, -1.0, -2.0, -3.0, 8.0]
+        file.write_elements("y", torch.tensor(7), 0)
+        assert file.read("y").item() == 7
+        with pytest.raises(CheckpointError, match=r"holds 'x' as .*, asked for 3 elements of torch.float32 from element 10"):
+            file.write_elements("x", torch.zeros(3), 10)
+        with pytest.raises(CheckpointError, match=r"asked for 1 elements of torch.float64 from element 0"):
+            file.write_elements("x", torch.zeros(1, dtype=torch.float64), 0)

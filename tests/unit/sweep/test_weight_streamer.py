@@ -1,16 +1,17 @@
-"""The weight streamer of a sweep: when writing fails, every file is closed, and the failure that came first is heard of."""
+"""The weight streamer of a sweep: failures close every file and the first one is heard of; large tensors move in parts."""
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from lowmem_pnn.device import SimulatedDevice
+from lowmem_pnn.device import CpuDevice, SimulatedDevice
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import DiskError
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
-from lowmem_pnn.sweep.weight_streamer import WeightStreamer
+from lowmem_pnn.sweep.weight_streamer import Piece, WeightStreamer
 
 KEYS = ("weight/a", "weight/b")
 
@@ -51,3 +52,36 @@ def test_a_write_that_fails_leaves_no_file_open_and_replaces_no_exception(
         threads.close()
     assert opened
     assert all(file._file.closed for file in opened)
+
+
+def test_a_tensor_larger_than_the_stream_is_written_in_parts_that_are_waited_for(tmp_path: Path) -> None:
+    values = torch.arange(1000.0)
+    store = WeightStore.create(tmp_path, [{"weight/a": (torch.float32, (10, 100)), "weight/b": (torch.float32, (4,))}])
+    with CpuDevice(1 << 30) as device:
+        threads = WorkerThreads()
+        streamer = WeightStreamer(store, device, threads, 800)
+        gate = threading.Event()
+        threads.write.submit(gate.wait)
+        with streamer.writing(0) as (file, is_new):
+            assert is_new
+            opener = threading.Timer(0.05, gate.set)
+            opener.start()
+            streamer.write(0, file, "weight/a", values.view(10, 100))
+            streamer.finish_writes_in_parts()
+            # Whoever unloads the tensor now frees its memory: nothing holds it any more.
+            assert gate.is_set()
+            assert torch.equal(file.read("weight/a").view(-1), values)
+            streamer.write(0, file, "weight/b", torch.ones(2), 2)
+        streamer.finish_writes()
+        reads: list[int] = []
+        with streamer.batch([Piece("weight/b"), Piece("weight/a"), Piece("weight/a", slice(990, 1000))]):
+            assert streamer._reader is not None
+            read = streamer._reader.read
+            streamer._reader.read = lambda *arguments: (reads.append(1), read(*arguments))[1]  # type: ignore[method-assign]
+            assert streamer.take().tolist() == [0, 0, 1, 1]
+            threads.read.submit(int).result()
+            assert len(reads) == 1  # the large one would be in memory while others are used
+            assert torch.equal(streamer.take(), values.view(10, 100))
+            assert torch.equal(streamer.take(), values[990:])
+        streamer.close()
+        threads.close()

@@ -1,0 +1,112 @@
+"""The model that is trained, made from the user's: what is frozen, in which type that is kept, and the adapters that learn beside it."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lowmem_pnn.adapters.lora import ADAPTER_NAMES, Adapter, add_adapters, frozen_base, output_layer, target_names
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.model.copies import copy_structure
+from lowmem_pnn.pretrained.freezing import with_frozen
+from lowmem_pnn.quantization.stored_weights import StoredForm, can_be_stored, store
+
+if TYPE_CHECKING:
+    from lowmem_pnn.config.fit_config import FitConfig
+
+
+def prepared(model: nn.Module, config: "FitConfig", *, early: bool = False) -> nn.Module:
+    """Return the model that is trained: a copy of the user's over the same tensors, or the user's own where nothing is asked for.
+
+    Args:
+        model: the user's model, which stays as it is. Its frozen weights are converted where they are to be kept in another type.
+        config: options of the run.
+        early: for the epochs before something is unfrozen, where there are such.
+
+    Raises:
+        ConfigError: the options do not fit the model.
+    """
+    options = config if early else config.after_unfreezing
+    targets: list[str] = []
+    base: set[str] = set()
+    if config.lora is not None:
+        whole = config.modules_to_save or ()
+        targets, base = target_names(model, config.lora, whole), frozen_base(model, whole)
+    result = with_frozen(model, options, base)
+    if config.frozen_form == "fp32" and not targets:
+        return result
+    result = copy_structure(result)
+    if config.frozen_form != "fp32":
+        _store_frozen(result, config)
+    if config.lora is not None:
+        add_adapters(result, targets, config.lora)
+    _refuse_fast_paths(result)
+    return result
+
+
+def adapter_modules(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, Adapter]:
+    """Return the modules with an adapter, by name.
+
+    Args:
+        modules: modules with their names in the model.
+    """
+    return {name: module for name, module in modules if isinstance(module, Adapter)}
+
+
+def adapter_tensor_names(modules: Iterable[tuple[str, nn.Module]]) -> set[str]:
+    """Return the names of the adapters' tensors.
+
+    Args:
+        modules: modules with their names in the model.
+    """
+    return {f"{name}.{own}" for name in adapter_modules(modules) for own in ADAPTER_NAMES}
+
+
+def new_modules(names: Sequence[str], chain: Chain) -> list[str]:
+    """Return the modules that tensors with new values are in and that do not learn, in the model's order.
+
+    Args:
+        names: names of the tensors.
+        chain: the model in layers.
+    """
+    frozen = {name for layer in chain.layers for name, one in layer.parameters().items() if not one.requires_grad}
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names if name in frozen and "." in name))
+
+
+def _store_frozen(model: nn.Module, config: "FitConfig") -> None:
+    """Have the modules of a model keep their frozen weights in the form that is asked for."""
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(module)
+    attentions = {id(child) for one in model.modules() if isinstance(one, nn.MultiheadAttention) for child in one.children()}
+    parts: dict[int, dict[str, nn.Parameter]] = {}
+    count, head = 0, output_layer(model)
+    for own, module in list(model.named_modules()):
+        weight = getattr(module, "weight", None)
+        if not can_be_stored(module) or id(module) in attentions or not isinstance(weight, nn.Parameter):
+            continue
+        sharing = users[id(weight)]
+        if len(sharing) > 1 and not all(can_be_stored(one) or id(weight) in parts for one in sharing):
+            continue
+        # As in QLoRA, what tokens are looked up in, or what makes the outputs, has two bytes an element at least.
+        at_the_ends = len(sharing) > 1 or isinstance(module, nn.Embedding) or own == head
+        name = "bf16" if at_the_ends else config.frozen_form
+        form = StoredForm(name, tuple(weight.shape), weight.dtype)
+        if id(weight) not in parts:
+            parts[id(weight)] = {end: nn.Parameter(tensor, False) for end, tensor in form.encode(weight).items()}
+        store(module, form, parts[id(weight)])
+        count += 1
+    if not count and config.frozen_dtype not in (None, "fp32"):
+        raise ConfigError(
+            f"--frozen-dtype {config.frozen_dtype} has no effect here: the model has no frozen float32 weights of linear layers or "
+            "embeddings; leave it out"
+        )
+
+
+def _refuse_fast_paths(model: nn.Module) -> None:
+    """Keep transformer layers of PyTorch from a path in eval mode that reads weights without running the modules that have them."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0

@@ -1,0 +1,38 @@
+"""The command that begins a run with given options."""
+
+import shlex
+from collections.abc import Mapping
+
+from lowmem_pnn.config.faults import as_typed, flag
+from lowmem_pnn.config.field_types import SIZES
+from lowmem_pnn.config.fit_config import FitConfig, field_names
+from lowmem_pnn.units import exact_size
+
+_ALWAYS = ("max_gpu_mem", "model", "data", "method")
+# Where the run was, not what it was.
+_LEFT_OUT = ("data_root",)
+
+
+def fit_command(config: FitConfig) -> str:
+    """Return the command that begins a run with these options, those left out that are as by default.
+
+    Args:
+        config: options of the run.
+
+    Example:
+        >>> fit_command(FitConfig(max_gpu_mem="1GB", model="mlp:64-10", data="digits", epochs=3, compare=False))
+        'lowmem-pnn fit --max-gpu-mem 1GB --model mlp:64-10 --data digits --method pnn --epochs 3 --no-compare'
+    """
+    default = FitConfig(max_gpu_mem=config.max_gpu_mem, model=config.model, data=config.data)
+    words = ["lowmem-pnn", "fit"]
+    for name in (*_ALWAYS, *(name for name in field_names() if name not in (*_ALWAYS, *_LEFT_OUT))):
+        value = getattr(config, name)
+        if name not in _ALWAYS and value == getattr(default, name):
+            continue
+        if isinstance(value, bool):
+            words.append(flag(name) if value else f"--no-{name.replace('_', '-')}")
+        elif isinstance(value, Mapping):
+            words += [part for key, each in value.items() for part in (flag(name), f"{key}={each}")]
+        else:
+            words += [flag(name), exact_size(value) if name in SIZES else as_typed(value)]
+    return shlex.join(words)

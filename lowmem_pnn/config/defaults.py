@@ -1,0 +1,78 @@
+"""Defaults that depend on what is trained: from random or pretrained weights, on language or on anything else."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowmem_pnn.config.faults import as_typed
+from lowmem_pnn.config.finetuning_options import DEFAULTS_WITH_WEIGHTS
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.language_options import LANGUAGE_KINDS
+
+# What Hugging Face's trainers take for such models (transformers' TrainingArguments, TRL's SFTConfig), but for clipping theirs alike.
+_FINE_TUNING_LANGUAGE: Mapping[str, Any] = {
+    "lr": (2e-5,), "lr_schedule": "linear", "weight_decay": 0.0, "clip_norm": 1.0,
+}  # fmt: skip
+
+
+def training_defaults(*, pretrained: bool, language: bool) -> dict[str, Any]:
+    """Return the options of a training that nobody gave, where they are not those of `FitConfig`.
+
+    Args:
+        pretrained: Whether training begins with pretrained weights.
+        language: Whether the next token of a text is learnt.
+
+    Example:
+        >>> training_defaults(pretrained=True, language=False)
+        {'method': 'exact', 'epochs': (3,)}
+    """
+    if not pretrained:
+        return {}
+    return {**DEFAULTS_WITH_WEIGHTS, **(_FINE_TUNING_LANGUAGE if language else {})}
+
+
+def training_facts(config: FitConfig) -> dict[str, Any]:
+    """Return by what a run trains, as `result.json` has it.
+
+    Args:
+        config: options of the run.
+    """
+    names = ["optimizer", "lr", "lr_schedule", "warmup_steps", "min_lr", "weight_decay", "clip_norm", "max_steps"]
+    if "sgd" not in config.optimizer:
+        names += ["betas", "eps"]
+    if config.weight_decay:
+        names += ["no_decay", "no_decay_norms"]
+    values = {name: getattr(config, name) for name in names}
+    # Lists, as they come back from JSON.
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {
+        name: value[0] if isinstance(value, list) and len(value) == 1 and name in ("optimizer", "lr") else value
+        for name, value in lists.items()
+    }
+
+
+def training_words(config: FitConfig) -> str:
+    """Say by what a run trains, in a line.
+
+    Args:
+        config: options of the run.
+
+    Example:
+        >>> training_words(FitConfig(max_gpu_mem="1GB", model="mlp:64-10", data="digits", lr="2e-5", clip_norm=1))
+        'pnn, 10 epochs, adamw, lr 2e-05 constant, weight decay 0, clipping at 1'
+    """
+    steps = "" if config.max_steps is None else f" or {config.max_steps:,} steps"
+    clipping = "no clipping" if config.clip_norm is None else f"clipping at {config.clip_norm:g}"
+    return (
+        f"{config.method}, {as_typed(config.epochs)} epochs{steps}, {as_typed(config.optimizer)}, lr {as_typed(config.lr)} "
+        f"{config.lr_schedule}, weight decay {config.weight_decay:g}, {clipping}"
+    )
+
+
+def is_language(options: Mapping[str, Any]) -> bool:
+    """Decide whether options, as they were given, are about the next token of a text.
+
+    Args:
+        options: fields of `FitConfig`.
+    """
+    kind = str(options.get("data", "")).partition(":")[0]
+    return kind in LANGUAGE_KINDS or options.get("tokenizer") is not None

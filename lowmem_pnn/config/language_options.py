@@ -1,0 +1,42 @@
+"""Options of language data: how text becomes tokens, and tokens samples. No torch here: the command line reads this file to print its help."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic.dataclasses import dataclass
+
+LANGUAGE_KINDS = ("text", "jsonl", "tokens")
+"""What stands before the colon of data that is text or tokens, whatever else is asked for."""
+ROWS_OF_TEXT = ("parquet", "hfdata")
+"""What stands before the colon of data that is text where there is a tokenizer for it."""
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class LanguageOptions:
+    """Options of `FitConfig` that are about language data."""
+
+    tokenizer: Annotated[str | None, BeforeValidator(lambda value: None if value is None else str(value))] = Field(
+        default=None,
+        description=(
+            "Tokenizer of text: bytes, a tokenizer.json, or a folder with one, such as a model's, whose chat template is taken too. With it "
+            "parquet: and hfdata: are rows of text. By default bytes."
+        ),
+    )
+    context: PositiveInt | None = Field(
+        default=None,
+        description="Tokens of a sample of text; by default as many as the model takes, or 256 where it does not say.",
+    )
+    pack: bool = Field(
+        default=False,
+        description=(
+            "Put several documents into one sample, kept apart by position_ids that begin anew in each; the model has to take these. "
+            "By default each is padded (text: windows of one stream)."
+        ),
+    )
+    loss_on: Literal["completions", "all"] = Field(
+        default="completions",
+        description=(
+            "What is learnt of prompts and completions, and of messages. completions: the completion, and what the assistant says. all: "
+            "the prompt, and all turns, too."
+        ),
+    )

@@ -1,0 +1,1 @@
+"""What comes after training: samples that a trained model predicts, and the files that its answers go to."""

@@ -1,0 +1,294 @@
+"""Token cache: the tokens of a source in files that are mapped, made once, and again when they are damaged or of something else.
+
+A folder holds `tokens.bin`, the tokens of all documents one after the other in the shortest type that holds them; `counted.bin`, a byte
+for each that says whether it is learnt, where not all are; `pieces.bin` and `rows.bin` (`packing`); and `cache.json`, which says what
+they were made of and has their hashes. It is written beside its place and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lowmem_pnn.errors import DataError, DiskError
+from lowmem_pnn.language.chat import ChatTemplate
+from lowmem_pnn.language.documents import Document, Documents
+from lowmem_pnn.language.packing import Form, Layout
+from lowmem_pnn.language.progress import Ticker, tell
+from lowmem_pnn.language.tokenizer import Tokenizer
+
+_VERSION = 1
+_CHUNK_BYTES = 1 << 20
+# Characters, and documents, that are tokenised at once.
+_CHARACTERS_AT_ONCE, _DOCUMENTS_AT_ONCE = 1 << 20, 1024
+_TYPES = (np.uint8, np.uint16, np.uint32)
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What was made of a source.
+
+    Args:
+        documents: Number of documents.
+        tokens: Their tokens.
+        counted: Labels that count.
+        rows: Rows of samples.
+        split: Documents that go on in another row.
+        cut: Documents whose end was cut off.
+        left_out: Documents in which nothing counts.
+    """
+
+    documents: int
+    tokens: int
+    counted: int
+    rows: int
+    split: int
+    cut: int
+    left_out: int
+
+
+class TokenCache:
+    """Tokens of a source, mapped.
+
+    Args:
+        folder: Folder of the cache.
+        meta: What its `cache.json` says.
+    """
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.folder, self._meta = folder, meta
+        self.stats = CacheStats(**meta["stats"])
+        self.tokens = self._map("tokens.bin", np.dtype(meta["dtype"]))
+        """Tokens of all documents, (N,)."""
+        self.counted = self._map("counted.bin", np.dtype(np.bool_)) if "counted.bin" in meta["files"] else None
+        """Whether each is learnt, (N,); None where all are."""
+        self.pieces = self._map("pieces.bin", np.dtype(np.int64)).reshape(-1, 2)
+        """First input and number of inputs of each piece, (P, 2)."""
+        self.rows = self._map("rows.bin", np.dtype(np.int64))
+        """Number of the first piece of each row, (R,)."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the cache was made of."""
+        return _key(self._meta["made_of"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Have another process map the files itself."""
+        return TokenCache, (self.folder, self._meta)
+
+    def _map(self, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        if not self._meta["files"][name]["bytes"]:
+            return np.empty(0, dtype=dtype)
+        # A plain view: slices of np.memmap are slow to make.
+        return np.memmap(self.folder / name, dtype=dtype, mode="r").view(np.ndarray)
+
+
+def open_cache(
+    documents: Documents, tokenizer: Tokenizer, root: Path, *, context: int, form: Form, on_completions: bool
+) -> TokenCache:
+    """Open the tokens of a source, and make them first where they are not there.
+
+    Args:
+        documents: The source.
+        tokenizer: What makes tokens of its texts.
+        root: Folder of caches; made where it is not there.
+        context: Inputs of a row.
+        form: How rows are filled.
+        on_completions: Whether only completions, and what an assistant says, are learnt.
+
+    Raises:
+        DataError: A document is not usable, or there is none.
+        DiskError: The folder cannot be written to.
+    """
+    made_of = {
+        "version": _VERSION, "content": documents.content, "kind": documents.kind, "tokenizer": tokenizer.fingerprint, "context": context,
+        "form": form, "on_completions": on_completions,
+    }  # fmt: skip
+    folder = root / f"tokens-{_key(made_of)[:24]}"
+    if (cache := _opened(folder, made_of)) is not None:
+        return cache
+    was_there = folder.exists()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
+        try:
+            _write(beside, documents, tokenizer, Layout(context, form, documents.kind == "text"), made_of)
+            if was_there:
+                tell(f"{folder} is damaged, or of another version, and was made again")
+                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # another process was faster
+                beside.rename(folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise DiskError(
+            f"tokens cannot be written to {root}: {error.strerror or error}; give --data-root a folder with room for them"
+        ) from error
+    cache = _opened(folder, made_of)
+    if cache is None:
+        raise DiskError(
+            f"tokens that were written to {folder} cannot be read back; see to the drive, or give another --data-root"
+        )
+    return cache
+
+
+def _key(made_of: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+def _opened(folder: Path, made_of: dict[str, Any]) -> TokenCache | None:
+    """Return a cache whose files are whole and made of this; None where there is none."""
+    try:
+        meta = json.loads((folder / "cache.json").read_text())
+        if meta["made_of"] != made_of:
+            return None
+        for name, file in meta["files"].items():
+            if (folder / name).stat().st_size != file["bytes"] or _hash(folder / name) != file["sha256"]:
+                return None
+        return TokenCache(folder, meta)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, layout: Layout, made_of: dict[str, Any]) -> None:
+    dtype = next(np.dtype(one) for one in _TYPES if tokenizer.size <= np.iinfo(one).max + 1)
+    begun, ticker, num_tokens, num_documents, num_learnt = time.monotonic(), Ticker(), 0, 0, 0
+    names = ("tokens.bin", "counted.bin", "pieces.bin", "rows.bin")
+    digests = {name: hashlib.sha256() for name in names}
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in names}
+
+        def put(name: str, array: npt.NDArray[Any]) -> None:
+            data = array.tobytes()
+            digests[name].update(data)
+            files[name].write(data)
+
+        # A document that comes in pieces is placed when its last one is there.
+        start = 0
+        for document, ids, counted in _tokenised(documents, tokenizer, on_completions=made_of["on_completions"]):
+            put("tokens.bin", ids.astype(dtype))
+            put("counted.bin", np.ones(len(ids), dtype=np.bool_) if counted is None else counted)
+            if document.is_begin:
+                start = num_tokens
+            num_tokens += len(ids)
+            num_learnt += len(ids) if counted is None else int(counted.sum())
+            if document.is_end:
+                num_documents += 1
+                layout.add(start, num_tokens - start, counted)
+            if len(layout.pieces) >= _DOCUMENTS_AT_ONCE:
+                _put_layout(layout, put)
+            if ticker.is_due:
+                tell(f"tokenising {documents.name}: {documents.done() / max(documents.size, 1):.0%}, {num_tokens:,} tokens")
+        _put_layout(layout, put)
+    if layout.form == "windows":
+        num_rows = max(num_tokens - 1, 0) // layout.context
+        layout.num_counted = num_rows * layout.context
+    else:
+        num_rows = (folder / "rows.bin").stat().st_size // np.dtype(np.int64).itemsize
+    if num_learnt == num_tokens:
+        (folder / "counted.bin").unlink()
+    stats = CacheStats(
+        num_documents, num_tokens, layout.num_counted, num_rows, layout.num_split, layout.num_cut, layout.num_left_out
+    )
+    if not num_rows:
+        raise DataError(_no_rows(documents, layout, stats))
+    kept = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digests[name].hexdigest()}
+        for name in names
+        if (folder / name).exists()
+    }
+    meta = {"made_of": made_of, "dtype": dtype.name, "stats": asdict(stats), "files": kept}
+    for name in kept:
+        with (folder / name).open("rb+") as stream:
+            os.fsync(stream.fileno())
+    (folder / "cache.json").write_text(json.dumps(meta, indent=1))
+    seconds = time.monotonic() - begun
+    tell(
+        f"tokenised {documents.name}: {num_documents:,} documents, {num_tokens:,} tokens, in {seconds:.1f} s; kept in {folder.parent}"
+    )
+
+
+def _put_layout(layout: Layout, put: Any) -> None:
+    pieces, rows = layout.take()
+    put("pieces.bin", pieces)
+    put("rows.bin", rows)
+
+
+def _no_rows(documents: Documents, layout: Layout, stats: CacheStats) -> str:
+    if layout.form == "windows":
+        return (
+            f"{documents.name} has {stats.tokens:,} tokens, and a row of {layout.context} with the token after it takes {layout.context + 1:,}; "
+            "give more text, or a smaller --context"
+        )
+    return (
+        f"{documents.name}: in none of {stats.documents:,} documents is there a token to learn in the first {layout.context}; give a larger "
+        "--context, or --loss-on all"
+    )
+
+
+def _tokenised(
+    documents: Documents, tokenizer: Tokenizer, *, on_completions: bool
+) -> Iterator[tuple[Document, npt.NDArray[np.int64], npt.NDArray[np.bool_] | None]]:
+    """Yield documents with their tokens, and which of these are learnt; None for all."""
+    if documents.kind == "chat":
+        template = ChatTemplate(tokenizer)
+        for document in documents.read():
+            yield document, *_chat(document, template, tokenizer, on_completions=on_completions)
+        return
+    for group in _grouped(documents.read()):
+        encoded = iter(tokenizer.encode([text for document in group for text in document.values]))
+        for document in group:
+            parts = [next(encoded) for _ in document.values]
+            begin = np.array(tokenizer.begin if document.is_begin else (), dtype=np.int64)
+            end = np.array([] if tokenizer.end is None or not document.is_end else [tokenizer.end], dtype=np.int64)
+            ids = np.concatenate([begin, *parts, end])
+            if documents.kind == "text" or not on_completions:
+                yield document, ids, None
+                continue
+            counted = np.arange(len(ids)) >= len(begin) + len(parts[0])
+            yield document, ids, counted
+
+
+def _chat(
+    document: Document, template: ChatTemplate, tokenizer: Tokenizer, *, on_completions: bool
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_] | None]:
+    (messages,) = document.values
+    if not on_completions:
+        return tokenizer.encode([template.text(messages, document.where)])[0], None
+    text, spans = template.render(messages, document.where)
+    ids, starts = tokenizer.encode_with_starts(text)
+    counted = np.zeros(len(ids), dtype=np.bool_)
+    for begin, end in spans:
+        counted |= (starts >= begin) & (starts < end)
+    return ids, counted
+
+
+def _grouped(documents: Iterator[Document]) -> Iterator[Sequence[Document]]:
+    group: list[Document] = []
+    characters = 0
+    for document in documents:
+        group.append(document)
+        characters += sum(map(len, document.values))
+        if characters >= _CHARACTERS_AT_ONCE or len(group) >= _DOCUMENTS_AT_ONCE:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group

@@ -1,0 +1,117 @@
+"""Token rows: samples of a language model from mapped tokens, each with the token after every input as its label."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lowmem_pnn.language.packing import Form
+from lowmem_pnn.language.token_cache import TokenCache
+from lowmem_pnn.sources.splits import Indices, Split, as_indices
+from lowmem_pnn.sources.subsets import labels_of
+from lowmem_pnn.sources.targets import PYTORCH_IGNORED
+
+INPUT_NAMES: dict[Form, tuple[str, ...]] = {
+    "windows": ("input_ids",),
+    "padded": ("input_ids", "attention_mask"),
+    "packed": ("input_ids", "position_ids"),
+}
+"""What models call the tensors of a sample."""
+
+
+class TokenRows:
+    """Split of some rows of a cache.
+
+    Args:
+        cache: Tokens, and how they make rows.
+        context: Inputs of a row, T.
+        form: How rows are filled.
+        padding: Token that rows are filled up with.
+        first: Number of the first row.
+        num_rows: Number of rows.
+    """
+
+    def __init__(self, cache: TokenCache, context: int, form: Form, padding: int, first: int, num_rows: int) -> None:
+        self._cache, self._context, self._form, self._padding = cache, context, form, padding
+        self._first, self._num_rows = first, num_rows
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def batch(self, indices: Indices) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return rows, and for each input the next token as its label.
+
+        Args:
+            indices: Numbers of B rows.
+
+        Returns:
+            Tensors (B, T) as `INPUT_NAMES` has them, and labels (B, T), -100 where nothing is learnt; all int64.
+        """
+        numbers = as_indices(indices, len(self)) + self._first
+        shape = (len(numbers), self._context)
+        tokens, labels = np.full(shape, self._padding, dtype=np.int64), np.full(shape, PYTORCH_IGNORED, dtype=np.int64)
+        # Padding is a document of its own.
+        mask, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        for row, number in enumerate(numbers):
+            begin = 0
+            for start, size in self._pieces(int(number)):
+                end = begin + size
+                self._fill(tokens[row, begin:end], labels[row, begin:end], start, size)
+                mask[row, begin:end] = 1
+                positions[row, begin:end] = np.arange(size)
+                begin = end
+            positions[row, begin:] = np.arange(self._context - begin)
+        named = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        return tuple(torch.from_numpy(named[name]) for name in INPUT_NAMES[self._form]), torch.from_numpy(labels)
+
+    def _pieces(self, number: int) -> list[tuple[int, int]]:
+        cache, context = self._cache, self._context
+        if self._form == "windows":
+            return [(number * context, context)]
+        begin = int(cache.rows[number])
+        end = int(cache.rows[number + 1]) if number + 1 < len(cache.rows) else len(cache.pieces)
+        return [(int(start), int(size)) for start, size in cache.pieces[begin:end]]
+
+    def _fill(self, tokens: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], start: int, size: int) -> None:
+        cache = self._cache
+        read = cache.tokens[start : start + size + 1].astype(np.int64)
+        tokens[:] = read[:-1]
+        labels[:] = (
+            read[1:]
+            if cache.counted is None
+            else np.where(cache.counted[start + 1 : start + size + 1], read[1:], PYTORCH_IGNORED)
+        )
+
+
+class ChosenInputs:
+    """Split with some of the tensors of another split's samples: those that a model takes.
+
+    Args:
+        base: Split whose samples are several tensors.
+        places: Numbers of the tensors that are left.
+        as_one: Whether the only one is given by itself, and not in a tuple.
+    """
+
+    def __init__(self, base: Split, places: tuple[int, ...], *, as_one: bool) -> None:
+        self.base, self._places, self._as_one = base, places, as_one
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @property
+    def readers(self) -> Any:
+        """Processes that read the samples; None where this process does."""
+        return getattr(self.base, "readers", None)
+
+    def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+        """Return samples and labels, as `Split.batch` does."""
+        tensors, labels = self.base.batch(indices)
+        assert isinstance(tensors, tuple), "samples are several tensors"
+        chosen = tuple(tensors[place] for place in self._places)
+        return chosen[0] if self._as_one else chosen, labels
+
+    def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
+        """Return labels (B, ...) alone, of samples by their numbers."""
+        return labels_of(self.base, numbers)

@@ -1,0 +1,1 @@
+"""Quantization: weights in smaller types than that of computing."""

@@ -1,0 +1,97 @@
+"""Language data by name: parts, tokenizers, and the inputs that a model takes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.language import pairs, write_jsonl, write_tokenizer
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.language.open_language import LanguageForm, fit_inputs, open_language
+from lowmem_pnn.sources.dataset import Dataset
+from lowmem_pnn.sources.datasets import make_dataset
+
+
+def opened(folder: Path, **options: Any) -> Dataset:
+    form = {"tokenizer": None, "context": 16, "packs": False, "loss_on": "completions", "root": folder / "root", **options}
+    return open_language(f"jsonl:{write_jsonl(folder / 'a.jsonl', pairs())}", LanguageForm(**form))
+
+
+class Named(nn.Module):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None) -> Any:
+        return input_ids
+
+
+class IdsOnly(nn.Module):
+    def forward(self, input_ids: Any) -> Any:
+        return input_ids
+
+
+class Any_(nn.Module):
+    def forward(self, **inputs: Any) -> Any:
+        return inputs
+
+
+def test_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
+    dataset = opened(tmp_path, tokenizer=str(write_tokenizer(tmp_path / "t")))
+    assert (dataset.targets.kind, dataset.num_classes, dataset.sample_shape, dataset.targets.ignored) == (
+        "tokens",
+        279,
+        (16,),
+        -100,
+    )
+    assert dataset.preparation["tokenizer"] == str(tmp_path / "t")
+    assert (dataset.name, dataset.dtype, len(dataset.inputs)) == ("a", torch.int64, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "packs", "names"),
+    [
+        (Named(), False, ["input_ids", "attention_mask"]),
+        (Named(), True, ["input_ids", "position_ids"]),
+        (Any_(), True, ["input_ids", "position_ids"]),
+        (IdsOnly(), False, ["input_ids"]),
+        (nn.Sequential(nn.Embedding(4, 4)), False, None),
+    ],
+)
+def test_a_model_gets_what_it_takes(model: nn.Module, packs: bool, names: list[str] | None, tmp_path: Path) -> None:
+    dataset = opened(tmp_path, packs=packs)
+    fitted, splits = fit_inputs(model, "m", dataset, {"train": dataset.train})
+    x, _ = splits["train"].batch([0])
+    if names is None:
+        assert (fitted.structure, fitted.inputs, isinstance(x, torch.Tensor)) == (None, (), True)
+        return
+    assert fitted.structure is not None
+    assert list(fitted.structure.unflatten(x)) == names
+    assert len(fitted.inputs) == len(names) == len(x)
+
+
+def test_packing_without_positions_is_refused(tmp_path: Path) -> None:
+    dataset = opened(tmp_path, packs=True)
+    with pytest.raises(ConfigError) as error:
+        fit_inputs(IdsOnly(), "mine.py:build", dataset, {"train": dataset.train})
+    assert str(error.value) == (
+        "--pack keeps documents in a row apart by position_ids, and model mine.py:build takes none: each would look at those before it; "
+        "leave --pack out"
+    )
+
+
+def test_other_data_is_left_alone() -> None:
+    dataset = make_dataset((torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)), name="x")
+    splits = {"train": dataset.train}
+    assert fit_inputs(IdsOnly(), "m", dataset, splits) == (dataset, splits)
+
+
+def test_parts_of_a_hub_data_set(tmp_path: Path) -> None:
+    import datasets
+
+    parts = {"train": {"text": ["abc", "def"]}, "validation": {"text": ["ghi"]}}
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict(rows) for name, rows in parts.items()})
+    saved.save_to_disk(str(tmp_path / "hub"))
+    dataset = open_language(f"hfdata:{tmp_path / 'hub'}", LanguageForm("bytes", 4, False, "completions", tmp_path / "root"))
+    assert dataset.val is not None
+    assert (len(dataset.train), len(dataset.val), dataset.test) == (2, 1, None)
+    (x, _), _ = dataset.val.batch([0])
+    assert x.tolist() == [[103, 104, 0, 0]]
