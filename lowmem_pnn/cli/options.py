@@ -24,8 +24,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Text": ("tokenizer", "context", "pack", "loss_on"),
     "Task": ("task", "loss", "class_weights", "label_smoothing", "ignore_index"),
     "Method": (
-        "method", "epochs", "max_steps", "early_stop", "keep_weights", "monitor", "time_limit", "partitions", "cuts", "recovery_epochs",
-        "recover",
+        "method", "epochs", "max_steps", "early_stop", "keep_weights", "monitor", "eval_every", "time_limit", "partitions", "cuts",
+        "recovery_epochs", "recover",
     ),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
     "Method neuroflux": (
@@ -60,7 +60,7 @@ _METAVARS = {
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
     "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
     "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "task": "auto|classification|multilabel|regression|segmentation",
-    "early_stop": "N", "keep_weights": "last|best", "monitor": "val_loss|val_accuracy", "time_limit": "TIME",
+    "early_stop": "N", "keep_weights": "last|best", "monitor": "NAME", "eval_every": "STEPS", "time_limit": "TIME",
     "loss": "NAME", "class_weights": "X,...|balanced", "ignore_index": "N", "val_data": "NAME", "test_data": "NAME",
     "image_size": "N|HxW", "resize": "crop|squash|pad", "normalize": "none|imagenet|auto|MEAN/STD", "workers": "N",
     "test_fraction": "X", "weights": "default|FILE|DIR|none", "freeze": "PATTERN,...", "train_only": "PATTERN,...",

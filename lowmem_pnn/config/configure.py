@@ -65,6 +65,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("warmup_steps", "--lr-schedule constant, linear or cosine", lambda config: config.lr_schedule != "onecycle"),
     ("early_stop", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
     ("keep_weights", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
+    ("eval_every", "--method pnn, exact or backprop", lambda config: config.method != "neuroflux"),
     ("monitor", "--early-stop or --keep-weights best", lambda config: config.watches),
     ("min_lr", "--lr-schedule linear or cosine", lambda config: config.lr_schedule in ("linear", "cosine")),
     ("max_steps", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
@@ -246,6 +247,10 @@ def contradictions(config: FitConfig) -> list[str]:
         )
     if config.mixing is not None and config.ignore_index is not None:
         faults.append(f"{config.mixing} mixes the labels of all samples, and --ignore-index leaves some out; leave one out")
+    if config.eval_every is not None and config.parallel_sil:
+        faults.append(
+            "--eval-every measures the model while its last partition learns, and --parallel-sil joins it later; leave one out"
+        )
     if config.views > 1 and config.method != "neuroflux":
         faults.append("--views has no effect here: it needs --method neuroflux")
     if config.visits == "interleaved" and len(config.epochs) > 1:

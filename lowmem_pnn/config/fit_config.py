@@ -292,11 +292,6 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
         return self.frozen_dtype or ("bf16" if self.lora is not None and self.precision == "bf16" else "fp32")
 
     @property
-    def watches(self) -> bool:
-        """Whether validation decides when training ends, or which weights are left."""
-        return self.early_stop is not None or self.keep_weights == "best"
-
-    @property
     def laps(self) -> int:
         """How often all blocks take their turn."""
         return int(self.visits.partition("=")[2] or 1)

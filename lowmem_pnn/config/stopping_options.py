@@ -20,19 +20,42 @@ class StoppingOptions:
     """Options of the end of training."""
 
     early_stop: PositiveInt | None = Field(
-        default=None, description="End training when --monitor has not improved for so many epochs (exact, backprop)."
+        default=None, description="End training when --monitor has not improved for so many validations (exact, backprop)."
     )
     keep_weights: Literal["last", "best"] = Field(
         default="last",
         description=(
-            "Weights that the run leaves: of the last epoch, or of the one that was best by --monitor (exact, backprop). The best are kept "
+            "Weights that the run leaves: the last, or those that were best by --monitor (exact, backprop). The best are kept "
             "beside the last commit, and survive a kill as it does."
         ),
     )
-    monitor: Literal["val_loss", "val_accuracy"] = Field(
-        default="val_loss", description="What tells which epoch is best: measured on the validation part after every epoch."
+    monitor: str = Field(
+        default="val_loss",
+        description=(
+            "Score of the validation part that tells what is best: val_loss, val_accuracy, val_f1, val_top5, val_miou, "
+            "val_average_precision, val_mse, val_mae, val_r2 or val_perplexity, as the task has them; or max:val_NAME or min:val_NAME of a "
+            "metric of your own."
+        ),
+    )
+    eval_every: PositiveInt | None = Field(
+        default=None,
+        description=(
+            "Optimizer steps after which the validation part is measured within an epoch too, not only at its end (exact, backprop; pnn: in "
+            "its last partition). --early-stop and --keep-weights best go by all of these."
+        ),
     )
     time_limit: Duration | None = Field(
         default=None,
         description="Time after which training stops at a commit, as on SIGTERM (exit code 75): 90m, 1h30m, 45s. A resume has as much again.",
     )
+
+    @property
+    def watches(self) -> bool:
+        """Whether validation decides when training ends, or which weights are left."""
+        return self.early_stop is not None or self.keep_weights == "best"
+
+    @property
+    def monitored(self) -> tuple[str | None, str]:
+        """What `monitor` says: `min` or `max`, or None where it says neither, and the name of the score."""
+        direction, _, name = self.monitor.rpartition(":")
+        return direction or None, name

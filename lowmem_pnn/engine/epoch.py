@@ -70,14 +70,20 @@ def first_batches(batches: Iterator[tuple[Batch, Batch | None]], count: int) -> 
             return
 
 
-def train_epoch(learner: Learner, progress: EpochProgress, after_batch: Callable[[float | None], None]) -> None:
-    """Train over one epoch's samples.
+def train_epoch(
+    learner: Learner, progress: EpochProgress, after_batch: Callable[[float | None], None], until: int | None = None
+) -> bool:
+    """Train over one epoch's samples, or some of them.
 
     Args:
         learner: what learns.
         progress: how far the epoch is; moved on after every batch, and at the end to the next epoch's begin.
         after_batch: called after every batch with its loss (None if the batch, or its step, was left out), when `progress`, weights and
             optimizer state belong together.
+        until: number of the batch to end before, or None. Then no batch is held any more, and the epoch may be gone on with.
+
+    Returns:
+        Whether the epoch is over.
 
     Raises:
         SteppedInPart: memory ran out, and only a commit can be gone back to.
@@ -96,6 +102,8 @@ def train_epoch(learner: Learner, progress: EpochProgress, after_batch: Callable
         progress.batch += 1
         del batch, following
         after_batch(loss if loss is not None and math.isfinite(loss) else None)
+        if progress.batch == until != learner.steps_per_epoch:
+            return False
     if not progress.tally.num_samples and loss is None:
         raise DataError(
             f"{learner.num_samples} training samples make no batch that {learner.title} can learn from: the modules need at least "
@@ -103,3 +111,4 @@ def train_epoch(learner: Learner, progress: EpochProgress, after_batch: Callable
         )
     progress.epoch += 1
     progress.batch = 0
+    return True

@@ -14,6 +14,7 @@ from lowmem_pnn.engine.loaders import Loader
 from lowmem_pnn.engine.tally import Tally
 from lowmem_pnn.methods import SplitName, evaluation_visits
 from lowmem_pnn.run.run import Run
+from lowmem_pnn.tasks import Scores
 
 _T = TypeVar("_T")
 
@@ -66,22 +67,58 @@ def validate(run: Run, where: str) -> None:
         run: the run, with no partition resident.
         where: what was trained, for the message where the loss is not finite.
     """
-    tally = Tally()
-    objective = run.workload.objective(run.plan, run.partitions.last)
-    device = run.session.device
-    objective.prepare(device.torch_device)
-
-    def work(outputs: tuple[Tensor, ...], labels: Tensor) -> Tally:
-        return Tally.of(objective, outputs, device.to_device(labels), answers=True)
+    measured = Measured(run)
 
     def measure_layers(active: ActivePartition, loader: Loader) -> None:
         if active.objective.per_layer_loss:
             tallies = run.partitions.executor.measure(active, loader)
             run.record_validation(active.number, tallies[-1], tallies)
 
-    measure(run, "val", work, tally.merge, may_stop=False, on_partition=measure_layers)
-    say_if_not_finite(run, tally, where)
-    run.record_validation(run.partitions.last, tally)
+    measure(run, "val", measured.of, measured.merge, may_stop=False, on_partition=measure_layers)
+    measured.record(where)
+
+
+class Measured:
+    """What was measured of the whole model on the validation split: loss, accuracy, and all other scores where one of them is watched.
+
+    Args:
+        run: the run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._task, config = run, run.workload.task, run.workload.config
+        self._objective = run.workload.objective(run.plan, run.partitions.last)
+        self._objective.prepare(run.session.device.torch_device)
+        self._all = config.watches and config.monitored[1] not in ("val_loss", "val_accuracy")
+        self._tally, self._scores = Tally(), self._task.scores()
+
+    def of(self, outputs: tuple[Tensor, ...], labels: Tensor) -> tuple[Tally, Scores]:
+        """Measure a micro-batch.
+
+        Args:
+            outputs: outputs of the model, (B, ...) each, on the device.
+            labels: targets (B, ...), on the host.
+        """
+        scores = self._task.scores()
+        if self._all:
+            scores.add(outputs, labels)
+        return Tally.of(self._objective, outputs, self._run.session.device.to_device(labels), answers=True), scores
+
+    def merge(self, measured: tuple[Tally, Scores]) -> None:
+        """Count what `of` gave of a micro-batch."""
+        self._tally.merge(measured[0])
+        if self._all:
+            self._scores.merge(measured[1])
+
+    def record(self, where: str) -> None:
+        """Record it all as the last partition's.
+
+        Args:
+            where: what was trained, for the message where the loss is not finite.
+        """
+        say_if_not_finite(self._run, self._tally, where)
+        scores = self._scores.result() if self._all else {}
+        self._run.record_validation(self._run.partitions.last, self._tally, scores=scores)
 
 
 def say_if_not_finite(run: Run, measured: Tally, where: str) -> None:

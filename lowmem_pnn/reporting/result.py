@@ -35,8 +35,9 @@ class Result:
 
     `training` holds the optimizer and its settings: those that were asked for, and the defaults of the others.
 
-    `stopped_after` is the epoch after which training ended early (--early-stop), `best_epoch` the one that was best by --monitor, and
-    `weights_of` says whether the weights are those of the "last" epoch or of the "best".
+    `stopped_after` is the epoch, and `stopped_step` the optimizer step, after which training ended early (--early-stop); `best_epoch` and
+    `best_step` are those of the validation that was best by --monitor. Where it was within an epoch (--eval-every) there is a step alone.
+    `weights_of` says whether the weights are the "last" or the "best".
 
     `skipped_steps` counts the steps in fp16 that were skipped because a gradient overflowed.
 
@@ -95,7 +96,9 @@ class Result:
     epochs: Sequence[int]
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     stopped_after: int | None = None
+    stopped_step: int | None = None
     best_epoch: int | None = None
+    best_step: int | None = None
     weights_of: str = "last"
     seconds: float
     compiled: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -165,12 +168,14 @@ class Result:
                 f"samples read by {self.workers} processes of the host, {format_bytes(self.host_peak_bytes)} of host memory in all"
             )
         lines += ["", self._scores(), f"{self.seconds:.1f} s, {self.samples_per_second:.0f} samples/s"]
-        if self.stopped_after is not None:
+        best = _moment(self.best_epoch, self.best_step)
+        if self.stopped_after is not None or self.stopped_step is not None:
+            now = _moment(self.stopped_after, self.stopped_step)
             lines.append(
-                f"ended early, after epoch {self.stopped_after} of {max(self.epochs)}; the best was epoch {self.best_epoch}"
+                f"ended early, after {now}{f' of {max(self.epochs)}' if self.stopped_after is not None else ''}; the best was {best}"
             )
         if self.weights_of == "best":
-            lines.append(f"the weights are those of epoch {self.best_epoch}, the best on the validation part")
+            lines.append(f"the weights are those of {best}, the best on the validation part")
         if self.precision != "fp32":
             skipped = f", {self.skipped_steps} steps skipped" if self.skipped_steps else ""
             lines.append(f"computed in {self.precision}{skipped}")
@@ -274,3 +279,8 @@ class Result:
         if seconds and kinds:
             text += "; " + describe_stalls({kind: sum(own.get(kind, 0.0) for own in waited) / seconds for kind in kinds})
         return text
+
+
+def _moment(epoch: int | None, step: int | None) -> str:
+    """Return a moment of training in words: an epoch, or a step within one."""
+    return f"epoch {epoch}" if epoch is not None or step is None else f"step {step}"

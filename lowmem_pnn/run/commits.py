@@ -157,9 +157,9 @@ class Commits:
         if frozen:
             journal["weights"] = self._state.weights = self._weights.seal(frozen)
         best = journal["best"]
-        if self._config.keep_weights == "best" and best["epoch"] and not best["weights"]:
+        if self._config.keep_weights == "best" and best["step"] and not best["weights"]:
             best["weights"] = journal["weights"]
-            if self._state.best.epoch == best["epoch"]:
+            if self._state.best.step == best["step"]:
                 self._state.best.weights = journal["weights"]
         rundir = self._session.rundir
         older = states_of(rundir.commit(journal, self._config.keep_commits)[1:])

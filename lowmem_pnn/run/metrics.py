@@ -1,7 +1,8 @@
 """Metrics: what a run has taken and reached so far, by partition and in all, and the lines of `metrics.jsonl`."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lowmem_pnn.engine.stalls import Stalls, stall_shares
@@ -35,6 +36,15 @@ class EpochTimer:
         self._began, self._num_done = time.monotonic(), num_done
         self._stalls = stalls
         self._waited = stalls.seconds()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is done meanwhile."""
+        began, waited = time.monotonic(), self._stalls.seconds()
+        yield
+        self._began += time.monotonic() - began
+        now = self._stalls.seconds()
+        self._waited = {kind: before + now[kind] - waited[kind] for kind, before in self._waited.items()}
 
     def end(self, num_samples: int) -> None:
         """Take the time at the epoch's end.
@@ -214,6 +224,19 @@ class Metrics:
         self._session.display.end_epoch(line)
         self._session.callbacks.tell("on_epoch_end", line)
 
+    def log_validation(self, partition: int, epoch: int, steps_done: int) -> None:
+        """Log a validation within an epoch, and show it.
+
+        Args:
+            partition: number of the partition whose record tells the scores.
+            epoch: finished epochs before it.
+            steps_done: optimizer steps by now.
+        """
+        scores = {name: value for name, value in self._scores_of(partition).items() if name != "train_loss"}
+        self._log({"action": "validate", "partition": partition, "epoch": epoch + 1, "step": steps_done, **scores})
+        told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if value is not None)
+        self._session.display.message(f"step {steps_done}: {told}")
+
     def log_joint_epoch(self, epoch: int) -> None:
         """Log an epoch in which all partitions took turns, a line for each.
 
@@ -234,7 +257,8 @@ class Metrics:
 
     def _scores_of(self, partition: int) -> dict[str, float | None]:
         record = self._state.records[partition]
-        return {"train_loss": record.train_loss, "val_loss": record.val_loss, "val_accuracy": record.val_accuracy}
+        more = {f"val_{name}": value for name, value in record.val_scores.items()}
+        return {"train_loss": record.train_loss, "val_loss": record.val_loss, "val_accuracy": record.val_accuracy, **more}
 
     def _log(self, line: dict[str, Any]) -> dict[str, Any]:
         """Write a line, with the visit before it and the totals after it, and return it."""

@@ -5,7 +5,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import Best, PartitionRecord, RunStatus, State
 from lowmem_pnn.stores.keys import CommittedFile
 from lowmem_pnn.stores.weights import WeightStore
+from lowmem_pnn.tasks.scores import DIRECTIONS
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
 
@@ -67,6 +69,7 @@ class Run:
         """Go on to the next visit or sweep of the program."""
         self.state.visit += 1
         self.state.progress = EpochProgress()
+        self.state.without_gain = 0  # what is unfrozen has its own time to make things better
         self._drop_unread_stores()
 
     def complete_epoch(self, partition: int) -> None:
@@ -95,27 +98,36 @@ class Run:
             )
         return False
 
-    def record_validation(self, partition: int, tally: Tally, layers: Sequence[Tally] = ()) -> None:
+    def record_validation(
+        self, partition: int, tally: Tally, layers: Sequence[Tally] = (), scores: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
         """Record what was measured of a partition on the validation split.
 
         Args:
             partition: number of the partition.
             tally: loss and accuracy of its outputs.
             layers: the same of each of its layers, where these have scores of their own.
+            scores: other scores by name, where one of them is watched; those that are no finite number are left out.
         """
         record = self.state.records[partition]
         record.val_loss = tally.loss if math.isfinite(tally.loss) else None
         record.val_accuracy = tally.accuracy
+        record.val_scores = {
+            name: float(value)
+            for name, value in scores.items()
+            if name not in ("loss", "accuracy") and isinstance(value, int | float) and math.isfinite(value)
+        }
         if layers:
             record.unit_val_accuracies = [layer.accuracy or 0.0 for layer in layers]
 
-    # The best epoch, and the end of patience.
+    # The best validation, and the end of patience.
 
-    def watch(self, partition: int) -> bool:
-        """Compare the epoch that is over with the best one before it, where the options watch it.
+    def watch(self, partition: int, step: int) -> bool:
+        """Compare the present validation with the best one before it, where the options watch it.
 
         Args:
             partition: number of the partition whose record tells the validation.
+            step: optimizer steps by now.
 
         Returns:
             Whether it is the best so far, and its weights are to be kept.
@@ -123,37 +135,44 @@ class Run:
         config, state = self.workload.config, self.state
         if not config.watches:
             return False
-        record = state.records[partition]
-        value = record.val_loss if config.monitor == "val_loss" else record.val_accuracy
-        before = state.best.value
-        better = value is not None and (before is None or (value < before if config.monitor == "val_loss" else value > before))
+        record, (direction, monitor) = state.records[partition], config.monitored
+        name = monitor.removeprefix("val_")
+        value = {"loss": record.val_loss, "accuracy": record.val_accuracy, **record.val_scores}.get(name)
+        before, least = state.best.value, (direction or DIRECTIONS[name]) == "min"
+        better = value is not None and (before is None or (value < before if least else value > before))
+        state.without_gain = 0 if better else state.without_gain + 1
         if better:
-            state.best = Best(self._epochs_before + state.progress.epoch, value, module_state=self.workload.chain.python_state)
+            epoch = self._epochs_before + state.progress.epoch
+            state.best = Best(epoch, step, value, module_state=self.workload.chain.python_state)
         return better and config.keep_weights == "best"
 
-    @property
     def is_out_of_patience(self) -> bool:
-        """Whether so many epochs went by without a better one that training is to end."""
-        config, state, before = self.workload.config, self.state, self._epochs_before
+        """Return whether so many validations went by without a better one that training is to end."""
+        config = self.workload.config
         if config.early_stop is None or (isinstance(self.item, Sweep) and self.item.frozen):
             return False
-        # What is unfrozen has its own time to make things better.
-        return before + state.progress.epoch - max(state.best.epoch, before) >= config.early_stop
+        return self.state.without_gain >= config.early_stop
 
     @property
     def _epochs_before(self) -> int:
         """Epochs of the sweeps whose training the present one goes on with."""
         return self.item.epochs_before if isinstance(self.item, Sweep) else 0
 
-    def stop_early(self) -> None:
-        """Note that training ends before its last epoch, or that what was frozen is unfrozen before its epoch."""
+    def stop_early(self, step: int) -> None:
+        """Note that training ends before its last epoch, or that what was frozen is unfrozen before its epoch.
+
+        Args:
+            step: optimizer steps by now.
+        """
         state, config = self.state, self.workload.config
         epoch, is_last = self._epochs_before + state.progress.epoch, state.visit == len(self.program) - 1
         if is_last:
-            state.stopped_after = epoch
+            state.stopped_after, state.stopped_step = epoch, step
+        now, best = f"epoch {epoch}", f"epoch {state.best.epoch}"
+        if config.eval_every is not None:
+            now, best = f"step {step}", f"step {state.best.step}"
         self.session.display.message(
-            f"{'training ends' if is_last else 'what is frozen learns from here on'} after epoch {epoch}: {config.monitor} was best after "
-            f"epoch {state.best.epoch}"
+            f"{'training ends' if is_last else 'what is frozen learns from here on'} after {now}: {config.monitor} was best after {best}"
         )
 
     def take_best(self) -> None:

@@ -45,6 +45,7 @@ class PartitionRecord:
         train_loss: mean loss over its last epoch.
         val_loss: validation loss after its last epoch.
         val_accuracy: validation accuracy after its last epoch, where its outputs are class scores.
+        val_scores: other scores on the validation part, where one of them is watched.
         unit_val_accuracies: validation accuracy of each of its layers, where these have scores of their own.
     """
 
@@ -54,21 +55,24 @@ class PartitionRecord:
     train_loss: float | None = None
     val_loss: float | None = None
     val_accuracy: float | None = None
+    val_scores: dict[str, float] = field(default_factory=dict)
     unit_val_accuracies: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Best:
-    """The epoch that was best on the validation part, where that is watched.
+    """The validation that was best, where that is watched.
 
     Args:
-        epoch: finished epochs after it; 0 where there is none yet.
+        epoch: finished epochs by then.
+        step: optimizer steps by then; 0 where there is no best yet.
         value: what `--monitor` was.
         weights: committed files of its weights, where they are kept; empty until its commit is made.
         module_state: Python attributes of modules, as they were then.
     """
 
     epoch: int = 0
+    step: int = 0
     value: float | None = None
     weights: dict[str, Any] = field(default_factory=dict)
     module_state: dict[str, Any] = field(default_factory=dict)
@@ -98,7 +102,9 @@ class State:
         mixing: modules that mix the samples of a batch, beside BatchNorm, with the numbers of their layers.
         module_state: Python attributes of modules that forwards change, by module and attribute.
         best: the epoch that was best on the validation part.
-        stopped_after: epochs after which training ended early; 0 where it did not.
+        without_gain: validations since the best one, or since the present visit or sweep began.
+        stopped_after: epochs after which training ended early.
+        stopped_step: optimizer steps after which training ended early; 0 where it did not.
         pretrained: what is said of the pretrained weights that training began with, their hash too; empty where there were none.
         files: size and SHA-256 of the files that a finished run leaves, by name; empty for runs of earlier versions.
         rank: number of this process, where several train a partition each; the first joins them.
@@ -130,7 +136,9 @@ class State:
     mixing: dict[str, int] = field(default_factory=dict)
     module_state: dict[str, Any] = field(default_factory=dict)
     best: Best = field(default_factory=Best)
+    without_gain: int = 0
     stopped_after: int = 0
+    stopped_step: int = 0
     pretrained: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     rank: int = 0
@@ -247,11 +255,14 @@ class State:
         Args:
             commit: state of this run at the commit.
         """
-        for name in ("visit", "progress", "weights", "activations", "loss_scales", "module_state", "best", "stopped_after"):
+        for name in _OF_A_POSITION:
             setattr(self, name, getattr(commit, name))
 
 
-_NO_LOSSES = {"train_loss": None, "val_loss": None}
+_OF_A_POSITION = (
+    "visit", "progress", "weights", "activations", "loss_scales", "module_state", "best", "without_gain", "stopped_after", "stopped_step",
+)  # fmt: skip
+_NO_LOSSES: dict[str, Any] = {"train_loss": None, "val_loss": None, "val_scores": {}}
 _STATES, _PLANS = TypeAdapter(State), TypeAdapter(Plan)
 
 

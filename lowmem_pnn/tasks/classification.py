@@ -119,6 +119,14 @@ class Classification(Task):
         """See `Task.scores`."""
         return ClassScores(self)
 
+    def score_names(self, outputs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
+        """See `Task.score_names`."""
+        if self.targets.kind == "tokens":
+            return ("loss", "perplexity")
+        if self.targets.kind == "mask":
+            return ("loss", "accuracy", "miou")
+        return ("loss", "accuracy", "f1", *(("top5",) if outputs[self.output].shape[-1] > _TOP else ()))
+
     def _answers(self, scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the classes with the highest score, and the right ones."""
         if self.targets.kind == "mask":

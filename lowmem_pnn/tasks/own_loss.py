@@ -110,6 +110,10 @@ class OwnTask(Task):
         total = sum(counts)
         return [count / total if count else 0.0 for count in counts]
 
+    def score_names(self, outputs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
+        """See `Task.score_names`: the loss, and the metrics."""
+        return ("loss", *self._metrics)
+
     def scores(self) -> "OwnScores":
         """See `Task.scores`."""
         return OwnScores(self, self._metrics)

@@ -2,9 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
+
+Direction = Literal["min", "max"]
+DIRECTIONS: Mapping[str, Direction] = {
+    "loss": "min", "perplexity": "min", "mse": "min", "mae": "min",
+    "accuracy": "max", "top5": "max", "f1": "max", "average_precision": "max", "miou": "max", "r2": "max",
+}  # fmt: skip
+"""Whether the least or the greatest value of a score is the best."""
 
 
 class Scores(ABC):

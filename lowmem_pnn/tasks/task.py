@@ -106,6 +106,14 @@ class Task(ABC):
     def scores(self) -> Scores:
         """Return a collector of scores, empty."""
 
+    @abstractmethod
+    def score_names(self, outputs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
+        """Return the names of the scores that are one number each, as `scores` may give them.
+
+        Args:
+            outputs: Output tensors of the model.
+        """
+
     def memory(self, output_bytes: int) -> Affine:
         """Return the device memory of the loss, in bytes, without the outputs and their gradient.
 

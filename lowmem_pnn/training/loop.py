@@ -53,11 +53,16 @@ class EpochsLearner(Learner, Protocol):
         """Write its weights to working files, and return the partitions whose files changed: a `Save`."""
         ...
 
-    def after_epoch(self, epoch: int) -> None:
+    @property
+    def measures_within_epochs(self) -> bool:
+        """Whether what it learns is the model's own task, so that a validation within an epoch tells of the model."""
+        ...
+
+    def validate(self, where: str) -> None:
         """Measure it on the validation split, where there is one, into the run's records.
 
         Args:
-            epoch: finished epochs.
+            where: what was trained until now, in words.
         """
         ...
 
@@ -76,38 +81,69 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
         BudgetError: not even the smallest micro-batch fits.
     """
     progress, metrics, display = run.state.progress, run.metrics, run.session.display
-    steps, done_here = learner.steps_per_epoch, 0
+    steps, done_here, before = learner.steps_per_epoch, 0, learner.epochs_before if learner.action == "sweep" else 0
+    eval_every = run.workload.config.eval_every if learner.measures_within_epochs else None
+
+    def steps_done() -> int:
+        return learner.steps_before + progress.epoch * steps + progress.batch
+
+    def next_validation() -> int | None:
+        """Return the number of the batch, in the present epoch, before which the model is measured."""
+        return None if eval_every is None else progress.batch + eval_every - steps_done() % eval_every
 
     def after_batch(loss: float | None) -> None:
         nonlocal done_here
         done_here += 1
         metrics.after_batch(learner.title)
         learner.after_batch(progress.epoch, progress.batch / steps)
-        done = learner.steps_before + progress.epoch * steps + progress.batch
+        done = steps_done()
         metrics.log_step(learner.action, learner.epochs_before + progress.epoch, done, loss, learner.learning_rate)
-        # At an epoch's last batch the commit is the epoch's own: then position and measurements belong together.
-        if progress.batch < steps and not learner.is_joint:
-            # A sweep that runs out of memory goes back to its last commit; what shows in its first batches costs no more than these.
-            if learner.action == "sweep" and done_here == _BATCHES_BEFORE_COMMIT:
-                run.commits.commit(learner.save)
-            run.commits.commit_if_due(learner.save)
+        # Where the model is measured, the commit comes after that: then position and measurements belong together.
+        if progress.batch < steps and not (eval_every and done % eval_every == 0):
+            commit_within_epoch(is_best=False)
 
-    while progress.epoch < learner.num_epochs and not run.is_out_of_patience:
-        timer = metrics.epoch_timer()
+    def commit_within_epoch(*, is_best: bool) -> None:
+        if learner.is_joint:
+            return
+        # A sweep that runs out of memory goes back to its last commit; what shows in its first batches costs no more than these.
+        if is_best or (learner.action == "sweep" and done_here == _BATCHES_BEFORE_COMMIT):
+            run.commits.commit(learner.save)
+        run.commits.commit_if_due(learner.save)
+
+    def show_epoch() -> None:
         done = int(progress.tally.num_samples)
-        before = learner.epochs_before if learner.action == "sweep" else 0
         display.start_epoch(learner.title, before + progress.epoch, before + learner.num_epochs, learner.num_samples, done)
-        train_epoch(learner, progress, after_batch)
+
+    def train_to_next_validation() -> bool:
+        """Return whether the epoch is over."""
+        if train_epoch(learner, progress, after_batch, next_validation()):
+            return True
+        with timer.paused():
+            learner.validate(f"step {steps_done()}")
+        metrics.log_validation(learner.partition, learner.epochs_before + progress.epoch, steps_done())
+        commit_within_epoch(is_best=run.watch(learner.partition, steps_done()))
+        show_epoch()
+        return False
+
+    while progress.epoch < learner.num_epochs and not run.is_out_of_patience():
+        timer = metrics.epoch_timer()
+        show_epoch()
+        is_over = train_to_next_validation()
+        while not is_over and not run.is_out_of_patience():
+            is_over = train_to_next_validation()
+        if not is_over:
+            run.complete_epoch(learner.partition)  # as far as it came
+            break
         timer.end(int(progress.tally.num_samples))
         run.complete_epoch(learner.partition)
-        learner.after_epoch(progress.epoch)
+        learner.validate(f"epoch {before + progress.epoch}")
         if not learner.is_joint:
             metrics.log_epoch(learner.action, learner.partition, learner.micro_batch, timer)
-        is_best = run.watch(learner.partition)
+        is_best = run.watch(learner.partition, steps_done())
         if progress.epoch < learner.num_epochs:
             # The weights that are kept are those of a commit.
             if is_best:
                 run.commits.commit(learner.save)
             run.commits.commit_if_due(learner.save)
     if progress.epoch < learner.num_epochs:
-        run.stop_early()
+        run.stop_early(steps_done())

@@ -8,7 +8,7 @@ from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.epoch import first_batches
 from lowmem_pnn.engine.loaders import Batch, Loader
 from lowmem_pnn.errors import DivergedError
-from lowmem_pnn.evaluation.measure import say_if_not_finite
+from lowmem_pnn.evaluation.measure import Measured, say_if_not_finite
 from lowmem_pnn.methods import Visit
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.training.page_cache import PageCachePrefetch
@@ -91,11 +91,21 @@ class PartitionLearner:
         """See `EpochsLearner`."""
         return self._run.partitions.save(self._active)
 
-    def after_epoch(self, epoch: int) -> None:
+    @property
+    def measures_within_epochs(self) -> bool:
+        """See `EpochsLearner`."""
+        return self._active.is_last and self._val is not None
+
+    def validate(self, where: str) -> None:
         """See `EpochsLearner`."""
         if self._val is None:
             return
+        if self._active.is_last and not self._active.objective.per_layer_loss:
+            measured = Measured(self._run)
+            self._executor.forward(self._active, self._val, measured.of, measured.merge)
+            measured.record(f"{self.title}, {where}")
+            return
         *layers, whole = self._executor.measure(self._active, self._val)
-        say_if_not_finite(self._run, whole, f"{self.title}, epoch {epoch}")
+        say_if_not_finite(self._run, whole, f"{self.title}, {where}")
         scored = (*layers, whole) if self._active.objective.per_layer_loss else ()
         self._run.record_validation(self.partition, whole, scored)

@@ -1,6 +1,7 @@
 """The result of a run: what `result.json` says."""
 
 import importlib.metadata
+import math
 import platform
 from typing import Any
 
@@ -30,11 +31,15 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         exits: early exits, as `describe_exits` gives them.
     """
     workload, plan, state, device = run.workload, run.plan, run.state, run.session.device
-    test, stopped = scores.get("test", {}), state.stopped_after
+    test, stopped, steps = scores.get("test", {}), state.stopped_after, state.stopped_step
     config, last, path = workload.config, state.records[-1], run.session.rundir.path
     # Of all processes, where several train a partition each.
     program, samples = workload.program(plan.spans), len(workload.splits["train"])
-    missing = 0 if stopped else workload.samples_not_reached
+    # Of the epoch in which training ended early, if it ended within one.
+    batch = plan.partitions[-1].batch
+    per_epoch, best = math.ceil(samples / batch), state.best
+    rest = min(samples, (steps - stopped * per_epoch) * batch)
+    missing = 0 if steps else workload.samples_not_reached
     mixed = mixing_note(workload, plan, state.mixing, state.micro_batches, state.sweep_micro_batch)
     return Result(
         method=config.method,
@@ -69,12 +74,14 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         partitions=_partitions(run),
         epochs=[config.value_for("epochs", number) for number in range(len(plan.partitions))],
         training=training_facts(config),
-        stopped_after=stopped or None,
-        best_epoch=state.best.epoch or None,
+        stopped_after=stopped if steps and not steps % per_epoch else None,
+        stopped_step=steps or None,
+        best_epoch=best.epoch if best.step and not best.step % per_epoch else None,
+        best_step=best.step or None,
         weights_of=config.keep_weights,
         seconds=state.seconds,
         compiled=workload.compiled,
-        samples_per_second=(samples * stopped if stopped else samples_learnt(program, samples) - missing)
+        samples_per_second=(samples * stopped + rest if steps else samples_learnt(program, samples) - missing)
         / max(state.seconds, 1e-9),
         train_loss=last.train_loss,
         val_loss=last.val_loss,
@@ -86,8 +93,8 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         test_accuracy=test.get("accuracy"),
         test_f1=test.get("f1"),
         perplexity=test.get("perplexity"),
-        macs=macs_until(program, plan, samples, 0, stopped)
-        if stopped
+        macs=macs_until(program, plan, samples, 0, stopped, rest)
+        if steps
         else program_macs(program, plan, samples) - epoch_macs(program[-1], plan, missing),
         exits=exits,
         chosen_exit=chosen_exit(exits, config.exit_tolerance),

@@ -93,13 +93,18 @@ class SweepLearner:
         self._sweeper.finish_writes()
         return self._sweep.changed
 
-    def after_epoch(self, epoch: int) -> None:
+    @property
+    def measures_within_epochs(self) -> bool:
+        """See `EpochsLearner`."""
+        return True
+
+    def validate(self, where: str) -> None:
         """See `EpochsLearner`."""
         self._run.metrics.end_record()
         self._sweeper.finish_writes()
         if "val" in self._run.workload.splits:
             self._sweeper.free_memory()
-            validate(self._run, f"epoch {self.epochs_before + epoch}")
+            validate(self._run, where)
 
     def close(self) -> None:
         """Free all memory, and give up what waits to be written."""

@@ -32,6 +32,7 @@ from lowmem_pnn.sources.subsets import as_floats
 from lowmem_pnn.tasks.class_weights import balanced_weights
 from lowmem_pnn.tasks.make_task import OUTPUT_NAMES, Own, make_task
 from lowmem_pnn.tasks.own_loss import OwnTask
+from lowmem_pnn.workload.option_checks import check_eval_every, check_mixing, check_monitor
 from lowmem_pnn.workload.workload import Workload
 from lowmem_pnn.zoo.deferred_init import skeleton
 from lowmem_pnn.zoo.models import ModelSource
@@ -106,15 +107,17 @@ def make_workload(
         shapes = " and ".join(f"({', '.join(map(str, ('batch', *spec.shape)))})" for spec in outputs)
         raise ConfigError(f"model {source.spec} gives outputs of shape {shapes}, and data {dataset.name} has {misfit}")
     if config.mixing is not None:
-        _check_mixing(config, dataset)
+        check_mixing(config, dataset)
     if isinstance(task, OwnTask):
         task.examine(splits["train"].batch(range(min(_EXAMINED, len(splits["train"]))))[1], outputs)
     if config.watches and "val" not in splits:
         raise ConfigError(
             f"--early-stop and --keep-weights best go by the validation part, and data {dataset.name} has none; give --val-fraction"
         )
-    if config.watches and config.monitor == "val_accuracy" and task.name not in ("classification", "multilabel"):
-        raise ConfigError(f"--monitor val_accuracy: {task.name} has no accuracy; give val_loss")
+    if config.watches:
+        check_monitor(config, task, outputs)
+    if config.eval_every is not None:
+        check_eval_every(config, dataset, splits)
     pretrained = (
         None if source.weights is None else match(source.weights, chain, source.spec, adapter_tensor_names(chain.modules()))
     )
@@ -248,19 +251,6 @@ def _class_weights(config: FitConfig, dataset: Dataset, train: Split) -> tuple[f
             "for each, or balanced"
         )
     return config.class_weights
-
-
-def _check_mixing(config: FitConfig, dataset: Dataset) -> None:
-    """Refuse samples that cannot be mixed."""
-    shape, dtype = dataset.sample_shape, str(dataset.dtype).removeprefix("torch.")
-    if dataset.structure is not None:
-        raise ConfigError(f"{config.mixing}: samples of data {dataset.name} are several tensors, and one is mixed; leave it out")
-    if not dataset.dtype.is_floating_point:
-        raise ConfigError(f"{config.mixing}: samples of data {dataset.name} are {dtype}, which have no mean; leave it out")
-    if config.cutmix is not None and len(shape) != 3:
-        raise ConfigError(
-            f"--cutmix is for images (channels, height, width), and samples of data {dataset.name} are {shape}; give --mixup, or leave it out"
-        )
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -79,6 +79,7 @@ def trained_inputs(
         mixup=None,
         cutmix=None,
         max_steps=None,
+        eval_every=None,
     )
     return config, (source, dataset, parts, own)
 

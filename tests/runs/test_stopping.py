@@ -162,8 +162,149 @@ def test_what_has_no_meaning_is_refused(options: dict[str, Any], text: str, tmp_
 
 
 def test_numbers_have_no_accuracy_to_watch(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--monitor val_accuracy: regression has no accuracy; give val_loss"):
+    with pytest.raises(
+        ConfigError, match="--monitor val_accuracy is no score of regression on the validation part, which has val_loss, val_mse"
+    ):
         lowmem_pnn.fit(
             lambda: nn.Linear(5, 1), (X, torch.from_numpy(X[:, 0])), workdir=tmp_path / "run", method="exact", early_stop=1,
             monitor="val_accuracy", **OPTIONS,
         )  # fmt: skip
+
+
+# Scores other than the loss, and validations within epochs.
+
+
+def lines_of(folder: Path, key: str) -> list[dict[str, Any]]:
+    return [line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if key in line]
+
+
+LABELS = np.stack([Y == 0, X[:, 0] > 0], 1).astype(np.float32)
+VALUES = np.stack([X[:, 0] + 0.3, X[:, 1] * 2], 1)
+MASKS = (RANDOM.normal(size=(40, 3, 6, 6)).astype(np.float32), RANDOM.integers(0, 3, (40, 6, 6)))
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "outputs", "most"),
+    [
+        ("f1", Y, 3, True), ("top5", Y, 7, True), ("accuracy", Y, 3, True), ("f1", LABELS, 2, True),
+        ("average_precision", LABELS, 2, True), ("mse", VALUES, 2, False), ("mae", VALUES, 2, False), ("r2", VALUES, 2, True),
+    ],
+)  # fmt: skip
+def test_the_best_is_best_by_any_score_of_the_validation_part(
+    name: str, targets: Any, outputs: int, most: bool, tmp_path: Path
+) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, outputs))
+
+    options = {"method": "backprop" if name == "mae" else "exact", "epochs": 5, "keep_weights": "best", "monitor": f"val_{name}"}
+    result = lowmem_pnn.fit(build, (X, targets), workdir=tmp_path, compare=False, **{**OPTIONS, **options})
+    values = [line[f"val_{name}"] for line in lines_of(tmp_path, "train_loss")]
+    assert len(values) == 5
+    assert result.best_epoch == 1 + values.index(max(values) if most else min(values))
+    assert result.scores["val"][name] == pytest.approx(values[result.best_epoch - 1], rel=1e-5)
+
+
+def test_masks_and_metrics_of_ones_own_are_monitored(tmp_path: Path) -> None:
+    masks = lowmem_pnn.fit(
+        lambda: nn.Conv2d(3, 3, 1),
+        MASKS,
+        workdir=tmp_path / "masks",
+        **OPTIONS,
+        method="exact",
+        epochs=2,
+        early_stop=1,
+        monitor="val_miou",
+    )
+    assert masks.scores["val"]["miou"] >= 0
+    own: dict[str, Any] = {
+        "loss": nn.functional.cross_entropy,
+        "metrics": {"wrong": lambda outputs, targets: ((outputs.argmax(1) != targets).sum(), len(targets))},
+    }
+    result = fit(tmp_path / "own", method="exact", epochs=4, keep_weights="best", monitor="min:val_wrong", **own)
+    values = [line["val_wrong"] for line in lines_of(tmp_path / "own", "train_loss")]
+    assert result.best_epoch == 1 + values.index(min(values))
+
+
+@pytest.mark.parametrize("method", ["exact", "backprop"])
+def test_validations_within_epochs_are_those_of_runs_that_end_there(method: str, tmp_path: Path) -> None:
+    # 54 samples make 7 steps of 8 an epoch.
+    every = fit(tmp_path / "every", method=method, epochs=3, eval_every=3, compare=False)
+    whole = fit(tmp_path / "whole", method=method, epochs=3, compare=False)
+    assert_same_weights(loaded(build, every.weights_file), loaded(build, whole.weights_file))
+    assert val_losses(tmp_path / "whole") == [line["val_loss"] for line in lines_of(tmp_path / "every", "train_loss")]
+    within = [line for line in lines_of(tmp_path / "every", "val_loss") if line["action"] == "validate"]
+    assert [(line["step"], line["epoch"]) for line in within] == [(3, 1), (6, 1), (9, 2), (12, 2), (15, 3), (18, 3)]
+    best = fit(tmp_path / "best", method=method, epochs=3, eval_every=3, keep_weights="best", compare=False)
+    values = {step: line["val_loss"] for line in lines_of(tmp_path / "best", "val_loss") if (step := _step_of(line))}
+    assert best.best_step == min(values, key=values.__getitem__) < 21, "or this test tests nothing"
+    assert best.best_epoch == (best.best_step // 7 if best.best_step % 7 == 0 else None)
+    assert best.scores["val"]["loss"] == pytest.approx(values[best.best_step], rel=1e-5)
+
+
+def _step_of(line: dict[str, Any]) -> int:
+    return line["step"] if "step" in line else 7 * line["epoch"]
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_patience_counts_validations_within_epochs_and_survives_a_run_that_is_cut_off(step: int, tmp_path: Path) -> None:
+    options = {"method": "exact", "epochs": 8, "eval_every": 2, "early_stop": 3, "keep_weights": "best", "compare": False}
+    expected = fit(tmp_path / "whole", **options)
+    values = [line["val_loss"] for line in lines_of(tmp_path / "whole", "val_loss")]
+    assert len(values) - 1 - values.index(min(values)) == 3
+    assert expected.stopped_step is not None
+    with pytest.raises(Stopped):
+        fit(tmp_path / "cut", callbacks=[StopsAt(step)], commit_every=0.0, **options)
+    result = lowmem_pnn.fit(build, (X, Y), test=(X, Y), workdir=tmp_path / "cut", max_gpu_mem="1GB", resume=True)
+    assert_same_weights(loaded(build, result.weights_file), loaded(build, expected.weights_file))
+    assert [line["val_loss"] for line in lines_of(tmp_path / "cut", "val_loss")] == values
+    facts = ("best_epoch", "best_step", "stopped_after", "stopped_step", "macs", "train_loss", "scores")
+    assert [getattr(result, name) for name in facts] == [getattr(expected, name) for name in facts]
+    assert f"the best was step {result.best_step}" in str(result) or f"the best was epoch {result.best_epoch}" in str(result)
+
+
+def test_pnn_is_measured_within_the_epochs_of_its_last_partition(tmp_path: Path) -> None:
+    fit(tmp_path, method="pnn", cuts="1", epochs=2, eval_every=4, kappa=1, compare=False)
+    within = [line for line in lines_of(tmp_path, "val_loss") if line["action"] == "validate"]
+    assert [(line["partition"], line["step"]) for line in within] == [(1, 4), (1, 8), (1, 12)]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"monitor": "val_f2", "early_stop": 1},
+            "--monitor val_f2 is no score of classification on the validation part, which has val_loss, val_accuracy, val_f1; did you mean "
+            "'val_f1'?",
+        ),
+        (
+            {"monitor": "accuracy", "early_stop": 1},
+            "--monitor accuracy is no score of classification on the validation part, which has val_loss, val_accuracy, val_f1; did you mean "
+            "'val_accuracy'?",
+        ),
+        ({"monitor": "mix:val_f1", "early_stop": 1}, "--monitor mix:val_f1: 'mix' is none of min, max; did you mean 'min'?"),
+        ({"monitor": "min:val_f1", "early_stop": 1}, "--monitor min:val_f1: of val_f1 the max is best; give val_f1"),
+        (
+            {"monitor": "val_own", "early_stop": 1, "loss": nn.functional.cross_entropy, "metrics": {"own": lambda o, t: (o.sum(), 1)}},
+            "--monitor val_own: is more of it better, or less? Give max:val_own or min:val_own",
+        ),
+        ({"monitor": "val_f1"}, "--monitor has no effect here: it needs --early-stop or --keep-weights best"),
+        ({"eval_every": 0}, "--eval-every 0: must be greater than 0"),
+        ({"eval_every": 5, "method": "neuroflux"}, "--eval-every has no effect here: it needs --method pnn, exact or backprop"),
+        (
+            {"eval_every": 5, "method": "pnn", "parallel_sil": True},
+            "--eval-every measures the model while its last partition learns, and --parallel-sil joins it later; leave one out",
+        ),
+        (
+            {"eval_every": 5, "val_fraction": 0},
+            "--eval-every measures the validation part, and data python-tuple has none; give --val-fraction",
+        ),
+        (
+            {"eval_every": 70},
+            "--eval-every 70: training has 70 steps of 8 samples, and is measured at its end anyway; give fewer",
+        ),
+    ],
+)  # fmt: skip
+def test_refused_in_one_line(options: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        fit(tmp_path, **{"method": "exact", **options})
+    assert str(error.value) == text

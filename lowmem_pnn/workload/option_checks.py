@@ -1,0 +1,83 @@
+"""Checks of options that only the data and the task allow."""
+
+import math
+
+from lowmem_pnn.config.faults import suggest
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.methods import SplitName
+from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.sources.dataset import Dataset
+from lowmem_pnn.sources.splits import Split
+from lowmem_pnn.tasks.own_loss import OwnTask
+from lowmem_pnn.tasks.scores import DIRECTIONS
+from lowmem_pnn.tasks.task import Task
+
+
+def check_mixing(config: FitConfig, dataset: Dataset) -> None:
+    """Refuse samples that cannot be mixed.
+
+    Args:
+        config: Options of the run, which has batches mixed.
+        dataset: Open data set.
+
+    Raises:
+        ConfigError: It has other samples.
+    """
+    shape, dtype = dataset.sample_shape, str(dataset.dtype).removeprefix("torch.")
+    if dataset.structure is not None:
+        raise ConfigError(f"{config.mixing}: samples of data {dataset.name} are several tensors, and one is mixed; leave it out")
+    if not dataset.dtype.is_floating_point:
+        raise ConfigError(f"{config.mixing}: samples of data {dataset.name} are {dtype}, which have no mean; leave it out")
+    if config.cutmix is not None and len(shape) != 3:
+        raise ConfigError(
+            f"--cutmix is for images (channels, height, width), and samples of data {dataset.name} are {shape}; give --mixup, or leave it out"
+        )
+
+
+def check_monitor(config: FitConfig, task: Task, outputs: tuple[TensorSpec, ...]) -> None:
+    """Refuse to go by a score that the task does not have, or of which nobody knows whether more is better.
+
+    Args:
+        config: Options of the run.
+        task: Task of the run.
+        outputs: Output tensors of the model.
+
+    Raises:
+        ConfigError: It is not known, with near names.
+    """
+    direction, name = config.monitored
+    known = [f"val_{score}" for score in task.score_names(outputs)]
+    what = "the loss and metrics given" if isinstance(task, OwnTask) else task.name
+    if name not in known:
+        raise ConfigError(
+            f"--monitor {name} is no score of {what} on the validation part, which has {', '.join(known)}{suggest(name, known)}"
+        )
+    if direction not in (None, "min", "max"):
+        raise ConfigError(f"--monitor {config.monitor}: {direction!r} is none of min, max{suggest(direction, ['min', 'max'])}")
+    best = DIRECTIONS.get(name.removeprefix("val_"))
+    if direction is None and best is None:
+        raise ConfigError(f"--monitor {name}: is more of it better, or less? Give max:{name} or min:{name}")
+    if direction is not None and best not in (None, direction):
+        raise ConfigError(f"--monitor {config.monitor}: of {name} the {best} is best; give {name}")
+
+
+def check_eval_every(config: FitConfig, dataset: Dataset, splits: dict[SplitName, Split]) -> None:
+    """Refuse validations within epochs that would never come.
+
+    Args:
+        config: Options of the run.
+        dataset: Open data set.
+        splits: Parts of it.
+
+    Raises:
+        ConfigError: There is no validation part, or there are too few steps.
+    """
+    if "val" not in splits:
+        raise ConfigError(f"--eval-every measures the validation part, and data {dataset.name} has none; give --val-fraction")
+    steps = math.ceil(len(splits["train"]) / config.batch_sizes[-1]) * (config.epochs[-1] + config.recovery_epochs)
+    if config.eval_every is not None and config.eval_every >= steps:
+        raise ConfigError(
+            f"--eval-every {config.eval_every}: training has {steps} steps of {config.batch_sizes[-1]} samples, and is measured at its end "
+            "anyway; give fewer"
+        )
