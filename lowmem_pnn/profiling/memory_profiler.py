@@ -141,6 +141,7 @@ def _layer_cost(
         complete=peak(lambda trace: [trace.complete]),
         whole=layer.whole,
         ties=ties,
+        products=measurement.products,
     )
 
 
