@@ -7,6 +7,7 @@ at any number of samples is the peak. A third number of samples checks the peak.
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem_pnn.device.kernel_memory import PRIMITIVE_CACHE_CAPACITY
 from lowmem_pnn.model.chain import Chain, TensorSpec
-from lowmem_pnn.model.fingerprint import layer_fingerprint
+from lowmem_pnn.model.fingerprint import lasts, layer_fingerprint
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost, MemoryProfile, Tie, with_local_loss
@@ -22,7 +23,11 @@ from lowmem_pnn.profiling.fake_run import FEW, MANY, MORE, FakeRun, LayerMeasure
 from lowmem_pnn.quantization.stored_weights import num_values
 
 MeasurementCache = dict[Hashable, LayerMeasurement]
-"""Measurements of layers, by their fingerprint, compiled code, boundaries and device."""
+"""Measurements of layers, by their fingerprint, compiled code, boundaries, device and threads."""
+
+_MOST_LASTING = 4096
+_lasting: MeasurementCache = {}
+"""Measurements of layers whose keys last: for the next plan or run of the process."""
 
 
 def profile(
@@ -68,9 +73,10 @@ def profile(
             learns_input = learns_before and not per_layer_loss
             learns_before |= any(parameter.requires_grad for parameter in layer.parameters().values())
             # Compiled code is the layer's own: that of an equal layer may be for other uses.
-            key = layer_fingerprint(layer), layer.compiled, before, after, device, learns_input
+            key = layer_fingerprint(layer), layer.compiled, before, after, device, learns_input, torch.get_num_threads()
             if key not in cache:
-                cache[key] = FakeRun(layer, before, after, device, learns_input).measure()
+                run = partial(FakeRun, layer, before, after, device, learns_input)
+                cache[key] = _measured(key, run) if layer.compiled is None else run().measure()
             measurement = cache[key]
             cost = _layer_cost(layer, measurement, counted_buffers, optimizers, before, after, ties[number])
             layers.append(with_local_loss(cost) if per_layer_loss else cost)
@@ -92,6 +98,17 @@ def profile(
         widest_product=widest,
         shared_bytes=sum(tie.gradient_bytes for own in ties for tie in own if tie.is_first) if cuts_through_ties else 0,
     )
+
+
+def _measured(key: Hashable, run: Callable[[], FakeRun]) -> LayerMeasurement:
+    """Return a layer's measurement, from an earlier profile where its key lasts."""
+    if not lasts(key):
+        return run().measure()
+    if key not in _lasting:
+        if len(_lasting) == _MOST_LASTING:
+            del _lasting[next(iter(_lasting))]  # the oldest
+        _lasting[key] = run().measure()
+    return _lasting[key]
 
 
 def _layer_cost(
