@@ -59,7 +59,8 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
     model: str = Field(
         description=(
             "mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,heads=N,context=N, cifar-resnet18, cifar-vgg11, cifar-vgg16, "
-            "cifar-mobilenetv2, a torchvision name, timm:NAME, package.module:factory, or file.py:factory."
+            "cifar-mobilenetv2, a torchvision name, timm:NAME, hf:DIR, hf:CONFIG.json, hf:NAME, package.module:factory, or "
+            "file.py:factory."
         )
     )
     model_arg: dict[str, Any] = Field(

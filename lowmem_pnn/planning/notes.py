@@ -30,6 +30,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
     begins = [] if pretrained is None else [f"{describe_weights(pretrained.summary())}; {_training(request.workload.config)}"]
     whole = [f"layer {layer.name!r} is {layer.whole}" for layer in request.workload.chain.layers if layer.whole]
     return [
+        *request.workload.source.notes,
         *begins,
         *adapter_notes(request.workload),
         *frozen_notes(request.workload),
