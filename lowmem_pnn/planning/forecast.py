@@ -176,8 +176,8 @@ class _Forecast:
         epoch = TimeAndTraffic(max(computing, reading.seconds), reading.bytes_read)
         if "val" in self._inputs.samples and visit.macro_batch is None and not visit.from_synthetic_labels:
             epoch += self._forward(visit.partition, self._inputs.samples["val"])
-        moved = size.weights + size.optimizer
-        return epoch * visit.epochs + self._read(moved) + self._write(moved)
+        written = size.trainable + size.buffers + size.optimizer
+        return epoch * visit.epochs + self._read(size.weights + size.optimizer) + self._write(written)
 
     def emit(self, visit: Visit) -> TimeAndTraffic:
         """Forecast a visit that writes the samples of the next boundary."""

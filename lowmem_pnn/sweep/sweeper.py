@@ -229,10 +229,10 @@ class Sweeper:
             steps.finish()
 
     def _write_unstepped(self, number: int, file: TensorFile, *, is_new: bool) -> None:
-        """Write what no step writes: buffers, which change with every batch, and frozen weights, which a new file gets once."""
+        """Write what no step writes: buffers, which change with every batch, and frozen weights of the file's, which a new one gets once."""
         residency = self._residencies[number]
         for name, parameter in residency.parameters.items():
-            if is_new and not parameter.requires_grad and name not in residency.owned_elsewhere:
+            if is_new and not parameter.requires_grad and weight_key(name) in file.entries:
                 self._streamer.write(number, file, weight_key(name), parameter)
         for name, buffer in residency.buffers.items():
             if name in residency.owned_elsewhere:
