@@ -94,8 +94,13 @@ def plain(name: str, micro_batch: int) -> dict[str, Any]:
         return {"peak": device.peak_bytes}
 
 
-def structure(name: str) -> dict[str, Any]:
-    """Cut a network, train one step by `exact` with all memory, and hold it against plain PyTorch."""
+def structure(name: str, layers: int) -> dict[str, Any]:
+    """Train one step by `exact` with a partition for each layer and all memory, and hold it against plain PyTorch.
+
+    Args:
+        name: the network.
+        layers: how many layers it is cut into; 0 where nobody knows.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -107,19 +112,18 @@ def structure(name: str) -> dict[str, Any]:
     from lowmem_pnn.workload.inputs import split_data
 
     x, y = data_of(name, 1)
-    chain = capture(builder_of(name)(), TensorSpec(shape_of(name), torch.float32))
-    sizes = [sum(p.numel() for p in layer.parameters().values()) for layer in chain.layers]
-    found: dict[str, Any] = {"layers": len(chain.layers), "largest": max(sizes) / sum(sizes)}
-    # The tightest cut: a partition for every layer.
-    cuts = ",".join(str(number) for number in range(1, len(chain.layers)))
+    layers = layers or len(capture(builder_of(name)(), TensorSpec(shape_of(name), torch.float32)).layers)
+    cuts = ",".join(map(str, range(1, layers)))
     with tempfile.TemporaryDirectory() as folder:
         result = lowmem_pnn.fit(
             builder_of(name), (x, y), test=(x, y), method="exact", max_gpu_mem="12GB", device="cpu", batch_size=BATCH, micro_batch=BATCH,
-            epochs=1, lr=LR, seed=SEED, val_fraction=0.0, cuts=cuts or None, workdir=f"{folder}/run",
+            epochs=1, lr=LR, seed=SEED, val_fraction=0.0, cuts=cuts or None, compare=False, workdir=f"{folder}/run",
         )  # fmt: skip
         ours = load_file(result.weights_file)
         fresh = builder_of(name)().eval()
         fresh.load_state_dict(ours, strict=True)
+    sizes = [part["params"] for part in result.partitions]
+    found: dict[str, Any] = {"layers": layers, "largest": max(sizes) / sum(sizes)}
     # The run's own training part, in the order of its first epoch.
     config = configure(max_gpu_mem="12GB", model="python:model", data="python:data", seed=SEED, val_fraction=0.0)
     part = split_data(make_dataset((x, y), name="data"), config)[1]["train"]
@@ -170,6 +174,7 @@ def fit(name: str, budget: int) -> dict[str, Any]:
         "peak": result.peak_bytes,
         "micro_batch": min(part["micro_batch"] for part in result.partitions),
         "partitions": len(result.partitions),
+        "layers": sum(len(part["layers"]) for part in result.partitions),
         "batches_done_again": result.oom_retries,
     }
 
@@ -205,14 +210,15 @@ def measure(name: str) -> dict[str, Any]:
         return found
 
     whole, named = work("plain", BATCH), work("smallest")
-    found = {"structure": work("structure"), "plain": whole, "accumulated": work("plain", 1), "smallest": named, "fits": []}
+    fits: list[dict[str, Any]] = []
     budgets = [named["bytes"]] if "bytes" in named else []
     budgets += [int(whole["peak"] * share) for share in FRACTIONS if "peak" in whole]
     for budget in sorted(budget for budget in budgets if budget >= budgets[0]):
-        found["fits"].append(work("fit", budget))
-        if "peak" in found["fits"][-1]:
+        fits.append(work("fit", budget))
+        if "peak" in fits[-1]:
             break  # What trains in less trains in more.
-    return found
+    parts = work("structure", fits[-1].get("layers", 0) if fits else 0)
+    return {"structure": parts, "plain": whole, "accumulated": work("plain", 1), "smallest": named, "fits": fits}
 
 
 def row_of(name: str, found: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
