@@ -49,6 +49,7 @@ def cli() -> None:
 @config_options
 @run_options
 @output_options
+@click.option("--no-report", is_flag=True, help="Write no report.html, the page that `lowmem-pnn report` writes, at the end.")
 @click.option("--after-crash", is_flag=True, hidden=True)
 def fit(
     workdir: Path | None,
@@ -58,6 +59,7 @@ def fit(
     as_json: bool,
     quiet: bool,
     debug: bool,
+    no_report: bool,
     after_crash: bool,
     **options: Any,
 ) -> None:

@@ -40,7 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Output": (
-        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "as_json", "quiet", "debug",
+        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "as_json", "quiet", "debug",
         "help", "_click_default_help",  # the name differs between versions of click
     ),
 }  # fmt: skip

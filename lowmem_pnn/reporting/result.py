@@ -4,13 +4,16 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lowmem_pnn.engine.stalls import describe_stalls
+from lowmem_pnn.errors import LowMemError
 from lowmem_pnn.pretrained.matching import describe_weights
 from lowmem_pnn.pretrained.model_file import load_into
+from lowmem_pnn.reporting.page_process import PAGE, write_page_apart
 from lowmem_pnn.reporting.tables import describe_skipped, layer_range, text_table
 from lowmem_pnn.units import format_bytes
 
@@ -155,6 +158,23 @@ class Result:
         """
         load_into(model, self.weights_file)
         return model
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the page of the run: memory over time, plan, learning, and where the seconds went.
+
+        Args:
+            out: the HTML file; None takes `report.html` in the run's folder.
+
+        Returns:
+            The file.
+
+        Raises:
+            LowMemError: there is no page, and why.
+        """
+        file = Path(self.workdir) / PAGE if out is None else Path(out)
+        if fault := write_page_apart([Path(self.workdir)], file):
+            raise LowMemError(f"no page of {self.workdir}: {fault}")
+        return file
 
     def __str__(self) -> str:
         """Return the result for people; the last line names model size, budget and peak."""
