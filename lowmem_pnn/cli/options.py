@@ -9,6 +9,7 @@ import click
 
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.model_arguments import parse_model_arguments
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -40,7 +41,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Output": (
-        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "as_json", "quiet", "debug",
+        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "as_json", "quiet", "debug",
         "help", "_click_default_help",  # the name differs between versions of click
     ),
 }  # fmt: skip
@@ -170,9 +171,6 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if "model_arg" in given:
-        # Not at the top: it imports torch.
-        from lowmem_pnn.zoo.models import parse_model_arguments
-
         given["model_arg"] = parse_model_arguments(given["model_arg"])
     return given
 
