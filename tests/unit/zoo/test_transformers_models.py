@@ -44,7 +44,10 @@ def test_a_folders_model_has_its_names_and_returns_logits_alone(llama: Path) -> 
 
 def test_tokens_go_to_a_causal_model_with_positions_and_without_a_mask(llama: Path) -> None:
     source = find_model(f"hf:{llama}", {}, 279)
-    assert [*CallForm.of(dict.fromkeys(("input_ids", "position_ids"), torch.zeros(1)), source.build()).names] == ["input_ids", "position_ids"]
+    assert [*CallForm.of(dict.fromkeys(("input_ids", "position_ids"), torch.zeros(1)), source.build()).names] == [
+        "input_ids",
+        "position_ids",
+    ]
     assert source.notes[-1] == "it is given no attention_mask: rows are padded at their end, where no token before looks"
     assert source.notes[0].endswith("(causal-lm), attention by sdpa")
 
