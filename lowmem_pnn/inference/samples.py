@@ -15,11 +15,13 @@ from torch.utils._pytree import TreeSpec
 from lowmem_pnn.config.code import names_code
 from lowmem_pnn.config.configure import DOWNLOADED, given_options
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.language_options import LANGUAGE_KINDS
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.formats.hub_data import open_hub_samples
 from lowmem_pnn.formats.mask_folder import open_mask_folder
 from lowmem_pnn.formats.tables import TableSchema, open_table
 from lowmem_pnn.formats.unlabelled import open_given, open_images, open_npz
+from lowmem_pnn.language.token_rows import ChosenInputs
 from lowmem_pnn.samples.normalization import Normalization
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import find_dataset
@@ -40,7 +42,7 @@ _WORDS = {"train": "training", "val": "validation", "test": "test"}
 _FILES = {
     "imagefolder": "DIR", "segmentation": "DIR", "hfdata": "DIR", "npz": "FILE", "csv": "FILE", "parquet": "FILE", "text": "FILE",
 }  # fmt: skip
-_SUFFIXES = {".npz": "npz", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_SUFFIXES = {".npz": "npz", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".jsonl": "jsonl"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class SamplesToPredict:
     def __init__(
         self, parts: Sequence[OpenPart], form: DataForm, normalization: Normalization | None, name: str, root: Path | None
     ) -> None:
+        parts = [_as_taken(part, form) for part in parts]
         for part in parts:
             _check_form(part, form, name)
         self._normalization, self._root = normalization, root
@@ -279,6 +282,9 @@ def _parts_of(
         )
         whole = OpenPart.of_dataset(table.train, table)
         return {"all": dataclasses.replace(whole, labelled=bool(table.preparation["targets"]))}, table.preprocessing
+    if kind in LANGUAGE_KINDS:
+        dataset = open_source(spec, config, sample_form)
+        return _of_dataset(dataset), dataset.preprocessing
     if kind == "npz":
         splits = open_npz(path, input_form, options, skip_broken=skip_broken, resize=resize)
     elif kind == "hfdata":
@@ -340,6 +346,20 @@ def _choose(parts: Mapping[str, OpenPart], part: PartName | None, spec: str) -> 
         has = f"has {there} part, and no {_WORDS[name]} part; give --part all" if there else "has no parts; leave --part out"
         raise DataError(f"--part {name}: data {spec} {has}")
     return name, [parts[name]]
+
+
+def _as_taken(part: OpenPart, form: DataForm) -> OpenPart:
+    """Return samples with those of their named tensors that the run's model takes: token rows come with all there are."""
+    if part.structure is None or part.structure == form.structure:
+        return part
+    given = part.structure.unflatten([*range(len(part.inputs))])
+    wanted = {"input_ids": 0} if form.structure is None else form.structure.unflatten([*range(len(form.inputs))])
+    if not isinstance(given, dict) or not isinstance(wanted, dict) or not set(wanted) <= set(given):
+        return part
+    places = tuple(given[name] for name in wanted)
+    split = ChosenInputs(part.split, places, as_one=form.structure is None)
+    inputs = tuple(part.inputs[place] for place in places)
+    return dataclasses.replace(part, split=split, inputs=inputs, structure=form.structure)
 
 
 def _check_form(part: OpenPart, form: DataForm, name: str) -> None:

@@ -64,6 +64,8 @@ class Result:
     are, for whoever uses the model without them: shapes, types, kind of targets, names of classes. `workers` is the number of processes
     that read them; their memory is in `host_peak_bytes` alone.
 
+    `transformers_folder` is what `from_pretrained` loads, where the model is one of transformers.
+
     `plain_bytes` is the predicted peak of a plain PyTorch loop with the same batch; None where it is not known (`neuroflux`).
 
     Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
@@ -124,6 +126,7 @@ class Result:
     resumed: int
     workdir: str
     weights_file: str
+    transformers_folder: str | None = None
     preprocessing: str
     data_parts: str = ""
     preparation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -206,7 +209,8 @@ class Result:
                 f"measured {format_bytes(self.check['measured_bytes'])}, unexplained {format_bytes(self.check['unexplained_bytes'])}"
             )
         lines += [
-            f"weights: {self.weights_file}",
+            f"weights: {self.weights_file}"
+            + (f"; for transformers: {self.transformers_folder}" if self.transformers_folder is not None else ""),
             f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state), "
             f"budget {format_bytes(self.budget_bytes)}, peak {format_bytes(self.peak_bytes)}{self._saving()}",
         ]

@@ -4,13 +4,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowmem_pnn import __version__
+from lowmem_pnn.adapters.prepared_model import adapter_modules
 from lowmem_pnn.config.defaults import training_words
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.errors import ConfigError, DiskError
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.quantization.stored_weights import stored_parts
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.stores.disk import disk_error, remove_folder, sync_file, sync_folder
 from lowmem_pnn.stores.header import TensorEntry
@@ -18,35 +21,22 @@ from lowmem_pnn.stores.journal import DAMAGED
 from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.units import format_bytes
-from lowmem_pnn.version import __version__
+from lowmem_pnn.workload import Workload
 from lowmem_pnn.zoo.model_source import ModelSource
 from lowmem_pnn.zoo.transformers_models import config_json
 
 SHARD_BYTES = 5_000_000_000
 """Most bytes of a file of weights in a folder of its own, as on the hub."""
 
-# What of a model's folder belongs to its tokenizer, to the preparation of images, and to generation.
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-_OTHERS = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
 
-
-def copied_files(source: ModelSource, tokenizer: str | None) -> list[Path]:
-    """Return the files that go into the folder as they are.
+def holds_a_model(workload: Workload) -> bool:
+    """Decide whether a run leaves a folder for transformers: not where its weights are not those of the model alone, but adapters too.
 
     Args:
-        source: Model of transformers.
-        tokenizer: What `--tokenizer` says; None for the model's own.
+        workload: Model, data and method of the run.
     """
-    assert source.transformers is not None
-    own = source.transformers.folder
-    found = [] if own is None or source.default_weights is None else [own / name for name in _OTHERS]
-    place = tokenizer or source.tokenizer
-    if place is not None and place != "bytes":
-        found += [Path(place) / name for name in _TOKENIZER] if Path(place).is_dir() else [Path(place)]
-    return [file for file in found if file.is_file()]
+    chain = workload.bare
+    return workload.source.transformers is not None and not adapter_modules(chain.modules()) and not stored_parts(chain.modules())
 
 
 def write_folder(
@@ -69,11 +59,10 @@ def write_folder(
     temporary: Path | None = None
     try:
         # By its name a run knows what a kill leaves of it.
-        temporary = Path(tempfile.mkdtemp(prefix="scratch.", dir=folder.parent))
-        temporary.chmod(folder.parent.stat().st_mode & 0o777)
+        temporary = Path(tempfile.mkdtemp(prefix="scratch." if links else f".{folder.name}.", dir=folder.parent))
+        temporary.chmod(folder.parent.stat().st_mode & 0o777)  # not for its owner alone, as temporary folders are
         (temporary / "config.json").write_text(config_json(source, classes))
-        for file in copied_files(source, config.tokenizer):
-            name = "tokenizer.json" if config.tokenizer is not None and file == Path(config.tokenizer) else file.name
+        for name, file in source.copied_files(config.tokenizer).items():
             shutil.copyfile(file, temporary / name)
         (temporary / "README.md").write_text(_card(source, config, result))
         if not links or not _link(weights, temporary / "model.safetensors"):
@@ -82,8 +71,8 @@ def write_folder(
             with file.open("rb") as stream:
                 sync_file(file, stream.fileno())
         sync_folder(temporary)
-        if folder.is_dir():
-            remove_folder(folder)
+        if os.path.lexists(folder):
+            folder.unlink() if folder.is_symlink() or folder.is_file() else remove_folder(folder)
         temporary.rename(folder)
         sync_folder(folder.parent)
     except OSError as error:
@@ -93,7 +82,37 @@ def write_folder(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def place_for(run: Path, out: Path | None) -> Path:
+def export_to_transformers(workload: Workload, config: FitConfig, result: Result, run: Path, out: Path | None) -> dict[str, Any]:
+    """Write the model of a finished run as a folder for transformers.
+
+    Args:
+        workload: Model of the run.
+        config: Options of the run.
+        result: What it came to.
+        run: Folder of the run.
+        out: Folder for the files; None for the run's own, whose weights are a second name of the run's.
+
+    Returns:
+        `file`, the file of weights or its index, and `largest_difference`, which is 0: the bytes are copied.
+
+    Raises:
+        ConfigError: The model is none of transformers, its weights are not those of the model alone, or something is in the way.
+        DiskError: The disk is full, or not writable.
+    """
+    if workload.source.transformers is None:
+        raise ConfigError(f"--to hf: model {workload.source.spec} is none of transformers (hf:DIR); give --to safetensors")
+    if not holds_a_model(workload):
+        raise ConfigError(
+            f"--to hf: the weights of {run} are those of a frozen base in {config.frozen_form} with what learnt beside it, and not yet "
+            "merged; give --to pt2"
+        )
+    folder = _place(run, out)
+    write_folder(folder, run / "model.safetensors", workload.source, config, result, workload.dataset.classes, links=out is None)
+    index = folder / "model.safetensors.index.json"
+    return {"file": str(index if index.exists() else folder / "model.safetensors"), "largest_difference": 0.0}
+
+
+def _place(run: Path, out: Path | None) -> Path:
     """Return the folder that an export may write to.
 
     Args:

@@ -14,7 +14,7 @@ from lowmem_pnn.model.call_form import CallForm
 from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.zoo.deferred_init import skeleton
 from lowmem_pnn.zoo.models import find_model
-from lowmem_pnn.zoo.transformers_models import give_values
+from lowmem_pnn.zoo.transformers_modules import give_values
 
 MIXTRAL = {**LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1}
 
@@ -44,7 +44,10 @@ def test_a_folders_model_has_its_names_and_returns_logits_alone(llama: Path) -> 
 
 def test_tokens_go_to_a_causal_model_with_positions_and_without_a_mask(llama: Path) -> None:
     source = find_model(f"hf:{llama}", {}, 279)
-    assert [*CallForm.of(dict.fromkeys(("input_ids", "position_ids"), torch.zeros(1)), source.build()).names] == ["input_ids", "position_ids"]
+    assert [*CallForm.of(dict.fromkeys(("input_ids", "position_ids"), torch.zeros(1)), source.build()).names] == [
+        "input_ids",
+        "position_ids",
+    ]
     assert source.notes[-1] == "it is given no attention_mask: rows are padded at their end, where no token before looks"
     assert source.notes[0].endswith("(causal-lm), attention by sdpa")
 
