@@ -39,6 +39,7 @@ from lowmem_pnn.training.lifecycle import score
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
 from lowmem_pnn.training.start import begin, worker_threads
 from lowmem_pnn.training.start import resume as resume_training
+from lowmem_pnn.training.transformers_folder import export_to_transformers
 from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs, without_weights
 
 
@@ -190,7 +191,8 @@ def evaluate(run: str | Path | Result, *, trust: bool = False) -> dict[str, Any]
             rundir.clear()
             with rundir.scratch() as folder:
                 session = Session(device, rundir, threads, scratch=folder)
-                weights = build_weights(workload, plan, folder / "weights", session.counter, trained=path / "model.safetensors")
+                trained = path / "model.safetensors"
+                weights = build_weights(workload, plan, folder / "weights", session.counter, trained, metered=device.metered)
                 return with_prefix("test", score(Run(session, workload, plan, weights, state)))
 
 
@@ -293,7 +295,7 @@ def export(
     Args:
         run: the run's folder, which need not be writable if `out` is given, or its result.
         to: "safetensors", weights under the model's own names, which are never whole in memory; "pt2", a `torch.export` program; "onnx";
-            None writes a program and its weights.
+            "hf", a folder that transformers loads; None writes a program and its weights.
         exit: the number of an exit, from 1, the whole model's being the last; "auto" takes the one that the run has chosen.
         out: folder for `model.pt2` (a `torch.export` program of any batch size, in eval mode) and `model.safetensors`; None takes
             `RUN/exit-K`, or `RUN/export`. Files that an earlier export wrote there are replaced, others are not.
@@ -316,9 +318,12 @@ def export(
     with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
         finished = open_finished(rundir)
         number = find_exit(finished.result, exit, path)
-        folder = ExportFolder.find(path, number, finished.result, None if out is None else Path(out))
+        chosen = None if out is None else Path(out)
+        folder = None if to == "hf" else ExportFolder.find(path, number, finished.result, chosen)
         workload = workload_of(finished, path, given_model(path, model), trust=trust)
         rundir.clear()
+        if folder is None or to == "hf":
+            return export_to_transformers(workload, finished.config, finished.result, path, chosen)
         return export_exit(workload, finished.result, number, path, folder, to)
 
 

@@ -227,10 +227,10 @@ def predict(
 @click.argument("run", type=click.Path(readable=False, path_type=Path))
 @click.option(
     "--to",
-    metavar="safetensors|pt2|onnx",
+    metavar="safetensors|pt2|onnx|hf",
     help=(
-        "One format, which is read again and compared: weights under the model's own names; a torch.export program; ONNX. Only weights are "
-        "never whole in memory. [default: a program and its weights]"
+        "One format, which is read again and compared: weights under the model's own names; a torch.export program; ONNX. hf: a folder that "
+        "transformers loads. Only weights and hf are never whole in memory. [default: a program and its weights]"
     ),
 )
 @click.option(
@@ -244,7 +244,7 @@ def predict(
     "--out",
     type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
-    help="Folder that the model is written to. [default: RUN/exit-K, or RUN/export]",
+    help="Folder that the model is written to. [default: RUN/exit-K, RUN/export, or RUN/hf]",
 )
 @trust_option
 @output_options

@@ -10,7 +10,10 @@ The budget is kept in three steps, each for allocations that the step before it 
 """
 
 import sys
+import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -85,6 +88,8 @@ class DataLimit:
         self._most_bytes = 0
         self._limit_bytes = 0
         self._untouched: deque[int] = deque(maxlen=self._SAMPLES)
+        # The meter's thread adjusts while another one lifts.
+        self._lock = threading.Lock()
 
     def set(self, most_bytes: int) -> None:
         """Set the limit, or raise it. A stricter one that somebody else has set stays.
@@ -115,23 +120,36 @@ class DataLimit:
             private: bytes in use.
             data: bytes mapped.
         """
-        if self._previous is None:
-            return
         import resource
 
-        soft, hard = self._previous
-        self._untouched.append(data - private)
-        limit = min(self._untouched) + self._most_bytes
-        if soft != resource.RLIM_INFINITY:
-            limit = min(limit, soft)
-        if abs(limit - self._limit_bytes) >= self._STEP:
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-            self._limit_bytes = limit
+        with self._lock:
+            if self._previous is None:
+                return
+            soft, hard = self._previous
+            self._untouched.append(data - private)
+            limit = min(self._untouched) + self._most_bytes
+            if soft != resource.RLIM_INFINITY:
+                limit = min(limit, soft)
+            if abs(limit - self._limit_bytes) >= self._STEP:
+                resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+                self._limit_bytes = limit
 
     def restore(self) -> None:
         """Restore the limit from before `set`."""
-        if self._previous is not None:
-            import resource
+        import resource
 
-            previous, self._previous = self._previous, None
-            resource.setrlimit(resource.RLIMIT_DATA, previous)
+        with self._lock:
+            if self._previous is not None:
+                previous, self._previous = self._previous, None
+                resource.setrlimit(resource.RLIMIT_DATA, previous)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Lift the limit in a context; mappings that are there at its end, and not in use, are not counted after it."""
+        was_set = self._previous is not None
+        self.restore()
+        try:
+            yield
+        finally:
+            if was_set:
+                self.set(self._most_bytes)

@@ -71,7 +71,8 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
             f"checked before training: predicted {format_bytes(check['predicted_bytes'])}, measured {format_bytes(check['measured_bytes'])}, "
             f"{format_bytes(abs(more))} {'more' if more > 0 else 'less'}"
         )
-    lines += [f"weights: {result.weights_file}", "", *summary(result)]
+    folder = "" if result.transformers_folder is None else f"; for transformers: {result.transformers_folder}"
+    lines += [f"weights: {result.weights_file}{folder}", "", *summary(result)]
     return "\n".join(lines)
 
 

@@ -18,6 +18,8 @@ from lowmem_pnn.stores.journal import DAMAGED, JOURNAL, older_commits
 
 WORK_FOLDERS = ("weights", "activations")
 """Folders of a run that are there until it is done."""
+TRANSFORMERS_FOLDER = "hf"
+"""Folder of a run with the trained model as transformers loads it."""
 
 # A worker that was killed may hold the lock until the kernel has taken its memory back.
 _LOCK_PATIENCE_SECONDS = 3.0
@@ -130,7 +132,7 @@ def _remove_run(path: Path) -> None:
     remove_unfinished(path)
     for name in _FILES:
         (path / name).unlink(missing_ok=True)
-    for name in WORK_FOLDERS:
+    for name in (*WORK_FOLDERS, TRANSFORMERS_FOLDER):
         folder = path / name
         if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)

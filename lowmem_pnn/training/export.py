@@ -21,7 +21,7 @@ from lowmem_pnn.stores.journal import DAMAGED
 from lowmem_pnn.stores.keys import VERSIONS_KEY
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.training.export_folder import ExportFolder, HashedFile
-from lowmem_pnn.training.export_formats import FILE_OF, ExportFormat, check_format, largest_difference, make_program, save_onnx
+from lowmem_pnn.training.export_formats import FILE_OF, FileFormat, check_format, largest_difference, make_program, save_onnx
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.zoo.deferred_init import file_backed
 
@@ -51,7 +51,7 @@ def find_exit(result: Result, exit: str | int, path: Path) -> int | None:
 
 
 def export_exit(
-    workload: Workload, result: Result, number: int | None, path: Path, folder: ExportFolder, to: ExportFormat | None = None
+    workload: Workload, result: Result, number: int | None, path: Path, folder: ExportFolder, to: FileFormat | None = None
 ) -> dict[str, Any]:
     """Write the model that ends at an exit.
 

@@ -16,7 +16,9 @@ from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs, samples_learnt
 from lowmem_pnn.run.run import Run
+from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.tasks.make_task import TASK_OF
+from lowmem_pnn.training.transformers_folder import holds_a_model
 from lowmem_pnn.workload.data_form import DataForm
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
@@ -108,6 +110,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         resumed=state.resumed,
         workdir=str(path),
         weights_file=str(path / "model.safetensors"),
+        transformers_folder=str(path / TRANSFORMERS_FOLDER) if holds_a_model(workload) else None,
         preprocessing=workload.dataset.preprocessing,
         data_parts=workload.dataset.parts,
         preparation=workload.dataset.preparation,
