@@ -50,6 +50,8 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
         working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)
         working += fixed_outputs_bytes(workload, plan)
     export = sum(layer.weight_bytes + layer.buffer_bytes for layer in layers)
+    if config.lora is not None:
+        export += sum(layer.gradient_bytes for layer in layers)  # the adapter's own folder
     kept = sum(stored) * (config.keep_commits + (config.keep_weights == "best"))
     return frozen + kept + max(working, export)
 

@@ -1,6 +1,7 @@
 """The result of a run: the content of `result.json`, and the page that people read."""
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Result:
 
     `weights` says of the pretrained weights that training began with their `source` and `sha256`, how many tensors were `loaded` (`cast`
     of them from another type), which tensors of the model are `new`, and which of theirs were `left_out`; empty where there were none.
+
+    `adapter` is the folder in which a run with adapters leaves them as peft has them.
 
     `notes` say what else was done for each micro-batch, and in plain PyTorch once for a batch.
 
@@ -124,6 +127,7 @@ class Result:
     resumed: int
     workdir: str
     weights_file: str
+    adapter: str | None = None
     preprocessing: str
     data_parts: str = ""
     preparation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -155,6 +159,19 @@ class Result:
         """
         load_into(model, self.weights_file)
         return model
+
+    def generate(self, prompts: Any, **options: Any) -> Any:
+        """Have the language model that was trained go on with texts: `lowmem_pnn.generate(result, prompts, ...)`.
+
+        Args:
+            prompts: a text, or several.
+            **options: as `lowmem_pnn.generate` takes them.
+
+        Returns:
+            What the model said: a text, or a list of texts.
+        """
+        # By its public name: what comes after training is above results.
+        return importlib.import_module("lowmem_pnn").generate(self, prompts, **options)
 
     def __str__(self) -> str:
         """Return the result for people; the last line names model size, budget and peak."""
@@ -207,6 +224,7 @@ class Result:
             )
         lines += [
             f"weights: {self.weights_file}",
+            *([f"adapter: {self.adapter} (peft's PeftModel.from_pretrained reads it)"] if self.adapter is not None else []),
             f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state), "
             f"budget {format_bytes(self.budget_bytes)}, peak {format_bytes(self.peak_bytes)}{self._saving()}",
         ]

@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 import platform
+from pathlib import Path
 from typing import Any
 
 from lowmem_pnn.config.defaults import training_facts
@@ -21,7 +22,9 @@ from lowmem_pnn.workload.data_form import DataForm
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
 
 
-def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, Any]], exits: list[dict[str, Any]]) -> Result:
+def make_result(
+    run: Run, profile: MemoryProfile, scores: dict[str, dict[str, Any]], exits: list[dict[str, Any]], adapter: Path | None
+) -> Result:
     """Return what a run has come to.
 
     Args:
@@ -29,6 +32,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         profile: costs of the model's layers.
         scores: scores by part of the data, `val` and `test`.
         exits: early exits, as `describe_exits` gives them.
+        adapter: folder of what has been learnt beside a frozen base; None where there is none.
     """
     workload, plan, state, device = run.workload, run.plan, run.state, run.session.device
     test, stopped, steps = scores.get("test", {}), state.stopped_after, state.stopped_step
@@ -106,6 +110,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         resumed=state.resumed,
         workdir=str(path),
         weights_file=str(path / "model.safetensors"),
+        adapter=None if adapter is None else str(adapter),
         preprocessing=workload.dataset.preprocessing,
         data_parts=workload.dataset.parts,
         preparation=workload.dataset.preparation,
