@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 
@@ -56,3 +57,15 @@ def stdout_is_ours() -> Iterator[None]:
     """What a user's model or data set prints goes to standard error: standard output is the result's alone."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+def announce(text: str) -> None:
+    """Tell people on standard error what begins now, before anything that takes long is imported."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that the result goes to; None where it goes elsewhere."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size((100, 24)).columns

@@ -226,7 +226,9 @@ class Residency:
         Args:
             writer: file with this partition's layout.
         """
-        tensors = {weight_key(name): tensor for name, tensor in (*self._parameters.items(), *self._buffers.items())}
+        # A buffer that an earlier partition holds too is at home there, and never changes.
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name not in self.owned_elsewhere}
+        tensors = {weight_key(name): tensor for name, tensor in (*self._parameters.items(), *buffers.items())}
         tensors.update({state_key(name, key): tensor for name, state in self._state.items() for key, tensor in state.items()})
         own = ((key, tensor) for key, tensor in tensors.items() if key in writer.entries)
         for key, host in overlapped_downloads((key, self._device.download(tensor.detach())) for key, tensor in own):

@@ -6,7 +6,7 @@ Nothing is kept of one token for the next (a chain of any layers has no cache of
 the whole rows. But each reading of the weights serves all prompts at once, and a model of one partition is read once for all tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -117,7 +117,6 @@ def generate_tokens(
     sampling: Sampling,
     seed: int,
     end: int | None,
-    on_token: Callable[[int], None] = lambda done: None,
 ) -> list[Continuation]:
     """Have a model go on with some texts.
 
@@ -129,7 +128,6 @@ def generate_tokens(
         sampling: How a token is chosen. The choices of a text are functions of (seed, its number, the token's number) alone.
         seed: Seed of the choices.
         end: Token after which a text is not gone on with; None for none.
-        on_token: Called after each sweep with the tokens that were said of each text so far.
 
     Raises:
         ConfigError: A prompt has no token, or one that the model does not know.
@@ -155,7 +153,6 @@ def generate_tokens(
                     texts[number].is_ended = True
                 else:
                     texts[number].tokens.append(token)
-            on_token(done + 1)
     return texts
 
 

@@ -39,7 +39,7 @@ from lowmem_pnn.workload import Workload
 from lowmem_pnn.workload.data_form import DataForm
 from lowmem_pnn.workload.inputs import Model
 from lowmem_pnn.workload.trained import trained_inputs, trained_source
-from lowmem_pnn.zoo.models import ModelSource
+from lowmem_pnn.zoo.model_source import ModelSource
 
 DEFAULT_NEW_TOKENS = 100
 
@@ -180,7 +180,10 @@ def generate_run(
         weights = build_weights(workload, plan, scratch / "weights", session.counter, trained=path / "model.safetensors")
         state = dataclasses.replace(State.first(workload, plan, ALONE), module_state=finished.state.module_state)
         run = Run(session, workload, plan, weights, state)
-        display.start_epoch(f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''}", 0, 1, max_new_tokens, 0)
+        display.stage(
+            f"going on with {len(prompts)} text{'s' if len(prompts) > 1 else ''}, {max_new_tokens:,} tokens at most, in rows of "
+            f"{rows.context:,}, {len(plan.partitions)} partition{'s' if len(plan.partitions) > 1 else ''}"
+        )
         began = time.monotonic()
         said = generate_tokens(
             run,
@@ -190,14 +193,9 @@ def generate_run(
             sampling=sampling,
             seed=seed,
             end=None if reader is None else reader.end,
-            on_token=lambda done: display.advance(done, device.used_bytes(), device.budget_bytes),
         )
         count = sum(len(text.tokens) + text.is_ended for text in said)
-        seconds = time.monotonic() - began
-        display.message(
-            f"{count:,} tokens in {seconds:.1f} s, rows of {rows.context:,}, {len(plan.partitions)} "
-            f"partition{'s' if len(plan.partitions) > 1 else ''}"
-        )
+        display.message(f"{count:,} tokens in {time.monotonic() - began:.1f} s")
         display.close()
         return [
             Generated(

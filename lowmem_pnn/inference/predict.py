@@ -76,7 +76,7 @@ def predict_run(
         check_trust(config, _not_run(config, data, model), path, trust=trust, again=False)
         config = with_budget(config, max_gpu_mem)
         source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.predict({str(path)!r}, data")
-        options = TargetOptions("own" if form.targets.kind == "own" else config.task, config.ignore_index)
+        options = TargetOptions("own" if form.targets.kind == "own" else config.target_task, config.ignore_index)
         opened = open_samples(data, part, config, form, source, finished.result.preparation, options, skip_broken=skip_broken)
         _tell(display, opened, finished.result)
         config, inputs = trained_inputs(config, form, source, opened.split, opened.split.targets)

@@ -18,7 +18,7 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     """Return the most bytes that the run directory will take, without the export.
 
     Frozen weights are there once. A visit rewrites one partition at a time. A sweep writes all of them, while the commit before is still
-    on its way to the drive: two more generations; and it keeps the boundary tensors of one batch.
+    on its way to the drive: two more generations; and it keeps the boundary tensors, and products, of one batch.
 
     Args:
         workload: Model, data and method.
@@ -48,7 +48,7 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
         batch = plan.partitions[-1].batch
         gradients += math.ceil(batch / plan.sweep_micro_batch) * profile.shared_bytes
         working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)
-        working += fixed_outputs_bytes(workload, plan)
+        working += fixed_outputs_bytes(workload, plan) + plan.kept_bytes
     export = sum(layer.weight_bytes + layer.buffer_bytes for layer in layers)
     if config.lora is not None:
         export += sum(layer.gradient_bytes for layer in layers)  # the adapter's own folder
@@ -85,6 +85,7 @@ def check_disk(workload: Workload, plan: Plan, profile: MemoryProfile) -> None:
     if limit is not None and needed > limit:
         fixed = fixed_outputs_bytes(workload, plan)
         cached = f", or --no-cache-frozen ({format_bytes(fixed)} less)" if fixed else ""
+        cached += f", or --recompute always ({format_bytes(plan.kept_bytes)} less)" if plan.kept_bytes else ""
         raise DiskError(
             f"the run needs up to {format_bytes(needed)} on disk, above --max-disk {format_bytes(limit)}; give more{cached}"
         )

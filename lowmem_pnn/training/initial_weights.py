@@ -1,6 +1,6 @@
 """Initial weights: the constructor's own values, written to the run's weight files without the model ever being whole in memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def build_weights(
     folder: Path,
     counter: IoCounter,
     trained: Path | None = None,
-    inspect: Callable[[nn.Module], None] = lambda model: None,
+    inspect: Callable[[nn.Module], None] | None = None,
 ) -> WeightStore:
     """Build the model in mapped files, and write each partition's share of it to a weight file of its own.
 
@@ -42,7 +42,7 @@ def build_weights(
         plan: partitions of the model, which get a file each.
         folder: folder of the new store; the mapped files are made beside it.
         counter: counter of the bytes read and written.
-        inspect: is shown the model as its constructor gives it, before anything is written.
+        inspect: is shown the model as its constructor gives it, before anything is written; None where nobody looks.
         trained: file of trained weights with the model's own names, whose values take the place of the constructor's.
 
     Returns:
@@ -55,21 +55,31 @@ def build_weights(
     chain = workload.chain
     layouts, constant = _layouts(workload, plan)
     folder.mkdir(parents=True, exist_ok=True)
+    # The constructor's values stand for what is in no file of weights: buffers that are not in the `state_dict`.
+    persistent = set(chain.persistent)
+    pretrained = workload.pretrained if trained is None else None
+    given = persistent if trained is not None else set() if pretrained is None else set(pretrained.names)
     with file_backed(folder) as files:
-        model = _build(workload)
-    inspect(model)
+        model = _build(workload, given)
     tensors: dict[str, Tensor] = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+    if inspect is not None:
+        if pretrained is not None and workload.source.give_values is not None:
+            # What would be compared are zeros else.
+            with pretrained.reading(folder) as read:
+                for name in pretrained.names.keys() & tensors.keys():
+                    flat = tensors[name].detach().view(-1)
+                    for start, values in read(name, (flat.dtype, tuple(tensors[name].shape))):
+                        flat[start : start + len(values)].copy_(values)
+                    files.evict(tensors[name])
+        inspect(model)
     unused = {weight_key(name): (tensors[name].dtype, tuple(tensors[name].shape)) for name in chain.unused}
     rest: dict[str, TensorLayout] = {**constant, **unused}
     store = WeightStore.create(folder, layouts, counter, rest=rest)
     homes: list[int | str] = [*range(len(layouts)), *(["rest"] if rest else [])]
     layouts_of = {key: layout for part in (*layouts, rest) for key, layout in part.items()}
-    # The constructor's values stand for what is in no file of weights: buffers that are not in the `state_dict`.
-    persistent = set(chain.persistent)
-    pretrained = workload.pretrained if trained is None else None
     with (
         nullcontext() if trained is None else TensorFile.open(trained, counter=counter, remedy=DAMAGED) as source,
         nullcontext() if pretrained is None else pretrained.reading(folder) as read,
@@ -84,8 +94,10 @@ def build_weights(
                         continue
                     if source is not None and name in persistent:
                         file.copy_from(key, source, name)
-                    elif read is not None and (values := read(name, layouts_of[key])) is not None:
-                        file.write_from(key, values)
+                    elif pretrained is not None and name in pretrained.names:
+                        assert read is not None
+                        for start, values in read(name, layouts_of[key]):
+                            file.write_elements(key, values, start)
                     else:
                         _check_layout(workload, name, tensors.get(name), layouts_of[key])
                         file.write_from(key, tensors[name].detach().contiguous())
@@ -94,10 +106,10 @@ def build_weights(
     return store
 
 
-def _build(workload: Workload) -> nn.Module:
-    """Build the model, and refuse a constructor that raises."""
+def _build(workload: Workload, given: Collection[str]) -> nn.Module:
+    """Build the model, but for tensors that get their values from elsewhere, and refuse a constructor that raises."""
     try:
-        return workload.build_model(workload.config.seed)
+        return workload.build_model(workload.config.seed, given)
     except Exception as error:  # whatever a user's constructor may raise
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
