@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowmem_pnn.api import evaluate, export, fit, load, load_weights, plan, predict
+    from lowmem_pnn.inference.generate import generate
     from lowmem_pnn.reporting.plan_report import PlanReport
     from lowmem_pnn.reporting.result import Result
     from lowmem_pnn.run.callbacks import Callback
@@ -17,6 +18,7 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
+    "generate",
     "load",
     "load_weights",
     "plan",
@@ -30,6 +32,7 @@ _HOMES = {
     "evaluate": "api",
     "export": "api",
     "fit": "api",
+    "generate": "inference.generate",
     "load": "api",
     "load_weights": "api",
     "plan": "api",

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from lowmem_pnn import __version__
+from lowmem_pnn.cli.generate_command import generate
 from lowmem_pnn.cli.options import (
     GroupedCommand,
     command_options,
@@ -26,7 +27,7 @@ from lowmem_pnn.cli.options import (
     run_options,
     trust_option,
 )
-from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, terminal_width
+from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, stdout_is_ours, terminal_width
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
 from lowmem_pnn.config.command import describe_command
 from lowmem_pnn.config.configure import configure
@@ -95,7 +96,7 @@ def fit(
         arguments = [*sys.argv[1:], *budget, *(["--workdir", str(chosen)] if workdir is None else [])]
         begin_supervisor(arguments, chosen)
     with _stop_on_signals() as should_stop:
-        with _stdout_is_ours():
+        with stdout_is_ours():
             from rich.console import Console
 
             from lowmem_pnn.reporting.progress import TerminalDisplay
@@ -133,7 +134,7 @@ def plan(no_timing: bool, budgets: str | None, as_json: bool, quiet: bool, debug
         configure(**command_options(options, sizes))  # faults come before anything is imported anew
         as_worker()
     config = configure(**command_options(options, sizes))
-    with _stdout_is_ours():
+    with stdout_is_ours():
         from lowmem_pnn.preview.preview import previews
         from lowmem_pnn.reporting.budget_table import describe_budgets
 
@@ -155,7 +156,7 @@ def plan(no_timing: bool, budgets: str | None, as_json: bool, quiet: bool, debug
 @output_options
 def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Measure the weights of a finished run on its test data, within its memory budget."""
-    with _stdout_is_ours():
+    with stdout_is_ours():
         from lowmem_pnn.api import evaluate as evaluate_run
 
         scores = evaluate_run(run, trust=trust)
@@ -202,7 +203,7 @@ def predict(
     debug: bool,
 ) -> None:
     """Predict samples by the model of a finished run, within its memory budget, one partition at a time."""
-    with _stdout_is_ours():
+    with stdout_is_ours():
         from rich.console import Console
 
         from lowmem_pnn.api import predict as predict_samples
@@ -234,6 +235,11 @@ def predict(
     ),
 )
 @click.option(
+    "--merge",
+    is_flag=True,
+    help="Weights as the model's own class has them: adapters (--lora) added in, frozen weights in smaller types decoded.",
+)
+@click.option(
     "--exit",
     "exit_",
     metavar="auto|K",
@@ -248,16 +254,18 @@ def predict(
 )
 @trust_option
 @output_options
-def export(run: Path, to: Any, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
+def export(
+    run: Path, to: Any, merge: bool, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool
+) -> None:
     """Write the model of a finished run, up to one of its exits, for plain PyTorch or for others."""
-    with _stdout_is_ours():
+    with stdout_is_ours():
         from lowmem_pnn.api import export as export_run
 
-        report = export_run(run, to=to, exit=exit_, out=out, trust=trust)
+        report = export_run(run, to=to, merge=merge, exit=exit_, out=out, trust=trust)
     if to is not None and report["largest_difference"] is None:
         click.echo("not compared: onnxruntime is not installed; run: pip install 'lowmem-pnn[onnx]'", err=True)
     text = json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items())
-    print_result(text, f"the model is in {Path(report['program' if to is None else 'file']).parent}")
+    print_result(text, f"the model is in {Path(report.get('file') or report['program']).parent}")
 
 
 @cli.command()
@@ -276,6 +284,9 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool,
     chosen = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     write_page(runs, chosen)
     print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
+
+
+cli.add_command(generate)
 
 
 def _numbers(scores: Mapping[str, Any]) -> str:
@@ -328,13 +339,6 @@ def _judge(error: Exception, text: str) -> tuple[int, str]:
     if isinstance(error, OSError) and is_refusal(error):
         return DiskError.exit_code, str(disk_error(Path(error.filename or "."), error, "go on"))
     return 1, f"a fault of its own: {text}"
-
-
-@contextlib.contextmanager
-def _stdout_is_ours() -> Iterator[None]:
-    """What a user's model or data set prints goes to standard error: standard output is the result's alone."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
 
 
 @contextlib.contextmanager

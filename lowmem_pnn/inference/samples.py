@@ -237,10 +237,8 @@ def _spec(text: str, form: DataForm) -> str:
 
 def _root(spec: str) -> Path | None:
     kind, _, place = spec.partition(":")
-    path = Path(place)
-    if kind not in ("imagefolder", "segmentation"):
-        return None
-    return path.parent if path.is_file() else path
+    path = Path(place).parent if Path(place).is_file() else Path(place)
+    return path if kind in ("imagefolder", "segmentation") else None
 
 
 def _own_parts(config: FitConfig, form: SampleForm) -> tuple[dict[str, OpenPart], str]:

@@ -35,6 +35,8 @@ class ResultFields:
 
     `notes` say what else was done for each micro-batch, and in plain PyTorch once for a batch.
 
+    `adapter` is the folder in which a run with adapters leaves them as peft has them.
+
     `module_state` holds Python attributes of modules that forwards changed, as they were at the end: they are not in `weights_file`.
 
     `scores` holds what the trained model reaches on the parts `val` and `test`, as far as there are such and the task has such scores:
@@ -111,6 +113,7 @@ class ResultFields:
     workdir: str
     weights_file: str
     transformers_folder: str | None = None
+    adapter: str | None = None
     preprocessing: str
     data_parts: str = ""
     preparation: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -72,7 +72,10 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
             f"{format_bytes(abs(more))} {'more' if more > 0 else 'less'}"
         )
     folder = "" if result.transformers_folder is None else f"; for transformers: {result.transformers_folder}"
-    lines += [f"weights: {result.weights_file}{folder}", "", *summary(result)]
+    lines.append(f"weights: {result.weights_file}{folder}")
+    if result.adapter is not None:
+        lines.append(f"adapter: {result.adapter} (peft's PeftModel.from_pretrained reads it)")
+    lines += ["", *summary(result)]
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ class FinishedRun:
     """Finished run, all of whose files are as it left them.
 
     Args:
-        config: options of the run.
+        config: options of the run, and which modules have learnt whole beside adapters.
         state: its last state.
         result: what it came to.
     """
@@ -46,7 +46,12 @@ def open_finished(rundir: RunDirectory) -> FinishedRun:
     config = stored_config(rundir)
     if state.stage != "done":
         raise CheckpointError(f"{rundir.path} has not finished; {resume_command(config, rundir.path)} goes on with it")
-    return FinishedRun(_with_kept_model(config, rundir.path), state, read_result(rundir.path, state))
+    result = read_result(rundir.path, state)
+    if config.lora is not None and config.modules_to_save is None and (new := result.weights.get("new")):
+        # What had no pretrained values has learnt whole beside the adapters: 'head.weight (10, 64)'.
+        modules = dict.fromkeys(str(one).partition(" ")[0].rpartition(".")[0] for one in new)
+        config = dataclasses.replace(config, modules_to_save=tuple(name for name in modules if name) or None)
+    return FinishedRun(_with_kept_model(config, rundir.path), state, result)
 
 
 def _with_kept_model(config: FitConfig, path: Path) -> FitConfig:

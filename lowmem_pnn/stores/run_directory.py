@@ -9,6 +9,7 @@
       weights/ activations/ scratch.XXXXXXXX/ deleted when the run is done
       model.safetensors result.json
       hf/                   the trained model as transformers loads it, of a model of transformers
+      adapter/              of a run with adapters: what it has learnt, as peft has it
 
 A commit: new bytes lie in files of their own, on the drive; then the journal is written under another name, synced, and renamed; then
 files that no journal names are deleted. What is not in the journal did not happen. A folder without a journal is no run.

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lowmem_pnn.adapters.adapter_folder import write_adapter
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.loaders import Loader
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, DataError
 from lowmem_pnn.evaluation.exits import HEADS_FILE, describe_exits, head_names
 from lowmem_pnn.evaluation.measure import measure, validate
+from lowmem_pnn.exporting.transformers_folder import write_folder
 from lowmem_pnn.methods import SplitName
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
@@ -39,7 +41,6 @@ from lowmem_pnn.training.parity import compare
 from lowmem_pnn.training.preflight import check_tightest
 from lowmem_pnn.training.program import carry_out
 from lowmem_pnn.training.result import make_result
-from lowmem_pnn.training.transformers_folder import write_folder
 from lowmem_pnn.workload import Workload
 
 _MEASURED = {"val": "validated", "test": "tested"}
@@ -191,13 +192,14 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     left = [run.weights.export(rundir.path / "model.safetensors", chain.persistent, chain.owners, versions)]
     if workload.method.learns_per_layer:
         left.append(run.weights.export(rundir.path / HEADS_FILE, head_names(chain)))
+    adapter = write_adapter(rundir.path, chain, workload.config, run.weights) if workload.config.lora is not None else None
     layer_accuracies: list[float | None] = []
     scores = _scores(run, layer_accuracies)
     exits: list[dict[str, Any]] = []
     if workload.method.learns_per_layer:
         exits = describe_exits(run, layer_accuracies or [None] * len(chain.layers))
     run.metrics.update_totals()
-    result = make_result(run, profile, scores, exits)
+    result = make_result(run, profile, scores, exits, adapter)
     text = (result.to_json() + "\n").encode()
     write_durably(rundir.path / "result.json", text)
     left.append(CommittedFile("result.json", hashlib.sha256(text).hexdigest(), len(text)))
