@@ -21,15 +21,17 @@ from torch import Tensor, fx, nn
 from lowmem_pnn.errors import CaptureError, ConfigError
 from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, OutputForm
 from lowmem_pnn.model.call_form import TensorSpec as TensorSpec
-from lowmem_pnn.model.copies import copy_structure
+from lowmem_pnn.model.copies import copy_structure, without_cache
 from lowmem_pnn.model.dataflow import trace_and_flow
-from lowmem_pnn.model.fake_model import Setting, run_model, uses_checkpointing
+from lowmem_pnn.model.dispatch_modes import KnownWrittenError
+from lowmem_pnn.model.fake_model import ModelRun, Setting, run_model, uses_checkpointing
 from lowmem_pnn.model.layer import Layer, python_state_of, set_python_state
 from lowmem_pnn.model.modes import read_modes
 from lowmem_pnn.model.opening import LARGE_SHARE, weight_bytes
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.precision import FULL_PRECISION, Precision
 from lowmem_pnn.model.python_state import Attribute
+from lowmem_pnn.model.recomputed import unchanged_buffers
 from lowmem_pnn.model.supported import check_model, check_overrides, tensors_by_name, versions_of
 
 
@@ -50,7 +52,8 @@ class Chain:
     """Groups of names, in `state_dict` order, that are one and the same tensor."""
 
     tied_ranges: tuple[tuple[int, int], ...]
-    """Pairs (first, last) of layers that use one tensor, first < last: no partition may start at first + 1 to last."""
+    """Pairs (first, last) of layers that use one tensor, first < last: no partition may start at first + 1 to last. Buffers that no
+    forward changes do not count: each layer has its own."""
 
     unused: tuple[str, ...]
     """Frozen parameters, and buffers, that no layer holds under any name."""
@@ -250,13 +253,18 @@ def capture(
     """
     names = tensors_by_name(model)
     check_model(model, names)
+    model = without_cache(model)
     modes = read_modes(model)
     if modes.frozen:
         model = _with_frozen(model, names, modes.frozen)
         names = tensors_by_name(model)
     specs = specs if isinstance(specs, tuple) else (specs,)
     setting = Setting(specs, precision, 2, True, call or CallForm.positional(len(specs)), learns_from)
-    runs = [run_model(model, replace(setting, batch=batch, training=mode)) for batch, mode in ((2, True), (3, True), (2, False))]
+    try:
+        runs = _runs(model, setting)
+    except KnownWrittenError:
+        setting = replace(setting, values=False)
+        runs = _runs(model, setting)
     kept, left = (frozenset[Attribute]().union(*sets) for sets in zip(*((run.kept, run.left) for run in runs), strict=True))
     try:
         closed = {
@@ -282,6 +290,7 @@ def capture(
         for name, tensor in names.items()
         if tensor.requires_grad and name not in idle and (found := ParameterHooks.of(tensor))
     }
+    free = unchanged_buffers(model, runs)
     frozen = {id(names[name]): nn.Parameter(names[name].detach(), False) for name in idle}
 
     def cut(cuts: Sequence[int]) -> Chain:
@@ -315,7 +324,9 @@ def capture(
             layers=tuple(layers),
             boundaries=tuple(tuple(TensorSpec(*spec) for spec in boundary) for boundary in flow.boundaries(cuts)),
             ties=tuple(tuple(group) for group in groups.values() if len(group) > 1),
-            tied_ranges=tuple(sorted({(users[0], users[-1]) for users in held.values() if users[0] < users[-1]})),
+            tied_ranges=tuple(
+                sorted({(users[0], users[-1]) for tensor, users in held.items() if users[0] < users[-1] and tensor not in free})
+            ),
             unused=tuple(name for name, tensor in names.items() if id(tensor) not in held),
             persistent=tuple(model.state_dict(keep_vars=True)),
             written=frozenset().union(*(run.written for run in runs)),
@@ -328,6 +339,11 @@ def capture(
     coarse = flow.cuts_between_blocks()
     chain = cut(flow.cuts)
     return chain if coarse == flow.cuts else replace(chain, between_blocks=cut(coarse))
+
+
+def _runs(model: nn.Module, setting: Setting) -> list[ModelRun]:
+    """Run a model with two batch sizes, and in both modes."""
+    return [run_model(model, replace(setting, batch=batch, training=mode)) for batch, mode in ((2, True), (3, True), (2, False))]
 
 
 def _say_what_is_whole(model: nn.Module, layers: Iterable[Layer], stopped: Mapping[str, str]) -> None:

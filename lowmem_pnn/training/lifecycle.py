@@ -30,6 +30,7 @@ from lowmem_pnn.stores.keys import VERSIONS_KEY, CommittedFile
 from lowmem_pnn.stores.run_directory import way_back
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.tasks import Scores
+from lowmem_pnn.training.header import describe_start
 from lowmem_pnn.training.initial_weights import build_weights, check_layouts
 from lowmem_pnn.training.join import forget
 from lowmem_pnn.training.mixing import find_mixing
@@ -64,6 +65,7 @@ def run_to_end(
         run = _begin(session, workload, profile, state, seconds_of)
     else:
         run = Run(session, workload, Plan.from_json(state.plan), _open_committed(session, workload, state), state)
+    session.display.header(describe_start(run, profile))
     session.callbacks.tell("on_fit_start", _told_at_start(run))
     carry_out(run)
     if state.rank:
@@ -77,7 +79,6 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
     """Build the initial weights for a plan that has been checked on the device, and commit them."""
     device, display = session.device, session.display
     plan = Plan.from_json(state.plan)
-    display.message(f"building {workload.source.spec}")
     missing = 0
     compared: Literal["yes", "no"] = "no"
     mixing: dict[str, int] = {}
@@ -87,6 +88,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
 
     def inspect_once(model: nn.Module) -> None:
         nonlocal compared, mixing
+        display.stage("comparing the model with its layers")
         with session.rundir.scratch() as folder:  # by its name what a kill leaves of it is known
             compared = compare(workload, model, folder, display.message)
         mixing = find_mixing(workload, model, display.message)
@@ -97,7 +99,8 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
             )
 
     for attempt in range(_MAX_PLANS):
-        inspect = inspect_once if workload.config.compare and not attempt else _nothing
+        display.stage(f"building {workload.source.spec}")
+        inspect = inspect_once if workload.config.compare and not attempt else None
         weights = build_weights(workload, plan, session.rundir.path / "weights", session.counter, inspect=inspect)
         run = Run(session, workload, plan, weights, state)
         if mixing and not attempt and (mixed := _plan_with_mixing(request(), seconds_of, next(iter(mixing)))) != plan:
@@ -105,6 +108,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
             display.message(f"planned again: {next(iter(mixing))} mixes the samples of a batch, and is to see many")
             run.replan(plan)
             continue
+        display.stage("checking one step")
         check = check_tightest(run, profile)
         # What the check found beyond the plan comes on top of all that the plan foresees, reading too.
         expected = plan.predicted_peak_bytes + plan.waiting_bytes + max(0, check.unexplained_bytes)
@@ -140,10 +144,6 @@ def _plan_with_mixing(request: PlanRequest, seconds_of: SecondsOf, module: str) 
         ) from None
 
 
-def _nothing(model: nn.Module) -> None:
-    """Look at nothing: the model was compared before, or is not to be."""
-
-
 def _open_committed(session: Session, workload: Workload, state: State) -> WeightStore:
     """Open the weights of the last commit, every byte of them and of its activations checked; drop what no commit names."""
     rundir, counter, plan = session.rundir, session.counter, Plan.from_json(state.plan)
@@ -169,6 +169,7 @@ def _open_committed(session: Session, workload: Workload, state: State) -> Weigh
 def _finish(run: Run, profile: MemoryProfile) -> Result:
     """Test, export, write the result, and only then mark the run as done."""
     workload, rundir = run.workload, run.session.rundir
+    run.session.display.stage("measuring and writing the trained model")
     # Without the stores of boundaries the export fits on the disk.
     run.forget_stores()
     run.commits.commit()
