@@ -9,6 +9,7 @@ The budget is kept in three steps, each for allocations that the step before it 
 `is_out_of_memory` recognises the failures of the last two; the executor then undoes the batch and halves the micro-batch.
 """
 
+import re
 import sys
 import threading
 from collections import deque
@@ -33,6 +34,9 @@ _OUT_OF_MEMORY_TEXTS = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "NVML_SUCCESS == r INTERNAL ASSERT",
 )
+# How oneDNN says that it has no kernel: of recurrent layers in bfloat16 and float16 on processors without instructions for these types.
+# Other operations have kernels of PyTorch's own there.
+_NO_KERNEL = re.compile(r"could not create a primitive descriptor for the .*(RNN|LSTM|GRU|AUGRU) ")
 
 
 class OverBudget(MemoryError):
@@ -47,7 +51,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+    text = str(error)
+    return (
+        isinstance(error, RuntimeError) and any(known in text for known in _OUT_OF_MEMORY_TEXTS) and not _NO_KERNEL.search(text)
+    )
+
+
+def why_it_failed(error: BaseException) -> str:
+    """Say in one line why a model failed on the device, and what to do.
+
+    Args:
+        error: an exception that is not for want of memory.
+    """
+    if isinstance(error, RuntimeError) and (found := _NO_KERNEL.search(str(error))):
+        return f"this processor has no kernel for its {found[1]} in the type that it computes in; give --precision fp32"
+    reason = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {reason}; mend its forward"
 
 
 def reserve_bytes_of(budget_bytes: int) -> int:
