@@ -4,16 +4,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowmem_pnn.api import evaluate, export, fit, load, load_weights, plan, predict
+    from lowmem_pnn.contenders.bench import bench
+    from lowmem_pnn.contenders.bench_report import BenchReport
     from lowmem_pnn.reporting.plan_report import PlanReport
     from lowmem_pnn.reporting.result import Result
     from lowmem_pnn.run.callbacks import Callback
 
 __version__ = "0.1.0"
 __all__ = [
+    "BenchReport",
     "Callback",
     "PlanReport",
     "Result",
     "__version__",
+    "bench",
     "evaluate",
     "export",
     "fit",
@@ -24,9 +28,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BenchReport": "contenders.bench_report",
     "Callback": "run.callbacks",
     "PlanReport": "reporting.plan_report",
     "Result": "reporting.result",
+    "bench": "contenders.bench",
     "evaluate": "api",
     "export": "api",
     "fit": "api",

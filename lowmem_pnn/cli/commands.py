@@ -12,11 +12,12 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from lowmem_pnn import __version__
+from lowmem_pnn.cli.bench_command import bench
 from lowmem_pnn.cli.options import (
     GroupedCommand,
     command_options,
@@ -278,6 +279,9 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool,
     print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
 
 
+cli.add_command(bench)
+
+
 def _numbers(scores: Mapping[str, Any]) -> str:
     """Return the scores that are numbers; tables are for --json."""
     return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, int | float))
@@ -298,23 +302,28 @@ def main() -> None:
         context = error.ctx if isinstance(error, click.UsageError) else None
         command = context.command_path if context is not None else "lowmem-pnn"
         text = error.format_message().rstrip(".").replace(". ", "; ")
-        print(f"lowmem-pnn: {text[:1].lower()}{text[1:]}; {command} --help lists what there is", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(f"{text[:1].lower()}{text[1:]}; {command} --help lists what there is", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print("lowmem-pnn: stopped", file=sys.stderr)
-        sys.exit(130)
+        _fail("stopped", 130)
     except LowMemError as error:
         if debug:
             traceback.print_exc()
-        print(f"lowmem-pnn: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code, getattr(error, "enough_bytes", None))
     except Exception as error:
         if debug:
             traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         code, text = _judge(error, text)
-        print(f"lowmem-pnn: {text}; run again with --debug for the traceback", file=sys.stderr)
-        sys.exit(code)
+        _fail(f"{text}; run again with --debug for the traceback", code)
+
+
+def _fail(text: str, code: int, enough_bytes: int | None = None) -> NoReturn:
+    """Say in a line what went wrong, with --json as JSON on standard output too, and exit."""
+    print(f"lowmem-pnn: {text}", file=sys.stderr)
+    if "--json" in sys.argv:
+        with contextlib.suppress(DiskError):
+            print_result(json.dumps({"schema_version": 1, "error": text, "exit_code": code, "enough_bytes": enough_bytes}))
+    sys.exit(code)
 
 
 def _judge(error: Exception, text: str) -> tuple[int, str]:

@@ -41,8 +41,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "max_gpu_mem", "budgets", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm", "loss_chunk",
         "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
+    "Contenders": ("methods", "baselines", "steps"),
     "Output": (
-        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "as_json", "quiet", "debug",
+        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "csv_file", "html_file",
+        "as_json", "quiet", "debug",
         "help", "_click_default_help",  # the name differs between versions of click
     ),
 }  # fmt: skip

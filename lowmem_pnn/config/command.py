@@ -24,8 +24,17 @@ def fit_command(config: FitConfig) -> str:
         >>> fit_command(FitConfig(max_gpu_mem="1GB", model="mlp:64-10", data="digits", epochs=3, compare=False))
         'lowmem-pnn fit --max-gpu-mem 1GB --model mlp:64-10 --data digits --method pnn --epochs 3 --no-compare'
     """
+    return shlex.join(["lowmem-pnn", "fit", *option_words(config)])
+
+
+def option_words(config: FitConfig) -> list[str]:
+    """Return options as a command line takes them, those left out that are as by default.
+
+    Args:
+        config: options of the run.
+    """
     default = FitConfig(max_gpu_mem=config.max_gpu_mem, model=config.model, data=config.data)
-    words = ["lowmem-pnn", "fit"]
+    words: list[str] = []
     for name in (*_ALWAYS, *(name for name in field_names() if name not in (*_ALWAYS, *_LEFT_OUT))):
         value = getattr(config, name)
         if name not in _ALWAYS and value == getattr(default, name):
@@ -36,7 +45,7 @@ def fit_command(config: FitConfig) -> str:
             words += [part for key, each in value.items() for part in (flag(name), f"{key}={each}")]
         else:
             words += [flag(name), exact_size(value) if name in SIZES else as_typed(value)]
-    return shlex.join(words)
+    return words
 
 
 def describe_command(config: FitConfig | None, workdir: Path) -> str:
