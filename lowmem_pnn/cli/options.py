@@ -39,7 +39,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Budget": (
         "max_gpu_mem", "budgets", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm", "loss_chunk",
-        "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
+        "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Contenders": ("methods", "baselines", "steps"),
     "Output": (
@@ -63,6 +63,7 @@ _METAVARS = {
     "budget_scope": "process|allocator", "lr_schedule": "constant|linear|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
     "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
+    "recompute": "auto|always|never",
     "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "task": "auto|classification|multilabel|regression|segmentation",
     "early_stop": "N", "keep_weights": "last|best", "monitor": "NAME", "eval_every": "STEPS", "time_limit": "TIME",
     "loss": "NAME", "class_weights": "X,...|balanced", "ignore_index": "N", "val_data": "NAME", "test_data": "NAME",

@@ -5,7 +5,13 @@ CODE_FIELDS = ("model", "data", "val_data", "test_data", "loss")
 
 # What stands before the colon where no code is named.
 _DATA = ("npz", "imagefolder", "text", "jsonl", "tokens", "csv", "parquet", "segmentation", "hfdata", "python")
-_BUILT_IN = {"model": ("mlp", "gpt", "timm", "python"), "data": _DATA, "val_data": _DATA, "test_data": _DATA, "loss": ("python",)}
+_BUILT_IN = {
+    "model": ("mlp", "gpt", "timm", "hf", "python"),
+    "data": _DATA,
+    "val_data": _DATA,
+    "test_data": _DATA,
+    "loss": ("python",),
+}
 
 
 def names_code(field: str, spec: str | None) -> bool:

@@ -14,6 +14,7 @@ from lowmem_pnn.config.defaults import is_language, training_defaults
 from lowmem_pnn.config.faults import describe_fault, flag
 from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, field_names
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS, ROWS_OF_TEXT
+from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS, has_weights, is_transformers, place_of
 from lowmem_pnn.errors import ConfigError, UnitError
 from lowmem_pnn.units import MEGABYTE
 
@@ -144,8 +145,12 @@ def configure(**given: Any) -> FitConfig:
     values = {"data_root": Path("data").absolute(), **given}
     if "model" not in given and "data" not in given:
         values = {**DEMONSTRATION, **values}
-    pretrained = given.get("weights") not in (None, "none")
-    values = {**training_defaults(pretrained=pretrained, language=is_language(values)), **values}
+    model = str(values.get("model", ""))
+    if "weights" not in given and has_weights(model):
+        values["weights"] = "default"
+    pretrained = values.get("weights") not in (None, "none")
+    defaults = training_defaults(pretrained=pretrained, language=is_language(values), transformers=is_transformers(model))
+    values = {**defaults, **values}
     if given.get("lora") is not None:
         values = {**values, **DEFAULTS_WITH_ADAPTERS, **given}
     config = checked(values)
@@ -226,6 +231,8 @@ def contradictions(config: FitConfig) -> list[str]:
             for name in ("epochs", "batch_size", "shuffle")
             if getattr(config, name) != "auto" and len(getattr(config, name)) > 1
         ]
+    if config.task in TRANSFORMERS_TASKS and not is_transformers(config.model):
+        faults.append(f"--task {config.task} is the head of an hf: model, and --model is {config.model}; leave it out")
     if config.freeze and config.train_only:
         faults.append("--freeze and --train-only exclude each other; give one")
     if config.lora is not None and (config.freeze or config.train_only):
@@ -269,6 +276,8 @@ def contradictions(config: FitConfig) -> list[str]:
         faults.append("--recovery-epochs has no effect here: it needs --method pnn, exact or backprop")
     if config.method == "neuroflux" and config.loss_chunk is not None:
         faults.append("--loss-chunk has no effect here: every unit of --method neuroflux has a loss of its own")
+    if config.recompute != "auto" and config.method != "exact" and not config.recovery_epochs:
+        faults.append("--recompute has no effect here: it needs --method exact, or --recovery-epochs")
     if config.max_steps is not None and config.recovery_epochs:
         faults.append("--max-steps ends training, and --recovery-epochs goes on after it; give one")
     if config.min_lr > max(config.lr):
@@ -312,6 +321,8 @@ def _absolute(name: str, value: Any) -> Any:
     kind, colon, path = value.partition(":")
     if name not in ("model", "loss") and kind in _FILE_KINDS and path:
         return f"{kind}:{_full(path)}"
+    if name == "model" and kind == "hf":
+        return value if (place := place_of(value)) is None else f"{kind}:{_full(place)}"
     if kind == "hfdata" and path:
         # A folder, or else a name on the hub.
         return f"{kind}:{_full(path)}" if _full(path).is_dir() else value

@@ -7,6 +7,7 @@ from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.finetuning_options import DEFAULTS_WITH_WEIGHTS
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS
+from lowmem_pnn.config.transformers_place import is_about_text
 
 # What Hugging Face's trainers take for such models (transformers' TrainingArguments, TRL's SFTConfig), but for clipping theirs alike.
 _FINE_TUNING_LANGUAGE: Mapping[str, Any] = {
@@ -14,19 +15,20 @@ _FINE_TUNING_LANGUAGE: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def training_defaults(*, pretrained: bool, language: bool) -> dict[str, Any]:
+def training_defaults(*, pretrained: bool, language: bool, transformers: bool = False) -> dict[str, Any]:
     """Return the options of a training that nobody gave, where they are not those of `FitConfig`.
 
     Args:
         pretrained: Whether training begins with pretrained weights.
-        language: Whether the next token of a text is learnt.
+        language: Whether the model is one of tokens.
+        transformers: Whether it is one of transformers.
 
     Example:
         >>> training_defaults(pretrained=True, language=False)
         {'method': 'exact', 'epochs': (3,)}
     """
     if not pretrained:
-        return {}
+        return {"method": "exact"} if transformers else {}
     return {**DEFAULTS_WITH_WEIGHTS, **(_FINE_TUNING_LANGUAGE if language else {})}
 
 
@@ -69,10 +71,10 @@ def training_words(config: FitConfig) -> str:
 
 
 def is_language(options: Mapping[str, Any]) -> bool:
-    """Decide whether options, as they were given, are about the next token of a text.
+    """Decide whether options, as they were given, are about a model of tokens.
 
     Args:
         options: fields of `FitConfig`.
     """
     kind = str(options.get("data", "")).partition(":")[0]
-    return kind in LANGUAGE_KINDS or options.get("tokenizer") is not None
+    return kind in LANGUAGE_KINDS or options.get("tokenizer") is not None or is_about_text(str(options.get("model", "")))

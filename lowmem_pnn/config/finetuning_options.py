@@ -52,9 +52,10 @@ class FineTuningOptions:
     weights: Annotated[str | None, BeforeValidator(_text_of_path)] = Field(
         default=None,
         description=(
-            "Pretrained weights that training begins with. default: torchvision's or timm's own, downloaded. FILE: safetensors, an index "
-            "of shards (*.safetensors.index.json), or a state_dict by torch.save (.pt, .pth, .bin). DIR: a folder with one, such as a "
-            "run's. none: random values. With weights the defaults are --method exact and --epochs 3."
+            "Pretrained weights that training begins with. default: torchvision's or timm's own, downloaded; for hf: models those that come "
+            "with them, also where this option is left out. FILE: safetensors, an index of shards (*.safetensors.index.json), or a "
+            "state_dict by torch.save (.pt, .pth, .bin). DIR: a folder with one, such as a run's. none: random values. With weights the "
+            "defaults are --method exact and --epochs 3."
         ),
     )
 

@@ -62,7 +62,8 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
     model: str = Field(
         description=(
             "mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,heads=N,context=N, cifar-resnet18, cifar-vgg11, cifar-vgg16, "
-            "cifar-mobilenetv2, a torchvision name, timm:NAME, package.module:factory, or file.py:factory."
+            "cifar-mobilenetv2, a torchvision name, timm:NAME, hf:DIR, hf:CONFIG.json, hf:NAME, package.module:factory, or "
+            "file.py:factory."
         )
     )
     model_arg: dict[str, Any] = Field(
@@ -123,6 +124,13 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
         description=(
             "Step each layer's weights during backward, as soon as its gradients are complete, so that only one layer's gradients are "
             "in memory; only where a batch goes through at once."
+        ),
+    )
+    recompute: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description=(
+            "Sweeps: whether matrix products, convolutions and attention of the first forward are computed again for the backward, or "
+            "kept in a file (within --max-disk). auto: kept where that is faster, by built-in estimates."
         ),
     )
     optimizer_state: Literal["fp32", "bf16", "int8"] = Field(

@@ -1,12 +1,13 @@
 """Options of the task: what is predicted, by which loss. No torch here: the command line reads this file to print its help."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from lowmem_pnn.config.field_types import Positive
+from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS
 
 
 def _weights(value: Any) -> Any:
@@ -17,6 +18,13 @@ def _weights(value: Any) -> Any:
     return tuple(value) if isinstance(value, Iterable) else value  # which is refused by name
 
 
+Task = Literal[
+    "auto", "classification", "multilabel", "regression", "segmentation",
+    "causal-lm", "masked-lm", "sequence-classification", "image-classification",
+]  # fmt: skip
+
+TargetTask = Literal["auto", "classification", "multilabel", "regression", "segmentation"]
+
 ClassWeights = Annotated[tuple[Positive, ...] | Literal["balanced"] | None, BeforeValidator(_weights)]
 
 
@@ -24,11 +32,12 @@ ClassWeights = Annotated[tuple[Positive, ...] | Literal["balanced"] | None, Befo
 class TaskOptions:
     """Options of the task."""
 
-    task: Literal["auto", "classification", "multilabel", "regression", "segmentation"] = Field(
+    task: Task = Field(
         default="auto",
         description=(
             "What is predicted. auto: what the targets of the data look like. classification: one class for each sample, or token. "
-            "multilabel: 0 or 1 for each of several labels. regression: numbers. segmentation: a class for each pixel."
+            "multilabel: 0 or 1 for each of several labels. regression: numbers. segmentation: a class for each pixel. For hf: models the "
+            "head, by default that of their configuration: causal-lm, masked-lm, sequence-classification, image-classification."
         ),
     )
     loss: Annotated[str, Field(pattern=r"^(auto|cross-entropy|bce|mse|l1|smooth-l1|huber|[^:]+:.+)$")] = Field(
@@ -53,3 +62,8 @@ class TaskOptions:
         default=None,
         description="Class number that loss and scores leave out; by default -100, as in PyTorch, and 255 in masks.",
     )
+
+    @property
+    def target_task(self) -> TargetTask:
+        """What the targets of the data are said to be; what a head of transformers is for, they show themselves."""
+        return "auto" if self.task in TRANSFORMERS_TASKS else cast(TargetTask, self.task)

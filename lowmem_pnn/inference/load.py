@@ -23,7 +23,7 @@ from lowmem_pnn.workload import Workload, make_workload
 from lowmem_pnn.workload.data_form import DataForm
 from lowmem_pnn.workload.inputs import Model, named_inputs, without_weights
 from lowmem_pnn.workload.trained import trained_source, trained_workload
-from lowmem_pnn.zoo.models import ModelSource
+from lowmem_pnn.zoo.model_source import ModelSource
 
 # Models that runs of this process were started with, by the run's folder.
 _GIVEN: dict[Path, Callable[[], Model | None]] = {}

@@ -78,7 +78,7 @@ def predict_run(
         if max_gpu_mem is not None:
             config = checked({**_values(config), "max_gpu_mem": max_gpu_mem})
         source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.predict({str(path)!r}, data")
-        options = TargetOptions("own" if form.targets.kind == "own" else config.task, config.ignore_index)
+        options = TargetOptions("own" if form.targets.kind == "own" else config.target_task, config.ignore_index)
         opened = open_samples(data, part, config, form, source, finished.result.preparation, options, skip_broken=skip_broken)
         _tell(display, opened, finished.result)
         config, inputs = trained_inputs(config, form, source, opened.split, opened.split.targets)

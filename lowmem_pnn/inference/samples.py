@@ -31,7 +31,7 @@ from lowmem_pnn.sources.subsets import as_floats, files_of
 from lowmem_pnn.sources.targets import TargetOptions, Targets
 from lowmem_pnn.workload.data_form import DataForm
 from lowmem_pnn.workload.parts import SampleForm, open_apart, open_source, resize_of, split_data
-from lowmem_pnn.zoo.models import ModelSource
+from lowmem_pnn.zoo.model_source import ModelSource
 
 PartName = Literal["train", "val", "test", "all"]
 """Part of the data that is predicted."""
@@ -186,7 +186,7 @@ def open_samples(
     text = isinstance(data, str | Path)
     spec = _spec(str(data), form) if text else config.data
     steps, root = "", None
-    sample_form = SampleForm(source.input_form, source.context, options)
+    sample_form = SampleForm(source.input_form, source.context, options, source.tokenizer)
     fixed = spec in ("digits", *DOWNLOADED) or spec.startswith("text:")
     if skip_broken and fixed and (text or data is None):
         raise ConfigError(f"--skip-broken has no effect here: data {spec} has no broken samples; leave it out")

@@ -1,5 +1,6 @@
 """Matching of pretrained weights with a model: which tensor goes where, what is new, and what does not fit, all of it at once."""
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from lowmem_pnn.quantization.stored_weights import StoredPart, stored_parts
 from lowmem_pnn.stores.header import TensorLayout, describe
 from lowmem_pnn.zoo.library_models import PretrainedValues
 
+# Values that are read at once, so that no tensor is whole in memory: 16 MB of float32.
+_PIECE = 1 << 22
 # What training wrappers put before every name.
 _PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "model.")
 _MOST_NAMED = 4
@@ -44,10 +47,10 @@ class PretrainedWeights:
     stored: Mapping[str, StoredPart] = field(default_factory=dict)
 
     @contextmanager
-    def reading(self, folder: Path) -> Iterator[Callable[[str, TensorLayout], Tensor | None]]:
-        """Return a context with a function that reads one tensor, in the model's type, by its name in the model and its layout.
+    def reading(self, folder: Path) -> Iterator[Callable[[str, TensorLayout], Iterator[tuple[int, Tensor]]]]:
+        """Return a context with a function that reads a tensor of `names` by its name in the model and its layout, in the model's type.
 
-        The function returns None for what keeps the constructor's value.
+        The function yields pieces of it: the number of the first element, and elements, flat.
 
         Args:
             folder: folder of files that are mapped meanwhile.
@@ -55,22 +58,25 @@ class PretrainedWeights:
         Raises:
             ConfigError: a tensor that no layer holds has another shape.
         """
+        layouts = self.values.layouts()
         with self.values.reading(folder) as read:
 
-            def read_as(name: str, layout: TensorLayout) -> Tensor | None:
-                if name not in self.names:
-                    return None
-                part = self.stored.get(name)
+            def pieces(name: str, layout: TensorLayout) -> Iterator[tuple[int, Tensor]]:
+                part, own = self.stored.get(name), self.names[name]
                 dtype, shape = layout if part is None else (part.form.dtype, part.form.shape)
-                tensor = read(self.names[name])
-                if tuple(tensor.shape) != shape:
-                    found = describe(tensor.dtype, tuple(tensor.shape))
+                if layouts[own][1] != shape:
                     raise ConfigError(
-                        f"--weights {self.values.where}: {name} is {describe(dtype, shape)} in the model and {found} in the file"
+                        f"--weights {self.values.where}: {name} is {describe(dtype, shape)} in the model and {describe(*layouts[own])} in the "
+                        "file"
                     )
-                return tensor.to(dtype).contiguous() if part is None else part.form.encode(tensor)[part.end]
+                if part is not None:
+                    yield 0, part.form.encode(read(own))[part.end].contiguous().view(-1)
+                    return
+                size = math.prod(shape)
+                for start in range(0, size, _PIECE):
+                    yield start, read(own, elements=slice(start, min(start + _PIECE, size))).to(dtype)
 
-            yield read_as
+            yield pieces
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `result.json` says of them, which a resume compares."""
@@ -110,7 +116,15 @@ def describe_weights(weights: Mapping[str, Any]) -> str:
     return text
 
 
-def match(values: PretrainedValues, chain: Chain, model: str, beside: Collection[str] = ()) -> PretrainedWeights:
+def match(
+    values: PretrainedValues,
+    chain: Chain,
+    model: str,
+    beside: Collection[str] = (),
+    may_be_new: Callable[[str], bool] = lambda name: False,
+    *,
+    head_may_be_new: bool = True,
+) -> PretrainedWeights:
     """Match pretrained weights with a model.
 
     A head for another number of classes is new: tensors of the last layer whose first axis is the model's number of outputs, and which
@@ -121,6 +135,8 @@ def match(values: PretrainedValues, chain: Chain, model: str, beside: Collection
         chain: the model in layers.
         model: what the user calls it, for messages.
         beside: names of tensors that the files are not expected to have: those of adapters.
+        may_be_new: whether a tensor of a name may be missing in the files, wherever it is.
+        head_may_be_new: whether a head is new where the files have another.
 
     Raises:
         ConfigError: tensors of the model are missing, or have another shape; or nothing matches. All faults are named, in one line.
@@ -136,7 +152,7 @@ def match(values: PretrainedValues, chain: Chain, model: str, beside: Collection
     }
     prefix = _prefix(found, wanted)
     bare = {name.removeprefix(prefix): name for name in found}
-    head, taken, faults, missing, used = _head(chain), {}, [], [], set()
+    head, taken, faults, missing, used = _head(chain) if head_may_be_new else set(), {}, [], [], set()
     new: dict[str, str] = {}
     cast = 0
     groups = {group[0]: group for group in chain.ties}
@@ -146,7 +162,7 @@ def match(values: PretrainedValues, chain: Chain, model: str, beside: Collection
         aliases = [alias for alias in groups.get(name, (name,)) if alias in bare]
         used.update(aliases)
         if not aliases:
-            if name in head:
+            if name in head or may_be_new(name):
                 new[name] = f"{name} {shape}"
             elif not name.endswith("num_batches_tracked"):  # files of old have none
                 missing.append(name)

@@ -11,7 +11,7 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.pretrained.safetensors_files import SafetensorsFiles
 from lowmem_pnn.pretrained.torch_file import TorchFile
 from lowmem_pnn.stores.header import TensorLayout
-from lowmem_pnn.zoo.models import ModelSource
+from lowmem_pnn.zoo.model_source import ModelSource
 
 _INDEX = ".safetensors.index.json"
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -43,8 +43,8 @@ class WeightFiles:
         """Return element type and shape of every tensor by name."""
         return self._files.layouts()
 
-    def reading(self, folder: Path) -> AbstractContextManager[Callable[[str], Tensor]]:
-        """Return a context with a function that reads one tensor; files may be mapped in a folder meanwhile."""
+    def reading(self, folder: Path) -> AbstractContextManager[Callable[..., Tensor]]:
+        """Return a context with a function that reads one tensor, or some elements; files may be mapped in a folder meanwhile."""
         return self._files.reading(folder)
 
     def sha256(self) -> str:

@@ -47,12 +47,12 @@ class SafetensorsFiles:
         return layouts
 
     @contextmanager
-    def reading(self, folder: Path) -> Iterator[Callable[[str], Tensor]]:
-        """Return a context with a function that reads one tensor; nothing is made in the folder."""
+    def reading(self, folder: Path) -> Iterator[Callable[..., Tensor]]:
+        """Return a context with a function that reads one tensor, or some elements of it, flat; nothing is made in the folder."""
         with ExitStack() as stack:
             files = {path: stack.enter_context(TensorFile.open(path, remedy=_REMEDY)) for path in self._files()}
             homes = {name: file for file in files.values() for name in file.entries}
-            yield lambda name: homes[name].read(name)
+            yield lambda name, elements=None: homes[name].read(name, elements=elements)
 
     def sha256(self) -> str:
         """Return the hash of the file, or one of all shards' hashes."""

@@ -37,9 +37,14 @@ class GivenTensors:
         return layouts_of(self._tensors, self.where)
 
     @contextmanager
-    def reading(self, folder: Path) -> Iterator[Callable[[str], Tensor]]:
-        """Return a context with a function that returns one tensor, on the CPU; nothing is made in the folder."""
-        yield lambda name: self._tensors[name].detach().cpu().contiguous()
+    def reading(self, folder: Path) -> Iterator[Callable[..., Tensor]]:
+        """Return a context with a function that returns one tensor, or some elements, on the CPU; nothing is made in the folder."""
+
+        def read(name: str, elements: slice | None = None) -> Tensor:
+            tensor = self._tensors[name].detach().cpu().contiguous()
+            return tensor if elements is None else tensor.view(-1)[elements]
+
+        yield read
 
     def sha256(self) -> str:
         """Return a hash of names and values."""

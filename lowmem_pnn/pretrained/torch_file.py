@@ -46,8 +46,8 @@ class TorchFile:
         return layouts_of(self._tensors(lambda storage: torch.UntypedStorage(storage.nbytes(), device="meta")), self.where)
 
     @contextmanager
-    def reading(self, folder: Path) -> Iterator[Callable[[str], Tensor]]:
-        """Return a context with a function that reads one tensor.
+    def reading(self, folder: Path) -> Iterator[Callable[..., Tensor]]:
+        """Return a context with a function that reads one tensor, or some elements of it, flat.
 
         Args:
             folder: folder of the mapped files, which have no names.
@@ -64,8 +64,9 @@ class TorchFile:
 
         tensors = self._tensors(moved)
 
-        def read(name: str) -> Tensor:
-            return tensors[name].detach().contiguous()
+        def read(name: str, elements: slice | None = None) -> Tensor:
+            tensor = tensors[name].detach().contiguous()
+            return tensor if elements is None else tensor.view(-1)[elements]
 
         yield read
 

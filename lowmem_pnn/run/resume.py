@@ -15,7 +15,7 @@ from lowmem_pnn.run.state import State
 from lowmem_pnn.stores.disk import RUN_REMEDY
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.workload import Workload
-from lowmem_pnn.zoo.models import ModelSource
+from lowmem_pnn.zoo.model_source import ModelSource
 
 _LARGEST = 2**63 - 1
 

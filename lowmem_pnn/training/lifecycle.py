@@ -100,7 +100,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
 
     for attempt in range(_MAX_PLANS):
         display.stage(f"building {workload.source.spec}")
-        inspect = inspect_once if workload.config.compare and not attempt else _nothing
+        inspect = inspect_once if workload.config.compare and not attempt else None
         weights = build_weights(workload, plan, session.rundir.path / "weights", session.counter, inspect=inspect)
         run = Run(session, workload, plan, weights, state)
         if mixing and not attempt and (mixed := _plan_with_mixing(request(), seconds_of, next(iter(mixing)))) != plan:
@@ -142,10 +142,6 @@ def _plan_with_mixing(request: PlanRequest, seconds_of: SecondsOf, module: str) 
             f"{module} mixes the samples of a batch, which is to go through at once (--batch-norm refuse): {error}",
             error.enough_bytes,
         ) from None
-
-
-def _nothing(model: nn.Module) -> None:
-    """Look at nothing: the model was compared before, or is not to be."""
 
 
 def _open_committed(session: Session, workload: Workload, state: State) -> WeightStore:

@@ -63,6 +63,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         module_state=state.module_state,
         weights=state.pretrained,
         notes=[
+            *workload.source.notes,
             *adapter_notes(workload),
             *frozen_notes(workload),
             *fixed_notes(workload, plan),

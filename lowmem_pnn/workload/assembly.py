@@ -22,7 +22,8 @@ from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
 from lowmem_pnn.optim.optimizers import OptimizerSpec
-from lowmem_pnn.pretrained.matching import match
+from lowmem_pnn.pretrained.matching import PretrainedWeights, match
+from lowmem_pnn.pretrained.transformers_weights import TransformersWeights
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache, profile
 from lowmem_pnn.sources.dataset import Dataset
@@ -35,7 +36,7 @@ from lowmem_pnn.tasks.own_loss import OwnTask
 from lowmem_pnn.workload.option_checks import check_eval_every, check_mixing, check_monitor
 from lowmem_pnn.workload.workload import Workload
 from lowmem_pnn.zoo.deferred_init import skeleton
-from lowmem_pnn.zoo.models import ModelSource
+from lowmem_pnn.zoo.model_source import ModelSource
 
 # Samples whose targets a loss of the user's own is tried on.
 _EXAMINED = 4
@@ -118,9 +119,7 @@ def make_workload(
         check_monitor(config, task, outputs)
     if config.eval_every is not None:
         check_eval_every(config, dataset, splits)
-    pretrained = (
-        None if source.weights is None else match(source.weights, chain, source.spec, adapter_tensor_names(chain.modules()))
-    )
+    pretrained = _pretrained(source, chain)
     if config.lora is not None and pretrained is not None and (heads := new_modules(pretrained.new_names, chain)):
         # A head with random values has to learn, beside adapters too.
         if config.modules_to_save is None:
@@ -148,6 +147,16 @@ def make_workload(
             "cannot be computed in parts; leave it out"
         )
     return workload
+
+
+def _pretrained(source: ModelSource, chain: Chain) -> PretrainedWeights | None:
+    """Match the weights that training begins with."""
+    weights, beside = source.weights, adapter_tensor_names(chain.modules())
+    if weights is None:
+        return None
+    if not isinstance(weights, TransformersWeights):
+        return match(weights, chain, source.spec, beside)
+    return match(weights, chain, source.spec, beside, weights.may_be_new, head_may_be_new=weights.head_may_be_new)
 
 
 def _of_max_steps(config: FitConfig, samples: int) -> FitConfig:
@@ -319,13 +328,14 @@ def _check_input(source: ModelSource, dataset: Dataset, model: nn.Module) -> Non
             f"model {source.spec} takes {widths[0]} values, and the samples of data {dataset.name} have {size}; "
             f"write mlp:{'-'.join([str(size), *widths[1:]])}"
         )
-    if source.context is not None and (dataset.dtype != torch.int64 or dataset.sample_shape[0] > source.context):
+    most = source.most_context or source.context
+    if source.context is not None and most is not None and (dataset.dtype != torch.int64 or dataset.sample_shape[0] > most):
         found = f"{dataset.sample_shape} {str(dataset.dtype).removeprefix('torch.')}"
-        remedy = f"--data text:FILE, or tokens of shape ({source.context},)"
+        remedy = f"--data text:FILE, or tokens of shape ({most},)"
         if "context" in dataset.preparation:
-            remedy = f"--context {source.context} at most"
+            remedy = f"--context {most} at most"
         raise ConfigError(
-            f"model {source.spec} takes up to {source.context} tokens (int64), and the samples of data {dataset.name} are {found}; give {remedy}"
+            f"model {source.spec} takes up to {most} tokens (int64), and the samples of data {dataset.name} are {found}; give {remedy}"
         )
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(dtypes) == 1 and dataset.dtype.is_floating_point and dataset.dtype not in dtypes:

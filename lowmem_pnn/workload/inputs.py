@@ -8,12 +8,14 @@ from torch import nn
 
 from lowmem_pnn.config.code import names_code
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS
 from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.formats.data_loader import without_loader
 from lowmem_pnn.methods import SplitName
 from lowmem_pnn.pretrained.open_weights import WeightFiles
 from lowmem_pnn.pretrained.state_dicts import GivenTensors
+from lowmem_pnn.pretrained.transformers_weights import TransformersWeights
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.imports import load_factory
@@ -31,7 +33,9 @@ from lowmem_pnn.workload.parts import (
     split_data,
     with_part,
 )
-from lowmem_pnn.zoo.models import ModelSource, find_model
+from lowmem_pnn.zoo.library_models import PretrainedValues
+from lowmem_pnn.zoo.model_source import ModelSource
+from lowmem_pnn.zoo.models import find_model
 
 Model = str | nn.Module | Callable[[], nn.Module]
 """A name, a model, or a function that builds one."""
@@ -83,6 +87,8 @@ def python_inputs(
         own = Own(loss or named_loss(config), metrics or {})
         options = target_options(config, own)
         named = _named_model(config, None) if isinstance(model, str) else None
+        if named is not None:
+            _check_context(config, named)
         input_form = named.input_form if named is not None else "any"
         apart_names = {"val": f"{config.data} (validation part)", "test": f"{config.data} (test part)"}
         form = SampleForm(
@@ -148,6 +154,7 @@ def open_data(config: FitConfig) -> Inputs:
     """
     # The data set says how many classes the model gets; the model how images are to be shown to it, and how long a text.
     named = _named_model(config, None)
+    _check_context(config, named)
     own = Own(named_loss(config))
     form = SampleForm(named.input_form, named.context, target_options(config, own), named.tokenizer)
     dataset = open_source(config.data, config, form)
@@ -164,8 +171,17 @@ def without_weights(inputs: Inputs) -> Inputs:
 
 def _named_model(config: FitConfig, num_classes: int | None) -> ModelSource:
     """Find the model that the options name; how images are prepared for its pretrained weights is known where it has these."""
-    source = find_model(config.model, config.model_arg, num_classes)
+    source = find_model(config.model, config.model_arg, num_classes, config.task)
     return source if config.has_weights else dataclasses.replace(source, image_stats=None)
+
+
+def _check_context(config: FitConfig, source: ModelSource) -> None:
+    """Refuse rows that are longer than what a model has positions for, before text is tokenised."""
+    most = source.most_context
+    if most is not None and config.context is not None and config.context > most:
+        raise ConfigError(
+            f"--context {config.context:,}: model {source.spec} has positions for {most:,} tokens; give {most} at most"
+        )
 
 
 def _with_weights(source: ModelSource, config: FitConfig, state_dict: Mapping[str, Any] | None = None) -> ModelSource:
@@ -175,7 +191,10 @@ def _with_weights(source: ModelSource, config: FitConfig, state_dict: Mapping[st
     if not config.has_weights:
         return source
     assert config.weights is not None
-    return dataclasses.replace(source, weights=WeightFiles(config.weights, source))
+    values: PretrainedValues = WeightFiles(config.weights, source)
+    if source.transformers is not None:
+        values = TransformersWeights(values, source)
+    return dataclasses.replace(source, weights=values)
 
 
 def named_loss(config: FitConfig) -> OwnLoss | None:
@@ -204,6 +223,6 @@ def target_options(config: FitConfig, own: Own) -> TargetOptions:
         config: options of the run.
         own: loss of the user's own, which takes any targets.
     """
-    if own.loss is not None and config.task != "auto":
+    if own.loss is not None and config.task not in ("auto", *TRANSFORMERS_TASKS):
         raise ConfigError(f"--task {config.task} chooses a loss, and {config.loss} is one of your own; leave --task out")
-    return TargetOptions("own" if own.loss is not None else config.task, config.ignore_index)
+    return TargetOptions("own" if own.loss is not None else config.target_task, config.ignore_index)

@@ -16,7 +16,8 @@ from lowmem_pnn.workload.assembly import make_workload
 from lowmem_pnn.workload.data_form import DataForm
 from lowmem_pnn.workload.inputs import Inputs, Model
 from lowmem_pnn.workload.workload import Workload
-from lowmem_pnn.zoo.models import ModelSource, find_model
+from lowmem_pnn.zoo.model_source import ModelSource
+from lowmem_pnn.zoo.models import find_model
 
 
 def trained_source(config: FitConfig, model: Model | None, num_classes: int | None, call: str) -> ModelSource:
@@ -32,7 +33,7 @@ def trained_source(config: FitConfig, model: Model | None, num_classes: int | No
         ConfigError: the run was started from Python with a model of its own, and none was given; or there is no such model.
     """
     if isinstance(model, str):
-        return find_model(model, config.model_arg if model == config.model else {}, num_classes)
+        return find_model(model, config.model_arg if model == config.model else {}, num_classes, config.task)
     if model is not None:
         build = (lambda: model) if isinstance(model, nn.Module) else model
         return ModelSource(name=run_name(config), spec=config.model, build=build, input_form="any")
@@ -41,7 +42,7 @@ def trained_source(config: FitConfig, model: Model | None, num_classes: int | No
             f"this run was started from Python with its own model ({config.model}), which no name leads to; give it again, from Python: "
             f"{call}, model=...)"
         )
-    return find_model(config.model, config.model_arg, num_classes)
+    return find_model(config.model, config.model_arg, num_classes, config.task)
 
 
 def trained_inputs(

@@ -13,7 +13,6 @@ from lowmem_pnn.adapters.prepared_model import prepared
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.methods import Method, Objective, SplitName, Sweep, Visit, sweep_visits
-from lowmem_pnn.model.behaviour import Behaviour, behaviour_of
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.optim.lr_schedules import scheduled_rate
@@ -27,7 +26,8 @@ from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.tasks import Task
-from lowmem_pnn.zoo.models import ModelSource
+from lowmem_pnn.workload.behaviour import Behaviour, behaviour_of
+from lowmem_pnn.zoo.model_source import ModelSource
 
 # Batch size that `lr` is meant for where the batch is chosen: the default one.
 _BATCH_OF_LR = 64
@@ -304,8 +304,13 @@ class Workload:
             torch.manual_seed(seed_of(self.config.seed, "head", number))
             return self.method.head(self.chain, number, self.task.head_size or 0, self.dataset.targets.kind == "tokens")
 
-    def build_model(self, seed: int) -> nn.Module:
-        """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`, prepared as the options say."""
+    def build_model(self, seed: int, given: Collection[str] = ()) -> nn.Module:
+        """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`, prepared as the options say.
+
+        Args:
+            seed: seed of the values.
+            given: names of tensors that get their values later, and may be zeros till then.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return prepared(self.source.build(), self.config)
+            return prepared(self.source.build_but(given), self.config)

@@ -36,8 +36,11 @@ class PretrainedValues(Protocol):
         """Return element type and shape of every tensor by name."""
         ...
 
-    def reading(self, folder: Path) -> AbstractContextManager[Callable[[str], Tensor]]:
-        """Return a context with a function that reads one tensor; files may be mapped in a folder meanwhile."""
+    def reading(self, folder: Path) -> AbstractContextManager[Callable[..., Tensor]]:
+        """Return a context with a function that reads one tensor, or some of its elements (`elements`, a slice of the flat tensor).
+
+        Files may be mapped in the folder meanwhile.
+        """
         ...
 
     def sha256(self) -> str:

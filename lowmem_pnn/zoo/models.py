@@ -1,10 +1,9 @@
-"""Models by name: `mlp:`, `gpt:`, `cifar-...`, torchvision's and timm's, and users' factories, as constructors to call later."""
+"""Models by name: `mlp:`, `gpt:`, `cifar-...`, torchvision's, timm's, `hf:`, and users' factories, as constructors to call later."""
 
 import inspect
 import re
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,27 +12,27 @@ from typing import Any
 from torch import nn
 
 from lowmem_pnn.errors import ConfigError, LowMemError
-from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.zoo.cifar_models import CIFAR_MODELS, CifarShape, make_cifar
 from lowmem_pnn.zoo.deferred_init import skeleton
 from lowmem_pnn.zoo.gpt_model import BYTE_VOCABULARY, make_gpt, parse_gpt
 from lowmem_pnn.zoo.library_models import (
-    PretrainedValues,
     timm_builder,
     timm_image_stats,
     timm_weights,
     torchvision_image_stats,
     torchvision_weights,
 )
+from lowmem_pnn.zoo.model_source import ModelSource, folder_name
+from lowmem_pnn.zoo.transformers_models import find_transformers_model
 
 # Bytes of a tensor, and of what training keeps with it, are counted in 64 bits.
 _MOST_VALUES = 2**56
 
 _FORMS = (
     f"mlp:WIDTH-WIDTH-..., gpt:layers=N,width=N,..., {', '.join(CIFAR_MODELS)}, a torchvision classifier such as resnet18, "
-    "timm:NAME, package.module:factory or file.py:factory"
+    "timm:NAME, hf:DIR, package.module:factory or file.py:factory"
 )
 # Keyword arguments that some torchvision builders take out before they call the class, which lists them as required.
 _POPPED = frozenset({"dropout", "image_size", "input_size"})
@@ -41,34 +40,7 @@ _POPPED = frozenset({"dropout", "image_size", "input_size"})
 _AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Source of a model: its constructor, to be called as often as needed.
-
-    Args:
-        name: Name for run folders: letters, digits, '-', '_' and '.' only.
-        spec: Text by which the user named the model.
-        build: Calls the constructor; the weights are random, from torch's global generator, which is not seeded by it.
-        input_form: Form of the samples that the model takes.
-        context: Number of tokens of a sample of text; None where the model does not say.
-        default_weights: Fetches the file of the library's own pretrained weights; None where there is no such library.
-        image_stats: How images were prepared that the pretrained weights are from; None where weights are random, or nobody knows.
-        weights: Pretrained weights that training begins with; None for the constructor's values.
-        tokenizer: Tokenizer that belongs to the model, as `--tokenizer` takes it; None where there is none.
-    """
-
-    name: str
-    spec: str
-    build: Callable[[], nn.Module]
-    input_form: InputForm
-    context: int | None = None
-    default_weights: Callable[[], Path] | None = None
-    image_stats: ImageStats | None = None
-    weights: PretrainedValues | None = None
-    tokenizer: str | None = None
-
-
-def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
+def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None, task: str = "auto") -> ModelSource:
     """Find the model that a text names.
 
     Nothing large is built: a torchvision model with arguments is tried on the meta device.
@@ -76,10 +48,11 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None)
     Args:
         spec: Name of a model: `mlp:784-80-47` (widths, ReLU after every layer but the last), `gpt:layers=12,width=768` (a decoder,
             see `gpt.py` for all sizes), `cifar-resnet18` and others of `cifar.py`, a torchvision classifier, `timm:resnet18`,
-            `package.module:factory` or `path/to/file.py:factory`.
+            `hf:DIR` (see `transformers_models.py`), `package.module:factory` or `path/to/file.py:factory`.
         arguments: Keyword arguments of the constructor.
         num_classes: Number of classes of the data set: the default of `cifar-` and torchvision models, and the number of tokens
             of a gpt. None where the number is not known.
+        task: What `--task` says, of which `hf:` models take their head.
 
     Returns:
         The model's source.
@@ -103,6 +76,8 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None)
         return _cifar(spec, arguments, num_classes)
     if spec.startswith("timm:"):
         return _timm(spec, arguments, num_classes)
+    if spec.partition(":")[0] == "hf":
+        return find_transformers_model(spec, arguments, num_classes, task)
     if ":" in spec:
         return _factory(spec, arguments, num_classes)
     if spec.endswith(".py"):
@@ -138,7 +113,7 @@ def _mlp(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> Mo
             layers += [nn.Linear(width_in, width_out), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
 
-    return ModelSource(_folder_name("mlp-" + "-".join(map(str, widths))), spec, build, "flat")
+    return ModelSource(folder_name("mlp-" + "-".join(map(str, widths))), spec, build, "flat")
 
 
 def _gpt(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
@@ -210,7 +185,7 @@ def _timm(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> M
     build = _library_build(spec, partial(builder, **settings), arguments)
     form: InputForm = "image3" if settings.get("in_chans", 3) == 3 else "any"
     return ModelSource(
-        _folder_name(f"timm-{name}"),
+        folder_name(f"timm-{name}"),
         spec,
         build,
         form,
@@ -273,7 +248,7 @@ def _factory(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -
             )
         return model
 
-    return ModelSource(_folder_name(f"{stem}-{name}"), spec, build, "any")
+    return ModelSource(folder_name(f"{stem}-{name}"), spec, build, "any")
 
 
 def _instance(spec: str, model: nn.Module, arguments: Mapping[str, Any]) -> ModelSource:
@@ -284,7 +259,7 @@ def _instance(spec: str, model: nn.Module, arguments: Mapping[str, Any]) -> Mode
         )
     location, _, name = spec.rpartition(":")
     stem = Path(location).stem if location.endswith(".py") else location
-    return ModelSource(_folder_name(f"{stem}-{name}"), spec, lambda: model, "any")
+    return ModelSource(folder_name(f"{stem}-{name}"), spec, lambda: model, "any")
 
 
 def _check_arguments(spec: str, factory: Callable[..., Any], arguments: Mapping[str, Any], num_classes: int | None) -> None:
@@ -332,14 +307,3 @@ def _refused(spec: str, arguments: Mapping[str, Any], error: Exception) -> str:
         return f"model {spec!r} sets {twice[1]!r} itself; leave that argument out or take another model"
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "no arguments"
     return f"model {spec!r} cannot be built with {given}: {one_line(error)}; change the arguments or the constructor"
-
-
-def _folder_name(text: str) -> str:
-    """Make a short text that is safe as part of a folder's name.
-
-    Example:
-        >>> _folder_name("my models/net.py")
-        'my-models-net.py'
-    """
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
-    return name if len(name) <= 60 else name[:60].rstrip("-.")

@@ -1,0 +1,74 @@
+"""Places of transformers' models: what `hf:` names, and whether weights come with it. No torch here, and no transformers."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TRANSFORMERS_TASKS = ("causal-lm", "masked-lm", "sequence-classification", "image-classification")
+"""Tasks that heads of transformers' models are for, as `--task` takes them."""
+
+# The largest configurations have some 100 kB, with the names of 20,000 classes.
+_MOST_BYTES = 1 << 24
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+def is_transformers(model: str) -> bool:
+    """Decide whether a text names a model of transformers.
+
+    Args:
+        model: Text of `--model`.
+    """
+    return model.partition(":")[0] == "hf"
+
+
+def place_of(model: str) -> Path | None:
+    """Return the folder or file that a model's text names; None for a name on the hub.
+
+    Args:
+        model: `hf:DIR`, `hf:CONFIG.json` or `hf:NAME`.
+    """
+    text = model.partition(":")[2]
+    path = Path(text).expanduser() if text else Path("config.json")
+    is_path = path.exists() or text.endswith(".json") or text.startswith((".", "/", "~")) or not text
+    return path if is_path else None
+
+
+def has_weights(model: str) -> bool:
+    """Decide whether weights come with a model: a folder has such files, and a name on the hub is one of a model with weights.
+
+    Args:
+        model: Text of `--model`.
+    """
+    if not is_transformers(model):
+        return False
+    place = place_of(model)
+    return place is None or (place.is_dir() and any(next(place.glob(pattern), None) is not None for pattern in _WEIGHTS))
+
+
+def is_about_text(model: str) -> bool:
+    """Decide whether the configuration that a text names is that of a model of tokens; of a name on the hub it is not known.
+
+    Args:
+        model: Text of `--model`.
+    """
+    place = place_of(model) if is_transformers(model) else None
+    if place is None:
+        return False
+    settings = read_settings(place / "config.json" if place.is_dir() else place) or {}
+    return "vocab_size" in settings or isinstance(settings.get("text_config"), Mapping)
+
+
+def read_settings(file: Path) -> dict[str, Any] | None:
+    """Return what a file of settings in JSON says; None where it is missing, or none.
+
+    Args:
+        file: Path of the file.
+    """
+    try:
+        if file.stat().st_size > _MOST_BYTES:
+            return None
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,94 @@
+"""The source of a model: its constructor, what it takes, and what it begins with; whoever names the model makes one."""
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem_pnn.sources.image_stats import ImageStats
+from lowmem_pnn.sources.preprocessing import InputForm
+from lowmem_pnn.zoo.library_models import PretrainedValues
+
+
+@dataclass(frozen=True)
+class TransformersFacts:
+    """What is known of a model of transformers beside its constructor.
+
+    Args:
+        settings: What its `config.json` says.
+        folder: Folder with its tokenizer and generation config; None for a configuration alone.
+        task: Task that its head is for, as `--task` has it.
+        has_new_head: Whether the weights are of another architecture, so that what it adds has random values.
+    """
+
+    settings: dict[str, Any]
+    folder: Path | None
+    task: str
+    has_new_head: bool
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Source of a model: its constructor, to be called as often as needed.
+
+    Args:
+        name: Name for run folders: letters, digits, '-', '_' and '.' only.
+        spec: Text by which the user named the model.
+        build: Calls the constructor; the weights are random, from torch's global generator, which is not seeded by it.
+        input_form: Form of the samples that the model takes.
+        context: Number of tokens of a sample of text; None where the model does not say.
+        default_weights: Fetches the file of the model's own pretrained weights; None where it has none.
+        image_stats: How images were prepared that the pretrained weights are from; None where weights are random, or nobody knows.
+        weights: Pretrained weights that training begins with; None for the constructor's values.
+        tokenizer: Tokenizer that belongs to the model, as `--tokenizer` takes it; None where there is none.
+        most_context: Most tokens of a sample that the model has positions for; None for any number, or for `context`.
+        notes: What is to be said of the model, a line each.
+        transformers: What is known of a model of transformers; None for any other.
+        give_values: Gives a model that was built on the meta device memory, and the constructor's values to all but some tensors; None
+            where the constructor has to run for that.
+    """
+
+    name: str
+    spec: str
+    build: Callable[[], nn.Module]
+    input_form: InputForm
+    context: int | None = None
+    default_weights: Callable[[], Path] | None = None
+    image_stats: ImageStats | None = None
+    weights: PretrainedValues | None = None
+    tokenizer: str | None = None
+    most_context: int | None = None
+    notes: tuple[str, ...] = ()
+    transformers: TransformersFacts | None = None
+    give_values: Callable[[nn.Module, Collection[str]], None] | None = None
+
+    def build_but(self, given: Collection[str]) -> nn.Module:
+        """Build the model, without values that are replaced: these tensors may be zeros.
+
+        Args:
+            given: Names of the tensors that get their values later.
+        """
+        if self.give_values is None or not given:
+            return self.build()
+        with torch.device("meta"):
+            model = self.build()
+        self.give_values(model, given)
+        return model
+
+
+def folder_name(text: str) -> str:
+    """Make a short text that is safe as part of a folder's name.
+
+    Args:
+        text: Any text.
+
+    Example:
+        >>> folder_name("my models/net.py")
+        'my-models-net.py'
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
+    return name if len(name) <= 60 else name[:60].rstrip("-.")

@@ -1,0 +1,389 @@
+"""Models of transformers: `hf:DIR`, `hf:CONFIG.json`, `hf:NAME`; with the names of their own `state_dict`, and logits alone as outputs."""
+
+import copy
+import functools
+import importlib
+import inspect
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS, has_weights, place_of, read_settings
+from lowmem_pnn.errors import ConfigError, LowMemError
+from lowmem_pnn.sources.image_stats import ImageStats
+from lowmem_pnn.sources.imports import did_you_mean, one_line
+from lowmem_pnn.sources.preprocessing import InputForm
+from lowmem_pnn.zoo.model_source import ModelSource, TransformersFacts, folder_name
+
+# Auto class of each task, and the names of its models by the type of their configurations.
+_AUTO = {
+    "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "masked-lm": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    "sequence-classification": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    "image-classification": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
+}
+# A sample of text has so many tokens where neither --context nor the model says less: as where there is no model to ask.
+_CONTEXT = 256
+# Their positions begin after that of padding.
+_PADDED_POSITIONS = ("roberta", "camembert", "data2vec-text", "longformer", "mpnet", "esm", "luke")
+# What a hub's folder has beside its weights.
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+
+
+def import_transformers() -> Any:
+    """Import transformers, which is an extra, and slow to import.
+
+    Raises:
+        ConfigError: It is not installed, is too old, or does not import.
+    """
+    try:
+        module = importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] != "transformers":
+            raise ConfigError(
+                f"transformers needs {error.name!r}, which is not installed; run: pip install {error.name}"
+            ) from error
+        raise ConfigError("hf: needs transformers, which is not installed; run: pip install 'lowmem-pnn[hf]'") from error
+    except (ImportError, RuntimeError, AttributeError) as error:
+        raise ConfigError(f"importing transformers failed with {one_line(error)}; run: pip install 'lowmem-pnn[hf]'") from error
+    if int(module.__version__.partition(".")[0]) < 5:
+        raise ConfigError(f"transformers is {module.__version__}, and hf: needs 5.0; run: pip install 'lowmem-pnn[hf]'")
+    return module
+
+
+def find_transformers_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None, task: str) -> ModelSource:
+    """Find a model of transformers: its configuration is read, and nothing is built.
+
+    Args:
+        spec: `hf:DIR`, a folder as `save_pretrained` writes it; `hf:CONFIG.json`, for random values; or `hf:NAME`, `hf:NAME@REVISION`
+            of the hub, which transformers' own client fetches and keeps.
+        arguments: Values that the configuration is to have instead, and `attn_implementation`.
+        num_classes: Number of classes of the data set; of tokens for a language model. None where it is not known.
+        task: What `--task` says: one of `TRANSFORMERS_TASKS`, or anything else for that of the architecture.
+
+    Raises:
+        ConfigError: There is no such model, it needs code of its own, or does not take these arguments.
+    """
+    transformers = import_transformers()
+    folder, settings = _open(spec)
+    kind = _config_class(spec, settings)
+    chosen, architecture = _task(spec, settings, task)
+    notes: list[str] = []
+    config = _configured(spec, kind, settings, arguments, notes)
+    is_language = chosen in ("causal-lm", "masked-lm")
+    if num_classes is not None and not is_language and config.num_labels != num_classes:
+        if "num_labels" in arguments:
+            raise ConfigError(
+                f"model {spec!r}: num_labels={arguments['num_labels']}, but the data set has {num_classes} classes; give "
+                f"num_labels={num_classes}"
+            )
+        config.num_labels = num_classes
+    text = config.get_text_config()
+    if num_classes is not None and is_language and num_classes > text.vocab_size:
+        raise ConfigError(
+            f"model {spec} knows {text.vocab_size:,} tokens, and the tokenizer of the data has {num_classes:,}; give the model's own "
+            "(--tokenizer DIR)"
+        )
+    model_class = _model_class(spec, transformers, config, chosen)
+    attention = arguments.get("attn_implementation", "sdpa" if model_class._supports_sdpa else "eager")
+    notes.insert(0, f"{model_class.__name__} of transformers {transformers.__version__} ({chosen}), attention by {attention}")
+    build = _Constructor(spec, chosen, config, attention)
+    if build.experts is not None:
+        notes.append(f"experts are computed by {build.experts}, which any number of tokens goes through alike")
+    if getattr(text, "output_router_logits", False):
+        notes.append("the loss is that of the logits; the router's auxiliary loss is left out")
+    if chosen == "causal-lm":
+        notes.append("it is given no attention_mask: rows are padded at their end, where no token before looks")
+    tokenizer = None if chosen == "image-classification" or folder is None or not _has_tokenizer(folder) else str(folder)
+    most = _most_context(settings, text)
+    return ModelSource(
+        folder_name(f"hf-{Path(spec.removeprefix('hf:')).name.removesuffix('.json')}"),
+        spec,
+        build,
+        _input_form(config) if chosen == "image-classification" else "any",
+        context=min(_CONTEXT, most or _CONTEXT) if is_language else None,
+        default_weights=_weights(spec, folder),
+        image_stats=_image_stats(folder) if chosen == "image-classification" else None,
+        tokenizer=tokenizer,
+        most_context=most if chosen != "image-classification" else None,
+        notes=tuple(notes),
+        transformers=TransformersFacts(settings, folder, chosen, architecture != model_class.__name__),
+        give_values=give_values,
+    )
+
+
+def _open(spec: str) -> tuple[Path | None, dict[str, Any]]:
+    """Return the folder of a model, and what its configuration says."""
+    place = place_of(spec)
+    if place is None:
+        place = _fetch(spec, _SMALL_FILES)
+    file = place / "config.json" if place.is_dir() else place
+    if not file.is_file():
+        adapter = " (it is an adapter's: give that of its base)" if (place / "adapter_config.json").is_file() else ""
+        raise ConfigError(f"model {spec}: there is no config.json in that folder{adapter}; give one that save_pretrained wrote")
+    settings = read_settings(file)
+    if settings is None:
+        raise ConfigError(f"model {spec}: {file} is no configuration in JSON; give one that save_pretrained wrote")
+    return file.parent, settings
+
+
+def _fetch(spec: str, patterns: tuple[str, ...]) -> Path:
+    """Fetch files of a model on the hub; return their folder in the client's cache."""
+    name, _, revision = spec.removeprefix("hf:").partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ConfigError(f"model {spec!r}: there is no such folder or file; give hf:DIR, hf:CONFIG.json, or a name on the hub")
+    hub = importlib.import_module("huggingface_hub")
+    try:
+        return Path(hub.snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
+    except Exception as error:  # whatever the client raises for a network that is not there, or a name that nobody has
+        raise ConfigError(
+            f"model {spec}: there is no such folder, and the hub's model {name!r} cannot be fetched: {one_line(error)[:200]}; see to "
+            "the network and the name, or give hf:DIR"
+        ) from error
+
+
+def _config_class(spec: str, settings: Mapping[str, Any]) -> Any:
+    known = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+    kind = settings.get("model_type")
+    if kind in known:
+        return known[kind]
+    if "auto_map" in settings:
+        raise ConfigError(
+            f"model {spec} runs code of its own (auto_map), which is never trusted; give a model that transformers has"
+        )
+    what = f"is of type {kind!r}, which transformers has not" if kind else "says no model_type"
+    raise ConfigError(
+        f"model {spec}: its configuration {what}{did_you_mean(str(kind), list(known)) if kind else ''}; give another"
+    )
+
+
+def _task(spec: str, settings: Mapping[str, Any], asked: str) -> tuple[str, str | None]:
+    """Return the task of a model, and the architecture that its weights are of."""
+    names = settings.get("architectures") or [None]
+    architecture = names[0] if isinstance(names, list) else None
+    if asked in TRANSFORMERS_TASKS:
+        return asked, architecture
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    for task, (_, mapping) in _AUTO.items():
+        for name in getattr(auto, mapping).values():
+            if architecture in (name if isinstance(name, tuple) else (name,)):
+                return task, architecture
+    what = f"its architecture {architecture!r} has another head" if architecture else "its configuration names no architecture"
+    raise ConfigError(f"model {spec}: {what}; give --task {', '.join(TRANSFORMERS_TASKS[:-1])} or {TRANSFORMERS_TASKS[-1]}")
+
+
+def _configured(spec: str, kind: Any, settings: Mapping[str, Any], arguments: Mapping[str, Any], notes: list[str]) -> Any:
+    """Return the configuration, with what the arguments change in it."""
+    values = {name: value for name, value in settings.items() if name not in ("auto_map", "quantization_config")}
+    if "auto_map" in settings:
+        notes.append("the code that its configuration names (auto_map) is not run: transformers has this model")
+    if settings.get("gradient_checkpointing"):
+        notes.append("gradient_checkpointing of its configuration has no effect: layers are computed again as the plan says")
+        del values["gradient_checkpointing"]
+    if "quantization_config" in settings:
+        raise ConfigError(
+            f"model {spec} has quantized weights (quantization_config), which cannot be trained; give its float weights"
+        )
+    own = {name: value for name, value in arguments.items() if name != "attn_implementation"}
+    try:
+        with _quiet():
+            plain = kind.from_dict(dict(values))
+            for name in own:
+                if not hasattr(plain, name) or name in ("model_type", "auto_map"):
+                    known = [one for one in plain.to_dict() if not one.startswith("_")]
+                    raise ConfigError(
+                        f"model {spec!r} has no argument {name!r}{did_you_mean(name, known)}; it takes what its config.json has"
+                    )
+            config = kind.from_dict({**values, **own}) if own else plain
+    except LowMemError:
+        raise
+    except Exception as error:  # of a configuration class, for values that it refuses
+        raise ConfigError(
+            f"model {spec}: its configuration is refused by transformers: {one_line(error)[:300]}; see to it"
+        ) from error
+    config.use_cache = False
+    return config
+
+
+def _model_class(spec: str, transformers: Any, config: Any, task: str) -> Any:
+    with _quiet():
+        auto = getattr(transformers, _AUTO[task][0])
+    try:
+        with _quiet():
+            found = auto._model_mapping[type(config)]
+    except KeyError:
+        raise ConfigError(
+            f"model {spec}: transformers has no {task} of type {config.model_type!r}; give another --task"
+        ) from None
+    return found[0] if isinstance(found, tuple | list) else found
+
+
+def _most_context(settings: Mapping[str, Any], text: Any) -> int | None:
+    most = getattr(text, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    if any(
+        str(settings.get("model_type", "")).endswith(name) or name in str(settings.get("model_type"))
+        for name in _PADDED_POSITIONS
+    ):
+        most -= (getattr(text, "pad_token_id", None) or 0) + 1
+    return most
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    return any((folder / name).is_file() for name in names)
+
+
+def _input_form(config: Any) -> InputForm:
+    return "image3" if getattr(config, "num_channels", 3) == 3 else "any"
+
+
+def _image_stats(folder: Path | None) -> ImageStats | None:
+    """Return how images are prepared, as the folder's `preprocessor_config.json` has it."""
+    settings = None if folder is None else read_settings(folder / "preprocessor_config.json")
+    if settings is None or "image_mean" not in settings or "image_std" not in settings:
+        return None
+    size = settings.get("crop_size") or settings.get("size")
+    size = {"height": size, "width": size} if isinstance(size, int) else size
+    sides = None
+    if isinstance(size, dict) and "height" in size and "width" in size:
+        sides = int(size["height"]), int(size["width"])
+    elif isinstance(size, dict) and "shortest_edge" in size:
+        sides = int(size["shortest_edge"]), int(size["shortest_edge"])
+    return ImageStats(tuple(map(float, settings["image_mean"])), tuple(map(float, settings["image_std"])), sides)
+
+
+def _weights(spec: str, folder: Path | None) -> Callable[[], Path] | None:
+    """Return what leads to a model's own weights; None for a configuration alone."""
+    if place_of(spec) is None:
+        return lambda: _fetch(spec, _WEIGHT_FILES)
+    return None if folder is None or not has_weights(spec) else lambda: folder
+
+
+@dataclass(frozen=True)
+class _Constructor:
+    """Builds a model of transformers with random float32 weights, that takes what data has and returns logits.
+
+    Args:
+        spec: What the model is called in messages.
+        task: Task of its head.
+        config: Its configuration.
+        attention: Implementation of attention.
+    """
+
+    spec: str
+    task: str
+    config: Any
+    attention: str
+
+    @property
+    def experts(self) -> str | None:
+        """Implementation of a mixture's experts; None where there are none."""
+        model_class = _model_class(self.spec, import_transformers(), self.config, self.task)
+        text = self.config.get_text_config()
+        is_mixture = any(getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+        can_choose = getattr(model_class, "_can_set_experts_implementation", lambda: False)
+        return "batched_mm" if is_mixture and can_choose() else None
+
+    def __call__(self) -> nn.Module:
+        """Build the model; on the meta device where that is the default."""
+        auto = getattr(import_transformers(), _AUTO[self.task][0])
+        options = {} if self.experts is None else {"experts_implementation": self.experts}
+        try:
+            with _quiet():
+                model: nn.Module = auto.from_config(
+                    copy.deepcopy(self.config), attn_implementation=self.attention, dtype=torch.float32, **options
+                )
+        except (TypeError, ValueError, AttributeError, LookupError, ImportError, AssertionError) as error:
+            raise ConfigError(f"model {self.spec} cannot be built: {one_line(error)[:300]}; see to its configuration") from error
+        model.__class__ = _returning_logits(type(model), self.task)  # type: ignore[arg-type]
+        return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Have transformers say nothing, and what it imports: what matters of a model is among its notes."""
+    own = importlib.import_module("transformers.utils.logging")
+    # Of torchao, which it imports: its enumerations are registered in two ways.
+    others = logging.getLogger("torch.utils._pytree")
+    before, level = own.get_verbosity(), others.level
+    own.set_verbosity_error()
+    others.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        own.set_verbosity(before)
+        others.setLevel(level)
+
+
+@functools.cache
+def _returning_logits(kind: type[nn.Module], task: str) -> type[nn.Module]:
+    """Return a class of the same modules whose forward takes what data sets have by name, and returns logits.
+
+    One class for all models of a kind, so that they count as equal; the `state_dict` has transformers' own names.
+    """
+    takes = set(inspect.signature(kind.forward).parameters)
+
+    def causal(self: nn.Module, input_ids: Tensor) -> Any:
+        return kind.forward(self, input_ids=input_ids).logits
+
+    def with_positions(self: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Any:
+        return kind.forward(self, input_ids=input_ids, position_ids=position_ids).logits
+
+    def masked(self: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return kind.forward(self, input_ids=input_ids, attention_mask=attention_mask).logits
+
+    def with_types(
+        self: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Any:
+        return kind.forward(self, input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).logits
+
+    def images(self: nn.Module, pixel_values: Tensor) -> Any:
+        return kind.forward(self, pixel_values=pixel_values).logits
+
+    if task == "image-classification":
+        forward: Callable[..., Any] = images
+    elif task == "causal-lm":
+        forward = with_positions if "position_ids" in takes else causal
+    else:
+        forward = with_types if "token_type_ids" in takes else masked
+    forward.__name__, forward.__qualname__ = "forward", f"{kind.__qualname__}.forward"
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "forward": forward}
+    return type(kind.__name__, (kind,), names)
+
+
+def give_values(model: nn.Module, given: Collection[str]) -> None:
+    """Give a model on the meta device memory, and its constructor's values to what nobody else gives values.
+
+    Args:
+        model: Model of transformers that was built on the meta device; it is changed.
+        given: Names in the `state_dict` of tensors that get their values later, and are zeros till then.
+    """
+    persistent = {**dict(model.named_parameters(remove_duplicate=False)), **model.state_dict(keep_vars=True)}
+    taken = {id(persistent[name]) for name in given if name in persistent}
+    twins: dict[int, Tensor] = {}
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in twins:
+                    memory = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                    twin = nn.Parameter(memory, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memory
+                    twin._is_hf_initialized = id(tensor) in taken  # type: ignore[attr-defined]
+                    twins[id(tensor)] = twin
+                own[name] = twins[id(tensor)]  # type: ignore[assignment]
+    model.initialize_weights()  # type: ignore[operator]
+    for twin in twins.values():
+        del twin._is_hf_initialized  # type: ignore[attr-defined]
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)

@@ -1,0 +1,159 @@
+"""Models of transformers by name: what is built, what is said, and what is refused."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.transformers_folders import BERT, LLAMA, VIT, make_model, write_config, write_llama
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.model.call_form import CallForm
+from lowmem_pnn.sources.image_stats import ImageStats
+from lowmem_pnn.zoo.deferred_init import skeleton
+from lowmem_pnn.zoo.models import find_model
+from lowmem_pnn.zoo.transformers_models import give_values
+
+MIXTRAL = {**LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+def test_a_folders_model_has_its_names_and_returns_logits_alone(llama: Path) -> None:
+    import transformers
+
+    source = find_model(f"hf:{llama}", {}, 279)
+    assert (source.context, source.most_context, source.tokenizer, source.input_form) == (32, 32, str(llama), "any")
+    model = source.build().eval()
+    expected = transformers.LlamaForCausalLM.from_pretrained(llama).eval()
+    assert list(model.state_dict()) == list(expected.state_dict())
+    model.load_state_dict(expected.state_dict())
+    ids = torch.randint(0, 279, (2, 8))
+    assert torch.equal(model(ids), expected(ids).logits)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 2)
+    apart = expected(ids[:, :3]).logits, expected(ids[:, 3:]).logits
+    torch.testing.assert_close(model(ids, positions), torch.cat(apart, 1))
+    assert skeleton(source.build).lm_head.weight.device.type == "meta"
+    assert type(source.build()) is type(model)
+
+
+def test_tokens_go_to_a_causal_model_with_positions_and_without_a_mask(llama: Path) -> None:
+    source = find_model(f"hf:{llama}", {}, 279)
+    assert [*CallForm.of(dict.fromkeys(("input_ids", "position_ids"), torch.zeros(1)), source.build()).names] == [
+        "input_ids",
+        "position_ids",
+    ]
+    assert source.notes[-1] == "it is given no attention_mask: rows are padded at their end, where no token before looks"
+    assert source.notes[0].endswith("(causal-lm), attention by sdpa")
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "sizes", "task", "shape"),
+    [
+        ("bert", "BertForMaskedLM", BERT, "auto", (2, 6, 300)),
+        ("bert", "BertForMaskedLM", BERT, "sequence-classification", (2, 3)),
+        ("llama", "LlamaForCausalLM", LLAMA, "sequence-classification", (2, 3)),
+        ("mixtral", "MixtralForCausalLM", MIXTRAL, "auto", (2, 6, 300)),
+        ("bloom", "BloomForCausalLM", {"vocab_size": 300, "hidden_size": 16, "n_layer": 1, "n_head": 2}, "auto", (2, 6, 300)),
+    ],
+)  # fmt: skip
+def test_a_configuration_gives_random_values_for_its_task(
+    kind: str, architecture: str, sizes: dict[str, Any], task: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    source = find_model(f"hf:{write_config(tmp_path / 'c.json', kind, architecture, sizes)}", {}, 3, task)
+    assert source.default_weights is None and source.tokenizer is None  # noqa: PT018
+    assert source.build().eval()(torch.randint(2, 300, (2, 6))).shape == shape
+    assert any("experts are computed by batched_mm" in note for note in source.notes) == (kind == "mixtral")
+
+
+def test_an_image_classifier_has_as_many_classes_as_the_data(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "config.json", "vit", "ViTForImageClassification", VIT)
+    settings = {"image_mean": [0.5], "image_std": [0.25], "size": {"height": 8, "width": 8}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    source = find_model(f"hf:{file}", {}, 7)
+    assert (source.input_form, source.image_stats, source.context) == ("any", ImageStats((0.5,), (0.25,), (8, 8)), None)
+    assert source.build()(torch.rand(2, 1, 8, 8)).shape == (2, 7)
+    assert find_model(f"hf:{file}", {"num_channels": 3}, 10).input_form == "image3"
+
+
+def test_positions_of_roberta_begin_after_that_of_padding(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "c.json", "roberta", "RobertaForMaskedLM", BERT)
+    assert find_model(f"hf:{file}", {}, None).most_context == 30
+
+
+def test_values_that_nobody_gives_are_the_constructors(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "c.json", "gemma3_text", "Gemma3ForCausalLM", {**LLAMA, "head_dim": 8})
+    source = find_model(f"hf:{file}", {}, 300)
+    whole = source.build()
+    given = {name for name in whole.state_dict() if "layers.1" not in name}
+    model = source.build_but(given)
+    for name, tensor in model.state_dict().items():
+        assert bool(tensor.any()) == (name not in given and bool(whole.state_dict()[name].any())), name
+    own = dict(whole.named_buffers())
+    assert list(own) == [name for name, _ in model.named_buffers()]
+    assert all(torch.equal(buffer, own[name]) for name, buffer in model.named_buffers())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert source.give_values is give_values
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "task", "text"),
+    [
+        ({"model_type": "llamma"}, {}, "auto", "is of type 'llamma', which transformers has not; did you mean 'llama'"),
+        ({}, {}, "auto", "says no model_type; give another$"),
+        ({"model_type": "x", "auto_map": {}}, {}, "auto", "runs code of its own .auto_map., which is never trusted; give a model that"),
+        ({"model_type": "llama"}, {}, "auto", "names no architecture; give --task causal-lm, masked-lm, .* or image-classification$"),
+        ({"model_type": "t5", "architectures": ["T5Model"]}, {}, "auto", "architecture 'T5Model' has another head; give --task"),
+        ({"model_type": "llama"}, {}, "image-classification", "no image-classification of type 'llama'; give another --task"),
+        ({"model_type": "llama", "quantization_config": {}}, {}, "causal-lm", "has quantized weights"),
+        ({"model_type": "llama"}, {"hidden_sise": 3}, "causal-lm", "no argument 'hidden_sise'; did you mean 'hidden_size'"),
+        ({"model_type": "llama", "num_attention_heads": "x"}, {}, "causal-lm", "is refused by transformers: "),
+        ({"model_type": "llama", "vocab_size": 100}, {}, "causal-lm", "knows 100 tokens, and the tokenizer of the data has 279; give"),
+        ({"model_type": "bert"}, {"num_labels": 3}, "sequence-classification", "num_labels=3, but the data set has 279 classes; give"),
+    ],
+)  # fmt: skip
+def test_what_is_no_such_model_is_said_in_a_line(
+    settings: dict[str, Any], arguments: dict[str, Any], task: str, text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=text) as raised:
+        find_model(f"hf:{tmp_path / 'c.json'}", arguments, 279, task)
+    assert "\n" not in str(raised.value)
+
+
+def test_places_that_hold_no_model_are_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "c.json").write_text("[1")
+    for spec, text in (
+        (f"hf:{tmp_path}", r"no config.json in that folder \(it is an adapter's: give that of its base\)"),
+        (f"hf:{tmp_path / 'c.json'}", "is no configuration in JSON"),
+        (f"hf:{tmp_path / 'd.json'}", "no config.json in that folder"),
+        ("hf:a b", "there is no such folder or file; give hf:DIR, hf:CONFIG.json, or a name on the hub"),
+        ("hf:nobody/nothing@main", "the hub's model 'nobody/nothing' cannot be fetched: .*; see to the network and the name"),
+    ):
+        with pytest.raises(ConfigError, match=text) as raised:
+            find_model(spec, {}, None)
+        assert "\n" not in str(raised.value)
+
+
+def test_code_of_a_configuration_is_not_run_where_transformers_has_the_model(tmp_path: Path) -> None:
+    options = {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "gradient_checkpointing": True}
+    file = write_config(tmp_path / "c.json", "llama", "LlamaForCausalLM", LLAMA, **options)
+    notes = find_model(f"hf:{file}", {}, None).notes
+    assert sum("(auto_map) is not run" in note or "gradient_checkpointing of its" in note for note in notes) == 2
+
+
+def test_transformers_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r"hf: needs transformers, which is not installed; run: pip install 'lowmem-pnn\[hf\]'"):
+        find_model("hf:x.json", {}, None)
+
+
+def test_the_helpers_models_are_what_the_tests_take_them_for() -> None:
+    assert make_model("vit", "AutoModelForImageClassification", VIT).config.num_labels == 10
