@@ -18,6 +18,8 @@ import click
 
 from lowmem_pnn import __version__
 from lowmem_pnn.cli.bench_command import bench
+from lowmem_pnn.cli.doctor import doctor
+from lowmem_pnn.cli.lists import data, methods, models
 from lowmem_pnn.cli.options import (
     GroupedCommand,
     command_options,
@@ -279,7 +281,8 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool,
     print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
 
 
-cli.add_command(bench)
+for command in (bench, doctor, models, data, methods):
+    cli.add_command(command)
 
 
 def _numbers(scores: Mapping[str, Any]) -> str:
