@@ -31,13 +31,14 @@ from lowmem_pnn.cli.options import (
 )
 from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, terminal_width
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
-from lowmem_pnn.config.command import describe_command
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
 from lowmem_pnn.memory.available import is_share
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.unfinished import unfinished_run
+from lowmem_pnn.settings.command import describe_command
+from lowmem_pnn.settings.config_file import to_toml
 from lowmem_pnn.units import parse_bytes
 
 
@@ -58,6 +59,7 @@ def cli() -> None:
 @run_options
 @output_options
 @click.option("--no-report", is_flag=True, help="Write no report.html, the page that `lowmem-pnn report` writes, at the end.")
+@click.option("--print-config", is_flag=True, help="Print the options as TOML, as --config takes them, and train nothing.")
 @click.option("--after-crash", is_flag=True, hidden=True)
 def fit(
     workdir: Path | None,
@@ -68,6 +70,7 @@ def fit(
     quiet: bool,
     debug: bool,
     no_report: bool,
+    print_config: bool,
     after_crash: bool,
     **options: Any,
 ) -> None:
@@ -83,6 +86,9 @@ def fit(
         raise ConfigError("--trust has no effect here: it needs --resume; leave it out")
     if workdir is None and not rank.is_alone:
         raise ConfigError("the processes of torchrun need a folder that they agree on; give --workdir DIR")
+    if print_config:
+        print_result(to_toml(configure(**command_options(options))).rstrip("\n"))
+        return
     if resume:
         given = {name: value for name, value in given.items() if name != "max_gpu_mem" or not share}  # the run's own is kept
         chosen = rank.folder(workdir or unfinished_run(given))
@@ -130,7 +136,7 @@ def plan(no_timing: bool, budgets: str | None, as_json: bool, quiet: bool, debug
     would take, from which budget on each fits, and which one to take. Nothing is trained.
     """
     sizes = [parse_bytes(size) for size in budgets.split(",")] if budgets else []
-    if budgets and options["max_gpu_mem"] is not None:
+    if budgets and "max_gpu_mem" in given_options(options):
         raise ConfigError("--max-gpu-mem and --budgets exclude each other; give one")
     if not no_timing:
         configure(**command_options(options, sizes))  # faults come before anything is imported anew

@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lowmem_pnn.config.command import option_words
 from lowmem_pnn.config.configure import configure, for_method
 from lowmem_pnn.config.fit_config import METHODS, FitConfig, MethodName
 from lowmem_pnn.contenders.bench_report import BenchReport, BenchRow
@@ -18,6 +17,7 @@ from lowmem_pnn.contenders.outside_meter import OutsideMeter
 from lowmem_pnn.contenders.plain_process import BASELINES, Baseline
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.available import available_bytes, budget_of
+from lowmem_pnn.settings.command import option_words
 from lowmem_pnn.units import format_bytes, parse_bytes
 
 # What a contender's run is not for: commits, logs, a page.

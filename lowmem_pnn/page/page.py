@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from lowmem_pnn.config.command import fit_command
 from lowmem_pnn.errors import DiskError
 from lowmem_pnn.page import figures, tables
 from lowmem_pnn.page.layout import page, section
 from lowmem_pnn.page.run_log import RunLog
+from lowmem_pnn.settings.command import fit_command
 from lowmem_pnn.units import format_bytes, seconds_text
 
 

@@ -31,6 +31,7 @@ from lowmem_pnn.run.resume import check_same_rank, check_same_weights, count_res
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.samples.reader_process import READER_VARIABLE
+from lowmem_pnn.settings.config_file import CONFIG_FILE, to_toml
 from lowmem_pnn.stores.disk import allow_many_files, file_system_faults
 from lowmem_pnn.stores.journal import read_journal
 from lowmem_pnn.stores.run_directory import RunDirectory, read_config
@@ -39,6 +40,8 @@ from lowmem_pnn.training.lifecycle import run_to_end
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
 from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import Inputs, named_inputs, without_weights
+
+_AS_FILE = "# The options of this run: lowmem-pnn fit --config config.toml begins another one like it.\n"
 
 OpenInputs = Callable[[FitConfig], Inputs]
 """Opens model and data for a configuration."""
@@ -93,6 +96,7 @@ def begin(
             state = State.first(workload, planned, rank)
             # Threads end first: a commit that is under way needs the lock.
             with RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
+                (path / CONFIG_FILE).write_text(_AS_FILE + to_toml(config))
                 session = Session(device, rundir, threads, display, _or_late(should_stop, config), Callbacks(callbacks))
                 return run_to_end(session, workload, profile, state, estimator)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.field_types import SIZES
-from lowmem_pnn.config.fit_config import FitConfig, field_names
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.settings.config_file import needed_options
 from lowmem_pnn.units import exact_size, format_bytes
 
-_ALWAYS = ("max_gpu_mem", "model", "data", "method")
 # Where the run was, not what it was.
 _LEFT_OUT = ("data_root",)
 
@@ -33,11 +33,10 @@ def option_words(config: FitConfig) -> list[str]:
     Args:
         config: options of the run.
     """
-    default = FitConfig(max_gpu_mem=config.max_gpu_mem, model=config.model, data=config.data)
     words: list[str] = []
-    for name in (*_ALWAYS, *(name for name in field_names() if name not in (*_ALWAYS, *_LEFT_OUT))):
+    for name in needed_options(config):
         value = getattr(config, name)
-        if name not in _ALWAYS and value == getattr(default, name):
+        if name in _LEFT_OUT:
             continue
         if isinstance(value, bool):
             words.append(flag(name) if value else f"--no-{name.replace('_', '-')}")
