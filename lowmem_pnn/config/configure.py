@@ -90,8 +90,8 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("loss_on", "prompts or messages (jsonl:, parquet:, hfdata:)", lambda config: _has(config, "jsonl", *ROWS_OF_TEXT)),
     (
         "target",
-        "data with columns (csv:, parquet:, hfdata:)",
-        lambda config: config.data.startswith(("csv:", "parquet:", "hfdata:")),
+        "data with columns (csv:, parquet:, hfdata:, or from Python a data frame alone)",
+        lambda config: config.data.startswith(("csv:", "parquet:", "hfdata:")) or config.data.endswith("DataFrame"),
     ),
     ("resize", "--image-size", lambda config: config.image_size is not None),
     (
