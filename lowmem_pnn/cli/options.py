@@ -27,7 +27,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Text": ("tokenizer", "context", "pack", "loss_on"),
     "Task": ("task", "loss", "class_weights", "label_smoothing", "ignore_index"),
     "Method": (
-        "method", "epochs", "max_steps", "early_stop", "keep_weights", "monitor", "eval_every", "time_limit", "partitions", "cuts",
+        "method", "epochs", "max_steps", "early_stop", "keep_weights", "keep_state", "monitor", "eval_every", "time_limit", "partitions", "cuts",
         "recovery_epochs", "recover",
     ),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
@@ -88,6 +88,7 @@ _SWITCHES = {
     "compile": ("--compile", ""),
     "freeze_norm": ("--freeze-norm", ""),
     "pack": ("--pack", ""),
+    "keep_state": ("--keep-state", ""),
     "no_decay_norms": ("--no-decay-norms", ""),
     "cache_frozen": ("--cache-frozen/--no-cache-frozen", " [default: cache-frozen]"),
 }
