@@ -9,7 +9,7 @@ import torch
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.config.workdir import next_workdir
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit
 from lowmem_pnn.exporting.export_folder import ExportFolder
 from lowmem_pnn.exporting.export_formats import ExportFormat, check_name
@@ -23,7 +23,7 @@ from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.pretrained.model_file import load_into
 from lowmem_pnn.preview.preview import preview
 from lowmem_pnn.reporting.plan_report import PlanReport
-from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.reporting.progress import Display, default_display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.callbacks import Callback
 from lowmem_pnn.run.finished import open_finished
@@ -57,6 +57,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     display: Display | None = None,
+    verbose: bool | None = None,
     callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> Result:
@@ -83,9 +84,13 @@ def fit(
             that was begun with the same options.
         resume: go on with a run; options may be given as before, or left out. A finished run gives its result.
         overwrite: replace the run in `workdir`.
-        display: is told of the run's progress; None shows nothing.
+        display: is told of the run's progress; None shows it as `verbose` says.
+        verbose: whether progress is shown on standard error; None shows it in a terminal and in a notebook.
         callbacks: objects of `lowmem_pnn.Callback`, which are told of the start, steps, epochs, commits and the end.
         **options: other fields of `FitConfig`.
+
+    A model that is given as an object holds the trained weights at the end, which is said; where they are not of its form (another head),
+    a line names `result.load(model)`, for a model of that form.
 
     On Linux glibc's thresholds for giving memory back stay lowered in the process; the memory limit is lifted at the end.
 
@@ -111,6 +116,7 @@ def fit(
     open_inputs = python_inputs(
         model, train, val, test, loss=None if isinstance(loss, str) else loss, metrics=metrics, state_dict=state_dict
     )
+    display = default_display(verbose) if display is None else display
     if resume:
         given = {name: value for name, value in given.items() if not is_share(value)}  # what the run began with is kept
         folder = unfinished_run(given) if workdir is None else Path(workdir)
@@ -121,6 +127,14 @@ def fit(
         result = begin(config, folder, open_inputs, overwrite=overwrite, display=display, callbacks=callbacks)
     assert result is not None, "one process trains all partitions"
     remember(result.workdir, model)
+    if isinstance(model, torch.nn.Module):
+        try:
+            result.load(model)
+            display.message("the model that was given holds the trained weights")
+        except LowMemError as error:
+            display.message(
+                f"the model that was given stays as it is ({error}); result.load(model) loads the weights into one of their form"
+            )
     return result
 
 

@@ -12,12 +12,15 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from lowmem_pnn import __version__
+from lowmem_pnn.cli.bench_command import bench
+from lowmem_pnn.cli.doctor import doctor
 from lowmem_pnn.cli.generate_command import generate
+from lowmem_pnn.cli.lists import data, methods, models
 from lowmem_pnn.cli.options import (
     GroupedCommand,
     command_options,
@@ -29,13 +32,14 @@ from lowmem_pnn.cli.options import (
 )
 from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, stdout_is_ours, terminal_width
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
-from lowmem_pnn.config.command import describe_command
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
 from lowmem_pnn.memory.available import is_share
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.unfinished import unfinished_run
+from lowmem_pnn.settings.command import describe_command
+from lowmem_pnn.settings.config_file import to_toml
 from lowmem_pnn.units import parse_bytes
 
 
@@ -56,6 +60,7 @@ def cli() -> None:
 @run_options
 @output_options
 @click.option("--no-report", is_flag=True, help="Write no report.html, the page that `lowmem-pnn report` writes, at the end.")
+@click.option("--print-config", is_flag=True, help="Print the options as TOML, as --config takes them, and train nothing.")
 @click.option("--after-crash", is_flag=True, hidden=True)
 def fit(
     workdir: Path | None,
@@ -66,6 +71,7 @@ def fit(
     quiet: bool,
     debug: bool,
     no_report: bool,
+    print_config: bool,
     after_crash: bool,
     **options: Any,
 ) -> None:
@@ -81,6 +87,9 @@ def fit(
         raise ConfigError("--trust has no effect here: it needs --resume; leave it out")
     if workdir is None and not rank.is_alone:
         raise ConfigError("the processes of torchrun need a folder that they agree on; give --workdir DIR")
+    if print_config:
+        print_result(to_toml(configure(**command_options(options))).rstrip("\n"))
+        return
     if resume:
         given = {name: value for name, value in given.items() if name != "max_gpu_mem" or not share}  # the run's own is kept
         chosen = rank.folder(workdir or unfinished_run(given))
@@ -128,7 +137,7 @@ def plan(no_timing: bool, budgets: str | None, as_json: bool, quiet: bool, debug
     would take, from which budget on each fits, and which one to take. Nothing is trained.
     """
     sizes = [parse_bytes(size) for size in budgets.split(",")] if budgets else []
-    if budgets and options["max_gpu_mem"] is not None:
+    if budgets and "max_gpu_mem" in given_options(options):
         raise ConfigError("--max-gpu-mem and --budgets exclude each other; give one")
     if not no_timing:
         configure(**command_options(options, sizes))  # faults come before anything is imported anew
@@ -286,7 +295,8 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool,
     print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
 
 
-cli.add_command(generate)
+for command in (generate, bench, doctor, models, data, methods):
+    cli.add_command(command)
 
 
 def _numbers(scores: Mapping[str, Any]) -> str:
@@ -309,23 +319,28 @@ def main() -> None:
         context = error.ctx if isinstance(error, click.UsageError) else None
         command = context.command_path if context is not None else "lowmem-pnn"
         text = error.format_message().rstrip(".").replace(". ", "; ")
-        print(f"lowmem-pnn: {text[:1].lower()}{text[1:]}; {command} --help lists what there is", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(f"{text[:1].lower()}{text[1:]}; {command} --help lists what there is", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print("lowmem-pnn: stopped", file=sys.stderr)
-        sys.exit(130)
+        _fail("stopped", 130)
     except LowMemError as error:
         if debug:
             traceback.print_exc()
-        print(f"lowmem-pnn: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code, getattr(error, "enough_bytes", None))
     except Exception as error:
         if debug:
             traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         code, text = _judge(error, text)
-        print(f"lowmem-pnn: {text}; run again with --debug for the traceback", file=sys.stderr)
-        sys.exit(code)
+        _fail(f"{text}; run again with --debug for the traceback", code)
+
+
+def _fail(text: str, code: int, enough_bytes: int | None = None) -> NoReturn:
+    """Say in a line what went wrong, with --json as JSON on standard output too, and exit."""
+    print(f"lowmem-pnn: {text}", file=sys.stderr)
+    if "--json" in sys.argv:
+        with contextlib.suppress(DiskError):
+            print_result(json.dumps({"schema_version": 1, "error": text, "exit_code": code, "enough_bytes": enough_bytes}))
+    sys.exit(code)
 
 
 def _judge(error: Exception, text: str) -> tuple[int, str]:

@@ -264,15 +264,20 @@ class RunDirectory:
             remove_folder(folder)
 
     def clear(self) -> None:
-        """Delete the working files of a run that is done, and the older commits, which need them, as far as they can be deleted."""
+        """Delete the working files of a run that is done, and the older commits, which need them, as far as they can be deleted.
+
+        Its weights with the optimizer's state stay where the options say so (`keep_state`).
+        """
         if not self.is_writable:
             return
         with contextlib.suppress(OSError, DiskError):
             for path, _ in older_commits(self.path, self._config_sha256)[0]:
                 path.unlink(missing_ok=True)
             remove_unfinished(self.path)
+            keeps_state = json.loads(self.config_json()).get("keep_state") is True
             for name in WORK_FOLDERS:
-                remove_folder(self.path / name)
+                if name != "weights" or not keeps_state:
+                    remove_folder(self.path / name)
             sync_folder(self.path)
 
     def disk_bytes(self) -> int:

@@ -109,7 +109,7 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
         spilled = _Spilled(Path(scratch), [*twin.parameters(), *twin.buffers(), *_inputs(batch), *tensors_in(batch[1])])
         with torch.autograd.graph.saved_tensors_hooks(spilled.pack, spilled.unpack):
             with precision.autocast():
-                outputs = _run(twin, chain, batch)
+                outputs = run_model(twin, chain, batch)
             loss = workload.task.loss(outputs, batch[1], training=True)
             handles = [
                 parameter.register_post_accumulate_grad_hook(lambda tensor: observed.take_gradient(names[id(tensor)], tensor))
@@ -124,7 +124,7 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
     _note_state(workload, observed, dict(twin.named_buffers()), twin, before)
     set_mode(twin, False)
     with torch.no_grad(), precision.autocast():
-        observed.values |= _outputs(chain, _run(twin, chain, batch), "eval")
+        observed.values |= _outputs(chain, run_model(twin, chain, batch), "eval")
     return observed
 
 
@@ -251,8 +251,14 @@ def _inputs(batch: tuple[Any, Any]) -> tuple[Tensor, ...]:
     return tuple(tensor.clone() for tensor in (batch[0] if isinstance(batch[0], tuple) else (batch[0],)))
 
 
-def _run(model: nn.Module, chain: Chain, batch: tuple[Any, Any]) -> tuple[Tensor, ...]:
-    """Run the user's model as it is called, and return the tensors of what it returns."""
+def run_model(model: nn.Module, chain: Chain, batch: tuple[Any, Any]) -> tuple[Tensor, ...]:
+    """Run the user's model as it is called, and return the tensors of what it returns.
+
+    Args:
+        model: the model, or a copy of it.
+        chain: the same in layers, which knows how it is called.
+        batch: samples and targets; the samples are copied, for a forward may change them.
+    """
     returned = chain.call_form.call(model, chain.layers[0].precision.to_memory_format(_inputs(batch)))
     return OutputForm.of(returned)[1]
 

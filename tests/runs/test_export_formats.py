@@ -116,13 +116,14 @@ def test_a_model_is_built_anew_with_its_weights(tied: Result, elsewhere: Path) -
     )
 
 
-def test_models_of_this_process_are_remembered_and_left_alone(tmp_path: Path) -> None:
+def test_models_of_this_process_are_remembered_and_hold_the_trained_weights(tmp_path: Path) -> None:
     model = nn.Linear(4, 2)
-    x, before = torch.rand(12, 4), model.weight.clone()
+    x = torch.rand(12, 4)
     result = package.fit(model, (x, torch.arange(12) % 2), workdir=tmp_path / "run", **SMALL)
     loaded = package.load(tmp_path / "run")
     assert torch.equal(loaded.weight, load_file(result.weights_file)["weight"])
-    assert torch.equal(model.weight, before)
+    assert torch.equal(model.weight, loaded.weight)
+    assert loaded is not model
     assert np.array_equal(package.predict(result, x)["scores"], loaded(x).detach().numpy())
 
 
