@@ -2,30 +2,33 @@
 
 For each network (random images of 64x64, or the smallest that it takes; batch 16; AdamW; CPU): into how many layers it is cut, what
 share of its weights the largest one has, whether one step of `exact` gives the bits of plain PyTorch's, whether the trained weights load
-strictly into the user's own network and score what was reported; then `fit --method exact` in 1/4, 1/3 and 1/2 of plain PyTorch's peak,
-with predicted / measured in the tightest one that trains. Beside it, the peak of plain PyTorch with one sample at a time and
-accumulation, which gives BatchNorm one sample to see. Everything in a process of its own.
+strictly into the user's own network and score what was reported; then two steps by `fit --method exact` in the smallest budget that `plan`
+names, and its predicted / measured peak. Beside it, the peak of plain PyTorch with one sample at a time and accumulation, which gives
+BatchNorm one sample to see. Every measurement is a process of its own, forked before anything but imports happened.
 
     python bench/model_coverage.py [--quick] [--names resnet18,timm:resnet10t] [--again]
 
-Needs timm. Two hours on two cores; --quick takes four networks. Networks that are done are kept in bench/.cache/.
+Needs timm. An hour on two cores; --quick takes four networks. The page is written after every network, and networks that are done are
+kept in bench/.cache/.
 """
 
 import argparse
-import json
-import subprocess
+import multiprocessing
+import re
 import sys
 import tempfile
 from fractions import Fraction
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Any
 
 from classifiers import CLASSES, MORE_TIMM, TIMM, TORCHVISION, builder_of, shape_of, side_of
-from common import Cache, markdown_table, run_process, write_results
+from common import Cache, markdown_table, write_results
 
 BATCH, SEED, LR = 16, 0, 1e-3
 MB = 1e6
 FRACTIONS = (Fraction(1, 4), Fraction(1, 3), Fraction(1, 2))
+# Goal for predicted / measured.
+LEAST, MOST = 0.9, 1.15
 QUICK = ("resnet18", "mobilenet_v2", "vit_b_16", "timm:resnet10t")
 
 
@@ -91,31 +94,40 @@ def plain(name: str, micro_batch: int) -> dict[str, Any]:
         return {"peak": device.peak_bytes}
 
 
-def structure(name: str) -> dict[str, Any]:
-    """Cut a network, train one step by `exact` with all memory, and hold it against plain PyTorch."""
+def structure(name: str, layers: int) -> dict[str, Any]:
+    """Train one step by `exact` with a partition for each layer and all memory, and hold it against plain PyTorch.
+
+    Args:
+        name: the network.
+        layers: how many layers it is cut into; 0 where nobody knows.
+    """
     import torch
     from safetensors.torch import load_file
 
     import lowmem_pnn
+    from lowmem_pnn.config.configure import configure
     from lowmem_pnn.model.chain import TensorSpec, capture
     from lowmem_pnn.seeds import permutation_of
+    from lowmem_pnn.sources.datasets import make_dataset
+    from lowmem_pnn.workload.inputs import split_data
 
     x, y = data_of(name, 1)
-    chain = capture(builder_of(name)(), TensorSpec(shape_of(name), torch.float32))
-    sizes = [sum(p.numel() for p in layer.parameters().values()) for layer in chain.layers]
-    found: dict[str, Any] = {"layers": len(chain.layers), "largest": max(sizes) / sum(sizes)}
-    # The tightest cut: a partition for every layer.
-    cuts = ",".join(str(number) for number in range(1, len(chain.layers)))
+    layers = layers or len(capture(builder_of(name)(), TensorSpec(shape_of(name), torch.float32)).layers)
+    cuts = ",".join(map(str, range(1, layers)))
     with tempfile.TemporaryDirectory() as folder:
         result = lowmem_pnn.fit(
             builder_of(name), (x, y), test=(x, y), method="exact", max_gpu_mem="12GB", device="cpu", batch_size=BATCH, micro_batch=BATCH,
-            epochs=1, lr=LR, seed=SEED, val_fraction=0.0, cuts=cuts or None, workdir=f"{folder}/run",
+            epochs=1, lr=LR, seed=SEED, val_fraction=0.0, cuts=cuts or None, compare=False, workdir=f"{folder}/run",
         )  # fmt: skip
         ours = load_file(result.weights_file)
         fresh = builder_of(name)().eval()
         fresh.load_state_dict(ours, strict=True)
-    order = permutation_of(BATCH, SEED, "epoch", 0)
-    model, _ = seeded_step(name, (x[order], y[order]), BATCH)
+    sizes = [part["params"] for part in result.partitions]
+    found: dict[str, Any] = {"layers": layers, "largest": max(sizes) / sum(sizes)}
+    # The run's own training part, in the order of its first epoch.
+    config = configure(max_gpu_mem="12GB", model="python:model", data="python:data", seed=SEED, val_fraction=0.0)
+    part = split_data(make_dataset((x, y), name="data"), config)[1]["train"]
+    model, _ = seeded_step(name, part.batch(permutation_of(BATCH, SEED, "epoch", 0)), BATCH)
     theirs = model.state_dict()
     found["equal"] = all(torch.equal(tensor, ours[key]) for key, tensor in theirs.items() if key in ours)
     found["largest_difference"] = max(float((tensor.double() - ours[key].double()).abs().max()) for key, tensor in theirs.items())
@@ -123,6 +135,24 @@ def structure(name: str) -> dict[str, Any]:
         loss = float(torch.nn.functional.cross_entropy(fresh(x), y))
     found["scores"] = abs(loss - result.scores["test"]["loss"]) <= 1e-3 * abs(loss)
     return found
+
+
+def smallest(name: str) -> dict[str, Any]:
+    """Ask `plan` for the smallest budget, in bytes."""
+    import lowmem_pnn
+
+    report = lowmem_pnn.plan(
+        builder_of(name),
+        data_of(name, 2),
+        method="exact",
+        max_gpu_mem="6MB",
+        device="cpu",
+        batch_size=BATCH,
+        val_fraction=0.0,
+        timing=False,
+    )
+    named = re.search(r"--max-gpu-mem (\d+)MB", report.reason)
+    return {"bytes": int(named[1] if named else 6) * 10**6, "reason": report.reason}
 
 
 def fit(name: str, budget: int) -> dict[str, Any]:
@@ -137,56 +167,125 @@ def fit(name: str, budget: int) -> dict[str, Any]:
                 val_fraction=0.0, workdir=f"{folder}/run",
             )  # fmt: skip
         except BudgetError as error:
-            return {"refused": str(error)}
+            return {"budget": budget, "refused": str(error)}
     return {
+        "budget": budget,
         "predicted": result.predicted_peak_bytes,
         "peak": result.peak_bytes,
         "micro_batch": min(part["micro_batch"] for part in result.partitions),
         "partitions": len(result.partitions),
+        "layers": sum(len(part["layers"]) for part in result.partitions),
+        "batches_done_again": result.oom_retries,
     }
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Measure a network in processes of its own."""
+WORK = {"plain": plain, "structure": structure, "smallest": smallest, "fit": fit}
 
-    def work(kind: str, value: int = 0) -> dict[str, Any]:
+
+def answer(kind: str, arguments: tuple[Any, ...], sender: Connection) -> None:
+    """Measure in this process, and send what was found or what went wrong."""
+    try:
+        sender.send(WORK[kind](*arguments))
+    except Exception as error:
+        lines = str(error).splitlines()
+        sender.send({"failed": f"{type(error).__name__}: {lines[0] if lines else ''}"})
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Measure a network, each time in a process of its own that has imported everything and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision", "timm", "safetensors.torch", "lowmem_pnn.api", "lowmem_pnn.device"])
+
+    def work(kind: str, *values: int) -> dict[str, Any]:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=answer, args=(kind, (name, *values), sender))
+        process.start()
+        sender.close()
         try:
-            done = run_process([sys.executable, __file__, "--work", name, kind, str(value)])
-        except RuntimeError as error:
-            return {"failed": str(error)}
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+            found: dict[str, Any] = receiver.recv()
+        except EOFError:
+            process.join()
+            return {"failed": f"exit code {process.exitcode}"}
+        process.join()
         return found
 
-    whole = work("plain", BATCH)
-    found = {"structure": work("structure"), "plain": whole, "accumulated": work("plain", 1), "fits": {}}
-    for fraction in FRACTIONS:
-        found["fits"][str(fraction)] = work("fit", int(whole["peak"] * fraction))
-        if "peak" in found["fits"][str(fraction)]:
+    whole, named = work("plain", BATCH), work("smallest")
+    fits: list[dict[str, Any]] = []
+    budgets = [named["bytes"]] if "bytes" in named else []
+    budgets += [int(whole["peak"] * share) for share in FRACTIONS if "peak" in whole]
+    for budget in sorted(budget for budget in budgets if budget >= budgets[0]):
+        fits.append(work("fit", budget))
+        if "peak" in fits[-1]:
             break  # What trains in less trains in more.
-    return found
+    parts = work("structure", fits[-1].get("layers", 0) if fits else 0)
+    return {"structure": parts, "plain": whole, "accumulated": work("plain", 1), "smallest": named, "fits": fits}
 
 
 def row_of(name: str, found: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Return a network's line, and what is counted of it."""
-    parts, whole = found["structure"], found["plain"]["peak"]
-    trained = next((key for key in found["fits"] if "peak" in found["fits"][key]), None)
-    fits = found["fits"].get(trained or "", {})
-    cells = [name, str(side_of(name)), str(parts.get("layers", "-")), f"{parts['largest']:.0%}" if "largest" in parts else "-"]
+    parts, whole, one = found["structure"], found["plain"].get("peak"), found["accumulated"].get("peak")
+    fits = next((run for run in found["fits"] if "peak" in run), None)
+    ratio = fits["predicted"] / fits["peak"] if fits else 0.0
+    trains = {share: bool(fits and whole and fits["budget"] <= whole * share) for share in FRACTIONS}
     equal = "yes" if parts.get("equal") else f"to {parts['largest_difference']:.0e}" if "largest_difference" in parts else "no"
-    cells += [equal, "yes" if parts.get("scores") else "no", f"{whole / MB:.0f}"]
-    for fraction in FRACTIONS:
-        key = str(fraction)
-        cells.append("yes" if trained is not None and Fraction(trained) <= fraction else "no" if key in found["fits"] else "-")
-    cells.append(f"{fits['predicted'] / fits['peak']:.2f}" if fits else "-")
-    one = found["accumulated"].get("peak")
-    cells.append(f"{one / whole:.2f}" if one else "fails")
+    cells = [name, str(side_of(name)), str(parts.get("layers", "-")), f"{parts['largest']:.0%}" if "largest" in parts else "-"]
+    cells += [equal, "yes" if parts.get("scores") else "no", f"{whole / MB:.0f}" if whole else "-"]
+    cells += [f"{found['smallest']['bytes'] / MB:.0f}" if "bytes" in found["smallest"] else "-"]
+    cells += ["yes" if trains[share] else "no" for share in FRACTIONS]
+    cells += [f"{ratio:.2f}", f"{fits['peak'] / fits['budget']:.2f}", str(fits["micro_batch"])] if fits else ["-"] * 3
+    cells += [f"{one / whole:.2f}" if one and whole else "fails"]
     return cells, {
         "captured": parts.get("layers", 0) > 2 and "failed" not in parts,
         "equal": bool(parts.get("equal")),
-        "third": trained is not None and Fraction(trained) <= Fraction(1, 3),
-        "over": bool(fits) and fits["peak"] > whole * Fraction(trained or 1),
-        "accumulated_third": bool(one) and one * 3 <= whole,
+        "scores": bool(parts.get("scores")),
+        **{str(share): trains[share] for share in FRACTIONS},
+        "ratio": LEAST <= ratio <= MOST,
+        "over": bool(fits) and fits["peak"] > fits["budget"],
+        "at_named": bool(fits) and fits["budget"] == found["smallest"].get("bytes"),
+        "accumulated": bool(one and whole) and one * 3 <= whole,
     }
+
+
+def page(networks: dict[str, dict[str, Any]]) -> str:
+    """Return the table, and what is counted in it."""
+    rows, counts = zip(*(row_of(name, found) for name, found in networks.items()), strict=True)
+    heads = (
+        "network", "side", "layers", "largest layer", "step equal", "loads, scores", "plain MB", "smallest budget MB", "1/4", "1/3", "1/2",
+        "predicted / measured", "measured / budget", "micro-batch", "plain, one sample at a time",
+    )  # fmt: skip
+
+    def count(key: str) -> str:
+        return f"{sum(entry[key] for entry in counts)} of {len(counts)}"
+
+    troubles = [
+        f"- {name}: {part}: {what}"
+        for name, found in networks.items()
+        for part, entry in [
+            *((key, found[key]) for key in ("structure", "plain", "smallest")),
+            *(("fit", run) for run in found["fits"]),
+        ]
+        for what in (entry.get("failed"), entry.get("refused"))
+        if what
+    ]
+    lines = [
+        f"Batch {BATCH}, AdamW, CPU. Peaks are private memory above imports. `step equal`: one step of `exact`, a partition for every",
+        "layer, the whole batch at once, beside plain PyTorch. `smallest budget`: what `plan` names; two steps of `exact` are trained there, in",
+        "micro-batches as planned, and peaks are those of this run. `1/4`, `1/3`, `1/2`: whether the budget in which it trained is at most",
+        "that share of plain PyTorch's peak. The last column is the peak of plain PyTorch with one sample at a time and accumulation, as a",
+        "share of its peak with the batch at once; it fails where BatchNorm gets one value.",
+        "",
+        markdown_table(heads, rows),
+        "",
+        f"- captured in more than two layers: {count('captured')} (goal: 95 %)",
+        f"- step bit-equal to plain PyTorch's: {count('equal')}",
+        f"- trained weights load strictly, and score what was reported: {count('scores')}",
+        f"- trains in the smallest budget that `plan` names: {count('at_named')}",
+        f"- trains in a half of plain PyTorch's peak: {count('1/2')}; in a third: {count('1/3')}; in a quarter: {count('1/4')}",
+        f"- plain PyTorch with one sample at a time needs at most a third: {count('accumulated')}",
+        f"- predicted / measured within {LEAST} to {MOST}: {count('ratio')}",
+        f"- peaks above the budget: {count('over')}",
+    ]
+    return "\n".join([*lines, *(["", "What failed or was refused:", "", *troubles] if troubles else [])])
 
 
 def main() -> None:
@@ -195,53 +294,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--names")
     parser.add_argument("--again", action="store_true")
-    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.work:
-        name, kind, value = arguments.work
-        print(json.dumps({"plain": plain, "fit": fit}[kind](name, int(value)) if kind != "structure" else structure(name)))
-        return
     names = arguments.names.split(",") if arguments.names else QUICK if arguments.quick else (*TORCHVISION, *TIMM, *MORE_TIMM)
     cache = Cache("model_coverage", arguments.again)
-    rows, counts, data = [], [], []
+    networks: dict[str, dict[str, Any]] = {}
     for name in names:
-        try:
-            found = cache.get({"name": name}, lambda name=name: measure(name))  # type: ignore[misc]
-        except (RuntimeError, KeyError, subprocess.SubprocessError) as error:
-            print(f"{name}: {error!r}", file=sys.stderr, flush=True)
-            continue
-        cells, counted = row_of(name, found)
-        rows.append(cells)
-        counts.append(counted)
-        data.append({"name": name, **found})
-        print(*cells, sep="\t", file=sys.stderr, flush=True)
-    heads = (
-        "network", "side", "layers", "largest layer", "step equal", "loads, scores", "plain MB", "1/4", "1/3", "1/2",
-        "predicted / measured", "plain, one sample at a time",
-    )  # fmt: skip
-
-    def count(key: str) -> int:
-        return sum(entry[key] for entry in counts)
-
-    text = "\n".join(
-        [
-            f"Batch {BATCH}, AdamW, CPU. Peaks are private memory above imports. `step equal`: one step of `exact`, a partition for every",
-            "layer, the whole batch at once, beside plain PyTorch. `1/4`, `1/3`, `1/2`: whether two steps of `exact` train in that share of",
-            "plain PyTorch's peak (in micro-batches as planned). The last column is the peak of plain PyTorch with one sample at a time and",
-            "accumulation, as a share of its peak with the batch at once; it fails where BatchNorm gets one value.",
-            "",
-            markdown_table(heads, rows),
-            "",
-            f"- captured in more than two layers: {count('captured')} of {len(counts)} (goal: 95 %)",
-            f"- step bit-equal to plain PyTorch's: {count('equal')} of {len(counts)}",
-            f"- trains in a third of plain PyTorch's peak: {count('third')} of {len(counts)}; plain with one sample at a time: "
-            f"{count('accumulated_third')}",
-            f"- peaks above the budget: {count('over')}",
-        ]
-    )
-    write_results("model_coverage", "Classifiers in a part of plain PyTorch's memory", text, {"networks": data})
+        networks[name] = cache.get({"name": name}, lambda name=name: measure(name))  # type: ignore[misc]
+        print(*row_of(name, networks[name])[0], sep="\t", file=sys.stderr, flush=True)
+        data = {"networks": [{"name": name, **found} for name, found in networks.items()]}
+        write_results(
+            "model_coverage", "Classifiers in a part of plain PyTorch's memory", page(networks), data, quiet=name != names[-1]
+        )
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

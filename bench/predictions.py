@@ -65,6 +65,37 @@ def measure(name: str) -> dict[str, Any]:
     return {"named": named, **ours("--budget", f"{named}MB"), "tenth_less_refused": tenth_less.get("refused", False)}
 
 
+def row_of(found: dict[str, Any]) -> tuple[str, ...]:
+    """Return a network's line of the table; without figures where its named budget was refused."""
+    side = "" if found["name"].startswith("mlp:") else str(side_of(found["name"]))
+    less = "yes" if found["tenth_less_refused"] else "no"
+    if found["ratio"] is None:
+        return found["name"], side, str(found["named"]), "refused", "", "", "", less
+    sizes = [f"{found[key] / MB:.1f}" for key in ("predicted", "measured")]
+    return found["name"], side, str(found["named"]), *sizes, f"{found['ratio']:.2f}", str(found["shrinks"]), less
+
+
+def write_page(networks: list[dict[str, Any]]) -> None:
+    """Write the page of the networks that have been measured so far."""
+    heads = ("network", "side", "named MB", "predicted MB", "measured MB", "ratio", "batches done again", "a tenth less refused")
+    trained = [found for found in networks if found["ratio"] is not None]
+    inside = [found for found in trained if LEAST <= found["ratio"] <= MOST]
+    text = "\n".join(
+        [
+            f"`exact`, AdamW, batch {BATCH}, one epoch of {BATCHES} batches, CPU, in the smallest budget that `plan` names. Predicted peaks are",
+            "without the reserve and without what may wait to be written; measured ones are the highest private memory above the floor.",
+            "",
+            markdown_table(heads, [row_of(found) for found in networks]),
+            "",
+            f"- the named budget trains: {len(trained)} of {len(networks)}",
+            f"- a tenth less is refused: {sum(found['tenth_less_refused'] for found in networks)} of {len(networks)}",
+            f"- predicted / measured within {LEAST} to {MOST}: {len(inside)} of {len(trained)}",
+            f"- peaks above the budget: {sum(found['measured'] > found['named'] * MB for found in trained)}",
+        ]
+    )
+    write_results("predictions", "Predicted peaks against measured ones", text, {"networks": networks})
+
+
 def main() -> None:
     """Measure the networks and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,42 +110,19 @@ def main() -> None:
         return
     names = arguments.names.split(",") if arguments.names else QUICK if arguments.quick else NETWORKS
     cache = Cache("predictions", arguments.again)
-    rows, data = [], []
+    networks: list[dict[str, Any]] = []
     for name in names:
         try:
             found = cache.get({"name": name}, lambda name=name: measure(name))  # type: ignore[misc]
         except (RuntimeError, subprocess.SubprocessError) as error:
             print(f"{name}: {error}", file=sys.stderr, flush=True)
             continue
-        ratio = found["predicted"] / found["measured"]
-        data.append({"name": name, **found, "ratio": ratio})
-        rows.append(
-            (
-                name,
-                f"{side_of(name)}" if not name.startswith("mlp:") else "",
-                f"{found['named']}",
-                f"{found['predicted'] / MB:.1f}",
-                f"{found['measured'] / MB:.1f}",
-                f"{ratio:.2f}",
-                f"{found['shrinks']}",
-                "yes" if found["tenth_less_refused"] else "no",
-            )
+        networks.append(
+            {"name": name, **found, "ratio": None if found.get("refused") else found["predicted"] / found["measured"]}
         )
-        print(*rows[-1], sep="\t", file=sys.stderr, flush=True)
-    heads = ("network", "side", "named MB", "predicted MB", "measured MB", "ratio", "batches done again", "a tenth less refused")
-    inside = [entry for entry in data if LEAST <= entry["ratio"] <= MOST]
-    text = "\n".join(
-        [
-            f"`exact`, AdamW, batch {BATCH}, one epoch of {BATCHES} batches, CPU, in the smallest budget that `plan` names. Predicted peaks are",
-            "without the reserve and without what may wait to be written; measured ones are the highest private memory above the floor.",
-            "",
-            markdown_table(heads, rows),
-            "",
-            f"- predicted / measured within {LEAST} to {MOST}: {len(inside)} of {len(data)}",
-            f"- peaks above the budget: {sum(entry['measured'] > entry['named'] * MB for entry in data)}",
-        ]
-    )
-    write_results("predictions", "Predicted peaks against measured ones", text, {"networks": data})
+        print(*row_of(networks[-1]), sep="\t", file=sys.stderr, flush=True)
+        if not arguments.names and not arguments.quick:
+            write_page(networks)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from lowmem_pnn.run.finished import open_finished
 from lowmem_pnn.run.resume import check_plan, check_same_data
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
+from lowmem_pnn.run.transformers_folder import export_to_transformers
 from lowmem_pnn.run.unfinished import unfinished_run
 from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.run_directory import RunDirectory
@@ -46,7 +47,6 @@ from lowmem_pnn.training.lifecycle import score
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
 from lowmem_pnn.training.start import OpenInputs, begin, worker_threads
 from lowmem_pnn.training.start import resume as resume_training
-from lowmem_pnn.training.transformers_folder import export_to_transformers
 from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs, without_weights
 

@@ -52,6 +52,8 @@ class Plan:
         waiting_bytes: Most bytes that wait to be written in sweeps, where host and device are one. Plans keep them free beside the
             predicted peak and the reserve: the drive mostly keeps up.
         whole_batches: Whether a batch goes through at once, and no micro-batch may be halved.
+        kept_layers: Layers whose products a sweep keeps from their first forward for the second.
+        kept_bytes: Most bytes of these products, of one batch, in a file.
     """
 
     partitions: tuple[PartitionPlan, ...]
@@ -64,6 +66,8 @@ class Plan:
     stream_bytes: int = 0
     waiting_bytes: int = 0
     whole_batches: bool = False
+    kept_layers: tuple[int, ...] = ()
+    kept_bytes: int = 0
 
     def title(self, number: int, layers: Sequence[str]) -> str:
         """Return a partition in words.
@@ -97,4 +101,5 @@ class Plan:
             text: JSON text, or the object that it holds.
         """
         data = dict(json.loads(text) if isinstance(text, str) else text)
-        return cls(**{**data, "partitions": tuple(PartitionPlan(**partition) for partition in data["partitions"])})
+        partitions = tuple(PartitionPlan(**partition) for partition in data["partitions"])
+        return cls(**{**data, "partitions": partitions, "kept_layers": tuple(data.get("kept_layers", ()))})

@@ -9,6 +9,7 @@ MEBIBYTE, MEGABYTE = 1 << 20, 10**6
 
 _FACTORS = {
     "": 1, "b": 1,
+    "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
@@ -21,8 +22,8 @@ def parse_bytes(text: str | int) -> int:
     """Read a size as people write it.
 
     Args:
-        text: a number with B, kB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024), in any case; a bare number
-            is bytes.
+        text: a number with B, k, kB, M, MB, G, GB, T, TB (powers of 1000) or KiB, MiB, GiB, TiB (powers of 1024), in any case; a bare
+            number is bytes.
 
     Returns:
         The size in bytes, rounded down.
@@ -31,8 +32,8 @@ def parse_bytes(text: str | int) -> int:
         UnitError: no such unit, or the size is less than one byte or more than 2**60.
 
     Example:
-        >>> parse_bytes("2GB"), parse_bytes("1.5 MiB"), parse_bytes(4096)
-        (2000000000, 1572864, 4096)
+        >>> parse_bytes("2GB"), parse_bytes("1.5 MiB"), parse_bytes("100M"), parse_bytes(4096)
+        (2000000000, 1572864, 100000000, 4096)
     """
     match = _SIZE.fullmatch(str(text))
     factor = _FACTORS.get(match[2].lower()) if match else None
@@ -137,3 +138,17 @@ def seconds_text(seconds: float) -> str:
     """
     digits = max(0, 2 - math.floor(math.log10(seconds))) if seconds >= 1 else 3
     return f"{seconds:.{min(digits, 3)}f}" if seconds < 100 else f"{seconds:.0f}"
+
+
+def clock_text(seconds: float) -> str:
+    """Seconds that are to come, or have gone by, as a clock shows them.
+
+    Example:
+        >>> clock_text(0.4), clock_text(250), clock_text(7265), clock_text(180_000)
+        ('0:00', '4:10', '2:01:05', '2 d 2 h')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -24,8 +24,9 @@ from lowmem_pnn.cli.options import (
     run_options,
     trust_option,
 )
-from lowmem_pnn.cli.output import open_standard_streams, print_result
+from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, terminal_width
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
+from lowmem_pnn.config.command import describe_command
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
@@ -49,6 +50,7 @@ def cli() -> None:
 @config_options
 @run_options
 @output_options
+@click.option("--no-report", is_flag=True, help="Write no report.html, the page that `lowmem-pnn report` writes, at the end.")
 @click.option("--after-crash", is_flag=True, hidden=True)
 def fit(
     workdir: Path | None,
@@ -58,6 +60,7 @@ def fit(
     as_json: bool,
     quiet: bool,
     debug: bool,
+    no_report: bool,
     after_crash: bool,
     **options: Any,
 ) -> None:
@@ -79,6 +82,8 @@ def fit(
         rank.check(config)
         chosen = rank.folder(workdir or next_workdir(config))
     if not is_worker():
+        if not quiet:
+            announce(describe_command(config, chosen))
         arguments = sys.argv[1:] if workdir is not None else [*sys.argv[1:], "--workdir", str(chosen)]
         begin_supervisor(arguments, chosen)
     with _stop_on_signals() as should_stop:
@@ -97,7 +102,7 @@ def fit(
                 result = start.begin(config, chosen, overwrite=overwrite, display=display, should_stop=should_stop, rank=rank)
         # Signals are still only noted: a run that is done is not reported as one that was stopped.
         if result is not None:
-            print_result(result.to_json() if as_json else str(result), f"it is in {chosen / 'result.json'}")
+            print_result(result.to_json() if as_json else result.describe(terminal_width()), f"it is in {chosen / 'result.json'}")
 
 
 @cli.command(cls=GroupedCommand)

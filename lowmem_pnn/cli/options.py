@@ -9,6 +9,7 @@ import click
 
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.model_arguments import parse_model_arguments
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -37,10 +38,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Budget": (
         "max_gpu_mem", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm", "loss_chunk",
-        "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
+        "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Output": (
-        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "as_json", "quiet", "debug",
+        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "as_json", "quiet", "debug",
         "help", "_click_default_help",  # the name differs between versions of click
     ),
 }  # fmt: skip
@@ -59,6 +60,7 @@ _METAVARS = {
     "budget_scope": "process|allocator", "lr_schedule": "constant|linear|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
     "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
+    "recompute": "auto|always|never",
     "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "task": "auto|classification|multilabel|regression|segmentation",
     "early_stop": "N", "keep_weights": "last|best", "monitor": "NAME", "eval_every": "STEPS", "time_limit": "TIME",
     "loss": "NAME", "class_weights": "X,...|balanced", "ignore_index": "N", "val_data": "NAME", "test_data": "NAME",
@@ -169,9 +171,6 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if "model_arg" in given:
-        # Not at the top: it imports torch.
-        from lowmem_pnn.zoo.models import parse_model_arguments
-
         given["model_arg"] = parse_model_arguments(given["model_arg"])
     return given
 

@@ -1,6 +1,7 @@
 """Output of the commands: the result on standard output, all else on standard error, which may break without ending anything."""
 
 import os
+import shutil
 import sys
 
 import click
@@ -47,3 +48,15 @@ def print_result(text: str, kept: str = "give it a place that can be written") -
             drop(sys.stdout)
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise DiskError(f"cannot write the result to standard output: {reason}; {kept}") from error
+
+
+def announce(text: str) -> None:
+    """Tell people on standard error what begins now, before anything that takes long is imported."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that the result goes to; None where it goes elsewhere."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size((100, 24)).columns

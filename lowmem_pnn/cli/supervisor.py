@@ -14,7 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from lowmem_pnn.config.code import CODE_FIELDS, names_code
 from lowmem_pnn.errors import BudgetError, LowMemError
+from lowmem_pnn.reporting.page_process import PAGE, has_new_page, write_page_apart
 from lowmem_pnn.reporting.streams import drop
 
 WORKER_VARIABLE = "LOWMEM_PNN_WORKER"
@@ -71,8 +72,11 @@ def begin_supervisor(arguments: Sequence[str], workdir: Path) -> NoReturn:
 
 def main() -> NoReturn:
     """Supervise the command in `sys.argv`, after the run's folder, and exit with its code."""
+    arguments, workdir = sys.argv[2:], Path(sys.argv[1])
     try:
-        code = supervise(sys.argv[2:], Path(sys.argv[1]))
+        code = supervise(arguments, workdir)
+        if code == 0:
+            write_run_page(arguments, workdir)
     except LowMemError as error:
         _say(str(error))
         code = error.exit_code
@@ -136,17 +140,36 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
         ]
 
 
+def write_run_page(arguments: Sequence[str], workdir: Path) -> None:
+    """Write the page of a run that is done. Its result is printed by now: whatever happens here loses the page alone.
+
+    Args:
+        arguments: of the command, which may ask for no page.
+        workdir: the run directory.
+    """
+    if "--no-report" in arguments or not _is_done(workdir) or has_new_page(workdir):
+        return
+    fault = write_page_apart([workdir], stop_on=stop_signals(), before=_die_with(os.getpid()))
+    if "--quiet" not in arguments:
+        _say(f"no page of the run: {fault}" if fault else f"the page of the run is in {workdir / PAGE}")
+
+
+def _die_with(parent: int) -> Callable[[], None]:
+    """Return what a child of this process does first: the kernel then kills it when its parent is killed (Linux)."""
+    libc = ctypes.CDLL(None)
+
+    def die_with_parent() -> None:
+        if sys.platform.startswith("linux"):
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return die_with_parent
+
+
 def _run_worker(arguments: Sequence[str]) -> tuple[int, list[int]]:
     """Run one worker; its exit code, negative for a signal, and the signals that this process was asked to stop with."""
     received: list[int] = []
-    supervisor, libc = os.getpid(), ctypes.CDLL(None)
-
-    def die_with_parent() -> None:
-        # The kernel kills the worker when its supervisor is killed, so that the run is free to be resumed (Linux).
-        if sys.platform.startswith("linux"):
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != supervisor:
-                os._exit(1)
 
     def forward(number: int, _: FrameType | None) -> None:
         if is_repeated_hangup(number, received):
@@ -165,7 +188,7 @@ def _run_worker(arguments: Sequence[str]) -> tuple[int, list[int]]:
             [sys.executable, "-m", "lowmem_pnn", *arguments],
             env={**os.environ, WORKER_VARIABLE: "1", "GLIBC_TUNABLES": _with_huge_pages(os.environ.get("GLIBC_TUNABLES", ""))},
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=_die_with(os.getpid()),  # so that the run is free to be resumed
         )
         before = {number: signal.signal(number, forward) for number in stop_signals()}
     finally:

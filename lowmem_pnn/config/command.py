@@ -2,11 +2,12 @@
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.field_types import SIZES
 from lowmem_pnn.config.fit_config import FitConfig, field_names
-from lowmem_pnn.units import exact_size
+from lowmem_pnn.units import exact_size, format_bytes
 
 _ALWAYS = ("max_gpu_mem", "model", "data", "method")
 # Where the run was, not what it was.
@@ -36,3 +37,21 @@ def fit_command(config: FitConfig) -> str:
         else:
             words += [flag(name), exact_size(value) if name in SIZES else as_typed(value)]
     return shlex.join(words)
+
+
+def describe_command(config: FitConfig | None, workdir: Path) -> str:
+    """Return the first line of a command: what is asked, the budget as it was understood, and the run's folder.
+
+    Args:
+        config: options of the run; None where it is gone on with.
+        workdir: folder of the run.
+
+    Example:
+        >>> describe_command(FitConfig(max_gpu_mem="1.5G", model="mlp:64-10", data="digits"), Path("runs/one"))
+        'fit mlp:64-10 on digits by pnn, in 1.50 GB; the run is in runs/one'
+    """
+    if config is None:
+        return f"going on with the run in {workdir}"
+    return (
+        f"fit {config.model} on {config.data} by {config.method}, in {format_bytes(config.max_gpu_mem)}; the run is in {workdir}"
+    )

@@ -272,6 +272,8 @@ def contradictions(config: FitConfig) -> list[str]:
         faults.append("--recovery-epochs has no effect here: it needs --method pnn, exact or backprop")
     if config.method == "neuroflux" and config.loss_chunk is not None:
         faults.append("--loss-chunk has no effect here: every unit of --method neuroflux has a loss of its own")
+    if config.recompute != "auto" and config.method != "exact" and not config.recovery_epochs:
+        faults.append("--recompute has no effect here: it needs --method exact, or --recovery-epochs")
     if config.max_steps is not None and config.recovery_epochs:
         faults.append("--max-steps ends training, and --recovery-epochs goes on after it; give one")
     if config.min_lr > max(config.lr):

@@ -123,6 +123,13 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
             "in memory; only where a batch goes through at once."
         ),
     )
+    recompute: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description=(
+            "Sweeps: whether matrix products, convolutions and attention of the first forward are computed again for the backward, or "
+            "kept in a file (within --max-disk). auto: kept where that is faster, by built-in estimates."
+        ),
+    )
     optimizer_state: Literal["fp32", "bf16", "int8"] = Field(
         default="fp32",
         description=(

@@ -221,14 +221,17 @@ class Residency:
         return next((name for name, value in self.trainable.items() if not math.isfinite(float(value.detach().sum()))), None)
 
     def save(self, writer: TensorFile) -> None:
-        """Write weights, buffers and optimizer state.
+        """Write weights, buffers and optimizer state, as far as they are the file's: frozen parameters lie in another one.
 
         Args:
             writer: file with this partition's layout.
         """
-        tensors = {weight_key(name): tensor for name, tensor in (*self._parameters.items(), *self._buffers.items())}
+        # A buffer that an earlier partition holds too is at home there, and never changes.
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name not in self.owned_elsewhere}
+        tensors = {weight_key(name): tensor for name, tensor in (*self._parameters.items(), *buffers.items())}
         tensors.update({state_key(name, key): tensor for name, state in self._state.items() for key, tensor in state.items()})
-        for key, host in overlapped_downloads((key, self._device.download(tensor.detach())) for key, tensor in tensors.items()):
+        own = ((key, tensor) for key, tensor in tensors.items() if key in writer.entries)
+        for key, host in overlapped_downloads((key, self._device.download(tensor.detach())) for key, tensor in own):
             writer.write_from(key, host)
 
     def unload(self) -> None:

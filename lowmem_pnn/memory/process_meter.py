@@ -14,7 +14,9 @@ import psutil
 
 _STATUS = Path("/proc/self/status")
 _PRIVATE = re.compile(rb"Rss(?:Anon|Shmem):\s+(\d+) kB")
+_SHARED = re.compile(rb"RssShmem:\s+(\d+) kB")
 _DATA = re.compile(rb"VmData:\s+(\d+) kB")
+_STACK = re.compile(rb"VmStk:\s+(\d+) kB")
 
 
 def private_and_data_bytes() -> tuple[int, int]:
@@ -28,9 +30,12 @@ def private_and_data_bytes() -> tuple[int, int]:
     except OSError:
         info = psutil.Process().memory_full_info()
         return int(getattr(info, "uss", info.rss)), 0
-    data = _DATA.search(status)
-    assert data is not None
-    return sum(int(kilobytes) for kilobytes in _PRIVATE.findall(status)) * 1024, int(data[1]) * 1024
+    return _total(_PRIVATE, status), _total(_DATA, status)
+
+
+def _total(names: re.Pattern[bytes], status: bytes) -> int:
+    """Return the sum of some lines of `status`, in bytes."""
+    return sum(map(int, names.findall(status))) * 1024
 
 
 def private_bytes() -> int:
@@ -57,12 +62,13 @@ class MemoryReader:
 
     def read(self) -> tuple[int, int]:
         """Read the two sizes of `private_and_data_bytes`."""
-        if self._statm is None or self._num_samples % self._STATUS_INTERVAL == 0:
-            private, data = private_and_data_bytes()
-            if self._statm is not None:
-                anonymous, data_and_stack = self._read_statm()
-                # Less than nothing where the counts lag.
-                self._shared_bytes, self._stack_bytes = max(0, private - anonymous), max(0, data_and_stack - data)
+        if self._statm is None:
+            return private_and_data_bytes()
+        if self._num_samples % self._STATUS_INTERVAL == 0:
+            status = _STATUS.read_bytes()
+            # Not the differences between the two files: memory that is freed between their readings would be counted from then on.
+            self._shared_bytes, self._stack_bytes = _total(_SHARED, status), _total(_STACK, status)
+            private, data = _total(_PRIVATE, status), _total(_DATA, status)
         else:
             anonymous, data_and_stack = self._read_statm()
             private, data = anonymous + self._shared_bytes, data_and_stack - self._stack_bytes

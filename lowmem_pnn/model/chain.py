@@ -30,6 +30,7 @@ from lowmem_pnn.model.opening import LARGE_SHARE, weight_bytes
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.precision import FULL_PRECISION, Precision
 from lowmem_pnn.model.python_state import Attribute
+from lowmem_pnn.model.recomputed import unchanged_buffers
 from lowmem_pnn.model.supported import check_model, check_overrides, tensors_by_name, versions_of
 
 
@@ -50,7 +51,8 @@ class Chain:
     """Groups of names, in `state_dict` order, that are one and the same tensor."""
 
     tied_ranges: tuple[tuple[int, int], ...]
-    """Pairs (first, last) of layers that use one tensor, first < last: no partition may start at first + 1 to last."""
+    """Pairs (first, last) of layers that use one tensor, first < last: no partition may start at first + 1 to last. Buffers that no
+    forward changes do not count: each layer has its own."""
 
     unused: tuple[str, ...]
     """Frozen parameters, and buffers, that no layer holds under any name."""
@@ -282,6 +284,7 @@ def capture(
         for name, tensor in names.items()
         if tensor.requires_grad and name not in idle and (found := ParameterHooks.of(tensor))
     }
+    free = unchanged_buffers(model, runs)
     frozen = {id(names[name]): nn.Parameter(names[name].detach(), False) for name in idle}
 
     def cut(cuts: Sequence[int]) -> Chain:
@@ -315,7 +318,9 @@ def capture(
             layers=tuple(layers),
             boundaries=tuple(tuple(TensorSpec(*spec) for spec in boundary) for boundary in flow.boundaries(cuts)),
             ties=tuple(tuple(group) for group in groups.values() if len(group) > 1),
-            tied_ranges=tuple(sorted({(users[0], users[-1]) for users in held.values() if users[0] < users[-1]})),
+            tied_ranges=tuple(
+                sorted({(users[0], users[-1]) for tensor, users in held.items() if users[0] < users[-1] and tensor not in free})
+            ),
             unused=tuple(name for name, tensor in names.items() if id(tensor) not in held),
             persistent=tuple(model.state_dict(keep_vars=True)),
             written=frozenset().union(*(run.written for run in runs)),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.copies import copy_structure
-from lowmem_pnn.model.fake_model import ModelRun, Setting, run_model, storages_of
+from lowmem_pnn.model.fake_model import ModelRun, Setting, run_model
 from lowmem_pnn.model.opening import (
     LARGE_ACTIVATION_BYTES,
     LARGE_SHARE,
@@ -26,6 +26,8 @@ from lowmem_pnn.model.opening import (
     opened_blocks,
     parents,
 )  # fmt: skip
+from lowmem_pnn.model.operation_log import storages_of
+from lowmem_pnn.model.recomputed import Recomputed, StandIn
 from lowmem_pnn.model.recording import TraceMismatchError, record, with_constants
 from lowmem_pnn.model.trace_modes import Trace
 from lowmem_pnn.model.tracer import trace
@@ -124,48 +126,21 @@ class DataFlow:
         self._root = with_constants(copy_structure(model), traced)
         self._inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
         [self._output] = [node for node in traced.graph.nodes if node.op == "output"]
-        self._batch_nodes = {node for node in traced.graph.nodes if self._is_batch(node)}
-        self._anywhere = self._find_anywhere()
+        self._recomputed = Recomputed(self._root, traced, self._recordings, runs)
         self._steps = [
             node
             for node in traced.graph.nodes
-            if node.op.startswith("call_") and not traced.only_fetches(node) and node not in self._anywhere
+            if node.op.startswith("call_") and not traced.only_fetches(node) and node not in self._recomputed
         ]
         self._position = {**dict.fromkeys(self._inputs, -1), **{node: index for index, node in enumerate(self._steps)}}
         self._last_use = dict(self._position)
         for user in [*self._steps, self._output]:
-            for node in user.all_input_nodes:
-                if node in self._last_use:
-                    self._last_use[node] = self._position.get(user, len(self._steps))
+            for source in user.all_input_nodes:
+                for node in self._recomputed.inputs_of(source) if source in self._recomputed else [source]:
+                    if node in self._last_use:
+                        self._last_use[node] = self._position.get(user, len(self._steps))
         self._results = self._checked_output()
         self.cuts = self._find_cuts()
-
-    def _is_batch(self, node: fx.Node) -> bool:
-        """Decide whether a node is the number of samples, or the device: what every tensor of a boundary tells."""
-        if node.op == "call_function" and node.target is getattr and node.args[1] == "device":
-            return all(isinstance(recording.values[node], torch.device) for recording in self._recordings)
-        is_size = node.op == "call_method" and node.target == "size" and len(node.args) == 2
-        return is_size and all(recording.values[node] == recording.batch for recording in self._recordings)
-
-    def _find_anywhere(self) -> set[fx.Node]:
-        """Return the nodes that can be computed in every layer that uses them: from the number of samples, and constants, alone.
-
-        A mask of the batch's size, or a count of rows, does not cross a boundary then.
-        """
-        found = set(self._batch_nodes)
-        written = {storage for recording in self._recordings for storages in recording.writes.values() for storage in storages}
-        for node in self._traced.graph.nodes:
-            if node.op not in ("call_function", "call_method") or node in found or not node.all_input_nodes:
-                continue
-            if not all(source in found or source.target in self._traced.constants for source in node.all_input_nodes):
-                continue
-            if any(
-                node in recording.draws or recording.writes[node] or storages_of(recording.values[node]) & written
-                for recording in self._recordings
-            ):
-                continue
-            found.add(node)
-        return found
 
     def boundaries(self, cuts: Sequence[int]) -> list[list[tuple[tuple[int, ...], torch.dtype]]]:
         """Return shapes without the batch axis, and types, of the tensors before the first layer, between layers, and after the last.
@@ -237,7 +212,7 @@ class DataFlow:
                     "comes; return the scores themselves"
                 )
         for result in results:
-            if self._traced.only_fetches(result) or result in self._anywhere:
+            if self._traced.only_fetches(result) or self._recomputed.is_of_sizes(result):
                 raise CaptureError(f"{self._error_prefix} returns {result.target!r}, which does not depend on its input")
         return list(results)
 
@@ -251,8 +226,8 @@ class DataFlow:
             return False
         if node.op != "call_module":
             # Weights that are repeated for each sample, as class tokens are, belong to the layer before them.
-            is_repeated = any(source in self._anywhere for source in node.all_input_nodes) and all(
-                source.op == "get_attr" or source in self._anywhere for source in node.all_input_nodes
+            is_repeated = any(map(self._recomputed.is_of_sizes, node.all_input_nodes)) and all(
+                source.op == "get_attr" or self._recomputed.is_of_sizes(source) for source in node.all_input_nodes
             )
             return node.target not in _ATTACHED_FUNCTIONS and not is_repeated
         module = self._root.get_submodule(str(node.target))
@@ -332,14 +307,25 @@ class DataFlow:
                     if not hasattr(self._root, module_name):
                         self._root.add_module(module_name, _Constant(self._traced.constants[str(node.target)]))
                     copies[node] = graph.create_node("call_module", module_name, (anchor,))
-                elif node in self._batch_nodes:
+                elif node in self._recomputed.of_batch:
                     of_device = node.target is getattr
                     copies[node] = (
                         graph.call_function(getattr, (anchor, "device")) if of_device else graph.call_method("size", (anchor, 0))
                     )
                 else:
-                    copies[node] = graph.node_copy(node, fetch)
+                    stand_ins = self._recomputed.stand_ins.get(node, {})
+                    copies[node] = graph.node_copy(
+                        node, lambda source: stand_in(source, stand_ins[source]) if source in stand_ins else fetch(source)
+                    )
             return copies[node]
+
+        def stand_in(source: fx.Node, module: StandIn) -> fx.Node:
+            if source in copies:
+                return copies[source]
+            name = f"_lowmem_stand_in_{source.name}"
+            if not hasattr(self._root, name):
+                self._root.add_module(name, module)
+            return graph.create_node("call_module", name, (anchor,))
 
         for node in steps:
             fetch(node)

@@ -9,7 +9,7 @@ import pickle
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, OutputForm, TensorSpec
 from lowmem_pnn.model.copies import copy_structure, first_line, preserve_random_state, set_mode
+from lowmem_pnn.model.operation_log import OperationLog, tensors_in
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.model.python_state import (
     Attribute,
@@ -33,46 +33,6 @@ from lowmem_pnn.model.python_state import (
     is_kept,
     is_read,
 )
-
-
-class OperationLog(TorchDispatchMode):
-    """A mode that logs the operations on given tensors and on the results, and the storages that operations write to.
-
-    Args:
-        tensors: input and weights of a model.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.entries: list[tuple[Any, ...]] = []
-        self.written_storages: set[int] = set()
-        self.draws = 0
-        """Operations that drew random numbers."""
-        self.new_bytes = 0
-        """Bytes of the tensors that operations made."""
-        # The tensors themselves, not their ids alone: an id is used again once its tensor is gone.
-        self._dependent = {id(tensor): tensor for tensor in tensors}
-
-    def depends(self, tensor: Tensor) -> bool:
-        """Decide whether a tensor is one of the given ones, or was computed from them."""
-        return id(tensor) in self._dependent
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[position] if position < len(args) else kwargs.get(argument.name)
-                self.written_storages |= storages_of(value)
-        result = func(*args, **kwargs)
-        before = storages_of((args, kwargs))
-        self.new_bytes += sum(tensor.nbytes for tensor in tensors_in(result) if tensor.untyped_storage()._cdata not in before)
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.draws += 1
-        # Constants are computed while tracing, and so not again by the graph; operations of `prim` only query, as for a device.
-        if func.namespace != "prim" and any(id(tensor) in self._dependent for tensor in tensors_in((args, kwargs))):
-            self._dependent.update((id(tensor), tensor) for tensor in tensors_in(result))
-            self.entries.append((func, torch.is_grad_enabled(), _comparable((args, kwargs))))
-        return result
 
 
 @dataclass(frozen=True)
@@ -189,6 +149,7 @@ class ModelRun:
         kept: attributes of its modules that the forward changes, and whose values a run keeps.
         left: attributes in which the forward leaves tensors that no later forward depends on.
         written: parameters that the forward changes in place, as an embedding with `max_norm` does.
+        changed: parameters and buffers that the forward changes in place, or puts others in the place of.
         made: bytes of the tensors that operations of a module, and of those in it, made; under "" those of all.
         returns_tensor: whether the model returns one tensor, in nothing.
         reached: parameters that a backward from what training learns from gives a gradient to.
@@ -199,6 +160,7 @@ class ModelRun:
     kept: set[Attribute] = field(default_factory=set)
     left: set[Attribute] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
+    changed: set[str] = field(default_factory=set)
     made: Counter[str] = field(default_factory=Counter)
     returns_tensor: bool = True
     reached: set[str] = field(default_factory=set)
@@ -220,7 +182,8 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
 
     def forward(root: nn.Module, samples: tuple[Tensor, ...], log: OperationLog) -> None:
         before, generators = Snapshot(root), _python_generators()
-        versions = {name: parameter._version for name, parameter in root.named_parameters(remove_duplicate=False)}
+        own = _tensors_of(root)
+        versions = {name: tensor._version for name, tensor in own.items()}
         try:
             with _made_by_module(root, log, result.made):
                 returned = setting.form.call(root, samples)
@@ -236,8 +199,11 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
                 f"forward of model {title} draws from Python's or numpy's random generator, whose state is not kept with a run; draw with "
                 "torch, as by torch.rand(())"
             )
-        parameters = root.named_parameters(remove_duplicate=False)
-        result.written = {name for name, parameter in parameters if parameter._version != versions.get(name)}
+        after = _tensors_of(root)
+        result.changed = {
+            name for name, tensor in own.items() if after.get(name) is not tensor or tensor._version != versions[name]
+        }
+        result.written = {name for name in result.changed if isinstance(own[name], nn.Parameter)}
         changed = before.changed(root)
         if not changed:
             return
@@ -264,6 +230,10 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
 
     result.operations = setting.log(model, forward)
     return result
+
+
+def _tensors_of(root: nn.Module) -> dict[str, Tensor]:
+    return {**dict(root.named_parameters(remove_duplicate=False)), **dict(root.named_buffers(remove_duplicate=False))}
 
 
 def _reached(root: nn.Module, outputs: tuple[Tensor, ...]) -> set[str]:
@@ -337,20 +307,6 @@ def explain(error: Exception) -> str:
     return first_line(error)
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """Return the tensors in a value: itself, or those in tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (tuple, list)) else []
-
-
-def storages_of(value: Any) -> set[int]:
-    """Return the identities of the storages of all tensors in a value."""
-    return {tensor.untyped_storage()._cdata for tensor in tensors_in(value)}
-
-
 def _deepest_module(root: nn.Module, error: BaseException) -> str:
     """Return the name of the innermost module in whose method an exception was raised; nothing where that is the model itself."""
     names, found = {id(module): name for name, module in root.named_modules()}, ""
@@ -367,15 +323,6 @@ def _title(model: nn.Module, name: str) -> str:
 
 def _python_generators() -> tuple[Any, ...]:
     return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
-
-
-def _comparable(value: Any) -> Any:
-    """Return arguments of an operation in a form that can be compared with those of another run."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.stride(), value.dtype
-    if isinstance(value, dict):
-        return {key: _comparable(item) for key, item in value.items()}
-    return [_comparable(item) for item in value] if isinstance(value, (tuple, list)) else repr(value)
 
 
 @contextmanager

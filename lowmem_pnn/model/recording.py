@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.fake_model import ModelRun, OperationLog, explain, run_model
+from lowmem_pnn.model.fake_model import ModelRun, explain, run_model
+from lowmem_pnn.model.operation_log import OperationLog, tensors_in
 from lowmem_pnn.model.trace_modes import Trace
 
 
@@ -21,6 +22,9 @@ class Recording:
 
     draws: set[fx.Node] = field(default_factory=set)
     """Nodes that drew random numbers."""
+
+    reads: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
+    """Nodes whose values the node reads; it may ask those of its other sources for their shapes and types."""
 
     first_operation: dict[fx.Node, int] = field(default_factory=dict)
     """How many operations there were before the node."""
@@ -43,7 +47,7 @@ class _RecordingInterpreter(fx.Interpreter):
         self._recording, self._log, self._error_prefix = recording, log, error_prefix
 
     def run_node(self, n: fx.Node) -> Any:
-        self._log.written_storages = set()
+        self._log.written_storages, self._log.taken = set(), {}
         draws = self._log.draws
         self._recording.first_operation[n] = len(self._log.entries)
         try:
@@ -54,7 +58,14 @@ class _RecordingInterpreter(fx.Interpreter):
         self._recording.values[n], self._recording.writes[n] = value, self._log.written_storages
         if self._log.draws > draws:
             self._recording.draws.add(n)
+        seen = self._log.taken.keys() | set(map(id, tensors_in(value)))
+        self._recording.reads[n] = {source for source in n.all_input_nodes if self._is_read(source, seen)}
         return value
+
+    def _is_read(self, source: fx.Node, seen: set[int]) -> bool:
+        """Decide whether a tensor of a source is among what operations have taken; a source that is no tensor is read."""
+        value = self._recording.values[source]
+        return any(id(tensor) in seen for tensor in tensors_in(value)) or not isinstance(value, Tensor)
 
 
 def record(model: nn.Module, traced: Trace, run: ModelRun) -> Recording:

@@ -1,6 +1,5 @@
 """The page: figures and tables of one run, or of several, as one HTML file that loads nothing from elsewhere."""
 
-import os
 import platform
 from collections.abc import Sequence
 from html import escape
@@ -49,7 +48,7 @@ def write_page(runs: Sequence[Path], out: Path) -> None:
         DiskError: the page cannot be written.
     """
     text = page_of([RunLog.read(path) for path in runs])
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    beside = out.with_name(f"{out.name}.new")  # which a run that is begun anew in the folder deletes
     try:
         beside.write_text(text)
         beside.replace(out)

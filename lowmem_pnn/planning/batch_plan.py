@@ -12,6 +12,7 @@ from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning import planner
 from lowmem_pnn.planning.footprint import Footprint
 from lowmem_pnn.planning.heap_share import heap_bytes
+from lowmem_pnn.planning.kept_products import with_kept_products
 from lowmem_pnn.planning.neuroflux_blocks import similar_batch_cuts
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import ties_counted_once
@@ -83,8 +84,9 @@ def plan_for_batches(
         _check_synthetic_inputs(request, plan)
     plan = dataclasses.replace(_with_own_peaks(request, plan), loss_chunk=request.loss_chunk)
     if workload.method.sweeps:
-        return _with_longer_streams(request, dataclasses.replace(plan, sweep_micro_batch=plan.partitions[0].micro_batch))
-    return _with_recovery(request, plan) if workload.config.recovery_epochs else plan
+        plan = _with_longer_streams(request, dataclasses.replace(plan, sweep_micro_batch=plan.partitions[0].micro_batch))
+        return with_kept_products(request, plan)
+    return with_kept_products(request, _with_recovery(request, plan)) if workload.config.recovery_epochs else plan
 
 
 def _cut_after_fixed_layers(request: PlanRequest, plan: Plan) -> list[int] | None:

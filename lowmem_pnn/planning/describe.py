@@ -1,8 +1,9 @@
 """Descriptions of plans and of their partitions, for reports."""
 
 from lowmem_pnn.errors import BudgetError, DiskError
-from lowmem_pnn.partition_plan import PartitionPlan
+from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning.disk_footprint import activation_bytes, check_disk, disk_bytes, num_stored_samples
+from lowmem_pnn.planning.footprint import Footprint
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.planning.notes import plan_notes
 from lowmem_pnn.planning.plain_training import plain_bytes
@@ -18,7 +19,9 @@ def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> 
     reason, exit_code, partitions, disk, peak, notes = "", 0, [], 0, 0, []
     try:
         plan = make_plan(request, seconds_of)
-        partitions = [describe_partition(workload, part) for part in plan.partitions]
+        partitions = [
+            {**describe_partition(workload, part), "ahead_bytes": ahead_bytes(request, plan, part)} for part in plan.partitions
+        ]
         batch = max(part.batch for part in plan.partitions)
         disk, peak = disk_bytes(workload, plan, profile), plan.predicted_peak_bytes
         notes = plan_notes(request, plan)
@@ -45,6 +48,24 @@ def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> 
         data_parts=workload.dataset.parts,
         skipped_samples=workload.dataset.skipped_samples,
     )
+
+
+def ahead_bytes(request: PlanRequest, plan: Plan, part: PartitionPlan) -> int:
+    """Return how many bytes of a partition's predicted peak are what is read ahead: samples, and in sweeps weights and state.
+
+    A run may hold as many, where the budget has room for them; it needs less.
+
+    Args:
+        request: Request that the plan was made for.
+        plan: The plan.
+        part: One of its partitions.
+    """
+    footprint = Footprint.of(request)
+    ahead = footprint.beside_bytes(part.start, part.batch, plan.cuts)
+    window = footprint.buffer_sizes.stream_bytes
+    if request.device.shares_host and plan.stream_bytes > window:
+        ahead += footprint.stream_bytes(plan.stream_bytes) - footprint.stream_bytes(window)
+    return min(ahead, part.predicted_peak_bytes)
 
 
 def describe_partition(workload: Workload, part: PartitionPlan) -> dict[str, object]:

@@ -17,8 +17,8 @@ from lowmem_pnn.workload import Workload
 def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     """Return the most bytes that the run directory will take, without the export.
 
-    A visit rewrites one partition at a time. A sweep writes all of them, while the commit before is still on its way to the drive: two
-    more generations; and it keeps the boundary tensors of one batch.
+    Frozen weights are there once. A visit rewrites one partition at a time. A sweep writes all of them, while the commit before is still
+    on its way to the drive: two more generations; and it keeps the boundary tensors, and products, of one batch.
 
     Args:
         workload: Model, data and method.
@@ -29,9 +29,10 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     layers = ties_counted_once(profile.layers)
     stored = [
         PAGE_BYTES
-        + sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in layers[part.start : part.stop])
+        + sum(layer.gradient_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in layers[part.start : part.stop])
         for part in plan.partitions
     ]
+    frozen = sum(layer.weight_bytes - layer.gradient_bytes for layer in layers)
     outputs = [part.output_bytes_per_sample for part in plan.partitions[:-1]]
     stored_outputs = [activation_bytes(workload, part.stop) for part in plan.partitions[:-1]]
     # Stores of activations hold training and validation samples; where training needs none, only the samples of an evaluation.
@@ -47,11 +48,11 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
         batch = plan.partitions[-1].batch
         gradients += math.ceil(batch / plan.sweep_micro_batch) * profile.shared_bytes
         working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)
-        working += fixed_outputs_bytes(workload, plan)
+        working += fixed_outputs_bytes(workload, plan) + plan.kept_bytes
     # A folder for transformers has the same file under a second name.
     export = sum(layer.weight_bytes + layer.buffer_bytes for layer in layers) + workload.source.copied_bytes(config.tokenizer)
     kept = sum(stored) * (config.keep_commits + (config.keep_weights == "best"))
-    return kept + max(working, export)
+    return frozen + kept + max(working, export)
 
 
 def fixed_outputs_bytes(workload: Workload, plan: Plan) -> int:
@@ -83,6 +84,7 @@ def check_disk(workload: Workload, plan: Plan, profile: MemoryProfile) -> None:
     if limit is not None and needed > limit:
         fixed = fixed_outputs_bytes(workload, plan)
         cached = f", or --no-cache-frozen ({format_bytes(fixed)} less)" if fixed else ""
+        cached += f", or --recompute always ({format_bytes(plan.kept_bytes)} less)" if plan.kept_bytes else ""
         raise DiskError(
             f"the run needs up to {format_bytes(needed)} on disk, above --max-disk {format_bytes(limit)}; give more{cached}"
         )

@@ -4,7 +4,8 @@
                     then the validation samples forward
     emit            samples forward; writing them where that takes longer
     a sweep's emit  loading the weights, micro-batches * forward
-      backpropagate loading the weights, micro-batches * (forward + backward), then the step: state read, weights and state written
+      backpropagate loading the weights, micro-batches * (forward + backward), then the step: state read, weights and state written;
+                    products that the emit kept are read instead of computed, and were written there
       step          weights, gradients and state read, written
 
 Prefetching hides the bytes that a stream holds, and no more: the first layers of a partition are needed at once. Samples are read while
@@ -14,7 +15,7 @@ the drive overlaps training), the start of a run, its test and its export.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowmem_pnn.methods import SplitName, Sweep, Visit
 from lowmem_pnn.partition_plan import Plan
@@ -25,6 +26,8 @@ from lowmem_pnn.profiling.timings import MachineTimings
 # each of them read and written. Counted, not measured.
 _LOSS_PASSES = 8
 _PARAMETER_BYTES = 4
+# Share of a forward that its products take, where all of them are kept; measured on blocks of a transformer.
+_SHARE_OF_PRODUCTS = 0.9
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class PartitionBytes:
         inputs: Bytes of a sample in the store that training reads.
         outputs: Bytes of a sample's outputs as they are computed.
         stored_outputs: Bytes of a sample's outputs in the store that the next partition learns from.
+        kept: Bytes of a sample's products that a sweep keeps for the second forward.
     """
 
     weights: int
@@ -48,6 +52,7 @@ class PartitionBytes:
     inputs: int
     outputs: int
     stored_outputs: int
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class ForecastInputs:
         stream_bytes: Bytes of weights and optimizer state that are prefetched, and as many that wait to be written.
         boundary_bytes: Bytes of a batch's boundary activations that a sweep keeps in memory.
         window_bytes: Bytes of samples that stay in memory from one epoch to the next.
+        kept_shares: Share of a layer's multiply-accumulates whose products are kept, by the number of the layer.
     """
 
     partitions: Sequence[PartitionBytes]
@@ -69,6 +75,7 @@ class ForecastInputs:
     stream_bytes: int = 0
     boundary_bytes: int = 0
     window_bytes: int = 0
+    kept_shares: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -169,8 +176,8 @@ class _Forecast:
         epoch = TimeAndTraffic(max(computing, reading.seconds), reading.bytes_read)
         if "val" in self._inputs.samples and visit.macro_batch is None and not visit.from_synthetic_labels:
             epoch += self._forward(visit.partition, self._inputs.samples["val"])
-        moved = size.weights + size.optimizer
-        return epoch * visit.epochs + self._read(moved) + self._write(moved)
+        written = size.trainable + size.buffers + size.optimizer
+        return epoch * visit.epochs + self._read(size.weights + size.optimizer) + self._write(written)
 
     def emit(self, visit: Visit) -> TimeAndTraffic:
         """Forecast a visit that writes the samples of the next boundary."""
@@ -223,11 +230,13 @@ class _Forecast:
                     [layer.forward for layer in layers] if visit.learns or visit.trains else [layer.emit for layer in layers]
                 )
                 total += TimeAndTraffic(sum(count * line.at(one) for one, count in micro_batches.items() for line in forwards))
+                total += self._write(batch * size.kept)
                 continue
             # Layers before the first that learns need no gradient: of the first partition no gradient of the inputs is computed.
             first = None if visit.returns_input_gradient else part.start
             passes = (count * self._pass(number, one, first, loss=number == self._last) for one, count in micro_batches.items())
-            total += TimeAndTraffic(sum(passes))
+            taken = sum(count * self._taken(number, one) for one, count in micro_batches.items())
+            total += TimeAndTraffic(sum(passes) - taken) + self._read(batch * size.kept)
             if visit.learns and visit.keeps_gradients:
                 total += self._write(round(size.trainable * share_on_disk) + size.buffers)
             elif visit.learns:
@@ -269,6 +278,12 @@ class _Forecast:
         if loss and not self._inputs.per_layer_loss:
             seconds += _LOSS_PASSES * samples * self._inputs.partitions[number].outputs * timings.memory_per_byte
         return seconds
+
+    def _taken(self, number: int, samples: int) -> float:
+        """Return the seconds that a micro-batch's second forward saves, since it takes products instead of computing them."""
+        part, shares = self._plan.partitions[number], self._inputs.kept_shares
+        kept = [layer for layer in range(part.start, part.stop) if layer in shares]
+        return sum(_SHARE_OF_PRODUCTS * shares[layer] * self._timings.layers[layer].forward.at(samples) for layer in kept)
 
     def _step(self, number: int) -> float:
         """Return the seconds of the optimizer's step of a partition."""

@@ -14,6 +14,7 @@ from lowmem_pnn.planning.batch_norm import whole_batch_notes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.pretrained.matching import describe_weights, shortened
 from lowmem_pnn.quantization.stored_weights import num_values, stored_parts
+from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
 
 
@@ -34,6 +35,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *adapter_notes(request.workload),
         *frozen_notes(request.workload),
         *fixed_notes(request.workload, plan),
+        *kept_notes(plan),
         *mixing_notes(request.workload),
         *whole_batch_notes(request, plan, mixing),
         *micro_batch_notes(request.workload, plan),
@@ -139,6 +141,21 @@ def fixed_notes(workload: Workload, plan: Plan) -> list[str]:
         return []
     which = "partition 1 is frozen: its outputs are" if count == 1 else f"partitions 1 to {count} are frozen: their outputs are"
     return [f"{which} written once, and read in every epoch (--no-cache-frozen: computed in every epoch)"]
+
+
+def kept_notes(plan: Plan) -> list[str]:
+    """Return what is said of products that sweeps keep instead of computing them again.
+
+    Args:
+        plan: partitions of the model.
+    """
+    if not plan.kept_layers:
+        return []
+    count, size = len(plan.kept_layers), format_bytes(plan.kept_bytes)
+    return [
+        f"products of {count} layer{'s' if count > 1 else ''} are kept in a file from forward to backward, {size} a batch "
+        "(--recompute always: none, they are computed twice)"
+    ]
 
 
 def mixing_notes(workload: Workload) -> list[str]:

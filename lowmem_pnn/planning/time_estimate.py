@@ -15,10 +15,11 @@ from lowmem_pnn.planning.forecast import (
     forecast_epoch,
     forecast_training,
 )
+from lowmem_pnn.planning.kept_products import kept_products
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling import nominal
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
-from lowmem_pnn.profiling.costs import ties_counted_once
+from lowmem_pnn.profiling.costs import Product, ties_counted_once
 from lowmem_pnn.profiling.timings import MachineTimings
 
 
@@ -61,7 +62,7 @@ class TimeEstimator:
     @classmethod
     def nominal(cls, request: PlanRequest) -> "TimeEstimator":
         """Return an estimator with nominal timings: the same on every machine with a device of this kind."""
-        speed = nominal.CPU if request.device.shares_host else nominal.CUDA
+        speed = nominal.speed_of(shares_host=request.device.shares_host)
         return cls(request, lambda: nominal.nominal_timings(request.profile, speed))
 
     @cached_property
@@ -95,6 +96,8 @@ def forecast_inputs(request: PlanRequest, plan: Plan) -> ForecastInputs:
         plan: Partitions and their micro-batches.
     """
     workload, buffer_sizes = request.workload, BufferSizes.of_budget(plan.budget_bytes)
+    rule = nominal.keeping_rule(workload.config.recompute, shares_host=request.device.shares_host)
+    kept = {number: kept_products(request.profile.layers[number], rule) for number in plan.kept_layers}
     partitions = []
     for part in plan.partitions:
         layers = ties_counted_once(request.profile.layers[part.start : part.stop])
@@ -108,6 +111,7 @@ def forecast_inputs(request: PlanRequest, plan: Plan) -> ForecastInputs:
                 inputs=activation_bytes(workload, part.start),
                 outputs=part.output_bytes_per_sample,
                 stored_outputs=activation_bytes(workload, part.stop),
+                kept=sum(one.nbytes for number in range(part.start, part.stop) for one in kept.get(number, ())),
             )
         )
     return ForecastInputs(
@@ -117,4 +121,10 @@ def forecast_inputs(request: PlanRequest, plan: Plan) -> ForecastInputs:
         stream_bytes=plan.stream_bytes or buffer_sizes.stream_bytes,
         boundary_bytes=buffer_sizes.boundary_bytes,
         window_bytes=buffer_sizes.window_bytes,
+        kept_shares={number: _share(request.profile.layers[number].products, own) for number, own in kept.items()},
     )
+
+
+def _share(products: Sequence[Product], kept: Sequence[Product]) -> float:
+    """Return the share of some products' multiply-accumulates that the kept ones among them have."""
+    return sum(one.macs for one in kept) / max(1, sum(one.macs for one in products))

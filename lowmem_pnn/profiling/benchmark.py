@@ -16,9 +16,9 @@ import torch
 
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.model.chain import Chain
-from lowmem_pnn.model.fingerprint import layer_fingerprint
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.costs import Affine, MemoryProfile
+from lowmem_pnn.profiling.fingerprint import layer_fingerprint
 from lowmem_pnn.profiling.layer_runner import LayerRunner, clock_of
 from lowmem_pnn.profiling.machine_benchmark import time_machine
 from lowmem_pnn.profiling.peaks import peak_of

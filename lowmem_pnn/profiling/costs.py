@@ -66,6 +66,19 @@ class Envelope:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A matrix product, convolution or attention of a layer's forward: what is dear to compute for the size of its outputs.
+
+    Args:
+        macs: Multiply-accumulates that its outputs take; of a layer, per sample.
+        nbytes: Bytes of its outputs; of a layer, per sample.
+    """
+
+    macs: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Tie:
     """A parameter of a layer that other layers hold too.
 
@@ -115,6 +128,7 @@ class LayerCost:
         streamed_state_bytes: Bytes of optimizer state that are in memory only during the layer's step.
         whole: Why a large module in the layer is whole, and how large it is, in words; empty for most.
         ties: Parameters that other layers hold too; among the bytes above.
+        products: Products of a forward in train mode.
     """
 
     name: str
@@ -136,6 +150,7 @@ class LayerCost:
     streamed_state_bytes: int = 0
     whole: str = ""
     ties: tuple[Tie, ...] = ()
+    products: tuple[Product, ...] = ()
 
     @property
     def state_bytes(self) -> int:
@@ -206,7 +221,7 @@ class MemoryProfile:
 def _field_value(value: Any) -> Any:
     """Return a field of LayerCost from its JSON value."""
     if isinstance(value, list):
-        return tuple(Tie(**tie) for tie in value)
+        return tuple(Product(**one) if "macs" in one else Tie(**one) for one in value)
     if not isinstance(value, dict):
         return value
     return Envelope(tuple(Affine(**moment) for moment in value["moments"])) if "moments" in value else Affine(**value)

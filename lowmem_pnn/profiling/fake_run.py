@@ -19,6 +19,8 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.storage_tracker import StorageTracker
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.layer import CompiledForward, Layer
+from lowmem_pnn.profiling.costs import Product
+from lowmem_pnn.profiling.products import products_counted
 
 # Two numbers of samples that are compared, and one that checks. None is 1, which shapes and strides treat as a case of its own; the
 # last is far from the others, so that bytes which do not grow in a straight line show.
@@ -51,6 +53,7 @@ class LayerMeasurement:
     Args:
         traces: Traces at `FEW`, `MORE` and `MANY` samples; of a compiled layer, those of its module and those of its compiled code.
         macs: Multiply-accumulates of a forward, per sample.
+        products: Products of a forward in train mode.
         smallest: Fewest samples that the layer accepts in train mode.
         compiled: Bytes of the kernels that are compiled for the layer in training, by their keys.
         emitting: Bytes of those that are compiled for its forward in eval mode.
@@ -60,6 +63,7 @@ class LayerMeasurement:
 
     traces: Sequence[tuple[MemoryTrace, ...]]
     macs: int
+    products: tuple[Product, ...]
     smallest: int
     compiled: Mapping[Hashable, int]
     emitting: Mapping[Hashable, int]
@@ -158,19 +162,20 @@ class FakeRun:
         traces = [tuple(self.trace(size, compiled=compiled) for size in (FEW, MORE, MANY)) for compiled in ways]
         kernels, emitting = self._kernels[False] | self._kernels[True], self._emitting[False] | self._emitting[True]
         smallest = 1 if self.accepts(1) else 2
-        return LayerMeasurement(traces, self.count_macs(), smallest, kernels, emitting, self._untouched, self._widest)
+        macs, products = self.count_macs()
+        return LayerMeasurement(traces, macs, products, smallest, kernels, emitting, self._untouched, self._widest)
 
-    def count_macs(self) -> int:
-        """Count the multiply-accumulates of a forward in train mode, per sample.
+    def count_macs(self) -> tuple[int, tuple[Product, ...]]:
+        """Count the multiply-accumulates of a forward in train mode, per sample, and collect its products.
 
         Eval mode may take fused kernels that are not in PyTorch's table of operations.
         """
         self._layer.train()
-        with self._mode, torch.no_grad(), FlopCounterMode(display=False) as flops:
+        with self._mode, torch.no_grad(), FlopCounterMode(display=False) as flops, products_counted(FEW) as products:
             # Detached: a view of a parameter asks for a gradient without gradients too, and the counter's hooks look for its function.
             tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
             self._layer.run_on(tensors, *self._inputs(FEW), scores=True)
-        return int(flops.get_total_flops()) // 2 // FEW
+        return int(flops.get_total_flops()) // 2 // FEW, tuple(products)
 
     def trace(self, batch: int, *, compiled: bool = False) -> MemoryTrace:
         """Run the layer forward and backward in train mode, and forward in eval mode.

@@ -7,6 +7,7 @@ at any number of samples is the peak. A third number of samples checks the peak.
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,15 +15,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem_pnn.device.kernel_memory import PRIMITIVE_CACHE_CAPACITY
 from lowmem_pnn.model.chain import Chain, TensorSpec
-from lowmem_pnn.model.fingerprint import layer_fingerprint
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost, MemoryProfile, Tie, with_local_loss
 from lowmem_pnn.profiling.fake_run import FEW, MANY, MORE, FakeRun, LayerMeasurement, MemoryTrace
+from lowmem_pnn.profiling.fingerprint import lasts, layer_fingerprint
 from lowmem_pnn.quantization.stored_weights import num_values
 
 MeasurementCache = dict[Hashable, LayerMeasurement]
-"""Measurements of layers, by their fingerprint, compiled code, boundaries and device."""
+"""Measurements of layers, by their fingerprint, compiled code, boundaries, device and threads."""
+
+_MOST_LASTING = 4096
+_lasting: MeasurementCache = {}
+"""Measurements of layers whose keys last: for the next plan or run of the process."""
 
 
 def profile(
@@ -54,7 +59,6 @@ def profile(
     """
     cache = {} if cache is None else cache
     with _modes_restored(chain), torch.random.fork_rng(devices=[]):
-        counted_buffers: set[int] = set()
         layers = []
         smallest, untouched, widest = 1, 0, 0
         compiled_kernels: dict[Hashable, int] = {}
@@ -62,17 +66,16 @@ def profile(
         ties = _ties_by_layer(chain, optimizers)
         learns_before = False  # else no gradient goes back through a layer's inputs
         for number, layer in enumerate(chain.layers):
-            if cuts_through_ties:
-                counted_buffers = set()
             before, after = chain.boundaries[number], chain.boundaries[number + 1]
             learns_input = learns_before and not per_layer_loss
             learns_before |= any(parameter.requires_grad for parameter in layer.parameters().values())
             # Compiled code is the layer's own: that of an equal layer may be for other uses.
-            key = layer_fingerprint(layer), layer.compiled, before, after, device, learns_input
+            key = layer_fingerprint(layer), layer.compiled, before, after, device, learns_input, torch.get_num_threads()
             if key not in cache:
-                cache[key] = FakeRun(layer, before, after, device, learns_input).measure()
+                run = partial(FakeRun, layer, before, after, device, learns_input)
+                cache[key] = _measured(key, run) if layer.compiled is None else run().measure()
             measurement = cache[key]
-            cost = _layer_cost(layer, measurement, counted_buffers, optimizers, before, after, ties[number])
+            cost = _layer_cost(layer, measurement, optimizers, before, after, ties[number])
             layers.append(with_local_loss(cost) if per_layer_loss else cost)
             compiled_kernels |= measurement.compiled
             emitting_kernels |= measurement.emitting
@@ -94,10 +97,20 @@ def profile(
     )
 
 
+def _measured(key: Hashable, run: Callable[[], FakeRun]) -> LayerMeasurement:
+    """Return a layer's measurement, from an earlier profile where its key lasts."""
+    if not lasts(key):
+        return run().measure()
+    if key not in _lasting:
+        if len(_lasting) == _MOST_LASTING:
+            del _lasting[next(iter(_lasting))]  # the oldest
+        _lasting[key] = run().measure()
+    return _lasting[key]
+
+
 def _layer_cost(
     layer: Layer,
     measurement: LayerMeasurement,
-    counted_buffers: set[int],
     optimizers: Sequence[OptimizerSpec],
     before: tuple[TensorSpec, ...],
     after: tuple[TensorSpec, ...],
@@ -108,7 +121,6 @@ def _layer_cost(
     Args:
         layer: The layer.
         measurement: Measurement of the layer, or of an equal one.
-        counted_buffers: Identities of the buffers that are counted with earlier layers; those of this layer are added.
         optimizers: Optimizers that the layer's parameters may have.
         before: Boundary before the layer.
         after: Boundary after the layer.
@@ -127,7 +139,7 @@ def _layer_cost(
         name=layer.name,
         num_params=sum(sizes.get(id(parameter), parameter.numel()) for parameter in parameters),
         weight_bytes=sum(map(_nbytes, parameters)),
-        buffer_bytes=sum(map(_nbytes, _not_yet_counted(layer.buffers().values(), counted_buffers))),
+        buffer_bytes=sum(map(_nbytes, _not_yet_counted(layer.buffers().values(), set()))),
         gradient_bytes=sum(map(_nbytes, trainable)),
         optimizer_bytes=_state_bytes(trainable, optimizers),
         step_bytes=max((optimizer.step_bytes(parameter) for optimizer in optimizers for parameter in trainable), default=0),
@@ -141,6 +153,7 @@ def _layer_cost(
         complete=peak(lambda trace: [trace.complete]),
         whole=layer.whole,
         ties=ties,
+        products=measurement.products,
     )
 
 

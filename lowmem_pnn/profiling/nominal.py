@@ -4,9 +4,11 @@ Plans that are chosen by nominal timings are the same on every machine of the ki
 going through its weights once more, and against moving them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from lowmem_pnn.profiling.costs import LayerCost, MemoryProfile
+from lowmem_pnn.profiling.costs import LayerCost, MemoryProfile, Product
 from lowmem_pnn.profiling.timings import LayerTimings, MachineTimings, Seconds
 
 
@@ -57,6 +59,29 @@ CUDA = MachineSpeed(
     read_byte=5e-10,
     written_byte=7e-10,
 )
+
+
+def speed_of(*, shares_host: bool) -> MachineSpeed:
+    """Return the speed of a kind of machine.
+
+    Args:
+        shares_host: whether it computes on the host itself.
+    """
+    return CPU if shares_host else CUDA
+
+
+def keeping_rule(recompute: Literal["auto", "always", "never"], *, shares_host: bool) -> Callable[[Product], bool]:
+    """Return the rule by which the output of a product is kept for a second forward, rather than computed again.
+
+    Args:
+        recompute: whether products are computed again always, never, or, auto, where writing and reading their outputs takes longer on
+            this kind of machine.
+        shares_host: whether the machine computes on the host itself.
+    """
+    speed = speed_of(shares_host=shares_host)
+    if recompute == "auto":
+        return lambda product: product.macs * speed.mac > product.nbytes * (speed.written_byte + speed.read_byte)
+    return lambda _: recompute == "never"
 
 
 def nominal_timings(profile: MemoryProfile, speed: MachineSpeed) -> MachineTimings:

@@ -1,17 +1,33 @@
-"""Progress display: a live line on a terminal, elsewhere messages alone; it falls silent where it cannot be written."""
+"""Progress display: two live lines on a terminal, plain lines elsewhere; it falls silent where it cannot be written."""
 
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.live import Live
+from rich.text import Text
 
 from lowmem_pnn.engine.stalls import describe_stalls
+from lowmem_pnn.reporting.live_line import live_lines
+from lowmem_pnn.reporting.run_status import RunStatus
 from lowmem_pnn.reporting.streams import UnbreakableStream
-from lowmem_pnn.units import format_bytes
+from lowmem_pnn.units import clock_text, format_bytes
+
+# Seconds between two looks at a run, and between two lines about epochs where nothing is live.
+_LOOK_SECONDS, _LINE_SECONDS = 0.1, 10.0
+# Share of the time from which on it is said what was waited for.
+_WAITED = 0.1
 
 
 class Display:
     """Receiver of a run's events that shows nothing; the base of every display."""
+
+    def stage(self, text: str) -> None:
+        """Take note that a stage begins: opening data, planning, and what else comes before and after training."""
+
+    def header(self, lines: Sequence[str]) -> None:
+        """Take note of what is going to be trained, and how, right before the first step."""
 
     def enter(self, title: str) -> None:
         """Take note that a partition is being loaded onto the device."""
@@ -22,8 +38,8 @@ class Display:
     def start_emit(self, title: str, split: str, num_samples: int) -> None:
         """Take note that the outputs of a partition are being written."""
 
-    def advance(self, num_samples: int, used_bytes: int, budget_bytes: int) -> None:
-        """Take note that `num_samples` samples of the epoch are done."""
+    def advance(self, status: Callable[[], RunStatus]) -> None:
+        """Take note that a batch is done; `status` says how far the run is, for those who want to know."""
 
     def end_epoch(self, line: dict[str, Any]) -> None:
         """Take note that an epoch ended; `line` is its line of `metrics.jsonl`."""
@@ -36,7 +52,7 @@ class Display:
 
 
 class TerminalDisplay(Display):
-    """Display with a live progress line on a terminal and a line per finished epoch; elsewhere messages alone.
+    """Display with two live lines on a terminal and a line per finished epoch; elsewhere plain lines, of epochs one in ten seconds.
 
     Args:
         console: Console on standard error.
@@ -46,62 +62,102 @@ class TerminalDisplay(Display):
         # A console that cannot write would raise, in its own thread too, or end the process.
         console.file = UnbreakableStream(console.file)  # type: ignore[assignment,arg-type]
         self._console = console
-        self._live: Progress | None = None
-        self._task: TaskID | None = None
-        self._title = ""
-        if console.is_terminal:
-            self._live = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=console,
-                transient=True,
-            )
+        self._live: Live | None = None
+        self._stage: tuple[str, float] | None = None
+        self._title, self._epoch = "", ""
+        self._status: RunStatus | None = None
+        self._looked = self._printed = 0.0
+        # When the epoch, the visit and the run began here, and how far they were.
+        self._epoch_began, self._visit_began, self._run_began = (0.0, 0), (0.0, 0.0), (0.0, 0.0)
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._live = Live(console=console, get_renderable=self._render, refresh_per_second=8, transient=True)
             self._live.start()
 
+    def stage(self, text: str) -> None:
+        """Show the stage with the seconds that it takes; elsewhere print it."""
+        if self._live is None:
+            self.message(text)
+        self._stage, self._status = (text, time.monotonic()), None
+        if self._live is not None:
+            self._live.refresh()
+
+    def header(self, lines: Sequence[str]) -> None:
+        """Print the header."""
+        for line in lines:
+            self.message(line)
+
     def start_epoch(self, title: str, epoch: int, epochs: int, num_samples: int, done: int) -> None:
-        """Show a progress bar for the epoch."""
-        self._title = title
-        self._start_bar(f"{title}, epoch {epoch + 1} of {epochs}", num_samples, done)
+        """Show how far the epoch is."""
+        short = title.partition(" (")[0]
+        if short != self._title:
+            self._visit_began = (0.0, 0.0)
+        self._title, self._epoch = short, f"epoch {epoch + 1} of {epochs}"
+        self._epoch_began = time.monotonic(), done
+        self._stage = None
 
     def start_emit(self, title: str, split: str, num_samples: int) -> None:
         """Show that the outputs of a partition are being written."""
-        self._start_bar(f"{title}, writing its outputs ({split})", None, 0)
+        self._stage = (f"{title.partition(' (')[0]}: writing its outputs ({split})", time.monotonic())
 
-    def advance(self, num_samples: int, used_bytes: int, budget_bytes: int) -> None:
-        """Advance the progress bar."""
-        if self._live is not None and self._task is not None:
-            task = self._live.tasks[0]
-            speed = f"{task.speed:.0f} samples/s" if task.speed else ""
-            memory = f"{format_bytes(used_bytes)} of {format_bytes(budget_bytes)}"
-            self._live.update(self._task, completed=num_samples, note=f"{speed}  {memory}")
+    def advance(self, status: Callable[[], RunStatus]) -> None:
+        """Show how far the run is."""
+        now = time.monotonic()
+        if self._live is None or now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked, self._status = now, status()
+        if not self._visit_began[0]:
+            self._visit_began = now, self._status.visit_share
+        if not self._run_began[0]:
+            self._run_began = now, self._status.run_share
 
     def end_epoch(self, line: dict[str, Any]) -> None:
-        """Print a line for the epoch, on a terminal."""
-        if self._live is not None:
-            validation = "" if line["val_loss"] is None else f", validation {line['val_loss']:.4g}"
-            loss = "-" if line["train_loss"] is None else f"{line['train_loss']:.4g}"
-            accuracy = "" if line["val_accuracy"] is None else f", accuracy {line['val_accuracy']:.1%}"
-            self._console.print(
-                f"{self._title}, epoch {line['epoch']}: loss {loss}{validation}{accuracy}, "
-                f"{line['samples_per_second']:.0f} samples/s, peak {format_bytes(line['peak_bytes'])}; "
-                f"{describe_stalls(line['waiting'])}",
-                highlight=False,
-            )
+        """Print a line for the epoch; where nothing is live, one in some seconds."""
+        now = time.monotonic()
+        if self._live is None and now - self._printed < _LINE_SECONDS:
+            return
+        self._printed = now
+        validation = "" if line["val_loss"] is None else f", validation {line['val_loss']:.4g}"
+        loss = "-" if line["train_loss"] is None else f"{line['train_loss']:.4g}"
+        accuracy = "" if line["val_accuracy"] is None else f", accuracy {line['val_accuracy']:.1%}"
+        waited = {kind: share for kind, share in line["waiting"].items() if share >= _WAITED}
+        self.message(
+            f"{self._title}, epoch {line['epoch']}: loss {loss}{validation}{accuracy}, {line['samples_per_second']:.0f} samples/s, "
+            f"peak {format_bytes(line['peak_bytes'])}{'; ' + describe_stalls(waited) if waited else ''}"
+        )
 
     def message(self, text: str) -> None:
         """Print a message, on a terminal or elsewhere."""
-        self._console.print(text, highlight=False, soft_wrap=True)
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
-        """Remove the progress bar."""
+        """Remove the live lines."""
         if self._live is not None:
             self._live.stop()
 
-    def _start_bar(self, description: str, total: int | None, done: int) -> None:
-        if self._live is None:
-            return
-        if self._task is not None:
-            self._live.remove_task(self._task)
-        self._task = self._live.add_task(description, total=total, completed=done, note="")
+    def _render(self) -> Text:
+        """Return what is live now; called by a thread of its own."""
+        # Read once: the training goes on meanwhile.
+        stage, status, now = self._stage, self._status, time.monotonic()
+        width = self._console.width
+        if stage is not None:
+            return Text(f"{stage[0]} ... {clock_text(now - stage[1])}"[:width], style="dim")
+        if status is None:
+            return Text("")
+        began, before = self._epoch_began
+        lasted = self._looked - began
+        rate = (status.num_samples - before) / lasted if lasted > 0 and status.num_samples > before else None
+        partition = _seconds_left(self._visit_began, status.visit_share, self._looked)
+        run = _seconds_left(self._run_began, status.run_share, self._looked)
+        if partition is not None and run is not None and run <= 1.02 * partition + 1:
+            partition = None  # the last one, or the only one: one time says it all
+        letters = {} if "utf" in self._console.encoding.lower() else {"letters": "#-#.|"}
+        lines = live_lines(status, self._title, self._epoch, rate=rate, seconds_left=(partition, run), width=width, **letters)
+        return Text("\n".join(lines), no_wrap=True, overflow="crop")
+
+
+def _seconds_left(began: tuple[float, float], share: float, now: float) -> float | None:
+    """Return the seconds until all is done, from how far it has come since it began here; None where that says nothing yet."""
+    since, before = began
+    if not since or share - before <= 0 or now - since < 1:
+        return None
+    return (1 - share) / (share - before) * (now - since)

@@ -8,13 +8,23 @@ from rich.console import Console
 from rich.table import Table
 
 
-def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def text_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None, spare: Sequence[str] = ()
+) -> str:
     """Lay out a table as plain text, with the first two columns left-aligned and the others right-aligned.
 
     Args:
         headings: Titles of the columns.
         rows: Cells of each row, as many as there are titles.
+        width: Columns that the table is to fit, if it can; None for as many as it takes.
+        spare: Titles of columns that are left out, in this order, until it fits.
     """
+    if width is not None:
+        for heading in spare:
+            if sum(max(map(len, column)) + 3 for column in zip(headings, *rows, strict=True)) - 3 <= width:
+                break
+            kept = [number for number, each in enumerate(headings) if each != heading]
+            headings, rows = [headings[number] for number in kept], [[row[number] for number in kept] for row in rows]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)

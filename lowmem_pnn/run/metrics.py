@@ -9,7 +9,8 @@ from lowmem_pnn.engine.stalls import Stalls, stall_shares
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.run.macs import macs_until
+from lowmem_pnn.reporting.run_status import RunStatus
+from lowmem_pnn.run.macs import macs_until, program_macs
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.run.timeline import MemoryTimeline
@@ -130,17 +131,38 @@ class Metrics:
         """Return MACs, bytes and seconds so far, over all processes of the run: a part of every line of `metrics.jsonl`."""
         _, read, written, _, _ = self._earlier
         session, state, samples = self._session, self._state, len(self._workload.splits["train"])
-        done = 0
-        if state.visit < len(self._program):
-            item = self._program[state.visit]
-            batch = item.batch_size if isinstance(item, Sweep) else self._plan.partitions[item.partition].batch
-            done = min(samples, state.progress.batch * batch)
+        progress = state.progress.epoch, self._samples_done()
         return {
-            "macs": macs_until(self._program, self._plan, samples, state.visit, state.progress.epoch, done),
+            "macs": macs_until(self._program, self._plan, samples, state.visit, *progress),
             "bytes_read": read + session.counter.bytes_read,
             "bytes_written": written + session.counter.bytes_written,
             "seconds": self._seconds(),
         }
+
+    def status(self) -> RunStatus:
+        """Return how far the run is."""
+        tally, device, totals = self._state.progress.tally, self._session.device, self.totals()
+        done, epochs = self._samples_done(), 1
+        if self._state.visit < len(self._program):
+            epochs = max(1, self._program[self._state.visit].epochs)
+        samples = len(self._workload.splits["train"])
+        return RunStatus(
+            num_samples=done,
+            loss=tally.loss if tally.num_samples else None,
+            used_bytes=device.used_bytes(),
+            budget_bytes=device.budget_bytes,
+            written_bytes=totals["bytes_written"],
+            visit_share=min(1.0, (self._state.progress.epoch + done / samples) / epochs),
+            run_share=totals["macs"] / max(1, program_macs(self._program, self._plan, samples)),
+        )
+
+    def _samples_done(self) -> int:
+        """Return the training samples of the epoch under way that are done."""
+        if self._state.visit >= len(self._program):
+            return 0
+        item = self._program[self._state.visit]
+        batch = item.batch_size if isinstance(item, Sweep) else self._plan.partitions[item.partition].batch
+        return min(len(self._workload.splits["train"]), self._state.progress.batch * batch)
 
     def _seconds(self) -> float:
         """Return the seconds of the run so far, over all of its processes."""
@@ -159,7 +181,7 @@ class Metrics:
         if self._recording is not None and time.monotonic() - self._recording[1] > _LAP_SECONDS:
             self.update_record()
             device.begin_section()
-        self._session.display.advance(int(self._state.progress.tally.num_samples), device.used_bytes(), device.budget_bytes)
+        self._session.display.advance(self.status)
         if limit is not None and (peak := device.host_peak_bytes + self._workload.readers_peak_bytes) > limit:
             raise BudgetError(
                 f"{format_bytes(peak)} of host memory were in use in {title}, above --max-host-mem {format_bytes(limit)}; "

@@ -12,7 +12,7 @@ from lowmem_pnn.stores.disk import RUN_REMEDY
 FORMAT = 1
 
 PartitionName = int | Literal["rest"]
-"""Number of a partition, or `rest` for the tensors that no partition uses."""
+"""Number of a partition, or `rest` for the tensors that do not change, or that no partition uses."""
 
 WEIGHT_FILE = re.compile(r"(?:p(?P<partition>\d{3,})|rest)\.g(?P<generation>\d+)\.safetensors")
 

@@ -2,7 +2,7 @@
 
     FOLDER/
       p003.g000012.safetensors   partition 3, generation 12: tensors 'weight/NAME' and 'optimizer/NAME/STATE'
-      rest.g0.safetensors        tensors of the model that no partition uses
+      rest.g0.safetensors        tensors of the model that do not change, or that no partition uses: written once
 
 A file of the last commit is never written to: changes go to a *working* file of the next generation. `freeze` closes the working
 file for writing, and `seal` makes it the committed one once it is on the drive; meanwhile the next working file may be begun. The
@@ -63,7 +63,8 @@ class WeightStore:
         self._layouts = layouts
         self._committed = committed
         self._counter = counter
-        self._direct = outgrows_page_cache(2 * sum(_layout_bytes(layout) for layout in layouts.values()))
+        # Two generations, but of what is written once.
+        self._direct = outgrows_page_cache(sum(_layout_bytes(layout) * (2 - (one == "rest")) for one, layout in layouts.items()))
         self._partition_of = {key: partition for partition, layout in layouts.items() for key in layout}
         self._lock = threading.RLock()
         # Open from a working file's creation to its seal: only a file that stays open is sure to be told of a failed write-back.
@@ -92,7 +93,7 @@ class WeightStore:
             folder: Folder of the store, made if it is not there. Weight files in it are deleted: no journal names them.
             partitions: Layout of each partition's tensors.
             counter: Counts the bytes read and written.
-            rest: Layout of the tensors that no partition uses, if there are any: partition 'rest'.
+            rest: Layout of the tensors that do not change, or that no partition uses, if there are any: partition 'rest'.
 
         Raises:
             DiskError: The folder cannot be made or emptied.
@@ -148,8 +149,8 @@ class WeightStore:
         return len(self._layouts) - ("rest" in self._layouts)
 
     def layout(self, partition: PartitionName) -> dict[str, TensorLayout]:
-        """Return element type and shape of a partition's tensors, by name in the file."""
-        return dict(self._layouts[partition])
+        """Return element type and shape of a partition's tensors, by name in the file; of the rest, nothing where there is none."""
+        return dict(self._layouts.get(partition, {}))
 
     def partition_of(self, key: str) -> PartitionName:
         """Return the partition whose file holds a tensor.

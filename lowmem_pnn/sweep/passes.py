@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.device import Device
-from lowmem_pnn.engine.passes import backward_from_loss, forward, to_device_aligned
+from lowmem_pnn.engine.passes import backward_from_loss, to_device_aligned
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.engine.uploads import MicroBatch, Uploads
 from lowmem_pnn.methods import Objective, Visit
 from lowmem_pnn.model.layer import python_state_of, set_python_state
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
+from lowmem_pnn.sweep.kept_products import KeptProducts
 from lowmem_pnn.sweep.optimizer_steps import Gradients
 from lowmem_pnn.sweep.recompute import unneeded_products, without_products
 from lowmem_pnn.workload import Workload
@@ -48,6 +49,7 @@ class SweepPasses:
         residencies: residencies of all partitions; the one that a pass is for is loaded.
         device: training device, open.
         buffers: buffers that inputs are taken from, and outputs and gradients are put into.
+        products: products of first forwards that second ones take.
         learners: numbers of the partitions that learn.
         first: number of the first partition that batches go through.
     """
@@ -59,6 +61,7 @@ class SweepPasses:
         residencies: list[Residency],
         device: Device,
         buffers: BoundaryBuffers,
+        products: KeptProducts,
         learners: Sequence[int],
         first: int = 0,
     ) -> None:
@@ -69,7 +72,7 @@ class SweepPasses:
         self._python_states: dict[tuple[int, int], dict[str, Any]] = {}
         self._residencies = residencies
         self._device = device
-        self._buffers = buffers
+        self._buffers, self._products = buffers, products
         self._last = len(residencies) - 1
         self._unneeded = [unneeded_products(residency.layers[-1]) for residency in residencies]
         self._uploads = Uploads(device)
@@ -87,7 +90,7 @@ class SweepPasses:
             state_before = self._buffers.restore_random_state(partition, number, batch.gradients.step)
             inputs = self._inputs(partition, number, part, batch)
             self._python_states[partition, number] = python_state_of(self._residencies[partition].layers)
-            outputs = self._forward_as_in_training(partition, inputs)
+            outputs = self._forward_as_in_training(partition, number, inputs)
             self._buffers.put_activations(partition + 1, number, outputs)
             del inputs, outputs
             self._buffers.put_random_state(partition, number, state_before)
@@ -131,15 +134,23 @@ class SweepPasses:
         residency.copy_back_replaced_buffers()
         residency.check_shared_buffers(shared)
 
-    def _forward_as_in_training(self, partition: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _forward_as_in_training(self, partition: int, number: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run layers with gradients, each layer's let go at its end: some of PyTorch's kernels are others where none are wanted."""
         learns = bool(self._learners) and partition > min(self._learners)
-        for layer in self._residencies[partition].layers:
+        layers, start = self._residencies[partition].layers, self._plan.partitions[partition].start
+        for index, layer in enumerate(layers, start):
             inputs = tuple(tensor.detach().requires_grad_(learns and tensor.is_floating_point()) for tensor in inputs)
-            with torch.set_grad_enabled(layer.compiled is None):
+            unneeded = self._unneeded[partition] if layer is layers[-1] else ()
+            with torch.set_grad_enabled(layer.compiled is None), self._products.keeping(index, number, unneeded):
                 inputs = layer(*inputs)
             learns = learns or any(parameter.requires_grad for parameter in layer.parameters().values())
         return tuple(tensor.detach() for tensor in inputs)
+
+    def _forward_again(self, partition: int, number: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        for index, layer in enumerate(self._residencies[partition].layers, self._plan.partitions[partition].start):
+            with self._products.taking(index, number):
+                inputs = layer(*inputs)
+        return inputs
 
     def close(self) -> None:
         """Drop the upload under way; passes may go on later."""
@@ -164,7 +175,7 @@ class SweepPasses:
     def _backward_from_boundary(self, partition: int, inputs: tuple[Tensor, ...], number: int) -> None:
         # The forward visit has kept the outputs: only their gradients are needed now.
         with without_products(self._unneeded[partition]):
-            outputs = forward(self._residencies[partition].layers, inputs)
+            outputs = self._forward_again(partition, number, inputs)
         pairs = zip(outputs, self._buffers.pop_gradients(partition + 1, number), strict=True)
         learning = [(output, gradient) for output, gradient in pairs if gradient is not None and output.requires_grad]
         del outputs, pairs

@@ -29,11 +29,13 @@ from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.profiling import nominal
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.keys import weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
+from lowmem_pnn.sweep.kept_products import KeptProducts
 from lowmem_pnn.sweep.optimizer_steps import Gradients, SweepOptimizerSteps
 from lowmem_pnn.sweep.passes import SweepPasses, SweptBatch
 from lowmem_pnn.sweep.weight_streamer import Piece, WeightStreamer
@@ -88,7 +90,11 @@ class Sweeper:
         self._streamer = WeightStreamer(weights, device, threads, stream_bytes)
         phase = "forward" if sweep.phase == "epoch" else sweep.phase
         self._buffers = BoundaryBuffers(device, folder, buffer_sizes.boundary_bytes, counter, seed, phase)
-        self._passes = SweepPasses(workload, plan, self._residencies, device, self._buffers, sweep.learners, sweep.first)
+        is_kept = nominal.keeping_rule(workload.config.recompute, shares_host=device.shares_host)
+        self._products = KeptProducts(device, folder, counter, plan.kept_layers, is_kept)
+        self._passes = SweepPasses(
+            workload, plan, self._residencies, device, self._buffers, self._products, sweep.learners, sweep.first
+        )
 
     def train_batch(self, batch: Batch, step: int, micro_batch: int, scale: LossScale) -> float:
         """Run all visits of one batch: one optimizer step.
@@ -120,6 +126,7 @@ class Sweeper:
                 actions[visit.action](visit, swept)
                 self._device.check_budget()
         self._buffers.clear()
+        self._products.clear()
         scale.update(overflowed=swept.gradients.overflowed)
         return swept.loss
 
@@ -181,6 +188,7 @@ class Sweeper:
         self._unload()
         self._streamer.close()
         self._buffers.close()
+        self._products.close()
 
     def title(self, number: int) -> str:
         """Return a partition's number and layers in words."""
@@ -221,10 +229,10 @@ class Sweeper:
             steps.finish()
 
     def _write_unstepped(self, number: int, file: TensorFile, *, is_new: bool) -> None:
-        """Write what no step writes: buffers, which change with every batch, and frozen weights, which a new file gets once."""
+        """Write what no step writes: buffers, which change with every batch, and frozen weights of the file's, which a new one gets once."""
         residency = self._residencies[number]
         for name, parameter in residency.parameters.items():
-            if is_new and not parameter.requires_grad and name not in residency.owned_elsewhere:
+            if is_new and not parameter.requires_grad and weight_key(name) in file.entries:
                 self._streamer.write(number, file, weight_key(name), parameter)
         for name, buffer in residency.buffers.items():
             if name in residency.owned_elsewhere:

@@ -15,6 +15,7 @@ from lowmem_pnn.device import Device
 from lowmem_pnn.engine.prefetch import Prefetcher, Request, WriteBehind
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.memory.pool import MemoryPool
+from lowmem_pnn.stores.keys import PartitionName
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.tensor_reader import TensorReader
 from lowmem_pnn.stores.weights import WeightStore
@@ -55,8 +56,8 @@ class WeightStreamer:
         self._pool = MemoryPool(0)
         self._write_behind = WriteBehind(threads.write, stream_bytes)
         # Writes of the previous batch, and of the present one, by partition.
-        self._previous_writes: dict[int, list[Future[None]]] = {}
-        self._present_writes: dict[int, list[Future[None]]] = {}
+        self._previous_writes: dict[PartitionName, list[Future[None]]] = {}
+        self._present_writes: dict[PartitionName, list[Future[None]]] = {}
         self._in_parts: list[Future[None]] = []
         self._reader: TensorReader | None = None
         self._prefetcher: Prefetcher | None = None
@@ -191,13 +192,11 @@ class WeightStreamer:
 
     def _read(self, piece: Piece) -> Tensor:
         """Read a tensor on the reading thread, after the previous batch's writes to its file."""
-        partition = self._weights.partition_of(piece.key)
-        assert isinstance(partition, int)
-        self._wait_for_writes(partition)
+        self._wait_for_writes(self._weights.partition_of(piece.key))
         assert self._reader is not None
         return self._reader.read(piece.key, piece.elements)
 
-    def _wait_for_writes(self, partition: int) -> None:
+    def _wait_for_writes(self, partition: PartitionName) -> None:
         """Wait until the previous batch's writes to a partition's file are done."""
         for future in self._previous_writes.get(partition, ()):
             future.result()

@@ -34,7 +34,8 @@ def build_weights(
 ) -> WeightStore:
     """Build the model in mapped files, and write each partition's share of it to a weight file of its own.
 
-    Optimizer state needs no writing: all of it starts as zeros, and the holes of a new file read as zeros.
+    Frozen parameters of all partitions lie in one more file, which is written here, and by no commit after. Optimizer state needs no
+    writing: all of it starts as zeros, and the holes of a new file read as zeros.
 
     Args:
         workload: source of the model, which is built after `torch.manual_seed(config.seed)`; where it has pretrained weights, these
@@ -54,7 +55,7 @@ def build_weights(
         ConfigError: so do pretrained weights.
     """
     chain = workload.chain
-    layouts = _layouts(workload, plan)
+    layouts, constant = _layouts(workload, plan)
     folder.mkdir(parents=True, exist_ok=True)
     # The constructor's values stand for what is in no file of weights: buffers that are not in the `state_dict`.
     persistent = set(chain.persistent)
@@ -76,7 +77,8 @@ def build_weights(
                         flat[start : start + len(values)].copy_(values)
                     files.evict(tensors[name])
         inspect(model)
-    rest: dict[str, TensorLayout] = {weight_key(name): (tensors[name].dtype, tuple(tensors[name].shape)) for name in chain.unused}
+    unused = {weight_key(name): (tensors[name].dtype, tuple(tensors[name].shape)) for name in chain.unused}
+    rest: dict[str, TensorLayout] = {**constant, **unused}
     store = WeightStore.create(folder, layouts, counter, rest=rest)
     homes: list[int | str] = [*range(len(layouts)), *(["rest"] if rest else [])]
     layouts_of = {key: layout for part in (*layouts, rest) for key, layout in part.items()}
@@ -127,25 +129,41 @@ def check_layouts(weights: WeightStore, workload: Workload, plan: Plan) -> None:
     Raises:
         CheckpointError: a partition's file has another tensor, or lacks one.
     """
-    for number, expected in enumerate(_layouts(workload, plan)):
+    layouts, constant = _layouts(workload, plan)
+    rest = weights.layout("rest")
+    for number, own in enumerate(layouts):
         actual = weights.layout(number)
-        differing = [key for key in {**expected, **actual} if expected.get(key) != actual.get(key)]
-        if differing:
-            raise CheckpointError(
-                f"{str(weights.committed_file(number))!r} is not of this model: {_described(differing[0], actual)}, and the model has "
-                f"{_described(differing[0], expected)}; {RUN_REMEDY}"
-            )
+        # Runs of earlier versions have frozen parameters in the files of their partitions.
+        expected = {**own, **{key: constant[key] for key in actual if key in constant}}
+        _check_file(weights.committed_file(number), expected, actual)
+        constant = {key: entry for key, entry in constant.items() if key not in actual}
+    _check_file(weights.folder, constant, {key: rest[key] for key in constant if key in rest})
 
 
-def _layouts(workload: Workload, plan: Plan) -> list[Mapping[str, TensorLayout]]:
-    """Return the tensors of each partition's weight file."""
+def _check_file(path: Path, expected: Mapping[str, TensorLayout], actual: Mapping[str, TensorLayout]) -> None:
+    """Refuse a weight file whose tensors are not those that are expected."""
+    differing = [key for key in {**expected, **actual} if expected.get(key) != actual.get(key)]
+    if differing:
+        raise CheckpointError(
+            f"{str(path)!r} is not of this model: {_described(differing[0], actual)}, and the model has "
+            f"{_described(differing[0], expected)}; {RUN_REMEDY}"
+        )
+
+
+def _layouts(workload: Workload, plan: Plan) -> tuple[list[Mapping[str, TensorLayout]], Mapping[str, TensorLayout]]:
+    """Return the tensors of each partition's weight file, and those of all partitions that nothing changes."""
     chain = workload.chain
     layouts: list[Mapping[str, TensorLayout]] = []
+    constant: dict[str, TensorLayout] = {}
     for number, part in enumerate(plan.partitions):
-        layout = partition_layout(chain, chain.layers[part.start : part.stop], workload.optimizer(number))
+        layers = chain.layers[part.start : part.stop]
+        layout = partition_layout(chain, layers, workload.optimizer(number))
+        frozen = {weight_key(name) for name in constant_names(chain, layers)}
+        constant |= {key: entry for key, entry in layout.items() if key in frozen}
         # A weight that several partitions share is at home with the first of them.
-        layouts.append({key: entry for key, entry in layout.items() if not any(key in before for before in layouts)})
-    return layouts
+        own = {key: entry for key, entry in layout.items() if key not in frozen}
+        layouts.append({key: entry for key, entry in own.items() if not any(key in before for before in layouts)})
+    return layouts, constant
 
 
 def _described(key: str, layout: Mapping[str, TensorLayout]) -> str:
@@ -170,8 +188,23 @@ def _check_layout(workload: Workload, name: str, tensor: Tensor | None, wanted: 
         )
 
 
+def constant_names(chain: Chain, layers: tuple[Layer, ...]) -> set[str]:
+    """Return the names of the frozen parameters of layers that no forward changes either: their values stay as they are.
+
+    Args:
+        chain: the model.
+        layers: layers of it.
+    """
+    return {
+        chain.owner_of(alias)
+        for layer in layers
+        for alias, tensor in layer.parameters().items()
+        if not tensor.requires_grad and alias not in chain.written
+    }
+
+
 def partition_layout(chain: Chain, layers: tuple[Layer, ...], optimizer: OptimizerSpec) -> Mapping[str, TensorLayout]:
-    """Return the tensors of a partition's weight file: weights, buffers and optimizer state, each tensor once.
+    """Return the tensors of a partition in weight files: weights, buffers and optimizer state, each tensor once.
 
     Args:
         chain: the model.

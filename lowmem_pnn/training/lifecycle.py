@@ -24,6 +24,7 @@ from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import STORE_NAME, State, states_of, weights_of
+from lowmem_pnn.run.transformers_folder import write_folder
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.disk import RUN_REMEDY, remove_folder, write_durably
 from lowmem_pnn.stores.keys import VERSIONS_KEY, CommittedFile
@@ -31,6 +32,7 @@ from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.stores.run_directory import way_back
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.tasks import Scores
+from lowmem_pnn.training.header import describe_start
 from lowmem_pnn.training.initial_weights import build_weights, check_layouts
 from lowmem_pnn.training.join import forget
 from lowmem_pnn.training.mixing import find_mixing
@@ -38,7 +40,6 @@ from lowmem_pnn.training.parity import compare
 from lowmem_pnn.training.preflight import check_tightest
 from lowmem_pnn.training.program import carry_out
 from lowmem_pnn.training.result import make_result
-from lowmem_pnn.training.transformers_folder import write_folder
 from lowmem_pnn.workload import Workload
 
 _MEASURED = {"val": "validated", "test": "tested"}
@@ -66,6 +67,7 @@ def run_to_end(
         run = _begin(session, workload, profile, state, seconds_of)
     else:
         run = Run(session, workload, Plan.from_json(state.plan), _open_committed(session, workload, state), state)
+    session.display.header(describe_start(run, profile))
     session.callbacks.tell("on_fit_start", _told_at_start(run))
     carry_out(run)
     if state.rank:
@@ -79,7 +81,6 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
     """Build the initial weights for a plan that has been checked on the device, and commit them."""
     device, display = session.device, session.display
     plan = Plan.from_json(state.plan)
-    display.message(f"building {workload.source.spec}")
     missing = 0
     compared: Literal["yes", "no"] = "no"
     mixing: dict[str, int] = {}
@@ -89,6 +90,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
 
     def inspect_once(model: nn.Module) -> None:
         nonlocal compared, mixing
+        display.stage("comparing the model with its layers")
         with session.rundir.scratch() as folder:  # by its name what a kill leaves of it is known
             compared = compare(workload, model, folder, display.message)
         mixing = find_mixing(workload, model, display.message)
@@ -99,6 +101,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
             )
 
     for attempt in range(_MAX_PLANS):
+        display.stage(f"building {workload.source.spec}")
         inspect = inspect_once if workload.config.compare and not attempt else None
         weights = build_weights(
             workload, plan, session.rundir.path / "weights", session.counter, inspect=inspect, metered=device.metered
@@ -109,6 +112,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
             display.message(f"planned again: {next(iter(mixing))} mixes the samples of a batch, and is to see many")
             run.replan(plan)
             continue
+        display.stage("checking one step")
         check = check_tightest(run, profile)
         # What the check found beyond the plan comes on top of all that the plan foresees, reading too.
         expected = plan.predicted_peak_bytes + plan.waiting_bytes + max(0, check.unexplained_bytes)
@@ -169,6 +173,7 @@ def _open_committed(session: Session, workload: Workload, state: State) -> Weigh
 def _finish(run: Run, profile: MemoryProfile) -> Result:
     """Test, export, write the result, and only then mark the run as done."""
     workload, rundir = run.workload, run.session.rundir
+    run.session.display.stage("measuring and writing the trained model")
     # Without the stores of boundaries the export fits on the disk.
     run.forget_stores()
     run.commits.commit()

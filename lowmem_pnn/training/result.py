@@ -8,16 +8,17 @@ from typing import Any
 from lowmem_pnn.config.defaults import training_facts
 from lowmem_pnn.evaluation.exits import chosen_exit
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
-from lowmem_pnn.planning.describe import describe_partition
+from lowmem_pnn.planning.describe import ahead_bytes, describe_partition
 from lowmem_pnn.planning.notes import adapter_notes, fixed_notes, frozen_notes, idle_notes, micro_batch_notes, mixing_notes
 from lowmem_pnn.planning.plain_training import plain_bytes
+from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs, samples_learnt
 from lowmem_pnn.run.run import Run
+from lowmem_pnn.run.transformers_folder import holds_a_model
 from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.tasks.make_task import TASK_OF
-from lowmem_pnn.training.transformers_folder import holds_a_model
 from lowmem_pnn.workload.data_form import DataForm
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
@@ -74,7 +75,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
             *idle_notes(workload),
         ],
         training_state_bytes=profile.training_state_bytes,
-        partitions=_partitions(run),
+        partitions=_partitions(run, PlanRequest(workload, profile, device)),
         epochs=[config.value_for("epochs", number) for number in range(len(plan.partitions))],
         training=training_facts(config),
         stopped_after=stopped if steps and not steps % per_epoch else None,
@@ -122,12 +123,13 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
     )
 
 
-def _partitions(run: Run) -> list[dict[str, Any]]:
+def _partitions(run: Run, request: PlanRequest) -> list[dict[str, Any]]:
     """Return what is said of each partition: its plan, and what it took."""
     workload, state = run.workload, run.state
     return [
         {
             **describe_partition(workload, part),
+            "ahead_bytes": ahead_bytes(request, run.plan, part),
             "micro_batch": state.sweep_micro_batch if workload.method.sweeps else state.micro_batches[number],
             "epochs": workload.config.value_for("epochs", number),
             "peak_bytes": record.peak_bytes,

@@ -49,7 +49,7 @@ def open_workload(
     compiled = None
     if config.compile:
         if display is not None:
-            display.message("compiling layers")
+            display.stage("compiling layers")
         compiled = with_compiled_layers(make_workload(config, *inputs, device.torch_device), device.torch_device)
     with device:
         yield device, compiled or make_workload(config, *inputs, device.torch_device)

@@ -77,6 +77,7 @@ def begin(
         inputs = _open_before_floor(config, open_inputs, display)
         with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
             config = workload.config  # which names what else learns beside adapters
+            display.stage("planning")
             profile = profile_workload(workload, device)
             request = PlanRequest(workload, profile, device)
             estimator = TimeEstimator.measured(request)
@@ -195,6 +196,7 @@ def _refuse_in_reader() -> None:
 
 def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Display) -> Inputs:
     """Open what has to be there before the floor is taken: model and data, and what libraries import on their first use."""
+    display.stage("opening data and model")
     if config.compile:
         check_compiler()
     if config.skip_broken:

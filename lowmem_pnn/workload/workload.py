@@ -13,7 +13,6 @@ from lowmem_pnn.adapters.prepared_model import prepared
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.methods import Method, Objective, SplitName, Sweep, Visit, sweep_visits
-from lowmem_pnn.model.behaviour import Behaviour, behaviour_of
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.optim.lr_schedules import scheduled_rate
@@ -27,6 +26,7 @@ from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.tasks import Task
+from lowmem_pnn.workload.behaviour import Behaviour, behaviour_of
 from lowmem_pnn.zoo.model_source import ModelSource
 
 # Batch size that `lr` is meant for where the batch is chosen: the default one.

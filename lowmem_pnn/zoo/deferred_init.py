@@ -228,7 +228,9 @@ class FileBacked(TorchDispatchMode):
         Raises:
             DiskError: the disk is full or the folder cannot be written to.
         """
-        size = template.nbytes
+        # A view of a larger tensor has gaps, which its backward may ask for as they are.
+        last = sum((length - 1) * stride for length, stride in zip(template.shape, template.stride(), strict=True))
+        size = template.itemsize * (last + 1) if template.numel() else 0
         try:
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 # Reserved now: a page of a sparse file that finds the disk full later is a SIGBUS, not an error.

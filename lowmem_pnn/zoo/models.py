@@ -1,10 +1,9 @@
 """Models by name: `mlp:`, `gpt:`, `cifar-...`, torchvision's, timm's, `hf:`, and users' factories, as constructors to call later."""
 
-import ast
 import inspect
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -84,45 +83,6 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None,
     if spec.endswith(".py"):
         raise ConfigError(f"model {spec!r} names a file but no function in it; write {spec}:FACTORY")
     return _torchvision(spec, arguments, num_classes)
-
-
-def parse_model_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read `--model-arg NAME=VALUE` options.
-
-    Args:
-        pairs: Texts of the options; a value that reads as a Python literal is that literal, `true` and `false` are booleans, any
-            other value is text.
-
-    Returns:
-        Keyword arguments by name.
-
-    Raises:
-        ConfigError: A text has no '=', a name is no identifier, or a name is given twice.
-
-    Example:
-        >>> parse_model_arguments(["depth=12", "norm=true", "widths=[8, 16]", "act=gelu"])
-        {'depth': 12, 'norm': True, 'widths': [8, 16], 'act': 'gelu'}
-    """
-    arguments: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        name, text = name.strip(), text.strip()
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"model argument {pair!r} is not NAME=VALUE; write, for example, --model-arg width=64")
-        if name in arguments:
-            raise ConfigError(f"model argument {name!r} is given twice ({arguments[name]!r} and {text!r}); give it once")
-        arguments[name] = _parse_value(text)
-    return arguments
-
-
-def _parse_value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    # Errors that literal_eval documents for text that is no literal, or a literal nested too deep.
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return text
 
 
 def _mlp(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:

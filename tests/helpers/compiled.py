@@ -35,6 +35,13 @@ def two_layers() -> nn.Module:
     return nn.Sequential(*convolution(), nn.Linear(96, 4))
 
 
+def tied_words() -> nn.Module:
+    """Embedded words, a layer, and a head that has the embedding's weight."""
+    model = nn.Sequential(nn.Embedding(13, 16), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 13, bias=False))
+    model[3].weight = model[0].weight
+    return model
+
+
 def three_layers() -> nn.Module:
     return nn.Sequential(*convolution(), nn.Linear(96, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 4))
 

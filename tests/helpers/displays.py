@@ -1,9 +1,12 @@
 """Displays that stop runs, and what a run tells a display."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lowmem_pnn.errors import Stopped
 from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.reporting.run_status import RunStatus
 
 
 class StopsAt(Display):
@@ -23,7 +26,7 @@ class StopsAt(Display):
     def start_epoch(self, title: str, epoch: int, epochs: int, num_samples: int, done: int) -> None:
         self._tell()
 
-    def advance(self, num_samples: int, used_bytes: int, budget_bytes: int) -> None:
+    def advance(self, status: Callable[[], RunStatus]) -> None:
         self._tell()
 
     def end_epoch(self, line: dict[str, Any]) -> None:
@@ -36,13 +39,23 @@ LINE: dict[str, Any] = {
 }  # fmt: skip
 
 
+def status(done: int) -> RunStatus:
+    """Return the status of a run of two partitions with 100 samples, three epochs each, in the first epoch."""
+    return RunStatus(
+        num_samples=done, loss=0.25, used_bytes=10_000_000, budget_bytes=100_000_000, written_bytes=1_000_000,
+        visit_share=done / 300, run_share=done / 600,
+    )  # fmt: skip
+
+
 def tell(display: Display) -> None:
+    display.stage("planning")
+    display.header(["model: mlp:64-32-10", "budget: 100.0 MB"])
     display.enter("partition 1 of 2 (0 to 2)")
     display.start_epoch("partition 1 of 2 (0 to 2)", 0, 3, 100, 0)
     for done in (50, 100):
-        display.advance(done, 10_000_000, 100_000_000)
+        display.advance(partial(status, done))
     display.end_epoch(LINE)
     display.start_emit("partition 1 of 2 (0 to 2)", "train", 100)
-    display.advance(100, 10_000_000, 100_000_000)
+    display.advance(partial(status, 100))
     display.message("going on with a micro-batch of 8")
     display.close()

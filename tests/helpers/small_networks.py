@@ -161,8 +161,8 @@ class TiedThrice(nn.Module):
         return scores
 
 
-def small_gpt(tied: bool, dropout: float = 0.1, layers: int = 2) -> nn.Module:
-    model = GPT(GptShape(layers=layers, width=16, heads=2, context=8, dropout=dropout, tied=tied), 13)
+def small_gpt(tied: bool, dropout: float = 0.1, layers: int = 2, width: int = 16, context: int = 8) -> nn.Module:
+    model = GPT(GptShape(layers=layers, width=width, heads=2, context=context, dropout=dropout, tied=tied), 13)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -5,9 +5,9 @@ from collections.abc import Hashable, Iterator
 import pytest
 import torch
 
-from lowmem_pnn.model.fingerprint import layer_fingerprint
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.profiling.fake_run import FakeRun, LayerMeasurement
+from lowmem_pnn.profiling.fingerprint import layer_fingerprint
 
 # With the layers, since keys hold identities of what is theirs.
 _measured: dict[Hashable, tuple[LayerMeasurement, Layer]] = {}

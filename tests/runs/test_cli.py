@@ -106,12 +106,15 @@ def test_a_workdir_in_use() -> None:
 def test_json_is_alone_on_stdout_and_is_the_result_file() -> None:
     done = train("--json")
     assert done.code == 0
-    assert [line.split()[0] for line in done.err.splitlines()] == ["data:", "samples:", "building"]
+    assert [line.split()[0] for line in done.err.splitlines()] == [
+        "opening", "data:", "samples:", "planning", "building", "comparing", "checking", "model:", "plan:", "budget:",
+        *["partition"], "measuring",
+    ]  # fmt: skip
     assert json.loads(done.out) == json.loads(Path("run/result.json").read_text())
     quiet = train("--json --quiet --overwrite")
     assert quiet.err == ""
     shown = train("--overwrite")
-    assert shown.out.splitlines()[-1].startswith("model ")
+    assert [line.split()[0] for line in shown.out.splitlines()[-6:]] == ["needs", "budget", "peak", "time", "score", "next"]
 
 
 def test_a_plan_writes_nothing(data_folder: Path) -> None:

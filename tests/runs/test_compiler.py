@@ -11,7 +11,7 @@ from torch import nn
 
 import lowmem_pnn
 from helpers.commands import lowmem_pnn as command
-from helpers.compiled import Shared, assert_allocates_what_was_foreseen, compiled, sharing_code, two_layers
+from helpers.compiled import Shared, assert_allocates_what_was_foreseen, compiled, sharing_code, tied_words, two_layers
 from helpers.displays import StopsAt
 from helpers.plainloops import assert_same_weights, loaded
 from helpers.small_networks import Data, images, small_gpt, small_mlp, small_vit, tokens, vectors
@@ -39,14 +39,17 @@ def fit(build: Callable[[], nn.Module], data: Data, folder: Path, **options: Any
 KINDS: dict[str, tuple[Callable[[], nn.Module], Data, dict[str, Any]]] = {
     "conv": (two_layers, images(), {"cuts": "1"}),
     "conv in bf16, channels last": (two_layers, images(), {"cuts": "1", "precision": "bf16", "channels_last": True}),
+    "tied words, loss in chunks": (tied_words, tokens(), {"cuts": "1,2", "loss_chunk": 20}),
     "tied gpt, loss in chunks": (lambda: small_gpt(tied=True, layers=1), tokens(), {"cuts": "1,3", "loss_chunk": 20}),
 }
+LONG = ("bf16", "gpt")
+"""Kinds with as many operations again, each lowered anew."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_exact_is_same_as_backprop(kind: str, tmp_path: Path, code: Shared, long: bool) -> None:
-    if "bf16" in kind and not long:
+    if any(word in kind for word in LONG) and not long:
         pytest.skip("only with --long: as many operations again, each lowered anew")
     build, data, options = KINDS[kind]
     exact = fit(build, data, tmp_path / "exact", **options)

@@ -66,11 +66,11 @@ def test_a_broken_image_of_the_test_is_found_before_training(tmp_path: Path, mon
     done = command(line + " --skip-broken")
     assert done.code == 0, done.err
     lines = done.err.splitlines()
-    assert lines[:2] == [
+    assert lines[1:3] == [
         "reading every sample once, to leave out broken ones (--skip-broken)",
         f"left out 1 broken sample: {tmp_path}/data/test/dog/2.png",
     ]
-    assert lines[1] in done.out.splitlines()
+    assert lines[2] in done.out.splitlines()
     result = json.loads(Path("run/result.json").read_text())
     assert result["skipped_samples"] == {"count": 1, "names": [f"{tmp_path}/data/test/dog/2.png"]}
 

@@ -15,6 +15,7 @@ from helpers.frozen import FrozenByItsCode, frozen
 from helpers.plainloops import assert_same_weights, built, loaded, train_by_backprop, train_by_exact
 from helpers.small_networks import images, small_conv, small_resnet, vectors
 from lowmem_pnn.errors import ConfigError, Stopped
+from lowmem_pnn.training import initial_weights
 
 CUT: dict[str, Any] = {**COMMON, "micro_batch": 5}
 
@@ -99,6 +100,36 @@ def test_what_is_frozen_is_said_and_has_no_state(tmp_path: Path) -> None:
     # Frozen partitions are written once.
     assert files[:2] == ["p000.g000000.safetensors", "p001.g000000.safetensors"]
     assert files[2] != "p002.g000000.safetensors"
+
+
+def test_frozen_weights_are_written_once_and_commits_write_what_learns(tmp_path: Path) -> None:
+    def wide() -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 2000), nn.ReLU(), nn.Linear(2000, 4))
+
+    options = {**COMMON, "cuts": "1", "val_fraction": 0, "test_fraction": 0.1, "epochs": 1, "commit_every": 0, "freeze": "0.*"}
+    few, many = (fit(wide, vectors(), tmp_path / str(limit), train_limit=limit, **options) for limit in (10, 30))
+    frozen_bytes, learning_bytes, boundary_bytes = 4 * 13 * 2000, 12 * 8004, 10 * 4 * 2000
+    assert few.bytes_written > 2 * frozen_bytes  # before training, and in the result
+    # Two more steps, and as many commits.
+    assert many.bytes_written - few.bytes_written < 2 * (learning_bytes + 2 * boundary_bytes) + 20_000 < 2 * 12 * 34_004
+    store = json.loads((tmp_path / "30" / "journal.json").read_text())["body"]["weights"]
+    assert store["rest"]["file"] == "rest.g0.safetensors"
+    assert store["rest"]["bytes"] > frozen_bytes
+
+
+@pytest.mark.parametrize("method", ["exact", "pnn"])
+def test_runs_that_kept_frozen_weights_with_their_partitions_go_on(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**CUT, "method": method, "freeze": "[017].*", "cuts": "1,2", "commit_every": 0}
+    whole = fit(Learns, images(), tmp_path / "whole", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(initial_weights, "constant_names", lambda chain, layers: set())
+        with pytest.raises(Stopped):
+            fit(Learns, images(), tmp_path / "run", display=StopsAt(2), **options)
+    assert json.loads((tmp_path / "run" / "journal.json").read_text())["body"]["weights"]["rest"] is None
+    result = fit(Learns, images(), tmp_path / "run", resume=True, **options)
+    assert_same_weights(loaded(Learns, result.weights_file), loaded(Learns, whole.weights_file))
 
 
 # Outputs of frozen partitions that are written once.

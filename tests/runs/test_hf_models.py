@@ -172,7 +172,7 @@ def test_what_comes_after_training_does_without_the_folder_that_it_began_with(
 
 
 def test_an_export_is_in_shards_where_it_is_large(trained: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem_pnn.training.transformers_folder.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("lowmem_pnn.run.transformers_folder.SHARD_BYTES", 20_000)
     outcome = command(f"export {trained.workdir} --to hf --out {tmp_path / 'out'}")
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith(f"file: {tmp_path / 'out' / 'model.safetensors.index.json'}")

@@ -203,13 +203,13 @@ def test_the_budget_for_whole_batches_does_with_recovery_epochs_too() -> None:
 
 
 def test_a_run_that_is_planned_for_time_ends_and_keeps_its_plan(tmp_path: Path) -> None:
-    asked = config(method="exact", cuts=None, plan_for="time", epochs=2, model="mlp:64-512-512-512-512-10", max_gpu_mem="24MB")
+    asked = config(method="exact", cuts=None, plan_for="time", epochs=2, model="mlp:64-512-512-512-512-10", max_gpu_mem="32MB")
     with pytest.raises(Stopped):
         start.begin(asked, tmp_path / "run", should_stop=stop_at(2))
     before = json.loads((tmp_path / "run" / "journal.json").read_text())["body"]["plan"]
     result = start.resume(tmp_path / "run")
     assert result is not None
-    assert result.peak_bytes <= 24_000_000
+    assert result.peak_bytes <= 32_000_000
     assert [part["stop"] for part in result.partitions] == [part["stop"] for part in before["partitions"]]
 
 

@@ -70,6 +70,11 @@ def test_partitions_side_by_side_are_same_as_one_after_the_other(options: dict[s
     assert begin_rank(2, tmp_path / "many", **options) is None
     assert begin_rank(1, tmp_path / "many", **options) is None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "many.rank1", "many.rank2"]
+    # So small a network may need less than what else the process has let go since it took its floor: then that is 0.
+    peaks = [
+        read_journal(rank_folder(tmp_path / "many", number) / "journal.json")[0]["records"][number]["peak_bytes"]
+        for number in (1, 2)
+    ]
     result = begin_rank(0, tmp_path / "many", **options)
     assert alone is not None
     assert result is not None
@@ -88,7 +93,7 @@ def test_partitions_side_by_side_are_same_as_one_after_the_other(options: dict[s
     ):
         assert getattr(result, name) == getattr(alone, name), name
     assert (result.skipped_steps > 0) == (options is HALF)
-    assert all(part["peak_bytes"] > 0 for part in result.partitions), "of every rank"
+    assert all(part["peak_bytes"] >= peak for part, peak in zip(result.partitions[1:], peaks, strict=True)), "of every rank"
     assert result.peak_bytes >= max(part["peak_bytes"] for part in result.partitions)
     # The other ranks' folders are gone.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "many"]

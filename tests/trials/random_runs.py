@@ -69,7 +69,7 @@ def options_of(seed: int) -> dict[str, Any]:
         if chance.random() < share:
             options.update({name.replace("_", "-"): value for name, value in more.items()})
 
-    sometimes(0.25, micro_batch=chance.choice([4, 7, 16]))
+    sometimes(0.25, micro_batch=min(batch, chance.choice([4, 7, 16])))
     sometimes(0.25, clip_norm=1.0)
     sometimes(0.2, no_fused=None)
     sometimes(0.2, no_step_in_backward=None)
@@ -85,8 +85,11 @@ def options_of(seed: int) -> dict[str, Any]:
         sometimes(0.3, channels_last=None)
         if "micro-batch" not in options:
             sometimes(0.2, batch_norm="refuse")
+    if method == "pnn":
+        sometimes(
+            0.35, recovery_epochs=1, recover="all"
+        )  # by default all but the last, of which a network of one partition has none
     if method in ("pnn", "neuroflux"):
-        sometimes(0.35, recovery_epochs=1)
         sometimes(0.4, activation_dtype=chance.choice(["bfloat16", "float16", "int8"]))
     if method == "pnn":
         sometimes(0.3, sil=chance.choice(["normal", "orthogonal", "sparse"]))

@@ -51,6 +51,10 @@ def make(**options: object) -> FitConfig:
         ({"keep_commits": 0}, "--keep-commits 0: must be greater than 0"),
         ({"train_limit": "0"}, "--train-limit '0': must be greater than 0"),
         ({"momentum": 0.5}, "--momentum has no effect here: it needs --optimizer sgd"),
+        (
+            {"method": "pnn", "recompute": "never"},
+            "--recompute has no effect here: it needs --method exact, or --recovery-epochs",
+        ),
         ({"method": "backprop", "cuts": "1"}, "--cuts has no effect here: it needs --method pnn, neuroflux or exact"),
         ({"momentum": 0.5, "optimizer": "adam,adamw"}, "--momentum has no effect here: it needs --optimizer sgd"),
         ({"method": "backprop", "kappa": 3}, "--kappa has no effect here: it needs --method pnn"),

@@ -147,3 +147,14 @@ def config(**options: Any) -> FitConfig:
         "val_fraction": 0,
     }
     return configure(**{"max_gpu_mem": "100MB", "device": "cpu", **given, **options})
+
+
+def test_kept_products_are_written_and_read_once_a_batch_and_save_most_of_the_second_forward() -> None:
+    items, rates = program("exact"), timings(write_per_byte=0.0, read_per_byte=0.0)
+    before = forecast_epoch(items, plan(), inputs(), rates)
+    partitions = [dataclasses.replace(part, kept=kept) for part, kept in zip(inputs().partitions, (100, 0), strict=True)]
+    after = forecast_epoch(items, plan(), inputs(partitions=partitions, kept_shares={1: 0.5}), rates)
+    assert (after.bytes_read - before.bytes_read, after.bytes_written - before.bytes_written) == (5000, 5000)
+    # Of layer 1, which goes forward twice in training.
+    sizes = [part.stop - part.start for begin in range(0, 50, 16) for part in micro_batches(min(16, 50 - begin), 5, smallest=2)]
+    assert before.seconds - after.seconds == pytest.approx(0.9 * 0.5 * sum(0.5 + 10.0 * size for size in sizes))

@@ -1,6 +1,7 @@
 """Plans of models with a layer that is wider than all others: what the smallest budget is made of."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,15 @@ from lowmem_pnn.workload.inputs import python_inputs
 
 WORDS, WIDTH = 6000, 256
 HEAD_BYTES = 4 * WORDS * WIDTH
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrix products hold memory for each thread, of which the figures here have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Words(nn.Module):

@@ -1,31 +1,71 @@
-"""What a run tells people: a live line on a terminal, nothing but messages elsewhere."""
+"""What a run tells people: two live lines on a terminal, plain lines elsewhere."""
 
+import re
+import time
 from io import StringIO
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from helpers.displays import LINE, tell
+from helpers.displays import LINE, status, tell
+from lowmem_pnn.reporting import progress
 from lowmem_pnn.reporting.progress import Display, TerminalDisplay
 
+EPOCH = (
+    "partition 1 of 2, epoch 1: loss 0.25, validation 0.5, accuracy 75.0%, 1234 samples/s, peak 42.0 MB; waiting for: disk 12 %"
+)
 
-def shown(terminal: bool) -> str:
+
+def shown(terminal: bool, **more: Any) -> str:
     text = StringIO()
-    tell(TerminalDisplay(Console(file=text, force_terminal=terminal, width=200)))
+    tell(TerminalDisplay(Console(file=text, force_terminal=terminal, width=200, **more)))
     return text.getvalue()
 
 
-def test_on_a_terminal_an_epoch_leaves_a_line() -> None:
+def test_on_a_terminal_stages_and_batches_are_live_and_epochs_leave_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.0)
     text = shown(terminal=True)
-    assert "partition 1 of 2 (0 to 2), epoch 1: loss 0.25, validation 0.5, accuracy 75.0%, 1234 samples/s, peak 42.0 MB" in text
-    assert "peak 42.0 MB; waiting for: disk 12 %, copy 0 %, data 3 %" in text
-    assert "10.0 MB of 100.0 MB" in text
-    assert "writing its outputs (train)" in text
+    assert "planning ... 0:00" in text
+    assert "model: mlp:64-32-10" in text
+    assert EPOCH + "\r\n" in text.replace("\n", "\r\n").replace("\r\r", "\r")
+    assert "partition 1 of 2: writing its outputs (train) ... 0:00" in text
     assert "going on with a micro-batch of 8" in text
 
 
-def test_elsewhere_only_messages_are_printed() -> None:
-    assert shown(terminal=False) == "going on with a micro-batch of 8\n"
+def test_without_colours_none_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]m", shown(terminal=True))
+
+
+@pytest.mark.parametrize("more", [{"terminal": False}, {"terminal": True, "_environ": {"TERM": "dumb"}}])
+def test_elsewhere_lines_are_plain(more: dict[str, Any]) -> None:
+    assert shown(**more) == (f"planning\nmodel: mlp:64-32-10\nbudget: 100.0 MB\n{EPOCH}\ngoing on with a micro-batch of 8\n")
+
+
+def test_elsewhere_epochs_are_told_now_and_then() -> None:
+    text = StringIO()
+    display = TerminalDisplay(Console(file=text, force_terminal=False, width=200))
+    display.start_epoch("partition 1 of 1 (0)", 0, 9, 10, 0)
+    for number in range(9):
+        display.end_epoch({**LINE, "epoch": number + 1})
+    assert text.getvalue().count("\n") == 1
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_the_live_lines_fit_the_terminal_and_say_how_far_the_whole_run_is(width: int) -> None:
+    display = TerminalDisplay(Console(file=StringIO(), force_terminal=False, width=width))
+    display.start_epoch("partition 1 of 2 (a.layer.with.a.long.name to another.one)", 0, 3, 100, 0)
+    now = time.monotonic()
+    display._looked, display._status = now, status(50)
+    display._visit_began = display._run_began = now - 60, 0.0
+    display._epoch_began = now - 60, 0
+    first, second = display._render().plain.split("\n")
+    assert max(len(first), len(second)) <= width
+    assert first.startswith("  8 % ")
+    if width >= 80:
+        assert first.endswith("partition 1 of 2 · epoch 1 of 3 · 5:00 left, 11:00 in all")
+        assert second == "loss 0.25 · 0.83 samples/s · █░░░░░░░ 10.0 MB of 100.0 MB · written 1.0 MB"
 
 
 def test_without_validation_nothing_is_said_of_it() -> None:

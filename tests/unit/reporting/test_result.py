@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+from typing import Any
+
+import pytest
 
 from lowmem_pnn.reporting.result import Result
 
@@ -29,15 +32,61 @@ def test_a_result_comes_back_from_its_json() -> None:
     assert json.loads(Result.from_json(RESULT.to_json()).to_json()) == body
 
 
-def test_a_result_is_a_page_whose_last_line_says_model_budget_and_peak() -> None:
+def test_a_result_is_a_page_that_ends_with_a_summary_of_six_lines() -> None:
     lines = str(RESULT).splitlines()
     assert lines[0] == "mlp:64-32-10 on digits, method pnn, cpu"
-    assert lines[-1] == "model 30.0 MB (weights, gradients and optimizer state), budget 100.0 MB, peak 42.0 MB"
+    assert lines[-7:] == [
+        "",
+        "needs   here 40.0 MB (predicted)",
+        "budget  100.0 MB of cpu",
+        "peak    42.0 MB",
+        "time    2.0 s, 3000 samples/s",
+        "score   test accuracy 87.5%",
+        "next    lowmem-pnn predict runs/one --out predictions.csv",
+    ]
     text = str(RESULT)
-    for part in ("0 to 2", "16 of 64", "1,234", "training loss 0.25", "test accuracy 87.5%", "test F1 0.870", "unexplained 2 B"):
+    for part in (
+        "0 to 2",
+        "16 of 64",
+        "1,234",
+        "training loss 0.25",
+        "test accuracy 87.5%",
+        "test F1 0.870",
+        "measured 12 B, 2 B more",
+    ):
         assert part in text
     assert "did not fit" not in text
     assert "3 batches did not fit" in str(dataclasses.replace(RESULT, oom_retries=3))
+
+
+def test_the_summary_says_what_plain_pytorch_needs_and_what_is_read_ahead() -> None:
+    first, second = RESULT.partitions
+    result = dataclasses.replace(RESULT, plain_bytes=105_000_000, partitions=[{**first, "ahead_bytes": 15_000_000}, second])
+    lines = str(result).splitlines()
+    assert lines[-6] == "needs   105.0 MB plain PyTorch; here 25.0 MB and 15.0 MB to read ahead (predicted)"
+    assert lines[-4] == "peak    42.0 MB, 60 % below plain PyTorch"
+    heads, _, row = lines[2:5]
+    assert heads.split()[-5:] == ["epochs", "needs", "ahead", "peak", "seconds"]
+    assert row.endswith("2  25.0 MB  15.0 MB   42.0 MB      1.2") or "25.0 MB" in row
+
+
+@pytest.mark.parametrize(
+    ("changes", "command"),
+    [
+        ({"data": "it.py:data"}, "lowmem-pnn predict runs/one --out predictions.csv --trust"),
+        ({"perplexity": 5.4}, "lowmem-pnn export runs/one --to safetensors"),
+        ({"model": "python:build"}, "lowmem_pnn.load('runs/one', model=...)"),
+    ],
+)
+def test_the_next_command_suits_the_run(changes: dict[str, Any], command: str) -> None:
+    assert str(dataclasses.replace(RESULT, **changes)).splitlines()[-1] == f"next    {command}"
+
+
+def test_tables_fit_a_narrow_terminal() -> None:
+    narrow = RESULT.describe(60).splitlines()
+    assert max(map(len, narrow[2:6])) <= 60
+    assert "predicted" not in narrow[2]
+    assert max(map(len, str(RESULT).splitlines()[2:6])) > 60
 
 
 def test_a_language_model_has_loss_and_perplexity() -> None:
@@ -60,5 +109,6 @@ def test_what_was_not_measured_is_not_shown() -> None:
     nothing = dict.fromkeys(("val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_f1"))
     text = str(dataclasses.replace(RESULT, **nothing, check={}))
     assert "validation" not in text
-    assert "test" not in text
+    assert "test " not in text
     assert "checked" not in text
+    assert "score   training loss 0.25" in text

@@ -1,5 +1,6 @@
 """Parity before training: equal models pass, others are refused by what differs, and nothing is changed on the way."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from helpers.exact_runs import KINDS
 from helpers.plainloops import built
-from helpers.small_networks import small_conv, small_mlp, vectors
+from helpers.small_networks import small_conv, small_gpt, small_mlp, tokens, vectors
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.python_state import Snapshot
@@ -44,6 +45,12 @@ def test_models_equal_their_layers_to_the_last_bit(kind: str, tmp_path: Path) ->
 def test_they_do_in_other_precisions_and_formats(options: dict[str, Any], tmp_path: Path) -> None:
     build, data = KINDS["conv"].build, KINDS["conv"].data
     assert compare(workload_of(build, data, **options), built(build), tmp_path, refuse_to_say) == "yes"
+
+
+def test_views_that_a_backward_asks_for_keep_their_gaps(tmp_path: Path) -> None:
+    build = functools.partial(small_gpt, tied=True, layers=1, width=128, context=64)
+    workload = workload_of(build, tokens(length=64))
+    assert compare(workload, built(build), tmp_path, refuse_to_say) == "yes"
 
 
 def test_nothing_is_changed(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Fingerprint of a layer: an equality key of layers that compute the same, so that measurements of one hold for the others.
 
 Two layers have equal fingerprints when their graphs have the same operations in the same order, on modules of the same types, with the
-same settings and with tensors of the same shapes. Settings that are no plain values (a function, a user's object) are compared by
-identity.
+same settings and with tensors of the same shapes, and their modules have the same modes. Settings that are no plain values are compared by
+identity: functions and classes that their module names, which last, and any other object (a lambda, an object of the user's).
 """
 
+import sys
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -31,12 +34,30 @@ _PLAIN_TYPES = (
 )
 
 
+@dataclass(frozen=True)
+class _Identity:
+    """The identity of an object, which another one may have when it is gone."""
+
+    number: int
+
+
+def lasts(key: Hashable) -> bool:
+    """Decide whether a key that holds fingerprints is valid without the layers that these were made of.
+
+    Args:
+        key: tuples of plain values and of what `layer_fingerprint` returned.
+    """
+    if isinstance(key, tuple):
+        return all(map(lasts, key))
+    return not isinstance(key, _Identity)
+
+
 def layer_fingerprint(layer: Layer) -> Hashable:
     """Return a key that is equal for layers that compute the same.
 
     Args:
-        layer: layer whose tensors may be on the meta device. The key holds identities of functions and modules, so it is valid only
-            as long as the layer exists.
+        layer: layer whose tensors may be on the meta device. The key may hold identities of its objects, and is then valid only as long
+            as the layer exists (`lasts`).
     """
     module = layer.module
     numbers: dict[fx.Node, int] = {}
@@ -59,13 +80,14 @@ def layer_fingerprint(layer: Layer) -> Hashable:
     first_index: dict[int, int] = {}
     ties = tuple(first_index.setdefault(id(tensor), index) for index, tensor in enumerate(tensors))
     head = None if layer.head is None else _module_key(layer.head)
-    return tuple(steps), tuple(map(_value_key, tensors)), ties, head, layer.precision
+    modes = _value_key((layer.modes.in_train, layer.modes.in_eval, layer.kept))
+    return tuple(steps), tuple(map(_value_key, tensors)), ties, head, modes, layer.precision
 
 
 def _module_key(module: nn.Module) -> Hashable:
     """Return a key of a module's type, settings, tensors and submodules."""
     settings = tuple((name, _value_key(value)) for name, value in sorted(vars(module).items()) if name not in _MODULE_ATTRIBUTES)
-    hooks = tuple(id(module) for name, value in vars(module).items() if name.endswith("_hooks") and value)
+    hooks = tuple(_Identity(id(module)) for name, value in vars(module).items() if name.endswith("_hooks") and value)
     tensors = tuple(
         (name, None if tensor is None else _value_key(tensor))
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
@@ -89,4 +111,18 @@ def _value_key(value: Any, numbers: Mapping[fx.Node, int] | None = None) -> Hash
     if isinstance(value, slice):
         return "slice", _value_key(value.start, numbers), _value_key(value.stop, numbers), _value_key(value.step, numbers)
     # 1, 1.0 and True are equal, but not the same to an operation.
-    return (type(value), value) if isinstance(value, _PLAIN_TYPES) else ("the", id(value))
+    if isinstance(value, _PLAIN_TYPES):
+        return type(value), value
+    return "the", value if _is_named_by_its_module(value) else _Identity(id(value))
+
+
+def _is_named_by_its_module(value: Any) -> bool:
+    """Decide whether a value is a function or a class at the top of a module, or of PyTorch's own making: it lasts as they do."""
+    if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return True
+    if isinstance(value, BuiltinFunctionType):
+        return value.__self__ is None or isinstance(value.__self__, type | ModuleType)
+    module, name = getattr(value, "__module__", None), getattr(value, "__name__", None)
+    if not callable(value) or not isinstance(module, str) or not isinstance(name, str):
+        return False
+    return vars(sys.modules.get(module, object)).get(name) is value

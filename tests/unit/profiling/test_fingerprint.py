@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
-from lowmem_pnn.model.fingerprint import layer_fingerprint
 from lowmem_pnn.model.precision import Precision
+from lowmem_pnn.profiling.fingerprint import layer_fingerprint
 
 
 def block(width: int, **dropout: float) -> nn.Module:
