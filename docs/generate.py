@@ -14,7 +14,8 @@ ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 BEGIN, END = "<!-- files: written by docs/generate.py -->", "<!-- end of files -->"
 
 FOLDERS = (
-    "cli", "page", "api", "inference", "training", "evaluation", "run", "planning", "reporting", "sweep", "engine", "workload", "methods",
+    "cli", "page", "api", "preview", "inference", "training", "evaluation", "run", "planning", "reporting", "sweep", "engine", "workload",
+    "methods",
     "tasks", "profiling", "compilation", "adapters", "pretrained", "device", "language", "stores", "samples", "formats", "zoo", "sources",
     "memory", "model", "quantization", "optim", "config", "partition_plan", "seeds", "units", "errors",
 )  # fmt: skip

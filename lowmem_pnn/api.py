@@ -1,15 +1,12 @@
 """The public functions: `fit`, `plan`, `evaluate`, `predict`, `export`, `load`, `load_weights`."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowmem_pnn.compilation.compiler import check_compiler
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import ConfigError
@@ -17,14 +14,10 @@ from lowmem_pnn.formats.data_loader import loader_options
 from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember, workload_of
 from lowmem_pnn.inference.predict import predict_run
 from lowmem_pnn.inference.samples import PartName
+from lowmem_pnn.memory.available import budget_of, is_share
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.planning.comparison import compare_methods
-from lowmem_pnn.planning.describe import describe_plan
-from lowmem_pnn.planning.request import PlanRequest
-from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.pretrained.model_file import load_into
-from lowmem_pnn.profiling.benchmark import LayerBenchmark
-from lowmem_pnn.profiling.memory_profiler import MeasurementCache
+from lowmem_pnn.preview.preview import preview
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
@@ -45,9 +38,8 @@ from lowmem_pnn.training.export_formats import ExportFormat, check_name
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.lifecycle import score
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
-from lowmem_pnn.training.start import OpenInputs, begin, worker_threads
+from lowmem_pnn.training.start import begin, worker_threads
 from lowmem_pnn.training.start import resume as resume_training
-from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs, without_weights
 
 
@@ -74,12 +66,13 @@ def fit(
         model: a name as the command takes it, a function that builds the model, or a model. Of a model that does not fit in memory
             only a function (or a name) can train: it is then never built whole in memory.
         train: a data set's name as the command takes it, a map-style torch data set of (x, y), or of dictionaries with one value and one
-            label, a torch `DataLoader` of one, whose batch size, order and collation are taken, or a tuple (x, y) of tensors, arrays,
-            tables or lists: x (N, ...) numbers, which reach the model as float32 (or, where it looks them up, as int64), y (N, ...) class
-            numbers, labels, values or masks; with a loss of your own any tensors, or tuples and dictionaries of them.
+            label, a torch `DataLoader` of one, whose batch size, order and collation are taken, a pandas `DataFrame` with the option
+            `target`, a data set of scikit-learn, or a tuple (x, y) of tensors, arrays, tables or lists: x (N, ...) numbers, which reach the
+            model as float32 (or, where it looks them up, as int64), y (N, ...) class numbers, labels, values or masks; with a loss of your
+            own any tensors, or tuples and dictionaries of them.
         val: a data set, its name, a loader or a tuple to validate on; None takes the validation part that `train` names, or else
             `val_fraction` of `train`.
-        max_gpu_mem: the budget, as a size ("2GB") or in bytes.
+        max_gpu_mem: the budget, as a size ("2GB"), in bytes, or as a share of what is free now ("75%", "auto").
         test: a data set, its name, a loader or a tuple to test on after training.
         loss: a loss by name, or a function of the model's outputs and the targets, which returns the mean over samples, or a pair (sum,
             count): then the gradient of a batch is that of all sums over all counts, whatever its micro-batches.
@@ -119,10 +112,11 @@ def fit(
         model, train, val, test, loss=None if isinstance(loss, str) else loss, metrics=metrics, state_dict=state_dict
     )
     if resume:
+        given = {name: value for name, value in given.items() if not is_share(value)}  # what the run began with is kept
         folder = unfinished_run(given) if workdir is None else Path(workdir)
         result = resume_training(folder, given, open_inputs, display=display, callbacks=callbacks)
     else:
-        config = configure(**given)
+        config = configure(**{**given, "max_gpu_mem": budget_of(max_gpu_mem, options.get("device") or "auto")})
         folder = next_workdir(config) if workdir is None else Path(workdir)
         result = begin(config, folder, open_inputs, overwrite=overwrite, display=display, callbacks=callbacks)
     assert result is not None, "one process trains all partitions"
@@ -157,11 +151,12 @@ def plan(
         The partitions, and whether they fit; with `timing` all methods side by side.
     """
     named = {**_names(model, train, loss), "weights": _named_weights(weights)}
-    config = configure(max_gpu_mem=max_gpu_mem, **named, **_given(train, val, None, options))
+    budget = budget_of(max_gpu_mem, options.get("device") or "auto")
+    config = configure(max_gpu_mem=budget, **named, **_given(train, val, None, options))
     state_dict = weights if isinstance(weights, Mapping) else None
     own_loss = None if isinstance(loss, str) else loss
     open_inputs = python_inputs(model, train, None if isinstance(val, str) else val, None, loss=own_loss, state_dict=state_dict)
-    return _plan(config, open_inputs, timing)
+    return preview(config, open_inputs, timing=timing)
 
 
 def evaluate(run: str | Path | Result, *, trust: bool = False) -> dict[str, Any]:
@@ -352,16 +347,6 @@ def load_weights(model: torch.nn.Module, file: str | Path) -> torch.nn.Module:
     return model
 
 
-def plan_run(config: FitConfig, *, timing: bool = True) -> PlanReport:
-    """Return the plan of a run whose model and data have names.
-
-    Args:
-        config: options of the run.
-        timing: time layers, and show all methods side by side.
-    """
-    return _plan(config, named_inputs, timing)
-
-
 def _names(model: Model, train: Any, loss: str | OwnLoss) -> dict[str, str]:
     """Return what a run's configuration calls model and data, and the loss where it was given."""
     names = {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
@@ -384,17 +369,3 @@ def _given(train: Any, val: Any, test: Any, options: dict[str, Any]) -> dict[str
 def _named_weights(weights: Any) -> Any:
     """Return what a run's configuration calls pretrained weights."""
     return f"python:{type(weights).__name__}" if isinstance(weights, Mapping) else weights
-
-
-def _plan(config: FitConfig, open_inputs: OpenInputs, timing: bool) -> PlanReport:
-    if config.compile:
-        check_compiler()
-    cache = MeasurementCache()
-    with open_workload(config, open_inputs(config)) as (device, workload):
-        request = PlanRequest(workload, profile_workload(workload, device, cache), device)
-        benchmark = LayerBenchmark(device)
-        report = describe_plan(request, TimeEstimator.measured(request, benchmark))
-        # Layers are timed as they are, uncompiled.
-        if not timing or config.compile:
-            return report
-        return dataclasses.replace(report, prospects=compare_methods(request, benchmark, cache))

@@ -1,8 +1,10 @@
 """The commands, and the one place that turns errors into exit codes. torch is imported only when work starts."""
 
 import contextlib
+import dataclasses
 import gc
 import io
+import json
 import os
 import signal
 import sys
@@ -30,8 +32,10 @@ from lowmem_pnn.config.command import describe_command
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
+from lowmem_pnn.memory.available import is_share
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.unfinished import unfinished_run
+from lowmem_pnn.units import parse_bytes
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 130})
@@ -69,6 +73,7 @@ def fit(
     With neither --model nor --data: a multilayer perceptron with 2.16 GB of training state, on scikit-learn's digits.
     """
     config, rank, given = None, Rank.of_environment(), given_options(options)
+    share = is_share(given.get("max_gpu_mem"))
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run, and --overwrite replaces it; give one")
     if trust and not resume:
@@ -76,6 +81,7 @@ def fit(
     if workdir is None and not rank.is_alone:
         raise ConfigError("the processes of torchrun need a folder that they agree on; give --workdir DIR")
     if resume:
+        given = {name: value for name, value in given.items() if name != "max_gpu_mem" or not share}  # the run's own is kept
         chosen = rank.folder(workdir or unfinished_run(given))
     else:
         config = configure(**command_options(options))
@@ -84,7 +90,9 @@ def fit(
     if not is_worker():
         if not quiet:
             announce(describe_command(config, chosen))
-        arguments = sys.argv[1:] if workdir is not None else [*sys.argv[1:], "--workdir", str(chosen)]
+        # Resolved once: of an option that is given twice the last value counts.
+        budget = ["--max-gpu-mem", str(config.max_gpu_mem)] if share and config is not None else []
+        arguments = [*sys.argv[1:], *budget, *(["--workdir", str(chosen)] if workdir is None else [])]
         begin_supervisor(arguments, chosen)
     with _stop_on_signals() as should_stop:
         with _stdout_is_ours():
@@ -112,22 +120,33 @@ def fit(
     is_flag=True,
     help="Do not time layers, which takes a few seconds: show no predicted times, and only the method that is asked for.",
 )
+@click.option("--budgets", metavar="SIZE,...", help="Several budgets, one after the other, in place of --max-gpu-mem.")
 @output_options
-def plan(no_timing: bool, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-    """Show what `fit` with the same options would do: partitions, micro-batches, predicted peaks, disk; and what an epoch of each
-    method would take. Nothing is trained.
+def plan(no_timing: bool, budgets: str | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Show what `fit` with the same options would do: partitions, micro-batches, predicted peaks, disk; what an epoch of each method
+    would take, from which budget on each fits, and which one to take. Nothing is trained.
     """
-    config = configure(**command_options(options))
+    sizes = [parse_bytes(size) for size in budgets.split(",")] if budgets else []
+    if budgets and options["max_gpu_mem"] is not None:
+        raise ConfigError("--max-gpu-mem and --budgets exclude each other; give one")
     if not no_timing:
+        configure(**command_options(options, sizes))  # faults come before anything is imported anew
         as_worker()
+    config = configure(**command_options(options, sizes))
     with _stdout_is_ours():
-        from lowmem_pnn.api import plan_run
+        from lowmem_pnn.preview.preview import previews
+        from lowmem_pnn.reporting.budget_table import describe_budgets
 
-        report = plan_run(config, timing=not no_timing)
-    print_result(report.to_json() if as_json else str(report))
+        reports = previews(config, sizes or [config.max_gpu_mem], timing=not no_timing)
+        report = reports[0]
+    if budgets:
+        json_text = json.dumps({"schema_version": 1, "budgets": [dataclasses.asdict(each) for each in reports]}, indent=1)
+        print_result(json_text if as_json else describe_budgets(reports, terminal_width()))
+    else:
+        print_result(report.to_json() if as_json else report.describe(terminal_width()))
     # The interpreter would look through all that was imported for cycles once more before it ends: half a second.
     gc.freeze()
-    raise SystemExit(report.exit_code)
+    raise SystemExit(min(each.exit_code for each in reports))
 
 
 @cli.command()
@@ -136,8 +155,6 @@ def plan(no_timing: bool, as_json: bool, quiet: bool, debug: bool, **options: An
 @output_options
 def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Measure the weights of a finished run on its test data, within its memory budget."""
-    import json
-
     with _stdout_is_ours():
         from lowmem_pnn.api import evaluate as evaluate_run
 
@@ -185,8 +202,6 @@ def predict(
     debug: bool,
 ) -> None:
     """Predict samples by the model of a finished run, within its memory budget, one partition at a time."""
-    import json
-
     with _stdout_is_ours():
         from rich.console import Console
 
@@ -235,8 +250,6 @@ def predict(
 @output_options
 def export(run: Path, to: Any, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Write the model of a finished run, up to one of its exits, for plain PyTorch or for others."""
-    import json
-
     with _stdout_is_ours():
         from lowmem_pnn.api import export as export_run
 
@@ -258,8 +271,6 @@ def export(run: Path, to: Any, exit_: str, out: Path | None, trust: bool, as_jso
 @output_options
 def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool, debug: bool) -> None:
     """Write a page about a finished run: memory over time, plan, learning, where the seconds went. Several runs are set side by side."""
-    import json
-
     from lowmem_pnn.page.page import write_page
 
     chosen = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))

@@ -1,7 +1,7 @@
 """Options of the commands: one for each field of `FitConfig`, in groups by what they are about."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ import click
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.model_arguments import parse_model_arguments
+from lowmem_pnn.memory.available import budget_of
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -37,7 +38,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "no_decay", "no_decay_norms", "clip_norm", "fused", "seed",
     ),
     "Budget": (
-        "max_gpu_mem", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm", "loss_chunk",
+        "max_gpu_mem", "budgets", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm", "loss_chunk",
         "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Output": (
@@ -49,7 +50,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 # What an option's value is called in the help.
 _METAVARS = {
-    "max_gpu_mem": "SIZE", "max_host_mem": "SIZE", "max_disk": "SIZE", "model_arg": "KEY=VALUE", "data_root": "DIR",
+    "max_gpu_mem": "SIZE|X%|auto", "max_host_mem": "SIZE", "max_disk": "SIZE", "model_arg": "KEY=VALUE", "data_root": "DIR",
     "cuts": "LAYER,...", "epochs": "N,...", "batch_size": "N,...|auto", "lr": "X,...", "shuffle": "yes|no,...", "kappa": "X,...",
     "model": "NAME", "data": "NAME", "device": "NAME", "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
     "train_limit": "N", "test_limit": "N", "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS",
@@ -175,17 +176,20 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def command_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were on the command line, of a command that needs a budget.
+def command_options(options: dict[str, Any], budgets: Sequence[int] = ()) -> dict[str, Any]:
+    """Return the options that were on the command line, of a command that needs a budget; a share of what is free is in bytes then.
 
     Args:
         options: fields of `FitConfig`, as click gives them.
+        budgets: budgets that may be given in place of the one option, in bytes.
 
     Raises:
         click.UsageError: the budget is missing.
         ConfigError: a model's argument that is not KEY=VALUE.
     """
     given = given_options(options)
+    if budgets:
+        given["max_gpu_mem"] = max(budgets)
     if "max_gpu_mem" not in given:
         raise click.UsageError("--max-gpu-mem is missing; give --max-gpu-mem 2GB", click.get_current_context())
-    return given
+    return {**given, "max_gpu_mem": budget_of(given["max_gpu_mem"], given.get("device", "auto"))}

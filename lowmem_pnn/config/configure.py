@@ -15,7 +15,8 @@ from lowmem_pnn.config.faults import describe_fault, flag
 from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, field_names
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS, ROWS_OF_TEXT
 from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS, has_weights, is_transformers, place_of
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.errors import ConfigError, UnitError
+from lowmem_pnn.units import MEGABYTE
 
 # Trained when neither a model nor data is named: larger than 2 GB with its optimizer state, and learnt in a minute.
 DEMONSTRATION: Mapping[str, Any] = {
@@ -89,8 +90,8 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("loss_on", "prompts or messages (jsonl:, parquet:, hfdata:)", lambda config: _has(config, "jsonl", *ROWS_OF_TEXT)),
     (
         "target",
-        "data with columns (csv:, parquet:, hfdata:)",
-        lambda config: config.data.startswith(("csv:", "parquet:", "hfdata:")),
+        "data with columns (csv:, parquet:, hfdata:, or from Python a data frame alone)",
+        lambda config: config.data.startswith(("csv:", "parquet:", "hfdata:")) or config.data.endswith("DataFrame"),
     ),
     ("resize", "--image-size", lambda config: config.image_size is not None),
     (
@@ -153,6 +154,9 @@ def configure(**given: Any) -> FitConfig:
     if given.get("lora") is not None:
         values = {**values, **DEFAULTS_WITH_ADAPTERS, **given}
     config = checked(values)
+    if config.max_gpu_mem < MEGABYTE and str(given["max_gpu_mem"]).strip().isdigit():
+        size = given["max_gpu_mem"]
+        raise UnitError(f"--max-gpu-mem {size} is {size} bytes; did you mean {size}GB?")
     faults = [
         f"{flag(name)} has no effect here: it needs {need}"
         for name, need, holds in _CONDITIONAL

@@ -125,6 +125,25 @@ def test_a_plan_writes_nothing(data_folder: Path) -> None:
     assert sorted(data_folder.iterdir()) == before
 
 
+def test_a_share_is_resolved_once_and_kept_by_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "fit --device cpu --model mlp:20-16-3 --data npz:data.npz --epochs 1 --workdir run --json --quiet --max-gpu-mem"
+    monkeypatch.setattr("lowmem_pnn.memory.available.available_bytes", lambda device: 400_000_000)
+    assert json.loads(lowmem_pnn(f"{line} 25%").out)["budget_bytes"] == 100_000_000
+    monkeypatch.setattr("lowmem_pnn.memory.available.available_bytes", lambda device: 300_000_000)
+    assert json.loads(lowmem_pnn(f"{line} auto --resume").out)["budget_bytes"] == 100_000_000
+
+
+def test_plans_in_several_budgets_side_by_side() -> None:
+    line = (
+        "plan --budgets 30M,100M --device cpu --model mlp:20-600-600-600-600-3 --data npz:data.npz --no-timing --method backprop"
+    )
+    reports = json.loads(lowmem_pnn(f"{line} --json").out)["budgets"]
+    assert [(report["budget_bytes"], report["fits"]) for report in reports] == [(30_000_000, False), (100_000_000, True)]
+    shown = lowmem_pnn(line)
+    assert shown.code == 0, "one of them fits"
+    assert "100.0 MB: fits" in shown.out
+
+
 def test_a_plan_shows_all_methods_side_by_side() -> None:
     line = "plan --max-gpu-mem 100MB --device cpu --model mlp:20-16-3 --data npz:data.npz --method exact"
     shown = lowmem_pnn(line)
