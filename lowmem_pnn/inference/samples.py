@@ -23,7 +23,7 @@ from lowmem_pnn.formats.mask_folder import open_mask_folder
 from lowmem_pnn.formats.table_file import TableFile
 from lowmem_pnn.formats.tables import TableSchema, open_table
 from lowmem_pnn.formats.unlabelled import open_given, open_images, open_npz
-from lowmem_pnn.language.token_rows import ChosenInputs
+from lowmem_pnn.language.token_rows import choose_inputs
 from lowmem_pnn.samples.normalization import Normalization
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import find_dataset
@@ -361,16 +361,10 @@ def _choose(parts: Mapping[str, OpenPart], part: PartName | None, spec: str) -> 
 
 def _as_taken(part: OpenPart, form: DataForm) -> OpenPart:
     """Return samples with those of their named tensors that the run's model takes: token rows come with all there are."""
-    if part.structure is None or part.structure == form.structure:
+    if (chosen := choose_inputs(part.split, part.structure, form.structure)) is None:
         return part
-    given = part.structure.unflatten([*range(len(part.inputs))])
-    wanted = {"input_ids": 0} if form.structure is None else form.structure.unflatten([*range(len(form.inputs))])
-    if not isinstance(given, dict) or not isinstance(wanted, dict) or not set(wanted) <= set(given):
-        return part
-    places = tuple(given[name] for name in wanted)
-    split = ChosenInputs(part.split, places, as_one=form.structure is None)
-    inputs = tuple(part.inputs[place] for place in places)
-    return dataclasses.replace(part, split=split, inputs=inputs, structure=form.structure)
+    inputs = tuple(part.inputs[place] for place in chosen[1])
+    return dataclasses.replace(part, split=chosen[0], inputs=inputs, structure=form.structure)
 
 
 def _check_form(part: OpenPart, form: DataForm, name: str) -> None:

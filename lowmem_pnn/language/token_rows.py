@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec
 
 from lowmem_pnn.language.packing import Form
 from lowmem_pnn.language.token_cache import TokenCache
@@ -115,3 +116,24 @@ class ChosenInputs:
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         """Return labels (B, ...) alone, of samples by their numbers."""
         return labels_of(self.base, numbers)
+
+
+def choose_inputs(split: Split, given: TreeSpec | None, wanted: TreeSpec | None) -> tuple[Split, tuple[int, ...]] | None:
+    """Return samples with some of their named tensors.
+
+    Args:
+        split: Samples of several tensors.
+        given: Structure of these, a dictionary by name.
+        wanted: Structure of what is left; None for `input_ids` alone, as one tensor.
+
+    Returns:
+        The samples, and the numbers of the tensors that are left; None where the structure is as wanted, or no part of it is.
+    """
+    if given is None or given == wanted:
+        return None
+    names = given.unflatten([*range(given.num_leaves)])
+    kept = {"input_ids": 0} if wanted is None else wanted.unflatten([*range(wanted.num_leaves)])
+    if not isinstance(names, dict) or not isinstance(kept, dict) or not set(kept) <= set(names):
+        return None
+    places = tuple(names[name] for name in kept)
+    return ChosenInputs(split, places, as_one=wanted is None), places
