@@ -71,6 +71,8 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
             f"checked before training: predicted {format_bytes(check['predicted_bytes'])}, measured {format_bytes(check['measured_bytes'])}, "
             f"{format_bytes(abs(more))} {'more' if more > 0 else 'less'}"
         )
+    for sample in result.samples:
+        lines.append(f"after {sample['prompt']!r} the model said {sample['before']!r}, and says {sample['after']!r}")
     lines.append(f"weights: {result.weights_file}")
     if result.adapter is not None:
         lines.append(f"adapter: {result.adapter} (peft's PeftModel.from_pretrained reads it)")
