@@ -19,7 +19,7 @@ from lowmem_pnn.stores.weights import WeightStore
 _PREFIX = "base_model.model."
 
 
-def write_adapter(run: Path, chain: Chain, config: FitConfig, weights: WeightStore) -> Path:
+def write_adapter(run: Path, chain: Chain, config: FitConfig, weights: WeightStore, *, is_causal: bool = False) -> Path:
     """Write the adapters of a trained model, and the modules that have learnt whole beside them, into the run's folder.
 
     Args:
@@ -27,6 +27,7 @@ def write_adapter(run: Path, chain: Chain, config: FitConfig, weights: WeightSto
         chain: the model in layers.
         config: options of the run, with adapters.
         weights: weight files of the run, sealed.
+        is_causal: whether the model is a causal language model of transformers, which peft wraps in a class of its own.
 
     Returns:
         The folder, which `peft.PeftModel.from_pretrained(base, folder)` reads.
@@ -43,7 +44,8 @@ def write_adapter(run: Path, chain: Chain, config: FitConfig, weights: WeightSto
     config_file, weights_file = ADAPTER_FILES
     names = adapter_names(chain, config)
     weights.export(folder / weights_file, list(names), {name: chain.owner_of(own) for name, own in names.items()})
-    write_durably(folder / config_file, json.dumps(adapter_config(chain, config), indent=2, sort_keys=True) + "\n")
+    said = adapter_config(chain, config) | ({"task_type": "CAUSAL_LM"} if is_causal else {})
+    write_durably(folder / config_file, json.dumps(said, indent=2, sort_keys=True) + "\n")
     return folder
 
 

@@ -24,7 +24,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "data", "target", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "mixup", "cutmix", "workers",
         "shuffle", "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
     ),
-    "Text": ("tokenizer", "context", "pack", "loss_on"),
+    "Text": ("tokenizer", "context", "pack", "loss_on", "sample", "sample_tokens"),
     "Task": ("task", "loss", "class_weights", "label_smoothing", "ignore_index"),
     "Method": (
         "method", "epochs", "max_steps", "early_stop", "keep_weights", "keep_state", "monitor", "eval_every", "time_limit", "partitions", "cuts",
@@ -73,6 +73,7 @@ _METAVARS = {
     "test_fraction": "X", "weights": "default|FILE|DIR|none", "freeze": "PATTERN,...", "train_only": "PATTERN,...",
     "target": "COLUMN,...", "mixup": "X", "cutmix": "X",
     "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH", "tokenizer": "DIR|FILE|bytes", "context": "N", "loss_on": "completions|all",
+    "sample": "TEXT", "sample_tokens": "N",
     "betas": "A,B", "eps": "X", "no_decay": "PATTERN,...", "min_lr": "X", "max_steps": "N",
     "lora": "KEY=VALUE,...", "modules_to_save": "NAME,...", "frozen_dtype": "fp32|bf16|int8|nf4",
 }  # fmt: skip
@@ -122,7 +123,11 @@ def config_options(command: _Command) -> _Command:
         if default_value not in (None, {}):
             text += f" [default: {as_typed(default_value)}]"
         command = click.option(
-            flag(field.name), field.name, metavar=_METAVARS[field.name], multiple=field.name in ("model_arg", "lr_for"), help=text
+            flag(field.name),
+            field.name,
+            metavar=_METAVARS[field.name],
+            multiple=field.name in ("model_arg", "lr_for", "sample"),
+            help=text,
         )(command)
     return command
 

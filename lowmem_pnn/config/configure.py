@@ -88,6 +88,8 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("tokenizer", "data of text (text:, jsonl:, tokens:, parquet:, hfdata:)", lambda config: _has(config, "tokens", *_TOKENISED)),
     ("context", "data of text (text:, jsonl:, tokens:, parquet:, hfdata:)", lambda config: _has(config, "tokens", *_TOKENISED)),
     ("pack", "documents (text:, jsonl:, parquet:, hfdata:)", lambda config: _has(config, *_TOKENISED)),
+    ("sample", "data of text (text:, jsonl:, tokens:, parquet:, hfdata:)", lambda config: _has(config, "tokens", *_TOKENISED)),
+    ("sample_tokens", "--sample", lambda config: config.sample is not None),
     ("loss_on", "prompts or messages (jsonl:, parquet:, hfdata:)", lambda config: _has(config, "jsonl", *ROWS_OF_TEXT)),
     (
         "target",

@@ -1,6 +1,6 @@
 """Options of language data: how text becomes tokens, and tokens samples. No torch here: the command line reads this file to print its help."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -9,6 +9,16 @@ LANGUAGE_KINDS = ("text", "jsonl", "tokens")
 """What stands before the colon of data that is text or tokens, whatever else is asked for."""
 ROWS_OF_TEXT = ("parquet", "hfdata")
 """What stands before the colon of data that is text where there is a tokenizer for it."""
+
+
+def _texts(value: Any) -> Any:
+    """A text, or several: commas are part of it."""
+    if value is None:
+        return None
+    texts = value if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("a text to go on with is empty, or no text; give one with a letter at least")
+    return tuple(texts) or None
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -33,6 +43,14 @@ class LanguageOptions:
             "By default each is padded (text: windows of one stream)."
         ),
     )
+    sample: Annotated[tuple[str, ...] | None, BeforeValidator(_texts)] = Field(
+        default=None,
+        description=(
+            "Text that the model goes on with before training and after it, by the likeliest tokens; several times for several. What it says "
+            "is shown, and in result.json. Every token takes a reading of all weights that do not stay in the budget."
+        ),
+    )
+    sample_tokens: PositiveInt = Field(default=40, description="Tokens that are said of each --sample, at most.")
     loss_on: Literal["completions", "all"] = Field(
         default="completions",
         description=(

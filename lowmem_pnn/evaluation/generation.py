@@ -25,6 +25,8 @@ from lowmem_pnn.run.run import Run
 from lowmem_pnn.samples.augment import AugmentationKey
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.targets import Targets
+from lowmem_pnn.workload import Workload
+from lowmem_pnn.workload.data_form import DataForm
 
 # What stands in the labels where no scores are wanted.
 _UNWANTED = -1
@@ -43,6 +45,19 @@ class RowForm:
     names: tuple[str, ...]
     context: int
     vocabulary: int
+
+    @classmethod
+    def of_workload(cls, workload: Workload) -> "RowForm | None":
+        """Return how rows are handed to the model of a workload; None where it does not predict the tokens that come next.
+
+        Args:
+            workload: Model and data.
+        """
+        facts = workload.source.transformers
+        if facts is not None and facts.task != "causal-lm":
+            return None
+        form = DataForm.of(workload.dataset)
+        return cls.of(form.inputs, form.structure, form.targets, workload.chain.boundaries[-1][workload.task.output])
 
     @classmethod
     def of(

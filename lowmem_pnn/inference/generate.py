@@ -17,9 +17,9 @@ from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
 from lowmem_pnn.evaluation.generation import RowForm, generate_tokens
 from lowmem_pnn.inference.load import folder_of, form_of, given_model
 from lowmem_pnn.inference.smaller_budget import with_budget, within
-from lowmem_pnn.language.prompts import continuation_text, prompt_tokens
+from lowmem_pnn.language.prompts import continuation_text, prompt_tokens, tokenizer_of
 from lowmem_pnn.language.sampling import Sampling
-from lowmem_pnn.language.tokenizer import Tokenizer, open_tokenizer
+from lowmem_pnn.language.tokenizer import Tokenizer
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.progress import Display
@@ -166,7 +166,7 @@ def generate_run(
             raise ConfigError(
                 f"the run in {path} predicts no tokens that come next ({config.task} of {form}), and goes on with no text; give predict"
             )
-        reader = tokenizer_of(finished.config, finished.result.preparation, tokenizer)
+        reader = tokenizer_of(finished.config.data, finished.result.preparation, tokenizer)
         tokens = [_tokens_of(prompt, reader, path) for prompt in prompts]
         source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.generate({str(path)!r}, prompts")
         warm_up_profiler()
@@ -208,21 +208,6 @@ def generate_run(
         ]
 
 
-def tokenizer_of(config: FitConfig, preparation: Any, asked: str | None = None) -> Tokenizer | None:
-    """Return the tokenizer of a run's data; None where the data is numbers of tokens, whose texts nobody knows.
-
-    Args:
-        config: options of the run.
-        preparation: what its samples were made with.
-        asked: tokenizer that was asked for.
-
-    Raises:
-        ConfigError: it cannot be opened.
-    """
-    spec = asked or preparation.get("tokenizer") or ("bytes" if config.data.startswith("text:") else None)
-    return None if spec is None else open_tokenizer(str(spec))
-
-
 def _tokens_of(prompt: Prompt, tokenizer: Tokenizer | None, path: Path) -> list[int]:
     if not isinstance(prompt, str):
         return [int(token) for token in prompt]
@@ -259,8 +244,7 @@ def _open(
     with ExitStack() as own:
         device, workload = own.enter_context(open_workload(config, inputs))
         check_plan(finished.state, workload, path)
-        outputs = workload.chain.boundaries[-1][workload.task.output]
-        rows = RowForm.of(form.inputs, form.structure, form.targets, outputs)
+        rows = RowForm.of_workload(workload)
         if rows is None:
             raise ConfigError(
                 f"the model of the run in {path} takes {form}, and not tokens with a mask or positions; it goes on with no text"

@@ -1,8 +1,24 @@
 """Prompts: texts that a language model is to go on with, as tokens, and what it says as text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lowmem_pnn.language.tokenizer import Tokenizer
+from lowmem_pnn.language.tokenizer import Tokenizer, open_tokenizer
+
+
+def tokenizer_of(data: str, preparation: Mapping[str, Any], asked: str | None = None) -> Tokenizer | None:
+    """Return the tokenizer of a run's data; None where the data is numbers of tokens, whose texts nobody knows.
+
+    Args:
+        data: Name of the data.
+        preparation: What its samples were made with (`Dataset.preparation`).
+        asked: Tokenizer that was asked for.
+
+    Raises:
+        ConfigError: It cannot be opened.
+    """
+    spec = asked or preparation.get("tokenizer") or ("bytes" if data.startswith("text:") else None)
+    return None if spec is None else open_tokenizer(str(spec))
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -37,6 +37,8 @@ class ResultFields:
 
     `adapter` is the folder in which a run with adapters leaves them as peft has them.
 
+    `samples` holds each `prompt` of --sample, and what the model said after it `before` training and `after` it.
+
     `module_state` holds Python attributes of modules that forwards changed, as they were at the end: they are not in `weights_file`.
 
     `scores` holds what the trained model reaches on the parts `val` and `test`, as far as there are such and the task has such scores:
@@ -114,6 +116,7 @@ class ResultFields:
     weights_file: str
     transformers_folder: str | None = None
     adapter: str | None = None
+    samples: Sequence[Mapping[str, str]] = ()
     preprocessing: str
     data_parts: str = ""
     preparation: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -71,6 +71,8 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
             f"checked before training: predicted {format_bytes(check['predicted_bytes'])}, measured {format_bytes(check['measured_bytes'])}, "
             f"{format_bytes(abs(more))} {'more' if more > 0 else 'less'}"
         )
+    for sample in result.samples:
+        lines.append(f"after {sample['prompt']!r} the model said {sample['before']!r}, and says {sample['after']!r}")
     folder = "" if result.transformers_folder is None else f"; for transformers: {result.transformers_folder}"
     lines.append(f"weights: {result.weights_file}{folder}")
     if result.adapter is not None:

@@ -105,6 +105,7 @@ class State:
         without_gain: validations since the best one, or since the present visit or sweep began.
         stopped_after: epochs after which training ended early.
         stopped_step: optimizer steps after which training ended early; 0 where it did not.
+        said_before: what the model said before training after each prompt of `--sample`; empty until it was asked.
         pretrained: what is said of the pretrained weights that training began with, their hash too; empty where there were none.
         files: size and SHA-256 of the files that a finished run leaves, by name; empty for runs of earlier versions.
         epochs: epochs that a resume has raised the options' to; 0 where none has.
@@ -140,6 +141,7 @@ class State:
     without_gain: int = 0
     stopped_after: int = 0
     stopped_step: int = 0
+    said_before: list[str] = field(default_factory=list)
     pretrained: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     epochs: int = 0

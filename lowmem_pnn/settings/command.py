@@ -40,6 +40,8 @@ def option_words(config: FitConfig) -> list[str]:
             continue
         if isinstance(value, bool):
             words.append(flag(name) if value else f"--no-{name.replace('_', '-')}")
+        elif name == "sample":
+            words += [part for text in value for part in (flag(name), text)]
         elif isinstance(value, Mapping):
             words += [part for key, each in value.items() for part in (flag(name), f"{key}={each}")]
         else:

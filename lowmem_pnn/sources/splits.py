@@ -234,6 +234,8 @@ class ArraySplit(SampleSplit):
 
     def _targets(self, index: Tensor) -> Tensor:
         kept = self._y.index_select(0, index)
+        if self.targets.kind == "tokens":
+            return kept.to(self.targets.dtype)
         return kept if self._resize is None else self._resize.masks(kept, self.targets.outside).to(self.targets.dtype)
 
 

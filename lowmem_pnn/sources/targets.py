@@ -38,6 +38,8 @@ MASK_IGNORED = 255
 # Whole floats up to here are taken for class numbers where nobody says what they are.
 _MOST_CLASSES_OF_FLOATS = 1000
 _ROUNDING = 1e-3
+# Tokens that are cast at once where they are counted.
+_COUNTED_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ class Targets:
         if self.kind == "class":
             converted = as_labels(tensor, where).reshape(len(tensor))
         elif self.kind == "tokens":
-            converted = tensor.to(torch.int64)
+            # Of all samples as they are: tokens may be a mapped file, larger than memory, and are cast batch by batch.
+            converted = tensor if batched and not tensor.dtype.is_floating_point else tensor.to(torch.int64)
         elif self.kind == "mask":
             converted = _without_channel(tensor, where).to(self.dtype)
         else:
@@ -247,7 +250,9 @@ def find_targets(values: Any, where: str, options: TargetOptions, sample_shape: 
         return Targets("class", _count(labels, ignored), ignored=ignored)
     if kind == "tokens":
         ignored = PYTORCH_IGNORED if ignored is None else ignored
-        return Targets("tokens", _count(y.to(torch.int64), ignored), tuple(y.shape[1:]), ignored=ignored)
+        rows = max(1, _COUNTED_AT_ONCE // max(1, y[0].numel()))
+        count = max(_count(y[begin : begin + rows].to(torch.int64), ignored) for begin in range(0, len(y), rows))
+        return Targets("tokens", count, tuple(y.shape[1:]), ignored=ignored)
     if kind == "mask":
         ignored = MASK_IGNORED if ignored is None else ignored
         mask = _without_channel(y, where)
@@ -307,8 +312,9 @@ def _kind(
         return "labels"
     if floating:
         return "values"
+    hint = ", or, for tokens, samples as int32 or uint16 (uint8 is taken for images)" if shape == sample_shape else ""
     raise DataError(
-        f"{where}: labels have shape {tuple(y.shape)}; give one class number for each sample (one-hot: argmax), or say what they are: "
+        f"{where}: labels have shape {tuple(y.shape)}; give one class number for each sample (one-hot: argmax){hint}, or say what they are: "
         "--task regression"
     )
 

@@ -15,6 +15,7 @@ from lowmem_pnn.engine.loaders import Loader
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, DataError
 from lowmem_pnn.evaluation.exits import HEADS_FILE, describe_exits, head_names
 from lowmem_pnn.evaluation.measure import measure, validate
+from lowmem_pnn.evaluation.text_samples import say_samples
 from lowmem_pnn.exporting.transformers_folder import write_folder
 from lowmem_pnn.methods import SplitName
 from lowmem_pnn.partition_plan import Plan
@@ -70,6 +71,8 @@ def run_to_end(
         run = Run(session, workload, Plan.from_json(state.plan), _open_committed(session, workload, state), state)
     session.display.header(describe_start(run, profile))
     session.callbacks.tell("on_fit_start", _told_at_start(run))
+    if not state.said_before:
+        state.said_before = say_samples(run, "before training")
     carry_out(run)
     if state.rank:
         run.end("trained")
@@ -192,14 +195,19 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     left = [run.weights.export(rundir.path / "model.safetensors", chain.persistent, chain.owners, versions)]
     if workload.method.learns_per_layer:
         left.append(run.weights.export(rundir.path / HEADS_FILE, head_names(chain)))
-    adapter = write_adapter(rundir.path, chain, workload.config, run.weights) if workload.config.lora is not None else None
+    adapter = None
+    if workload.config.lora is not None:
+        facts = workload.source.transformers
+        is_causal = facts is not None and facts.task == "causal-lm"
+        adapter = write_adapter(rundir.path, chain, workload.config, run.weights, is_causal=is_causal)
     layer_accuracies: list[float | None] = []
     scores = _scores(run, layer_accuracies)
     exits: list[dict[str, Any]] = []
     if workload.method.learns_per_layer:
         exits = describe_exits(run, layer_accuracies or [None] * len(chain.layers))
     run.metrics.update_totals()
-    result = make_result(run, profile, scores, exits, adapter)
+    said = say_samples(run, "after training")
+    result = make_result(run, profile, scores, exits, adapter, said)
     text = (result.to_json() + "\n").encode()
     write_durably(rundir.path / "result.json", text)
     left.append(CommittedFile("result.json", hashlib.sha256(text).hexdigest(), len(text)))

@@ -3,6 +3,7 @@
 import importlib.metadata
 import math
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,12 @@ _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
 
 
 def make_result(
-    run: Run, profile: MemoryProfile, scores: dict[str, dict[str, Any]], exits: list[dict[str, Any]], adapter: Path | None
+    run: Run,
+    profile: MemoryProfile,
+    scores: dict[str, dict[str, Any]],
+    exits: list[dict[str, Any]],
+    adapter: Path | None,
+    said: Sequence[str],
 ) -> Result:
     """Return what a run has come to.
 
@@ -36,6 +42,7 @@ def make_result(
         scores: scores by part of the data, `val` and `test`.
         exits: early exits, as `describe_exits` gives them.
         adapter: folder of what has been learnt beside a frozen base; None where there is none.
+        said: what the model says now after each prompt of `--sample`.
     """
     workload, plan, state, device = run.workload, run.plan, run.state, run.session.device
     test, stopped, steps = scores.get("test", {}), state.stopped_after, state.stopped_step
@@ -116,6 +123,10 @@ def make_result(
         weights_file=str(path / "model.safetensors"),
         transformers_folder=str(path / TRANSFORMERS_FOLDER) if holds_a_model(workload) else None,
         adapter=None if adapter is None else str(adapter),
+        samples=[
+            {"prompt": prompt, "before": before, "after": after}
+            for prompt, before, after in zip(config.sample or (), state.said_before, said, strict=False)
+        ],
         preprocessing=workload.dataset.preprocessing,
         data_parts=workload.dataset.parts,
         preparation=workload.dataset.preparation,

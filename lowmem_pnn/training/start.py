@@ -16,6 +16,7 @@ from lowmem_pnn.config.resume import check_trust, resumed_config
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
+from lowmem_pnn.evaluation.text_samples import check_samples
 from lowmem_pnn.language.progress import telling
 from lowmem_pnn.planning.disk_footprint import check_disk
 from lowmem_pnn.planning.make_plan import make_plan
@@ -87,6 +88,7 @@ def begin(
         inputs = _open_before_floor(config, open_inputs, display)
         with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
             config = workload.config  # which names what else learns beside adapters
+            check_samples(workload)
             display.stage("planning")
             profile = profile_workload(workload, device)
             request = PlanRequest(workload, profile, device)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowmem_pnn.errors import DataError
-from lowmem_pnn.sources.map_split import from_torch
+from lowmem_pnn.sources.map_split import from_arrays, from_torch
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
 
 IMAGE = (3, 4, 5)
@@ -66,6 +66,21 @@ def test_a_task_says_what_targets_are_where_they_leave_a_doubt(values: Any, task
 def test_a_doubt_is_said(values: Any, text: str) -> None:
     with pytest.raises(DataError, match=text):
         find(values)
+
+
+def test_tokens_stay_in_the_type_they_have_and_are_cast_batch_by_batch() -> None:
+    ids = np.arange(60, dtype=np.uint16).reshape(3, 20) % 13
+    split = from_arrays(torch.from_numpy(ids), torch.from_numpy(ids.copy()), num_classes=None, input_form="any", where="t")
+    assert split.y.dtype == torch.uint16
+    x, labels = split.batch([2, 0])
+    assert (x.dtype, labels.dtype) == (torch.int64, torch.int64)
+    assert labels.tolist() == ids[[2, 0]].tolist()
+    assert split.labels(np.array([1])).tolist() == ids[[1]].tolist()
+
+
+def test_uint8_tokens_are_told_from_images() -> None:
+    with pytest.raises(DataError, match=r"or, for tokens, samples as int32 or uint16 \(uint8 is taken for images\)"):
+        find_targets(np.full((4, 16), 7, dtype=np.uint8), "train", TargetOptions(), (16,), tokens=False)
 
 
 @pytest.mark.parametrize("of_samples", [False, True])

@@ -1,0 +1,62 @@
+"""Samples of text: what a language model says after some prompts, before training and after it."""
+
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.evaluation.generation import RowForm, generate_tokens
+from lowmem_pnn.language.prompts import continuation_text, prompt_tokens, tokenizer_of
+from lowmem_pnn.language.sampling import Sampling
+from lowmem_pnn.run.run import Run
+from lowmem_pnn.workload import Workload
+
+
+def check_samples(workload: Workload) -> None:
+    """Refuse prompts that the model of a workload cannot go on with, before anything is trained.
+
+    Args:
+        workload: model and data, and the prompts (`--sample`).
+
+    Raises:
+        ConfigError: its model does not predict the tokens that come next, its data has no tokenizer, or a prompt has no token.
+    """
+    config = workload.config
+    if config.sample is None:
+        return
+    if RowForm.of_workload(workload) is None:
+        raise ConfigError(
+            f"--sample: model {workload.source.spec} does not predict the token that comes next of each, and goes on with no text; leave it out"
+        )
+    tokenizer = tokenizer_of(config.data, workload.dataset.preparation)
+    if tokenizer is None:
+        raise ConfigError(f"--sample: data {config.data} is tokens as numbers; give their tokenizer: --tokenizer DIR|FILE|bytes")
+    for text in config.sample:
+        if not prompt_tokens(tokenizer, text):
+            raise ConfigError(f"--sample {text!r} has no token to go on from; give another text")
+
+
+def say_samples(run: Run, when: str) -> list[str]:
+    """Have the model of a run go on with its prompts, by the likeliest tokens, and show what it says.
+
+    Args:
+        run: the run, with no partition resident.
+        when: when it is asked, in words.
+
+    Returns:
+        What it says after each prompt; nothing where there are none.
+    """
+    config, dataset, display = run.workload.config, run.workload.dataset, run.session.display
+    form, tokenizer = RowForm.of_workload(run.workload), tokenizer_of(config.data, dataset.preparation)
+    if config.sample is None or form is None or tokenizer is None:
+        return []
+    display.stage(f"asking the model {when}")
+    said = generate_tokens(
+        run,
+        form,
+        [prompt_tokens(tokenizer, text) for text in config.sample],
+        max_new_tokens=config.sample_tokens,
+        sampling=Sampling(),
+        seed=config.seed,
+        end=tokenizer.end,
+    )
+    texts = [continuation_text(tokenizer, one.prompt, one.tokens) for one in said]
+    for prompt, text in zip(config.sample, texts, strict=True):
+        display.message(f"{when}, after {prompt!r}: {text!r}")
+    return texts
