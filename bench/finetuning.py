@@ -7,7 +7,8 @@ of the frozen features are written once, and read in the epochs in which they ar
 
     python bench/finetuning.py [--data npz:cifar10.npz] [--weights FILE|default] [--seeds 3] [--quick] [--again]
 
-Half an hour on two cores; --quick takes 200 images, one seed and two epochs of each kind. Finished runs are kept in bench/.cache/.
+Half an hour on two cores; --quick takes 200 images, one seed and two epochs of each kind. The page is written after every seed, and
+finished runs are kept in bench/.cache/.
 """
 
 import argparse
@@ -180,12 +181,13 @@ def main() -> None:
                 return ours(folder, given.weights, frozen, epochs, seed, budget)
 
             found["lowmem-pnn, exact"].append(cache.get({**key, "seed": seed, "budget": budget}, run_ours))
-    text = page(found, frozen, budget, count)
-    if given.quick:
+            text = page(found, frozen, budget, count)
+            if not given.quick:
+                title = (
+                    f"Fine-tuning MobileNetV2 on images of CIFAR-10, {SIDE}x{SIDE}, batch {BATCH}, {seed + 1} of {seeds} seeds"
+                )
+                write_results("finetuning", title, text, {"runs": found, "budget_bytes": budget}, quiet=True)
         print(text)
-        return
-    title = "Fine-tuning MobileNetV2 on images of CIFAR-10, 96x96, batch 64"
-    write_results("finetuning", title, text, {"runs": found, "budget_bytes": budget})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,10 @@ MB = 1e6
 FRACTIONS = (Fraction(1, 4), Fraction(1, 3), Fraction(1, 2))
 # Goal for predicted / measured.
 LEAST, MOST = 0.9, 1.15
+HEADS = (
+    "network", "side", "layers", "largest layer", "step equal", "loads, scores", "plain MB", "smallest budget MB", "1/4", "1/3", "1/2",
+    "predicted / measured", "measured / budget", "micro-batch", "plain, one sample at a time",
+)  # fmt: skip
 QUICK = ("resnet18", "mobilenet_v2", "vit_b_16", "timm:resnet10t")
 
 
@@ -99,20 +103,18 @@ def structure(name: str, layers: int) -> dict[str, Any]:
 
     Args:
         name: the network.
-        layers: how many layers it is cut into; 0 where nobody knows.
+        layers: how many layers it is cut into.
     """
     import torch
     from safetensors.torch import load_file
 
     import lowmem_pnn
     from lowmem_pnn.config.configure import configure
-    from lowmem_pnn.model.chain import TensorSpec, capture
     from lowmem_pnn.seeds import permutation_of
     from lowmem_pnn.sources.datasets import make_dataset
     from lowmem_pnn.workload.inputs import split_data
 
     x, y = data_of(name, 1)
-    layers = layers or len(capture(builder_of(name)(), TensorSpec(shape_of(name), torch.float32)).layers)
     cuts = ",".join(map(str, range(1, layers)))
     with tempfile.TemporaryDirectory() as folder:
         result = lowmem_pnn.fit(
@@ -122,19 +124,28 @@ def structure(name: str, layers: int) -> dict[str, Any]:
         ours = load_file(result.weights_file)
         fresh = builder_of(name)().eval()
         fresh.load_state_dict(ours, strict=True)
-    sizes = [part["params"] for part in result.partitions]
-    found: dict[str, Any] = {"layers": layers, "largest": max(sizes) / sum(sizes)}
     # The run's own training part, in the order of its first epoch.
     config = configure(max_gpu_mem="12GB", model="python:model", data="python:data", seed=SEED, val_fraction=0.0)
     part = split_data(make_dataset((x, y), name="data"), config)[1]["train"]
     model, _ = seeded_step(name, part.batch(permutation_of(BATCH, SEED, "epoch", 0)), BATCH)
     theirs = model.state_dict()
-    found["equal"] = all(torch.equal(tensor, ours[key]) for key, tensor in theirs.items() if key in ours)
+    found: dict[str, Any] = {"equal": all(torch.equal(tensor, ours[key]) for key, tensor in theirs.items())}
     found["largest_difference"] = max(float((tensor.double() - ours[key].double()).abs().max()) for key, tensor in theirs.items())
     with torch.no_grad():
         loss = float(torch.nn.functional.cross_entropy(fresh(x), y))
     found["scores"] = abs(loss - result.scores["test"]["loss"]) <= 1e-3 * abs(loss)
     return found
+
+
+def captured(name: str) -> dict[str, Any]:
+    """Cut a network into layers."""
+    import torch
+
+    from lowmem_pnn.model.chain import TensorSpec, capture
+
+    chain = capture(builder_of(name)(), TensorSpec(shape_of(name), torch.float32))
+    sizes = [sum(parameter.numel() for parameter in layer.parameters().values()) for layer in chain.layers]
+    return {"layers": len(sizes), "largest": max(sizes) / sum(sizes)}
 
 
 def smallest(name: str) -> dict[str, Any]:
@@ -174,12 +185,11 @@ def fit(name: str, budget: int) -> dict[str, Any]:
         "peak": result.peak_bytes,
         "micro_batch": min(part["micro_batch"] for part in result.partitions),
         "partitions": len(result.partitions),
-        "layers": sum(len(part["layers"]) for part in result.partitions),
         "batches_done_again": result.oom_retries,
     }
 
 
-WORK = {"plain": plain, "structure": structure, "smallest": smallest, "fit": fit}
+WORK = {"captured": captured, "plain": plain, "structure": structure, "smallest": smallest, "fit": fit}
 
 
 def answer(kind: str, arguments: tuple[Any, ...], sender: Connection) -> None:
@@ -191,51 +201,55 @@ def answer(kind: str, arguments: tuple[Any, ...], sender: Connection) -> None:
         sender.send({"failed": f"{type(error).__name__}: {lines[0] if lines else ''}"})
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Measure a network, each time in a process of its own that has imported everything and done nothing."""
+def work(kind: str, name: str, *values: int) -> dict[str, Any]:
+    """Measure in a process of its own that has imported everything and done nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torchvision", "timm", "safetensors.torch", "lowmem_pnn.api", "lowmem_pnn.device"])
-
-    def work(kind: str, *values: int) -> dict[str, Any]:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=answer, args=(kind, (name, *values), sender))
-        process.start()
-        sender.close()
-        try:
-            found: dict[str, Any] = receiver.recv()
-        except EOFError:
-            process.join()
-            return {"failed": f"exit code {process.exitcode}"}
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(kind, (name, *values), sender))
+    process.start()
+    sender.close()
+    try:
+        found: dict[str, Any] = receiver.recv()
+    except EOFError:
         process.join()
-        return found
+        return {"failed": f"exit code {process.exitcode}"}
+    process.join()
+    return found
 
-    whole, named = work("plain", BATCH), work("smallest")
+
+def measure(name: str, layers: int) -> dict[str, Any]:
+    """Measure a network that is cut into so many layers."""
+    whole, named = work("plain", name, BATCH), work("smallest", name)
     fits: list[dict[str, Any]] = []
     budgets = [named["bytes"]] if "bytes" in named else []
     budgets += [int(whole["peak"] * share) for share in FRACTIONS if "peak" in whole]
     for budget in sorted(budget for budget in budgets if budget >= budgets[0]):
-        fits.append(work("fit", budget))
+        fits.append(work("fit", name, budget))
         if "peak" in fits[-1]:
             break  # What trains in less trains in more.
-    parts = work("structure", fits[-1].get("layers", 0) if fits else 0)
-    return {"structure": parts, "plain": whole, "accumulated": work("plain", 1), "smallest": named, "fits": fits}
+    parts, one = work("structure", name, layers), work("plain", name, 1)
+    return {"structure": parts, "plain": whole, "accumulated": one, "smallest": named, "fits": fits}
 
 
 def row_of(name: str, found: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Return a network's line, and what is counted of it."""
+    """Return a network's line, and what is counted of it; where nothing but its layers is known, these alone."""
+    cut = found["captured"]
+    cells = [name, str(side_of(name)), str(cut.get("layers", "-")), f"{cut['largest']:.0%}" if "largest" in cut else "-"]
+    if "plain" not in found:
+        return [*cells, *["-"] * (len(HEADS) - len(cells))], {"captured": cut.get("layers", 0) > 2}
     parts, whole, one = found["structure"], found["plain"].get("peak"), found["accumulated"].get("peak")
     fits = next((run for run in found["fits"] if "peak" in run), None)
     ratio = fits["predicted"] / fits["peak"] if fits else 0.0
     trains = {share: bool(fits and whole and fits["budget"] <= whole * share) for share in FRACTIONS}
     equal = "yes" if parts.get("equal") else f"to {parts['largest_difference']:.0e}" if "largest_difference" in parts else "no"
-    cells = [name, str(side_of(name)), str(parts.get("layers", "-")), f"{parts['largest']:.0%}" if "largest" in parts else "-"]
     cells += [equal, "yes" if parts.get("scores") else "no", f"{whole / MB:.0f}" if whole else "-"]
     cells += [f"{found['smallest']['bytes'] / MB:.0f}" if "bytes" in found["smallest"] else "-"]
     cells += ["yes" if trains[share] else "no" for share in FRACTIONS]
     cells += [f"{ratio:.2f}", f"{fits['peak'] / fits['budget']:.2f}", str(fits["micro_batch"])] if fits else ["-"] * 3
     cells += [f"{one / whole:.2f}" if one and whole else "fails"]
     return cells, {
-        "captured": parts.get("layers", 0) > 2 and "failed" not in parts,
+        "captured": cut.get("layers", 0) > 2,
         "equal": bool(parts.get("equal")),
         "scores": bool(parts.get("scores")),
         **{str(share): trains[share] for share in FRACTIONS},
@@ -249,20 +263,17 @@ def row_of(name: str, found: dict[str, Any]) -> tuple[list[str], dict[str, Any]]
 def page(networks: dict[str, dict[str, Any]]) -> str:
     """Return the table, and what is counted in it."""
     rows, counts = zip(*(row_of(name, found) for name, found in networks.items()), strict=True)
-    heads = (
-        "network", "side", "layers", "largest layer", "step equal", "loads, scores", "plain MB", "smallest budget MB", "1/4", "1/3", "1/2",
-        "predicted / measured", "measured / budget", "micro-batch", "plain, one sample at a time",
-    )  # fmt: skip
 
     def count(key: str) -> str:
-        return f"{sum(entry[key] for entry in counts)} of {len(counts)}"
+        known = [entry[key] for entry in counts if key in entry]
+        return f"{sum(known)} of {len(known)}"
 
     troubles = [
         f"- {name}: {part}: {what}"
         for name, found in networks.items()
         for part, entry in [
-            *((key, found[key]) for key in ("structure", "plain", "smallest")),
-            *(("fit", run) for run in found["fits"]),
+            *((key, found[key]) for key in ("captured", "structure", "plain", "smallest") if key in found),
+            *(("fit", run) for run in found.get("fits", ())),
         ]
         for what in (entry.get("failed"), entry.get("refused"))
         if what
@@ -274,7 +285,7 @@ def page(networks: dict[str, dict[str, Any]]) -> str:
         "that share of plain PyTorch's peak. The last column is the peak of plain PyTorch with one sample at a time and accumulation, as a",
         "share of its peak with the batch at once; it fails where BatchNorm gets one value.",
         "",
-        markdown_table(heads, rows),
+        markdown_table(HEADS, rows),
         "",
         f"- captured in more than two layers: {count('captured')} (goal: 95 %)",
         f"- step bit-equal to plain PyTorch's: {count('equal')}",
@@ -296,15 +307,21 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
     names = arguments.names.split(",") if arguments.names else QUICK if arguments.quick else (*TORCHVISION, *TIMM, *MORE_TIMM)
-    cache = Cache("model_coverage", arguments.again)
+    captures, cache = (Cache(f"model_coverage{kind}", arguments.again) for kind in ("_captured", ""))
     networks: dict[str, dict[str, Any]] = {}
-    for name in names:
-        networks[name] = cache.get({"name": name}, lambda name=name: measure(name))  # type: ignore[misc]
-        print(*row_of(name, networks[name])[0], sep="\t", file=sys.stderr, flush=True)
+    for name in names:  # which is quick
+        networks[name] = {"captured": captures.get({"name": name}, lambda name=name: work("captured", name))}  # type: ignore[misc]
+
+    def save(*, quiet: bool) -> None:
         data = {"networks": [{"name": name, **found} for name, found in networks.items()]}
-        write_results(
-            "model_coverage", "Classifiers in a part of plain PyTorch's memory", page(networks), data, quiet=name != names[-1]
-        )
+        write_results("model_coverage", "Classifiers in a part of plain PyTorch's memory", page(networks), data, quiet=quiet)
+
+    save(quiet=True)
+    for name in names:
+        layers = networks[name]["captured"].get("layers", 0)
+        networks[name] |= cache.get({"name": name}, lambda name=name, layers=layers: measure(name, layers))  # type: ignore[misc]
+        print(*row_of(name, networks[name])[0], sep="\t", file=sys.stderr, flush=True)
+        save(quiet=name != names[-1])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit
@@ -15,11 +14,11 @@ from lowmem_pnn.exporting.export_folder import ExportFolder
 from lowmem_pnn.exporting.export_formats import ExportFormat, check_name
 from lowmem_pnn.exporting.transformers_folder import export_to_transformers
 from lowmem_pnn.formats.data_loader import loader_options
+from lowmem_pnn.inference.evaluate import evaluate_run
 from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember, workload_of
 from lowmem_pnn.inference.predict import predict_run
 from lowmem_pnn.inference.samples import PartName
 from lowmem_pnn.memory.available import budget_of, is_share
-from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.pretrained.model_file import load_into
 from lowmem_pnn.preview.preview import preview
 from lowmem_pnn.reporting.plan_report import PlanReport
@@ -27,20 +26,13 @@ from lowmem_pnn.reporting.progress import Display, default_display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.callbacks import Callback
 from lowmem_pnn.run.finished import open_finished
-from lowmem_pnn.run.resume import check_plan, check_same_data
-from lowmem_pnn.run.run import Run
-from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.unfinished import unfinished_run
 from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.run_directory import RunDirectory
-from lowmem_pnn.tasks import OwnLoss, OwnMetrics
-from lowmem_pnn.tasks.scores import with_prefix
-from lowmem_pnn.training.initial_weights import build_weights
-from lowmem_pnn.training.lifecycle import score
-from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
-from lowmem_pnn.training.start import begin, worker_threads
+from lowmem_pnn.tasks import Own, OwnLoss, OwnMetrics
+from lowmem_pnn.training.start import begin
 from lowmem_pnn.training.start import resume as resume_training
-from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs, without_weights
+from lowmem_pnn.workload.inputs import Model, name_of, python_inputs
 
 
 def fit(
@@ -173,41 +165,44 @@ def plan(
     return preview(config, open_inputs, timing=timing)
 
 
-def evaluate(run: str | Path | Result, *, trust: bool = False) -> dict[str, Any]:
-    """Measure the weights of a finished run on its test data, within its budget.
+def evaluate(
+    run: str | Path | Result,
+    data: Any = None,
+    *,
+    model: Model | None = None,
+    loss: OwnLoss | None = None,
+    metrics: OwnMetrics | None = None,
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Measure the weights of a finished run on its test data, or on any other, within its budget.
 
     Args:
         run: the run's folder, which need not be writable, or its result.
-        trust: run code that the run names for its model or data (`file.py:factory`).
+        data: samples and targets, as `predict` takes them; None for the test part of the run's own data.
+        model: what builds the model, of a run that was started from Python with a model of its own; runs of this process remember it.
+        loss: the loss, of a run that was started from Python with a loss of its own.
+        metrics: metrics of one's own, with such a loss.
+        trust: run code that the run names for its model, data or loss (`file.py:factory`).
 
     Returns:
-        `test_loss`, and by task `test_accuracy`, `test_f1` and others; see `Result.scores`.
+        `test_loss`, and by task `test_accuracy`, `test_f1` and others; see `Result.scores`. Balanced class weights, which follow from the
+        training data, are left out of the loss on other data.
 
     Raises:
         CheckpointError: no run is there, it has not finished, or its files are damaged.
-        ConfigError: its data has no test part, it names code and `trust` was not given, or it was started from Python with a model
-            or data of its own.
+        ConfigError: its data has no test part, it names code and `trust` was not given, or it was started from Python with a model,
+            data or a loss of its own that has to be given.
+        DataError: the data have no targets, or are of another form than the run's.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = fit("mlp:64-32-10", "digits", max_gpu_mem="100MB", epochs=1, workdir=f"{folder}/run", device="cpu")
+        ...     scores = evaluate(result)
+        >>> scores["test_accuracy"] == result.scores["test"]["accuracy"]
+        True
     """
-    path = folder_of(run)
-    with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir, worker_threads() as threads:
-        finished = open_finished(rundir)
-        config, state = finished.config, finished.state
-        check_trust(config, {}, path, trust=trust, again=False)
-        inputs = without_weights(named_inputs(config))
-        if "test" not in inputs[2]:
-            raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
-        warm_up_profiler()
-        with reading(config, inputs) as inputs, open_workload(config, inputs) as (device, workload):
-            check_same_data(state, workload, path)
-            check_plan(state, workload, path)
-            device.enforce()
-            plan = Plan.from_json(state.plan)
-            rundir.clear()
-            with rundir.scratch() as folder:
-                session = Session(device, rundir, threads, scratch=folder)
-                trained = path / "model.safetensors"
-                weights = build_weights(workload, plan, folder / "weights", session.counter, trained, metered=device.metered)
-                return with_prefix("test", score(Run(session, workload, plan, weights, state)))
+    return evaluate_run(folder_of(run), data, model=model, own=Own(loss, metrics or {}), trust=trust)
 
 
 def predict(

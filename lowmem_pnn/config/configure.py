@@ -215,6 +215,8 @@ def for_method(config: FitConfig, method: MethodName) -> FitConfig:
         return config
     other = dataclasses.replace(config, method=method)
     unread = {name for name, _, holds in _CONDITIONAL if holds(config) and not holds(other)}
+    if config.unfreeze_at is not None and "unfreeze_at" in unread:
+        raise ConfigError("--unfreeze-at needs --method exact")
     other = dataclasses.replace(other, **{name: default_of(name) for name in unread})
     if faults := contradictions(other):
         raise ConfigError("; ".join(faults))

@@ -24,8 +24,8 @@ class Learner(Protocol):
     smallest_batch: int
     """Samples that the modules need at once; a last batch of fewer is left out."""
 
-    def counts(self, batch: Batch) -> bool:
-        """Return whether anything in a batch counts in its loss; where nothing does there is nothing to learn, and no step."""
+    def count(self, batch: Batch) -> float:
+        """Return what a batch's mean loss is over; where nothing in it counts there is nothing to learn, and no step."""
         ...
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Batch, Batch | None]]:
@@ -95,10 +95,12 @@ def train_epoch(
     loss = None
     for batch, following in learner.batches(progress.epoch, progress.batch):
         loss = None
-        if len(batch[1]) >= learner.smallest_batch and learner.counts(batch):  # a last batch of 1 tells BatchNorm nothing
+        if (
+            len(batch[1]) >= learner.smallest_batch and (count := learner.count(batch)) > 0
+        ):  # a last batch of 1 tells BatchNorm nothing
             loss = learner.train_batch(batch, progress.epoch * learner.steps_per_epoch + progress.batch, following)
             if math.isfinite(loss):
-                progress.tally.add(loss, len(batch[1]))
+                progress.tally.add(loss, len(batch[1]), count)
         progress.batch += 1
         del batch, following
         after_batch(loss if loss is not None and math.isfinite(loss) else None)

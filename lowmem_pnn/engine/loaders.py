@@ -86,6 +86,19 @@ def read_ahead(
         del batch  # or three would be there while the next one is waited for
 
 
+def training_order(num_samples: int, seed: int, phase: str, epoch: int, *, shuffle: bool) -> npt.NDArray[np.int64]:
+    """Return the numbers of training samples in the order in which they come.
+
+    Args:
+        num_samples: how many there are.
+        seed: seed of the run.
+        phase: word that seeds the order of shuffled epochs.
+        epoch: number of the epoch, from 0.
+        shuffle: whether the order follows from the epoch, instead of being one permutation for all.
+    """
+    return permutation_of(num_samples, seed, phase, epoch) if shuffle else permutation_of(num_samples, seed, "own order")
+
+
 class DatasetLoader:
     """Loader of the dataset itself: the first boundary. It reads one batch ahead.
 
@@ -139,9 +152,9 @@ class DatasetLoader:
         """Do nothing: no file or memory is held between epochs."""
 
     def _order(self, shuffle: bool, epoch: int) -> npt.NDArray[np.int64]:
-        if shuffle:
-            return permutation_of(self.num_samples, self._seed, self._phase, epoch)
-        return permutation_of(self.num_samples, self._seed, "own order") if self._permuted else np.arange(self.num_samples)
+        if shuffle or self._permuted:
+            return training_order(self.num_samples, self._seed, self._phase, epoch, shuffle=shuffle)
+        return np.arange(self.num_samples)
 
 
 class MixedLoader:

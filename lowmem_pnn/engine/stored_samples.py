@@ -5,10 +5,9 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from lowmem_pnn.engine.loaders import Batch, read_ahead
+from lowmem_pnn.engine.loaders import Batch, read_ahead, training_order
 from lowmem_pnn.engine.stalls import StallKind
 from lowmem_pnn.samples.augment import AugmentationKey
-from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.stores.activations import ActivationStore
 
 
@@ -29,7 +28,9 @@ class StoredSampleLoader:
     def __init__(self, store: ActivationStore, seed: int, pool: Executor, *, phase: str) -> None:
         self.num_samples = store.num_samples
         self._store, self._seed, self._pool, self._phase = store, seed, pool, phase
-        self._written = permutation_of(self.num_samples, seed, "own order")
+        written = training_order(self.num_samples, seed, phase, 0, shuffle=False)
+        self._places = np.empty_like(written)
+        self._places[written] = np.arange(self.num_samples)
 
     def batches(
         self,
@@ -41,10 +42,8 @@ class StoredSampleLoader:
         augmentation_key: AugmentationKey | None = None,
     ) -> Iterator[Batch]:
         """Iterate as `Loader.batches` does; nothing is augmented."""
-        places = np.empty_like(self._written)
-        places[self._written] = np.arange(self.num_samples)
-        order = places[permutation_of(self.num_samples, self._seed, self._phase, epoch) if shuffle else self._written]
-        yield from read_ahead(self._pool, self._store.rows, order, batch_size, start)
+        order = training_order(self.num_samples, self._seed, self._phase, epoch, shuffle=shuffle)
+        yield from read_ahead(self._pool, self._store.rows, self._places[order], batch_size, start)
 
     def close(self) -> None:
         """Do nothing: no file or memory is held between epochs."""

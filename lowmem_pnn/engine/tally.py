@@ -13,10 +13,12 @@ class Tally:
 
     loss_sum: float = 0.0
     num_correct: int | None = None
-    num_samples: float = 0
-    """What the mean loss is over: samples, or what else counts."""
-    num_answers: int | None = None
-    """How many answers were right or wrong; None for as many as samples."""
+    num_samples: int = 0
+    """Samples that were measured."""
+    count: float = 0
+    """What the mean loss is over: samples, or what else counts in it, such as labels of tokens that are not ignored."""
+    num_answers: int = 0
+    """How many answers were right or wrong."""
 
     @classmethod
     def of(cls, objective: Objective, outputs: tuple[Tensor, ...], labels: Tensor, *, answers: bool) -> "Tally":
@@ -30,36 +32,41 @@ class Tally:
         """
         tally = cls()
         if count := objective.count(labels):
-            tally.add(float(objective.loss(outputs, labels)), count)
+            tally.add(float(objective.loss(outputs, labels)), len(labels), count)
         if answers and (counted := objective.num_correct(outputs, labels)) is not None:
             tally.num_correct, tally.num_answers = counted
         return tally
 
-    def add(self, mean_loss: float, num_samples: float, num_correct: int | None = None) -> None:
-        """Count a batch."""
-        self.loss_sum += mean_loss * num_samples
+    def add(self, mean_loss: float, num_samples: int, count: float) -> None:
+        """Count a batch.
+
+        Args:
+            mean_loss: its mean loss.
+            num_samples: its samples.
+            count: what the mean is over.
+        """
+        self.loss_sum += mean_loss * count
         self.num_samples += num_samples
-        if num_correct is not None:
-            self.num_correct = (self.num_correct or 0) + num_correct
+        self.count += count
 
     def merge(self, other: "Tally") -> None:
         """Count what another one has counted."""
         self.loss_sum += other.loss_sum
         self.num_samples += other.num_samples
+        self.count += other.count
         if other.num_correct is not None:
             self.num_correct = (self.num_correct or 0) + other.num_correct
-            self.num_answers = (self.num_answers or 0) + (other.num_answers or 0)
+            self.num_answers = self.num_answers + other.num_answers
 
     @property
     def loss(self) -> float:
-        """The mean over all samples so far."""
-        return self.loss_sum / self.num_samples if self.num_samples else 0.0
+        """The mean over all that counted so far."""
+        return self.loss_sum / self.count if self.count else 0.0
 
     @property
     def accuracy(self) -> float | None:
         """The share of right answers, or None where none were counted."""
-        count = self.num_samples if self.num_answers is None else self.num_answers
-        return None if self.num_correct is None else self.num_correct / max(1, count)
+        return None if self.num_correct is None else self.num_correct / max(1, self.num_answers)
 
 
 @dataclass

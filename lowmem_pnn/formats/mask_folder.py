@@ -17,16 +17,13 @@ from torch import Tensor
 
 from lowmem_pnn.errors import DataError, LowMemError
 from lowmem_pnn.sources.dataset import Dataset, join_parts
-from lowmem_pnn.sources.image_file import ImageHeader, decode
+from lowmem_pnn.sources.image_file import ImageHeader, decode, decoding_bytes, words_of
 from lowmem_pnn.sources.image_folder import (
-    PART_WORDS,
-    PARTS,
     ImagePart,
-    decoding_bytes,
     images_below,
     look_at,
+    named_parts,
     subfolders,
-    words_of,
 )
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
@@ -182,19 +179,13 @@ class MaskFolderSplit(SampleSplit):
 
 def _places(folder: Path) -> dict[str, Path]:
     """Return the folder of each part, which holds images and masks."""
-    names = {path.name.lower(): path for path in subfolders(folder)}
-    if _IMAGES in names and _MASKS in names:
+    parts, others = named_parts(folder)
+    if {_IMAGES, _MASKS} <= {path.name.lower() for path in others}:
         return {"train": folder}
-    parts: dict[str, Path] = {}
-    for name, path in names.items():
-        if name in PARTS:
-            if PARTS[name] in parts:
-                raise DataError(f"{folder} holds two {PART_WORDS[PARTS[name]]} parts; keep one, and move the other away")
-            parts[PARTS[name]] = path
     if "train" not in parts:
-        there = ", ".join(map(repr, sorted(names)[:6])) or "no folders"
+        there = ", ".join(repr(path.name.lower()) for path in subfolders(folder)[:6]) or "no folders"
         raise DataError(f"{folder} holds {there}; give {_FORM}")
-    return {name: parts[name] for name in ("train", "val", "test") if name in parts}
+    return parts
 
 
 def _list_part(place: Path) -> tuple[ImagePart, dict[Path, Path]]:

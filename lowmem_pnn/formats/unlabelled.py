@@ -12,6 +12,7 @@ from lowmem_pnn.formats.data_loader import without_loader
 from lowmem_pnn.sources.arrays import as_tensor
 from lowmem_pnn.sources.datasets import read_npz
 from lowmem_pnn.sources.given import LABEL_NAMES, as_pair, is_array, require_map_style
+from lowmem_pnn.sources.image_file import words_of
 from lowmem_pnn.sources.image_folder import (
     PARTS,
     ImageFolderSplit,
@@ -19,7 +20,6 @@ from lowmem_pnn.sources.image_folder import (
     images_below,
     look_at,
     subfolders,
-    words_of,
 )
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.map_split import from_arrays, from_torch

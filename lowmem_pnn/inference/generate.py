@@ -177,7 +177,8 @@ def generate_run(
         rundir.clear()
         scratch = stack.enter_context(rundir.scratch())
         session = Session(device, rundir, threads, display, scratch=scratch)
-        weights = build_weights(workload, plan, scratch / "weights", session.counter, trained=path / "model.safetensors")
+        trained = path / "model.safetensors"
+        weights = build_weights(workload, plan, scratch / "weights", session.counter, trained, metered=device.metered)
         state = dataclasses.replace(State.first(workload, plan, ALONE), module_state=finished.state.module_state)
         run = Run(session, workload, plan, weights, state)
         display.stage(

@@ -89,13 +89,20 @@ class SamplesToPredict:
         normalization: Normalises them, by the statistics of the run; None to leave values as they are.
         name: Name of the data in messages.
         root: Folder of the data, where samples are files.
+        scored: Whether answers are measured, by targets of any form.
 
     Raises:
         DataError: They are of another form.
     """
 
     def __init__(
-        self, parts: Sequence[OpenPart], form: DataForm, normalization: Normalization | None, name: str, root: Path | None
+        self,
+        parts: Sequence[OpenPart],
+        form: DataForm,
+        normalization: Normalization | None,
+        name: str,
+        root: Path | None,
+        scored: bool = False,
     ) -> None:
         parts = [_as_taken(part, form) for part in parts]
         for part in parts:
@@ -106,8 +113,8 @@ class SamplesToPredict:
         self._begins = np.cumsum([0, *(len(part.split) for part in parts)])
         own = form.targets.kind == "own"
         first = parts[0].targets
-        self.labelled = all(part.labelled for part in parts) and not (own and first.packing is not None)
-        """Whether the samples have targets, of one tensor each."""
+        self.labelled = all(part.labelled for part in parts) and (scored or not (own and first.packing is not None))
+        """Whether the samples have targets, of one tensor each unless they are for scores."""
         self.targets = first if own and self.labelled else form.targets
         """Form of the targets that come with them; zeros where there are none."""
 
@@ -172,6 +179,7 @@ def open_samples(
     options: TargetOptions,
     *,
     skip_broken: bool = False,
+    scored: bool = False,
 ) -> Opened:
     """Open the samples that are to be predicted.
 
@@ -184,6 +192,7 @@ def open_samples(
         preparation: What its samples were made with.
         options: What is known of the targets.
         skip_broken: Leave out samples that cannot be used, instead of raising.
+        scored: Whether answers are measured by targets, instead of being given back.
 
     Raises:
         ConfigError: There is no such data.
@@ -220,7 +229,7 @@ def open_samples(
     normalization = None
     if "mean" in preparation:
         normalization = Normalization(tuple(preparation["mean"]), tuple(preparation["std"]), "")
-    samples = SamplesToPredict(chosen, form, normalization, f"data {spec}", root)
+    samples = SamplesToPredict(chosen, form, normalization, f"data {spec}", root, scored)
     words = f"{len(samples):,} samples{f', the {_WORDS[name]} part' if name in _WORDS else ''} of {spec}"
     return Opened(samples, words, steps)
 

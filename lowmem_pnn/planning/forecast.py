@@ -121,7 +121,7 @@ def forecast_training(
 def forecast_epoch(
     program: Sequence[Visit | Sweep], plan: Plan, inputs: ForecastInputs, timings: MachineTimings
 ) -> TimeAndTraffic:
-    """Forecast one epoch of all partitions; work that is done once for all epochs of a partition is spread over them.
+    """Forecast one epoch of all partitions, the mean one; work that is done once for all epochs of a partition is spread over them.
 
     Args:
         program: Visits and sweeps of a method; recovery, which has epochs of its own, is left out.
@@ -136,12 +136,14 @@ def forecast_epoch(
         if isinstance(item, Visit) and item.action == "learn":
             begin, end = item.macro_batch or (0, samples)
             epochs[item.partition] += item.epochs * (end - begin) / samples
+    # Epochs that differ, as where more is learnt from one of them on, weigh by their number.
+    swept = sum(item.epochs for item in program if isinstance(item, Sweep) and item.phase == "epoch")
     for item in program:
         if isinstance(item, Visit):
             if item.action != "join":
-                total += forecast.all_epochs(item) * (1 / max(epochs[item.partition], 1e-9))
+                total += forecast.all_epochs(item) * (1 / (epochs[item.partition] or swept or 1))
         elif item.phase == "epoch":
-            total += forecast.sweep_epoch(item)
+            total += forecast.sweep_epoch(item) * (item.epochs / swept)
     return total
 
 

@@ -79,24 +79,24 @@ class Run:
             partition: number of the partition whose record tells the loss.
         """
         progress = self.state.progress
-        self.state.records[partition].train_loss = progress.tally.loss if progress.tally.num_samples else None
+        self.state.records[partition].train_loss = progress.tally.loss if progress.tally.count else None
         progress.tally = Tally()
 
-    def counts(self, objective: Objective, labels: Tensor) -> bool:
-        """Return whether anything in a batch counts in its loss; the first time that nothing does is said.
+    def count_of(self, objective: Objective, labels: Tensor) -> float:
+        """Return what a batch's mean loss is over; the first time that nothing counts is said.
 
         Args:
             objective: what is learnt.
             labels: targets of the batch, on the host.
         """
-        if objective.count(labels) > 0:
-            return True
+        if (count := objective.count(labels)) > 0:
+            return count
         if not self._said_uncounted:
             self._said_uncounted = True
             self.session.display.message(
                 "a batch has no label that counts: it is left out, without a step (and so are others like it)"
             )
-        return False
+        return 0.0
 
     def record_validation(
         self, partition: int, tally: Tally, layers: Sequence[Tally] = (), scores: Mapping[str, Any] = MappingProxyType({})

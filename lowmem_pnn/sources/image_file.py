@@ -29,6 +29,9 @@ UPPER_BITS = "upper 8 of 16 bits of colour images"
 TURNED = "turned as their EXIF data say"
 FIRST_FRAME = "first frame of several"
 REMARKS = (TRANSPARENCY, UPPER_BITS, TURNED, FIRST_FRAME)
+# Measured on images of 6 million pixels: Pillow's image, the array made of it, and its resized rows; 12.6 of a PNG, 16.8 of a JPEG, and
+# 28.9 of either as float32.
+_DECODING_BYTES, _DEEP_BYTES = 18, 30
 """What may be done to a file's pixels besides decoding, in words, in the order in which they are said."""
 
 
@@ -261,3 +264,21 @@ def _has_png_end(stream: BinaryIO, size: int) -> bool:
             return True
         position += int.from_bytes(head[:4], "big") + 12
     return False
+
+
+def decoding_bytes(headers: list[ImageHeader]) -> int:
+    """Return the memory that decoding and resizing the largest of some images takes for a moment.
+
+    Args:
+        headers: Headers of the images.
+    """
+    per_pixel = _DEEP_BYTES if any(header.bits > 8 for header in headers) else _DECODING_BYTES
+    return per_pixel * max(header.width * header.height for header in headers)
+
+
+def words_of(headers: list[ImageHeader]) -> tuple[str, ...]:
+    """Return the steps from files to values from 0 to 1, in words."""
+    done = frozenset().union(*(header.remarks for header in headers))
+    bits = sorted({header.bits for header in headers})
+    scale = "uint8 / 255" if bits == [8] else ", ".join(f"{width}-bit values / {2**width - 1}" for width in bits)
+    return ("decoded to RGB", *(remark for remark in REMARKS if remark in done), scale)

@@ -23,16 +23,13 @@ from torch import Tensor
 
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.sources.dataset import Dataset, join_parts
-from lowmem_pnn.sources.image_file import REMARKS, ImageHeader, decode, read_header
+from lowmem_pnn.sources.image_file import ImageHeader, decode, decoding_bytes, read_header, words_of
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
 from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.splits import SampleSplit
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED, Targets
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-# Measured on images of 6 million pixels: Pillow's image, the array made of it, and its resized rows; 12.6 of a PNG, 16.8 of a JPEG, and
-# 28.9 of either as float32.
-_DECODING_BYTES, _DEEP_BYTES = 18, 30
 PARTS = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val",
@@ -175,8 +172,18 @@ class ImageFolderSplit(SampleSplit):
         return str(self.paths[number])
 
 
-def _part_folders(folder: Path) -> dict[str, Path]:
-    """Find the folders of the parts, by name; without parts the folder itself is for training."""
+def named_parts(folder: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Find the folders that are named as parts are, and all others.
+
+    Args:
+        folder: Folder that they are in.
+
+    Returns:
+        The folder of each part that is there, in the order of train, val and test; and the other folders.
+
+    Raises:
+        DataError: Two folders name one part.
+    """
     found: dict[str, list[Path]] = {}
     others = []
     for path in subfolders(folder):
@@ -191,9 +198,15 @@ def _part_folders(folder: Path) -> dict[str, Path]:
             raise DataError(
                 f"{folder} holds {names}, which both name the {PART_WORDS[part]} part; keep one, and move the other away"
             )
+    return {part: found[part][0] for part in ("train", "val", "test") if part in found}, others
+
+
+def _part_folders(folder: Path) -> dict[str, Path]:
+    """Find the folders of the parts, by name; without parts the folder itself is for training."""
+    found, others = named_parts(folder)
     if not found:
         return {"train": folder}
-    here = ", ".join(repr(path.name) for paths in found.values() for path in paths)
+    here = ", ".join(repr(path.name) for path in sorted(found.values()))
     with_images = [path.name for path in others if images_below(path, folder)]
     if with_images:
         raise DataError(
@@ -202,7 +215,7 @@ def _part_folders(folder: Path) -> dict[str, Path]:
         )
     if "train" not in found:
         raise DataError(f"{folder} holds {here} and no training part; name the folder of training images {folder / 'train'}")
-    return {part: found[part][0] for part in ("train", "val", "test") if part in found}
+    return found
 
 
 def _name_parts(count: int) -> str:
@@ -377,21 +390,3 @@ def look_at(
             )
     order = [path for part in parts.values() for path in part.paths]
     return headers, {path: broken[path] for path in order if path in broken}
-
-
-def decoding_bytes(headers: list[ImageHeader]) -> int:
-    """Return the memory that decoding and resizing the largest of some images takes for a moment.
-
-    Args:
-        headers: Headers of the images.
-    """
-    per_pixel = _DEEP_BYTES if any(header.bits > 8 for header in headers) else _DECODING_BYTES
-    return per_pixel * max(header.width * header.height for header in headers)
-
-
-def words_of(headers: list[ImageHeader]) -> tuple[str, ...]:
-    """Return the steps from files to values from 0 to 1, in words."""
-    done = frozenset().union(*(header.remarks for header in headers))
-    bits = sorted({header.bits for header in headers})
-    scale = "uint8 / 255" if bits == [8] else ", ".join(f"{width}-bit values / {2**width - 1}" for width in bits)
-    return ("decoded to RGB", *(remark for remark in REMARKS if remark in done), scale)

@@ -10,9 +10,9 @@ class ImageStats:
     Args:
         mean: Mean of each channel, of values from 0 to 1.
         std: Standard deviation of each channel.
-        size: Height and width in pixels; None where any will do.
+        size: Height and width in pixels that they were brought to; None where nobody says.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None

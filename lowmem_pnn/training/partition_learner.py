@@ -47,9 +47,9 @@ class PartitionLearner:
         self._run, self._active, self._train, self._val = run, active, train, val
         self._executor, self._page_cache = run.partitions.executor, page_cache
 
-    def counts(self, batch: Batch) -> bool:
+    def count(self, batch: Batch) -> float:
         """See `Learner`; batches of which nothing counts are said, once."""
-        return self._run.counts(self._active.objective, batch[1])
+        return self._run.count_of(self._active.objective, batch[1])
 
     @property
     def micro_batch(self) -> int:

@@ -55,9 +55,9 @@ class SweepLearner:
             run.metrics.begin_record,
         )
 
-    def counts(self, batch: Batch) -> bool:
+    def count(self, batch: Batch) -> float:
         """See `Learner`; batches of which nothing counts are said, once."""
-        return self._run.counts(self._objective, batch[1])
+        return self._run.count_of(self._objective, batch[1])
 
     @property
     def micro_batch(self) -> int:

@@ -152,6 +152,18 @@ def test_parts_of_batches_weigh_what_counts_in_them(name: str, method: str, tmp_
         assert torch.allclose(weights[key], tensor, rtol=1e-4, atol=1e-6), key
 
 
+@pytest.mark.parametrize("method", ["exact", "backprop"])
+def test_the_loss_of_an_epoch_is_over_what_counted_in_it(method: str, tmp_path: Path) -> None:
+    labels = torch.full((12,), -100)
+    labels[:5] = torch.tensor([1, 0, 3, 2, 1])
+    run = {"max_gpu_mem": "50MB", "device": "cpu", "workdir": tmp_path / "run", "compare": False, "val_fraction": 0}
+    options = {"method": method, "epochs": 1, "batch_size": 4, "optimizer": "sgd", "lr": 1e-30}
+    result = lowmem_pnn.fit(net(4), (X[:12], labels), test=(X[:12], labels), **options, **run)
+    whole = F.cross_entropy(built(net(4))(torch.tensor(X[:12])), labels).item()
+    assert result.train_loss == pytest.approx(whole, rel=1e-6)
+    assert result.scores["test"]["loss"] == pytest.approx(whole, rel=1e-6)
+
+
 def test_data_in_which_nothing_counts_are_refused(tmp_path: Path) -> None:
     targets = SOME.copy()
     case = Case(net(4), (X, targets), F.cross_entropy)

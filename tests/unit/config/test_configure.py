@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_pnn.config.configure import DEMONSTRATION, configure
+from lowmem_pnn.config.configure import DEMONSTRATION, configure, for_method
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError
 
@@ -123,3 +123,12 @@ def test_paths_are_kept_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_budget_without_a_unit_is_asked_about(budget: float, text: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(text)):
         configure(max_gpu_mem=budget)
+
+
+def test_other_methods_do_not_leave_out_what_they_would_train_otherwise() -> None:
+    config = configure(
+        max_gpu_mem="1GB", model="resnet18", data="cifar10", method="exact", freeze="layer1.*", unfreeze_at=1, epochs=3
+    )
+    with pytest.raises(ConfigError, match=r"^--unfreeze-at needs --method exact$"):
+        for_method(config, "backprop")
+    assert for_method(config, "exact") is config

@@ -158,3 +158,14 @@ def test_kept_products_are_written_and_read_once_a_batch_and_save_most_of_the_se
     # Of layer 1, which goes forward twice in training.
     sizes = [part.stop - part.start for begin in range(0, 50, 16) for part in micro_batches(min(16, 50 - begin), 5, smallest=2)]
     assert before.seconds - after.seconds == pytest.approx(0.9 * 0.5 * sum(0.5 + 10.0 * size for size in sizes))
+
+
+def test_epochs_in_which_less_is_learnt_weigh_by_their_number() -> None:
+    [sweep] = program("exact", epochs=4)
+    frozen = dataclasses.replace(sweep, epochs=3, visits=tuple(visit for visit in sweep.visits if visit.partition == 1))
+    items = [Visit("emit", 0, "train"), frozen, dataclasses.replace(sweep, epochs=1)]
+    written, early, late = (forecast_training([item], plan(), inputs(), timings()).seconds for item in items)
+    assert 0 < early < 3 * late
+    expected = (written + early + late) / 4
+    assert forecast_epoch(items, plan(), inputs(), timings()).seconds == pytest.approx(expected)
+    assert forecast_training(items, plan(), inputs(), timings()).seconds == pytest.approx(4 * expected)

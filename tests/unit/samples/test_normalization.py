@@ -15,7 +15,7 @@ from lowmem_pnn.sources.map_split import from_torch
 
 IMAGES = torch.from_numpy(image_bytes((3, 8, 8), num=20))
 TRAIN = from_torch((IMAGES, torch.arange(20)))
-WEIGHTS = ImageStats(mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
+WEIGHTS = ImageStats(mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), size=(224, 224))
 
 
 def find(option: str, train: Any = TRAIN, known: ImageStats | None = None, seed: int = 0) -> Normalization:

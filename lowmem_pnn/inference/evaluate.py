@@ -1,0 +1,90 @@
+"""Evaluation: the scores of a finished run's weights, on the test part of its own data, or on data that are given."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.resume import check_trust
+from lowmem_pnn.errors import ConfigError, DataError
+from lowmem_pnn.inference.load import form_of, given_model
+from lowmem_pnn.inference.samples import open_samples
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.run.finished import FinishedRun, open_finished
+from lowmem_pnn.run.resume import check_plan, check_same_data
+from lowmem_pnn.run.run import Run
+from lowmem_pnn.run.session import Session
+from lowmem_pnn.sources.targets import TargetOptions
+from lowmem_pnn.stores.disk import file_system_faults
+from lowmem_pnn.stores.run_directory import RunDirectory
+from lowmem_pnn.tasks import Own
+from lowmem_pnn.tasks.scores import with_prefix
+from lowmem_pnn.training.initial_weights import build_weights
+from lowmem_pnn.training.lifecycle import score
+from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
+from lowmem_pnn.training.start import worker_threads
+from lowmem_pnn.workload.inputs import Inputs, Model, python_inputs, without_weights
+from lowmem_pnn.workload.trained import trained_inputs, trained_source
+
+
+def evaluate_run(path: Path, data: Any, *, model: Model | None, own: Own, trust: bool) -> dict[str, Any]:
+    """Measure a finished run's weights; arguments are those of `lowmem_pnn.evaluate`, with loss and metrics as `own`."""
+    with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir, worker_threads() as threads:
+        finished = open_finished(rundir)
+        config, state, model = finished.config, finished.state, given_model(path, model)
+        named = {**({} if model is None else {"model": config.model}), **({} if own.loss is None else {"loss": config.loss})}
+        if data is not None:
+            named |= {"data": config.data, "val_data": "", "test_data": ""}
+        check_trust(config, named, path, trust=trust, again=False)
+        if config.loss.startswith("python:") and own.loss is None:
+            raise ConfigError(
+                f"this run was started from Python with its own loss ({config.loss}), which no name leads to; give it again, from Python: "
+                f"lowmem_pnn.evaluate({str(path)!r}, loss=...)"
+            )
+        config, inputs = (
+            _given(finished, path, data, model, own) if data is not None else (config, _own(config, path, model, own))
+        )
+        warm_up_profiler()
+        with reading(config, inputs) as inputs, open_workload(config, inputs) as (device, workload):
+            if data is None:
+                check_same_data(state, workload, path)
+            check_plan(state, workload, path)
+            device.enforce()
+            plan = Plan.from_json(state.plan)
+            rundir.clear()
+            with rundir.scratch() as folder:
+                session = Session(device, rundir, threads, scratch=folder)
+                trained = path / "model.safetensors"
+                weights = build_weights(workload, plan, folder / "weights", session.counter, trained, metered=device.metered)
+                return with_prefix("test", score(Run(session, workload, plan, weights, state)))
+
+
+def _own(config: FitConfig, path: Path, model: Model | None, own: Own) -> Inputs:
+    """Open the run's own data, and its model."""
+    call = f"lowmem_pnn.evaluate({str(path)!r}"
+    if config.data.startswith("python:"):
+        raise ConfigError(
+            f"the run was trained on data from Python ({config.data}), which no name leads to; give data with targets, from Python: {call}, "
+            "data)"
+        )
+    if model is None:
+        trained_source(config, None, None, call)
+    opened = python_inputs(config.model if model is None else model, config.data, None, None, loss=own.loss, metrics=own.metrics)
+    inputs = without_weights(opened(config))
+    if "test" not in inputs[2]:
+        raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
+    return inputs
+
+
+def _given(finished: FinishedRun, path: Path, data: Any, model: Model | None, own: Own) -> tuple[FitConfig, Inputs]:
+    """Open data that are given, as the run has shown samples to its model."""
+    config, form = finished.config, form_of(finished, path)
+    source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.evaluate({str(path)!r}, data")
+    options = TargetOptions("own" if form.targets.kind == "own" else config.target_task, config.ignore_index)
+    opened = open_samples(data, None, config, form, source, finished.result.preparation, options, scored=True)
+    if not opened.split.labelled:
+        raise DataError(f"{opened.words}, have no targets to evaluate {path} on; give samples and targets, or predict them")
+    weights = None if config.class_weights == "balanced" else config.class_weights
+    config, (source, dataset, parts, _) = trained_inputs(config, form, source, opened.split, opened.split.targets)
+    # A loss of the user's own is tried on samples first.
+    return dataclasses.replace(config, class_weights=weights), (source, dataset, {**parts, "train": opened.split}, own)
