@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, OutputForm, TensorSpec
 from lowmem_pnn.model.copies import copy_structure, first_line, preserve_random_state, set_mode
+from lowmem_pnn.model.parameter_hooks import num_hooks
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.model.python_state import (
     Attribute,
@@ -219,7 +220,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
     title = type(model).__name__
 
     def forward(root: nn.Module, samples: tuple[Tensor, ...], log: OperationLog) -> None:
-        before, generators = Snapshot(root), _python_generators()
+        before, generators, hooks = Snapshot(root), _python_generators(), num_hooks(root)
         versions = {name: parameter._version for name, parameter in root.named_parameters(remove_duplicate=False)}
         try:
             with _made_by_module(root, log, result.made):
@@ -235,6 +236,11 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
             raise CaptureError(
                 f"forward of model {title} draws from Python's or numpy's random generator, whose state is not kept with a run; draw with "
                 "torch, as by torch.rand(())"
+            )
+        if more := [where for where, number in num_hooks(root).items() if number > hooks[where]]:
+            raise CaptureError(
+                f"forward of model {title} registers a hook on {more[0]} whenever it runs, and the hooks add up from batch to batch; register "
+                "it once, in the constructor"
             )
         parameters = root.named_parameters(remove_duplicate=False)
         result.written = {name for name, parameter in parameters if parameter._version != versions.get(name)}
