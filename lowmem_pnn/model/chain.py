@@ -270,6 +270,11 @@ def capture(
         closed = {
             name: f"its forward changes its attribute {attribute!r}, whose value a trace would freeze" for name, attribute in kept
         }
+        closed |= {
+            name: "it has a hook on its backward, which begins and ends with the whole of it"
+            for name, module in model.named_modules()
+            if module._backward_hooks or module._backward_pre_hooks
+        }
         traced, flow = trace_and_flow(model, setting, runs, closed)
         check_overrides(model, traced.opened)
     except CaptureError as error:

@@ -24,6 +24,7 @@ from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, OutputForm, TensorSpec
 from lowmem_pnn.model.copies import copy_structure, first_line, preserve_random_state, set_mode
 from lowmem_pnn.model.dispatch_modes import KnownValues, KnownWrittenError, OperationLog, tensors_in
+from lowmem_pnn.model.parameter_hooks import num_hooks
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.model.python_state import (
     Attribute,
@@ -199,7 +200,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
     title = type(model).__name__
 
     def forward(root: nn.Module, samples: tuple[Tensor, ...], log: OperationLog) -> None:
-        before, generators = Snapshot(root), _python_generators()
+        before, generators, hooks = Snapshot(root), _python_generators(), num_hooks(root)
         own = _tensors_of(root)
         versions = {name: tensor._version for name, tensor in own.items()}
         try:
@@ -218,6 +219,11 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
             raise CaptureError(
                 f"forward of model {title} draws from Python's or numpy's random generator, whose state is not kept with a run; draw with "
                 "torch, as by torch.rand(())"
+            )
+        if more := [where for where, number in num_hooks(root).items() if number > hooks[where]]:
+            raise CaptureError(
+                f"forward of model {title} registers a hook on {more[0]} whenever it runs, and the hooks add up from batch to batch; register "
+                "it once, in the constructor"
             )
         after = _tensors_of(root)
         result.changed = {

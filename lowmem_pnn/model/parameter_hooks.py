@@ -3,11 +3,15 @@
 A parameter is another object in every residency. What its owner hung on it is read once and hung on each of these.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Attributes in which PyTorch's modules have their hooks."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,18 @@ class ParameterHooks:
                 parameter.register_hook(hook)
             for after in self.after_accumulation:
                 parameter.register_post_accumulate_grad_hook(after)
+
+
+def num_hooks(model: nn.Module) -> Counter[str]:
+    """Count the hooks on each parameter and on each module of a model, by what they hang on in words.
+
+    Args:
+        model: any module.
+    """
+    found: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        kinds = "_backward_hooks", "_post_accumulate_grad_hooks"
+        found[f"parameter {name!r}"] = sum(len(getattr(parameter, kind, None) or ()) for kind in kinds)
+    for name, module in model.named_modules():
+        found[f"module {name!r}"] = sum(len(getattr(module, kind)) for kind in MODULE_HOOKS)
+    return found

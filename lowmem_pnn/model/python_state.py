@@ -7,10 +7,12 @@ self.features = x          a tensor that no forward reads: let be
 
 import collections
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,35 +61,44 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._frozen = {key: _freeze(value) for key, value in attributes_of(model).items()}
+        self._frozen = {key: freeze(value) for key, value in attributes_of(model).items()}
 
     def changed(self, model: nn.Module) -> list[Attribute]:
         """Return the attributes that are there now and are new or other than they were, and those that are gone."""
         now = attributes_of(model)
         gone = [key for key in self._frozen if key not in now]
-        return gone + [key for key, value in now.items() if key not in self._frozen or _freeze(value) != self._frozen[key]]
+        return gone + [key for key, value in now.items() if key not in self._frozen or freeze(value) != self._frozen[key]]
 
 
-def _freeze(value: Any, depth: int = 0) -> Any:
-    """Return what is compared of a value: numbers and text by value, containers and plain objects by content, the rest by identity."""
+def freeze(value: Any, depth: int = 0) -> Any:
+    """Return what is compared of a value: numbers and text by value, containers and plain objects by content, the rest by identity.
+
+    Args:
+        value: any value.
+        depth: containers and objects that it is in.
+    """
     if isinstance(value, _PLAIN):
         return type(value), repr(value)  # NaN equals itself, and 0.0 is not -0.0
     if isinstance(value, torch.Generator):
         return value.get_state().numpy().tobytes()
+    if isinstance(value, np.random.Generator):
+        value = value.bit_generator.state
+    if isinstance(value, itertools.count):
+        return repr(value)
     if depth > _MAX_DEPTH or isinstance(value, (Tensor, nn.Module, type)) or callable(value):
         return _Same(value)
     if isinstance(value, Mapping):
-        return type(value), [(_freeze(key, depth + 1), _freeze(item, depth + 1)) for key, item in value.items()]
+        return type(value), [(freeze(key, depth + 1), freeze(item, depth + 1)) for key, item in value.items()]
     if isinstance(value, (list, tuple, collections.deque)):
-        return type(value), [_freeze(item, depth + 1) for item in value]
+        return type(value), [freeze(item, depth + 1) for item in value]
     if isinstance(value, (set, frozenset)):
         return type(value), sorted(map(repr, value))
     if hasattr(value, "tobytes"):
         return value.tobytes()
     if hasattr(value, "getstate"):
-        return _freeze(value.getstate(), depth + 1)
+        return freeze(value.getstate(), depth + 1)
     if hasattr(value, "__dict__"):
-        return _Same(value), _freeze(dict(vars(value)), depth + 1)
+        return _Same(value), freeze(dict(vars(value)), depth + 1)
     return _Same(value)
 
 

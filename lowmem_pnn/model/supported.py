@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.copies import copy_on_meta
 from lowmem_pnn.model.modes import overrides
+from lowmem_pnn.model.parameter_hooks import MODULE_HOOKS
 
 # Attributes that a GraphModule has and a plain module has not: a submodule of such a name would be lost.
 _GRAPH_MODULE_NAMES = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
@@ -119,6 +120,10 @@ def check_model(model: nn.Module, names: Mapping[str, Tensor]) -> None:
                     f"{where} uses a tensor without values, {attribute!r}, that is neither a parameter nor a buffer; register it with "
                     "register_buffer()"
                 )
+        _check_hooks([hook for kind in MODULE_HOOKS for hook in getattr(module, kind).values()], where)
+    for name, tensor in names.items():
+        after = getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
+        _check_hooks([*(tensor._backward_hooks or {}).values(), *after.values()], f"{name!r} of {title}")
     _check_tensors(title, names)
     check_overrides(model, [""])
 
@@ -161,6 +166,18 @@ def _check_replaced_methods(module: nn.Module, where: str) -> None:
                 raise CaptureError(
                     f"{name}() of {where} was replaced on the module by a function that holds on to a module, and would go on with that one "
                     "when the model is cut; override it in a class"
+                )
+
+
+def _check_hooks(hooks: Iterable[object], where: str) -> None:
+    """Refuse hooks that use a tensor of the model's constructor, which made it without values."""
+    for hook in hooks:
+        names = getattr(getattr(hook, "__code__", None), "co_freevars", ())
+        for name, cell in zip(names, getattr(hook, "__closure__", None) or (), strict=False):
+            if cell != types.CellType() and isinstance(cell.cell_contents, Tensor) and cell.cell_contents.is_meta:
+                raise CaptureError(
+                    f"a hook on {where} uses {name!r}, a tensor that was made with the model, which is built without values here; make it in "
+                    "the hook, or give the built model"
                 )
 
 

@@ -31,6 +31,7 @@ from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.python_state import Snapshot, read_state
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.training.observed import Observed, differences
+from lowmem_pnn.training.outer_state import OuterState
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.zoo.deferred_init import FileBacked
 
@@ -62,7 +63,18 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
         return "no"
     batch = workload.splits["train"].batch(range(count))
     try:
+        outer = OuterState(model)
         theirs = _observe_model(workload, model, batch, folder)
+        if changed := outer.changed(model):
+            # What is computed once, at the first run, is a cache.
+            outer = OuterState(model)
+            _observe_model(workload, model, batch, folder)
+            if changed := [place for place in outer.changed(model) if place in changed]:
+                raise CaptureError(
+                    f"{title} changes {changed[0]} whenever it runs, which is outside of its modules: it is not kept with a run, and "
+                    "would change more than once a batch; keep it in a buffer or an attribute of a module, or give --no-compare to train "
+                    "the layers as they are"
+                )
         with preserve_random_state():
             ours = _observe_layers(workload, model, batch)
         different = differences(theirs, ours)
@@ -123,6 +135,7 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
         handle.remove()
     _note_state(workload, observed, dict(twin.named_buffers()), twin, before)
     set_mode(twin, False)
+    _seed(workload)  # what is drawn in eval mode too
     with torch.no_grad(), precision.autocast():
         observed.values |= _outputs(chain, run_model(twin, chain, batch), "eval")
     return observed
@@ -141,6 +154,7 @@ def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Any, Any]
         _note_state(workload, observed, {name: buffers.get(chain.owner_of(name), own) for name, own in model.named_buffers()})
         for layer in chain.layers:
             layer.eval()
+        _seed(workload)
         with torch.no_grad():
             tensors = _inputs(batch)
             for layer in chain.layers:

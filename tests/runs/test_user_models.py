@@ -16,7 +16,7 @@ from helpers.displays import StopsAt
 from helpers.exact_runs import COMMON, fit
 from helpers.plainloops import assert_same_weights, loaded, train_by_exact
 from helpers.small_networks import images, small_conv, vectors
-from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, Stopped
+from lowmem_pnn.errors import BudgetError, CaptureError, CheckpointError, ConfigError, Stopped
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import Display
 
@@ -94,16 +94,94 @@ def two_lstms() -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (4, 3)), Recurrent(), second, nn.Flatten(), nn.Linear(24, 4))
 
 
+def tall(*middle: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 12), *middle, nn.Linear(12, 4))
+
+
+class DropsAlways(nn.Module):
+    """Draws at random in eval mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.3, training=True)
+
+
+def hooked_inside() -> nn.Module:
+    model = nn.Sequential(
+        nn.Linear(12, 12), nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12)), nn.Tanh(), nn.Linear(12, 4)
+    )
+    model[1].register_full_backward_pre_hook(lambda module, gradients: (gradients[0] * 0.5,))
+    return model
+
+
 KEPT: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "own train()": (FreezesItsNorms, images()),
     "hooks on parameters": (clamping, vectors()),
     "Python state": (counting, vectors()),
     "other kernels without gradients": (two_lstms, vectors()),
+    "random draws in eval mode": (lambda: tall(DropsAlways(), nn.Linear(12, 12)), vectors()),
+    "a hook on the backward of a container": (hooked_inside, vectors()),
     "weights that a forward changes": (
         lambda: nn.Sequential(nn.Embedding(11, 6, max_norm=0.5), nn.Flatten(), nn.Linear(36, 12), nn.Linear(12, 4)),
         (torch.arange(240).reshape(40, 6) % 11, torch.arange(40) % 4),
     ),
 }
+
+
+class Fading(torch.autograd.Function):
+    """Its gradient gets smaller with every backward."""
+
+    number = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        Fading.number += 1
+        return gradients[0] / Fading.number
+
+
+class Fades(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        faded: Tensor = Fading.apply(x)
+        return faded
+
+
+class HooksAgain(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad:
+            self.weight.register_hook(lambda gradient: gradient * 0.9)
+        return super().forward(x)
+
+
+def masked_gradient() -> nn.Module:
+    model, mask = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 4)), torch.eye(12)
+    model[0].weight.register_hook(lambda gradient: gradient * mask)
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "state outside of modules": (
+        lambda: tall(Fades()),
+        r"^model .* changes Fading.number whenever it runs, which is outside of its modules",
+    ),
+    "hooks that add up": (
+        lambda: tall(HooksAgain(12, 12)),
+        r"registers a hook on parameter '1.weight' whenever it runs, and the hooks add up",
+    ),
+    "a hook with a tensor": (
+        masked_gradient,
+        r"^a hook on '0.weight' of Sequential uses 'mask', a tensor that was made with the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_kept_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    build, text = REFUSED[case]
+    with pytest.raises(CaptureError, match=text):
+        fit(build, vectors(), tmp_path / "run", **COMMON)
 
 
 @pytest.mark.parametrize("case", KEPT)
