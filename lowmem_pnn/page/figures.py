@@ -191,7 +191,7 @@ def _use_in_words(kind: str) -> str:
 
 def _legend(axes: "Axes") -> None:
     if 1 < len(axes.get_legend_handles_labels()[1]) <= 12:
-        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+        axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
 
 
 def _limits(axes: "Axes", run: RunLog) -> None:
