@@ -45,7 +45,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Contenders": ("methods", "baselines", "steps"),
     "Files of options": ("config_file", "settings", "print_config"),
     "Output": (
-        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "csv_file", "html_file",
+        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "csv_file", "html_file", "svg_file",
         "as_json", "quiet", "debug",
         "help", "_click_default_help",  # the name differs between versions of click
     ),
@@ -98,7 +98,7 @@ _SWITCHES = {
 _COMMON = (
     "model", "data", "target", "image_size", "augment", "weights", "freeze", "lora", "tokenizer", "context", "method", "epochs", "batch_size",
     "optimizer", "lr", "lr_schedule", "max_gpu_mem", "budgets", "device", "precision", "no_timing", "methods", "baselines", "steps",
-    "config_file", "settings", "print_config", "workdir", "resume", "overwrite", "csv_file", "html_file", "as_json", "quiet", "help",
+    "config_file", "settings", "print_config", "workdir", "resume", "overwrite", "csv_file", "html_file", "svg_file", "as_json", "quiet", "help",
     "_click_default_help",
 )  # fmt: skip
 _ALL = "lowmem_pnn.help_all"

@@ -222,3 +222,8 @@ def test_plans_for_time_need_something_to_choose() -> None:
     ):
         with pytest.raises(ConfigError, match=text):
             config(**{"cuts": None, "method": "exact", "plan_for": "time", **options})
+
+
+def test_a_batch_that_is_larger_than_the_data_is_said_where_nothing_fits() -> None:
+    report = preview(config(method="pnn", cuts=None, max_gpu_mem="30MB", batch_size=1_000_000), timing=False)
+    assert report.reason.endswith("--batch-size 1000000 is larger than the 512 training samples: give at most 512")
