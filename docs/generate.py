@@ -14,7 +14,7 @@ ARCHITECTURE = ROOT / "ARCHITECTURE.md"
 BEGIN, END = "<!-- files: written by docs/generate.py -->", "<!-- end of files -->"
 
 FOLDERS = (
-    "cli", "page", "contenders", "api", "preview", "inference", "training", "evaluation", "run", "planning", "reporting",
+    "cli", "page", "contenders", "api", "preview", "inference", "training", "exporting", "evaluation", "run", "planning", "reporting",
     "sweep", "engine", "workload", "methods", "tasks", "profiling", "compilation", "adapters", "pretrained", "device",
     "language", "stores", "samples", "formats", "zoo", "sources", "memory", "model", "quantization", "optim", "settings",
     "config", "partition_plan", "seeds", "units", "errors",

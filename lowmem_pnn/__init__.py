@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lowmem_pnn.contenders.bench import bench
     from lowmem_pnn.contenders.bench_report import BenchReport
     from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
+    from lowmem_pnn.inference.generate import generate
     from lowmem_pnn.reporting.plan_report import PlanReport
     from lowmem_pnn.reporting.progress import Display
     from lowmem_pnn.reporting.result import Result
@@ -29,6 +30,7 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
+    "generate",
     "load",
     "load_weights",
     "plan",
@@ -49,6 +51,7 @@ _HOMES = {
     "evaluate": "api",
     "export": "api",
     "fit": "api",
+    "generate": "inference.generate",
     "load": "api",
     "load_weights": "api",
     "plan": "api",

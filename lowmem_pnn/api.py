@@ -11,6 +11,10 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import ConfigError, LowMemError
+from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit
+from lowmem_pnn.exporting.export_folder import ExportFolder
+from lowmem_pnn.exporting.export_formats import ExportFormat, check_name
+from lowmem_pnn.exporting.transformers_folder import export_to_transformers
 from lowmem_pnn.formats.data_loader import loader_options
 from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember, workload_of
 from lowmem_pnn.inference.predict import predict_run
@@ -33,9 +37,6 @@ from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.tasks import OwnLoss, OwnMetrics
 from lowmem_pnn.tasks.scores import with_prefix
-from lowmem_pnn.training.export import export_exit, find_exit
-from lowmem_pnn.training.export_folder import ExportFolder
-from lowmem_pnn.training.export_formats import ExportFormat, check_name
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.lifecycle import score
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
@@ -206,7 +207,8 @@ def evaluate(run: str | Path | Result, *, trust: bool = False) -> dict[str, Any]
             rundir.clear()
             with rundir.scratch() as folder:
                 session = Session(device, rundir, threads, scratch=folder)
-                weights = build_weights(workload, plan, folder / "weights", session.counter, trained=path / "model.safetensors")
+                trained = path / "model.safetensors"
+                weights = build_weights(workload, plan, folder / "weights", session.counter, trained, metered=device.metered)
                 return with_prefix("test", score(Run(session, workload, plan, weights, state)))
 
 
@@ -291,14 +293,14 @@ def load(run: str | Path | Result, model: Model | None = None, *, trust: bool = 
         >>> model(torch.zeros(1, 64)).shape
         torch.Size([1, 10])
     """
-    path = folder_of(run)
-    return load_run(path, given_model(path, model), trust=trust)
+    return load_run(path := folder_of(run), given_model(path, model), trust=trust)
 
 
 def export(
     run: str | Path | Result,
     *,
     to: ExportFormat | None = None,
+    merge: bool = False,
     exit: str | int = "auto",
     out: str | Path | None = None,
     model: Model | None = None,
@@ -309,7 +311,8 @@ def export(
     Args:
         run: the run's folder, which need not be writable if `out` is given, or its result.
         to: "safetensors", weights under the model's own names, which are never whole in memory; "pt2", a `torch.export` program; "onnx";
-            None writes a program and its weights.
+            "hf", a folder that transformers loads; None writes a program and its weights.
+        merge: write weights as the model's own class has them, adapters added in and stored weights decoded, some rows at a time.
         exit: the number of an exit, from 1, the whole model's being the last; "auto" takes the one that the run has chosen.
         out: folder for `model.pt2` (a `torch.export` program of any batch size, in eval mode) and `model.safetensors`; None takes
             `RUN/exit-K`, or `RUN/export`. Files that an earlier export wrote there are replaced, others are not.
@@ -317,24 +320,31 @@ def export(
         trust: run code that the run names for its model or data (`file.py:factory`).
 
     Returns:
-        `exit`, `layer`, `params`, `val_accuracy`, and the files `program` and `weights`; with `to` the one `file`, and the
-        `largest_difference` between outputs of the run's model and of the file for a batch, None where nothing is there to read it.
+        `exit`, `layer`, `params`, `val_accuracy`, and the files `program` and `weights`; with `to` or `merge` the one `file`, and with `to`
+        the `largest_difference` between outputs of the run's model and of the file for a batch, None where nothing can read it.
 
     Raises:
         CheckpointError: no run is there, it has not finished, or its files are damaged.
-        ConfigError: it has no such exit, `out` holds something else than an export, the run names code and `trust` was not given,
-            or the model has to be given; or the format does not hold the model.
+        ConfigError: it has no such exit, nothing to merge, or `out` holds something else than an export; the run names code and `trust` was
+            not given, or the model has to be given; or the format does not hold the model.
         BudgetError: the format needs the model whole in memory, and it is larger than the run's budget.
         DiskError: the disk is full, or not writable.
     """
     path = folder_of(run)
     check_name(to)
+    if merge and to not in (None, "safetensors"):
+        raise ConfigError(f"--merge writes safetensors, and not {to}; leave --to out")
     with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
         finished = open_finished(rundir)
         number = find_exit(finished.result, exit, path)
-        folder = ExportFolder.find(path, number, finished.result, None if out is None else Path(out))
+        chosen = None if out is None else Path(out)
+        folder = None if to == "hf" else ExportFolder.find(path, number, finished.result, chosen)
         workload = workload_of(finished, path, given_model(path, model), trust=trust)
         rundir.clear()
+        if folder is None or to == "hf":
+            return export_to_transformers(workload, finished.config, finished.result, path, chosen)
+        if merge:
+            return export_merged(workload, path, folder)
         return export_exit(workload, finished.result, number, path, folder, to)
 
 

@@ -19,6 +19,7 @@ import click
 from lowmem_pnn import __version__
 from lowmem_pnn.cli.bench_command import bench
 from lowmem_pnn.cli.doctor import doctor
+from lowmem_pnn.cli.generate_command import generate
 from lowmem_pnn.cli.lists import data, methods, models
 from lowmem_pnn.cli.options import (
     GroupedCommand,
@@ -29,7 +30,7 @@ from lowmem_pnn.cli.options import (
     run_options,
     trust_option,
 )
-from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, terminal_width
+from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, stdout_is_ours, terminal_width
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
 from lowmem_pnn.cli.usage import usage_text
 from lowmem_pnn.config.configure import configure
@@ -110,7 +111,7 @@ def fit(
         arguments = [*sys.argv[1:], *budget, *(["--workdir", str(chosen)] if workdir is None else [])]
         begin_supervisor(arguments, chosen)
     with _stop_on_signals() as should_stop:
-        with _stdout_is_ours():
+        with stdout_is_ours():
             from rich.console import Console
 
             from lowmem_pnn.reporting.progress import TerminalDisplay
@@ -148,7 +149,7 @@ def plan(no_timing: bool, budgets: str | None, as_json: bool, quiet: bool, debug
         configure(**command_options(options, sizes))  # faults come before anything is imported anew
         as_worker()
     config = configure(**command_options(options, sizes))
-    with _stdout_is_ours():
+    with stdout_is_ours():
         from lowmem_pnn.preview.preview import previews
         from lowmem_pnn.reporting.budget_table import describe_budgets
 
@@ -170,7 +171,7 @@ def plan(no_timing: bool, budgets: str | None, as_json: bool, quiet: bool, debug
 @output_options
 def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Measure the weights of a finished run on its test data, within its memory budget."""
-    with _stdout_is_ours():
+    with stdout_is_ours():
         from lowmem_pnn.api import evaluate as evaluate_run
 
         scores = evaluate_run(run, trust=trust)
@@ -217,7 +218,7 @@ def predict(
     debug: bool,
 ) -> None:
     """Predict samples by the model of a finished run, within its memory budget, one partition at a time."""
-    with _stdout_is_ours():
+    with stdout_is_ours():
         from rich.console import Console
 
         from lowmem_pnn.api import predict as predict_samples
@@ -242,11 +243,16 @@ def predict(
 @click.argument("run", type=click.Path(readable=False, path_type=Path))
 @click.option(
     "--to",
-    metavar="safetensors|pt2|onnx",
+    metavar="safetensors|pt2|onnx|hf",
     help=(
-        "One format, which is read again and compared: weights under the model's own names; a torch.export program; ONNX. Only weights are "
-        "never whole in memory. [default: a program and its weights]"
+        "One format, which is read again and compared: weights under the model's own names; a torch.export program; ONNX. hf: a folder that "
+        "transformers loads. Only weights and hf are never whole in memory. [default: a program and its weights]"
     ),
+)
+@click.option(
+    "--merge",
+    is_flag=True,
+    help="Weights as the model's own class has them: adapters (--lora) added in, frozen weights in smaller types decoded.",
 )
 @click.option(
     "--exit",
@@ -259,21 +265,23 @@ def predict(
     "--out",
     type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
-    help="Folder that the model is written to. [default: RUN/exit-K, or RUN/export]",
+    help="Folder that the model is written to. [default: RUN/exit-K, RUN/export, or RUN/hf]",
 )
 @trust_option
 @output_options
-def export(run: Path, to: Any, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
+def export(
+    run: Path, to: Any, merge: bool, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool
+) -> None:
     """Write the model of a finished run, up to one of its exits, for plain PyTorch or for others."""
-    with _stdout_is_ours():
+    with stdout_is_ours():
         from lowmem_pnn.api import export as export_run
 
-        report = export_run(run, to=to, exit=exit_, out=out, trust=trust)
+        report = export_run(run, to=to, merge=merge, exit=exit_, out=out, trust=trust)
     if to is not None and report["largest_difference"] is None:
         click.echo("not compared: onnxruntime is not installed; run: pip install 'lowmem-pnn[onnx]'", err=True)
     told = {name: f"{value:.1%}" if name == "val_accuracy" else value for name, value in report.items() if value is not None}
     text = json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in told.items())
-    print_result(text, f"the model is in {Path(report['program' if to is None else 'file']).parent}")
+    print_result(text, f"the model is in {Path(report.get('file') or report['program']).parent}")
 
 
 @cli.command()
@@ -294,7 +302,7 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool,
     print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
 
 
-for command in (bench, doctor, models, data, methods):
+for command in (generate, bench, doctor, models, data, methods):
     cli.add_command(command)
 
 
@@ -352,13 +360,6 @@ def _judge(error: Exception, text: str) -> tuple[int, str]:
     if isinstance(error, OSError) and is_refusal(error):
         return DiskError.exit_code, str(disk_error(Path(error.filename or "."), error, "go on"))
     return 1, f"a fault of its own: {text}"
-
-
-@contextlib.contextmanager
-def _stdout_is_ours() -> Iterator[None]:
-    """What a user's model or data set prints goes to standard error: standard output is the result's alone."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The result of a run: the content of `result.json`, the page that people read, and what leads on from it."""
 
 import dataclasses
+import importlib
 import json
 from contextlib import suppress
 from dataclasses import dataclass
@@ -80,6 +81,19 @@ class Result(ResultFields):
         """
         load_into(model, self.weights_file)
         return model
+
+    def generate(self, prompts: Any, **options: Any) -> Any:
+        """Have the language model that was trained go on with texts: `lowmem_pnn.generate(result, prompts, ...)`.
+
+        Args:
+            prompts: a text, or several.
+            **options: as `lowmem_pnn.generate` takes them.
+
+        Returns:
+            What the model said: a text, or a list of texts.
+        """
+        # By its public name: what comes after training is above results.
+        return importlib.import_module("lowmem_pnn").generate(self, prompts, **options)
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write the page of the run: memory over time, plan, learning, and where the seconds went.

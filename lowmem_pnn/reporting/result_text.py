@@ -71,7 +71,11 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
             f"checked before training: predicted {format_bytes(check['predicted_bytes'])}, measured {format_bytes(check['measured_bytes'])}, "
             f"{format_bytes(abs(more))} {'more' if more > 0 else 'less'}"
         )
-    lines += [f"weights: {result.weights_file}", "", *summary(result)]
+    folder = "" if result.transformers_folder is None else f"; for transformers: {result.transformers_folder}"
+    lines.append(f"weights: {result.weights_file}{folder}")
+    if result.adapter is not None:
+        lines.append(f"adapter: {result.adapter} (peft's PeftModel.from_pretrained reads it)")
+    lines += ["", *summary(result)]
     return "\n".join(lines)
 
 

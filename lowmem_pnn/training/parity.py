@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.device import is_out_of_memory
+from lowmem_pnn.device import is_out_of_memory, why_it_failed
 from lowmem_pnn.errors import CaptureError, LowMemError
 from lowmem_pnn.model.call_form import OutputForm
 from lowmem_pnn.model.chain import Chain
@@ -77,10 +77,7 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
         if is_out_of_memory(error):
             say(f"{title} does not fit as a whole, be it for {count} samples, and could not be compared with its layers")
             return "no"
-        reason = " ".join(str(error).split())[:300]
-        raise CaptureError(
-            f"{title} failed on {count} of its samples: {type(error).__name__}: {reason}; mend its forward"
-        ) from error
+        raise CaptureError(f"{title} failed on {count} of its samples: {why_it_failed(error)}") from error
     if not different:
         return "yes"
     what, size = max(different.items(), key=lambda item: item[1])

@@ -206,14 +206,14 @@ def test_a_file_that_differs_replaces_nothing(tied: Result, tmp_path: Path, monk
     def fail(*_: object) -> float:
         raise ConfigError("differs")
 
-    monkeypatch.setattr("lowmem_pnn.training.export.largest_difference", fail)
+    monkeypatch.setattr("lowmem_pnn.exporting.export.largest_difference", fail)
     with pytest.raises(ConfigError, match=r"^differs$"):
         package.export(tied, to="pt2", out=tmp_path / "there")
     assert list((tmp_path / "there").iterdir()) == []
 
 
 def test_formats_that_need_the_whole_model_stay_within_the_budget(tied: Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    formats = importlib.import_module("lowmem_pnn.training.export_formats")
+    formats = importlib.import_module("lowmem_pnn.exporting.export_formats")
     for to, times in (("pt2", 2), ("onnx", 3)):
         with pytest.raises(BudgetError) as caught:
             formats.check_format(to, 60_000_000, 100_000_000)
@@ -226,7 +226,7 @@ def test_formats_that_need_the_whole_model_stay_within_the_budget(tied: Result, 
     formats.check_format("safetensors", 10**12, 1)
     with pytest.raises(ConfigError, match=r"^a file of ONNX holds at most 2 GiB, and the model has 3\.00 GB; give --to pt2$"):
         formats.check_format("onnx", 3 * 10**9, 10**11)
-    monkeypatch.setattr("lowmem_pnn.training.export.check_format", lambda to, weights, budget: _fail(to, weights, budget))
+    monkeypatch.setattr("lowmem_pnn.exporting.export.check_format", lambda to, weights, budget: _fail(to, weights, budget))
     # The tied matrix once: 96 + 64 + 8 values, and the buffer's 8.
     with pytest.raises(ConfigError, match=r"^pt2 704 100000000$"):
         package.export(tied, to="pt2")

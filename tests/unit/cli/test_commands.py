@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("data_folder")
 
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ["", "fit", "plan", "evaluate", "predict", "export", "bench", "doctor", "models", "fit-all", "plan-all"]
+COMMANDS = ["", "fit", "plan", "evaluate", "predict", "generate", "export", "bench", "doctor", "models", "fit-all", "plan-all"]
 
 
 def help_of(command: str) -> str:
