@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
@@ -27,6 +28,7 @@ from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.callbacks import Callback
 from lowmem_pnn.run.finished import open_finished
 from lowmem_pnn.run.unfinished import unfinished_run
+from lowmem_pnn.settings.fit_options import FitOptions
 from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.tasks import Own, OwnLoss, OwnMetrics
@@ -51,7 +53,7 @@ def fit(
     display: Display | None = None,
     verbose: bool | None = None,
     callbacks: Sequence[Callback] = (),
-    **options: Any,
+    **options: Unpack[FitOptions],
 ) -> Result:
     """Train a model within a memory budget, as the command `lowmem-pnn fit` does.
 
@@ -79,7 +81,7 @@ def fit(
         display: is told of the run's progress; None shows it as `verbose` says.
         verbose: whether progress is shown on standard error; None shows it in a terminal and in a notebook.
         callbacks: objects of `lowmem_pnn.Callback`, which are told of the start, steps, epochs, commits and the end.
-        **options: other fields of `FitConfig`.
+        **options: other fields of `FitConfig`, as `FitOptions` lists them with their types.
 
     A model that is given as an object holds the trained weights at the end, which is said; where they are not of its form (another head),
     a line names `result.load(model)`, for a model of that form.
@@ -139,7 +141,7 @@ def plan(
     loss: str | OwnLoss = "auto",
     weights: str | Path | Mapping[str, torch.Tensor] | None = None,
     timing: bool = True,
-    **options: Any,
+    **options: Unpack[FitOptions],
 ) -> PlanReport:
     """Show what `fit` with the same arguments would do; nothing is trained or kept.
 
@@ -369,7 +371,7 @@ def _names(model: Model, train: Any, loss: str | OwnLoss) -> dict[str, str]:
     return {**names, "loss": f"python:{getattr(loss, '__name__', type(loss).__name__)}"}
 
 
-def _given(train: Any, val: Any, test: Any, options: dict[str, Any]) -> dict[str, Any]:
+def _given(train: Any, val: Any, test: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a run, with those that a data loader stands for, and parts of the data that are named."""
     named = {f"{name}_data": part for name, part in (("val", val), ("test", test)) if part is not None}
     for name, part in named.items():

@@ -119,16 +119,6 @@ def exact_size(size: int) -> str:
     return next((f"{size // factor}{unit}" for unit, factor in units if size % factor == 0), str(size))
 
 
-def gigabytes(nbytes: float) -> str:
-    """Bytes as tables of forecasts have them.
-
-    Example:
-        >>> gigabytes(1_234_567_890), gigabytes(0)
-        ('1.23', '0')
-    """
-    return f"{nbytes / 1e9:.2f}" if nbytes >= 5_000_000 else "0" if not nbytes else f"{nbytes / 1e9:.1g}"
-
-
 def seconds_text(seconds: float) -> str:
     """Seconds as tables of forecasts have them.
 

@@ -29,6 +29,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 )
 @click.option("--csv", "csv_file", metavar="FILE", type=_FILE, help="Write the table as CSV, too.")
 @click.option("--html", "html_file", metavar="FILE", type=_FILE, help="Write a page with the table and a picture, too.")
+@click.option("--svg", "svg_file", metavar="FILE", type=_FILE, help="Write the picture alone, too.")
 @output_options
 def bench(
     budgets: str | None,
@@ -37,6 +38,7 @@ def bench(
     steps: int,
     csv_file: Path | None,
     html_file: Path | None,
+    svg_file: Path | None,
     as_json: bool,
     quiet: bool,
     debug: bool,
@@ -80,6 +82,10 @@ def bench(
             from lowmem_pnn.page.bench_page import bench_page
 
             html_file.write_text(bench_page(report))
+        if svg_file is not None:
+            from lowmem_pnn.page.figures import alone, bench_figure
+
+            svg_file.write_text(alone(bench_figure(report.rows)))
     except OSError as error:
         raise DiskError(f"cannot write {error.filename}: {(error.strerror or str(error)).lower()}") from error
     print_result(report.to_json() if as_json else report.describe(terminal_width()))

@@ -32,6 +32,7 @@ from lowmem_pnn.cli.options import (
 )
 from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, stdout_is_ours, terminal_width
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
+from lowmem_pnn.cli.usage import usage_text
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
@@ -78,7 +79,12 @@ def fit(
     """Train a model within a memory budget.
 
     With neither --model nor --data: a multilayer perceptron with 2.16 GB of training state, on scikit-learn's digits.
-    """
+
+    \b
+    lowmem-pnn fit --max-gpu-mem 1G --model resnet18 --data imagefolder:photos --image-size 160 --epochs 5
+    lowmem-pnn fit --max-gpu-mem 75% --method exact --model net.py:build --data npz:arrays.npz
+    lowmem-pnn fit --resume --workdir runs/resnet18-pnn-1
+    """  # noqa: D301 - click's mark of lines that are not wrapped
     config, rank, given = None, Rank.of_environment(), given_options(options)
     share = is_share(given.get("max_gpu_mem"))
     if resume and overwrite:
@@ -273,7 +279,8 @@ def export(
         report = export_run(run, to=to, merge=merge, exit=exit_, out=out, trust=trust)
     if to is not None and report["largest_difference"] is None:
         click.echo("not compared: onnxruntime is not installed; run: pip install 'lowmem-pnn[onnx]'", err=True)
-    text = json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items())
+    told = {name: f"{value:.1%}" if name == "val_accuracy" else value for name, value in report.items() if value is not None}
+    text = json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in told.items())
     print_result(text, f"the model is in {Path(report.get('file') or report['program']).parent}")
 
 
@@ -312,14 +319,13 @@ def main() -> None:
         # A terminal that has no letter for something is no reason to fail at the end of a run.
         sys.stdout.reconfigure(errors="replace")
     try:
-        cli.main(prog_name="lowmem-pnn", standalone_mode=False)
+        cli.main(args=None if len(sys.argv) > 1 else ["--help"], prog_name="lowmem-pnn", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
         command = context.command_path if context is not None else "lowmem-pnn"
-        text = error.format_message().rstrip(".").replace(". ", "; ")
-        _fail(f"{text[:1].lower()}{text[1:]}; {command} --help lists what there is", error.exit_code)
+        _fail(f"{usage_text(error)} {command} --help lists what there is", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail("stopped", 130)
     except LowMemError as error:

@@ -45,7 +45,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Contenders": ("methods", "baselines", "steps"),
     "Files of options": ("config_file", "settings", "print_config"),
     "Output": (
-        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "csv_file", "html_file",
+        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "csv_file", "html_file", "svg_file",
         "as_json", "quiet", "debug",
         "help", "_click_default_help",  # the name differs between versions of click
     ),
@@ -95,18 +95,49 @@ _SWITCHES = {
 }
 
 
+# Options that most commands are typed with; `--help-all` lists the others, too.
+_COMMON = (
+    "model", "data", "target", "image_size", "augment", "weights", "freeze", "lora", "tokenizer", "context", "method", "epochs", "batch_size",
+    "optimizer", "lr", "lr_schedule", "max_gpu_mem", "budgets", "device", "precision", "no_timing", "methods", "baselines", "steps",
+    "config_file", "settings", "print_config", "workdir", "resume", "overwrite", "csv_file", "html_file", "svg_file", "as_json", "quiet", "help",
+    "_click_default_help",
+)  # fmt: skip
+_ALL = "lowmem_pnn.help_all"
+
+
+def _show_all(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.meta[_ALL] = True
+        click.echo(ctx.get_help())
+        ctx.exit()
+
+
 class GroupedCommand(click.Command):
-    """A command whose help lists its options by group."""
+    """A command whose help lists its options by group: the common ones, and with --help-all all of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all, help="Show all options."
+            )
+        )
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section for each group that the command has options of."""
-        records = {param.name: record for param in self.get_params(ctx) if (record := param.get_help_record(ctx)) is not None}
+        params = self.get_params(ctx)
+        records = {param.name: record for param in params if (record := param.get_help_record(ctx)) is not None}
+        shown = {name: record for name, record in records.items() if ctx.meta.get(_ALL) or name in _COMMON}
         grouped = {name for names in GROUPS.values() for name in names}
         # An option that is in no group yet must not be missing from the help.
-        for title, names in (*GROUPS.items(), ("Other", [name for name in records if name not in grouped])):
-            if rows := [records[name] for name in names if name in records]:
+        others = [name for name in shown if name not in grouped and name != "help_all"]
+        for title, names in (*GROUPS.items(), ("Other", others)):
+            if rows := [shown[name] for name in names if name in shown]:
                 with formatter.section(title):
                     formatter.write_dl(rows)
+        if more := len(records) - len(shown) - ("help_all" not in shown):
+            formatter.write_paragraph()
+            formatter.write_text(f"{more} more options: {ctx.command_path} --help-all")
 
 
 def config_options(command: _Command) -> _Command:

@@ -13,9 +13,25 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+# What other programs call an option, and what it is called here.
+SYNONYMS = {
+    "batch": "batch_size", "bs": "batch_size", "budget": "max_gpu_mem", "checkpoint": "weights", "dataset": "data", "epoch": "epochs",
+    "gpu_mem": "max_gpu_mem", "gpus": "device", "init_from": "weights", "learning_rate": "lr", "max_epochs": "epochs",
+    "max_mem": "max_gpu_mem", "max_memory": "max_gpu_mem", "mem": "max_gpu_mem", "memory": "max_gpu_mem", "net": "model",
+    "num_epochs": "epochs", "num_workers": "workers", "output": "workdir", "output_dir": "workdir", "patience": "early_stop",
+    "pretrained": "weights", "scheduler": "lr_schedule", "val": "val_data", "wd": "weight_decay",
+}  # fmt: skip
+
+
 def suggest(word: str, known: Sequence[str]) -> str:
-    """Return a tail for an error message: `; did you mean 'x'?`, or nothing if no known word is near."""
-    near = difflib.get_close_matches(word.lower(), known, n=1)
+    """Return a tail for an error message: `; did you mean 'x'?`, or nothing if no known word is near.
+
+    Example:
+        >>> suggest("learning_rate", ["lr", "epochs"]), suggest("epohs", ["lr", "epochs"]), suggest("x", ["epochs"])
+        ("; did you mean 'lr'?", "; did you mean 'epochs'?", '')
+    """
+    synonym = SYNONYMS.get(word.lower().replace("-", "_"))
+    near = [synonym] if synonym in known else difflib.get_close_matches(word.lower(), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -40,7 +56,12 @@ def describe_fault(fault: Any, known: Sequence[str]) -> str:
     if isinstance(cause, UnitError):
         return f"{flag(name)}: {cause}"
     if name == "device":
-        return f"--device {value!r} is none of auto, cpu, cuda, cuda:INDEX{suggest(str(value), ['auto', 'cpu', 'cuda'])}"
+        others = str(value).lower().partition(":")[0] in ("mps", "xpu", "rocm", "hip", "tpu", "xla")
+        near = (
+            "; did you mean 'cuda'?" if str(value).lower() in ("gpu", "nvidia") else suggest(str(value), ["auto", "cpu", "cuda"])
+        )
+        tail = "; only NVIDIA's GPUs and the CPU are supported" if others else near
+        return f"--device {value!r} is none of auto, cpu, cuda, cuda:INDEX{tail}"
     if fault["type"] == "bool_parsing":
         return f"{flag(name)} {value!r} is none of yes, no"
     if fault["type"] == "too_short":

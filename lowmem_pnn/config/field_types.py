@@ -59,7 +59,11 @@ Clip = Annotated[Positive | None, BeforeValidator(lambda value: None if value in
 Flags = Annotated[tuple[bool, ...], BeforeValidator(_list), Field(min_length=1)]
 
 
-Optimizers = Annotated[tuple[Literal["sgd", "adam", "adamw"], ...], BeforeValidator(_list), Field(min_length=1)]
+Optimizers = Annotated[
+    tuple[Literal["sgd", "adam", "adamw"], ...],
+    BeforeValidator(lambda value: tuple(each.lower() if isinstance(each, str) else each for each in _list(value))),
+    Field(min_length=1),
+]
 
 
 LearningRates = Annotated[tuple[Positive, ...], BeforeValidator(_list), Field(min_length=1)]

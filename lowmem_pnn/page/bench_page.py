@@ -18,7 +18,7 @@ def bench_page(report: BenchReport) -> str:
     rows = [
         (
             row.contender,
-            "fits" if row.fits else row.reason or "does not fit",
+            "fits" if row.fits else "does not fit" if row.budget_bytes is not None else "was not run",
             *(
                 "-" if size is None else format_bytes(size)
                 for size in (row.budget_bytes, row.peak_bytes, row.predicted_peak_bytes)
@@ -36,7 +36,13 @@ def bench_page(report: BenchReport) -> str:
     )
     title = f"{report.model} on {report.data}: peak memory"
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    facts = f"<p>{escape(f'{report.steps} steps of {report.batch_size} samples on {report.device}; {versions}')}</p>"
+    reasons = dict.fromkeys(
+        f"{row.contender}{f' in {format_bytes(row.budget_bytes)}' if row.budget_bytes is not None else ''}: {row.reason}"
+        for row in report.rows
+        if row.reason
+    )
+    facts = "".join(f"<p>{escape(reason)}</p>" for reason in reasons)
+    facts += f"<p>{escape(f'{report.steps} steps of {report.batch_size} samples on {report.device}; {versions}')}</p>"
     body = section("Peak memory", bench_figure(report.rows), note, html_table(headings, rows), opened=True) + section(
         "The bench", "", "", facts, opened=True
     )

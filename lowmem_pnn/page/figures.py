@@ -24,6 +24,12 @@ VARIABLES = {
     **{color: f"--series-{number}" for number, color in enumerate(_SERIES)},
 }  # fmt: skip
 
+LIGHT = {
+    "--ink": "#22262b", "--grid": "#d9dde1", "--budget": "#c0392b", "--plain": "#7d8791", "--series-0": "#2f6fb0",
+    "--series-1": "#d98324", "--series-2": "#3a8f5c", "--series-3": "#8d5fb3", "--series-4": "#b8a21c", "--series-5": "#3aa0a6",
+}  # fmt: skip
+"""Colours of a light page."""
+
 
 def memory_figure(run: RunLog) -> str:
     """Draw the memory in use over time, coloured by partition, with the budget and what plain PyTorch needs."""
@@ -166,6 +172,18 @@ def bench_figure(rows: Sequence[BenchRow]) -> str:
     return _svg(draw, "peaks of contenders", height=1.4 + 0.32 * len(ran))
 
 
+def alone(svg: str) -> str:
+    """Return a figure as a file of its own, in the light colours of the pages, on a white ground.
+
+    Args:
+        svg: a figure, as it stands on a page.
+    """
+    for variable, color in LIGHT.items():
+        svg = svg.replace(f"var({variable})", color)
+    svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" ', 1)
+    return svg.replace(">", ' font-family="sans-serif"><rect width="100%" height="100%" fill="#ffffff"/>', 1) + "\n"
+
+
 def _curves(runs: Sequence[RunLog]) -> list[tuple[str, str, list[Any]]]:
     """Return name, colour and lines of each curve over epochs."""
     if len(runs) > 1:
@@ -191,7 +209,7 @@ def _use_in_words(kind: str) -> str:
 
 def _legend(axes: "Axes") -> None:
     if 1 < len(axes.get_legend_handles_labels()[1]) <= 12:
-        axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+        axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
 
 
 def _limits(axes: "Axes", run: RunLog) -> None:

@@ -85,7 +85,7 @@ def _tiles(run: RunLog) -> str:
     told = [(format_bytes(result.peak_bytes), f"peak, of a budget of {format_bytes(result.budget_bytes)}")]
     if result.plain_bytes is not None:
         told.append((format_bytes(result.plain_bytes), "plain PyTorch needs (predicted)"))
-        if result.peak_bytes < result.plain_bytes:
+        if result.peak_bytes <= 0.995 * result.plain_bytes:
             told.append((f"{1 - result.peak_bytes / result.plain_bytes:.0%}", "saved"))
     told.append((f"{seconds_text(result.seconds)} s", f"{result.samples_per_second:.0f} samples/s"))
     scores = (

@@ -108,9 +108,10 @@ def runs_table(runs: Sequence[RunLog]) -> str:
 def drive_line(run: RunLog) -> str:
     """Say in a line what the run moved, and what its writes mean for a drive."""
     written = run.result.bytes_written
-    share = written / (DRIVE_TBW * 1e12)
+    percent = 100 * written / (DRIVE_TBW * 1e12)
+    share = f"{percent:.2g} %" if percent >= 0.001 else "less than 0.001 %"
     return (
-        f"{format_bytes(run.result.bytes_read)} read and {format_bytes(written)} written; that is {100 * share:.2g} % of the "
+        f"{format_bytes(run.result.bytes_read)} read and {format_bytes(written)} written; that is {share} of the "
         f"{DRIVE_TBW} TB that a common drive of 1 TB is rated to take"
     )
 

@@ -33,7 +33,16 @@ def make_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> Plan
     if request.workload.config.plan_for == "time":
         assert seconds_of is not None, "a plan for time needs predicted seconds"
         return _fastest(request, seconds_of)
-    return naming_enough(request, _make_plan)
+    try:
+        return naming_enough(request, _make_plan)
+    except BudgetError as error:
+        config, samples = request.workload.config, len(request.workload.splits["train"])
+        if config.batch_size == "auto" or (batch := max(config.batch_sizes)) <= samples:
+            raise
+        raise BudgetError(
+            f"{error}; --batch-size {batch} is larger than the {samples} training samples: give at most {samples}",
+            error.enough_bytes,
+        ) from None
 
 
 def smallest_budget_of(request: PlanRequest) -> int:

@@ -32,7 +32,7 @@ def live_lines(
     Example:
         >>> status = RunStatus(num_samples=50, loss=0.5, used_bytes=90_000_000, budget_bytes=100_000_000, run_share=0.5)
         >>> for line in live_lines(status, "partition 1 of 2", "epoch 1 of 3", rate=912, width=64, letters="=-#.|"): print(line)
-         50 % ==============-------------- partition 1 of 2 | epoch 1 of 3
+         50 % =============------------- partition 1 of 2 | epoch 1 of 3
         loss 0.5 | 912 samples/s | #######. 90.0 MB of 100.0 MB
     """
     done, open_, used, free, dot = tuple(letters)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowmem_pnn.reporting.tables import text_table
-from lowmem_pnn.units import format_bytes, gigabytes, seconds_text
+from lowmem_pnn.units import format_bytes, seconds_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,8 @@ class MethodEstimate:
             str(least) if least == most else f"{least} to {most}",
             format_bytes(self.predicted_peak_bytes),
             seconds_text(self.seconds_per_epoch),
-            gigabytes(self.bytes_read_per_epoch),
-            gigabytes(self.bytes_written_per_epoch),
+            _traffic(self.bytes_read_per_epoch),
+            _traffic(self.bytes_written_per_epoch),
         )
 
 
@@ -82,12 +82,16 @@ def method_table(estimates: Sequence[MethodEstimate], width: int | None = None) 
         "micro-batch",
         "predicted peak",
         "seconds per epoch",
-        "GB read",
-        "GB written",
+        "read",
+        "written",
     )
-    spare = ("GB read", "GB written", "micro-batch", "partitions", "predicted peak")
+    spare = ("read", "written", "micro-batch", "partitions", "predicted peak")
     lines = [text_table(headings, [estimate.row() for estimate in estimates], width, spare)]
     shares = [estimate.measured_share for estimate in estimates if estimate.fits]
     if shares and min(shares) < 1:
         lines.append(f"layers with {min(shares):.0%} of the multiply-accumulates were timed, the others estimated from these")
     return "\n".join(lines)
+
+
+def _traffic(size: int) -> str:
+    return format_bytes(size) if size else "-"

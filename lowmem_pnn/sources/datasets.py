@@ -104,7 +104,12 @@ def find_dataset(
         (".parquet", "parquet"),
     ):
         if Path(spec).suffix == suffix:
-            raise ConfigError(f"data set {spec!r} is a file; write {form}:{spec}")
+            there = "is a file" if Path(spec).is_file() else "looks like a file, which is not there"
+            raise ConfigError(f"data set {spec!r} {there}; write {form}:{spec}")
+    if Path(spec).is_dir():
+        raise ConfigError(
+            f"data set {spec!r} is a folder; write imagefolder:{spec} for images in a folder for each class, or text:{spec}"
+        )
     raise ConfigError(
         f"there is no data set {spec!r}{did_you_mean(spec, ['digits', *_TORCHVISION])}; others are given as {_FORMS}"
     )

@@ -229,6 +229,9 @@ def _factory(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -
     factory = load_factory(spec)
     if isinstance(named := inspect.unwrap(factory), nn.Module):
         return _instance(spec, named, arguments)
+    if num_classes is not None and _requires(factory, "num_classes"):
+        # As torchvision's models have it from the data.
+        arguments = {"num_classes": num_classes, **arguments}
     _check_arguments(spec, factory, arguments, num_classes)
     _check_num_classes(spec, arguments, num_classes)
     location, _, name = spec.rpartition(":")
@@ -249,6 +252,17 @@ def _factory(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -
         return model
 
     return ModelSource(folder_name(f"{stem}-{name}"), spec, build, "any")
+
+
+def _requires(factory: Callable[..., Any], name: str) -> bool:
+    """Return whether a factory cannot be called without a keyword argument."""
+    try:
+        parameter = inspect.signature(factory).parameters.get(name)
+    except (TypeError, ValueError):  # some callables of C have none
+        return False
+    return parameter is not None and parameter.default is parameter.empty and parameter.kind in (
+        parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY,
+    )  # fmt: skip
 
 
 def _instance(spec: str, model: nn.Module, arguments: Mapping[str, Any]) -> ModelSource:

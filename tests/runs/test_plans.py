@@ -196,7 +196,7 @@ def test_the_budget_for_whole_batches_does_with_recovery_epochs_too() -> None:
     def report(**options: Any) -> PlanReport:
         return of_convolutions(True, method="pnn", recovery_epochs=1, **options)
 
-    (note,) = report().notes
+    note = next(note for note in report().notes if "whole batch" in note)
     named = re.search(r"they see the whole batch from --max-gpu-mem (\d+)\.0MB on", note)
     assert named is not None, note
     assert report(max_gpu_mem=f"{named[1]}MB", batch_norm="refuse").fits
@@ -222,3 +222,8 @@ def test_plans_for_time_need_something_to_choose() -> None:
     ):
         with pytest.raises(ConfigError, match=text):
             config(**{"cuts": None, "method": "exact", "plan_for": "time", **options})
+
+
+def test_a_batch_that_is_larger_than_the_data_is_said_where_nothing_fits() -> None:
+    report = preview(config(method="pnn", cuts=None, max_gpu_mem="30MB", batch_size=1_000_000), timing=False)
+    assert report.reason.endswith("--batch-size 1000000 is larger than the 512 training samples: give at most 512")

@@ -148,7 +148,7 @@ def test_python_resumes_by_the_same_rule(tmp_path: Path, monkeypatch: pytest.Mon
     resumed = lowmem_pnn.fit(_model, _data(), resume=True, **options)
     assert resumed.resumed == 1
     assert Path(resumed.weights_file).read_bytes() == Path(whole.weights_file).read_bytes()
-    with pytest.raises(ConfigError, match=r"began with --epochs 2, and --epochs 5 is given now"):
+    with pytest.raises(ConfigError, match=r"--epochs 5: partitions of --method pnn learn one after the other"):
         lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **{**options, "epochs": 5})
     assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **options) == whole
     assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, max_gpu_mem="100MB", log_every=3) == whole

@@ -10,19 +10,38 @@ import pytest
 import torch
 
 from helpers.commands import lowmem_pnn
+from lowmem_pnn.config.fit_config import field_names
 
 pytestmark = pytest.mark.usefixtures("data_folder")
 
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ["", "fit", "plan", "evaluate", "predict", "generate", "export", "bench", "doctor", "models"]
+COMMANDS = ["", "fit", "plan", "evaluate", "predict", "generate", "export", "bench", "doctor", "models", "fit-all", "plan-all"]
+
+
+def help_of(command: str) -> str:
+    """Return the command line that shows the help of a command, or all of it for `COMMAND-all`."""
+    return f"{command.removesuffix('-all')} {'--help-all' if command.endswith('-all') else '--help'}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_as_it_was_last_read(command: str) -> None:
-    shown = lowmem_pnn(f"{command} --help")
+    shown = lowmem_pnn(help_of(command))
     assert shown.code == 0
     assert shown.out == (GOLDEN / f"help-{command or 'all'}.txt").read_text(), "if it is meant, run this file"
+
+
+def test_the_command_alone_shows_its_help() -> None:
+    alone = lowmem_pnn("")
+    assert (alone.code, alone.err) == (0, "")
+    assert alone.out == lowmem_pnn("--help").out
+
+
+def test_the_short_help_fits_a_screen_and_the_long_one_has_every_option() -> None:
+    short = lowmem_pnn("fit --help").out
+    assert short.count("\n") < 90
+    everything = lowmem_pnn("fit --help-all").out
+    assert all(f"--{name.replace('_', '-')}" in everything for name in field_names())
 
 
 def test_version() -> None:
@@ -32,7 +51,12 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("fitt", "no such command 'fitt'; Did you mean 'fit'?; lowmem-pnn --help lists what there is"),
+        ("fitt", "no such command 'fitt'; did you mean 'fit'? lowmem-pnn --help lists what there is"),
+        ("train", "no such command 'train'; did you mean 'fit'? lowmem-pnn --help lists what there is"),
+        ("fit --epoch 1", "no such option '--epoch'; did you mean '--epochs'? lowmem-pnn fit --help lists what there is"),
+        ("fit --budget 1GB", "no such option '--budget'; did you mean '--max-gpu-mem'?"),
+        ("fit --learning-rate 1", "no such option '--learning-rate'; did you mean '--lr'?"),
+        ("fit --qqq 1", "no such option '--qqq'; lowmem-pnn fit --help lists what there is"),
         ("fit --max-gpu-mem", "option '--max-gpu-mem' requires an argument; lowmem-pnn"),
         ("fit --optimiser adam", "no such option '--optimiser'"),
         ("fit again", "got unexpected extra argument (again); lowmem-pnn fit --help lists what there is"),
@@ -77,6 +101,8 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
         ),
         ("evaluate no-run", 6, "no-run holds no run"),
         ("fit --max-gpu-mem 1GB --optimizer sgdd", 3, "--optimizer 'sgdd' is none of sgd, adam, adamw; did you mean 'sgd'?"),
+        ("fit --max-gpu-mem 1GB --device gpu", 3, "--device 'gpu' is none of auto, cpu, cuda, cuda:INDEX; did you mean 'cuda'?"),
+        ("fit --max-gpu-mem 1GB --device mps", 3, "only NVIDIA's GPUs and the CPU are supported"),
         ("fit --max-gpu-mem 1GB --shuffle maybe", 3, "--shuffle 'maybe' is none of yes, no"),
         ("fit --max-gpu-mem 1GB --sil gaussian", 3, "--sil 'gaussian' is none of uniform, normal, orthogonal, sparse"),
         (
@@ -146,7 +172,7 @@ def write_golden() -> None:
     """Write the help texts as they are now."""
     GOLDEN.mkdir(exist_ok=True)
     for command in COMMANDS:
-        (GOLDEN / f"help-{command or 'all'}.txt").write_text(lowmem_pnn(f"{command} --help").out)
+        (GOLDEN / f"help-{command or 'all'}.txt").write_text(lowmem_pnn(help_of(command)).out)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def test_options_that_change_nothing_in_the_result_are_taken_anew() -> None:
     ("options", "text"),
     [
         (
-            {"epochs": 20},
-            "began with --epochs 10, and --epochs 20 is given now; leave it out to resume the run, or begin a new one",
+            {"epochs": 5},
+            "began with --epochs 10, and --epochs 5 is given now; leave it out to resume the run, or begin a new one",
         ),
         ({"lr": "0.2"}, "began with --lr 0.001, and --lr 0.2 is given now; leave it out"),
         ({"shuffle": "no"}, "began with --shuffle yes, and --shuffle no is given now; leave it out"),

@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+from xml.etree import ElementTree
 
 from lowmem_pnn.contenders.bench_report import BenchReport, BenchRow
 from lowmem_pnn.page.bench_page import bench_page
+from lowmem_pnn.page.figures import alone, bench_figure
 
 REPORT = BenchReport(
     model="mlp:64-10", data="digits", device="cpu", batch_size=64, steps=10, versions={"torch": "2.14"},
@@ -46,3 +48,9 @@ def test_the_page_has_a_picture_and_the_table() -> None:
     assert page.count("<svg ") == 1
     for text in ("exact, 60.0 MB", "plain", "too little; give more", "10 steps of 64 samples on cpu; torch 2.14"):
         assert text in page
+
+
+def test_the_picture_alone_is_a_file_of_its_own() -> None:
+    picture = alone(bench_figure(REPORT.rows))
+    assert "var(--" not in picture
+    ElementTree.fromstring(picture)

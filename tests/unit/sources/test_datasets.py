@@ -174,7 +174,7 @@ def test_digits_are_divided_in_equal_shares() -> None:
     ("spec", "message"),
     [
         ("cifar-10", r"there is no data set 'cifar-10'; did you mean 'cifar10'.*; others are given as npz:FILE, imagefolder:DIR"),
-        ("my.npz", r"data set 'my.npz' is a file; write npz:my.npz"),
+        ("my.npz", r"data set 'my.npz' looks like a file, which is not there; write npz:my.npz"),
     ],
 )
 def test_an_unknown_name_is_said(spec: str, message: str) -> None:

@@ -218,3 +218,15 @@ def test_a_missing_file_and_module_are_said(tmp_path: Path) -> None:
 
 
 # Arguments.
+
+
+def test_a_factory_that_asks_for_the_number_of_classes_gets_it(tmp_path: Path) -> None:
+    (tmp_path / "needs_classes.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Linear):\n    def __init__(self, num_classes):\n        super().__init__(4, num_classes)\n\n"
+        "def other(num_classes=3):\n    return nn.Linear(4, num_classes)\n"
+    )
+    spec = f"{tmp_path}/needs_classes.py"
+    assert find_model(f"{spec}:Net", {}, 7).build().out_features == 7
+    assert find_model(f"{spec}:other", {}, 7).build().out_features == 3, "what has a default keeps it"
+    with pytest.raises(ConfigError, match="num_classes"):
+        find_model(f"{spec}:Net", {}, None).build()

@@ -1,0 +1,107 @@
+"""Options of `fit` and `plan` as types, for editors and type checkers: written by docs/fit_options.py from `FitConfig`."""
+
+# ruff: noqa: E501
+# fmt: off
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
+
+
+class FitOptions(TypedDict, total=False):
+    """Options of `fit` and `plan`: fields of `FitConfig`, whose descriptions `lowmem-pnn fit --help-all` shows; None is not given."""
+
+    betas: str | float | Sequence[float] | None
+    eps: float | None
+    no_decay: Any
+    no_decay_norms: bool | None
+    min_lr: float | None
+    max_steps: int | None
+    early_stop: int | None
+    keep_weights: Literal["last", "best"] | None
+    keep_state: bool | None
+    monitor: str | None
+    eval_every: int | None
+    time_limit: Any
+    lora: Any
+    modules_to_save: Any
+    frozen_dtype: Literal["fp32", "bf16", "int8", "nf4"] | None
+    train_only: Any
+    freeze: Any
+    freeze_norm: bool | None
+    unfreeze_at: int | None
+    lr_for: Any
+    cache_frozen: bool | None
+    task: Literal["auto", "classification", "multilabel", "regression", "segmentation", "causal-lm", "masked-lm", "sequence-classification", "image-classification"] | None
+    class_weights: Any
+    label_smoothing: float | None
+    ignore_index: int | None
+    tokenizer: Any
+    context: int | None
+    pack: bool | None
+    loss_on: Literal["completions", "all"] | None
+    target: Any
+    val_data: str | None
+    test_data: str | None
+    data_root: str | Path | None
+    image_size: Any
+    resize: Literal["crop", "squash", "pad"] | None
+    normalize: Any
+    augment: Literal["none", "basic", "randaugment", "trivial"] | None
+    mixup: float | None
+    cutmix: float | None
+    workers: int | None
+    val_fraction: float | None
+    test_fraction: float | None
+    train_limit: int | None
+    test_limit: int | None
+    skip_broken: bool | None
+    model_arg: Mapping[str, Any] | None
+    method: Literal["pnn", "neuroflux", "exact", "backprop"] | None
+    partitions: int | None
+    cuts: Any
+    epochs: str | int | Sequence[int] | None
+    batch_size: Any
+    micro_batch: int | None
+    plan_for: Literal["auto", "size", "time"] | None
+    optimizer: str | Literal["sgd", "adam", "adamw"] | Sequence[Literal["sgd", "adam", "adamw"]] | None
+    lr: str | float | Sequence[float] | None
+    lr_schedule: Literal["constant", "linear", "cosine", "onecycle"] | None
+    warmup_steps: int | None
+    momentum: float | None
+    weight_decay: float | None
+    shuffle: str | bool | Sequence[bool] | None
+    fused: bool | None
+    step_in_backward: bool | None
+    recompute: Literal["auto", "always", "never"] | None
+    optimizer_state: Literal["fp32", "bf16", "int8"] | None
+    clip_norm: Any
+    loss_chunk: int | None
+    recovery_epochs: int | None
+    recover: Any
+    kappa: str | float | Sequence[float] | None
+    sil: Literal["uniform", "normal", "orthogonal", "sparse"] | None
+    sil_target: Literal["full", "pooled"] | None
+    parallel_sil: bool | None
+    visits: str | None
+    macro_batches: int | None
+    views: int | None
+    blocks: Literal["planner", "alike"] | None
+    block_tolerance: float | None
+    heads: Literal["adaptive", "classic", "auglocal", "linear"] | None
+    exit_tolerance: float | None
+    activation_dtype: Literal["float32", "bfloat16", "float16", "int8"] | None
+    seed: int | None
+    device: str | None
+    precision: Literal["fp32", "bf16", "fp16"] | None
+    channels_last: bool | None
+    compile: bool | None
+    batch_norm: Literal["micro", "refuse"] | None
+    compare: bool | None
+    budget_scope: Literal["process", "allocator"] | None
+    max_host_mem: int | str | None
+    max_disk: int | str | None
+    commit_every: float | None
+    keep_commits: int | None
+    log_every: int | None
