@@ -40,6 +40,8 @@ class FitOptions(TypedDict, total=False):
     tokenizer: Any
     context: int | None
     pack: bool | None
+    sample: Any
+    sample_tokens: int | None
     loss_on: Literal["completions", "all"] | None
     target: Any
     val_data: str | None
