@@ -99,6 +99,11 @@ class _Run(fx.Interpreter):
             return device if args[1] == "device" else device.type == args[1].removeprefix("is_")
         return super().call_function(target, args, kwargs)
 
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == "get_device" and isinstance(args[0], Tensor):
+            return -1 if self._precision.device_type == "cpu" else 0
+        return super().call_method(target, args, kwargs)
+
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return next(self._inputs)
 

@@ -1,7 +1,7 @@
 """The model's own forward on fake tensors, which have shapes but no values: the operations it does, and what it leaves in its modules.
 
 What the forward does is compared with what its trace does; what it leaves behind decides which modules may be opened and which Python
-state has to be kept. Nothing is allocated.
+state has to be kept. Nothing is allocated, but for small tensors that depend on sizes and constants alone.
 """
 
 import logging

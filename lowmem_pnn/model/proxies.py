@@ -7,6 +7,7 @@ import builtins
 import functools
 import operator
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,9 @@ _METHODS = frozenset({
     "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "is_signed", "is_contiguous", "element_size",
     "storage_offset", "is_conj", "is_neg",
 })  # fmt: skip
+
+
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
 
 
 class Proxy(fx.Proxy):
@@ -106,10 +110,21 @@ class Proxy(fx.Proxy):
         return iter([rows[number] for number in range(count)])
 
     def __getitem__(self, key: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+        item: Any = self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+        return item if self._are_tensors() else item.constant()
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def constant(self) -> Any:
+        """Return a number, text, or nothing, where it is the same for any number of samples; else the proxy itself."""
+        values = self._values()
+        if values is None or not isinstance(values[0], _CONSTANTS) or any(value != values[0] for value in values):
+            return self
+        if self.tracer.depends_on_batch(self.node):  # type: ignore[attr-defined]
+            return self
+        self.node.meta["is_constant"] = True
+        return values[0]
 
     def has_type(self, kinds: Any) -> bool:
         """Decide whether what the proxy stands for is of some class.
@@ -288,13 +303,16 @@ def recorded_calls(tracer: fx.Tracer) -> Iterator[None]:
 
     is_instance, length = builtins.isinstance, builtins.len
 
+    def has_type(value: Any, kinds: Any) -> bool:
+        if is_instance(kinds, tuple | types.UnionType):
+            return any(has_type(value, kind) for kind in (kinds if is_instance(kinds, tuple) else kinds.__args__))
+        # What asks for proxies wants to know whether there is a value to decide by.
+        return not value.is_known() if kinds is fx.Proxy else is_instance(value, kinds) or bool(value.has_type(kinds))
+
     def knowing_isinstance(value: Any, kinds: Any) -> bool:
         if type(value) not in _KINDS or sys._getframe(1).f_globals.get("__name__", "").startswith(_OURS):
             return is_instance(value, kinds)
-        if kinds is fx.Proxy:
-            # What asks wants to know whether there is a value to decide by.
-            return not value.is_known()
-        return is_instance(value, kinds) or bool(value.has_type(kinds))
+        return has_type(value, kinds)
 
     def knowing_len(value: Any) -> Any:
         return value.length() if type(value) in _KINDS else length(value)

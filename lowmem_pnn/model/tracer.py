@@ -107,6 +107,10 @@ class _Tracer(fx.Tracer):
         """Return the values of a node for two batch sizes; None where they are not known."""
         return self._examples.of(node)
 
+    def depends_on_batch(self, node: fx.Node) -> bool:
+        """Decide whether a node's value, which is no tensor, depends on the number of samples."""
+        return self._examples.of_batch(node)
+
     def asked_of(self, node: fx.Node) -> None:
         """Take down that a forward decides something by a node's value."""
         if self._examples.of_batch(node):
@@ -213,8 +217,9 @@ def _trace_once(model: nn.Module, setting: Setting, expanded: set[str], returns_
     with torch.enable_grad(), recorded_calls(tracer):
         graph = tracer.trace(root)
     for node in reversed(graph.nodes):
-        # A size that was asked for and not used.
-        if node.op == "call_method" and node.target == "size" and not node.users:
+        # A size that was asked for and not used, or a number that is part of the graph instead.
+        is_size = node.op == "call_method" and node.target == "size"
+        if not node.users and (is_size or "is_constant" in node.meta):
             graph.erase_node(node)
     registered = {name for name, _ in root.named_parameters(remove_duplicate=False)}
     registered |= {name for name, _ in root.named_buffers(remove_duplicate=False)}

@@ -47,6 +47,9 @@ def make(family: str) -> nn.Module:
             transformers.Gemma3TextConfig(**GROUPED, head_dim=4, sliding_window=3, sliding_window_pattern=2)
         ),
         "Mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**GROUPED, num_local_experts=2)),
+        "Llama for classes": lambda: transformers.LlamaForSequenceClassification(
+            transformers.LlamaConfig(**GROUPED, num_labels=3)
+        ),
         "DistilBERT": lambda: transformers.DistilBertForSequenceClassification(
             transformers.DistilBertConfig(
                 vocab_size=VOCABULARY, dim=WIDTH, n_layers=BLOCKS, n_heads=4, hidden_dim=24, max_position_embeddings=16
@@ -107,3 +110,11 @@ def test_a_decoder_in_partitions_is_same_as_plain_torch(tmp_path: Path) -> None:
     result = fit(build, data, tmp_path / "run", **options)
     assert len(result.partitions) == 3
     assert_same_weights(expected.model, loaded(build, result.weights_file))
+
+
+def test_partitions_that_learn_by_themselves_hold_the_same_table(tmp_path: Path) -> None:
+    data = (ids_of(12), torch.arange(12) % 3)
+    build = functools.partial(make, "Llama for classes")
+    result = fit(build, data, tmp_path / "run", method="pnn", partitions=2, **{**COMMON, "epochs": 1})
+    assert len(result.partitions) == 2
+    loaded(build, result.weights_file)

@@ -209,3 +209,26 @@ def test_products_of_experts_have_shapes_in_float32() -> None:
     with FakeTensorMode():
         fake = shape()
     assert fake == shape()
+
+
+class Patches(nn.Module):
+    """Returns the sizes of what it makes, as numbers, and nothing in the place of attention maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int], None]:
+        return self.a(x), (x.shape[1], 2), None
+
+
+def test_numbers_that_a_block_returns_do_not_cross() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x, sizes, maps = m.patches(x)
+        assert maps is None
+        return m.d(m.c(x).unflatten(1, (sizes[0], sizes[1]))).flatten(1)
+
+    model = FromFunction(forward, patches=Patches(), c=nn.Linear(4, 8), d=nn.Linear(2, 2))
+    chain = capture(model, vector(4))
+    assert layer_names(chain) == ["patches", "c", "d"]
+    assert_equal(chain, model, torch.randn(3, 4))
