@@ -157,3 +157,17 @@ def test_transformers_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPa
 
 def test_the_helpers_models_are_what_the_tests_take_them_for() -> None:
     assert make_model("vit", "AutoModelForImageClassification", VIT).config.num_labels == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "most"),
+    [
+        ("qwen3-0.6b", 596_049_920, 40_960),
+        ("llama-3.2-1b", 1_235_814_400, 131_072),
+        ("llama-3.1-8b", 8_030_261_248, 131_072),
+    ],
+)
+def test_shapes_of_published_models_are_known_without_their_weights(name: str, parameters: int, most: int) -> None:
+    source = find_model(f"hf:{Path(__file__).parents[3] / 'bench' / 'shapes' / name}.json", {}, None)
+    assert (source.most_context, source.context, source.default_weights) == (most, 256, None)
+    assert sum(one.numel() for one in skeleton(source.build).parameters()) == parameters
