@@ -84,6 +84,19 @@ def check_longer(stored: FitConfig, epochs: int) -> None:
             raise ConfigError(f"{before}the run began with {flag(name)} {getattr(stored, name)}; begin a new run")
 
 
+def raised(config: FitConfig, journal: Mapping[str, Any]) -> FitConfig:
+    """Return the options of a run with the epochs that a resume has raised them to, if one has.
+
+    Args:
+        config: options that the run began with.
+        journal: body of its journal.
+    """
+    epochs = journal.get("epochs")
+    if isinstance(epochs, int) and len(config.epochs) == 1 and epochs > config.epochs[0]:
+        return dataclasses.replace(config, epochs=(epochs,))
+    return config
+
+
 def check_trust(config: FitConfig, options: Mapping[str, Any], where: Path, *, trust: bool, again: bool = True) -> None:
     """Refuse to run code that a run names, and that whoever goes on with it did not.
 

@@ -1,14 +1,12 @@
 """What a resume begins with: the state of the last commit, if it belongs to what is asked now."""
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lowmem_pnn.config.checks import check_lengths
 from lowmem_pnn.config.configure import contradictions
 from lowmem_pnn.config.faults import flag
 from lowmem_pnn.config.fit_config import FitConfig, field_names
+from lowmem_pnn.config.resume import raised
 from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.engine.tally import EpochProgress
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
@@ -42,19 +40,6 @@ def stored_config(rundir: RunDirectory) -> FitConfig:
     if faults:
         raise CheckpointError(f"{rundir.path / 'config.json'} is of no run: {faults[0]}; {RUN_REMEDY}")
     return raised(config, rundir.journal())
-
-
-def raised(config: FitConfig, journal: Mapping[str, Any]) -> FitConfig:
-    """Return the options of a run with the epochs that a resume has raised them to, if one has.
-
-    Args:
-        config: options that the run began with.
-        journal: body of its journal.
-    """
-    epochs = journal.get("epochs")
-    if isinstance(epochs, int) and len(config.epochs) == 1 and epochs > config.epochs[0]:
-        return dataclasses.replace(config, epochs=(epochs,))
-    return config
 
 
 def go_on_from_the_end(state: State, before: FitConfig, workload: Workload, path: Path) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.resume import began_alike, resumed_config
+from lowmem_pnn.config.resume import began_alike, raised, resumed_config
 from lowmem_pnn.errors import CheckpointError, ConfigError, DiskError
-from lowmem_pnn.run.resume import raised
 from lowmem_pnn.stores.disk import RUN_REMEDY, read_file
 from lowmem_pnn.stores.journal import read_journal
 
