@@ -1,32 +1,29 @@
 """The public functions: `fit`, `plan`, `evaluate`, `predict`, `export`, `load`, `load_weights`."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowmem_pnn.compilation.compiler import check_compiler
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.config.workdir import next_workdir
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.errors import ConfigError, LowMemError
+from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit
+from lowmem_pnn.exporting.export_folder import ExportFolder
+from lowmem_pnn.exporting.export_formats import ExportFormat, check_name
+from lowmem_pnn.exporting.transformers_folder import export_to_transformers
 from lowmem_pnn.formats.data_loader import loader_options
 from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember, workload_of
 from lowmem_pnn.inference.predict import predict_run
 from lowmem_pnn.inference.samples import PartName
+from lowmem_pnn.memory.available import budget_of, is_share
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.planning.comparison import compare_methods
-from lowmem_pnn.planning.describe import describe_plan
-from lowmem_pnn.planning.request import PlanRequest
-from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.pretrained.model_file import load_into
-from lowmem_pnn.profiling.benchmark import LayerBenchmark
-from lowmem_pnn.profiling.memory_profiler import MeasurementCache
+from lowmem_pnn.preview.preview import preview
 from lowmem_pnn.reporting.plan_report import PlanReport
-from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.reporting.progress import Display, default_display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.callbacks import Callback
 from lowmem_pnn.run.finished import open_finished
@@ -38,15 +35,11 @@ from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.tasks import OwnLoss, OwnMetrics
 from lowmem_pnn.tasks.scores import with_prefix
-from lowmem_pnn.training.export import export_exit, export_merged, find_exit
-from lowmem_pnn.training.export_folder import ExportFolder
-from lowmem_pnn.training.export_formats import ExportFormat, check_name
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.lifecycle import score
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
-from lowmem_pnn.training.start import OpenInputs, begin, worker_threads
+from lowmem_pnn.training.start import begin, worker_threads
 from lowmem_pnn.training.start import resume as resume_training
-from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import Model, name_of, named_inputs, python_inputs, without_weights
 
 
@@ -64,6 +57,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     display: Display | None = None,
+    verbose: bool | None = None,
     callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> Result:
@@ -73,12 +67,13 @@ def fit(
         model: a name as the command takes it, a function that builds the model, or a model. Of a model that does not fit in memory
             only a function (or a name) can train: it is then never built whole in memory.
         train: a data set's name as the command takes it, a map-style torch data set of (x, y), or of dictionaries with one value and one
-            label, a torch `DataLoader` of one, whose batch size, order and collation are taken, or a tuple (x, y) of tensors, arrays,
-            tables or lists: x (N, ...) numbers, which reach the model as float32 (or, where it looks them up, as int64), y (N, ...) class
-            numbers, labels, values or masks; with a loss of your own any tensors, or tuples and dictionaries of them.
+            label, a torch `DataLoader` of one, whose batch size, order and collation are taken, a pandas `DataFrame` with the option
+            `target`, a data set of scikit-learn, or a tuple (x, y) of tensors, arrays, tables or lists: x (N, ...) numbers, which reach the
+            model as float32 (or, where it looks them up, as int64), y (N, ...) class numbers, labels, values or masks; with a loss of your
+            own any tensors, or tuples and dictionaries of them.
         val: a data set, its name, a loader or a tuple to validate on; None takes the validation part that `train` names, or else
             `val_fraction` of `train`.
-        max_gpu_mem: the budget, as a size ("2GB") or in bytes.
+        max_gpu_mem: the budget, as a size ("2GB"), in bytes, or as a share of what is free now ("75%", "auto").
         test: a data set, its name, a loader or a tuple to test on after training.
         loss: a loss by name, or a function of the model's outputs and the targets, which returns the mean over samples, or a pair (sum,
             count): then the gradient of a batch is that of all sums over all counts, whatever its micro-batches.
@@ -89,9 +84,13 @@ def fit(
             that was begun with the same options.
         resume: go on with a run; options may be given as before, or left out. A finished run gives its result.
         overwrite: replace the run in `workdir`.
-        display: is told of the run's progress; None shows nothing.
+        display: is told of the run's progress; None shows it as `verbose` says.
+        verbose: whether progress is shown on standard error; None shows it in a terminal and in a notebook.
         callbacks: objects of `lowmem_pnn.Callback`, which are told of the start, steps, epochs, commits and the end.
         **options: other fields of `FitConfig`.
+
+    A model that is given as an object holds the trained weights at the end, which is said; where they are not of its form (another head),
+    a line names `result.load(model)`, for a model of that form.
 
     On Linux glibc's thresholds for giving memory back stay lowered in the process; the memory limit is lifted at the end.
 
@@ -117,15 +116,25 @@ def fit(
     open_inputs = python_inputs(
         model, train, val, test, loss=None if isinstance(loss, str) else loss, metrics=metrics, state_dict=state_dict
     )
+    display = default_display(verbose) if display is None else display
     if resume:
+        given = {name: value for name, value in given.items() if not is_share(value)}  # what the run began with is kept
         folder = unfinished_run(given) if workdir is None else Path(workdir)
         result = resume_training(folder, given, open_inputs, display=display, callbacks=callbacks)
     else:
-        config = configure(**given)
+        config = configure(**{**given, "max_gpu_mem": budget_of(max_gpu_mem, options.get("device") or "auto")})
         folder = next_workdir(config) if workdir is None else Path(workdir)
         result = begin(config, folder, open_inputs, overwrite=overwrite, display=display, callbacks=callbacks)
     assert result is not None, "one process trains all partitions"
     remember(result.workdir, model)
+    if isinstance(model, torch.nn.Module):
+        try:
+            result.load(model)
+            display.message("the model that was given holds the trained weights")
+        except LowMemError as error:
+            display.message(
+                f"the model that was given stays as it is ({error}); result.load(model) loads the weights into one of their form"
+            )
     return result
 
 
@@ -156,11 +165,12 @@ def plan(
         The partitions, and whether they fit; with `timing` all methods side by side.
     """
     named = {**_names(model, train, loss), "weights": _named_weights(weights)}
-    config = configure(max_gpu_mem=max_gpu_mem, **named, **_given(train, val, None, options))
+    budget = budget_of(max_gpu_mem, options.get("device") or "auto")
+    config = configure(max_gpu_mem=budget, **named, **_given(train, val, None, options))
     state_dict = weights if isinstance(weights, Mapping) else None
     own_loss = None if isinstance(loss, str) else loss
     open_inputs = python_inputs(model, train, None if isinstance(val, str) else val, None, loss=own_loss, state_dict=state_dict)
-    return _plan(config, open_inputs, timing)
+    return preview(config, open_inputs, timing=timing)
 
 
 def evaluate(run: str | Path | Result, *, trust: bool = False) -> dict[str, Any]:
@@ -195,7 +205,8 @@ def evaluate(run: str | Path | Result, *, trust: bool = False) -> dict[str, Any]
             rundir.clear()
             with rundir.scratch() as folder:
                 session = Session(device, rundir, threads, scratch=folder)
-                weights = build_weights(workload, plan, folder / "weights", session.counter, trained=path / "model.safetensors")
+                trained = path / "model.safetensors"
+                weights = build_weights(workload, plan, folder / "weights", session.counter, trained, metered=device.metered)
                 return with_prefix("test", score(Run(session, workload, plan, weights, state)))
 
 
@@ -298,7 +309,7 @@ def export(
     Args:
         run: the run's folder, which need not be writable if `out` is given, or its result.
         to: "safetensors", weights under the model's own names, which are never whole in memory; "pt2", a `torch.export` program; "onnx";
-            None writes a program and its weights.
+            "hf", a folder that transformers loads; None writes a program and its weights.
         merge: write weights as the model's own class has them, adapters added in and stored weights decoded, some rows at a time.
         exit: the number of an exit, from 1, the whole model's being the last; "auto" takes the one that the run has chosen.
         out: folder for `model.pt2` (a `torch.export` program of any batch size, in eval mode) and `model.safetensors`; None takes
@@ -324,9 +335,12 @@ def export(
     with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
         finished = open_finished(rundir)
         number = find_exit(finished.result, exit, path)
-        folder = ExportFolder.find(path, number, finished.result, None if out is None else Path(out))
+        chosen = None if out is None else Path(out)
+        folder = None if to == "hf" else ExportFolder.find(path, number, finished.result, chosen)
         workload = workload_of(finished, path, given_model(path, model), trust=trust)
         rundir.clear()
+        if folder is None or to == "hf":
+            return export_to_transformers(workload, finished.config, finished.result, path, chosen)
         if merge:
             return export_merged(workload, path, folder)
         return export_exit(workload, finished.result, number, path, folder, to)
@@ -352,16 +366,6 @@ def load_weights(model: torch.nn.Module, file: str | Path) -> torch.nn.Module:
     return model
 
 
-def plan_run(config: FitConfig, *, timing: bool = True) -> PlanReport:
-    """Return the plan of a run whose model and data have names.
-
-    Args:
-        config: options of the run.
-        timing: time layers, and show all methods side by side.
-    """
-    return _plan(config, named_inputs, timing)
-
-
 def _names(model: Model, train: Any, loss: str | OwnLoss) -> dict[str, str]:
     """Return what a run's configuration calls model and data, and the loss where it was given."""
     names = {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
@@ -384,17 +388,3 @@ def _given(train: Any, val: Any, test: Any, options: dict[str, Any]) -> dict[str
 def _named_weights(weights: Any) -> Any:
     """Return what a run's configuration calls pretrained weights."""
     return f"python:{type(weights).__name__}" if isinstance(weights, Mapping) else weights
-
-
-def _plan(config: FitConfig, open_inputs: OpenInputs, timing: bool) -> PlanReport:
-    if config.compile:
-        check_compiler()
-    cache = MeasurementCache()
-    with open_workload(config, open_inputs(config)) as (device, workload):
-        request = PlanRequest(workload, profile_workload(workload, device, cache), device)
-        benchmark = LayerBenchmark(device)
-        report = describe_plan(request, TimeEstimator.measured(request, benchmark))
-        # Layers are timed as they are, uncompiled.
-        if not timing or config.compile:
-            return report
-        return dataclasses.replace(report, prospects=compare_methods(request, benchmark, cache))

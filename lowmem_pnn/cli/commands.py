@@ -1,8 +1,10 @@
 """The commands, and the one place that turns errors into exit codes. torch is imported only when work starts."""
 
 import contextlib
+import dataclasses
 import gc
 import io
+import json
 import os
 import signal
 import sys
@@ -10,12 +12,15 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from lowmem_pnn import __version__
+from lowmem_pnn.cli.bench_command import bench
+from lowmem_pnn.cli.doctor import doctor
 from lowmem_pnn.cli.generate_command import generate
+from lowmem_pnn.cli.lists import data, methods, models
 from lowmem_pnn.cli.options import (
     GroupedCommand,
     command_options,
@@ -27,12 +32,15 @@ from lowmem_pnn.cli.options import (
 )
 from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, stdout_is_ours, terminal_width
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
-from lowmem_pnn.config.command import describe_command
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
+from lowmem_pnn.memory.available import is_share
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.unfinished import unfinished_run
+from lowmem_pnn.settings.command import describe_command
+from lowmem_pnn.settings.config_file import to_toml
+from lowmem_pnn.units import parse_bytes
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 130})
@@ -52,6 +60,7 @@ def cli() -> None:
 @run_options
 @output_options
 @click.option("--no-report", is_flag=True, help="Write no report.html, the page that `lowmem-pnn report` writes, at the end.")
+@click.option("--print-config", is_flag=True, help="Print the options as TOML, as --config takes them, and train nothing.")
 @click.option("--after-crash", is_flag=True, hidden=True)
 def fit(
     workdir: Path | None,
@@ -62,6 +71,7 @@ def fit(
     quiet: bool,
     debug: bool,
     no_report: bool,
+    print_config: bool,
     after_crash: bool,
     **options: Any,
 ) -> None:
@@ -70,13 +80,18 @@ def fit(
     With neither --model nor --data: a multilayer perceptron with 2.16 GB of training state, on scikit-learn's digits.
     """
     config, rank, given = None, Rank.of_environment(), given_options(options)
+    share = is_share(given.get("max_gpu_mem"))
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run, and --overwrite replaces it; give one")
     if trust and not resume:
         raise ConfigError("--trust has no effect here: it needs --resume; leave it out")
     if workdir is None and not rank.is_alone:
         raise ConfigError("the processes of torchrun need a folder that they agree on; give --workdir DIR")
+    if print_config:
+        print_result(to_toml(configure(**command_options(options))).rstrip("\n"))
+        return
     if resume:
+        given = {name: value for name, value in given.items() if name != "max_gpu_mem" or not share}  # the run's own is kept
         chosen = rank.folder(workdir or unfinished_run(given))
     else:
         config = configure(**command_options(options))
@@ -85,7 +100,9 @@ def fit(
     if not is_worker():
         if not quiet:
             announce(describe_command(config, chosen))
-        arguments = sys.argv[1:] if workdir is not None else [*sys.argv[1:], "--workdir", str(chosen)]
+        # Resolved once: of an option that is given twice the last value counts.
+        budget = ["--max-gpu-mem", str(config.max_gpu_mem)] if share and config is not None else []
+        arguments = [*sys.argv[1:], *budget, *(["--workdir", str(chosen)] if workdir is None else [])]
         begin_supervisor(arguments, chosen)
     with _stop_on_signals() as should_stop:
         with stdout_is_ours():
@@ -113,22 +130,33 @@ def fit(
     is_flag=True,
     help="Do not time layers, which takes a few seconds: show no predicted times, and only the method that is asked for.",
 )
+@click.option("--budgets", metavar="SIZE,...", help="Several budgets, one after the other, in place of --max-gpu-mem.")
 @output_options
-def plan(no_timing: bool, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-    """Show what `fit` with the same options would do: partitions, micro-batches, predicted peaks, disk; and what an epoch of each
-    method would take. Nothing is trained.
+def plan(no_timing: bool, budgets: str | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+    """Show what `fit` with the same options would do: partitions, micro-batches, predicted peaks, disk; what an epoch of each method
+    would take, from which budget on each fits, and which one to take. Nothing is trained.
     """
-    config = configure(**command_options(options))
+    sizes = [parse_bytes(size) for size in budgets.split(",")] if budgets else []
+    if budgets and "max_gpu_mem" in given_options(options):
+        raise ConfigError("--max-gpu-mem and --budgets exclude each other; give one")
     if not no_timing:
+        configure(**command_options(options, sizes))  # faults come before anything is imported anew
         as_worker()
+    config = configure(**command_options(options, sizes))
     with stdout_is_ours():
-        from lowmem_pnn.api import plan_run
+        from lowmem_pnn.preview.preview import previews
+        from lowmem_pnn.reporting.budget_table import describe_budgets
 
-        report = plan_run(config, timing=not no_timing)
-    print_result(report.to_json() if as_json else str(report))
+        reports = previews(config, sizes or [config.max_gpu_mem], timing=not no_timing)
+        report = reports[0]
+    if budgets:
+        json_text = json.dumps({"schema_version": 1, "budgets": [dataclasses.asdict(each) for each in reports]}, indent=1)
+        print_result(json_text if as_json else describe_budgets(reports, terminal_width()))
+    else:
+        print_result(report.to_json() if as_json else report.describe(terminal_width()))
     # The interpreter would look through all that was imported for cycles once more before it ends: half a second.
     gc.freeze()
-    raise SystemExit(report.exit_code)
+    raise SystemExit(min(each.exit_code for each in reports))
 
 
 @cli.command()
@@ -137,8 +165,6 @@ def plan(no_timing: bool, as_json: bool, quiet: bool, debug: bool, **options: An
 @output_options
 def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Measure the weights of a finished run on its test data, within its memory budget."""
-    import json
-
     with stdout_is_ours():
         from lowmem_pnn.api import evaluate as evaluate_run
 
@@ -186,8 +212,6 @@ def predict(
     debug: bool,
 ) -> None:
     """Predict samples by the model of a finished run, within its memory budget, one partition at a time."""
-    import json
-
     with stdout_is_ours():
         from rich.console import Console
 
@@ -213,10 +237,10 @@ def predict(
 @click.argument("run", type=click.Path(readable=False, path_type=Path))
 @click.option(
     "--to",
-    metavar="safetensors|pt2|onnx",
+    metavar="safetensors|pt2|onnx|hf",
     help=(
-        "One format, which is read again and compared: weights under the model's own names; a torch.export program; ONNX. Only weights are "
-        "never whole in memory. [default: a program and its weights]"
+        "One format, which is read again and compared: weights under the model's own names; a torch.export program; ONNX. hf: a folder that "
+        "transformers loads. Only weights and hf are never whole in memory. [default: a program and its weights]"
     ),
 )
 @click.option(
@@ -235,7 +259,7 @@ def predict(
     "--out",
     type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
-    help="Folder that the model is written to. [default: RUN/exit-K, or RUN/export]",
+    help="Folder that the model is written to. [default: RUN/exit-K, RUN/export, or RUN/hf]",
 )
 @trust_option
 @output_options
@@ -243,8 +267,6 @@ def export(
     run: Path, to: Any, merge: bool, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool
 ) -> None:
     """Write the model of a finished run, up to one of its exits, for plain PyTorch or for others."""
-    import json
-
     with stdout_is_ours():
         from lowmem_pnn.api import export as export_run
 
@@ -266,8 +288,6 @@ def export(
 @output_options
 def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool, debug: bool) -> None:
     """Write a page about a finished run: memory over time, plan, learning, where the seconds went. Several runs are set side by side."""
-    import json
-
     from lowmem_pnn.page.page import write_page
 
     chosen = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -275,7 +295,8 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool,
     print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
 
 
-cli.add_command(generate)
+for command in (generate, bench, doctor, models, data, methods):
+    cli.add_command(command)
 
 
 def _numbers(scores: Mapping[str, Any]) -> str:
@@ -298,23 +319,28 @@ def main() -> None:
         context = error.ctx if isinstance(error, click.UsageError) else None
         command = context.command_path if context is not None else "lowmem-pnn"
         text = error.format_message().rstrip(".").replace(". ", "; ")
-        print(f"lowmem-pnn: {text[:1].lower()}{text[1:]}; {command} --help lists what there is", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(f"{text[:1].lower()}{text[1:]}; {command} --help lists what there is", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print("lowmem-pnn: stopped", file=sys.stderr)
-        sys.exit(130)
+        _fail("stopped", 130)
     except LowMemError as error:
         if debug:
             traceback.print_exc()
-        print(f"lowmem-pnn: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code, getattr(error, "enough_bytes", None))
     except Exception as error:
         if debug:
             traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         code, text = _judge(error, text)
-        print(f"lowmem-pnn: {text}; run again with --debug for the traceback", file=sys.stderr)
-        sys.exit(code)
+        _fail(f"{text}; run again with --debug for the traceback", code)
+
+
+def _fail(text: str, code: int, enough_bytes: int | None = None) -> NoReturn:
+    """Say in a line what went wrong, with --json as JSON on standard output too, and exit."""
+    print(f"lowmem-pnn: {text}", file=sys.stderr)
+    if "--json" in sys.argv:
+        with contextlib.suppress(DiskError):
+            print_result(json.dumps({"schema_version": 1, "error": text, "exit_code": code, "enough_bytes": enough_bytes}))
+    sys.exit(code)
 
 
 def _judge(error: Exception, text: str) -> tuple[int, str]:

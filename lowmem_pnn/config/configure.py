@@ -15,7 +15,8 @@ from lowmem_pnn.config.faults import describe_fault, flag
 from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, field_names
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS, ROWS_OF_TEXT
 from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS, has_weights, is_transformers, place_of
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.errors import ConfigError, UnitError
+from lowmem_pnn.units import MEGABYTE
 
 # Trained when neither a model nor data is named: larger than 2 GB with its optimizer state, and learnt in a minute.
 DEMONSTRATION: Mapping[str, Any] = {
@@ -72,6 +73,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("eval_every", "--method pnn, exact or backprop", lambda config: config.method != "neuroflux"),
     ("monitor", "--early-stop or --keep-weights best", lambda config: config.watches),
     ("min_lr", "--lr-schedule linear or cosine", lambda config: config.lr_schedule in ("linear", "cosine")),
+    ("keep_state", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
     ("max_steps", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
     ("betas", "--optimizer adam or adamw", lambda config: set(config.optimizer) != {"sgd"}),
     ("eps", "--optimizer adam or adamw", lambda config: set(config.optimizer) != {"sgd"}),
@@ -94,8 +96,8 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("loss_on", "prompts or messages (jsonl:, parquet:, hfdata:)", lambda config: _has(config, "jsonl", *ROWS_OF_TEXT)),
     (
         "target",
-        "data with columns (csv:, parquet:, hfdata:)",
-        lambda config: config.data.startswith(("csv:", "parquet:", "hfdata:")),
+        "data with columns (csv:, parquet:, hfdata:, or from Python a data frame alone)",
+        lambda config: config.data.startswith(("csv:", "parquet:", "hfdata:")) or config.data.endswith("DataFrame"),
     ),
     ("resize", "--image-size", lambda config: config.image_size is not None),
     (
@@ -158,6 +160,9 @@ def configure(**given: Any) -> FitConfig:
     if given.get("lora") is not None:
         values = {**values, **DEFAULTS_WITH_ADAPTERS, **given}
     config = checked(values)
+    if config.max_gpu_mem < MEGABYTE and str(given["max_gpu_mem"]).strip().isdigit():
+        size = given["max_gpu_mem"]
+        raise UnitError(f"--max-gpu-mem {size} is {size} bytes; did you mean {size}GB?")
     faults = [
         f"{flag(name)} has no effect here: it needs {need}"
         for name, need, holds in _CONDITIONAL
@@ -263,6 +268,8 @@ def contradictions(config: FitConfig) -> list[str]:
         faults.append(
             "--eval-every measures the model while its last partition learns, and --parallel-sil joins it later; leave one out"
         )
+    if config.keep_state and config.keep_weights == "best":
+        faults.append("--keep-state goes on from the last weights, and --keep-weights best leaves others; leave one out")
     if config.views > 1 and config.method != "neuroflux":
         faults.append("--views has no effect here: it needs --method neuroflux")
     if config.visits == "interleaved" and len(config.epochs) > 1:

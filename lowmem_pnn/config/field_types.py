@@ -4,11 +4,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
+from lowmem_pnn.errors import UnitError
 from lowmem_pnn.units import parse_bytes
 
 
 def _size(value: Any) -> Any:
     # pydantic collects ValueErrors, and UnitError is one.
+    if isinstance(value, float):
+        raise UnitError(f"{value!r} has no unit; write it as text, '{value:g}GB', or as a whole number of bytes")
     return parse_bytes(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
 
 

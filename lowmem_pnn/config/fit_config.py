@@ -54,7 +54,10 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
     """
 
     max_gpu_mem: Size = Field(
-        description="Memory budget of the training device: the GPU, or this process where the device is the CPU (512MB, 2GiB)."
+        description=(
+            "Memory budget of the training device: the GPU, or this process where the device is the CPU (512MB, 2G, 2GiB); or a share of "
+            "what is free at the start (75%), auto being 80%."
+        )
     )
     model: str = Field(
         description=(

@@ -2,10 +2,11 @@
 
 import csv
 import importlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.imports import one_line
@@ -34,6 +35,8 @@ class TableFile:
 
     def __init__(self, path: Path, kind: TableKind) -> None:
         self.path, self.kind = path, kind
+        self.name, self.title, self.spec = str(path), path.stem, f"{kind}:{path}"
+        """Names of the file in messages, of its data set, and as a command has it."""
         self.place = "line" if kind == "csv" else "row"
         """What a place in the file is called."""
         if not path.is_file():
@@ -144,18 +147,40 @@ class TableFile:
                 columns = [column.to_pylist() for column in batch.columns]
                 for values in zip(*columns, strict=True):
                     number += 1
-                    yield number, [self._text(value, name, number) for value, name in zip(values, self.columns, strict=True)]
+                    texts = zip(values, self.columns, strict=True)
+                    yield number, [field_text(value, self.name, name, number) for value, name in texts]
         except LowMemError:
             raise
         except Exception as error:
             raise DataError(f"{self.path} cannot be read as Parquet: {one_line(error)}; repair it") from error
 
-    def _text(self, value: Any, name: str, number: int) -> str:
-        if isinstance(value, list | dict | bytes):
-            raise DataError(
-                f"{self.path}: column {name!r} holds a {type(value).__name__} in row {number}; give numbers or words alone, or leave it out"
-            )
-        return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
+
+def field_text(value: Any, table: str, column: str, row: int) -> str:
+    """Return a value of a table as text; empty where it is missing.
+
+    Args:
+        value: A number, a word, a truth value, or None.
+        table: Name of the table in messages.
+        column: Name of its column.
+        row: Number of its row.
+
+    Raises:
+        DataError: It is several values, or bytes.
+
+    Example:
+        >>> field_text(0.5, "prices", "cost", 1), field_text(float("nan"), "prices", "cost", 2)
+        ('0.5', '')
+    """
+    if isinstance(value, list | tuple | dict | set | bytes | np.ndarray):
+        raise DataError(
+            f"{table}: column {column!r} holds a {type(value).__name__} in row {row}; give numbers or words alone, or leave it out"
+        )
+    try:
+        is_missing = value is None or bool(value != value)
+    # pandas.NA is neither equal nor unequal to itself.
+    except TypeError:
+        is_missing = True
+    return "" if is_missing else str(value)
 
 
 def _is_number(text: str) -> bool:

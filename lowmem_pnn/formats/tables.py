@@ -8,14 +8,14 @@ age,city,price                          x: [34, 1, 0]   y: 12.5      (--target p
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from lowmem_pnn.errors import ConfigError, DataError
-from lowmem_pnn.formats.table_file import MISSING, TableFile, TableKind
+from lowmem_pnn.formats.data_frame import DataFrame
+from lowmem_pnn.formats.table_file import MISSING, TableFile
 from lowmem_pnn.sources.dataset import Dataset, join_parts
 from lowmem_pnn.sources.imports import did_you_mean
 from lowmem_pnn.sources.map_split import from_arrays
@@ -79,8 +79,7 @@ class TableSchema:
 
 
 def open_table(
-    path: Path,
-    kind: TableKind,
+    file: TableFile | DataFrame,
     targets: Sequence[str] | None,
     input_form: InputForm,
     options: TargetOptions,
@@ -89,35 +88,35 @@ def open_table(
     schema: TableSchema | None = None,
     may_lack_targets: bool = False,
 ) -> Dataset:
-    """Open a file of a table as data of one part.
+    """Open a table as data of one part.
 
     Args:
-        path: Path of the file.
-        kind: Kind of the file.
+        file: File of the table, or a data frame.
         targets: Names of the columns that are to be predicted; None where nobody says.
         input_form: Form of the samples that the model takes.
         options: What is known of the targets.
         skip_broken: Leave out rows that cannot be used, instead of raising.
         schema: What columns are in the training data; None for the training data itself.
-        may_lack_targets: Whether a file without the columns of targets is taken, with class 0 for each row and no targets in its
+        may_lack_targets: Whether a table without the columns of targets is taken, with class 0 for each row and no targets in its
             `preparation`.
 
     Raises:
         ConfigError: The target is not said, or there is no such column.
-        DataError: The file cannot be read, or a value cannot be used.
+        DataError: The table cannot be read, or a value cannot be used.
     """
-    file = TableFile(path, kind)
+    if isinstance(file, DataFrame) and schema is None:
+        targets = file.target_names or targets
     if schema is None and targets is None:
-        raise ConfigError(f"data {kind}:{path} needs --target COLUMN; its columns are {_listed(file.columns)}")
+        raise ConfigError(f"data {file.spec} needs --target COLUMN; its columns are {_listed(file.columns)}")
     if may_lack_targets and schema is not None and not any(name in file.columns for name in schema.targets):
         schema, options = dataclasses.replace(schema, targets=(), classes=()), TargetOptions()
     wanted = schema.targets if schema is not None else tuple(targets or ())
     for name in (*wanted, *(schema.columns if schema is not None else ())):
         if name not in file.columns:
-            raise ConfigError(f"{path} has no column {name!r}{did_you_mean(name, file.columns)}")
+            raise ConfigError(f"{file.name} has no column {name!r}{did_you_mean(name, file.columns)}")
     inputs = [name for name in file.columns if name not in wanted] if schema is None else list(schema.columns)
     if not inputs:
-        raise ConfigError(f"{path}: all of its columns are targets; leave one out of --target")
+        raise ConfigError(f"{file.name}: all of its columns are targets; leave one out of --target")
     survey = _Survey(file, inputs, wanted)
     broken = survey.look(skip_broken)
     if schema is None:
@@ -129,13 +128,13 @@ def open_table(
     x, y = _read(file, schema, broken, survey.num_rows - len(broken), skip_broken)
     if options.task == "auto" and len(schema.targets) == 1:
         options = dataclasses.replace(options, task="classification" if schema.classes else "regression")
-    split = from_arrays(x, y, num_classes=len(schema.classes) or None, input_form=input_form, where=str(path), options=options)
+    split = from_arrays(x, y, num_classes=len(schema.classes) or None, input_form=input_form, where=file.name, options=options)
     dataset = join_parts(
-        path.stem,
+        file.title,
         split,
         None,
         first_steps=schema.steps,
-        skipped={f"{file.place} {number} of {path}": reason for number, reason in broken.items()},
+        skipped={f"{file.place} {number} of {file.name}": reason for number, reason in broken.items()},
         classes=schema.classes,
     )
     return dataclasses.replace(dataset, preparation=schema.to_dict())
@@ -145,12 +144,12 @@ class _Survey:
     """First reading of a table: which columns are numbers, which words there are, and what is missing.
 
     Args:
-        file: The file.
+        file: The table.
         inputs: Names of the columns that samples are made of.
         targets: Names of the columns that are to be predicted.
     """
 
-    def __init__(self, file: TableFile, inputs: Sequence[str], targets: Sequence[str]) -> None:
+    def __init__(self, file: TableFile | DataFrame, inputs: Sequence[str], targets: Sequence[str]) -> None:
         self._file, self._targets = file, targets
         self._places = {name: file.columns.index(name) for name in (*inputs, *targets)}
         # Texts of each column, with the places where they come first; and the first that is no number.
@@ -183,7 +182,7 @@ class _Survey:
                 else:
                     self._note(name, text, number)
         if not self.num_rows:
-            raise DataError(f"{self._file.path} holds 0 rows; give at least 1")
+            raise DataError(f"{self._file.name} holds 0 rows; give at least 1")
         for number, name, text in missing:
             # What stands for no number is a word in a column of words.
             if self._is_number[name] or not text:
@@ -192,12 +191,12 @@ class _Survey:
                 self._words[name].setdefault(text, number)
         if len(broken) == self.num_rows:
             raise DataError(
-                f"{self._file.path}: no row can be used, such as {self._file.place} {min(broken)}, which {broken[min(broken)]}"
+                f"{self._file.name}: no row can be used, such as {self._file.place} {min(broken)}, which {broken[min(broken)]}"
             )
         if broken and not skip_broken:
             first = min(broken)
             raise DataError(
-                f"{self._file.path}: {self._file.place} {first} {broken[first]}; {len(broken):,} of {self.num_rows:,} rows cannot be used; "
+                f"{self._file.name}: {self._file.place} {first} {broken[first]}; {len(broken):,} of {self.num_rows:,} rows cannot be used; "
                 "fill them in, or leave them out (--skip-broken)"
             )
         return dict(sorted(broken.items()))
@@ -226,7 +225,7 @@ class _Survey:
         if len(words) > _MOST_WORDS:
             text, number = self._first_words.get(name, (words[0], self._words[name][words[0]]))
             raise DataError(
-                f"{self._file.path}: column {name!r} holds more than {_MOST_WORDS} different values, and words, such as {text!r} in "
+                f"{self._file.name}: column {name!r} holds more than {_MOST_WORDS} different values, and words, such as {text!r} in "
                 f"{self._file.place} {number}: it is neither numbers nor a category; mend it, or leave the column out"
             )
         return tuple(words)
@@ -244,32 +243,32 @@ class _Survey:
         if len(self._targets) > 1:
             if words:
                 raise DataError(
-                    f"{self._file.path}: of several target columns each is numbers, and {words[0]!r} holds words, such as "
+                    f"{self._file.name}: of several target columns each is numbers, and {words[0]!r} holds words, such as "
                     f"{next(iter(self._words[words[0]]))!r}; give one column of words, or 0 and 1"
                 )
             return ()
         (name,) = self._targets
         if words and task in ("regression", "multilabel"):
             raise DataError(
-                f"{self._file.path}: --task {task} needs numbers, and column {name!r} holds {next(iter(self._words[name]))!r}"
+                f"{self._file.name}: --task {task} needs numbers, and column {name!r} holds {next(iter(self._words[name]))!r}"
             )
         if not words and (task in ("regression", "multilabel") or (task == "auto" and not self._is_whole[name])):
             return ()
         texts = sorted(self._words[name], key=(lambda text: self._file.number(text) or 0.0) if not words else str)
         if len(texts) > _MOST_CLASSES:
             raise DataError(
-                f"{self._file.path}: column {name!r} holds more than {_MOST_CLASSES:,} different classes; give another --target"
+                f"{self._file.name}: column {name!r} holds more than {_MOST_CLASSES:,} different classes; give another --target"
             )
         if not words and task == "auto" and len(texts) > _MOST_WHOLE_CLASSES:
             raise DataError(
-                f"{self._file.path}: column {name!r} holds {len(texts):,} different whole numbers, which may be values or classes; say which: "
+                f"{self._file.name}: column {name!r} holds {len(texts):,} different whole numbers, which may be values or classes; say which: "
                 "--task regression or --task classification"
             )
         return tuple(texts)
 
 
 def _read(
-    file: TableFile, schema: TableSchema, broken: dict[int, str], num_rows: int, skip_broken: bool
+    file: TableFile | DataFrame, schema: TableSchema, broken: dict[int, str], num_rows: int, skip_broken: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Read the values of a table: samples (N, F) float32, and targets."""
     width = sum(1 if words is None else len(words) for words in schema.columns.values())
@@ -286,7 +285,7 @@ def _read(
         def fail(name: str, found: str, why: str, number: int = number) -> None:
             reason = f"holds {found!r} in column {name!r}, {why}"
             if not skip_broken:
-                raise DataError(f"{file.path}: {file.place} {number} {reason}; mend it, or leave the row out (--skip-broken)")
+                raise DataError(f"{file.name}: {file.place} {number} {reason}; mend it, or leave the row out (--skip-broken)")
             broken[number] = reason
 
         place = 0
@@ -318,7 +317,7 @@ def _read(
             else:
                 kept += 1
     if not kept:
-        raise DataError(f"{file.path}: no row can be used, such as {file.place} {min(broken)}, which {broken[min(broken)]}")
+        raise DataError(f"{file.name}: no row can be used, such as {file.place} {min(broken)}, which {broken[min(broken)]}")
     samples, values = torch.from_numpy(x[:kept]), torch.from_numpy(y[:kept])
     if not schema.targets:
         return samples, torch.zeros(kept, dtype=torch.int64)

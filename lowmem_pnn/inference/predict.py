@@ -98,7 +98,10 @@ def predict_run(
             with rundir.scratch() as scratch:
                 state = State.first(workload, plan, ALONE)
                 session = Session(device, rundir, threads, display, scratch=scratch)
-                weights = build_weights(workload, plan, scratch / "weights", session.counter, trained=path / "model.safetensors")
+                trained = path / "model.safetensors"
+                weights = build_weights(
+                    workload, plan, scratch / "weights", session.counter, trained=trained, metered=device.metered
+                )
                 state = dataclasses.replace(state, module_state=finished.state.module_state)
                 with writer.closing():
                     measure(Run(session, workload, plan, weights, state), "test", bring_down, writer.add, may_stop=False)

@@ -15,22 +15,27 @@ from torch.utils._pytree import TreeSpec
 from lowmem_pnn.config.code import names_code
 from lowmem_pnn.config.configure import DOWNLOADED, given_options
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.language_options import LANGUAGE_KINDS
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
+from lowmem_pnn.formats.data_frame import DataFrame, as_frame
 from lowmem_pnn.formats.hub_data import open_hub_samples
 from lowmem_pnn.formats.mask_folder import open_mask_folder
+from lowmem_pnn.formats.table_file import TableFile
 from lowmem_pnn.formats.tables import TableSchema, open_table
 from lowmem_pnn.formats.unlabelled import open_given, open_images, open_npz
+from lowmem_pnn.language.token_rows import ChosenInputs
 from lowmem_pnn.samples.normalization import Normalization
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import find_dataset
-from lowmem_pnn.sources.given import as_pair
+from lowmem_pnn.sources.given import as_pair, without_bunch
 from lowmem_pnn.sources.image_folder import subfolders
 from lowmem_pnn.sources.imports import load_factory, one_line
 from lowmem_pnn.sources.splits import Indices, SampleSplit, Split
 from lowmem_pnn.sources.subsets import as_floats, files_of
 from lowmem_pnn.sources.targets import TargetOptions, Targets
 from lowmem_pnn.workload.data_form import DataForm
-from lowmem_pnn.workload.parts import SampleForm, open_apart, open_source, resize_of, split_data
+from lowmem_pnn.workload.parts import open_apart, split_data
+from lowmem_pnn.workload.sources import SampleForm, open_source, resize_of
 from lowmem_pnn.zoo.model_source import ModelSource
 
 PartName = Literal["train", "val", "test", "all"]
@@ -40,7 +45,7 @@ _WORDS = {"train": "training", "val": "validation", "test": "test"}
 _FILES = {
     "imagefolder": "DIR", "segmentation": "DIR", "hfdata": "DIR", "npz": "FILE", "csv": "FILE", "parquet": "FILE", "text": "FILE",
 }  # fmt: skip
-_SUFFIXES = {".npz": "npz", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_SUFFIXES = {".npz": "npz", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".jsonl": "jsonl"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class SamplesToPredict:
     def __init__(
         self, parts: Sequence[OpenPart], form: DataForm, normalization: Normalization | None, name: str, root: Path | None
     ) -> None:
+        parts = [_as_taken(part, form) for part in parts]
         for part in parts:
             _check_form(part, form, name)
         self._normalization, self._root = normalization, root
@@ -185,6 +191,7 @@ def open_samples(
     """
     text = isinstance(data, str | Path)
     spec = _spec(str(data), form) if text else config.data
+    parts: dict[str, OpenPart] = {}
     steps, root = "", None
     sample_form = SampleForm(source.input_form, source.context, options, source.tokenizer)
     fixed = spec in ("digits", *DOWNLOADED) or spec.startswith("text:")
@@ -202,7 +209,9 @@ def open_samples(
         parts, steps = _parts_of(spec, config, form, sample_form, preparation, skip_broken)
         root = _root(spec)
     else:
-        spec = f"python:{type(data).__name__}"
+        spec, data = f"python:{type(data).__name__}", without_bunch(data)
+        parts, steps = _of_frame(data, spec, sample_form, preparation, skip_broken)
+    if not parts:
         split, labelled = open_given(
             data, spec, source.input_form, form.structure, options, skip_broken=skip_broken, resize=resize_of(config)
         )
@@ -228,10 +237,8 @@ def _spec(text: str, form: DataForm) -> str:
 
 def _root(spec: str) -> Path | None:
     kind, _, place = spec.partition(":")
-    if kind not in ("imagefolder", "segmentation"):
-        return None
-    path = Path(place)
-    return path.parent if path.is_file() else path
+    path = Path(place).parent if Path(place).is_file() else Path(place)
+    return path if kind in ("imagefolder", "segmentation") else None
 
 
 def _own_parts(config: FitConfig, form: SampleForm) -> tuple[dict[str, OpenPart], str]:
@@ -267,18 +274,10 @@ def _parts_of(
             raise DataError(
                 f"data {spec} is a table, and the run was trained on {config.data}, which is none; give data of one kind"
             )
-        table = open_table(
-            path,
-            kind,  # type: ignore[arg-type]
-            None,
-            input_form,
-            options,
-            skip_broken=skip_broken,
-            schema=TableSchema.from_dict(preparation),
-            may_lack_targets=True,
-        )
-        whole = OpenPart.of_dataset(table.train, table)
-        return {"all": dataclasses.replace(whole, labelled=bool(table.preparation["targets"]))}, table.preprocessing
+        return _of_table(TableFile(path, kind), sample_form, preparation, skip_broken)  # type: ignore[arg-type]
+    if kind in LANGUAGE_KINDS:
+        dataset = open_source(spec, config, sample_form)
+        return _of_dataset(dataset), dataset.preprocessing
     if kind == "npz":
         splits = open_npz(path, input_form, options, skip_broken=skip_broken, resize=resize)
     elif kind == "hfdata":
@@ -298,6 +297,24 @@ def _parts_of(
         return _of_dataset(dataset), dataset.preprocessing
     first = next(iter(splits.values()))[0]
     return {name: OpenPart.of_split(*one) for name, one in splits.items()}, ", ".join(first.preprocessing.all_steps)
+
+
+def _of_table(
+    file: TableFile | DataFrame, form: SampleForm, preparation: Mapping[str, Any], skip_broken: bool
+) -> tuple[dict[str, OpenPart], str]:
+    """Return the one part of a table, which may lack its targets, and the steps to its samples."""
+    schema = TableSchema.from_dict(preparation)
+    table = open_table(file, None, form.input_form, form.options, skip_broken=skip_broken, schema=schema, may_lack_targets=True)
+    whole = OpenPart.of_dataset(table.train, table)
+    return {"all": dataclasses.replace(whole, labelled=bool(table.preparation["targets"]))}, table.preprocessing
+
+
+def _of_frame(
+    data: Any, spec: str, form: SampleForm, preparation: Mapping[str, Any], skip_broken: bool
+) -> tuple[dict[str, OpenPart], str]:
+    """Return a data frame from Python, or a pair of one and targets, as a table; nothing of other data, or where no table was learnt."""
+    frame = as_frame(data, spec, preparation["targets"]) if "columns" in preparation else None
+    return ({}, "") if frame is None else _of_table(frame, form, preparation, skip_broken)
 
 
 def _has_masks(folder: Path) -> bool:
@@ -342,6 +359,20 @@ def _choose(parts: Mapping[str, OpenPart], part: PartName | None, spec: str) -> 
     return name, [parts[name]]
 
 
+def _as_taken(part: OpenPart, form: DataForm) -> OpenPart:
+    """Return samples with those of their named tensors that the run's model takes: token rows come with all there are."""
+    if part.structure is None or part.structure == form.structure:
+        return part
+    given = part.structure.unflatten([*range(len(part.inputs))])
+    wanted = {"input_ids": 0} if form.structure is None else form.structure.unflatten([*range(len(form.inputs))])
+    if not isinstance(given, dict) or not isinstance(wanted, dict) or not set(wanted) <= set(given):
+        return part
+    places = tuple(given[name] for name in wanted)
+    split = ChosenInputs(part.split, places, as_one=form.structure is None)
+    inputs = tuple(part.inputs[place] for place in places)
+    return dataclasses.replace(part, split=split, inputs=inputs, structure=form.structure)
+
+
 def _check_form(part: OpenPart, form: DataForm, name: str) -> None:
     """Refuse samples, or targets, of another form than those that the run was trained on."""
     wanted = tuple((spec.shape, spec.dtype) for spec in form.inputs)
@@ -350,10 +381,9 @@ def _check_form(part: OpenPart, form: DataForm, name: str) -> None:
     )
     if part.structure != form.structure or (part.inputs != wanted and not numbers):
         found = " and ".join(f"{shape} {str(dtype).removeprefix('torch.')}" for shape, dtype in part.inputs)
-        images = len(part.inputs) == 1 and len(part.inputs[0][0]) == len(wanted[0][0]) == 3
-        hint = (
-            f"; bring images to {wanted[0][0][-2]} x {wanted[0][0][-1]} (rows x columns)" if images else "; give data of one form"
-        )
+        hint = "; give data of one form"
+        if len(part.inputs) == 1 and len(part.inputs[0][0]) == len(wanted[0][0]) == 3:
+            hint = f"; bring images to {wanted[0][0][-2]} x {wanted[0][0][-1]} (rows x columns)"
         raise DataError(f"{name} has samples of shape {found}, and the run was trained on samples of shape {form}{hint}")
     own, targets = form.targets, part.targets
     if part.labelled and own.kind != "own" and (own.kind, own.shape) != (targets.kind, targets.shape):

@@ -21,9 +21,10 @@ from torch import Tensor, fx, nn
 from lowmem_pnn.errors import CaptureError, ConfigError
 from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, OutputForm
 from lowmem_pnn.model.call_form import TensorSpec as TensorSpec
-from lowmem_pnn.model.copies import copy_structure
+from lowmem_pnn.model.copies import copy_structure, without_cache
 from lowmem_pnn.model.dataflow import trace_and_flow
-from lowmem_pnn.model.fake_model import Setting, run_model, uses_checkpointing
+from lowmem_pnn.model.dispatch_modes import KnownWrittenError
+from lowmem_pnn.model.fake_model import ModelRun, Setting, run_model, uses_checkpointing
 from lowmem_pnn.model.layer import Layer, python_state_of, set_python_state
 from lowmem_pnn.model.modes import read_modes
 from lowmem_pnn.model.opening import LARGE_SHARE, weight_bytes
@@ -252,13 +253,18 @@ def capture(
     """
     names = tensors_by_name(model)
     check_model(model, names)
+    model = without_cache(model)
     modes = read_modes(model)
     if modes.frozen:
         model = _with_frozen(model, names, modes.frozen)
         names = tensors_by_name(model)
     specs = specs if isinstance(specs, tuple) else (specs,)
     setting = Setting(specs, precision, 2, True, call or CallForm.positional(len(specs)), learns_from)
-    runs = [run_model(model, replace(setting, batch=batch, training=mode)) for batch, mode in ((2, True), (3, True), (2, False))]
+    try:
+        runs = _runs(model, setting)
+    except KnownWrittenError:
+        setting = replace(setting, values=False)
+        runs = _runs(model, setting)
     kept, left = (frozenset[Attribute]().union(*sets) for sets in zip(*((run.kept, run.left) for run in runs), strict=True))
     try:
         closed = {
@@ -333,6 +339,11 @@ def capture(
     coarse = flow.cuts_between_blocks()
     chain = cut(flow.cuts)
     return chain if coarse == flow.cuts else replace(chain, between_blocks=cut(coarse))
+
+
+def _runs(model: nn.Module, setting: Setting) -> list[ModelRun]:
+    """Run a model with two batch sizes, and in both modes."""
+    return [run_model(model, replace(setting, batch=batch, training=mode)) for batch, mode in ((2, True), (3, True), (2, False))]
 
 
 def _say_what_is_whole(model: nn.Module, layers: Iterable[Layer], stopped: Mapping[str, str]) -> None:

@@ -35,6 +35,30 @@ def copy_structure(model: nn.Module, tensors: Mapping[int, Tensor] | None = None
         ) from error
 
 
+def without_cache(model: nn.Module) -> nn.Module:
+    """Return a model that keeps no keys and values of attention for tokens to come, as models of transformers do by default.
+
+    Args:
+        model: any module, which stays as it is.
+
+    Returns:
+        A copy over the same tensors with `config.use_cache` off; the model itself where nothing is kept.
+
+    Raises:
+        CaptureError: a module holds something that Python cannot copy.
+    """
+
+    def configs(root: nn.Module) -> list[Any]:
+        return [config for module in root.modules() if getattr(config := vars(module).get("config"), "use_cache", None) is True]
+
+    if not configs(model):
+        return model
+    copied = copy_structure(model)
+    for config in configs(copied):
+        config.use_cache = False
+    return copied
+
+
 def copy_on_meta(model: nn.Module) -> nn.Module:
     """Copy a model with tensors of the same shapes on torch's meta device.
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.copies import copy_structure
+from lowmem_pnn.model.dispatch_modes import storages_of
 from lowmem_pnn.model.fake_model import ModelRun, Setting, run_model
 from lowmem_pnn.model.opening import (
     LARGE_ACTIVATION_BYTES,
@@ -26,7 +27,6 @@ from lowmem_pnn.model.opening import (
     opened_blocks,
     parents,
 )  # fmt: skip
-from lowmem_pnn.model.operation_log import storages_of
 from lowmem_pnn.model.recomputed import Recomputed, StandIn
 from lowmem_pnn.model.recording import TraceMismatchError, record, with_constants
 from lowmem_pnn.model.trace_modes import Trace

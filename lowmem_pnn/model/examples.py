@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from lowmem_pnn.model.copies import preserve_random_state
@@ -56,15 +57,15 @@ class Examples:
         """Decide whether a number, or what else a node computes from sizes, depends on the number of samples.
 
         Args:
-            node: node whose values are no tensors.
+            node: node whose values are no tensors, or known ones.
         """
         stack, seen = [node], {node}
         while stack:
             inner = stack.pop()
             values = self.of(inner)
-            if values is None or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(values)):
+            if values is None or not (are_plain(values) or all(map(has_values, values))):
                 continue
-            if any(value != values[0] for value in values[1:]):
+            if any(_differ(value, values[0]) for value in values[1:]):
                 return True
             new = [source for source in inner.all_input_nodes if source not in seen]
             seen.update(new)
@@ -76,10 +77,10 @@ class _Run(fx.Interpreter):
     """The nodes of a graph that are there by now, run on fake tensors."""
 
     def __init__(self, model: nn.Module, setting: Setting, root: nn.Module, graph: fx.Graph) -> None:
-        self._fakes = setting.fakes(model, setting.precision.device_type)
+        self._fakes = setting.fakes(model)
         super().__init__(self._fakes.root, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False
-        self._precision, self._traced = setting.precision, root
+        self._precision, self._traced, self._has_values = setting.precision, root, setting.has_values
         self._inputs = iter(self._fakes.samples)
         self._last: fx.Node = graph._root
 
@@ -91,6 +92,13 @@ class _Run(fx.Interpreter):
                 self.env[self._last] = self.run_node(self._last)
         return self.env[node]
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is getattr and isinstance(args[0], Tensor) and args[1] in ("device", "is_cuda", "is_cpu"):
+            # Where the model will be; its fake tensors may be elsewhere.
+            device = torch.device(self._precision.device_type)
+            return device if args[1] == "device" else device.type == args[1].removeprefix("is_")
+        return super().call_function(target, args, kwargs)
+
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return next(self._inputs)
 
@@ -101,9 +109,21 @@ class _Run(fx.Interpreter):
             value: Any = self._traced
             for part in str(target).split("."):
                 value = getattr(value, part)
-            return self._fakes.mode.from_tensor(value) if isinstance(value, Tensor) else value
+            return value if not isinstance(value, Tensor) or self._has_values else self._fakes.mode.from_tensor(value)
+
+
+def has_values(value: Any) -> bool:
+    """Decide whether a value is a tensor that is not fake: one that depends on sizes and constants alone."""
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor):
+        return bool(one != other)
+    with unset_fake_temporarily():
+        return one.shape != other.shape or not torch.equal(one, other)
 
 
 def are_plain(values: Sequence[Any]) -> bool:
     """Decide whether values are no tensors and hold none."""
-    return not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(list(values)))
+    return not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(list(values)))

@@ -10,7 +10,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, OutputForm, TensorSpec
 from lowmem_pnn.model.copies import copy_structure, first_line, preserve_random_state, set_mode
-from lowmem_pnn.model.operation_log import OperationLog, tensors_in
+from lowmem_pnn.model.dispatch_modes import KnownValues, KnownWrittenError, OperationLog, tensors_in
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.model.python_state import (
     Attribute,
@@ -46,6 +46,7 @@ class Setting:
         training: whether in train mode.
         form: how the tensors are handed to the model.
         learns_from: names of outputs, the first of which that there is training learns from; empty where it may learn from all.
+        values: whether what depends on sizes and constants alone has values, by which a forward may decide.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -54,11 +55,21 @@ class Setting:
     training: bool
     form: CallForm = ONE_TENSOR
     learns_from: tuple[str, ...] = ()
+    values: bool = True
 
     @property
     def mode_text(self) -> str:
         """The mode in words."""
         return "train" if self.training else "eval"
+
+    @property
+    def has_values(self) -> bool:
+        """Whether tensors that depend on sizes and constants alone are no fake ones."""
+        return self.values and self._device == "cpu"
+
+    @property
+    def _device(self) -> str:
+        return "cpu" if self.precision.dtype == "fp32" else self.precision.device_type
 
     def error_prefix(self, model: nn.Module) -> str:
         """Return the beginning of the error of a model that does not run.
@@ -78,25 +89,25 @@ class Setting:
     ) -> list[tuple[Any, ...]]:
         """Run something on a copy of the model with fake tensors, and return the operations that depend on them.
 
-        All fake tensors are on the CPU, wherever the model's are; under autocast, whose casts depend on the device, on the training device.
-
         Args:
             model: module that stays as it is.
             forward: is given the copy, in its mode, the samples, and the log.
         """
-        fakes = self.fakes(model, "cpu" if self.precision.dtype == "fp32" else self.precision.device_type)
+        fakes = self.fakes(model)
         log = OperationLog([*fakes.samples, *fakes.root.parameters(), *fakes.root.buffers()])
         with fakes.context(), log:
             forward(fakes.root, fakes.samples, log)
         return log.entries
 
-    def fakes(self, model: nn.Module, device: str) -> "Fakes":
+    def fakes(self, model: nn.Module) -> "Fakes":
         """Return a copy of the model with fake tensors, in its mode, and fake samples.
+
+        All fake tensors are on the CPU, wherever the model's are; under autocast, whose casts depend on the device, on the training device.
 
         Args:
             model: module that stays as it is.
-            device: device that the fake tensors say they are on.
         """
+        device = self._device
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             samples = tuple(torch.empty((self.batch, *spec.shape), dtype=spec.dtype, device=device) for spec in self.specs)
@@ -107,7 +118,10 @@ class Setting:
                 fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         root = copy_structure(model, fakes)
         set_mode(root, self.training)
-        return Fakes(mode, root, samples, self.precision)
+        has_values = self.values and device == "cpu"
+        return Fakes(
+            mode, root, samples, self.precision, KnownValues(self.precision.device_type) if has_values else nullcontext()
+        )
 
 
 @dataclass
@@ -119,12 +133,14 @@ class Fakes:
         root: the copy.
         samples: tensors of a batch.
         precision: compute precision and memory format.
+        known: mode that gives values to what does not depend on samples or weights.
     """
 
     mode: FakeTensorMode
     root: nn.Module
     samples: tuple[Tensor, ...]
     precision: Precision
+    known: AbstractContextManager[Any]
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -133,6 +149,7 @@ class Fakes:
             preserve_random_state(),
             _fake_tensor_log_disabled(),
             self.mode,
+            self.known,
             torch.enable_grad(),
             self.precision.autocast(),
         ):
@@ -176,6 +193,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
     Raises:
         CaptureError: it does not take such samples, reads a value, draws from a generator whose state is not kept, or leaves something
             in its modules that its next forward reads and that cannot be kept.
+        KnownWrittenError: it writes into a tensor whose values are known what is not known.
     """
     result = ModelRun(setting, [])
     title = type(model).__name__
@@ -187,6 +205,8 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
         try:
             with _made_by_module(root, log, result.made):
                 returned = setting.form.call(root, samples)
+        except KnownWrittenError:
+            raise
         except Exception as error:  # whatever a user's module raises on a shape it does not take
             where = _deepest_module(root, error)
             raise CaptureError(f"{setting.error_prefix(model)}{where and f', at {where!r}'}: {explain(error)}") from error

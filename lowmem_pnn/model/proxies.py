@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from lowmem_pnn.model.examples import are_plain
+from lowmem_pnn.model.examples import are_plain, has_values
 
 # What a tensor answers in numbers and types, which are the same whatever its values are.
 _PROPERTIES = frozenset({
-    "ndim", "dtype", "layout", "itemsize", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_cuda", "is_cpu", "is_mps", "is_meta",
+    "ndim", "dtype", "layout", "itemsize", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_mps", "is_meta",
 })  # fmt: skip
 _METHODS = frozenset({
     "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "is_signed", "is_contiguous", "element_size",
-    "storage_offset", "get_device", "is_conj", "is_neg",
+    "storage_offset", "is_conj", "is_neg",
 })  # fmt: skip
 
 
@@ -119,6 +120,11 @@ class Proxy(fx.Proxy):
         values = self._values()
         return values is not None and isinstance(values[0], kinds)
 
+    def is_known(self) -> bool:
+        """Decide whether the proxy stands for a tensor that depends on sizes and constants alone."""
+        values = self._values()
+        return bool(values) and all(map(has_values, values or ()))
+
     def length(self) -> Any:
         """Return the number of items: a proxy where these are the samples."""
         # Not by `len`, which asks for this while a forward is traced.
@@ -147,9 +153,10 @@ class Proxy(fx.Proxy):
     def _number(self, convert: Callable[[Any], Any], tensors: bool = False) -> Any:
         """Convert to a number or a truth what has the same one in all examples."""
         values = self._values()
-        if values is None or not (tensors or are_plain(values)):
+        if values is None or not (tensors or are_plain(values) or self.is_known()):
             raise fx.proxy.TraceError("control flow")
-        numbers = [convert(value) for value in values]
+        with unset_fake_temporarily():
+            numbers = [convert(value) for value in values]
         if any(number != numbers[0] for number in numbers):
             raise BatchError("decides something by the number of samples, which is another one in each batch")
         self.tracer.asked_of(self.node)  # type: ignore[attr-defined]
@@ -282,11 +289,12 @@ def recorded_calls(tracer: fx.Tracer) -> Iterator[None]:
     is_instance, length = builtins.isinstance, builtins.len
 
     def knowing_isinstance(value: Any, kinds: Any) -> bool:
-        if is_instance(value, kinds):
-            return True
         if type(value) not in _KINDS or sys._getframe(1).f_globals.get("__name__", "").startswith(_OURS):
-            return False
-        return bool(value.has_type(kinds))
+            return is_instance(value, kinds)
+        if kinds is fx.Proxy:
+            # What asks wants to know whether there is a value to decide by.
+            return not value.is_known()
+        return is_instance(value, kinds) or bool(value.has_type(kinds))
 
     def knowing_len(value: Any) -> Any:
         return value.length() if type(value) in _KINDS else length(value)

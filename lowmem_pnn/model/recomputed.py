@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lowmem_pnn.model.dispatch_modes import storages_of
 from lowmem_pnn.model.fake_model import ModelRun
-from lowmem_pnn.model.operation_log import storages_of
 from lowmem_pnn.model.recording import Recording
 from lowmem_pnn.model.trace_modes import Trace
 

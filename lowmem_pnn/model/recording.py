@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.dispatch_modes import OperationLog, tensors_in
 from lowmem_pnn.model.fake_model import ModelRun, explain, run_model
-from lowmem_pnn.model.operation_log import OperationLog, tensors_in
 from lowmem_pnn.model.trace_modes import Trace
 
 

@@ -152,7 +152,13 @@ class _Tracer(fx.Tracer):
         if m is self.root:
             # Module.__call__ is patched while tracing, and would take the model for its own submodule.
             return m._call_impl(*args, **kwargs)
-        name = self.path_of_module(m)
+        try:
+            name = self.path_of_module(m)
+        except NameError:
+            if any(True for _ in m.parameters()):
+                raise
+            # It was made in the forward that calls it, as nn.ReLU()(x).
+            return forward(*args, **kwargs)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
         return self._expand(name, lambda: super(_Tracer, self).call_module(m, forward, args, kwargs))

@@ -4,7 +4,7 @@ from lowmem_pnn.config.configure import for_method
 from lowmem_pnn.config.fit_config import METHODS, MethodName
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError
 from lowmem_pnn.planning.disk_footprint import check_disk
-from lowmem_pnn.planning.make_plan import make_plan
+from lowmem_pnn.planning.make_plan import make_plan, smallest_budget_of
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
@@ -48,6 +48,7 @@ def _estimate(method: MethodName, asked: PlanRequest, benchmark: LayerBenchmark,
         method=method,
         asked=is_asked,
         fits=True,
+        enough_bytes=smallest_budget_of(request),
         partitions=len(plan.partitions),
         micro_batches=(min(sizes), max(sizes)),
         predicted_peak_bytes=plan.predicted_peak_bytes,

@@ -50,13 +50,7 @@ def smallest_budget(request: PlanRequest, plan: Callable[[PlanRequest], Plan], g
     """
 
     def fits(megabytes: int) -> bool:
-        device = copy.copy(request.device)
-        device.budget_bytes = megabytes * MEGABYTE
-        try:
-            plan(dataclasses.replace(request, device=device))
-        except (BudgetError, ConfigError):  # a list of values may be for another number of partitions
-            return False
-        return True
+        return _fits(request, plan, megabytes)
 
     below, above = request.device.budget_bytes // MEGABYTE, -(-guess // MEGABYTE)
     above = max(above, below + 1)
@@ -66,7 +60,33 @@ def smallest_budget(request: PlanRequest, plan: Callable[[PlanRequest], Plan], g
         below, above = above, above + max(1, above // 8)
     else:
         return None
+    return _between(fits, below, above) * MEGABYTE
+
+
+def least_budget(request: PlanRequest, plan: Callable[[PlanRequest], Plan]) -> int:
+    """Return the smallest budget, in whole megabytes and to a hundredth, for which there is a plan.
+
+    Args:
+        request: workload, layer costs and device; there is a plan in its budget.
+        plan: makes the plan.
+    """
+    above = -(-request.device.budget_bytes // MEGABYTE)
+    return _between(lambda megabytes: _fits(request, plan, megabytes), 0, above) * MEGABYTE
+
+
+def _between(fits: Callable[[int], bool], below: int, above: int) -> int:
+    """Return the least number that fits, to a hundredth, between one that does not and one that does."""
     while above - below > max(1, above // _PRECISION):
         middle = (below + above) // 2
         below, above = (below, middle) if fits(middle) else (middle, above)
-    return above * MEGABYTE
+    return above
+
+
+def _fits(request: PlanRequest, plan: Callable[[PlanRequest], Plan], megabytes: int) -> bool:
+    device = copy.copy(request.device)
+    device.budget_bytes = megabytes * MEGABYTE
+    try:
+        plan(dataclasses.replace(request, device=device))
+    except (BudgetError, ConfigError):  # a list of values may be for another number of partitions
+        return False
+    return True

@@ -8,7 +8,7 @@ from lowmem_pnn.config.fit_config import LARGEST_AUTO_BATCH
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_plan import plan_for_batches
-from lowmem_pnn.planning.enough import naming_enough
+from lowmem_pnn.planning.enough import least_budget, naming_enough
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 
@@ -34,6 +34,20 @@ def make_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> Plan
         assert seconds_of is not None, "a plan for time needs predicted seconds"
         return _fastest(request, seconds_of)
     return naming_enough(request, _make_plan)
+
+
+def smallest_budget_of(request: PlanRequest) -> int:
+    """Return the smallest budget, in whole megabytes and to a hundredth, in which a workload can be planned for.
+
+    Args:
+        request: Workload, layer costs and device; there is a plan in its budget.
+    """
+    config, smallest = request.workload.config, request.profile.smallest_micro_batch
+
+    def plan(other: PlanRequest) -> Plan:
+        return plan_for_batches(other, (smallest,) if config.batch_size == "auto" else config.batch_sizes)
+
+    return least_budget(request, plan)
 
 
 def _make_plan(request: PlanRequest) -> Plan:

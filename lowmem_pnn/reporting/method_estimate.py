@@ -9,14 +9,14 @@ from lowmem_pnn.units import format_bytes, gigabytes, seconds_text
 
 @dataclass(frozen=True, kw_only=True)
 class MethodEstimate:
-    """Estimate of training by one method; all numbers are 0 where the method does not fit.
+    """Estimate of training by one method; all numbers but `enough_bytes` are 0 where the method does not fit.
 
     Args:
         method: Name of the method.
         asked: Whether the plan is for this method.
         fits: Whether the method can run.
         reason: Why the method cannot run; else empty.
-        enough_bytes: Smallest budget with which the method would fit, in bytes; None where it fits, or no budget would do.
+        enough_bytes: Smallest budget with which the method fits, in bytes; None where no budget would do, or it is not known.
         partitions: Number of partitions.
         micro_batches: Smallest and largest micro-batch of the partitions, in samples.
         predicted_peak_bytes: Largest predicted peak of the partitions.
@@ -42,18 +42,22 @@ class MethodEstimate:
     bytes_written_per_epoch: int = 0
     measured_share: float = 0.0
 
+    @property
+    def _fits_from(self) -> str:
+        return "-" if self.enough_bytes is None else format_bytes(self.enough_bytes)
+
     def row(self) -> tuple[str, ...]:
         """Return the method's cells in the table of methods."""
         name = f"{'> ' if self.asked else '  '}{self.method}"
         if not self.fits:
             # The fault alone; its remedies follow a semicolon.
-            fault = self.reason.partition("; ")[0]
-            verdict = fault if self.enough_bytes is None else f"fits from {format_bytes(self.enough_bytes)} on"
-            return name, verdict, *["-"] * 6
+            fault = self.reason.partition("; ")[0] if self.enough_bytes is None else "does not fit"
+            return name, fault, self._fits_from, *["-"] * 6
         least, most = self.micro_batches
         return (
             name,
             "fits",
+            self._fits_from,
             str(self.partitions),
             str(least) if least == most else f"{least} to {most}",
             format_bytes(self.predicted_peak_bytes),
@@ -63,14 +67,26 @@ class MethodEstimate:
         )
 
 
-def method_table(estimates: Sequence[MethodEstimate]) -> str:
+def method_table(estimates: Sequence[MethodEstimate], width: int | None = None) -> str:
     """Lay out the methods side by side, with the asked one marked; a last line says how much of them was timed.
 
     Args:
         estimates: Estimates of the methods, at least one.
+        width: Columns that the table is to fit, if it can; None for as many as it takes.
     """
-    headings = ("  method", "", "partitions", "micro-batch", "predicted peak", "seconds per epoch", "GB read", "GB written")
-    lines = [text_table(headings, [estimate.row() for estimate in estimates])]
+    headings = (
+        "  method",
+        "",
+        "smallest budget",
+        "partitions",
+        "micro-batch",
+        "predicted peak",
+        "seconds per epoch",
+        "GB read",
+        "GB written",
+    )
+    spare = ("GB read", "GB written", "micro-batch", "partitions", "predicted peak")
+    lines = [text_table(headings, [estimate.row() for estimate in estimates], width, spare)]
     shares = [estimate.measured_share for estimate in estimates if estimate.fits]
     if shares and min(shares) < 1:
         lines.append(f"layers with {min(shares):.0%} of the multiply-accumulates were timed, the others estimated from these")

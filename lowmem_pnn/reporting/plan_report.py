@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lowmem_pnn.reporting.advice import advise, plain_fits
 from lowmem_pnn.reporting.method_estimate import MethodEstimate, method_table
 from lowmem_pnn.reporting.tables import describe_skipped, layer_range, text_table
 from lowmem_pnn.units import format_bytes
@@ -47,8 +48,23 @@ class PlanReport:
         """Return the report as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
+    @property
+    def advice(self) -> str:
+        """Which method to take, and why; an empty text where methods were not compared."""
+        if not self.prospects:
+            return ""
+        return advise(self.prospects, plain_fits=plain_fits(self.plain_bytes, self.reserve_bytes, self.budget_bytes))
+
     def __str__(self) -> str:
         """Return the report for people: the table of partitions, the table of methods, and whether the run fits."""
+        return self.describe()
+
+    def describe(self, width: int | None = None) -> str:
+        """Return the report for people.
+
+        Args:
+            width: columns that tables are to fit, if they can; None for as many as they take.
+        """
         rows = [
             (
                 str(number + 1),
@@ -56,12 +72,14 @@ class PlanReport:
                 f"{partition['params']:,}",
                 f"{partition['micro_batch']} of {partition['batch']}",
                 format_bytes(partition["state_bytes"]),
-                format_bytes(partition["predicted_peak_bytes"]),
+                format_bytes(partition["predicted_peak_bytes"] - partition.get("ahead_bytes", 0)),
+                format_bytes(partition.get("ahead_bytes", 0)),
                 format_bytes(partition["activation_bytes"]) if partition["activation_bytes"] else "-",
             )
             for number, partition in enumerate(self.partitions)
         ]
-        headings = ("partition", "layers", "parameters", "micro-batch", "training state", "predicted peak", "stored outputs")
+        headings = ("partition", "layers", "parameters", "micro-batch", "training state", "needs", "ahead", "stored outputs")
+        spare = ("stored outputs", "ahead", "parameters", "training state")
         verdict = (
             f"fits: predicted peak {format_bytes(self.predicted_peak_bytes)} and a reserve of {format_bytes(self.reserve_bytes)} "
             f"within {format_bytes(self.budget_bytes)}"
@@ -70,8 +88,7 @@ class PlanReport:
         )
         lines = [f"{self.model} on {self.data}, method {self.method}, {self.device}", ""]
         if self.plain_bytes is not None:
-            # What its allocator and kernels keep beside is up to a third more: see `bench/model_coverage.py`.
-            enough = 1.5 * self.plain_bytes + self.reserve_bytes <= self.budget_bytes
+            enough = plain_fits(self.plain_bytes, self.reserve_bytes, self.budget_bytes)
             has_it = ", which this budget has: it trains there without all this" if enough else ""
             lines += [f"plain PyTorch needs about {format_bytes(self.plain_bytes)}{has_it}", ""]
         if self.data_parts:
@@ -79,9 +96,9 @@ class PlanReport:
         if self.skipped_samples["count"]:
             lines += [describe_skipped(self.skipped_samples["names"], self.skipped_samples["count"]), ""]
         if rows:
-            lines += [text_table(headings, rows), "", f"disk: at most {format_bytes(self.disk_bytes)}"]
+            lines += [text_table(headings, rows, width, spare), "", f"disk: at most {format_bytes(self.disk_bytes)}"]
         if self.prospects:
-            lines += ["", method_table(self.prospects), ""]
+            lines += ["", method_table(self.prospects, width), "", self.advice, ""]
         lines += [
             f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state)",
             *self.notes,

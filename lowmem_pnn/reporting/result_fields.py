@@ -52,6 +52,8 @@ class ResultFields:
     are, for whoever uses the model without them: shapes, types, kind of targets, names of classes. `workers` is the number of processes
     that read them; their memory is in `host_peak_bytes` alone.
 
+    `transformers_folder` is what `from_pretrained` loads, where the model is one of transformers.
+
     `plain_bytes` is the predicted peak of a plain PyTorch loop with the same batch; None where it is not known (`neuroflux`).
 
     Sizes are in bytes; peaks are above the floor, the memory that the process held before training. `test_accuracy`, or `perplexity`
@@ -112,6 +114,7 @@ class ResultFields:
     resumed: int
     workdir: str
     weights_file: str
+    transformers_folder: str | None = None
     adapter: str | None = None
     samples: Sequence[Mapping[str, str]] = ()
     preprocessing: str

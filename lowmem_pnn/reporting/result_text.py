@@ -73,7 +73,8 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
         )
     for sample in result.samples:
         lines.append(f"after {sample['prompt']!r} the model said {sample['before']!r}, and says {sample['after']!r}")
-    lines.append(f"weights: {result.weights_file}")
+    folder = "" if result.transformers_folder is None else f"; for transformers: {result.transformers_folder}"
+    lines.append(f"weights: {result.weights_file}{folder}")
     if result.adapter is not None:
         lines.append(f"adapter: {result.adapter} (peft's PeftModel.from_pretrained reads it)")
     lines += ["", *summary(result)]
@@ -99,7 +100,7 @@ def summary(result: ResultFields) -> list[str]:
         "budget": f"{format_bytes(result.budget_bytes)} of {result.device}",
         "peak": f"{format_bytes(result.peak_bytes)}{saved}",
         "time": f"{result.seconds:.1f} s, {result.samples_per_second:.0f} samples/s",
-        "score": _score(result),
+        "score": score_text(result),
         "next": next_command(result),
     }
     return [f"{name:<7} {text}" for name, text in told.items()]
@@ -119,8 +120,12 @@ def next_command(result: ResultFields) -> str:
     return shlex.join(["lowmem-pnn", "predict", result.workdir, "--out", "predictions.csv", *trust])
 
 
-def _score(result: ResultFields) -> str:
-    """Return the score that a model is judged by first."""
+def score_text(result: ResultFields) -> str:
+    """Return the score that a model is judged by first, in words.
+
+    Args:
+        result: what a run came to.
+    """
     test = result.scores.get("test", {})
     scores = (
         ("test accuracy", result.test_accuracy, ".1%"),

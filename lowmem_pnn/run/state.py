@@ -108,6 +108,7 @@ class State:
         said_before: what the model said before training after each prompt of `--sample`; empty until it was asked.
         pretrained: what is said of the pretrained weights that training began with, their hash too; empty where there were none.
         files: size and SHA-256 of the files that a finished run leaves, by name; empty for runs of earlier versions.
+        epochs: epochs that a resume has raised the options' to; 0 where none has.
         rank: number of this process, where several train a partition each; the first joins them.
         ranks: number of these processes.
     """
@@ -143,6 +144,7 @@ class State:
     said_before: list[str] = field(default_factory=list)
     pretrained: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    epochs: int = 0
     rank: int = 0
     ranks: int = 1
 

@@ -40,6 +40,23 @@ def as_pair(data: Any) -> tuple[Any, Any] | None:
     return None
 
 
+def without_bunch(data: Any) -> Any:
+    """Return samples and targets of scikit-learn's data sets, which its `load_` and `fetch_` functions give; other data as it is.
+
+    Args:
+        data: What was given.
+
+    Example:
+        >>> from sklearn.datasets import load_iris
+        >>> x, y = without_bunch(load_iris())
+        >>> x.shape, y.shape
+        ((150, 4), (150,))
+    """
+    if type(data).__name__ == "Bunch" and data.get("data") is not None and data.get("target") is not None:
+        return data["data"], data["target"]
+    return data
+
+
 def as_sample(item: Any, where: str) -> tuple[Any, Any]:
     """Return x and label of one sample: a pair, or a dictionary with one of the usual names for the label, and others for x.
 

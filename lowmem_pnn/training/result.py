@@ -9,6 +9,7 @@ from typing import Any
 
 from lowmem_pnn.config.defaults import training_facts
 from lowmem_pnn.evaluation.exits import chosen_exit
+from lowmem_pnn.exporting.transformers_folder import holds_a_model
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import ahead_bytes, describe_partition
 from lowmem_pnn.planning.notes import adapter_notes, fixed_notes, frozen_notes, idle_notes, micro_batch_notes, mixing_notes
@@ -18,6 +19,7 @@ from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs, samples_learnt
 from lowmem_pnn.run.run import Run
+from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.tasks.make_task import TASK_OF
 from lowmem_pnn.workload.data_form import DataForm
 
@@ -119,6 +121,7 @@ def make_result(
         resumed=state.resumed,
         workdir=str(path),
         weights_file=str(path / "model.safetensors"),
+        transformers_folder=str(path / TRANSFORMERS_FOLDER) if holds_a_model(workload) else None,
         adapter=None if adapter is None else str(adapter),
         samples=[
             {"prompt": prompt, "before": before, "after": after}

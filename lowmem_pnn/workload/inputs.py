@@ -18,21 +18,14 @@ from lowmem_pnn.pretrained.state_dicts import GivenTensors
 from lowmem_pnn.pretrained.transformers_weights import TransformersWeights
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import make_dataset
+from lowmem_pnn.sources.given import without_bunch
 from lowmem_pnn.sources.imports import load_factory
 from lowmem_pnn.sources.map_split import from_torch
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.tasks import Own, OwnLoss, OwnMetrics
-from lowmem_pnn.workload.parts import (
-    SampleForm,
-    check_fit,
-    open_apart,
-    open_source,
-    prepare,
-    resize_of,
-    split_data,
-    with_part,
-)
+from lowmem_pnn.workload.parts import check_fit, matched, open_apart, prepare, split_data, with_part
+from lowmem_pnn.workload.sources import SampleForm, open_frame, open_source, resize_of
 from lowmem_pnn.zoo.library_models import PretrainedValues
 from lowmem_pnn.zoo.model_source import ModelSource
 from lowmem_pnn.zoo.models import find_model
@@ -82,20 +75,24 @@ def python_inputs(
         metrics: metrics of the user's own, by name.
         state_dict: weights that training begins with; None for those that the configuration names.
     """
+    train, val, test = (without_bunch(part) for part in (train, val, test))
 
     def open_inputs(config: FitConfig) -> Inputs:
         own = Own(loss or named_loss(config), metrics or {})
         options = target_options(config, own)
         named = _named_model(config, None) if isinstance(model, str) else None
         if named is not None:
-            _check_context(config, named)
+            _check(config, named)
         input_form = named.input_form if named is not None else "any"
         apart_names = {"val": f"{config.data} (validation part)", "test": f"{config.data} (test part)"}
         form = SampleForm(
             input_form, named.context if named is not None else None, options, named.tokenizer if named is not None else None
         )
+        table = None if isinstance(train, str) else open_frame(train, config, form, f"{config.data} (training part)")
         if isinstance(train, str):
             dataset = open_source(train, config, form)
+        elif table is not None:
+            dataset = table
         else:
             dataset = make_dataset(
                 without_loader(train, f"{config.data} (training part)"),
@@ -112,11 +109,16 @@ def python_inputs(
             build = (lambda: model) if isinstance(model, nn.Module) else model
             source = ModelSource(name=run_name(config), spec=config.model, build=build, input_form=input_form)
         dataset, apart = open_apart(config, dataset, form)
-        given: list[tuple[SplitName, Any]] = [("val", val), ("test", test if isinstance(train, str) else None)]
+        alone = isinstance(train, str) or table is not None
+        given: list[tuple[SplitName, Any]] = [("val", val), ("test", test if alone else None)]
         for name, part in given:
             if part is None:
                 continue
             where = apart_names[name]
+            if (other := open_frame(part, config, form, where, dataset.preparation)) is not None:
+                apart[name] = matched(other.train, other, dataset, where)
+                dataset = with_part(dataset, name, other.fingerprint, other.skipped)
+                continue
             split = from_torch(
                 without_loader(part, where),
                 num_classes=dataset.num_classes,
@@ -154,7 +156,7 @@ def open_data(config: FitConfig) -> Inputs:
     """
     # The data set says how many classes the model gets; the model how images are to be shown to it, and how long a text.
     named = _named_model(config, None)
-    _check_context(config, named)
+    _check(config, named)
     own = Own(named_loss(config))
     form = SampleForm(named.input_form, named.context, target_options(config, own), named.tokenizer)
     dataset = open_source(config.data, config, form)
@@ -175,8 +177,10 @@ def _named_model(config: FitConfig, num_classes: int | None) -> ModelSource:
     return source if config.has_weights else dataclasses.replace(source, image_stats=None)
 
 
-def _check_context(config: FitConfig, source: ModelSource) -> None:
-    """Refuse rows that are longer than what a model has positions for, before text is tokenised."""
+def _check(config: FitConfig, source: ModelSource) -> None:
+    """Refuse, before text is tokenised, rows that a model has no positions for, and a folder that lacks weights of it."""
+    if config.weights == "default" and source.transformers is not None:
+        TransformersWeights(WeightFiles(config.weights, source), source).check()
     most = source.most_context
     if most is not None and config.context is not None and config.context > most:
         raise ConfigError(

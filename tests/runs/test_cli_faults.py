@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("data_folder")
     ("more", "code", "text"),
     [
         ("--max-gpu-mem 1MB", 4, "above the budget of 1.0 MB; give --max-gpu-mem "),
-        ("--max-gpu-mem 1", 4, "above the budget of 1 B; give --max-gpu-mem "),
+        ("--max-gpu-mem 1B", 4, "above the budget of 1 B; give --max-gpu-mem "),
         ("--max-gpu-mem 900TB", 4, "--max-gpu-mem 900.00 TB is more than this machine has"),
         ("--max-disk 1kB", 5, "on disk, above --max-disk 1.0 kB; give more"),
         ("--cuts nonsense", 3, "no layer 'nonsense' in the model; the layers are 0, 1"),

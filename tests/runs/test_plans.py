@@ -11,7 +11,6 @@ from torch import nn
 
 import lowmem_pnn
 from helpers.plainloops import stop_at
-from lowmem_pnn.api import plan_run
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import CpuDevice
@@ -24,6 +23,7 @@ from lowmem_pnn.planning.footprint import Footprint
 from lowmem_pnn.planning.heap_share import heap_bytes
 from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.preview.preview import preview
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.training import start
@@ -46,7 +46,7 @@ def config(**options: Any) -> FitConfig:
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}, {"optimizer": "sgd"}, {"micro_batch": 16}], ids=str)
 def test_what_exact_moves_is_what_a_run_reports(options: dict[str, Any], tmp_path: Path) -> None:
     asked = config(method="exact", log_every=10**6, commit_every=10**6, **options)
-    (found,) = [one for one in plan_run(asked).prospects if one.asked]
+    (found,) = [one for one in preview(asked).prospects if one.asked]
     start.begin(asked, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     ends = [line for line in lines if "samples_per_second" in line]
@@ -56,7 +56,7 @@ def test_what_exact_moves_is_what_a_run_reports(options: dict[str, Any], tmp_pat
 
 
 def test_all_methods_are_forecast_side_by_side() -> None:
-    prospects = {one.method: one for one in plan_run(config(method="pnn", kappa=1.0)).prospects}
+    prospects = {one.method: one for one in preview(config(method="pnn", kappa=1.0)).prospects}
     assert list(prospects) == ["pnn", "neuroflux", "exact", "backprop"]
     assert [name for name, one in prospects.items() if one.asked] == ["pnn"]
     assert all(one.fits and one.seconds_per_epoch > 0 and one.measured_share == 1 for one in prospects.values())
@@ -66,14 +66,15 @@ def test_all_methods_are_forecast_side_by_side() -> None:
 
 
 def test_a_method_that_cannot_says_why() -> None:
-    prospects = {one.method: one for one in plan_run(config(batch_size="auto", cuts=None)).prospects}
+    prospects = {one.method: one for one in preview(config(batch_size="auto", cuts=None)).prospects}
     assert "--batch-size auto" in prospects["exact"].reason
     assert not prospects["exact"].fits
-    tight = plan_run(config(method="exact", cuts=None, model="mlp:64-1024-1024-1024-10", max_gpu_mem="45MB"))
+    tight = preview(config(method="exact", cuts=None, model="mlp:64-1024-1024-1024-10", max_gpu_mem="45MB"))
     whole_model = next(one for one in tight.prospects if one.method == "backprop")
     assert whole_model.enough_bytes is not None
     assert whole_model.enough_bytes > 45_000_000
-    assert "fits from" in str(tight)
+    assert "smallest budget" in str(tight)
+    assert tight.advice.startswith("take --method ")
 
 
 def planned(seconds_of: Any, **options: Any) -> Plan:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -54,3 +55,27 @@ def test_words_are_classes_and_arrays_train_alike(tmp_path: Path, monkeypatch: p
     plain = lowmem_pnn.fit(build, (x, y), workdir="arrays", **options)
     assert_same_weights(loaded(build, result.weights_file), loaded(build, plain.weights_file))
     assert result.preparation["classes"] == ["high", "low"]
+
+
+def test_data_frames_train_and_are_predicted_as_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    frame = pd.read_csv("a.csv", sep=";")
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    options = {"method": "exact", "max_gpu_mem": "100MB", "device": "cpu", "epochs": 1, "target": "y", "compare": False}
+    one, other = (
+        lowmem_pnn.fit(build, data, workdir=name, **options) for data, name in (("csv:a.csv", "file"), (frame, "frame"))
+    )
+    assert_same_weights(loaded(build, one.weights_file), loaded(build, other.weights_file))
+    assert one.scores == other.scores
+    (tmp_path / "a.csv").rename("b.csv")  # the run's own data would be its test part alone
+    without = frame.drop(columns="y")
+    answers = [
+        lowmem_pnn.predict(*given) for given in ((one, "b.csv"), (other, frame), (other, without), (one, (without, frame.y)))
+    ]
+    assert all(np.array_equal(answer["outputs"], answers[0]["outputs"]) for answer in answers)
+    with pytest.raises(lowmem_pnn.errors.ConfigError, match="has no column 'k'"):
+        lowmem_pnn.predict(other, frame[["a", "y"]])

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("data_folder")
 
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ["", "fit", "plan", "evaluate", "predict", "generate", "export"]
+COMMANDS = ["", "fit", "plan", "evaluate", "predict", "generate", "export", "bench", "doctor", "models"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -51,6 +51,10 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
     [
         ("fit", 2, "--max-gpu-mem is missing; give --max-gpu-mem 2GB"),
         ("fit --max-gpu-mem '512 megs'", 3, "--max-gpu-mem: '512 megs' is not a size; write 512MB or 512MiB"),
+        ("fit --max-gpu-mem 2", 3, "--max-gpu-mem 2 is 2 bytes; did you mean 2GB?"),
+        ("fit --max-gpu-mem 150%", 3, "--max-gpu-mem 150% is no share of what is available; write 75%, or auto for 80%"),
+        ("plan --max-gpu-mem 1G --budgets 1G,2G", 3, "--max-gpu-mem and --budgets exclude each other; give one"),
+        ("plan --budgets 1G,2Q", 3, "'2Q' is not a size"),
         ("fit --max-gpu-mem -5MB", 3, "'-5MB' is not a size"),
         ("fit --max-gpu-mem 0", 3, "'0' is a size of 0 bytes; write a positive one"),
         ("fit --max-gpu-mem 1GB --model mlp:64-10", 3, "--data is missing; give --data digits"),
@@ -112,7 +116,7 @@ def test_a_fault_of_ours_is_code_1_on_one_line(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("two\nlines")
 
-    monkeypatch.setattr("lowmem_pnn.api.plan_run", fail)
+    monkeypatch.setattr("lowmem_pnn.preview.preview.previews", fail)
     done = lowmem_pnn("plan --max-gpu-mem 100MB")
     assert done.code == 1
     assert done.fault == "a fault of its own: AssertionError: two lines; run again with --debug for the traceback"
@@ -122,7 +126,7 @@ def test_a_disk_that_fails_where_nobody_foresaw_it_is_code_5(monkeypatch: pytest
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EIO, "Input/output error", "/somewhere/file")
 
-    monkeypatch.setattr("lowmem_pnn.api.plan_run", fail)
+    monkeypatch.setattr("lowmem_pnn.preview.preview.previews", fail)
     done = lowmem_pnn("plan --max-gpu-mem 100MB")
     assert done.code == 5
     assert done.fault.startswith("cannot go on: input/output error ('/somewhere/file'); check the disk and its access rights")
@@ -132,7 +136,7 @@ def test_memory_that_ends_outside_of_training_is_the_budget(monkeypatch: pytest.
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("lowmem_pnn.api.plan_run", fail)
+    monkeypatch.setattr("lowmem_pnn.preview.preview.previews", fail)
     done = lowmem_pnn("plan --max-gpu-mem 100MB")
     assert done.code == 4
     assert done.fault.startswith("out of memory outside of training (MemoryError:); give a larger --max-gpu-mem")

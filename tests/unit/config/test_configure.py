@@ -1,6 +1,7 @@
 """Configurations: what is refused, in which words, and what is kept."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,12 @@ def test_paths_are_kept_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert make(data="imagefolder:a/b").data == f"imagefolder:{tmp_path}/a/b"
     assert make().data_root == tmp_path / "data"
     assert make(model="package.module:build", data="digits").model == "package.module:build"
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [(2, "--max-gpu-mem 2 is 2 bytes; did you mean 2GB?"), (0.1, "0.1 has no unit; write it as text, '0.1GB'")],
+)
+def test_a_budget_without_a_unit_is_asked_about(budget: float, text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        configure(max_gpu_mem=budget)

@@ -79,7 +79,8 @@ def test_a_signal_ends_the_page_and_nothing_else(run: Path) -> None:
     def stop() -> None:
         while not any("report" in child.cmdline() for child in this.children()):
             pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        # To that thread alone: another one would not have the signal blocked until there is a handler.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
     sender = threading.Thread(target=stop)

@@ -14,6 +14,8 @@ from torch import Tensor
 from lowmem_pnn.adapters.merging import MergedWeights
 from lowmem_pnn.errors import CheckpointError, ConfigError, DiskError
 from lowmem_pnn.evaluation.exits import HEADS_FILE, ExitModel, SeveralTensorsModel, num_parameters
+from lowmem_pnn.exporting.export_folder import ExportFolder, HashedFile
+from lowmem_pnn.exporting.export_formats import FILE_OF, FileFormat, check_format, largest_difference, make_program, save_onnx
 from lowmem_pnn.memory.aligned import byte_view
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import is_of_head
@@ -22,8 +24,6 @@ from lowmem_pnn.stores.header import describe, lay_out
 from lowmem_pnn.stores.journal import DAMAGED
 from lowmem_pnn.stores.keys import VERSIONS_KEY
 from lowmem_pnn.stores.tensor_file import TensorFile
-from lowmem_pnn.training.export_folder import ExportFolder, HashedFile
-from lowmem_pnn.training.export_formats import FILE_OF, ExportFormat, check_format, largest_difference, make_program, save_onnx
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.zoo.deferred_init import file_backed
 
@@ -53,7 +53,7 @@ def find_exit(result: Result, exit: str | int, path: Path) -> int | None:
 
 
 def export_exit(
-    workload: Workload, result: Result, number: int | None, path: Path, folder: ExportFolder, to: ExportFormat | None = None
+    workload: Workload, result: Result, number: int | None, path: Path, folder: ExportFolder, to: FileFormat | None = None
 ) -> dict[str, Any]:
     """Write the model that ends at an exit.
 

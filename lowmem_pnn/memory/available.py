@@ -1,0 +1,74 @@
+"""Available memory: how much of a device is free now, and a share of it as a budget. torch is imported only where there may be a GPU."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lowmem_pnn.errors import ConfigError
+
+AUTO_SHARE = 0.8
+"""Share of the available memory that `auto` takes."""
+
+_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
+_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def is_share(value: Any) -> bool:
+    """Return whether a budget is a share of the available memory: `auto`, or a number with a percent sign.
+
+    Example:
+        >>> is_share("auto"), is_share("75%"), is_share("2GB"), is_share(10**9)
+        (True, True, False, False)
+    """
+    return isinstance(value, str) and (value.strip().lower() == "auto" or _SHARE.fullmatch(value) is not None)
+
+
+def budget_of(value: Any, device: str = "auto") -> Any:
+    """Return a budget in bytes where it was given as a share of what is available now; anything else as it was given.
+
+    Args:
+        value: a size, `auto`, or a share such as `75%`.
+        device: the training device, as the option names it.
+
+    Raises:
+        ConfigError: the share is 0 or above 100 %, or no such device is there.
+    """
+    if not is_share(value):
+        return value
+    match = _SHARE.fullmatch(value)
+    share = float(match[1]) / 100 if match else AUTO_SHARE
+    if not 0 < share <= 1:
+        raise ConfigError(f"--max-gpu-mem {value} is no share of what is available; write 75%, or auto for {AUTO_SHARE:.0%}")
+    return int(share * available_bytes(device))
+
+
+def available_bytes(device: str = "auto") -> int:
+    """Return the bytes that are free on a device: on a GPU what its driver says, on the CPU what can be had without swapping.
+
+    Args:
+        device: the training device, as the option names it.
+
+    Raises:
+        ConfigError: a GPU is asked for, and there is none.
+    """
+    if device != "cpu" and (device != "auto" or any(Path(driver).exists() for driver in _DRIVERS)):
+        import torch
+
+        if torch.cuda.is_available():
+            return int(torch.cuda.mem_get_info(int(device.partition(":")[2] or 0))[0])
+        if device != "auto":
+            raise ConfigError(f"--device {device}: torch finds no GPU; give --device cpu, or auto")
+    return min(int(psutil.virtual_memory().available), *_cgroup_bytes())
+
+
+def _cgroup_bytes() -> list[int]:
+    """Return what this process's control group leaves to it, where there is a limit; else something that is no bound."""
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            return [max(0, int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text()))]
+        except (OSError, ValueError):  # "max", or no such file
+            continue
+    return [1 << 62]

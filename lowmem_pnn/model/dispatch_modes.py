@@ -1,0 +1,187 @@
+"""Dispatch modes over fake tensors: values that are known although the model's input is not, and the log of operations.
+
+Two forwards do the same where their logs are equal.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+KNOWN_BYTES = 1 << 22
+"""The most bytes of a tensor whose values are kept."""
+
+_WITHOUT_VALUES = {"empty", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "empty_like"}
+
+
+def _take_grouped_products_of_any_type() -> None:
+    """Let fake tensors take float32 for the products of experts, as the CPU does: PyTorch knows the shapes for bfloat16 alone."""
+    registrations: Any = torch._meta_registrations
+    of_bfloat16 = getattr(registrations, "_meta_grouped_mm_common", None)
+    make_output = getattr(registrations, "_create_grouped_mm_output_tensor", None)
+    if of_bfloat16 is None or make_output is None:
+        return
+
+    def of_any_type(mat_a: Tensor, mat_b: Tensor, scale_a: Any, scale_b: Any, offs: Any = None, **options: Any) -> Any:
+        if scale_a is not None or mat_a.dtype != mat_b.dtype or mat_a.dtype not in (torch.float32, torch.float64):
+            return of_bfloat16(mat_a, mat_b, scale_a, scale_b, offs, **options)
+        return make_output(mat_a, mat_b, offs, mat_a.dtype)
+
+    registrations._meta_grouped_mm_common = of_any_type
+
+
+_take_grouped_products_of_any_type()
+
+_LIFTS = torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default
+
+
+class KnownWrittenError(Exception):
+    """A forward writes into a tensor whose values are known what depends on its input, or writes into one that was there before."""
+
+
+class KnownValues(TorchDispatchMode):
+    """A mode that gives values to tensors which depend on sizes and constants alone, as a mask does: a forward may decide by them.
+
+    Args:
+        device_type: training device; tensors that are to be on it are made on the CPU.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device_type = device_type
+        # Of the tensors that were made here, by their storages, whose identities would be used again once they are gone.
+        self._own: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        args, kwargs = self._on_cpu(args), self._on_cpu(kwargs)
+        written = tensors_in(written_by(func, args, kwargs))
+        if not all(map(_has_values, tensors_in((args, kwargs)))):
+            if storages_of(written) & self._own.keys():
+                raise KnownWrittenError
+            return func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags or func._schema.name.removeprefix("aten::") in _WITHOUT_VALUES:
+            return func(*args, **kwargs)
+        if not storages_of(written) <= self._own.keys():
+            raise KnownWrittenError  # a tensor of the user's
+        if not written:
+            try:
+                result = func(*args, **kwargs)
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                pass  # which is known here
+            else:
+                tensors = tensors_in(result)
+                if sum(tensor.nbytes for tensor in tensors) > KNOWN_BYTES or any(not tensor.is_cpu for tensor in tensors):
+                    return result
+        # What is lifted is the data of a torch.tensor(...) of the forward's own.
+        before = set() if func in _LIFTS else storages_of((args, kwargs))
+        with unset_fake_temporarily():
+            result = func(*args, **kwargs)
+        for tensor in tensors_in(result):
+            if (storage := tensor.untyped_storage()._cdata) not in before:
+                self._own[storage] = tensor
+        return result
+
+    def _on_cpu(self, value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return torch.device("cpu") if value.type == self._device_type else value
+        if isinstance(value, dict):
+            return {key: self._on_cpu(item) for key, item in value.items()}
+        return type(value)(map(self._on_cpu, value)) if type(value) in (tuple, list) else value
+
+
+class OperationLog(TorchDispatchMode):
+    """A mode that logs the operations on given tensors and on the results, and the storages that operations write to.
+
+    Args:
+        tensors: input and weights of a model.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.entries: list[tuple[Any, ...]] = []
+        self.written_storages: set[int] = set()
+        self.taken: dict[int, Tensor] = {}
+        """Tensors that operations were given, by identity."""
+        self.draws = 0
+        """Operations that drew random numbers."""
+        self.new_bytes = 0
+        """Bytes of the tensors that operations made."""
+        # The tensors themselves, not their ids alone: an id is used again once its tensor is gone.
+        self._dependent = {id(tensor): tensor for tensor in tensors}
+
+    def depends(self, tensor: Tensor) -> bool:
+        """Decide whether a tensor is one of the given ones, or was computed from them."""
+        return id(tensor) in self._dependent
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.written_storages |= storages_of(written_by(func, args, kwargs))
+        result = func(*args, **kwargs)
+        given = tensors_in((args, kwargs))
+        before = storages_of(given)
+        self.new_bytes += sum(tensor.nbytes for tensor in tensors_in(result) if tensor.untyped_storage()._cdata not in before)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.draws += 1
+        # Constants are computed while tracing, and so not again by the graph; operations of `prim` only query, as for a device.
+        if func.namespace == "prim":
+            return result
+        self.taken.update((id(tensor), tensor) for tensor in given)
+        if any(id(tensor) in self._dependent for tensor in given):
+            self._dependent.update((id(tensor), tensor) for tensor in tensors_in(result))
+            self.entries.append((func, torch.is_grad_enabled(), _comparable((args, kwargs))))
+        return result
+
+
+def written_by(operation: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Return those arguments of an operation that it changes in place."""
+    return [
+        args[position] if position < len(args) else kwargs.get(argument.name)
+        for position, argument in enumerate(operation._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors in a value: itself, or those in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    return [tensor for item in value for tensor in tensors_in(item)] if isinstance(value, (tuple, list)) else []
+
+
+def storages_of(value: Any) -> set[int]:
+    """Return the identities of the storages of all tensors in a value."""
+    return {tensor.untyped_storage()._cdata for tensor in tensors_in(value)}
+
+
+def _comparable(value: Any) -> Any:
+    """Return arguments of an operation in a form that can be compared with those of another run."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, _content(value)
+    if isinstance(value, dict):
+        return {key: _comparable(item) for key, item in value.items()}
+    return [_comparable(item) for item in value] if isinstance(value, (tuple, list)) else repr(value)
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return not isinstance(tensor, FakeTensor) and tensor.is_cpu and not tensor.requires_grad
+
+
+def _content(tensor: Tensor) -> str:
+    """Return what stands for the values of a tensor that has them, and is not large."""
+    if isinstance(tensor, FakeTensor) or not tensor.is_cpu or tensor.nbytes > KNOWN_BYTES or tensor.layout != torch.strided:
+        return ""
+    with unset_fake_temporarily():
+        flat = tensor.detach().resolve_conj().resolve_neg().contiguous().flatten()
+        return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()

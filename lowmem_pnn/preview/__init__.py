@@ -1,0 +1,1 @@
+"""Previews: what a run would do, by every method and in any budget, before it is begun."""

@@ -1,0 +1,55 @@
+"""The preview of a run: its plan, and all methods side by side, in one budget or in several; nothing is trained or kept."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from lowmem_pnn.compilation.compiler import check_compiler
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.planning.comparison import compare_methods
+from lowmem_pnn.planning.describe import describe_plan
+from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.planning.time_estimate import TimeEstimator
+from lowmem_pnn.profiling.benchmark import LayerBenchmark
+from lowmem_pnn.profiling.memory_profiler import MeasurementCache
+from lowmem_pnn.reporting.plan_report import PlanReport
+from lowmem_pnn.training.setup import open_workload
+from lowmem_pnn.training.start import OpenInputs
+from lowmem_pnn.workload import profile_workload
+from lowmem_pnn.workload.inputs import named_inputs
+
+
+def preview(config: FitConfig, open_inputs: OpenInputs = named_inputs, *, timing: bool = True) -> PlanReport:
+    """Return the plan of a run.
+
+    Args:
+        config: options of the run.
+        open_inputs: opens model and data; by default those that the options name.
+        timing: time layers, and show all methods side by side.
+    """
+    return previews(config, [config.max_gpu_mem], open_inputs, timing=timing)[0]
+
+
+def previews(
+    config: FitConfig, budgets: Sequence[int], open_inputs: OpenInputs = named_inputs, *, timing: bool = True
+) -> list[PlanReport]:
+    """Return the plans of a run in several budgets; model and data are opened once.
+
+    Args:
+        config: options of the run.
+        budgets: budgets in bytes, which take the place of the options'.
+        open_inputs: opens model and data; by default those that the options name.
+        timing: time layers, and show all methods side by side.
+    """
+    if config.compile:
+        check_compiler()
+    cache, inputs, reports = MeasurementCache(), open_inputs(config), []
+    for budget in budgets:
+        with open_workload(dataclasses.replace(config, max_gpu_mem=budget), inputs) as (device, workload):
+            request = PlanRequest(workload, profile_workload(workload, device, cache), device)
+            benchmark = LayerBenchmark(device)
+            report = describe_plan(request, TimeEstimator.measured(request, benchmark))
+            # Layers are timed as they are, uncompiled.
+            if timing and not config.compile:
+                report = dataclasses.replace(report, prospects=compare_methods(request, benchmark, cache))
+            reports.append(report)
+    return reports

@@ -1,0 +1,144 @@
+"""Sources of a run's data, opened as its options say: by name, or data frames from Python."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.language_options import ROWS_OF_TEXT
+from lowmem_pnn.errors import ConfigError, DataError
+from lowmem_pnn.formats.data_frame import as_frame
+from lowmem_pnn.formats.hub_data import open_hub_data
+from lowmem_pnn.formats.mask_folder import open_mask_folder
+from lowmem_pnn.formats.table_file import TableFile
+from lowmem_pnn.formats.tables import TableSchema, open_table
+from lowmem_pnn.language.open_language import LanguageForm, open_language
+from lowmem_pnn.language.token_file import open_token_file
+from lowmem_pnn.sources.dataset import Dataset
+from lowmem_pnn.sources.datasets import find_dataset
+from lowmem_pnn.sources.preprocessing import InputForm
+from lowmem_pnn.sources.resize import Resize
+from lowmem_pnn.sources.targets import TargetOptions
+
+
+def resize_of(config: FitConfig) -> Resize | None:
+    """Return what brings images to the size that is asked for; None where they keep their own."""
+    return None if config.image_shape is None else Resize(*config.image_shape, config.resize)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleForm:
+    """What model and task say of samples before they are opened.
+
+    Args:
+        input_form: form of the samples that the model takes.
+        context: tokens of a sample of text, which is the model's context; None where it does not say.
+        options: what is known of the targets.
+        tokenizer: tokenizer that belongs to the model; None where there is none.
+    """
+
+    input_form: InputForm
+    context: int | None
+    options: TargetOptions
+    tokenizer: str | None = None
+
+
+def open_source(spec: str, config: FitConfig, form: SampleForm, preparation: Mapping[str, Any] | None = None) -> Dataset:
+    """Open a data set by name, as a run's options say.
+
+    Args:
+        spec: name of the data set.
+        config: options of the run.
+        form: what is known of its samples.
+        preparation: what the training data's samples were made with (`Dataset.preparation`), for other data of the same kind; None for
+            the training data.
+    """
+    kind, _, path = spec.partition(":")
+    if kind in ("csv", "parquet", "segmentation", "hfdata", "jsonl", "tokens") and not path:
+        raise ConfigError(
+            f"data set {spec!r} says no place; write {kind}:{'DIR' if kind in ('segmentation', 'hfdata') else 'FILE'}"
+        )
+    if (dataset := _open_text(spec, config, form)) is not None:
+        return dataset
+    if kind == "hfdata":
+        return open_hub_data(
+            path, config.target, form.input_form, form.options, skip_broken=config.skip_broken, resize=resize_of(config)
+        )
+    if kind == "segmentation":
+        return open_mask_folder(
+            Path(path).expanduser(), form.input_form, form.options, skip_broken=config.skip_broken, resize=resize_of(config)
+        )
+    if kind in ("csv", "parquet"):
+        if config.image_size is not None:
+            raise ConfigError(f"--image-size has no effect here: data {spec!r} is a table; leave it out")
+        if preparation is not None and "columns" not in preparation:
+            raise DataError(f"data {spec} is a table, and the training data {config.data} is none; give data of one kind")
+        return open_table(
+            TableFile(Path(path).expanduser(), kind),  # type: ignore[arg-type]
+            config.target,
+            form.input_form,
+            form.options,
+            skip_broken=config.skip_broken,
+            schema=None if preparation is None else TableSchema.from_dict(preparation),
+        )
+    return find_dataset(
+        spec,
+        config.data_root,
+        form.input_form,
+        context=config.context or form.context,
+        skip_broken=config.skip_broken,
+        options=form.options,
+        resize=resize_of(config),
+    )
+
+
+def open_frame(
+    data: Any, config: FitConfig, form: SampleForm, name: str, preparation: Mapping[str, Any] | None = None
+) -> Dataset | None:
+    """Open a data frame from Python, or a pair of one and its targets, as a table.
+
+    Args:
+        data: what was given.
+        config: options of the run.
+        form: what is known of its samples.
+        name: name of the data in messages.
+        preparation: what the training data's samples were made with; None for the training data.
+
+    Returns:
+        The data set; None where the data is no table: neither frame nor words, or not of a table's run.
+
+    Raises:
+        ConfigError: it is not said which column is to be predicted, or there is no such column.
+        DataError: a value cannot be used.
+    """
+    if preparation is not None and "columns" not in preparation:
+        return None
+    schema = None if preparation is None else TableSchema.from_dict(preparation)
+    frame = as_frame(data, name, None if schema is None else schema.targets)
+    if frame is None:
+        return None
+    return open_table(frame, config.target, form.input_form, form.options, skip_broken=config.skip_broken, schema=schema)
+
+
+def _open_text(spec: str, config: FitConfig, form: SampleForm) -> Dataset | None:
+    """Open text that becomes tokens by a tokenizer, or tokens in a file; None where the data is something else, or bytes of one file."""
+    kind, _, place = spec.partition(":")
+    tokenizer = config.tokenizer or form.tokenizer
+    context = config.context or form.context
+    is_text = kind == "jsonl" or (kind in ROWS_OF_TEXT and tokenizer is not None)
+    if kind == "text" and place:
+        is_text = tokenizer not in (None, "bytes") or config.pack or Path(place).expanduser().is_dir()
+    if not is_text and kind != "tokens":
+        return None
+    if form.input_form != "any":
+        what = "images" if form.input_form == "image3" else "flat vectors"
+        raise ConfigError(
+            f"data set {spec!r} holds tokens, and the model takes {what}; give a model of tokens, such as --model gpt:layers=2,width=64,heads=2"
+        )
+    given = {"--image-size": config.image_size, "--target": config.target, "--skip-broken": config.skip_broken or None}
+    if wrong := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(f"{wrong[0]} has no effect here: data {spec!r} is text; leave it out")
+    if kind == "tokens":
+        return open_token_file(place, context, tokenizer)
+    return open_language(spec, LanguageForm(tokenizer, context, config.pack, config.loss_on, config.data_root / "tokens"))
