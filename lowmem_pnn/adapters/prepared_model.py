@@ -34,11 +34,13 @@ def prepared(model: nn.Module, config: "FitConfig", *, early: bool = False) -> n
         whole = config.modules_to_save or ()
         targets, base = target_names(model, config.lora, whole), frozen_base(model, whole)
     result = with_frozen(model, options, base)
-    if config.frozen_form == "fp32" and not targets:
+    if config.frozen_form == "fp32" and config.weights_dtype == "fp32" and not targets:
         return result
     result = copy_structure(result)
     if config.frozen_form != "fp32":
-        _store_frozen(result, config)
+        _store(result, config, learns=False)
+    if config.weights_dtype != "fp32":
+        _store(result, config, learns=True)
     if config.lora is not None:
         add_adapters(result, targets, config.lora)
     _refuse_fast_paths(result)
@@ -74,8 +76,8 @@ def new_modules(names: Sequence[str], chain: Chain) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names if name in frozen and "." in name))
 
 
-def _store_frozen(model: nn.Module, config: "FitConfig") -> None:
-    """Have the modules of a model keep their frozen weights in the form that is asked for."""
+def _store(model: nn.Module, config: "FitConfig", *, learns: bool) -> None:
+    """Have the modules of a model keep their frozen weights, or those that learn, in the form that is asked for."""
     users: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -85,20 +87,25 @@ def _store_frozen(model: nn.Module, config: "FitConfig") -> None:
     count, head = 0, output_layer(model)
     for own, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
-        if not can_be_stored(module) or id(module) in attentions or not isinstance(weight, nn.Parameter):
+        if not can_be_stored(module, learns=learns) or id(module) in attentions or not isinstance(weight, nn.Parameter):
             continue
         sharing = users[id(weight)]
-        if len(sharing) > 1 and not all(can_be_stored(one) or id(weight) in parts for one in sharing):
+        if len(sharing) > 1 and not all(can_be_stored(one, learns=learns) or id(weight) in parts for one in sharing):
             continue
         # As in QLoRA, what tokens are looked up in, or what makes the outputs, has two bytes an element at least.
         at_the_ends = len(sharing) > 1 or isinstance(module, nn.Embedding) or own == head
-        name = "bf16" if at_the_ends else config.frozen_form
+        name = "bf16" if learns or at_the_ends else config.frozen_form
         form = StoredForm(name, tuple(weight.shape), weight.dtype)
         if id(weight) not in parts:
-            parts[id(weight)] = {end: nn.Parameter(tensor, False) for end, tensor in form.encode(weight).items()}
+            parts[id(weight)] = {end: nn.Parameter(tensor, learns) for end, tensor in form.encode(weight).items()}
         store(module, form, parts[id(weight)])
         count += 1
-    if not count and config.frozen_dtype not in (None, "fp32"):
+    if not count and learns:
+        raise ConfigError(
+            f"--weights-dtype {config.weights_dtype} has no effect here: the model has no float32 weights of linear layers or embeddings that "
+            "learn; leave it out"
+        )
+    if not count and not learns and config.frozen_dtype not in (None, "fp32"):
         raise ConfigError(
             f"--frozen-dtype {config.frozen_dtype} has no effect here: the model has no frozen float32 weights of linear layers or "
             "embeddings; leave it out"

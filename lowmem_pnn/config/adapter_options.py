@@ -117,6 +117,14 @@ class AdapterOptions:
             "head, where it is new since the pretrained weights have one for another number of classes."
         ),
     )
+    weights_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description=(
+            "Type that weights which learn are kept in, on disk and on the device: fp32; or bf16, of linear layers and embeddings, 2 bytes a "
+            "value and what the optimizer keeps. A step is computed in fp32, and its result rounded to bf16 at random, up or down, so that "
+            "small steps are not lost; gradients are bf16 too. They are cast to the type that is computed in as they are used."
+        ),
+    )
     frozen_dtype: FrozenForm | None = Field(
         default=None,
         description=(

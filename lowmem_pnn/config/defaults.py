@@ -41,6 +41,8 @@ def training_facts(config: FitConfig) -> dict[str, Any]:
     names = ["optimizer", "lr", "lr_schedule", "warmup_steps", "min_lr", "weight_decay", "clip_norm", "max_steps"]
     if "sgd" not in config.optimizer:
         names += ["betas", "eps"]
+    if config.weights_dtype != "fp32":
+        names.append("weights_dtype")
     if config.weight_decay:
         names += ["no_decay", "no_decay_norms"]
     values = {name: getattr(config, name) for name in names}

@@ -103,8 +103,8 @@ def export_to_transformers(workload: Workload, config: FitConfig, result: Result
         raise ConfigError(f"--to hf: model {workload.source.spec} is none of transformers (hf:DIR); give --to safetensors")
     if not holds_a_model(workload):
         raise ConfigError(
-            f"--to hf: the weights of {run} are those of a frozen base in {config.frozen_form} with what learnt beside it, and not yet "
-            "merged; give --to pt2"
+            f"--to hf: the weights of {run} are kept in smaller types, or with adapters beside them, which a folder for transformers does not "
+            "hold; give --merge"
         )
     folder = _place(run, out)
     write_folder(folder, run / "model.safetensors", workload.source, config, result, workload.dataset.classes, links=out is None)

@@ -81,7 +81,7 @@ def load_run(path: Path, model: Model | None, *, trust: bool = False) -> nn.Modu
             check_trust(config, {}, path, trust=trust, again=False)
             source = named_inputs(config)[0]
         built = model if isinstance(model, nn.Module) else _build(source, config)
-        if config.lora is not None or config.frozen_form != "fp32":
+        if config.lora is not None or {config.frozen_form, config.weights_dtype} != {"fp32"}:
             built = prepared(built, config)
         load_into(built, path / "model.safetensors")
     modules = {name for name, _ in built.named_modules()}

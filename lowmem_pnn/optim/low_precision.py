@@ -41,9 +41,15 @@ PIECE_SIZE = 1 << 16
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def is_quantized(parameter: Tensor) -> bool:
-    """Decide whether the state of a parameter is quantized; only its type and shape are read."""
-    return parameter.dtype == torch.float32 and parameter.numel() >= MIN_QUANTIZED_SIZE
+def is_quantized(parameter: Tensor, *, also_bfloat16: bool = False) -> bool:
+    """Decide whether the state of a parameter is quantized; only its type and shape are read.
+
+    Args:
+        parameter: the parameter.
+        also_bfloat16: whether parameters in bfloat16 are stepped in float32, as those in float32 are.
+    """
+    is_stepped_in_float32 = parameter.dtype == torch.float32 or (also_bfloat16 and parameter.dtype == torch.bfloat16)
+    return is_stepped_in_float32 and parameter.numel() >= MIN_QUANTIZED_SIZE
 
 
 def pieces(num_elements: int) -> Iterator[slice]:

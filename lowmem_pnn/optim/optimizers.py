@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from lowmem_pnn.optim.low_precision import CODECS, PIECE_SIZE, Codec, is_quantized, pieces
+from lowmem_pnn.optim.low_precision import CODECS, PIECE_SIZE, Bfloat16, Codec, is_quantized, pieces
 from lowmem_pnn.seeds import seed_of
 
 StateKind = Literal["fp32", "bf16", "int8"]
@@ -36,6 +36,7 @@ class OptimizerSpec:
         betas: decay of the moments of adam and adamw.
         eps: number added to the root of the second moment of adam and adamw.
         no_decay: names of the parameters that weight decay leaves alone.
+        weights: `bf16` where parameters in bfloat16 are stepped in float32, and rounded at random.
     """
 
     name: Literal["sgd", "adam", "adamw"]
@@ -49,12 +50,14 @@ class OptimizerSpec:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     no_decay: frozenset[str] = frozenset()
+    weights: Literal["fp32", "bf16"] = "fp32"
 
     def __str__(self) -> str:
         """Name the settings that determine the size of the state."""
         if self.name == "sgd":
             return "sgd with momentum" if self.momentum else "sgd"
-        return self.name if self.state == "fp32" else f"{self.name} with state in {self.state}"
+        kept = [f"{what} in {kind}" for what, kind in (("weights", self.weights), ("state", self.state)) if kind != "fp32"]
+        return f"{self.name} with {' and '.join(kept)}" if kept else self.name
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -75,13 +78,17 @@ class OptimizerSpec:
         decayed = float(self.weight_decay > 0 and self.name != "adamw")
         return decayed if self.name == "sgd" else 2.0 + decayed
 
+    def rounds(self, parameter: Tensor) -> bool:
+        """Decide whether a parameter is stepped in float32 and rounded at random; only its type is read."""
+        return self.weights == "bf16" and parameter.dtype == torch.bfloat16
+
     def codecs(self, parameter: Tensor) -> tuple[Codec, ...]:
         """Return the codecs of a parameter's state, one for each of `state_names`; none where the state is not quantized.
 
         Args:
             parameter: parameter of any shape; only its type and shape are read.
         """
-        if self.state == "fp32" or not is_quantized(parameter):
+        if self.state == "fp32" or not is_quantized(parameter, also_bfloat16=self.weights == "bf16"):
             return ()
         assert self.name != "sgd", "options refuse it"
         return tuple(CODECS[self.state](name, signed=name != "exp_avg_sq") for name in self.state_names)
@@ -97,7 +104,7 @@ class OptimizerSpec:
         for codec in self.codecs(parameter):
             layout |= codec.layout(shape)
         if not layout:
-            layout = dict.fromkeys(self.state_names, (parameter.dtype, shape))
+            layout = dict.fromkeys(self.state_names, (torch.float32 if self.rounds(parameter) else parameter.dtype, shape))
         if self.name != "sgd":
             layout[COUNT] = (torch.float32, ())
         return layout
@@ -131,6 +138,12 @@ class OptimizerSpec:
             most_elements: most elements that are stepped at one time; None for all.
         """
         codecs = self.codecs(parameter)
+        if self.rounds(parameter):
+            temporaries = max(
+                self.step_temporaries * _FLOAT_BYTES, Bfloat16.temporary_bytes, *(one.temporary_bytes for one in codecs)
+            )
+            # Weights and gradients in float32, and what is dequantized.
+            return math.ceil(min(PIECE_SIZE, parameter.numel()) * ((2 + len(codecs)) * _FLOAT_BYTES + temporaries))
         if not codecs:
             size = min(parameter.numel(), most_elements or parameter.numel())
             return math.ceil(self.step_temporaries * size * parameter.element_size())
@@ -160,7 +173,7 @@ class OptimizerSpec:
             optimizer = torch.optim.SGD(
                 values, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, foreach=False, fused=self.fused
             )
-        elif self.state != "fp32":
+        elif self.state != "fp32" or self.weights != "fp32":
             optimizer = QuantizedStateAdam(self, parameters, sliced)
         else:
             kind = torch.optim.AdamW if self.name == "adamw" else torch.optim.Adam
@@ -206,7 +219,7 @@ class SlicedParameter:
 
 
 class QuantizedStateAdam(torch.optim.Optimizer):
-    """Adam or AdamW with quantized moments: PyTorch's own step, on a piece of a parameter at a time.
+    """Adam or AdamW with quantized moments, or weights in bfloat16: PyTorch's own step in float32, on a piece of a parameter at a time.
 
     Stochastic rounding starts, for every parameter and step, from `seed_of(seed, "rounding", name, step)`, where `step` counts from 1.
 
@@ -239,7 +252,7 @@ class QuantizedStateAdam(torch.optim.Optimizer):
         assert gradient is not None
         sliced = self._sliced or SlicedParameter(parameter)
         codecs = self._spec.codecs(sliced.whole)  # a slice is quantized as the parameter is, however small it is
-        if not codecs:
+        if not codecs and not self._spec.rounds(sliced.whole):
             self._compute(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state[COUNT], lr, decay)
             return
         if sliced.generator is None:
@@ -262,11 +275,17 @@ class QuantizedStateAdam(torch.optim.Optimizer):
     ) -> None:
         """Step one piece; a function of its own, so that no tensor of a piece is held when the next one begins."""
         state = self.state[parameter]
-        mean, square = (codec.dequantize(state, piece) for codec in codecs)
+        moments = [codec.dequantize(state, piece) for codec in codecs]
+        mean, square = moments or [state[name].view(-1)[piece] for name in self._spec.state_names]
         count = state[COUNT].clone()  # the step increments it, and all pieces have the same count
-        self._compute(parameter.view(-1)[piece], gradients[piece], mean, square, count, lr, decay)
-        for codec, values in zip(codecs, (mean, square), strict=True):
-            codec.quantize(state, piece, values, generator)
+        weights = parameter.view(-1)[piece]
+        rounds = self._spec.rounds(weights)
+        values = weights.float() if rounds else weights
+        self._compute(values, gradients[piece].to(values.dtype), mean, square, count, lr, decay)
+        for codec, moment in zip(codecs, moments, strict=True):
+            codec.quantize(state, piece, moment, generator)
+        if rounds:
+            Bfloat16("weight", signed=True).quantize({"weight": parameter.detach()}, piece, values, generator)
 
     def _compute(
         self, weights: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, count: Tensor, lr: float, decay: float

@@ -77,9 +77,21 @@ def adapter_notes(workload: Workload) -> list[str]:
             text += f"; {shortened(config.modules_to_save)} learn{'s' if len(config.modules_to_save) == 1 else ''} whole"
         notes.append(text)
     kept: dict[str, dict[str, int]] = {}
-    for name, part in stored_parts(chain.modules()).items():
-        if not part.end:
-            kept.setdefault(part.form.name, {})[chain.owner_of(name)] = math.prod(part.form.shape)
+    learning = {
+        chain.owner_of(name): one.numel()
+        for layer in chain.layers
+        for name, one in layer.parameters().items()
+        if one.requires_grad
+    }
+    parts = {name: part for name, part in stored_parts(chain.modules()).items() if chain.owner_of(name) == name}
+    if rounded := [name for name in parts if name in learning]:
+        notes.append(
+            f"{sum(learning[name] for name in rounded):,} of {sum(learning.values()):,} values that learn are kept in bf16 (linear layers and "
+            "embeddings), and so are their gradients; a step rounds them at random"
+        )
+    for name, part in parts.items():
+        if not part.end and name not in learning:
+            kept.setdefault(part.form.name, {})[name] = math.prod(part.form.shape)
     if kept:
         sizes = ", ".join(
             f"{sum(own.values()):,} values in {form}" for form, own in sorted(kept.items(), key=lambda item: item[0] == "bf16")

@@ -143,14 +143,18 @@ def _decode_nf4(codes: Tensor, scales: Tensor, out: Tensor) -> None:
 
 
 class _Product(torch.autograd.Function):
-    """The product of a linear layer with a weight that is cast twice, forward and backward, and not kept in between."""
+    """The product of a linear layer with a weight that is cast twice, forward and backward, and not kept in between.
+
+    A weight in bf16 may learn: its gradient is made in the type of computing, and rounded to bf16.
+    """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, form: StoredForm, transposed: bool, bias: Tensor | None, *parts: Tensor) -> Tensor:
         ctx.form, ctx.transposed, ctx.dtype = form, transposed, inputs.dtype
-        ctx.save_for_backward(*parts)
         kind = inputs.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
+        ctx.learns = parts[0].requires_grad
+        ctx.save_for_backward(*parts, *([inputs.to(dtype)] if ctx.learns else []))
         weight = form.decode(dict(zip(form.layout(), parts, strict=True)), dtype)
         if not transposed:
             return F.linear(inputs, weight, bias)
@@ -163,11 +167,48 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         [gradient] = gradients
         form: StoredForm = ctx.form
-        weight = form.decode(dict(zip(form.layout(), ctx.saved_tensors, strict=True)), gradient.dtype)
+        parts = ctx.saved_tensors[: len(form.layout())]
         rows = gradient.reshape(-1, gradient.shape[-1])
-        product = rows.mm(weight.t() if ctx.transposed else weight)
-        ours = product.view(*gradient.shape[:-1], product.shape[-1]).to(ctx.dtype)
-        return ours, None, None, None, *[None for _ in form.layout()]
+        ours = None
+        if ctx.needs_input_grad[0]:
+            weight = form.decode(dict(zip(form.layout(), parts, strict=True)), gradient.dtype)
+            product = rows.mm(weight.t() if ctx.transposed else weight)
+            ours = product.view(*gradient.shape[:-1], product.shape[-1]).to(ctx.dtype)
+            del weight, product
+        of_bias = rows.sum(0) if ctx.needs_input_grad[3] else None
+        of_parts: list[Tensor | None] = [None for _ in form.layout()]
+        if ctx.learns:
+            given = ctx.saved_tensors[-1].reshape(-1, ctx.saved_tensors[-1].shape[-1])
+            of_parts[0] = (given.t().mm(rows) if ctx.transposed else rows.t().mm(given)).to(parts[0].dtype)
+        return ours, None, None, of_bias, *of_parts
+
+
+class _Rows(torch.autograd.Function):
+    """The rows of a table in bf16 that learns, cast; the gradient of a row is added up as it is computed, and rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, table: Tensor, padding: int | None, dtype: torch.dtype) -> Tensor:
+        ctx.padding, ctx.form = padding, (tuple(table.shape), table.dtype)
+        ctx.save_for_backward(indices)
+        return F.embedding(indices, table).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        [gradient] = gradients
+        shape, dtype = ctx.form
+        numbers, rows = ctx.saved_tensors[0].reshape(-1), gradient.reshape(-1, shape[1])
+        # Without a tensor whose size follows from values: sums by the rank of each row among those that are there.
+        ordered, order = numbers.sort(stable=True)
+        begins = torch.ones_like(ordered, dtype=torch.bool)
+        begins[1:] = ordered[1:] != ordered[:-1]
+        ranks = begins.cumsum(0) - 1
+        sums = torch.zeros_like(rows).index_add_(0, ranks, rows.index_select(0, order))
+        # Ranks that are not there stand for row 0, and add zeros to it.
+        named = torch.zeros_like(ordered).scatter_(0, ranks, ordered)
+        if ctx.padding is not None:
+            sums = sums * (named != ctx.padding)[:, None]
+        table = torch.zeros(shape, dtype=dtype, device=rows.device).index_add_(0, named, sums.to(dtype))
+        return None, table, None, None
 
 
 class Stored:
@@ -198,6 +239,9 @@ class _StoredEmbedding(Stored):
     padding_idx: int | None
 
     def forward(self, indices: Tensor) -> Tensor:
+        if self.weight.requires_grad:
+            rows: Tensor = _Rows.apply(indices, self.weight, self.padding_idx, self.stored.dtype)
+            return rows
         return F.embedding(indices, self.weight, self.padding_idx).to(self.stored.dtype)
 
 
@@ -254,12 +298,19 @@ def is_stored_linear(module: nn.Module) -> bool:
     return isinstance(module, _StoredLinear) and type(module) is _stored_class(nn.Linear)
 
 
-def can_be_stored(module: nn.Module) -> bool:
-    """Decide whether a module's weight may be kept in another form: a frozen matrix of float32 that only its own forward reads."""
+def can_be_stored(module: nn.Module, *, learns: bool = False) -> bool:
+    """Decide whether a module's weight may be kept in another form: a matrix of float32 that only its own forward reads.
+
+    Args:
+        module: any module.
+        learns: whether matrices that learn are asked for; else those of modules that are frozen.
+    """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dtype != torch.float32 or "forward" in vars(module):
         return False
-    if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+    if learns != any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        return False
+    if learns and not weight.requires_grad:
         return False
     if isinstance(module, nn.Embedding):
         return type(module).forward is nn.Embedding.forward and module.max_norm is None and not module.sparse

@@ -26,6 +26,7 @@ class FitOptions(TypedDict, total=False):
     time_limit: Any
     lora: Any
     modules_to_save: Any
+    weights_dtype: Literal["fp32", "bf16"] | None
     frozen_dtype: Literal["fp32", "bf16", "int8", "nf4"] | None
     train_only: Any
     freeze: Any

@@ -153,7 +153,8 @@ class SweepOptimizerSteps:
             parameter = residency.parameters[name]
             assert parameter.grad is not None
             gradients.overflowed |= not unscale([parameter.grad], gradients.scale)
-            gradients.norms[name] = torch.linalg.vector_norm(parameter.grad)
+            rounds = self._workload.optimizer(partition).rounds(parameter)
+            gradients.norms[name] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32 if rounds else None)
             if not gradients.scale.moves:
                 self._check_finite(name, gradients.norms[name], partition, gradients)
             buffers.put_parameter_gradient(name, parameter.grad)

@@ -97,7 +97,9 @@ def make_workload(
         raise ConfigError(
             f"--channels-last has no effect here: {source.spec} has no convolutions of maps (C, H, W); leave it out"
         )
-    if config.optimizer_state != "fp32" and not any(map(is_quantized, _trainable(model))):
+    if config.optimizer_state != "fp32" and not any(
+        is_quantized(one, also_bfloat16=config.weights_dtype == "bf16") for one in _trainable(model)
+    ):
         raise ConfigError(
             f"--optimizer-state {config.optimizer_state} has no effect here: {source.spec} has no float32 parameters of "
             f"{MIN_QUANTIZED_SIZE} elements or more that learn; leave it out"
@@ -354,7 +356,12 @@ def profile_workload(workload: Workload, device: Device, cache: MeasurementCache
     config = workload.config
     optimizers = [
         OptimizerSpec(
-            name, momentum=config.momentum, weight_decay=config.weight_decay, fused=config.fused, state=config.optimizer_state
+            name,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=config.fused,
+            state=config.optimizer_state,
+            weights=config.weights_dtype,
         )
         for name in config.optimizer
     ]

@@ -214,6 +214,7 @@ class Workload:
             config.betas,
             config.eps,
             self.without_decay,
+            config.weights_dtype,
         )
 
     @cached_property

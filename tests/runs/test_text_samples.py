@@ -14,6 +14,7 @@ from helpers.small_networks import small_gpt, small_mlp, tokens, vectors
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.settings.command import fit_command
 
 MODEL = "gpt:layers=2,width=16,heads=2,context=16"
 OPTIONS: dict[str, Any] = {"epochs": 12, "batch_size": 16, "lr": 0.01, "cuts": "2", "sample": ["abc", "a"], "sample_tokens": 4}

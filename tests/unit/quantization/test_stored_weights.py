@@ -95,3 +95,41 @@ def test_what_learns_or_has_a_forward_of_its_own_is_not_stored() -> None:
     assert not can_be_stored(Scaled(3, 4).requires_grad_(False))
     assert not can_be_stored(nn.Linear(3, 4, dtype=torch.float64).requires_grad_(False))
     assert not can_be_stored(nn.LayerNorm(4).requires_grad_(False))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_linear_layer_in_bf16_learns_as_one_whose_weight_is_cast(autocast: bool) -> None:
+    torch.manual_seed(0)
+    module, inputs = nn.Linear(24, 40), torch.randn(3, 5, 24, requires_grad=True)
+    weight = nn.Parameter(module.weight.detach().bfloat16())
+    bias = nn.Parameter(module.bias.detach().clone())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = nn.functional.linear(inputs, weight if autocast else weight.float(), bias)
+    expected.float().square().sum().backward()
+    form = StoredForm("bf16", (40, 24), torch.float32)
+    assert can_be_stored(module, learns=True)
+    assert not can_be_stored(module)
+    store(module, form, {end: nn.Parameter(part) for end, part in form.encode(module.weight).items()})
+    again = inputs.detach().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = module(again)
+    found.float().square().sum().backward()
+    assert torch.equal(found, expected)
+    assert torch.equal(again.grad, inputs.grad)
+    assert torch.equal(module.weight.grad, weight.grad)
+    assert module.weight.grad.dtype == torch.bfloat16
+    assert torch.allclose(module.bias.grad, bias.grad, rtol=1e-2 if autocast else 1e-6)
+
+
+def test_rows_of_a_table_in_bf16_learn_as_those_of_one_that_is_cast() -> None:
+    torch.manual_seed(0)
+    module, indices = nn.Embedding(30, 8, padding_idx=0), torch.tensor([[3, 29, 3, 0], [7, 3, 0, 11]])
+    whole = nn.Parameter(module.weight.detach().bfloat16().float())
+    form = StoredForm("bf16", (30, 8), torch.float32)
+    store(module, form, {end: nn.Parameter(part) for end, part in form.encode(module.weight).items()})
+    scale = torch.randn(2, 4, 8)
+    found, expected = module(indices), nn.functional.embedding(indices, whole, padding_idx=0)
+    assert torch.equal(found, expected)
+    (found * scale).sum().backward()
+    (expected * scale).sum().backward()
+    assert torch.equal(module.weight.grad, whole.grad.bfloat16())
