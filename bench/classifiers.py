@@ -6,7 +6,7 @@ from typing import Any
 
 CLASSES, SIDE = 10, 64
 # Sides of the networks that do not take 64x64 images.
-SIDES = {"inception_v3": 75, "timm:levit_128s": 224, "timm:mobilevit_xxs": 64, "timm:crossvit_tiny_240": 240}
+SIDES = {"inception_v3": 75, "maxvit_t": 224, "timm:levit_128s": 224, "timm:mobilevit_xxs": 64, "timm:crossvit_tiny_240": 240}
 TORCHVISION = (
     "alexnet", "vgg11", "squeezenet1_1", "densenet121", "googlenet", "inception_v3", "shufflenet_v2_x0_5", "mobilenet_v2",
     "mobilenet_v3_small", "mnasnet0_5", "resnet18", "resnext50_32x4d", "wide_resnet50_2", "efficientnet_b0", "efficientnet_v2_s",
@@ -58,7 +58,7 @@ def builder_of(name: str) -> Callable[[], Any]:
         elif name.startswith("vit"):
             options = {"image_size": SIDE}
         elif name.startswith("maxvit"):
-            options = {"input_size": (SIDE, SIDE)}
+            options = {"input_size": (side_of(name), side_of(name))}
         return torchvision.models.get_model(name, num_classes=CLASSES, **options)
 
     return build

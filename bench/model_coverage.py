@@ -122,8 +122,7 @@ def structure(name: str, layers: int) -> dict[str, Any]:
             epochs=1, lr=LR, seed=SEED, val_fraction=0.0, cuts=cuts or None, compare=False, workdir=f"{folder}/run",
         )  # fmt: skip
         ours = load_file(result.weights_file)
-        fresh = builder_of(name)().eval()
-        fresh.load_state_dict(ours, strict=True)
+        fresh = lowmem_pnn.load_weights(builder_of(name)(), result.weights_file).eval()
     # The run's own training part, in the order of its first epoch.
     config = configure(max_gpu_mem="12GB", model="python:model", data="python:data", seed=SEED, val_fraction=0.0)
     part = split_data(make_dataset((x, y), name="data"), config)[1]["train"]

@@ -1,16 +1,19 @@
-"""Writes what is generated in the documents: the list of files in ARCHITECTURE.md, from each file's first docstring line.
+"""Writes what is generated in the documents: ARCHITECTURE.md's list of files, from their first docstring lines, and docs/models.md.
 
 python docs/generate.py           # writes it
 python docs/generate.py --check   # says whether it is up to date: exit code 1 where it is not
 """
 
 import ast
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lowmem_pnn"
 ARCHITECTURE = ROOT / "ARCHITECTURE.md"
+MODELS, COVERAGE = ROOT / "docs" / "models.md", ROOT / "bench" / "results" / "model_coverage.json"
 BEGIN, END = "<!-- files: written by docs/generate.py -->", "<!-- end of files -->"
 
 FOLDERS = (
@@ -94,13 +97,52 @@ def with_file_list(text: str) -> str:
     return f"{before}{BEGIN}\n\n{file_list()}\n\n{END}{after}"
 
 
+def models_page() -> str:
+    """Return the page of networks, made of what `bench/model_coverage.py` found."""
+    found = json.loads(COVERAGE.read_text())
+    networks = found["networks"]
+    measured = [entry for entry in networks if "plain" in entry]
+    equal = sum(bool(entry["structure"].get("equal")) for entry in measured)
+    rows = "\n".join(_models_row(entry) for entry in networks)
+    cut = sum(entry["captured"].get("layers", 0) > 2 for entry in networks)
+    return f"""# Networks of torchvision and timm: how finely they are cut, and in how little memory they train
+
+Of {len(networks)} classifiers, the smallest of each family, {cut} are cut into more than two layers. {len(measured)} have been trained too:
+for {equal} of them one step of `--method exact`, with a partition for every layer, gives the bits of plain PyTorch's. Batch 16, images of
+64x64 (or the smallest size that the network takes), AdamW, CPU, torch {found["machine"]["torch"]}. *Largest* is the largest layer's share
+of the weights; *plain* the peak of plain PyTorch above imports; *smallest* the smallest budget that `plan` names, in which two steps were
+trained; *share* the smallest budget by plain's peak. What is not measured yet has a dash. Made of `bench/results/model_coverage.json`,
+where everything is; `python bench/model_coverage.py` measures, `python docs/generate.py` writes this page.
+
+| network | layers | largest | step equal | plain, MB | smallest, MB | share |
+| --- | ---: | ---: | --- | ---: | ---: | ---: |
+{rows}
+"""
+
+
+def _models_row(entry: dict[str, Any]) -> str:
+    cut, plain, fits = (
+        entry["captured"],
+        entry.get("plain", {}).get("peak"),
+        [one for one in entry.get("fits", ()) if "peak" in one],
+    )
+    cells = [entry["name"], str(cut.get("layers", "not cut")), f"{cut['largest']:.0%}" if "largest" in cut else "-"]
+    if "plain" not in entry:
+        return f"| {' | '.join([*cells, *'----'])} |"
+    parts, budget = entry["structure"], fits[0]["budget"] if fits else None
+    equal = "yes" if parts.get("equal") else f"to {parts['largest_difference']:.0e}" if "largest_difference" in parts else "-"
+    cells += [equal, f"{plain / 1e6:.0f}" if plain else "-", f"{budget / 1e6:.0f}" if budget else "-"]
+    return f"| {' | '.join([*cells, f'{budget / plain:.2f}' if plain and budget else '-'])} |"
+
+
 def main() -> None:
-    """Write the list, or check it."""
-    text = ARCHITECTURE.read_text()
-    if "--check" not in sys.argv[1:]:
-        ARCHITECTURE.write_text(with_file_list(text))
-    elif text != with_file_list(text):
-        sys.exit("ARCHITECTURE.md does not list the files as they are; run python docs/generate.py")
+    """Write them, or check them."""
+    pages = {ARCHITECTURE: with_file_list(ARCHITECTURE.read_text()), MODELS: models_page()}
+    for path, text in pages.items():
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            sys.exit(f"{path.name} is not what it is made of; run python docs/generate.py")
 
 
 if __name__ == "__main__":

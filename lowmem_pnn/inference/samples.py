@@ -145,8 +145,7 @@ class SamplesToPredict:
         return found
 
     def _below_root(self, path: Path) -> Path:
-        inside = self._root is not None and path.is_relative_to(self._root)
-        return path.relative_to(self._root) if inside and self._root is not None else path
+        return path.relative_to(self._root) if self._root is not None and path.is_relative_to(self._root) else path
 
     def _by_part(self, numbers: npt.NDArray[np.int64]) -> list[tuple[Split, npt.NDArray[np.int64]]]:
         """Return the parts that ascending numbers of samples are of, each with its own numbers."""
@@ -215,8 +214,7 @@ def open_samples(
         parts, steps = _own_parts(own, sample_form)
         root = _root(spec)
     elif text:
-        parts, steps = _parts_of(spec, config, form, sample_form, preparation, skip_broken)
-        root = _root(spec)
+        (parts, steps), root = _parts_of(spec, config, form, sample_form, preparation, skip_broken), _root(spec)
     else:
         spec, data = f"python:{type(data).__name__}", without_bunch(data)
         parts, steps = _of_frame(data, spec, sample_form, preparation, skip_broken)

@@ -265,10 +265,12 @@ def capture(
     except KnownWrittenError:
         setting = replace(setting, values=False)
         runs = _runs(model, setting)
-    kept, left = (frozenset[Attribute]().union(*sets) for sets in zip(*((run.kept, run.left) for run in runs), strict=True))
+    changed = zip(*((run.kept, run.left, run.cached) for run in runs), strict=True)
+    kept, left, cached = (frozenset[Attribute]().union(*sets) for sets in changed)
     try:
         closed = {
-            name: f"its forward changes its attribute {attribute!r}, whose value a trace would freeze" for name, attribute in kept
+            name: f"its forward changes its attribute {attribute!r}, whose value a trace would freeze"
+            for name, attribute in kept | cached
         }
         closed |= {
             name: "it has a hook on its backward, which begins and ends with the whole of it"
@@ -309,6 +311,7 @@ def capture(
             layer.modes = modes.inside(inside)
             layer.kept = tuple(sorted(attribute for attribute in kept if attribute[0] in inside))
             layer.left = tuple(sorted(attribute for attribute in left if attribute[0] in inside and attribute[0]))
+            layer.cached = tuple(sorted(attribute for attribute in cached if attribute[0] in inside and attribute[0]))
             layer.hooks = {name: hooks[name] for name in layer.parameters() if name in hooks}
             for name, tensor in {**layer.parameters(), **layer.buffers()}.items():
                 held.setdefault(id(names[name]), []).append(index)

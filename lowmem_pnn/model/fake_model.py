@@ -166,6 +166,7 @@ class ModelRun:
         operations: operations that depend on its samples or its tensors, in their order.
         kept: attributes of its modules that the forward changes, and whose values a run keeps.
         left: attributes in which the forward leaves tensors that no later forward depends on.
+        cached: those of them in which the forward keeps what it computed of weights, until the module's own `train()` forgets it.
         written: parameters that the forward changes in place, as an embedding with `max_norm` does.
         changed: parameters and buffers that the forward changes in place, or puts others in the place of.
         made: bytes of the tensors that operations of a module, and of those in it, made; under "" those of all.
@@ -177,6 +178,7 @@ class ModelRun:
     operations: list[tuple[Any, ...]]
     kept: set[Attribute] = field(default_factory=set)
     left: set[Attribute] = field(default_factory=set)
+    cached: set[Attribute] = field(default_factory=set)
     written: set[str] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
     made: Counter[str] = field(default_factory=Counter)
@@ -244,6 +246,9 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
             is_cache = holds_tensor(value) and key not in changed_again and not any(map(log.depends, tensors_in(value)))
             if is_cache or not is_read(root, key, lambda: setting.form.call(root, samples)):
                 result.left.add(key)
+            elif holds_tensor(value) and key not in changed_again and _is_cache_of_weights(root, key, before, setting, samples):
+                result.left.add(key)
+                result.cached.add(key)
             elif is_kept(value):
                 result.kept.add(key)
             else:
@@ -260,6 +265,22 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
 
 def _tensors_of(root: nn.Module) -> dict[str, Tensor]:
     return {**dict(root.named_parameters(remove_duplicate=False)), **dict(root.named_buffers(remove_duplicate=False))}
+
+
+def _is_cache_of_weights(
+    root: nn.Module, key: Attribute, before: Snapshot, setting: Setting, samples: tuple[Tensor, ...]
+) -> bool:
+    """Decide whether an attribute holds what was computed of weights alone, and is as before once the model was in train mode.
+
+    So do timm's LeViT and EfficientFormer with their attention's biases in eval mode: without a cache they compute the same.
+    """
+    set_mode(root, True)
+    set_mode(root, setting.training)
+    if key in before.changed(root):
+        return False
+    with OperationLog(samples) as log:
+        setting.form.call(root, samples)
+    return not any(map(log.depends, tensors_in(attributes_of(root).get(key))))
 
 
 def _reached(root: nn.Module, outputs: tuple[Tensor, ...]) -> set[str]:

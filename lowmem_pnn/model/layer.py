@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -80,6 +80,9 @@ class Layer:
     left: tuple[Attribute, ...] = ()
     """Python attributes that a forward changes and no other one depends on."""
 
+    cached: tuple[Attribute, ...] = ()
+    """Those of them in which a forward keeps what it computed of weights: forgotten after every forward."""
+
     hooks: Mapping[str, ParameterHooks] = MappingProxyType({})
     """What hangs on parameters of the layer, by their names."""
 
@@ -115,6 +118,10 @@ class Layer:
         """Return a context at whose end all that a forward changes in Python attributes is as before."""
         return state_restored(self.module, (*self.kept, *self.left))
 
+    def _without_caches(self) -> AbstractContextManager[None]:
+        """Return a context at whose end is forgotten what a forward keeps of weights: they may be others the next time."""
+        return state_restored(self.module, self.cached) if self.cached else nullcontext()
+
     def with_head(self, head: nn.Module, number: int) -> "Layer":
         """Return the layer with a head whose weights are called `auxiliary_heads.NUMBER....`; running the layer does not run the head.
 
@@ -132,7 +139,8 @@ class Layer:
         order = [*self._parameter_names, *self._buffer_names, *dict.fromkeys(prefix + name for name in names)]
         layer = Layer(self.name, module, order, self.precision)
         layer.head = head
-        layer.modes, layer.kept, layer.left, layer.hooks, layer.whole = self.modes, self.kept, self.left, self.hooks, self.whole
+        layer.modes, layer.kept, layer.left, layer.cached = self.modes, self.kept, self.left, self.cached
+        layer.hooks, layer.whole = self.hooks, self.whole
         return layer
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -141,7 +149,7 @@ class Layer:
             outputs = self.compiled(self.module.training, {**self.parameters(), **self.buffers()}, tensors)
             if outputs is not None:
                 return outputs
-        with self.precision.autocast():
+        with self.precision.autocast(), self._without_caches():
             # Not module(...): a GraphModule prints to stderr before it raises, and running out of memory is no news here.
             result: tuple[Tensor, ...] = self.module.forward(*self.precision.to_memory_format(tensors))
         return result
@@ -161,7 +169,7 @@ class Layer:
             inputs: tensors of the boundary before the layer.
             scores: whether to return `scores` of the outputs instead of the outputs.
         """
-        with self.precision.autocast():
+        with self.precision.autocast(), self._without_caches():
             inputs = self.precision.to_memory_format(inputs)
             outputs = torch.func.functional_call(self.module, dict(tensors), inputs, tie_weights=False)
         return self.scores_on(tensors, tuple(outputs)) if scores else tuple(outputs)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lowmem_pnn.config.command import fit_command
 
 import lowmem_pnn
 from helpers.displays import StopsAt

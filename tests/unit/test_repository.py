@@ -90,6 +90,10 @@ def test_architecture_lists_the_files_as_they_are() -> None:
     assert text == generate.with_file_list(text), "run python docs/generate.py"
 
 
+def test_the_page_of_networks_is_what_the_bench_found() -> None:
+    assert (ROOT / "docs" / "models.md").read_text() == generate.models_page(), "run python docs/generate.py"
+
+
 def test_nothing_names_this_machine() -> None:
     files = [path for pattern in ("*.md", "*.toml", "*.cfg", "*.py") for path in ROOT.rglob(pattern) if ".venv" not in path.parts]
     assert files
