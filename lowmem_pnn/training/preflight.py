@@ -1,7 +1,6 @@
 """The measured check before training: the tightest partition does one real step on the device, and the plan is held against it."""
 
 import contextlib
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -88,18 +87,14 @@ def check_tightest(run: Run, profile: MemoryProfile) -> Check:
     # Smaller than planned where an earlier process died in this check.
     asked = micro_batch = run.state.sweep_micro_batch if sweeps else run.state.micro_batches[number]
     went_through = False
-    predicted = _predicted(PlanRequest(workload, profile, device), planned) + held
-    # Not the plan's own peak: up to what is expected freed memory is kept, and would look as if the step needed it.
-    device.set_expected_peak(predicted)
-    # What the comparison has left, in cycles and in holes of the heap, is not the step's.
-    gc.collect()
-    device.release()
+    device.set_expected_peak(planned.predicted_peak_bytes + plan.waiting_bytes)
     device.begin_section()
     # Where it does not load, or not even the smallest micro-batch fits, another plan may do.
     with contextlib.suppress(BudgetError):
         micro_batch = _sweep_once(run, number, samples, micro_batch) if sweeps else _learn_once(run, number, samples)
         went_through = True
     measured = device.section_peak_bytes()
+    predicted = _predicted(PlanRequest(workload, profile, device), planned) + held
     fits = went_through and micro_batch == asked
     return Check(number, predicted, measured, fits, micro_batch if went_through else None)
 
