@@ -17,9 +17,10 @@ def test_example_runs(path: Path, tmp_path: Path) -> None:
     assert "plain PyTorch, same weights" in done.stdout
 
 
-def test_readme_python_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+def test_python_in_readme_and_documents_runs(tmp_path: Path) -> None:
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    blocks = [block for file in files for block in re.findall(r"```python\n(.*?)```", file.read_text(), re.DOTALL)]
+    assert len(blocks) >= 3
     done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "budget 100.0 MB" in done.stdout
+    assert "budget  100.0 MB" in done.stdout
