@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lowmem_pnn.adapters.prepared_model import adapter_tensor_names, new_modules, prepared
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.language_options import LANGUAGE_KINDS
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import CaptureError, ConfigError, LowMemError
 from lowmem_pnn.language.open_language import fit_inputs
@@ -88,6 +89,7 @@ def make_workload(
     config = _of_max_steps(config, len(splits["train"]))
     dataset, splits = fit_inputs(model, source.spec, dataset, splits)
     _check_input(source, dataset, model)
+    _check_head(source, config, dataset)
     precision = Precision(config.precision, device.type, config.channels_last)
     chain, dataset, splits = _capture(
         config, model, source, dataset, splits, precision, () if own.loss is not None else OUTPUT_NAMES
@@ -319,6 +321,16 @@ def _with_heads(workload: Workload) -> Chain:
             head = workload.head(number)
         layers.append(layer if head is None else layer.with_head(head, number))
     return dataclasses.replace(chain, layers=tuple(layers))
+
+
+def _check_head(source: ModelSource, config: FitConfig, dataset: Dataset) -> None:
+    """Refuse a head that would see what it is to learn."""
+    next_tokens = config.data.partition(":")[0] in LANGUAGE_KINDS or "tokenizer" in dataset.preparation
+    if source.transformers is not None and source.transformers.task == "masked-lm" and next_tokens:
+        raise ConfigError(
+            f"model {source.spec} has a masked-LM head, and data {config.data} asks for the next token, which it would see; give --task "
+            "causal-lm, or pairs of masked tokens and labels from Python"
+        )
 
 
 def _check_input(source: ModelSource, dataset: Dataset, model: nn.Module) -> None:

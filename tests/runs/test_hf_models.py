@@ -306,3 +306,12 @@ def test_a_folder_that_does_not_do_is_said_in_a_line(
     outcome = command(f"plan --model hf:{tmp_path / 'model'} --data jsonl:{root / 'a.jsonl'} {common} {options}")
     assert outcome.code == code, outcome.err + outcome.out
     assert re.search(text, outcome.fault or outcome.out), outcome.fault or outcome.out
+
+
+def test_a_masked_model_is_not_trained_on_next_tokens_that_it_sees(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "bert.json", "bert", "BertForMaskedLM", BERT)
+    (tmp_path / "words.txt").write_text("some words " * 200)
+    outcome = command(f"fit --max-gpu-mem 200MB --model hf:{config} --data text:{tmp_path}/words.txt --workdir {tmp_path}/run")
+    assert outcome.code == 3
+    assert "has a masked-LM head, and data text:" in outcome.fault
+    assert "asks for the next token, which it would see; give --task causal-lm" in outcome.fault
