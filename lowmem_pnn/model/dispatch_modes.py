@@ -178,10 +178,23 @@ def _has_values(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) and tensor.is_cpu and not tensor.requires_grad
 
 
+class _Content(str):
+    """What stands for the values of a tensor."""
+
+
+def without_values(log: Any) -> Any:
+    """Return a log of operations, or a part of it, with the shapes and types of tensors alone."""
+    if isinstance(log, dict):
+        return {key: without_values(item) for key, item in log.items()}
+    if isinstance(log, tuple | list):
+        return [without_values(item) for item in log]
+    return "" if isinstance(log, _Content) else log
+
+
 def _content(tensor: Tensor) -> str:
     """Return what stands for the values of a tensor that has them, and is not large."""
     if isinstance(tensor, FakeTensor) or not tensor.is_cpu or tensor.nbytes > KNOWN_BYTES or tensor.layout != torch.strided:
         return ""
     with unset_fake_temporarily():
         flat = tensor.detach().resolve_conj().resolve_neg().contiguous().flatten()
-        return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+        return _Content(hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest())
