@@ -4,19 +4,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowmem_pnn.api import evaluate, export, fit, load, load_weights, plan, predict
+    from lowmem_pnn.config.fit_config import FitConfig
+    from lowmem_pnn.contenders.bench import bench
+    from lowmem_pnn.contenders.bench_report import BenchReport
+    from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
+    from lowmem_pnn.inference.generate import generate
     from lowmem_pnn.reporting.plan_report import PlanReport
+    from lowmem_pnn.reporting.progress import Display
     from lowmem_pnn.reporting.result import Result
     from lowmem_pnn.run.callbacks import Callback
 
 __version__ = "0.1.0"
 __all__ = [
+    "BenchReport",
+    "BudgetError",
     "Callback",
+    "ConfigError",
+    "Display",
+    "FitConfig",
+    "LowMemError",
     "PlanReport",
     "Result",
     "__version__",
+    "bench",
     "evaluate",
     "export",
     "fit",
+    "generate",
     "load",
     "load_weights",
     "plan",
@@ -24,12 +38,20 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BudgetError": "errors",
+    "ConfigError": "errors",
+    "Display": "reporting.progress",
+    "FitConfig": "config.fit_config",
+    "LowMemError": "errors",
+    "BenchReport": "contenders.bench_report",
     "Callback": "run.callbacks",
     "PlanReport": "reporting.plan_report",
     "Result": "reporting.result",
+    "bench": "contenders.bench",
     "evaluate": "api",
     "export": "api",
     "fit": "api",
+    "generate": "inference.generate",
     "load": "api",
     "load_weights": "api",
     "plan": "api",
@@ -44,3 +66,7 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(f"lowmem_pnn.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

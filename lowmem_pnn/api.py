@@ -8,7 +8,11 @@ import torch
 
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.errors import ConfigError, LowMemError
+from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit
+from lowmem_pnn.exporting.export_folder import ExportFolder
+from lowmem_pnn.exporting.export_formats import ExportFormat, check_name
+from lowmem_pnn.exporting.transformers_folder import export_to_transformers
 from lowmem_pnn.formats.data_loader import loader_options
 from lowmem_pnn.inference.evaluate import evaluate_run
 from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember, workload_of
@@ -18,7 +22,7 @@ from lowmem_pnn.memory.available import budget_of, is_share
 from lowmem_pnn.pretrained.model_file import load_into
 from lowmem_pnn.preview.preview import preview
 from lowmem_pnn.reporting.plan_report import PlanReport
-from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.reporting.progress import Display, default_display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.callbacks import Callback
 from lowmem_pnn.run.finished import open_finished
@@ -26,9 +30,6 @@ from lowmem_pnn.run.unfinished import unfinished_run
 from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.tasks import Own, OwnLoss, OwnMetrics
-from lowmem_pnn.training.export import export_exit, find_exit
-from lowmem_pnn.training.export_folder import ExportFolder
-from lowmem_pnn.training.export_formats import ExportFormat, check_name
 from lowmem_pnn.training.start import begin
 from lowmem_pnn.training.start import resume as resume_training
 from lowmem_pnn.workload.inputs import Model, name_of, python_inputs
@@ -48,6 +49,7 @@ def fit(
     resume: bool = False,
     overwrite: bool = False,
     display: Display | None = None,
+    verbose: bool | None = None,
     callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> Result:
@@ -74,9 +76,13 @@ def fit(
             that was begun with the same options.
         resume: go on with a run; options may be given as before, or left out. A finished run gives its result.
         overwrite: replace the run in `workdir`.
-        display: is told of the run's progress; None shows nothing.
+        display: is told of the run's progress; None shows it as `verbose` says.
+        verbose: whether progress is shown on standard error; None shows it in a terminal and in a notebook.
         callbacks: objects of `lowmem_pnn.Callback`, which are told of the start, steps, epochs, commits and the end.
         **options: other fields of `FitConfig`.
+
+    A model that is given as an object holds the trained weights at the end, which is said; where they are not of its form (another head),
+    a line names `result.load(model)`, for a model of that form.
 
     On Linux glibc's thresholds for giving memory back stay lowered in the process; the memory limit is lifted at the end.
 
@@ -102,6 +108,7 @@ def fit(
     open_inputs = python_inputs(
         model, train, val, test, loss=None if isinstance(loss, str) else loss, metrics=metrics, state_dict=state_dict
     )
+    display = default_display(verbose) if display is None else display
     if resume:
         given = {name: value for name, value in given.items() if not is_share(value)}  # what the run began with is kept
         folder = unfinished_run(given) if workdir is None else Path(workdir)
@@ -112,6 +119,14 @@ def fit(
         result = begin(config, folder, open_inputs, overwrite=overwrite, display=display, callbacks=callbacks)
     assert result is not None, "one process trains all partitions"
     remember(result.workdir, model)
+    if isinstance(model, torch.nn.Module):
+        try:
+            result.load(model)
+            display.message("the model that was given holds the trained weights")
+        except LowMemError as error:
+            display.message(
+                f"the model that was given stays as it is ({error}); result.load(model) loads the weights into one of their form"
+            )
     return result
 
 
@@ -271,14 +286,14 @@ def load(run: str | Path | Result, model: Model | None = None, *, trust: bool = 
         >>> model(torch.zeros(1, 64)).shape
         torch.Size([1, 10])
     """
-    path = folder_of(run)
-    return load_run(path, given_model(path, model), trust=trust)
+    return load_run(path := folder_of(run), given_model(path, model), trust=trust)
 
 
 def export(
     run: str | Path | Result,
     *,
     to: ExportFormat | None = None,
+    merge: bool = False,
     exit: str | int = "auto",
     out: str | Path | None = None,
     model: Model | None = None,
@@ -289,7 +304,8 @@ def export(
     Args:
         run: the run's folder, which need not be writable if `out` is given, or its result.
         to: "safetensors", weights under the model's own names, which are never whole in memory; "pt2", a `torch.export` program; "onnx";
-            None writes a program and its weights.
+            "hf", a folder that transformers loads; None writes a program and its weights.
+        merge: write weights as the model's own class has them, adapters added in and stored weights decoded, some rows at a time.
         exit: the number of an exit, from 1, the whole model's being the last; "auto" takes the one that the run has chosen.
         out: folder for `model.pt2` (a `torch.export` program of any batch size, in eval mode) and `model.safetensors`; None takes
             `RUN/exit-K`, or `RUN/export`. Files that an earlier export wrote there are replaced, others are not.
@@ -297,24 +313,31 @@ def export(
         trust: run code that the run names for its model or data (`file.py:factory`).
 
     Returns:
-        `exit`, `layer`, `params`, `val_accuracy`, and the files `program` and `weights`; with `to` the one `file`, and the
-        `largest_difference` between outputs of the run's model and of the file for a batch, None where nothing is there to read it.
+        `exit`, `layer`, `params`, `val_accuracy`, and the files `program` and `weights`; with `to` or `merge` the one `file`, and with `to`
+        the `largest_difference` between outputs of the run's model and of the file for a batch, None where nothing can read it.
 
     Raises:
         CheckpointError: no run is there, it has not finished, or its files are damaged.
-        ConfigError: it has no such exit, `out` holds something else than an export, the run names code and `trust` was not given,
-            or the model has to be given; or the format does not hold the model.
+        ConfigError: it has no such exit, nothing to merge, or `out` holds something else than an export; the run names code and `trust` was
+            not given, or the model has to be given; or the format does not hold the model.
         BudgetError: the format needs the model whole in memory, and it is larger than the run's budget.
         DiskError: the disk is full, or not writable.
     """
     path = folder_of(run)
     check_name(to)
+    if merge and to not in (None, "safetensors"):
+        raise ConfigError(f"--merge writes safetensors, and not {to}; leave --to out")
     with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
         finished = open_finished(rundir)
         number = find_exit(finished.result, exit, path)
-        folder = ExportFolder.find(path, number, finished.result, None if out is None else Path(out))
+        chosen = None if out is None else Path(out)
+        folder = None if to == "hf" else ExportFolder.find(path, number, finished.result, chosen)
         workload = workload_of(finished, path, given_model(path, model), trust=trust)
         rundir.clear()
+        if folder is None or to == "hf":
+            return export_to_transformers(workload, finished.config, finished.result, path, chosen)
+        if merge:
+            return export_merged(workload, path, folder)
         return export_exit(workload, finished.result, number, path, folder, to)
 
 

@@ -121,6 +121,17 @@ def frozen_base(model: nn.Module, whole: Sequence[str]) -> set[str]:
     return base
 
 
+def is_within(name: str, whole: Sequence[str]) -> bool:
+    """Decide whether a tensor is of a module that learns whole.
+
+    Args:
+        name: name of the tensor.
+        whole: ends of the names of modules that learn whole.
+    """
+    parts = name.split(".")
+    return any(_ends(".".join(parts[:count]), end) for count in range(1, len(parts)) for end in whole)
+
+
 def whole_modules(model: nn.Module, whole: Sequence[str]) -> list[str]:
     """Return the names of the modules that learn whole."""
     return [name for name, _ in model.named_modules() if name and any(_ends(name, end) for end in whole)]

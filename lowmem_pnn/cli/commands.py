@@ -12,11 +12,15 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from lowmem_pnn import __version__
+from lowmem_pnn.cli.bench_command import bench
+from lowmem_pnn.cli.doctor import doctor
+from lowmem_pnn.cli.generate_command import generate
+from lowmem_pnn.cli.lists import data, methods, models
 from lowmem_pnn.cli.options import (
     GroupedCommand,
     command_options,
@@ -26,15 +30,16 @@ from lowmem_pnn.cli.options import (
     run_options,
     trust_option,
 )
-from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, terminal_width
+from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, stdout_is_ours, terminal_width
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
-from lowmem_pnn.config.command import describe_command
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
 from lowmem_pnn.memory.available import is_share
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.unfinished import unfinished_run
+from lowmem_pnn.settings.command import describe_command
+from lowmem_pnn.settings.config_file import to_toml
 from lowmem_pnn.units import parse_bytes
 
 
@@ -55,6 +60,7 @@ def cli() -> None:
 @run_options
 @output_options
 @click.option("--no-report", is_flag=True, help="Write no report.html, the page that `lowmem-pnn report` writes, at the end.")
+@click.option("--print-config", is_flag=True, help="Print the options as TOML, as --config takes them, and train nothing.")
 @click.option("--after-crash", is_flag=True, hidden=True)
 def fit(
     workdir: Path | None,
@@ -65,6 +71,7 @@ def fit(
     quiet: bool,
     debug: bool,
     no_report: bool,
+    print_config: bool,
     after_crash: bool,
     **options: Any,
 ) -> None:
@@ -80,6 +87,9 @@ def fit(
         raise ConfigError("--trust has no effect here: it needs --resume; leave it out")
     if workdir is None and not rank.is_alone:
         raise ConfigError("the processes of torchrun need a folder that they agree on; give --workdir DIR")
+    if print_config:
+        print_result(to_toml(configure(**command_options(options))).rstrip("\n"))
+        return
     if resume:
         given = {name: value for name, value in given.items() if name != "max_gpu_mem" or not share}  # the run's own is kept
         chosen = rank.folder(workdir or unfinished_run(given))
@@ -95,7 +105,7 @@ def fit(
         arguments = [*sys.argv[1:], *budget, *(["--workdir", str(chosen)] if workdir is None else [])]
         begin_supervisor(arguments, chosen)
     with _stop_on_signals() as should_stop:
-        with _stdout_is_ours():
+        with stdout_is_ours():
             from rich.console import Console
 
             from lowmem_pnn.reporting.progress import TerminalDisplay
@@ -127,13 +137,13 @@ def plan(no_timing: bool, budgets: str | None, as_json: bool, quiet: bool, debug
     would take, from which budget on each fits, and which one to take. Nothing is trained.
     """
     sizes = [parse_bytes(size) for size in budgets.split(",")] if budgets else []
-    if budgets and options["max_gpu_mem"] is not None:
+    if budgets and "max_gpu_mem" in given_options(options):
         raise ConfigError("--max-gpu-mem and --budgets exclude each other; give one")
     if not no_timing:
         configure(**command_options(options, sizes))  # faults come before anything is imported anew
         as_worker()
     config = configure(**command_options(options, sizes))
-    with _stdout_is_ours():
+    with stdout_is_ours():
         from lowmem_pnn.preview.preview import previews
         from lowmem_pnn.reporting.budget_table import describe_budgets
 
@@ -155,7 +165,7 @@ def plan(no_timing: bool, budgets: str | None, as_json: bool, quiet: bool, debug
 @output_options
 def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
     """Measure the weights of a finished run on its test data, within its memory budget."""
-    with _stdout_is_ours():
+    with stdout_is_ours():
         from lowmem_pnn.api import evaluate as evaluate_run
 
         scores = evaluate_run(run, trust=trust)
@@ -202,7 +212,7 @@ def predict(
     debug: bool,
 ) -> None:
     """Predict samples by the model of a finished run, within its memory budget, one partition at a time."""
-    with _stdout_is_ours():
+    with stdout_is_ours():
         from rich.console import Console
 
         from lowmem_pnn.api import predict as predict_samples
@@ -227,11 +237,16 @@ def predict(
 @click.argument("run", type=click.Path(readable=False, path_type=Path))
 @click.option(
     "--to",
-    metavar="safetensors|pt2|onnx",
+    metavar="safetensors|pt2|onnx|hf",
     help=(
-        "One format, which is read again and compared: weights under the model's own names; a torch.export program; ONNX. Only weights are "
-        "never whole in memory. [default: a program and its weights]"
+        "One format, which is read again and compared: weights under the model's own names; a torch.export program; ONNX. hf: a folder that "
+        "transformers loads. Only weights and hf are never whole in memory. [default: a program and its weights]"
     ),
+)
+@click.option(
+    "--merge",
+    is_flag=True,
+    help="Weights as the model's own class has them: adapters (--lora) added in, frozen weights in smaller types decoded.",
 )
 @click.option(
     "--exit",
@@ -244,20 +259,22 @@ def predict(
     "--out",
     type=click.Path(readable=False, path_type=Path),
     metavar="DIR",
-    help="Folder that the model is written to. [default: RUN/exit-K, or RUN/export]",
+    help="Folder that the model is written to. [default: RUN/exit-K, RUN/export, or RUN/hf]",
 )
 @trust_option
 @output_options
-def export(run: Path, to: Any, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
+def export(
+    run: Path, to: Any, merge: bool, exit_: str, out: Path | None, trust: bool, as_json: bool, quiet: bool, debug: bool
+) -> None:
     """Write the model of a finished run, up to one of its exits, for plain PyTorch or for others."""
-    with _stdout_is_ours():
+    with stdout_is_ours():
         from lowmem_pnn.api import export as export_run
 
-        report = export_run(run, to=to, exit=exit_, out=out, trust=trust)
+        report = export_run(run, to=to, merge=merge, exit=exit_, out=out, trust=trust)
     if to is not None and report["largest_difference"] is None:
         click.echo("not compared: onnxruntime is not installed; run: pip install 'lowmem-pnn[onnx]'", err=True)
     text = json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items())
-    print_result(text, f"the model is in {Path(report['program' if to is None else 'file']).parent}")
+    print_result(text, f"the model is in {Path(report.get('file') or report['program']).parent}")
 
 
 @cli.command()
@@ -276,6 +293,10 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool,
     chosen = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     write_page(runs, chosen)
     print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
+
+
+for command in (generate, bench, doctor, models, data, methods):
+    cli.add_command(command)
 
 
 def _numbers(scores: Mapping[str, Any]) -> str:
@@ -298,23 +319,28 @@ def main() -> None:
         context = error.ctx if isinstance(error, click.UsageError) else None
         command = context.command_path if context is not None else "lowmem-pnn"
         text = error.format_message().rstrip(".").replace(". ", "; ")
-        print(f"lowmem-pnn: {text[:1].lower()}{text[1:]}; {command} --help lists what there is", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(f"{text[:1].lower()}{text[1:]}; {command} --help lists what there is", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print("lowmem-pnn: stopped", file=sys.stderr)
-        sys.exit(130)
+        _fail("stopped", 130)
     except LowMemError as error:
         if debug:
             traceback.print_exc()
-        print(f"lowmem-pnn: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code, getattr(error, "enough_bytes", None))
     except Exception as error:
         if debug:
             traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         code, text = _judge(error, text)
-        print(f"lowmem-pnn: {text}; run again with --debug for the traceback", file=sys.stderr)
-        sys.exit(code)
+        _fail(f"{text}; run again with --debug for the traceback", code)
+
+
+def _fail(text: str, code: int, enough_bytes: int | None = None) -> NoReturn:
+    """Say in a line what went wrong, with --json as JSON on standard output too, and exit."""
+    print(f"lowmem-pnn: {text}", file=sys.stderr)
+    if "--json" in sys.argv:
+        with contextlib.suppress(DiskError):
+            print_result(json.dumps({"schema_version": 1, "error": text, "exit_code": code, "enough_bytes": enough_bytes}))
+    sys.exit(code)
 
 
 def _judge(error: Exception, text: str) -> tuple[int, str]:
@@ -328,13 +354,6 @@ def _judge(error: Exception, text: str) -> tuple[int, str]:
     if isinstance(error, OSError) and is_refusal(error):
         return DiskError.exit_code, str(disk_error(Path(error.filename or "."), error, "go on"))
     return 1, f"a fault of its own: {text}"
-
-
-@contextlib.contextmanager
-def _stdout_is_ours() -> Iterator[None]:
-    """What a user's model or data set prints goes to standard error: standard output is the result's alone."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
 
 
 @contextlib.contextmanager

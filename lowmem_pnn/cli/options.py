@@ -9,8 +9,9 @@ import click
 
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.model_arguments import parse_model_arguments
 from lowmem_pnn.memory.available import budget_of
+from lowmem_pnn.settings.config_file import read_config_file, read_settings
+from lowmem_pnn.settings.model_arguments import parse_model_arguments
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -26,7 +27,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Text": ("tokenizer", "context", "pack", "loss_on"),
     "Task": ("task", "loss", "class_weights", "label_smoothing", "ignore_index"),
     "Method": (
-        "method", "epochs", "max_steps", "early_stop", "keep_weights", "monitor", "eval_every", "time_limit", "partitions", "cuts",
+        "method", "epochs", "max_steps", "early_stop", "keep_weights", "keep_state", "monitor", "eval_every", "time_limit", "partitions", "cuts",
         "recovery_epochs", "recover",
     ),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
@@ -41,8 +42,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "max_gpu_mem", "budgets", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm", "loss_chunk",
         "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
+    "Contenders": ("methods", "baselines", "steps"),
+    "Files of options": ("config_file", "settings", "print_config"),
     "Output": (
-        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "as_json", "quiet", "debug",
+        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "csv_file", "html_file",
+        "as_json", "quiet", "debug",
         "help", "_click_default_help",  # the name differs between versions of click
     ),
 }  # fmt: skip
@@ -84,6 +88,7 @@ _SWITCHES = {
     "compile": ("--compile", ""),
     "freeze_norm": ("--freeze-norm", ""),
     "pack": ("--pack", ""),
+    "keep_state": ("--keep-state", ""),
     "no_decay_norms": ("--no-decay-norms", ""),
     "cache_frozen": ("--cache-frozen/--no-cache-frozen", " [default: cache-frozen]"),
 }
@@ -104,7 +109,8 @@ class GroupedCommand(click.Command):
 
 
 def config_options(command: _Command) -> _Command:
-    """Add an option for each field of `FitConfig`; values stay text, which `configure` reads and checks."""
+    """Add an option for each field of `FitConfig`, and those that give others; values stay text, which `configure` reads and checks."""
+    command = file_options(command)
     for field in reversed(dataclasses.fields(FitConfig)):
         info: Any = field.default  # pydantic's, with description and default
         text = info.description
@@ -118,6 +124,24 @@ def config_options(command: _Command) -> _Command:
         command = click.option(
             flag(field.name), field.name, metavar=_METAVARS[field.name], multiple=field.name in ("model_arg", "lr_for"), help=text
         )(command)
+    return command
+
+
+def file_options(command: _Command) -> _Command:
+    """Add the options that give other options: a file, and texts."""
+    for option in (
+        click.option(
+            "--set", "settings", metavar="KEY=VALUE", multiple=True, help="An option, over that in --config; may be repeated."
+        ),
+        click.option(
+            "--config",
+            "config_file",
+            metavar="FILE",
+            type=click.Path(path_type=Path),
+            help="TOML with options, such as a run's config.toml; options on the command line count before it.",
+        ),
+    ):
+        command = option(command)
     return command
 
 
@@ -162,18 +186,19 @@ def output_options(command: _Command) -> _Command:
 
 
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were on the command line; repeated KEY=VALUE texts as one dictionary.
+    """Return the options that were given: on the command line, before it by --set, before that in a file.
 
     Args:
-        options: fields of `FitConfig`, as click gives them.
+        options: fields of `FitConfig`, and those of `file_options`, as click gives them.
 
     Raises:
-        ConfigError: a model's argument that is not KEY=VALUE.
+        ConfigError: a model's argument that is not KEY=VALUE, or a key that is no option.
     """
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if "model_arg" in given:
         given["model_arg"] = parse_model_arguments(given["model_arg"])
-    return given
+    file, settings = given.pop("config_file", None), given.pop("settings", ())
+    return {**(read_config_file(file) if file is not None else {}), **read_settings(settings), **given}
 
 
 def command_options(options: dict[str, Any], budgets: Sequence[int] = ()) -> dict[str, Any]:

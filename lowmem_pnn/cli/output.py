@@ -1,8 +1,10 @@
 """Output of the commands: the result on standard output, all else on standard error, which may break without ending anything."""
 
+import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 
 import click
 
@@ -48,6 +50,13 @@ def print_result(text: str, kept: str = "give it a place that can be written") -
             drop(sys.stdout)
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise DiskError(f"cannot write the result to standard output: {reason}; {kept}") from error
+
+
+@contextlib.contextmanager
+def stdout_is_ours() -> Iterator[None]:
+    """What a user's model or data set prints goes to standard error: standard output is the result's alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def announce(text: str) -> None:

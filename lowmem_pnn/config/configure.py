@@ -70,6 +70,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("eval_every", "--method pnn, exact or backprop", lambda config: config.method != "neuroflux"),
     ("monitor", "--early-stop or --keep-weights best", lambda config: config.watches),
     ("min_lr", "--lr-schedule linear or cosine", lambda config: config.lr_schedule in ("linear", "cosine")),
+    ("keep_state", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
     ("max_steps", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
     ("betas", "--optimizer adam or adamw", lambda config: set(config.optimizer) != {"sgd"}),
     ("eps", "--optimizer adam or adamw", lambda config: set(config.optimizer) != {"sgd"}),
@@ -264,6 +265,8 @@ def contradictions(config: FitConfig) -> list[str]:
         faults.append(
             "--eval-every measures the model while its last partition learns, and --parallel-sil joins it later; leave one out"
         )
+    if config.keep_state and config.keep_weights == "best":
+        faults.append("--keep-state goes on from the last weights, and --keep-weights best leaves others; leave one out")
     if config.views > 1 and config.method != "neuroflux":
         faults.append("--views has no effect here: it needs --method neuroflux")
     if config.visits == "interleaved" and len(config.epochs) > 1:

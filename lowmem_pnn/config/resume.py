@@ -38,6 +38,9 @@ def resumed_config(stored: FitConfig, options: Mapping[str, Any], where: Path) -
     """
     config = checked({**_values(stored), **given_options(options)})
     differing = _differing(config, stored)
+    if "epochs" in differing and len(config.epochs) == len(stored.epochs) == 1 and config.epochs[0] > stored.epochs[0]:
+        check_longer(stored, config.epochs[0])
+        differing.remove("epochs")
     if differing:
         texts = [_texts(name, getattr(stored, name), getattr(config, name)) for name in differing]
         began = ", ".join(f"{flag(name)} {before}" for name, (before, _) in zip(differing, texts, strict=True))
@@ -48,6 +51,37 @@ def resumed_config(stored: FitConfig, options: Mapping[str, Any], where: Path) -
             "out to resume the run, or begin a new one"
         )
     return config
+
+
+def check_longer(stored: FitConfig, epochs: int) -> None:
+    """Refuse to train for more epochs than a run began with where it would not end as one that began with so many.
+
+    Args:
+        stored: options that the run began with.
+        epochs: epochs that are asked for now.
+
+    Raises:
+        ConfigError: it would not, and why.
+
+    Example:
+        >>> stored = FitConfig(max_gpu_mem="1GB", model="mlp:64-10", data="digits", method="exact", lr_schedule="cosine")
+        >>> check_longer(stored, 20)
+        Traceback (most recent call last):
+        lowmem_pnn.errors.ConfigError: --epochs 20: the steps so far had --lr-schedule cosine over 10 epochs; begin a new run
+    """
+    before = f"--epochs {epochs}: "
+    if stored.lr_schedule != "constant":
+        raise ConfigError(
+            f"{before}the steps so far had --lr-schedule {stored.lr_schedule} over {stored.epochs[0]} epochs; begin a new run"
+        )
+    if stored.method not in ("exact", "backprop"):
+        raise ConfigError(
+            f"{before}partitions of --method {stored.method} learn one after the other, and later ones have learnt from what earlier ones "
+            "were then; begin a new run, or take --method exact"
+        )
+    for name in ("recovery_epochs", "max_steps", "early_stop"):
+        if getattr(stored, name):
+            raise ConfigError(f"{before}the run began with {flag(name)} {getattr(stored, name)}; begin a new run")
 
 
 def check_trust(config: FitConfig, options: Mapping[str, Any], where: Path, *, trust: bool, again: bool = True) -> None:

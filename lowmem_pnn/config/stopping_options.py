@@ -29,6 +29,13 @@ class StoppingOptions:
             "beside the last commit, and survive a kill as it does."
         ),
     )
+    keep_state: bool = Field(
+        default=False,
+        description=(
+            "Keep the optimizer's state in the run's folder when it is done, 8 bytes a parameter with adam, so that fit --resume --epochs N "
+            "trains it further (exact, backprop)."
+        ),
+    )
     monitor: str = Field(
         default="val_loss",
         description=(

@@ -1,7 +1,8 @@
 """The interface of every training device: its budget, a meter of the memory in use, copies to and from it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import ClassVar
 
@@ -74,6 +75,17 @@ class Device(ABC):
         Args:
             untouched_bytes: most bytes that a kernel takes from the system without using them, for which the limit leaves room.
         """
+
+    @contextmanager
+    def metered(self) -> Iterator[None]:
+        """Return a context for a user's constructor, in which host memory is bounded by the meter, and not by an operating-system limit.
+
+        A limit counts private mappings of files, as `from_pretrained` and `torch.load(mmap=True)` make them, as if they were in use.
+
+        Raises:
+            BudgetError: more private memory was in use than the budget.
+        """
+        yield
 
     @abstractmethod
     def close(self) -> None:

@@ -9,8 +9,12 @@ The budget is kept in three steps, each for allocations that the step before it 
 `is_out_of_memory` recognises the failures of the last two; the executor then undoes the batch and halves the micro-batch.
 """
 
+import re
 import sys
+import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -30,6 +34,9 @@ _OUT_OF_MEMORY_TEXTS = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "NVML_SUCCESS == r INTERNAL ASSERT",
 )
+# How oneDNN says that it has no kernel: of recurrent layers in bfloat16 and float16 on processors without instructions for these types.
+# Other operations have kernels of PyTorch's own there.
+_NO_KERNEL = re.compile(r"could not create a primitive descriptor for the .*(RNN|LSTM|GRU|AUGRU) ")
 
 
 class OverBudget(MemoryError):
@@ -44,7 +51,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+    text = str(error)
+    return (
+        isinstance(error, RuntimeError) and any(known in text for known in _OUT_OF_MEMORY_TEXTS) and not _NO_KERNEL.search(text)
+    )
+
+
+def why_it_failed(error: BaseException) -> str:
+    """Say in one line why a model failed on the device, and what to do.
+
+    Args:
+        error: an exception that is not for want of memory.
+    """
+    if isinstance(error, RuntimeError) and (found := _NO_KERNEL.search(str(error))):
+        return f"this processor has no kernel for its {found[1]} in the type that it computes in; give --precision fp32"
+    reason = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {reason}; mend its forward"
 
 
 def reserve_bytes_of(budget_bytes: int) -> int:
@@ -85,6 +107,8 @@ class DataLimit:
         self._most_bytes = 0
         self._limit_bytes = 0
         self._untouched: deque[int] = deque(maxlen=self._SAMPLES)
+        # The meter's thread adjusts while another one lifts.
+        self._lock = threading.Lock()
 
     def set(self, most_bytes: int) -> None:
         """Set the limit, or raise it. A stricter one that somebody else has set stays.
@@ -115,23 +139,36 @@ class DataLimit:
             private: bytes in use.
             data: bytes mapped.
         """
-        if self._previous is None:
-            return
         import resource
 
-        soft, hard = self._previous
-        self._untouched.append(data - private)
-        limit = min(self._untouched) + self._most_bytes
-        if soft != resource.RLIM_INFINITY:
-            limit = min(limit, soft)
-        if abs(limit - self._limit_bytes) >= self._STEP:
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-            self._limit_bytes = limit
+        with self._lock:
+            if self._previous is None:
+                return
+            soft, hard = self._previous
+            self._untouched.append(data - private)
+            limit = min(self._untouched) + self._most_bytes
+            if soft != resource.RLIM_INFINITY:
+                limit = min(limit, soft)
+            if abs(limit - self._limit_bytes) >= self._STEP:
+                resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+                self._limit_bytes = limit
 
     def restore(self) -> None:
         """Restore the limit from before `set`."""
-        if self._previous is not None:
-            import resource
+        import resource
 
-            previous, self._previous = self._previous, None
-            resource.setrlimit(resource.RLIMIT_DATA, previous)
+        with self._lock:
+            if self._previous is not None:
+                previous, self._previous = self._previous, None
+                resource.setrlimit(resource.RLIMIT_DATA, previous)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Lift the limit in a context; mappings that are there at its end, and not in use, are not counted after it."""
+        was_set = self._previous is not None
+        self.restore()
+        try:
+            yield
+        finally:
+            if was_set:
+                self.set(self._most_bytes)

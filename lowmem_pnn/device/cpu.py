@@ -1,15 +1,22 @@
 """The CPU as the training device: the budget bounds the private memory of the process above its floor."""
 
+import ctypes
 import gc
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from lowmem_pnn.device.base import Device
-from lowmem_pnn.device.budget import DataLimit
+from lowmem_pnn.device.budget import DataLimit, OverBudget
+from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.memory.heap import HeapTrimmer, fix_malloc_thresholds, trim_heap, trim_threshold
 from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
+from lowmem_pnn.units import format_bytes
 
 
 class CpuDevice(Device):
@@ -26,6 +33,9 @@ class CpuDevice(Device):
         super().__init__(torch.device("cpu"), budget_bytes)
         self._limit = DataLimit()
         self._trimmer = HeapTrimmer(sys.maxsize)
+        # Thread whose private memory the meter bounds, and what it found above the budget, in bytes.
+        self._watched: int | None = None
+        self._over = 0
         self._meter = ProcessMemoryMeter(on_sample=self._use_sample)
 
     @staticmethod
@@ -54,6 +64,28 @@ class CpuDevice(Device):
         trim_heap()  # of what making the plan has left
         self._limit.set(self.floor_bytes + self.budget_bytes + untouched_bytes)
 
+    @contextmanager
+    def metered(self) -> Iterator[None]:
+        """See `Device.metered`: an exception is raised in this thread where the meter finds more in use than the budget."""
+        self._over, self._watched = 0, threading.get_ident()
+        error: OverBudget | None = None
+        try:
+            with self._limit.lifted():
+                yield
+                # What was raised by the meter comes with some call of Python's, and not after the context.
+                self._watched = None
+                time.sleep(0)
+        except OverBudget as over:
+            error = over
+        finally:
+            self._watched = None
+        if self._over or error is not None:
+            raise BudgetError(
+                f"building the model takes {format_bytes(self._over)} of private memory or more, above the budget of "
+                f"{format_bytes(self.budget_bytes)}; map its weights (from_pretrained of safetensors, torch.load(mmap=True)), give the model "
+                "as hf:DIR, or a larger --max-gpu-mem"
+            ) from error
+
     def close(self) -> None:
         """Lift the memory limit and stop the meter."""
         self._peak = self.peak_bytes
@@ -66,6 +98,9 @@ class CpuDevice(Device):
 
     def _use_sample(self, private: int, data: int) -> None:
         self._limit.adjust(private, data)
+        if self._watched is not None and private - self.floor_bytes > self.budget_bytes:
+            self._over, watched, self._watched = private - self.floor_bytes, self._watched, None
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(watched), ctypes.py_object(OverBudget))
         self._trimmer.trim_above_level(private)
 
     def used_bytes(self) -> int:

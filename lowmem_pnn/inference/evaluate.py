@@ -54,7 +54,8 @@ def evaluate_run(path: Path, data: Any, *, model: Model | None, own: Own, trust:
             rundir.clear()
             with rundir.scratch() as folder:
                 session = Session(device, rundir, threads, scratch=folder)
-                weights = build_weights(workload, plan, folder / "weights", session.counter, trained=path / "model.safetensors")
+                trained = path / "model.safetensors"
+                weights = build_weights(workload, plan, folder / "weights", session.counter, trained, metered=device.metered)
                 return with_prefix("test", score(Run(session, workload, plan, weights, state)))
 
 

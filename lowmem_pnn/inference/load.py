@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lowmem_pnn.adapters.prepared_model import prepared
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.errors import CheckpointError, ConfigError, LowMemError
@@ -80,6 +81,8 @@ def load_run(path: Path, model: Model | None, *, trust: bool = False) -> nn.Modu
             check_trust(config, {}, path, trust=trust, again=False)
             source = named_inputs(config)[0]
         built = model if isinstance(model, nn.Module) else _build(source, config)
+        if config.lora is not None or config.frozen_form != "fp32":
+            built = prepared(built, config)
         load_into(built, path / "model.safetensors")
     modules = {name for name, _ in built.named_modules()}
     places = [(owner, attribute) for owner, _, attribute in (name.rpartition(".") for name in result.module_state)]

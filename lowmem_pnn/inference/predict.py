@@ -9,18 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem_pnn.config.configure import checked
 from lowmem_pnn.config.faults import suggest
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
-from lowmem_pnn.errors import BudgetError, ConfigError
+from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.evaluation.measure import measure
 from lowmem_pnn.inference.answers import Answers, AnswerWriter, ArrayWriter, MaskWriter, TableWriter, pack_arrays, read_arrays
 from lowmem_pnn.inference.load import form_of
 from lowmem_pnn.inference.places import Place, writing_faults
 from lowmem_pnn.inference.samples import Opened, PartName, SamplesToPredict, open_samples
+from lowmem_pnn.inference.smaller_budget import with_budget, within
 from lowmem_pnn.model.chain import Chain
-from lowmem_pnn.partition_plan import PartitionPlan, Plan
+from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.finished import open_finished
@@ -35,7 +35,6 @@ from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.setup import open_workload, warm_up_profiler
 from lowmem_pnn.training.start import full_is_a_budget_error, worker_threads
-from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.workload.data_form import DataForm
 from lowmem_pnn.workload.inputs import Model
@@ -75,8 +74,7 @@ def predict_run(
         form = form_of(finished, path)
         config = finished.config
         check_trust(config, _not_run(config, data, model), path, trust=trust, again=False)
-        if max_gpu_mem is not None:
-            config = checked({**_values(config), "max_gpu_mem": max_gpu_mem})
+        config = with_budget(config, max_gpu_mem)
         source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.predict({str(path)!r}, data")
         options = TargetOptions("own" if form.targets.kind == "own" else config.target_task, config.ignore_index)
         opened = open_samples(data, part, config, form, source, finished.result.preparation, options, skip_broken=skip_broken)
@@ -88,7 +86,7 @@ def predict_run(
         warm_up_profiler()
         with open_workload(config, inputs) as (device, workload):
             check_plan(finished.state, workload, path)
-            plan = _within(Plan.from_json(finished.state.plan), workload, device.budget_bytes)
+            plan = within(Plan.from_json(finished.state.plan), workload, device.budget_bytes)
             writer.begin(_answers(workload, form, finished.result, opened.split))
             chosen = range(len(workload.chain.boundaries[-1])) if form.targets.kind == "own" else [workload.task.output]
 
@@ -100,7 +98,10 @@ def predict_run(
             with rundir.scratch() as scratch:
                 state = State.first(workload, plan, ALONE)
                 session = Session(device, rundir, threads, display, scratch=scratch)
-                weights = build_weights(workload, plan, scratch / "weights", session.counter, trained=path / "model.safetensors")
+                trained = path / "model.safetensors"
+                weights = build_weights(
+                    workload, plan, scratch / "weights", session.counter, trained=trained, metered=device.metered
+                )
                 state = dataclasses.replace(state, module_state=finished.state.module_state)
                 with writer.closing():
                     measure(Run(session, workload, plan, weights, state), "test", bring_down, writer.add, may_stop=False)
@@ -125,10 +126,6 @@ def _not_run(config: FitConfig, data: Any, model: Model | None) -> dict[str, Any
     return named if data is None else {**named, "data": config.data, "val_data": "", "test_data": ""}
 
 
-def _values(config: FitConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-
-
 def _tell(display: Display, opened: Opened, result: Result) -> None:
     display.message(f"data: {opened.words}")
     if not result.preprocessing.startswith(opened.preprocessing):
@@ -151,38 +148,6 @@ def _output_names(chain: Chain) -> list[str]:
     if form is None or len(form.names) == 1:
         return ["outputs"]
     return [f"output_{name}" if name.isdecimal() else name for name in form.names]
-
-
-def _within(plan: Plan, workload: Workload, budget_bytes: int) -> Plan:
-    """Return a run's plan for a smaller budget: partitions whose weights take more than half of it are divided.
-
-    Micro-batches are halved while samples are predicted, where they do not fit.
-
-    Raises:
-        BudgetError: a layer alone is larger than the budget.
-    """
-    sizes = [
-        sum(tensor.nbytes for tensor in (*layer.parameters().values(), *layer.buffers().values()))
-        for layer in workload.chain.layers
-    ]
-    largest = max(range(len(sizes)), key=sizes.__getitem__)
-    if sizes[largest] > budget_bytes:
-        raise BudgetError(
-            f"layer {workload.chain.layers[largest].name!r} alone has {format_bytes(sizes[largest])} of weights, above the budget of "
-            f"{format_bytes(budget_bytes)}; give a larger --max-gpu-mem"
-        )
-    if budget_bytes >= plan.budget_bytes:
-        return plan
-    parts: list[PartitionPlan] = []
-    for part in plan.partitions:
-        begin, held = part.start, 0
-        for layer in range(part.start, part.stop):
-            if layer > begin and held + sizes[layer] > budget_bytes // 2:
-                parts.append(dataclasses.replace(part, start=begin, stop=layer))
-                begin, held = layer, 0
-            held += sizes[layer]
-        parts.append(dataclasses.replace(part, start=begin))
-    return dataclasses.replace(plan, partitions=tuple(parts))
 
 
 class _Writer:

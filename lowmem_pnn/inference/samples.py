@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec
 from lowmem_pnn.config.code import names_code
 from lowmem_pnn.config.configure import DOWNLOADED, given_options
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.language_options import LANGUAGE_KINDS
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.formats.data_frame import DataFrame, as_frame
 from lowmem_pnn.formats.hub_data import open_hub_samples
@@ -22,6 +23,7 @@ from lowmem_pnn.formats.mask_folder import open_mask_folder
 from lowmem_pnn.formats.table_file import TableFile
 from lowmem_pnn.formats.tables import TableSchema, open_table
 from lowmem_pnn.formats.unlabelled import open_given, open_images, open_npz
+from lowmem_pnn.language.token_rows import ChosenInputs
 from lowmem_pnn.samples.normalization import Normalization
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import find_dataset
@@ -36,6 +38,7 @@ from lowmem_pnn.workload.parts import open_apart, split_data
 from lowmem_pnn.workload.sources import SampleForm, open_source, resize_of
 from lowmem_pnn.zoo.model_source import ModelSource
 
+_Parts = tuple[dict[str, "OpenPart"], str]
 PartName = Literal["train", "val", "test", "all"]
 """Part of the data that is predicted."""
 
@@ -43,7 +46,7 @@ _WORDS = {"train": "training", "val": "validation", "test": "test"}
 _FILES = {
     "imagefolder": "DIR", "segmentation": "DIR", "hfdata": "DIR", "npz": "FILE", "csv": "FILE", "parquet": "FILE", "text": "FILE",
 }  # fmt: skip
-_SUFFIXES = {".npz": "npz", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_SUFFIXES = {".npz": "npz", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".jsonl": "jsonl"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class SamplesToPredict:
         root: Path | None,
         scored: bool = False,
     ) -> None:
+        parts = [_as_taken(part, form) for part in parts]
         for part in parts:
             _check_form(part, form, name)
         self._normalization, self._root = normalization, root
@@ -216,16 +220,17 @@ def open_samples(
         root = _root(spec)
     else:
         spec, data = f"python:{type(data).__name__}", without_bunch(data)
-        parts, steps = _of_frame(data, spec, sample_form, preparation, skip_broken)
+        frame = as_frame(data, spec, preparation["targets"]) if "columns" in preparation else None
+        if frame is not None:
+            parts, steps = _of_table(frame, sample_form, preparation, skip_broken)
     if not parts:
         split, labelled = open_given(
             data, spec, source.input_form, form.structure, options, skip_broken=skip_broken, resize=resize_of(config)
         )
         parts, steps = {"all": OpenPart.of_split(split, labelled)}, ", ".join(split.preprocessing.all_steps)
     name, chosen = _choose(parts, part, spec)
-    normalization = None
-    if "mean" in preparation:
-        normalization = Normalization(tuple(preparation["mean"]), tuple(preparation["std"]), "")
+    mean, std = (tuple(preparation.get(statistic, ())) for statistic in ("mean", "std"))
+    normalization = Normalization(mean, std, "") if mean else None
     samples = SamplesToPredict(chosen, form, normalization, f"data {spec}", root, scored)
     words = f"{len(samples):,} samples{f', the {_WORDS[name]} part' if name in _WORDS else ''} of {spec}"
     return Opened(samples, words, steps)
@@ -243,10 +248,8 @@ def _spec(text: str, form: DataForm) -> str:
 
 def _root(spec: str) -> Path | None:
     kind, _, place = spec.partition(":")
-    if kind not in ("imagefolder", "segmentation"):
-        return None
-    path = Path(place)
-    return path.parent if path.is_file() else path
+    path = Path(place).parent if Path(place).is_file() else Path(place)
+    return path if kind in ("imagefolder", "segmentation") else None
 
 
 def _own_parts(config: FitConfig, form: SampleForm) -> tuple[dict[str, OpenPart], str]:
@@ -283,6 +286,9 @@ def _parts_of(
                 f"data {spec} is a table, and the run was trained on {config.data}, which is none; give data of one kind"
             )
         return _of_table(TableFile(path, kind), sample_form, preparation, skip_broken)  # type: ignore[arg-type]
+    if kind in LANGUAGE_KINDS:
+        dataset = open_source(spec, config, sample_form)
+        return _of_dataset(dataset), dataset.preprocessing
     if kind == "npz":
         splits = open_npz(path, input_form, options, skip_broken=skip_broken, resize=resize)
     elif kind == "hfdata":
@@ -304,22 +310,12 @@ def _parts_of(
     return {name: OpenPart.of_split(*one) for name, one in splits.items()}, ", ".join(first.preprocessing.all_steps)
 
 
-def _of_table(
-    file: TableFile | DataFrame, form: SampleForm, preparation: Mapping[str, Any], skip_broken: bool
-) -> tuple[dict[str, OpenPart], str]:
+def _of_table(file: TableFile | DataFrame, form: SampleForm, preparation: Mapping[str, Any], skip_broken: bool) -> _Parts:
     """Return the one part of a table, which may lack its targets, and the steps to its samples."""
-    schema = TableSchema.from_dict(preparation)
-    table = open_table(file, None, form.input_form, form.options, skip_broken=skip_broken, schema=schema, may_lack_targets=True)
+    known, forms = TableSchema.from_dict(preparation), (form.input_form, form.options)
+    table = open_table(file, None, *forms, skip_broken=skip_broken, schema=known, may_lack_targets=True)
     whole = OpenPart.of_dataset(table.train, table)
     return {"all": dataclasses.replace(whole, labelled=bool(table.preparation["targets"]))}, table.preprocessing
-
-
-def _of_frame(
-    data: Any, spec: str, form: SampleForm, preparation: Mapping[str, Any], skip_broken: bool
-) -> tuple[dict[str, OpenPart], str]:
-    """Return a data frame from Python, or a pair of one and targets, as a table; nothing of other data, or where no table was learnt."""
-    frame = as_frame(data, spec, preparation["targets"]) if "columns" in preparation else None
-    return ({}, "") if frame is None else _of_table(frame, form, preparation, skip_broken)
 
 
 def _has_masks(folder: Path) -> bool:
@@ -364,6 +360,20 @@ def _choose(parts: Mapping[str, OpenPart], part: PartName | None, spec: str) -> 
     return name, [parts[name]]
 
 
+def _as_taken(part: OpenPart, form: DataForm) -> OpenPart:
+    """Return samples with those of their named tensors that the run's model takes: token rows come with all there are."""
+    if part.structure is None or part.structure == form.structure:
+        return part
+    given = part.structure.unflatten([*range(len(part.inputs))])
+    wanted = {"input_ids": 0} if form.structure is None else form.structure.unflatten([*range(len(form.inputs))])
+    if not isinstance(given, dict) or not isinstance(wanted, dict) or not set(wanted) <= set(given):
+        return part
+    places = tuple(given[name] for name in wanted)
+    split = ChosenInputs(part.split, places, as_one=form.structure is None)
+    inputs = tuple(part.inputs[place] for place in places)
+    return dataclasses.replace(part, split=split, inputs=inputs, structure=form.structure)
+
+
 def _check_form(part: OpenPart, form: DataForm, name: str) -> None:
     """Refuse samples, or targets, of another form than those that the run was trained on."""
     wanted = tuple((spec.shape, spec.dtype) for spec in form.inputs)
@@ -372,10 +382,9 @@ def _check_form(part: OpenPart, form: DataForm, name: str) -> None:
     )
     if part.structure != form.structure or (part.inputs != wanted and not numbers):
         found = " and ".join(f"{shape} {str(dtype).removeprefix('torch.')}" for shape, dtype in part.inputs)
-        images = len(part.inputs) == 1 and len(part.inputs[0][0]) == len(wanted[0][0]) == 3
-        hint = (
-            f"; bring images to {wanted[0][0][-2]} x {wanted[0][0][-1]} (rows x columns)" if images else "; give data of one form"
-        )
+        hint = "; give data of one form"
+        if len(part.inputs) == 1 and len(part.inputs[0][0]) == len(wanted[0][0]) == 3:
+            hint = f"; bring images to {wanted[0][0][-2]} x {wanted[0][0][-1]} (rows x columns)"
         raise DataError(f"{name} has samples of shape {found}, and the run was trained on samples of shape {form}{hint}")
     own, targets = form.targets, part.targets
     if part.labelled and own.kind != "own" and (own.kind, own.shape) != (targets.kind, targets.shape):
@@ -386,6 +395,6 @@ def _check_form(part: OpenPart, form: DataForm, name: str) -> None:
 
 
 def _join(pieces: Sequence[Tensor | tuple[Tensor, ...]]) -> Tensor | tuple[Tensor, ...]:
-    if isinstance(pieces[0], tuple):
-        return tuple(torch.cat([piece[place] for piece in pieces]) for place in range(len(pieces[0])))
+    if isinstance(first := pieces[0], tuple):
+        return tuple(torch.cat([piece[place] for piece in pieces]) for place in range(len(first)))
     return pieces[0] if len(pieces) == 1 else torch.cat([piece for piece in pieces if isinstance(piece, Tensor)])

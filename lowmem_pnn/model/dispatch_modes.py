@@ -34,7 +34,6 @@ def _take_grouped_products_of_any_type() -> None:
     def of_any_type(mat_a: Tensor, mat_b: Tensor, scale_a: Any, scale_b: Any, offs: Any = None, **options: Any) -> Any:
         if scale_a is not None or mat_a.dtype != mat_b.dtype or mat_a.dtype not in (torch.float32, torch.float64):
             return of_bfloat16(mat_a, mat_b, scale_a, scale_b, offs, **options)
-        of_bfloat16(mat_a.to(torch.bfloat16), mat_b.to(torch.bfloat16), None, None, offs, **{**options, "out_dtype": None})
         return make_output(mat_a, mat_b, offs, mat_a.dtype)
 
     registrations._meta_grouped_mm_common = of_any_type

@@ -1,5 +1,6 @@
 """A layer: the smallest part of a model that can be cut off, with its tensors, its precision and its auxiliary head."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
@@ -130,11 +131,13 @@ class Layer:
         """
         prefix = head_prefix(number)
         container, _, own = prefix.rstrip(".").rpartition(".")
-        self.module.add_module(container, nn.Module())
-        self.module.get_submodule(container).add_module(own, head)
+        # A copy, over the same modules: this layer stays without a head.
+        module = copy.copy(self.module)
+        module.add_module(container, nn.Module())
+        module.get_submodule(container).add_module(own, head)
         names = [*head.state_dict(keep_vars=True), *dict(head.named_buffers())]
         order = [*self._parameter_names, *self._buffer_names, *dict.fromkeys(prefix + name for name in names)]
-        layer = Layer(self.name, self.module, order, self.precision)
+        layer = Layer(self.name, module, order, self.precision)
         layer.head = head
         layer.modes, layer.kept, layer.left, layer.cached = self.modes, self.kept, self.left, self.cached
         layer.hooks, layer.whole = self.hooks, self.whole

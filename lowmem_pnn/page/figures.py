@@ -5,7 +5,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lowmem_pnn.contenders.bench_report import BenchRow
 from lowmem_pnn.page.run_log import RunLog
+from lowmem_pnn.units import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,6 +142,28 @@ def peaks_figure(runs: Sequence[RunLog]) -> str:
         axes.set_xlabel("MB: peak (bar), budget and plain PyTorch (lines)")
 
     return _svg(draw, "peaks", height=1.4 + 0.4 * len(runs))
+
+
+def bench_figure(rows: Sequence[BenchRow]) -> str:
+    """Draw the peaks of contenders, those of plain PyTorch in grey, with the budget of each, and what was predicted."""
+    ran = [row for row in rows if row.peak_bytes is not None]
+    kinds = list(dict.fromkeys(row.contender for row in ran if row.budget_bytes is not None))
+
+    def draw(axes: "Axes") -> None:
+        for number, row in enumerate(ran):
+            color = _PLAIN if row.budget_bytes is None else _color(kinds.index(row.contender))
+            axes.barh(number, (row.peak_bytes or 0) / MB, color=color, height=0.65)
+            for size, line in ((row.budget_bytes, _BUDGET), (row.predicted_peak_bytes, _INK)):
+                if size is not None:
+                    axes.plot([size / MB] * 2, [number - 0.42, number + 0.42], color=line, linewidth=2)
+        axes.set_yticks(range(len(ran)))
+        axes.set_yticklabels(
+            [row.contender if row.budget_bytes is None else f"{row.contender}, {format_bytes(row.budget_bytes)}" for row in ran]
+        )
+        axes.invert_yaxis()
+        axes.set_xlabel("MB: peak (bar), budget (red line), predicted (dark line)")
+
+    return _svg(draw, "peaks of contenders", height=1.4 + 0.32 * len(ran))
 
 
 def _curves(runs: Sequence[RunLog]) -> list[tuple[str, str, list[Any]]]:

@@ -49,7 +49,10 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
         gradients += math.ceil(batch / plan.sweep_micro_batch) * profile.shared_bytes
         working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)
         working += fixed_outputs_bytes(workload, plan) + plan.kept_bytes
-    export = sum(layer.weight_bytes + layer.buffer_bytes for layer in layers)
+    # A folder for transformers has the same file under a second name.
+    export = sum(layer.weight_bytes + layer.buffer_bytes for layer in layers) + workload.source.copied_bytes(config.tokenizer)
+    if config.lora is not None:
+        export += sum(layer.gradient_bytes for layer in layers)  # the adapter's own folder
     kept = sum(stored) * (config.keep_commits + (config.keep_weights == "best"))
     return frozen + kept + max(working, export)
 

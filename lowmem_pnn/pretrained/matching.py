@@ -180,7 +180,7 @@ def match(
     for name in set(chain.unused) & bare.keys():
         taken[name] = bare[name]
         used.add(name)
-    if not taken:
+    if not taken and not faults:
         few = ", ".join(map(repr, list(found)[:_MOST_NAMED])) or "nothing"
         few_wanted = ", ".join(map(repr, list(wanted)[:_MOST_NAMED]))
         raise ConfigError(

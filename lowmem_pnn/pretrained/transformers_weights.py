@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowmem_pnn.config.transformers_place import has_weights, place_of
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.pretrained.matching import shortened
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.stores.header import TensorLayout
 from lowmem_pnn.zoo.library_models import PretrainedValues
@@ -77,6 +78,31 @@ class TransformersWeights:
             return True
         base = str(getattr(model, "base_model_prefix", ""))
         return facts.has_new_head and (not name.startswith(f"{base}.") or "pooler" in name)
+
+    def check(self) -> None:
+        """Refuse files that lack tensors of the model, before anything else is opened.
+
+        Raises:
+            ConfigError: They do; all of these are named.
+            CheckpointError: A file is missing or damaged.
+        """
+        found, groups = self.layouts(), dict[int, list[str]]()
+        for name, tensor in self._model.state_dict(keep_vars=True).items():
+            groups.setdefault(id(tensor), []).append(name)
+        missing = [
+            names[0]
+            for names in groups.values()
+            if not any(name in found for name in names) and not self.may_be_new(names[0]) and not self._is_of_new_head(names[0])
+        ]
+        if missing:
+            raise ConfigError(
+                f"--weights {self.where} does not fit model {self._source.spec}: missing in the file: {shortened(missing)}; give weights "
+                "of this model"
+            )
+
+    def _is_of_new_head(self, name: str) -> bool:
+        """Decide whether a tensor may be one of a head with as many outputs as the data has classes."""
+        return self.head_may_be_new and not name.startswith(f"{getattr(self._model, 'base_model_prefix', '')}.")
 
     @property
     def head_may_be_new(self) -> bool:

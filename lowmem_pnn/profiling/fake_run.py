@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem_pnn.device.kernel_memory import cached_primitives, product_width, scratch_bytes, untouched_bytes
+from lowmem_pnn.device.kernel_memory import cached_primitives, product_width, scratch_bytes, untouched_bytes, workspace_bytes
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.storage_tracker import StorageTracker
 from lowmem_pnn.model.chain import TensorSpec
@@ -79,6 +79,13 @@ class _LiveBytes(StorageTracker):
         self.moments = [0]
         self.compiled: dict[Hashable, int] = {}
         self.untouched, self.widest = 0, 0
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        if kept := workspace_bytes(func, args):
+            *others, _ = result
+            result = (*others, torch.empty(kept, dtype=torch.uint8, device=args[0].device))
+        return result
 
     def _after_operation(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         self.moments.append(self.live + scratch_bytes(func, args, result))

@@ -35,7 +35,7 @@ def time_machine(device: Device, optimizer: OptimizerSpec, folder: Path, room: i
         Seconds of the optimizer's step per parameter; seconds per byte read from the drive, written to the drive, and through the
         device's memory.
     """
-    read, write = _time_drive(folder, max(1, min(_MOVED, room // 4)))
+    read, write = time_drive(folder, max(1, min(_MOVED, room // 4)))
     if not device.shares_host:
         # Bytes between drive and device go through the host.
         up, down = _time_copies(device, room)
@@ -70,8 +70,13 @@ def _time_copies(device: Device, room: int) -> tuple[float, float]:
     return up / host.nbytes, down / host.nbytes
 
 
-def _time_drive(folder: Path, nbytes: int) -> tuple[float, float]:
-    """Return the seconds per byte read and written as weight files are: in place, not synced."""
+def time_drive(folder: Path, nbytes: int) -> tuple[float, float]:
+    """Return the seconds per byte read and written as weight files are: in place, not synced.
+
+    Args:
+        folder: Folder on the drive; files written there are deleted.
+        nbytes: Bytes that are written and read.
+    """
     tensor = aligned_empty((nbytes,), torch.uint8).fill_(1)
     for parent in (folder, None):
         with suppress(OSError, DiskError), tempfile.TemporaryDirectory(prefix=".lowmem-pnn-", dir=parent) as name:

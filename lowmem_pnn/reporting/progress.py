@@ -1,5 +1,6 @@
 """Progress display: two live lines on a terminal, plain lines elsewhere; it falls silent where it cannot be written."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,6 +50,17 @@ class Display:
 
     def close(self) -> None:
         """Take note that the run ended."""
+
+
+def default_display(verbose: bool | None) -> Display:
+    """Return the display of a call from Python.
+
+    Args:
+        verbose: whether progress is shown; None shows it in a terminal and in a notebook.
+    """
+    if verbose is None:
+        verbose = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    return TerminalDisplay(Console(stderr=True)) if verbose else Display()
 
 
 class TerminalDisplay(Display):

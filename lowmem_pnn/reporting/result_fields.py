@@ -35,6 +35,8 @@ class ResultFields:
 
     `notes` say what else was done for each micro-batch, and in plain PyTorch once for a batch.
 
+    `adapter` is the folder in which a run with adapters leaves them as peft has them.
+
     `module_state` holds Python attributes of modules that forwards changed, as they were at the end: they are not in `weights_file`.
 
     `scores` holds what the trained model reaches on the parts `val` and `test`, as far as there are such and the task has such scores:
@@ -47,6 +49,8 @@ class ResultFields:
     holds what samples are made with that follows from the training data: columns, classes, mean and std. `form` says what samples and targets
     are, for whoever uses the model without them: shapes, types, kind of targets, names of classes. `workers` is the number of processes
     that read them; their memory is in `host_peak_bytes` alone.
+
+    `transformers_folder` is what `from_pretrained` loads, where the model is one of transformers.
 
     `plain_bytes` is the predicted peak of a plain PyTorch loop with the same batch; None where it is not known (`neuroflux`).
 
@@ -108,6 +112,8 @@ class ResultFields:
     resumed: int
     workdir: str
     weights_file: str
+    transformers_folder: str | None = None
+    adapter: str | None = None
     preprocessing: str
     data_parts: str = ""
     preparation: Mapping[str, Any] = dataclasses.field(default_factory=dict)

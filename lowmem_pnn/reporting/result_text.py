@@ -71,7 +71,11 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
             f"checked before training: predicted {format_bytes(check['predicted_bytes'])}, measured {format_bytes(check['measured_bytes'])}, "
             f"{format_bytes(abs(more))} {'more' if more > 0 else 'less'}"
         )
-    lines += [f"weights: {result.weights_file}", "", *summary(result)]
+    folder = "" if result.transformers_folder is None else f"; for transformers: {result.transformers_folder}"
+    lines.append(f"weights: {result.weights_file}{folder}")
+    if result.adapter is not None:
+        lines.append(f"adapter: {result.adapter} (peft's PeftModel.from_pretrained reads it)")
+    lines += ["", *summary(result)]
     return "\n".join(lines)
 
 
@@ -94,7 +98,7 @@ def summary(result: ResultFields) -> list[str]:
         "budget": f"{format_bytes(result.budget_bytes)} of {result.device}",
         "peak": f"{format_bytes(result.peak_bytes)}{saved}",
         "time": f"{result.seconds:.1f} s, {result.samples_per_second:.0f} samples/s",
-        "score": _score(result),
+        "score": score_text(result),
         "next": next_command(result),
     }
     return [f"{name:<7} {text}" for name, text in told.items()]
@@ -114,8 +118,12 @@ def next_command(result: ResultFields) -> str:
     return shlex.join(["lowmem-pnn", "predict", result.workdir, "--out", "predictions.csv", *trust])
 
 
-def _score(result: ResultFields) -> str:
-    """Return the score that a model is judged by first."""
+def score_text(result: ResultFields) -> str:
+    """Return the score that a model is judged by first, in words.
+
+    Args:
+        result: what a run came to.
+    """
     test = result.scores.get("test", {})
     scores = (
         ("test accuracy", result.test_accuracy, ".1%"),

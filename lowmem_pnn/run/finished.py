@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import resume_command
+from lowmem_pnn.config.transformers_place import is_transformers, place_of
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.resume import stored_config
@@ -12,6 +13,7 @@ from lowmem_pnn.run.state import LEFT_FILES, State
 from lowmem_pnn.stores.disk import disk_error, read_file, sha256
 from lowmem_pnn.stores.journal import DAMAGED
 from lowmem_pnn.stores.keys import CommittedFile, parse_entry
+from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.stores.tensor_file import TensorFile
 
@@ -21,7 +23,7 @@ class FinishedRun:
     """Finished run, all of whose files are as it left them.
 
     Args:
-        config: options of the run.
+        config: options of the run, and which modules have learnt whole beside adapters.
         state: its last state.
         result: what it came to.
     """
@@ -44,7 +46,21 @@ def open_finished(rundir: RunDirectory) -> FinishedRun:
     config = stored_config(rundir)
     if state.stage != "done":
         raise CheckpointError(f"{rundir.path} has not finished; {resume_command(config, rundir.path)} goes on with it")
-    return FinishedRun(config, state, read_result(rundir.path, state))
+    result = read_result(rundir.path, state)
+    if config.lora is not None and config.modules_to_save is None and (new := result.weights.get("new")):
+        # What had no pretrained values has learnt whole beside the adapters: 'head.weight (10, 64)'.
+        modules = dict.fromkeys(str(one).partition(" ")[0].rpartition(".")[0] for one in new)
+        config = dataclasses.replace(config, modules_to_save=tuple(name for name in modules if name) or None)
+    return FinishedRun(_with_kept_model(config, rundir.path), state, result)
+
+
+def _with_kept_model(config: FitConfig, path: Path) -> FitConfig:
+    """Return the options with the run's own folder as the model, where that of a model of transformers is gone."""
+    place = place_of(config.model) if is_transformers(config.model) else None
+    own = path.absolute() / TRANSFORMERS_FOLDER
+    if place is None or place.exists() or not (own / "config.json").is_file():
+        return config
+    return dataclasses.replace(config, model=f"hf:{own}")
 
 
 def read_result(path: Path, state: State) -> Result:

@@ -1,12 +1,16 @@
 """What a resume begins with: the state of the last commit, if it belongs to what is asked now."""
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lowmem_pnn.config.checks import check_lengths
 from lowmem_pnn.config.configure import contradictions
 from lowmem_pnn.config.faults import flag
 from lowmem_pnn.config.fit_config import FitConfig, field_names
 from lowmem_pnn.engine.out_of_memory import halved
+from lowmem_pnn.engine.tally import EpochProgress
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
 from lowmem_pnn.methods import Sweep, visits_of_rank
 from lowmem_pnn.partition_plan import Plan
@@ -21,7 +25,7 @@ _LARGEST = 2**63 - 1
 
 
 def stored_config(rundir: RunDirectory) -> FitConfig:
-    """Return the options that a run began with.
+    """Return the options that a run began with, and the epochs that a resume has raised them to.
 
     Args:
         rundir: directory of the run.
@@ -37,7 +41,45 @@ def stored_config(rundir: RunDirectory) -> FitConfig:
             faults.append(f"{flag(name)} is beyond 64 bits")
     if faults:
         raise CheckpointError(f"{rundir.path / 'config.json'} is of no run: {faults[0]}; {RUN_REMEDY}")
+    return raised(config, rundir.journal())
+
+
+def raised(config: FitConfig, journal: Mapping[str, Any]) -> FitConfig:
+    """Return the options of a run with the epochs that a resume has raised them to, if one has.
+
+    Args:
+        config: options that the run began with.
+        journal: body of its journal.
+    """
+    epochs = journal.get("epochs")
+    if isinstance(epochs, int) and len(config.epochs) == 1 and epochs > config.epochs[0]:
+        return dataclasses.replace(config, epochs=(epochs,))
     return config
+
+
+def go_on_from_the_end(state: State, before: FitConfig, workload: Workload, path: Path) -> None:
+    """Make a finished run one that is at the end of its last epoch, with more to come.
+
+    Args:
+        state: state of the run, which is changed.
+        before: options with the epochs that it has.
+        workload: model, data and method, with the epochs that it is to have.
+        path: folder of the run, for the message.
+
+    Raises:
+        ConfigError: its optimizer's state is gone, or it ended before its last epoch.
+    """
+    if state.stopped_step:
+        raise ConfigError(f"the run in {path} ended early, after step {state.stopped_step}: it has no last epoch to go on from")
+    if not before.keep_state or not (path / "weights").is_dir():
+        raise ConfigError(
+            f"the run in {path} is done, and its optimizer's state went with its end; begin with --keep-state to train further, or "
+            f"begin a new run with --weights {path}"
+        )
+    state.stage, state.files = "training", {}
+    state.visit = len(workload.program(Plan.from_json(state.plan).spans)) - 1
+    earlier = sum(item.epochs for item in workload.program(Plan.from_json(state.plan).spans)[: state.visit])
+    state.progress = EpochProgress(epoch=before.epochs[0] - earlier)
 
 
 def resumed_state(rundir: RunDirectory, workload: Workload, rank: Rank) -> State:

@@ -107,6 +107,7 @@ class State:
         stopped_step: optimizer steps after which training ended early; 0 where it did not.
         pretrained: what is said of the pretrained weights that training began with, their hash too; empty where there were none.
         files: size and SHA-256 of the files that a finished run leaves, by name; empty for runs of earlier versions.
+        epochs: epochs that a resume has raised the options' to; 0 where none has.
         rank: number of this process, where several train a partition each; the first joins them.
         ranks: number of these processes.
     """
@@ -141,6 +142,7 @@ class State:
     stopped_step: int = 0
     pretrained: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    epochs: int = 0
     rank: int = 0
     ranks: int = 1
 

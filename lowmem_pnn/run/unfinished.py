@@ -8,6 +8,7 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import began_alike, resumed_config
 from lowmem_pnn.errors import CheckpointError, ConfigError, DiskError
+from lowmem_pnn.run.resume import raised
 from lowmem_pnn.stores.disk import RUN_REMEDY, read_file
 from lowmem_pnn.stores.journal import read_journal
 
@@ -50,7 +51,7 @@ def _unfinished_config(path: Path) -> FitConfig | None:
         # A process of several, which is not the first, goes on with the first one's folder.
         if journal.get("stage") in (None, "done") or journal.get("rank", 0):
             return None
-        return FitConfig.from_json(read_file(path / "config.json", RUN_REMEDY).decode(errors="replace"))
+        return raised(FitConfig.from_json(read_file(path / "config.json", RUN_REMEDY).decode(errors="replace")), journal)
     except (CheckpointError, DiskError, OSError):
         return None
 

@@ -18,14 +18,22 @@ from lowmem_pnn.stores.journal import DAMAGED, JOURNAL, older_commits
 
 WORK_FOLDERS = ("weights", "activations")
 """Folders of a run that are there until it is done."""
+TRANSFORMERS_FOLDER = "hf"
+"""Folder of a run with the trained model as transformers loads it."""
 
 # A worker that was killed may hold the lock until the kernel has taken its memory back.
 _LOCK_PATIENCE_SECONDS = 3.0
+ADAPTER_FOLDER = "adapter"
+"""Folder of a run with adapters, in which it leaves them as peft has them."""
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""Files in it."""
+
 # Files that the creation of a run in an empty folder leaves behind when it is interrupted.
 _FILES_BEFORE_JOURNAL = {"lock", "config.json", "config.json.new", "journal.json.new"}
 # What a run consists of, beside its lock and its journals; what else lies in its folder is the user's.
 _RESULTS = ("model.safetensors", "heads.safetensors", "result.json")
-_FILES = ("config.json", "metrics.jsonl", "report.html", *_RESULTS)
+_FILES = ("config.json", "config.toml", "metrics.jsonl", "report.html", *_RESULTS)
 _SCRATCH = re.compile(r"scratch\.[a-z0-9_]{8}")  # as `tempfile.mkdtemp` names it
 # A temporary folder without a lock may be one that another process has made just now.
 _ABANDONED_SECONDS = 600.0
@@ -130,7 +138,13 @@ def _remove_run(path: Path) -> None:
     remove_unfinished(path)
     for name in _FILES:
         (path / name).unlink(missing_ok=True)
-    for name in WORK_FOLDERS:
+    adapter = path / ADAPTER_FOLDER
+    if adapter.is_dir() and not adapter.is_symlink():
+        for name in ADAPTER_FILES:
+            (adapter / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what else lies there is the user's
+            adapter.rmdir()
+    for name in (*WORK_FOLDERS, TRANSFORMERS_FOLDER):
         folder = path / name
         if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)

@@ -8,6 +8,8 @@
       lock                  held by the process that works here
       weights/ activations/ scratch.XXXXXXXX/ deleted when the run is done
       model.safetensors result.json
+      hf/                   the trained model as transformers loads it, of a model of transformers
+      adapter/              of a run with adapters: what it has learnt, as peft has it
 
 A commit: new bytes lie in files of their own, on the drive; then the journal is written under another name, synced, and renamed; then
 files that no journal names are deleted. What is not in the journal did not happen. A folder without a journal is no run.
@@ -262,26 +264,32 @@ class RunDirectory:
             remove_folder(folder)
 
     def clear(self) -> None:
-        """Delete the working files of a run that is done, and the older commits, which need them, as far as they can be deleted."""
+        """Delete the working files of a run that is done, and the older commits, which need them, as far as they can be deleted.
+
+        Its weights with the optimizer's state stay where the options say so (`keep_state`).
+        """
         if not self.is_writable:
             return
         with contextlib.suppress(OSError, DiskError):
             for path, _ in older_commits(self.path, self._config_sha256)[0]:
                 path.unlink(missing_ok=True)
             remove_unfinished(self.path)
+            keeps_state = json.loads(self.config_json()).get("keep_state") is True
             for name in WORK_FOLDERS:
-                remove_folder(self.path / name)
+                if name != "weights" or not keeps_state:
+                    remove_folder(self.path / name)
             sync_folder(self.path)
 
     def disk_bytes(self) -> int:
-        """Return the bytes that the run takes on disk now."""
-        size = 0
+        """Return the bytes that the run takes on disk now; a file with two names is counted once."""
+        sizes: dict[int, int] = {}
         for folder, _, names in os.walk(self.path):
             for name in names:
                 # Another thread may delete it meanwhile.
                 with contextlib.suppress(FileNotFoundError):
-                    size += os.lstat(os.path.join(folder, name)).st_blocks * 512  # noqa: PTH118 - called for every commit
-        return size
+                    found = os.lstat(os.path.join(folder, name))  # noqa: PTH118 - called for every commit
+                    sizes[found.st_ino] = found.st_blocks * 512
+        return sum(sizes.values())
 
     def __enter__(self) -> "RunDirectory":
         return self

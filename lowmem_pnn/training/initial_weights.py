@@ -1,7 +1,7 @@
 """Initial weights: the constructor's own values, written to the run's weight files without the model ever being whole in memory."""
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ def build_weights(
     counter: IoCounter,
     trained: Path | None = None,
     inspect: Callable[[nn.Module], None] | None = None,
+    metered: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> WeightStore:
     """Build the model in mapped files, and write each partition's share of it to a weight file of its own.
 
@@ -43,6 +44,7 @@ def build_weights(
         folder: folder of the new store; the mapped files are made beside it.
         counter: counter of the bytes read and written.
         inspect: is shown the model as its constructor gives it, before anything is written; None where nobody looks.
+        metered: context in which the constructor runs, such as `Device.metered`.
         trained: file of trained weights with the model's own names, whose values take the place of the constructor's.
 
     Returns:
@@ -59,7 +61,7 @@ def build_weights(
     persistent = set(chain.persistent)
     pretrained = workload.pretrained if trained is None else None
     given = persistent if trained is not None else set() if pretrained is None else set(pretrained.names)
-    with file_backed(folder) as files:
+    with file_backed(folder) as files, metered():
         model = _build(workload, given)
     tensors: dict[str, Tensor] = {
         **dict(model.named_parameters(remove_duplicate=False)),

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lowmem_pnn.adapters.adapter_folder import write_adapter
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.loaders import Loader
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, DataError
 from lowmem_pnn.evaluation.exits import HEADS_FILE, describe_exits, head_names
 from lowmem_pnn.evaluation.measure import measure, validate
+from lowmem_pnn.exporting.transformers_folder import write_folder
 from lowmem_pnn.methods import SplitName
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
@@ -27,6 +29,7 @@ from lowmem_pnn.run.state import STORE_NAME, State, states_of, weights_of
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.disk import RUN_REMEDY, remove_folder, write_durably
 from lowmem_pnn.stores.keys import VERSIONS_KEY, CommittedFile
+from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.stores.run_directory import way_back
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.tasks import Scores
@@ -101,7 +104,9 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
     for attempt in range(_MAX_PLANS):
         display.stage(f"building {workload.source.spec}")
         inspect = inspect_once if workload.config.compare and not attempt else None
-        weights = build_weights(workload, plan, session.rundir.path / "weights", session.counter, inspect=inspect)
+        weights = build_weights(
+            workload, plan, session.rundir.path / "weights", session.counter, inspect=inspect, metered=device.metered
+        )
         run = Run(session, workload, plan, weights, state)
         if mixing and not attempt and (mixed := _plan_with_mixing(request(), seconds_of, next(iter(mixing)))) != plan:
             plan = mixed
@@ -187,16 +192,20 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     left = [run.weights.export(rundir.path / "model.safetensors", chain.persistent, chain.owners, versions)]
     if workload.method.learns_per_layer:
         left.append(run.weights.export(rundir.path / HEADS_FILE, head_names(chain)))
+    adapter = write_adapter(rundir.path, chain, workload.config, run.weights) if workload.config.lora is not None else None
     layer_accuracies: list[float | None] = []
     scores = _scores(run, layer_accuracies)
     exits: list[dict[str, Any]] = []
     if workload.method.learns_per_layer:
         exits = describe_exits(run, layer_accuracies or [None] * len(chain.layers))
     run.metrics.update_totals()
-    result = make_result(run, profile, scores, exits)
+    result = make_result(run, profile, scores, exits, adapter)
     text = (result.to_json() + "\n").encode()
     write_durably(rundir.path / "result.json", text)
     left.append(CommittedFile("result.json", hashlib.sha256(text).hexdigest(), len(text)))
+    if result.transformers_folder is not None:
+        folder, weights_file = rundir.path / TRANSFORMERS_FOLDER, rundir.path / "model.safetensors"
+        write_folder(folder, weights_file, workload.source, workload.config, result, workload.dataset.classes, links=True)
     run.end("done", {file.file: file for file in left})
     rundir.clear()
     forget(rundir, run.state)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.device import is_out_of_memory
+from lowmem_pnn.device import is_out_of_memory, why_it_failed
 from lowmem_pnn.errors import CaptureError, LowMemError
 from lowmem_pnn.model.call_form import OutputForm
 from lowmem_pnn.model.chain import Chain
@@ -77,10 +77,7 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
         if is_out_of_memory(error):
             say(f"{title} does not fit as a whole, be it for {count} samples, and could not be compared with its layers")
             return "no"
-        reason = " ".join(str(error).split())[:300]
-        raise CaptureError(
-            f"{title} failed on {count} of its samples: {type(error).__name__}: {reason}; mend its forward"
-        ) from error
+        raise CaptureError(f"{title} failed on {count} of its samples: {why_it_failed(error)}") from error
     if not different:
         return "yes"
     what, size = max(different.items(), key=lambda item: item[1])
@@ -112,7 +109,7 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
         spilled = _Spilled(Path(scratch), [*twin.parameters(), *twin.buffers(), *_inputs(batch), *tensors_in(batch[1])])
         with torch.autograd.graph.saved_tensors_hooks(spilled.pack, spilled.unpack):
             with precision.autocast():
-                outputs = _run(twin, chain, batch)
+                outputs = run_model(twin, chain, batch)
             loss = workload.task.loss(outputs, batch[1], training=True)
             handles = [
                 parameter.register_post_accumulate_grad_hook(lambda tensor: observed.take_gradient(names[id(tensor)], tensor))
@@ -127,7 +124,7 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
     _note_state(workload, observed, dict(twin.named_buffers()), twin, before)
     set_mode(twin, False)
     with torch.no_grad(), precision.autocast():
-        observed.values |= _outputs(chain, _run(twin, chain, batch), "eval")
+        observed.values |= _outputs(chain, run_model(twin, chain, batch), "eval")
     return observed
 
 
@@ -254,8 +251,14 @@ def _inputs(batch: tuple[Any, Any]) -> tuple[Tensor, ...]:
     return tuple(tensor.clone() for tensor in (batch[0] if isinstance(batch[0], tuple) else (batch[0],)))
 
 
-def _run(model: nn.Module, chain: Chain, batch: tuple[Any, Any]) -> tuple[Tensor, ...]:
-    """Run the user's model as it is called, and return the tensors of what it returns."""
+def run_model(model: nn.Module, chain: Chain, batch: tuple[Any, Any]) -> tuple[Tensor, ...]:
+    """Run the user's model as it is called, and return the tensors of what it returns.
+
+    Args:
+        model: the model, or a copy of it.
+        chain: the same in layers, which knows how it is called.
+        batch: samples and targets; the samples are copied, for a forward may change them.
+    """
     returned = chain.call_form.call(model, chain.layers[0].precision.to_memory_format(_inputs(batch)))
     return OutputForm.of(returned)[1]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lowmem_pnn.device import is_out_of_memory
+from lowmem_pnn.device import is_out_of_memory, why_it_failed
 from lowmem_pnn.engine.executor import Executor
 from lowmem_pnn.engine.out_of_memory import SteppedInPart, fits, halved
 from lowmem_pnn.errors import BudgetError, CaptureError, LowMemError
@@ -171,7 +171,4 @@ def _run_model(work: Callable[[], object], title: str) -> None:
     except Exception as error:  # whatever a user's forward may raise; it is his to mend, not ours
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:300]
-        raise CaptureError(
-            f"the model failed on a batch of zeros in {title}: {type(error).__name__}: {reason}; mend its forward"
-        ) from error
+        raise CaptureError(f"the model failed on a batch of zeros in {title}: {why_it_failed(error)}") from error

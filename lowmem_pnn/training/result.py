@@ -3,10 +3,12 @@
 import importlib.metadata
 import math
 import platform
+from pathlib import Path
 from typing import Any
 
 from lowmem_pnn.config.defaults import training_facts
 from lowmem_pnn.evaluation.exits import chosen_exit
+from lowmem_pnn.exporting.transformers_folder import holds_a_model
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import ahead_bytes, describe_partition
 from lowmem_pnn.planning.notes import adapter_notes, fixed_notes, frozen_notes, idle_notes, micro_batch_notes, mixing_notes
@@ -16,13 +18,16 @@ from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs, samples_learnt
 from lowmem_pnn.run.run import Run
+from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.tasks.make_task import TASK_OF
 from lowmem_pnn.workload.data_form import DataForm
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
 
 
-def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, Any]], exits: list[dict[str, Any]]) -> Result:
+def make_result(
+    run: Run, profile: MemoryProfile, scores: dict[str, dict[str, Any]], exits: list[dict[str, Any]], adapter: Path | None
+) -> Result:
     """Return what a run has come to.
 
     Args:
@@ -30,6 +35,7 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         profile: costs of the model's layers.
         scores: scores by part of the data, `val` and `test`.
         exits: early exits, as `describe_exits` gives them.
+        adapter: folder of what has been learnt beside a frozen base; None where there is none.
     """
     workload, plan, state, device = run.workload, run.plan, run.state, run.session.device
     test, stopped, steps = scores.get("test", {}), state.stopped_after, state.stopped_step
@@ -108,6 +114,8 @@ def make_result(run: Run, profile: MemoryProfile, scores: dict[str, dict[str, An
         resumed=state.resumed,
         workdir=str(path),
         weights_file=str(path / "model.safetensors"),
+        transformers_folder=str(path / TRANSFORMERS_FOLDER) if holds_a_model(workload) else None,
+        adapter=None if adapter is None else str(adapter),
         preprocessing=workload.dataset.preprocessing,
         data_parts=workload.dataset.parts,
         preparation=workload.dataset.preparation,

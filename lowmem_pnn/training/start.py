@@ -27,10 +27,18 @@ from lowmem_pnn.reporting.tables import describe_skipped
 from lowmem_pnn.run.callbacks import Callback, Callbacks
 from lowmem_pnn.run.finished import read_result
 from lowmem_pnn.run.ranks import ALONE, Rank
-from lowmem_pnn.run.resume import check_same_rank, check_same_weights, count_resume, resumed_state, stored_config
+from lowmem_pnn.run.resume import (
+    check_same_rank,
+    check_same_weights,
+    count_resume,
+    go_on_from_the_end,
+    resumed_state,
+    stored_config,
+)
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.samples.reader_process import READER_VARIABLE
+from lowmem_pnn.settings.config_file import CONFIG_FILE, to_toml
 from lowmem_pnn.stores.disk import allow_many_files, file_system_faults
 from lowmem_pnn.stores.journal import read_journal
 from lowmem_pnn.stores.run_directory import RunDirectory, read_config
@@ -39,6 +47,8 @@ from lowmem_pnn.training.lifecycle import run_to_end
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
 from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import Inputs, named_inputs, without_weights
+
+_AS_FILE = "# The options of this run: lowmem-pnn fit --config config.toml begins another one like it.\n"
 
 OpenInputs = Callable[[FitConfig], Inputs]
 """Opens model and data for a configuration."""
@@ -93,6 +103,7 @@ def begin(
             state = State.first(workload, planned, rank)
             # Threads end first: a commit that is under way needs the lock.
             with RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
+                (path / CONFIG_FILE).write_text(_AS_FILE + to_toml(config))
                 session = Session(device, rundir, threads, display, _or_late(should_stop, config), Callbacks(callbacks))
                 return run_to_end(session, workload, profile, state, estimator)
 
@@ -130,9 +141,11 @@ def resume(
     if rank.number and not (path / "journal.json").exists():
         return _begin_late(path, options, rank, display, should_stop, trust=trust)
     with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
-        config = resumed_config(stored_config(rundir), options, path)
+        before = stored_config(rundir)
+        config = resumed_config(before, options, path)
+        is_longer = config.epochs != before.epochs
         state = State.from_journal(rundir.journal(), path)
-        if state.stage == "done":
+        if state.stage == "done" and not is_longer:
             result = read_result(path, state)
             rundir.clear()
             forget(rundir, state)
@@ -155,6 +168,10 @@ def resume(
             estimator = TimeEstimator.measured(PlanRequest(workload, profile, device))
             with RunDirectory.open(path) as rundir, closing(threads):
                 state = resumed_state(rundir, workload, rank)
+                if is_longer:
+                    if state.stage == "done":
+                        go_on_from_the_end(state, before, workload, path)
+                    state.epochs = config.epochs[0]
                 device.enforce(profile.untouched_bytes)
                 count_resume(rundir, state, workload, after_crash=after_crash)
                 session = Session(device, rundir, threads, display, _or_late(should_stop, config), Callbacks(callbacks))

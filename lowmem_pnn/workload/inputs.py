@@ -82,7 +82,7 @@ def python_inputs(
         options = target_options(config, own)
         named = _named_model(config, None) if isinstance(model, str) else None
         if named is not None:
-            _check_context(config, named)
+            _check(config, named)
         input_form = named.input_form if named is not None else "any"
         apart_names = {"val": f"{config.data} (validation part)", "test": f"{config.data} (test part)"}
         form = SampleForm(
@@ -156,7 +156,7 @@ def open_data(config: FitConfig) -> Inputs:
     """
     # The data set says how many classes the model gets; the model how images are to be shown to it, and how long a text.
     named = _named_model(config, None)
-    _check_context(config, named)
+    _check(config, named)
     own = Own(named_loss(config))
     form = SampleForm(named.input_form, named.context, target_options(config, own), named.tokenizer)
     dataset = open_source(config.data, config, form)
@@ -177,8 +177,10 @@ def _named_model(config: FitConfig, num_classes: int | None) -> ModelSource:
     return source if config.has_weights else dataclasses.replace(source, image_stats=None)
 
 
-def _check_context(config: FitConfig, source: ModelSource) -> None:
-    """Refuse rows that are longer than what a model has positions for, before text is tokenised."""
+def _check(config: FitConfig, source: ModelSource) -> None:
+    """Refuse, before text is tokenised, rows that a model has no positions for, and a folder that lacks weights of it."""
+    if config.weights == "default" and source.transformers is not None:
+        TransformersWeights(WeightFiles(config.weights, source), source).check()
     most = source.most_context
     if most is not None and config.context is not None and config.context > most:
         raise ConfigError(

@@ -13,22 +13,33 @@ from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.zoo.library_models import PretrainedValues
 
+# What of a model's folder belongs to its tokenizer, to the preparation of images, and to generation.
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_OTHERS = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
+
 
 @dataclass(frozen=True)
 class TransformersFacts:
     """What is known of a model of transformers beside its constructor.
 
     Args:
-        settings: What its `config.json` says.
+        config: Its configuration, of transformers.
+        architecture: Class that it is of.
         folder: Folder with its tokenizer and generation config; None for a configuration alone.
         task: Task that its head is for, as `--task` has it.
         has_new_head: Whether the weights are of another architecture, so that what it adds has random values.
+        uses_cache: Whether its configuration has it generate with a cache, which training has no use for.
     """
 
-    settings: dict[str, Any]
+    config: Any
+    architecture: str
     folder: Path | None
     task: str
     has_new_head: bool
+    uses_cache: bool
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,31 @@ class ModelSource:
     notes: tuple[str, ...] = ()
     transformers: TransformersFacts | None = None
     give_values: Callable[[nn.Module, Collection[str]], None] | None = None
+
+    def copied_files(self, tokenizer: str | None) -> dict[str, Path]:
+        """Return the files that go into a folder for transformers as they are, by their names there.
+
+        Args:
+            tokenizer: What `--tokenizer` says; None for the model's own.
+        """
+        if self.transformers is None:
+            return {}
+        # What lies beside a configuration alone is not the model's.
+        own = None if self.spec.endswith(".json") else self.transformers.folder
+        found = {} if own is None else {name: own / name for name in _OTHERS}
+        place = tokenizer or self.tokenizer
+        if place is not None and place != "bytes":
+            is_folder = Path(place).is_dir()
+            found |= {name: Path(place) / name for name in _TOKENIZER} if is_folder else {"tokenizer.json": Path(place)}
+        return {name: file for name, file in found.items() if file.is_file()}
+
+    def copied_bytes(self, tokenizer: str | None) -> int:
+        """Return the bytes of these files.
+
+        Args:
+            tokenizer: As for `copied_files`.
+        """
+        return sum(file.stat().st_size for file in self.copied_files(tokenizer).values())
 
     def build_but(self, given: Collection[str]) -> nn.Module:
         """Build the model, without values that are replaced: these tensors may be zeros.

@@ -1,19 +1,17 @@
 """Models of transformers: `hf:DIR`, `hf:CONFIG.json`, `hf:NAME`; with the names of their own `state_dict`, and logits alone as outputs."""
 
 import copy
-import functools
 import importlib
-import inspect
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS, has_weights, place_of, read_settings
 from lowmem_pnn.errors import ConfigError, LowMemError
@@ -21,6 +19,7 @@ from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.sources.imports import did_you_mean, one_line
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.zoo.model_source import ModelSource, TransformersFacts, folder_name
+from lowmem_pnn.zoo.transformers_modules import give_values, returning_logits
 
 # Auto class of each task, and the names of its models by the type of their configurations.
 _AUTO = {
@@ -115,7 +114,14 @@ def find_transformers_model(spec: str, arguments: Mapping[str, Any], num_classes
         tokenizer=tokenizer,
         most_context=most if chosen != "image-classification" else None,
         notes=tuple(notes),
-        transformers=TransformersFacts(settings, folder, chosen, architecture != model_class.__name__),
+        transformers=TransformersFacts(
+            config,
+            model_class.__name__,
+            folder,
+            chosen,
+            architecture != model_class.__name__,
+            bool(settings.get("use_cache", True)),
+        ),
         give_values=give_values,
     )
 
@@ -305,7 +311,7 @@ class _Constructor:
                 )
         except (TypeError, ValueError, AttributeError, LookupError, ImportError, AssertionError) as error:
             raise ConfigError(f"model {self.spec} cannot be built: {one_line(error)[:300]}; see to its configuration") from error
-        model.__class__ = _returning_logits(type(model), self.task)  # type: ignore[arg-type]
+        model.__class__ = returning_logits(type(model), self.task)  # type: ignore[arg-type]
         return model
 
 
@@ -325,65 +331,18 @@ def _quiet() -> Iterator[None]:
         others.setLevel(level)
 
 
-@functools.cache
-def _returning_logits(kind: type[nn.Module], task: str) -> type[nn.Module]:
-    """Return a class of the same modules whose forward takes what data sets have by name, and returns logits.
-
-    One class for all models of a kind, so that they count as equal; the `state_dict` has transformers' own names.
-    """
-    takes = set(inspect.signature(kind.forward).parameters)
-
-    def causal(self: nn.Module, input_ids: Tensor) -> Any:
-        return kind.forward(self, input_ids=input_ids).logits
-
-    def with_positions(self: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Any:
-        return kind.forward(self, input_ids=input_ids, position_ids=position_ids).logits
-
-    def masked(self: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
-        return kind.forward(self, input_ids=input_ids, attention_mask=attention_mask).logits
-
-    def with_types(
-        self: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-    ) -> Any:
-        return kind.forward(self, input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).logits
-
-    def images(self: nn.Module, pixel_values: Tensor) -> Any:
-        return kind.forward(self, pixel_values=pixel_values).logits
-
-    if task == "image-classification":
-        forward: Callable[..., Any] = images
-    elif task == "causal-lm":
-        forward = with_positions if "position_ids" in takes else causal
-    else:
-        forward = with_types if "token_type_ids" in takes else masked
-    forward.__name__, forward.__qualname__ = "forward", f"{kind.__qualname__}.forward"
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "forward": forward}
-    return type(kind.__name__, (kind,), names)
-
-
-def give_values(model: nn.Module, given: Collection[str]) -> None:
-    """Give a model on the meta device memory, and its constructor's values to what nobody else gives values.
+def config_json(source: ModelSource, classes: Sequence[str]) -> str:
+    """Return the text of `config.json` for a trained model.
 
     Args:
-        model: Model of transformers that was built on the meta device; it is changed.
-        given: Names in the `state_dict` of tensors that get their values later, and are zeros till then.
+        source: Model of transformers.
+        classes: Names of the classes of its data; none where they have none.
     """
-    persistent = {**dict(model.named_parameters(remove_duplicate=False)), **model.state_dict(keep_vars=True)}
-    taken = {id(persistent[name]) for name in given if name in persistent}
-    twins: dict[int, Tensor] = {}
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, tensor in own.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in twins:
-                    memory = torch.zeros(tensor.shape, dtype=tensor.dtype)
-                    twin = nn.Parameter(memory, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memory
-                    twin._is_hf_initialized = id(tensor) in taken  # type: ignore[attr-defined]
-                    twins[id(tensor)] = twin
-                own[name] = twins[id(tensor)]  # type: ignore[assignment]
-    model.initialize_weights()  # type: ignore[operator]
-    for twin in twins.values():
-        del twin._is_hf_initialized  # type: ignore[attr-defined]
-    for module in model.modules():
-        module.__dict__.pop("_is_hf_initialized", None)
+    facts = source.transformers
+    assert facts is not None
+    config = copy.deepcopy(facts.config)
+    config.architectures, config.dtype, config.use_cache = [facts.architecture], "float32", facts.uses_cache
+    if facts.task.endswith("classification") and len(classes) == config.num_labels:
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: number for number, name in enumerate(classes)}
+    return str(config.to_json_string(use_diff=True))

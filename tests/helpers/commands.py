@@ -24,12 +24,13 @@ class Outcome:
     code: int
     out: str
     err: str
+    as_json: bool = False
 
     @property
     def fault(self) -> str:
         """The one line that says why it failed, which is the last; what comes before it is progress."""
         assert self.code != 0, self.out
-        assert self.out == "", "on a failure nothing is printed on stdout"
+        assert self.out == "" or self.as_json, "on a failure nothing is printed on stdout, or what it was as JSON"
         assert "Traceback" not in self.err
         line = self.err.rstrip("\n").splitlines()[-1]
         assert line.startswith("lowmem-pnn: "), self.err
@@ -51,7 +52,7 @@ def lowmem_pnn(*arguments: object) -> Outcome:
             code = 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 0
-    return Outcome(code, out.getvalue(), err.getvalue())
+    return Outcome(code, out.getvalue(), err.getvalue(), "--json" in texts)
 
 
 def write_data(path: Path, **changes: np.ndarray) -> Path:

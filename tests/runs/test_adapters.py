@@ -132,3 +132,55 @@ def test_a_run_with_adapters_is_evaluated_as_it_was_tested(tmp_path: Path) -> No
         "mlp:64-80-10", "digits", workdir=tmp_path / "run", epochs=1, lora="r=2", frozen_dtype="nf4", **options
     )
     assert lowmem_pnn.evaluate(tmp_path / "run")["test_loss"] == result.test_loss
+
+
+def test_peft_reads_the_adapter_that_a_run_leaves(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    result = fit(wide_mlp, vectors(), tmp_path / "run", lora="r=4,alpha=8,targets=0+2", modules_to_save="4", **COMMON)
+    assert result.adapter == str(tmp_path / "run" / "adapter")
+    assert f"adapter: {result.adapter}" in str(result)
+    torch.manual_seed(COMMON["seed"])
+    base = wide_mlp()
+    ours = lowmem_pnn.load(result)
+    theirs = peft.PeftModel.from_pretrained(base, result.adapter).eval()
+    inputs = vectors()[0][:7]
+    assert torch.equal(theirs(inputs), ours(inputs))
+    torch.manual_seed(COMMON["seed"])
+    assert not torch.equal(wide_mlp()(inputs), ours(inputs))
+    # What peft itself writes has the same tensors under the same names.
+    theirs.save_pretrained(tmp_path / "again")
+    again, own = (load_file(f"{folder}/adapter_model.safetensors") for folder in (tmp_path / "again", result.adapter))
+    assert again.keys() == own.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in own.items())
+
+
+def test_adapters_are_merged_into_the_models_own_weights(tmp_path: Path) -> None:
+    result = fit(wide_mlp, vectors(), tmp_path / "run", frozen_dtype="nf4", **LORA, **COMMON)
+    report = lowmem_pnn.export(result, merge=True)
+    assert report["file"] == str(tmp_path / "run" / "export" / "model.safetensors")
+    plain = lowmem_pnn.load_weights(wide_mlp(), report["file"])
+    inputs = vectors()[0][:7]
+    assert torch.allclose(plain(inputs), lowmem_pnn.load(result)(inputs), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"^--merge writes safetensors, and not onnx; leave --to out$"):
+        lowmem_pnn.export(result, merge=True, to="onnx")
+
+
+def test_a_run_without_adapters_has_nothing_to_merge_and_no_folder(tmp_path: Path) -> None:
+    result = fit(wide_mlp, vectors(), tmp_path / "run", lora="r=2,targets=0", **{**COMMON, "epochs": 1})
+    assert (tmp_path / "run" / "adapter").is_dir()
+    (tmp_path / "run" / "adapter" / "notes.txt").write_text("mine")
+    result = fit(wide_mlp, vectors(), tmp_path / "run", overwrite=True, **{**COMMON, "epochs": 1})
+    assert result.adapter is None
+    assert [path.name for path in (tmp_path / "run" / "adapter").iterdir()] == ["notes.txt"]
+    with pytest.raises(ConfigError, match=r"--merge has no effect here: the run in .* has no adapters and no stored weights"):
+        lowmem_pnn.export(result, merge=True)
+
+
+def test_a_new_head_is_evaluated_and_handed_on_as_it_was_trained(tmp_path: Path) -> None:
+    torch.manual_seed(9)
+    options = {"lora": "r=2,targets=0", "frozen_dtype": "nf4", "weights": wide_mlp(7).state_dict(), **COMMON, "epochs": 1}
+    result = fit(wide_mlp, vectors(), tmp_path / "run", **options)
+    trained = load_file(result.weights_file)
+    assert torch.equal(lowmem_pnn.load(result)[4].weight, trained["4.weight"])
+    assert torch.equal(load_file(f"{result.adapter}/adapter_model.safetensors")["base_model.model.4.weight"], trained["4.weight"])
+    assert lowmem_pnn.predict(result, vectors()[0][:3])["scores"].shape == (3, 4)

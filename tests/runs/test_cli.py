@@ -125,6 +125,14 @@ def test_a_plan_writes_nothing(data_folder: Path) -> None:
     assert sorted(data_folder.iterdir()) == before
 
 
+def test_a_run_is_repeated_by_its_own_file() -> None:
+    assert train("--seed 3 --lr 0.01").code == 0
+    again = lowmem_pnn("fit --config run/config.toml --workdir again --json")
+    assert again.code == 0, again.err
+    assert Path("again/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
+    assert Path("again/config.toml").read_text() == Path("run/config.toml").read_text()
+
+
 def test_a_share_is_resolved_once_and_kept_by_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "fit --device cpu --model mlp:20-16-3 --data npz:data.npz --epochs 1 --workdir run --json --quiet --max-gpu-mem"
     monkeypatch.setattr("lowmem_pnn.memory.available.available_bytes", lambda device: 400_000_000)
@@ -135,10 +143,10 @@ def test_a_share_is_resolved_once_and_kept_by_a_resume(monkeypatch: pytest.Monke
 
 def test_plans_in_several_budgets_side_by_side() -> None:
     line = (
-        "plan --budgets 30M,100M --device cpu --model mlp:20-600-600-600-600-3 --data npz:data.npz --no-timing --method backprop"
+        "plan --budgets 10M,100M --device cpu --model mlp:20-600-600-600-600-3 --data npz:data.npz --no-timing --method backprop"
     )
     reports = json.loads(lowmem_pnn(f"{line} --json").out)["budgets"]
-    assert [(report["budget_bytes"], report["fits"]) for report in reports] == [(30_000_000, False), (100_000_000, True)]
+    assert [(report["budget_bytes"], report["fits"]) for report in reports] == [(10_000_000, False), (100_000_000, True)]
     shown = lowmem_pnn(line)
     assert shown.code == 0, "one of them fits"
     assert "100.0 MB: fits" in shown.out
@@ -150,7 +158,8 @@ def test_a_plan_shows_all_methods_side_by_side() -> None:
     assert shown.code == 0
     heads = next(row for row in shown.out.splitlines() if "seconds per epoch" in row)
     assert heads.split("  ")[1].strip() == "method"
-    rows = [row.split() for row in shown.out.splitlines() if " fits " in row]
+    rows = [row.split() for row in shown.out.splitlines() if " fits " in row and not row.startswith("take ")]
+    assert "\ntake " in shown.out
     assert [row[:2] if row[0] == ">" else row[:1] for row in rows] == [["pnn"], ["neuroflux"], [">", "exact"], ["backprop"]]
     prospects = json.loads(lowmem_pnn(f"{line} --json").out)["prospects"]
     assert [one["asked"] for one in prospects] == [False, False, True, False]

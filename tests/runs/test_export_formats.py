@@ -116,13 +116,14 @@ def test_a_model_is_built_anew_with_its_weights(tied: Result, elsewhere: Path) -
     )
 
 
-def test_models_of_this_process_are_remembered_and_left_alone(tmp_path: Path) -> None:
+def test_models_of_this_process_are_remembered_and_hold_the_trained_weights(tmp_path: Path) -> None:
     model = nn.Linear(4, 2)
-    x, before = torch.rand(12, 4), model.weight.clone()
+    x = torch.rand(12, 4)
     result = package.fit(model, (x, torch.arange(12) % 2), workdir=tmp_path / "run", **SMALL)
     loaded = package.load(tmp_path / "run")
     assert torch.equal(loaded.weight, load_file(result.weights_file)["weight"])
-    assert torch.equal(model.weight, before)
+    assert torch.equal(model.weight, loaded.weight)
+    assert loaded is not model
     assert np.array_equal(package.predict(result, x)["scores"], loaded(x).detach().numpy())
 
 
@@ -205,14 +206,14 @@ def test_a_file_that_differs_replaces_nothing(tied: Result, tmp_path: Path, monk
     def fail(*_: object) -> float:
         raise ConfigError("differs")
 
-    monkeypatch.setattr("lowmem_pnn.training.export.largest_difference", fail)
+    monkeypatch.setattr("lowmem_pnn.exporting.export.largest_difference", fail)
     with pytest.raises(ConfigError, match=r"^differs$"):
         package.export(tied, to="pt2", out=tmp_path / "there")
     assert list((tmp_path / "there").iterdir()) == []
 
 
 def test_formats_that_need_the_whole_model_stay_within_the_budget(tied: Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    formats = importlib.import_module("lowmem_pnn.training.export_formats")
+    formats = importlib.import_module("lowmem_pnn.exporting.export_formats")
     for to, times in (("pt2", 2), ("onnx", 3)):
         with pytest.raises(BudgetError) as caught:
             formats.check_format(to, 60_000_000, 100_000_000)
@@ -225,7 +226,7 @@ def test_formats_that_need_the_whole_model_stay_within_the_budget(tied: Result, 
     formats.check_format("safetensors", 10**12, 1)
     with pytest.raises(ConfigError, match=r"^a file of ONNX holds at most 2 GiB, and the model has 3\.00 GB; give --to pt2$"):
         formats.check_format("onnx", 3 * 10**9, 10**11)
-    monkeypatch.setattr("lowmem_pnn.training.export.check_format", lambda to, weights, budget: _fail(to, weights, budget))
+    monkeypatch.setattr("lowmem_pnn.exporting.export.check_format", lambda to, weights, budget: _fail(to, weights, budget))
     # The tied matrix once: 96 + 64 + 8 values, and the buffer's 8.
     with pytest.raises(ConfigError, match=r"^pt2 704 100000000$"):
         package.export(tied, to="pt2")

@@ -176,7 +176,7 @@ def test_an_export_does_not_write_through_links(run: Path) -> None:
 
 
 def test_an_export_on_a_full_disk_leaves_nothing_half_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lowmem_pnn.training.export_folder as export_folder
+    import lowmem_pnn.exporting.export_folder as export_folder
 
     assert lowmem_pnn("export run --exit 1 --out there").code == 0
     before = {path.name: path.read_bytes() for path in Path("there").iterdir()}

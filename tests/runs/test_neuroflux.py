@@ -18,12 +18,12 @@ from helpers.small_networks import Data, conv_layers, images, vectors
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.evaluation.exits import choose_exit
+from lowmem_pnn.exporting.export import find_exit
 from lowmem_pnn.methods.heads import make_head
 from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.model.layer import head_prefix
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.seeds import permutation_of, seed_of
-from lowmem_pnn.training.export import find_exit
 
 CPU = torch.device("cpu")
 OPTIONS: dict[str, Any] = {"method": "neuroflux", "epochs": 2, "batch_size": 16, "lr": 0.01, "device": "cpu", "val_fraction": 0.2}

@@ -68,8 +68,8 @@ def test_the_same_command_and_resume_goes_on_to_the_same_bits(folder: Path) -> N
     # A finished run prints its result, whatever is repeated of its options.
     again = resume("--workdir runs/a --epochs 3 --json")
     assert (again.code, again.out) == (0, done.out)
-    refused = resume("--workdir runs/a --epochs 4")
-    assert (refused.code, "began with --epochs 3, and --epochs 4 is given now" in refused.fault) == (3, True)
+    refused = resume("--workdir runs/a --epochs 2")
+    assert (refused.code, "began with --epochs 3, and --epochs 2 is given now" in refused.fault) == (3, True)
 
 
 @pytest.mark.parametrize("more", ["--commit-every 7", "--keep-commits 2", "--log-every 1", "--max-disk 1GB", "--debug"])
@@ -84,7 +84,7 @@ def test_options_that_change_nothing_may_differ(more: str, folder: Path) -> None
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        ("--epochs 20", "the run in runs/a began with --epochs 3, and --epochs 20 is given now; leave it out to resume the run"),
+        ("--epochs 2", "the run in runs/a began with --epochs 3, and --epochs 2 is given now; leave it out to resume the run"),
         ("--max-gpu-mem 200MB", "began with --max-gpu-mem 100.0MB, and --max-gpu-mem 200.0MB is given now"),
         ("--precision bf16 --seed 3", "began with --seed 0, --precision fp32, and --seed 3, --precision bf16 are given now"),
         ("--overwrite", "--resume goes on with a run, and --overwrite replaces it; give one"),
@@ -154,3 +154,56 @@ def test_python_resumes_by_the_same_rule(tmp_path: Path, monkeypatch: pytest.Mon
     assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, max_gpu_mem="100MB", log_every=3) == whole
     with pytest.raises(ConfigError, match="resume goes on with a run, and overwrite replaces it"):
         lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, overwrite=True, **options)
+
+
+# More epochs than a run began with.
+
+LONGER: dict[str, Any] = {**VALUES, "method": "exact", "keep_state": True}
+
+
+def _weights_of(epochs: int, workdir: str) -> bytes:
+    start.begin(configure(**{**LONGER, "epochs": epochs}), Path(workdir))
+    return Path(workdir, "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_that_trains_longer_ends_as_one_that_began_with_so_many_epochs(folder: Path, finished: bool) -> None:
+    for name in ("all-epochs", "longer"):
+        shutil.rmtree(name, ignore_errors=True)
+    whole = _weights_of(5, "all-epochs")
+    if finished:
+        _weights_of(3, "longer")
+    else:
+        _stop("longer", **{name: value for name, value in LONGER.items() if name not in VALUES})
+    done = resume("--workdir longer --epochs 5 --quiet")
+    assert done.code == 0, done.err
+    assert Path("longer/model.safetensors").read_bytes() == whole
+    assert result_of("longer")["epochs"] == [5, 5]
+    again = resume("--workdir longer --json")  # a finished run, by the epochs that it has now
+    assert json.loads(again.out)["epochs"] == [5, 5]
+    assert resume("--workdir longer --epochs 4").fault.startswith(
+        "the run in longer began with --epochs 5, and --epochs 4 is given now"
+    )
+    assert command("evaluate longer").code == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"method": "pnn"}, "--epochs 5: partitions of --method pnn learn one after the other"),
+        ({"method": "exact", "lr_schedule": "cosine"}, "--epochs 5: the steps so far had --lr-schedule cosine over 3 epochs; begin a new run"),
+        ({"method": "exact", "early_stop": 2}, "--epochs 5: the run began with --early-stop 2; begin a new run"),
+    ],
+)  # fmt: skip
+def test_a_run_that_would_end_otherwise_does_not_train_longer(folder: Path, values: dict[str, Any], text: str) -> None:
+    shutil.rmtree("stopped", ignore_errors=True)
+    _stop("stopped", **values)
+    assert text in resume("--workdir stopped --epochs 5").fault
+
+
+def test_a_finished_run_without_its_optimizer_state_does_not_train_longer(folder: Path) -> None:
+    start.begin(configure(**{**VALUES, "method": "exact"}), Path("without"))
+    assert resume("--workdir without --epochs 5").fault == (
+        "the run in without is done, and its optimizer's state went with its end; begin with --keep-state to train further, or begin a new run "
+        "with --weights without"
+    )

@@ -218,3 +218,40 @@ def test_a_convolution_holds_what_is_foreseen(shape: tuple[int, ...], in_a_proce
     measured, foreseen = in_a_process(MEASURE.replace("SHAPE", str(shape)))
     assert measured <= foreseen * 1.1 + 2_000_000  # code, and scratch of matrix products
     assert foreseen <= measured * 2
+
+
+@linux
+def test_private_mappings_of_files_are_no_use_while_a_constructor_runs(in_a_process: InAProcess) -> None:
+    found = in_a_process("""
+        import json, mmap, resource, tempfile, time
+        import torch
+        from lowmem_pnn.device import CpuDevice
+        from lowmem_pnn.errors import BudgetError
+        from lowmem_pnn.units import MEBIBYTE
+
+        def take(megabytes):
+            try:
+                torch.empty(megabytes * MEBIBYTE, dtype=torch.uint8)
+                return True
+            except (MemoryError, RuntimeError):
+                return False
+
+        found = {}
+        with tempfile.TemporaryFile() as file, CpuDevice(64 * MEBIBYTE) as device:
+            file.truncate(256 * MEBIBYTE)
+            device.enforce()
+            found["before"] = take(200)
+            with device.metered():
+                maps = [mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) for _ in range(2)]
+            found["after"], found["small"] = take(200), take(20)
+            try:
+                with device.metered():
+                    held = [torch.ones(MEBIBYTE // 4) for number in range(1000) if not time.sleep(0.002)]
+                    found["held"] = True
+            except BudgetError as error:
+                found["fault"] = str(error)
+            found["once more"] = take(200)
+        print(json.dumps(found))
+    """)
+    assert found.pop("fault").startswith("building the model takes 6")
+    assert found == {"before": False, "after": False, "small": True, "once more": False}

@@ -49,6 +49,7 @@ from lowmem_pnn import api
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import CheckpointError, LowMemError, Stopped
+from lowmem_pnn.exporting.export_folder import ExportFolder
 from lowmem_pnn.run.finished import read_result
 from lowmem_pnn.run.resume import stored_config
 from lowmem_pnn.run.state import State
@@ -60,7 +61,6 @@ from lowmem_pnn.stores.journal import older_commits, read_journal, seal_journal
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.training import start
-from lowmem_pnn.training.export_folder import ExportFolder
 
 SECONDS = 60  # for one file, on a machine that is busy
 MEMORY_BYTES = 1 << 30

@@ -86,9 +86,8 @@ def options_of(seed: int) -> dict[str, Any]:
         if "micro-batch" not in options:
             sometimes(0.2, batch_norm="refuse")
     if method == "pnn":
-        sometimes(
-            0.35, recovery_epochs=1, recover="all"
-        )  # by default all but the last, of which a network of one partition has none
+        # By default all but the last recover, and there may be one partition.
+        sometimes(0.35, recovery_epochs=1, recover="all")
     if method in ("pnn", "neuroflux"):
         sometimes(0.4, activation_dtype=chance.choice(["bfloat16", "float16", "int8"]))
     if method == "pnn":

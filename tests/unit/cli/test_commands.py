@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("data_folder")
 
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ["", "fit", "plan", "evaluate", "predict", "export"]
+COMMANDS = ["", "fit", "plan", "evaluate", "predict", "generate", "export", "bench", "doctor", "models"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

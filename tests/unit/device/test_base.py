@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowmem_pnn.device import is_out_of_memory
+from lowmem_pnn.device import is_out_of_memory, why_it_failed
 from lowmem_pnn.device.budget import OverBudget
 
 
@@ -37,9 +37,18 @@ def test_out_of_memory_is_recognised(error: Exception) -> None:
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         ValueError("can't allocate memory"),
+        RuntimeError("could not create a primitive descriptor for the LSTM forward propagation primitive. Run workload"),
         KeyboardInterrupt(),
     ],
     ids=repr,
 )
 def test_other_errors_are_not(error: BaseException) -> None:
     assert not is_out_of_memory(error)
+
+
+def test_a_missing_kernel_is_named_with_what_to_do() -> None:
+    error = RuntimeError("could not create a primitive descriptor for the LSTM forward propagation primitive. Run workload")
+    assert (
+        why_it_failed(error) == "this processor has no kernel for its LSTM in the type that it computes in; give --precision fp32"
+    )
+    assert why_it_failed(ValueError("shapes\ndiffer")) == "ValueError: shapes differ; mend its forward"

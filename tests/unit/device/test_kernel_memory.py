@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from lowmem_pnn.device import kernel_memory
-from lowmem_pnn.device.kernel_memory import cached_primitives, packing_bytes, product_width, scratch_bytes, untouched_bytes
+from lowmem_pnn.device.kernel_memory import (
+    cached_primitives,
+    packing_bytes,
+    product_width,
+    scratch_bytes,
+    untouched_bytes,
+    workspace_bytes,
+)
 
 
 def test_only_convolutions_on_the_cpu_count() -> None:
@@ -66,3 +73,17 @@ def test_kernels_larger_than_their_map_take_memory_that_they_do_not_touch(monkey
     assert scratch_bytes(backward, arguments(2), results) == before + weight.nbytes
     assert untouched_bytes(backward, arguments(3)) == untouched_bytes(backward, arguments(2, groups=4)) == 0
     assert untouched_bytes(torch.ops.aten.convolution.default, arguments(2)) == 0
+
+
+@pytest.mark.parametrize("sizes", [(12, 16, 16, 128), (12, 8, 256, 128), (24, 8, 100, 100), (6, 16, 128, 256)], ids=str)
+def test_an_lstms_workspace_is_as_large_as_onednns(sizes: tuple[int, int, int, int]) -> None:
+    steps, samples, inputs, hidden = sizes
+    x, state = torch.zeros(steps, samples, inputs), torch.zeros(samples, hidden)
+    weights = torch.zeros(4 * hidden, inputs), torch.zeros(4 * hidden, hidden), torch.zeros(4 * hidden), torch.zeros(4 * hidden)
+    operation = torch.ops.aten.mkldnn_rnn_layer.default
+    for trains in (True, False):
+        arguments = (x, *weights, state, state, False, [], 2, hidden, 1, True, False, True, trains)
+        *_, workspace = operation(*arguments)
+        assert workspace_bytes(operation, arguments) == pytest.approx(workspace.nbytes, rel=0.05)
+        assert scratch_bytes(operation, arguments, None) > weights[0].nbytes + weights[1].nbytes
+    assert workspace_bytes(torch.ops.aten.mm.default, (x, x)) == 0

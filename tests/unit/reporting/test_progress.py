@@ -81,3 +81,17 @@ def test_the_silent_display_takes_every_event(capsys: Any) -> None:
     tell(Display())
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("verbose", "terminal", "shows"), [(None, True, True), (None, False, False), (False, True, False), (True, False, True)]
+)
+def test_a_call_from_python_shows_progress_in_a_terminal(
+    verbose: bool | None, terminal: bool, shows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = StringIO()
+    stream.isatty = lambda: terminal  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", stream)
+    display = progress.default_display(verbose)
+    display.close()
+    assert isinstance(display, TerminalDisplay) == shows

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +113,27 @@ def test_what_was_not_measured_is_not_shown() -> None:
     assert "test " not in text
     assert "checked" not in text
     assert "score   training loss 0.25" in text
+
+
+def test_a_result_in_a_line_and_in_a_notebook() -> None:
+    assert repr(RESULT) == "<Result of mlp:64-32-10 on digits by pnn: peak 42.0 MB of 100.0 MB, test accuracy 87.5%; runs/one>"
+    html = dataclasses.replace(RESULT, model="<b>")._repr_html_()
+    assert "&lt;b&gt; on digits" in html
+    assert html.count("<tr>") == 6 + 1 + 2
+    assert "lowmem-pnn predict runs/one" in html
+
+
+def test_history_and_plan(tmp_path: Path) -> None:
+    result = dataclasses.replace(RESULT, workdir=str(tmp_path))
+    assert result.history == {}
+    lines = [
+        {"visit": 0, "action": "learn", "step": 100, "loss": 1.0},
+        {"visit": 0, "action": "learn", "partition": 0, "epoch": 1, "train_loss": 0.5, "val_loss": None, "memory": [[0.1, 0, 5]]},
+        {"visit": 0, "action": "learn", "partition": 0, "epoch": 2, "train_loss": 0.25, "val_loss": None, "val_f1": 0.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
+    assert result.history == {
+        "partition": [0, 0], "epoch": [1, 2], "train_loss": [0.5, 0.25], "val_loss": [None, None], "val_f1": [None, 0.5],
+    }  # fmt: skip
+    assert [part["micro_batch"] for part in result.plan["partitions"]] == [16, 64]
+    assert "peak_bytes" not in result.plan["partitions"][0]

@@ -14,7 +14,7 @@ from lowmem_pnn.model.call_form import CallForm
 from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.zoo.deferred_init import skeleton
 from lowmem_pnn.zoo.models import find_model
-from lowmem_pnn.zoo.transformers_models import give_values
+from lowmem_pnn.zoo.transformers_modules import give_values
 
 MIXTRAL = {**LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1}
 

@@ -1,5 +1,6 @@
 """Export: a trained model, up to one of its exits, as a program and weights that plain PyTorch reads."""
 
+import math
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -10,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowmem_pnn.adapters.merging import MergedWeights
 from lowmem_pnn.errors import CheckpointError, ConfigError, DiskError
 from lowmem_pnn.evaluation.exits import HEADS_FILE, ExitModel, SeveralTensorsModel, num_parameters
+from lowmem_pnn.exporting.export_folder import ExportFolder, HashedFile
+from lowmem_pnn.exporting.export_formats import FILE_OF, FileFormat, check_format, largest_difference, make_program, save_onnx
 from lowmem_pnn.memory.aligned import byte_view
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import is_of_head
@@ -20,8 +24,6 @@ from lowmem_pnn.stores.header import describe, lay_out
 from lowmem_pnn.stores.journal import DAMAGED
 from lowmem_pnn.stores.keys import VERSIONS_KEY
 from lowmem_pnn.stores.tensor_file import TensorFile
-from lowmem_pnn.training.export_folder import ExportFolder, HashedFile
-from lowmem_pnn.training.export_formats import FILE_OF, ExportFormat, check_format, largest_difference, make_program, save_onnx
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.zoo.deferred_init import file_backed
 
@@ -51,7 +53,7 @@ def find_exit(result: Result, exit: str | int, path: Path) -> int | None:
 
 
 def export_exit(
-    workload: Workload, result: Result, number: int | None, path: Path, folder: ExportFolder, to: ExportFormat | None = None
+    workload: Workload, result: Result, number: int | None, path: Path, folder: ExportFolder, to: FileFormat | None = None
 ) -> dict[str, Any]:
     """Write the model that ends at an exit.
 
@@ -115,6 +117,55 @@ def export_exit(
             lambda written: found.append(largest_difference(model, inputs, written / FILE_OF[to], to)),
         )
     return {**report, "file": str(folder.path / FILE_OF[to]), "largest_difference": found[0]}
+
+
+def export_merged(workload: Workload, path: Path, folder: ExportFolder) -> dict[str, Any]:
+    """Write the weights of a trained model under its own names and types: adapters are added in, stored weights decoded.
+
+    Some rows are in memory at a time, and the adapter of their layer.
+
+    Args:
+        workload: model of the run.
+        path: folder of the run.
+        folder: folder for the file.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: there is nothing to merge.
+        DiskError: the file could not be written.
+    """
+    chain, name_of_file = workload.chain, FILE_OF["safetensors"]
+    with TensorFile.open(path / "model.safetensors", remedy=DAMAGED) as source:
+        merged = MergedWeights(chain, lambda name, elements: source.read(name, None, elements))
+        if not merged.changes_something:
+            raise ConfigError(
+                f"--merge has no effect here: the run in {path} has no adapters and no stored weights; leave it out"
+            )
+        header, entries = lay_out(merged.layout, {"format": "pt", **({VERSIONS_KEY: chain.versions} if chain.versions else {})})
+
+        def write(file: HashedFile) -> None:
+            file.write(header)
+            for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.nbytes)):
+                for piece in merged.pieces(entry.name):
+                    file.write(byte_view(piece.contiguous()).data)
+
+        def check(written: Path) -> None:
+            with TensorFile.open(written / name_of_file, remedy=DAMAGED) as again:
+                for name in merged.layout:
+                    begin = 0
+                    for piece in merged.pieces(name):
+                        found = again.read(name, None, slice(begin, begin + piece.numel()))
+                        begin += piece.numel()
+                        if not np.array_equal(byte_view(piece.contiguous()), byte_view(found)):
+                            raise DiskError(
+                                f"{name!r} is not what was written to {folder.path}; check the disk, or give another --out"
+                            )
+
+        folder.write({name_of_file: write}, check)
+    params = sum(math.prod(shape) for _, shape in merged.layout.values())
+    return {"merged": True, "params": params, "file": str(folder.path / name_of_file), "largest_difference": 0.0}
 
 
 def _wanted(chain: Chain, last: int) -> dict[str, Tensor]:

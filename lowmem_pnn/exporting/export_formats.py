@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,17 @@ from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.units import format_bytes
 
-ExportFormat = Literal["safetensors", "pt2", "onnx"]
+FileFormat = Literal["safetensors", "pt2", "onnx"]
+"""Formats that are one file."""
+
+ExportFormat = Literal["safetensors", "pt2", "onnx", "hf"]
 """What `--to` takes."""
 
-FILE_OF: dict[ExportFormat, str] = {"safetensors": "model.safetensors", "pt2": "model.pt2", "onnx": "model.onnx"}
+FILE_OF: dict[FileFormat, str] = {"safetensors": "model.safetensors", "pt2": "model.pt2", "onnx": "model.onnx"}
 """Name of the file of each format."""
 
 # The model, and what is read again to be compared; ONNX is put together in memory too.
-_COPIES: dict[ExportFormat, int] = {"pt2": 2, "onnx": 3}
+_COPIES: dict[FileFormat, int] = {"pt2": 2, "onnx": 3}
 # A file of ONNX is one message of protobuf.
 _MOST_ONNX_BYTES = 2**31 - 2**20
 _SAMPLES = 3
@@ -41,11 +44,12 @@ def check_name(to: str | None) -> None:
     Raises:
         ConfigError: there is no such format.
     """
-    if to is not None and to not in FILE_OF:
-        raise ConfigError(f"--to {to!r} is none of {', '.join(FILE_OF)}{suggest(to, list(FILE_OF))}")
+    known = get_args(ExportFormat)
+    if to is not None and to not in known:
+        raise ConfigError(f"--to {to!r} is none of {', '.join(known)}{suggest(to, list(known))}")
 
 
-def check_format(to: ExportFormat, weight_bytes: int, budget_bytes: int) -> None:
+def check_format(to: FileFormat, weight_bytes: int, budget_bytes: int) -> None:
     """Refuse a format that cannot be written here, before anything is built for it.
 
     Args:
@@ -117,7 +121,7 @@ def save_onnx(
         written.save(str(file), external_data=False)
 
 
-def largest_difference(model: nn.Module, inputs: Sequence[TensorSpec], file: Path, to: ExportFormat) -> float | None:
+def largest_difference(model: nn.Module, inputs: Sequence[TensorSpec], file: Path, to: FileFormat) -> float | None:
     """Run a batch through a model and through the file that was written of it.
 
     Args:
@@ -144,7 +148,7 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _reader(file: Path, to: ExportFormat) -> Callable[..., Any] | None:
+def _reader(file: Path, to: FileFormat) -> Callable[..., Any] | None:
     if to == "pt2":
         loaded: Callable[..., Any] = torch.export.load(file).module()
         return loaded

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem_pnn.config.model_arguments import parse_model_arguments
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.settings.model_arguments import parse_model_arguments
 
 
 def test_model_arguments_are_literals_or_text() -> None:

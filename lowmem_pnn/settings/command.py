@@ -6,10 +6,10 @@ from pathlib import Path
 
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.field_types import SIZES
-from lowmem_pnn.config.fit_config import FitConfig, field_names
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.settings.config_file import needed_options
 from lowmem_pnn.units import exact_size, format_bytes
 
-_ALWAYS = ("max_gpu_mem", "model", "data", "method")
 # Where the run was, not what it was.
 _LEFT_OUT = ("data_root",)
 
@@ -24,11 +24,19 @@ def fit_command(config: FitConfig) -> str:
         >>> fit_command(FitConfig(max_gpu_mem="1GB", model="mlp:64-10", data="digits", epochs=3, compare=False))
         'lowmem-pnn fit --max-gpu-mem 1GB --model mlp:64-10 --data digits --method pnn --epochs 3 --no-compare'
     """
-    default = FitConfig(max_gpu_mem=config.max_gpu_mem, model=config.model, data=config.data)
-    words = ["lowmem-pnn", "fit"]
-    for name in (*_ALWAYS, *(name for name in field_names() if name not in (*_ALWAYS, *_LEFT_OUT))):
+    return shlex.join(["lowmem-pnn", "fit", *option_words(config)])
+
+
+def option_words(config: FitConfig) -> list[str]:
+    """Return options as a command line takes them, those left out that are as by default.
+
+    Args:
+        config: options of the run.
+    """
+    words: list[str] = []
+    for name in needed_options(config):
         value = getattr(config, name)
-        if name not in _ALWAYS and value == getattr(default, name):
+        if name in _LEFT_OUT:
             continue
         if isinstance(value, bool):
             words.append(flag(name) if value else f"--no-{name.replace('_', '-')}")
@@ -36,7 +44,7 @@ def fit_command(config: FitConfig) -> str:
             words += [part for key, each in value.items() for part in (flag(name), f"{key}={each}")]
         else:
             words += [flag(name), exact_size(value) if name in SIZES else as_typed(value)]
-    return shlex.join(words)
+    return words
 
 
 def describe_command(config: FitConfig | None, workdir: Path) -> str:

@@ -1,0 +1,96 @@
+"""Adapter folder: what a run with adapters has learnt, as peft writes it and reads it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lowmem_pnn.adapters.lora import ADAPTER_NAMES, is_within
+from lowmem_pnn.adapters.prepared_model import adapter_modules
+from lowmem_pnn.config.adapter_options import ALL_LINEAR
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.quantization.stored_weights import is_conv1d
+from lowmem_pnn.stores.disk import disk_error, refuse_link, write_durably
+from lowmem_pnn.stores.journal import DAMAGED
+from lowmem_pnn.stores.run_creation import ADAPTER_FILES, ADAPTER_FOLDER
+from lowmem_pnn.stores.weights import WeightStore
+
+# What peft puts before the names of the model that it wraps.
+_PREFIX = "base_model.model."
+
+
+def write_adapter(run: Path, chain: Chain, config: FitConfig, weights: WeightStore) -> Path:
+    """Write the adapters of a trained model, and the modules that have learnt whole beside them, into the run's folder.
+
+    Args:
+        run: folder of the run.
+        chain: the model in layers.
+        config: options of the run, with adapters.
+        weights: weight files of the run, sealed.
+
+    Returns:
+        The folder, which `peft.PeftModel.from_pretrained(base, folder)` reads.
+
+    Raises:
+        DiskError: the disk is full, or not writable.
+    """
+    folder = run / ADAPTER_FOLDER
+    refuse_link(folder, DAMAGED)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise disk_error(folder, error, "make it") from error
+    config_file, weights_file = ADAPTER_FILES
+    names = adapter_names(chain, config)
+    weights.export(folder / weights_file, list(names), {name: chain.owner_of(own) for name, own in names.items()})
+    write_durably(folder / config_file, json.dumps(adapter_config(chain, config), indent=2, sort_keys=True) + "\n")
+    return folder
+
+
+def adapter_names(chain: Chain, config: FitConfig) -> dict[str, str]:
+    """Return the names of the tensors that belong to an adapter, as peft has them in its file, each with its name in the model.
+
+    Args:
+        chain: the model in layers.
+        config: options of the run.
+
+    Example:
+        `base_model.model.layers.0.q_proj.lora_A.weight` is `layers.0.q_proj.lora_A`.
+    """
+    names = {}
+    for module in adapter_modules(chain.modules()):
+        for own in ADAPTER_NAMES:
+            if chain.owner_of(f"{module}.{own}") == f"{module}.{own}":
+                names[f"{_PREFIX}{module}.{own}.weight"] = f"{module}.{own}"
+    whole = config.modules_to_save or ()
+    return names | {f"{_PREFIX}{name}": name for name in chain.persistent if is_within(name, whole)}
+
+
+def adapter_config(chain: Chain, config: FitConfig) -> dict[str, Any]:
+    """Return what `adapter_config.json` says, in the words of peft's `LoraConfig`.
+
+    Args:
+        chain: the model in layers.
+        config: options of the run.
+    """
+    lora = config.lora
+    assert lora is not None, "only runs with adapters have an adapter"
+    modules = adapter_modules(chain.modules())
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "auto_mapping": None,
+        "base_model_name_or_path": config.model.removeprefix("hf:") if config.model.startswith("hf:") else None,
+        "revision": None,
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(modules) if lora.targets == (ALL_LINEAR,) else list(lora.targets),
+        "modules_to_save": list(config.modules_to_save) if config.modules_to_save else None,
+        "fan_in_fan_out": any(is_conv1d(module) for module in modules.values()),  # type: ignore[arg-type]
+        "bias": "none",
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }

@@ -1,0 +1,121 @@
+"""The report of a bench: a row for each contender, as text, JSON and CSV."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowmem_pnn.reporting.tables import text_table
+from lowmem_pnn.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRow:
+    """What became of one contender.
+
+    Args:
+        contender: a method, or `plain`, `checkpointing`, `accumulation`.
+        budget_bytes: budget that it was given; None for plain PyTorch, which knows none.
+        peak_bytes: highest private memory of its process above the floor, polled from outside every 5 ms; on a GPU what the process says
+            of the device. None where it did not run.
+        predicted_peak_bytes: what was predicted; None where nothing was.
+        samples_per_second: samples of an epoch of all partitions, over its seconds; None where it did not run.
+        speed: the same as a ratio to `plain` in the same bench; None without that.
+        fits: whether it ran, within its budget; plain PyTorch: within the largest budget.
+        bytes_written: bytes written to the drive.
+        reason: why it did not run; else empty.
+        enough_bytes: smallest budget in which it would, where it is known.
+    """
+
+    contender: str
+    budget_bytes: int | None = None
+    peak_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
+    samples_per_second: float | None = None
+    speed: float | None = None
+    fits: bool = False
+    bytes_written: int = 0
+    reason: str = ""
+    enough_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """What a bench has measured.
+
+    `schema_version` rises when a key changes its meaning or goes; keys may be added without that. `reserve_bytes` of a budget is what plans
+    keep free of it.
+
+    Args:
+        model: name of the model.
+        data: name of the data.
+        device: the device, in words.
+        batch_size: samples of a step.
+        steps: steps that each contender trained.
+        rows: a row for each contender, in the order in which they ran.
+        versions: versions of what computed.
+    """
+
+    schema_version: int = 1
+    model: str
+    data: str
+    device: str
+    batch_size: int
+    steps: int
+    rows: Sequence[BenchRow]
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def to_csv(self) -> str:
+        """Return the rows as CSV, with a line of names."""
+        out = io.StringIO()
+        names = [field.name for field in dataclasses.fields(BenchRow)]
+        writer = csv.DictWriter(out, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) for row in self.rows)
+        return out.getvalue()
+
+    def describe(self, width: int | None = None) -> str:
+        """Return the report for people.
+
+        Args:
+            width: columns that the table is to fit, if it can; None for as many as it takes.
+        """
+        headings = ("contender", "", "budget", "peak", "predicted", "speed", "samples/s", "written")
+        rows = [
+            (
+                row.contender,
+                "fits" if row.fits else "does not fit",
+                _size(row.budget_bytes),
+                _size(row.peak_bytes),
+                _size(row.predicted_peak_bytes),
+                "-" if row.speed is None else f"{row.speed:.2f}",
+                "-" if row.samples_per_second is None else f"{row.samples_per_second:.3g}",
+                _size(row.bytes_written or None),
+            )
+            for row in self.rows
+        ]
+        lines = [
+            f"{self.model} on {self.data}, {self.device}: {self.steps} steps of {self.batch_size} samples each",
+            "",
+            text_table(headings, rows, width, spare=("samples/s", "written", "predicted")),
+            "",
+            *dict.fromkeys(f"{row.contender} in {_size(row.budget_bytes)}: {row.reason}" for row in self.rows if row.reason),
+        ]
+        if any(row.speed is not None for row in self.rows):
+            lines.append("speed: samples a second as a ratio to plain PyTorch, where that was run beside it")
+        lines.append("peak: highest private memory of the process above what imports and data hold, polled from outside")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        """Return the report for people."""
+        return self.describe()
+
+
+def _size(size: int | None) -> str:
+    return "-" if size is None else format_bytes(size)

@@ -1,0 +1,1 @@
+"""Exports of trained models: weights, programs, ONNX, and folders for transformers."""

@@ -1,0 +1,277 @@
+"""Generation by finished runs: a trained language model goes on with texts, within the run's budget or another."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.resume import check_trust
+from lowmem_pnn.device import Device
+from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
+from lowmem_pnn.evaluation.generation import RowForm, generate_tokens
+from lowmem_pnn.inference.load import folder_of, form_of, given_model
+from lowmem_pnn.inference.smaller_budget import with_budget, within
+from lowmem_pnn.language.prompts import continuation_text, prompt_tokens
+from lowmem_pnn.language.sampling import Sampling
+from lowmem_pnn.language.tokenizer import Tokenizer, open_tokenizer
+from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.run.finished import FinishedRun, open_finished
+from lowmem_pnn.run.ranks import ALONE
+from lowmem_pnn.run.resume import check_plan
+from lowmem_pnn.run.run import Run
+from lowmem_pnn.run.session import Session
+from lowmem_pnn.run.state import State
+from lowmem_pnn.stores.disk import file_system_faults
+from lowmem_pnn.stores.run_directory import RunDirectory
+from lowmem_pnn.training.initial_weights import build_weights
+from lowmem_pnn.training.setup import open_workload, warm_up_profiler
+from lowmem_pnn.training.start import full_is_a_budget_error, worker_threads
+from lowmem_pnn.workload import Workload
+from lowmem_pnn.workload.data_form import DataForm
+from lowmem_pnn.workload.inputs import Model
+from lowmem_pnn.workload.trained import trained_inputs, trained_source
+from lowmem_pnn.zoo.model_source import ModelSource
+
+DEFAULT_NEW_TOKENS = 100
+
+# Rows are as long as is needed, up to such a multiple: the same texts beside others of about their length give the same bits.
+_LENGTH_STEP = 32
+
+Prompt = str | Sequence[int]
+"""A text, or its tokens."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model said after a prompt.
+
+    Args:
+        prompt: The prompt, as it was given.
+        text: What was said, as text; None where the prompt was tokens, and there is no tokenizer.
+        tokens: What was said, as tokens.
+        ended: `end` where the model said the end token, `length` where it said as many tokens as it was to.
+    """
+
+    prompt: Prompt
+    text: str | None
+    tokens: list[int]
+    ended: str
+
+
+def generate(
+    run: str | Path | Result,
+    prompts: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    tokenizer: str | Path | None = None,
+    model: Model | None = None,
+    max_gpu_mem: str | int | None = None,
+    trust: bool = False,
+    display: Display | None = None,
+) -> Any:
+    """Have the language model of a finished run go on with texts, within its budget, one partition at a time.
+
+    Every token takes a forward over the whole text, and a reading of all weights that do not stay in the budget: several prompts share it.
+
+    Args:
+        run: the run's folder, which need not be writable, or its result.
+        prompts: a text, or several; or their tokens. Of what is longer than the model's context the last tokens are seen.
+        max_new_tokens: tokens that are said at most; the end token ends a text before.
+        temperature: 0 takes the likeliest token; else tokens are drawn, their scores divided by it.
+        top_k: tokens among which one is drawn, those with the highest scores.
+        top_p: share of the probability that the likeliest tokens, among which one is drawn, have together.
+        seed: seed of what is drawn: a function of it, the text's number, and the token's.
+        tokenizer: `bytes`, a file or a folder; None takes that of the run's data.
+        model: what builds the model, of a run that was started from Python with a model of its own; runs of this process remember it.
+        max_gpu_mem: another budget than the run's.
+        trust: run code that the run names for its model (`file.py:factory`).
+        display: is told how far it is; None shows nothing.
+
+    Returns:
+        What the model said: a text, or for several prompts a list of texts; lists of tokens where prompts are tokens.
+
+    Raises:
+        CheckpointError: no run is there, it has not finished, or its files are damaged.
+        ConfigError: its model predicts something else than the tokens that come next, a prompt is empty, or there is no tokenizer.
+        BudgetError: a layer does not fit in the budget.
+
+    Example:
+        `lowmem_pnn.generate("runs/gpt-exact-1", "ROMEO:", max_new_tokens=50, temperature=0.8)`
+    """
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    given: Any = [prompts] if one else list(prompts)
+    said = generate_run(
+        folder_of(run),
+        given,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p),
+        seed=seed,
+        tokenizer=None if tokenizer is None else str(tokenizer),
+        model=model,
+        max_gpu_mem=max_gpu_mem,
+        trust=trust,
+        display=display,
+    )
+    answers = [text.text if isinstance(text.prompt, str) else text.tokens for text in said]
+    return answers[0] if one else answers
+
+
+def generate_run(
+    path: Path,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    sampling: Sampling,
+    seed: int = 0,
+    tokenizer: str | None = None,
+    model: Model | None = None,
+    max_gpu_mem: str | int | None = None,
+    trust: bool = False,
+    display: Display | None = None,
+) -> list[Generated]:
+    """Go on with several texts by a finished run; arguments are those of `generate`.
+
+    Returns:
+        What was said after each prompt, in their order.
+    """
+    display = display or Display()
+    if not prompts:
+        raise ConfigError("there is no prompt; give one or more texts to go on with")
+    if max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens {max_new_tokens} says nothing; give a number from 1")
+    with ExitStack() as stack:
+        stack.enter_context(file_system_faults(path))
+        stack.enter_context(full_is_a_budget_error())
+        rundir = stack.enter_context(RunDirectory.open(path, to_read=True))
+        threads = stack.enter_context(worker_threads())
+        finished = open_finished(rundir)
+        form, model = form_of(finished, path), given_model(path, model)
+        config = with_budget(finished.config, max_gpu_mem)
+        named = {"loss": config.loss, "data": config.data, "val_data": "", "test_data": ""}
+        check_trust(config, named | ({} if model is None else {"model": config.model}), path, trust=trust, again=False)
+        if form.targets.kind != "tokens" or len(form.inputs[0].shape) != 1:
+            raise ConfigError(
+                f"the run in {path} predicts no tokens that come next ({config.task} of {form}), and goes on with no text; give predict"
+            )
+        reader = tokenizer_of(finished.config, finished.result.preparation, tokenizer)
+        tokens = [_tokens_of(prompt, reader, path) for prompt in prompts]
+        source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.generate({str(path)!r}, prompts")
+        warm_up_profiler()
+        length = max(map(len, tokens)) + max_new_tokens - 1
+        device, workload, rows = stack.enter_context(_opened(finished, config, form, source, length, path))
+        plan = within(Plan.from_json(finished.state.plan), workload, device.budget_bytes)
+        device.enforce()
+        rundir.clear()
+        scratch = stack.enter_context(rundir.scratch())
+        session = Session(device, rundir, threads, display, scratch=scratch)
+        weights = build_weights(workload, plan, scratch / "weights", session.counter, trained=path / "model.safetensors")
+        state = dataclasses.replace(State.first(workload, plan, ALONE), module_state=finished.state.module_state)
+        run = Run(session, workload, plan, weights, state)
+        display.stage(
+            f"going on with {len(prompts)} text{'s' if len(prompts) > 1 else ''}, {max_new_tokens:,} tokens at most, in rows of "
+            f"{rows.context:,}, {len(plan.partitions)} partition{'s' if len(plan.partitions) > 1 else ''}"
+        )
+        began = time.monotonic()
+        said = generate_tokens(
+            run,
+            rows,
+            tokens,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            end=None if reader is None else reader.end,
+        )
+        count = sum(len(text.tokens) + text.is_ended for text in said)
+        display.message(f"{count:,} tokens in {time.monotonic() - began:.1f} s")
+        display.close()
+        return [
+            Generated(
+                prompt,
+                None if reader is None else continuation_text(reader, text.prompt, text.tokens),
+                text.tokens,
+                "end" if text.is_ended else "length",
+            )
+            for prompt, text in zip(prompts, said, strict=True)
+        ]
+
+
+def tokenizer_of(config: FitConfig, preparation: Any, asked: str | None = None) -> Tokenizer | None:
+    """Return the tokenizer of a run's data; None where the data is numbers of tokens, whose texts nobody knows.
+
+    Args:
+        config: options of the run.
+        preparation: what its samples were made with.
+        asked: tokenizer that was asked for.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
+    spec = asked or preparation.get("tokenizer") or ("bytes" if config.data.startswith("text:") else None)
+    return None if spec is None else open_tokenizer(str(spec))
+
+
+def _tokens_of(prompt: Prompt, tokenizer: Tokenizer | None, path: Path) -> list[int]:
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    if tokenizer is None:
+        raise ConfigError(f"the data of the run in {path} is tokens as numbers; give their tokenizer: --tokenizer DIR|FILE|bytes")
+    return prompt_tokens(tokenizer, prompt)
+
+
+@contextmanager
+def _opened(
+    finished: FinishedRun, config: FitConfig, form: DataForm, source: ModelSource, length: int, path: Path
+) -> Iterator[tuple[Device, Workload, RowForm]]:
+    """Open the model for rows that are as short as will do, or, where it is not to be had for these, as long as in training."""
+    context = form.inputs[0].shape[0]
+    shorter = min(context, -(-length // _LENGTH_STEP) * _LENGTH_STEP)
+    with ExitStack() as stack:
+        if shorter < context:
+            try:
+                opened = _open(stack, finished, config, _of_length(form, shorter), source, path)
+            except BudgetError:
+                raise
+            # A model that takes one length alone may say so in any way: in training it did.
+            except LowMemError:
+                opened = _open(stack, finished, config, form, source, path)
+        else:
+            opened = _open(stack, finished, config, form, source, path)
+        yield opened
+
+
+def _open(
+    stack: ExitStack, finished: FinishedRun, config: FitConfig, form: DataForm, source: ModelSource, path: Path
+) -> tuple[Device, Workload, RowForm]:
+    config, inputs = trained_inputs(config, form, source)
+    with ExitStack() as own:
+        device, workload = own.enter_context(open_workload(config, inputs))
+        check_plan(finished.state, workload, path)
+        outputs = workload.chain.boundaries[-1][workload.task.output]
+        rows = RowForm.of(form.inputs, form.structure, form.targets, outputs)
+        if rows is None:
+            raise ConfigError(
+                f"the model of the run in {path} takes {form}, and not tokens with a mask or positions; it goes on with no text"
+            )
+        stack.push(own.pop_all())
+    return device, workload, rows
+
+
+def _of_length(form: DataForm, length: int) -> DataForm:
+    return dataclasses.replace(
+        form,
+        inputs=tuple(TensorSpec((length,), torch.int64) for _ in form.inputs),
+        targets=dataclasses.replace(form.targets, shape=(length,)),
+    )

@@ -1,0 +1,64 @@
+"""A smaller budget than a run had: its partitions, divided until they fit it, for what comes after training."""
+
+import dataclasses
+
+from lowmem_pnn.config.configure import checked
+from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.errors import BudgetError
+from lowmem_pnn.partition_plan import PartitionPlan, Plan
+from lowmem_pnn.units import format_bytes
+from lowmem_pnn.workload import Workload
+
+
+def with_budget(config: FitConfig, max_gpu_mem: str | int | None) -> FitConfig:
+    """Return the options of a run with another budget.
+
+    Args:
+        config: options of the run.
+        max_gpu_mem: the budget; None for the run's.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    if max_gpu_mem is None:
+        return config
+    return checked(
+        {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {"max_gpu_mem": max_gpu_mem}
+    )
+
+
+def within(plan: Plan, workload: Workload, budget_bytes: int) -> Plan:
+    """Return a run's plan for a smaller budget: partitions whose weights take more than half of it are divided.
+
+    Micro-batches are halved while samples go forward, where they do not fit.
+
+    Args:
+        plan: plan of the run.
+        workload: its model.
+        budget_bytes: the budget.
+
+    Raises:
+        BudgetError: a layer alone is larger than the budget.
+    """
+    sizes = [
+        sum(tensor.nbytes for tensor in (*layer.parameters().values(), *layer.buffers().values()))
+        for layer in workload.chain.layers
+    ]
+    largest = max(range(len(sizes)), key=sizes.__getitem__)
+    if sizes[largest] > budget_bytes:
+        raise BudgetError(
+            f"layer {workload.chain.layers[largest].name!r} alone has {format_bytes(sizes[largest])} of weights, above the budget of "
+            f"{format_bytes(budget_bytes)}; give a larger --max-gpu-mem"
+        )
+    if budget_bytes >= plan.budget_bytes:
+        return plan
+    parts: list[PartitionPlan] = []
+    for part in plan.partitions:
+        begin, held = part.start, 0
+        for layer in range(part.start, part.stop):
+            if layer > begin and held + sizes[layer] > budget_bytes // 2:
+                parts.append(dataclasses.replace(part, start=begin, stop=layer))
+                begin, held = layer, 0
+            held += sizes[layer]
+        parts.append(dataclasses.replace(part, start=begin))
+    return dataclasses.replace(plan, partitions=tuple(parts))

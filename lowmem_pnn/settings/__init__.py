@@ -1,0 +1,1 @@
+"""Options as people write them down: files, commands, and texts KEY=VALUE."""

@@ -1,0 +1,153 @@
+"""Configuration files: options in TOML, read for a command, and written so that a command repeats a run."""
+
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from lowmem_pnn.config.configure import configure
+from lowmem_pnn.config.faults import suggest
+from lowmem_pnn.config.field_types import SIZES
+from lowmem_pnn.config.fit_config import FitConfig, field_names
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.settings.model_arguments import parse_model_arguments
+from lowmem_pnn.units import exact_size
+
+tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+CONFIG_FILE = "config.toml"
+"""Name of the file in a run's folder that repeats the run."""
+
+# TOML has no null, which a model's factory may take; a command line says it by the same word.
+_NONE = "None"
+_ALWAYS = ("max_gpu_mem", "model", "data", "method")
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read options from a file.
+
+    Args:
+        path: TOML with names of options as keys, with underscores or dashes; what a model's factory is given is in a table `model_arg`.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or has keys that are no options: all of them are named.
+    """
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {(error.strerror or str(error)).lower()}; give a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not TOML: {error}; write, for example, epochs = 5") from None
+    given = _known({name.replace("-", "_"): value for name, value in content.items()}, f"--config {path}")
+    if isinstance(arguments := given.get("model_arg"), Mapping):
+        given["model_arg"] = {name: None if value == _NONE else value for name, value in arguments.items()}
+    return given
+
+
+def read_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Read options from texts KEY=VALUE; KEY is `model_arg.NAME` for an argument of a model's factory.
+
+    Args:
+        settings: the texts; of those with the same key the last one counts.
+
+    Raises:
+        ConfigError: a text has no `=`, or a key is no option: all of them are named.
+
+    Example:
+        >>> read_settings(["epochs=5,160", "model_arg.width=0.25"])
+        {'epochs': '5,160', 'model_arg': {'width': 0.25}}
+    """
+    given: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        name, dot, argument = key.strip().replace("-", "_").partition(".")
+        if not equals:
+            raise ConfigError(f"--set {setting!r} is not KEY=VALUE; write, for example, --set epochs=5")
+        if dot and name == "model_arg":
+            given["model_arg"] = {**given.get("model_arg", {}), **parse_model_arguments([f"{argument}={value}"])}
+        else:
+            given[f"{name}{dot}{argument}"] = value
+    return _known(given, "--set")
+
+
+def _known(given: dict[str, Any], where: str) -> dict[str, Any]:
+    unknown = [name for name in given if name not in field_names()]
+    if unknown:
+        texts = [f"there is no option {name}{suggest(name, field_names())}" for name in unknown]
+        raise ConfigError(f"{where}: {'; '.join(texts)}")
+    return given
+
+
+def to_toml(config: FitConfig) -> str:
+    """Return options as TOML which makes the same configuration again; those that are as by default are left out.
+
+    Args:
+        config: options of a run.
+
+    Example:
+        >>> print(to_toml(configure(max_gpu_mem="1GB", model="mlp:64-10", data="digits", epochs="5,160", kappa=3)))
+        max_gpu_mem = "1GB"
+        model = "mlp:64-10"
+        data = "digits"
+        method = "pnn"
+        epochs = [5, 160]
+        kappa = [3.0]
+        <BLANKLINE>
+    """
+    values = TypeAdapter(FitConfig).dump_python(config, mode="json")
+    names = needed_options(config)
+    flat = [name for name in names if not isinstance(values[name], Mapping)]
+    lines = [f"{name} = {_value(exact_size(values[name]) if name in SIZES else values[name])}" for name in flat]
+    for name in (name for name in names if isinstance(values[name], Mapping)):
+        lines += ["", f"[{name}]", *(f"{json.dumps(key)} = {_value(value)}" for key, value in values[name].items())]
+    return "\n".join(lines) + "\n"
+
+
+def needed_options(config: FitConfig) -> list[str]:
+    """Return the options that have to be given to make a configuration again: others than the defaults, which depend on what is trained.
+
+    Args:
+        config: options of a run.
+    """
+    names = list(_ALWAYS)
+    # Twice: what is given decides which defaults the others have.
+    for _ in range(2):
+        if (made := _configured(config, names)) is not None:
+            names += [name for name in field_names() if name not in names and getattr(made, name) != getattr(config, name)]
+    # Where data lie may be said only of data to which it matters.
+    if "data_root" not in names and _configured(config, [*names, "data_root"]) is not None:
+        names.append("data_root")
+    for name in [name for name in names if name not in (*_ALWAYS, "data_root")]:
+        others = [other for other in names if other != name]
+        made = _configured(config, others)
+        if made is not None and all(
+            getattr(made, each) == getattr(config, each) for each in field_names() if each != "data_root"
+        ):
+            names = others
+    return names
+
+
+def _configured(config: FitConfig, names: Sequence[str]) -> FitConfig | None:
+    """Return the configuration that some of the options make; None where they make none."""
+    with suppress(ConfigError):
+        return configure(**{name: getattr(config, name) for name in names})
+    return None
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return json.dumps(_NONE)
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{json.dumps(str(key))} = {_value(each)}' for key, each in value.items())}}}"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)

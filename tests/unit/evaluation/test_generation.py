@@ -1,0 +1,50 @@
+"""Rows for a model that is to go on with texts: their last tokens, a mask, positions, and where the next token is scored."""
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from lowmem_pnn.evaluation.generation import RowForm
+from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.sources.targets import Targets
+
+IDS = TensorSpec((4,), torch.int64)
+TOKENS = Targets("tokens", 9, (4,))
+SCORES = TensorSpec((4, 9), torch.float32)
+
+
+def structure(*names: str) -> pytree.TreeSpec:
+    return pytree.tree_structure(dict.fromkeys(names, 0))
+
+
+def test_rows_are_padded_at_their_end_and_cut_at_their_beginning() -> None:
+    names = ("input_ids", "attention_mask", "position_ids")
+    form = RowForm.of([IDS] * 3, structure(*names), TOKENS, SCORES)
+    assert form == RowForm(names, 4, 9)
+    (ids, mask, positions), wanted = form.rows([[5, 6], [1, 2, 3, 4, 5, 6]])
+    assert ids.tolist() == [[5, 6, 0, 0], [3, 4, 5, 6]]
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert positions.tolist() == [[0, 1, 0, 1], [0, 1, 2, 3]]
+    assert wanted.tolist() == [[-1, 0, -1, -1], [-1, -1, -1, 1]]
+
+
+def test_tensors_come_in_the_order_of_the_samples() -> None:
+    form = RowForm.of([IDS, IDS], structure("attention_mask", "input_ids"), TOKENS, SCORES)
+    assert form is not None
+    assert form.names == ("attention_mask", "input_ids")
+    (mask, ids), _ = form.rows([[7]])
+    assert (mask.tolist(), ids.tolist()) == ([[1, 0, 0, 0]], [[7, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "named", "targets", "outputs"),
+    [
+        ([IDS], None, Targets("classes", 9), TensorSpec((9,), torch.float32)),
+        ([IDS], None, TOKENS, TensorSpec((4, 8), torch.float32)),
+        ([TensorSpec((4,), torch.float32)], None, TOKENS, SCORES),
+        ([IDS, IDS], ("input_ids", "segments"), TOKENS, SCORES),
+        ([IDS, TensorSpec((2,), torch.int64)], ("input_ids", "attention_mask"), TOKENS, SCORES),
+    ],
+)
+def test_models_of_other_samples_go_on_with_no_text(inputs, named, targets, outputs) -> None:
+    assert RowForm.of(inputs, structure(*named) if named else None, targets, outputs) is None

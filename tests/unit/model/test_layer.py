@@ -1,0 +1,23 @@
+"""Layers: a head is added to a copy."""
+
+import torch
+from torch import nn
+
+from lowmem_pnn.model.chain import TensorSpec, capture
+
+
+def test_a_layer_stays_without_a_head_where_another_one_is_made_with_it() -> None:
+    chain = capture(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), TensorSpec((4,), torch.float32))
+    layer, objects = chain.layers[0], chain.num_objects
+    headed = layer.with_head(nn.Linear(3, 5), 0)
+    assert chain.num_objects == objects
+    assert layer.head is None
+    assert not any("auxiliary" in name for name, _ in layer.module.named_modules())
+    assert headed.parameters().keys() - layer.parameters().keys() == {"auxiliary_heads.0.weight", "auxiliary_heads.0.bias"}
+    x = torch.rand(6, 4)
+    headed.train()
+    outputs = headed(x)
+    assert headed.scores(outputs)[0].shape == (6, 5)
+    # One set of weights and buffers.
+    assert all(headed.parameters()[name] is parameter for name, parameter in layer.parameters().items())
+    assert all(headed.buffers()[name] is buffer for name, buffer in layer.buffers().items())
