@@ -38,6 +38,7 @@ from lowmem_pnn.workload.parts import open_apart, split_data
 from lowmem_pnn.workload.sources import SampleForm, open_source, resize_of
 from lowmem_pnn.zoo.model_source import ModelSource
 
+_Parts = tuple[dict[str, "OpenPart"], str]
 PartName = Literal["train", "val", "test", "all"]
 """Part of the data that is predicted."""
 
@@ -217,16 +218,17 @@ def open_samples(
         (parts, steps), root = _parts_of(spec, config, form, sample_form, preparation, skip_broken), _root(spec)
     else:
         spec, data = f"python:{type(data).__name__}", without_bunch(data)
-        parts, steps = _of_frame(data, spec, sample_form, preparation, skip_broken)
+        frame = as_frame(data, spec, preparation["targets"]) if "columns" in preparation else None
+        if frame is not None:
+            parts, steps = _of_table(frame, sample_form, preparation, skip_broken)
     if not parts:
         split, labelled = open_given(
             data, spec, source.input_form, form.structure, options, skip_broken=skip_broken, resize=resize_of(config)
         )
         parts, steps = {"all": OpenPart.of_split(split, labelled)}, ", ".join(split.preprocessing.all_steps)
     name, chosen = _choose(parts, part, spec)
-    normalization = None
-    if "mean" in preparation:
-        normalization = Normalization(tuple(preparation["mean"]), tuple(preparation["std"]), "")
+    mean, std = (tuple(preparation.get(statistic, ())) for statistic in ("mean", "std"))
+    normalization = Normalization(mean, std, "") if mean else None
     samples = SamplesToPredict(chosen, form, normalization, f"data {spec}", root, scored)
     words = f"{len(samples):,} samples{f', the {_WORDS[name]} part' if name in _WORDS else ''} of {spec}"
     return Opened(samples, words, steps)
@@ -306,22 +308,12 @@ def _parts_of(
     return {name: OpenPart.of_split(*one) for name, one in splits.items()}, ", ".join(first.preprocessing.all_steps)
 
 
-def _of_table(
-    file: TableFile | DataFrame, form: SampleForm, preparation: Mapping[str, Any], skip_broken: bool
-) -> tuple[dict[str, OpenPart], str]:
+def _of_table(file: TableFile | DataFrame, form: SampleForm, preparation: Mapping[str, Any], skip_broken: bool) -> _Parts:
     """Return the one part of a table, which may lack its targets, and the steps to its samples."""
-    schema = TableSchema.from_dict(preparation)
-    table = open_table(file, None, form.input_form, form.options, skip_broken=skip_broken, schema=schema, may_lack_targets=True)
+    known, forms = TableSchema.from_dict(preparation), (form.input_form, form.options)
+    table = open_table(file, None, *forms, skip_broken=skip_broken, schema=known, may_lack_targets=True)
     whole = OpenPart.of_dataset(table.train, table)
     return {"all": dataclasses.replace(whole, labelled=bool(table.preparation["targets"]))}, table.preprocessing
-
-
-def _of_frame(
-    data: Any, spec: str, form: SampleForm, preparation: Mapping[str, Any], skip_broken: bool
-) -> tuple[dict[str, OpenPart], str]:
-    """Return a data frame from Python, or a pair of one and targets, as a table; nothing of other data, or where no table was learnt."""
-    frame = as_frame(data, spec, preparation["targets"]) if "columns" in preparation else None
-    return ({}, "") if frame is None else _of_table(frame, form, preparation, skip_broken)
 
 
 def _has_masks(folder: Path) -> bool:
@@ -395,6 +387,6 @@ def _check_form(part: OpenPart, form: DataForm, name: str) -> None:
 
 
 def _join(pieces: Sequence[Tensor | tuple[Tensor, ...]]) -> Tensor | tuple[Tensor, ...]:
-    if isinstance(pieces[0], tuple):
-        return tuple(torch.cat([piece[place] for piece in pieces]) for place in range(len(pieces[0])))
+    if isinstance(first := pieces[0], tuple):
+        return tuple(torch.cat([piece[place] for piece in pieces]) for place in range(len(first)))
     return pieces[0] if len(pieces) == 1 else torch.cat([piece for piece in pieces if isinstance(piece, Tensor)])
