@@ -101,7 +101,10 @@ def step(name: str) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     import lowmem_pnn
+    from lowmem_pnn.config.configure import configure
     from lowmem_pnn.seeds import permutation_of, seed_of
+    from lowmem_pnn.sources.datasets import make_dataset
+    from lowmem_pnn.workload.parts import split_data
 
     x, y = data_of(name, BATCH)
     layers = structure(name)["layers"]
@@ -111,12 +114,14 @@ def step(name: str) -> dict[str, Any]:
             seed=SEED, val_fraction=0.0, cuts=",".join(map(str, range(1, layers))) or None, workdir=f"{folder}/run",
         )  # fmt: skip
         ours = load_file(result.weights_file)
-    order = permutation_of(BATCH, SEED, "epoch", 0)
+    config = configure(max_gpu_mem="12GB", model="python:model", data="python:data", val_fraction=0.0, seed=SEED)
+    train = split_data(make_dataset((x, y), name="data"), config)[1]["train"]
+    samples, labels = train.batch(permutation_of(BATCH, SEED, "epoch", 0))
     torch.manual_seed(SEED)
     model = builder_of(name)().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
     torch.manual_seed(seed_of(SEED, "forward", 0, 0, 0))
-    loss_of(model(*(tensor[order] for tensor in flat(x))), y[order]).backward()
+    loss_of(model(*flat(samples)), labels).backward()
     optimizer.step()
     theirs = {key: tensor for key, tensor in model.state_dict().items() if key in ours}
     return {
