@@ -30,9 +30,9 @@ def stripes(name: str, degrees: list[int], count: int) -> str:
 
 
 run = {"max_gpu_mem": "150MB", "device": "cpu", "method": "exact", "epochs": 3, "lr": 3e-3}
-first = lowmem_pnn.fit(f"timm:{NETWORK}", stripes("first", [0, 30, 60, 90], 40), workdir=FOLDER / "run-1", **run)
+first = lowmem_pnn.fit(f"timm:{NETWORK}", stripes("first", [0, 30, 60, 90], 20), workdir=FOLDER / "run-1", **run)
 run |= {"weights": first.weights_file, "freeze": "conv1.*,bn1.*,layer1.*,layer2.*", "freeze_norm": True}
-train, test = stripes("train", [15, 45, 75], 20), stripes("test", [15, 45, 75], 20)
+train, test = stripes("train", [15, 45, 75], 12), stripes("test", [15, 45, 75], 8)
 result = lowmem_pnn.fit(f"timm:{NETWORK}", train, test=test, workdir=FOLDER / "run-2", **run)
 model = lowmem_pnn.load_weights(timm.create_model(NETWORK, num_classes=3), result.weights_file).eval()
 right = [int(model(image[None]).argmax()) == label for image, label in ImageFolder(FOLDER / "test", ToTensor())]

@@ -20,8 +20,8 @@ def data(tmp_path: Path) -> Callable[[int], str]:
     return write
 
 
-@pytest.mark.parametrize("spec", ["cifar-vgg16", "cifar-mobilenetv2"])
-def test_they_are_planned(spec: str, data: Callable[[int], str]) -> None:
+def test_one_is_planned(data: Callable[[int], str]) -> None:
+    spec = "cifar-vgg16"
     where = f"--max-gpu-mem 300MB --device cpu --no-timing --data {data(32)}"
     done = lowmem_pnn(f"plan {where} --model {spec} --model-arg width=0.25")
     assert done.code == 0, done.err
