@@ -45,7 +45,10 @@ def data():
 def dies():
     os.kill(os.getpid(), signal.SIGSEGV)
 """
-SLOW_FIT = "fit --max-gpu-mem 100MB --device cpu --model mlp:20-16-3 --data it.py:data --epochs 3,1 --cuts 1 --batch-size 16 --commit-every 0"
+SLOW_FIT = (
+    "fit --max-gpu-mem 100MB --device cpu --model mlp:20-16-3 --data it.py:data --epochs 3,1 --cuts 1 --batch-size 16 --commit-every 0 "
+    "--no-report"
+)
 
 
 def write_slow_data(folder: Path) -> Path:

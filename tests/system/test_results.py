@@ -36,6 +36,7 @@ def fit(folder: Path, *arguments: str) -> dict[str, Any]:
         "-m",
         "lowmem_pnn",
         "fit",
+        "--no-report",
         "--json",
         "--quiet",
         "--device",

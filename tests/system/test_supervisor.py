@@ -44,11 +44,12 @@ def test_ctrl_c_stops_cleanly_and_the_run_resumes_to_the_same_bits(folder: Path,
     code, out, err = command.end()
     assert (code, out) == (75, "")
     assert (
-        err.splitlines()[-1] == "lowmem-pnn: stopped; lowmem-pnn fit --resume --workdir run --trust goes on from the last commit"
+        err.splitlines()[-1]
+        == "lowmem-pnn: stopped; lowmem-pnn fit --resume --workdir run --trust --no-report goes on from the last commit"
     )
     assert not (folder / "run" / "result.json").exists()
     (folder / "slow").unlink()
-    assert run(folder, "fit --resume --workdir run --trust")[0] == 0
+    assert run(folder, "fit --resume --workdir run --trust --no-report")[0] == 0
     assert (folder / "run" / "model.safetensors").read_bytes() == whole
 
 
@@ -70,7 +71,7 @@ def test_a_closed_terminal_stops_cleanly_and_the_run_resumes_to_the_same_bits(fo
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 75
     assert not (folder / "run" / "result.json").exists()
     (folder / "slow").unlink()
-    code, _, err = run(folder, "fit --resume --workdir run --trust --quiet")
+    code, _, err = run(folder, "fit --resume --workdir run --trust --no-report --quiet")
     assert (code, err) == (0, "")
     assert (folder / "run" / "model.safetensors").read_bytes() == whole
 

@@ -194,7 +194,7 @@ def train(seed: int, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     texts = [text for name, value in options.items() for text in ([f"--{name}"] if value is None else [f"--{name}", str(value)])]
     fixed = ["--model", f"{code}:model", "--data", f"{code}:data", "--workdir", str(folder / "run"), "--device", "cpu", "--json"]
     run, began = _as_fork if seed % 10 else _as_command, time.monotonic()
-    status, peak_bytes, readings = run(["fit", *fixed, *texts], folder)
+    status, peak_bytes, readings = run(["fit", "--no-report", *fixed, *texts], folder)
     said = (folder / "err").read_text().splitlines()
     found: dict[str, Any] = {"code": status, "seconds": round(time.monotonic() - began, 1), "readings": readings}
     found["said"] = said[-1][:400] if said else ""
