@@ -160,8 +160,10 @@ def configure(**given: Any) -> FitConfig:
     if given.get("lora") is not None:
         values = {**values, **DEFAULTS_WITH_ADAPTERS, **given}
     config = checked(values)
-    if config.max_gpu_mem < MEGABYTE and str(given["max_gpu_mem"]).strip().isdigit():
-        size = given["max_gpu_mem"]
+    size = given["max_gpu_mem"]
+    # A number from Python is bytes, but nobody means a few.
+    has_no_unit = size.strip().isdigit() if isinstance(size, str) else isinstance(size, int) and size < 1000
+    if config.max_gpu_mem < MEGABYTE and has_no_unit:
         raise UnitError(f"--max-gpu-mem {size} is {size} bytes; did you mean {size}GB?")
     faults = [
         f"{flag(name)} has no effect here: it needs {need}"

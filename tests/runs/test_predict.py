@@ -350,7 +350,7 @@ REFUSED = {
     "--data nothing": "there is no data set 'nothing'; there are: digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100; "
     "others are given as npz:FILE, imagefolder:DIR, segmentation:DIR, csv:FILE, "
     "parquet:FILE, hfdata:DIR, text:FILE, jsonl:FILE, tokens:FILE, package.module:factory or file.py:factory",
-    "--data gone.npz": "data set 'gone.npz' is a file; write npz:gone.npz",
+    "--data gone.npz": "data set 'gone.npz' looks like a file, which is not there; write npz:gone.npz",
     "--data npz:gone.npz": "there is no file HERE/gone.npz; give npz:FILE with arrays x_train, y_train, x_test, y_test",
     "--max-gpu-mem lots": "--max-gpu-mem: 'lots' is not a size; write 512MB or 512MiB",
 }

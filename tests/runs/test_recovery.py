@@ -14,6 +14,7 @@ from helpers.small_networks import Data, images, small_conv, small_mlp, vectors
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.reporting.run_status import RunStatus
 
 # Cuts by layer, and the modules that they stand before.
 CUTS: dict[str, tuple[Callable[[], Any], Data, str, list[int]]] = {
@@ -147,7 +148,7 @@ class _StopsInRecovery(Display):
     def __init__(self, at: int) -> None:
         self._left = at
 
-    def advance(self, num_samples: int, used_bytes: int, budget_bytes: int) -> None:
+    def advance(self, status: Callable[[], RunStatus]) -> None:
         self._left -= 1
         if not self._left:
             raise Stopped("enough")

@@ -48,8 +48,8 @@ def build():
     return torch.nn.Sequential(*layers)
 """
 _FIT = (
-    "fit --max-gpu-mem 100MB --device cpu --model it.py:build --data npz:data.npz --epochs 3 --cuts 1 --parallel-sil --batch-size 16 --no-report "
-    "--commit-every 0"
+    "fit --max-gpu-mem 100MB --device cpu --model it.py:build --data npz:data.npz --epochs 3 --cuts 1 --parallel-sil --batch-size 16 "
+    "--commit-every 0 --no-report"
 )
 
 

@@ -196,7 +196,10 @@ def test_tokens_are_for_models_of_tokens(input_form: Any, word: str, tmp_path: P
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("text:", r"data set 'text:' says no place"), ("my.txt", r"data set 'my.txt' is a file; write text:my.txt")],
+    [
+        ("text:", r"data set 'text:' says no place"),
+        ("my.txt", r"'my.txt' looks like a file, which is not there; write text:my.txt"),
+    ],
 )
 def test_a_name_without_a_place_or_a_form_is_said(spec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -177,7 +177,6 @@ BODY = "from torch import nn\ndef make(num_classes, *, width=3):\n    return nn.
         (BODY, "mak", {}, r"defines no 'mak'; did you mean 'make'\?"),
         (BODY, "value", {}, r"value has type int, it is not a function"),
         (BODY, "1x", {}, r"names no factory; write package.module:factory or path/to/file.py:factory"),
-        (BODY, "make", {}, r"needs the argument 'num_classes'; give --model-arg num_classes=10"),
         (BODY, "make", {"num_classes": 1, "widht": 3}, r"'widht'; did you mean 'width'\?; it accepts: num_classes, width"),
         (BODY, "make", {"num_classes": 9}, r"num_classes=9, but the data set has 10 classes"),
         ("def make():\n    pass\n", "make", {"a": 1}, r"has no argument 'a'; it takes none"),
