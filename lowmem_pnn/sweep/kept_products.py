@@ -9,7 +9,6 @@ below autograd, which records them as always, with the tensors that it saves: ev
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lowmem_pnn.profiling.costs import Product
 from lowmem_pnn.profiling.products import cost_of, is_product
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.scratch import Scratch
+from lowmem_pnn.sweep.recompute import called_by
 
 Key = tuple[int, int]
 """Number of a layer, and of a micro-batch."""
@@ -61,7 +61,7 @@ class KeptProducts:
             return
         operations = self._operations[layer, number] = []
         mode = _Keeping(self._is_kept, operations, lambda tensors: self._put((layer, number, len(operations)), tensors))
-        with mode, _paused(mode, unneeded):
+        with mode, called_by(unneeded, mode.call_paused):
             yield
 
     @contextmanager
@@ -106,14 +106,22 @@ class _Keeping(TorchDispatchMode):
         put: Callable[[Sequence[Tensor | None]], None],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.is_paused = False
+        self._is_paused = False
         self._is_kept, self._operations, self._put = is_kept, operations, put
+
+    def call_paused(self, forward: Callable[..., Any], *tensors: Tensor) -> Any:
+        """Call a forward, and keep nothing of it."""
+        self._is_paused = True
+        try:
+            return forward(*tensors)
+        finally:
+            self._is_paused = False
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.is_paused or not is_product(func, args, kwargs or {}):
+        if self._is_paused or not is_product(func, args, kwargs or {}):
             return result
         if not self._is_kept(cost_of(func, args, result)):
             self._operations.append(None)
@@ -148,23 +156,3 @@ class _Taking(TorchDispatchMode):
         if is_one:
             return parts[0]
         return tuple(other if part is None else part for part, other in zip(parts, others, strict=True))
-
-
-@contextmanager
-def _paused(mode: _Keeping, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Have the calls of some modules keep nothing."""
-
-    def call(forward: Callable[..., Any], *tensors: Tensor) -> Any:
-        mode.is_paused = True
-        try:
-            return forward(*tensors)
-        finally:
-            mode.is_paused = False
-
-    for module in modules:
-        module.forward = partial(call, module.forward)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward

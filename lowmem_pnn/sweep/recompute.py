@@ -14,7 +14,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -74,15 +74,25 @@ def unneeded_products(layer: Layer) -> tuple[nn.Module, ...]:
     )
 
 
-@contextmanager
-def without_products(modules: Sequence[nn.Module]) -> Iterator[None]:
+def without_products(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Have linear modules return NaN, so that no output is taken for a value, with the gradients of their true outputs.
 
     Args:
         modules: modules that `unneeded_products` returned; each is called once inside the context.
     """
+    return called_by(modules, _call)
+
+
+@contextmanager
+def called_by(modules: Sequence[nn.Module], call: Callable[..., Any]) -> Iterator[None]:
+    """Have another function called in the place of the forward of some modules, inside the context.
+
+    Args:
+        modules: modules whose forward is that of their class.
+        call: function of a module's own forward, and of what that would be given.
+    """
     for module in modules:
-        module.forward = partial(_call, module.forward)
+        module.forward = partial(call, module.forward)
     try:
         yield
     finally:

@@ -44,8 +44,7 @@ def test_ctrl_c_stops_cleanly_and_the_run_resumes_to_the_same_bits(folder: Path,
     code, out, err = command.end()
     assert (code, out) == (75, "")
     assert (
-        err.splitlines()[-1]
-        == "lowmem-pnn: stopped; lowmem-pnn fit --resume --workdir run --trust goes on from the last commit"
+        err.splitlines()[-1] == "lowmem-pnn: stopped; lowmem-pnn fit --resume --workdir run --trust goes on from the last commit"
     )
     assert not (folder / "run" / "result.json").exists()
     (folder / "slow").unlink()
