@@ -328,8 +328,8 @@ def _check_head(source: ModelSource, config: FitConfig, dataset: Dataset) -> Non
     next_tokens = config.data.partition(":")[0] in LANGUAGE_KINDS or "tokenizer" in dataset.preparation
     if source.transformers is not None and source.transformers.task == "masked-lm" and next_tokens:
         raise ConfigError(
-            f"model {source.spec} has a masked-LM head, and data {config.data} asks for the next token, which it would see; give --task "
-            "causal-lm, or pairs of masked tokens and labels from Python"
+            f"model {source.spec} has a masked-LM head, and data {config.data} asks for the next token, which it would see; give a causal "
+            "model, or pairs of masked tokens and labels from Python"
         )
 
 

@@ -77,6 +77,7 @@ def find_transformers_model(spec: str, arguments: Mapping[str, Any], num_classes
     chosen, architecture = _task(spec, settings, task)
     notes: list[str] = []
     config = _configured(spec, kind, settings, arguments, notes)
+    _check_causal(spec, chosen, config)
     is_language = chosen in ("causal-lm", "masked-lm")
     if num_classes is not None and not is_language and config.num_labels != num_classes:
         if "num_labels" in arguments:
@@ -184,6 +185,16 @@ def _task(spec: str, settings: Mapping[str, Any], asked: str) -> tuple[str, str 
                 return task, architecture
     what = f"its architecture {architecture!r} has another head" if architecture else "its configuration names no architecture"
     raise ConfigError(f"model {spec}: {what}; give --task {', '.join(TRANSFORMERS_TASKS[:-1])} or {TRANSFORMERS_TASKS[-1]}")
+
+
+def _check_causal(spec: str, task: str, config: Any) -> None:
+    """Refuse next tokens for an encoder's attention, which sees them: such families have masked-LM heads too."""
+    masked = importlib.import_module("transformers.models.auto.modeling_auto").MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if task == "causal-lm" and config.model_type in masked and not getattr(config, "is_decoder", False):
+        raise ConfigError(
+            f"model {spec}: attention of type {config.model_type!r} sees the tokens after each token, which --task causal-lm is to learn; "
+            "give --model-arg is_decoder=true"
+        )
 
 
 def _configured(spec: str, kind: Any, settings: Mapping[str, Any], arguments: Mapping[str, Any], notes: list[str]) -> Any:

@@ -314,4 +314,11 @@ def test_a_masked_model_is_not_trained_on_next_tokens_that_it_sees(tmp_path: Pat
     outcome = command(f"fit --max-gpu-mem 200MB --model hf:{config} --data text:{tmp_path}/words.txt --workdir {tmp_path}/run")
     assert outcome.code == 3
     assert "has a masked-LM head, and data text:" in outcome.fault
-    assert "asks for the next token, which it would see; give --task causal-lm" in outcome.fault
+    assert "asks for the next token, which it would see; give a causal model" in outcome.fault
+    outcome = command(
+        f"plan --max-gpu-mem 200MB --model hf:{config} --task causal-lm --data text:{tmp_path}/words.txt --no-timing"
+    )
+    assert outcome.code == 3
+    assert (
+        "sees the tokens after each token, which --task causal-lm is to learn; give --model-arg is_decoder=true" in outcome.fault
+    )
