@@ -190,10 +190,15 @@ def _task(spec: str, settings: Mapping[str, Any], asked: str) -> tuple[str, str 
 def _check_causal(spec: str, task: str, config: Any) -> None:
     """Refuse next tokens for an encoder's attention, which sees them: such families have masked-LM heads too."""
     masked = importlib.import_module("transformers.models.auto.modeling_auto").MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if task == "causal-lm" and config.model_type in masked and not getattr(config, "is_decoder", False):
+    remedy = None
+    if config.model_type in masked and not getattr(config, "is_decoder", False):
+        remedy = "is_decoder=true"
+    elif getattr(config.get_text_config(), "use_bidirectional_attention", False) is True:
+        remedy = "use_bidirectional_attention=false"
+    if task == "causal-lm" and remedy is not None:
         raise ConfigError(
             f"model {spec}: attention of type {config.model_type!r} sees the tokens after each token, which --task causal-lm is to learn; "
-            "give --model-arg is_decoder=true"
+            f"give --model-arg {remedy}"
         )
 
 
