@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.memory.nvml import Nvml
 
 AUTO_SHARE = 0.8
 """Share of the available memory that `auto` takes."""
@@ -58,9 +59,19 @@ def available_bytes(device: str = "auto") -> int:
         import torch
 
         if torch.cuda.is_available():
-            return int(torch.cuda.mem_get_info(int(device.partition(":")[2] or 0))[0])
+            index = int(device.partition(":")[2] or 0)
+            if torch.cuda.get_device_properties(index).is_integrated:
+                return _host_bytes()
+            # By NVML where it answers: cudaMemGetInfo makes a context, which could then no longer be measured.
+            nvml = Nvml.find(index)
+            free = None if nvml is None else nvml.free_bytes()
+            return int(torch.cuda.mem_get_info(index)[0]) if free is None else free
         if device != "auto":
             raise ConfigError(f"--device {device}: torch finds no GPU; give --device cpu, or auto")
+    return _host_bytes()
+
+
+def _host_bytes() -> int:
     return min(int(psutil.virtual_memory().available), *_cgroup_bytes())
 
 

@@ -18,6 +18,7 @@ from lowmem_pnn.profiling.memory_profiler import profile
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.samples.readers import Readers
+from lowmem_pnn.stores.disk import spare_page_cache
 from lowmem_pnn.workload import Workload, make_workload, with_compiled_layers
 from lowmem_pnn.workload.inputs import Inputs
 from lowmem_pnn.zoo.deferred_init import skeleton
@@ -52,6 +53,7 @@ def open_workload(
             display.stage("compiling layers")
         compiled = with_compiled_layers(make_workload(config, *inputs, device.torch_device), device.torch_device)
     with device:
+        spare_page_cache(device.is_unified)
         yield device, compiled or make_workload(config, *inputs, device.torch_device)
 
 
