@@ -27,12 +27,13 @@ def is_share(value: Any) -> bool:
     return isinstance(value, str) and (value.strip().lower() == "auto" or _SHARE.fullmatch(value) is not None)
 
 
-def budget_of(value: Any, device: str = "auto") -> Any:
+def budget_of(value: Any, device: str = "auto", free_bytes: int | None = None) -> Any:
     """Return a budget in bytes where it was given as a share of what is available now; anything else as it was given.
 
     Args:
         value: a size, `auto`, or a share such as `75%`.
         device: the training device, as the option names it.
+        free_bytes: what is available there, where that is known; None to ask.
 
     Raises:
         ConfigError: the share is 0 or above 100 %, or no such device is there.
@@ -43,7 +44,7 @@ def budget_of(value: Any, device: str = "auto") -> Any:
     share = float(match[1]) / 100 if match else AUTO_SHARE
     if not 0 < share <= 1:
         raise ConfigError(f"--max-gpu-mem {value} is no share of what is available; write 75%, or auto for {AUTO_SHARE:.0%}")
-    return int(share * available_bytes(device))
+    return int(share * (available_bytes(device) if free_bytes is None else free_bytes))
 
 
 def available_bytes(device: str = "auto") -> int:

@@ -164,6 +164,8 @@ def device_notes(device: Device) -> list[str]:
         device: training device.
     """
     context = device.context
+    if context.get("found") == "described":
+        return [f"{format_bytes(int(context['bytes']))} of the budget are taken for the CUDA context, libraries included"]
     if context.get("found") != "assumed":
         return []
     return [

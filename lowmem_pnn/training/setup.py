@@ -10,7 +10,9 @@ from torch import nn
 
 from lowmem_pnn.config.checks import check_device
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device
+from lowmem_pnn.device.described import DescribedGpu
 from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.optim.low_precision import load_int8_levels
 from lowmem_pnn.optim.optimizers import OptimizerSpec
@@ -26,7 +28,11 @@ from lowmem_pnn.zoo.deferred_init import skeleton
 
 @contextmanager
 def open_workload(
-    config: FitConfig, inputs: Inputs, rank: Rank = ALONE, display: Display | None = None
+    config: FitConfig,
+    inputs: Inputs,
+    rank: Rank = ALONE,
+    display: Display | None = None,
+    gpu: GpuDescription | None = None,
 ) -> Iterator[tuple[Device, Workload]]:
     """Open the training device, and make the workload that is to be trained on it.
 
@@ -37,6 +43,7 @@ def open_workload(
         inputs: model and data, open.
         rank: which of several processes this is.
         display: is told that layers are compiled.
+        gpu: GPU to plan for, which is not here; None for the device that the options name.
 
     Yields:
         The open device, and the workload.
@@ -46,7 +53,7 @@ def open_workload(
     # What the model's constructor imports belongs to the floor. What is wrong with it is said below.
     with suppress(Exception):
         skeleton(inputs[0].build)
-    device = _device_of(config, rank)
+    device = _device_of(config, rank) if gpu is None else _described(config, gpu)
     compiled = None
     if config.compile:
         if display is not None:
@@ -89,6 +96,11 @@ def _device_of(config: FitConfig, rank: Rank) -> Device:
         return CudaDevice(config.max_gpu_mem, int(index or rank.local), config.budget_scope)
     check_device(config, on_cpu=True, memory_bytes=psutil.virtual_memory().total)
     return CpuDevice(config.max_gpu_mem)
+
+
+def _described(config: FitConfig, gpu: GpuDescription) -> Device:
+    check_device(config, on_cpu=False, memory_bytes=psutil.virtual_memory().total)
+    return DescribedGpu(config.max_gpu_mem, gpu, config.budget_scope)
 
 
 @cache
