@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_pnn.device import Device
+from lowmem_pnn.dispatch_mode import DispatchMode
 from lowmem_pnn.engine.prefetch import Prefetcher, Request, WriteBehind
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.profiling.costs import Product
@@ -218,7 +218,7 @@ def _memory_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-class _Keeping(TorchDispatchMode):
+class _Keeping(DispatchMode):
     """Keeps the outputs of products. It works below autograd."""
 
     def __init__(
@@ -228,7 +228,7 @@ class _Keeping(TorchDispatchMode):
         put: Callable[[Sequence[Tensor | None]], None],
         writes: _Writes,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._is_paused = False
         self._is_kept, self._operations, self._put, self._writes = is_kept, operations, put, writes
 
@@ -278,11 +278,11 @@ def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Itera
         yield from (one for one in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(one, Tensor))
 
 
-class _Taking(TorchDispatchMode):
+class _Taking(DispatchMode):
     """Returns kept outputs in the place of products, in the order in which they were kept."""
 
     def __init__(self, operations: Sequence[_Kept | None], take: Callable[[int, int], Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._operations, self._take, self._place = operations, take, 0
 
     def __torch_dispatch__(
