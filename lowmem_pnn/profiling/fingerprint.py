@@ -1,12 +1,15 @@
 """Fingerprint of a layer: an equality key of layers that compute the same, so that measurements of one hold for the others.
 
 Two layers have equal fingerprints when their graphs have the same operations in the same order, on modules of the same types, with the
-same settings and with tensors of the same shapes, and their modules have the same modes. Settings that are no plain values are compared by
-identity: functions and classes that their module names, which last, and any other object (a lambda, an object of the user's).
+same settings and with tensors of the same shapes, and their modules have the same modes. A setting that is a block's number in the list
+that it stands in (`layer_idx`) may differ, where both did the same operations while their model was captured. Settings that are no plain
+values are compared by identity: functions and classes that their module names, which last, and any other object (a lambda, an object of
+the user's).
 """
 
+import re
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType, ModuleType
 from typing import Any
@@ -18,6 +21,8 @@ from lowmem_pnn.model.layer import Layer
 
 # Attributes of every module: tensors and submodules are compared apart, and the mode is not compared.
 _MODULE_ATTRIBUTES = frozenset({*vars(nn.Module()), "training"})
+# Names of settings that may be a module's number in a list, as `layer_idx`.
+_PLACE = re.compile(r"(^|_)(i|id|idx|index|no|number|layer|depth)$")
 _PLAIN_TYPES = (
     bool,
     int,
@@ -66,7 +71,8 @@ def layer_fingerprint(layer: Layer) -> Hashable:
     for node in module.graph.nodes:
         numbers[node] = len(numbers)
         if node.op == "call_module":
-            target: Hashable = _module_key(module.get_submodule(str(node.target)))
+            places = [int(part) for part in str(node.target).split(".") if part.isdigit()] if layer.operations else []
+            target: Hashable = _module_key(module.get_submodule(str(node.target)), places)
         elif node.op == "get_attr":
             path, _, attribute = str(node.target).rpartition(".")
             target = _value_key(getattr(module.get_submodule(path), attribute))
@@ -81,19 +87,33 @@ def layer_fingerprint(layer: Layer) -> Hashable:
     ties = tuple(first_index.setdefault(id(tensor), index) for index, tensor in enumerate(tensors))
     head = None if layer.head is None else _module_key(layer.head)
     modes = _value_key((layer.modes.in_train, layer.modes.in_eval, layer.kept))
-    return tuple(steps), tuple(map(_value_key, tensors)), ties, head, modes, layer.precision
+    return tuple(steps), tuple(map(_value_key, tensors)), ties, head, modes, layer.precision, layer.operations
 
 
-def _module_key(module: nn.Module) -> Hashable:
-    """Return a key of a module's type, settings, tensors and submodules."""
-    settings = tuple((name, _value_key(value)) for name, value in sorted(vars(module).items()) if name not in _MODULE_ATTRIBUTES)
+def _module_key(module: nn.Module, places: Sequence[int] = ()) -> Hashable:
+    """Return a key of a module's type, settings, tensors and submodules.
+
+    Args:
+        module: any module.
+        places: its numbers in the lists that it is in; settings that are such a number count as equal.
+    """
+    settings = tuple(
+        (name, ("place", places.index(value)) if _is_place(name, value, places) else _value_key(value))
+        for name, value in sorted(vars(module).items())
+        if name not in _MODULE_ATTRIBUTES
+    )
     hooks = tuple(_Identity(id(module)) for name, value in vars(module).items() if name.endswith("_hooks") and value)
     tensors = tuple(
         (name, None if tensor is None else _value_key(tensor))
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
     )
-    children = tuple((name, None if child is None else _module_key(child)) for name, child in module._modules.items())
+    children = tuple((name, None if child is None else _module_key(child, places)) for name, child in module._modules.items())
     return type(module), settings, hooks, tensors, children
+
+
+def _is_place(name: str, value: Any, places: Sequence[int]) -> bool:
+    """Decide whether a setting is a module's number in a list, by its name and its value."""
+    return type(value) is int and value in places and _PLACE.search(name) is not None
 
 
 def _value_key(value: Any, numbers: Mapping[fx.Node, int] | None = None) -> Hashable:
