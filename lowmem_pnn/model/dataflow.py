@@ -30,8 +30,7 @@ from lowmem_pnn.model.opening import (
 )  # fmt: skip
 from lowmem_pnn.model.recomputed import Recomputed, StandIn
 from lowmem_pnn.model.recording import TraceMismatchError, record, with_constants
-from lowmem_pnn.model.trace_modes import Trace
-from lowmem_pnn.model.tracer import trace
+from lowmem_pnn.model.tracer import Trace, trace
 
 MAX_TENSORS = 64
 """The most tensors that a boundary may have."""

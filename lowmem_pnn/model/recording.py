@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.dispatch_modes import OperationLog, tensors_in, without_values
 from lowmem_pnn.model.fake_model import ModelRun, explain, run_model
-from lowmem_pnn.model.trace_modes import Trace
+from lowmem_pnn.model.tracer import Trace
 
 
 @dataclass
