@@ -30,6 +30,9 @@ from lowmem_pnn.profiling.timings import LayerTimings, Seconds
 SECONDS = 2.0
 """Seconds for the layers of a chain; the rest of the machine takes about half a second more."""
 
+# The least share of a chain's multiply-accumulates that must have been timed for the other layers to be estimated from it.
+_LEAST_SHARE = 0.01
+
 # Most wall time, in multiples of the seconds for the layers: on a busy machine the thread's own clock may hardly advance.
 _PATIENCE = 4.0
 # Samples of the small run, which shows the fixed cost of a call; and of one between, which shows how many samples there is time for.
@@ -78,7 +81,7 @@ class LayerBenchmark:
 
         Returns:
             The timings of the layers; and the share of the multiply-accumulates that was timed, the timings of the others being estimated
-            from these.
+            from these, or, where the share is 0, from their counts.
         """
         kinds = [
             (layer_fingerprint(layer), chain.boundaries[number], number > 0 and not per_layer_loss, per_layer_loss)
@@ -113,7 +116,8 @@ class LayerBenchmark:
             else self._estimate(number, profile, {other: self._timings[kinds[other]] for other in timed})
             for number, kind in enumerate(kinds)
         )
-        return layers, sum(macs[number] for number in timed) / sum(macs)
+        share = sum(macs[number] for number in timed) / sum(macs)
+        return layers, share if share >= _LEAST_SHARE else 0.0
 
     def time_machine(self, optimizer: OptimizerSpec, folder: Path) -> tuple[float, float, float, float]:
         """Measure the timings of the machine as `machine_benchmark.time_machine` does: once per optimizer, in half of the budget."""
@@ -128,17 +132,19 @@ class LayerBenchmark:
         self.device.enforce()
         return time_product(self.device, self.device.budget_bytes - self.device.reserve_bytes - max(0, self.device.used_bytes()))
 
-    def _expected_seconds(self, cost: LayerCost, samples: int) -> float:
-        """Return the least seconds of a forward of so many samples; 0 where that is short by any machine's measure."""
-        macs = cost.forward_macs * samples
-        return macs * self._seconds_per_mac if macs > _FEW_MACS else 0.0
+    def _expected_seconds(self, cost: LayerCost, forwards: int, samples: int) -> float:
+        """Return the least seconds of so many forwards of so many samples."""
+        macs, speed = cost.forward_macs * samples, nominal.speed_of(shares_host=self.device.shares_host)
+        # Few of them are not worth asking how long they take.
+        computing = macs * self._seconds_per_mac if forwards * macs > _FEW_MACS else 0.0
+        return forwards * (computing + cost.num_params * speed.forward_weight)
 
     def _estimate(self, number: int, profile: MemoryProfile, timed: dict[int, LayerTimings]) -> LayerTimings:
         """Estimate a layer that there was no time for, from those that were timed, or else from its counts and a matrix product."""
-        # A layer that only looks things up says nothing of one that multiplies.
-        multiplies = bool(profile.layers[number].forward_macs)
-        if alike := {other: own for other, own in timed.items() if bool(profile.layers[other].forward_macs) == multiplies}:
-            return _estimate(number, profile, alike)
+        # Layers that hardly multiply say nothing of those that do.
+        macs = [cost.forward_macs for cost in profile.layers]
+        if timed and sum(macs[other] for other in timed) >= _LEAST_SHARE * sum(macs):
+            return _estimate(number, profile, timed)
         speed = nominal.speed_of(shares_host=self.device.shares_host)
         return nominal.layer_timings(profile.layers[number], replace(speed, mac=self._seconds_per_mac))
 
@@ -165,10 +171,10 @@ class LayerBenchmark:
         learns_before = any(one.requires_grad for layer in chain.layers[:number] for one in layer.parameters().values())
         began, few = self._clock(), max(smallest, min(_FEW, max_samples))
         affordable = max(seconds, _ALWAYS)
-        is_single = self._expected_seconds(cost, _FEW_FORWARDS * few) > affordable
+        is_single = self._expected_seconds(cost, _FEW_FORWARDS, few) > affordable
         if is_single:
             few = smallest
-        if not fits(few) or (is_single and self._expected_seconds(cost, _SINGLE_FORWARDS * few) > rest):
+        if not fits(few) or (is_single and self._expected_seconds(cost, _SINGLE_FORWARDS, few) > rest):
             return None
         runner = LayerRunner(
             chain.layers[number],

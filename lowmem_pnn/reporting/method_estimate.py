@@ -89,7 +89,7 @@ def method_table(estimates: Sequence[MethodEstimate], width: int | None = None) 
     lines = [text_table(headings, [estimate.row() for estimate in estimates], width, spare)]
     shares = [estimate.measured_share for estimate in estimates if estimate.fits]
     if shares and not min(shares):
-        lines.append("no layer is timed, each would take too long; seconds are computed from counts and a timed matrix product")
+        lines.append("layers would take too long to be timed: seconds are computed from counts and a timed matrix product")
     elif shares and min(shares) < 1:
         lines.append(f"layers with {min(shares):.0%} of the multiply-accumulates were timed, the others estimated from these")
     return "\n".join(lines)
