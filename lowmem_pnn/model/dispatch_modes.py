@@ -5,10 +5,10 @@ Two forwards do the same where their logs are equal.
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -66,7 +66,7 @@ class KnownValues(DispatchMode):
         kwargs = kwargs or {}
         args, kwargs = self._on_cpu(args), self._on_cpu(kwargs)
         written = tensors_in(written_by(func, args, kwargs))
-        if not all(map(_has_values, tensors_in((args, kwargs)))):
+        if not all(map(has_values, tensors_in((args, kwargs)))):
             if storages_of(written) & self._own.keys():
                 raise KnownWrittenError
             return func(*args, **kwargs)
@@ -107,8 +107,13 @@ class OperationLog(DispatchMode):
         tensors: input and weights of a model.
     """
 
+    running: ClassVar[list["OperationLog"]] = []
+    """Logs that operations go to, the outermost first."""
+
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
+        self.repeats: list[tuple[nn.Module, nn.Module]] = []
+        """Blocks that did as others before them, with these."""
         self.entries: list[tuple[Any, ...]] = []
         self.written_storages: set[int] = set()
         self.taken: dict[int, Tensor] = {}
@@ -119,6 +124,18 @@ class OperationLog(DispatchMode):
         """Bytes of the tensors that operations made."""
         # The tensors themselves, not their ids alone: an id is used again once its tensor is gone.
         self._dependent = {id(tensor): tensor for tensor in tensors}
+
+    def __enter__(self) -> Any:
+        self.running.append(self)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.running.remove(self)
+
+    def add_dependent(self, tensor: Tensor) -> None:
+        """Take a tensor for computed from the given ones."""
+        self._dependent[id(tensor)] = tensor
 
     def depends(self, tensor: Tensor) -> bool:
         """Decide whether a tensor is one of the given ones, or was computed from them."""
@@ -175,7 +192,8 @@ def _comparable(value: Any) -> Any:
     return [_comparable(item) for item in value] if isinstance(value, (tuple, list)) else repr(value)
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
+    """Decide whether a tensor is not fake, and so depends on sizes and constants alone."""
     return not isinstance(tensor, FakeTensor) and tensor.is_cpu and not tensor.requires_grad
 
 
