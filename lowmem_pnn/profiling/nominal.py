@@ -105,11 +105,17 @@ def nominal_timings(profile: MemoryProfile, speed: MachineSpeed) -> MachineTimin
         profile: Counts of the layers.
         speed: Speed of the machine.
     """
-    layers = tuple(_layer_timings(cost, speed) for cost in profile.layers)
+    layers = tuple(layer_timings(cost, speed) for cost in profile.layers)
     return MachineTimings(layers, speed.step, speed.read_byte, speed.written_byte, speed.memory_byte, measured_share=0.0)
 
 
-def _layer_timings(cost: LayerCost, speed: MachineSpeed) -> LayerTimings:
+def layer_timings(cost: LayerCost, speed: MachineSpeed) -> LayerTimings:
+    """Compute the timings of a layer on a kind of machine.
+
+    Args:
+        cost: Counts of the layer.
+        speed: Speed of the machine.
+    """
     computing = cost.forward_macs * speed.mac
     # A forward writes what it keeps; the backward reads that, and writes as much again.
     moving = cost.kept.per_sample * speed.memory_byte

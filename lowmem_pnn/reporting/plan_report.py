@@ -101,7 +101,7 @@ class PlanReport:
         if rows:
             lines += [text_table(headings, rows, width, spare), "", f"disk: at most {format_bytes(self.disk_bytes)}"]
         if self.prospects:
-            lines += ["", method_table(self.prospects, width), "", self.advice, ""]
+            lines += ["", method_table(self.prospects, width, is_described=bool(self.tiers)), "", self.advice, ""]
         if self.tiers:
             lines += ["", tier_table(self.tiers), ""]
         lines += [
