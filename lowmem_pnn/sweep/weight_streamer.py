@@ -14,7 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lowmem_pnn.device import Device
+from lowmem_pnn.device import Device, is_out_of_memory
+from lowmem_pnn.device.transfers import Upload
 from lowmem_pnn.engine.prefetch import Prefetcher, Request, WriteBehind
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.memory.pool import MemoryPool
@@ -82,6 +83,8 @@ class WeightStreamer:
         self._pack_bytes = 0 if device.shares_host else min(stream_bytes, device.buffer_sizes.transfer_bytes // 2)
         self._packs: deque[list[Piece]] = deque()
         self._taken: deque[Tensor] = deque()
+        # The pack after these: on its way to the device, or still on the host where too much is in flight.
+        self._ahead: Upload | Tensor | None = None
         self._pool = MemoryPool(0)
         self._write_behind = write_behind
         # Writes of the previous batch, and of the present one, by partition.
@@ -108,19 +111,46 @@ class WeightStreamer:
                 self._prefetcher = None
                 self._packs.clear()
                 self._taken.clear()
+                ahead, self._ahead = self._ahead, None
+                if isinstance(ahead, Upload):
+                    ahead.close()
         self._previous_writes, self._present_writes = self._present_writes, {}
 
     def take(self) -> Tensor:
         """Return the next tensor of the batch, on the device."""
         assert self._prefetcher is not None, "tensors are taken in a batch"
         if not self._taken:
-            with self._stalls.waiting("disk"):
-                host = self._prefetcher.take()
-            tensor, pack = self._device.to_device(host), self._packs.popleft()
-            if len(pack) == 1:
-                return tensor
-            self._taken.extend(place.view(tensor) for place in self._places(pack)[0])
+            ahead, self._ahead = self._ahead, None
+            if isinstance(ahead, Upload):
+                (tensor,) = ahead.get()
+            elif ahead is not None:
+                tensor = self._device.to_device(ahead)
+            else:
+                with self._stalls.waiting("disk"):
+                    host = self._prefetcher.take()
+                tensor = self._device.to_device(host)
+            pack = self._packs.popleft()
+            self._taken.extend([tensor] if len(pack) == 1 else [place.view(tensor) for place in self._places(pack)[0]])
+            del tensor
+            self._begin_next()
         return self._taken.popleft()
+
+    def _begin_next(self) -> None:
+        """Begin the upload of the pack after the one that is being taken, if it has been read and there is room for it.
+
+        So the next layer's state, and the next partition's first layer, go up while this one is computed with.
+        """
+        assert self._prefetcher is not None
+        if self._device.shares_host or not self._packs or sum(map(self._bytes_of, self._packs[0])) > self._pack_bytes:
+            return
+        if (host := self._prefetcher.take_ready()) is None:
+            return
+        try:
+            self._ahead = self._device.upload([host]) or host
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._ahead = host
 
     def reserve_pool_for(self, keys: Iterable[str]) -> None:
         """Set the limit of the memory pool for a partition that is about to be loaded, and for the streams beside it.
