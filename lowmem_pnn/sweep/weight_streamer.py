@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -18,11 +19,13 @@ from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.device.transfers import Upload
 from lowmem_pnn.engine.prefetch import Prefetcher, Request, WriteBehind
 from lowmem_pnn.engine.worker_threads import WorkerThreads
+from lowmem_pnn.memory.aligned import HostAllocator
 from lowmem_pnn.memory.pool import MemoryPool
 from lowmem_pnn.stores.keys import PartitionName
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.tensor_reader import TensorReader
 from lowmem_pnn.stores.weights import WeightStore
+from lowmem_pnn.sweep.host_tier import HostTier
 from lowmem_pnn.sweep.packs import Place, by_buffer, places_of
 
 # Parts of a tensor that wait to be written, at most.
@@ -69,12 +72,21 @@ class WeightStreamer:
         threads: threads that read and write.
         stream_bytes: most bytes of tensors that wait to be taken.
         write_behind: queue of the writes; what waits in it is bounded by as many bytes.
+        tier: host memory in which tensors stay from one batch to the next; None where all are in files.
     """
 
     def __init__(
-        self, weights: WeightStore, device: Device, threads: WorkerThreads, stream_bytes: int, write_behind: WriteBehind
+        self,
+        weights: WeightStore,
+        device: Device,
+        threads: WorkerThreads,
+        stream_bytes: int,
+        write_behind: WriteBehind,
+        tier: HostTier | None = None,
     ) -> None:
+        assert tier is None or not device.shares_host, "where the host is the device, a tier would be device memory"
         self._weights = weights
+        self._tier = tier
         self._device = device
         self._threads = threads
         self._stalls = threads.stalls
@@ -115,6 +127,8 @@ class WeightStreamer:
                 if isinstance(ahead, Upload):
                     ahead.close()
         self._previous_writes, self._present_writes = self._present_writes, {}
+        if self._tier is not None:
+            self._tier.end_batch()
 
     def take(self) -> Tensor:
         """Return the next tensor of the batch, on the device."""
@@ -240,9 +254,9 @@ class WeightStreamer:
         def write() -> None:
             host = download.get()
             for one, place in writes:
-                _write_to(file, one.key, place.view(host), one.first)
+                self._keep_or_write(partition, file, Write(one.key, place.view(host), one.first))
 
-        self._submit(partition, download.nbytes, write)
+        self._submit(partition, download.nbytes, write, [one.key for one, _ in writes])
 
     def finish_writes_in_parts(self) -> None:
         """Wait until tensors that are larger than the stream are written, before their memory is to be free."""
@@ -254,19 +268,41 @@ class WeightStreamer:
         with self._stalls.waiting("copy"):  # for room
             download = self._device.download(tensor.detach())
 
-        self._submit(partition, download.nbytes, lambda: _write_to(file, key, download.get(), first))
+        self._submit(
+            partition, download.nbytes, lambda: self._keep_or_write(partition, file, Write(key, download.get(), first)), [key]
+        )
 
-    def _submit(self, partition: int, nbytes: int, write_fn: Callable[[], None]) -> None:
+    def _keep_or_write(self, partition: int, file: TensorFile, one: Write) -> None:
+        """Bring a host tensor to its place, on the writing thread: into the tier, if there is room, else into its file."""
+        if self._tier is not None and self._tier.put(partition, one.key, one.tensor, one.first):
+            return
+        if one.first is None:
+            file.write_from(one.key, one.tensor)
+        else:
+            file.write_elements(one.key, one.tensor, one.first)
+
+    def _submit(self, partition: int, nbytes: int, write_fn: Callable[[], None], keys: Iterable[str]) -> None:
+        for key in keys:
+            if self._tier is not None:
+                self._tier.expect(key)
         with self._stalls.waiting("disk"):  # for room
             future = self._write_behind.submit(nbytes, write_fn)
         self._present_writes.setdefault(partition, []).append(future)
 
     def finish_writes(self) -> None:
-        """Wait until everything is written.
+        """Wait until everything is written, into the files too.
 
         Raises:
             DiskError: a write failed.
         """
+        with self._stalls.waiting("disk"):
+            self._write_behind.wait()
+        if self._tier is None:
+            return
+        for partition, tensors in self._tier.unsaved():
+            with self.writing(partition) as (file, _), self._stalls.waiting("disk"):
+                for key, tensor in tensors:
+                    self._write_behind.submit(tensor.nbytes, partial(file.write_from, key, tensor))
         with self._stalls.waiting("disk"):
             self._write_behind.wait()
 
@@ -279,6 +315,8 @@ class WeightStreamer:
         self._write_behind.abandon()
         self._previous_writes, self._present_writes = {}, {}
         self._in_parts.clear()
+        if self._tier is not None:
+            self._tier.clear()
         self.free_memory()
 
     def _packed(self, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -315,17 +353,27 @@ class WeightStreamer:
         """Read a pack on the reading thread, after the previous batch's writes to its files."""
         for piece in pack:
             self._wait_for_writes(self._weights.partition_of(piece.key))
-        assert self._reader is not None
         if len(pack) == 1:
-            return self._reader.read(pack[0].key, pack[0].elements)
+            return self._read_piece(pack[0], self._device.host_allocator())
         allocate = self._device.host_allocator()
         assert allocate is not None, "packs are for another device"
         places, size = self._places(pack)
         buffer = allocate((size,), torch.uint8)
         for piece, place in zip(pack, places, strict=True):
             view = place.view(buffer)
-            self._reader.read(piece.key, piece.elements, lambda shape, dtype, view=view: view)  # type: ignore[misc]
+            self._read_piece(piece, lambda shape, dtype, view=view: view)  # type: ignore[misc]
         return buffer
+
+    def _read_piece(self, piece: Piece, allocate: HostAllocator | None) -> Tensor:
+        """Read a piece from the tier, or from its file."""
+        assert self._reader is not None
+        if self._tier is None or not self._tier.has(piece.key):
+            return self._reader.read(piece.key, piece.elements, allocate)
+        dtype, shape = self._weights.tensor_layout(piece.key, piece.elements)
+        assert allocate is not None, "a tier is for another device"
+        tensor = allocate(shape, dtype)
+        self._tier.read(piece.key, piece.elements, tensor)
+        return tensor
 
     def _wait_for_writes(self, partition: PartitionName) -> None:
         """Wait until the previous batch's writes to a partition's file are done."""
@@ -333,11 +381,3 @@ class WeightStreamer:
             future.result()
         # Every tensor of the partition asks: waiting once is enough.
         self._previous_writes[partition] = []
-
-
-def _write_to(file: TensorFile, key: str, tensor: Tensor, first: int | None) -> None:
-    """Write a tensor of a file, or some of its elements from the first one on."""
-    if first is None:
-        file.write_from(key, tensor)
-    else:
-        file.write_elements(key, tensor, first)

@@ -11,7 +11,9 @@ from helpers.simulated import fit_on
 from helpers.small_networks import images, small_conv, small_mlp, vectors
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.device.transfers import Transfers, in_flight_bytes_of
-from lowmem_pnn.errors import DivergedError
+from lowmem_pnn.errors import DivergedError, Stopped
+from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.sweep import sweeper
 
 METHODS: list[dict[str, Any]] = [
     {"method": "backprop"},
@@ -80,3 +82,38 @@ def test_what_is_not_finite_is_read_late_and_never_committed(
     own, theirs = step_lines(tmp_path / "run"), step_lines(tmp_path / "cpu")
     assert [line["loss"] for line in own] == [line["loss"] for line in theirs]
     assert all(line["loss"] < float("inf") for line in own)
+
+
+@pytest.mark.parametrize("available", [1 << 40, 6_000, 0], ids=["room for all", "room for some", "no room"])
+@pytest.mark.parametrize("options", [{"cuts": "1,2,3"}, {"cuts": "2", "clip_norm": 0.1}], ids=["in backward", "kept"])
+def test_a_run_whose_weights_stay_in_host_memory_writes_the_same_files(
+    options: dict[str, Any], available: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commits in the middle, a stop and a resume: what is read from memory, and reaches its file later, is what the files would hold."""
+    monkeypatch.setattr(sweeper, "available_bytes", lambda device: 2 * available)
+    given: dict[str, Any] = {
+        "method": "exact", "epochs": 3, "batch_size": 12, "optimizer": "adamw", "val_fraction": 0.2, "commit_every": 1e9, **options,
+    }  # fmt: skip
+    data = images(48)
+    plain = lowmem_pnn.fit(small_conv, data, max_gpu_mem="300MB", device="cpu", workdir=tmp_path / "cpu", **given)
+
+    class StopsInTheSecondEpoch(Display):
+        def start_epoch(self, title: str, epoch: int, epochs: int, num_samples: int, done: int) -> None:
+            if epoch == 2:
+                raise Stopped("enough")
+
+    with pytest.raises(Stopped):
+        fit_on(
+            SimulatedDevice(30_000_000),
+            monkeypatch,
+            small_conv,
+            data,
+            workdir=tmp_path / "run",
+            display=StopsInTheSecondEpoch(),
+            **given,
+        )
+    result = fit_on(SimulatedDevice(30_000_000), monkeypatch, small_conv, data, workdir=tmp_path / "run", resume=True, **given)
+    assert_same_weights(loaded(small_conv, result.weights_file), loaded(small_conv, plain.weights_file))
+    assert (result.train_loss, result.val_loss) == (plain.train_loss, plain.val_loss)
+    # A validation after each epoch, and a commit, before which all is in the files: not after each of its batches.
+    assert (result.bytes_written < 0.7 * plain.bytes_written) == (available > 1 << 20)
