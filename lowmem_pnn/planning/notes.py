@@ -36,6 +36,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *adapter_notes(request.workload),
         *frozen_notes(request.workload),
         *fixed_notes(request.workload, plan),
+        *resident_notes(plan),
         *kept_notes(plan),
         *mixing_notes(request.workload),
         *whole_batch_notes(request, plan, mixing),
@@ -187,6 +188,20 @@ def kept_notes(plan: Plan) -> list[str]:
         f"products of {count} layer{'s' if count > 1 else ''} are kept in a file from forward to backward, {size} a batch "
         "(--recompute always: none, they are computed twice)"
     ]
+
+
+def resident_notes(plan: Plan) -> list[str]:
+    """Return what is said of weights and optimizer state that stay in memory from one batch of a sweep to the next.
+
+    Args:
+        plan: partitions of the model.
+    """
+    if not plan.resident_bytes:
+        return []
+    layers = plan.partitions[-1].stop
+    kinds = (("weights", plan.resident_weights), ("optimizer state", plan.resident_state))
+    parts = [f"the {what} of {'all' if len(own) == layers else len(own)} of {layers} layers" for what, own in kinds if own]
+    return [f"there is room for {' and '.join(parts)} to stay in memory from batch to batch: {format_bytes(plan.resident_bytes)}"]
 
 
 def mixing_notes(workload: Workload) -> list[str]:

@@ -104,6 +104,7 @@ def forecast_inputs(request: PlanRequest, plan: Plan) -> ForecastInputs:
     workload, buffer_sizes = request.workload, BufferSizes.of_budget(plan.budget_bytes)
     rule = nominal.keeping_rule(workload.config.recompute, shares_host=request.device.shares_host)
     kept = {number: kept_products(request.profile.layers[number], rule) for number in plan.kept_layers}
+    costs = request.profile.layers
     partitions = []
     for part in plan.partitions:
         layers = ties_counted_once(request.profile.layers[part.start : part.stop])
@@ -118,6 +119,12 @@ def forecast_inputs(request: PlanRequest, plan: Plan) -> ForecastInputs:
                 outputs=part.output_bytes_per_sample,
                 stored_outputs=activation_bytes(workload, part.stop),
                 kept=sum(one.nbytes for number in range(part.start, part.stop) for one in kept.get(number, ())),
+                resident_weights=sum(
+                    costs[layer].gradient_bytes for layer in plan.resident_weights if part.start <= layer < part.stop
+                ),
+                resident_state=sum(
+                    costs[layer].optimizer_bytes for layer in plan.resident_state if part.start <= layer < part.stop
+                ),
             )
         )
     return ForecastInputs(

@@ -19,6 +19,7 @@ from lowmem_pnn.stores.keys import PartitionName
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.tensor_reader import TensorReader
 from lowmem_pnn.stores.weights import WeightStore
+from lowmem_pnn.sweep.resident_tensors import ResidentTensors
 
 # Parts of a tensor that wait to be written, at most.
 _PARTS_OF_STREAM = 4
@@ -46,10 +47,17 @@ class WeightStreamer:
         threads: threads that read and write.
         stream_bytes: most bytes of tensors that wait to be taken.
         write_behind: queue of the writes; what waits in it is bounded by as many bytes.
+        resident: tensors that stay in memory, neither read nor written but for commits; None where all of them move.
     """
 
     def __init__(
-        self, weights: WeightStore, device: Device, threads: WorkerThreads, stream_bytes: int, write_behind: WriteBehind
+        self,
+        weights: WeightStore,
+        device: Device,
+        threads: WorkerThreads,
+        stream_bytes: int,
+        write_behind: WriteBehind,
+        resident: ResidentTensors | None = None,
     ) -> None:
         self._weights = weights
         self._device = device
@@ -58,6 +66,7 @@ class WeightStreamer:
         self._stream_bytes = stream_bytes
         self._pool = MemoryPool(0)
         self._write_behind = write_behind
+        self._resident = resident or ResidentTensors((), ())
         # Writes of the previous batch, and of the present one, by partition.
         self._previous_writes: dict[PartitionName, list[Future[None]]] = {}
         self._present_writes: dict[PartitionName, list[Future[None]]] = {}
@@ -96,7 +105,7 @@ class WeightStreamer:
         Args:
             keys: names in weight files of the partition's tensors.
         """
-        self._pool.set_limit(sum(map(self._weights.tensor_bytes, keys)) + 2 * self._stream_bytes)
+        self._pool.set_limit(sum(map(self._weights.tensor_bytes, keys)) + 2 * self._stream_bytes + self._resident.nbytes)
 
     def keep_pool_to_limit(self) -> None:
         """Let memory of the pool go that a layer's step has left above the limit."""
@@ -136,6 +145,10 @@ class WeightStreamer:
             tensor: tensor on the device; it must not change before the next batch is over.
             first: first of the elements in the file's tensor; None for all of its elements.
         """
+        if not self._resident.put(key, first, tensor.detach()):
+            self._write_whole_or_in_parts(partition, file, key, tensor, first)
+
+    def _write_whole_or_in_parts(self, partition: int, file: TensorFile, key: str, tensor: Tensor, first: int | None) -> None:
         if tensor.nbytes <= self._stream_bytes:
             self._write(partition, file, key, tensor, first)
             return
@@ -168,16 +181,32 @@ class WeightStreamer:
         self._present_writes.setdefault(partition, []).append(future)
 
     def finish_writes(self) -> None:
-        """Wait until everything is written.
+        """Wait until everything is written, resident tensors too, which stay in memory.
 
         Raises:
             DiskError: a write failed.
         """
+        changed: dict[int, list[tuple[str, int | None, Tensor]]] = {}
+        for key, first, tensor in self._resident.changed():
+            partition = self._weights.partition_of(key)
+            assert partition != "rest", "what is stepped is in its partition's file"
+            changed.setdefault(partition, []).append((key, first, tensor))
+        for partition, tensors in changed.items():
+            # Not a new file: the batches have written there what does not stay.
+            file = self._weights.writer(partition)
+            try:
+                for key, first, tensor in tensors:
+                    self._write_whole_or_in_parts(partition, file, key, tensor, first)
+            finally:
+                self._write_behind.submit_close(file.close)
+        self._resident.mark_written()
         with self._stalls.waiting("disk"):
             self._write_behind.wait()
 
     def free_memory(self) -> None:
-        """Free the unused memory of the pool."""
+        """Free the memory of resident tensors, which `finish_writes` has written, and the unused memory of the pool."""
+        assert not self._resident.has_changes, "resident tensors are written before their memory is freed"
+        self._resident.clear()
         self._pool.clear()
 
     def close(self) -> None:
@@ -185,9 +214,13 @@ class WeightStreamer:
         self._write_behind.abandon()
         self._previous_writes, self._present_writes = {}, {}
         self._in_parts.clear()
-        self.free_memory()
+        self._resident.clear()
+        self._pool.clear()
 
     def _request(self, piece: Piece) -> Request:
+        resident = self._resident.find(piece.key, piece.elements)
+        if resident is not None:
+            return Request(0, lambda: resident)
         nbytes = self._weights.tensor_bytes(piece.key, piece.elements)
         # On the host a tensor that is larger than the stream would be in memory twice: it is read into its place, when that is free.
         early = nbytes <= self._stream_bytes or not self._device.shares_host
@@ -197,7 +230,9 @@ class WeightStreamer:
         """Read a tensor on the reading thread, after the previous batch's writes to its file."""
         self._wait_for_writes(self._weights.partition_of(piece.key))
         assert self._reader is not None
-        return self._reader.read(piece.key, piece.elements)
+        tensor = self._reader.read(piece.key, piece.elements)
+        self._resident.keep(piece.key, piece.elements, tensor)
+        return tensor
 
     def _wait_for_writes(self, partition: PartitionName) -> None:
         """Wait until the previous batch's writes to a partition's file are done."""
