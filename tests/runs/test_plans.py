@@ -154,7 +154,9 @@ def test_streams_are_longer_where_the_plan_leaves_room() -> None:
         window = BufferSizes.of_budget(budget).stream_bytes
         assert window <= found.stream_bytes <= 4 * window
         assert all(part.predicted_peak_bytes <= budget for part in found.partitions)
-    assert roomy.stream_bytes == 4 * BufferSizes.of_budget(100_000_000).stream_bytes
+    # No longer than what is moved: weights and AdamW's two moments, and its counts.
+    parameters = sum(part.num_params for part in roomy.partitions)
+    assert BufferSizes.of_budget(100_000_000).stream_bytes < roomy.stream_bytes == pytest.approx(3 * 4 * parameters, rel=0.001)
     assert Plan.from_json(roomy.to_json()) == roomy
 
 
