@@ -18,7 +18,7 @@ from lowmem_pnn.settings.model_arguments import parse_model_arguments
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
+    "Model": ("model", "model_arg", "precision", "tf32", "channels_last", "compile", "compare"),
     "Fine-tuning": (
         "weights", "freeze", "train_only", "freeze_norm", "unfreeze_at", "cache_frozen", "lora", "modules_to_save", "frozen_dtype",
         "weights_dtype",
@@ -87,6 +87,7 @@ _SWITCHES = {
     "step_in_backward": ("--step-in-backward/--no-step-in-backward", " [default: step-in-backward]"),
     "compare": ("--compare/--no-compare", " [default: compare]"),
     "parallel_sil": ("--parallel-sil", ""),
+    "tf32": ("--tf32", ""),
     "channels_last": ("--channels-last", ""),
     "skip_broken": ("--skip-broken", ""),
     "compile": ("--compile", ""),

@@ -245,6 +245,13 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
             "gradients stay float32."
         ),
     )
+    tf32: bool = Field(
+        default=False,
+        description=(
+            "On a GPU of compute capability 8.0 or later, multiply matrices of fp32 in TF32, with 10 bits of mantissa: faster; "
+            "PyTorch's default has it for convolutions alone."
+        ),
+    )
     channels_last: bool = Field(
         default=False,
         description="Keep feature maps (B, C, H, W) in channels-last memory format: convolutions may be faster; last bits differ.",

@@ -42,6 +42,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *whole_batch_notes(request, plan, mixing),
         *micro_batch_notes(request.workload, plan),
         *idle_notes(request.workload),
+        *precision_notes(request.workload.config),
         *device_notes(request.device),
         *whole,
     ]
@@ -156,6 +157,15 @@ def fixed_notes(workload: Workload, plan: Plan) -> list[str]:
         return []
     which = "partition 1 is frozen: its outputs are" if count == 1 else f"partitions 1 to {count} are frozen: their outputs are"
     return [f"{which} written once, and read in every epoch (--no-cache-frozen: computed in every epoch)"]
+
+
+def precision_notes(config: FitConfig) -> list[str]:
+    """Return what is said of products that are less precise than the types of their factors.
+
+    Args:
+        config: options of the run.
+    """
+    return ["matrices of fp32 are multiplied in TF32, with 10 bits of mantissa (--tf32)"] if config.tf32 else []
 
 
 def device_notes(device: Device) -> list[str]:

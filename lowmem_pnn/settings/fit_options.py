@@ -98,6 +98,7 @@ class FitOptions(TypedDict, total=False):
     seed: int | None
     device: str | None
     precision: Literal["fp32", "bf16", "fp16"] | None
+    tf32: bool | None
     channels_last: bool | None
     compile: bool | None
     batch_norm: Literal["micro", "refuse"] | None

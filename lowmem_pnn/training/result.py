@@ -20,6 +20,7 @@ from lowmem_pnn.planning.notes import (
     idle_notes,
     micro_batch_notes,
     mixing_notes,
+    precision_notes,
 )
 from lowmem_pnn.planning.plain_training import plain_bytes
 from lowmem_pnn.planning.request import PlanRequest
@@ -93,6 +94,7 @@ def make_result(
             *([mixed] if mixed is not None else []),
             *micro_batch_notes(workload, plan),
             *idle_notes(workload),
+            *precision_notes(config),
             *device_notes(device),
         ],
         training_state_bytes=profile.training_state_bytes,
