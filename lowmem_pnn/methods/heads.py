@@ -17,7 +17,7 @@ head equals the classic one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -79,7 +79,7 @@ def make_head(kind: HeadKind, boundary: TensorSpec, later: Sequence[TensorSpec],
 def _map_head(kind: HeadKind, shape: tuple[int, ...], later: Sequence[tuple[int, ...]], num_classes: int) -> nn.Module:
     channels, positions = shape[0], len(shape) - 1
     side = math.prod(shape[1:]) ** (1 / positions)
-    convolution, norm, pool = _MODULES_BY_AXES[positions]
+    convolution, norm, pool = AXES[positions]
     parts: list[nn.Module] = []
     if kind == "auglocal":
         copies = min(len(later), 1 + round((_MAX_COPIES - 1) * len(later) / (len(later) + 2)))
@@ -101,11 +101,11 @@ def _map_head(kind: HeadKind, shape: tuple[int, ...], later: Sequence[tuple[int,
 
 def _token_head(kind: HeadKind, width: int, num_classes: int, tokens: bool) -> nn.Module:
     hidden = [nn.Linear(width, _CLASSIC_FILTERS), nn.GELU()] if kind == "classic" else []
-    pooled = [] if tokens else [_MeanOverTokens()]
+    pooled = [] if tokens else [MeanOverTokens()]
     return nn.Sequential(nn.LayerNorm(width), *pooled, *hidden, nn.Linear(_CLASSIC_FILTERS if hidden else width, num_classes))
 
 
-class _MeanOverTokens(nn.Module):
+class MeanOverTokens(nn.Module):
     """Mean over tokens: (B, T, D) to (B, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ class _MeanOverTokens(nn.Module):
         return torch.mean(x, 1)
 
 
-# Convolution, norm and pooling by the number of a map's spatial axes.
-_MODULES_BY_AXES = {
+AXES: dict[int, tuple[Callable[..., nn.Module], ...]] = {
     2: (nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d),
     3: (nn.Conv3d, nn.BatchNorm3d, nn.AdaptiveAvgPool3d),
 }
+"""Convolution, norm and pooling by the number of a map's spatial axes."""

@@ -13,7 +13,6 @@ from lowmem_pnn.exporting.transformers_folder import holds_a_model
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import ahead_bytes, describe_partition
 from lowmem_pnn.planning.notes import adapter_notes, fixed_notes, frozen_notes, idle_notes, micro_batch_notes, mixing_notes
-from lowmem_pnn.planning.plain_training import plain_bytes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
@@ -22,6 +21,7 @@ from lowmem_pnn.run.run import Run
 from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.tasks.make_task import TASK_OF
 from lowmem_pnn.workload.data_form import DataForm
+from lowmem_pnn.workload.plain_training import plain_bytes
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
 
@@ -75,6 +75,7 @@ def make_result(
         batch_norm=use.to_dict() if (use := batch_norm_use(workload, plan, state.micro_batches, state.sweep_micro_batch)) else {},
         module_state=state.module_state,
         weights=state.pretrained,
+        meta=state.meta,
         notes=[
             *workload.source.notes,
             *adapter_notes(workload),
