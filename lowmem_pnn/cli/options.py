@@ -33,7 +33,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
     "Method neuroflux": (
-        "heads", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
+        "heads", "local_loss", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
     ),
     "Method incubate": ("meta_epochs",),
     "Optimisation": (
@@ -76,7 +76,8 @@ _METAVARS = {
     "target": "COLUMN,...", "mixup": "X", "cutmix": "X",
     "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH", "tokenizer": "DIR|FILE|bytes", "context": "N", "loss_on": "completions|all",
     "sample": "TEXT", "sample_tokens": "N",
-    "meta_epochs": "N", "betas": "A,B", "eps": "X", "no_decay": "PATTERN,...", "min_lr": "X", "max_steps": "N",
+    "meta_epochs": "N", "local_loss": "cross-entropy|similarity|both",
+    "betas": "A,B", "eps": "X", "no_decay": "PATTERN,...", "min_lr": "X", "max_steps": "N",
     "lora": "KEY=VALUE,...", "modules_to_save": "NAME,...", "frozen_dtype": "fp32|bf16|int8|nf4", "weights_dtype": "fp32|bf16",
 }  # fmt: skip
 

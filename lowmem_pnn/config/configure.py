@@ -52,6 +52,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("block_tolerance", "--blocks alike", lambda config: config.blocks == "alike"),
     ("exit_tolerance", "--method neuroflux", lambda config: config.method == "neuroflux"),
     ("heads", "--method neuroflux", lambda config: config.method == "neuroflux"),
+    ("local_loss", "--method neuroflux", lambda config: config.method == "neuroflux"),
     ("parallel_sil", "--method pnn", lambda config: config.method == "pnn"),
     ("activation_dtype", "--method pnn, neuroflux or incubate", lambda config: config.method in ("pnn", "neuroflux", "incubate")),
     ("meta_epochs", "--method incubate", lambda config: config.method == "incubate"),
@@ -287,6 +288,8 @@ def contradictions(config: FitConfig) -> list[str]:
             for name in ("weights", "lora", "freeze", "train_only", "compile")
             if getattr(config, name) not in (None, "none", (), False)
         ]
+    if config.local_loss != "cross-entropy" and config.ignore_index is not None:
+        faults.append(f"--local-loss {config.local_loss} compares all samples, and --ignore-index leaves some out; leave one out")
     if config.visits == "interleaved" and len(config.epochs) > 1:
         faults.append("--visits interleaved trains all blocks for the same epochs; give one number of --epochs")
     if config.laps > min(config.epochs):

@@ -28,7 +28,7 @@ from lowmem_pnn.model.chain import TensorSpec
 HeadKind = Literal["adaptive", "classic", "auglocal", "linear"]
 
 _CLASSIC_FILTERS, _MIN_FILTERS = 256, 16
-_MAX_SIDE = 8
+MAX_SIDE = 8
 _POOLED_SIDE = 2
 _MAX_COPIES = 3
 
@@ -91,8 +91,8 @@ def _map_head(kind: HeadKind, shape: tuple[int, ...], later: Sequence[tuple[int,
             channels, side = copied[0], side / stride
     if kind in ("adaptive", "classic") or (kind == "auglocal" and not later):
         filters = num_filters("classic" if kind == "classic" else "adaptive", channels, side)
-        if kind != "classic" and side > _MAX_SIDE:
-            parts.append(pool(_MAX_SIDE))
+        if kind != "classic" and side > MAX_SIDE:
+            parts.append(pool(MAX_SIDE))
         parts += [convolution(channels, filters, 3, 1, 1, bias=False), norm(filters), nn.ReLU()]
         channels = filters
     grid = 1 if kind == "linear" else _POOLED_SIDE

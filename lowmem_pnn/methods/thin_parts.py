@@ -11,6 +11,7 @@ A meta model is a chain of them, one for each partition (Deep Incubation, Ni et 
 the chain alone, so that it fits any model that has such boundaries.
 """
 
+import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.methods.heads import AXES, MeanOverTokens
@@ -34,6 +35,22 @@ class CopiedLayer(nn.Module):
         """Return the layer's only output."""
         (output,) = self.layer(x)
         return output  # type: ignore[no-any-return]
+
+
+class GivenAs(nn.Module):
+    """Outputs in a type.
+
+    Args:
+        dtype: the type.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the same numbers in that type."""
+        return x.to(self._dtype)
 
 
 def make_thin_part(before: TensorSpec, after: TensorSpec, *, is_last: bool) -> nn.Module | None:

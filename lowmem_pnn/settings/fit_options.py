@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 class FitOptions(TypedDict, total=False):
     """Options of `fit` and `plan`: fields of `FitConfig`, whose descriptions `lowmem-pnn fit --help-all` shows; None is not given."""
 
+    local_loss: Literal["cross-entropy", "similarity", "both"] | None
     meta_epochs: int | None
     betas: str | float | Sequence[float] | None
     eps: float | None

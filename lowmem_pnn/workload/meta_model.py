@@ -12,7 +12,7 @@ from lowmem_pnn.config.configure import for_method
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import CaptureError, ConfigError
 from lowmem_pnn.methods import make_method
-from lowmem_pnn.methods.thin_parts import CopiedLayer, make_thin_part
+from lowmem_pnn.methods.thin_parts import CopiedLayer, GivenAs, make_thin_part
 from lowmem_pnn.model.chain import Chain, TensorSpec, capture
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.precision import Precision
@@ -46,7 +46,8 @@ def meta_model(workload: Workload, spans: Spans) -> MetaModel:
     """Make the meta model of a plan, without its weights; the same one for the same workload and cuts.
 
     A thin part is a copy of the partition's first layer where that has weights and gives what all of the partition's layers give; else
-    the cheapest layer that goes from one boundary to the other (`methods.thin_parts`).
+    the cheapest layer that goes from one boundary to the other (`methods.thin_parts`). Where there is none, as from tokens, which are
+    numbers, such a layer follows a copy of the first one.
 
     Args:
         workload: model, data and method of the run.
@@ -87,7 +88,7 @@ def _make(workload: Workload, spans: Spans) -> MetaModel:
         if part.boundaries[-1] != (after,):
             raise ConfigError(
                 f"--method incubate: the thin part from layer {chain.layers[start].name!r} on gives {part.boundaries[-1][0]}, and its "
-                f"partition gives {after}; give --precision fp32, or other --cuts"
+                f"partition gives {after}; give other --cuts"
             )
         parts.append(part)
     meta = dataclasses.replace(
@@ -150,32 +151,39 @@ class _Builder:
             model: the model, whose values a copied layer takes; None for a copy without values.
         """
         chain, (start, stop) = self._workload.chain, self._spans[number]
-        if self._copies(number):
-            return _copied(chain.layers[start], model)
         (before,), (after,) = chain.boundaries[start], chain.boundaries[stop]
-        if (part := self._made(number)) is None:
+        part: nn.Module | None = None
+        if self._copies(number):
+            part = _copied(chain.layers[start], model)
+            if chain.boundaries[start + 1] != (after,):
+                behind = self._made(number, start + 1)
+                assert behind is not None, "only what can be gone on from is copied"
+                part = nn.Sequential(part, behind)
+        if (part := part or self._made(number, start)) is None:
             raise ConfigError(
                 f"--method incubate has no thin part from {before} to {after}, the boundaries of layers {chain.layers[start].name!r} to "
                 f"{chain.layers[stop - 1].name!r}; give other --cuts, or use --method exact"
             )
-        return part
+        # What autocast has thin parts give may be another type than what it has the partition give.
+        return part if self._workload.config.precision == "fp32" else nn.Sequential(part, GivenAs(after.dtype))
 
-    def _made(self, number: int) -> nn.Module | None:
-        """Make the cheapest layer between a partition's boundaries; None where there is none."""
-        chain, (start, stop) = self._workload.chain, self._spans[number]
+    def _made(self, number: int, start: int) -> nn.Module | None:
+        """Make the cheapest layer from a boundary inside a partition, of one tensor, to its end; None where there is none."""
+        chain, stop = self._workload.chain, self._spans[number][1]
         (before,), (after,) = chain.boundaries[start], chain.boundaries[stop]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self._workload.config.seed, "thin", number))
             return make_thin_part(before, after, is_last=stop == len(chain.layers))
 
     def _copies(self, number: int) -> bool:
-        """Decide whether a partition's first layer can stand for all of it."""
+        """Decide whether a partition's first layer can stand for all of it, or has to begin it."""
         chain, (start, stop) = self._workload.chain, self._spans[number]
         layer, after = chain.layers[start], chain.boundaries[start + 1]
+        is_made = self._made(number, start) is not None
         # A partition of one layer has no thinner one in it.
-        if stop == start + 1 and self._made(number) is not None:
+        if (is_made and stop == start + 1) or not any(one.requires_grad for one in layer.parameters().values()):
             return False
-        if after != chain.boundaries[stop] or not any(one.requires_grad for one in layer.parameters().values()):
+        if after != chain.boundaries[stop] and (is_made or len(after) > 1 or self._made(number, start + 1) is None):
             return False
         # What is in no file of weights, or lies beside it in Python, could not be brought back.
         kept = bool(layer.kept or layer.left or layer.cached or layer.hooks or layer.modes != type(layer.modes)())

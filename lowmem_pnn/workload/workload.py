@@ -85,7 +85,7 @@ class Workload:
     @property
     def needs_whole_batch(self) -> bool:
         """Whether the loss of a batch is not made up of those of its parts, so that it has to go through at once."""
-        return getattr(self.task, "needs_whole_batch", False)
+        return getattr(self.task, "needs_whole_batch", False) or self.config.local_loss != "cross-entropy"
 
     @property
     def readers_peak_bytes(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lowmem_pnn
 from helpers.incubated import thin_conv, thin_mlp, train_by_incubate
 from helpers.plainloops import assert_same_weights, loaded, recover_plainly, stop_at, train_by_backprop
-from helpers.small_networks import Data, images, small_conv, small_gpt, small_mlp, tokens, vectors
+from helpers.small_networks import Data, Floats, images, small_conv, small_gpt, small_mlp, tokens, vectors
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import BudgetError, CaptureError, ConfigError, Stopped
 from lowmem_pnn.reporting.result import Result
@@ -123,6 +123,14 @@ def test_tokens_go_through_a_copy_of_the_first_block(tmp_path: Path) -> None:
     assert result.meta["params"] > 0
     assert result.train_loss is not None
     assert result.train_loss < 2.5  # of 13 tokens at random: 2.56
+
+
+def test_thin_parts_give_what_partitions_give_in_lower_precision(tmp_path: Path) -> None:
+    # Float32 crosses the cuts of this model, whatever it computes in.
+    data = vectors(40, 64)
+    result = fit(lambda: Floats(4), data, tmp_path / "run", cuts="1,2", precision="bf16", epochs=(8,), meta_epochs=8)
+    assert result.train_loss is not None
+    assert result.train_loss < 1.3  # of four classes at random: 1.39
 
 
 # Stops and resumes.
