@@ -1,7 +1,7 @@
 """Options of the commands: one for each field of `FitConfig`, in groups by what they are about."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,6 +9,8 @@ import click
 
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.gpu_description import GpuDescription
+from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.available import budget_of
 from lowmem_pnn.settings.config_file import read_config_file, read_settings
 from lowmem_pnn.settings.model_arguments import parse_model_arguments
@@ -41,8 +43,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "no_decay", "no_decay_norms", "clip_norm", "fused", "seed",
     ),
     "Budget": (
-        "max_gpu_mem", "budgets", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm", "loss_chunk",
-        "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
+        "max_gpu_mem", "budgets", "gpu", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm",
+        "loss_chunk", "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Contenders": ("methods", "baselines", "steps"),
     "Files of options": ("config_file", "settings", "print_config"),
@@ -257,3 +259,20 @@ def command_options(options: dict[str, Any], budgets: Sequence[int] = ()) -> dic
     if "max_gpu_mem" not in given:
         raise click.UsageError("--max-gpu-mem is missing; give --max-gpu-mem 2GB", click.get_current_context())
     return {**given, "max_gpu_mem": budget_of(given["max_gpu_mem"], given.get("device", "auto"))}
+
+
+def options_on(gpu: GpuDescription, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that a described GPU gives: the budget, all of its memory where none is asked for, and the device.
+
+    Args:
+        gpu: the GPU.
+        given: options that were given.
+
+    Raises:
+        ConfigError: they ask for the CPU.
+    """
+    device = given.get("device", "auto")
+    if device == "cpu":
+        raise ConfigError("--gpu describes a GPU to plan for, and --device cpu asks for the CPU; leave one of them out")
+    asked = given.get("max_gpu_mem", gpu.memory_bytes)
+    return {"device": device, "max_gpu_mem": budget_of(asked, free_bytes=gpu.memory_bytes)}

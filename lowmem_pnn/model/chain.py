@@ -303,8 +303,10 @@ def capture(
     def cut(cuts: Sequence[int]) -> Chain:
         # A module of an nn.Sequential is called '4': its layer is named by the layer's own number, so that no layer has the number of
         # another one for a name.
-        named = ((str(number) if name.isdigit() else name, module) for number, (name, module) in enumerate(flow.layers(cuts)))
-        layers = [Layer(name, module, names, precision) for name, module in named]
+        layers = []
+        for number, (name, module, operations) in enumerate(flow.layers(cuts)):
+            layers.append(Layer(str(number) if name.isdigit() else name, module, names, precision))
+            layers[-1].operations = operations
         held: dict[int, list[int]] = {}
         for index, layer in enumerate(layers):
             inside = {name for name, _ in layer.module.named_modules(remove_duplicate=False)}

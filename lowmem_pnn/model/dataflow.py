@@ -4,6 +4,7 @@ The graph is run on fake tensors, which have shapes but no values, at two batch 
 storage that an operation changes in place, is recorded.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -29,8 +30,7 @@ from lowmem_pnn.model.opening import (
 )  # fmt: skip
 from lowmem_pnn.model.recomputed import Recomputed, StandIn
 from lowmem_pnn.model.recording import TraceMismatchError, record, with_constants
-from lowmem_pnn.model.trace_modes import Trace
-from lowmem_pnn.model.tracer import trace
+from lowmem_pnn.model.tracer import Trace, trace
 
 MAX_TENSORS = 64
 """The most tensors that a boundary may have."""
@@ -150,8 +150,8 @@ class DataFlow:
         """
         return [[self._spec(node) for node in live] for live in self._live(cuts)]
 
-    def layers(self, cuts: Sequence[int]) -> list[tuple[str, fx.GraphModule]]:
-        """Make a module of the operations between two cuts, and name it, for all cuts in order.
+    def layers(self, cuts: Sequence[int]) -> list[tuple[str, fx.GraphModule, str]]:
+        """Make a module of the operations between two cuts, name it, and hash what it did in all recordings, for all cuts in order.
 
         Args:
             cuts: where to cut, of `cuts`.
@@ -163,8 +163,16 @@ class DataFlow:
             name = self._name(start, stop)
             seen[name] += 1
             unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
-            layers.append((unique, self._build(self._steps[start:stop], before, after)))
+            steps = self._steps[start:stop]
+            layers.append((unique, self._build(steps, before, after), self._operations(steps)))
         return layers
+
+    def _operations(self, steps: Sequence[fx.Node]) -> str:
+        done = hashlib.sha256()
+        for recording in self._recordings:
+            for node in steps:
+                done.update(recording.operations.get(node, "").encode())
+        return done.hexdigest()
 
     def cuts_between_blocks(self) -> list[int]:
         """Return the cuts but those inside of a block across which several tensors flow."""

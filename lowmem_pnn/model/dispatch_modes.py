@@ -5,17 +5,18 @@ Two forwards do the same where their logs are equal.
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
     unset_fake_temporarily,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem_pnn.dispatch_mode import DispatchMode
 
 KNOWN_BYTES = 1 << 22
 """The most bytes of a tensor whose values are kept."""
@@ -48,7 +49,7 @@ class KnownWrittenError(Exception):
     """A forward writes into a tensor whose values are known what depends on its input, or writes into one that was there before."""
 
 
-class KnownValues(TorchDispatchMode):
+class KnownValues(DispatchMode):
     """A mode that gives values to tensors which depend on sizes and constants alone, as a mask does: a forward may decide by them.
 
     Args:
@@ -56,7 +57,7 @@ class KnownValues(TorchDispatchMode):
     """
 
     def __init__(self, device_type: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._device_type = device_type
         # Of the tensors that were made here, by their storages, whose identities would be used again once they are gone.
         self._own: dict[int, Tensor] = {}
@@ -65,7 +66,7 @@ class KnownValues(TorchDispatchMode):
         kwargs = kwargs or {}
         args, kwargs = self._on_cpu(args), self._on_cpu(kwargs)
         written = tensors_in(written_by(func, args, kwargs))
-        if not all(map(_has_values, tensors_in((args, kwargs)))):
+        if not all(map(has_values, tensors_in((args, kwargs)))):
             if storages_of(written) & self._own.keys():
                 raise KnownWrittenError
             return func(*args, **kwargs)
@@ -99,15 +100,20 @@ class KnownValues(TorchDispatchMode):
         return type(value)(map(self._on_cpu, value)) if type(value) in (tuple, list) else value
 
 
-class OperationLog(TorchDispatchMode):
+class OperationLog(DispatchMode):
     """A mode that logs the operations on given tensors and on the results, and the storages that operations write to.
 
     Args:
         tensors: input and weights of a model.
     """
 
+    running: ClassVar[list["OperationLog"]] = []
+    """Logs that operations go to, the outermost first."""
+
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
+        self.repeats: list[tuple[nn.Module, nn.Module]] = []
+        """Blocks that did as others before them, with these."""
         self.entries: list[tuple[Any, ...]] = []
         self.written_storages: set[int] = set()
         self.taken: dict[int, Tensor] = {}
@@ -118,6 +124,18 @@ class OperationLog(TorchDispatchMode):
         """Bytes of the tensors that operations made."""
         # The tensors themselves, not their ids alone: an id is used again once its tensor is gone.
         self._dependent = {id(tensor): tensor for tensor in tensors}
+
+    def __enter__(self) -> Any:
+        self.running.append(self)
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.running.remove(self)
+
+    def add_dependent(self, tensor: Tensor) -> None:
+        """Take a tensor for computed from the given ones."""
+        self._dependent[id(tensor)] = tensor
 
     def depends(self, tensor: Tensor) -> bool:
         """Decide whether a tensor is one of the given ones, or was computed from them."""
@@ -174,7 +192,8 @@ def _comparable(value: Any) -> Any:
     return [_comparable(item) for item in value] if isinstance(value, (tuple, list)) else repr(value)
 
 
-def _has_values(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
+    """Decide whether a tensor is not fake, and so depends on sizes and constants alone."""
     return not isinstance(tensor, FakeTensor) and tensor.is_cpu and not tensor.requires_grad
 
 

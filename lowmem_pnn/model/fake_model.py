@@ -24,6 +24,7 @@ from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, OutputForm, TensorSpec
 from lowmem_pnn.model.copies import copy_structure, first_line, preserve_random_state, set_mode
 from lowmem_pnn.model.dispatch_modes import KnownValues, KnownWrittenError, OperationLog, tensors_in
+from lowmem_pnn.model.equal_blocks import EqualBlocks
 from lowmem_pnn.model.parameter_hooks import num_hooks
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.model.python_state import (
@@ -119,6 +120,7 @@ class Setting:
                 fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         root = copy_structure(model, fakes)
         set_mode(root, self.training)
+        EqualBlocks(root)
         has_values = self.values and device == "cpu"
         return Fakes(
             mode, root, samples, self.precision, KnownValues(self.precision.device_type) if has_values else nullcontext()
@@ -313,6 +315,10 @@ def _made_by_module(root: nn.Module, log: OperationLog, made: Counter[str]) -> I
     finally:
         for hook in hooks:
             hook.remove()
+    for block, other in log.repeats:
+        for (inside, module), theirs in zip(block.named_modules(), other.modules(), strict=True):
+            if inside:
+                made[names[module]] += made[names[theirs]]
     made[""] = log.new_bytes
 
 

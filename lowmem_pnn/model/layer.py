@@ -86,6 +86,9 @@ class Layer:
     hooks: Mapping[str, ParameterHooks] = MappingProxyType({})
     """What hangs on parameters of the layer, by their names."""
 
+    operations: str = ""
+    """Hash of what the layer did to samples and weights while its model was captured; equal for layers that did the same."""
+
     whole: str = ""
     """Why a large module in it is whole, and how large it is: "whole: its forward ...; 63% of the weights"; else nothing."""
 
@@ -140,7 +143,7 @@ class Layer:
         layer = Layer(self.name, module, order, self.precision)
         layer.head = head
         layer.modes, layer.kept, layer.left, layer.cached = self.modes, self.kept, self.left, self.cached
-        layer.hooks, layer.whole = self.hooks, self.whole
+        layer.hooks, layer.whole, layer.operations = self.hooks, self.whole, self.operations
         return layer
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.dispatch_modes import OperationLog, tensors_in, without_values
 from lowmem_pnn.model.fake_model import ModelRun, explain, run_model
-from lowmem_pnn.model.trace_modes import Trace
+from lowmem_pnn.model.tracer import Trace
 
 
 @dataclass
@@ -28,6 +28,9 @@ class Recording:
 
     first_operation: dict[fx.Node, int] = field(default_factory=dict)
     """How many operations there were before the node."""
+
+    operations: dict[fx.Node, str] = field(default_factory=dict)
+    """What the node does: its operations on samples and weights, as text."""
 
 
 class TraceMismatchError(CaptureError):
@@ -55,6 +58,7 @@ class _RecordingInterpreter(fx.Interpreter):
         except Exception as error:  # whatever a user's module raises on a shape it does not take
             message = f"{self._error_prefix}, at {str(n.target)!r}: {explain(error)}"
             raise TraceMismatchError(message, str(n.meta["owner"])) from error
+        self._recording.operations[n] = repr(self._log.entries[self._recording.first_operation[n] :])
         self._recording.values[n], self._recording.writes[n] = value, self._log.written_storages
         if self._log.draws > draws:
             self._recording.draws.add(n)

@@ -9,6 +9,7 @@ from torch import nn
 from lowmem_pnn.adapters.prepared_model import adapter_modules
 from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.device import Device
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_norm import whole_batch_notes
 from lowmem_pnn.planning.request import PlanRequest
@@ -41,6 +42,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *whole_batch_notes(request, plan, mixing),
         *micro_batch_notes(request.workload, plan),
         *idle_notes(request.workload),
+        *device_notes(request.device),
         *whole,
     ]
 
@@ -154,6 +156,23 @@ def fixed_notes(workload: Workload, plan: Plan) -> list[str]:
         return []
     which = "partition 1 is frozen: its outputs are" if count == 1 else f"partitions 1 to {count} are frozen: their outputs are"
     return [f"{which} written once, and read in every epoch (--no-cache-frozen: computed in every epoch)"]
+
+
+def device_notes(device: Device) -> list[str]:
+    """Return what is said of a device whose budget is not known to be a wall.
+
+    Args:
+        device: training device.
+    """
+    context = device.context
+    if context.get("found") == "described":
+        return [f"{format_bytes(int(context['bytes']))} of the budget are taken for the CUDA context, libraries included"]
+    if context.get("found") != "assumed":
+        return []
+    return [
+        f"the driver does not tell what this process holds on the device: {format_bytes(int(context['bytes']))} are taken for the CUDA "
+        "context, libraries included"
+    ]
 
 
 def kept_notes(plan: Plan) -> list[str]:

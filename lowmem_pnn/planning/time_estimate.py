@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.partition_plan import Plan
@@ -64,6 +65,11 @@ class TimeEstimator:
         """Return an estimator with nominal timings: the same on every machine with a device of this kind."""
         speed = nominal.speed_of(shares_host=request.device.shares_host)
         return cls(request, lambda: nominal.nominal_timings(request.profile, speed))
+
+    @classmethod
+    def of_gpu(cls, request: PlanRequest, gpu: GpuDescription) -> "TimeEstimator":
+        """Return an estimator with the timings of a described GPU."""
+        return cls(request, lambda: nominal.nominal_timings(request.profile, nominal.speed_of_gpu(gpu)))
 
     @cached_property
     def timings(self) -> MachineTimings:

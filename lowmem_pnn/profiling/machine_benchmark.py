@@ -1,5 +1,6 @@
 """Benchmark of a machine apart from the model: the optimizer's step, the drive, and the device's memory."""
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from lowmem_pnn.stores.tensor_file import TensorFile
 # Most parameters that are stepped, bytes that are copied or written, and bytes that go through memory.
 _STEPPED, _MOVED, _TOUCHED = 1_000_000, 16_000_000, 8_000_000
 _REPEATS = 3
+# Sizes of square matrices whose product keeps a core, or a GPU, busy.
+_PRODUCT_OF_HOST, _PRODUCT_OF_GPU = 256, 2048
 _FLOAT_BYTES = 4
 
 
@@ -41,6 +44,18 @@ def time_machine(device: Device, optimizer: OptimizerSpec, folder: Path, room: i
         up, down = _time_copies(device, room)
         read, write = read + up, write + down
     return _time_step(device, optimizer, room), read, write, _time_memory(device, room)
+
+
+def time_product(device: Device, room: int) -> float:
+    """Measure the seconds of a multiply-accumulate in a product of two square matrices.
+
+    Args:
+        device: Device, open.
+        room: Bytes that may be in use on the device.
+    """
+    size = min(_PRODUCT_OF_HOST if device.shares_host else _PRODUCT_OF_GPU, math.isqrt(max(1, room // (4 * _FLOAT_BYTES))))
+    one, other = (torch.ones(size, size, device=device.torch_device) for _ in range(2))
+    return min(timed(device, lambda: torch.mm(one, other)) for _ in range(_REPEATS)) / size**3
 
 
 def _time_step(device: Device, optimizer: OptimizerSpec, room: int) -> float:

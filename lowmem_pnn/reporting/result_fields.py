@@ -25,6 +25,9 @@ class ResultFields:
 
     `skipped_steps` counts the steps in fp16 that were skipped because a gradient overflowed.
 
+    `context` holds the `bytes` that the process held on a GPU outside PyTorch's allocator, and how that was `found`: by the driver's list of
+    processes (`nvml`), by what the device held more after the start (`difference`), or not at all (`assumed`); empty on the CPU.
+
     `compared` is "yes" where the model's outputs, loss, gradients and buffers on a few samples were compared with those of its layers
     before training, else "no".
 
@@ -72,6 +75,7 @@ class ResultFields:
     device: str
     budget_bytes: int
     budget_scope: str
+    context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     floor_bytes: int
     peak_bytes: int
     host_peak_bytes: int

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.executor import Executor
-from lowmem_pnn.engine.out_of_memory import halved
+from lowmem_pnn.engine.out_of_memory import halved, library_said
 from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.methods import Objective, Sweep, Visit, visits_of_rank
@@ -239,7 +239,7 @@ class Run:
         if half is None:
             raise BudgetError(
                 f"memory ran out with a micro-batch of {micro_batch}, the smallest: {format_bytes(used)} of "
-                f"{format_bytes(device.budget_bytes)} were in use; give a larger --max-gpu-mem, or more partitions"
+                f"{format_bytes(device.budget_bytes)} were in use{library_said()}; give a larger --max-gpu-mem, or more partitions"
             )
         self.commits.roll_back()
         gc.collect()  # exceptions and the frames of other threads may hold tensors in cycles

@@ -141,15 +141,17 @@ class SweepPasses:
         for index, layer in enumerate(layers, start):
             inputs = tuple(tensor.detach().requires_grad_(learns and tensor.is_floating_point()) for tensor in inputs)
             unneeded = self._unneeded[partition] if layer is layers[-1] else ()
-            with torch.set_grad_enabled(layer.compiled is None), self._products.keeping(index, number, unneeded):
-                inputs = layer(*inputs)
+            with torch.set_grad_enabled(layer.compiled is None), self._products.keeping(index, number, unneeded) as finish:
+                inputs = finish(layer(*inputs))
             learns = learns or any(parameter.requires_grad for parameter in layer.parameters().values())
         return tuple(tensor.detach() for tensor in inputs)
 
     def _forward_again(self, partition: int, number: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for index, layer in enumerate(self._residencies[partition].layers, self._plan.partitions[partition].start):
-            with self._products.taking(index, number):
-                inputs = layer(*inputs)
+        layers, start = self._residencies[partition].layers, self._plan.partitions[partition].start
+        with self._products.reading(range(start, start + len(layers)), number):
+            for index, layer in enumerate(layers, start):
+                with self._products.taking(index, number):
+                    inputs = layer(*inputs)
         return inputs
 
     def close(self) -> None:

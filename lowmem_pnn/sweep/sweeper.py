@@ -22,6 +22,7 @@ from lowmem_pnn.device import Device
 from lowmem_pnn.engine.loaders import Batch
 from lowmem_pnn.engine.micro_batches import micro_batches
 from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward
+from lowmem_pnn.engine.prefetch import WriteBehind
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import DivergedError
@@ -87,11 +88,13 @@ class Sweeper:
         self._resident: int | None = None
         buffer_sizes, seed = device.buffer_sizes, workload.config.seed
         stream_bytes = plan.stream_bytes or buffer_sizes.stream_bytes
-        self._streamer = WeightStreamer(weights, device, threads, stream_bytes)
+        # One queue: what waits to be written, of whatever kind, is bounded as a whole.
+        write_behind = WriteBehind(threads.write, stream_bytes)
+        self._streamer = WeightStreamer(weights, device, threads, stream_bytes, write_behind)
         phase = "forward" if sweep.phase == "epoch" else sweep.phase
         self._buffers = BoundaryBuffers(device, folder, buffer_sizes.boundary_bytes, counter, seed, phase)
         is_kept = nominal.keeping_rule(workload.config.recompute, shares_host=device.shares_host)
-        self._products = KeptProducts(device, folder, counter, plan.kept_layers, is_kept)
+        self._products = KeptProducts(device, folder, counter, threads, write_behind, stream_bytes, plan.kept_layers, is_kept)
         self._passes = SweepPasses(
             workload, plan, self._residencies, device, self._buffers, self._products, sweep.learners, sweep.first
         )

@@ -44,17 +44,20 @@ class WeightStreamer:
         weights: weight files of the run; their working files are changed in place.
         device: training device.
         threads: threads that read and write.
-        stream_bytes: most bytes of tensors that wait to be taken, and of tensors that wait to be written.
+        stream_bytes: most bytes of tensors that wait to be taken.
+        write_behind: queue of the writes; what waits in it is bounded by as many bytes.
     """
 
-    def __init__(self, weights: WeightStore, device: Device, threads: WorkerThreads, stream_bytes: int) -> None:
+    def __init__(
+        self, weights: WeightStore, device: Device, threads: WorkerThreads, stream_bytes: int, write_behind: WriteBehind
+    ) -> None:
         self._weights = weights
         self._device = device
         self._threads = threads
         self._stalls = threads.stalls
         self._stream_bytes = stream_bytes
         self._pool = MemoryPool(0)
-        self._write_behind = WriteBehind(threads.write, stream_bytes)
+        self._write_behind = write_behind
         # Writes of the previous batch, and of the present one, by partition.
         self._previous_writes: dict[PartitionName, list[Future[None]]] = {}
         self._present_writes: dict[PartitionName, list[Future[None]]] = {}

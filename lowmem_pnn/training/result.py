@@ -12,7 +12,15 @@ from lowmem_pnn.evaluation.exits import chosen_exit
 from lowmem_pnn.exporting.transformers_folder import holds_a_model
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import ahead_bytes, describe_partition
-from lowmem_pnn.planning.notes import adapter_notes, fixed_notes, frozen_notes, idle_notes, micro_batch_notes, mixing_notes
+from lowmem_pnn.planning.notes import (
+    adapter_notes,
+    device_notes,
+    fixed_notes,
+    frozen_notes,
+    idle_notes,
+    micro_batch_notes,
+    mixing_notes,
+)
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
@@ -64,6 +72,7 @@ def make_result(
         device=device.describe(),
         budget_bytes=device.budget_bytes,
         budget_scope=config.budget_scope,
+        context=device.context,
         floor_bytes=device.floor_bytes,
         peak_bytes=max(state.peak_bytes, *(record.peak_bytes for record in state.records)),  # of any process
         host_peak_bytes=state.host_peak_bytes,
@@ -85,6 +94,7 @@ def make_result(
             *([mixed] if mixed is not None else []),
             *micro_batch_notes(workload, plan),
             *idle_notes(workload),
+            *device_notes(device),
         ],
         training_state_bytes=profile.training_state_bytes,
         partitions=_partitions(run, PlanRequest(workload, profile, device)),

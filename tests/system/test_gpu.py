@@ -16,7 +16,7 @@ from helpers.quantized_state import PARAMETER_SHAPES, numbers, parameters, quant
 from helpers.small_networks import images, small_conv
 from helpers.tensors import bits, random_tensor
 from lowmem_pnn.device import CudaDevice
-from lowmem_pnn.device.cuda import CudaCopies
+from lowmem_pnn.device.cuda_driver import CudaCopies
 from lowmem_pnn.errors import Stopped
 from lowmem_pnn.memory.aligned import aligned_empty
 from lowmem_pnn.optim.low_precision import PIECE_SIZE, Int8, pieces

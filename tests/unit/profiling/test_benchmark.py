@@ -150,3 +150,24 @@ def test_the_line_through_two_measurements() -> None:
     # Faster than the samples: a straight line would be below zero at the start.
     assert benchmark._line(2, 1.0, 10, 10.0) == Seconds(0.0, 1.0)
     assert benchmark._line(4, 8.0, 4, 8.0) == Seconds(0.0, 2.0)
+
+
+def test_layers_that_would_take_too_long_run_once_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = chain_of(nn.Linear(16, 512), nn.Linear(512, 512), nn.Linear(512, 16))
+    costs, names = profile_of(chain), counting(monkeypatch)
+    monkeypatch.setattr(benchmark, "_FEW_MACS", 0)
+    with CpuDevice(200_000_000) as device:
+        layer_benchmark = LayerBenchmark(device)
+        # Of two samples: ten forwards of the middle layer are 5.2 million multiply-accumulates, four of one sample 1 million.
+        layer_benchmark.__dict__["_seconds_per_mac"] = benchmark.SECONDS / 3e6
+        layers, share = layer_benchmark.time_layers(chain, costs, 2)
+        assert names == ["1", "0", "2"]
+        assert share == 1
+        assert layers[1].forward.fixed == 0
+        assert 0 < layers[1].backward_to_weights.per_sample < layers[1].backward.per_sample
+        nothing = LayerBenchmark(device)
+        nothing.__dict__["_seconds_per_mac"] = 1.0
+        layers, share = nothing.time_layers(chain, costs, 2)
+    assert share == 0
+    assert len(names) == 3
+    assert layers[1].forward.at(1) == pytest.approx(costs.layers[1].forward_macs, rel=0.01)

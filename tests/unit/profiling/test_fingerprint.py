@@ -70,3 +70,19 @@ def test_a_layer_with_a_head_differs_from_one_without() -> None:
     first, second = chain.layers
     assert layer_fingerprint(first) == layer_fingerprint(second)
     assert layer_fingerprint(first.with_head(nn.Linear(16, 3), 0)) != layer_fingerprint(second)
+
+
+class Numbered(nn.Linear):
+    """A block that knows its number, and may do otherwise by it."""
+
+    def __init__(self, number: int, every: int) -> None:
+        super().__init__(16, 16)
+        self.layer_idx, self.every = number, every
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if self.layer_idx % self.every == 1 else 1)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(10, [0, 1, 0, 0, 4]), (2, [0, 1, 0, 1, 4])])
+def test_blocks_may_differ_in_their_number_where_they_do_the_same(every: int, expected: list[int]) -> None:
+    assert kinds(chain_of(*(Numbered(number, every) for number in range(4)), nn.Linear(16, 4))) == expected

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lowmem_pnn.device import CpuDevice, SimulatedDevice
+from lowmem_pnn.engine.prefetch import WriteBehind
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import DiskError
 from lowmem_pnn.stores.tensor_file import TensorFile
@@ -23,7 +24,7 @@ def test_a_write_that_fails_leaves_no_file_open_and_replaces_no_exception(
     store = WeightStore.create(tmp_path, [{key: (torch.float32, (4,))} for key in KEYS])
     with SimulatedDevice(1 << 30) as device:
         threads = WorkerThreads()
-        streamer = WeightStreamer(store, device, threads, 1 << 20)
+        streamer = WeightStreamer(store, device, threads, 1 << 20, WriteBehind(threads.write, 1 << 20))
         opened: list[TensorFile] = []
         writer = store.writer
 
@@ -59,7 +60,7 @@ def test_a_tensor_larger_than_the_stream_is_written_in_parts_that_are_waited_for
     store = WeightStore.create(tmp_path, [{"weight/a": (torch.float32, (10, 100)), "weight/b": (torch.float32, (4,))}])
     with CpuDevice(1 << 30) as device:
         threads = WorkerThreads()
-        streamer = WeightStreamer(store, device, threads, 800)
+        streamer = WeightStreamer(store, device, threads, 800, WriteBehind(threads.write, 800))
         gate = threading.Event()
         threads.write.submit(gate.wait)
         with streamer.writing(0) as (file, is_new):
