@@ -35,8 +35,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
     "Method neuroflux": (
-        "heads", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
+        "heads", "local_loss", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
     ),
+    "Method incubate": ("meta_epochs",),
     "Optimisation": (
         "batch_size", "optimizer", "lr", "lr_for", "lr_schedule", "warmup_steps", "min_lr", "momentum", "betas", "eps", "weight_decay",
         "no_decay", "no_decay_norms", "clip_norm", "fused", "seed",
@@ -61,7 +62,7 @@ _METAVARS = {
     "cuts": "LAYER,...", "epochs": "N,...", "batch_size": "N,...|auto", "lr": "X,...", "shuffle": "yes|no,...", "kappa": "X,...",
     "model": "NAME", "data": "NAME", "device": "NAME", "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
     "train_limit": "N", "test_limit": "N", "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS",
-    "method": "pnn|neuroflux|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal|sparse",
+    "method": "pnn|neuroflux|incubate|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal|sparse",
     "visits": "sequential|interleaved|laps=L", "macro_batches": "N", "views": "N", "augment": "none|basic|randaugment|trivial",
     "blocks": "planner|alike",
     "block_tolerance": "X", "exit_tolerance": "X", "heads": "adaptive|classic|auglocal|linear", "sil_target": "full|pooled",
@@ -77,6 +78,7 @@ _METAVARS = {
     "target": "COLUMN,...", "mixup": "X", "cutmix": "X",
     "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH", "tokenizer": "DIR|FILE|bytes", "context": "N", "loss_on": "completions|all",
     "sample": "TEXT", "sample_tokens": "N",
+    "meta_epochs": "N", "local_loss": "cross-entropy|similarity|both",
     "betas": "A,B", "eps": "X", "no_decay": "PATTERN,...", "min_lr": "X", "max_steps": "N",
     "lora": "KEY=VALUE,...", "modules_to_save": "NAME,...", "frozen_dtype": "fp32|bf16|int8|nf4", "weights_dtype": "fp32|bf16",
 }  # fmt: skip

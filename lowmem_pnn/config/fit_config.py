@@ -29,6 +29,7 @@ from lowmem_pnn.config.field_types import (
 )
 from lowmem_pnn.config.finetuning_options import FineTuningOptions
 from lowmem_pnn.config.language_options import LanguageOptions
+from lowmem_pnn.config.local_options import LocalOptions
 from lowmem_pnn.config.optimizer_options import OptimizerOptions
 from lowmem_pnn.config.stopping_options import StoppingOptions
 from lowmem_pnn.config.task_options import TaskOptions
@@ -37,14 +38,16 @@ from lowmem_pnn.errors import CheckpointError
 LARGEST_AUTO_BATCH = 512
 """Above it a step gains no speed, and a small data set has few steps."""
 
-MethodName = Literal["pnn", "neuroflux", "exact", "backprop"]
-METHODS: tuple[MethodName, ...] = ("pnn", "neuroflux", "exact", "backprop")
+MethodName = Literal["pnn", "neuroflux", "incubate", "exact", "backprop"]
+METHODS: tuple[MethodName, ...] = ("pnn", "neuroflux", "incubate", "exact", "backprop")
 
 PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "kappa"]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, AdapterOptions, StoppingOptions, OptimizerOptions):
+class FitConfig(
+    DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, AdapterOptions, StoppingOptions, OptimizerOptions, LocalOptions
+):
     """Everything that decides a run, checked; the same values give the same run.
 
     Where a field is a tuple, one value holds for every partition, else there is one per partition.
@@ -73,8 +76,9 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
         default="pnn",
         description=(
             "Training method. pnn: partitions one after the other, each on synthetic intermediate labels. neuroflux: blocks one after "
-            "the other, every layer with an auxiliary head and a loss of its own. exact: ordinary training, one partition on the "
-            "device at a time. backprop: ordinary training, the whole model on the device."
+            "the other, every layer with an auxiliary head and a loss of its own. incubate: partitions one after the other, each inside a "
+            "thin model of the whole. exact: ordinary training, one partition on the device at a time. backprop: ordinary training, the "
+            "whole model on the device."
         ),
     )
     partitions: PositiveInt | None = Field(
@@ -144,7 +148,7 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
         default=None,
         description=(
             "Gradient clipping: norm that gradients are scaled down to, over all weights (exact, backprop), the weights of a partition "
-            "(pnn), or those of a layer (neuroflux); 0 for none."
+            "(pnn, incubate), or those of a layer (neuroflux); 0 for none."
         ),
     )
     loss_chunk: PositiveInt | None = Field(
@@ -160,7 +164,9 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
     )
     recover: Recovering = Field(
         default=None,
-        description="Partitions that learn in the recovery epochs, by number from 1, separated by commas; by default all but the last.",
+        description=(
+            "Partitions that learn in the recovery epochs, by number from 1, separated by commas; by default all but the last (incubate: all)."
+        ),
     )
     kappa: LearningRates = Field(
         default=(10.0,), description="Scale of the synthetic intermediate labels: one value, or one per boundary."
@@ -228,8 +234,8 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
     activation_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
         default="float32",
         description=(
-            "Type of boundary activations on disk while partitions learn from them (pnn, neuroflux). float32: as they are. int8: with a "
-            "scale per channel or token."
+            "Type of boundary activations on disk while partitions learn from them (pnn, neuroflux, incubate). float32: as they are. int8: "
+            "with a scale per channel or token."
         ),
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
@@ -310,6 +316,11 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
         return self.frozen_dtype or ("bf16" if self.lora is not None and self.precision == "bf16" else "fp32")
 
     @property
+    def num_meta_epochs(self) -> int:
+        """Epochs of the meta model."""
+        return self.meta_epochs or max(self.epochs)
+
+    @property
     def laps(self) -> int:
         """How often all blocks take their turn."""
         return int(self.visits.partition("=")[2] or 1)
@@ -360,7 +371,7 @@ def recovering(config: FitConfig, num_partitions: int) -> tuple[int, ...]:
         >>> recovering(FitConfig(max_gpu_mem="2GB", model="mlp:4-4-2", data="digits", recovery_epochs=1), num_partitions=3)
         (0, 1)
     """
-    if config.recover == "all":
+    if config.recover == "all" or (config.recover is None and config.method == "incubate"):
         return tuple(range(num_partitions))
     if config.recover is None:
         return tuple(range(num_partitions - 1))

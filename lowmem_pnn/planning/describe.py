@@ -8,11 +8,11 @@ from lowmem_pnn.planning.disk_footprint import activation_bytes, check_disk, dis
 from lowmem_pnn.planning.footprint import Footprint
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.planning.notes import plan_notes
-from lowmem_pnn.planning.plain_training import plain_bytes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.tier_table import TierEstimate
 from lowmem_pnn.workload import Workload
+from lowmem_pnn.workload.plain_training import plain_bytes
 
 
 def describe_plan(

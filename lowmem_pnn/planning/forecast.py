@@ -2,6 +2,7 @@
 
     learn           batches * (micro-batches * (forward + backward + loss) + step), or reading samples where that takes longer;
                     then the validation samples forward
+    meta            batches * three forwards of the meta model, by its multiply-accumulates; so do learn and emit count thin parts
     emit            samples forward; writing them where that takes longer
     a sweep's emit  loading the weights, micro-batches * forward
       backpropagate loading the weights, micro-batches * (forward + backward), then the step: state read, weights and state written;
@@ -159,7 +160,7 @@ def forecast_epoch(
     swept = sum(item.epochs for item in program if isinstance(item, Sweep) and item.phase == "epoch")
     for item in program:
         if isinstance(item, Visit):
-            if item.action != "join":
+            if item.action not in ("join", "meta"):
                 total += forecast.all_epochs(item) * (1 / (epochs[item.partition] or swept or 1))
         elif item.phase == "epoch":
             total += forecast.sweep_epoch(item) * (item.epochs / swept)
@@ -179,6 +180,9 @@ class _Forecast:
             return self.sweep_epoch(item) * item.epochs
         if item.action == "join":
             return TimeAndTraffic()
+        if item.action == "meta":
+            # A backward takes about as long as two forwards.
+            return TimeAndTraffic(3 * item.epochs * self._inputs.samples["train"] * self._thin_seconds(sum(self._plan.thin_macs)))
         return self.learn(item) if item.action == "learn" else self.emit(item)
 
     def learn(self, visit: Visit) -> TimeAndTraffic:
@@ -191,6 +195,9 @@ class _Forecast:
         for batch in {*batches}:
             seconds = sum(self._pass(visit.partition, one, part.start) for one in self._micro_batches(batch, part.micro_batch))
             computing += batches.count(batch) * (seconds + self._step(visit.partition))
+        if visit.thin:
+            # Forward, and back without gradients of weights.
+            computing += 2 * samples * self._thin_seconds(sum(self._plan.thin_macs[visit.partition + 1 :]))
         reading = TimeAndTraffic()
         if visit.partition > 0 and not visit.from_synthetic_labels:
             reading = self._read_samples(visit.partition, samples)
@@ -205,9 +212,19 @@ class _Forecast:
         size = self._inputs.partitions[visit.partition]
         begin, end = visit.macro_batch or (0, self._inputs.samples[visit.split])
         forward, written = self._forward(visit.partition, end - begin), (end - begin) * size.stored_outputs
+        if visit.thin:
+            seconds = (end - begin) * self._thin_seconds(self._plan.thin_macs[visit.partition])
+            forward = TimeAndTraffic(seconds, forward.bytes_read)
         # A thread writes behind, and copies what it writes.
         writing = written * (self._timings.write_per_byte + self._timings.memory_per_byte)
         return TimeAndTraffic(max(forward.seconds, writing), forward.bytes_read, written)
+
+    def _thin_seconds(self, macs: int) -> float:
+        """Return the seconds of a sample's forward through thin parts: as long for each multiply-accumulate as the model's own layers."""
+        parts, layers = self._plan.partitions, self._timings.layers
+        samples = min(part.micro_batch for part in parts)
+        whole = sum(layer.emit.at(samples) for layer in layers) / samples
+        return whole * macs / max(1, sum(part.forward_macs for part in parts))
 
     def sweep_epoch(self, sweep: Sweep) -> TimeAndTraffic:
         """Forecast an epoch of a sweep, and the validation at its end."""

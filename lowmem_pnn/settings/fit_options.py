@@ -12,6 +12,8 @@ from typing_extensions import TypedDict
 class FitOptions(TypedDict, total=False):
     """Options of `fit` and `plan`: fields of `FitConfig`, whose descriptions `lowmem-pnn fit --help-all` shows; None is not given."""
 
+    local_loss: Literal["cross-entropy", "similarity", "both"] | None
+    meta_epochs: int | None
     betas: str | float | Sequence[float] | None
     eps: float | None
     no_decay: Any
@@ -61,7 +63,7 @@ class FitOptions(TypedDict, total=False):
     test_limit: int | None
     skip_broken: bool | None
     model_arg: Mapping[str, Any] | None
-    method: Literal["pnn", "neuroflux", "exact", "backprop"] | None
+    method: Literal["pnn", "neuroflux", "incubate", "exact", "backprop"] | None
     partitions: int | None
     cuts: Any
     epochs: str | int | Sequence[int] | None

@@ -7,6 +7,7 @@
       metrics.jsonl         a line per logged step; what a commit does not cover is cut off at resume
       lock                  held by the process that works here
       weights/ activations/ scratch.XXXXXXXX/ deleted when the run is done
+      meta/                 the run of the meta model (--method incubate), deleted with them
       model.safetensors result.json
       hf/                   the trained model as transformers loads it, of a model of transformers
       adapter/              of a run with adapters: what it has learnt, as peft has it

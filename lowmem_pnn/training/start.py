@@ -176,7 +176,9 @@ def resume(
                     state.epochs = config.epochs[0]
                 device.enforce(profile.untouched_bytes)
                 count_resume(rundir, state, workload, after_crash=after_crash)
-                session = Session(device, rundir, threads, display, _or_late(should_stop, config), Callbacks(callbacks))
+                session = Session(
+                    device, rundir, threads, display, _or_late(should_stop, config), Callbacks(callbacks), after_crash=after_crash
+                )
                 return run_to_end(session, workload, profile, state, estimator)
 
 

@@ -125,6 +125,10 @@ TRAININGS = {
         "two laps, keep_commits 2", networks.conv_layers, networks.images,
         {"method": "neuroflux", "cuts": "2", "visits": "laps=2", "epochs": 2, "keep_commits": 2},
     ),
+    "incubate": Training(
+        "a meta model, BatchNorm, Dropout, two views, a recovery epoch", networks.small_conv, networks.images,
+        {"method": "incubate", "cuts": "2", "views": 2, "augment": "basic", "recovery_epochs": 1},
+    ),
     "backprop": Training(
         "sgd with momentum, cosine, fp16, tied weights", _tied_gpt, networks.tokens,
         {"method": "backprop", "optimizer": "sgd", "lr_schedule": "cosine", "precision": "fp16"},
