@@ -20,7 +20,7 @@ from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.memory.heap import trim_threshold
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.footprint import Footprint
-from lowmem_pnn.planning.heap_share import heap_bytes
+from lowmem_pnn.planning.heap_share import HeapShare
 from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.preview.preview import preview
@@ -170,7 +170,9 @@ def test_what_may_wait_to_be_written_is_kept_free_and_not_predicted() -> None:
         small, all_slack = footprint.constant_bytes_beside(0), footprint.constant_bytes
         assert small == all_slack - 3 * trim_threshold(30_000_000)
         part = plan.partitions[0]
-        assert heap_bytes(footprint, part, 0) < sum(layer.weight_bytes for layer in request.costs.layers[part.start : part.stop])
+        assert HeapShare(footprint).bytes_of(part, 0) < sum(
+            layer.weight_bytes for layer in request.costs.layers[part.start : part.stop]
+        )
 
 
 def test_kernels_are_counted_for_each_number_of_samples() -> None:
