@@ -128,10 +128,11 @@ def _kinds_of(model: nn.Module) -> list[list[tuple[str, int]]]:
         found: list[list[tuple[str, int]]] = []
         for name, parent in model.named_modules():
             kinds: dict[Hashable, list[tuple[str, int]]] = {}
-            for place, block in enumerate(parent) if isinstance(parent, nn.ModuleList | nn.Sequential) else ():
+            blocks = parent.named_children() if isinstance(parent, nn.ModuleList | nn.Sequential) else ()
+            for place, (own, block) in enumerate(blocks):
                 if any(True for _ in block.children()) and "forward" not in vars(block):
-                    kinds.setdefault(module_key(block, [place]), []).append((f"{name}.{place}".lstrip("."), place))
-            found += [blocks for blocks in kinds.values() if len(blocks) >= _LEAST_BLOCKS]
+                    kinds.setdefault(module_key(block, [place]), []).append((f"{name}.{own}".lstrip("."), place))
+            found += [alike for alike in kinds.values() if len(alike) >= _LEAST_BLOCKS]
         _kinds[model] = found
     return _kinds[model]
 
