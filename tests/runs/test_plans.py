@@ -46,7 +46,9 @@ def config(**options: Any) -> FitConfig:
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}, {"optimizer": "sgd"}, {"micro_batch": 16}], ids=str)
 def test_what_exact_moves_is_what_a_run_reports(options: dict[str, Any], tmp_path: Path) -> None:
     asked = config(method="exact", log_every=10**6, commit_every=10**6, **options)
-    (found,) = [one for one in preview(asked).prospects if one.asked]
+    plan = preview(asked)
+    (found,) = [one for one in plan.prospects if one.asked]
+    assert plan.written_bytes == pytest.approx(3 * found.bytes_written_per_epoch, rel=0.05)
     start.begin(asked, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     ends = [line for line in lines if "samples_per_second" in line]
