@@ -43,8 +43,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "no_decay", "no_decay_norms", "clip_norm", "fused", "seed",
     ),
     "Budget": (
-        "max_gpu_mem", "budgets", "gpu", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm",
-        "loss_chunk", "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
+        "max_gpu_mem", "budgets", "gpu", "device", "budget_scope", "max_host_mem", "max_disk", "drive_tbw", "plan_for", "micro_batch",
+        "batch_norm", "loss_chunk", "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Contenders": ("methods", "baselines", "steps"),
     "Files of options": ("config_file", "settings", "print_config"),
@@ -58,7 +58,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 # What an option's value is called in the help.
 _METAVARS = {
-    "max_gpu_mem": "SIZE|X%|auto", "max_host_mem": "SIZE", "max_disk": "SIZE", "model_arg": "KEY=VALUE", "data_root": "DIR",
+    "max_gpu_mem": "SIZE|X%|auto", "max_host_mem": "SIZE", "max_disk": "SIZE", "drive_tbw": "TB", "model_arg": "KEY=VALUE", "data_root": "DIR",
     "cuts": "LAYER,...", "epochs": "N,...", "batch_size": "N,...|auto", "lr": "X,...", "shuffle": "yes|no,...", "kappa": "X,...",
     "model": "NAME", "data": "NAME", "device": "NAME", "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
     "train_limit": "N", "test_limit": "N", "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS",

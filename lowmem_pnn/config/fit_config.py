@@ -24,6 +24,7 @@ from lowmem_pnn.config.field_types import (
     LearningRates,
     NotNegative,
     Optimizers,
+    Positive,
     Recovering,
     Size,
 )
@@ -291,6 +292,10 @@ class FitConfig(
         default=None, description="Bound on host memory above what the process starts with (GPU runs)."
     )
     max_disk: Size | None = Field(default=None, description="Bound on the size of the run's folder.")
+    drive_tbw: Positive | None = Field(
+        default=None,
+        description="Terabytes that the drive may be written in its life, by its data sheet: plan and result say which share a run takes.",
+    )
     commit_every: NotNegative = Field(
         default=60.0, description="Least number of seconds between two commits to the run's folder."
     )

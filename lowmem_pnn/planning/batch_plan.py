@@ -11,7 +11,7 @@ from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning import planner
 from lowmem_pnn.planning.footprint import Footprint
-from lowmem_pnn.planning.heap_share import heap_bytes
+from lowmem_pnn.planning.heap_share import HeapShare
 from lowmem_pnn.planning.kept_products import with_kept_products
 from lowmem_pnn.planning.neuroflux_blocks import similar_batch_cuts
 from lowmem_pnn.planning.request import PlanRequest
@@ -127,10 +127,11 @@ def _check_synthetic_inputs(request: PlanRequest, plan: Plan) -> None:
 def _with_own_peaks(request: PlanRequest, plan: Plan) -> Plan:
     """Replace the overhead that all partitions keep free by the bytes that each partition's own visits need."""
     footprint = Footprint.of(request)
-    return _with_partitions(plan, [_with_own_peak(footprint, plan, part) for part in plan.partitions])
+    heap = HeapShare(footprint)
+    return _with_partitions(plan, [_with_own_peak(footprint, heap, plan, part) for part in plan.partitions])
 
 
-def _with_own_peak(footprint: Footprint, plan: Plan, part: PartitionPlan) -> PartitionPlan:
+def _with_own_peak(footprint: Footprint, heap: HeapShare, plan: Plan, part: PartitionPlan) -> PartitionPlan:
     request = footprint.request
     beside = footprint.beside_bytes(part.start, part.batch, plan.cuts)
     learning = part.predicted_peak_bytes - plan.overhead_bytes + beside
@@ -145,7 +146,7 @@ def _with_own_peak(footprint: Footprint, plan: Plan, part: PartitionPlan) -> Par
         writing = state + forward + shards + objective + footprint.reading_bytes(part.start, part.batch)
     return dataclasses.replace(
         part,
-        predicted_peak_bytes=max(learning, writing) + footprint.constant_bytes_beside(heap_bytes(footprint, part, beside)),
+        predicted_peak_bytes=max(learning, writing) + footprint.constant_bytes_beside(heap.bytes_of(part, beside)),
         # With the optimizer state that a sweep streams in.
         state_bytes=sum(layer.state_bytes for layer in ties_counted_once(request.profile.layers[part.start : part.stop])),
     )

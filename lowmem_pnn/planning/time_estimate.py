@@ -80,9 +80,13 @@ class TimeEstimator:
         """Estimate the time and disk traffic of one epoch over all partitions."""
         return self._forecast(forecast_epoch, plan)
 
+    def training(self, plan: Plan) -> TimeAndTraffic:
+        """Estimate the time and disk traffic of the whole training."""
+        return self._forecast(forecast_training, plan)
+
     def __call__(self, plan: Plan) -> float:
         """Estimate the seconds of the whole training."""
-        return self._forecast(forecast_training, plan).seconds
+        return self.training(plan).seconds
 
     def _forecast(
         self,

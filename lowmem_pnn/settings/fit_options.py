@@ -108,6 +108,7 @@ class FitOptions(TypedDict, total=False):
     budget_scope: Literal["process", "allocator"] | None
     max_host_mem: int | str | None
     max_disk: int | str | None
+    drive_tbw: float | None
     commit_every: float | None
     keep_commits: int | None
     log_every: int | None

@@ -128,6 +128,7 @@ def make_result(
         chosen_exit=chosen_exit(exits, config.exit_tolerance),
         bytes_read=state.bytes_read,
         bytes_written=state.bytes_written,
+        drive_tbw=config.drive_tbw,
         oom_retries=state.oom_retries,
         skipped_steps=sum(scale.skipped for scale in state.loss_scales),
         skipped_samples=workload.dataset.skipped_samples,
