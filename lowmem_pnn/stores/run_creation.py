@@ -33,7 +33,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _FILES_BEFORE_JOURNAL = {"lock", "config.json", "config.json.new", "journal.json.new"}
 # What a run consists of, beside its lock and its journals; what else lies in its folder is the user's.
 _RESULTS = ("model.safetensors", "heads.safetensors", "result.json")
-_FILES = ("config.json", "config.toml", "metrics.jsonl", "report.html", *_RESULTS)
+_FILES = ("config.json", "config.toml", "metrics.jsonl", "metrics.csv", "report.html", *_RESULTS)
 _SCRATCH = re.compile(r"scratch\.[a-z0-9_]{8}")  # as `tempfile.mkdtemp` names it
 # A temporary folder without a lock may be one that another process has made just now.
 _ABANDONED_SECONDS = 600.0
