@@ -301,6 +301,13 @@ class FitConfig(
     )
     keep_commits: PositiveInt = Field(default=1, description="Number of commits kept in the run's folder.")
     log_every: PositiveInt = Field(default=100, description="Optimizer steps between two lines of metrics.jsonl.")
+    logger: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
+        default="none",
+        description=(
+            "Where metrics are logged beside metrics.jsonl: tensorboard (files in the run's folder), wandb or mlflow (as their own "
+            "variables say, such as WANDB_MODE=offline)."
+        ),
+    )
 
     def value_for(self, field: PerPartition, partition: int) -> Any:
         """Return one partition's value of a field that may have one per partition.

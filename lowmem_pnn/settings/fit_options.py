@@ -112,3 +112,4 @@ class FitOptions(TypedDict, total=False):
     commit_every: float | None
     keep_commits: int | None
     log_every: int | None
+    logger: Literal["none", "tensorboard", "wandb", "mlflow"] | None

@@ -16,7 +16,9 @@ pytestmark = pytest.mark.usefixtures("data_folder")
 
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ["", "fit", "plan", "evaluate", "predict", "generate", "export", "bench", "doctor", "models", "fit-all", "plan-all"]
+COMMANDS = [
+    "", "fit", "plan", "evaluate", "predict", "generate", "export", "bench", "doctor", "models", "completion", "fit-all", "plan-all",
+]  # fmt: skip
 
 
 def help_of(command: str) -> str:
