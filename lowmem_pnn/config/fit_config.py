@@ -193,20 +193,6 @@ class FitConfig(
             "torchrun side by side, one process each."
         ),
     )
-    visits: Annotated[str, Field(pattern=r"^(sequential|interleaved|laps=[1-9]\d*)$")] = Field(
-        default="sequential",
-        description=(
-            "Order in which blocks take turns. sequential: all epochs of one block, then the next. laps=L: the same L times over, with an "
-            "L-th of the epochs each. interleaved: macro-batch by macro-batch."
-        ),
-    )
-    macro_batches: PositiveInt = Field(
-        default=64,
-        description=(
-            "Batches of a macro-batch, which go through one block before the next block takes them (--visits interleaved); with "
-            "--batch-size auto, batches of 512 samples."
-        ),
-    )
     views: PositiveInt = Field(
         default=1,
         description="Augmented copies of the training samples whose block outputs are kept; each epoch reads one of them.",
@@ -331,11 +317,6 @@ class FitConfig(
     def num_meta_epochs(self) -> int:
         """Epochs of the meta model."""
         return self.meta_epochs or max(self.epochs)
-
-    @property
-    def laps(self) -> int:
-        """How often all blocks take their turn."""
-        return int(self.visits.partition("=")[2] or 1)
 
     @property
     def steps_wait(self) -> bool:

@@ -14,6 +14,8 @@ class FitOptions(TypedDict, total=False):
 
     local_loss: Literal["cross-entropy", "similarity", "both"] | None
     meta_epochs: int | None
+    visits: str | None
+    macro_batches: int | None
     betas: str | float | Sequence[float] | None
     eps: float | None
     no_decay: Any
@@ -89,8 +91,6 @@ class FitOptions(TypedDict, total=False):
     sil: Literal["uniform", "normal", "orthogonal", "sparse"] | None
     sil_target: Literal["full", "pooled"] | None
     parallel_sil: bool | None
-    visits: str | None
-    macro_batches: int | None
     views: int | None
     blocks: Literal["planner", "alike"] | None
     block_tolerance: float | None
