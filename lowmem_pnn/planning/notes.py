@@ -36,7 +36,9 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *adapter_notes(request.workload),
         *frozen_notes(request.workload),
         *fixed_notes(request.workload, plan),
+        *resident_notes(plan),
         *kept_notes(plan),
+        *meta_notes(request.workload, plan),
         *mixing_notes(request.workload),
         *whole_batch_notes(request, plan, mixing),
         *micro_batch_notes(request.workload, plan),
@@ -213,6 +215,38 @@ def kept_notes(plan: Plan) -> list[str]:
     return [
         f"products of {count} layer{'s' if count > 1 else ''} are kept in a file from forward to backward, {size} a batch "
         "(--recompute always: none, they are computed twice)"
+    ]
+
+
+def resident_notes(plan: Plan) -> list[str]:
+    """Return what is said of weights and optimizer state that stay in memory from one batch of a sweep to the next.
+
+    Args:
+        plan: partitions of the model.
+    """
+    if not plan.resident_bytes:
+        return []
+    layers = plan.partitions[-1].stop
+    kinds = (("weights", plan.resident_weights), ("optimizer state", plan.resident_state))
+    parts = [f"the {what} of {'all' if len(own) == layers else len(own)} of {layers} layers" for what, own in kinds if own]
+    return [f"there is room for {' and '.join(parts)} to stay in memory from batch to batch: {format_bytes(plan.resident_bytes)}"]
+
+
+def meta_notes(workload: Workload, plan: Plan) -> list[str]:
+    """Return what is said of the meta model that partitions learn inside of.
+
+    Args:
+        workload: model, data and method.
+        plan: partitions of the model.
+    """
+    if not workload.method.incubates:
+        return []
+    if not plan.thin_macs:
+        return ["one partition is the whole model, and needs no meta model: it trains as by --method backprop"]
+    epochs, share = workload.config.num_meta_epochs, sum(plan.thin_macs) / sum(part.forward_macs for part in plan.partitions)
+    return [
+        f"meta model: {len(plan.thin_macs)} thin parts, {plan.meta_params:,} parameters, {share:.0%} of the model's computation; learns "
+        f"{epochs} epoch{'' if epochs == 1 else 's'} first, within {format_bytes(plan.meta_peak_bytes)}"
     ]
 
 

@@ -33,15 +33,17 @@ from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.profiling import nominal
 from lowmem_pnn.stores.disk import IoCounter
-from lowmem_pnn.stores.keys import weight_key
+from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
 from lowmem_pnn.sweep.host_tier import HostTier, tier_bytes_of
 from lowmem_pnn.sweep.kept_products import KeptProducts
 from lowmem_pnn.sweep.optimizer_steps import Gradients, SweepOptimizerSteps
+from lowmem_pnn.sweep.packs import Piece, Write
 from lowmem_pnn.sweep.passes import SweepPasses, SweptBatch
-from lowmem_pnn.sweep.weight_streamer import Piece, WeightStreamer, Write
+from lowmem_pnn.sweep.resident_tensors import ResidentTensors
+from lowmem_pnn.sweep.weight_streamer import WeightStreamer
 from lowmem_pnn.workload import Workload
 
 
@@ -92,7 +94,8 @@ class Sweeper:
         stream_bytes = plan.stream_bytes or buffer_sizes.stream_bytes
         # One queue: what waits to be written, of whatever kind, is bounded as a whole.
         write_behind = WriteBehind(threads.write, stream_bytes)
-        self._streamer = WeightStreamer(weights, device, threads, stream_bytes, write_behind, self._host_tier(weights))
+        resident, tier = self._resident_tensors(), self._host_tier(weights)
+        self._streamer = WeightStreamer(weights, device, threads, stream_bytes, write_behind, resident, tier)
         phase = "forward" if sweep.phase == "epoch" else sweep.phase
         self._buffers = BoundaryBuffers(device, folder, buffer_sizes.boundary_bytes, counter, seed, phase)
         is_kept = nominal.keeping_rule(workload.config.recompute, shares_host=device.shares_host)
@@ -315,6 +318,21 @@ class Sweeper:
             # Another device's allocator keeps the memory for the next partition: to ask the driver for it again takes longer.
             self._residencies[self._resident].unload(release=self._device.shares_host)
             self._resident = None
+
+    def _resident_tensors(self) -> ResidentTensors:
+        """Return the store of the weights and the optimizer state that stay in memory, of what is stepped in this sweep."""
+        weights: list[str] = []
+        state: list[str] = []
+        for number in self._sweep.learners:
+            residency, part, spec = self._residencies[number], self._plan.partitions[number], self._workload.optimizer(number)
+            shapes, stepped = residency.shapes(), {name for names in residency.groups for name in names} - residency.shared
+            for layer in range(part.start, part.stop):
+                own = {residency.chain.owner_of(alias) for alias in residency.chain.layers[layer].parameters()} & stepped
+                if layer in self._plan.resident_weights:
+                    weights += map(weight_key, own)
+                if layer in self._plan.resident_state:
+                    state += [state_key(name, one) for name in own for one in spec.layout(shapes[name])]
+        return ResidentTensors(weights, state)
 
     def _weight_pieces(self, number: int) -> Iterator[Piece]:
         """Yield the weights and buffers of a partition, in the order in which they are taken."""

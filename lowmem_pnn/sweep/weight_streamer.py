@@ -5,10 +5,9 @@ was written.
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 
@@ -26,41 +25,11 @@ from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.tensor_reader import TensorReader
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.sweep.host_tier import HostTier
-from lowmem_pnn.sweep.packs import Place, by_buffer, places_of
+from lowmem_pnn.sweep.packs import Piece, Place, Write, by_buffer, places_of
+from lowmem_pnn.sweep.resident_tensors import ResidentTensors
 
 # Parts of a tensor that wait to be written, at most.
 _PARTS_OF_STREAM = 4
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor of the weight files, or some of its elements.
-
-    Args:
-        key: name of the tensor in the files.
-        elements: elements, in the order of the file; None for all of them, in the tensor's shape.
-        pack: pieces after one another with the same pack are taken at the same time, and may go to the device in one copy; None for a
-            piece by itself.
-    """
-
-    key: str
-    elements: slice | None = None
-    pack: Hashable = None
-
-
-@dataclass(frozen=True)
-class Write:
-    """A tensor that is to be written.
-
-    Args:
-        key: name of the tensor in the file.
-        tensor: tensor on the device.
-        first: first of the elements in the file's tensor; None for all of its elements.
-    """
-
-    key: str
-    tensor: Tensor
-    first: int | None = None
 
 
 class WeightStreamer:
@@ -72,6 +41,7 @@ class WeightStreamer:
         threads: threads that read and write.
         stream_bytes: most bytes of tensors that wait to be taken.
         write_behind: queue of the writes; what waits in it is bounded by as many bytes.
+        resident: tensors that stay in memory, neither read nor written but for commits; None where all of them move.
         tier: host memory in which tensors stay from one batch to the next; None where all are in files.
     """
 
@@ -82,6 +52,7 @@ class WeightStreamer:
         threads: WorkerThreads,
         stream_bytes: int,
         write_behind: WriteBehind,
+        resident: ResidentTensors | None = None,
         tier: HostTier | None = None,
     ) -> None:
         assert tier is None or not device.shares_host, "where the host is the device, a tier would be device memory"
@@ -99,6 +70,7 @@ class WeightStreamer:
         self._ahead: Upload | Tensor | None = None
         self._pool = MemoryPool(0)
         self._write_behind = write_behind
+        self._resident = resident or ResidentTensors((), ())
         # Writes of the previous batch, and of the present one, by partition.
         self._previous_writes: dict[PartitionName, list[Future[None]]] = {}
         self._present_writes: dict[PartitionName, list[Future[None]]] = {}
@@ -174,7 +146,8 @@ class WeightStreamer:
         Args:
             keys: names in weight files of the partition's tensors.
         """
-        self._pool.set_limit(sum(self._bytes_of(Piece(key)) for key in keys) + 2 * self._stream_bytes)
+        needed = sum(self._bytes_of(Piece(key)) for key in keys)
+        self._pool.set_limit(needed + 2 * self._stream_bytes + self._resident.nbytes)
 
     def keep_pool_to_limit(self) -> None:
         """Let memory of the pool go that a layer's step has left above the limit."""
@@ -214,6 +187,10 @@ class WeightStreamer:
             tensor: tensor on the device; it must not change before the next batch is over.
             first: first of the elements in the file's tensor; None for all of its elements.
         """
+        if not self._resident.put(key, first, tensor.detach()):
+            self._write_whole_or_in_parts(partition, file, key, tensor, first)
+
+    def _write_whole_or_in_parts(self, partition: int, file: TensorFile, key: str, tensor: Tensor, first: int | None) -> None:
         if tensor.nbytes <= self._stream_bytes:
             self._write(partition, file, key, tensor, first)
             return
@@ -290,24 +267,40 @@ class WeightStreamer:
         self._present_writes.setdefault(partition, []).append(future)
 
     def finish_writes(self) -> None:
-        """Wait until everything is written, into the files too.
+        """Wait until everything is written into the files: what stays in memory, here or in the tier, too.
 
         Raises:
             DiskError: a write failed.
         """
+        changed: dict[int, list[tuple[str, int | None, Tensor]]] = {}
+        for key, first, tensor in self._resident.changed():
+            partition = self._weights.partition_of(key)
+            assert partition != "rest", "what is stepped is in its partition's file"
+            changed.setdefault(partition, []).append((key, first, tensor))
+        for partition, tensors in changed.items():
+            # Not a new file: the batches have written there what does not stay.
+            file = self._weights.writer(partition)
+            try:
+                for key, first, tensor in tensors:
+                    self._write_whole_or_in_parts(partition, file, key, tensor, first)
+            finally:
+                self._write_behind.submit_close(file.close)
+        self._resident.mark_written()
         with self._stalls.waiting("disk"):
             self._write_behind.wait()
         if self._tier is None:
             return
-        for partition, tensors in self._tier.unsaved():
+        for partition, unsaved in self._tier.unsaved():
             with self.writing(partition) as (file, _), self._stalls.waiting("disk"):
-                for key, tensor in tensors:
+                for key, tensor in unsaved:
                     self._write_behind.submit(tensor.nbytes, partial(file.write_from, key, tensor))
         with self._stalls.waiting("disk"):
             self._write_behind.wait()
 
     def free_memory(self) -> None:
-        """Free the unused memory of the pool."""
+        """Free the memory of resident tensors, which `finish_writes` has written, and the unused memory of the pool."""
+        assert not self._resident.has_changes, "resident tensors are written before their memory is freed"
+        self._resident.clear()
         self._pool.clear()
 
     def close(self) -> None:
@@ -317,7 +310,8 @@ class WeightStreamer:
         self._in_parts.clear()
         if self._tier is not None:
             self._tier.clear()
-        self.free_memory()
+        self._resident.clear()
+        self._pool.clear()
 
     def _packed(self, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         """Yield the pieces in packs, in their order."""
@@ -344,6 +338,8 @@ class WeightStreamer:
 
     def _request(self, pack: list[Piece]) -> Request:
         self._packs.append(pack)
+        if len(pack) == 1 and (resident := self._resident.find(pack[0].key, pack[0].elements)) is not None:
+            return Request(0, lambda: resident)
         nbytes = sum(map(self._bytes_of, pack))
         # On the host a tensor that is larger than the stream would be in memory twice: it is read into its place, when that is free.
         early = nbytes <= self._stream_bytes or not self._device.shares_host
@@ -354,7 +350,9 @@ class WeightStreamer:
         for piece in pack:
             self._wait_for_writes(self._weights.partition_of(piece.key))
         if len(pack) == 1:
-            return self._read_piece(pack[0], self._device.host_allocator())
+            tensor = self._read_piece(pack[0], self._device.host_allocator())
+            self._resident.keep(pack[0].key, pack[0].elements, tensor)
+            return tensor
         allocate = self._device.host_allocator()
         assert allocate is not None, "packs are for another device"
         places, size = self._places(pack)

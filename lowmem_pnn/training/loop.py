@@ -101,7 +101,8 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
         metrics.after_batch(learner.title)
         learner.after_batch(progress.epoch, progress.batch / steps)
         done = steps_done()
-        metrics.log_step(learner.action, learner.epochs_before + progress.epoch, done, loss, learner.learning_rate)
+        epochs = learner.epochs_before + progress.epoch
+        metrics.log_step(learner.action, learner.partition, epochs, done, loss, learner.learning_rate)
         # Where the model is measured, the commit comes after that: then position and measurements belong together.
         if progress.batch < steps and not (eval_every and done % eval_every == 0):
             commit_within_epoch(is_best=False)

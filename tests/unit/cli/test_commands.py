@@ -16,7 +16,9 @@ pytestmark = pytest.mark.usefixtures("data_folder")
 
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ["", "fit", "plan", "evaluate", "predict", "generate", "export", "bench", "doctor", "models", "fit-all", "plan-all"]
+COMMANDS = [
+    "", "fit", "plan", "evaluate", "predict", "generate", "export", "bench", "doctor", "models", "completion", "fit-all", "plan-all",
+]  # fmt: skip
 
 
 def help_of(command: str) -> str:
@@ -85,7 +87,7 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
         (
             "fit --max-gpu-mem 1GB --method pnm",
             3,
-            "--method 'pnm' is none of pnn, neuroflux, exact, backprop; did you mean 'pnn'?",
+            "--method 'pnm' is none of pnn, neuroflux, incubate, exact, backprop; did you mean 'pnn'?",
         ),
         ("fit --max-gpu-mem 1GB --seed -1", 3, "--seed '-1': must be greater than or equal to 0"),
         ("fit --resume", 3, "--resume: there is no unfinished run in runs; give --workdir DIR, or leave --resume out to begin"),

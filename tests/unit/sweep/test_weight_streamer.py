@@ -12,7 +12,8 @@ from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import DiskError
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
-from lowmem_pnn.sweep.weight_streamer import Piece, WeightStreamer
+from lowmem_pnn.sweep.packs import Piece
+from lowmem_pnn.sweep.weight_streamer import WeightStreamer
 
 KEYS = ("weight/a", "weight/b")
 
