@@ -96,7 +96,7 @@ FEW_TRIALS = {
     ),
 }
 TRIALS = {"emnist": MLP_TRIALS, "emnist-few": FEW_TRIALS, "emnist-short": FEW_TRIALS, "text": TEXT_TRIALS}
-METHODS = ("backprop", "pnn", "neuroflux", "incubate")
+METHODS = ("backprop", "incubate", "pnn", "neuroflux")
 
 
 def settings() -> dict[str, Setting]:
