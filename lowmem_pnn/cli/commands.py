@@ -18,6 +18,7 @@ import click
 
 from lowmem_pnn import __version__
 from lowmem_pnn.cli.bench_command import bench
+from lowmem_pnn.cli.completion import completion
 from lowmem_pnn.cli.doctor import doctor
 from lowmem_pnn.cli.generate_command import generate
 from lowmem_pnn.cli.lists import data, methods, models
@@ -315,7 +316,7 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool,
     print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
 
 
-for command in (generate, bench, doctor, models, data, methods):
+for command in (generate, bench, doctor, models, data, methods, completion):
     cli.add_command(command)
 
 
@@ -348,8 +349,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        code, text = _judge(error, text)
+        code, text = _judge(error, " ".join(f"{type(error).__name__}: {error}".split())[:300])
         _fail(f"{text}; run again with --debug for the traceback", code)
 
 

@@ -18,7 +18,7 @@ from lowmem_pnn.settings.model_arguments import parse_model_arguments
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
+    "Model": ("model", "model_arg", "precision", "tf32", "channels_last", "compile", "compare"),
     "Fine-tuning": (
         "weights", "freeze", "train_only", "freeze_norm", "unfreeze_at", "cache_frozen", "lora", "modules_to_save", "frozen_dtype",
         "weights_dtype",
@@ -43,14 +43,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "no_decay", "no_decay_norms", "clip_norm", "fused", "seed",
     ),
     "Budget": (
-        "max_gpu_mem", "budgets", "gpu", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm",
-        "loss_chunk", "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
+        "max_gpu_mem", "budgets", "gpu", "device", "budget_scope", "max_host_mem", "max_disk", "drive_tbw", "plan_for", "micro_batch",
+        "batch_norm", "loss_chunk", "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Contenders": ("methods", "baselines", "steps"),
     "Files of options": ("config_file", "settings", "print_config"),
     "Output": (
-        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "csv_file", "html_file", "svg_file",
-        "as_json", "quiet", "debug",
+        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "logger", "no_report", "csv_file", "html_file",
+        "svg_file", "as_json", "quiet", "debug",
         "help", "_click_default_help",  # the name differs between versions of click
     ),
 }  # fmt: skip
@@ -58,7 +58,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 # What an option's value is called in the help.
 _METAVARS = {
-    "max_gpu_mem": "SIZE|X%|auto", "max_host_mem": "SIZE", "max_disk": "SIZE", "model_arg": "KEY=VALUE", "data_root": "DIR",
+    "max_gpu_mem": "SIZE|X%|auto", "max_host_mem": "SIZE", "max_disk": "SIZE", "drive_tbw": "TB", "model_arg": "KEY=VALUE", "data_root": "DIR",
     "cuts": "LAYER,...", "epochs": "N,...", "batch_size": "N,...|auto", "lr": "X,...", "shuffle": "yes|no,...", "kappa": "X,...",
     "model": "NAME", "data": "NAME", "device": "NAME", "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
     "train_limit": "N", "test_limit": "N", "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS",
@@ -68,7 +68,8 @@ _METAVARS = {
     "block_tolerance": "X", "exit_tolerance": "X", "heads": "adaptive|classic|auglocal|linear", "sil_target": "full|pooled",
     "budget_scope": "process|allocator", "lr_schedule": "constant|linear|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
-    "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
+    "recover": "N,...|all", "log_every": "N",
+    "logger": "none|tensorboard|wandb|mlflow", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
     "recompute": "auto|always|never",
     "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "task": "auto|classification|multilabel|regression|segmentation",
     "early_stop": "N", "keep_weights": "last|best", "monitor": "NAME", "eval_every": "STEPS", "time_limit": "TIME",
@@ -89,6 +90,7 @@ _SWITCHES = {
     "step_in_backward": ("--step-in-backward/--no-step-in-backward", " [default: step-in-backward]"),
     "compare": ("--compare/--no-compare", " [default: compare]"),
     "parallel_sil": ("--parallel-sil", ""),
+    "tf32": ("--tf32", ""),
     "channels_last": ("--channels-last", ""),
     "skip_broken": ("--skip-broken", ""),
     "compile": ("--compile", ""),

@@ -83,6 +83,8 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("no_decay_norms", "--weight-decay above 0", lambda config: config.weight_decay > 0),
     ("momentum", "--optimizer sgd", lambda config: "sgd" in config.optimizer),
     ("optimizer_state", "--optimizer adam or adamw", lambda config: "sgd" not in config.optimizer),
+    ("tf32", "--precision fp32", lambda config: config.precision == "fp32"),
+    ("tf32", "a CUDA device", lambda config: config.device != "cpu"),
     ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
     ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
     (

@@ -24,6 +24,7 @@ from lowmem_pnn.config.field_types import (
     LearningRates,
     NotNegative,
     Optimizers,
+    Positive,
     Recovering,
     Size,
 )
@@ -192,20 +193,6 @@ class FitConfig(
             "torchrun side by side, one process each."
         ),
     )
-    visits: Annotated[str, Field(pattern=r"^(sequential|interleaved|laps=[1-9]\d*)$")] = Field(
-        default="sequential",
-        description=(
-            "Order in which blocks take turns. sequential: all epochs of one block, then the next. laps=L: the same L times over, with an "
-            "L-th of the epochs each. interleaved: macro-batch by macro-batch."
-        ),
-    )
-    macro_batches: PositiveInt = Field(
-        default=64,
-        description=(
-            "Batches of a macro-batch, which go through one block before the next block takes them (--visits interleaved); with "
-            "--batch-size auto, batches of 512 samples."
-        ),
-    )
     views: PositiveInt = Field(
         default=1,
         description="Augmented copies of the training samples whose block outputs are kept; each epoch reads one of them.",
@@ -251,6 +238,13 @@ class FitConfig(
             "gradients stay float32."
         ),
     )
+    tf32: bool = Field(
+        default=False,
+        description=(
+            "On a GPU of compute capability 8.0 or later, multiply matrices of fp32 in TF32, with 10 bits of mantissa: faster; "
+            "PyTorch's default has it for convolutions alone."
+        ),
+    )
     channels_last: bool = Field(
         default=False,
         description="Keep feature maps (B, C, H, W) in channels-last memory format: convolutions may be faster; last bits differ.",
@@ -284,11 +278,22 @@ class FitConfig(
         default=None, description="Bound on host memory above what the process starts with (GPU runs)."
     )
     max_disk: Size | None = Field(default=None, description="Bound on the size of the run's folder.")
+    drive_tbw: Positive | None = Field(
+        default=None,
+        description="Terabytes that the drive may be written in its life, by its data sheet: plan and result say which share a run takes.",
+    )
     commit_every: NotNegative = Field(
         default=60.0, description="Least number of seconds between two commits to the run's folder."
     )
     keep_commits: PositiveInt = Field(default=1, description="Number of commits kept in the run's folder.")
     log_every: PositiveInt = Field(default=100, description="Optimizer steps between two lines of metrics.jsonl.")
+    logger: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
+        default="none",
+        description=(
+            "Where metrics are logged beside metrics.jsonl: tensorboard (files in the run's folder), wandb or mlflow (as their own "
+            "variables say, such as WANDB_MODE=offline)."
+        ),
+    )
 
     def value_for(self, field: PerPartition, partition: int) -> Any:
         """Return one partition's value of a field that may have one per partition.
@@ -312,11 +317,6 @@ class FitConfig(
     def num_meta_epochs(self) -> int:
         """Epochs of the meta model."""
         return self.meta_epochs or max(self.epochs)
-
-    @property
-    def laps(self) -> int:
-        """How often all blocks take their turn."""
-        return int(self.visits.partition("=")[2] or 1)
 
     @property
     def steps_wait(self) -> bool:

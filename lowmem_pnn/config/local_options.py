@@ -1,6 +1,6 @@
 """Options of methods that give partitions losses of their own. No torch here: the command line reads this file to print its help."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -25,3 +25,23 @@ class LocalOptions:
             "--epochs."
         ),
     )
+
+    visits: Annotated[str, Field(pattern=r"^(sequential|interleaved|laps=[1-9]\d*)$")] = Field(
+        default="sequential",
+        description=(
+            "Order in which blocks take turns. sequential: all epochs of one block, then the next. laps=L: the same L times over, with an "
+            "L-th of the epochs each. interleaved: macro-batch by macro-batch."
+        ),
+    )
+    macro_batches: PositiveInt = Field(
+        default=64,
+        description=(
+            "Batches of a macro-batch, which go through one block before the next block takes them (--visits interleaved); with "
+            "--batch-size auto, batches of 512 samples."
+        ),
+    )
+
+    @property
+    def laps(self) -> int:
+        """How often all blocks take their turn."""
+        return int(self.visits.partition("=")[2] or 1)

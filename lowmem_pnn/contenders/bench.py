@@ -71,6 +71,8 @@ def bench(
     base = configure(max_gpu_mem=max(sizes), model=model, data=data, **{**options, "method": "backprop"})
     if len(base.batch_sizes) > 1 or base.batch_size == "auto":
         raise ConfigError("bench trains all contenders with the same batches; give one number as --batch-size")
+    if base.logger != "none":
+        raise ConfigError("--logger has no effect here: bench keeps none of its runs; leave it out")
     base = dataclasses.replace(base, **_SHORT, train_limit=min(base.train_limit or sys.maxsize, steps * base.batch_sizes[0]))
     rows: list[BenchRow] = []
     device_text, needs = "", None

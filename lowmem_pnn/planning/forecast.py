@@ -44,6 +44,8 @@ class PartitionBytes:
         outputs: Bytes of a sample's outputs as they are computed.
         stored_outputs: Bytes of a sample's outputs in the store that the next partition learns from.
         kept: Bytes of a sample's products that a sweep keeps for the second forward.
+        resident_weights: Bytes of the trainable parameters that stay in memory from one visit of a sweep to the next.
+        resident_state: Bytes of the optimizer state that does.
     """
 
     weights: int
@@ -54,6 +56,23 @@ class PartitionBytes:
     outputs: int
     stored_outputs: int
     kept: int = 0
+    resident_weights: int = 0
+    resident_state: int = 0
+
+    @property
+    def moved_weights(self) -> int:
+        """Bytes of the parameters and the buffers that a sweep reads when the partition is loaded."""
+        return self.weights - self.resident_weights
+
+    @property
+    def moved_trainable(self) -> int:
+        """Bytes of the trainable parameters that a sweep writes after their step."""
+        return self.trainable - self.resident_weights
+
+    @property
+    def moved_state(self) -> int:
+        """Bytes of the optimizer state that a sweep reads for a step, and writes after it."""
+        return self.optimizer - self.resident_state
 
 
 @dataclass(frozen=True)
@@ -236,12 +255,13 @@ class _Forecast:
             number = visit.partition
             size, part = inputs.partitions[number], self._plan.partitions[number]
             if visit.action == "step":
-                read = size.trainable + round(size.trainable * share_on_disk) + size.optimizer
-                total += self._streamed_step(number, read, size.trainable + size.optimizer)
+                read = size.moved_trainable + round(size.trainable * share_on_disk) + size.moved_state
+                total += self._streamed_step(number, read, size.moved_trainable + size.moved_state)
                 resident = None
                 continue
             if resident != number:
-                total += TimeAndTraffic(max(0, size.weights - inputs.stream_bytes) * timings.read_per_byte, size.weights)
+                moved = size.moved_weights
+                total += TimeAndTraffic(max(0, moved - inputs.stream_bytes) * timings.read_per_byte, moved)
                 resident = number
             layers = timings.layers[part.start : part.stop]
             if visit.action == "emit":
@@ -259,7 +279,8 @@ class _Forecast:
             if visit.learns and visit.keeps_gradients:
                 total += self._write(round(size.trainable * share_on_disk) + size.buffers)
             elif visit.learns:
-                total += self._streamed_step(number, size.optimizer, size.trainable + size.buffers + size.optimizer)
+                written = size.moved_trainable + size.buffers + size.moved_state
+                total += self._streamed_step(number, size.moved_state, written)
         return total + self._spilled_boundaries(batch)
 
     def _spilled_boundaries(self, batch: int) -> TimeAndTraffic:

@@ -36,12 +36,14 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *adapter_notes(request.workload),
         *frozen_notes(request.workload),
         *fixed_notes(request.workload, plan),
+        *resident_notes(plan),
         *kept_notes(plan),
         *meta_notes(request.workload, plan),
         *mixing_notes(request.workload),
         *whole_batch_notes(request, plan, mixing),
         *micro_batch_notes(request.workload, plan),
         *idle_notes(request.workload),
+        *precision_notes(request.workload.config),
         *device_notes(request.device),
         *whole,
     ]
@@ -158,6 +160,15 @@ def fixed_notes(workload: Workload, plan: Plan) -> list[str]:
     return [f"{which} written once, and read in every epoch (--no-cache-frozen: computed in every epoch)"]
 
 
+def precision_notes(config: FitConfig) -> list[str]:
+    """Return what is said of products that are less precise than the types of their factors.
+
+    Args:
+        config: options of the run.
+    """
+    return ["matrices of fp32 are multiplied in TF32, with 10 bits of mantissa (--tf32)"] if config.tf32 else []
+
+
 def device_notes(device: Device) -> list[str]:
     """Return what is said of a device whose budget is not known to be a wall.
 
@@ -188,6 +199,20 @@ def kept_notes(plan: Plan) -> list[str]:
         f"products of {count} layer{'s' if count > 1 else ''} are kept in a file from forward to backward, {size} a batch "
         "(--recompute always: none, they are computed twice)"
     ]
+
+
+def resident_notes(plan: Plan) -> list[str]:
+    """Return what is said of weights and optimizer state that stay in memory from one batch of a sweep to the next.
+
+    Args:
+        plan: partitions of the model.
+    """
+    if not plan.resident_bytes:
+        return []
+    layers = plan.partitions[-1].stop
+    kinds = (("weights", plan.resident_weights), ("optimizer state", plan.resident_state))
+    parts = [f"the {what} of {'all' if len(own) == layers else len(own)} of {layers} layers" for what, own in kinds if own]
+    return [f"there is room for {' and '.join(parts)} to stay in memory from batch to batch: {format_bytes(plan.resident_bytes)}"]
 
 
 def meta_notes(workload: Workload, plan: Plan) -> list[str]:

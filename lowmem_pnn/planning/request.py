@@ -112,7 +112,11 @@ class PlanRequest:
         most = self.device.buffer_sizes.slice_elements
         optimizers = [self.workload.optimizer(number) for number in range(len(self.workload.config.optimizer))]
         state = max(largest_state_bytes(optimizer, learning, most) for optimizer in optimizers)
-        steps = (optimizer.step_bytes(parameter, most) for optimizer in optimizers for parameter in learning.values())
+        steps = (
+            optimizer.step_bytes(parameter, most, self.device.torch_device)
+            for optimizer in optimizers
+            for parameter in learning.values()
+        )
         return state, max(steps, default=0)
 
     def objective_memory(self, stop: int, *, sweeps: bool = False) -> Affine:

@@ -116,6 +116,7 @@ class ResultFields:
     chosen_exit: int | None = None
     bytes_read: int
     bytes_written: int
+    drive_tbw: float | None = None
     oom_retries: int
     skipped_steps: int = 0
     skipped_samples: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"count": 0, "names": []})

@@ -205,11 +205,14 @@ class Metrics:
         """Return a timer of the epoch that begins, or goes on, now."""
         return EpochTimer(self._session.threads.stalls, int(self._state.progress.tally.num_samples))
 
-    def log_step(self, action: str, epoch: int, steps_done: int, loss: float | None, rate: Callable[[int], float]) -> None:
+    def log_step(
+        self, action: str, partition: int, epoch: int, steps_done: int, loss: float | None, rate: Callable[[int], float]
+    ) -> None:
         """Log a step, if it is one of every `--log-every`.
 
         Args:
             action: `learn` or `sweep`.
+            partition: number of the partition that learns; of a sweep that whose record tells the losses.
             epoch: finished epochs before it.
             steps_done: optimizer steps, this one included.
             loss: loss of its batch; None if the batch, or its step, was left out.
@@ -217,6 +220,7 @@ class Metrics:
         """
         told = {
             "action": action,
+            "partition": partition,
             "epoch": epoch + 1,
             "step": steps_done,
             "loss": loss,

@@ -14,6 +14,8 @@ class FitOptions(TypedDict, total=False):
 
     local_loss: Literal["cross-entropy", "similarity", "both"] | None
     meta_epochs: int | None
+    visits: str | None
+    macro_batches: int | None
     betas: str | float | Sequence[float] | None
     eps: float | None
     no_decay: Any
@@ -89,8 +91,6 @@ class FitOptions(TypedDict, total=False):
     sil: Literal["uniform", "normal", "orthogonal", "sparse"] | None
     sil_target: Literal["full", "pooled"] | None
     parallel_sil: bool | None
-    visits: str | None
-    macro_batches: int | None
     views: int | None
     blocks: Literal["planner", "alike"] | None
     block_tolerance: float | None
@@ -100,6 +100,7 @@ class FitOptions(TypedDict, total=False):
     seed: int | None
     device: str | None
     precision: Literal["fp32", "bf16", "fp16"] | None
+    tf32: bool | None
     channels_last: bool | None
     compile: bool | None
     batch_norm: Literal["micro", "refuse"] | None
@@ -107,6 +108,8 @@ class FitOptions(TypedDict, total=False):
     budget_scope: Literal["process", "allocator"] | None
     max_host_mem: int | str | None
     max_disk: int | str | None
+    drive_tbw: float | None
     commit_every: float | None
     keep_commits: int | None
     log_every: int | None
+    logger: Literal["none", "tensorboard", "wandb", "mlflow"] | None

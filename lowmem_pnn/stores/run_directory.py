@@ -5,6 +5,7 @@
       journal.json          the last commit: plan, position, names and hashes of the files that belong to it
       journal.000041.json   an older commit, where more than one is kept
       metrics.jsonl         a line per logged step; what a commit does not cover is cut off at resume
+      metrics.csv           the same lines as a table, written when the run stops or is done
       lock                  held by the process that works here
       weights/ activations/ scratch.XXXXXXXX/ deleted when the run is done
       meta/                 the run of the meta model (--method incubate), deleted with them

@@ -4,11 +4,14 @@ A batch reads the values that the batch before it has written; each read waits f
 was written.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
+import torch
 from torch import Tensor
 
 from lowmem_pnn.device import Device
@@ -19,6 +22,8 @@ from lowmem_pnn.stores.keys import PartitionName
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.tensor_reader import TensorReader
 from lowmem_pnn.stores.weights import WeightStore
+from lowmem_pnn.sweep.packs import Place, by_buffer, places_of
+from lowmem_pnn.sweep.resident_tensors import ResidentTensors
 
 # Parts of a tensor that wait to be written, at most.
 _PARTS_OF_STREAM = 4
@@ -31,10 +36,28 @@ class Piece:
     Args:
         key: name of the tensor in the files.
         elements: elements, in the order of the file; None for all of them, in the tensor's shape.
+        pack: pieces after one another with the same pack are taken at the same time, and may go to the device in one copy; None for a
+            piece by itself.
     """
 
     key: str
     elements: slice | None = None
+    pack: Hashable = None
+
+
+@dataclass(frozen=True)
+class Write:
+    """A tensor that is to be written.
+
+    Args:
+        key: name of the tensor in the file.
+        tensor: tensor on the device.
+        first: first of the elements in the file's tensor; None for all of its elements.
+    """
+
+    key: str
+    tensor: Tensor
+    first: int | None = None
 
 
 class WeightStreamer:
@@ -46,18 +69,30 @@ class WeightStreamer:
         threads: threads that read and write.
         stream_bytes: most bytes of tensors that wait to be taken.
         write_behind: queue of the writes; what waits in it is bounded by as many bytes.
+        resident: tensors that stay in memory, neither read nor written but for commits; None where all of them move.
     """
 
     def __init__(
-        self, weights: WeightStore, device: Device, threads: WorkerThreads, stream_bytes: int, write_behind: WriteBehind
+        self,
+        weights: WeightStore,
+        device: Device,
+        threads: WorkerThreads,
+        stream_bytes: int,
+        write_behind: WriteBehind,
+        resident: ResidentTensors | None = None,
     ) -> None:
         self._weights = weights
         self._device = device
         self._threads = threads
         self._stalls = threads.stalls
         self._stream_bytes = stream_bytes
+        # Larger ones, and tensors where nothing is copied, stay by themselves. A half leaves room for a copy the other way.
+        self._pack_bytes = 0 if device.shares_host else min(stream_bytes, device.buffer_sizes.transfer_bytes // 2)
+        self._packs: deque[list[Piece]] = deque()
+        self._taken: deque[Tensor] = deque()
         self._pool = MemoryPool(0)
         self._write_behind = write_behind
+        self._resident = resident or ResidentTensors((), ())
         # Writes of the previous batch, and of the present one, by partition.
         self._previous_writes: dict[PartitionName, list[Future[None]]] = {}
         self._present_writes: dict[PartitionName, list[Future[None]]] = {}
@@ -74,19 +109,27 @@ class WeightStreamer:
         """
         # Tensors for another device pass through page-locked memory; where host and device are one, they stay in the pool's memory.
         with self._weights.tensor_reader(self._device.host_allocator() or self._pool.empty) as self._reader:
-            self._prefetcher = Prefetcher(map(self._request, pieces), self._threads.read, self._stream_bytes)
+            self._prefetcher = Prefetcher(map(self._request, self._packed(pieces)), self._threads.read, self._stream_bytes)
             try:
                 yield
             finally:
                 self._prefetcher.close()
                 self._prefetcher = None
+                self._packs.clear()
+                self._taken.clear()
         self._previous_writes, self._present_writes = self._present_writes, {}
 
     def take(self) -> Tensor:
-        """Return the next tensor of the batch, on the host."""
+        """Return the next tensor of the batch, on the device."""
         assert self._prefetcher is not None, "tensors are taken in a batch"
-        with self._stalls.waiting("disk"):
-            return self._prefetcher.take()
+        if not self._taken:
+            with self._stalls.waiting("disk"):
+                host = self._prefetcher.take()
+            tensor, pack = self._device.to_device(host), self._packs.popleft()
+            if len(pack) == 1:
+                return tensor
+            self._taken.extend(place.view(tensor) for place in self._places(pack)[0])
+        return self._taken.popleft()
 
     def reserve_pool_for(self, keys: Iterable[str]) -> None:
         """Set the limit of the memory pool for a partition that is about to be loaded, and for the streams beside it.
@@ -96,7 +139,8 @@ class WeightStreamer:
         Args:
             keys: names in weight files of the partition's tensors.
         """
-        self._pool.set_limit(sum(map(self._weights.tensor_bytes, keys)) + 2 * self._stream_bytes)
+        needed = sum(self._bytes_of(Piece(key)) for key in keys)
+        self._pool.set_limit(needed + 2 * self._stream_bytes + self._resident.nbytes)
 
     def keep_pool_to_limit(self) -> None:
         """Let memory of the pool go that a layer's step has left above the limit."""
@@ -136,6 +180,10 @@ class WeightStreamer:
             tensor: tensor on the device; it must not change before the next batch is over.
             first: first of the elements in the file's tensor; None for all of its elements.
         """
+        if not self._resident.put(key, first, tensor.detach()):
+            self._write_whole_or_in_parts(partition, file, key, tensor, first)
+
+    def _write_whole_or_in_parts(self, partition: int, file: TensorFile, key: str, tensor: Tensor, first: int | None) -> None:
         if tensor.nbytes <= self._stream_bytes:
             self._write(partition, file, key, tensor, first)
             return
@@ -147,6 +195,39 @@ class WeightStreamer:
             # The parts hold the memory of all of it.
             self._in_parts = [*(part for part in self._in_parts if not part.done()), self._present_writes[partition][-1]]
 
+    def write_all(self, partition: int, file: TensorFile, writes: Sequence[Write], *, copy: bool = False) -> None:
+        """Begin to write tensors; those that lie in one buffer come down in one copy.
+
+        Args:
+            partition: number of the partition whose file is open.
+            file: file that `writing` opened.
+            writes: what is to be written; it must not change before the next batch is over.
+            copy: whether it may change, so that copies of it are written.
+        """
+        if self._device.shares_host:
+            for one in writes:
+                self.write(partition, file, one.key, one.tensor.clone() if copy else one.tensor, one.first)
+            return
+        for span, places in by_buffer([one.tensor.detach() for one in writes]):
+            if len(places) == 1:
+                only = writes[places[0][0]]
+                self.write(partition, file, only.key, only.tensor.clone() if copy else only.tensor, only.first)
+                continue
+            self._write_span(
+                partition, file, span.clone() if copy else span, [(writes[number], place) for number, place in places]
+            )
+
+    def _write_span(self, partition: int, file: TensorFile, span: Tensor, writes: Sequence[tuple[Write, Place]]) -> None:
+        with self._stalls.waiting("copy"):  # for room
+            download = self._device.download(span)
+
+        def write() -> None:
+            host = download.get()
+            for one, place in writes:
+                _write_to(file, one.key, place.view(host), one.first)
+
+        self._submit(partition, download.nbytes, write)
+
     def finish_writes_in_parts(self) -> None:
         """Wait until tensors that are larger than the stream are written, before their memory is to be free."""
         with self._stalls.waiting("disk"):
@@ -157,27 +238,40 @@ class WeightStreamer:
         with self._stalls.waiting("copy"):  # for room
             download = self._device.download(tensor.detach())
 
-        def write() -> None:
-            if first is None:
-                file.write_from(key, download.get())
-            else:
-                file.write_elements(key, download.get(), first)
+        self._submit(partition, download.nbytes, lambda: _write_to(file, key, download.get(), first))
 
+    def _submit(self, partition: int, nbytes: int, write_fn: Callable[[], None]) -> None:
         with self._stalls.waiting("disk"):  # for room
-            future = self._write_behind.submit(download.nbytes, write)
+            future = self._write_behind.submit(nbytes, write_fn)
         self._present_writes.setdefault(partition, []).append(future)
 
     def finish_writes(self) -> None:
-        """Wait until everything is written.
+        """Wait until everything is written, resident tensors too, which stay in memory.
 
         Raises:
             DiskError: a write failed.
         """
+        changed: dict[int, list[tuple[str, int | None, Tensor]]] = {}
+        for key, first, tensor in self._resident.changed():
+            partition = self._weights.partition_of(key)
+            assert partition != "rest", "what is stepped is in its partition's file"
+            changed.setdefault(partition, []).append((key, first, tensor))
+        for partition, tensors in changed.items():
+            # Not a new file: the batches have written there what does not stay.
+            file = self._weights.writer(partition)
+            try:
+                for key, first, tensor in tensors:
+                    self._write_whole_or_in_parts(partition, file, key, tensor, first)
+            finally:
+                self._write_behind.submit_close(file.close)
+        self._resident.mark_written()
         with self._stalls.waiting("disk"):
             self._write_behind.wait()
 
     def free_memory(self) -> None:
-        """Free the unused memory of the pool."""
+        """Free the memory of resident tensors, which `finish_writes` has written, and the unused memory of the pool."""
+        assert not self._resident.has_changes, "resident tensors are written before their memory is freed"
+        self._resident.clear()
         self._pool.clear()
 
     def close(self) -> None:
@@ -185,19 +279,58 @@ class WeightStreamer:
         self._write_behind.abandon()
         self._previous_writes, self._present_writes = {}, {}
         self._in_parts.clear()
-        self.free_memory()
+        self._resident.clear()
+        self._pool.clear()
 
-    def _request(self, piece: Piece) -> Request:
-        nbytes = self._weights.tensor_bytes(piece.key, piece.elements)
+    def _packed(self, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+        """Yield the pieces in packs, in their order."""
+        pack: list[Piece] = []
+        size = 0
+        for piece in pieces:
+            nbytes = self._bytes_of(piece)
+            if pack and (
+                not self._pack_bytes or piece.pack is None or piece.pack != pack[-1].pack or size + nbytes > self._pack_bytes
+            ):
+                yield pack
+                pack, size = [], 0
+            pack.append(piece)
+            size += nbytes
+        if pack:
+            yield pack
+
+    def _places(self, pack: Sequence[Piece]) -> tuple[list[Place], int]:
+        return places_of(self._weights.tensor_layout(piece.key, piece.elements) for piece in pack)
+
+    def _bytes_of(self, piece: Piece) -> int:
+        dtype, shape = self._weights.tensor_layout(piece.key, piece.elements)
+        return dtype.itemsize * prod(shape)
+
+    def _request(self, pack: list[Piece]) -> Request:
+        self._packs.append(pack)
+        if len(pack) == 1 and (resident := self._resident.find(pack[0].key, pack[0].elements)) is not None:
+            return Request(0, lambda: resident)
+        nbytes = sum(map(self._bytes_of, pack))
         # On the host a tensor that is larger than the stream would be in memory twice: it is read into its place, when that is free.
         early = nbytes <= self._stream_bytes or not self._device.shares_host
-        return Request(nbytes, lambda: self._read(piece), early)
+        return Request(nbytes, lambda: self._read(pack), early)
 
-    def _read(self, piece: Piece) -> Tensor:
-        """Read a tensor on the reading thread, after the previous batch's writes to its file."""
-        self._wait_for_writes(self._weights.partition_of(piece.key))
+    def _read(self, pack: Sequence[Piece]) -> Tensor:
+        """Read a pack on the reading thread, after the previous batch's writes to its files."""
+        for piece in pack:
+            self._wait_for_writes(self._weights.partition_of(piece.key))
         assert self._reader is not None
-        return self._reader.read(piece.key, piece.elements)
+        if len(pack) == 1:
+            tensor = self._reader.read(pack[0].key, pack[0].elements)
+            self._resident.keep(pack[0].key, pack[0].elements, tensor)
+            return tensor
+        allocate = self._device.host_allocator()
+        assert allocate is not None, "packs are for another device"
+        places, size = self._places(pack)
+        buffer = allocate((size,), torch.uint8)
+        for piece, place in zip(pack, places, strict=True):
+            view = place.view(buffer)
+            self._reader.read(piece.key, piece.elements, lambda shape, dtype, view=view: view)  # type: ignore[misc]
+        return buffer
 
     def _wait_for_writes(self, partition: PartitionName) -> None:
         """Wait until the previous batch's writes to a partition's file are done."""
@@ -205,3 +338,11 @@ class WeightStreamer:
             future.result()
         # Every tensor of the partition asks: waiting once is enough.
         self._previous_writes[partition] = []
+
+
+def _write_to(file: TensorFile, key: str, tensor: Tensor, first: int | None) -> None:
+    """Write a tensor of a file, or some of its elements from the first one on."""
+    if first is None:
+        file.write_from(key, tensor)
+    else:
+        file.write_elements(key, tensor, first)

@@ -20,6 +20,7 @@ from lowmem_pnn.planning.notes import (
     idle_notes,
     micro_batch_notes,
     mixing_notes,
+    precision_notes,
 )
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
@@ -94,6 +95,7 @@ def make_result(
             *([mixed] if mixed is not None else []),
             *micro_batch_notes(workload, plan),
             *idle_notes(workload),
+            *precision_notes(config),
             *device_notes(device),
         ],
         training_state_bytes=profile.training_state_bytes,
@@ -126,6 +128,7 @@ def make_result(
         chosen_exit=chosen_exit(exits, config.exit_tolerance),
         bytes_read=state.bytes_read,
         bytes_written=state.bytes_written,
+        drive_tbw=config.drive_tbw,
         oom_retries=state.oom_retries,
         skipped_steps=sum(scale.skipped for scale in state.loss_scales),
         skipped_samples=workload.dataset.skipped_samples,

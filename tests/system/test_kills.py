@@ -33,7 +33,7 @@ def test_killed_anywhere_and_resumed_is_same_as_uninterrupted(
 ) -> None:
     kills = 500 if long else 0
     # A few of each kind: with four of the methods, and with clipping, half precision and tied weights.
-    names = [] if long else ["pnn", "exact", "neuroflux, interleaved", "incubate"]
+    names = [] if long else ["pnn", "exact, resident", "neuroflux, interleaved", "incubate"]
     done = subprocess.run(
         [sys.executable, "-m", "trials.kills", str(tmp_path / "trials"), str(kills), "0", *names],
         cwd=TESTS,
