@@ -2,12 +2,14 @@
 
 A small model of each family, built here and as its constructor gives it (six blocks of width 128; 64 tokens, or images of 64x64; batch
 16; AdamW; CPU): into how many layers it is cut; whether outputs and gradients of
-the layers have the bits of the model's, in train and in eval mode; whether one step of `exact`, a partition for every layer, gives the
-weights of plain PyTorch's; then `fit --method exact` in 1/4 of plain PyTorch's peak. Everything in a process of its own.
+the layers have the bits of the model's, in train and in eval mode; and, of four families (--full: of all), whether one step of `exact`, a
+partition for every layer, gives the weights of plain PyTorch's, and `fit --method exact` in 1/4 of plain PyTorch's peak. Everything in a
+process of its own.
 
-    python bench/hf_coverage.py [--quick] [--names Llama,BERT] [--again]
+    python bench/hf_coverage.py [--quick] [--full] [--names Llama,BERT] [--again]
 
-Needs transformers. An hour on two cores; --quick takes four families. Families that are done are kept in bench/.cache/.
+Needs transformers. A quarter of an hour on two cores, an hour with --full; --quick takes four families. Families that are done are kept in
+bench/.cache/.
 """
 
 import argparse
@@ -146,8 +148,8 @@ def fit(name: str, budget: int) -> dict[str, Any]:
     return {"predicted": result.predicted_peak_bytes, "peak": result.peak_bytes, "partitions": len(result.partitions)}
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Measure a family in processes of its own."""
+def measure(name: str, full: bool) -> dict[str, Any]:
+    """Measure a family in processes of its own; its layers alone, or steps and peaks too."""
 
     def work(kind: str, value: int = 0) -> dict[str, Any]:
         try:
@@ -157,26 +159,33 @@ def measure(name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return found
 
+    if not full:
+        return {"structure": work("structure")}
     found = {"structure": work("structure"), "step": work("step"), "plain": work("plain")}
     return {**found, "fit": work("fit", found["plain"]["peak"] // 4)}
 
 
 def row_of(name: str, found: dict[str, Any]) -> tuple[list[str], dict[str, bool]]:
     """Return a family's line, and what is counted of it."""
-    family, cut, step_found, fitted = FAMILIES[name], found["structure"], found["step"], found["fit"]
+    family, cut, step_found, fitted = FAMILIES[name], found["structure"], found.get("step"), found.get("fit")
     layers = cut.get("layers", 0)
     captured = layers >= family.blocks
     why = "" if captured else family.reason or "; ".join(cut.get("whole", [])) or cut.get("failed", "")
     equal = not cut.get("differing", ["failed"])
+    cells = [
+        name, str(family.blocks), str(layers or "-"), "yes" if captured else f"no: {why}",
+        f"{cut['largest']:.0%}" if layers else "-", str(cut.get("tensors", "-")), "yes" if equal else "no",
+    ]  # fmt: skip
+    counted = {"captured": captured, "equal": equal}
+    if step_found is None or fitted is None:
+        return [*cells, "-", "-", "-", "-"], counted
     exact = "yes" if step_found.get("equal") else f"to {step_found['largest_difference']:.0e}" if "equal" in step_found else "no"
     peak = found["plain"]["peak"]
     return [
-        name, str(family.blocks), str(layers or "-"), "yes" if captured else f"no: {why}",
-        f"{cut['largest']:.0%}" if layers else "-", str(cut.get("tensors", "-")), "yes" if equal else "no", exact, f"{peak / MB:.0f}",
-        f"{fitted['peak'] / peak:.2f}" if "peak" in fitted else "no",
+        *cells, exact, f"{peak / MB:.0f}", f"{fitted['peak'] / peak:.2f}" if "peak" in fitted else "no",
         f"{fitted['predicted'] / fitted['peak']:.2f}" if "peak" in fitted else "-",
     ], {
-        "captured": captured, "equal": equal, "step": bool(step_found.get("equal")), "quarter": "peak" in fitted,
+        **counted, "step": bool(step_found.get("equal")), "quarter": "peak" in fitted,
         "over": "peak" in fitted and fitted["peak"] * 4 > peak,
     }  # fmt: skip
 
@@ -185,6 +194,7 @@ def main() -> None:
     """Measure the families and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--full", action="store_true")
     parser.add_argument("--names")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
@@ -199,7 +209,8 @@ def main() -> None:
     rows, counts, data = [], [], []
     for name in names:
         try:
-            found = cache.get({"name": name}, lambda name=name: measure(name))  # type: ignore[misc]
+            full = arguments.full or name in QUICK
+            found = cache.get({"name": name, "full": full}, lambda name=name, full=full: measure(name, full))  # type: ignore[misc]
         except (RuntimeError, KeyError, subprocess.SubprocessError) as error:
             print(f"{name}: {error!r}", file=sys.stderr, flush=True)
             continue
@@ -210,7 +221,8 @@ def main() -> None:
         print(*cells, sep="\t", file=sys.stderr, flush=True)
 
     def count(key: str) -> str:
-        return f"{sum(entry[key] for entry in counts)} of {len(counts)}"
+        own = [entry[key] for entry in counts if key in entry]
+        return f"{sum(own)} of {len(own)}"
 
     heads = (
         "family", "blocks", "layers", "cut at its blocks", "largest layer", "tensors at a cut", "bits of the model", "bits of a step",

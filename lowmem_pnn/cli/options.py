@@ -18,7 +18,7 @@ from lowmem_pnn.settings.model_arguments import parse_model_arguments
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
+    "Model": ("model", "model_arg", "precision", "tf32", "channels_last", "compile", "compare"),
     "Fine-tuning": (
         "weights", "freeze", "train_only", "freeze_norm", "unfreeze_at", "cache_frozen", "lora", "modules_to_save", "frozen_dtype",
         "weights_dtype",
@@ -35,15 +35,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
     "Method neuroflux": (
-        "heads", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
+        "heads", "local_loss", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
     ),
+    "Method incubate": ("meta_epochs",),
     "Optimisation": (
         "batch_size", "optimizer", "lr", "lr_for", "lr_schedule", "warmup_steps", "min_lr", "momentum", "betas", "eps", "weight_decay",
         "no_decay", "no_decay_norms", "clip_norm", "fused", "seed",
     ),
     "Budget": (
-        "max_gpu_mem", "budgets", "gpu", "device", "budget_scope", "max_host_mem", "max_disk", "plan_for", "micro_batch", "batch_norm",
-        "loss_chunk", "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
+        "max_gpu_mem", "budgets", "gpu", "device", "budget_scope", "max_host_mem", "host_tier", "max_disk", "drive_tbw", "plan_for",
+        "micro_batch",
+        "batch_norm", "loss_chunk", "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Contenders": ("methods", "baselines", "steps"),
     "Files of options": ("config_file", "settings", "print_config"),
@@ -57,11 +59,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 # What an option's value is called in the help.
 _METAVARS = {
-    "max_gpu_mem": "SIZE|X%|auto", "max_host_mem": "SIZE", "max_disk": "SIZE", "model_arg": "KEY=VALUE", "data_root": "DIR",
+    "max_gpu_mem": "SIZE|X%|auto", "max_host_mem": "SIZE", "max_disk": "SIZE", "drive_tbw": "TB", "model_arg": "KEY=VALUE", "data_root": "DIR",
     "cuts": "LAYER,...", "epochs": "N,...", "batch_size": "N,...|auto", "lr": "X,...", "shuffle": "yes|no,...", "kappa": "X,...",
     "model": "NAME", "data": "NAME", "device": "NAME", "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
     "train_limit": "N", "test_limit": "N", "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS",
-    "method": "pnn|neuroflux|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal|sparse",
+    "method": "pnn|neuroflux|incubate|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal|sparse",
     "visits": "sequential|interleaved|laps=L", "macro_batches": "N", "views": "N", "augment": "none|basic|randaugment|trivial",
     "blocks": "planner|alike",
     "block_tolerance": "X", "exit_tolerance": "X", "heads": "adaptive|classic|auglocal|linear", "sil_target": "full|pooled",
@@ -78,6 +80,7 @@ _METAVARS = {
     "target": "COLUMN,...", "mixup": "X", "cutmix": "X",
     "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH", "tokenizer": "DIR|FILE|bytes", "context": "N", "loss_on": "completions|all",
     "sample": "TEXT", "sample_tokens": "N",
+    "meta_epochs": "N", "local_loss": "cross-entropy|similarity|both",
     "betas": "A,B", "eps": "X", "no_decay": "PATTERN,...", "min_lr": "X", "max_steps": "N",
     "lora": "KEY=VALUE,...", "modules_to_save": "NAME,...", "frozen_dtype": "fp32|bf16|int8|nf4", "weights_dtype": "fp32|bf16",
 }  # fmt: skip
@@ -88,6 +91,8 @@ _SWITCHES = {
     "step_in_backward": ("--step-in-backward/--no-step-in-backward", " [default: step-in-backward]"),
     "compare": ("--compare/--no-compare", " [default: compare]"),
     "parallel_sil": ("--parallel-sil", ""),
+    "host_tier": ("--host-tier/--no-host-tier", " [default: host-tier]"),
+    "tf32": ("--tf32", ""),
     "channels_last": ("--channels-last", ""),
     "skip_broken": ("--skip-broken", ""),
     "compile": ("--compile", ""),

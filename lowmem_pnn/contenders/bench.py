@@ -151,8 +151,8 @@ def _run_method(
     peak = meter.peak_bytes - result["floor_bytes"] if on_host and meter.peak_bytes else result["peak_bytes"]
     parts = result["partitions"]
     # Samples that are learnt count for every partition, where partitions learn by themselves.
-    samples = result["samples_per_second"] * result["seconds"] / (len(parts) if method in ("pnn", "neuroflux") else 1)
-    seconds = sum(part["seconds"] for part in parts)
+    samples = result["samples_per_second"] * result["seconds"] / (len(parts) if method in ("pnn", "neuroflux", "incubate") else 1)
+    seconds = sum(part["seconds"] for part in parts) + result["meta"].get("seconds", 0.0)
     return (
         dataclasses.replace(
             row,

@@ -8,6 +8,7 @@ from torch import Tensor
 from lowmem_pnn.device.base import Device
 from lowmem_pnn.device.context_memory import ContextMemory
 from lowmem_pnn.device.cuda_driver import CudaDriver, NvidiaDriver
+from lowmem_pnn.device.support import missing_kernels
 from lowmem_pnn.device.transfers import Transfers, in_flight_bytes_of
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.memory.pinned import PinnedSlab, slab_bytes_of
@@ -70,6 +71,8 @@ class CudaDevice(Device):
                 raise ConfigError(
                     f"--device cuda:{index}: found {torch.cuda.device_count()} CUDA devices here; give --device cpu"
                 )
+            if (missing := missing_kernels(index)) is not None:
+                raise ConfigError(f"--device cuda:{index}: {missing}")
             self._driver = NvidiaDriver(index)
         driver = self._driver
         self._context = ContextMemory(driver)

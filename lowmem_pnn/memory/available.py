@@ -13,7 +13,8 @@ AUTO_SHARE = 0.8
 """Share of the available memory that `auto` takes."""
 
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
-_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
+DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
+"""Files of NVIDIA's drivers, of which one is there where a driver is."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -56,7 +57,7 @@ def available_bytes(device: str = "auto") -> int:
     Raises:
         ConfigError: a GPU is asked for, and there is none.
     """
-    if device != "cpu" and (device != "auto" or any(Path(driver).exists() for driver in _DRIVERS)):
+    if device != "cpu" and (device != "auto" or any(Path(driver).exists() for driver in DRIVERS)):
         import torch
 
         if torch.cuda.is_available():

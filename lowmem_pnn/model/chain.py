@@ -24,6 +24,7 @@ from lowmem_pnn.model.call_form import TensorSpec as TensorSpec
 from lowmem_pnn.model.copies import copy_structure, without_cache
 from lowmem_pnn.model.dataflow import trace_and_flow
 from lowmem_pnn.model.dispatch_modes import KnownWrittenError
+from lowmem_pnn.model.equal_blocks import look_again
 from lowmem_pnn.model.fake_model import ModelRun, Setting, run_model, uses_checkpointing
 from lowmem_pnn.model.layer import Layer, python_state_of, set_python_state
 from lowmem_pnn.model.modes import read_modes
@@ -258,6 +259,7 @@ def capture(
     if modes.frozen:
         model = _with_frozen(model, names, modes.frozen)
         names = tensors_by_name(model)
+    look_again(model)
     specs = specs if isinstance(specs, tuple) else (specs,)
     setting = Setting(specs, precision, 2, True, call or CallForm.positional(len(specs)), learns_from)
     try:

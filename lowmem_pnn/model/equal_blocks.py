@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import BuiltinFunctionType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -113,26 +114,45 @@ class _Repeat(torch.autograd.Function):
         raise NotImplementedError
 
 
+_kinds: WeakKeyDictionary[nn.Module, list[list[tuple[str, int]]]] = WeakKeyDictionary()
+
+
+def look_again(model: nn.Module) -> None:
+    """Forget the blocks of a model, which may have been changed since it was looked through."""
+    _kinds.pop(model, None)
+
+
+def _kinds_of(model: nn.Module) -> list[list[tuple[str, int]]]:
+    """Return the names and places of the blocks of each kind, where there are several."""
+    if model not in _kinds:
+        found: list[list[tuple[str, int]]] = []
+        for name, parent in model.named_modules():
+            kinds: dict[Hashable, list[tuple[str, int]]] = {}
+            blocks = parent.named_children() if isinstance(parent, nn.ModuleList | nn.Sequential) else ()
+            for place, (own, block) in enumerate(blocks):
+                if any(True for _ in block.children()) and "forward" not in vars(block):
+                    kinds.setdefault(module_key(block, [place]), []).append((f"{name}.{own}".lstrip("."), place))
+            found += [alike for alike in kinds.values() if len(alike) >= _LEAST_BLOCKS]
+        _kinds[model] = found
+    return _kinds[model]
+
+
 class EqualBlocks:
     """The equal blocks of a copy of a model with fake tensors.
 
     Args:
-        root: the copy, whose blocks are told how to run.
+        model: the model.
+        root: the copy, in its mode, whose blocks are told how to run.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, model: nn.Module, root: nn.Module) -> None:
         self._runs: dict[Hashable, _Run | None] = {}
-        for parent in root.modules():
-            if not isinstance(parent, nn.ModuleList | nn.Sequential):
-                continue
-            kinds: dict[Hashable, list[tuple[int, nn.Module]]] = {}
-            for place, block in enumerate(parent):
-                if any(True for _ in block.children()) and "forward" not in vars(block):
-                    kinds.setdefault((module_key(block, [place]), block.training), []).append((place, block))
-            for kind, blocks in kinds.items():
-                for place, block in blocks if len(blocks) >= _LEAST_BLOCKS else ():
-                    # An attribute of the instance is what `nn.Module.__call__` calls.
-                    vars(block)["forward"] = partial(self._call, block, place, (id(parent), kind), block.forward)
+        for number, blocks in enumerate(_kinds_of(model)):
+            for name, place in blocks:
+                block = root.get_submodule(name)
+                modes = tuple(module.training for module in block.modules())
+                # An attribute of the instance is what `nn.Module.__call__` calls.
+                vars(block)["forward"] = partial(self._call, block, place, (number, modes), block.forward)
 
     def _call(self, block: nn.Module, place: int, kind: Hashable, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given, form = pytree.tree_flatten((args, kwargs))

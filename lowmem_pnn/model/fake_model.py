@@ -120,7 +120,7 @@ class Setting:
                 fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         root = copy_structure(model, fakes)
         set_mode(root, self.training)
-        EqualBlocks(root)
+        EqualBlocks(model, root)
         has_values = self.values and device == "cpu"
         return Fakes(
             mode, root, samples, self.precision, KnownValues(self.precision.device_type) if has_values else nullcontext()

@@ -11,10 +11,11 @@ from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning import planner
 from lowmem_pnn.planning.footprint import Footprint
-from lowmem_pnn.planning.heap_share import heap_bytes
+from lowmem_pnn.planning.heap_share import HeapShare
 from lowmem_pnn.planning.kept_products import with_kept_products
 from lowmem_pnn.planning.neuroflux_blocks import similar_batch_cuts
 from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.planning.resident_state import with_resident_state
 from lowmem_pnn.profiling.costs import ties_counted_once
 from lowmem_pnn.units import format_bytes
 
@@ -84,8 +85,9 @@ def plan_for_batches(
         _check_synthetic_inputs(request, plan)
     plan = dataclasses.replace(_with_own_peaks(request, plan), loss_chunk=request.loss_chunk)
     if workload.method.sweeps:
-        plan = _with_longer_streams(request, dataclasses.replace(plan, sweep_micro_batch=plan.partitions[0].micro_batch))
-        return with_kept_products(request, plan)
+        # What stays need not be streamed: it comes before longer streams.
+        plan = with_resident_state(request, dataclasses.replace(plan, sweep_micro_batch=plan.partitions[0].micro_batch))
+        return with_kept_products(request, _with_longer_streams(request, plan))
     return with_kept_products(request, _with_recovery(request, plan)) if workload.config.recovery_epochs else plan
 
 
@@ -125,10 +127,11 @@ def _check_synthetic_inputs(request: PlanRequest, plan: Plan) -> None:
 def _with_own_peaks(request: PlanRequest, plan: Plan) -> Plan:
     """Replace the overhead that all partitions keep free by the bytes that each partition's own visits need."""
     footprint = Footprint.of(request)
-    return _with_partitions(plan, [_with_own_peak(footprint, plan, part) for part in plan.partitions])
+    heap = HeapShare(footprint)
+    return _with_partitions(plan, [_with_own_peak(footprint, heap, plan, part) for part in plan.partitions])
 
 
-def _with_own_peak(footprint: Footprint, plan: Plan, part: PartitionPlan) -> PartitionPlan:
+def _with_own_peak(footprint: Footprint, heap: HeapShare, plan: Plan, part: PartitionPlan) -> PartitionPlan:
     request = footprint.request
     beside = footprint.beside_bytes(part.start, part.batch, plan.cuts)
     learning = part.predicted_peak_bytes - plan.overhead_bytes + beside
@@ -143,7 +146,7 @@ def _with_own_peak(footprint: Footprint, plan: Plan, part: PartitionPlan) -> Par
         writing = state + forward + shards + objective + footprint.reading_bytes(part.start, part.batch)
     return dataclasses.replace(
         part,
-        predicted_peak_bytes=max(learning, writing) + footprint.constant_bytes_beside(heap_bytes(footprint, part, beside)),
+        predicted_peak_bytes=max(learning, writing) + footprint.constant_bytes_beside(heap.bytes_of(part, beside)),
         # With the optimizer state that a sweep streams in.
         state_bytes=sum(layer.state_bytes for layer in ties_counted_once(request.profile.layers[part.start : part.stop])),
     )
@@ -161,7 +164,8 @@ def _with_longer_streams(request: PlanRequest, plan: Plan) -> Plan:
     # A second reserve, for what the check before training may find above the plan.
     spare = device.budget_bytes - 2 * device.reserve_bytes - plan.predicted_peak_bytes - footprint.waiting_bytes()
     room = window + max(0, spare) // 2
-    longer = min(room, 4 * window)
+    # No longer than what is moved.
+    longer = min(room, 4 * window, max(window, footprint.streamed_bytes - plan.resident_bytes))
     if longer < footprint.largest_tensor_bytes <= room:
         longer = footprint.largest_tensor_bytes
     more = footprint.stream_bytes(longer) - footprint.stream_bytes(window)

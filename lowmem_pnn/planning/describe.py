@@ -8,11 +8,12 @@ from lowmem_pnn.planning.disk_footprint import activation_bytes, check_disk, dis
 from lowmem_pnn.planning.footprint import Footprint
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.planning.notes import plan_notes
-from lowmem_pnn.planning.plain_training import plain_bytes
 from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.tier_table import TierEstimate
 from lowmem_pnn.workload import Workload
+from lowmem_pnn.workload.plain_training import plain_bytes
 
 
 def describe_plan(
@@ -29,7 +30,7 @@ def describe_plan(
     """
     workload, profile, device = request.workload, request.profile, request.device
     batch = max(workload.config.batch_sizes)
-    reason, exit_code, partitions, disk, peak, notes = "", 0, [], 0, 0, []
+    reason, exit_code, partitions, disk, peak, written, notes = "", 0, [], 0, 0, None, []
     tiers: Sequence[TierEstimate] = ()
     try:
         plan = make_plan(request, seconds_of)
@@ -38,6 +39,8 @@ def describe_plan(
         ]
         batch = max(part.batch for part in plan.partitions)
         disk, peak = disk_bytes(workload, plan, profile), plan.predicted_peak_bytes
+        # The same by any timings.
+        written = TimeEstimator.nominal(request).training(plan).bytes_written
         notes = plan_notes(request, plan)
         tiers = tiers_of(plan)
         check_disk(workload, plan, profile)
@@ -54,6 +57,8 @@ def describe_plan(
         plain_bytes=plain_bytes(workload, profile, batch),
         predicted_peak_bytes=peak,
         disk_bytes=disk,
+        written_bytes=written,
+        drive_tbw=workload.config.drive_tbw,
         partitions=partitions,
         fits=not reason,
         reason=reason,

@@ -13,33 +13,43 @@ from lowmem_pnn.profiling.costs import Affine, Envelope, LayerCost
 _FLOAT_BYTES = 4
 
 
-def heap_bytes(footprint: Footprint, part: PartitionPlan, beside: int) -> int:
-    """Return the bytes of a partition's peak that come from the heap.
+class HeapShare:
+    """The bytes of partitions' peaks that come from the heap.
 
     Parameters that are large blocks are mapped by themselves, and so are their gradients and optimizer state: they leave no holes.
 
     Args:
         footprint: Memory beside the partitions.
-        part: The partition.
-        beside: Bytes beside the partition while it trains.
     """
-    request, threshold = footprint.request, mmap_threshold(footprint.budget_bytes)
-    # Large blocks of the streams' pool are mapped too: slices of parameters and of their state are not large where the budget is small.
-    mapped_slices = footprint.buffer_sizes.slice_elements * _FLOAT_BYTES >= min(threshold, HUGE_BYTES)
-    layers = [
-        _from_heap(layer, cost, threshold, mapped_slices)
-        for layer, cost in zip(request.workload.chain.layers, request.costs.layers, strict=True)
-    ]
-    profile = replace(request.costs, layers=tuple(layers))
-    objective = request.objective_memory(part.stop)
-    within = partition_peak(profile, part.start, part.stop, part.micro_batch, part.batch, objective)
-    if request.workload.method.sweeps and request.device.shares_host:
-        prefetched = footprint.stream_bytes(footprint.buffer_sizes.stream_bytes)
-        small = sum(cost.weight_bytes + cost.optimizer_bytes + cost.streamed_state_bytes for cost in layers)
-        if not mapped_slices:
-            small = sum(cost.streamed_state_bytes + cost.weight_bytes for cost in request.costs.layers)
-        beside -= prefetched - min(prefetched, small)
-    return max(0, within) + beside
+
+    def __init__(self, footprint: Footprint) -> None:
+        self._footprint = footprint
+        request, threshold = footprint.request, mmap_threshold(footprint.budget_bytes)
+        # Large blocks of the streams' pool are mapped too: slices of parameters and of their state are not large where the budget is small.
+        self._mapped_slices = footprint.buffer_sizes.slice_elements * _FLOAT_BYTES >= min(threshold, HUGE_BYTES)
+        layers = [
+            _from_heap(layer, cost, threshold, self._mapped_slices)
+            for layer, cost in zip(request.workload.chain.layers, request.costs.layers, strict=True)
+        ]
+        self._profile = replace(request.costs, layers=tuple(layers))
+
+    def bytes_of(self, part: PartitionPlan, beside: int) -> int:
+        """Return the bytes of a partition's peak that come from the heap.
+
+        Args:
+            part: The partition.
+            beside: Bytes beside the partition while it trains.
+        """
+        footprint, request, layers = self._footprint, self._footprint.request, self._profile.layers
+        objective = request.objective_memory(part.stop)
+        within = partition_peak(self._profile, part.start, part.stop, part.micro_batch, part.batch, objective)
+        if request.workload.method.sweeps and request.device.shares_host:
+            prefetched = footprint.stream_bytes(footprint.buffer_sizes.stream_bytes)
+            small = sum(cost.weight_bytes + cost.optimizer_bytes + cost.streamed_state_bytes for cost in layers)
+            if not self._mapped_slices:
+                small = sum(cost.streamed_state_bytes + cost.weight_bytes for cost in request.costs.layers)
+            beside -= prefetched - min(prefetched, small)
+        return max(0, within) + beside
 
 
 def _from_heap(layer: Layer, cost: LayerCost, threshold: int, mapped_slices: bool) -> LayerCost:

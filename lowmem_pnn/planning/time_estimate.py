@@ -80,9 +80,13 @@ class TimeEstimator:
         """Estimate the time and disk traffic of one epoch over all partitions."""
         return self._forecast(forecast_epoch, plan)
 
+    def training(self, plan: Plan) -> TimeAndTraffic:
+        """Estimate the time and disk traffic of the whole training."""
+        return self._forecast(forecast_training, plan)
+
     def __call__(self, plan: Plan) -> float:
         """Estimate the seconds of the whole training."""
-        return self._forecast(forecast_training, plan).seconds
+        return self.training(plan).seconds
 
     def _forecast(
         self,
@@ -104,6 +108,7 @@ def forecast_inputs(request: PlanRequest, plan: Plan) -> ForecastInputs:
     workload, buffer_sizes = request.workload, BufferSizes.of_budget(plan.budget_bytes)
     rule = nominal.keeping_rule(workload.config.recompute, shares_host=request.device.shares_host)
     kept = {number: kept_products(request.profile.layers[number], rule) for number in plan.kept_layers}
+    costs = request.profile.layers
     partitions = []
     for part in plan.partitions:
         layers = ties_counted_once(request.profile.layers[part.start : part.stop])
@@ -118,6 +123,12 @@ def forecast_inputs(request: PlanRequest, plan: Plan) -> ForecastInputs:
                 outputs=part.output_bytes_per_sample,
                 stored_outputs=activation_bytes(workload, part.stop),
                 kept=sum(one.nbytes for number in range(part.start, part.stop) for one in kept.get(number, ())),
+                resident_weights=sum(
+                    costs[layer].gradient_bytes for layer in plan.resident_weights if part.start <= layer < part.stop
+                ),
+                resident_state=sum(
+                    costs[layer].optimizer_bytes for layer in plan.resident_state if part.start <= layer < part.stop
+                ),
             )
         )
     return ForecastInputs(

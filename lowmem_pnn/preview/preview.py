@@ -7,10 +7,10 @@ from functools import partial
 from lowmem_pnn.compilation.compiler import check_compiler
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.gpu_description import GpuDescription
-from lowmem_pnn.planning.comparison import compare_methods
 from lowmem_pnn.planning.describe import describe_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
+from lowmem_pnn.preview.comparison import compare_methods
 from lowmem_pnn.preview.tiers import estimate_tiers
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache

@@ -6,12 +6,12 @@ import math
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.forecast import forecast_epoch
-from lowmem_pnn.planning.plain_training import plain_training_bytes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import forecast_inputs
 from lowmem_pnn.profiling.costs import ties_counted_once
 from lowmem_pnn.profiling.nominal import nominal_timings, speed_of_gpu
 from lowmem_pnn.reporting.tier_table import TierEstimate
+from lowmem_pnn.workload.plain_training import plain_training_bytes
 
 
 def estimate_tiers(request: PlanRequest, gpu: GpuDescription, plan: Plan) -> list[TierEstimate]:

@@ -6,18 +6,22 @@
            levels are quantiles of a normal distribution (Dettmers et al. 2023, arXiv 2305.14314, appendix E)
 
 A linear layer saves its stored weight for backward, and not the cast one, which would stay in memory from forward to backward: the
-gradient of its input casts it once more. Both products are those of PyTorch on the cast weight, bit for bit.
+gradient of its input casts it once more. Both products are those of PyTorch on the cast weight, bit for bit; but for a frozen weight of
+more than `TILED_BYTES`, as a vocabulary's is, which is cast and multiplied some rows at a time: the gradient of its input is then a sum of the
+rows' products, equal up to rounding.
 """
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lowmem_pnn.units import MEBIBYTE
 
 SCALE = "_scale"
 """What is appended to the name of a weight for the name of its scales."""
@@ -31,6 +35,13 @@ NF4_LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 """Levels of nf4, by code."""
+
+TILED_BYTES = 64 * MEBIBYTE
+"""Bytes, as cast, from which on a frozen weight is cast some rows at a time."""
+
+_TILE_BYTES = 16 * MEBIBYTE
+# Rows of a tile are multiples of so many: whole blocks of nf4, and wide products.
+_TILE_ROWS = 256
 
 # Elements that are converted at once: few enough for a core's cache.
 _PIECE = 1 << 16
@@ -107,6 +118,32 @@ class StoredForm(NamedTuple):
             out[piece] = codes[piece].float() * scales[piece]
         return out
 
+    def tiles(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the matrix in the type of computing, some rows at a time, each with where its rows are.
+
+        Args:
+            parts: stored tensors by the names of `layout`.
+            dtype: type of the results.
+        """
+        columns = math.prod(self.shape[1:])
+        rows = max(1, _TILE_BYTES // (columns * dtype.itemsize) // _TILE_ROWS) * _TILE_ROWS
+        for begin in range(0, self.shape[0], rows):
+            end = min(begin + rows, self.shape[0])
+            own = StoredForm(self.name, (end - begin, *self.shape[1:]), self.dtype)
+            if self.name == "nf4":
+                first, last = begin * columns, end * columns
+                places = {
+                    "": slice(first // 2, math.ceil(last / 2)),
+                    SCALE: slice(first // NF4_BLOCK, math.ceil(last / NF4_BLOCK)),
+                }
+            else:
+                places = dict.fromkeys(("", SCALE), slice(begin, end))
+            yield slice(begin, end), own.decode({name: part[places[name]] for name, part in parts.items()}, dtype)
+
+    def is_tiled(self, dtype: torch.dtype) -> bool:
+        """Decide whether the matrix is so large that it is cast some rows at a time, to a type of computing."""
+        return math.prod(self.shape) * dtype.itemsize >= TILED_BYTES
+
 
 def _encode_int8(values: Tensor, codes: Tensor, scales: Tensor) -> None:
     largest = values.abs().amax(dim=tuple(range(1, values.dim()))) if values.dim() > 1 else values.abs()
@@ -155,7 +192,14 @@ class _Product(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
         ctx.learns = parts[0].requires_grad
         ctx.save_for_backward(*parts, *([inputs.to(dtype)] if ctx.learns else []))
-        weight = form.decode(dict(zip(form.layout(), parts, strict=True)), dtype)
+        by_name = dict(zip(form.layout(), parts, strict=True))
+        ctx.is_tiled = form.is_tiled(dtype) and not transposed and not ctx.learns
+        if ctx.is_tiled:
+            result = inputs.new_empty((*inputs.shape[:-1], form.shape[0]), dtype=dtype)
+            for rows, tile in form.tiles(by_name, dtype):
+                result[..., rows] = F.linear(inputs, tile, None if bias is None else bias[rows])
+            return result
+        weight = form.decode(by_name, dtype)
         if not transposed:
             return F.linear(inputs, weight, bias)
         # As transformers' Conv1D.
@@ -170,8 +214,14 @@ class _Product(torch.autograd.Function):
         parts = ctx.saved_tensors[: len(form.layout())]
         rows = gradient.reshape(-1, gradient.shape[-1])
         ours = None
-        if ctx.needs_input_grad[0]:
-            weight = form.decode(dict(zip(form.layout(), parts, strict=True)), gradient.dtype)
+        by_name = dict(zip(form.layout(), parts, strict=True))
+        if ctx.needs_input_grad[0] and ctx.is_tiled:
+            total = rows.new_zeros((rows.shape[0], form.shape[1]))
+            for place, tile in form.tiles(by_name, gradient.dtype):
+                total.addmm_(rows[:, place], tile)
+            ours = total.view(*gradient.shape[:-1], form.shape[1]).to(ctx.dtype)
+        elif ctx.needs_input_grad[0]:
+            weight = form.decode(by_name, gradient.dtype)
             product = rows.mm(weight.t() if ctx.transposed else weight)
             ours = product.view(*gradient.shape[:-1], product.shape[-1]).to(ctx.dtype)
             del weight, product

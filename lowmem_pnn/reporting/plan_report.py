@@ -8,7 +8,7 @@ from typing import Any
 
 from lowmem_pnn.reporting.advice import advise, plain_fits
 from lowmem_pnn.reporting.method_estimate import MethodEstimate, method_table
-from lowmem_pnn.reporting.tables import describe_skipped, layer_range, text_table
+from lowmem_pnn.reporting.tables import describe_skipped, drive_share, layer_range, text_table
 from lowmem_pnn.reporting.tier_table import TierEstimate, tier_table
 from lowmem_pnn.units import format_bytes
 
@@ -21,7 +21,8 @@ class PlanReport:
     is the exit code with which `fit` would end. `notes` say in what training would differ from plain PyTorch's. `prospects` are the
     estimates of all methods; empty where nothing was timed. `tiers` are the seconds of a step on a described GPU (`--gpu`), by where weights
     and optimizer state lie; empty on a device that is here. `preprocessing` says how samples are presented to the model,
-    `data_parts` how many there are in each part; `plain_bytes` is the predicted peak of a plain PyTorch loop with the same batch;
+    `written_bytes` is what training writes to the drive in all, without commits, and `drive_tbw` how many terabytes the drive may be
+    written; `data_parts` how many there are in each part; `plain_bytes` is the predicted peak of a plain PyTorch loop with the same batch;
     `skipped_samples` holds the `count` of broken samples that are left out, and the `names` of the first 100.
     """
 
@@ -36,6 +37,8 @@ class PlanReport:
     plain_bytes: int | None = None
     predicted_peak_bytes: int
     disk_bytes: int
+    written_bytes: int | None = None
+    drive_tbw: float | None = None
     partitions: Sequence[Mapping[str, Any]]
     fits: bool
     reason: str
@@ -50,6 +53,12 @@ class PlanReport:
     def to_json(self) -> str:
         """Return the report as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=1)
+
+    def _disk(self) -> str:
+        text = f"disk: at most {format_bytes(self.disk_bytes)}"
+        if self.written_bytes is None:
+            return text
+        return f"{text}, {format_bytes(self.written_bytes)} written in training{drive_share(self.written_bytes, self.drive_tbw)}"
 
     @property
     def advice(self) -> str:
@@ -99,7 +108,7 @@ class PlanReport:
         if self.skipped_samples["count"]:
             lines += [describe_skipped(self.skipped_samples["names"], self.skipped_samples["count"]), ""]
         if rows:
-            lines += [text_table(headings, rows, width, spare), "", f"disk: at most {format_bytes(self.disk_bytes)}"]
+            lines += [text_table(headings, rows, width, spare), "", self._disk()]
         if self.prospects:
             lines += ["", method_table(self.prospects, width, is_described=bool(self.tiers)), "", self.advice, ""]
         if self.tiers:

@@ -36,6 +36,9 @@ class ResultFields:
     `weights` says of the pretrained weights that training began with their `source` and `sha256`, how many tensors were `loaded` (`cast`
     of them from another type), which tensors of the model are `new`, and which of theirs were `left_out`; empty where there were none.
 
+    `meta` says of the meta model (`incubate`) how many `params` it has, its `epochs`, `seconds`, `peak_bytes`, `train_loss`, `test_loss`
+    and `test_accuracy`; its seconds, bytes and MACs are in those of the run.
+
     `notes` say what else was done for each micro-batch, and in plain PyTorch once for a batch.
 
     `adapter` is the folder in which a run with adapters leaves them as peft has them.
@@ -84,6 +87,7 @@ class ResultFields:
     batch_norm: Mapping[str, int] = dataclasses.field(default_factory=dict)
     module_state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weights: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
     training_state_bytes: int
     partitions: Sequence[Mapping[str, Any]]
@@ -112,6 +116,7 @@ class ResultFields:
     chosen_exit: int | None = None
     bytes_read: int
     bytes_written: int
+    drive_tbw: float | None = None
     oom_retries: int
     skipped_steps: int = 0
     skipped_samples: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"count": 0, "names": []})

@@ -5,7 +5,7 @@ import shlex
 from lowmem_pnn.engine.stalls import describe_stalls
 from lowmem_pnn.pretrained.matching import describe_weights
 from lowmem_pnn.reporting.result_fields import ResultFields
-from lowmem_pnn.reporting.tables import describe_skipped, layer_range, text_table
+from lowmem_pnn.reporting.tables import describe_skipped, drive_share, layer_range, text_table
 from lowmem_pnn.units import format_bytes
 
 # Scores on the test data that not every task has: what people call them, and their format.
@@ -196,7 +196,8 @@ def _scores(result: ResultFields) -> str:
 
 def _disk(result: ResultFields) -> str:
     """Return the traffic of the drive, and the shares of the training time in which computing waited."""
-    text = f"disk: {format_bytes(result.bytes_read)} read, {format_bytes(result.bytes_written)} written"
+    written = f"{format_bytes(result.bytes_written)} written{drive_share(result.bytes_written, result.drive_tbw)}"
+    text = f"disk: {format_bytes(result.bytes_read)} read, {written}"
     waited = [partition.get("waited", {}) for partition in result.partitions]
     seconds = sum(partition["seconds"] for partition in result.partitions)
     kinds = dict.fromkeys(kind for own in waited for kind in own)

@@ -63,3 +63,17 @@ def layer_range(layers: Sequence[str]) -> str:
         ('conv1 to fc', 'fc')
     """
     return layers[0] if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+
+
+def drive_share(written_bytes: int, rating: float | None) -> str:
+    """Return which share of the terabytes that a drive may be written some bytes are, to be put behind them; nothing without a rating.
+
+    Args:
+        written_bytes: bytes written to the drive.
+        rating: terabytes that the drive may be written in its life.
+
+    Example:
+        >>> drive_share(6 * 10**12, 600)
+        ", 1% of the drive's 600 TB"
+    """
+    return "" if rating is None else f", {100 * written_bytes / (rating * 1e12):.2g}% of the drive's {rating:g} TB"

@@ -127,6 +127,17 @@ class Metrics:
         state.peak_bytes = max(peak, device.peak_bytes)
         state.host_peak_bytes = max(host_peak, device.host_peak_bytes + self._workload.readers_peak_bytes)
 
+    def take_over(self, seconds: float, peak_bytes: int, host_peak_bytes: int) -> None:
+        """Take over what a training inside of this one took in earlier processes, which no commit of this one knows.
+
+        Args:
+            seconds: time beyond what this process has spent on it.
+            peak_bytes: highest use of memory.
+            host_peak_bytes: highest use of the host's memory.
+        """
+        before, read, written, peak, host_peak = self._earlier
+        self._earlier = before + seconds, read, written, max(peak, peak_bytes), max(host_peak, host_peak_bytes)
+
     def totals(self) -> dict[str, Any]:
         """Return MACs, bytes and seconds so far, over all processes of the run: a part of every line of `metrics.jsonl`."""
         _, read, written, _, _ = self._earlier

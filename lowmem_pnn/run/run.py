@@ -308,6 +308,16 @@ class Run:
         self.commits.commit()
         self.commits.wait()
 
+    def note_meta_model(self, facts: dict[str, Any], oom_retries: int) -> None:
+        """Record what the training of the meta model came to.
+
+        Args:
+            facts: what the result says of it.
+            oom_retries: how often its micro-batch was halved.
+        """
+        self.state.meta = facts
+        self.state.oom_retries += oom_retries
+
     def take_over(self, partition: int, theirs: State) -> None:
         """Take over what another process has recorded of the partition that it trained.
 

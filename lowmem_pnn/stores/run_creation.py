@@ -16,7 +16,9 @@ from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import disk_error, open_regular, remove_folder, sync_folder, write_durably
 from lowmem_pnn.stores.journal import DAMAGED, JOURNAL, older_commits
 
-WORK_FOLDERS = ("weights", "activations")
+META_FOLDER = "meta"
+"""Folder of a run with the run of its meta model."""
+WORK_FOLDERS = ("weights", "activations", META_FOLDER)
 """Folders of a run that are there until it is done."""
 TRANSFORMERS_FOLDER = "hf"
 """Folder of a run with the trained model as transformers loads it."""

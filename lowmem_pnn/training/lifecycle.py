@@ -75,7 +75,7 @@ def run_to_end(
     if not state.said_before:
         state.said_before = say_samples(run, "before training")
     try:
-        carry_out(run)
+        carry_out(run, run_to_end)
     except Stopped:
         write_metrics_table(session)
         raise
@@ -188,7 +188,8 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     run.forget_stores()
     run.commits.commit()
     run.commits.wait()
-    if workload.method.partitions_are_independent and not workload.config.recovery_epochs and "val" in workload.splits:
+    is_joined = workload.method.partitions_are_independent or workload.method.incubates
+    if is_joined and not workload.config.recovery_epochs and "val" in workload.splits:
         validate(run, "the joined model")  # no partition's own epochs could tell
     run.take_best()
     # Before anything is tested: what has been trained is not lost to data that cannot be read.

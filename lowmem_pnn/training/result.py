@@ -20,8 +20,8 @@ from lowmem_pnn.planning.notes import (
     idle_notes,
     micro_batch_notes,
     mixing_notes,
+    precision_notes,
 )
-from lowmem_pnn.planning.plain_training import plain_bytes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
@@ -30,6 +30,7 @@ from lowmem_pnn.run.run import Run
 from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.tasks.make_task import TASK_OF
 from lowmem_pnn.workload.data_form import DataForm
+from lowmem_pnn.workload.plain_training import plain_bytes
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
 
@@ -84,6 +85,7 @@ def make_result(
         batch_norm=use.to_dict() if (use := batch_norm_use(workload, plan, state.micro_batches, state.sweep_micro_batch)) else {},
         module_state=state.module_state,
         weights=state.pretrained,
+        meta=state.meta,
         notes=[
             *workload.source.notes,
             *adapter_notes(workload),
@@ -93,6 +95,7 @@ def make_result(
             *([mixed] if mixed is not None else []),
             *micro_batch_notes(workload, plan),
             *idle_notes(workload),
+            *precision_notes(config),
             *device_notes(device),
         ],
         training_state_bytes=profile.training_state_bytes,
@@ -125,6 +128,7 @@ def make_result(
         chosen_exit=chosen_exit(exits, config.exit_tolerance),
         bytes_read=state.bytes_read,
         bytes_written=state.bytes_written,
+        drive_tbw=config.drive_tbw,
         oom_retries=state.oom_retries,
         skipped_steps=sum(scale.skipped for scale in state.loss_scales),
         skipped_samples=workload.dataset.skipped_samples,

@@ -13,6 +13,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device
 from lowmem_pnn.device.described import DescribedGpu
+from lowmem_pnn.device.support import has_driver, missing_kernels, why_no_gpu
 from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.optim.low_precision import load_int8_levels
 from lowmem_pnn.optim.optimizers import OptimizerSpec
@@ -54,12 +55,14 @@ def open_workload(
     with suppress(Exception):
         skeleton(inputs[0].build)
     device = _device_of(config, rank) if gpu is None else _described(config, gpu)
+    if display is not None and config.device == "auto" and device.kind == "cpu" and (why := _why_not_taken()):
+        display.message(f"training on the CPU: {why}")
     compiled = None
     if config.compile:
         if display is not None:
             display.stage("compiling layers")
         compiled = with_compiled_layers(make_workload(config, *inputs, device.torch_device), device.torch_device)
-    with device:
+    with device, tf32_products(config.tf32 and device.kind == "cuda"):
         spare_page_cache(device.is_unified)
         yield device, compiled or make_workload(config, *inputs, device.torch_device)
 
@@ -91,11 +94,35 @@ def reading(config: FitConfig, inputs: Inputs, display: Display | None = None) -
 
 def _device_of(config: FitConfig, rank: Rank) -> Device:
     kind, _, index = config.device.partition(":")
-    if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
+    if kind == "cuda" or (kind == "auto" and torch.cuda.is_available() and missing_kernels(0) is None):
         check_device(config, on_cpu=False, memory_bytes=psutil.virtual_memory().total)
         return CudaDevice(config.max_gpu_mem, int(index or rank.local), config.budget_scope)
     check_device(config, on_cpu=True, memory_bytes=psutil.virtual_memory().total)
     return CpuDevice(config.max_gpu_mem)
+
+
+@contextmanager
+def tf32_products(wanted: bool) -> Iterator[None]:
+    """Return a context in which PyTorch multiplies matrices of float32 in TF32.
+
+    Args:
+        wanted: whether it is to be so; else what the process has set stays.
+    """
+    before = torch.get_float32_matmul_precision()
+    if wanted:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_float32_matmul_precision(before)
+
+
+def _why_not_taken() -> str | None:
+    """Say why a GPU that seems to be there is not taken; None where there is none."""
+    if torch.cuda.is_available():
+        return missing_kernels(0)
+    return f"no GPU is taken, though there is a driver: {why_no_gpu()}" if has_driver() else None
 
 
 def _described(config: FitConfig, gpu: GpuDescription) -> Device:

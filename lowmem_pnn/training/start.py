@@ -180,7 +180,13 @@ def resume(
                 device.enforce(profile.untouched_bytes)
                 count_resume(rundir, state, workload, after_crash=after_crash)
                 session = Session(
-                    device, rundir, threads, display, _or_late(should_stop, config), Callbacks((*callbacks, *loggers))
+                    device,
+                    rundir,
+                    threads,
+                    display,
+                    _or_late(should_stop, config),
+                    Callbacks((*callbacks, *loggers)),
+                    after_crash=after_crash,
                 )
                 return run_to_end(session, workload, profile, state, estimator)
 

@@ -49,9 +49,9 @@ def bash(scripts: Path, *words: str) -> list[str]:
         (["f"], ["fit"]),
         (["fit", "--meth"], ["--method"]),
         (["bench", "--meth"], ["--method", "--methods"]),
-        (["fit", "--method", ""], ["pnn", "neuroflux", "exact", "backprop"]),
+        (["fit", "--method", ""], ["pnn", "neuroflux", "incubate", "exact", "backprop"]),
         (["fit", "--method", "=", "ex"], ["exact"]),
-        (["fit", "--method", "="], ["pnn", "neuroflux", "exact", "backprop"]),
+        (["fit", "--method", "="], ["pnn", "neuroflux", "incubate", "exact", "backprop"]),
         (["plan", "--lr-schedule", "co"], ["constant", "cosine"]),
         (["plan", "--lr", ""], []),
         (["fit", "--data", "i"], ["imagefolder:"]),
@@ -74,7 +74,7 @@ def test_every_option_is_completed(scripts: Path) -> None:
     for name, command in cli.commands.items():
         options = {
             option
-            for param in command.get_params(click.Context(command))
+            for param in command.get_params(click.Context(command, click.Context(cli, **cli.context_settings)))
             if isinstance(param, click.Option) and not param.hidden
             for option in (*param.opts, *param.secondary_opts)
             if option.startswith("--")
@@ -87,7 +87,7 @@ def test_every_option_is_completed(scripts: Path) -> None:
     [
         ("lowmem-pnn f", ["fit"]),
         ("lowmem-pnn fit --meth", ["--method"]),
-        ("lowmem-pnn fit --method ", ["backprop", "exact", "neuroflux", "pnn"]),
+        ("lowmem-pnn fit --method ", ["backprop", "exact", "incubate", "neuroflux", "pnn"]),
         ("lowmem-pnn completion ", ["bash", "fish", "zsh"]),
         ("lowmem-pnn fit --model n", ["net.py"]),
     ],
@@ -112,7 +112,7 @@ def test_zsh_is_told_of_commands_and_options(scripts: Path) -> None:
 
     assert [text.partition(":")[0] for text in zsh("")] == list(cli.commands)
     options = zsh("fit", "--m")
-    assert "*--method=[Training method]:value:(pnn neuroflux exact backprop)" in options
+    assert "*--method=[Training method]:value:(pnn neuroflux incubate exact backprop)" in options
     assert any(spec.startswith("*--data=[") and "imagefolder\\:" in spec and "_files" in spec for spec in options)
     assert zsh("completion", "") == ["*--help[Show this message and exit]", "*:argument:(bash zsh fish)"]
 

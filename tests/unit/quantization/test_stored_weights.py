@@ -2,11 +2,13 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lowmem_pnn.quantization import stored_weights
 from lowmem_pnn.quantization.stored_weights import NF4_LEVELS, StoredForm, can_be_stored, is_stored_linear, num_values, store
 
 FORMS = ("bf16", "int8", "nf4")
@@ -82,6 +84,31 @@ def test_the_cast_weight_is_not_kept_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.dtype) or tensor, lambda tensor: tensor):
         layer(torch.randn(3, 32, requires_grad=True))
     assert saved == [torch.int8, torch.float32]  # codes, and a scale for each row
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_large_weight_is_cast_some_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, form = nn.Linear(65, 600), StoredForm(name, (600, 65), torch.float32)
+    x = torch.randn(2, 9, 65)
+    results = []
+    decoded: list[int] = []
+    real = StoredForm.decode
+
+    def decode(self: StoredForm, *rest: Any) -> Tensor:
+        decoded.append(self.shape[0])
+        return real(self, *rest)
+
+    monkeypatch.setattr(StoredForm, "decode", decode)
+    for limit in (stored_weights.TILED_BYTES, 600 * 65 * 4):
+        monkeypatch.setattr(stored_weights, "TILED_BYTES", limit)
+        monkeypatch.setattr(stored_weights, "_TILE_BYTES", 1)
+        given = x.clone().requires_grad_()
+        output = stored_linear(linear, form)(given)
+        output.square().sum().backward()
+        results.append((output, given.grad))
+    assert decoded == [600, 600, 256, 256, 88, 256, 256, 88]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_what_learns_or_has_a_forward_of_its_own_is_not_stored() -> None:

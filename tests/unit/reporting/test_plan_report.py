@@ -25,3 +25,10 @@ def test_a_plan_says_whether_it_fits() -> None:
     refused = plan_report(fits=False, reason="layer 'x' alone needs more", partitions=[])
     assert str(refused).endswith("does not fit: layer 'x' alone needs more")
     assert json.loads(refused.to_json())["fits"] is False
+
+
+def test_a_plan_says_what_is_written_and_which_share_of_the_drives_rating_that_is() -> None:
+    written = plan_report(written_bytes=3 * 10**12)
+    assert "\ndisk: at most 50 B, 3.00 TB written in training\n" in str(written)
+    rated = dataclasses.replace(written, drive_tbw=600.0)
+    assert "\ndisk: at most 50 B, 3.00 TB written in training, 0.5% of the drive's 600 TB\n" in str(rated)
