@@ -55,8 +55,9 @@ class CompletedCommand:
 def completed_commands(group: click.Group) -> list[CompletedCommand]:
     """Return the commands of a group, with all of their options."""
     found = []
+    parent = click.Context(group, **group.context_settings)  # commands keep the help option that they are first asked for
     for name, command in group.commands.items():
-        context = click.Context(command, info_name=name)
+        context = click.Context(command, parent, info_name=name)
         params = command.get_params(context)
         arguments = [param for param in params if isinstance(param, click.Argument)]
         words = tuple(str(word) for param in arguments if isinstance(param.type, click.Choice) for word in param.type.choices)

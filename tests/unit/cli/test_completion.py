@@ -74,7 +74,7 @@ def test_every_option_is_completed(scripts: Path) -> None:
     for name, command in cli.commands.items():
         options = {
             option
-            for param in command.get_params(click.Context(command))
+            for param in command.get_params(click.Context(command, click.Context(cli, **cli.context_settings)))
             if isinstance(param, click.Option) and not param.hidden
             for option in (*param.opts, *param.secondary_opts)
             if option.startswith("--")
