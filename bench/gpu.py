@@ -523,6 +523,15 @@ def page(bench: Bench, setting: Setting) -> str:
     )
 
 
+def no_gpu() -> str | None:
+    """Why there is nothing to measure; None where there is."""
+    import torch
+
+    from lowmem_pnn.device.support import missing_kernels, why_no_gpu
+
+    return missing_kernels(0) if torch.cuda.is_available() else why_no_gpu()
+
+
 def describe_gpu() -> str:
     """The GPU, its driver, and what torch is built for."""
     import torch
@@ -547,6 +556,8 @@ def main() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     places = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"], sys.path[:0] = os.pathsep.join(places), places[:2]
+    if not asked.dry and (why := no_gpu()):
+        sys.exit(f"bench/gpu.py: {why}; --dry tries the bench without a GPU")
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         setting = Setting(asked.dry, asked.quick, folder)
         bench = Bench(setting)

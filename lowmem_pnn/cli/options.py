@@ -43,7 +43,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "no_decay", "no_decay_norms", "clip_norm", "fused", "seed",
     ),
     "Budget": (
-        "max_gpu_mem", "budgets", "gpu", "device", "budget_scope", "max_host_mem", "max_disk", "drive_tbw", "plan_for", "micro_batch",
+        "max_gpu_mem", "budgets", "gpu", "device", "budget_scope", "max_host_mem", "host_tier", "max_disk", "drive_tbw", "plan_for",
+        "micro_batch",
         "batch_norm", "loss_chunk", "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Contenders": ("methods", "baselines", "steps"),
@@ -90,6 +91,7 @@ _SWITCHES = {
     "step_in_backward": ("--step-in-backward/--no-step-in-backward", " [default: step-in-backward]"),
     "compare": ("--compare/--no-compare", " [default: compare]"),
     "parallel_sil": ("--parallel-sil", ""),
+    "host_tier": ("--host-tier/--no-host-tier", " [default: host-tier]"),
     "tf32": ("--tf32", ""),
     "channels_last": ("--channels-last", ""),
     "skip_broken": ("--skip-broken", ""),

@@ -85,6 +85,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("optimizer_state", "--optimizer adam or adamw", lambda config: "sgd" not in config.optimizer),
     ("tf32", "--precision fp32", lambda config: config.precision == "fp32"),
     ("tf32", "a CUDA device", lambda config: config.device != "cpu"),
+    ("host_tier", "a CUDA device", lambda config: config.device != "cpu"),
     ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
     ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
     (

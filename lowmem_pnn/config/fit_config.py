@@ -278,6 +278,13 @@ class FitConfig(
     max_host_mem: Size | None = Field(
         default=None, description="Bound on host memory above what the process starts with (GPU runs)."
     )
+    host_tier: bool = Field(
+        default=True,
+        description=(
+            "For --method exact on a GPU: keep weights and optimizer state in host memory between commits, as far as half of "
+            "--max-host-mem, or of what is available, holds them."
+        ),
+    )
     max_disk: Size | None = Field(default=None, description="Bound on the size of the run's folder.")
     drive_tbw: Positive | None = Field(
         default=None,

@@ -14,7 +14,7 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.units import format_bytes
 
 FREE_TO_DIFFER = (
-    "commit_every", "keep_commits", "log_every", "max_disk", "drive_tbw", "compare", "workers", "time_limit", "logger",
+    "commit_every", "keep_commits", "log_every", "max_disk", "drive_tbw", "compare", "workers", "time_limit", "logger", "host_tier",
 )  # fmt: skip
 """Options that change nothing in a run's result."""
 

@@ -44,6 +44,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *micro_batch_notes(request.workload, plan),
         *idle_notes(request.workload),
         *precision_notes(request.workload.config),
+        *tier_notes(request.workload, request.device),
         *device_notes(request.device),
         *whole,
     ]
@@ -167,6 +168,22 @@ def precision_notes(config: FitConfig) -> list[str]:
         config: options of the run.
     """
     return ["matrices of fp32 are multiplied in TF32, with 10 bits of mantissa (--tf32)"] if config.tf32 else []
+
+
+def tier_notes(workload: Workload, device: Device) -> list[str]:
+    """Return what is said of host memory that a run takes beside the device.
+
+    Args:
+        workload: model, data and method.
+        device: training device.
+    """
+    if device.shares_host or not workload.method.sweeps or not workload.config.host_tier:
+        return []
+    limit = workload.config.max_host_mem
+    share = "half of what is available" if limit is None else f"{format_bytes(limit // 2)}, half of --max-host-mem,"
+    return [
+        f"weights and optimizer state stay in host memory between commits, as far as {share} holds them (--no-host-tier: in files alone)"
+    ]
 
 
 def device_notes(device: Device) -> list[str]:

@@ -46,6 +46,6 @@ def tier_table(tiers: Sequence[TierEstimate]) -> str:
         [
             text_table(headings, [tier.row() for tier in tiers]),
             "nothing was timed: seconds are computed from the description, at half of its TFLOP/s; layers are priced by the CPU's kernels",
-            "host RAM: as if all lay page-locked there; a run keeps files, of which the system caches what it has room for",
+            "host RAM: as if all lay page-locked there, with no commit; a run keeps half of what is available there, and copies once more",
         ]
     )

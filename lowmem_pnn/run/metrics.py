@@ -272,7 +272,8 @@ class Metrics:
         scores = {name: value for name, value in self._scores_of(partition).items() if name != "train_loss"}
         self._log({"action": "validate", "partition": partition, "epoch": epoch + 1, "step": steps_done, **scores})
         told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if value is not None)
-        self._session.display.message(f"step {steps_done}: {told}")
+        if told:  # of a loss that is no finite number something else is said
+            self._session.display.message(f"step {steps_done}: {told}")
 
     def log_joint_epoch(self, epoch: int) -> None:
         """Log an epoch in which all partitions took turns, a line for each.

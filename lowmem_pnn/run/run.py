@@ -171,8 +171,9 @@ class Run:
         now, best = f"epoch {epoch}", f"epoch {state.best.epoch}"
         if config.eval_every is not None:
             now, best = f"step {step}", f"step {state.best.step}"
+        why = f"was best after {best}" if state.best.value is not None else "was never a finite number"
         self.session.display.message(
-            f"{'training ends' if is_last else 'what is frozen learns from here on'} after {now}: {config.monitor} was best after {best}"
+            f"{'training ends' if is_last else 'what is frozen learns from here on'} after {now}: {config.monitor} {why}"
         )
 
     def take_best(self) -> None:

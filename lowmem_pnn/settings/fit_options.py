@@ -107,6 +107,7 @@ class FitOptions(TypedDict, total=False):
     compare: bool | None
     budget_scope: Literal["process", "allocator"] | None
     max_host_mem: int | str | None
+    host_tier: bool | None
     max_disk: int | str | None
     drive_tbw: float | None
     commit_every: float | None

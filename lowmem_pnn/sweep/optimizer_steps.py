@@ -24,7 +24,8 @@ from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
-from lowmem_pnn.sweep.weight_streamer import Piece, WeightStreamer, Write
+from lowmem_pnn.sweep.packs import Piece, Write
+from lowmem_pnn.sweep.weight_streamer import WeightStreamer
 from lowmem_pnn.workload import Workload
 
 

@@ -7,7 +7,7 @@ A copy costs the driver, and the thread that asks for it, the same whatever its 
 device are one nothing is copied, and every tensor keeps memory of its own.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -15,6 +15,37 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.memory.aligned import ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the weight files, or some of its elements.
+
+    Args:
+        key: name of the tensor in the files.
+        elements: elements, in the order of the file; None for all of them, in the tensor's shape.
+        pack: pieces after one another with the same pack are taken at the same time, and may go to the device in one copy; None for a
+            piece by itself.
+    """
+
+    key: str
+    elements: slice | None = None
+    pack: Hashable = None
+
+
+@dataclass(frozen=True)
+class Write:
+    """A tensor that is to be written.
+
+    Args:
+        key: name of the tensor in the file.
+        tensor: tensor on the device.
+        first: first of the elements in the file's tensor; None for all of its elements.
+    """
+
+    key: str
+    tensor: Tensor
+    first: int | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from lowmem_pnn.engine.prefetch import WriteBehind
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import DivergedError
+from lowmem_pnn.memory.available import available_bytes
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.precision import LossScale
@@ -36,11 +37,13 @@ from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
+from lowmem_pnn.sweep.host_tier import HostTier, tier_bytes_of
 from lowmem_pnn.sweep.kept_products import KeptProducts
 from lowmem_pnn.sweep.optimizer_steps import Gradients, SweepOptimizerSteps
+from lowmem_pnn.sweep.packs import Piece, Write
 from lowmem_pnn.sweep.passes import SweepPasses, SweptBatch
 from lowmem_pnn.sweep.resident_tensors import ResidentTensors
-from lowmem_pnn.sweep.weight_streamer import Piece, WeightStreamer, Write
+from lowmem_pnn.sweep.weight_streamer import WeightStreamer
 from lowmem_pnn.workload import Workload
 
 
@@ -91,8 +94,8 @@ class Sweeper:
         stream_bytes = plan.stream_bytes or buffer_sizes.stream_bytes
         # One queue: what waits to be written, of whatever kind, is bounded as a whole.
         write_behind = WriteBehind(threads.write, stream_bytes)
-        resident = self._resident_tensors()
-        self._streamer = WeightStreamer(weights, device, threads, stream_bytes, write_behind, resident)
+        resident, tier = self._resident_tensors(), self._host_tier(weights)
+        self._streamer = WeightStreamer(weights, device, threads, stream_bytes, write_behind, resident, tier)
         phase = "forward" if sweep.phase == "epoch" else sweep.phase
         self._buffers = BoundaryBuffers(device, folder, buffer_sizes.boundary_bytes, counter, seed, phase)
         is_kept = nominal.keeping_rule(workload.config.recompute, shares_host=device.shares_host)
@@ -100,6 +103,15 @@ class Sweeper:
         self._passes = SweepPasses(
             workload, plan, self._residencies, device, self._buffers, self._products, sweep.learners, sweep.first
         )
+
+    def _host_tier(self, weights: WeightStore) -> HostTier | None:
+        """Make the host tier, where the device is not the host: for weights first, which a batch reads twice."""
+        config = self._workload.config
+        if self._device.shares_host or not config.host_tier:
+            return None
+        layouts = [item for number in range(len(self._plan.partitions)) for item in weights.layout(number).items()]
+        layouts.sort(key=lambda item: not item[0].startswith(weight_key("")))
+        return HostTier(layouts, tier_bytes_of(config.max_host_mem, available_bytes("cpu")))
 
     def train_batch(self, batch: Batch, step: int, micro_batch: int, scale: LossScale) -> float:
         """Run all visits of one batch: one optimizer step.

@@ -5,59 +5,31 @@ was written.
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 
-from lowmem_pnn.device import Device
+from lowmem_pnn.device import Device, is_out_of_memory
+from lowmem_pnn.device.transfers import Upload
 from lowmem_pnn.engine.prefetch import Prefetcher, Request, WriteBehind
 from lowmem_pnn.engine.worker_threads import WorkerThreads
+from lowmem_pnn.memory.aligned import HostAllocator
 from lowmem_pnn.memory.pool import MemoryPool
 from lowmem_pnn.stores.keys import PartitionName
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.tensor_reader import TensorReader
 from lowmem_pnn.stores.weights import WeightStore
-from lowmem_pnn.sweep.packs import Place, by_buffer, places_of
+from lowmem_pnn.sweep.host_tier import HostTier
+from lowmem_pnn.sweep.packs import Piece, Place, Write, by_buffer, places_of
 from lowmem_pnn.sweep.resident_tensors import ResidentTensors
 
 # Parts of a tensor that wait to be written, at most.
 _PARTS_OF_STREAM = 4
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tensor of the weight files, or some of its elements.
-
-    Args:
-        key: name of the tensor in the files.
-        elements: elements, in the order of the file; None for all of them, in the tensor's shape.
-        pack: pieces after one another with the same pack are taken at the same time, and may go to the device in one copy; None for a
-            piece by itself.
-    """
-
-    key: str
-    elements: slice | None = None
-    pack: Hashable = None
-
-
-@dataclass(frozen=True)
-class Write:
-    """A tensor that is to be written.
-
-    Args:
-        key: name of the tensor in the file.
-        tensor: tensor on the device.
-        first: first of the elements in the file's tensor; None for all of its elements.
-    """
-
-    key: str
-    tensor: Tensor
-    first: int | None = None
 
 
 class WeightStreamer:
@@ -70,6 +42,7 @@ class WeightStreamer:
         stream_bytes: most bytes of tensors that wait to be taken.
         write_behind: queue of the writes; what waits in it is bounded by as many bytes.
         resident: tensors that stay in memory, neither read nor written but for commits; None where all of them move.
+        tier: host memory in which tensors stay from one batch to the next; None where all are in files.
     """
 
     def __init__(
@@ -80,8 +53,11 @@ class WeightStreamer:
         stream_bytes: int,
         write_behind: WriteBehind,
         resident: ResidentTensors | None = None,
+        tier: HostTier | None = None,
     ) -> None:
+        assert tier is None or not device.shares_host, "where the host is the device, a tier would be device memory"
         self._weights = weights
+        self._tier = tier
         self._device = device
         self._threads = threads
         self._stalls = threads.stalls
@@ -90,6 +66,8 @@ class WeightStreamer:
         self._pack_bytes = 0 if device.shares_host else min(stream_bytes, device.buffer_sizes.transfer_bytes // 2)
         self._packs: deque[list[Piece]] = deque()
         self._taken: deque[Tensor] = deque()
+        # The pack after these: on its way to the device, or still on the host where too much is in flight.
+        self._ahead: Upload | Tensor | None = None
         self._pool = MemoryPool(0)
         self._write_behind = write_behind
         self._resident = resident or ResidentTensors((), ())
@@ -117,19 +95,48 @@ class WeightStreamer:
                 self._prefetcher = None
                 self._packs.clear()
                 self._taken.clear()
+                ahead, self._ahead = self._ahead, None
+                if isinstance(ahead, Upload):
+                    ahead.close()
         self._previous_writes, self._present_writes = self._present_writes, {}
+        if self._tier is not None:
+            self._tier.end_batch()
 
     def take(self) -> Tensor:
         """Return the next tensor of the batch, on the device."""
         assert self._prefetcher is not None, "tensors are taken in a batch"
         if not self._taken:
-            with self._stalls.waiting("disk"):
-                host = self._prefetcher.take()
-            tensor, pack = self._device.to_device(host), self._packs.popleft()
-            if len(pack) == 1:
-                return tensor
-            self._taken.extend(place.view(tensor) for place in self._places(pack)[0])
+            ahead, self._ahead = self._ahead, None
+            if isinstance(ahead, Upload):
+                (tensor,) = ahead.get()
+            elif ahead is not None:
+                tensor = self._device.to_device(ahead)
+            else:
+                with self._stalls.waiting("disk"):
+                    host = self._prefetcher.take()
+                tensor = self._device.to_device(host)
+            pack = self._packs.popleft()
+            self._taken.extend([tensor] if len(pack) == 1 else [place.view(tensor) for place in self._places(pack)[0]])
+            del tensor
+            self._begin_next()
         return self._taken.popleft()
+
+    def _begin_next(self) -> None:
+        """Begin the upload of the pack after the one that is being taken, if it has been read and there is room for it.
+
+        So the next layer's state, and the next partition's first layer, go up while this one is computed with.
+        """
+        assert self._prefetcher is not None
+        if self._device.shares_host or not self._packs or sum(map(self._bytes_of, self._packs[0])) > self._pack_bytes:
+            return
+        if (host := self._prefetcher.take_ready()) is None:
+            return
+        try:
+            self._ahead = self._device.upload([host]) or host
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self._ahead = host
 
     def reserve_pool_for(self, keys: Iterable[str]) -> None:
         """Set the limit of the memory pool for a partition that is about to be loaded, and for the streams beside it.
@@ -224,9 +231,9 @@ class WeightStreamer:
         def write() -> None:
             host = download.get()
             for one, place in writes:
-                _write_to(file, one.key, place.view(host), one.first)
+                self._keep_or_write(partition, file, Write(one.key, place.view(host), one.first))
 
-        self._submit(partition, download.nbytes, write)
+        self._submit(partition, download.nbytes, write, [one.key for one, _ in writes])
 
     def finish_writes_in_parts(self) -> None:
         """Wait until tensors that are larger than the stream are written, before their memory is to be free."""
@@ -238,15 +245,29 @@ class WeightStreamer:
         with self._stalls.waiting("copy"):  # for room
             download = self._device.download(tensor.detach())
 
-        self._submit(partition, download.nbytes, lambda: _write_to(file, key, download.get(), first))
+        self._submit(
+            partition, download.nbytes, lambda: self._keep_or_write(partition, file, Write(key, download.get(), first)), [key]
+        )
 
-    def _submit(self, partition: int, nbytes: int, write_fn: Callable[[], None]) -> None:
+    def _keep_or_write(self, partition: int, file: TensorFile, one: Write) -> None:
+        """Bring a host tensor to its place, on the writing thread: into the tier, if there is room, else into its file."""
+        if self._tier is not None and self._tier.put(partition, one.key, one.tensor, one.first):
+            return
+        if one.first is None:
+            file.write_from(one.key, one.tensor)
+        else:
+            file.write_elements(one.key, one.tensor, one.first)
+
+    def _submit(self, partition: int, nbytes: int, write_fn: Callable[[], None], keys: Iterable[str]) -> None:
+        for key in keys:
+            if self._tier is not None:
+                self._tier.expect(key)
         with self._stalls.waiting("disk"):  # for room
             future = self._write_behind.submit(nbytes, write_fn)
         self._present_writes.setdefault(partition, []).append(future)
 
     def finish_writes(self) -> None:
-        """Wait until everything is written, resident tensors too, which stay in memory.
+        """Wait until everything is written into the files: what stays in memory, here or in the tier, too.
 
         Raises:
             DiskError: a write failed.
@@ -267,6 +288,14 @@ class WeightStreamer:
         self._resident.mark_written()
         with self._stalls.waiting("disk"):
             self._write_behind.wait()
+        if self._tier is None:
+            return
+        for partition, unsaved in self._tier.unsaved():
+            with self.writing(partition) as (file, _), self._stalls.waiting("disk"):
+                for key, tensor in unsaved:
+                    self._write_behind.submit(tensor.nbytes, partial(file.write_from, key, tensor))
+        with self._stalls.waiting("disk"):
+            self._write_behind.wait()
 
     def free_memory(self) -> None:
         """Free the memory of resident tensors, which `finish_writes` has written, and the unused memory of the pool."""
@@ -279,6 +308,8 @@ class WeightStreamer:
         self._write_behind.abandon()
         self._previous_writes, self._present_writes = {}, {}
         self._in_parts.clear()
+        if self._tier is not None:
+            self._tier.clear()
         self._resident.clear()
         self._pool.clear()
 
@@ -318,9 +349,8 @@ class WeightStreamer:
         """Read a pack on the reading thread, after the previous batch's writes to its files."""
         for piece in pack:
             self._wait_for_writes(self._weights.partition_of(piece.key))
-        assert self._reader is not None
         if len(pack) == 1:
-            tensor = self._reader.read(pack[0].key, pack[0].elements)
+            tensor = self._read_piece(pack[0], self._device.host_allocator())
             self._resident.keep(pack[0].key, pack[0].elements, tensor)
             return tensor
         allocate = self._device.host_allocator()
@@ -329,8 +359,19 @@ class WeightStreamer:
         buffer = allocate((size,), torch.uint8)
         for piece, place in zip(pack, places, strict=True):
             view = place.view(buffer)
-            self._reader.read(piece.key, piece.elements, lambda shape, dtype, view=view: view)  # type: ignore[misc]
+            self._read_piece(piece, lambda shape, dtype, view=view: view)  # type: ignore[misc]
         return buffer
+
+    def _read_piece(self, piece: Piece, allocate: HostAllocator | None) -> Tensor:
+        """Read a piece from the tier, or from its file."""
+        assert self._reader is not None
+        if self._tier is None or not self._tier.has(piece.key):
+            return self._reader.read(piece.key, piece.elements, allocate)
+        dtype, shape = self._weights.tensor_layout(piece.key, piece.elements)
+        assert allocate is not None, "a tier is for another device"
+        tensor = allocate(shape, dtype)
+        self._tier.read(piece.key, piece.elements, tensor)
+        return tensor
 
     def _wait_for_writes(self, partition: PartitionName) -> None:
         """Wait until the previous batch's writes to a partition's file are done."""
@@ -338,11 +379,3 @@ class WeightStreamer:
             future.result()
         # Every tensor of the partition asks: waiting once is enough.
         self._previous_writes[partition] = []
-
-
-def _write_to(file: TensorFile, key: str, tensor: Tensor, first: int | None) -> None:
-    """Write a tensor of a file, or some of its elements from the first one on."""
-    if first is None:
-        file.write_from(key, tensor)
-    else:
-        file.write_elements(key, tensor, first)

@@ -106,7 +106,7 @@ def make_result(
         stopped_step=steps or None,
         best_epoch=best.epoch if best.step and not best.step % per_epoch else None,
         best_step=best.step or None,
-        weights_of=config.keep_weights,
+        weights_of=config.keep_weights if state.best.weights else "last",
         seconds=state.seconds,
         compiled=workload.compiled,
         samples_per_second=(samples * stopped + rest if steps else samples_learnt(program, samples) - missing)

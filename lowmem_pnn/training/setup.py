@@ -94,7 +94,7 @@ def reading(config: FitConfig, inputs: Inputs, display: Display | None = None) -
 
 def _device_of(config: FitConfig, rank: Rank) -> Device:
     kind, _, index = config.device.partition(":")
-    if kind == "cuda" or (kind == "auto" and torch.cuda.is_available() and missing_kernels(rank.local) is None):
+    if kind == "cuda" or (kind == "auto" and torch.cuda.is_available() and missing_kernels(0) is None):
         check_device(config, on_cpu=False, memory_bytes=psutil.virtual_memory().total)
         return CudaDevice(config.max_gpu_mem, int(index or rank.local), config.budget_scope)
     check_device(config, on_cpu=True, memory_bytes=psutil.virtual_memory().total)

@@ -5,14 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 BENCH = Path(__file__).parents[2] / "bench"
 
 
-def run(code: str = "") -> subprocess.CompletedProcess[str]:
+def run(code: str = "", arguments: tuple[str, ...] = ("--dry", "--quick")) -> subprocess.CompletedProcess[str]:
     """The bench in its short form, after some code."""
-    script = (
-        f"import sys; sys.path.insert(0, {str(BENCH)!r}); sys.argv[1:] = ['--dry', '--quick']\nimport gpu\n{code}\ngpu.main()\n"
-    )
+    script = f"import sys; sys.path.insert(0, {str(BENCH)!r}); sys.argv[1:] = {list(arguments)}\nimport gpu\n{code}\ngpu.main()\n"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=600)
 
@@ -43,3 +44,12 @@ def test_a_case_that_fails_is_said_and_is_the_exit_code() -> None:
     assert faults[1].startswith("FAILED: exit code 1:")  # no sys in that process
     assert faults[2] == "FAILED: 11 MB held"
     assert "0 of 3 cases hold" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_why() -> None:
+    done = run(arguments=("--quick",))
+    assert done.returncode == 1
+    assert done.stderr.startswith("bench/gpu.py: ")
+    assert done.stderr.endswith("; --dry tries the bench without a GPU\n")
+    assert not done.stdout
