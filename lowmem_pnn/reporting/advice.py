@@ -1,6 +1,6 @@
 """Advice: which method to take in a budget, and why, in a sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lowmem_pnn.reporting.method_estimate import MethodEstimate
 from lowmem_pnn.units import format_bytes, seconds_text
@@ -43,12 +43,16 @@ def advise(estimates: Sequence[MethodEstimate], *, plain_fits: bool = False) -> 
         default=None,
     )
     local = min(
-        (fitting[name] for name in ("pnn", "neuroflux") if name in fitting), key=lambda each: each.seconds_per_epoch, default=None
+        (fitting[name] for name in ("pnn", "neuroflux", "incubate") if name in fitting),
+        key=lambda each: each.seconds_per_epoch,
+        default=None,
     )
     if ordinary is None:
         assert local is not None, "something fits"
-        return f"take --method {local.method}: ordinary training does not fit" + (
-            ", and it is the faster one of those that do" if len(fitting) > 1 else ", and nothing else does"
+        return (
+            f"take --method {local.method}: ordinary training does not fit"
+            + (", and it is the faster one of those that do" if len(fitting) > 1 else ", and nothing else does")
+            + _nearest(fitting, local)
         )
     best = f"take --method {ordinary.method}: ordinary training, {seconds_text(ordinary.seconds_per_epoch)} s an epoch"
     if local is None or local.seconds_per_epoch * _MUCH_FASTER >= ordinary.seconds_per_epoch:
@@ -56,4 +60,14 @@ def advise(estimates: Sequence[MethodEstimate], *, plain_fits: bool = False) -> 
     return (
         f"{best}; --method {local.method} takes {seconds_text(local.seconds_per_epoch)} s, but learns each part from a loss of its own, "
         "and reaches less on some networks"
+    ) + _nearest(fitting, local)
+
+
+def _nearest(fitting: Mapping[str, MethodEstimate], local: MethodEstimate) -> str:
+    """Say which of the methods that train partitions by themselves lost least where they were measured (`bench/ahead.py`)."""
+    if local.method == "incubate" or "incubate" not in fitting:
+        return ""
+    return (
+        f"; --method incubate ({seconds_text(fitting['incubate'].seconds_per_epoch)} s, after its thin model) came nearest to ordinary "
+        "training, or ahead of it, where that was measured"
     )

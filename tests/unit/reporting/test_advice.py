@@ -68,3 +68,10 @@ def test_budgets_are_set_side_by_side() -> None:
     ]  # fmt: skip
     assert lines[-2] == "100.0 MB: take --method pnn: ordinary training does not fit, and nothing else does"
     assert lines[-1].startswith("1.00 GB: take --method exact")
+
+
+def test_incubation_is_named_beside_a_faster_partitioned_method() -> None:
+    text = advise(estimates(pnn=1.0, incubate=2.0, exact=7.0))
+    assert "; --method incubate (2.00 s, after its thin model) came nearest to ordinary training" in text
+    assert "incubate" not in advise(estimates(pnn=1.0, exact=7.0))
+    assert advise(estimates(incubate=1.0, exact=None)).count("incubate") == 1
