@@ -2,6 +2,7 @@
 
     deep_mlp    many narrow layers, sigmoid or ReLU, PyTorch's default initialisation: where gradients vanish
     resnet18    for 32x32 images: 3x3 stem, no early pooling (He et al. 2016, section 4.2, with ImageNet's four stages)
+    resnet      for 32x32 images: three stages of as many blocks as the depth says, 16, 32, 64 channels (He et al. 2016, section 4.2)
     vit         a small vision transformer with pre-norm blocks (Dosovitskiy et al. 2021), mean over tokens, no class token
 
 x (B, C, H, W): images; t (B, T, D): tokens of D features.
@@ -93,6 +94,29 @@ def resnet18(width: float = 1.0, num_classes: int = 10) -> nn.Sequential:
         stage, second = divmod(block, 2)
         model.add_module(f"block{block + 1}", BasicBlock(now, channels[stage], 2 if stage and not second else 1))
         now = channels[stage]
+    model.add_module("head", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(now, num_classes)))
+    return model
+
+
+def resnet(depth: int = 20, width: int = 16, channels: int = 3, num_classes: int = 10) -> nn.Sequential:
+    """ResNet-20, ResNet-32 and so on for 32x32 images.
+
+    Args:
+        depth: layers with weights, 6 n + 2.
+        width: channels of the first stage.
+        channels: of an image.
+        num_classes: outputs.
+
+    Returns:
+        `stem`, `block1` to `block(3 n)`, `head`.
+    """
+    model = nn.Sequential()
+    model.add_module("stem", nn.Sequential(nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()))
+    now, blocks = width, (depth - 2) // 6
+    for block in range(3 * blocks):
+        stage, place = divmod(block, blocks)
+        model.add_module(f"block{block + 1}", BasicBlock(now, width << stage, 2 if stage and not place else 1))
+        now = width << stage
     model.add_module("head", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(now, num_classes)))
     return model
 

@@ -42,7 +42,7 @@ def main() -> None:
     settings: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     checkpoints, micro_batches = settings.pop("checkpoints"), settings.pop("micro_batches")
     config = configure(max_gpu_mem="1TB", method="backprop", **settings)
-    source, _, splits = open_data(config)
+    source, _, splits, _ = open_data(config)
     warm_up(torch.device("cpu"))
     train = splits["train"]
     meter = StepMeter()

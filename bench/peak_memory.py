@@ -57,7 +57,7 @@ def plain(depth: int) -> None:
     from lowmem_pnn.workload import open_data
 
     config = configure(max_gpu_mem="1TB", model=model_spec(depth), data="digits", seed=SEED)
-    source, _, splits = open_data(config)
+    source, _, splits, _ = open_data(config)
     train = splits["train"]
     with CpuDevice(config.max_gpu_mem) as device:
         torch.manual_seed(SEED)

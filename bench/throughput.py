@@ -75,7 +75,7 @@ def in_memory(file: Path) -> None:
     settings = json.loads(file.read_text())
     checkpoints = settings.pop("checkpoints")
     config = configure(max_gpu_mem="1TB", method="backprop", **settings)
-    source, dataset, splits = open_data(config)
+    source, dataset, splits, _ = open_data(config)
     train = splits["train"]
     warm_up(torch.device("cpu"))
     meter = StepMeter()

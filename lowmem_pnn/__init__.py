@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lowmem_pnn.contenders.bench import bench
     from lowmem_pnn.contenders.bench_report import BenchReport
     from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
+    from lowmem_pnn.estimators import LowMemClassifier, LowMemRegressor
     from lowmem_pnn.inference.generate import generate
     from lowmem_pnn.reporting.plan_report import PlanReport
     from lowmem_pnn.reporting.progress import Display
@@ -22,7 +23,9 @@ __all__ = [
     "ConfigError",
     "Display",
     "FitConfig",
+    "LowMemClassifier",
     "LowMemError",
+    "LowMemRegressor",
     "PlanReport",
     "Result",
     "__version__",
@@ -42,7 +45,9 @@ _HOMES = {
     "ConfigError": "errors",
     "Display": "reporting.progress",
     "FitConfig": "config.fit_config",
+    "LowMemClassifier": "estimators.classifier",
     "LowMemError": "errors",
+    "LowMemRegressor": "estimators.regressor",
     "BenchReport": "contenders.bench_report",
     "Callback": "run.callbacks",
     "PlanReport": "reporting.plan_report",

@@ -8,6 +8,7 @@ import torch
 from typing_extensions import Unpack
 
 from lowmem_pnn.config.configure import configure
+from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit
@@ -137,10 +138,11 @@ def plan(
     train: Any,
     val: Any = None,
     *,
-    max_gpu_mem: str | int,
+    max_gpu_mem: str | int | None = None,
     loss: str | OwnLoss = "auto",
     weights: str | Path | Mapping[str, torch.Tensor] | None = None,
     timing: bool = True,
+    gpu: str | None = None,
     **options: Unpack[FitOptions],
 ) -> PlanReport:
     """Show what `fit` with the same arguments would do; nothing is trained or kept.
@@ -149,22 +151,29 @@ def plan(
         model: as for `fit`.
         train: as for `fit`.
         val: as for `fit`.
-        max_gpu_mem: as for `fit`.
+        max_gpu_mem: as for `fit`; with `gpu` all of its memory by default.
         loss: as for `fit`.
         weights: as for `fit`.
         timing: run layers for a few seconds, within the budget, to say what an epoch of every method takes.
+        gpu: a GPU that is not here, to plan for: "8GB,pcie=12,tflops=10,disk=2.5,ram=16GB", of which only the memory is needed; its
+            times are computed.
         **options: as for `fit`.
 
     Returns:
         The partitions, and whether they fit; with `timing` all methods side by side.
     """
     named = {**_names(model, train, loss), "weights": _named_weights(weights)}
-    budget = budget_of(max_gpu_mem, options.get("device") or "auto")
+    described = None if gpu is None else GpuDescription.parse(gpu)
+    if described is not None:
+        asked = described.memory_bytes if max_gpu_mem is None else max_gpu_mem
+        budget = budget_of(asked, free_bytes=described.memory_bytes)
+    else:
+        budget = budget_of(max_gpu_mem, options.get("device") or "auto")
     config = configure(max_gpu_mem=budget, **named, **_given(train, val, None, options))
     state_dict = weights if isinstance(weights, Mapping) else None
     own_loss = None if isinstance(loss, str) else loss
     open_inputs = python_inputs(model, train, None if isinstance(val, str) else val, None, loss=own_loss, state_dict=state_dict)
-    return preview(config, open_inputs, timing=timing)
+    return preview(config, open_inputs, timing=timing, gpu=described)
 
 
 def evaluate(

@@ -54,6 +54,12 @@ class Plan:
         whole_batches: Whether a batch goes through at once, and no micro-batch may be halved.
         kept_layers: Layers whose products a sweep keeps from their first forward for the second.
         kept_bytes: Most bytes of these products, of one batch, in a file.
+        resident_weights: Layers whose weights stay in memory from one visit of a sweep to the next.
+        resident_state: Layers whose optimizer state does.
+        resident_bytes: Bytes of both; the predicted peaks count them.
+        thin_macs: Multiply-accumulates of a forward of each thin part, per sample; empty where there is no meta model.
+        meta_params: Number of elements in the parameters of the meta model; 0 where there is none.
+        meta_peak_bytes: Most bytes that its training will take.
     """
 
     partitions: tuple[PartitionPlan, ...]
@@ -68,6 +74,12 @@ class Plan:
     whole_batches: bool = False
     kept_layers: tuple[int, ...] = ()
     kept_bytes: int = 0
+    resident_weights: tuple[int, ...] = ()
+    resident_state: tuple[int, ...] = ()
+    resident_bytes: int = 0
+    thin_macs: tuple[int, ...] = ()
+    meta_params: int = 0
+    meta_peak_bytes: int = 0
 
     def title(self, number: int, layers: Sequence[str]) -> str:
         """Return a partition in words.
@@ -102,4 +114,5 @@ class Plan:
         """
         data = dict(json.loads(text) if isinstance(text, str) else text)
         partitions = tuple(PartitionPlan(**partition) for partition in data["partitions"])
-        return cls(**{**data, "partitions": partitions, "kept_layers": tuple(data.get("kept_layers", ()))})
+        lists = {name: tuple(data.get(name, ())) for name in ("kept_layers", "resident_weights", "resident_state", "thin_macs")}
+        return cls(**{**data, "partitions": partitions, **lists})

@@ -18,6 +18,7 @@ import click
 
 from lowmem_pnn import __version__
 from lowmem_pnn.cli.bench_command import bench
+from lowmem_pnn.cli.completion import completion
 from lowmem_pnn.cli.doctor import doctor
 from lowmem_pnn.cli.generate_command import generate
 from lowmem_pnn.cli.lists import data, methods, models
@@ -26,6 +27,7 @@ from lowmem_pnn.cli.options import (
     command_options,
     config_options,
     given_options,
+    options_on,
     output_options,
     run_options,
     trust_option,
@@ -34,6 +36,7 @@ from lowmem_pnn.cli.output import announce, open_standard_streams, print_result,
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
 from lowmem_pnn.cli.usage import usage_text
 from lowmem_pnn.config.configure import configure
+from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
 from lowmem_pnn.memory.available import is_share
@@ -137,14 +140,25 @@ def fit(
     help="Do not time layers, which takes a few seconds: show no predicted times, and only the method that is asked for.",
 )
 @click.option("--budgets", metavar="SIZE,...", help="Several budgets, one after the other, in place of --max-gpu-mem.")
+@click.option(
+    "--gpu",
+    metavar="SIZE,...",
+    help=(
+        "A GPU that is not here, to plan for: its memory, and as far as known pcie=GB/s, tflops=N (fp32), disk=GB/s, ram=SIZE, as in "
+        "8GB,pcie=12,tflops=10,disk=2.5,ram=16GB. Seconds are computed, nothing is timed. The budget is all of it by default."
+    ),
+)
 @output_options
-def plan(no_timing: bool, budgets: str | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+def plan(no_timing: bool, budgets: str | None, gpu: str | None, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Show what `fit` with the same options would do: partitions, micro-batches, predicted peaks, disk; what an epoch of each method
     would take, from which budget on each fits, and which one to take. Nothing is trained.
     """
     sizes = [parse_bytes(size) for size in budgets.split(",")] if budgets else []
     if budgets and "max_gpu_mem" in given_options(options):
         raise ConfigError("--max-gpu-mem and --budgets exclude each other; give one")
+    described = None if gpu is None else GpuDescription.parse(gpu)
+    if described is not None:
+        options = {**options, **options_on(described, given_options(options))}
     if not no_timing:
         configure(**command_options(options, sizes))  # faults come before anything is imported anew
         as_worker()
@@ -153,7 +167,7 @@ def plan(no_timing: bool, budgets: str | None, as_json: bool, quiet: bool, debug
         from lowmem_pnn.preview.preview import previews
         from lowmem_pnn.reporting.budget_table import describe_budgets
 
-        reports = previews(config, sizes or [config.max_gpu_mem], timing=not no_timing)
+        reports = previews(config, sizes or [config.max_gpu_mem], timing=not no_timing, gpu=described)
         report = reports[0]
     if budgets:
         json_text = json.dumps({"schema_version": 1, "budgets": [dataclasses.asdict(each) for each in reports]}, indent=1)
@@ -302,7 +316,7 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool,
     print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
 
 
-for command in (generate, bench, doctor, models, data, methods):
+for command in (generate, bench, doctor, models, data, methods, completion):
     cli.add_command(command)
 
 
@@ -335,8 +349,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        code, text = _judge(error, text)
+        code, text = _judge(error, " ".join(f"{type(error).__name__}: {error}".split())[:300])
         _fail(f"{text}; run again with --debug for the traceback", code)
 
 

@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import click
 import psutil
@@ -122,30 +121,22 @@ def _device(found: Findings) -> None:
 
     threads = f"{torch.get_num_threads()} threads of torch on {os.cpu_count()} cores"
     found.facts["cpu"] = f"{_cpu_name()}, {threads}"
+    from lowmem_pnn.device.support import has_driver, missing_kernels, why_no_gpu
+
     if not torch.cuda.is_available():
-        found.facts["gpu"] = f"none: {_why_no_gpu(torch)}"
+        found.facts["gpu"] = f"none: {why_no_gpu()}"
+        if has_driver():
+            found.problems.append(f"there is an NVIDIA driver, and no GPU is taken: {why_no_gpu()}")
         return
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
         found.facts[f"gpu {number}"] = (
-            f"{properties.name}, {format_bytes(free)} of {format_bytes(total)} free, CUDA {torch.version.cuda}, driver {_driver()}"
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, {format_bytes(free)} of {format_bytes(total)} free, "
+            f"CUDA {torch.version.cuda}, driver {_driver()}"
         )
-
-
-def _why_no_gpu(torch: Any) -> str:
-    """Say why no GPU is used."""
-    if torch.version.cuda is None:
-        return "this torch is built for the CPU alone; a build for CUDA: https://pytorch.org/get-started/locally"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return "CUDA_VISIBLE_DEVICES hides all of them"
-    if not any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")):
-        return "there is no NVIDIA driver"
-    try:
-        torch.cuda.init()
-    except Exception as error:  # whatever the driver says
-        return " ".join(str(error).split())[:200]
-    return "torch does not find one"
+        if missing := missing_kernels(number):
+            found.problems.append(f"gpu {number} cannot be used: {missing}")
 
 
 def _memory(found: Findings) -> None:

@@ -40,6 +40,7 @@ DATA: Mapping[str, str] = {
 METHODS: Mapping[str, str] = {
     "pnn": "partitions one after the other on synthetic intermediate labels: least memory, least traffic (arXiv 2403.11204)",
     "neuroflux": "blocks one after the other, every layer with a head and a loss of its own; early exits (arXiv 2402.14139)",
+    "incubate": "partitions one after the other, each inside a thin model of the whole; then assembled (Deep Incubation, arXiv 2212.04129)",
     "exact": "ordinary training, bit for bit, one partition at a time: for large batches, and for fine-tuning",
     "backprop": "ordinary training of the whole model in the budget, where it fits",
 }

@@ -1,7 +1,7 @@
 """Options of the commands: one for each field of `FitConfig`, in groups by what they are about."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,6 +9,8 @@ import click
 
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.gpu_description import GpuDescription
+from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.available import budget_of
 from lowmem_pnn.settings.config_file import read_config_file, read_settings
 from lowmem_pnn.settings.model_arguments import parse_model_arguments
@@ -16,7 +18,7 @@ from lowmem_pnn.settings.model_arguments import parse_model_arguments
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Model": ("model", "model_arg", "precision", "channels_last", "compile", "compare"),
+    "Model": ("model", "model_arg", "precision", "tf32", "channels_last", "compile", "compare"),
     "Fine-tuning": (
         "weights", "freeze", "train_only", "freeze_norm", "unfreeze_at", "cache_frozen", "lora", "modules_to_save", "frozen_dtype",
         "weights_dtype",
@@ -33,22 +35,23 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Method pnn": ("kappa", "sil", "sil_target", "parallel_sil"),
     "Method neuroflux": (
-        "heads", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
+        "heads", "local_loss", "blocks", "block_tolerance", "visits", "macro_batches", "views", "exit_tolerance",
     ),
+    "Method incubate": ("meta_epochs",),
     "Optimisation": (
         "batch_size", "optimizer", "lr", "lr_for", "lr_schedule", "warmup_steps", "min_lr", "momentum", "betas", "eps", "weight_decay",
         "no_decay", "no_decay_norms", "clip_norm", "fused", "seed",
     ),
     "Budget": (
-        "max_gpu_mem", "budgets", "device", "budget_scope", "max_host_mem", "max_disk", "drive_tbw", "plan_for", "micro_batch",
-        "batch_norm", "loss_chunk",
-        "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
+        "max_gpu_mem", "budgets", "gpu", "device", "budget_scope", "max_host_mem", "host_tier", "max_disk", "drive_tbw", "plan_for",
+        "micro_batch",
+        "batch_norm", "loss_chunk", "recompute", "step_in_backward", "optimizer_state", "activation_dtype", "no_timing",
     ),
     "Contenders": ("methods", "baselines", "steps"),
     "Files of options": ("config_file", "settings", "print_config"),
     "Output": (
-        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "no_report", "csv_file", "html_file", "svg_file",
-        "as_json", "quiet", "debug",
+        "workdir", "resume", "trust", "overwrite", "commit_every", "keep_commits", "log_every", "logger", "no_report", "csv_file", "html_file",
+        "svg_file", "as_json", "quiet", "debug",
         "help", "_click_default_help",  # the name differs between versions of click
     ),
 }  # fmt: skip
@@ -60,13 +63,14 @@ _METAVARS = {
     "cuts": "LAYER,...", "epochs": "N,...", "batch_size": "N,...|auto", "lr": "X,...", "shuffle": "yes|no,...", "kappa": "X,...",
     "model": "NAME", "data": "NAME", "device": "NAME", "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
     "train_limit": "N", "test_limit": "N", "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS",
-    "method": "pnn|neuroflux|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal|sparse",
+    "method": "pnn|neuroflux|incubate|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal|sparse",
     "visits": "sequential|interleaved|laps=L", "macro_batches": "N", "views": "N", "augment": "none|basic|randaugment|trivial",
     "blocks": "planner|alike",
     "block_tolerance": "X", "exit_tolerance": "X", "heads": "adaptive|classic|auglocal|linear", "sil_target": "full|pooled",
     "budget_scope": "process|allocator", "lr_schedule": "constant|linear|cosine|onecycle", "warmup_steps": "N", "clip_norm": "X",
     "label_smoothing": "X", "loss_chunk": "N", "recovery_epochs": "N", "activation_dtype": "float32|bfloat16|float16|int8",
-    "recover": "N,...|all", "log_every": "N", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
+    "recover": "N,...|all", "log_every": "N",
+    "logger": "none|tensorboard|wandb|mlflow", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
     "recompute": "auto|always|never",
     "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "task": "auto|classification|multilabel|regression|segmentation",
     "early_stop": "N", "keep_weights": "last|best", "monitor": "NAME", "eval_every": "STEPS", "time_limit": "TIME",
@@ -76,6 +80,7 @@ _METAVARS = {
     "target": "COLUMN,...", "mixup": "X", "cutmix": "X",
     "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH", "tokenizer": "DIR|FILE|bytes", "context": "N", "loss_on": "completions|all",
     "sample": "TEXT", "sample_tokens": "N",
+    "meta_epochs": "N", "local_loss": "cross-entropy|similarity|both",
     "betas": "A,B", "eps": "X", "no_decay": "PATTERN,...", "min_lr": "X", "max_steps": "N",
     "lora": "KEY=VALUE,...", "modules_to_save": "NAME,...", "frozen_dtype": "fp32|bf16|int8|nf4", "weights_dtype": "fp32|bf16",
 }  # fmt: skip
@@ -86,6 +91,8 @@ _SWITCHES = {
     "step_in_backward": ("--step-in-backward/--no-step-in-backward", " [default: step-in-backward]"),
     "compare": ("--compare/--no-compare", " [default: compare]"),
     "parallel_sil": ("--parallel-sil", ""),
+    "host_tier": ("--host-tier/--no-host-tier", " [default: host-tier]"),
+    "tf32": ("--tf32", ""),
     "channels_last": ("--channels-last", ""),
     "skip_broken": ("--skip-broken", ""),
     "compile": ("--compile", ""),
@@ -256,3 +263,20 @@ def command_options(options: dict[str, Any], budgets: Sequence[int] = ()) -> dic
     if "max_gpu_mem" not in given:
         raise click.UsageError("--max-gpu-mem is missing; give --max-gpu-mem 2GB", click.get_current_context())
     return {**given, "max_gpu_mem": budget_of(given["max_gpu_mem"], given.get("device", "auto"))}
+
+
+def options_on(gpu: GpuDescription, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that a described GPU gives: the budget, all of its memory where none is asked for, and the device.
+
+    Args:
+        gpu: the GPU.
+        given: options that were given.
+
+    Raises:
+        ConfigError: they ask for the CPU.
+    """
+    device = given.get("device", "auto")
+    if device == "cpu":
+        raise ConfigError("--gpu describes a GPU to plan for, and --device cpu asks for the CPU; leave one of them out")
+    asked = given.get("max_gpu_mem", gpu.memory_bytes)
+    return {"device": device, "max_gpu_mem": budget_of(asked, free_bytes=gpu.memory_bytes)}

@@ -61,9 +61,10 @@ def check_device(config: FitConfig, on_cpu: bool, memory_bytes: int) -> None:
         return
     for name, need in (
         ("budget_scope", "a CUDA device"),
+        ("tf32", "a CUDA device"),
         ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem is that bound)"),
     ):
-        if getattr(config, name) not in (None, "process"):
+        if getattr(config, name) not in (None, False, "process"):
             raise ConfigError(f"{flag(name)} has no effect here: it needs {need}, and this run is on the CPU; leave it out")
     if config.max_gpu_mem > memory_bytes:
         raise BudgetError(

@@ -46,14 +46,16 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
         "--augment basic and --visits sequential or laps=L",
         lambda config: config.augment != "none" and config.visits != "interleaved",
     ),
-    ("mixup", "--method exact, backprop or neuroflux", lambda config: config.method != "pnn"),
-    ("cutmix", "--method exact, backprop or neuroflux", lambda config: config.method != "pnn"),
+    ("mixup", "--method exact, backprop, neuroflux or incubate", lambda config: config.method != "pnn"),
+    ("cutmix", "--method exact, backprop, neuroflux or incubate", lambda config: config.method != "pnn"),
     ("blocks", "--method neuroflux", lambda config: config.method == "neuroflux"),
     ("block_tolerance", "--blocks alike", lambda config: config.blocks == "alike"),
     ("exit_tolerance", "--method neuroflux", lambda config: config.method == "neuroflux"),
     ("heads", "--method neuroflux", lambda config: config.method == "neuroflux"),
+    ("local_loss", "--method neuroflux", lambda config: config.method == "neuroflux"),
     ("parallel_sil", "--method pnn", lambda config: config.method == "pnn"),
-    ("activation_dtype", "--method pnn or neuroflux", lambda config: config.method in ("pnn", "neuroflux")),
+    ("activation_dtype", "--method pnn, neuroflux or incubate", lambda config: config.method in ("pnn", "neuroflux", "incubate")),
+    ("meta_epochs", "--method incubate", lambda config: config.method == "incubate"),
     ("activation_dtype", "partitions that learn from activations (no --parallel-sil)", lambda config: not config.parallel_sil),
     ("unfreeze_at", "--method exact", lambda config: config.method == "exact"),
     ("unfreeze_at", "--freeze or --train-only", lambda config: bool(config.freeze or config.train_only)),
@@ -63,14 +65,14 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("weights_dtype", "layers that are not compiled (no --compile)", lambda config: not config.compile),
     ("weights_dtype", "weights that learn from the beginning (no --unfreeze-at)", lambda config: config.unfreeze_at is None),
     ("cache_frozen", "--method exact", lambda config: config.method == "exact"),
-    ("cuts", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
-    ("partitions", "--method pnn, neuroflux or exact", lambda config: config.method != "backprop"),
+    ("cuts", "--method pnn, neuroflux, incubate or exact", lambda config: config.method != "backprop"),
+    ("partitions", "--method pnn, neuroflux, incubate or exact", lambda config: config.method != "backprop"),
     ("plan_for", "cuts that are left to the planner", lambda config: config.cuts is None),
     ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
     ("warmup_steps", "--lr-schedule constant, linear or cosine", lambda config: config.lr_schedule != "onecycle"),
     ("early_stop", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
     ("keep_weights", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
-    ("eval_every", "--method pnn, exact or backprop", lambda config: config.method != "neuroflux"),
+    ("eval_every", "--method pnn, exact or backprop", lambda config: config.method not in ("neuroflux", "incubate")),
     ("monitor", "--early-stop or --keep-weights best", lambda config: config.watches),
     ("min_lr", "--lr-schedule linear or cosine", lambda config: config.lr_schedule in ("linear", "cosine")),
     ("keep_state", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
@@ -81,6 +83,9 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("no_decay_norms", "--weight-decay above 0", lambda config: config.weight_decay > 0),
     ("momentum", "--optimizer sgd", lambda config: "sgd" in config.optimizer),
     ("optimizer_state", "--optimizer adam or adamw", lambda config: "sgd" not in config.optimizer),
+    ("tf32", "--precision fp32", lambda config: config.precision == "fp32"),
+    ("tf32", "a CUDA device", lambda config: config.device != "cpu"),
+    ("host_tier", "a CUDA device", lambda config: config.device != "cpu"),
     ("budget_scope", "a CUDA device", lambda config: config.device != "cpu"),
     ("max_host_mem", "a CUDA device (on the CPU, --max-gpu-mem bounds the host)", lambda config: config.device != "cpu"),
     (
@@ -145,7 +150,7 @@ def configure(**given: Any) -> FitConfig:
         'mlp:64-8192-8192-8192-10'
         >>> configure(max_gpu_mem="2GB", method="pnm")
         Traceback (most recent call last):
-        lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, neuroflux, exact, backprop; did you mean 'pnn'?
+        lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, neuroflux, incubate, exact, backprop; did you mean 'pnn'?
     """
     given = given_options(given)
     values = {"data_root": Path("data").absolute(), **given}
@@ -274,8 +279,20 @@ def contradictions(config: FitConfig) -> list[str]:
         )
     if config.keep_state and config.keep_weights == "best":
         faults.append("--keep-state goes on from the last weights, and --keep-weights best leaves others; leave one out")
-    if config.views > 1 and config.method != "neuroflux":
-        faults.append("--views has no effect here: it needs --method neuroflux")
+    if config.views > 1 and config.method not in ("neuroflux", "incubate"):
+        faults.append("--views has no effect here: it needs --method neuroflux or incubate")
+    if config.method == "incubate" and config.plan_for == "time":
+        faults.append(
+            "--plan-for time has no effect here: plans of --method incubate are made for the memory beside their meta model"
+        )
+    if config.method == "incubate":
+        faults += [
+            f"--method incubate trains a thin model of the whole from random weights, and {flag(name)} is for other methods; leave it out"
+            for name in ("weights", "lora", "freeze", "train_only", "compile")
+            if getattr(config, name) not in (None, "none", (), False)
+        ]
+    if config.local_loss != "cross-entropy" and config.ignore_index is not None:
+        faults.append(f"--local-loss {config.local_loss} compares all samples, and --ignore-index leaves some out; leave one out")
     if config.visits == "interleaved" and len(config.epochs) > 1:
         faults.append("--visits interleaved trains all blocks for the same epochs; give one number of --epochs")
     if config.laps > min(config.epochs):
@@ -285,7 +302,7 @@ def contradictions(config: FitConfig) -> list[str]:
     if config.blocks == "alike" and (config.cuts or config.partitions):
         faults.append("--blocks alike finds the cuts, and --cuts or --partitions give them; give one")
     if config.method == "neuroflux" and config.recovery_epochs:
-        faults.append("--recovery-epochs has no effect here: it needs --method pnn, exact or backprop")
+        faults.append("--recovery-epochs has no effect here: it needs --method pnn, incubate, exact or backprop")
     if config.method == "neuroflux" and config.loss_chunk is not None:
         faults.append("--loss-chunk has no effect here: every unit of --method neuroflux has a loss of its own")
     if config.recompute != "auto" and config.method != "exact" and not config.recovery_epochs:

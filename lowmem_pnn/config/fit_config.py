@@ -30,6 +30,7 @@ from lowmem_pnn.config.field_types import (
 )
 from lowmem_pnn.config.finetuning_options import FineTuningOptions
 from lowmem_pnn.config.language_options import LanguageOptions
+from lowmem_pnn.config.local_options import LocalOptions
 from lowmem_pnn.config.optimizer_options import OptimizerOptions
 from lowmem_pnn.config.stopping_options import StoppingOptions
 from lowmem_pnn.config.task_options import TaskOptions
@@ -38,14 +39,16 @@ from lowmem_pnn.errors import CheckpointError
 LARGEST_AUTO_BATCH = 512
 """Above it a step gains no speed, and a small data set has few steps."""
 
-MethodName = Literal["pnn", "neuroflux", "exact", "backprop"]
-METHODS: tuple[MethodName, ...] = ("pnn", "neuroflux", "exact", "backprop")
+MethodName = Literal["pnn", "neuroflux", "incubate", "exact", "backprop"]
+METHODS: tuple[MethodName, ...] = ("pnn", "neuroflux", "incubate", "exact", "backprop")
 
 PerPartition = Literal["epochs", "batch_size", "optimizer", "lr", "shuffle", "kappa"]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, AdapterOptions, StoppingOptions, OptimizerOptions):
+class FitConfig(
+    DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, AdapterOptions, StoppingOptions, OptimizerOptions, LocalOptions
+):
     """Everything that decides a run, checked; the same values give the same run.
 
     Where a field is a tuple, one value holds for every partition, else there is one per partition.
@@ -74,8 +77,9 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
         default="pnn",
         description=(
             "Training method. pnn: partitions one after the other, each on synthetic intermediate labels. neuroflux: blocks one after "
-            "the other, every layer with an auxiliary head and a loss of its own. exact: ordinary training, one partition on the "
-            "device at a time. backprop: ordinary training, the whole model on the device."
+            "the other, every layer with an auxiliary head and a loss of its own. incubate: partitions one after the other, each inside a "
+            "thin model of the whole. exact: ordinary training, one partition on the device at a time. backprop: ordinary training, the "
+            "whole model on the device."
         ),
     )
     partitions: PositiveInt | None = Field(
@@ -145,7 +149,7 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
         default=None,
         description=(
             "Gradient clipping: norm that gradients are scaled down to, over all weights (exact, backprop), the weights of a partition "
-            "(pnn), or those of a layer (neuroflux); 0 for none."
+            "(pnn, incubate), or those of a layer (neuroflux); 0 for none."
         ),
     )
     loss_chunk: PositiveInt | None = Field(
@@ -161,7 +165,9 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
     )
     recover: Recovering = Field(
         default=None,
-        description="Partitions that learn in the recovery epochs, by number from 1, separated by commas; by default all but the last.",
+        description=(
+            "Partitions that learn in the recovery epochs, by number from 1, separated by commas; by default all but the last (incubate: all)."
+        ),
     )
     kappa: LearningRates = Field(
         default=(10.0,), description="Scale of the synthetic intermediate labels: one value, or one per boundary."
@@ -185,20 +191,6 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
         description=(
             "Train partitions independently of each other, from the synthetic labels of one boundary to those of the next; under "
             "torchrun side by side, one process each."
-        ),
-    )
-    visits: Annotated[str, Field(pattern=r"^(sequential|interleaved|laps=[1-9]\d*)$")] = Field(
-        default="sequential",
-        description=(
-            "Order in which blocks take turns. sequential: all epochs of one block, then the next. laps=L: the same L times over, with an "
-            "L-th of the epochs each. interleaved: macro-batch by macro-batch."
-        ),
-    )
-    macro_batches: PositiveInt = Field(
-        default=64,
-        description=(
-            "Batches of a macro-batch, which go through one block before the next block takes them (--visits interleaved); with "
-            "--batch-size auto, batches of 512 samples."
         ),
     )
     views: PositiveInt = Field(
@@ -229,8 +221,8 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
     activation_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
         default="float32",
         description=(
-            "Type of boundary activations on disk while partitions learn from them (pnn, neuroflux). float32: as they are. int8: with a "
-            "scale per channel or token."
+            "Type of boundary activations on disk while partitions learn from them (pnn, neuroflux, incubate). float32: as they are. int8: "
+            "with a scale per channel or token."
         ),
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
@@ -244,6 +236,13 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
         description=(
             "Mixed precision: type that layers compute in under PyTorch's autocast, fp16 with a dynamic loss scale; weights and their "
             "gradients stay float32."
+        ),
+    )
+    tf32: bool = Field(
+        default=False,
+        description=(
+            "On a GPU of compute capability 8.0 or later, multiply matrices of fp32 in TF32, with 10 bits of mantissa: faster; "
+            "PyTorch's default has it for convolutions alone."
         ),
     )
     channels_last: bool = Field(
@@ -278,6 +277,13 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
     max_host_mem: Size | None = Field(
         default=None, description="Bound on host memory above what the process starts with (GPU runs)."
     )
+    host_tier: bool = Field(
+        default=True,
+        description=(
+            "For --method exact on a GPU: keep weights and optimizer state in host memory between commits, as far as half of "
+            "--max-host-mem, or of what is available, holds them."
+        ),
+    )
     max_disk: Size | None = Field(default=None, description="Bound on the size of the run's folder.")
     drive_tbw: Positive | None = Field(
         default=None,
@@ -288,6 +294,13 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
     )
     keep_commits: PositiveInt = Field(default=1, description="Number of commits kept in the run's folder.")
     log_every: PositiveInt = Field(default=100, description="Optimizer steps between two lines of metrics.jsonl.")
+    logger: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
+        default="none",
+        description=(
+            "Where metrics are logged beside metrics.jsonl: tensorboard (files in the run's folder), wandb or mlflow (as their own "
+            "variables say, such as WANDB_MODE=offline)."
+        ),
+    )
 
     def value_for(self, field: PerPartition, partition: int) -> Any:
         """Return one partition's value of a field that may have one per partition.
@@ -308,9 +321,9 @@ class FitConfig(DataOptions, LanguageOptions, TaskOptions, FineTuningOptions, Ad
         return self.frozen_dtype or ("bf16" if self.lora is not None and self.precision == "bf16" else "fp32")
 
     @property
-    def laps(self) -> int:
-        """How often all blocks take their turn."""
-        return int(self.visits.partition("=")[2] or 1)
+    def num_meta_epochs(self) -> int:
+        """Epochs of the meta model."""
+        return self.meta_epochs or max(self.epochs)
 
     @property
     def steps_wait(self) -> bool:
@@ -358,7 +371,7 @@ def recovering(config: FitConfig, num_partitions: int) -> tuple[int, ...]:
         >>> recovering(FitConfig(max_gpu_mem="2GB", model="mlp:4-4-2", data="digits", recovery_epochs=1), num_partitions=3)
         (0, 1)
     """
-    if config.recover == "all":
+    if config.recover == "all" or (config.recover is None and config.method == "incubate"):
         return tuple(range(num_partitions))
     if config.recover is None:
         return tuple(range(num_partitions - 1))

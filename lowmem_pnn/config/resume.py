@@ -13,7 +13,9 @@ from lowmem_pnn.config.fit_config import FitConfig, field_names
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.units import format_bytes
 
-FREE_TO_DIFFER = ("commit_every", "keep_commits", "log_every", "max_disk", "drive_tbw", "compare", "workers", "time_limit")
+FREE_TO_DIFFER = (
+    "commit_every", "keep_commits", "log_every", "max_disk", "drive_tbw", "compare", "workers", "time_limit", "logger", "host_tier",
+)  # fmt: skip
 """Options that change nothing in a run's result."""
 
 _SIZES = ("max_gpu_mem", "max_host_mem")

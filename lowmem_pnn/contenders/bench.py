@@ -71,6 +71,8 @@ def bench(
     base = configure(max_gpu_mem=max(sizes), model=model, data=data, **{**options, "method": "backprop"})
     if len(base.batch_sizes) > 1 or base.batch_size == "auto":
         raise ConfigError("bench trains all contenders with the same batches; give one number as --batch-size")
+    if base.logger != "none":
+        raise ConfigError("--logger has no effect here: bench keeps none of its runs; leave it out")
     base = dataclasses.replace(base, **_SHORT, train_limit=min(base.train_limit or sys.maxsize, steps * base.batch_sizes[0]))
     rows: list[BenchRow] = []
     device_text, needs = "", None
@@ -149,8 +151,8 @@ def _run_method(
     peak = meter.peak_bytes - result["floor_bytes"] if on_host and meter.peak_bytes else result["peak_bytes"]
     parts = result["partitions"]
     # Samples that are learnt count for every partition, where partitions learn by themselves.
-    samples = result["samples_per_second"] * result["seconds"] / (len(parts) if method in ("pnn", "neuroflux") else 1)
-    seconds = sum(part["seconds"] for part in parts)
+    samples = result["samples_per_second"] * result["seconds"] / (len(parts) if method in ("pnn", "neuroflux", "incubate") else 1)
+    seconds = sum(part["seconds"] for part in parts) + result["meta"].get("seconds", 0.0)
     return (
         dataclasses.replace(
             row,

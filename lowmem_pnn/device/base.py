@@ -65,6 +65,21 @@ class Device(ABC):
         """Memory in use above the floor before training: a CUDA context, else nothing."""
         return 0
 
+    @property
+    def context(self) -> dict[str, int | str]:
+        """What a CUDA context holds, in `bytes`, and how that was `found`; empty on other devices."""
+        return {}
+
+    @property
+    def spills(self) -> bool:
+        """Whether a full device moves memory elsewhere, and goes on slowly, instead of refusing an allocation."""
+        return False
+
+    @property
+    def is_unified(self) -> bool:
+        """Whether the device is another one than the CPU, and takes the host's memory."""
+        return False
+
     @abstractmethod
     def open(self) -> None:
         """Measure the floor, and start the meter."""

@@ -22,7 +22,9 @@ from lowmem_pnn.memory.process_meter import private_and_data_bytes
 from lowmem_pnn.units import MEBIBYTE
 
 # How libraries below us say that memory ran out without raising torch.OutOfMemoryError. oneDNN reports a failed allocation as a
-# primitive that cannot be made; on Jetson the caching allocator's NVML query fails instead of the allocation.
+# primitive that cannot be made; cuDNN finds no engine whose workspace fits, or fails within one; cuBLAS has no room for a handle; on
+# Jetson the caching allocator's NVML query fails instead of the allocation. Some of them have other causes too: what was said goes into
+# the error where nothing smaller helps.
 _OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory",
     "could not create a primitive",
@@ -30,9 +32,20 @@ _OUT_OF_MEMORY_TEXTS = (
     "could not execute a primitive",
     "CUDA out of memory",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR",
+    "CUDNN_STATUS_EXECUTION_FAILED",
+    "GET was unable to find an engine",
+    "FIND was unable to find an engine",
+    "nable to find a valid cuDNN algorithm",
     "NVML_SUCCESS == r INTERNAL ASSERT",
+)
+# Those of them that have other causes too.
+_AMBIGUOUS = re.compile(
+    r"CUBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_(INTERNAL_ERROR|EXECUTION_FAILED)|nable to find a(n engine| valid cuDNN)"
 )
 # How oneDNN says that it has no kernel: of recurrent layers in bfloat16 and float16 on processors without instructions for these types.
 # Other operations have kernels of PyTorch's own there.
@@ -55,6 +68,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, RuntimeError) and any(known in text for known in _OUT_OF_MEMORY_TEXTS) and not _NO_KERNEL.search(text)
     )
+
+
+def other_cause(error: BaseException) -> str:
+    """Return what a library said, in a line, where that may mean something else than that memory ran out; else nothing.
+
+    Args:
+        error: an exception that `is_out_of_memory` recognises.
+    """
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, RuntimeError) and _AMBIGUOUS.search(str(error)) else ""
 
 
 def why_it_failed(error: BaseException) -> str:

@@ -1,188 +1,22 @@
 """An NVIDIA GPU as the training device: the budget bounds all memory of the process there, context and libraries too."""
 
-import contextlib
-import os
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lowmem_pnn.device.base import Device
-from lowmem_pnn.device.cpu import warm_up
-from lowmem_pnn.device.transfers import CopyEngine, Transfers, in_flight_bytes_of
+from lowmem_pnn.device.context_memory import ContextMemory
+from lowmem_pnn.device.cuda_driver import CudaDriver, NvidiaDriver
+from lowmem_pnn.device.support import missing_kernels
+from lowmem_pnn.device.transfers import Transfers, in_flight_bytes_of
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.memory.pinned import PinnedSlab, slab_bytes_of
 from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
-from lowmem_pnn.units import format_bytes
+from lowmem_pnn.units import MEBIBYTE, format_bytes
 
-
-class CudaDriver(Protocol):
-    """The queries and settings that `CudaDevice` needs of the machine; a test answers them without a GPU."""
-
-    def start(self) -> None:
-        """Create the context and load the libraries that training uses."""
-
-    def device_used(self) -> int:
-        """Return the bytes in use on the device, by all processes."""
-
-    def process_used(self) -> int | None:
-        """Return the bytes that this process holds on the device; None where the driver does not know the process."""
-
-    def total(self) -> int:
-        """Return the device's memory in bytes."""
-
-    def reserved(self) -> int:
-        """Return the bytes that PyTorch's allocator holds."""
-
-    def peak_reserved(self) -> int:
-        """Return the most bytes that the allocator held since `reset_peak`."""
-
-    def reset_peak(self) -> None:
-        """Start `peak_reserved` anew."""
-
-    def cap_allocator(self, size: int) -> None:
-        """Make the allocator fail above this many bytes."""
-
-    def empty_cache(self) -> None:
-        """Give cached blocks back to the driver."""
-
-    def pinned(self, size: int) -> Tensor:
-        """Make a tensor of page-locked host memory, uint8, of so many bytes."""
-
-    def copies(self) -> CopyEngine:
-        """Make the engine that copies between host and device beside the computing."""
-
-
-class NvidiaDriver:
-    """`CudaDriver` through torch.cuda and NVML.
-
-    Args:
-        index: number of the device, as torch counts.
-    """
-
-    def __init__(self, index: int) -> None:
-        self._device = torch.device("cuda", index)
-        self._nvml_handle = None
-        # NVML is optional: absent on Jetson, without process information in many containers.
-        with contextlib.suppress(Exception):
-            import pynvml
-
-            pynvml.nvmlInit()
-            uuid = "GPU-" + str(torch.cuda.get_device_properties(index).uuid)
-            self._nvml_handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-
-    def start(self) -> None:
-        """Create the context with a tiny training step, then empty the allocator."""
-        torch.cuda.init()
-        with torch.cuda.device(self._device):
-            warm_up(self._device)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-
-    def device_used(self) -> int:
-        """Return the bytes in use on the device: NVML's figure, else the part that cudaMemGetInfo does not call free."""
-        if self._nvml_handle is not None:
-            import pynvml
-
-            with contextlib.suppress(pynvml.NVMLError):
-                return int(pynvml.nvmlDeviceGetMemoryInfo(self._nvml_handle).used)
-        free, total = torch.cuda.mem_get_info(self._device)
-        return total - free
-
-    def process_used(self) -> int | None:
-        """Return the bytes of this process in NVML's list, if it is there."""
-        if self._nvml_handle is None:
-            return None
-        import pynvml
-
-        with contextlib.suppress(pynvml.NVMLError):
-            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._nvml_handle):
-                if process.pid == os.getpid() and process.usedGpuMemory is not None:
-                    return int(process.usedGpuMemory)
-        return None
-
-    def total(self) -> int:
-        """Return the device's memory in bytes."""
-        return int(torch.cuda.get_device_properties(self._device).total_memory)
-
-    def reserved(self) -> int:
-        """Return the bytes that PyTorch's allocator holds."""
-        return torch.cuda.memory_reserved(self._device)
-
-    def peak_reserved(self) -> int:
-        """Return the allocator's highest reservation since `reset_peak`, in bytes."""
-        return torch.cuda.max_memory_reserved(self._device)
-
-    def reset_peak(self) -> None:
-        """Start `peak_reserved` anew."""
-        torch.cuda.reset_peak_memory_stats(self._device)
-
-    def cap_allocator(self, size: int) -> None:
-        """Make the allocator fail above this many bytes."""
-        torch.cuda.set_per_process_memory_fraction(min(1.0, size / self.total()), self._device)
-
-    def empty_cache(self) -> None:
-        """Give cached blocks back to the driver."""
-        torch.cuda.empty_cache()
-
-    def pinned(self, size: int) -> Tensor:
-        """Make a tensor of so many bytes by PyTorch's allocator of page-locked memory."""
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-
-    def copies(self) -> CopyEngine:
-        """Make the copy streams of this device."""
-        return CudaCopies(self._device)
-
-
-class CudaCopies:
-    """`CopyEngine` by two streams of a GPU, beside the current one, which computes.
-
-    Args:
-        device: the GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._upload_stream, self._download_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
-
-    def upload(self, host: Tensor, target: Tensor) -> "CudaCopyEvent":
-        """See `CopyEngine`."""
-        return self._copy(self._upload_stream, host, target)
-
-    def download(self, source: Tensor, host: Tensor) -> "CudaCopyEvent":
-        """See `CopyEngine`."""
-        return self._copy(self._download_stream, source, host)
-
-    def _copy(self, stream: torch.cuda.Stream, source: Tensor, target: Tensor) -> "CudaCopyEvent":
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream), torch.no_grad():
-            target.copy_(source, non_blocking=True)
-        return CudaCopyEvent(stream.record_event(), self._device)
-
-
-class CudaCopyEvent:
-    """`CopyEvent` by a CUDA event.
-
-    Args:
-        event: recorded event.
-        device: GPU of the event.
-    """
-
-    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
-        self._event = event
-        self._device = device
-
-    def wait(self) -> None:
-        """See `CopyEvent`."""
-        self._event.synchronize()
-
-    def block_computing(self) -> None:
-        """See `CopyEvent`."""
-        torch.cuda.current_stream(self._device).wait_event(self._event)
-
-    def is_complete(self) -> bool:
-        """See `CopyEvent`."""
-        return bool(self._event.query())
+# PyTorch's allocator takes memory in segments: 2 MiB for small blocks, 20 MiB for larger ones.
+_SEGMENT_BYTES = 22 * MEBIBYTE
 
 
 class CudaDevice(Device):
@@ -210,17 +44,26 @@ class CudaDevice(Device):
         super().__init__(torch.device("cuda", index), budget_bytes)
         self._scope = scope
         self._driver = driver
-        # Bytes that the process holds on the device outside PyTorch's allocator: context, kernels, libraries.
-        self._outside = 0
+        self._context: ContextMemory | None = None
+        # What the allocator holds at the opening: workspaces of the libraries, which stay, and tensors of whoever called us.
+        self._held = 0
         self._host_meter = ProcessMemoryMeter(interval=0.02)
         self._host_floor = 0
+
+    @staticmethod
+    def slack_for(budget_bytes: int, heap_bytes: int | None = None) -> int:
+        """See `Device.slack_for`: blocks that the allocator keeps, and libraries' workspaces of threads that are yet to compute.
+
+        A sixteenth of the budget, at least a segment of small blocks and one of larger ones. Not measured: no GPU has been at hand.
+        """
+        return max(_SEGMENT_BYTES, budget_bytes // 16)
 
     def open(self) -> None:
         """Create the context, measure it, and cap the allocator with the rest of the budget.
 
         Raises:
             ConfigError: there is no such GPU.
-            BudgetError: the context alone is above the budget, or the budget above the device.
+            BudgetError: the context alone is above the budget, or the budget above the device, or above what others leave of it.
         """
         if self._driver is None:
             index = self.torch_device.index
@@ -228,21 +71,18 @@ class CudaDevice(Device):
                 raise ConfigError(
                     f"--device cuda:{index}: found {torch.cuda.device_count()} CUDA devices here; give --device cpu"
                 )
+            if (missing := missing_kernels(index)) is not None:
+                raise ConfigError(f"--device cuda:{index}: {missing}")
             self._driver = NvidiaDriver(index)
         driver = self._driver
-        before = driver.device_used()
-        driver.start()
-        if self._scope == "process":
-            process = driver.process_used()
-            held = process if process is not None else driver.device_used() - before
-            self._outside = max(0, held - driver.reserved())
-        if self.budget_bytes > driver.total():
-            raise BudgetError(
-                f"--max-gpu-mem {format_bytes(self.budget_bytes)} is more than the device has, {format_bytes(driver.total())}; give less"
-            )
+        self._context = ContextMemory(driver)
+        self._context.start()
+        self._held = driver.reserved()
+        self._check_device(driver, self._context)
         if self._outside + self.reserve_bytes >= self.budget_bytes:
+            assumed = " (assumed: the driver does not tell)" if self._context.how == "assumed" else ""
             raise BudgetError(
-                f"the CUDA context alone holds {format_bytes(self._outside)} on the device, and --max-gpu-mem is "
+                f"the CUDA context alone holds {format_bytes(self._outside)}{assumed} on the device, and --max-gpu-mem is "
                 f"{format_bytes(self.budget_bytes)}; give more, or --budget-scope allocator to leave the context out"
             )
         driver.cap_allocator(self.budget_bytes - self._outside)
@@ -253,12 +93,31 @@ class CudaDevice(Device):
         self._host_floor = private_bytes()
         self._host_meter.begin_section()
 
+    def _check_device(self, driver: CudaDriver, context: ContextMemory) -> None:
+        """Refuse a budget that the device cannot give: it is too small, or other processes hold too much of it."""
+        total, used = driver.total(), driver.device_used()
+        asked = f"--max-gpu-mem {format_bytes(self.budget_bytes)} is more than the device"
+        if self.budget_bytes > total:
+            raise BudgetError(f"{asked} has, {format_bytes(total)}; give less")
+        others = 0 if used is None else max(0, used - context.size - driver.reserved())
+        room = total - others - (context.size - self._outside)
+        if self.budget_bytes > room:
+            raise BudgetError(
+                f"{asked} can give, {format_bytes(room)} of {format_bytes(total)}: other processes hold {format_bytes(others)}; "
+                "give less, or end them"
+            )
+
+    @property
+    def _outside(self) -> int:
+        """Bytes that count against the budget and are not the allocator's."""
+        return 0 if self._context is None or self._scope == "allocator" else self._context.size
+
     def close(self) -> None:
         """Lift the cap; the peaks stay readable."""
         assert self._driver is not None, "the device is open"
         assert self.transfers is not None, "the device is open"
         self.transfers.finish()
-        self._measure_outside(self._driver)
+        self._look_again(self._driver, now=True)
         self._peak = self.peak_bytes
         self._host_meter.stop()
         self._driver.empty_cache()
@@ -266,8 +125,23 @@ class CudaDevice(Device):
 
     @property
     def fixed_bytes(self) -> int:
-        """Memory that the process holds on the device outside PyTorch's allocator: 0 with scope `allocator`."""
-        return self._outside
+        """Memory in use before training: the context (0 with scope `allocator`), and what the allocator held at the opening."""
+        return self._outside + self._held
+
+    @property
+    def context(self) -> dict[str, int | str]:
+        """See `Device.context`."""
+        return {} if self._context is None else {"bytes": self._context.size, "found": self._context.how}
+
+    @property
+    def spills(self) -> bool:
+        """See `Device.spills`."""
+        return self._driver is not None and self._driver.spills()
+
+    @property
+    def is_unified(self) -> bool:
+        """See `Device.is_unified`."""
+        return self._driver is not None and self._driver.is_unified()
 
     def used_bytes(self) -> int:
         """Return the allocator's reservation and the context, in bytes."""
@@ -286,19 +160,18 @@ class CudaDevice(Device):
     def begin_section(self) -> None:
         """Begin a section: `section_peak_bytes` starts anew."""
         assert self._driver is not None, "the device is open"
-        self._measure_outside(self._driver)
+        self._look_again(self._driver)
         self._peak = max(self._peak, self.section_peak_bytes())
         self._driver.reset_peak()
 
-    def _measure_outside(self, driver: CudaDriver) -> None:
-        """Measure again the memory outside the allocator: kernels and libraries are loaded at their first use.
-
-        Only where the driver knows the process: the memory in use on the device may be another process's.
-        """
-        process = driver.process_used() if self._scope == "process" else None
-        if process is not None and (outside := process - driver.reserved()) > self._outside:
-            self._outside = outside
-            driver.cap_allocator(max(0, self.budget_bytes - outside))
+    def _look_again(self, driver: CudaDriver, *, now: bool = False) -> None:
+        """Take from the allocator what the context holds more than before."""
+        if self._scope == "allocator" or self._context is None:
+            return
+        before = self._outside
+        self._context.look_again(now=now)
+        if self._outside > before:
+            driver.cap_allocator(max(0, self.budget_bytes - self._outside))
 
     @property
     def host_peak_bytes(self) -> int:

@@ -9,7 +9,8 @@ freed, computing (or the host) waits for the copy. `Tensor.record_stream` would 
 moment at which memory can be used again to chance, and a budget cannot be kept by chance.
 
 Copies in flight (uploads ahead of their use, downloads that are not complete) hold device memory beside the computing: together no more
-than a limit, which plans keep free. A tensor larger than the limit is copied synchronously.
+than a limit, which plans keep free. A tensor larger than the limit comes down at once, while the host waits; one for which the page-locked
+memory has no room goes through it in pieces, either way.
 """
 
 import threading
@@ -21,10 +22,13 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from lowmem_pnn.memory.aligned import aligned_empty
+from lowmem_pnn.memory.aligned import PAGE_BYTES, aligned_empty
 from lowmem_pnn.memory.pinned import PinnedSlab
 
 _T = TypeVar("_T")
+
+# Pieces of a tensor that is larger than the slab, in the slab at one time.
+_PIECES = 4
 
 
 def in_flight_bytes_of(budget_bytes: int) -> int:
@@ -223,6 +227,7 @@ class Transfers:
         Prefetched tensors get no more than half of the slab, so that copies that cannot wait find room.
         """
         nbytes = prod(shape) * dtype.itemsize
+        self._give_back()
         piece = self.slab.lend(shape, dtype) if self.slab.lent_bytes + nbytes <= self.slab.size // 2 else None
         return aligned_empty(shape, dtype) if piece is None else piece
 
@@ -234,15 +239,39 @@ class Transfers:
                 upload.add(torch.empty_like(tensor, device=self._device))
             for tensor, target in zip(tensors, upload.tensors, strict=True):
                 host = self._in_page_locked_memory(tensor, target)
-                if host is None:
-                    target.copy_(tensor)
+                if host is not None:
+                    upload.event = self._upload_from(host, target)
+                elif tensor.is_contiguous() and target.is_contiguous():
+                    upload.event = self._upload_in_pieces(tensor, target) or upload.event
                 else:
-                    upload.event = event = self._engine.upload(host, target)
-                    self._uploads.append((event, host))
+                    target.copy_(tensor)
         except BaseException:
             upload.close()  # the exception's traceback holds this frame
             raise
         return upload
+
+    def _upload_from(self, host: Tensor, target: Tensor) -> CopyEvent:
+        event = self._engine.upload(host, target)
+        self._uploads.append((event, host))
+        return event
+
+    def _upload_in_pieces(self, tensor: Tensor, target: Tensor) -> CopyEvent | None:
+        """Copy a tensor that the slab has no room for piece by piece, and return the last of the copies."""
+        event = None
+        for source, goal in zip(self._in_pieces(tensor), self._in_pieces(target), strict=True):
+            host = self._lend_like(goal)
+            if host is None:
+                goal.copy_(source)
+            else:
+                host.copy_(source)
+                event = self._upload_from(host, goal)
+        return event
+
+    def _in_pieces(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Cut a contiguous tensor into pieces of a quarter of the slab, so that one is filled while others are copied."""
+        flat = tensor.detach().view(-1)
+        size = self.slab.size // _PIECES
+        return flat.split(size // flat.element_size()) if size >= PAGE_BYTES else (flat,)
 
     def _in_page_locked_memory(self, tensor: Tensor, target: Tensor) -> Tensor | None:
         """Return a dense page-locked copy of a host tensor with the strides of its target; None if there is no room, now or ever."""
@@ -256,16 +285,31 @@ class Transfers:
     def _lend_like(self, tensor: Tensor) -> Tensor | None:
         """Lend page-locked memory for the copy of a tensor; where there is none, wait for earlier uploads, which soon complete."""
         like = torch.empty_like(tensor, device="meta")
-        while self._uploads and self._uploads[0][0].is_complete():
-            self._uploads.popleft()
+        self._give_back()
         while (piece := self.slab.lend(tuple(like.shape), like.dtype, like.stride())) is None:
             if not self._finish_first_upload():
                 return None
         return piece
 
-    @staticmethod
-    def _copy_to_host(source: Tensor) -> Tensor:
-        return torch.empty_like(source, device="cpu").copy_(source)
+    def _give_back(self) -> None:
+        """Give the page-locked memory of uploads that are complete back to the slab; on any thread."""
+        with self._lock:
+            while self._uploads and self._uploads[0][0].is_complete():
+                self._uploads.popleft()
+
+    def _copy_to_host(self, source: Tensor) -> Tensor:
+        """Copy a device tensor while the host waits: through the slab, as far as it has room."""
+        result = torch.empty_like(source, device="cpu")
+        if not source.is_contiguous():
+            return result.copy_(source)
+        for part, goal in zip(self._in_pieces(source), self._in_pieces(result), strict=True):
+            host = self._lend_like(part)
+            if host is None:
+                goal.copy_(part)
+            else:
+                self._engine.download(part, host).wait()
+                goal.copy_(host)
+        return result
 
     def _claim(self, nbytes: int) -> bool:
         """Count device memory as in flight, if that stays within the limit."""
@@ -289,10 +333,12 @@ class Transfers:
             return bool(self._downloads) and self._downloads[0].is_complete()
 
     def _finish_first_upload(self) -> bool:
-        if not self._uploads:
-            return False
-        event, _ = self._uploads.popleft()
+        with self._lock:
+            if not self._uploads:
+                return False
+            event, host = self._uploads.popleft()
         event.wait()
+        del host  # not before: it is copied from
         return True
 
     def _finish_first_download(self) -> bool:

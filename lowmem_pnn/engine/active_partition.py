@@ -29,6 +29,7 @@ class ActivePartition:
         clip_norm: norm that gradients are scaled down to (of each layer, where each learns by a loss of its own), or None.
         chunk_rows: rows for which the last layer and the loss are computed at once, or None for all.
         shuffle: whether every epoch has an order of its own.
+        is_thin: whether a thin part of a meta model is there in the partition's place.
         steps_in_backward: whether layers step as soon as their gradients are complete, where a batch goes through at once.
     """
 
@@ -45,6 +46,7 @@ class ActivePartition:
     clip_norm: float | None = None
     chunk_rows: int | None = None
     shuffle: bool = True
+    is_thin: bool = False
     steps_in_backward: bool = True
     may_shrink: bool = True
 

@@ -4,10 +4,15 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lowmem_pnn.device import Device, is_out_of_memory
+from lowmem_pnn.device.budget import other_cause
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.units import format_bytes
 
 _T = TypeVar("_T")
+
+
+# What a library said the last time that memory seemed to run out, where that may have meant something else.
+_last_words: list[str] = []
 
 
 class SteppedInPart(BudgetError):
@@ -25,6 +30,7 @@ def unless_out_of_memory(work: Callable[[], _T]) -> _T | None:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        _last_words[:] = [other_cause(error)]
     return None
 
 
@@ -45,7 +51,14 @@ def too_large(device: Device, what: str) -> BudgetError:
         what: the work, as the message goes on after "memory ran out".
     """
     used, budget = format_bytes(device.section_peak_bytes()), format_bytes(device.budget_bytes)
-    return BudgetError(f"memory ran out {what}: {used} of {budget} were in use; give a larger --max-gpu-mem, or more partitions")
+    return BudgetError(
+        f"memory ran out {what}: {used} of {budget} were in use{library_said()}; give a larger --max-gpu-mem, or more partitions"
+    )
+
+
+def library_said() -> str:
+    """Return what a library said the last time that memory seemed to run out, in brackets, where that may have meant something else."""
+    return next((f" (the library said: {words})" for words in _last_words if words), "")
 
 
 def halved(micro_batch: int, smallest: int) -> int | None:

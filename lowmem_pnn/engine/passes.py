@@ -57,6 +57,7 @@ def backward_from_loss(
     weight: float,
     chunk_rows: int | None,
     scale: LossScale = UNSCALED,
+    unread: list[Tensor] | None = None,
 ) -> float:
     """Run forward to the loss, and backward: gradients add up in the parameters, and in the inputs that require a gradient.
 
@@ -68,6 +69,8 @@ def backward_from_loss(
         weight: factor on the loss: the micro-batch's share of its batch; 0 where nothing in it counts.
         chunk_rows: rows for which the last layer is computed at once, or None for all.
         scale: factor on all gradients. Where it is adjusted, a loss that is not finite goes back too, since gradients tell of it.
+        unread: takes the loss, or that of each chunk, in place of what is returned, which is then 0: the host waits for nothing, and
+            whatever the loss is, it goes back. Not for losses of layers.
 
     Returns:
         The weighted loss; where it is not finite, and the scale is not adjusted, there are no gradients, or not all.
@@ -76,8 +79,8 @@ def backward_from_loss(
         return _backward_per_layer(layers, inputs, labels, objective, weight, scale)
     if chunk_rows is not None and chunk_rows < labels.numel():
         assert isinstance(objective, TaskObjective), "only the true loss is computed in chunks"
-        return _backward_in_chunks(layers, inputs, labels, objective, weight, chunk_rows, scale)
-    return _backward(_weighted_loss(objective, forward(layers, inputs), labels, weight), scale)
+        return _backward_in_chunks(layers, inputs, labels, objective, weight, chunk_rows, scale, unread)
+    return _backward(_weighted_loss(objective, forward(layers, inputs), labels, weight), scale, unread)
 
 
 def scores_per_layer(layers: Sequence[Layer], tensors: tuple[Tensor, ...]) -> Iterator[Tensor]:
@@ -126,10 +129,12 @@ def _weighted_loss(objective: Objective, outputs: tuple[Tensor, ...], labels: Te
     return loss if weight == 1.0 else loss * weight
 
 
-def _backward(loss: Tensor, scale: LossScale) -> float:
+def _backward(loss: Tensor, scale: LossScale, unread: list[Tensor] | None = None) -> float:
     """Run backward from a loss, unless it is not finite, and return its value."""
+    if unread is not None:
+        unread.append(loss.detach())
     # Before backward, in which weights may step (but not where the scale moves: then steps wait).
-    value = float(loss.detach())
+    value = float(loss.detach()) if unread is None else 0.0
     if loss.requires_grad and (math.isfinite(value) or scale.moves):
         torch.autograd.backward(loss if scale.value == 1.0 else loss * scale.value)
     return value
@@ -164,6 +169,7 @@ def _backward_in_chunks(
     weight: float,
     chunk_rows: int,
     scale: LossScale,
+    unread: list[Tensor] | None,
 ) -> float:
     """Run the last layer forward and backward chunk by chunk, then backward through the layers before it."""
     *body, last = layers
@@ -179,7 +185,7 @@ def _backward_in_chunks(
         loss = objective.loss_of_rows(outputs, targets) / count
         if weight != 1.0:
             loss = loss * weight
-        loss_sum += _backward(loss, scale)
+        loss_sum += _backward(loss, scale, unread)
         if gradient is not None and rows.grad is not None:
             gradient.flatten(0, -2)[begin : begin + len(rows)] = rows.grad
         begin += len(rows)

@@ -74,6 +74,12 @@ class Prefetcher:
         self.start()
         return tensor
 
+    def take_ready(self) -> Tensor | None:
+        """Return the next tensor as `take` does, if it is there already; None where it is being read, or its reading has failed."""
+        if not self._waiting or not self._waiting[0][0].done() or self._waiting[0][0].exception() is not None:
+            return None
+        return self.take()
+
     def _begin(self, request: Request) -> None:
         self._waiting.append((self._pool.submit(request.read), request.nbytes))
         self._waiting_bytes += request.nbytes

@@ -88,7 +88,7 @@ class Residency:
         requests = (Request(0, lambda key=key: reader.read(key)) for key in self.keys())  # type: ignore[misc]
         prefetcher = Prefetcher(requests, pool, limit_bytes=-1)  # one tensor at a time, of any size
         try:
-            self.fill(prefetcher.take)
+            self.fill(lambda: self._device.to_device(prefetcher.take()))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -114,14 +114,24 @@ class Residency:
             keys += [state_key(name, state) for name, tensor in trainable.items() for state in self._spec.layout(tensor)]
         return keys
 
+    def layer_keys(self) -> list[list[str]]:
+        """Return the names, in weight files, of the parameters and buffers that `fill` takes, in its order, by layer."""
+        keys: list[list[str]] = []
+        seen: set[str] = set()
+        for layer in self.layers:
+            names = dict.fromkeys(self.chain.owner_of(alias) for alias in (*layer.parameters(), *layer.buffers()))
+            keys.append([weight_key(name) for name in names if name not in seen])
+            seen.update(names)
+        return keys
+
     def fill(self, take: Callable[[], Tensor]) -> None:
-        """Load everything onto the device from host tensors.
+        """Load everything.
 
         Args:
-            take: function that returns the host tensors of `keys`, one after the other.
+            take: function that returns the tensors of `keys`, on the device, one after the other.
         """
         for kind, name, shape_of in list(self._tensors()):
-            tensor = self._device.to_device(take())
+            tensor = take()
             if kind == "parameter":
                 self._requires_grad[name] = shape_of.requires_grad
                 parameter = nn.Parameter(tensor, requires_grad=shape_of.requires_grad and not self._frozen)
@@ -133,7 +143,7 @@ class Residency:
             del tensor
         if self._spec is not None:
             for name, parameter in self.trainable.items():
-                self._state[name] = {state: self._device.to_device(take()) for state in self._spec.layout(parameter)}
+                self._state[name] = {state: take() for state in self._spec.layout(parameter)}
         self._attach(self._parameters, self._buffers)
         if self._spec is not None:
             for names in self.groups:
@@ -234,8 +244,12 @@ class Residency:
         for key, host in overlapped_downloads((key, self._device.download(tensor.detach())) for key, tensor in own):
             writer.write_from(key, host)
 
-    def unload(self) -> None:
-        """Free the device memory of all tensors; values that were not saved are lost."""
+    def unload(self, *, release: bool = True) -> None:
+        """Free the device memory of all tensors; values that were not saved are lost.
+
+        Args:
+            release: whether the memory is given back to the system at once. What comes next may use it all the same.
+        """
         for optimizer in self.optimizers:
             optimizer.zero_grad()
             optimizer.state.clear()
@@ -251,7 +265,8 @@ class Residency:
             del tensor
         self._attach(parameters, buffers)
         self._parameters, self._buffers, self._state = {}, {}, {}
-        self._device.release()
+        if release:
+            self._device.release()
 
     def _names(self, layers: tuple[Layer, ...]) -> set[str]:
         """Return the names under which the tensors of layers are stored."""

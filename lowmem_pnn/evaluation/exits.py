@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_pnn.methods.similarity import exit_head
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.run.run import Run
@@ -64,7 +65,7 @@ def num_parameters(chain: Chain, number: int) -> int:
         id(p): p.numel() for layer in chain.layers[: number + 1] for name, p in layer.parameters().items() if not is_of_head(name)
     }
     head = chain.layers[number].head
-    return sum(body.values()) + (sum(p.numel() for p in head.parameters()) if head is not None else 0)
+    return sum(body.values()) + (sum(p.numel() for p in exit_head(head).parameters()) if head is not None else 0)
 
 
 def throughputs(run: Run) -> list[float]:
@@ -138,7 +139,8 @@ class ExitModel(nn.Module):
     def __init__(self, chain: Chain, number: int) -> None:
         super().__init__()
         layers = chain.layers[: number + 1]
-        self.head = layers[-1].head
+        head = layers[-1].head
+        self.head = None if head is None else exit_head(head)
         self.body = nn.ModuleList(layer.module for layer in layers)
         for layer in layers:
             if layer.head is not None:

@@ -7,12 +7,14 @@ from typing import Any
 import psutil
 
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.memory.nvml import Nvml
 
 AUTO_SHARE = 0.8
 """Share of the available memory that `auto` takes."""
 
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
-_DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
+DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
+"""Files of NVIDIA's drivers, of which one is there where a driver is."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -26,12 +28,13 @@ def is_share(value: Any) -> bool:
     return isinstance(value, str) and (value.strip().lower() == "auto" or _SHARE.fullmatch(value) is not None)
 
 
-def budget_of(value: Any, device: str = "auto") -> Any:
+def budget_of(value: Any, device: str = "auto", free_bytes: int | None = None) -> Any:
     """Return a budget in bytes where it was given as a share of what is available now; anything else as it was given.
 
     Args:
         value: a size, `auto`, or a share such as `75%`.
         device: the training device, as the option names it.
+        free_bytes: what is available there, where that is known; None to ask.
 
     Raises:
         ConfigError: the share is 0 or above 100 %, or no such device is there.
@@ -42,7 +45,7 @@ def budget_of(value: Any, device: str = "auto") -> Any:
     share = float(match[1]) / 100 if match else AUTO_SHARE
     if not 0 < share <= 1:
         raise ConfigError(f"--max-gpu-mem {value} is no share of what is available; write 75%, or auto for {AUTO_SHARE:.0%}")
-    return int(share * available_bytes(device))
+    return int(share * (available_bytes(device) if free_bytes is None else free_bytes))
 
 
 def available_bytes(device: str = "auto") -> int:
@@ -54,13 +57,23 @@ def available_bytes(device: str = "auto") -> int:
     Raises:
         ConfigError: a GPU is asked for, and there is none.
     """
-    if device != "cpu" and (device != "auto" or any(Path(driver).exists() for driver in _DRIVERS)):
+    if device != "cpu" and (device != "auto" or any(Path(driver).exists() for driver in DRIVERS)):
         import torch
 
         if torch.cuda.is_available():
-            return int(torch.cuda.mem_get_info(int(device.partition(":")[2] or 0))[0])
+            index = int(device.partition(":")[2] or 0)
+            if torch.cuda.get_device_properties(index).is_integrated:
+                return _host_bytes()
+            # By NVML where it answers: cudaMemGetInfo makes a context, which could then no longer be measured.
+            nvml = Nvml.find(index)
+            free = None if nvml is None else nvml.free_bytes()
+            return int(torch.cuda.mem_get_info(index)[0]) if free is None else free
         if device != "auto":
             raise ConfigError(f"--device {device}: torch finds no GPU; give --device cpu, or auto")
+    return _host_bytes()
+
+
+def _host_bytes() -> int:
     return min(int(psutil.virtual_memory().available), *_cgroup_bytes())
 
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowmem_pnn.dispatch_mode import DispatchMode
 from lowmem_pnn.units import format_bytes
 
 _Tracker = TypeVar("_Tracker", bound="StorageTracker")
@@ -20,7 +20,7 @@ _Tracker = TypeVar("_Tracker", bound="StorageTracker")
 _FRESH = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
 
 
-class StorageTracker(TorchDispatchMode):
+class StorageTracker(DispatchMode):
     """A mode that counts the storages made while it is active, from the operation that makes one until its last reference goes.
 
     A storage counts once however many tensors view it. Storages made before entering do not count, and neither do temporaries that a
@@ -41,7 +41,7 @@ class StorageTracker(TorchDispatchMode):
     """
 
     def __init__(self, capacity_bytes: int | None = None, *, fake: bool = True) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._fake = fake
         self.capacity_bytes = capacity_bytes
         self._live = 0

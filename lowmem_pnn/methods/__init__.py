@@ -4,6 +4,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.methods.backprop import Backprop
 from lowmem_pnn.methods.base import Method
 from lowmem_pnn.methods.exact import Exact
+from lowmem_pnn.methods.incubate import Incubate, ThroughTail
 from lowmem_pnn.methods.neuroflux import NeuroFlux
 from lowmem_pnn.methods.objectives import Objective, TaskObjective
 from lowmem_pnn.methods.pnn import Pnn
@@ -13,6 +14,7 @@ from lowmem_pnn.methods.visits import SplitName, Sweep, Visit, evaluation_visits
 __all__ = [
     "Backprop",
     "Exact",
+    "Incubate",
     "Method",
     "NeuroFlux",
     "Objective",
@@ -21,6 +23,7 @@ __all__ = [
     "Sweep",
     "SyntheticLabels",
     "TaskObjective",
+    "ThroughTail",
     "Visit",
     "evaluation_visits",
     "make_method",
@@ -31,5 +34,11 @@ __all__ = [
 
 def make_method(config: FitConfig) -> Method:
     """Return the method that a configuration names."""
-    methods: dict[str, type[Method]] = {"pnn": Pnn, "neuroflux": NeuroFlux, "exact": Exact, "backprop": Backprop}
+    methods: dict[str, type[Method]] = {
+        "pnn": Pnn,
+        "neuroflux": NeuroFlux,
+        "incubate": Incubate,
+        "exact": Exact,
+        "backprop": Backprop,
+    }
     return methods[config.method](config)

@@ -48,6 +48,11 @@ class Method(ABC):
         return None
 
     @property
+    def incubates(self) -> bool:
+        """Whether partitions learn inside a meta model, and are put together at the end."""
+        return False
+
+    @property
     def partitions_are_independent(self) -> bool:
         """Whether a partition learns without anything from other partitions, so that they can be trained in parallel."""
         return False

@@ -17,7 +17,7 @@ head equals the classic one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ from lowmem_pnn.model.chain import TensorSpec
 HeadKind = Literal["adaptive", "classic", "auglocal", "linear"]
 
 _CLASSIC_FILTERS, _MIN_FILTERS = 256, 16
-_MAX_SIDE = 8
+MAX_SIDE = 8
 _POOLED_SIDE = 2
 _MAX_COPIES = 3
 
@@ -79,7 +79,7 @@ def make_head(kind: HeadKind, boundary: TensorSpec, later: Sequence[TensorSpec],
 def _map_head(kind: HeadKind, shape: tuple[int, ...], later: Sequence[tuple[int, ...]], num_classes: int) -> nn.Module:
     channels, positions = shape[0], len(shape) - 1
     side = math.prod(shape[1:]) ** (1 / positions)
-    convolution, norm, pool = _MODULES_BY_AXES[positions]
+    convolution, norm, pool = AXES[positions]
     parts: list[nn.Module] = []
     if kind == "auglocal":
         copies = min(len(later), 1 + round((_MAX_COPIES - 1) * len(later) / (len(later) + 2)))
@@ -91,8 +91,8 @@ def _map_head(kind: HeadKind, shape: tuple[int, ...], later: Sequence[tuple[int,
             channels, side = copied[0], side / stride
     if kind in ("adaptive", "classic") or (kind == "auglocal" and not later):
         filters = num_filters("classic" if kind == "classic" else "adaptive", channels, side)
-        if kind != "classic" and side > _MAX_SIDE:
-            parts.append(pool(_MAX_SIDE))
+        if kind != "classic" and side > MAX_SIDE:
+            parts.append(pool(MAX_SIDE))
         parts += [convolution(channels, filters, 3, 1, 1, bias=False), norm(filters), nn.ReLU()]
         channels = filters
     grid = 1 if kind == "linear" else _POOLED_SIDE
@@ -101,11 +101,11 @@ def _map_head(kind: HeadKind, shape: tuple[int, ...], later: Sequence[tuple[int,
 
 def _token_head(kind: HeadKind, width: int, num_classes: int, tokens: bool) -> nn.Module:
     hidden = [nn.Linear(width, _CLASSIC_FILTERS), nn.GELU()] if kind == "classic" else []
-    pooled = [] if tokens else [_MeanOverTokens()]
+    pooled = [] if tokens else [MeanOverTokens()]
     return nn.Sequential(nn.LayerNorm(width), *pooled, *hidden, nn.Linear(_CLASSIC_FILTERS if hidden else width, num_classes))
 
 
-class _MeanOverTokens(nn.Module):
+class MeanOverTokens(nn.Module):
     """Mean over tokens: (B, T, D) to (B, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ class _MeanOverTokens(nn.Module):
         return torch.mean(x, 1)
 
 
-# Convolution, norm and pooling by the number of a map's spatial axes.
-_MODULES_BY_AXES = {
+AXES: dict[int, tuple[Callable[..., nn.Module], ...]] = {
     2: (nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d),
     3: (nn.Conv3d, nn.BatchNorm3d, nn.AdaptiveAvgPool3d),
 }
+"""Convolution, norm and pooling by the number of a map's spatial axes."""

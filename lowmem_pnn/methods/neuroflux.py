@@ -12,28 +12,58 @@ other layer is an early exit.
 """
 
 from collections.abc import Collection, Mapping
+from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowmem_pnn.methods.base import Method
 from lowmem_pnn.methods.heads import make_head
 from lowmem_pnn.methods.objectives import Objective, TaskObjective
+from lowmem_pnn.methods.similarity import SIMILARITY_WEIGHT, SimilarityHead, similarity_loss
 from lowmem_pnn.methods.visits import SplitName, Sweep, Visit
 from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.profiling.costs import Affine
 from lowmem_pnn.tasks.task import Task
 
 _FLOAT_BYTES = 4
+LocalLoss = Literal["cross-entropy", "similarity", "both"]
 
 
 class LocalObjective(TaskObjective):
-    """The task's own loss, against the true targets, for the outputs of every layer's head."""
+    """The task's own loss, against the true targets, for the outputs of every layer's head; with similarity matching beside it.
+
+    Args:
+        task: Task of the run.
+        outputs: Output tensors of the partition.
+        kind: Losses of a layer that has features (`methods.similarity`).
+        most: Most samples that are compared with each other.
+    """
 
     per_layer_loss = True
 
+    def __init__(self, task: Task, outputs: tuple[TensorSpec, ...], kind: LocalLoss = "cross-entropy", most: int = 0) -> None:
+        super().__init__(task, outputs)
+        self._kind, self._most = kind, most
+
+    def loss(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Return the task's mean loss, and that of similarity matching where there are features beside the scores."""
+        scores, *features = outputs
+        loss = super().loss((scores,), labels)
+        if not features:
+            return loss
+        matching = similarity_loss(features[0], labels, self.task.targets.num_classes)
+        if self._kind == "similarity":
+            return matching + loss
+        return SIMILARITY_WEIGHT * matching + (1 - SIMILARITY_WEIGHT) * loss
+
     def memory(self, output_bytes: int) -> Affine:
         """Return the bytes of what the loss makes of one head's outputs at a time, and of its gradient."""
-        return self.task.memory(_FLOAT_BYTES * (self.task.head_size or 0))
+        memory = self.task.memory(_FLOAT_BYTES * (self.task.head_size or 0))
+        if self._kind == "cross-entropy":
+            return memory
+        # Two matrices of cosines, their difference, and gradients; the targets' vectors.
+        compared = _FLOAT_BYTES * (6 * self._most + 4 * self.task.targets.num_classes)
+        return Affine(memory.fixed, memory.per_sample + compared)
 
 
 class NeuroFlux(Method):
@@ -97,7 +127,7 @@ class NeuroFlux(Method):
 
     def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], task: Task) -> Objective:
         """Return the loss against the true labels, for every layer."""
-        return LocalObjective(task, boundary)
+        return LocalObjective(task, boundary, self.config.local_loss, max(self.config.batch_sizes))
 
     def head(self, chain: Chain, layer: int, num_outputs: int, tokens: bool) -> nn.Module | None:
         """Make the head of a layer; None for the last layer, which gives the model's own class scores."""
@@ -105,4 +135,7 @@ class NeuroFlux(Method):
             return None
         (boundary,) = chain.boundaries[layer + 1]
         later = [spec for (spec,) in chain.boundaries[layer + 2 : -1]]
-        return make_head(self.config.heads, boundary, later, num_outputs, tokens)
+        head = make_head(self.config.heads, boundary, later, num_outputs, tokens)
+        if self.config.local_loss == "cross-entropy":
+            return head
+        return SimilarityHead(head, boundary, scores_teach=self.config.local_loss == "both")

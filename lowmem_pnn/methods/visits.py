@@ -16,6 +16,7 @@ class Visit:
             samples forward without gradients and write the activations of the next boundary. `backpropagate`: run forward once more
             and then backward, from the gradient that the next partition left (or from the loss), and leave a gradient for the
             previous partition. `step`: apply kept gradients. `join`: take over the partitions that other processes have trained.
+            `meta`: train the meta model of the whole, of which every partition has a thin part.
         partition: Number of the partition in the plan.
         split: Split of the data that the samples are from; the visits of a sweep get batches of it.
         epochs: Passes over the samples (`learn`).
@@ -26,6 +27,8 @@ class Visit:
         validates: Whether the whole model is evaluated on the validation split at the end of this visit.
         from_synthetic_labels: Whether the inputs are the synthetic labels of the boundary before the partition, instead of
             activations (`learn`).
+        thin: Whether a meta model takes part: `emit` runs the partition's thin part in its place, and the loss of `learn` goes through the
+            thin parts of the partitions after it.
         learns: Whether the partition learns in a sweep: it is in train mode, updates its buffers and steps. Else the partition is
             frozen, in eval mode unless `trains`.
         trains: Whether a partition that does not learn is in train mode all the same, as in plain PyTorch.
@@ -34,7 +37,7 @@ class Visit:
         keeps_gradients: Whether gradients are kept for a later `step` visit, instead of being applied at once (`backpropagate`).
     """
 
-    action: Literal["learn", "emit", "backpropagate", "step", "join"]
+    action: Literal["learn", "emit", "backpropagate", "step", "join", "meta"]
     partition: int
     split: SplitName
     epochs: int = 1
@@ -44,6 +47,7 @@ class Visit:
     commits: bool = True
     validates: bool = False
     from_synthetic_labels: bool = False
+    thin: bool = False
     learns: bool = False
     trains: bool = False
     keeps_buffers: bool = False

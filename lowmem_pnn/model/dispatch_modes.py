@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     unset_fake_temporarily,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem_pnn.dispatch_mode import DispatchMode
 
 KNOWN_BYTES = 1 << 22
 """The most bytes of a tensor whose values are kept."""
@@ -48,7 +49,7 @@ class KnownWrittenError(Exception):
     """A forward writes into a tensor whose values are known what depends on its input, or writes into one that was there before."""
 
 
-class KnownValues(TorchDispatchMode):
+class KnownValues(DispatchMode):
     """A mode that gives values to tensors which depend on sizes and constants alone, as a mask does: a forward may decide by them.
 
     Args:
@@ -56,7 +57,7 @@ class KnownValues(TorchDispatchMode):
     """
 
     def __init__(self, device_type: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._device_type = device_type
         # Of the tensors that were made here, by their storages, whose identities would be used again once they are gone.
         self._own: dict[int, Tensor] = {}
@@ -99,7 +100,7 @@ class KnownValues(TorchDispatchMode):
         return type(value)(map(self._on_cpu, value)) if type(value) in (tuple, list) else value
 
 
-class OperationLog(TorchDispatchMode):
+class OperationLog(DispatchMode):
     """A mode that logs the operations on given tensors and on the results, and the storages that operations write to.
 
     Args:
@@ -110,7 +111,7 @@ class OperationLog(TorchDispatchMode):
     """Logs that operations go to, the outermost first."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.repeats: list[tuple[nn.Module, nn.Module]] = []
         """Blocks that did as others before them, with these."""
         self.entries: list[tuple[Any, ...]] = []

@@ -158,11 +158,12 @@ class Layer:
         return result
 
     def scores(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return the tensors of the layer's own loss: its head's class scores of the outputs; without a head, the outputs."""
+        """Return the tensors of the layer's own loss: what its head makes of the outputs, class scores first; without a head, the outputs."""
         if self.head is None:
             return outputs
         with self.precision.autocast():
-            return (self.head(outputs[0]),)
+            made = self.head(outputs[0])
+        return made if isinstance(made, tuple) else (made,)
 
     def run_on(self, tensors: Mapping[str, Tensor], *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
         """Run the layer on other parameters and buffers than its own.
@@ -189,7 +190,8 @@ class Layer:
         prefix = next(name for name, module in self.module.named_modules() if module is self.head) + "."
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         with self.precision.autocast():
-            return (torch.func.functional_call(self.head, own, outputs, tie_weights=False),)
+            made = torch.func.functional_call(self.head, own, outputs, tie_weights=False)
+        return made if isinstance(made, tuple) else (made,)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters by name in `state_dict` order; one that has several names in this layer is there under each."""

@@ -11,8 +11,7 @@ Maps (B, C, H, W) lie in memory channel by channel, PyTorch's default, or positi
 convolutions are faster. Weights keep their order: a kernel that needs the other one makes a temporary copy.
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -132,11 +131,30 @@ def unscale(gradients: Iterable[Tensor], scale: LossScale) -> bool:
     Returns:
         Whether all gradients are finite; True, unchecked, where the scale is not adjusted.
     """
+    return all_finite(unscaled_sums(gradients, scale))
+
+
+def unscaled_sums(gradients: Iterable[Tensor], scale: LossScale) -> list[Tensor]:
+    """Divide gradients by their loss's scale, in place, and return their sums, which the host need not wait for.
+
+    A sum of finite numbers in the range of float16 is finite, and takes no memory.
+
+    Args:
+        gradients: gradients of any shapes.
+        scale: scale of the loss.
+
+    Returns:
+        A sum () for each gradient, on its device; none where the scale is not adjusted.
+    """
     if not scale.moves:
-        return True
-    finite = True
-    for gradient in gradients:
-        gradient.mul_(1 / scale.value)
-        # A sum of finite numbers in the range of float16 is finite; it takes no memory.
-        finite = finite and math.isfinite(float(gradient.sum()))
-    return finite
+        return []
+    return [gradient.mul_(1 / scale.value).sum() for gradient in gradients]
+
+
+def all_finite(values: Sequence[Tensor]) -> bool:
+    """Decide whether numbers on one device are finite; the host waits for them once.
+
+    Args:
+        values: numbers (), of any types.
+    """
+    return not values or bool(torch.stack([value.isfinite() for value in values]).all())

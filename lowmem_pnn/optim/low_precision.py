@@ -38,6 +38,9 @@ MIN_QUANTIZED_SIZE = 4096
 PIECE_SIZE = 1 << 16
 """Number of elements that are dequantized at one time: few enough for a core's cache, enough for the overhead of calls to be small."""
 
+GPU_PIECE_SIZE = 1 << 21
+"""The same on a GPU, which takes as long for a piece of 65,536 elements as its driver for the calls: as many as a step slice has at most."""
+
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -52,16 +55,25 @@ def is_quantized(parameter: Tensor, *, also_bfloat16: bool = False) -> bool:
     return is_stepped_in_float32 and parameter.numel() >= MIN_QUANTIZED_SIZE
 
 
-def pieces(num_elements: int) -> Iterator[slice]:
+def piece_size(device: torch.device) -> int:
+    """Return the number of elements that are dequantized at one time on a device."""
+    return GPU_PIECE_SIZE if device.type == "cuda" else PIECE_SIZE
+
+
+def pieces(num_elements: int, size: int = PIECE_SIZE) -> Iterator[slice]:
     """Divide a flat tensor into pieces of whole blocks; a last block that is not whole is a piece of its own.
+
+    Args:
+        num_elements: number of elements.
+        size: elements of a piece, a multiple of `BLOCK_SIZE`.
 
     Example:
         >>> [(piece.start, piece.stop) for piece in pieces(65536 + 300)]
         [(0, 65536), (65536, 65792), (65792, 65836)]
     """
     whole = num_elements - num_elements % BLOCK_SIZE
-    for begin in range(0, whole, PIECE_SIZE):
-        yield slice(begin, min(begin + PIECE_SIZE, whole))
+    for begin in range(0, whole, size):
+        yield slice(begin, min(begin + size, whole))
     if whole < num_elements:
         yield slice(whole, num_elements)
 

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from lowmem_pnn.optim.low_precision import CODECS, PIECE_SIZE, Bfloat16, Codec, is_quantized, pieces
+from lowmem_pnn.optim.low_precision import CODECS, Bfloat16, Codec, is_quantized, piece_size, pieces
 from lowmem_pnn.seeds import seed_of
 
 StateKind = Literal["fp32", "bf16", "int8"]
 COUNT = "step"
 """Name of the state tensor that counts a parameter's steps, and belongs to the parameter as a whole."""
 
+_CPU = torch.device("cpu")
 _FLOAT_BYTES = 4
 
 
@@ -130,25 +131,27 @@ class OptimizerSpec:
         """
         return sum(dtype.itemsize * math.prod(shape) for name, (dtype, shape) in self.layout(parameter).items() if name != COUNT)
 
-    def step_bytes(self, parameter: Tensor, most_elements: int | None = None) -> int:
+    def step_bytes(self, parameter: Tensor, most_elements: int | None = None, device: torch.device = _CPU) -> int:
         """Return the most bytes that a step of one parameter allocates.
 
         Args:
             parameter: parameter of any shape; only its type and shape are read.
             most_elements: most elements that are stepped at one time; None for all.
+            device: device on which the parameter will be.
         """
+        at_once = min(piece_size(device), parameter.numel(), most_elements or parameter.numel())
         codecs = self.codecs(parameter)
         if self.rounds(parameter):
             temporaries = max(
                 self.step_temporaries * _FLOAT_BYTES, Bfloat16.temporary_bytes, *(one.temporary_bytes for one in codecs)
             )
             # Weights and gradients in float32, and what is dequantized.
-            return math.ceil(min(PIECE_SIZE, parameter.numel()) * ((2 + len(codecs)) * _FLOAT_BYTES + temporaries))
+            return math.ceil(at_once * ((2 + len(codecs)) * _FLOAT_BYTES + temporaries))
         if not codecs:
             size = min(parameter.numel(), most_elements or parameter.numel())
             return math.ceil(self.step_temporaries * size * parameter.element_size())
         temporaries = max(self.step_temporaries * _FLOAT_BYTES, *(codec.temporary_bytes for codec in codecs))
-        return math.ceil(min(PIECE_SIZE, parameter.numel()) * (len(codecs) * _FLOAT_BYTES + temporaries))
+        return math.ceil(at_once * (len(codecs) * _FLOAT_BYTES + temporaries))
 
     def build(
         self,
@@ -259,7 +262,7 @@ class QuantizedStateAdam(torch.optim.Optimizer):
             sliced.generator = torch.Generator(parameter.device)
             sliced.generator.manual_seed(seed_of(self._spec.seed, "rounding", self._names[parameter], int(state[COUNT]) + 1))
         gradients = gradient.reshape(-1)
-        for piece in pieces(parameter.numel()):
+        for piece in pieces(parameter.numel(), piece_size(parameter.device)):
             self._step_piece(parameter, gradients, piece, lr, decay, codecs, sliced.generator)
         state[COUNT] += 1
 

@@ -15,6 +15,7 @@ from lowmem_pnn.planning.heap_share import HeapShare
 from lowmem_pnn.planning.kept_products import with_kept_products
 from lowmem_pnn.planning.neuroflux_blocks import similar_batch_cuts
 from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.planning.resident_state import with_resident_state
 from lowmem_pnn.profiling.costs import ties_counted_once
 from lowmem_pnn.units import format_bytes
 
@@ -84,8 +85,9 @@ def plan_for_batches(
         _check_synthetic_inputs(request, plan)
     plan = dataclasses.replace(_with_own_peaks(request, plan), loss_chunk=request.loss_chunk)
     if workload.method.sweeps:
-        plan = _with_longer_streams(request, dataclasses.replace(plan, sweep_micro_batch=plan.partitions[0].micro_batch))
-        return with_kept_products(request, plan)
+        # What stays need not be streamed: it comes before longer streams.
+        plan = with_resident_state(request, dataclasses.replace(plan, sweep_micro_batch=plan.partitions[0].micro_batch))
+        return with_kept_products(request, _with_longer_streams(request, plan))
     return with_kept_products(request, _with_recovery(request, plan)) if workload.config.recovery_epochs else plan
 
 
@@ -162,7 +164,8 @@ def _with_longer_streams(request: PlanRequest, plan: Plan) -> Plan:
     # A second reserve, for what the check before training may find above the plan.
     spare = device.budget_bytes - 2 * device.reserve_bytes - plan.predicted_peak_bytes - footprint.waiting_bytes()
     room = window + max(0, spare) // 2
-    longer = min(room, 4 * window)
+    # No longer than what is moved.
+    longer = min(room, 4 * window, max(window, footprint.streamed_bytes - plan.resident_bytes))
     if longer < footprint.largest_tensor_bytes <= room:
         longer = footprint.largest_tensor_bytes
     more = footprint.stream_bytes(longer) - footprint.stream_bytes(window)

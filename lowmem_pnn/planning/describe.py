@@ -1,23 +1,37 @@
 """Descriptions of plans and of their partitions, for reports."""
 
+from collections.abc import Callable, Sequence
+
 from lowmem_pnn.errors import BudgetError, DiskError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning.disk_footprint import activation_bytes, check_disk, disk_bytes, num_stored_samples
 from lowmem_pnn.planning.footprint import Footprint
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.planning.notes import plan_notes
-from lowmem_pnn.planning.plain_training import plain_bytes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.reporting.plan_report import PlanReport
+from lowmem_pnn.reporting.tier_table import TierEstimate
 from lowmem_pnn.workload import Workload
+from lowmem_pnn.workload.plain_training import plain_bytes
 
 
-def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> PlanReport:
-    """Describe the plan of a run, or say why there is none; arguments as for `make_plan`."""
+def describe_plan(
+    request: PlanRequest,
+    seconds_of: SecondsOf | None = None,
+    tiers_of: Callable[[Plan], Sequence[TierEstimate]] = lambda plan: (),
+) -> PlanReport:
+    """Describe the plan of a run, or say why there is none.
+
+    Args:
+        request: As for `make_plan`.
+        seconds_of: As for `make_plan`.
+        tiers_of: Returns the tiers of a plan on a described device.
+    """
     workload, profile, device = request.workload, request.profile, request.device
     batch = max(workload.config.batch_sizes)
     reason, exit_code, partitions, disk, peak, written, notes = "", 0, [], 0, 0, None, []
+    tiers: Sequence[TierEstimate] = ()
     try:
         plan = make_plan(request, seconds_of)
         partitions = [
@@ -28,6 +42,7 @@ def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> 
         # The same by any timings.
         written = TimeEstimator.nominal(request).training(plan).bytes_written
         notes = plan_notes(request, plan)
+        tiers = tiers_of(plan)
         check_disk(workload, plan, profile)
     except (BudgetError, DiskError) as error:
         reason, exit_code = str(error), error.exit_code
@@ -49,6 +64,7 @@ def describe_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> 
         reason=reason,
         exit_code=exit_code,
         notes=notes,
+        tiers=tiers,
         preprocessing=workload.dataset.preprocessing,
         data_parts=workload.dataset.parts,
         skipped_samples=workload.dataset.skipped_samples,

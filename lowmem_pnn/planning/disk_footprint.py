@@ -13,6 +13,8 @@ from lowmem_pnn.stores.shard_layout import samples_per_shard
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
 
+_FLOAT_BYTES = 4
+
 
 def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     """Return the most bytes that the run directory will take, without the export.
@@ -53,6 +55,8 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     export = sum(layer.weight_bytes + layer.buffer_bytes for layer in layers) + workload.source.copied_bytes(config.tokenizer)
     if config.lora is not None:
         export += sum(layer.gradient_bytes for layer in layers)  # the adapter's own folder
+    # The meta model's own run: weights, gradients' place and moments, in two generations, and what it leaves.
+    working += 9 * _FLOAT_BYTES * plan.meta_params
     kept = sum(stored) * (config.keep_commits + (config.keep_weights == "best"))
     return frozen + kept + max(working, export)
 

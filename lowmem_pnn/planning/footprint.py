@@ -152,10 +152,11 @@ class Footprint:
         Args:
             window_bytes: Bytes of the stream's window; a tensor that is larger is read into its place, and written in parts.
         """
-        return min(window_bytes, self._streamed_bytes)
+        return min(window_bytes, self.streamed_bytes)
 
     @cached_property
-    def _streamed_bytes(self) -> int:
+    def streamed_bytes(self) -> int:
+        """Bytes of all weights, buffers and optimizer state, which a sweep moves as far as they do not stay in memory."""
         layers = ties_counted_once(self.request.profile.layers)
         return sum(layer.weight_bytes + layer.buffer_bytes + layer.optimizer_bytes for layer in layers)
 

@@ -2,6 +2,7 @@
 
     learn           batches * (micro-batches * (forward + backward + loss) + step), or reading samples where that takes longer;
                     then the validation samples forward
+    meta            batches * three forwards of the meta model, by its multiply-accumulates; so do learn and emit count thin parts
     emit            samples forward; writing them where that takes longer
     a sweep's emit  loading the weights, micro-batches * forward
       backpropagate loading the weights, micro-batches * (forward + backward), then the step: state read, weights and state written;
@@ -43,6 +44,8 @@ class PartitionBytes:
         outputs: Bytes of a sample's outputs as they are computed.
         stored_outputs: Bytes of a sample's outputs in the store that the next partition learns from.
         kept: Bytes of a sample's products that a sweep keeps for the second forward.
+        resident_weights: Bytes of the trainable parameters that stay in memory from one visit of a sweep to the next.
+        resident_state: Bytes of the optimizer state that does.
     """
 
     weights: int
@@ -53,6 +56,23 @@ class PartitionBytes:
     outputs: int
     stored_outputs: int
     kept: int = 0
+    resident_weights: int = 0
+    resident_state: int = 0
+
+    @property
+    def moved_weights(self) -> int:
+        """Bytes of the parameters and the buffers that a sweep reads when the partition is loaded."""
+        return self.weights - self.resident_weights
+
+    @property
+    def moved_trainable(self) -> int:
+        """Bytes of the trainable parameters that a sweep writes after their step."""
+        return self.trainable - self.resident_weights
+
+    @property
+    def moved_state(self) -> int:
+        """Bytes of the optimizer state that a sweep reads for a step, and writes after it."""
+        return self.optimizer - self.resident_state
 
 
 @dataclass(frozen=True)
@@ -140,7 +160,7 @@ def forecast_epoch(
     swept = sum(item.epochs for item in program if isinstance(item, Sweep) and item.phase == "epoch")
     for item in program:
         if isinstance(item, Visit):
-            if item.action != "join":
+            if item.action not in ("join", "meta"):
                 total += forecast.all_epochs(item) * (1 / (epochs[item.partition] or swept or 1))
         elif item.phase == "epoch":
             total += forecast.sweep_epoch(item) * (item.epochs / swept)
@@ -160,6 +180,9 @@ class _Forecast:
             return self.sweep_epoch(item) * item.epochs
         if item.action == "join":
             return TimeAndTraffic()
+        if item.action == "meta":
+            # A backward takes about as long as two forwards.
+            return TimeAndTraffic(3 * item.epochs * self._inputs.samples["train"] * self._thin_seconds(sum(self._plan.thin_macs)))
         return self.learn(item) if item.action == "learn" else self.emit(item)
 
     def learn(self, visit: Visit) -> TimeAndTraffic:
@@ -172,6 +195,9 @@ class _Forecast:
         for batch in {*batches}:
             seconds = sum(self._pass(visit.partition, one, part.start) for one in self._micro_batches(batch, part.micro_batch))
             computing += batches.count(batch) * (seconds + self._step(visit.partition))
+        if visit.thin:
+            # Forward, and back without gradients of weights.
+            computing += 2 * samples * self._thin_seconds(sum(self._plan.thin_macs[visit.partition + 1 :]))
         reading = TimeAndTraffic()
         if visit.partition > 0 and not visit.from_synthetic_labels:
             reading = self._read_samples(visit.partition, samples)
@@ -186,9 +212,19 @@ class _Forecast:
         size = self._inputs.partitions[visit.partition]
         begin, end = visit.macro_batch or (0, self._inputs.samples[visit.split])
         forward, written = self._forward(visit.partition, end - begin), (end - begin) * size.stored_outputs
+        if visit.thin:
+            seconds = (end - begin) * self._thin_seconds(self._plan.thin_macs[visit.partition])
+            forward = TimeAndTraffic(seconds, forward.bytes_read)
         # A thread writes behind, and copies what it writes.
         writing = written * (self._timings.write_per_byte + self._timings.memory_per_byte)
         return TimeAndTraffic(max(forward.seconds, writing), forward.bytes_read, written)
+
+    def _thin_seconds(self, macs: int) -> float:
+        """Return the seconds of a sample's forward through thin parts: as long for each multiply-accumulate as the model's own layers."""
+        parts, layers = self._plan.partitions, self._timings.layers
+        samples = min(part.micro_batch for part in parts)
+        whole = sum(layer.emit.at(samples) for layer in layers) / samples
+        return whole * macs / max(1, sum(part.forward_macs for part in parts))
 
     def sweep_epoch(self, sweep: Sweep) -> TimeAndTraffic:
         """Forecast an epoch of a sweep, and the validation at its end."""
@@ -219,12 +255,13 @@ class _Forecast:
             number = visit.partition
             size, part = inputs.partitions[number], self._plan.partitions[number]
             if visit.action == "step":
-                read = size.trainable + round(size.trainable * share_on_disk) + size.optimizer
-                total += self._streamed_step(number, read, size.trainable + size.optimizer)
+                read = size.moved_trainable + round(size.trainable * share_on_disk) + size.moved_state
+                total += self._streamed_step(number, read, size.moved_trainable + size.moved_state)
                 resident = None
                 continue
             if resident != number:
-                total += TimeAndTraffic(max(0, size.weights - inputs.stream_bytes) * timings.read_per_byte, size.weights)
+                moved = size.moved_weights
+                total += TimeAndTraffic(max(0, moved - inputs.stream_bytes) * timings.read_per_byte, moved)
                 resident = number
             layers = timings.layers[part.start : part.stop]
             if visit.action == "emit":
@@ -242,7 +279,8 @@ class _Forecast:
             if visit.learns and visit.keeps_gradients:
                 total += self._write(round(size.trainable * share_on_disk) + size.buffers)
             elif visit.learns:
-                total += self._streamed_step(number, size.optimizer, size.trainable + size.buffers + size.optimizer)
+                written = size.moved_trainable + size.buffers + size.moved_state
+                total += self._streamed_step(number, size.moved_state, written)
         return total + self._spilled_boundaries(batch)
 
     def _spilled_boundaries(self, batch: int) -> TimeAndTraffic:

@@ -9,6 +9,7 @@ from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_plan import plan_for_batches
 from lowmem_pnn.planning.enough import least_budget, naming_enough
+from lowmem_pnn.planning.incubation import plan_with_tails
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 
@@ -30,7 +31,7 @@ def make_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> Plan
         BudgetError: Nothing fits; the message names the smallest budget for which there is a plan.
         ConfigError: The model cannot have such cuts, or the lists in the configuration do not match the partitions.
     """
-    if request.workload.config.plan_for == "time":
+    if request.workload.config.plan_for == "time" and not request.workload.method.incubates:
         assert seconds_of is not None, "a plan for time needs predicted seconds"
         return _fastest(request, seconds_of)
     try:
@@ -54,12 +55,16 @@ def smallest_budget_of(request: PlanRequest) -> int:
     config, smallest = request.workload.config, request.profile.smallest_micro_batch
 
     def plan(other: PlanRequest) -> Plan:
+        if request.workload.method.incubates:
+            return _make_plan(other)
         return plan_for_batches(other, (smallest,) if config.batch_size == "auto" else config.batch_sizes)
 
     return least_budget(request, plan)
 
 
 def _make_plan(request: PlanRequest) -> Plan:
+    if request.workload.method.incubates:
+        return plan_with_tails(request, lambda one: plan_for_batches(one, one.workload.config.batch_sizes))
     config = request.workload.config
     if config.plan_for == "auto" and _any_plan_trains_the_same(request):
         return _fastest(request, TimeEstimator.nominal(request))

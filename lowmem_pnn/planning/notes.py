@@ -9,6 +9,7 @@ from torch import nn
 from lowmem_pnn.adapters.prepared_model import adapter_modules
 from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.device import Device
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_norm import whole_batch_notes
 from lowmem_pnn.planning.request import PlanRequest
@@ -35,11 +36,16 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *adapter_notes(request.workload),
         *frozen_notes(request.workload),
         *fixed_notes(request.workload, plan),
+        *resident_notes(plan),
         *kept_notes(plan),
+        *meta_notes(request.workload, plan),
         *mixing_notes(request.workload),
         *whole_batch_notes(request, plan, mixing),
         *micro_batch_notes(request.workload, plan),
         *idle_notes(request.workload),
+        *precision_notes(request.workload.config),
+        *tier_notes(request.workload, request.device),
+        *device_notes(request.device),
         *whole,
     ]
 
@@ -155,6 +161,48 @@ def fixed_notes(workload: Workload, plan: Plan) -> list[str]:
     return [f"{which} written once, and read in every epoch (--no-cache-frozen: computed in every epoch)"]
 
 
+def precision_notes(config: FitConfig) -> list[str]:
+    """Return what is said of products that are less precise than the types of their factors.
+
+    Args:
+        config: options of the run.
+    """
+    return ["matrices of fp32 are multiplied in TF32, with 10 bits of mantissa (--tf32)"] if config.tf32 else []
+
+
+def tier_notes(workload: Workload, device: Device) -> list[str]:
+    """Return what is said of host memory that a run takes beside the device.
+
+    Args:
+        workload: model, data and method.
+        device: training device.
+    """
+    if device.shares_host or not workload.method.sweeps or not workload.config.host_tier:
+        return []
+    limit = workload.config.max_host_mem
+    share = "half of what is available" if limit is None else f"{format_bytes(limit // 2)}, half of --max-host-mem,"
+    return [
+        f"weights and optimizer state stay in host memory between commits, as far as {share} holds them (--no-host-tier: in files alone)"
+    ]
+
+
+def device_notes(device: Device) -> list[str]:
+    """Return what is said of a device whose budget is not known to be a wall.
+
+    Args:
+        device: training device.
+    """
+    context = device.context
+    if context.get("found") == "described":
+        return [f"{format_bytes(int(context['bytes']))} of the budget are taken for the CUDA context, libraries included"]
+    if context.get("found") != "assumed":
+        return []
+    return [
+        f"the driver does not tell what this process holds on the device: {format_bytes(int(context['bytes']))} are taken for the CUDA "
+        "context, libraries included"
+    ]
+
+
 def kept_notes(plan: Plan) -> list[str]:
     """Return what is said of products that sweeps keep instead of computing them again.
 
@@ -167,6 +215,38 @@ def kept_notes(plan: Plan) -> list[str]:
     return [
         f"products of {count} layer{'s' if count > 1 else ''} are kept in a file from forward to backward, {size} a batch "
         "(--recompute always: none, they are computed twice)"
+    ]
+
+
+def resident_notes(plan: Plan) -> list[str]:
+    """Return what is said of weights and optimizer state that stay in memory from one batch of a sweep to the next.
+
+    Args:
+        plan: partitions of the model.
+    """
+    if not plan.resident_bytes:
+        return []
+    layers = plan.partitions[-1].stop
+    kinds = (("weights", plan.resident_weights), ("optimizer state", plan.resident_state))
+    parts = [f"the {what} of {'all' if len(own) == layers else len(own)} of {layers} layers" for what, own in kinds if own]
+    return [f"there is room for {' and '.join(parts)} to stay in memory from batch to batch: {format_bytes(plan.resident_bytes)}"]
+
+
+def meta_notes(workload: Workload, plan: Plan) -> list[str]:
+    """Return what is said of the meta model that partitions learn inside of.
+
+    Args:
+        workload: model, data and method.
+        plan: partitions of the model.
+    """
+    if not workload.method.incubates:
+        return []
+    if not plan.thin_macs:
+        return ["one partition is the whole model, and needs no meta model: it trains as by --method backprop"]
+    epochs, share = workload.config.num_meta_epochs, sum(plan.thin_macs) / sum(part.forward_macs for part in plan.partitions)
+    return [
+        f"meta model: {len(plan.thin_macs)} thin parts, {plan.meta_params:,} parameters, {share:.0%} of the model's computation; learns "
+        f"{epochs} epoch{'' if epochs == 1 else 's'} first, within {format_bytes(plan.meta_peak_bytes)}"
     ]
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from lowmem_pnn.device import Device
@@ -28,6 +28,7 @@ class PlanRequest:
         device: Device, open; the plan has to fit its budget.
         unexplained_bytes: Bytes that a measurement showed above the prediction of an earlier plan; they are kept free too.
         mixes_samples: Whether modules of the user's own mix the samples of a batch, as BatchNorm does.
+        tail: Memory of the largest tail of thin parts that a partition's loss goes through, the loss included.
     """
 
     workload: Workload
@@ -35,6 +36,7 @@ class PlanRequest:
     device: Device
     unexplained_bytes: int = 0
     mixes_samples: bool = False
+    tail: Affine = field(default_factory=lambda: Affine(0, 0))
 
     @property
     def num_layers(self) -> int:
@@ -110,7 +112,11 @@ class PlanRequest:
         most = self.device.buffer_sizes.slice_elements
         optimizers = [self.workload.optimizer(number) for number in range(len(self.workload.config.optimizer))]
         state = max(largest_state_bytes(optimizer, learning, most) for optimizer in optimizers)
-        steps = (optimizer.step_bytes(parameter, most) for optimizer in optimizers for parameter in learning.values())
+        steps = (
+            optimizer.step_bytes(parameter, most, self.device.torch_device)
+            for optimizer in optimizers
+            for parameter in learning.values()
+        )
         return state, max(steps, default=0)
 
     def objective_memory(self, stop: int, *, sweeps: bool = False) -> Affine:
@@ -133,6 +139,8 @@ class PlanRequest:
             number * _FLOAT_BYTES for number, dtype in elements if dtype.is_floating_point and dtype.itemsize < _FLOAT_BYTES
         )
         memory = Affine(memory.fixed, memory.per_sample + copies)
+        if not is_last and self.workload.method.incubates:
+            return Affine(memory.fixed + self.tail.fixed, memory.per_sample + self.tail.per_sample)
         if self.loss_chunk is None or not is_last:
             return memory
         return Affine(memory.fixed + math.ceil(memory.per_sample * self.loss_chunk / self.workload.rows_per_sample), 0)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.partition_plan import Plan
@@ -65,6 +66,11 @@ class TimeEstimator:
         speed = nominal.speed_of(shares_host=request.device.shares_host)
         return cls(request, lambda: nominal.nominal_timings(request.profile, speed))
 
+    @classmethod
+    def of_gpu(cls, request: PlanRequest, gpu: GpuDescription) -> "TimeEstimator":
+        """Return an estimator with the timings of a described GPU."""
+        return cls(request, lambda: nominal.nominal_timings(request.profile, nominal.speed_of_gpu(gpu)))
+
     @cached_property
     def timings(self) -> MachineTimings:
         """Timings of layers, optimizer, drive and memory."""
@@ -102,6 +108,7 @@ def forecast_inputs(request: PlanRequest, plan: Plan) -> ForecastInputs:
     workload, buffer_sizes = request.workload, BufferSizes.of_budget(plan.budget_bytes)
     rule = nominal.keeping_rule(workload.config.recompute, shares_host=request.device.shares_host)
     kept = {number: kept_products(request.profile.layers[number], rule) for number in plan.kept_layers}
+    costs = request.profile.layers
     partitions = []
     for part in plan.partitions:
         layers = ties_counted_once(request.profile.layers[part.start : part.stop])
@@ -116,6 +123,12 @@ def forecast_inputs(request: PlanRequest, plan: Plan) -> ForecastInputs:
                 outputs=part.output_bytes_per_sample,
                 stored_outputs=activation_bytes(workload, part.stop),
                 kept=sum(one.nbytes for number in range(part.start, part.stop) for one in kept.get(number, ())),
+                resident_weights=sum(
+                    costs[layer].gradient_bytes for layer in plan.resident_weights if part.start <= layer < part.stop
+                ),
+                resident_state=sum(
+                    costs[layer].optimizer_bytes for layer in plan.resident_state if part.start <= layer < part.stop
+                ),
             )
         )
     return ForecastInputs(

@@ -2,13 +2,16 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 from lowmem_pnn.compilation.compiler import check_compiler
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.planning.comparison import compare_methods
+from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.planning.describe import describe_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
+from lowmem_pnn.preview.comparison import compare_methods
+from lowmem_pnn.preview.tiers import estimate_tiers
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache
 from lowmem_pnn.reporting.plan_report import PlanReport
@@ -18,19 +21,27 @@ from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import named_inputs
 
 
-def preview(config: FitConfig, open_inputs: OpenInputs = named_inputs, *, timing: bool = True) -> PlanReport:
+def preview(
+    config: FitConfig, open_inputs: OpenInputs = named_inputs, *, timing: bool = True, gpu: GpuDescription | None = None
+) -> PlanReport:
     """Return the plan of a run.
 
     Args:
         config: options of the run.
         open_inputs: opens model and data; by default those that the options name.
         timing: time layers, and show all methods side by side.
+        gpu: GPU to plan for, which is not here; its times are computed.
     """
-    return previews(config, [config.max_gpu_mem], open_inputs, timing=timing)[0]
+    return previews(config, [config.max_gpu_mem], open_inputs, timing=timing, gpu=gpu)[0]
 
 
 def previews(
-    config: FitConfig, budgets: Sequence[int], open_inputs: OpenInputs = named_inputs, *, timing: bool = True
+    config: FitConfig,
+    budgets: Sequence[int],
+    open_inputs: OpenInputs = named_inputs,
+    *,
+    timing: bool = True,
+    gpu: GpuDescription | None = None,
 ) -> list[PlanReport]:
     """Return the plans of a run in several budgets; model and data are opened once.
 
@@ -39,17 +50,22 @@ def previews(
         budgets: budgets in bytes, which take the place of the options'.
         open_inputs: opens model and data; by default those that the options name.
         timing: time layers, and show all methods side by side.
+        gpu: GPU to plan for, which is not here; its times are computed.
     """
     if config.compile:
         check_compiler()
     cache, inputs, reports = MeasurementCache(), open_inputs(config), []
     for budget in budgets:
-        with open_workload(dataclasses.replace(config, max_gpu_mem=budget), inputs) as (device, workload):
+        with open_workload(dataclasses.replace(config, max_gpu_mem=budget), inputs, gpu=gpu) as (device, workload):
             request = PlanRequest(workload, profile_workload(workload, device, cache), device)
             benchmark = LayerBenchmark(device)
-            report = describe_plan(request, TimeEstimator.measured(request, benchmark))
+            estimator_of = (
+                partial(TimeEstimator.measured, benchmark=benchmark) if gpu is None else partial(TimeEstimator.of_gpu, gpu=gpu)
+            )
+            tiers_of = (lambda plan: ()) if gpu is None else partial(estimate_tiers, request, gpu)
+            report = describe_plan(request, estimator_of(request), tiers_of)
             # Layers are timed as they are, uncompiled.
             if timing and not config.compile:
-                report = dataclasses.replace(report, prospects=compare_methods(request, benchmark, cache))
+                report = dataclasses.replace(report, prospects=compare_methods(request, estimator_of, cache))
             reports.append(report)
     return reports

@@ -75,7 +75,7 @@ def profile(
                 run = partial(FakeRun, layer, before, after, device, learns_input)
                 cache[key] = _measured(key, run) if layer.compiled is None else run().measure()
             measurement = cache[key]
-            cost = _layer_cost(layer, measurement, optimizers, before, after, ties[number])
+            cost = _layer_cost(layer, measurement, optimizers, before, after, ties[number], device)
             layers.append(with_local_loss(cost) if per_layer_loss else cost)
             compiled_kernels |= measurement.compiled
             emitting_kernels |= measurement.emitting
@@ -115,6 +115,7 @@ def _layer_cost(
     before: tuple[TensorSpec, ...],
     after: tuple[TensorSpec, ...],
     ties: tuple[Tie, ...],
+    device: torch.device,
 ) -> LayerCost:
     """Return the cost of one layer.
 
@@ -125,6 +126,7 @@ def _layer_cost(
         before: Boundary before the layer.
         after: Boundary after the layer.
         ties: Parameters that other layers hold too.
+        device: Device on which the chain will run.
     """
     parameters = _not_yet_counted(layer.parameters().values(), set())
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
@@ -142,7 +144,9 @@ def _layer_cost(
         buffer_bytes=sum(map(_nbytes, _not_yet_counted(layer.buffers().values(), set()))),
         gradient_bytes=sum(map(_nbytes, trainable)),
         optimizer_bytes=_state_bytes(trainable, optimizers),
-        step_bytes=max((optimizer.step_bytes(parameter) for optimizer in optimizers for parameter in trainable), default=0),
+        step_bytes=max(
+            (optimizer.step_bytes(parameter, None, device) for optimizer in optimizers for parameter in trainable), default=0
+        ),
         forward_peak=peak(lambda trace: trace.forward),
         kept=kept,
         backward_peak=peak(lambda trace: trace.backward),

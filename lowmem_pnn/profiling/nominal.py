@@ -5,9 +5,10 @@ going through its weights once more, and against moving them.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.profiling.costs import LayerCost, MemoryProfile, Product
 from lowmem_pnn.profiling.timings import LayerTimings, MachineTimings, Seconds
 
@@ -37,6 +38,8 @@ class MachineSpeed:
     written_byte: float
 
 
+# Share of the data sheet's computing rate that training reaches.
+_REACHED = 0.5
 # Rounded measurements of `lowmem_pnn.profiling.benchmark`: one core of a server's processor with AVX-512, and a virtual NVMe drive.
 CPU = MachineSpeed(
     mac=2e-11,
@@ -68,6 +71,17 @@ def speed_of(*, shares_host: bool) -> MachineSpeed:
         shares_host: whether it computes on the host itself.
     """
     return CPU if shares_host else CUDA
+
+
+def speed_of_gpu(gpu: GpuDescription, *, drive: bool = True) -> MachineSpeed:
+    """Return the speed of a described GPU: half of its computing rate, and all else as of a small one.
+
+    Args:
+        gpu: the GPU.
+        drive: whether weights and state come from the drive, through the host; else from the host's memory.
+    """
+    byte = 1e-9 / (min(gpu.disk, gpu.pcie) if drive else gpu.pcie)
+    return replace(CUDA, mac=2 / (_REACHED * gpu.tflops * 1e12), read_byte=byte, written_byte=byte)
 
 
 def keeping_rule(recompute: Literal["auto", "always", "never"], *, shares_host: bool) -> Callable[[Product], bool]:

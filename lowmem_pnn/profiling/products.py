@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem_pnn.dispatch_mode import DispatchMode
 from lowmem_pnn.profiling.costs import Product
 
 _aten = torch.ops.aten
@@ -71,11 +71,11 @@ def products_counted(samples: int) -> Iterator[list[Product]]:
         yield counter.products
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(DispatchMode):
     """Takes down the products among the operations that run."""
 
     def __init__(self, samples: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.products: list[Product] = []
         self._samples = samples
 

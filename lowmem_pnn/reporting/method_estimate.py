@@ -67,12 +67,13 @@ class MethodEstimate:
         )
 
 
-def method_table(estimates: Sequence[MethodEstimate], width: int | None = None) -> str:
+def method_table(estimates: Sequence[MethodEstimate], width: int | None = None, *, is_described: bool = False) -> str:
     """Lay out the methods side by side, with the asked one marked; a last line says how much of them was timed.
 
     Args:
         estimates: Estimates of the methods, at least one.
         width: Columns that the table is to fit, if it can; None for as many as it takes.
+        is_described: Whether nothing was timed, since the estimates are for a machine that is not here.
     """
     headings = (
         "  method",
@@ -87,7 +88,7 @@ def method_table(estimates: Sequence[MethodEstimate], width: int | None = None) 
     )
     spare = ("read", "written", "micro-batch", "partitions", "predicted peak")
     lines = [text_table(headings, [estimate.row() for estimate in estimates], width, spare)]
-    shares = [estimate.measured_share for estimate in estimates if estimate.fits]
+    shares = [] if is_described else [estimate.measured_share for estimate in estimates if estimate.fits]
     if shares and not min(shares):
         lines.append("layers would take too long to be timed: seconds are computed from counts and a timed matrix product")
     elif shares and min(shares) < 1:

@@ -9,6 +9,7 @@ from typing import Any
 from lowmem_pnn.reporting.advice import advise, plain_fits
 from lowmem_pnn.reporting.method_estimate import MethodEstimate, method_table
 from lowmem_pnn.reporting.tables import describe_skipped, drive_share, layer_range, text_table
+from lowmem_pnn.reporting.tier_table import TierEstimate, tier_table
 from lowmem_pnn.units import format_bytes
 
 
@@ -18,7 +19,8 @@ class PlanReport:
 
     Sizes are in bytes. `fits` says whether the run fits the budget and `max_disk`; where it does not, `reason` says why and `exit_code`
     is the exit code with which `fit` would end. `notes` say in what training would differ from plain PyTorch's. `prospects` are the
-    estimates of all methods; empty where nothing was timed. `preprocessing` says how samples are presented to the model,
+    estimates of all methods; empty where nothing was timed. `tiers` are the seconds of a step on a described GPU (`--gpu`), by where weights
+    and optimizer state lie; empty on a device that is here. `preprocessing` says how samples are presented to the model,
     `written_bytes` is what training writes to the drive in all, without commits, and `drive_tbw` how many terabytes the drive may be
     written; `data_parts` how many there are in each part; `plain_bytes` is the predicted peak of a plain PyTorch loop with the same batch;
     `skipped_samples` holds the `count` of broken samples that are left out, and the `names` of the first 100.
@@ -43,6 +45,7 @@ class PlanReport:
     exit_code: int
     notes: Sequence[str] = ()
     prospects: Sequence[MethodEstimate] = ()
+    tiers: Sequence[TierEstimate] = ()
     preprocessing: str = ""
     data_parts: str = ""
     skipped_samples: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"count": 0, "names": []})
@@ -107,7 +110,9 @@ class PlanReport:
         if rows:
             lines += [text_table(headings, rows, width, spare), "", self._disk()]
         if self.prospects:
-            lines += ["", method_table(self.prospects, width), "", self.advice, ""]
+            lines += ["", method_table(self.prospects, width, is_described=bool(self.tiers)), "", self.advice, ""]
+        if self.tiers:
+            lines += ["", tier_table(self.tiers), ""]
         lines += [
             f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state)",
             *self.notes,

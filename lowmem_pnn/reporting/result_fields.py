@@ -25,6 +25,9 @@ class ResultFields:
 
     `skipped_steps` counts the steps in fp16 that were skipped because a gradient overflowed.
 
+    `context` holds the `bytes` that the process held on a GPU outside PyTorch's allocator, and how that was `found`: by the driver's list of
+    processes (`nvml`), by what the device held more after the start (`difference`), or not at all (`assumed`); empty on the CPU.
+
     `compared` is "yes" where the model's outputs, loss, gradients and buffers on a few samples were compared with those of its layers
     before training, else "no".
 
@@ -32,6 +35,9 @@ class ResultFields:
 
     `weights` says of the pretrained weights that training began with their `source` and `sha256`, how many tensors were `loaded` (`cast`
     of them from another type), which tensors of the model are `new`, and which of theirs were `left_out`; empty where there were none.
+
+    `meta` says of the meta model (`incubate`) how many `params` it has, its `epochs`, `seconds`, `peak_bytes`, `train_loss`, `test_loss`
+    and `test_accuracy`; its seconds, bytes and MACs are in those of the run.
 
     `notes` say what else was done for each micro-batch, and in plain PyTorch once for a batch.
 
@@ -69,6 +75,7 @@ class ResultFields:
     device: str
     budget_bytes: int
     budget_scope: str
+    context: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     floor_bytes: int
     peak_bytes: int
     host_peak_bytes: int
@@ -80,6 +87,7 @@ class ResultFields:
     batch_norm: Mapping[str, int] = dataclasses.field(default_factory=dict)
     module_state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weights: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
     training_state_bytes: int
     partitions: Sequence[Mapping[str, Any]]

@@ -22,7 +22,8 @@ class Callback:
         """An optimizer step is done.
 
         Args:
-            info: `epoch` (from 1) and `step` (optimizer steps so far), `loss` of the batch (None if it was left out), `lr`, and `action`.
+            info: `action` (`learn`, or `sweep` where all partitions learn together), `partition` (from 0), `epoch` (from 1) and `step`
+                (optimizer steps of that partition so far), `loss` of the batch (None if it was left out), `lr`, and `used_bytes`.
         """
 
     def on_epoch_end(self, info: Mapping[str, Any]) -> None:

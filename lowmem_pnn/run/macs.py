@@ -25,7 +25,17 @@ def epoch_macs(item: Visit | Sweep, plan: Plan, samples: int) -> int:
     forwards = [visit for visit in visits if visit.split == "train" and visit.action not in ("step", "join")]
     if isinstance(item, Visit) and item.macro_batch is not None:
         samples = min(samples, item.macro_batch[1] - item.macro_batch[0])
-    return samples * sum(plan.partitions[visit.partition].forward_macs for visit in forwards)
+    return samples * sum(_forward_macs(visit, plan) for visit in forwards)
+
+
+def _forward_macs(visit: Visit, plan: Plan) -> int:
+    """Return the MACs of one sample, those of thin parts included."""
+    if visit.action == "meta":
+        return sum(plan.thin_macs)
+    if visit.thin and visit.action == "emit":
+        return plan.thin_macs[visit.partition]
+    own = plan.partitions[visit.partition].forward_macs
+    return own + (sum(plan.thin_macs[visit.partition + 1 :]) if visit.thin else 0)
 
 
 def macs_until(program: Program, plan: Plan, samples: int, visit: int, epoch: int = 0, samples_done: int = 0) -> int:

@@ -127,6 +127,17 @@ class Metrics:
         state.peak_bytes = max(peak, device.peak_bytes)
         state.host_peak_bytes = max(host_peak, device.host_peak_bytes + self._workload.readers_peak_bytes)
 
+    def take_over(self, seconds: float, peak_bytes: int, host_peak_bytes: int) -> None:
+        """Take over what a training inside of this one took in earlier processes, which no commit of this one knows.
+
+        Args:
+            seconds: time beyond what this process has spent on it.
+            peak_bytes: highest use of memory.
+            host_peak_bytes: highest use of the host's memory.
+        """
+        before, read, written, peak, host_peak = self._earlier
+        self._earlier = before + seconds, read, written, max(peak, peak_bytes), max(host_peak, host_peak_bytes)
+
     def totals(self) -> dict[str, Any]:
         """Return MACs, bytes and seconds so far, over all processes of the run: a part of every line of `metrics.jsonl`."""
         _, read, written, _, _ = self._earlier
@@ -194,11 +205,14 @@ class Metrics:
         """Return a timer of the epoch that begins, or goes on, now."""
         return EpochTimer(self._session.threads.stalls, int(self._state.progress.tally.num_samples))
 
-    def log_step(self, action: str, epoch: int, steps_done: int, loss: float | None, rate: Callable[[int], float]) -> None:
+    def log_step(
+        self, action: str, partition: int, epoch: int, steps_done: int, loss: float | None, rate: Callable[[int], float]
+    ) -> None:
         """Log a step, if it is one of every `--log-every`.
 
         Args:
             action: `learn` or `sweep`.
+            partition: number of the partition that learns; of a sweep that whose record tells the losses.
             epoch: finished epochs before it.
             steps_done: optimizer steps, this one included.
             loss: loss of its batch; None if the batch, or its step, was left out.
@@ -206,6 +220,7 @@ class Metrics:
         """
         told = {
             "action": action,
+            "partition": partition,
             "epoch": epoch + 1,
             "step": steps_done,
             "loss": loss,
@@ -257,7 +272,8 @@ class Metrics:
         scores = {name: value for name, value in self._scores_of(partition).items() if name != "train_loss"}
         self._log({"action": "validate", "partition": partition, "epoch": epoch + 1, "step": steps_done, **scores})
         told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items() if value is not None)
-        self._session.display.message(f"step {steps_done}: {told}")
+        if told:  # of a loss that is no finite number something else is said
+            self._session.display.message(f"step {steps_done}: {told}")
 
     def log_joint_epoch(self, epoch: int) -> None:
         """Log an epoch in which all partitions took turns, a line for each.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,10 +12,11 @@ from lowmem_pnn.engine.executor import Executor
 from lowmem_pnn.engine.loaders import DatasetLoader, Loader, ShardLoader, SyntheticLabelLoader
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.errors import CheckpointError, ConfigError, DivergedError
-from lowmem_pnn.methods import SplitName, SyntheticLabels
+from lowmem_pnn.methods import SplitName, SyntheticLabels, ThroughTail
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
+from lowmem_pnn.run.thin_parts import ThinParts
 from lowmem_pnn.stores.activation_writer import ActivationWriter
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.disk import RUN_REMEDY, remove_folder
@@ -73,11 +75,14 @@ class Partitions:
         residency = Residency(workload.chain, planned.start, planned.stop, device, optimizer)
         with threads.stalls.waiting("disk"), self._weights.tensor_reader(device.host_allocator()) as reader:
             residency.load(reader, threads.read)
+        objective = workload.objective(self._plan, partition)
+        if isinstance(objective, ThroughTail):
+            self._thin_parts.attach_tail(objective, partition)
         active = ActivePartition(
             number=partition,
             title=title,
             residency=residency,
-            objective=workload.objective(self._plan, partition),
+            objective=objective,
             batch_size=planned.batch,
             micro_batch=self._state.micro_batches[partition],
             smallest_micro_batch=self._plan.smallest_micro_batch,
@@ -96,6 +101,20 @@ class Partitions:
             residency.unload()
             raise
         return active
+
+    def load_thin(self, partition: int) -> ActivePartition:
+        """Bring the thin part of a partition onto the device, to run forward; the caller unloads its residency.
+
+        Args:
+            partition: number of the partition.
+        """
+        active = self.load(partition, learns=False)
+        active.residency.unload()
+        return self._thin_parts.load(partition, active)
+
+    @cached_property
+    def _thin_parts(self) -> ThinParts:
+        return ThinParts(self._session, self._workload, self._plan)
 
     def save(self, active: ActivePartition) -> Sequence[int]:
         """Write a partition's weights and optimizer state to a working file: the `Save` of its visits.

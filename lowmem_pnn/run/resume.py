@@ -222,6 +222,8 @@ def _halve_micro_batches(state: State, workload: Workload) -> None:
     program = visits_of_rank(workload.program(Plan.from_json(state.plan).spans), state.rank, state.ranks)
     smallest = max(state.micro_batches) if state.plan.get("whole_batches") else state.plan["smallest_micro_batch"]
     item = program[state.visit] if state.visit < len(program) else None
+    if state.stage != "born" and not isinstance(item, Sweep | None) and item.action == "meta":
+        return  # the meta model's own run has its micro-batch
     if state.stage == "born":
         peaks = [part["predicted_peak_bytes"] for part in state.plan["partitions"]]
         numbers = [peaks.index(max(peaks))]  # the one that is checked

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.executor import Executor
-from lowmem_pnn.engine.out_of_memory import halved
+from lowmem_pnn.engine.out_of_memory import halved, library_said
 from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.methods import Objective, Sweep, Visit, visits_of_rank
@@ -171,8 +171,9 @@ class Run:
         now, best = f"epoch {epoch}", f"epoch {state.best.epoch}"
         if config.eval_every is not None:
             now, best = f"step {step}", f"step {state.best.step}"
+        why = f"was best after {best}" if state.best.value is not None else "was never a finite number"
         self.session.display.message(
-            f"{'training ends' if is_last else 'what is frozen learns from here on'} after {now}: {config.monitor} was best after {best}"
+            f"{'training ends' if is_last else 'what is frozen learns from here on'} after {now}: {config.monitor} {why}"
         )
 
     def take_best(self) -> None:
@@ -239,7 +240,7 @@ class Run:
         if half is None:
             raise BudgetError(
                 f"memory ran out with a micro-batch of {micro_batch}, the smallest: {format_bytes(used)} of "
-                f"{format_bytes(device.budget_bytes)} were in use; give a larger --max-gpu-mem, or more partitions"
+                f"{format_bytes(device.budget_bytes)} were in use{library_said()}; give a larger --max-gpu-mem, or more partitions"
             )
         self.commits.roll_back()
         gc.collect()  # exceptions and the frames of other threads may hold tensors in cycles
@@ -306,6 +307,16 @@ class Run:
         self.state.files = {name: asdict(file) for name, file in (files or {}).items()}
         self.commits.commit()
         self.commits.wait()
+
+    def note_meta_model(self, facts: dict[str, Any], oom_retries: int) -> None:
+        """Record what the training of the meta model came to.
+
+        Args:
+            facts: what the result says of it.
+            oom_retries: how often its micro-batch was halved.
+        """
+        self.state.meta = facts
+        self.state.oom_retries += oom_retries
 
     def take_over(self, partition: int, theirs: State) -> None:
         """Take over what another process has recorded of the partition that it trained.

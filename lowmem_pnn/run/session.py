@@ -26,6 +26,7 @@ class Session:
         callbacks: are told of steps, epochs and commits.
         counter: counter of all bytes read and written.
         began: monotonic time at which the process began with the run, in seconds.
+        after_crash: whether the process before died at the memory limit.
         scratch: folder for activations, where a run that is done is measured again; None for the run's own.
     """
 
@@ -37,6 +38,7 @@ class Session:
     callbacks: Callbacks = field(default_factory=Callbacks)
     counter: IoCounter = field(default_factory=IoCounter)
     began: float = field(default_factory=time.monotonic)
+    after_crash: bool = False
     scratch: Path | None = None
 
     @property

@@ -106,6 +106,7 @@ class State:
         stopped_after: epochs after which training ended early.
         stopped_step: optimizer steps after which training ended early; 0 where it did not.
         said_before: what the model said before training after each prompt of `--sample`; empty until it was asked.
+        meta: what the training of the meta model came to; empty before it, and where there is none.
         pretrained: what is said of the pretrained weights that training began with, their hash too; empty where there were none.
         files: size and SHA-256 of the files that a finished run leaves, by name; empty for runs of earlier versions.
         epochs: epochs that a resume has raised the options' to; 0 where none has.
@@ -142,6 +143,7 @@ class State:
     stopped_after: int = 0
     stopped_step: int = 0
     said_before: list[str] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
     pretrained: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     epochs: int = 0
@@ -236,6 +238,7 @@ class State:
                 **asdict(self),
                 "records": [{**asdict(record), **_NO_LOSSES} for record in self.records],
                 "check": {},
+                "meta": {},
                 "module_state": {},
                 "best": {**asdict(self.best), "value": None, "module_state": {}},
             }

@@ -12,6 +12,10 @@ from typing_extensions import TypedDict
 class FitOptions(TypedDict, total=False):
     """Options of `fit` and `plan`: fields of `FitConfig`, whose descriptions `lowmem-pnn fit --help-all` shows; None is not given."""
 
+    local_loss: Literal["cross-entropy", "similarity", "both"] | None
+    meta_epochs: int | None
+    visits: str | None
+    macro_batches: int | None
     betas: str | float | Sequence[float] | None
     eps: float | None
     no_decay: Any
@@ -61,7 +65,7 @@ class FitOptions(TypedDict, total=False):
     test_limit: int | None
     skip_broken: bool | None
     model_arg: Mapping[str, Any] | None
-    method: Literal["pnn", "neuroflux", "exact", "backprop"] | None
+    method: Literal["pnn", "neuroflux", "incubate", "exact", "backprop"] | None
     partitions: int | None
     cuts: Any
     epochs: str | int | Sequence[int] | None
@@ -87,8 +91,6 @@ class FitOptions(TypedDict, total=False):
     sil: Literal["uniform", "normal", "orthogonal", "sparse"] | None
     sil_target: Literal["full", "pooled"] | None
     parallel_sil: bool | None
-    visits: str | None
-    macro_batches: int | None
     views: int | None
     blocks: Literal["planner", "alike"] | None
     block_tolerance: float | None
@@ -98,14 +100,17 @@ class FitOptions(TypedDict, total=False):
     seed: int | None
     device: str | None
     precision: Literal["fp32", "bf16", "fp16"] | None
+    tf32: bool | None
     channels_last: bool | None
     compile: bool | None
     batch_norm: Literal["micro", "refuse"] | None
     compare: bool | None
     budget_scope: Literal["process", "allocator"] | None
     max_host_mem: int | str | None
+    host_tier: bool | None
     max_disk: int | str | None
     drive_tbw: float | None
     commit_every: float | None
     keep_commits: int | None
     log_every: int | None
+    logger: Literal["none", "tensorboard", "wandb", "mlflow"] | None

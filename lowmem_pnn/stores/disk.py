@@ -51,6 +51,9 @@ _REFUSALS = frozenset(
     }
 )  # fmt: skip
 
+# Whether all files leave the page cache: `spare_page_cache`.
+_is_spared = False
+
 
 def commit_point(name: str) -> None:
     """Mark that a step of the commit protocol is done. Does nothing: tests replace it by a function that kills the process here.
@@ -209,7 +212,17 @@ def outgrows_page_cache(nbytes: int) -> bool:
         (False, True)
     """
     available: int = psutil.virtual_memory().available
-    return nbytes > available // 2
+    return _is_spared or nbytes > available // 2
+
+
+def spare_page_cache(spare: bool) -> None:
+    """Have all files that are opened from now on leave the page cache, or only those that outgrow it.
+
+    Args:
+        spare: for all: where a GPU takes its memory from the host's, which cached files would hold.
+    """
+    global _is_spared
+    _is_spared = spare
 
 
 def sync_file(path: Path, descriptor: int) -> None:

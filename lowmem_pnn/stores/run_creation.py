@@ -16,7 +16,9 @@ from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import disk_error, open_regular, remove_folder, sync_folder, write_durably
 from lowmem_pnn.stores.journal import DAMAGED, JOURNAL, older_commits
 
-WORK_FOLDERS = ("weights", "activations")
+META_FOLDER = "meta"
+"""Folder of a run with the run of its meta model."""
+WORK_FOLDERS = ("weights", "activations", META_FOLDER)
 """Folders of a run that are there until it is done."""
 TRANSFORMERS_FOLDER = "hf"
 """Folder of a run with the trained model as transformers loads it."""
@@ -29,11 +31,17 @@ ADAPTER_FOLDER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files in it."""
 
+LOGGER_FILE = "logger.json"
+"""File in which a run with a logger notes what it is called there."""
+
+TENSORBOARD_FOLDER = "tensorboard"
+"""Folder of a run with TensorBoard's files."""
+
 # Files that the creation of a run in an empty folder leaves behind when it is interrupted.
 _FILES_BEFORE_JOURNAL = {"lock", "config.json", "config.json.new", "journal.json.new"}
 # What a run consists of, beside its lock and its journals; what else lies in its folder is the user's.
 _RESULTS = ("model.safetensors", "heads.safetensors", "result.json")
-_FILES = ("config.json", "config.toml", "metrics.jsonl", "report.html", *_RESULTS)
+_FILES = ("config.json", "config.toml", "metrics.jsonl", "metrics.csv", "report.html", LOGGER_FILE, *_RESULTS)
 _SCRATCH = re.compile(r"scratch\.[a-z0-9_]{8}")  # as `tempfile.mkdtemp` names it
 # A temporary folder without a lock may be one that another process has made just now.
 _ABANDONED_SECONDS = 600.0
@@ -138,12 +146,13 @@ def _remove_run(path: Path) -> None:
     remove_unfinished(path)
     for name in _FILES:
         (path / name).unlink(missing_ok=True)
-    adapter = path / ADAPTER_FOLDER
-    if adapter.is_dir() and not adapter.is_symlink():
-        for name in ADAPTER_FILES:
-            (adapter / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # what else lies there is the user's
-            adapter.rmdir()
+    for place, ours in ((ADAPTER_FOLDER, ADAPTER_FILES), (TENSORBOARD_FOLDER, ("events.out.tfevents.*",))):
+        folder = path / place
+        if folder.is_dir() and not folder.is_symlink():
+            for file in [file for pattern in ours for file in folder.glob(pattern)]:
+                file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what else lies there is the user's
+                folder.rmdir()
     for name in (*WORK_FOLDERS, TRANSFORMERS_FOLDER):
         folder = path / name
         if folder.is_dir() and not folder.is_symlink():

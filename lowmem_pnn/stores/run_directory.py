@@ -5,8 +5,10 @@
       journal.json          the last commit: plan, position, names and hashes of the files that belong to it
       journal.000041.json   an older commit, where more than one is kept
       metrics.jsonl         a line per logged step; what a commit does not cover is cut off at resume
+      metrics.csv           the same lines as a table, written when the run stops or is done
       lock                  held by the process that works here
       weights/ activations/ scratch.XXXXXXXX/ deleted when the run is done
+      meta/                 the run of the meta model (--method incubate), deleted with them
       model.safetensors result.json
       hf/                   the trained model as transformers loads it, of a model of transformers
       adapter/              of a run with adapters: what it has learnt, as peft has it

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,14 @@ class _Slot:
     shape: tuple[int, ...]
     order: tuple[int, ...]
     """Axes of the tensor by falling stride."""
+    written: Future[None] | None
+    """The write under way; None where it was done at once."""
 
 
 _Stored = Tensor | _Slot | None
+
+Submit = Callable[[int, Callable[[], None]], "Future[None]"]
+"""Function that has a write done on a thread of its own: it is given the bytes that wait until then, and the write."""
 
 
 class Scratch:
@@ -68,21 +74,35 @@ class Scratch:
         """Size of the file, with the room that is free in it."""
         return self._end
 
-    def put(self, key: Hashable, tensors: Sequence[Tensor | None]) -> None:
+    def put(self, key: Hashable, tensors: Sequence[Tensor | None], submit: Submit | None = None) -> None:
         """Store tensors; where they stay in memory they are kept as they are, not copied.
 
         Args:
             key: New key.
             tensors: Tensors on the host; None is stored too.
+            submit: Has the writes done later, one after the other; until `wait` returns for the key, its tensors must not change. None
+                where they are done at once.
 
         Raises:
             DiskError: The disk is full, or the file system refused.
         """
         assert key not in self._stored, "each key is put once"
-        self._stored[key] = tuple(None if tensor is None else self._store(tensor.detach()) for tensor in tensors)
+        self._stored[key] = tuple(None if tensor is None else self._store(tensor.detach(), submit) for tensor in tensors)
+
+    def wait(self, key: Hashable) -> None:
+        """Wait until the tensors of a key are written.
+
+        Raises:
+            DiskError: The disk is full, or the file system refused.
+        """
+        for stored in self._stored.get(key, ()):
+            if isinstance(stored, _Slot) and stored.written is not None:
+                stored.written.result()
 
     def get(self, key: Hashable) -> tuple[Tensor | None, ...]:
         """Return the tensors of a key, not to be written to; tensors from the file are fresh and 64-byte aligned.
+
+        Another thread may call it, while none drops the key.
 
         Raises:
             KeyError: Nothing was put under the key.
@@ -103,6 +123,7 @@ class Scratch:
         """
         (stored,) = self._stored[key]
         assert stored is not None, "a tensor was put"
+        self.wait(key)
         if not isinstance(stored, _Slot):
             return stored.reshape(-1)[elements]
         if stored.order != tuple(range(len(stored.order))):
@@ -148,7 +169,7 @@ class Scratch:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _store(self, tensor: Tensor) -> Tensor | _Slot:
+    def _store(self, tensor: Tensor, submit: Submit | None) -> Tensor | _Slot:
         # By stride, and where strides are equal by number: the axes of a dense tensor in the order of its bytes.
         strides = tensor.stride()
         order = tuple(sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], axis)))
@@ -160,11 +181,17 @@ class Scratch:
                 tensor = dense.clone().permute(_inverse(order))  # not the large tensor that it is a piece of
             self._used_bytes += tensor.nbytes
             return tensor
-        slot = _Slot(self._find_room(tensor.nbytes), tensor.nbytes, tensor.dtype, tuple(dense.shape), order)
-        self._move(byte_view(dense).data, slot.offset, write=True)
-        return slot
+        self._open()
+        offset, memory, written = self._find_room(tensor.nbytes), byte_view(dense).data, None
+        if submit is None:
+            self._move(memory, offset, write=True)
+        else:
+            written = submit(tensor.nbytes, lambda: self._move(memory, offset, write=True))
+        return _Slot(offset, tensor.nbytes, tensor.dtype, tuple(dense.shape), order, written)
 
     def _read(self, slot: _Slot) -> Tensor:
+        if slot.written is not None:
+            slot.written.result()
         tensor = aligned_empty(slot.shape, slot.dtype)
         self._move(byte_view(tensor).data, slot.offset, write=False)
         return tensor.permute(_inverse(slot.order))
@@ -175,12 +202,19 @@ class Scratch:
         offset, self._end = self._end, self._end + nbytes
         return offset
 
-    def _move(self, memory: memoryview, offset: int, *, write: bool) -> None:
-        """Write memory to the file, or fill memory from the file."""
-        try:
-            if self._file is None:
+    def _open(self) -> None:
+        """Make the file, if there is none."""
+        if self._file is None:
+            try:
                 with tempfile.TemporaryFile(dir=self._folder) as file:
                     self._file = os.dup(file.fileno())
+            except OSError as error:
+                raise disk_error(self._folder / "scratch", error, "make a file") from error
+
+    def _move(self, memory: memoryview, offset: int, *, write: bool) -> None:
+        """Write memory to the file, or fill memory from the file."""
+        assert self._file is not None, "something was put into it"
+        try:
             done = 0
             while done < len(memory):
                 call = os.pwritev if write else os.preadv

@@ -34,13 +34,18 @@ class TensorReader:
         self._lock = threading.Lock()
         self._files: dict[PartitionName, TensorFile] = {}
 
-    def read(self, key: str, elements: slice | None = None) -> Tensor:
+    def read(self, key: str, elements: slice | None = None, allocate: HostAllocator | None = None) -> Tensor:
         """Read a tensor, or some of its elements as a flat tensor, into memory that starts at a multiple of 64 bytes.
+
+        Args:
+            key: Name of the tensor in the files.
+            elements: Elements, in the order of the file; None for all of them, in the tensor's shape.
+            allocate: Allocates this one; None for the reader's own function.
 
         Raises:
             CheckpointError: No file holds the tensor, or the elements.
         """
-        return self.open(self._partition_of(key)).read(key, self._allocate, elements)
+        return self.open(self._partition_of(key)).read(key, allocate or self._allocate, elements)
 
     def open(self, partition: PartitionName) -> TensorFile:
         """Return a partition's open file: the file that was the newest when it was first asked for."""

@@ -162,10 +162,10 @@ class WeightStore:
             raise CheckpointError(f"{str(self.folder)!r} holds no tensor {key!r}; {RUN_REMEDY}")
         return self._partition_of[key]
 
-    def tensor_bytes(self, key: str, elements: slice | None = None) -> int:
-        """Return the size of a tensor, or of some of its elements. Raises as `partition_of` does."""
+    def tensor_layout(self, key: str, elements: slice | None = None) -> TensorLayout:
+        """Return the type and shape of a tensor, or of some of its elements. Raises as `partition_of` does."""
         dtype, shape = self._layouts[self.partition_of(key)][key]
-        return dtype.itemsize * (math.prod(shape) if elements is None else elements.stop - elements.start)
+        return dtype, tuple(shape) if elements is None else (elements.stop - elements.start,)
 
     def state(self) -> dict[str, Any]:
         """Return what the journal must say to come back to the committed files: JSON-able; None for a partition never sealed."""

@@ -6,8 +6,7 @@
 Gradients are kept where no layer may step before all of them are there: to clip their norm, or since any of them may have overflowed.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,14 +17,15 @@ from lowmem_pnn.engine.optimizer_in_backward import after_backward_names, step_o
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.errors import DivergedError
 from lowmem_pnn.methods import Sweep
-from lowmem_pnn.model.precision import LossScale, unscale
+from lowmem_pnn.model.precision import LossScale, all_finite, unscaled_sums
 from lowmem_pnn.optim.optimizers import COUNT, OptimizerSpec, SlicedParameter
 from lowmem_pnn.optim.step_slices import StepSlice, state_elements, step_slices
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
-from lowmem_pnn.sweep.weight_streamer import Piece, WeightStreamer
+from lowmem_pnn.sweep.packs import Piece, Write
+from lowmem_pnn.sweep.weight_streamer import WeightStreamer
 from lowmem_pnn.workload import Workload
 
 
@@ -39,6 +39,7 @@ class Gradients:
         norms: norms of the gradients that are kept, by parameter.
         total_norm: norm of all kept gradients together, from the first step by them on.
         overflowed: whether a gradient is not finite, which a smaller scale may mend.
+        unread: partition, parameter, and a number that is finite if its gradient is: still on a device that is not the host.
     """
 
     step: int
@@ -46,6 +47,7 @@ class Gradients:
     norms: dict[str, Tensor] = field(default_factory=dict)
     total_norm: Tensor | None = None
     overflowed: bool = False
+    unread: list[tuple[int, str, Tensor]] = field(default_factory=list)
 
 
 class SweepOptimizerSteps:
@@ -101,13 +103,14 @@ class SweepOptimizerSteps:
         """
         spec, shapes = self._workload.optimizer(partition), self._shapes[partition]
         for group in step_order(self._residencies[partition].groups, self.after_backward[partition]):
-            for parts in self._slices[partition][group]:
+            for number, parts in enumerate(self._slices[partition][group]):
+                pack = ("state", partition, group, number)
                 if with_weights:
                     for part in parts:
-                        yield Piece(weight_key(part.name), None if part.is_whole else part.elements)
+                        yield Piece(weight_key(part.name), None if part.is_whole else part.elements, pack)
                 if not self._starts_with_fresh_state(step):
                     for part in parts:
-                        yield from state_pieces(spec, shapes[part.name], part)
+                        yield from state_pieces(spec, shapes[part.name], part, pack)
 
     def step_group(self, partition: int, group: int, gradients: Gradients, streamer: WeightStreamer, file: TensorFile) -> None:
         """Step a group of a resident partition by the gradients in its parameters, and have the group written.
@@ -124,17 +127,23 @@ class SweepOptimizerSteps:
         """
         residency = self._residencies[partition]
         target = _Target(partition, self._workload.optimizer(partition), streamer, file)
+        complete = []
         for parts in self._slices[partition][group]:
             parameters = {}
             for part in parts:
                 whole = residency.parameters[part.name]
                 parameters[part.name] = whole if part.is_whole else _slice_of(whole, part)
-            self._step(target, parts, parameters, gradients)
+            streamer.write_all(partition, file, self._step(target, parts, parameters, gradients))
             for part in parts:
                 if part.is_last:
                     whole = residency.parameters[part.name]
                     whole.grad = None
-                    streamer.write(partition, file, weight_key(part.name), whole)
+                    complete.append(Write(weight_key(part.name), whole))
+            if self._device.shares_host:
+                # At once: what is written may go.
+                streamer.write_all(partition, file, complete)
+                complete = []
+        streamer.write_all(partition, file, complete)
 
     def keep_gradients(self, partition: int, group: int, gradients: Gradients, buffers: BoundaryBuffers) -> None:
         """Keep the gradients of a group of a resident partition for `step_kept`.
@@ -152,11 +161,12 @@ class SweepOptimizerSteps:
         for name in residency.groups[group]:
             parameter = residency.parameters[name]
             assert parameter.grad is not None
-            gradients.overflowed |= not unscale([parameter.grad], gradients.scale)
+            for total in unscaled_sums([parameter.grad], gradients.scale):
+                self._look_at(name, total, partition, gradients)
             rounds = self._workload.optimizer(partition).rounds(parameter)
             gradients.norms[name] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32 if rounds else None)
             if not gradients.scale.moves:
-                self._check_finite(name, gradients.norms[name], partition, gradients)
+                self._look_at(name, gradients.norms[name], partition, gradients)
             buffers.put_parameter_gradient(name, parameter.grad)
             parameter.grad = None
 
@@ -175,6 +185,7 @@ class SweepOptimizerSteps:
         Raises:
             DivergedError: a gradient is not finite.
         """
+        self.read_gradients(gradients)
         clip_norm = self._workload.config.clip_norm
         if gradients.total_norm is None:
             # The norm of the norms, as `clip_grad_norm_` has it.
@@ -187,20 +198,19 @@ class SweepOptimizerSteps:
         ):
             parameters = {}
             for part in parts:
-                parameters[part.name] = nn.Parameter(self._device.to_device(streamer.take()))
+                parameters[part.name] = nn.Parameter(streamer.take())
                 parameters[part.name].grad = buffers.pop_parameter_gradient(part.name, None if part.is_whole else part.elements)
             if clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters.values(), clip_norm, gradients.total_norm)
-            self._step(target, parts, parameters, gradients)
+            writes = self._step(target, parts, parameters, gradients)
             for part in parts:
-                streamer.write(
-                    partition, file, weight_key(part.name), parameters[part.name], None if part.is_whole else part.begin
-                )
+                writes.append(Write(weight_key(part.name), parameters[part.name], None if part.is_whole else part.begin))
+            streamer.write_all(partition, file, writes)
 
     def _step(
         self, target: "_Target", parts: Sequence[StepSlice], parameters: dict[str, nn.Parameter], gradients: Gradients
-    ) -> None:
-        """Step parameters, or a slice of one; have their state written, and free the gradients."""
+    ) -> list[Write]:
+        """Step parameters, or a slice of one, and free the gradients; return what is to be written of their state."""
         partition, spec = target.partition, target.spec
         shapes = self._shapes[partition]
         take = None if self._starts_with_fresh_state(gradients.step) else target.streamer.take
@@ -209,7 +219,7 @@ class SweepOptimizerSteps:
         if not gradients.overflowed:
             for name, parameter in parameters.items():
                 assert parameter.grad is not None
-                self._check_finite(name, parameter.grad.sum(), partition, gradients)
+                self._look_at(name, parameter.grad.sum(), partition, gradients)
             step_parameters(
                 spec,
                 parameters,
@@ -219,12 +229,35 @@ class SweepOptimizerSteps:
             )
         for parameter in parameters.values():
             parameter.grad = None
-        for part in parts:
-            target.write_state(part, shapes[part.name], state[part.name])
+        return [one for part in parts for one in target.state_writes(part, shapes[part.name], state[part.name])]
 
-    def _check_finite(self, name: str, value: Tensor, partition: int, gradients: Gradients) -> None:
-        """Refuse a gradient by its sum or its norm, before it gets into the weights."""
-        if not math.isfinite(float(value)):
+    def _look_at(self, name: str, value: Tensor, partition: int, gradients: Gradients) -> None:
+        """Look at a gradient by its sum or its norm: before it gets into the weights, or, on another device, before they are committed.
+
+        There the host would wait in the midst of a backward, for every parameter.
+        """
+        gradients.unread.append((partition, name, value))
+        if self._device.shares_host:
+            self.read_gradients(gradients)
+
+    def read_gradients(self, gradients: Gradients) -> None:
+        """Look at the gradients that are still on the device; the host waits for them once.
+
+        Args:
+            gradients: what is known of the batch's gradients.
+
+        Raises:
+            DivergedError: a gradient is not finite, where the loss scale is not adjusted.
+        """
+        unread, gradients.unread = gradients.unread, []
+        if all_finite([value for _, _, value in unread]):
+            return
+        if gradients.scale.moves:
+            gradients.overflowed = True
+            return
+        for partition, name, value in unread:
+            if all_finite([value]):
+                continue
             title = self._plan.title(partition, [layer.name for layer in self._workload.chain.layers])
             raise DivergedError(
                 f"the gradient of {name!r} is no longer finite in {title}, step {gradients.step + 1}; "
@@ -264,13 +297,13 @@ class _Target:
             part: slice of a parameter; the slices of a parameter come in order.
             parameter: the whole parameter; only its type and shape are read.
             device: training device.
-            take: function that returns the host tensors of `state_pieces`, one after the other; None for the state before the first step.
+            take: function that returns the tensors of `state_pieces` on the device, one after the other; None before the first step.
         """
 
         def load(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
             if take is None:
                 return torch.zeros(shape, dtype=dtype, device=device.torch_device)
-            tensor = device.to_device(take())
+            tensor = take()
             assert tensor.shape == shape, "state is taken in the order in which it is read"  # a fused step would not ask
             return tensor
 
@@ -290,8 +323,8 @@ class _Target:
             state[COUNT] = self.count.clone()  # each slice increments it
         return state
 
-    def write_state(self, part: StepSlice, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Have the state of a slice written.
+    def state_writes(self, part: StepSlice, parameter: Tensor, state: Mapping[str, Tensor]) -> Iterator[Write]:
+        """Yield what is to be written of the state of a slice.
 
         Args:
             part: slice of a parameter.
@@ -300,26 +333,27 @@ class _Target:
         """
         if part.is_whole:
             for name, tensor in state.items():
-                self.streamer.write(self.partition, self.file, state_key(part.name, name), tensor)
+                yield Write(state_key(part.name, name), tensor)
             return
         for name, elements in state_elements(self.spec, parameter, part).items():
             if elements is not None:
-                self.streamer.write(self.partition, self.file, state_key(part.name, name), state[name], elements.start)
+                yield Write(state_key(part.name, name), state[name], elements.start)
             elif part.is_last:
-                self.streamer.write(self.partition, self.file, state_key(part.name, name), state[name])
+                yield Write(state_key(part.name, name), state[name])
 
 
-def state_pieces(spec: OptimizerSpec, parameter: Tensor, part: StepSlice) -> Iterator[Piece]:
+def state_pieces(spec: OptimizerSpec, parameter: Tensor, part: StepSlice, pack: Hashable = None) -> Iterator[Piece]:
     """Yield the pieces of a weight file that hold the optimizer state of a slice.
 
     Args:
         spec: optimizer.
         parameter: the whole parameter; only its type and shape are read.
         part: slice of the parameter.
+        pack: pack of the pieces.
     """
     for name, elements in state_elements(spec, parameter, part).items():
         if part.is_whole or elements is not None or part.begin == 0:
-            yield Piece(state_key(part.name, name), None if part.is_whole else elements)
+            yield Piece(state_key(part.name, name), None if part.is_whole else elements, pack)
 
 
 def step_parameters(

@@ -1,7 +1,7 @@
 """Forward and backward passes of a sweep: all micro-batches of a batch through one resident partition."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class SweptBatch:
         parts: ranges of samples that make its micro-batches.
         gradients: what is known of its gradients.
         loss: sum of the weighted losses of the micro-batches so far.
+        unread: losses of micro-batches that are still to be added, each in one or more parts, on a device that is not the host.
     """
 
     tensors: tuple[Tensor, ...]
@@ -38,6 +39,7 @@ class SweptBatch:
     parts: Sequence[slice]
     gradients: Gradients
     loss: float = 0.0
+    unread: list[list[Tensor]] = field(default_factory=list)
 
 
 class SweepPasses:
@@ -141,15 +143,17 @@ class SweepPasses:
         for index, layer in enumerate(layers, start):
             inputs = tuple(tensor.detach().requires_grad_(learns and tensor.is_floating_point()) for tensor in inputs)
             unneeded = self._unneeded[partition] if layer is layers[-1] else ()
-            with torch.set_grad_enabled(layer.compiled is None), self._products.keeping(index, number, unneeded):
-                inputs = layer(*inputs)
+            with torch.set_grad_enabled(layer.compiled is None), self._products.keeping(index, number, unneeded) as finish:
+                inputs = finish(layer(*inputs))
             learns = learns or any(parameter.requires_grad for parameter in layer.parameters().values())
         return tuple(tensor.detach() for tensor in inputs)
 
     def _forward_again(self, partition: int, number: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for index, layer in enumerate(self._residencies[partition].layers, self._plan.partitions[partition].start):
-            with self._products.taking(index, number):
-                inputs = layer(*inputs)
+        layers, start = self._residencies[partition].layers, self._plan.partitions[partition].start
+        with self._products.reading(range(start, start + len(layers)), number):
+            for index, layer in enumerate(layers, start):
+                with self._products.taking(index, number):
+                    inputs = layer(*inputs)
         return inputs
 
     def close(self) -> None:
@@ -161,7 +165,7 @@ class SweepPasses:
 
         def micro_batch(number: int, part: slice) -> MicroBatch:
             if partition == self._first:
-                return MicroBatch.of((batch.tensors, batch.labels), part)
+                return MicroBatch(("samples", number), lambda: tuple(tensor[part] for tensor in batch.tensors))
             return MicroBatch((partition, number), lambda: self._buffers.activations(partition, number))
 
         following = batch.parts[number + 1 : number + 2]
@@ -170,7 +174,26 @@ class SweepPasses:
     def _backward_from_loss(self, inputs: tuple[Tensor, ...], part: slice, batch: SweptBatch, weight: float) -> None:
         labels = to_device_aligned(self._device, batch.labels[part])
         layers, scale = self._residencies[self._last].layers, batch.gradients.scale
-        batch.loss += backward_from_loss(layers, inputs, labels, self._objective, weight, self._plan.loss_chunk, scale)
+        unread: list[Tensor] | None = None if self._device.shares_host else []
+        batch.loss += backward_from_loss(layers, inputs, labels, self._objective, weight, self._plan.loss_chunk, scale, unread)
+        if unread is not None:
+            batch.unread.append(unread)
+
+    def read_loss(self, batch: SweptBatch) -> None:
+        """Add the losses that are still on the device to the batch's, as if each had been read at once; the host waits for them once.
+
+        Args:
+            batch: batch that has come back from the last partition.
+        """
+        if not batch.unread:
+            return
+        values = iter(self._device.to_host(torch.stack([part.float() for parts in batch.unread for part in parts])).tolist())
+        for parts in batch.unread:
+            loss = 0.0
+            for _ in parts:
+                loss += next(values)
+            batch.loss += loss
+        batch.unread.clear()
 
     def _backward_from_boundary(self, partition: int, inputs: tuple[Tensor, ...], number: int) -> None:
         # The forward visit has kept the outputs: only their gradients are needed now.

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem_pnn.dispatch_mode import DispatchMode
 from lowmem_pnn.model.copies import copy_structure
 from lowmem_pnn.model.layer import Layer, has_module_hooks
 
@@ -101,11 +101,11 @@ def called_by(modules: Sequence[nn.Module], call: Callable[..., Any]) -> Iterato
 
 
 def _call(forward: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    with _NoProducts():  # type: ignore[no-untyped-call]
+    with _NoProducts():
         return forward(*tensors)
 
 
-class _NoProducts(TorchDispatchMode):
+class _NoProducts(DispatchMode):
     """Replaces matrix products by NaN. It works below autograd, which records the products as always."""
 
     def __torch_dispatch__(

@@ -22,23 +22,28 @@ from lowmem_pnn.device import Device
 from lowmem_pnn.engine.loaders import Batch
 from lowmem_pnn.engine.micro_batches import micro_batches
 from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward
+from lowmem_pnn.engine.prefetch import WriteBehind
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import DivergedError
+from lowmem_pnn.memory.available import available_bytes
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.profiling import nominal
 from lowmem_pnn.stores.disk import IoCounter
-from lowmem_pnn.stores.keys import weight_key
+from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
+from lowmem_pnn.sweep.host_tier import HostTier, tier_bytes_of
 from lowmem_pnn.sweep.kept_products import KeptProducts
 from lowmem_pnn.sweep.optimizer_steps import Gradients, SweepOptimizerSteps
+from lowmem_pnn.sweep.packs import Piece, Write
 from lowmem_pnn.sweep.passes import SweepPasses, SweptBatch
-from lowmem_pnn.sweep.weight_streamer import Piece, WeightStreamer
+from lowmem_pnn.sweep.resident_tensors import ResidentTensors
+from lowmem_pnn.sweep.weight_streamer import WeightStreamer
 from lowmem_pnn.workload import Workload
 
 
@@ -82,19 +87,31 @@ class Sweeper:
             for number, part in enumerate(plan.partitions)
         ]
         # Names in weight files, which do not change.
-        self._tensor_keys = [residency.keys() for residency in self._residencies]
+        self._tensor_keys = [residency.layer_keys() for residency in self._residencies]
         self._steps = SweepOptimizerSteps(workload, plan, sweep, self._residencies, device, total_steps)
         self._resident: int | None = None
         buffer_sizes, seed = device.buffer_sizes, workload.config.seed
         stream_bytes = plan.stream_bytes or buffer_sizes.stream_bytes
-        self._streamer = WeightStreamer(weights, device, threads, stream_bytes)
+        # One queue: what waits to be written, of whatever kind, is bounded as a whole.
+        write_behind = WriteBehind(threads.write, stream_bytes)
+        resident, tier = self._resident_tensors(), self._host_tier(weights)
+        self._streamer = WeightStreamer(weights, device, threads, stream_bytes, write_behind, resident, tier)
         phase = "forward" if sweep.phase == "epoch" else sweep.phase
         self._buffers = BoundaryBuffers(device, folder, buffer_sizes.boundary_bytes, counter, seed, phase)
         is_kept = nominal.keeping_rule(workload.config.recompute, shares_host=device.shares_host)
-        self._products = KeptProducts(device, folder, counter, plan.kept_layers, is_kept)
+        self._products = KeptProducts(device, folder, counter, threads, write_behind, stream_bytes, plan.kept_layers, is_kept)
         self._passes = SweepPasses(
             workload, plan, self._residencies, device, self._buffers, self._products, sweep.learners, sweep.first
         )
+
+    def _host_tier(self, weights: WeightStore) -> HostTier | None:
+        """Make the host tier, where the device is not the host: for weights first, which a batch reads twice."""
+        config = self._workload.config
+        if self._device.shares_host or not config.host_tier:
+            return None
+        layouts = [item for number in range(len(self._plan.partitions)) for item in weights.layout(number).items()]
+        layouts.sort(key=lambda item: not item[0].startswith(weight_key("")))
+        return HostTier(layouts, tier_bytes_of(config.max_host_mem, available_bytes("cpu")))
 
     def train_batch(self, batch: Batch, step: int, micro_batch: int, scale: LossScale) -> float:
         """Run all visits of one batch: one optimizer step.
@@ -125,6 +142,7 @@ class Sweeper:
                 self._on_visit(visit.partition)
                 actions[visit.action](visit, swept)
                 self._device.check_budget()
+        self._steps.read_gradients(swept.gradients)
         self._buffers.clear()
         self._products.clear()
         scale.update(overflowed=swept.gradients.overflowed)
@@ -154,7 +172,7 @@ class Sweeper:
                 gradients = [_zeros(part, spec) if spec.dtype.is_floating_point else None for spec in after]
                 self._buffers.put_gradients(number + 1, part_number, gradients)
         try:
-            with self._streamer.batch(map(Piece, self._tensor_keys[number])):
+            with self._streamer.batch(self._weight_pieces(number)):
                 # The last of its visits: forward alone, where nothing before it and in it learns.
                 visit = next(one for one in reversed(self._sweep.visits) if one.partition == number and one.action != "step")
                 residency = self._load(visit)
@@ -231,14 +249,17 @@ class Sweeper:
     def _write_unstepped(self, number: int, file: TensorFile, *, is_new: bool) -> None:
         """Write what no step writes: buffers, which change with every batch, and frozen weights of the file's, which a new one gets once."""
         residency = self._residencies[number]
-        for name, parameter in residency.parameters.items():
-            if is_new and not parameter.requires_grad and weight_key(name) in file.entries:
-                self._streamer.write(number, file, weight_key(name), parameter)
-        for name, buffer in residency.buffers.items():
-            if name in residency.owned_elsewhere:
-                continue
-            # A copy: the next batch's forward changes it, if the partition stays, while this is being written.
-            self._streamer.write(number, file, weight_key(name), buffer.clone())
+        frozen = [
+            Write(weight_key(name), parameter)
+            for name, parameter in residency.parameters.items()
+            if is_new and not parameter.requires_grad and weight_key(name) in file.entries
+        ]
+        self._streamer.write_all(number, file, frozen)
+        buffers = [
+            Write(weight_key(name), buffer) for name, buffer in residency.buffers.items() if name not in residency.owned_elsewhere
+        ]
+        # Copies: the next batch's forward changes them, if the partition stays, while these are being written.
+        self._streamer.write_all(number, file, buffers, copy=True)
 
     def _step_kept(self, visit: Visit, batch: SweptBatch) -> None:
         """Step a partition by kept gradients, without loading it as a whole."""
@@ -247,6 +268,7 @@ class Sweeper:
             self._steps.step_kept(visit.partition, batch.gradients, self._streamer, self._buffers, file)
 
     def _check_loss(self, visit: Visit, batch: SweptBatch) -> None:
+        self._passes.read_loss(batch)
         # Where the loss scale moves, gradients that are not finite have the step left out.
         if visit.partition == self._last and not math.isfinite(batch.loss) and not batch.gradients.scale.moves:
             raise DivergedError(
@@ -283,7 +305,7 @@ class Sweeper:
         if self._resident != visit.partition:
             self._unload()
             self._resident = visit.partition
-            self._streamer.reserve_pool_for(self._tensor_keys[visit.partition])
+            self._streamer.reserve_pool_for(key for keys in self._tensor_keys[visit.partition] for key in keys)
             residency.fill(self._streamer.take)
         for layer in residency.layers:
             layer.train(visit.learns or visit.trains)
@@ -293,8 +315,30 @@ class Sweeper:
         """Unload the resident partition, if there is one."""
         if self._resident is not None:
             self._streamer.finish_writes_in_parts()
-            self._residencies[self._resident].unload()
+            # Another device's allocator keeps the memory for the next partition: to ask the driver for it again takes longer.
+            self._residencies[self._resident].unload(release=self._device.shares_host)
             self._resident = None
+
+    def _resident_tensors(self) -> ResidentTensors:
+        """Return the store of the weights and the optimizer state that stay in memory, of what is stepped in this sweep."""
+        weights: list[str] = []
+        state: list[str] = []
+        for number in self._sweep.learners:
+            residency, part, spec = self._residencies[number], self._plan.partitions[number], self._workload.optimizer(number)
+            shapes, stepped = residency.shapes(), {name for names in residency.groups for name in names} - residency.shared
+            for layer in range(part.start, part.stop):
+                own = {residency.chain.owner_of(alias) for alias in residency.chain.layers[layer].parameters()} & stepped
+                if layer in self._plan.resident_weights:
+                    weights += map(weight_key, own)
+                if layer in self._plan.resident_state:
+                    state += [state_key(name, one) for name in own for one in spec.layout(shapes[name])]
+        return ResidentTensors(weights, state)
+
+    def _weight_pieces(self, number: int) -> Iterator[Piece]:
+        """Yield the weights and buffers of a partition, in the order in which they are taken."""
+        for layer, keys in enumerate(self._tensor_keys[number]):
+            for key in keys:
+                yield Piece(key, None, ("weights", number, layer))
 
     def _pieces(self, step: int) -> Iterator[Piece]:
         """Yield all that `train_batch` takes of the weight files, in its order."""
@@ -304,7 +348,7 @@ class Sweeper:
             if is_step:
                 resident = None
             elif resident != number:
-                yield from map(Piece, self._tensor_keys[number])
+                yield from self._weight_pieces(number)
                 resident = number
             if is_step or (visit.action == "backpropagate" and visit.learns and not visit.keeps_gradients):
                 yield from self._steps.pieces(number, step, with_weights=is_step)

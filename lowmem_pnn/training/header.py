@@ -1,11 +1,11 @@
 """The header of a run: what is trained, by which plan, in which budget, and what plain training would need; said before the first step."""
 
 from lowmem_pnn.planning.describe import ahead_bytes
-from lowmem_pnn.planning.plain_training import plain_bytes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.units import format_bytes
+from lowmem_pnn.workload.plain_training import plain_bytes
 
 
 def describe_start(run: Run, profile: MemoryProfile) -> list[str]:
@@ -26,7 +26,7 @@ def describe_start(run: Run, profile: MemoryProfile) -> list[str]:
     count = "1 partition" if len(parts) == 1 else f"{len(parts)} partitions"
     plain = "" if needs is None else f"; plain PyTorch needs about {format_bytes(needs)}"
     return [
-        f"model: {config.model}, {params:,} parameters, {format_bytes(profile.training_state_bytes)} with gradients and optimizer state",
+        f"model: {workload.source.spec}, {params:,} parameters, {format_bytes(profile.training_state_bytes)} with gradients and optimizer state",
         f"plan: {config.method}, {count}, micro-batch {micro} of {tightest.batch}; "
         f"needs {format_bytes(tightest.predicted_peak_bytes - ahead)}, and up to {format_bytes(ahead)} more to read ahead",
         f"budget: {format_bytes(device.budget_bytes)} of {device.describe()}{plain}",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lowmem_pnn.adapters.adapter_folder import write_adapter
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.loaders import Loader
-from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, DataError
+from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, DataError, Stopped
 from lowmem_pnn.evaluation.exits import HEADS_FILE, describe_exits, head_names
 from lowmem_pnn.evaluation.measure import measure, validate
 from lowmem_pnn.evaluation.text_samples import say_samples
@@ -24,6 +24,7 @@ from lowmem_pnn.planning.notes import plan_notes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.run.metrics_table import write_metrics_table
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import STORE_NAME, State, states_of, weights_of
@@ -73,8 +74,13 @@ def run_to_end(
     session.callbacks.tell("on_fit_start", _told_at_start(run))
     if not state.said_before:
         state.said_before = say_samples(run, "before training")
-    carry_out(run)
+    try:
+        carry_out(run, run_to_end)
+    except Stopped:
+        write_metrics_table(session)
+        raise
     if state.rank:
+        write_metrics_table(session)
         run.end("trained")
         session.display.message(f"partition {state.rank + 1} is trained; rank 0 joins it with the others")
         return None
@@ -183,7 +189,8 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     run.forget_stores()
     run.commits.commit()
     run.commits.wait()
-    if workload.method.partitions_are_independent and not workload.config.recovery_epochs and "val" in workload.splits:
+    is_joined = workload.method.partitions_are_independent or workload.method.incubates
+    if is_joined and not workload.config.recovery_epochs and "val" in workload.splits:
         validate(run, "the joined model")  # no partition's own epochs could tell
     run.take_best()
     # Before anything is tested: what has been trained is not lost to data that cannot be read.
@@ -215,6 +222,7 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     if result.transformers_folder is not None:
         folder, weights_file = rundir.path / TRANSFORMERS_FOLDER, rundir.path / "model.safetensors"
         write_folder(folder, weights_file, workload.source, workload.config, result, workload.dataset.classes, links=True)
+    write_metrics_table(run.session)
     run.end("done", {file.file: file for file in left})
     rundir.clear()
     forget(rundir, run.state)

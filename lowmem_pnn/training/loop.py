@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from lowmem_pnn.engine.epoch import Learner, train_epoch
+from lowmem_pnn.engine.pace import Pace
 from lowmem_pnn.run.run import Run
 
 # Batches of a sweep after which its micro-batch has shown that it fits.
@@ -82,6 +83,7 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
     """
     progress, metrics, display = run.state.progress, run.metrics, run.session.display
     steps, done_here, before = learner.steps_per_epoch, 0, learner.epochs_before if learner.action == "sweep" else 0
+    pace = Pace(display.message) if run.session.device.spills else None
     eval_every = run.workload.config.eval_every if learner.measures_within_epochs else None
 
     def steps_done() -> int:
@@ -94,10 +96,13 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
     def after_batch(loss: float | None) -> None:
         nonlocal done_here
         done_here += 1
+        if pace is not None:
+            pace.step()
         metrics.after_batch(learner.title)
         learner.after_batch(progress.epoch, progress.batch / steps)
         done = steps_done()
-        metrics.log_step(learner.action, learner.epochs_before + progress.epoch, done, loss, learner.learning_rate)
+        epochs = learner.epochs_before + progress.epoch
+        metrics.log_step(learner.action, learner.partition, epochs, done, loss, learner.learning_rate)
         # Where the model is measured, the commit comes after that: then position and measurements belong together.
         if progress.batch < steps and not (eval_every and done % eval_every == 0):
             commit_within_epoch(is_best=False)

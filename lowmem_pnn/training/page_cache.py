@@ -51,7 +51,7 @@ def next_partition(program: Sequence[Visit | Sweep], visit: int) -> int | None:
     present = program[visit]
     assert isinstance(present, Visit)
     for item in islice(program, visit + 1, None):
-        if isinstance(item, Sweep) or item.action == "join":
+        if isinstance(item, Sweep) or item.action in ("join", "meta"):
             return None
         if item.partition != present.partition:
             return item.partition

@@ -22,16 +22,18 @@ from lowmem_pnn.run.commits import Save, nothing_changed
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.training.join import join
 from lowmem_pnn.training.loop import train_epochs
+from lowmem_pnn.training.meta_run import RunToEnd, train_meta_model
 from lowmem_pnn.training.page_cache import PageCachePrefetch, next_partition
 from lowmem_pnn.training.partition_learner import PartitionLearner
 from lowmem_pnn.training.sweep_learner import SweepLearner
 
 
-def carry_out(run: Run) -> None:
+def carry_out(run: Run, run_to_end: RunToEnd) -> None:
     """Go through what is left of a run's program.
 
     Args:
         run: at a commit.
+        run_to_end: trains a meta model, where the program has one.
 
     Raises:
         Stopped: the run was asked to stop; everything up to then is committed.
@@ -41,7 +43,7 @@ def carry_out(run: Run) -> None:
     steps = StepCounts(run)
     active: ActivePartition | None = None
     while (item := run.item) is not None:
-        if active is not None and (isinstance(item, Sweep) or item.action == "join" or active.number != item.partition):
+        if active is not None and not _goes_on_with(active, item):
             active.residency.unload()
             active = None
         save: Save = nothing_changed
@@ -52,10 +54,14 @@ def carry_out(run: Run) -> None:
             save = partial(_learners, item)
         elif item.action == "join":
             save = partial(join, run)
+        elif item.action == "meta":
+            train_meta_model(run, item, run_to_end)
         else:
             learns = item.action == "learn"
             run.metrics.begin_record(item.partition)
-            if active is None:
+            if active is None and item.thin and not learns:
+                active = run.partitions.load_thin(item.partition)
+            elif active is None:
                 active = run.partitions.load(item.partition, learns=learns, total_steps=steps.of(item.partition))
             if not learns:
                 _emit(run, item, active)
@@ -78,6 +84,14 @@ def carry_out(run: Run) -> None:
     if active is not None:
         active.residency.unload()
     run.commits.wait()
+
+
+def _goes_on_with(active: ActivePartition, item: Visit | Sweep) -> bool:
+    """Return whether a visit is of the partition that is resident, or of its thin part where that is."""
+    if isinstance(item, Sweep) or item.action in ("join", "meta"):
+        return False
+    is_thin = item.thin and item.action == "emit"
+    return active.number == item.partition and is_thin == active.is_thin
 
 
 def _end_macro_batch(run: Run, visit: Visit, active: ActivePartition | None, save: Save) -> None:

@@ -12,8 +12,16 @@ from lowmem_pnn.evaluation.exits import chosen_exit
 from lowmem_pnn.exporting.transformers_folder import holds_a_model
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import ahead_bytes, describe_partition
-from lowmem_pnn.planning.notes import adapter_notes, fixed_notes, frozen_notes, idle_notes, micro_batch_notes, mixing_notes
-from lowmem_pnn.planning.plain_training import plain_bytes
+from lowmem_pnn.planning.notes import (
+    adapter_notes,
+    device_notes,
+    fixed_notes,
+    frozen_notes,
+    idle_notes,
+    micro_batch_notes,
+    mixing_notes,
+    precision_notes,
+)
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
@@ -22,6 +30,7 @@ from lowmem_pnn.run.run import Run
 from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.tasks.make_task import TASK_OF
 from lowmem_pnn.workload.data_form import DataForm
+from lowmem_pnn.workload.plain_training import plain_bytes
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
 
@@ -64,6 +73,7 @@ def make_result(
         device=device.describe(),
         budget_bytes=device.budget_bytes,
         budget_scope=config.budget_scope,
+        context=device.context,
         floor_bytes=device.floor_bytes,
         peak_bytes=max(state.peak_bytes, *(record.peak_bytes for record in state.records)),  # of any process
         host_peak_bytes=state.host_peak_bytes,
@@ -75,6 +85,7 @@ def make_result(
         batch_norm=use.to_dict() if (use := batch_norm_use(workload, plan, state.micro_batches, state.sweep_micro_batch)) else {},
         module_state=state.module_state,
         weights=state.pretrained,
+        meta=state.meta,
         notes=[
             *workload.source.notes,
             *adapter_notes(workload),
@@ -84,6 +95,8 @@ def make_result(
             *([mixed] if mixed is not None else []),
             *micro_batch_notes(workload, plan),
             *idle_notes(workload),
+            *precision_notes(config),
+            *device_notes(device),
         ],
         training_state_bytes=profile.training_state_bytes,
         partitions=_partitions(run, PlanRequest(workload, profile, device)),
@@ -93,7 +106,7 @@ def make_result(
         stopped_step=steps or None,
         best_epoch=best.epoch if best.step and not best.step % per_epoch else None,
         best_step=best.step or None,
-        weights_of=config.keep_weights,
+        weights_of=config.keep_weights if state.best.weights else "last",
         seconds=state.seconds,
         compiled=workload.compiled,
         samples_per_second=(samples * stopped + rest if steps else samples_learnt(program, samples) - missing)

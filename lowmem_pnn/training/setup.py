@@ -10,7 +10,10 @@ from torch import nn
 
 from lowmem_pnn.config.checks import check_device
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device
+from lowmem_pnn.device.described import DescribedGpu
+from lowmem_pnn.device.support import has_driver, missing_kernels, why_no_gpu
 from lowmem_pnn.model.chain import TensorSpec, capture
 from lowmem_pnn.optim.low_precision import load_int8_levels
 from lowmem_pnn.optim.optimizers import OptimizerSpec
@@ -18,6 +21,7 @@ from lowmem_pnn.profiling.memory_profiler import profile
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.samples.readers import Readers
+from lowmem_pnn.stores.disk import spare_page_cache
 from lowmem_pnn.workload import Workload, make_workload, with_compiled_layers
 from lowmem_pnn.workload.inputs import Inputs
 from lowmem_pnn.zoo.deferred_init import skeleton
@@ -25,7 +29,11 @@ from lowmem_pnn.zoo.deferred_init import skeleton
 
 @contextmanager
 def open_workload(
-    config: FitConfig, inputs: Inputs, rank: Rank = ALONE, display: Display | None = None
+    config: FitConfig,
+    inputs: Inputs,
+    rank: Rank = ALONE,
+    display: Display | None = None,
+    gpu: GpuDescription | None = None,
 ) -> Iterator[tuple[Device, Workload]]:
     """Open the training device, and make the workload that is to be trained on it.
 
@@ -36,6 +44,7 @@ def open_workload(
         inputs: model and data, open.
         rank: which of several processes this is.
         display: is told that layers are compiled.
+        gpu: GPU to plan for, which is not here; None for the device that the options name.
 
     Yields:
         The open device, and the workload.
@@ -45,13 +54,16 @@ def open_workload(
     # What the model's constructor imports belongs to the floor. What is wrong with it is said below.
     with suppress(Exception):
         skeleton(inputs[0].build)
-    device = _device_of(config, rank)
+    device = _device_of(config, rank) if gpu is None else _described(config, gpu)
+    if display is not None and config.device == "auto" and device.kind == "cpu" and (why := _why_not_taken()):
+        display.message(f"training on the CPU: {why}")
     compiled = None
     if config.compile:
         if display is not None:
             display.stage("compiling layers")
         compiled = with_compiled_layers(make_workload(config, *inputs, device.torch_device), device.torch_device)
-    with device:
+    with device, tf32_products(config.tf32 and device.kind == "cuda"):
+        spare_page_cache(device.is_unified)
         yield device, compiled or make_workload(config, *inputs, device.torch_device)
 
 
@@ -82,11 +94,40 @@ def reading(config: FitConfig, inputs: Inputs, display: Display | None = None) -
 
 def _device_of(config: FitConfig, rank: Rank) -> Device:
     kind, _, index = config.device.partition(":")
-    if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
+    if kind == "cuda" or (kind == "auto" and torch.cuda.is_available() and missing_kernels(0) is None):
         check_device(config, on_cpu=False, memory_bytes=psutil.virtual_memory().total)
         return CudaDevice(config.max_gpu_mem, int(index or rank.local), config.budget_scope)
     check_device(config, on_cpu=True, memory_bytes=psutil.virtual_memory().total)
     return CpuDevice(config.max_gpu_mem)
+
+
+@contextmanager
+def tf32_products(wanted: bool) -> Iterator[None]:
+    """Return a context in which PyTorch multiplies matrices of float32 in TF32.
+
+    Args:
+        wanted: whether it is to be so; else what the process has set stays.
+    """
+    before = torch.get_float32_matmul_precision()
+    if wanted:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_float32_matmul_precision(before)
+
+
+def _why_not_taken() -> str | None:
+    """Say why a GPU that seems to be there is not taken; None where there is none."""
+    if torch.cuda.is_available():
+        return missing_kernels(0)
+    return f"no GPU is taken, though there is a driver: {why_no_gpu()}" if has_driver() else None
+
+
+def _described(config: FitConfig, gpu: GpuDescription) -> Device:
+    check_device(config, on_cpu=False, memory_bytes=psutil.virtual_memory().total)
+    return DescribedGpu(config.max_gpu_mem, gpu, config.budget_scope)
 
 
 @cache

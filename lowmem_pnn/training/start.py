@@ -27,6 +27,7 @@ from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.reporting.tables import describe_skipped
 from lowmem_pnn.run.callbacks import Callback, Callbacks
 from lowmem_pnn.run.finished import read_result
+from lowmem_pnn.run.loggers import open_logger
 from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.run.resume import (
     check_same_rank,
@@ -84,7 +85,7 @@ def begin(
     _refuse_in_reader()
     rank.check(config)
     display = display or Display()
-    with file_system_faults(path), _environment(display) as threads:
+    with file_system_faults(path), _environment(display) as threads, open_logger(config, display) as loggers:
         inputs = _open_before_floor(config, open_inputs, display)
         with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
             config = workload.config  # which names what else learns beside adapters
@@ -106,7 +107,9 @@ def begin(
             # Threads end first: a commit that is under way needs the lock.
             with RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
                 (path / CONFIG_FILE).write_text(_AS_FILE + to_toml(config))
-                session = Session(device, rundir, threads, display, _or_late(should_stop, config), Callbacks(callbacks))
+                session = Session(
+                    device, rundir, threads, display, _or_late(should_stop, config), Callbacks((*callbacks, *loggers))
+                )
                 return run_to_end(session, workload, profile, state, estimator)
 
 
@@ -160,7 +163,7 @@ def resume(
             display.message(f"{damaged} is no whole commit of this run, and is left alone; going on from {path / 'journal.json'}")
     check_trust(config, options, path, trust=trust)
     rank.check(config)
-    with file_system_faults(path), _environment(display) as threads:
+    with file_system_faults(path), _environment(display) as threads, open_logger(config, display) as loggers:
         inputs = _open_before_floor(config, open_inputs, display)
         check_same_weights(state, inputs[0], path)
         if state.stage != "born":
@@ -176,7 +179,15 @@ def resume(
                     state.epochs = config.epochs[0]
                 device.enforce(profile.untouched_bytes)
                 count_resume(rundir, state, workload, after_crash=after_crash)
-                session = Session(device, rundir, threads, display, _or_late(should_stop, config), Callbacks(callbacks))
+                session = Session(
+                    device,
+                    rundir,
+                    threads,
+                    display,
+                    _or_late(should_stop, config),
+                    Callbacks((*callbacks, *loggers)),
+                    after_crash=after_crash,
+                )
                 return run_to_end(session, workload, profile, state, estimator)
 
 

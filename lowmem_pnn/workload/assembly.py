@@ -301,6 +301,11 @@ def _by_method(workload: Workload) -> Workload:
             f"--method neuroflux needs targets that a head can learn at every layer, and data {workload.dataset.name} has "
             f"{_INSTEAD_OF_CLASS[kind]}; use --method exact"
         )
+    if workload.config.local_loss != "cross-entropy" and kind not in ("class", "probabilities"):
+        raise ConfigError(
+            f"--local-loss {workload.config.local_loss} needs a class for each sample, and data {workload.dataset.name} has "
+            f"{_INSTEAD_OF_CLASS[kind]}; use --local-loss cross-entropy"
+        )
     if not workload.method.sweeps and (chain := workload.bare.between_blocks) is not None:
         workload = dataclasses.replace(workload, chain=chain, bare=chain, parts=workload.bare)
     return dataclasses.replace(workload, chain=_with_heads(workload)) if workload.method.learns_per_layer else workload

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem_pnn.dispatch_mode import DispatchMode
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.layer import Layer
 
@@ -50,11 +50,11 @@ def behaviour_of(layer: Layer, before: Sequence[TensorSpec]) -> Behaviour:
     return Behaviour(changes, is_fixed)
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(DispatchMode):
     """Records the operations of a forward, with their arguments but for the tensors."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.log: list[Any] = []
         self.draws = False
         self.changes_buffers = False

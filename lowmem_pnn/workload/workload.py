@@ -5,6 +5,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,7 +85,7 @@ class Workload:
     @property
     def needs_whole_batch(self) -> bool:
         """Whether the loss of a batch is not made up of those of its parts, so that it has to go through at once."""
-        return getattr(self.task, "needs_whole_batch", False)
+        return getattr(self.task, "needs_whole_batch", False) or self.config.local_loss != "cross-entropy"
 
     @property
     def readers_peak_bytes(self) -> int:
@@ -194,6 +195,11 @@ class Workload:
         if layer not in self._behaviours:
             self._behaviours[layer] = behaviour_of(self.chain.layers[layer], self.chain.boundaries[layer])
         return self._behaviours[layer]
+
+    @cached_property
+    def meta_models(self) -> dict[tuple[tuple[int, int], ...], Any]:
+        """Meta models that were made of this workload (`meta_model`), by the spans of the partitions."""
+        return {}
 
     @cached_property
     def _behaviours(self) -> dict[int, Behaviour]:

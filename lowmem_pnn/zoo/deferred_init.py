@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem_pnn.dispatch_mode import DispatchMode
 from lowmem_pnn.errors import DiskError
 from lowmem_pnn.units import MEBIBYTE, format_bytes
 
@@ -158,7 +158,7 @@ def _random_state_kept() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-class FileBacked(TorchDispatchMode):
+class FileBacked(DispatchMode):
     """Dispatch mode under which operations that make a large CPU tensor return one that lives in a file.
 
     The mode works at the dispatcher, and not at the Python functions: there `copy.deepcopy` of a module (as `nn.TransformerEncoder`
@@ -166,7 +166,7 @@ class FileBacked(TorchDispatchMode):
     """
 
     def __init__(self, folder: Path, at_least: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._folder = folder
         self._at_least = at_least
         # Mapped files, by the address of their first byte.
@@ -181,11 +181,6 @@ class FileBacked(TorchDispatchMode):
         start = _storage_start(tensor)
         if start in self._maps:
             self._maps[start].madvise(mmap.MADV_DONTNEED)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # torch's default wraps the method below in a guard that imports its compiler: 80 MB of private memory.
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -210,6 +210,7 @@ def train_plainly(
     partition: int = 0,
     loss_of: Loss | None = None,
     micro_batch_of: Callable[[int], int] | None = None,
+    epochs: int | None = None,
 ) -> nn.Module:
     """A model, or one partition, trained against a loss of its own."""
     train_epochs(
@@ -219,7 +220,7 @@ def train_plainly(
         order_of,
         config,
         groups={partition: list(model.parameters())},
-        epochs=config.value_for("epochs", partition),
+        epochs=epochs or config.value_for("epochs", partition),
         batch_size=config.value_for("batch_size", partition),
         place=("forward", partition),
         micro_batch_of=micro_batch_of,
@@ -334,7 +335,7 @@ def train_by_pnn(
         train_plainly(
             part,
             lambda indices, x=inputs, y=labels: (x[indices], y[indices]),  # type: ignore[misc]
-            _order_of(config, partition, len(split), written),
+            order_of_partition(config, partition, len(split), written),
             config,
             partition=partition,
             loss_of=None if codes is None else functools.partial(_distance, config, codes),
@@ -371,8 +372,8 @@ def _distance(config: FitConfig, codes: Tensor, output: Tensor, labels: Tensor) 
     return nn.functional.mse_loss(output, codes[labels])
 
 
-def _order_of(config: FitConfig, partition: int, size: int, written: bool) -> Callable[[int], np.ndarray]:
-    """In which order a partition of `pnn` sees its samples, by epoch."""
+def order_of_partition(config: FitConfig, partition: int, size: int, written: bool) -> Callable[[int], np.ndarray]:
+    """In which order a partition that learns by itself sees its samples, by epoch."""
     if config.value_for("shuffle", partition):
         return lambda epoch: permutation_of(size, config.seed, "samples" if written else "epoch", epoch)
     return lambda epoch: np.arange(size) if written else permutation_of(size, config.seed, "own order")

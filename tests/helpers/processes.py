@@ -1,6 +1,7 @@
 """Commands in processes of their own, on a data set that files beside it make slow, or stuck."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,6 +70,8 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Tests may run under nohup, which a run takes for the wish to outlive its terminal.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
 
     def end(self) -> tuple[int, str, str]:

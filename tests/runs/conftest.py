@@ -1,4 +1,4 @@
-"""Fixtures of whole runs: a layer that one run has measured is measured for all."""
+"""Fixtures of whole runs: a layer that one run has measured is measured for all, and all weights and state move."""
 
 from collections.abc import Hashable, Iterator
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lowmem_pnn.model.layer import Layer
+from lowmem_pnn.planning import batch_plan
 from lowmem_pnn.profiling.fake_run import FakeRun, LayerMeasurement
 from lowmem_pnn.profiling.fingerprint import layer_fingerprint
 
@@ -29,3 +30,13 @@ def _equal_layers_are_measured_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FakeRun, "measure", measure_once)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _all_of_it_moves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have sweeps move all weights and state, as under a tight budget, but in tests that are marked `resident`.
+
+    Budgets of small networks have room for all of it, and what these tests are about would not be done.
+    """
+    if request.node.get_closest_marker("resident") is None:
+        monkeypatch.setattr(batch_plan, "with_resident_state", lambda request, plan: plan)

@@ -160,9 +160,15 @@ def test_a_plan_shows_all_methods_side_by_side() -> None:
     assert heads.split("  ")[1].strip() == "method"
     rows = [row.split() for row in shown.out.splitlines() if " fits " in row and not row.startswith("take ")]
     assert "\ntake " in shown.out
-    assert [row[:2] if row[0] == ">" else row[:1] for row in rows] == [["pnn"], ["neuroflux"], [">", "exact"], ["backprop"]]
+    assert [row[:2] if row[0] == ">" else row[:1] for row in rows] == [
+        ["pnn"],
+        ["neuroflux"],
+        ["incubate"],
+        [">", "exact"],
+        ["backprop"],
+    ]
     prospects = json.loads(lowmem_pnn(f"{line} --json").out)["prospects"]
-    assert [one["asked"] for one in prospects] == [False, False, True, False]
+    assert [one["asked"] for one in prospects] == [False, False, False, True, False]
     assert all(one["fits"] and one["seconds_per_epoch"] > 0 and one["micro_batches"] for one in prospects)
     without = lowmem_pnn(f"{line} --json --no-timing")
     assert json.loads(without.out)["prospects"] == []

@@ -158,7 +158,7 @@ def test_a_table_of_whole_numbers_is_trained_on_as_floats(method: str, tmp_path:
     assert runs[0].test_loss == runs[1].test_loss
 
 
-@pytest.mark.parametrize("method", ["pnn", "neuroflux", "exact", "backprop"])
+@pytest.mark.parametrize("method", ["pnn", "neuroflux", "incubate", "exact", "backprop"])
 def test_a_last_sample_joins_the_batch_before_it_where_a_norm_needs_two(method: str, tmp_path: Path) -> None:
     x, y = torch.rand(17, 6), torch.arange(17) % 3
 

@@ -183,7 +183,7 @@ def test_outputs_that_are_written_count_on_the_disk() -> None:
 @pytest.mark.parametrize("options", [{"freeze_norm": True}, {"freeze": "[0134].*"}])
 def test_frozen_first_layers_are_timed_without_a_backward(options: dict[str, Any]) -> None:
     report = lowmem_pnn.plan(FrozenByItsCode, images(), method="exact", epochs=2, max_gpu_mem="100MB", device="cpu", **options)
-    assert [prospect.method for prospect in report.prospects] == ["pnn", "neuroflux", "exact", "backprop"]
+    assert [prospect.method for prospect in report.prospects] == ["pnn", "neuroflux", "incubate", "exact", "backprop"]
     assert report.fits
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 import lowmem_pnn
 from helpers.plainloops import built, loaded, make_optimizer, step_lines, training_split
@@ -42,6 +42,35 @@ def drawn_head(number: int, seed: int, shapes: list[tuple[int, ...]]) -> nn.Modu
     return make_head("adaptive", specs[number], specs[number + 1 :], 4, tokens=False)
 
 
+class PlainSimilarity(nn.Module):
+    """A head, and features whose likeness between samples is compared with that of the samples' classes."""
+
+    def __init__(self, head: nn.Module, shape: tuple[int, ...], *, scores_teach: bool) -> None:
+        super().__init__()
+        self.head, self.scores_teach = head, scores_teach
+        width = shape[0]
+        self.features = (
+            nn.Conv2d(width, width, 3, padding=1, bias=False) if len(shape) > 1 else nn.Linear(width, width, bias=False)
+        )
+
+    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        def alike(rows: Tensor) -> Tensor:
+            centred = rows - rows.mean(1, keepdim=True)
+            return nn.functional.cosine_similarity(centred[:, None], centred[None], dim=2)
+
+        prediction = nn.functional.cross_entropy(self.head(outputs if self.scores_teach else outputs.detach()), y)
+        features = self.features(outputs)
+        features = features.flatten(2).std(2) if features.dim() == 4 else features
+        matching = (alike(features) - alike(torch.eye(4)[y])).pow(2).mean()
+        return 0.99 * matching + 0.01 * prediction if self.scores_teach else matching + prediction
+
+
+def loss_of(head: nn.Module | None, outputs: Tensor, y: Tensor) -> Tensor:
+    if isinstance(head, PlainSimilarity):
+        return head.loss(outputs, y)
+    return nn.functional.cross_entropy(outputs if head is None else head(outputs), y)
+
+
 def train_locally(data: Data, blocks: list[int], epochs: int, **options: Any) -> tuple[nn.Module, list[nn.Module | None]]:
     """What `--method neuroflux` is to give for `conv_layers`, in plain PyTorch.
 
@@ -56,7 +85,12 @@ def train_locally(data: Data, blocks: list[int], epochs: int, **options: Any) ->
     model = built(conv_layers, config.seed)
     assert isinstance(model, nn.Sequential)
     parts = [model[start:stop] for start, stop in itertools.pairwise(BOUNDS)]
-    heads: list[nn.Module | None] = [drawn_head(unit, config.seed, [(16, 8, 8), (24, 4, 4), (384,)]) for unit in range(3)]
+    shapes: list[tuple[int, ...]] = [(16, 8, 8), (24, 4, 4), (384,)]
+    heads: list[nn.Module | None] = []
+    for unit, shape in enumerate(shapes):
+        head = drawn_head(unit, config.seed, shapes)
+        is_plain = config.local_loss == "cross-entropy"
+        heads.append(head if is_plain else PlainSimilarity(head, shape, scores_teach=config.local_loss == "both"))
     heads.append(None)
     x, y = split.batch(np.arange(len(split)))
     for block in range(max(blocks) + 1):
@@ -79,7 +113,7 @@ def train_locally(data: Data, blocks: list[int], epochs: int, **options: Any) ->
                 for unit in own:
                     tensor = parts[unit](tensor)
                     head = heads[unit]
-                    nn.functional.cross_entropy(tensor if head is None else head(tensor), y[chosen]).backward()  # type: ignore[no-untyped-call]
+                    loss_of(head, tensor, y[chosen]).backward()  # type: ignore[no-untyped-call]
                     if config.clip_norm is not None:
                         learning = [p for module in (parts[unit], head) if module is not None for p in module.parameters()]
                         nn.utils.clip_grad_norm_(learning, config.clip_norm)
@@ -117,6 +151,51 @@ def test_units_learn_as_in_plain_pytorch(cuts: str | None, blocks: list[int], tm
     for number, head in enumerate(heads):
         for name, tensor in (head.state_dict() if head is not None else {}).items():
             assert torch.equal(kept[head_prefix(number) + name], tensor), name
+
+
+@pytest.mark.parametrize("local_loss", ["similarity", "both"])
+def test_units_learn_which_samples_are_alike_as_in_plain_pytorch(local_loss: str, tmp_path: Path) -> None:
+    data = images(60)
+    result = fit(tmp_path / "run", data, cuts="2", local_loss=local_loss, optimizer="sgd")
+    expected, heads = train_locally(data, [0, 0, 1, 1], epochs=2, local_loss=local_loss, optimizer="sgd")
+    trained = load_file(result.weights_file)
+    # The plain cosines are summed in another order.
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-3, atol=1e-4)
+    kept = load_file(tmp_path / "run" / "heads.safetensors")
+    assert heads[1] is not None
+    torch.testing.assert_close(
+        kept[head_prefix(1) + "features.0.weight"], heads[1].state_dict()["features.weight"], rtol=1e-3, atol=1e-4
+    )
+    untrained, _ = train_locally(data, [0, 0, 1, 1], epochs=2, optimizer="sgd")
+    assert not torch.allclose(trained["0.weight"], untrained.state_dict()["0.weight"], rtol=1e-3, atol=1e-4)
+
+
+def test_an_exit_of_a_similarity_run_is_its_class_scores_alone(tmp_path: Path) -> None:
+    data = images(60)
+    result = fit(tmp_path / "run", data, cuts="2", local_loss="both", epochs=1)
+    lowmem_pnn.export(result, out=tmp_path / "exit", exit=1)
+    exported = torch.export.load(tmp_path / "exit" / "model.pt2")
+    assert exported.module()(data[0]).shape == (60, 4)
+    assert not any("features" in name for name in exported.state_dict)
+    assert result.exits[0]["params"] == sum(tensor.numel() for name, tensor in exported.state_dict.items() if is_parameter(name))
+
+
+def is_parameter(name: str) -> bool:
+    return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"micro_batch": 8}, "--micro-batch 8 of --batch-size 16: a batch has to go through at once"),
+        ({"method": "exact"}, "--local-loss has no effect here: it needs --method neuroflux"),
+        ({"ignore_index": 0}, "--local-loss both compares all samples"),
+    ],
+)
+def test_similarity_is_refused_where_it_cannot_be(options: dict[str, Any], error: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=error):
+        fit(tmp_path / "run", images(60), local_loss="both", **options)
 
 
 @pytest.mark.parametrize("step_in_backward", [True, False])

@@ -1,6 +1,10 @@
 """On an NVIDIA GPU: runs within the budget, copies beside the computing, stores and optimizers on its tensors."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,13 @@ from helpers.quantized_state import PARAMETER_SHAPES, numbers, parameters, quant
 from helpers.small_networks import images, small_conv
 from helpers.tensors import bits, random_tensor
 from lowmem_pnn.device import CudaDevice
-from lowmem_pnn.device.cuda import CudaCopies
-from lowmem_pnn.errors import Stopped
+from lowmem_pnn.device.cuda_driver import CudaCopies
+from lowmem_pnn.errors import BudgetError, Stopped
 from lowmem_pnn.memory.aligned import aligned_empty
+from lowmem_pnn.memory.nvml import Nvml
 from lowmem_pnn.optim.low_precision import PIECE_SIZE, Int8, pieces
 from lowmem_pnn.optim.optimizers import OptimizerSpec
+from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.stores.activation_writer import ActivationWriter
 from lowmem_pnn.stores.activations import ActivationStore
 from lowmem_pnn.stores.tensor_file import TensorFile
@@ -28,6 +34,7 @@ from lowmem_pnn.stores.tensor_file import TensorFile
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 MB = 10**6
+TESTS = Path(__file__).parents[1]
 
 
 def test_tensors_on_the_gpu_are_appended(tmp_path, pool):
@@ -63,8 +70,99 @@ def test_a_run_on_a_gpu_stays_within_its_budget(method: str, tmp_path: Path) -> 
     assert result.test_accuracy == pytest.approx(float((scores.argmax(1) == data[1]).float().mean()), abs=0.02)
 
 
-def test_a_run_on_a_gpu_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    from lowmem_pnn.reporting.progress import Display
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"optimizer_state": "int8"},
+        {"clip_norm": 0.1, "cuts": "1,2,3"},
+        {"cuts": "1,2,3", "micro_batch": 4},
+        {"tf32": True},
+    ],
+    ids=str,
+)
+def test_options_on_a_gpu_train_as_on_the_cpu(options: dict[str, Any], tmp_path: Path) -> None:
+    def weights(device: str) -> dict[str, Tensor]:
+        given = {name: value for name, value in options.items() if device == "cuda" or name != "tf32"}
+        result = lowmem_pnn.fit(
+            without_dropout, images(64), max_gpu_mem="2GB", device=device, method="exact", workdir=tmp_path / device, epochs=2,
+            batch_size=16, val_fraction=0, **given,
+        )  # fmt: skip
+        return loaded(without_dropout, result.weights_file).state_dict()
+
+    # Kernels round differently; an option that was forgotten on one of them would be far away.
+    expected, tolerance = weights("cpu"), 2e-2 if {"precision", "tf32"} & options.keys() else 5e-3
+    for name, tensor in weights("cuda").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance)
+
+
+def without_dropout() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(),
+        nn.Linear(12 * 16, 32), nn.ReLU(),
+        nn.Linear(32, 4),
+    )  # fmt: skip
+
+
+def test_what_the_process_holds_seen_from_outside_stays_within_the_budget(tmp_path: Path) -> None:
+    """Two runs of one process, the second with a context that is there; NVML is asked by this one, whatever it knows of processes."""
+    nvml = Nvml.find(0)
+    before = None if nvml is None else nvml.used_bytes()
+    if nvml is None or before is None:
+        pytest.skip("NVML does not know this device")
+    code = (
+        "import lowmem_pnn, torch\n"
+        "from helpers.small_networks import images, small_conv\n"
+        "for number in range(2):\n"
+        f"    options = dict(max_gpu_mem='1GB', device='cuda', epochs=20, workdir={str(tmp_path / 'run')!r} + str(number))\n"
+        "    result = lowmem_pnn.fit(small_conv, images(64), **options)\n"
+        "    assert result.context['bytes'] >= 250_000_000, result.context\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    highest = before
+    while process.poll() is None:
+        highest = max(highest, nvml.used_bytes() or 0)
+        time.sleep(0.005)
+    assert process.returncode == 0
+    assert 0 < highest - before <= 1_000 * MB
+
+
+def test_the_smallest_budget_that_is_named_on_a_gpu_works(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"device": "cuda", "method": "exact", "budget_scope": "allocator", "epochs": 1, "batch_size": 16}
+    with pytest.raises(BudgetError) as caught:
+        lowmem_pnn.fit(small_conv, images(64), max_gpu_mem="2MB", workdir=tmp_path / "small", **options)
+    assert caught.value.enough_bytes is not None
+    result = lowmem_pnn.fit(small_conv, images(64), max_gpu_mem=caught.value.enough_bytes, workdir=tmp_path / "enough", **options)
+    assert result.peak_bytes <= caught.value.enough_bytes
+
+
+def test_a_gpu_that_gets_fuller_is_gone_on_with_in_smaller_micro_batches(tmp_path: Path) -> None:
+    class Fills(Display):
+        """Leaves the allocator a little more than it holds, from the second epoch on."""
+
+        def start_epoch(self, title: str, epoch: int, epochs: int, num_samples: int, done: int) -> None:
+            if epoch == 1:
+                torch.cuda.empty_cache()
+                size = torch.cuda.memory_reserved() + 24 * MB
+                torch.cuda.set_per_process_memory_fraction(size / torch.cuda.get_device_properties(0).total_memory)
+
+    def wide() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten(),
+                             nn.Linear(64 * 64 * 64, 4))  # fmt: skip
+
+    data = torch.rand(32, 3, 64, 64), torch.arange(32) % 4
+    result = lowmem_pnn.fit(
+        wide, data, max_gpu_mem="3GB", device="cuda", method="backprop", workdir=tmp_path / "run", epochs=2, batch_size=32, val_fraction=0,
+        display=Fills(),
+    )  # fmt: skip
+    assert result.oom_retries > 0
+
+
+def test_a_run_on_a_gpu_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
     def run(folder: Path, display: Display, **options: bool) -> Callable[[], torch.nn.Module]:
         result = lowmem_pnn.fit(

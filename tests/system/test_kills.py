@@ -32,8 +32,8 @@ def test_killed_anywhere_and_resumed_is_same_as_uninterrupted(
     tmp_path: Path, long: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kills = 500 if long else 0
-    # A few of each kind: with three of the methods, and with clipping, half precision and tied weights.
-    names = [] if long else ["pnn", "exact", "neuroflux, interleaved"]
+    # A few of each kind: with four of the methods, and with clipping, half precision and tied weights.
+    names = [] if long else ["pnn", "exact, resident", "neuroflux, interleaved", "incubate"]
     done = subprocess.run(
         [sys.executable, "-m", "trials.kills", str(tmp_path / "trials"), str(kills), "0", *names],
         cwd=TESTS,

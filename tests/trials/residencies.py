@@ -54,8 +54,8 @@ def train(method: str, folder: Path, count: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     unload, readings = Residency.unload, list[dict[str, int]]()
 
-    def counted(self: Residency) -> None:
-        unload(self)
+    def counted(self: Residency, **options: bool) -> None:
+        unload(self, **options)
         # Not all the while: the list would be what grows.
         readings.append(held(folder) if not SKIPPED + WINDOW <= len(readings) < count - WINDOW else readings[0])
         if len(readings) == count:

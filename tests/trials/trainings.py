@@ -11,10 +11,11 @@ import signal
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 import torch
 
@@ -25,6 +26,7 @@ from torch import nn
 import lowmem_pnn
 from helpers import small_networks as networks
 from lowmem_pnn.errors import CheckpointError
+from lowmem_pnn.planning import batch_plan
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.stores import disk
 from lowmem_pnn.training import setup, start
@@ -42,12 +44,14 @@ class Training:
         build: builds its model.
         data: gives so many of its samples, by a seed.
         options: of `lowmem_pnn.fit`, beside those that all have: a commit after every batch, tiny batches.
+        stays: whether weights and optimizer state of sweeps stay in memory from batch to batch, as there is room for them.
     """
 
     features: str
     build: Callable[[], nn.Module]
     data: Callable[..., networks.Data]
     options: dict[str, Any] = field(default_factory=dict)
+    stays: bool = False
 
     def run(self, path: Path, *, resume: bool = False, **options: Any) -> None:
         """Begin, or go on.
@@ -58,8 +62,9 @@ class Training:
             **options: of `lowmem_pnn.fit`.
         """
         given = {**_COMMON, **self.options, **options}
-        # 5 batches, of which the last is short; a validation split of 3.
-        lowmem_pnn.fit(self.build, self.data(38), test=self.data(9, seed=1), workdir=path, resume=resume, **given)
+        with nullcontext() if self.stays else mock.patch.object(batch_plan, "with_resident_state", lambda request, plan: plan):
+            # 5 batches, of which the last is short; a validation split of 3.
+            lowmem_pnn.fit(self.build, self.data(38), test=self.data(9, seed=1), workdir=path, resume=resume, **given)
 
     def finish(self, path: Path) -> None:
         """Go on, or begin where there is no run yet."""
@@ -105,6 +110,10 @@ TRAININGS = {
         "BatchNorm, Dropout, clipping, keep_commits 2", networks.small_conv, networks.images,
         {"method": "exact", "cuts": "1,2", "clip_norm": 0.5, "keep_commits": 2},
     ),
+    "exact, resident": Training(
+        "weights and state stay in memory, keep_commits 2", networks.small_conv, networks.images,
+        {"method": "exact", "cuts": "1,2", "keep_commits": 2}, stays=True,
+    ),
     "exact, tied": Training(
         "weights tied across partitions, bf16", _tied_gpt, networks.tokens,
         {"method": "exact", "cuts": "1,2", "precision": "bf16", "compare": False},
@@ -124,6 +133,10 @@ TRAININGS = {
     "neuroflux, laps": Training(
         "two laps, keep_commits 2", networks.conv_layers, networks.images,
         {"method": "neuroflux", "cuts": "2", "visits": "laps=2", "epochs": 2, "keep_commits": 2},
+    ),
+    "incubate": Training(
+        "a meta model, BatchNorm, Dropout, two views, a recovery epoch", networks.small_conv, networks.images,
+        {"method": "incubate", "cuts": "2", "views": 2, "augment": "basic", "recovery_epochs": 1},
     ),
     "backprop": Training(
         "sgd with momentum, cosine, fp16, tied weights", _tied_gpt, networks.tokens,

@@ -16,7 +16,9 @@ pytestmark = pytest.mark.usefixtures("data_folder")
 
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ["", "fit", "plan", "evaluate", "predict", "generate", "export", "bench", "doctor", "models", "fit-all", "plan-all"]
+COMMANDS = [
+    "", "fit", "plan", "evaluate", "predict", "generate", "export", "bench", "doctor", "models", "completion", "fit-all", "plan-all",
+]  # fmt: skip
 
 
 def help_of(command: str) -> str:
@@ -85,7 +87,7 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
         (
             "fit --max-gpu-mem 1GB --method pnm",
             3,
-            "--method 'pnm' is none of pnn, neuroflux, exact, backprop; did you mean 'pnn'?",
+            "--method 'pnm' is none of pnn, neuroflux, incubate, exact, backprop; did you mean 'pnn'?",
         ),
         ("fit --max-gpu-mem 1GB --seed -1", 3, "--seed '-1': must be greater than or equal to 0"),
         ("fit --resume", 3, "--resume: there is no unfinished run in runs; give --workdir DIR, or leave --resume out to begin"),
@@ -130,7 +132,7 @@ def test_bad_options(line: str, code: int, text: str) -> None:
     assert done.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("more", ["--budget-scope allocator", "--max-host-mem 1GB"])
+@pytest.mark.parametrize("more", ["--budget-scope allocator", "--max-host-mem 1GB", "--tf32"])
 def test_options_for_a_gpu_on_a_machine_without(more: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = lowmem_pnn(f"fit --max-gpu-mem 100MB --model mlp:20-3 --data npz:data.npz {more}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem_pnn.device import is_out_of_memory, why_it_failed
-from lowmem_pnn.device.budget import OverBudget
+from lowmem_pnn.device.budget import OverBudget, other_cause
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,13 @@ from lowmem_pnn.device.budget import OverBudget
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
+        RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
         RuntimeError(
             'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":1131, please report a bug to PyTorch.'
         ),
@@ -44,6 +51,12 @@ def test_out_of_memory_is_recognised(error: Exception) -> None:
 )
 def test_other_errors_are_not(error: BaseException) -> None:
     assert not is_out_of_memory(error)
+
+
+def test_what_a_library_said_is_told_where_it_may_mean_something_else() -> None:
+    failed = RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED\nat conv")
+    assert other_cause(failed) == "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED at conv"
+    assert other_cause(RuntimeError("CUDA error: out of memory")) == ""
 
 
 def test_a_missing_kernel_is_named_with_what_to_do() -> None:

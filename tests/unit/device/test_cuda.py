@@ -2,73 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lowmem_pnn.device import CudaDevice
-from lowmem_pnn.device.cuda import CudaCopies
-from lowmem_pnn.device.simulated import DelayedCopies
+from helpers.gpu_driver import MB, Driver, World
+from lowmem_pnn.device import CudaDevice, context_memory
+from lowmem_pnn.device.cuda_driver import CudaCopies, use_expandable_segments
 from lowmem_pnn.errors import BudgetError, ConfigError
-
-MB = 10**6
-
-
-class Driver:
-    """A device of 8 GB on which others hold 700 MB, and a context of 400 MB."""
-
-    def __init__(self, *, knows_process: bool = True) -> None:
-        self.knows_process = knows_process
-        self.others, self.context = 700 * MB, 0
-        self.allocated = self.peak = 0
-        self.cap: int | None = None
-        self.emptied = 0
-
-    def start(self) -> None:
-        self.context = 400 * MB
-        self.allocated = 2 * MB  # what the warm-up leaves
-
-    def device_used(self) -> int:
-        return self.others + self.context + self.allocated
-
-    def process_used(self) -> int | None:
-        return self.context + self.allocated if self.knows_process else None
-
-    def total(self) -> int:
-        return 8_000 * MB
-
-    def reserved(self) -> int:
-        return self.allocated
-
-    def peak_reserved(self) -> int:
-        return self.peak
-
-    def reset_peak(self) -> None:
-        self.peak = self.allocated
-
-    def cap_allocator(self, size: int) -> None:
-        self.cap = size
-
-    def empty_cache(self) -> None:
-        self.emptied += 1
-
-    def pinned(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8)
-
-    def copies(self) -> DelayedCopies:
-        return DelayedCopies()
-
-    def allocate(self, size: int) -> None:
-        self.allocated += size
-        self.peak = max(self.peak, self.allocated)
+from lowmem_pnn.units import MEBIBYTE
 
 
-@pytest.mark.parametrize("knows_process", [True, False], ids=["NVML", "no process in NVML"])
-def test_the_allocator_gets_the_budget_without_the_context(knows_process: bool) -> None:
-    driver = Driver(knows_process=knows_process)
+@pytest.mark.parametrize("world", ["nvml", "not listed"])
+def test_the_allocator_gets_the_budget_without_the_context(world: World) -> None:
+    driver = Driver(world)
     with CudaDevice(2_000 * MB, driver=driver) as device:
-        assert device.fixed_bytes == 400 * MB
+        assert device.fixed_bytes == 402 * MB, "the context, and the workspaces that the warm-up leaves in the allocator"
+        assert device.context == {"bytes": 400 * MB, "found": "nvml" if world == "nvml" else "difference"}
         assert driver.cap == 1_600 * MB
         driver.allocate(998 * MB)
         driver.allocate(-500 * MB)
@@ -88,19 +40,20 @@ def test_the_allocator_gets_the_budget_without_the_context(knows_process: bool) 
 def test_scope_allocator_leaves_the_context_out() -> None:
     driver = Driver()
     with CudaDevice(300 * MB, scope="allocator", driver=driver) as device:
-        assert device.fixed_bytes == 0
+        assert device.fixed_bytes == 2 * MB
         assert driver.cap == 300 * MB
         driver.allocate(98 * MB)
         assert device.peak_bytes == 100 * MB
 
 
-def test_libraries_that_are_loaded_later_are_taken_from_the_allocator() -> None:
+def test_libraries_that_are_loaded_later_are_taken_from_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context_memory, "_SECONDS_BETWEEN", 0.0)
     driver = Driver()
     with CudaDevice(1_000 * MB, driver=driver) as device:
         driver.allocate(500 * MB)
         driver.context += 60 * MB
         device.begin_section()
-        assert device.fixed_bytes == 460 * MB
+        assert device.fixed_bytes == 462 * MB
         assert driver.cap == 540 * MB
         driver.context += 50 * MB
         device.begin_section()
@@ -109,11 +62,11 @@ def test_libraries_that_are_loaded_later_are_taken_from_the_allocator() -> None:
 
 
 def test_what_others_take_meanwhile_is_not_ours() -> None:
-    driver = Driver(knows_process=False)
+    driver = Driver("not listed")
     with CudaDevice(1_000 * MB, driver=driver) as device:
         driver.others += 3_000 * MB
         device.begin_section()
-        assert device.fixed_bytes == 400 * MB
+        assert device.fixed_bytes == 402 * MB
         assert driver.cap == 600 * MB
 
 
@@ -129,6 +82,35 @@ def test_a_budget_below_the_context_is_refused() -> None:
 def test_a_budget_above_the_device_is_refused() -> None:
     with pytest.raises(BudgetError, match=r"--max-gpu-mem 9\.00 GB is more than the device has, 8\.00 GB; give less"):
         CudaDevice(9_000 * MB, driver=Driver()).open()
+
+
+@pytest.mark.parametrize(("scope", "room"), [("process", "2.00 GB"), ("allocator", "1.60 GB")])
+def test_what_other_processes_hold_cannot_be_given(scope: Any, room: str) -> None:
+    driver = Driver()
+    driver.others = 6_000 * MB
+    with CudaDevice(1_600 * MB, scope=scope, driver=driver):
+        pass
+    with pytest.raises(
+        BudgetError,
+        match=rf"--max-gpu-mem 2\.10 GB is more than the device can give, {room} of 8\.00 GB: other processes hold 6\.00 GB; "
+        "give less, or end them",
+    ):
+        CudaDevice(2_100 * MB, scope=scope, driver=driver).open()
+
+
+def test_plans_leave_room_for_workspaces_and_segments() -> None:
+    assert CudaDevice.slack_for(200 * MB) == 22 * MEBIBYTE
+    assert CudaDevice.slack_for(1 << 30) == 64 * MEBIBYTE
+
+
+def test_segments_expand_where_the_user_has_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append, raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert use_expandable_segments()
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    assert not use_expandable_segments()
+    assert asked == ["expandable_segments:True"]
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:

@@ -188,6 +188,35 @@ def test_a_reader_gets_page_locked_memory_only_as_far_as_copies_can_do_without_i
 # Whole runs.
 
 
+def test_a_tensor_that_is_larger_than_the_slab_goes_through_it_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    transfers = transfers_of(limit=1 << 10, slab=1 << 16)
+    sizes: dict[str, list[int]] = {"upload": [], "download": []}
+
+    def count(way: str) -> None:
+        copy = getattr(transfers._engine, way)
+        monkeypatch.setattr(transfers._engine, way, lambda one, other: (sizes[way].append(one.nbytes), copy(one, other))[1])
+
+    count("upload")
+    count("download")
+    tensor = torch.randn(7, 10_001)
+    (on_device,) = transfers.to_device([tensor])
+    assert torch.equal(transfers.download(on_device).get(), tensor)
+    for way in ("upload", "download"):
+        assert sum(sizes[way]) == tensor.nbytes
+        assert max(sizes[way]) == 1 << 14, "a quarter of the slab"
+
+
+def test_a_reader_gets_the_memory_of_uploads_that_are_complete(pool: ThreadPoolExecutor) -> None:
+    transfers = transfers_of(slab=1 << 12)
+    for _ in range(3):
+        upload = transfers.upload([torch.ones(400)])
+        assert upload is not None
+        upload.get()  # waits, so that the copy is done
+        piece = pool.submit(transfers.empty, (500,), torch.float32).result()
+        assert transfers.slab.owns(piece)
+        del piece
+
+
 def test_a_slab_that_the_system_refuses_leaves_plain_copies() -> None:
     def refuse(size: int) -> Tensor:
         raise RuntimeError("CUDA error: out of memory")

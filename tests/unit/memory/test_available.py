@@ -13,7 +13,7 @@ from lowmem_pnn.memory.available import available_bytes, budget_of
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without a GPU and with 10 GB free; the folder is that of its control group."""
-    monkeypatch.setattr(available, "_DRIVERS", ())
+    monkeypatch.setattr(available, "DRIVERS", ())
     monkeypatch.setattr(available, "_CGROUP", tmp_path)
     monkeypatch.setattr(available.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000_000))
     return tmp_path

@@ -17,7 +17,17 @@ from helpers.quantized_state import PARAMETER_SHAPES, dequantized, give_gradient
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.memory.storage_tracker import StorageTracker
 from lowmem_pnn.optim import low_precision
-from lowmem_pnn.optim.low_precision import BLOCK_SIZE, MIN_QUANTIZED_SIZE, PIECE_SIZE, Bfloat16, Int8, is_quantized, pieces
+from lowmem_pnn.optim.low_precision import (
+    BLOCK_SIZE,
+    GPU_PIECE_SIZE,
+    MIN_QUANTIZED_SIZE,
+    PIECE_SIZE,
+    Bfloat16,
+    Int8,
+    is_quantized,
+    piece_size,
+    pieces,
+)  # fmt: skip
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 
 SIZES = [
@@ -283,3 +293,14 @@ def test_state_in_fp32_is_pytorchs_own_optimizer() -> None:
     ours = parameters((64, 64))
     built = OptimizerSpec("adamw").build(ours, zeros(OptimizerSpec("adamw"), ours))
     assert type(built) is type(make_optimizer(config, 0, list(ours.values()))) is torch.optim.AdamW
+
+
+def test_on_a_gpu_pieces_are_as_large_as_a_step_slice_and_plans_know() -> None:
+    parameter = torch.empty(3000, 3000, device="meta")
+    spec = OptimizerSpec("adamw", state="int8")
+    cpu, gpu = (spec.step_bytes(parameter, None, torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert gpu / cpu == pytest.approx(GPU_PIECE_SIZE / PIECE_SIZE, rel=1e-6)
+    assert spec.step_bytes(parameter, PIECE_SIZE, torch.device("cuda")) == cpu
+    assert [piece.stop - piece.start for piece in pieces(GPU_PIECE_SIZE + 300, piece_size(torch.device("cuda", 1)))] == [
+        GPU_PIECE_SIZE, 256, 44,
+    ]  # fmt: skip

@@ -78,3 +78,12 @@ def test_a_folder_that_cannot_be_closed_is_removed_as_far_as_possible(tmp_path: 
 
     monkeypatch.setattr("shutil.rmtree", fail)
     disk.remove_folder(tmp_path)
+
+
+def test_where_the_device_takes_the_hosts_memory_no_file_stays_in_the_cache() -> None:
+    assert not disk.outgrows_page_cache(1)
+    disk.spare_page_cache(True)
+    try:
+        assert disk.outgrows_page_cache(1)
+    finally:
+        disk.spare_page_cache(False)

@@ -1,0 +1,191 @@
+"""What both estimators share: parameters, one run for each fit, and prediction by it within the same budget."""
+
+import copy
+import inspect
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import nn
+
+from lowmem_pnn.api import fit, predict
+from lowmem_pnn.errors import ConfigError
+
+_HIDDEN = 128
+# Parameters that are options of `fit` under the same names; None leaves them to its defaults.
+_OPTIONS = ("method", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "device", "val_fraction")
+
+
+class LowMemEstimator(BaseEstimator):  # type: ignore[misc]
+    """Base class of the estimators.
+
+    Args:
+        model: a model's name as `fit` takes it, a model, which is copied for each fit, or a function that builds one; as far as it has
+            parameters `num_features` and `num_outputs`, it is given them: the columns of X, and the classes or values that are predicted.
+            None is a perceptron with a hidden layer of 128.
+        max_gpu_mem: the budget of training and of prediction, as `fit` takes it: "2GB", bytes, "75%" or "auto".
+        method: training method, as `fit` takes it; so are the parameters up to `val_fraction`, None being its default.
+        epochs: epochs of training.
+        batch_size: samples of an optimizer step.
+        optimizer: `sgd`, `adam` or `adamw`.
+        lr: learning rate.
+        weight_decay: weight decay.
+        device: `auto`, `cpu` or `cuda`.
+        val_fraction: part of the samples that is measured after each epoch, and not learnt.
+        random_state: seed of initial weights and of the order of samples, as in scikit-learn.
+        options: other options of `fit` by name, which count before the parameters.
+        workdir: folder in which each fit leaves its run; None has a temporary folder, which goes with the estimator, and is pickled with it.
+        verbose: whether progress is shown.
+
+    Attributes:
+        result_: the run's `Result`.
+        n_features_in_: columns of X.
+        feature_names_in_: names of the columns, where X has such.
+    """
+
+    def __init__(
+        self,
+        model: str | nn.Module | Callable[..., nn.Module] | None = None,
+        *,
+        max_gpu_mem: str | int = "auto",
+        method: str = "exact",
+        epochs: int = 10,
+        batch_size: int | None = None,
+        optimizer: str | None = None,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        device: str | None = None,
+        val_fraction: float = 0.0,
+        random_state: Any = None,
+        options: Mapping[str, Any] | None = None,
+        workdir: str | Path | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.model = model
+        self.max_gpu_mem = max_gpu_mem
+        self.method = method
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.optimizer = optimizer
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.device = device
+        self.val_fraction = val_fraction
+        self.random_state = random_state
+        self.options = options
+        self.workdir = workdir
+        self.verbose = verbose
+
+    def _train(self, x: npt.NDArray[Any], y: npt.NDArray[Any], num_outputs: int, task: str) -> None:
+        """Train a run of its own on checked samples x (N, ...) and targets y (N,) or (N, values)."""
+        self._builder = self._named_or_built(x, num_outputs)
+        given = {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
+        given["task"] = task  # values that are whole numbers look like classes
+        given["seed"] = int(check_random_state(self.random_state).randint(2**31 - 1))
+        self._temporary = None
+        if self.workdir is None:
+            self._temporary = _TemporaryFolder()
+            self._folder = self._temporary.path
+        else:
+            Path(self.workdir).mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix="fit-", dir=self.workdir))
+        self.result_ = fit(
+            self._builder,
+            (x, y),
+            max_gpu_mem=self.max_gpu_mem,
+            workdir=self._folder,
+            verbose=self.verbose,
+            **{**given, **(self.options or {})},
+        )
+
+    def _named_or_built(self, x: npt.NDArray[Any], num_outputs: int) -> Any:
+        model = self.model
+        if isinstance(model, str):
+            return model
+        if isinstance(model, nn.Module):
+            return _Copies(model)
+        if model is None:
+            return f"mlp:{int(np.prod(x.shape[1:]))}-{_HIDDEN}-{num_outputs}"
+        if not callable(model):
+            raise ConfigError(f"model is {model!r}; give a model's name, a model, or a function that builds one")
+        return _Call(model, {"num_features": x.shape[1], "num_outputs": num_outputs})
+
+    def _outputs(self, x: Any) -> npt.NDArray[Any]:
+        """Return the model's outputs (N, ...) for samples, in their order."""
+        check_is_fitted(self, "result_")
+        x = self._checked(x, reset=False)
+        model = None if isinstance(self._builder, str) else self._builder
+        found = predict(self._folder, x, model=model)
+        outputs: npt.NDArray[Any] = found["scores"] if "scores" in found else found["outputs"]
+        return outputs
+
+    def _checked(self, x: Any, y: Any = "no_validation", **how: Any) -> Any:
+        """Return samples, and targets where they are given, as arrays: float32, finite, of the columns that were fitted."""
+        checked = validate_data(self, x, y, dtype=np.float32, order="C", allow_nd=True, **how)
+        if y is not None and isinstance(y, str) and y == "no_validation":
+            return _writable(checked)
+        return _writable(checked[0]), checked[1]
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "result_")
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())  # which may be the object's own dictionary
+        if state.get("_temporary") is not None:
+            files = [path for path in self._folder.rglob("*") if path.is_file() and path.name != "lock"]
+            state["_temporary"] = {str(path.relative_to(self._folder)): path.read_bytes() for path in files}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if isinstance(kept := state.get("_temporary"), dict):
+            self._temporary = _TemporaryFolder()
+            self._folder = self._temporary.path
+            for name, content in kept.items():
+                (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (self._folder / name).write_bytes(content)
+
+
+class _TemporaryFolder:
+    """A folder that is deleted with this object, or at the end of the process."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="lowmem-pnn-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+class _Copies:
+    """Builds copies of a model, so that the parameter stays as it was given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.__name__ = type(model).__name__
+
+    def __call__(self) -> nn.Module:
+        return copy.deepcopy(self._model)
+
+
+class _Call:
+    """Builds a model by a function that is told the sizes that it asks for."""
+
+    def __init__(self, build: Callable[..., nn.Module], sizes: Mapping[str, int]) -> None:
+        asked = inspect.signature(build).parameters
+        self._build = build
+        self._sizes = {name: size for name, size in sizes.items() if name in asked}
+        self.__name__ = getattr(build, "__name__", "factory")
+
+    def __call__(self) -> nn.Module:
+        return self._build(**self._sizes)
+
+
+def _writable(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return an array that torch can take without a warning: mapped ones of joblib are not writable."""
+    return x if x.flags.writeable else x.copy()

@@ -1,0 +1,84 @@
+"""Similarity matching: a layer learns which samples of a batch are alike, by their classes (Nøkland and Eidnes, arXiv 1901.06656).
+
+    outputs --[pool to 8x8 - 3x3 convolution - deviation over positions]--> features (B, C) --[centre, norm]--> z
+    loss = mean over pairs of samples of (z_i . z_j - y_i . y_j)^2, y: the samples' one-hot targets, centred and normed as features are
+
+The matrices of cosines are those of the paper's section 3.1. Pooling larger maps to 8x8 first is ours, as for our heads of class scores:
+their memory then does not grow with the map.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_pnn.methods.heads import AXES, MAX_SIDE
+from lowmem_pnn.model.chain import TensorSpec
+
+SIMILARITY_WEIGHT = 0.99
+"""Share of similarity matching in the loss where a layer learns its classes too (section 3.3)."""
+_SMALLEST_NORM = 1e-8
+
+
+class SimilarityHead(nn.Module):
+    """A head of class scores, with features beside them that similarity matching compares.
+
+    Args:
+        classifier: head of class scores, from (B, ...) to (B, classes).
+        boundary: output tensor of the layer.
+        scores_teach: whether the layer learns from the class scores too; else these learn alone, and are an exit like any other's.
+    """
+
+    def __init__(self, classifier: nn.Module, boundary: TensorSpec, *, scores_teach: bool) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.features = _features(boundary)
+        self._scores_teach = scores_teach
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return class scores; in train mode unit vectors (B, features) beside them."""
+        if not self.training:
+            return self.classifier(x)  # type: ignore[no-any-return]
+        return self.classifier(x if self._scores_teach else x.detach()), unit_vectors(self.features(x))
+
+
+def exit_head(head: nn.Module) -> nn.Module:
+    """Return what gives the class scores of a head."""
+    return head.classifier if isinstance(head, SimilarityHead) else head
+
+
+def unit_vectors(rows: Tensor) -> Tensor:
+    """Return rows (B, N) less their means, of length 1; what does not vary stays 0."""
+    centred = rows - rows.mean(1, keepdim=True)
+    lengths: Tensor = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    return centred / lengths.clamp_min(_SMALLEST_NORM)
+
+
+def similarity_loss(vectors: Tensor, targets: Tensor, num_classes: int) -> Tensor:
+    """Return the mean squared difference of two matrices of cosines.
+
+    Args:
+        vectors: Unit vectors of the samples, (B, N).
+        targets: Classes (B,), or their probabilities (B, classes).
+        num_classes: Number of classes.
+    """
+    if not targets.is_floating_point():
+        targets = nn.functional.one_hot(targets.long(), num_classes).float()
+    wanted, vectors = unit_vectors(targets.float()), vectors.float()
+    return nn.functional.mse_loss(vectors @ vectors.T, wanted @ wanted.T)
+
+
+class _Deviations(nn.Module):
+    """Deviations over positions: (B, C, ...) to (B, C); of tokens (B, T, D) to (B, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the deviations."""
+        return x.std(1) if x.dim() == 3 else x.flatten(2).std(2)
+
+
+def _features(boundary: TensorSpec) -> nn.Module:
+    shape = boundary.shape
+    if len(shape) < 3:
+        linear = nn.Linear(shape[-1], shape[-1], bias=False)
+        return linear if len(shape) == 1 else nn.Sequential(linear, _Deviations())
+    convolution, _, pool = AXES[len(shape) - 1]
+    pooled = [pool(MAX_SIDE)] if min(shape[1:]) > MAX_SIDE else []
+    return nn.Sequential(*pooled, convolution(shape[0], shape[0], 3, 1, 1, bias=False), _Deviations())

@@ -1,0 +1,75 @@
+"""Which GPUs a build of PyTorch can use, and what is said of one that it cannot."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lowmem_pnn.cli import doctor
+from lowmem_pnn.cli.doctor import Findings
+from lowmem_pnn.config.configure import configure
+from lowmem_pnn.device import CudaDevice, support
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.run.ranks import ALONE
+from lowmem_pnn.training import setup
+
+OLD = (
+    r"GTX 1080 has compute capability 6\.1, and torch .* is built for 7\.5, 8\.0, 12\.0; "
+    r"pip install torch torchvision --index-url https://download\.pytorch\.org/whl/cu126"
+)
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is older than this build of PyTorch."""
+    properties = SimpleNamespace(name="GTX 1080", major=6, minor=1, uuid="a", total_memory=8 * 10**9, is_integrated=0)
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_capability": lambda index: (6, 1),
+        "get_device_name": lambda index: "GTX 1080",
+        "get_arch_list": lambda: ["sm_75", "sm_80", "sm_120"],
+        "get_device_properties": lambda index: properties,
+        "mem_get_info": lambda index: (7 * 10**9, 8 * 10**9),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+
+
+@pytest.mark.usefixtures("old_gpu")
+def test_a_gpu_without_kernels_is_refused_or_left_and_named() -> None:
+    with pytest.raises(ConfigError, match=f"--device cuda:0: {OLD}"):
+        CudaDevice(10**9).open()
+    config = configure(max_gpu_mem="10MB", model="mlp:64-10", data="digits")
+    assert setup._device_of(config, ALONE).kind == "cpu"
+    assert setup._why_not_taken() == support.missing_kernels(0)
+    found = Findings()
+    doctor._device(found)
+    assert "GTX 1080, compute capability 6.1, 7.00 GB of 8.00 GB free" in found.facts["gpu 0"]
+    assert found.problems[0].startswith("gpu 0 cannot be used: GTX 1080 has compute capability 6.1")
+
+
+def test_a_driver_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = SimpleNamespace(nvmlInit=lambda: None, nvmlSystemGetCudaDriverVersion=lambda: 12040)
+    monkeypatch.setitem(sys.modules, "pynvml", library)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(support, "has_driver", lambda: True)
+    monkeypatch.setattr(setup, "has_driver", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    why = support.why_no_gpu()
+    assert why.startswith("the driver knows CUDA 12.4, and torch ")
+    assert why.endswith("/whl/cu126")
+    assert setup._why_not_taken() == f"no GPU is taken, though there is a driver: {why}"
+    found = Findings()
+    doctor._device(found)
+    assert found.problems == [f"there is an NVIDIA driver, and no GPU is taken: {why}"]
+    assert found.facts["gpu"] == f"none: {why}"
+
+
+def test_without_a_driver_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(setup, "has_driver", lambda: False)
+    assert setup._why_not_taken() is None
