@@ -124,8 +124,9 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
             continue
         display.stage("checking one step")
         check = check_tightest(run, profile)
-        # What the check found beyond the plan comes on top of all that the plan foresees, reading too.
-        expected = plan.predicted_peak_bytes + plan.waiting_bytes + max(0, check.unexplained_bytes)
+        # What the check found beyond the plan, which knows of what earlier ones found, comes on top of all that it foresees, reading too.
+        found = check.unexplained_bytes - missing
+        expected = plan.predicted_peak_bytes + plan.waiting_bytes + max(0, found)
         if check.fits and expected <= device.budget_bytes - device.reserve_bytes // 2:
             break
         if attempt == _MAX_PLANS - 1:
@@ -136,7 +137,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
             run.set_micro_batch(None if workload.method.sweeps else check.partition, check.micro_batch)
             break
         # A step that did not fit does not show what it would have needed: what is kept free doubles.
-        missing += max(check.unexplained_bytes, device.reserve_bytes, 0 if check.fits else missing)
+        missing += max(found, device.reserve_bytes, 0 if check.fits else missing)
         plan = make_plan(request(missing), seconds_of)
         display.message(f"planned again: {check.describe()}")
         run.replan(plan)
