@@ -94,6 +94,10 @@ class Cache:
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         self._known = {json.dumps(entry["key"]): entry["figures"] for entry in map(json.loads, lines)}
 
+    def knows(self, key: Mapping[str, Any]) -> bool:
+        """Whether the run was done before."""
+        return json.dumps(dict(key)) in self._known
+
     def get(self, key: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What the run gave when it was done before; else it is done now, and its figures are kept."""
         name = json.dumps(dict(key))

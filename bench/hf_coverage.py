@@ -209,7 +209,7 @@ def main() -> None:
     rows, counts, data = [], [], []
     for name in names:
         try:
-            full = arguments.full or name in QUICK
+            full = arguments.full or name in QUICK or cache.knows({"name": name, "full": True})
             found = cache.get({"name": name, "full": full}, lambda name=name, full=full: measure(name, full))  # type: ignore[misc]
         except (RuntimeError, KeyError, subprocess.SubprocessError) as error:
             print(f"{name}: {error!r}", file=sys.stderr, flush=True)
