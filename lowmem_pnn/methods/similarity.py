@@ -49,7 +49,8 @@ def unit_vectors(rows: Tensor) -> Tensor:
     """Return rows (B, N) less their means, of length 1; what does not vary stays 0."""
     centred = rows - rows.mean(1, keepdim=True)
     lengths: Tensor = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-    return centred / lengths.clamp_min(_SMALLEST_NORM)
+    # A row that does not vary has no direction to be turned to: divided by next to nothing, its gradient would blow up the layer.
+    return centred / lengths.masked_fill(lengths < _SMALLEST_NORM, 1.0)
 
 
 def similarity_loss(vectors: Tensor, targets: Tensor, num_classes: int) -> Tensor:

@@ -70,4 +70,4 @@ def test_a_layer_that_gives_nothing_has_a_loss_and_a_gradient() -> None:
     _, vectors = head(outputs)
     similarity_loss(vectors, torch.tensor([0, 1, 2]), 4).backward()
     assert outputs.grad is not None
-    assert bool(outputs.grad.isfinite().all())
+    assert float(outputs.grad.abs().max()) < 10
