@@ -33,9 +33,9 @@ def _no_automatic_collection() -> Iterator[None]:
 def test_residencies_leave_no_garbage(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unload, num_residencies, garbage = Residency.unload, 0, -1
 
-    def counted(self: Residency) -> None:
+    def counted(self: Residency, **options: bool) -> None:
         nonlocal num_residencies, garbage
-        unload(self)
+        unload(self, **options)
         num_residencies += 1
         if num_residencies == FIRST:
             gc.collect()
