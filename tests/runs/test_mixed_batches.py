@@ -166,8 +166,8 @@ def test_frozen_outputs_are_not_cached(tmp_path: Path) -> None:
     [
         (images(), {"mixup": 0}, "--mixup 0: must be greater than 0"),
         (images(), {"cutmix": "x"}, "--cutmix 'x': must be a valid number, unable to parse string as a number"),
-        (images(), {"mixup": 1, "method": "pnn"}, "--mixup has no effect here: it needs --method exact, backprop or neuroflux"),
-        (images(), {"cutmix": 1, "method": "pnn"}, "--cutmix has no effect here: it needs --method exact, backprop or neuroflux"),
+        (images(), {"mixup": 1, "method": "pnn"}, "--mixup has no effect here: it needs --method exact, backprop, neuroflux or incubate"),
+        (images(), {"cutmix": 1, "method": "pnn"}, "--cutmix has no effect here: it needs --method exact, backprop, neuroflux or incubate"),
         (
             images(),
             {"cutmix": 1, "ignore_index": 3},
