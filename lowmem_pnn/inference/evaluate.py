@@ -8,29 +8,26 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.inference.load import form_of, given_model
+from lowmem_pnn.inference.opened_run import opened_run
 from lowmem_pnn.inference.samples import open_samples
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.run.finished import FinishedRun, open_finished
+from lowmem_pnn.run.finished import FinishedRun
 from lowmem_pnn.run.resume import check_plan, check_same_data
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.sources.targets import TargetOptions
-from lowmem_pnn.stores.disk import file_system_faults
-from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.tasks import Own
 from lowmem_pnn.tasks.scores import with_prefix
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.lifecycle import score
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
-from lowmem_pnn.training.start import worker_threads
 from lowmem_pnn.workload.inputs import Inputs, Model, python_inputs, without_weights
 from lowmem_pnn.workload.trained import trained_inputs, trained_source
 
 
 def evaluate_run(path: Path, data: Any, *, model: Model | None, own: Own, trust: bool) -> dict[str, Any]:
     """Measure a finished run's weights; arguments are those of `lowmem_pnn.evaluate`, with loss and metrics as `own`."""
-    with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir, worker_threads() as threads:
-        finished = open_finished(rundir)
+    with opened_run(path) as (rundir, threads, finished):
         config, state, model = finished.config, finished.state, given_model(path, model)
         named = {**({} if model is None else {"model": config.model}), **({} if own.loss is None else {"loss": config.loss})}
         if data is not None:

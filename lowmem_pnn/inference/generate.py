@@ -16,6 +16,7 @@ from lowmem_pnn.device import Device
 from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
 from lowmem_pnn.evaluation.generation import RowForm, generate_tokens
 from lowmem_pnn.inference.load import folder_of, form_of, given_model
+from lowmem_pnn.inference.opened_run import opened_run
 from lowmem_pnn.inference.smaller_budget import with_budget, within
 from lowmem_pnn.language.prompts import continuation_text, prompt_tokens, tokenizer_of
 from lowmem_pnn.language.sampling import Sampling
@@ -24,17 +25,14 @@ from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.finished import FinishedRun, open_finished
+from lowmem_pnn.run.finished import FinishedRun
 from lowmem_pnn.run.ranks import ALONE
 from lowmem_pnn.run.resume import check_plan
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
-from lowmem_pnn.stores.disk import file_system_faults
-from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.setup import open_workload, warm_up_profiler
-from lowmem_pnn.training.start import full_is_a_budget_error, worker_threads
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.workload.data_form import DataForm
 from lowmem_pnn.workload.inputs import Model
@@ -153,11 +151,7 @@ def generate_run(
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {max_new_tokens} says nothing; give a number from 1")
     with ExitStack() as stack:
-        stack.enter_context(file_system_faults(path))
-        stack.enter_context(full_is_a_budget_error())
-        rundir = stack.enter_context(RunDirectory.open(path, to_read=True))
-        threads = stack.enter_context(worker_threads())
-        finished = open_finished(rundir)
+        rundir, threads, finished = stack.enter_context(opened_run(path))
         form, model = form_of(finished, path), given_model(path, model)
         config = with_budget(finished.config, max_gpu_mem)
         named = {"loss": config.loss, "data": config.data, "val_data": "", "test_data": ""}

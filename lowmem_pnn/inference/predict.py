@@ -16,6 +16,7 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.evaluation.measure import measure
 from lowmem_pnn.inference.answers import Answers, AnswerWriter, ArrayWriter, MaskWriter, TableWriter, pack_arrays, read_arrays
 from lowmem_pnn.inference.load import form_of
+from lowmem_pnn.inference.opened_run import opened_run
 from lowmem_pnn.inference.places import Place, writing_faults
 from lowmem_pnn.inference.samples import Opened, PartName, SamplesToPredict, open_samples
 from lowmem_pnn.inference.smaller_budget import with_budget, within
@@ -23,18 +24,14 @@ from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.finished import open_finished
 from lowmem_pnn.run.ranks import ALONE
 from lowmem_pnn.run.resume import check_plan
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.sources.targets import TargetOptions
-from lowmem_pnn.stores.disk import file_system_faults
-from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.setup import open_workload, warm_up_profiler
-from lowmem_pnn.training.start import full_is_a_budget_error, worker_threads
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.workload.data_form import DataForm
 from lowmem_pnn.workload.inputs import Model
@@ -66,11 +63,7 @@ def predict_run(
         raise ConfigError(f"--part {part!r} is none of {', '.join(_PARTS)}{suggest(str(part), _PARTS)}")
     display = display or Display()
     with ExitStack() as stack:
-        stack.enter_context(file_system_faults(path))
-        stack.enter_context(full_is_a_budget_error())
-        rundir = stack.enter_context(RunDirectory.open(path, to_read=True))
-        threads = stack.enter_context(worker_threads())
-        finished = open_finished(rundir)
+        rundir, threads, finished = stack.enter_context(opened_run(path))
         form = form_of(finished, path)
         config = finished.config
         check_trust(config, _not_run(config, data, model), path, trust=trust, again=False)

@@ -26,7 +26,8 @@ from helpers.small_networks import (
 )
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device import SimulatedDevice
-from lowmem_pnn.errors import CaptureError, ConfigError, DataError, DivergedError, Stopped
+from lowmem_pnn.errors import BudgetError, CaptureError, ConfigError, DataError, DivergedError, Stopped
+from lowmem_pnn.inference import evaluate
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.training import start
@@ -96,6 +97,15 @@ def test_a_run_that_is_asked_to_stop_commits_and_goes_on_from_there(finished: Re
 
 def test_a_finished_run_is_evaluated_to_its_own_scores(finished: Result) -> None:
     assert lowmem_pnn.evaluate(finished.workdir) == {f"test_{name}": value for name, value in finished.scores["test"].items()}
+
+
+def test_an_evaluation_that_memory_runs_out_in_is_one_line(finished: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(evaluate, "build_weights", full)
+    with pytest.raises(BudgetError, match=r"^memory ran out outside of a batch: no room; give a larger --max-gpu-mem$"):
+        lowmem_pnn.evaluate(finished.workdir)
 
 
 def test_a_batch_that_does_not_fit_is_done_again_with_smaller_micro_batches(

@@ -379,7 +379,7 @@ def test_an_answer_that_a_file_cannot_hold_is_one_line(here: Path, tmp_path: Pat
 def test_a_run_that_does_not_say_what_its_samples_are_is_one_line(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowmem_pnn.inference import predict as module
+    from lowmem_pnn.inference import opened_run as module
 
     opened = module.open_finished
 
