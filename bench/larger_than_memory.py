@@ -263,7 +263,7 @@ def prepare(folder: Path, steps: int) -> None:
     config = configure(
         max_gpu_mem="1TB", model=f"{__file__}:build", data=f"npz:{folder / 'data.npz'}", val_fraction=0.0, seed=SEED
     )
-    split = open_data(config)[2]["train"]
+    split = open_data(config).splits["train"]
     batches = [split.batch(part) for part in permutation_of(len(split), SEED, "epoch", 0).reshape(steps, BATCH)]
     np.savez(folder / "batches.npz", x=np.stack([x.numpy() for x, _ in batches]), y=np.stack([y.numpy() for _, y in batches]))
 

@@ -42,7 +42,8 @@ def main() -> None:
     settings: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
     checkpoints, micro_batches = settings.pop("checkpoints"), settings.pop("micro_batches")
     config = configure(max_gpu_mem="1TB", method="backprop", **settings)
-    source, _, splits, _ = open_data(config)
+    inputs = open_data(config)
+    source, splits = inputs.source, inputs.splits
     warm_up(torch.device("cpu"))
     train = splits["train"]
     meter = StepMeter()

@@ -127,7 +127,8 @@ def in_memory(kind: str, fields: dict[str, Any]) -> None:
     from lowmem_pnn.workload import open_data
 
     config = configure(method="exact", **fields)
-    source, _, splits, _ = open_data(config)
+    inputs = open_data(config)
+    source, splits = inputs.source, inputs.splits
     train, test = splits["train"], splits["test"]
     torch.manual_seed(config.seed)
     model: Any = source.build()

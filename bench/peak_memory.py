@@ -57,7 +57,8 @@ def plain(depth: int) -> None:
     from lowmem_pnn.workload import open_data
 
     config = configure(max_gpu_mem="1TB", model=model_spec(depth), data="digits", seed=SEED)
-    source, _, splits, _ = open_data(config)
+    inputs = open_data(config)
+    source, splits = inputs.source, inputs.splits
     train = splits["train"]
     with CpuDevice(config.max_gpu_mem) as device:
         torch.manual_seed(SEED)

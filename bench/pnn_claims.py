@@ -132,7 +132,7 @@ def fit(model: str, data: str, folder: str, **options: Any) -> lowmem_pnn.Result
 
 def communication(cache: Cache, data: str, limit: int | None) -> tuple[str, dict[str, Any]]:
     """The page's first section."""
-    _, _, splits, _ = open_data(configure(max_gpu_mem=BUDGET, model="mlp:784-47", data=data, val_fraction=0, train_limit=limit))
+    splits = open_data(configure(max_gpu_mem=BUDGET, model="mlp:784-47", data=data, val_fraction=0, train_limit=limit)).splits
     images = len(splits["train"])
     rows: list[tuple[str, ...]] = []
     found: dict[int, Any] = {}
@@ -306,7 +306,7 @@ def train_deep(
 
 def sample_images(data: str) -> tuple[Tensor, Tensor]:
     """512 training images and their classes."""
-    _, _, splits, _ = open_data(configure(max_gpu_mem="1GB", model=f"{HERE / 'networks.py'}:deep_mlp", data=data))
+    splits = open_data(configure(max_gpu_mem="1GB", model=f"{HERE / 'networks.py'}:deep_mlp", data=data)).splits
     return splits["train"].batch(np.arange(512))
 
 

@@ -66,7 +66,8 @@ def in_memory(steps: int, text: Path, micro_batch: int) -> None:
     from lowmem_pnn.workload import open_data
 
     config = configure(max_gpu_mem="1TB", method="exact", **settings(steps, text))
-    source, _, splits, _ = open_data(config)
+    inputs = open_data(config)
+    source, splits = inputs.source, inputs.splits
     train, test = splits["train"], splits["test"]
     meter = StepMeter()
     meter.begin()

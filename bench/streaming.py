@@ -97,7 +97,8 @@ def in_memory(tokens: int, text: Path, kept_blocks: int, early_stop: bool) -> No
     from lowmem_pnn.workload import open_data
 
     config = configure(max_gpu_mem="1TB", method="exact", **settings(tokens, text))
-    source, _, splits, _ = open_data(config)
+    inputs = open_data(config)
+    source, splits = inputs.source, inputs.splits
     train = splits["train"]
     meter = StepMeter()
     meter.begin()

@@ -75,7 +75,8 @@ def in_memory(file: Path) -> None:
     settings = json.loads(file.read_text())
     checkpoints = settings.pop("checkpoints")
     config = configure(max_gpu_mem="1TB", method="backprop", **settings)
-    source, dataset, splits, _ = open_data(config)
+    inputs = open_data(config)
+    source, dataset, splits = inputs.source, inputs.dataset, inputs.splits
     train = splits["train"]
     warm_up(torch.device("cpu"))
     meter = StepMeter()

@@ -68,7 +68,7 @@ def _own(config: FitConfig, path: Path, model: Model | None, own: Own) -> Inputs
         trained_source(config, None, None, call)
     opened = python_inputs(config.model if model is None else model, config.data, None, None, loss=own.loss, metrics=own.metrics)
     inputs = without_weights(opened(config))
-    if "test" not in inputs[2]:
+    if "test" not in inputs.splits:
         raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
     return inputs
 
@@ -82,6 +82,7 @@ def _given(finished: FinishedRun, path: Path, data: Any, model: Model | None, ow
     if not opened.split.labelled:
         raise DataError(f"{opened.words}, have no targets to evaluate {path} on; give samples and targets, or predict them")
     weights = None if config.class_weights == "balanced" else config.class_weights
-    config, (source, dataset, parts, _) = trained_inputs(config, form, source, opened.split, opened.split.targets)
+    config, inputs = trained_inputs(config, form, source, opened.split, opened.split.targets)
     # A loss of the user's own is tried on samples first.
-    return dataclasses.replace(config, class_weights=weights), (source, dataset, {**parts, "train": opened.split}, own)
+    inputs = inputs._replace(splits={**inputs.splits, "train": opened.split}, own=own)
+    return dataclasses.replace(config, class_weights=weights), inputs

@@ -53,7 +53,7 @@ def open_workload(
         load_int8_levels()
     # What the model's constructor imports belongs to the floor. What is wrong with it is said below.
     with suppress(Exception):
-        skeleton(inputs[0].build)
+        skeleton(inputs.source.build)
     device = _device_of(config, rank) if gpu is None else _described(config, gpu)
     if display is not None and config.device == "auto" and device.kind == "cpu" and (why := _why_not_taken()):
         display.message(f"training on the CPU: {why}")
@@ -82,14 +82,13 @@ def reading(config: FitConfig, inputs: Inputs, display: Display | None = None) -
     if not config.workers:
         yield inputs
         return
-    source, dataset, splits, own = inputs
     if display is not None:
         what = "process reads" if config.workers == 1 else "processes read"
         display.message(
             f"{config.workers} {what} samples; their memory is the host's, and not in the budget (host_peak_bytes has it)"
         )
-    with Readers(splits, config.workers, dataset.name) as readers:
-        yield source, dataset, dict(readers.serve()), own
+    with Readers(inputs.splits, config.workers, inputs.dataset.name) as readers:
+        yield inputs._replace(splits=dict(readers.serve()))
 
 
 def _device_of(config: FitConfig, rank: Rank) -> Device:

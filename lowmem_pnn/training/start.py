@@ -165,7 +165,7 @@ def resume(
     rank.check(config)
     with file_system_faults(path), _environment(display) as threads, open_logger(config, display) as loggers:
         inputs = _open_before_floor(config, open_inputs, display)
-        check_same_weights(state, inputs[0], path)
+        check_same_weights(state, inputs.source, path)
         if state.stage != "born":
             inputs = without_weights(inputs)  # the run's files have them
         with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
@@ -233,13 +233,13 @@ def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Disp
         display.message("reading every sample once, to leave out broken ones (--skip-broken)")
     with telling(display.message):
         inputs = open_inputs(config)
-    skipped = inputs[1].skipped_samples
+    skipped = inputs.dataset.skipped_samples
     if skipped["count"]:
         display.message(describe_skipped(skipped["names"], skipped["count"]))
-    display.message(f"data: {inputs[1].parts}")
-    if inputs[1].preprocessing:
-        display.message(f"samples: {inputs[1].preprocessing}")
-    if inputs[0].weights is not None:
+    display.message(f"data: {inputs.dataset.parts}")
+    if inputs.dataset.preprocessing:
+        display.message(f"samples: {inputs.dataset.preprocessing}")
+    if inputs.source.weights is not None:
         display.message(f"training: {training_words(config)}")
     warm_up_profiler()
     return inputs

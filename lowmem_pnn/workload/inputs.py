@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -33,8 +33,21 @@ from lowmem_pnn.zoo.models import find_model
 Model = str | nn.Module | Callable[[], nn.Module]
 """A name, a model, or a function that builds one."""
 
-Inputs = tuple[ModelSource, Dataset, dict[SplitName, Split], Own]
-"""Model, data set, the parts of the data set by name, and what of loss and metrics is the user's own."""
+
+class Inputs(NamedTuple):
+    """What a run is made from.
+
+    Args:
+        source: the model.
+        dataset: the data set.
+        splits: the parts of the data set, by name.
+        own: what of loss and metrics is the user's own.
+    """
+
+    source: ModelSource
+    dataset: Dataset
+    splits: dict[SplitName, Split]
+    own: Own
 
 
 def named_inputs(config: FitConfig) -> Inputs:
@@ -132,7 +145,7 @@ def python_inputs(
             apart[name] = split
             dataset = with_part(dataset, name, split.fingerprint(), split.skipped)
         source = _with_weights(source, config, state_dict)
-        return source, *prepare(*split_data(dataset, config, apart), config, source.image_stats), own
+        return Inputs(source, *prepare(*split_data(dataset, config, apart), config, source.image_stats), own)
 
     return open_inputs
 
@@ -162,13 +175,12 @@ def open_data(config: FitConfig) -> Inputs:
     dataset = open_source(config.data, config, form)
     source = _with_weights(_named_model(config, dataset.num_classes), config)
     dataset, apart = open_apart(config, dataset, form)
-    return source, *prepare(*split_data(dataset, config, apart), config, source.image_stats), own
+    return Inputs(source, *prepare(*split_data(dataset, config, apart), config, source.image_stats), own)
 
 
 def without_weights(inputs: Inputs) -> Inputs:
     """Return model and data without the pretrained weights, which only the beginning of a run reads."""
-    source, *rest = inputs
-    return dataclasses.replace(source, weights=None), *rest  # type: ignore[return-value]
+    return inputs._replace(source=dataclasses.replace(inputs.source, weights=None))
 
 
 def _named_model(config: FitConfig, num_classes: int | None) -> ModelSource:

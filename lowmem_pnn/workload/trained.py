@@ -82,7 +82,7 @@ def trained_inputs(
         max_steps=None,
         eval_every=None,
     )
-    return config, (source, dataset, parts, own)
+    return config, Inputs(source, dataset, parts, own)
 
 
 def trained_workload(config: FitConfig, form: DataForm, source: ModelSource) -> Workload:
