@@ -9,15 +9,18 @@ a tensor with the batch on axis 0, and no later operation changes one of them in
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from lowmem_pnn.capture.dataflow import trace_and_flow
+from lowmem_pnn.capture.dataflow import DataFlow, trace_and_flow
 from lowmem_pnn.capture.dispatch_modes import KnownWrittenError
 from lowmem_pnn.capture.equal_blocks import look_again
-from lowmem_pnn.capture.fake_model import ModelRun, Setting, run_model, uses_checkpointing
-from lowmem_pnn.capture.opening import LARGE_SHARE, weight_bytes
+from lowmem_pnn.capture.fake_model import ModelRun, run_model, uses_checkpointing
+from lowmem_pnn.capture.opening import LARGE_SHARE, is_below, weight_bytes
 from lowmem_pnn.capture.recomputed import unchanged_buffers
+from lowmem_pnn.capture.setting import Setting
 from lowmem_pnn.capture.supported import check_model, check_overrides, tensors_by_name, versions_of
+from lowmem_pnn.capture.tracer import UncutError
+from lowmem_pnn.capture.whole_model import WholeFlow
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import CallForm, TensorSpec
 from lowmem_pnn.model.chain import Chain
@@ -78,27 +81,25 @@ def capture(
         runs = _runs(model, setting)
     changed = zip(*((run.kept, run.left, run.cached) for run in runs), strict=True)
     kept, left, cached = (frozenset[Attribute]().union(*sets) for sets in changed)
-    try:
-        closed = {
-            name: f"its forward changes its attribute {attribute!r}, whose value a trace would freeze"
-            for name, attribute in kept | cached
-        }
-        closed |= {
-            name: "it has a hook on its backward, which begins and ends with the whole of it"
-            for name, module in model.named_modules()
-            if module._backward_hooks or module._backward_pre_hooks
-        }
-        traced, flow = trace_and_flow(model, setting, runs, closed)
-        check_overrides(model, traced.opened)
-    except CaptureError as error:
-        if uses_checkpointing(model, setting):
-            raise CaptureError(
-                f"model {type(model).__name__} uses activation checkpointing (torch.utils.checkpoint) in its forward; turn it off: it is not "
-                "needed here, where activations are kept to the budget anyway"
-            ) from error
-        raise
+    closed = {
+        name: f"its forward changes its attribute {attribute!r}, whose value a trace would freeze"
+        for name, attribute in kept | cached
+    }
+    closed |= {
+        name: "it has a hook on its backward, which begins and ends with the whole of it"
+        for name, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    }
+    asking = frozenset[str]().union(*(run.asking for run in runs))
+    closed |= dict.fromkeys(asking, "its forward does something by values of its input")
+    flow = _flow(model, setting, runs, closed)
+    # What a forward does by values may reach other parameters in training.
     reached = frozenset[str]().union(*(run.reached for run in runs))
-    idle = tuple(name for name, tensor in names.items() if tensor.requires_grad and name not in reached)
+    idle = tuple(
+        name
+        for name, tensor in names.items()
+        if tensor.requires_grad and name not in reached and not any(not module or is_below(name, module) for module in asking)
+    )
     if idle and all(name in idle for name, tensor in names.items() if tensor.requires_grad):
         raise CaptureError(
             f"no parameter of {type(model).__name__} gets a gradient: its output depends on none that learns; see to its forward"
@@ -123,8 +124,10 @@ def capture(
             inside = {name for name, _ in layer.module.named_modules(remove_duplicate=False)}
             layer.modes = modes.inside(inside)
             layer.kept = tuple(sorted(attribute for attribute in kept if attribute[0] in inside))
-            layer.left = tuple(sorted(attribute for attribute in left if attribute[0] in inside and attribute[0]))
-            layer.cached = tuple(sorted(attribute for attribute in cached if attribute[0] in inside and attribute[0]))
+            # The model's own attributes are those of a layer where the model is one.
+            own = inside if flow.is_whole else inside - {""}
+            layer.left = tuple(sorted(attribute for attribute in left if attribute[0] in own))
+            layer.cached = tuple(sorted(attribute for attribute in cached if attribute[0] in own))
             layer.hooks = {name: hooks[name] for name in layer.parameters() if name in hooks}
             for name, tensor in {**layer.parameters(), **layer.buffers()}.items():
                 held.setdefault(id(names[name]), []).append(index)
@@ -140,7 +143,7 @@ def capture(
         groups: dict[int, list[str]] = {}
         for name, tensor in names.items():
             groups.setdefault(id(tensor), []).append(name)
-        _say_what_is_whole(model, layers, traced.stopped)
+        _say_what_is_whole(model, layers, flow.stopped)
         return Chain(
             layers=tuple(layers),
             boundaries=tuple(tuple(TensorSpec(*spec) for spec in boundary) for boundary in flow.boundaries(cuts)),
@@ -152,7 +155,7 @@ def capture(
             persistent=tuple(model.state_dict(keep_vars=True)),
             written=frozenset().union(*(run.written for run in runs)),
             idle=idle,
-            output_form=None if traced.output is None or traced.output.is_tensor else traced.output,
+            output_form=None if flow.output.is_tensor else flow.output,
             call_form=setting.form,
             versions=versions_of(model),
         )
@@ -160,6 +163,23 @@ def capture(
     coarse = flow.cuts_between_blocks()
     chain = cut(flow.cuts)
     return chain if coarse == flow.cuts else replace(chain, between_blocks=cut(coarse))
+
+
+def _flow(model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: Mapping[str, str]) -> DataFlow | WholeFlow:
+    """Trace a model, and find where it can be cut; where its own forward cannot be traced, it is one layer."""
+    try:
+        flow = trace_and_flow(model, setting, runs, closed)
+        check_overrides(model, flow.opened)
+    except CaptureError as error:
+        if uses_checkpointing(model, setting):
+            raise CaptureError(
+                f"model {type(model).__name__} uses activation checkpointing (torch.utils.checkpoint) in its forward; turn it off: it is not "
+                "needed here, where activations are kept to the budget anyway"
+            ) from error
+        if not isinstance(error, UncutError):
+            raise
+        return WholeFlow(model, setting, runs, error.reason)
+    return flow
 
 
 def _runs(model: nn.Module, setting: Setting) -> list[ModelRun]:
@@ -172,10 +192,13 @@ def _say_what_is_whole(model: nn.Module, layers: Iterable[Layer], stopped: Mappi
     total = weight_bytes(model)
     for layer in layers:
         for name in stopped:
-            inside = name and any(own == name and type(module) is not nn.Module for own, module in layer.module.named_modules())
+            inside = any(
+                own == name and type(module) not in (nn.Module, fx.GraphModule) for own, module in layer.module.named_modules()
+            )
             share = weight_bytes(model.get_submodule(name)) / max(1, total) if inside else 0.0
             if share > LARGE_SHARE:
-                layer.whole = f"whole: {stopped[name]}; {share:.0%} of the weights"
+                advice = "" if name else "; a module of its own that does so would be whole alone"
+                layer.whole = f"whole: {stopped[name]}; {share:.0%} of the weights{advice}"
 
 
 def _with_frozen(model: nn.Module, names: Mapping[str, Tensor], frozen: Collection[str]) -> nn.Module:

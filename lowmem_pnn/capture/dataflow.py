@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from lowmem_pnn.capture.dispatch_modes import storages_of
-from lowmem_pnn.capture.fake_model import ModelRun, Setting, run_model
+from lowmem_pnn.capture.fake_model import ModelRun, run_model
 from lowmem_pnn.capture.opening import (
     LARGE_ACTIVATION_BYTES,
     LARGE_SHARE,
@@ -28,13 +28,16 @@ from lowmem_pnn.capture.opening import (
 )  # fmt: skip
 from lowmem_pnn.capture.recomputed import Recomputed, StandIn
 from lowmem_pnn.capture.recording import TraceMismatchError, record, with_constants
-from lowmem_pnn.capture.tracer import Trace, trace
+from lowmem_pnn.capture.setting import Setting
+from lowmem_pnn.capture.tracer import Trace, UncutError, trace
 from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.call_form import OutputForm
 from lowmem_pnn.model.copies import copy_structure
 
 MAX_TENSORS = 64
 """The most tensors that a boundary may have."""
 
+_MISMATCH = "its forward does something else where it is traced"
 _NORM_CLASS = re.compile(r"norm(\dd)?$", re.IGNORECASE)
 # Functions with weights that stay in the layer of the operation before them.
 _ATTACHED_FUNCTIONS = {
@@ -55,9 +58,7 @@ class _Constant(nn.Module):
         return value.to(like.device)
 
 
-def trace_and_flow(
-    model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: Mapping[str, str]
-) -> "tuple[Trace, DataFlow]":
+def trace_and_flow(model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: Mapping[str, str]) -> "DataFlow":
     """Trace a model, and open what makes more than a small share of it, as far as its trace does what the model does.
 
     Args:
@@ -67,23 +68,23 @@ def trace_and_flow(
         closed: modules that are not opened, with the reason.
 
     Raises:
-        CaptureError: its own forward cannot be traced.
+        UncutError: its own forward cannot be traced.
     """
     base, made, stopped = chains_of_blocks(model), runs[0].made, dict(closed)
     least = max(LARGE_SHARE * made[""], LARGE_ACTIVATION_BYTES * runs[0].setting.batch)
     blocks = large_blocks(model, base, {name for name, size in made.items() if size > least})
     while True:
-        traced = trace(model, setting, base | blocks, stopped, all(run.returns_tensor for run in runs))
+        traced = trace(model, setting, base | blocks, stopped, all(run.output.is_tensor for run in runs))
         stopped = dict(traced.stopped)
         try:
             flow = DataFlow(model, traced, runs, (blocks | opened_blocks(model, base)) & traced.opened)
             _check_other_batches(model, traced, setting)
         except TraceMismatchError as error:
             if not error.owner:
-                raise
-            stopped[error.owner] = "its forward does something else where it is traced"
+                raise UncutError(model, _MISMATCH) from error
+            stopped[error.owner] = _MISMATCH
         else:
-            return traced, flow
+            return flow
 
 
 def _check_other_batches(model: nn.Module, traced: Trace, setting: Setting) -> None:
@@ -98,11 +99,37 @@ def _check_other_batches(model: nn.Module, traced: Trace, setting: Setting) -> N
         except TraceMismatchError as error:
             owner = max(traced.asked_of_batch, key=depth_of)
             if not owner:
-                raise CaptureError(
-                    f"model {type(model).__name__} cannot be cut into layers: its forward decides something by the number of samples, "
-                    f"and does otherwise with {batch}; move what it does there into a module of its own, which then stays whole"
+                raise UncutError(
+                    model, f"its forward decides something by the number of samples, and does otherwise with {batch}"
                 ) from error
             raise TraceMismatchError(str(error), owner) from error
+
+
+def check_returned(title: str, form: OutputForm, returned: Sequence[tuple[Sequence[int], torch.dtype]], batch: int) -> None:
+    """Refuse what nothing can be learnt from.
+
+    Args:
+        title: what to call the model.
+        form: what it returns beside its tensors.
+        returned: shapes and types of the tensors that it returns.
+        batch: number of samples.
+
+    Raises:
+        CaptureError: there is no tensor, none of a type that has gradients, or one whose first axis is not the batch.
+    """
+    if not returned:
+        raise CaptureError(f"{title} returns {form}, in which there is no tensor; return the tensor to train on")
+    for name, (shape, _) in zip(form.names, returned, strict=True):
+        if not shape or shape[0] != batch:
+            raise CaptureError(
+                f"{title} returns a tensor{f' {name!r}' if name else ''} of shape {tuple(shape)} for a batch of {batch}; its first axis "
+                "must be the batch"
+            )
+    if not any(dtype.is_floating_point for _, dtype in returned):
+        raise CaptureError(
+            f"{title} returns a tensor of type {str(returned[0][1]).removeprefix('torch.')}, from which no gradient comes; return the "
+            "scores themselves"
+        )
 
 
 class DataFlow:
@@ -118,8 +145,12 @@ class DataFlow:
         CaptureError: the trace does other operations than the model, or the model returns other things than tensors of the same batch.
     """
 
+    is_whole = False
+
     def __init__(self, model: nn.Module, traced: Trace, runs: Sequence[ModelRun], blocks: Collection[str] = ()) -> None:
         self._traced, self._blocks = traced, blocks
+        self.opened, self.stopped = traced.opened, traced.stopped
+        self.output = traced.output or runs[0].output
         self._weights_of: dict[fx.Node, dict[str, nn.Parameter]] = {}
         self._recordings = [record(model, traced, run) for run in runs]
         self._error_prefix = f"model {type(model).__name__}"
@@ -196,11 +227,8 @@ class DataFlow:
 
     def _checked_output(self) -> list[fx.Node]:
         """Return the nodes of the tensors that the model returns."""
-        results, form = self._output.args[0], self._traced.output
+        results, form = self._output.args[0], self.output
         assert isinstance(results, tuple)
-        assert form is not None
-        if not results:
-            raise CaptureError(f"{self._error_prefix} returns {form}, in which there is no tensor; return the tensor to train on")
         for recording in self._recordings:
             values = [recording.values[result] if isinstance(result, fx.Node) else result for result in results]
             for name, value in zip(form.names, values, strict=True):
@@ -209,16 +237,7 @@ class DataFlow:
                     raise CaptureError(
                         f"{self._error_prefix} returns{where} a {type(value).__name__} that depends on its input; return tensors"
                     )
-                if value.dim() == 0 or value.shape[0] != recording.batch:
-                    raise CaptureError(
-                        f"{self._error_prefix} returns a tensor{where} of shape {tuple(value.shape)} for a batch of {recording.batch}; its "
-                        "first axis must be the batch"
-                    )
-            if not any(value.dtype.is_floating_point for value in values):
-                raise CaptureError(
-                    f"{self._error_prefix} returns a tensor of type {str(values[0].dtype).removeprefix('torch.')}, from which no gradient "
-                    "comes; return the scores themselves"
-                )
+            check_returned(self._error_prefix, form, [(value.shape, value.dtype) for value in values], recording.batch)
         for result in results:
             if self._traced.only_fetches(result) or self._recomputed.is_of_sizes(result):
                 raise CaptureError(f"{self._error_prefix} returns {result.target!r}, which does not depend on its input")

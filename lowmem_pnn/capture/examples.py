@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
-from lowmem_pnn.capture.fake_model import Setting
+from lowmem_pnn.capture.setting import Setting
 from lowmem_pnn.model.copies import preserve_random_state
 
 # What a tensor says of autograd depends on where the model is cut.

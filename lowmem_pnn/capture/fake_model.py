@@ -4,29 +4,27 @@ What the forward does is compared with what its trace does; what it leaves behin
 state has to be kept. Nothing is allocated, but for small tensors that depend on sizes and constants alone.
 """
 
-import logging
 import pickle
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from lowmem_pnn.capture.dispatch_modes import KnownValues, KnownWrittenError, OperationLog, tensors_in
-from lowmem_pnn.capture.equal_blocks import EqualBlocks
+from lowmem_pnn.capture.dispatch_modes import KnownWrittenError, OperationLog, tensors_in
+from lowmem_pnn.capture.setting import Fakes, Setting
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, OutputForm, TensorSpec
-from lowmem_pnn.model.copies import copy_structure, first_line, preserve_random_state, set_mode
+from lowmem_pnn.model.call_form import NOTHING, OutputForm
+from lowmem_pnn.model.copies import first_line, set_mode
 from lowmem_pnn.model.parameter_hooks import num_hooks
-from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.model.python_state import (
     Attribute,
     Snapshot,
@@ -35,128 +33,6 @@ from lowmem_pnn.model.python_state import (
     is_kept,
     is_read,
 )
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a model is run on fake tensors.
-
-    Args:
-        specs: shape and type of each tensor of a sample.
-        precision: compute precision and memory format.
-        batch: number of samples.
-        training: whether in train mode.
-        form: how the tensors are handed to the model.
-        learns_from: names of outputs, the first of which that there is training learns from; empty where it may learn from all.
-        values: whether what depends on sizes and constants alone has values, by which a forward may decide.
-    """
-
-    specs: tuple[TensorSpec, ...]
-    precision: Precision
-    batch: int
-    training: bool
-    form: CallForm = ONE_TENSOR
-    learns_from: tuple[str, ...] = ()
-    values: bool = True
-
-    @property
-    def mode_text(self) -> str:
-        """The mode in words."""
-        return "train" if self.training else "eval"
-
-    @property
-    def has_values(self) -> bool:
-        """Whether tensors that depend on sizes and constants alone are no fake ones."""
-        return self.values and self._device == "cpu"
-
-    @property
-    def _device(self) -> str:
-        return "cpu" if self.precision.dtype == "fp32" else self.precision.device_type
-
-    def error_prefix(self, model: nn.Module) -> str:
-        """Return the beginning of the error of a model that does not run.
-
-        Args:
-            model: the user's model.
-        """
-        many = len(self.specs) > 1
-        samples = ", ".join(
-            f"{name!r} {spec}" if many else str(spec) for name, spec in zip(self.form.names, self.specs, strict=True)
-        )
-        maps = ", its maps channels last (--channels-last)" if self.precision.channels_last else ""
-        return f"model {type(model).__name__} does not run on samples of {samples} in {self.mode_text} mode{maps}"
-
-    def log(
-        self, model: nn.Module, forward: Callable[[nn.Module, tuple[Tensor, ...], OperationLog], Any]
-    ) -> list[tuple[Any, ...]]:
-        """Run something on a copy of the model with fake tensors, and return the operations that depend on them.
-
-        Args:
-            model: module that stays as it is.
-            forward: is given the copy, in its mode, the samples, and the log.
-        """
-        fakes = self.fakes(model)
-        log = OperationLog([*fakes.samples, *fakes.root.parameters(), *fakes.root.buffers()])
-        with fakes.context(), log:
-            forward(fakes.root, fakes.samples, log)
-        return log.entries
-
-    def fakes(self, model: nn.Module) -> "Fakes":
-        """Return a copy of the model with fake tensors, in its mode, and fake samples.
-
-        All fake tensors are on the CPU, wherever the model's are; under autocast, whose casts depend on the device, on the training device.
-
-        Args:
-            model: module that stays as it is.
-        """
-        device = self._device
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with mode:
-            samples = tuple(torch.empty((self.batch, *spec.shape), dtype=spec.dtype, device=device) for spec in self.specs)
-            samples = self.precision.to_memory_format(samples)
-            fakes: dict[int, Tensor] = {}
-            for tensor in [*model.parameters(), *model.buffers()]:
-                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-                fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-        root = copy_structure(model, fakes)
-        set_mode(root, self.training)
-        EqualBlocks(model, root)
-        has_values = self.values and device == "cpu"
-        return Fakes(
-            mode, root, samples, self.precision, KnownValues(self.precision.device_type) if has_values else nullcontext()
-        )
-
-
-@dataclass
-class Fakes:
-    """A copy of a model with fake tensors, and fake samples.
-
-    Args:
-        mode: the mode that they belong to.
-        root: the copy.
-        samples: tensors of a batch.
-        precision: compute precision and memory format.
-        known: mode that gives values to what does not depend on samples or weights.
-    """
-
-    mode: FakeTensorMode
-    root: nn.Module
-    samples: tuple[Tensor, ...]
-    precision: Precision
-    known: AbstractContextManager[Any]
-
-    @contextmanager
-    def context(self) -> Iterator[None]:
-        """Return the context in which the copy is run."""
-        with (
-            preserve_random_state(),
-            _fake_tensor_log_disabled(),
-            self.mode,
-            self.known,
-            torch.enable_grad(),
-            self.precision.autocast(),
-        ):
-            yield
 
 
 @dataclass
@@ -172,7 +48,9 @@ class ModelRun:
         written: parameters that the forward changes in place, as an embedding with `max_norm` does.
         changed: parameters and buffers that the forward changes in place, or puts others in the place of.
         made: bytes of the tensors that operations of a module, and of those in it, made; under "" those of all.
-        returns_tensor: whether the model returns one tensor, in nothing.
+        output: what the model returns beside its tensors.
+        returned: shapes, with the batch, and types of the tensors that it returns.
+        asking: modules that do something by values of tensors (`UnknownValues.asking`).
         reached: parameters that a backward from what training learns from gives a gradient to.
     """
 
@@ -184,7 +62,9 @@ class ModelRun:
     written: set[str] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
     made: Counter[str] = field(default_factory=Counter)
-    returns_tensor: bool = True
+    output: OutputForm = NOTHING
+    returned: Sequence[tuple[torch.Size, torch.dtype]] = ()
+    asking: set[str] = field(default_factory=set)
     reached: set[str] = field(default_factory=set)
 
 
@@ -203,20 +83,22 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
     result = ModelRun(setting, [])
     title = type(model).__name__
 
-    def forward(root: nn.Module, samples: tuple[Tensor, ...], log: OperationLog) -> None:
+    def forward(fakes: Fakes, log: OperationLog) -> None:
+        root, samples = fakes.root, fakes.samples
         before, generators, hooks = Snapshot(root), _python_generators(), num_hooks(root)
         own = _tensors_of(root)
         versions = {name: tensor._version for name, tensor in own.items()}
         try:
-            with _made_by_module(root, log, result.made):
+            with _made_by_module(root, log, result.made), fakes.unknown.watching(root):
                 returned = setting.form.call(root, samples)
         except KnownWrittenError:
             raise
         except Exception as error:  # whatever a user's module raises on a shape it does not take
             where = _deepest_module(root, error)
             raise CaptureError(f"{setting.error_prefix(model)}{where and f', at {where!r}'}: {explain(error)}") from error
-        result.returns_tensor = isinstance(returned, Tensor)
         output, tensors = OutputForm.of(returned)
+        result.output, result.returned = output, [(tensor.shape, tensor.dtype) for tensor in tensors]
+        result.asking = _asking(fakes, log)
         chosen = next((tensors[output.names.index(name)] for name in setting.learns_from if name in output.names), None)
         result.reached = _reached(root, tensors if chosen is None else (chosen,))
         if _python_generators() != generators:
@@ -263,6 +145,14 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
 
     result.operations = setting.log(model, forward)
     return result
+
+
+def _asking(fakes: "Fakes", log: OperationLog) -> set[str]:
+    """Return the modules that do something by values, those too that repeated what others did."""
+    names, asking = {module: name for name, module in fakes.root.named_modules()}, set(fakes.unknown.asking)
+    for block, other in log.repeats:
+        asking |= {names[one] for one, another in zip(block.modules(), other.modules(), strict=True) if names[another] in asking}
+    return asking
 
 
 def _tensors_of(root: nn.Module) -> dict[str, Tensor]:
@@ -335,11 +225,11 @@ def uses_checkpointing(model: nn.Module, setting: Setting) -> bool:
         nonlocal found
         found = found or frame.f_code.co_filename.endswith("torch/utils/checkpoint.py")
 
-    def forward(root: nn.Module, samples: tuple[Tensor, ...], log: OperationLog) -> None:
+    def forward(fakes: Fakes, log: OperationLog) -> None:
         previous = sys.getprofile()
         sys.setprofile(look)
         try:
-            setting.form.call(root, samples)
+            setting.form.call(fakes.root, fakes.samples)
         except Exception:  # only what was called is asked
             pass
         finally:
@@ -376,14 +266,3 @@ def _title(model: nn.Module, name: str) -> str:
 
 def _python_generators() -> tuple[Any, ...]:
     return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
-
-
-@contextmanager
-def _fake_tensor_log_disabled() -> Iterator[None]:
-    """Keep torch from logging the traceback of an operation that does not take its shapes: it is in the error that we raise."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before

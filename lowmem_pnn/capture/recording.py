@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from lowmem_pnn.capture.dispatch_modes import OperationLog, tensors_in, without_values
 from lowmem_pnn.capture.fake_model import ModelRun, explain, run_model
+from lowmem_pnn.capture.setting import Fakes
 from lowmem_pnn.capture.tracer import Trace
 from lowmem_pnn.errors import CaptureError
 
@@ -39,6 +40,14 @@ class TraceMismatchError(CaptureError):
     def __init__(self, message: str, owner: str) -> None:
         super().__init__(message)
         self.owner = owner
+
+
+def changes_from_call_to_call(model: nn.Module) -> str:
+    """Return the error of a model that does something else each time it is called."""
+    return (
+        f"forward of model {type(model).__name__} does something else each time it is called on the same samples, by what is outside of "
+        "its modules (a global, a file, the time); such state cannot be kept with a run"
+    )
 
 
 class _RecordingInterpreter(fx.Interpreter):
@@ -86,9 +95,9 @@ def record(model: nn.Module, traced: Trace, run: ModelRun) -> Recording:
     setting = run.setting
     recording = Recording(setting.batch)
 
-    def run_graph(root: nn.Module, samples: tuple[Tensor, ...], log: OperationLog) -> None:
-        root = with_constants(root, traced, setting.training)
-        _RecordingInterpreter(root, traced.graph, recording, log, setting.error_prefix(model)).run(*samples)
+    def run_graph(fakes: Fakes, log: OperationLog) -> None:
+        root = with_constants(fakes.root, traced, setting.training)
+        _RecordingInterpreter(root, traced.graph, recording, log, setting.error_prefix(model)).run(*fakes.samples)
 
     traced_log = setting.log(model, run_graph)
     if traced_log != run.operations:
@@ -96,18 +105,14 @@ def record(model: nn.Module, traced: Trace, run: ModelRun) -> Recording:
         if again != run.operations:
             if without_values(again) == without_values(run.operations) == without_values(traced_log):
                 return recording  # a number from outside, which the comparison before training finds
-            raise CaptureError(
-                f"forward of model {type(model).__name__} does something else each time it is called on the same samples, by what is outside of "
-                "its modules (a global, a file, the time); such state cannot be kept with a run"
-            )
+            raise CaptureError(changes_from_call_to_call(model))
         # A forward can tell proxies from tensors: by isinstance(x, Tensor), for one, and then silently do something else.
         pairs = enumerate(zip(traced_log, run.operations, strict=False))
         step = next((step for step, (one, other) in pairs if one != other), min(len(traced_log), len(run.operations)))
         names = [str(log[step][0]) if step < len(log) else "nothing" for log in (run.operations, traced_log)]
         owners = [str(node.meta["owner"]) for node, first in recording.first_operation.items() if first <= step]
         raise TraceMismatchError(
-            f"model {type(model).__name__} cannot be cut into layers: in {setting.mode_text} mode it does {names[0]} as operation "
-            f"{step}, where its traced forward does {names[1]}; keep isinstance(x, Tensor) and the like in a module of their own",
+            f"in {setting.mode_text} mode {type(model).__name__} does {names[0]} as operation {step}, where its trace does {names[1]}",
             owners[-1],
         )
     return recording

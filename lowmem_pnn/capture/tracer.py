@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from lowmem_pnn.capture.examples import Examples
-from lowmem_pnn.capture.fake_model import Setting
 from lowmem_pnn.capture.opening import CONTAINERS, depth_of, is_below
 from lowmem_pnn.capture.proxies import BatchError, Proxy, Shape, recorded_calls
+from lowmem_pnn.capture.setting import Setting
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.call_form import OutputForm, like
+from lowmem_pnn.model.call_form import NOTHING, OutputForm, like
 from lowmem_pnn.model.copies import copy_structure, first_line, preserve_random_state, set_mode
 
 
@@ -30,6 +30,14 @@ class UntraceableError(Exception):
     def __init__(self, names: set[str], reason: str) -> None:
         super().__init__(reason)
         self.names, self.reason = names, reason
+
+
+class UncutError(CaptureError):
+    """A model whose own forward cannot be traced; in words why, as in "its forward ..."."""
+
+    def __init__(self, model: nn.Module, reason: str) -> None:
+        super().__init__(f"model {type(model).__name__} cannot be cut into layers: {reason}")
+        self.reason = reason
 
 
 class ModeConstant(nn.Module):
@@ -157,7 +165,7 @@ def trace(
         The graph, in which constants that depend on the mode are `ModeConstant` calls.
 
     Raises:
-        CaptureError: the model's own forward cannot be traced.
+        UncutError: the model's own forward cannot be traced.
     """
     stopped = dict(closed)
     while True:
@@ -177,10 +185,7 @@ def trace(
             return replace(merge(in_train, in_eval), opened=frozenset(expanded), stopped=stopped)
         except UntraceableError as error:
             if "" in error.names:
-                raise CaptureError(
-                    f"model {type(model).__name__} cannot be cut into layers: {error.reason}; move what its forward does there "
-                    "into a module of its own, which then stays whole"
-                ) from error
+                raise UncutError(model, error.reason) from error
             # Others of the same class would stop the next attempt.
             kinds = {type(model.get_submodule(name)) for name in error.names} - {*CONTAINERS}
             alike = {name for name in expanded if name and type(model.get_submodule(name)) in kinds}
@@ -211,7 +216,7 @@ class _Tracer(fx.Tracer):
         self._stack: list[str] = []
         self._autocast = _autocast_state()
         self.asked_of_batch: set[str] = set()
-        self.output = OutputForm(None, ())
+        self.output = NOTHING
 
     def values_of(self, node: fx.Node) -> tuple[Any, ...] | None:
         """Return the values of a node for two batch sizes; None where they are not known."""
@@ -285,6 +290,8 @@ class _Tracer(fx.Tracer):
             raise RuntimeError("torch.no_grad() inside a forward is not seen by torch.fx")
         if _autocast_state() != self._autocast:
             raise RuntimeError("torch.autocast() inside a forward is not seen by torch.fx")
+        if kind == "call_function" and args[0] in (torch.autograd.grad, torch.autograd.backward):
+            raise RuntimeError("torch.autograd inside a forward takes the whole of it")
         node = super().create_node(kind, *args, **kwargs)
         node.meta["owner"] = self._stack[-1] if self._stack else ""
         return node

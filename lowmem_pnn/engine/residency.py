@@ -222,8 +222,8 @@ class Residency:
             learns = self._requires_grad[name] and not self._frozen  # whatever a forward has made of it
             if learns and parameter.grad is None and name not in self.owned_elsewhere and name not in stepped:
                 raise CaptureError(
-                    f"parameter {name!r} got no gradient in {title}, and would never be trained; freeze it "
-                    "(requires_grad_(False)), or have the model's forward use it for every batch"
+                    f"parameter {name!r} got no gradient in {title}, and all that learns is stepped in every batch; freeze it "
+                    "(requires_grad_(False)), or add 0 * parameter.sum() to what the forward returns, which is a gradient of zeros"
                 )
 
     def nonfinite_parameter(self) -> str | None:

@@ -237,6 +237,10 @@ class OutputForm:
         return make(self.form)
 
 
+NOTHING = OutputForm(None, ())
+"""The form of what holds no tensors: None."""
+
+
 def like(example: Any, stand_in: Any) -> Any:
     """Return a container as the example is, whose items are those of something that stands for it.
 

@@ -57,7 +57,7 @@ class Layer:
     number from 0; unique in a chain."""
 
     module: nn.Module
-    """An `fx.GraphModule` whose parameters and buffers have the names they have in the model."""
+    """An `fx.GraphModule` whose parameters and buffers have the names they have in the model; another one where the model is one layer."""
 
     precision: Precision
     """Compute precision and memory format of the layer and its head."""
@@ -231,8 +231,7 @@ def is_rowwise(layer: Layer) -> bool:
     Hooks would see each chunk of rows instead of all rows.
     """
     module = layer.module
-    assert isinstance(module, fx.GraphModule)
-    if any(hooks.see_gradients for hooks in layer.hooks.values()):
+    if not isinstance(module, fx.GraphModule) or any(hooks.see_gradients for hooks in layer.hooks.values()):
         return False
     operations = [node for node in module.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     if len(operations) != 1:

@@ -7,13 +7,14 @@ source --> layer --> sink     forward: the source is the boundary before the lay
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowmem_pnn.capture.unknown_values import UnknownValues
 from lowmem_pnn.device.kernel_memory import cached_primitives, product_width, scratch_bytes, untouched_bytes, workspace_bytes
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.storage_tracker import StorageTracker
@@ -92,6 +93,12 @@ class _LiveBytes(StorageTracker):
         self.compiled.update(cached_primitives(func, args))
         self.untouched = max(self.untouched, untouched_bytes(func, args))
         self.widest = max(self.widest, product_width(func, args))
+
+
+class _NoModules(nullcontext[None]):
+    """Stands in the place of a counter's tracker of modules: everything belongs to the whole."""
+
+    parents = frozenset({"Global"})
 
 
 class _Source(torch.autograd.Function):
@@ -178,7 +185,10 @@ class FakeRun:
         Eval mode may take fused kernels that are not in PyTorch's table of operations.
         """
         self._layer.train()
-        with self._mode, torch.no_grad(), FlopCounterMode(display=False) as flops, products_counted(FEW) as products:
+        flops = FlopCounterMode(display=False)
+        # Its tracker of modules hangs hooks on gradients, which a forward that calls torch.autograd.grad cannot bear.
+        flops.mod_tracker = cast(Any, _NoModules())
+        with self._mode, UnknownValues(), torch.no_grad(), flops, products_counted(FEW) as products:
             # Detached: a view of a parameter asks for a gradient without gradients too, and the counter's hooks look for its function.
             tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
             self._layer.run_on(tensors, *self._inputs(FEW), scores=True)
@@ -196,7 +206,7 @@ class FakeRun:
         """
         self._code = self._layer.compiled if compiled else None
         try:
-            with self._mode, nullcontext() if self._code is None else self._code.accepting_fake_tensors():
+            with self._mode, UnknownValues(), nullcontext() if self._code is None else self._code.accepting_fake_tensors():
                 trace = self._train(batch)
                 trace.emit = self._emit(batch)
                 return trace
@@ -214,7 +224,7 @@ class FakeRun:
         """Decide whether the layer runs on `batch` samples in train mode: BatchNorm over single values does not."""
         self._layer.train()
         try:
-            with self._mode, torch.no_grad():
+            with self._mode, UnknownValues(), torch.no_grad():
                 self._run(*self._inputs(batch), scores=True)
         except ValueError:
             return False

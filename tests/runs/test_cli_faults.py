@@ -110,10 +110,6 @@ _FACTORY = "import torch\ndef build():\n    {body}\n"
             _MODULE.format(forward="y = self.a(x); return {'y': y, 'scores': self.b(y)}"),
             "of which no loss by name knows which to take",
         ),
-        (
-            _MODULE.format(forward="return self.a(x) if x.sum() > 0 else self.b(x)"),
-            "it reads a tensor's value (as by",
-        ),
         (_MODULE.format(forward="return self.a(x).detach()"), "no parameter of Net gets a gradient"),
         (_MODULE.format(forward="return self.b(self.a(x).mean(0, keepdim=True))"), "its first axis must be the batch"),
     ],

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.capture import fake_model
+from lowmem_pnn.capture import setting
 from lowmem_pnn.capture.capture import capture
-from lowmem_pnn.capture.fake_model import ModelRun, Setting, run_model
+from lowmem_pnn.capture.fake_model import ModelRun, run_model
+from lowmem_pnn.capture.setting import Setting
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.precision import FULL_PRECISION
 
@@ -60,7 +61,19 @@ def run_of(model: nn.Module, training: bool = True) -> ModelRun:
 
 def all_of(run: ModelRun) -> tuple[Any, ...]:
     made = {name: size for name, size in run.made.items() if size}
-    return run.operations, run.kept, run.left, run.cached, run.written, run.changed, made, run.returns_tensor, run.reached
+    return (
+        run.operations,
+        run.kept,
+        run.left,
+        run.cached,
+        run.written,
+        run.changed,
+        made,
+        run.output,
+        run.returned,
+        run.asking,
+        run.reached,
+    )
 
 
 KINDS = ("", "number", "state", "in place", "input", "buffers")
@@ -70,7 +83,7 @@ KINDS = ("", "number", "state", "in place", "input", "buffers")
 @pytest.mark.parametrize("training", [True, False])
 def test_what_is_known_of_a_model_is_as_if_each_block_had_run(kind: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = run_of(Model(kind), training)
-    monkeypatch.setattr(fake_model, "EqualBlocks", lambda model, root: None)
+    monkeypatch.setattr(setting, "EqualBlocks", lambda model, root: None)
     assert all_of(ours) == all_of(run_of(Model(kind), training))
     assert "blocks.3.linear.weight" in ours.reached or kind == "input"
     assert "blocks.3.unused" not in ours.reached

@@ -186,10 +186,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(KeepsObjects(), nn.Linear(4, 2)),
         "forward of module '0' of Sequential changes (a set) its attribute 'seen', which its next forward reads",
     ),
-    "own state of an opened model": (
-        CountsItself,
-        "model CountsItself cannot be cut into layers: its forward changes its attribute 'calls', whose value a trace would freeze",
-    ),
     "checkpointing": (
         Checkpoints,
         "model Checkpoints uses activation checkpointing (torch.utils.checkpoint) in its forward; turn it off",

@@ -1,0 +1,127 @@
+"""Unknown values: what a forward does by values of its input, run on fake tensors, which have none.
+
+    x[x > 1], mask.nonzero()      as many as there can be: memory is foreseen for the most
+    if flag.any(): ...            no: a condition on values is taken for false
+    scale = x.max().item()        one
+
+A module that does so directly is never opened, since a trace would freeze what it did; nor is one that is given, by a module inside, a
+tensor whose shape is of the kind above. Each of them runs its own code in training.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
+
+from lowmem_pnn.capture.dispatch_modes import has_values, tensors_in
+from lowmem_pnn.dispatch_mode import DispatchMode
+
+_aten = torch.ops.aten
+# A forward that asks so often waits for a condition to come true.
+_MOST_QUESTIONS = 20_000
+
+
+class UnknownValues(DispatchMode):
+    """A mode inside a fake mode that answers what depends on values, and takes down which modules ask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asking: set[str] = set()
+        """Names of modules that do something by values, or are given a tensor whose shape depends on some."""
+
+        self._stack = [""]
+        self._questions = 0
+        # Tensors whose shapes depend on values. The tensors themselves: an id is used again once its tensor is gone.
+        self._sized: dict[int, Tensor] = {}
+
+    @contextmanager
+    def watching(self, root: nn.Module) -> Iterator[None]:
+        """Take down by their names which modules of a model ask, while it runs.
+
+        Args:
+            root: the model, or a copy of it.
+        """
+        names = {module: name for name, module in root.named_modules()}
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self._stack.append(names.get(module, self._stack[-1]))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._stack.pop()
+            leaves = pytree.tree_leaves(output)
+            asked = names.get(module) in self.asking
+            if any(id(leaf) in self._sized or (asked and isinstance(leaf, bool | int | float)) for leaf in leaves):
+                self.asking.add(self._stack[-1])
+
+        hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            result = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            if all(map(has_values, tensors_in((args, kwargs)))):
+                raise  # which are known to who asks
+            self._questions += 1
+            result = NotImplemented if self._questions > _MOST_QUESTIONS else _answer(func, args, kwargs)
+            if result is NotImplemented:
+                raise
+            self.asking.add(self._stack[-1])
+            depends, known = True, set()
+        else:
+            given = tensors_in((args, kwargs))
+            depends = any(id(tensor) in self._sized for tensor in given)
+            # What is written into, or added to, a tensor of known sizes has these.
+            known = {tensor.shape for tensor in given if id(tensor) not in self._sized} if depends else set()
+        if depends:
+            self._sized.update(
+                (id(tensor), tensor) for tensor in tensors_in(result) if tensor.dim() and tensor.shape not in known
+            )
+        return result
+
+
+def _answer(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return what an operation that depends on values returns at most; NotImplemented where that is not known."""
+    packet = func.overloadpacket
+    if packet is _aten._local_scalar_dense:
+        dtype = args[0].dtype
+        return False if dtype is torch.bool else 1 if not (dtype.is_floating_point or dtype.is_complex) else 1.0
+    if packet in (_aten.equal, _aten.allclose):
+        return False
+    if packet is _aten.nonzero:
+        return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+    if packet is _aten.masked_select:
+        shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
+        return args[0].new_empty((shape.numel(),))
+    if packet is _aten._unique2:
+        flags = dict(zip(("self", "sorted", "return_inverse", "return_counts"), args, strict=False)) | kwargs
+        tensor = args[0]
+        return (
+            tensor.new_empty((tensor.numel(),)),
+            tensor.new_empty(tensor.shape if flags.get("return_inverse") else (0,), dtype=torch.int64),
+            tensor.new_empty((tensor.numel() if flags.get("return_counts") else 0,), dtype=torch.int64),
+        )
+    if packet in (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_):
+        return func(args[0], _as_numbers(args[1]), *args[2:], **kwargs)
+    return NotImplemented
+
+
+def _as_numbers(indices: Any) -> list[Tensor | None]:
+    """Return indices with the numbers of all elements in the place of each mask."""
+    numbers: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype not in (torch.bool, torch.uint8):
+            numbers.append(index)
+        else:
+            numbers += [index.new_empty((index.numel(),), dtype=torch.int64) for _ in range(max(index.dim(), 1))]
+    return numbers

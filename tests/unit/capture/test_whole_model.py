@@ -1,0 +1,191 @@
+"""Models whose own forward cannot be traced: one layer, which gives what the model gives, and says why it is whole."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers.networks import FromFunction, assert_equal, vector
+from lowmem_pnn.capture.capture import capture
+from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.chain import Chain
+
+
+def sharp(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.7 * x)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it is old, and in use
+    scripted = torch.jit.script(sharp)
+
+
+@torch.no_grad()
+def halved(x: Tensor) -> Tensor:
+    return x / 2
+
+
+def on_values(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(x)) if x.sum() > 0 else m.b(m.a(x) * 2)
+
+
+def with_noise(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(x)) + torch.rand(2)
+
+
+def other_in_eval(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(x).relu()) if m.training else m.b(m.a(x))
+
+
+def by_type(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(x).relu()) if type(x).__name__.endswith("Tensor") else m.b(m.a(x))
+
+
+def by_batch(m: Any, x: Tensor) -> Tensor:
+    return m.b(m.a(x)) if x.shape[0] > 1 else m.b(m.a(x).relu())
+
+
+def derivative(m: Any, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.requires_grad_()
+        [gradient] = torch.autograd.grad(torch.tanh(m.a(x)).sum(), x, create_graph=True)
+    return m.b(gradient)
+
+
+CASES: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "condition": (on_values, "its forward does something by values of its input"),
+    "number": (lambda m, x: m.b(m.a(x)) + m.a(x).sum().item(), "its forward does something by values of its input"),
+    "mask": (lambda m, x: m.b(m.a(x).masked_scatter(x > 0, x[x > 0] * 2)), "its forward does something by values of its input"),
+    "noise": (with_noise, "its forward draws random numbers that tracing would freeze"),
+    "mode": (other_in_eval, "its forward does other operations in train than in eval mode, from 'relu' on"),
+    "no gradients": (
+        lambda m, x: m.b(m.a(x) + halved(m.a(x))),
+        "its forward cannot be traced: torch.no_grad() inside a forward is not seen by torch.fx",
+    ),
+    "type": (by_type, "its forward does something else where it is traced"),
+    "batch": (by_batch, "its forward decides something by the number of samples, and does otherwise with 1"),
+    "script": (lambda m, x: m.b(scripted(m.a(x))), "its forward cannot be traced: sharp() Expected a value of type 'Tensor'"),
+    "vmap": (lambda m, x: m.b(torch.vmap(lambda row: m.a.weight @ row + m.a.bias)(x)), "its forward cannot be traced: vmap("),
+    "derivative": (derivative, "its forward cannot be traced: torch.autograd inside a forward takes the whole of it"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_that_cannot_be_cut_is_one_layer_and_says_why(case: str) -> None:
+    forward, reason = CASES[case]
+    model = FromFunction(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 2))
+    chain = capture(model, vector(4))
+    [layer] = chain.layers
+    assert (layer.name, list(layer.parameters())) == ("model", ["a.weight", "a.bias", "b.weight", "b.bias"])
+    assert layer.whole.startswith(f"whole: {reason}")
+    assert "; 100% of the weights; " in layer.whole
+    assert not chain.idle
+    assert_equal(chain, model, torch.randn(3, 4))
+
+
+def test_what_hangs_on_the_model_itself_happens_once() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.calls = nn.Linear(4, 2), 0
+            self.register_buffer("scale", torch.ones(2))
+
+        def forward(self, x: Tensor) -> Any:
+            self.calls += self.training
+            return {"scores": self.a(x) * self.scale * (self.calls if x.sum() > 0 else 1)}
+
+    model = Counts()
+    model.register_forward_hook(lambda module, args, output: {"scores": output["scores"] + 1})
+    chain, twin = capture(model, vector(4)), copy.deepcopy(model)
+    assert (model.calls, chain.python_state) == (0, {".calls": 0})
+    for training in (True, False, True):
+        x = torch.ones(3, 4)
+        assert torch.equal(chain.train(training)(x)["scores"], twin.train(training)(x)["scores"])
+    assert chain.python_state == {".calls": 2}
+    chain.set_python_state({".calls": 5})
+    chain.layers[0].set_tensor("scale", torch.zeros(2))
+    assert torch.equal(chain(torch.ones(1, 4))["scores"], torch.ones(1, 2))
+    assert chain.python_state == {".calls": 6}
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda m, x: m.a(x) if x.sum() > 0 else m.b(x).sum(), "returns a tensor of shape () for a batch of 2"),
+        (lambda m, x: (m.a(x[x[:, 0] > 9].sum(0) + x), x) if m.training else m.b(x), "returns tuple of 2 in train mode and tensor in eval mode"),
+    ],
+)  # fmt: skip
+def test_what_is_returned_is_checked_as_ever(forward: Callable[[Any, Tensor], Any], message: str) -> None:
+    model = FromFunction(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 2))
+    with pytest.raises(CaptureError) as caught:
+        capture(model, vector(4))
+    assert message in str(caught.value)
+
+
+class Experts(nn.Module):
+    """A mixture of experts, each of which is called on the rows that are routed to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(4, 3), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen, mixed = self.gate(x).softmax(-1), x[:, 0].argsort() % 3, torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero().squeeze(-1)
+            if rows.numel():
+                mixed = mixed.index_add(0, rows, expert(x[rows]) * weights[rows, number, None])
+        return x + mixed
+
+
+def layers_of(chain: Chain) -> list[tuple[str, bool]]:
+    return [(layer.name, bool(layer.whole)) for layer in chain.layers]
+
+
+def test_a_module_that_goes_by_values_is_whole_and_the_others_are_cut() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Experts(), nn.Linear(4, 4), Experts(), nn.Linear(4, 2))
+    chain = capture(model, vector(4))
+    assert layers_of(chain) == [("0", False), ("1", True), ("2", False), ("3", True), ("4", False)]
+    assert not chain.idle
+    for seed in range(4):
+        torch.manual_seed(seed)
+        assert_equal(chain, model, torch.randn(40, 4))
+
+
+def test_what_is_given_rows_by_values_is_whole_too() -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            score = self.score(x)
+            return (x * score)[score[:, 0] > 0]
+
+    class Pools(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pick, self.mix = Picks(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            picked = self.pick(x)
+            return x + self.mix(picked).sum(0) if len(picked) else x
+
+    model = nn.Sequential(nn.Linear(4, 4), Pools(), nn.Linear(4, 2))
+    chain = capture(model, vector(4))
+    assert layers_of(chain) == [("0", False), ("1", True), ("2", False)]
+    assert_equal(chain, model, torch.randn(12, 4))
+
+
+def test_a_condition_that_never_comes_true_is_not_waited_for() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        while not (x.abs() < 1e-3).all():
+            x = x / 2
+        return m.a(x)
+
+    with pytest.raises(CaptureError, match="it reads a tensor's value"):
+        capture(FromFunction(forward, a=nn.Linear(4, 2)), vector(4))
