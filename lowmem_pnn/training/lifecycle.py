@@ -1,6 +1,7 @@
 """The life of a run, from its first commit to its result: building, the check before training, training, test, export."""
 
 import dataclasses
+import gc
 import hashlib
 import math
 from contextlib import closing
@@ -123,6 +124,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
             run.replan(plan)
             continue
         display.stage("checking one step")
+        gc.collect()  # modules that were compared refer to each other in cycles, with gradients: no part of the step
         check = check_tightest(run, profile)
         # What the check found beyond the plan, which knows of what earlier ones found, comes on top of all that it foresees, reading too.
         found = check.unexplained_bytes - missing
