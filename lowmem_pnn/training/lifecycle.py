@@ -1,6 +1,7 @@
 """The life of a run, from its first commit to its result: building, the check before training, training, test, export."""
 
 import dataclasses
+import gc
 import hashlib
 import math
 from contextlib import closing
@@ -103,6 +104,9 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
         display.stage("comparing the model with its layers")
         with session.rundir.scratch() as folder:  # by its name what a kill leaves of it is known
             compared = compare(workload, model, folder, display.message)
+        # Copies of modules refer to each other in cycles, and to gradients; and the heap is full of holes.
+        gc.collect()
+        device.release()
         mixing = find_mixing(workload, model, display.message)
         if mixed := [name for name, layer in mixing.items() if layer < workload.fixed_layers]:
             raise ConfigError(
@@ -123,6 +127,9 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
             run.replan(plan)
             continue
         display.stage("checking one step")
+        # What building and comparing the model has left is no part of the step.
+        gc.collect()
+        device.release()
         check = check_tightest(run, profile)
         # What the check found beyond the plan, which knows of what earlier ones found, comes on top of all that it foresees, reading too.
         found = check.unexplained_bytes - missing

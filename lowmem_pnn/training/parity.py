@@ -5,8 +5,8 @@
                      each layer forward once more, from the last one, and back   as in exact training
 
 Outputs, loss, gradients of all parameters, buffers, and Python state must be the same bits, in train mode, and outputs in eval mode.
-Weights are those that training begins with, in mapped files, so that neither side needs memory for them. What is changed on the way is a
-copy, or restored.
+Weights are those that training begins with, in mapped files, so that neither side needs memory for them, and what is large of a backward
+goes to files too. What is changed on the way is a copy, or restored.
 """
 
 import math
@@ -38,6 +38,8 @@ from lowmem_pnn.zoo.deferred_init import FileBacked
 _SAMPLES = 2
 # Tensors of so many bytes are not kept in memory for the backward.
 _SPILLED_BYTES = 1 << 16
+# Results of so many bytes go to a file as soon as a backward has them: gradients of a tied weight, one for each use, would add up.
+_MOVED_BYTES = 1 << 22
 # Relative difference of two sums up to which they may be one sum in another order, by the type of what is summed.
 _ROUNDING = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
 
@@ -76,7 +78,7 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
                     "the layers as they are"
                 )
         with preserve_random_state():
-            ours = _observe_layers(workload, model, batch)
+            ours = _observe_layers(workload, model, batch, folder)
         different = differences(theirs, ours)
         if different and differences(theirs, _observe_model(workload, model, batch, folder)):
             say(
@@ -118,6 +120,7 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
     set_mode(twin, True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         _seed(workload)
+        moved = FileBacked(Path(scratch), _MOVED_BYTES)
         spilled = _Spilled(Path(scratch), [*twin.parameters(), *twin.buffers(), *_inputs(batch), *tensors_in(batch[1])])
         with torch.autograd.graph.saved_tensors_hooks(spilled.pack, spilled.unpack):
             with precision.autocast():
@@ -128,27 +131,31 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
                 for parameter in {id(parameter): parameter for parameter in parameters.values()}.values()
                 if parameter.requires_grad
             ]
-            observed.values |= {**_outputs(chain, outputs, "train"), "the loss": float(loss.detach())}
-            torch.autograd.backward(loss)
-        del outputs, loss
+            with moved:
+                observed.values |= {**_outputs(chain, outputs, "train"), "the loss": float(loss.detach())}
+                del outputs
+                torch.autograd.backward(loss)
+        del loss
     for handle in handles:
         handle.remove()
     _note_state(workload, observed, dict(twin.named_buffers()), twin, before)
     set_mode(twin, False)
     _seed(workload)  # what is drawn in eval mode too
     with torch.no_grad(), precision.autocast():
-        observed.values |= _outputs(chain, run_model(twin, chain, batch), "eval")
+        outputs = run_model(twin, chain, batch)
+    with FileBacked(folder, _MOVED_BYTES):
+        observed.values |= _outputs(chain, outputs, "eval")
     return observed
 
 
-def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Any, Any]) -> Observed:
+def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Any, Any], folder: Path) -> Observed:
     """Run the layers of the model as exact training runs them, each layer a partition of its own."""
     chain, observed = workload.bare, Observed()
-    with layers_of(workload, model) as loaded:
+    with layers_of(workload, model) as loaded, tempfile.TemporaryDirectory(dir=folder) as scratch:
         for layer in chain.layers:
             layer.train()
         _seed(workload)
-        _forward_and_back(workload, batch, loaded, observed)
+        _forward_and_back(workload, batch, loaded, observed, Path(scratch))
         # Names of the model's own, buffers that no layer holds included.
         buffers = {chain.owner_of(alias): tensor for layer in chain.layers for alias, tensor in layer.buffers().items()}
         _note_state(workload, observed, {name: buffers.get(chain.owner_of(name), own) for name, own in model.named_buffers()})
@@ -159,7 +166,8 @@ def _observe_layers(workload: Workload, model: nn.Module, batch: tuple[Any, Any]
             tensors = _inputs(batch)
             for layer in chain.layers:
                 tensors = layer(*tensors)
-            observed.values |= _outputs(chain, tensors, "eval")
+            with FileBacked(Path(scratch), _MOVED_BYTES):
+                observed.values |= _outputs(chain, tensors, "eval")
     return observed
 
 
@@ -192,8 +200,12 @@ def layers_of(workload: Workload, model: nn.Module) -> Iterator[dict[str, nn.Par
                 layer.compiled = code
 
 
-def _forward_and_back(workload: Workload, batch: tuple[Any, Any], loaded: Mapping[str, nn.Parameter], observed: Observed) -> None:
+def _forward_and_back(
+    workload: Workload, batch: tuple[Any, Any], loaded: Mapping[str, nn.Parameter], observed: Observed, folder: Path
+) -> None:
     layers, owner_of = workload.bare.layers, workload.bare.owner_of
+    moved = FileBacked(folder, _MOVED_BYTES)
+    spilled = _Spilled(folder, [*loaded.values(), *_inputs(batch), *tensors_in(batch[1])])
     owners = [{owner_of(alias): parameter.requires_grad for alias, parameter in layer.parameters().items()} for layer in layers]
     first_user = {name: number for number, names in reversed([*enumerate(owners)]) for name in names}
     users = Counter(
@@ -220,17 +232,23 @@ def _forward_and_back(workload: Workload, batch: tuple[Any, Any], loaded: Mappin
                 with torch.no_grad():
                     value.copy_(buffers[name])
         leaves = _leaves(inputs.pop(), any(any(names.values()) for names in owners[:number]))
-        outputs = layer(*leaves)
         if number == len(layers) - 1:
-            after = [(value, value.clone()) for own in layers for value in own.buffers().values() if users[id(value)] > 1]
-            loss = workload.task.loss(outputs, batch[1], training=True)
-            observed.values |= {**_outputs(workload.bare, outputs, "train"), "the loss": float(loss.detach())}
-            torch.autograd.backward(loss)
+            with torch.autograd.graph.saved_tensors_hooks(spilled.pack, spilled.unpack):
+                outputs = layer(*leaves)
+                after = [(value, value.clone()) for own in layers for value in own.buffers().values() if users[id(value)] > 1]
+                loss = workload.task.loss(outputs, batch[1], training=True)
+            with moved:
+                observed.values |= {**_outputs(workload.bare, outputs, "train"), "the loss": float(loss.detach())}
+                del outputs
+                torch.autograd.backward(loss)
+            del loss
         else:
+            outputs = layer(*leaves)
             pairs = [(output, gradient) for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
             pairs = [(output, gradient) for output, gradient in pairs if output.requires_grad]
             if pairs:
-                torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+                with moved:
+                    torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
         gradients = [leaf.grad for leaf in leaves]
         for name in owners[number]:
             if loaded[name].grad is not None and first_user[name] == number:

@@ -15,11 +15,13 @@ from helpers.plainloops import built
 from helpers.small_networks import small_conv, small_gpt, small_mlp, tokens, vectors
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
 from lowmem_pnn.model.python_state import Snapshot
 from lowmem_pnn.training.observed import Observed, differences
 from lowmem_pnn.training.parity import compare
 from lowmem_pnn.workload import Workload, make_workload
 from lowmem_pnn.workload.inputs import python_inputs
+from lowmem_pnn.zoo.deferred_init import file_backed
 
 
 def workload_of(build: Callable[[], nn.Module], data: Any, **options: Any) -> Workload:
@@ -65,6 +67,37 @@ def test_nothing_is_changed(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(tensor.is_meta for layer in workload.chain.layers for tensor in layer.parameters().values())
     assert not list(tmp_path.iterdir())
+
+
+class Words(nn.Module):
+    """A tied weight that outweighs all else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40_000, 256)
+        self.body = nn.Linear(256, 256)
+        self.head = nn.Linear(256, 40_000, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.body(self.embedding(x)))
+        return scores
+
+
+def test_gradients_of_a_tied_weight_are_not_all_in_memory_at_once(tmp_path: Path) -> None:
+    ids = torch.arange(16).view(4, 4)
+    workload = workload_of(Words, (ids, ids), batch_size=2)
+    with file_backed(tmp_path):
+        model = Words()
+    meter = ProcessMemoryMeter(interval=0.0005)
+    meter.start()
+    meter.begin_section()
+    before = private_bytes()
+    assert compare(workload, model, tmp_path, refuse_to_say) == "yes"
+    most = meter.peak() - before
+    meter.stop()
+    # Autograd would hold three: that of each use, and their sum.
+    assert most < 1.8 * model.head.weight.nbytes
 
 
 def flip_gradient(workload: Workload) -> None:
