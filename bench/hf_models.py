@@ -71,7 +71,10 @@ FAMILIES: dict[str, Family] = {
         "tokens", "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
         {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
     ),
-    "Mamba": Family("tokens", "MambaForCausalLM", "MambaConfig", {**_SHORT, "num_hidden_layers": BLOCKS, "state_size": 8}),
+    "Mamba": Family(
+        "tokens", "MambaForCausalLM", "MambaConfig", {**_SHORT, "num_hidden_layers": BLOCKS, "state_size": 8},
+        call=(("use_cache", False),),  # in eval mode its cache is another order of sums; `hf:` models have none
+    ),
     "BERT": Family("text", "BertForSequenceClassification", "BertConfig", {**_SIZES, "num_labels": CLASSES}),
     "RoBERTa": Family("text", "RobertaForSequenceClassification", "RobertaConfig", {**_SIZES, "num_labels": CLASSES}),
     "DistilBERT": Family(
