@@ -59,10 +59,11 @@ class Expanded(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(12, 256), nn.Linear(256, 4)
+        self.register_buffer("places", torch.arange(256)[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
         wide = self.first(x)[:, None].expand(-1, 256, -1) * 1.5
-        return self.last(torch.gather(wide, 2, torch.arange(256).flip(0).expand(len(x), 256, -1)).mean(1))
+        return self.last(torch.gather(wide, 2, self.places.flip(2).expand(len(x), 256, -1)).mean(1))
 
 
 def test_what_a_backward_asks_for_may_be_expanded(tmp_path: Path) -> None:
