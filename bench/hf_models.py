@@ -103,6 +103,7 @@ FAMILIES: dict[str, Family] = {
     "Swin": Family(
         "image", "SwinForImageClassification", "SwinConfig",
         {"image_size": 64, "patch_size": 2, "embed_dim": 32, "depths": [2, 4], "num_heads": [2, 4], "window_size": 4, "num_labels": CLASSES},
+        reason="two blocks of the first stage are one layer",
     ),
     "ConvNeXt": Family(
         "image", "ConvNextForImageClassification", "ConvNextConfig",
@@ -119,6 +120,7 @@ FAMILIES: dict[str, Family] = {
             "decoder_start_token_id": 0,
         },
         call=(("use_cache", False),),
+        reason="the blocks of a stack share a table of positions that learns, one for all samples",
     ),
     "Whisper": Family(
         "speech", "WhisperForConditionalGeneration", "WhisperConfig",
