@@ -71,7 +71,10 @@ FAMILIES: dict[str, Family] = {
         "tokens", "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
         {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
     ),
-    "Mamba": Family("tokens", "MambaForCausalLM", "MambaConfig", {**_SHORT, "num_hidden_layers": BLOCKS, "state_size": 8}),
+    "Mamba": Family(
+        "tokens", "MambaForCausalLM", "MambaConfig", {**_SHORT, "num_hidden_layers": BLOCKS, "state_size": 8},
+        call=(("use_cache", False),),  # in eval mode its cache is another order of sums; `hf:` models have none
+    ),
     "BERT": Family("text", "BertForSequenceClassification", "BertConfig", {**_SIZES, "num_labels": CLASSES}),
     "RoBERTa": Family("text", "RobertaForSequenceClassification", "RobertaConfig", {**_SIZES, "num_labels": CLASSES}),
     "DistilBERT": Family(
@@ -100,6 +103,7 @@ FAMILIES: dict[str, Family] = {
     "Swin": Family(
         "image", "SwinForImageClassification", "SwinConfig",
         {"image_size": 64, "patch_size": 2, "embed_dim": 32, "depths": [2, 4], "num_heads": [2, 4], "window_size": 4, "num_labels": CLASSES},
+        reason="two blocks of the first stage are one layer",
     ),
     "ConvNeXt": Family(
         "image", "ConvNextForImageClassification", "ConvNextConfig",
@@ -116,6 +120,7 @@ FAMILIES: dict[str, Family] = {
             "decoder_start_token_id": 0,
         },
         call=(("use_cache", False),),
+        reason="the blocks of a stack share a table of positions that learns, one for all samples",
     ),
     "Whisper": Family(
         "speech", "WhisperForConditionalGeneration", "WhisperConfig",

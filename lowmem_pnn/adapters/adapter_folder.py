@@ -8,18 +8,24 @@ from lowmem_pnn.adapters.lora import ADAPTER_NAMES, is_within
 from lowmem_pnn.adapters.prepared_model import adapter_modules
 from lowmem_pnn.config.adapter_options import ALL_LINEAR
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.transformers_place import has_weights, place_of
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.quantization.stored_weights import is_conv1d
 from lowmem_pnn.stores.disk import disk_error, refuse_link, write_durably
 from lowmem_pnn.stores.journal import DAMAGED
 from lowmem_pnn.stores.run_creation import ADAPTER_FILES, ADAPTER_FOLDER
 from lowmem_pnn.stores.weights import WeightStore
+from lowmem_pnn.zoo.model_source import ModelSource
 
 # What peft puts before the names of the model that it wraps.
 _PREFIX = "base_model.model."
 
 
-def write_adapter(run: Path, chain: Chain, config: FitConfig, weights: WeightStore, *, is_causal: bool = False) -> Path:
+# What peft calls the tasks whose models it wraps in classes of their own.
+_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "sequence-classification": "SEQ_CLS"}
+
+
+def write_adapter(run: Path, chain: Chain, config: FitConfig, weights: WeightStore, source: ModelSource) -> Path:
     """Write the adapters of a trained model, and the modules that have learnt whole beside them, into the run's folder.
 
     Args:
@@ -27,10 +33,11 @@ def write_adapter(run: Path, chain: Chain, config: FitConfig, weights: WeightSto
         chain: the model in layers.
         config: options of the run, with adapters.
         weights: weight files of the run, sealed.
-        is_causal: whether the model is a causal language model of transformers, which peft wraps in a class of its own.
+        source: the model.
 
     Returns:
-        The folder, which `peft.PeftModel.from_pretrained(base, folder)` reads.
+        The folder, which `peft.PeftModel.from_pretrained(base, folder)` reads; of a model of transformers it names the base, and has the
+        tokenizer's files.
 
     Raises:
         DiskError: the disk is full, or not writable.
@@ -44,9 +51,22 @@ def write_adapter(run: Path, chain: Chain, config: FitConfig, weights: WeightSto
     config_file, weights_file = ADAPTER_FILES
     names = adapter_names(chain, config)
     weights.export(folder / weights_file, list(names), {name: chain.owner_of(own) for name, own in names.items()})
-    said = adapter_config(chain, config) | ({"task_type": "CAUSAL_LM"} if is_causal else {})
+    task = None if source.transformers is None else _TASK_TYPES.get(source.transformers.task)
+    said = adapter_config(chain, config) | {"task_type": task}
+    for name, file in source.tokenizer_files(config.tokenizer).items():
+        write_durably(folder / name, file.read_bytes())
     write_durably(folder / config_file, json.dumps(said, indent=2, sort_keys=True) + "\n")
     return folder
+
+
+def _base_of(model: str) -> tuple[str | None, str | None]:
+    """Return the folder, or the name on the hub, that a base is loaded from, and its revision; None where weights come with none."""
+    if not has_weights(model):
+        return None, None
+    if (place := place_of(model)) is not None:
+        return str(place.absolute()), None  # loaded from wherever
+    name, _, revision = model.removeprefix("hf:").partition("@")
+    return name, revision or None
 
 
 def adapter_names(chain: Chain, config: FitConfig) -> dict[str, str]:
@@ -78,12 +98,13 @@ def adapter_config(chain: Chain, config: FitConfig) -> dict[str, Any]:
     lora = config.lora
     assert lora is not None, "only runs with adapters have an adapter"
     modules = adapter_modules(chain.modules())
+    base, revision = _base_of(config.model)
     return {
         "peft_type": "LORA",
         "task_type": None,
         "auto_mapping": None,
-        "base_model_name_or_path": config.model.removeprefix("hf:") if config.model.startswith("hf:") else None,
-        "revision": None,
+        "base_model_name_or_path": base,
+        "revision": revision,
         "inference_mode": True,
         "r": lora.r,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,

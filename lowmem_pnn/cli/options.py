@@ -27,7 +27,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "data", "target", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "mixup", "cutmix", "workers",
         "shuffle", "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
     ),
-    "Text": ("tokenizer", "context", "pack", "loss_on", "sample", "sample_tokens"),
+    "Text": ("tokenizer", "context", "target_context", "pack", "loss_on", "sample", "sample_tokens"),
     "Task": ("task", "loss", "class_weights", "label_smoothing", "ignore_index"),
     "Method": (
         "method", "epochs", "max_steps", "early_stop", "keep_weights", "keep_state", "monitor", "eval_every", "time_limit", "partitions", "cuts",
@@ -78,7 +78,8 @@ _METAVARS = {
     "image_size": "N|HxW", "resize": "crop|squash|pad", "normalize": "none|imagenet|auto|MEAN/STD", "workers": "N",
     "test_fraction": "X", "weights": "default|FILE|DIR|none", "freeze": "PATTERN,...", "train_only": "PATTERN,...",
     "target": "COLUMN,...", "mixup": "X", "cutmix": "X",
-    "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH", "tokenizer": "DIR|FILE|bytes", "context": "N", "loss_on": "completions|all",
+    "lr_for": "PATTERN=X", "unfreeze_at": "EPOCH", "tokenizer": "DIR|FILE|bytes",
+    "context": "N", "target_context": "N", "loss_on": "completions|all",
     "sample": "TEXT", "sample_tokens": "N",
     "meta_epochs": "N", "local_loss": "cross-entropy|similarity|both",
     "betas": "A,B", "eps": "X", "no_decay": "PATTERN,...", "min_lr": "X", "max_steps": "N",

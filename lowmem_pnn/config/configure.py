@@ -95,14 +95,15 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ),
     ("tokenizer", "data of text (text:, jsonl:, tokens:, parquet:, hfdata:)", lambda config: _has(config, "tokens", *_TOKENISED)),
     ("context", "data of text (text:, jsonl:, tokens:, parquet:, hfdata:)", lambda config: _has(config, "tokens", *_TOKENISED)),
+    ("target_context", "a model that writes (hf: with --task seq2seq)", lambda config: is_transformers(config.model)),
     ("pack", "documents (text:, jsonl:, parquet:, hfdata:)", lambda config: _has(config, *_TOKENISED)),
     ("sample", "data of text (text:, jsonl:, tokens:, parquet:, hfdata:)", lambda config: _has(config, "tokens", *_TOKENISED)),
     ("sample_tokens", "--sample", lambda config: config.sample is not None),
     ("loss_on", "prompts or messages (jsonl:, parquet:, hfdata:)", lambda config: _has(config, "jsonl", *ROWS_OF_TEXT)),
     (
         "target",
-        "data with columns (csv:, parquet:, hfdata:, or from Python a data frame alone)",
-        lambda config: config.data.startswith(("csv:", "parquet:", "hfdata:")) or config.data.endswith("DataFrame"),
+        "data with columns (csv:, parquet:, jsonl:, hfdata:, or from Python a data frame alone)",
+        lambda config: config.data.startswith(("csv:", "parquet:", "jsonl:", "hfdata:")) or config.data.endswith("DataFrame"),
     ),
     ("resize", "--image-size", lambda config: config.image_size is not None),
     (

@@ -36,6 +36,10 @@ class LanguageOptions:
         default=None,
         description="Tokens of a sample of text; by default as many as the model takes, or 256 where it does not say.",
     )
+    target_context: PositiveInt | None = Field(
+        default=None,
+        description="Tokens of the target of a sample, where a model reads a text and writes another; by default as --context.",
+    )
     pack: bool = Field(
         default=False,
         description=(

@@ -20,7 +20,7 @@ def _weights(value: Any) -> Any:
 
 Task = Literal[
     "auto", "classification", "multilabel", "regression", "segmentation",
-    "causal-lm", "masked-lm", "sequence-classification", "image-classification",
+    "causal-lm", "masked-lm", "seq2seq", "sequence-classification", "image-classification",
 ]  # fmt: skip
 
 TargetTask = Literal["auto", "classification", "multilabel", "regression", "segmentation"]
@@ -37,7 +37,7 @@ class TaskOptions:
         description=(
             "What is predicted. auto: what the targets of the data look like. classification: one class for each sample, or token. "
             "multilabel: 0 or 1 for each of several labels. regression: numbers. segmentation: a class for each pixel. For hf: models the "
-            "head, by default that of their configuration: causal-lm, masked-lm, sequence-classification, image-classification."
+            "head, by default that of their configuration: causal-lm, masked-lm, seq2seq, sequence-classification, image-classification."
         ),
     )
     loss: Annotated[str, Field(pattern=r"^(auto|cross-entropy|bce|mse|l1|smooth-l1|huber|[^:]+:.+)$")] = Field(

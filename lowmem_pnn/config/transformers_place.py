@@ -5,8 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TRANSFORMERS_TASKS = ("causal-lm", "masked-lm", "sequence-classification", "image-classification")
+TRANSFORMERS_TASKS = ("causal-lm", "masked-lm", "seq2seq", "sequence-classification", "image-classification")
 """Tasks that heads of transformers' models are for, as `--task` takes them."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Files of a model's folder that belong to its tokenizer."""
 
 # The largest configurations have some 100 kB, with the names of 20,000 classes.
 _MOST_BYTES = 1 << 24

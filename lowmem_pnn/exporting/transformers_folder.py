@@ -215,6 +215,7 @@ def _card(source: ModelSource, config: FitConfig, result: Result) -> str:
 _PIPELINES: Mapping[str, str] = {
     "causal-lm": "text-generation",
     "masked-lm": "fill-mask",
+    "seq2seq": "text2text-generation",
     "sequence-classification": "text-classification",
     "image-classification": "image-classification",
 }

@@ -15,7 +15,7 @@ from torch.utils._pytree import TreeSpec
 from lowmem_pnn.config.code import names_code
 from lowmem_pnn.config.configure import DOWNLOADED, given_options
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.language_options import LANGUAGE_KINDS
+from lowmem_pnn.config.language_options import LANGUAGE_KINDS, ROWS_OF_TEXT
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.formats.data_frame import DataFrame, as_frame
 from lowmem_pnn.formats.hub_data import open_hub_samples
@@ -78,7 +78,9 @@ class OpenPart:
         """Return a part of a data set with targets."""
         several = tuple((spec.shape, spec.dtype) for spec in dataset.inputs)
         inputs = several if dataset.structure is not None else ((dataset.sample_shape, dataset.dtype),)
-        return cls(split, True, inputs, dataset.structure, dataset.targets)
+        # Texts that are to be classified say which column their classes are of: none where they have none.
+        labelled = dataset.preparation.get("target", "") is not None
+        return cls(split, labelled, inputs, dataset.structure, dataset.targets)
 
 
 class SamplesToPredict:
@@ -202,7 +204,7 @@ def open_samples(
     spec = _spec(str(data), form) if text else config.data
     parts: dict[str, OpenPart] = {}
     steps, root = "", None
-    sample_form = SampleForm(source.input_form, source.context, options, source.tokenizer)
+    sample_form = SampleForm.of(source, options, may_lack_labels=not scored)
     fixed = spec in ("digits", *DOWNLOADED) or spec.startswith("text:")
     if skip_broken and fixed and (text or data is None):
         raise ConfigError(f"--skip-broken has no effect here: data {spec} has no broken samples; leave it out")
@@ -269,6 +271,7 @@ def _parts_of(
     """Return the parts of data that is not the run's, and the steps to its samples."""
     kind, _, place = spec.partition(":")
     path, resize, options, input_form = Path(place), resize_of(config), sample_form.options, sample_form.input_form
+    is_text = kind in LANGUAGE_KINDS or (kind in ROWS_OF_TEXT and "tokenizer" in preparation)
     if kind in _FILES and not place:
         raise ConfigError(f"data {spec!r} says no place; write {kind}:{_FILES[kind]}")
     if kind == "segmentation" and _has_masks(path):
@@ -278,15 +281,15 @@ def _parts_of(
         classes = form.classes if form.targets.kind == "class" else ()
         splits, steps = open_images(path, input_form, classes, skip_broken=skip_broken, resize=resize)
         return {name: OpenPart.of_split(*one) for name, one in splits.items()}, steps
+    if is_text:
+        dataset = open_source(spec, config, sample_form, preparation)
+        return _of_dataset(dataset), dataset.preprocessing
     if kind in ("csv", "parquet"):
         if "columns" not in preparation:
             raise DataError(
                 f"data {spec} is a table, and the run was trained on {config.data}, which is none; give data of one kind"
             )
         return _of_table(TableFile(path, kind), sample_form, preparation, skip_broken)  # type: ignore[arg-type]
-    if kind in LANGUAGE_KINDS:
-        dataset = open_source(spec, config, sample_form)
-        return _of_dataset(dataset), dataset.preprocessing
     if kind == "npz":
         splits = open_npz(path, input_form, options, skip_broken=skip_broken, resize=resize)
     elif kind == "hfdata":

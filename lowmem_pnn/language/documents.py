@@ -4,22 +4,16 @@ import hashlib
 import importlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
+from lowmem_pnn.language.columns import NEXT_TOKENS, Kind, Wanted, json_type
 from lowmem_pnn.sources.imports import one_line
-
-Kind = Literal["text", "completion", "chat"]
-Columns = tuple[str, ...]
-
-COLUMNS: dict[Kind, Columns] = {"chat": ("messages",), "completion": ("prompt", "completion"), "text": ("text",)}
-"""Columns that make a document, by its kind; the first kind that is there is taken."""
 
 _CHUNK_BYTES = 1 << 20
 _ROWS_AT_ONCE = 256
-_FORMS = "text, prompt and completion, or messages"
 
 
 @dataclass(frozen=True)
@@ -28,7 +22,7 @@ class Document:
 
     Args:
         where: Its place, for messages.
-        values: Its text; a prompt and its completion; or the turns of a conversation.
+        values: Its text; a prompt and its completion; a source and its target; the turns of a conversation; or a text and its class.
         is_begin: Whether the text begins here, of a text that comes in pieces.
         is_end: Whether it ends here.
     """
@@ -50,6 +44,8 @@ class Documents:
         content: Hash of all that they hold.
         size: Bytes or rows of them, as `done` counts.
         done: How many of these were read by the reading that is under way.
+        label: Column of their classes; None where they have none.
+        classes: Names of classes whose numbers are their labels, where the source has such.
     """
 
     name: str
@@ -58,6 +54,8 @@ class Documents:
     content: str
     size: int
     done: Callable[[], int]
+    label: str | None = None
+    classes: tuple[str, ...] = ()
 
 
 class _Count:
@@ -70,11 +68,12 @@ class _Count:
         return self.value
 
 
-def open_jsonl(path: Path) -> Documents:
+def open_jsonl(path: Path, wanted: Wanted = NEXT_TOKENS) -> Documents:
     """Open a file with a JSON object on each line.
 
     Args:
         path: Path of the file; empty lines are left out.
+        wanted: Columns that make documents.
 
     Raises:
         DataError: There is no such file, it is empty, or a line is not such an object.
@@ -82,16 +81,17 @@ def open_jsonl(path: Path) -> Documents:
     name = f"jsonl:{path}"
     _require_file(path, name, "jsonl:FILE")
     count = _Count()
-    kind = next((_kind_of(row, f"{name}, line {number}") for number, row in _json_rows(path, name, _Count())), None)
+    rows = _json_rows(path, name, wanted, _Count())
+    kind = next((wanted.kind_of(row, f"{name}, line {number}") for number, row in rows), None)
     if kind is None:
-        raise DataError(f"{name} is empty; give a file with a JSON object on each line, with {_FORMS}")
+        raise DataError(f"{name} is empty; give a file with a JSON object on each line, with {wanted.words}")
 
     def read() -> Iterator[Document]:
-        for number, row in _json_rows(path, name, count):
+        for number, row in _json_rows(path, name, wanted, count):
             where = f"{name}, line {number}"
-            yield Document(where, _values(row, kind, where))
+            yield Document(where, wanted.values(row, kind, where))
 
-    return Documents(name, kind, read, _hash_of([path]), path.stat().st_size, count)
+    return Documents(name, kind, read, _hash_of([path]), path.stat().st_size, count, _label(wanted, kind))
 
 
 def open_texts(path: Path) -> Documents:
@@ -129,11 +129,12 @@ def open_texts(path: Path) -> Documents:
     return Documents(name, "text", read, _hash_of(files), size, count)
 
 
-def open_parquet(path: Path) -> Documents:
+def open_parquet(path: Path, wanted: Wanted = NEXT_TOKENS) -> Documents:
     """Open the texts of a Parquet file, which are read some rows at a time.
 
     Args:
         path: Path of the file.
+        wanted: Columns that make documents.
 
     Raises:
         DataError: There is no such file, it is empty or damaged, or has no columns of text.
@@ -151,26 +152,27 @@ def open_parquet(path: Path) -> Documents:
             if kind is None:
                 yield dict.fromkeys(file.schema_arrow.names), file.metadata.num_rows
                 return
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(COLUMNS[kind])):
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(wanted.columns(kind))):
                 yield from batch.to_pylist()
 
     kind: Kind | None = None
     (names, size), *_ = _unless_damaged(rows(), name)
-    kind = _kind_of(names, name)
-    return _of_rows(name, kind, lambda: _unless_damaged(rows(), name), _hash_of([path]), size)
+    kind = wanted.kind_of(names, name)
+    return _of_rows(name, wanted, kind, lambda: _unless_damaged(rows(), name), _hash_of([path]), size)
 
 
-def open_rows(rows: Any, name: str) -> Documents:
+def open_rows(rows: Any, name: str, wanted: Wanted = NEXT_TOKENS) -> Documents:
     """Open the texts of a data set of Hugging Face's library.
 
     Args:
         rows: The data set, one part.
         name: Its name in messages.
+        wanted: Columns that make documents.
 
     Raises:
         DataError: It is empty, or has no columns of text.
     """
-    kind = _kind_of(dict.fromkeys(rows.features), name)
+    kind = wanted.kind_of(dict.fromkeys(rows.features), name)
 
     def read() -> Iterator[Any]:
         for begin in range(0, len(rows), _ROWS_AT_ONCE):
@@ -179,11 +181,13 @@ def open_rows(rows: Any, name: str) -> Documents:
 
     digest = hashlib.sha256(f"{len(rows)} {list(rows.features)}".encode())
     for row in read():
-        digest.update(json.dumps([row[column] for column in COLUMNS[kind]], default=str).encode())
-    return _of_rows(name, kind, lambda: _unless_damaged(read(), name), digest.hexdigest(), len(rows))
+        digest.update(json.dumps([row[column] for column in wanted.columns(kind)], default=str).encode())
+    found = _of_rows(name, wanted, kind, lambda: _unless_damaged(read(), name), digest.hexdigest(), len(rows))
+    classes = getattr(rows.features[wanted.label], "names", None) if kind == "labelled" else None
+    return replace(found, classes=tuple(classes or ()))
 
 
-def _of_rows(name: str, kind: Kind, rows: Callable[[], Iterator[Any]], content: str, size: int) -> Documents:
+def _of_rows(name: str, wanted: Wanted, kind: Kind, rows: Callable[[], Iterator[Any]], content: str, size: int) -> Documents:
     if not size:
         raise DataError(f"{name} is empty: it has 0 rows; give at least 1")
     count = _Count()
@@ -193,9 +197,13 @@ def _of_rows(name: str, kind: Kind, rows: Callable[[], Iterator[Any]], content: 
         for row in rows():
             count.value += 1
             where = f"{name}, row {count.value}"
-            yield Document(where, _values(row, kind, where))
+            yield Document(where, wanted.values(row, kind, where))
 
-    return Documents(name, kind, read, content, size, count)
+    return Documents(name, kind, read, content, size, count, _label(wanted, kind))
+
+
+def _label(wanted: Wanted, kind: Kind) -> str | None:
+    return wanted.label if kind == "labelled" else None
 
 
 def _unless_damaged(rows: Iterator[Any], name: str) -> Iterator[Any]:
@@ -216,7 +224,7 @@ def _require_file(path: Path, name: str, form: str) -> None:
     raise DataError(f"there is no file {path.absolute()}; give {form}")
 
 
-def _json_rows(path: Path, name: str, count: _Count) -> Iterator[tuple[int, Any]]:
+def _json_rows(path: Path, name: str, wanted: Wanted, count: _Count) -> Iterator[tuple[int, Any]]:
     count.value = 0
     try:
         with path.open("rb") as stream:
@@ -232,7 +240,9 @@ def _json_rows(path: Path, name: str, count: _Count) -> Iterator[tuple[int, Any]
                         f"{name}, line {number} is {reason}: {_text_of(error)}; give an object on each line"
                     ) from error
                 if not isinstance(row, dict):
-                    raise DataError(f"{name}, line {number} is a {_json_type(row)}; give an object on each line, with {_FORMS}")
+                    raise DataError(
+                        f"{name}, line {number} is a {json_type(row)}; give an object on each line, with {wanted.words}"
+                    )
                 yield number, row
     except OSError as error:
         raise DataError(f"{name} cannot be read: {error.strerror or error}; give jsonl:FILE") from error
@@ -242,44 +252,6 @@ def _text_of(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos + 1}"
     return f"byte {error.start + 1}" if isinstance(error, UnicodeDecodeError) else one_line(error)
-
-
-def _json_type(value: Any) -> str:
-    return {list: "list", str: "text", bool: "truth value", int: "number", float: "number"}.get(type(value), "null")
-
-
-def _kind_of(row: Any, where: str) -> Kind:
-    for kind, columns in COLUMNS.items():
-        if all(column in row for column in columns):
-            return kind
-    there = ", ".join(map(repr, row)) or "none"
-    half = next((column for column in COLUMNS["completion"] if column in row), None)
-    lacking = f", and lacks {next(column for column in COLUMNS['completion'] if column != half)!r}" if half else ""
-    raise DataError(f"{where} has the columns {there}{lacking}; text is taken from {_FORMS}: name them so")
-
-
-def _values(row: Any, kind: Kind, where: str) -> tuple[Any, ...]:
-    values = []
-    for column in COLUMNS[kind]:
-        if column not in row:
-            raise DataError(
-                f"{where} has no {column!r}; it has {', '.join(map(repr, row)) or 'nothing'}; give all lines the same columns"
-            )
-        value = row[column]
-        if kind == "chat":
-            _check_messages(value, where)
-        elif not isinstance(value, str):
-            raise DataError(f"{where}: {column!r} is a {_json_type(value)}; give text")
-        values.append(value)
-    return tuple(values)
-
-
-def _check_messages(value: Any, where: str) -> None:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise DataError(f"{where}: 'messages' is {'empty' if value == [] else f'a {_json_type(value)}'}; give a list of turns")
-    for turn in value:
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
-            raise DataError(f"{where}: a turn of 'messages' has no 'role' or no 'content'; give both for each turn")
 
 
 def _pieces(file: Path, count: _Count) -> Iterator[str]:

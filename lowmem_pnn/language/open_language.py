@@ -11,21 +11,58 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.formats.hub_data import open_parts
+from lowmem_pnn.language.columns import NEXT_TOKENS, SEQUENCES, Wanted
 from lowmem_pnn.language.documents import Documents, open_jsonl, open_parquet, open_rows, open_texts
 from lowmem_pnn.language.packing import Form
-from lowmem_pnn.language.token_cache import CacheStats, open_cache
+from lowmem_pnn.language.sequence_rows import LABELLED_NAMES, PAIR_NAMES, LabelledRows, PairRows
+from lowmem_pnn.language.token_cache import CacheStats, TokenCache, open_cache
 from lowmem_pnn.language.token_rows import INPUT_NAMES, ChosenInputs, TokenRows
 from lowmem_pnn.language.tokenizer import Tokenizer, open_tokenizer
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.dataset import Dataset, folder_name
+from lowmem_pnn.sources.imports import did_you_mean
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED, Targets
 from lowmem_pnn.sources.text import DEFAULT_CONTEXT
 
 # The last tenth of the windows of a text is its test part, as for bytes.
 _TEST_SHARE = 10
+
+
+Purpose = Literal["next-tokens", "classes", "sequences"]
+"""What a model learns of text: to go on with it, which class it is of, or which other text is its answer."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model wants of text.
+
+    Args:
+        purpose: What it learns.
+        label: Column of the classes.
+        may_lack_labels: Whether texts without classes do, which are to be predicted.
+        classes: Names of the classes that the training data has, by their numbers; none where it has none, or this is it.
+        padding: Token that it takes for padding; None for the tokenizer's.
+        start: Token that its decoder begins with; None where it says none.
+        target_context: Tokens of a target; None for as many as of a source.
+    """
+
+    purpose: Purpose = "next-tokens"
+    label: str = "label"
+    may_lack_labels: bool = False
+    classes: tuple[str, ...] = ()
+    padding: int | None = None
+    start: int | None = None
+    target_context: int | None = None
+
+    @property
+    def wanted(self) -> Wanted:
+        """Columns that make documents for it."""
+        if self.purpose == "classes":
+            return Wanted(("labelled", "text") if self.may_lack_labels else ("labelled",), self.label)
+        return SEQUENCES if self.purpose == "sequences" else NEXT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -38,6 +75,7 @@ class LanguageForm:
         packs: Whether documents lie side by side in a row.
         loss_on: What is learnt of prompts and completions, and of conversations.
         root: Folder of token caches.
+        head: What the model wants of text.
     """
 
     tokenizer: str | None
@@ -45,6 +83,7 @@ class LanguageForm:
     packs: bool
     loss_on: Literal["completions", "all"]
     root: Path
+    head: Head = Head()
 
 
 def open_language(spec: str, form: LanguageForm) -> Dataset:
@@ -58,53 +97,143 @@ def open_language(spec: str, form: LanguageForm) -> Dataset:
         ConfigError: The tokenizer cannot be opened, or does not do.
         DataError: The data is missing, empty or damaged.
     """
-    kind, _, place = spec.partition(":")
+    place = spec.partition(":")[2]
     tokenizer = open_tokenizer(form.tokenizer or "bytes")
-    context = form.context or DEFAULT_CONTEXT
-    if kind == "hfdata":
-        sources = {
-            part: open_rows(rows, f"{spec} ({part} part)" if part != "train" else spec)
-            for part, rows in open_parts(place).items()
-        }
-    else:
-        path = Path(place).expanduser()
-        sources = {"train": {"jsonl": open_jsonl, "text": open_texts, "parquet": open_parquet}[kind](path)}
-    rows_form: Form = "packed" if form.packs else "windows" if kind == "text" else "padded"
-    parts: dict[str, TokenRows] = {}
-    words, prints = [], []
-    for name, documents in sources.items():
-        cache = open_cache(
+    context, purpose = form.context or DEFAULT_CONTEXT, form.head.purpose
+    sources = _sources(spec, form)
+    rows_form = _rows_form(spec, form)
+    caches = {
+        name: open_cache(
             documents,
             tokenizer,
             form.root,
             context=context,
             form=rows_form,
             on_completions=form.loss_on == "completions",
+            target_context=form.head.target_context or context if purpose == "sequences" else None,
         )
-        prints.append(cache.fingerprint)
-        words.append(_words(cache.stats, documents, tokenizer, rows_form, context, form.loss_on))
-        parts[name] = TokenRows(cache, context, rows_form, tokenizer.padding, 0, cache.stats.rows)
-        if kind == "text" and cache.stats.rows > 1:
-            num_test = max(cache.stats.rows // _TEST_SHARE, 1)
-            num_train = cache.stats.rows - num_test
-            parts["train"] = TokenRows(cache, context, rows_form, tokenizer.padding, 0, num_train)
-            parts["test"] = TokenRows(cache, context, rows_form, tokenizer.padding, num_train, num_test)
-    names = INPUT_NAMES[rows_form]
+        for name, documents in sources.items()
+    }
+    words = [_words(cache.stats, sources[name], tokenizer, rows_form, form) for name, cache in caches.items()]
+    preparation: dict[str, Any] = {"tokenizer": form.tokenizer or "bytes", "context": context}
+    classes: tuple[str, ...] = ()
+    parts: dict[str, Split]
+    if purpose == "classes":
+        classes, parts, targets = _labelled(spec, form, sources, caches, tokenizer)
+        preparation |= {"target": sources["train"].label, "classes": list(classes)}
+    elif purpose == "sequences":
+        parts, targets = _pairs(form, caches, tokenizer)
+    else:
+        parts = _next_tokens(spec, caches, context, rows_form, tokenizer)
+        targets = Targets("tokens", tokenizer.size, (context,), ignored=PYTORCH_IGNORED)
+    names = _INPUTS[rows_form]
     inputs = tuple(TensorSpec((context,), torch.int64) for _ in names)
+    if purpose == "sequences":
+        inputs = (*inputs[:-1], TensorSpec(targets.shape, torch.int64))
     return Dataset(
         name=folder_name(Path(place).stem),
         train=parts["train"],
         test=parts.get("test"),
         val=parts.get("val"),
-        targets=Targets("tokens", tokenizer.size, (context,), ignored=PYTORCH_IGNORED),
+        targets=targets,
         sample_shape=(context,),
         dtype=torch.int64,
         preprocessing="; ".join(words),
-        fingerprint=" ".join(prints),
+        fingerprint=" ".join(cache.fingerprint for cache in caches.values()),
+        classes=classes,
         inputs=inputs,
         structure=pytree.tree_structure(dict.fromkeys(names, 0)),
-        preparation={"tokenizer": form.tokenizer or "bytes", "context": context, "input_names": list(names)},
+        preparation=preparation | {"input_names": list(names)},
     )
+
+
+_INPUTS: dict[Form, tuple[str, ...]] = {**INPUT_NAMES, "labelled": LABELLED_NAMES, "pairs": PAIR_NAMES}
+
+
+def _sources(spec: str, form: LanguageForm) -> dict[str, Documents]:
+    """Return the documents of each part."""
+    kind, _, place = spec.partition(":")
+    wanted = form.head.wanted
+    if kind == "hfdata":
+        return {
+            part: open_rows(rows, f"{spec} ({part} part)" if part != "train" else spec, wanted)
+            for part, rows in open_parts(place).items()
+        }
+    path = Path(place).expanduser()
+    if kind == "text":
+        if form.head.purpose != "next-tokens":
+            raise ConfigError(f"data {spec} is text alone, and the model learns from {wanted.words}; give jsonl:FILE with these")
+        return {"train": open_texts(path)}
+    return {"train": (open_jsonl if kind == "jsonl" else open_parquet)(path, wanted)}
+
+
+def _rows_form(spec: str, form: LanguageForm) -> Form:
+    """Return how rows are filled, where the options for rows fit what is learnt."""
+    if form.head.purpose == "next-tokens":
+        return "packed" if form.packs else "windows" if spec.startswith("text:") else "padded"
+    given = {"--pack": form.packs, "--loss-on all": form.loss_on == "all"}
+    if wrong := [flag for flag, is_given in given.items() if is_given]:
+        what = "the class of a text" if form.head.purpose == "classes" else "targets alone"
+        raise ConfigError(f"{wrong[0]} has no effect here: what is learnt of data {spec} is {what}; leave it out")
+    return "labelled" if form.head.purpose == "classes" else "pairs"
+
+
+def _next_tokens(
+    spec: str, caches: Mapping[str, TokenCache], context: int, rows_form: Form, tokenizer: Tokenizer
+) -> dict[str, Split]:
+    """Return the parts of text that a model goes on with."""
+    parts: dict[str, Split] = {}
+    for name, cache in caches.items():
+        rows = cache.stats.rows
+        num_test = max(rows // _TEST_SHARE, 1) if spec.startswith("text:") and rows > 1 else 0
+        parts[name] = TokenRows(cache, context, rows_form, tokenizer.padding, 0, rows - num_test)
+        if num_test:
+            parts["test"] = TokenRows(cache, context, rows_form, tokenizer.padding, rows - num_test, num_test)
+    return parts
+
+
+def _pairs(form: LanguageForm, caches: Mapping[str, TokenCache], tokenizer: Tokenizer) -> tuple[dict[str, Split], Targets]:
+    """Return the parts of sources and targets, and the form of the targets."""
+    context = form.context or DEFAULT_CONTEXT
+    length, padding = form.head.target_context or context, _padding(form, tokenizer)
+    start = form.head.start if form.head.start is not None else padding
+    parts: dict[str, Split] = {name: PairRows(cache, context, length, padding, start) for name, cache in caches.items()}
+    return parts, Targets("tokens", tokenizer.size, (length,), ignored=PYTORCH_IGNORED)
+
+
+def _labelled(
+    spec: str, form: LanguageForm, sources: Mapping[str, Documents], caches: Mapping[str, TokenCache], tokenizer: Tokenizer
+) -> tuple[tuple[str, ...], dict[str, Split], Targets]:
+    """Return the names of the classes, the parts of texts with classes, and the form of the targets."""
+    context, padding = form.context or DEFAULT_CONTEXT, _padding(form, tokenizer)
+    found = {label for cache in caches.values() for label in cache.found_labels}
+    known, column = form.head.classes or sources["train"].classes, form.head.label
+    named = [label for label in found if isinstance(label, str)]
+    if named and len(named) < len(found):
+        raise DataError(f"{spec}: {column!r} holds names and numbers of classes; give one of the two")
+    numbers: dict[str | int, int] = {}
+    if named:
+        known = known or tuple(sorted(named))
+        numbers = {label: number for number, label in enumerate(known)}
+        if unknown := sorted(set(named) - set(known)):
+            raise DataError(
+                f"{spec} has the class {unknown[0]!r}, which the training data has not{did_you_mean(unknown[0], list(known))}; give both "
+                "the same names of classes"
+            )
+    else:
+        numbers = {label: int(label) for label in found}
+    most = max(numbers.values(), default=0) + 1
+    if known and most > len(known):
+        raise DataError(f"{spec}: {column!r} holds class {most - 1}, and there are {len(known)} classes, from 0; mend it")
+    parts: dict[str, Split] = {
+        name: LabelledRows(cache, context, padding, [numbers[label] for label in cache.found_labels])
+        for name, cache in caches.items()
+    }
+    return known, parts, Targets("class", len(known) or most)
+
+
+def _padding(form: LanguageForm, tokenizer: Tokenizer) -> int:
+    return tokenizer.padding if form.head.padding is None else form.head.padding
 
 
 def fit_inputs(model: nn.Module, spec: str, dataset: Dataset, splits: Mapping[Any, Split]) -> tuple[Dataset, dict[Any, Split]]:
@@ -145,18 +274,21 @@ def fit_inputs(model: nn.Module, spec: str, dataset: Dataset, splits: Mapping[An
     return dataclasses.replace(dataset, inputs=inputs, structure=structure), chosen
 
 
-def _words(stats: CacheStats, documents: Documents, tokenizer: Tokenizer, form: Form, context: int, loss_on: str) -> str:
+def _words(stats: CacheStats, documents: Documents, tokenizer: Tokenizer, rows_form: Form, form: LanguageForm) -> str:
     """Say what became of a source."""
+    context = form.context or DEFAULT_CONTEXT
     rows = {
         "windows": f"windows of {context:,} with the token after each as its label",
         "padded": f"a document a row of {context:,}, padded",
         "packed": f"rows of {context:,} of several documents, kept apart by their positions",
-    }[form]
+        "labelled": f"a text a row of {context:,}, padded, with its class",
+        "pairs": f"a source a row of {context:,}, its target one of {form.head.target_context or context:,}, padded",
+    }[rows_form]
     what = "bytes" if tokenizer.name == "bytes" else f"{tokenizer.name} ({tokenizer.size:,} tokens)"
     said = [f"{stats.documents:,} documents, {stats.tokens:,} tokens by {what}", rows]
-    if documents.kind != "text":
-        learnt = {"completion": "completions", "chat": "what the assistant says"}[documents.kind]
-        said.append(f"loss on {'all' if loss_on == 'all' else learnt}")
+    if rows_form == "padded" or (rows_form == "packed" and documents.kind != "text"):
+        learnt = {"completion": "completions", "chat": "what the assistant says"}.get(documents.kind)
+        said += [] if learnt is None else [f"loss on {'all' if form.loss_on == 'all' else learnt}"]
     said.append(f"{stats.counted:,} labels count")
     for number, text in (
         (stats.split, "longer than a row, and split"),

@@ -3,17 +3,22 @@
     padded    [doc 1 . . . .] [doc 2, first part] [its rest . . .]      attention_mask: 1 where there is a document
     packed    [doc 1|doc 2|.] [doc 3 . . . . . .]                       position_ids: from 0 in each document
     windows   [doc 1 doc 2 d] [oc 2 doc 3 doc 3 ]                       neither
+    labelled  [doc 1 . . . .] [doc 2 . . . . . .]                       attention_mask; a class for the whole row
+    pairs     [source 1 . . .] -> [target 1 .]                          attention_mask; decoder_input_ids
 
-A piece is a range of tokens that are inputs of one row; the label of each is the token after it, so a document of n tokens has n - 1.
+A piece is a range of tokens that are inputs of one row; the label of each is the token after it, so a document of n tokens has n - 1. In
+the last two forms nothing is moved: all tokens of a labelled document are inputs, and a row of a pair is two pieces, of which the second
+are the labels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-Form = Literal["windows", "padded", "packed"]
+Form = Literal["windows", "padded", "packed", "labelled", "pairs"]
 
 
 @dataclass
@@ -76,6 +81,27 @@ class Layout:
             self._room -= size
             start, inputs, parts = start + size, inputs - size, parts + 1
         self.num_split += parts > 1
+
+    def add_row(self, start: int, sizes: Sequence[int], num_counted: int, *, is_cut: bool) -> bool:
+        """Place the pieces of a row that a document has for itself, and return whether there is one: none where a piece is empty.
+
+        Args:
+            start: Number of its first token among all tokens.
+            sizes: Tokens of each piece, which come one after the other.
+            num_counted: Labels of it that count.
+            is_cut: Whether its end was cut off before.
+        """
+        if not all(sizes):
+            self.num_left_out += 1
+            return False
+        self.rows.append(self.num_pieces)
+        self.num_pieces += len(sizes)
+        for size in sizes:
+            self.pieces.append((start, size))
+            start += size
+        self.num_counted += num_counted
+        self.num_cut += is_cut
+        return True
 
     def take(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the pieces (P, 2) and rows (R,) since the last taking, and forget them."""

@@ -1,8 +1,9 @@
 """Token cache: the tokens of a source in files that are mapped, made once, and again when they are damaged or of something else.
 
 A folder holds `tokens.bin`, the tokens of all documents one after the other in the shortest type that holds them; `counted.bin`, a byte
-for each that says whether it is learnt, where not all are; `pieces.bin` and `rows.bin` (`packing`); and `cache.json`, which says what
-they were made of and has their hashes. It is written beside its place and renamed.
+for each that says whether it is learnt, where not all are; `pieces.bin` and `rows.bin` (`packing`); `labels.bin`, a number for the class
+of each row, where there are classes; and `cache.json`, which says what they were made of and has their hashes. It is written beside its
+place and renamed.
 """
 
 import hashlib
@@ -76,6 +77,10 @@ class TokenCache:
         """First input and number of inputs of each piece, (P, 2)."""
         self.rows = self._map("rows.bin", np.dtype(np.int64))
         """Number of the first piece of each row, (R,)."""
+        self.labels = self._map("labels.bin", np.dtype(np.int64)) if "labels.bin" in meta["files"] else None
+        """Place among `found_labels` of the class of each row, (R,); None where rows have none."""
+        self.found_labels: list[str | int] = meta.get("labels", [])
+        """Classes as the source has them, names or numbers, in the order in which they first come."""
 
     @property
     def fingerprint(self) -> str:
@@ -94,7 +99,14 @@ class TokenCache:
 
 
 def open_cache(
-    documents: Documents, tokenizer: Tokenizer, root: Path, *, context: int, form: Form, on_completions: bool
+    documents: Documents,
+    tokenizer: Tokenizer,
+    root: Path,
+    *,
+    context: int,
+    form: Form,
+    on_completions: bool,
+    target_context: int | None = None,
 ) -> TokenCache:
     """Open the tokens of a source, and make them first where they are not there.
 
@@ -105,6 +117,7 @@ def open_cache(
         context: Inputs of a row.
         form: How rows are filled.
         on_completions: Whether only completions, and what an assistant says, are learnt.
+        target_context: Labels of a row of a pair; None for other forms.
 
     Raises:
         DataError: A document is not usable, or there is none.
@@ -114,6 +127,9 @@ def open_cache(
         "version": _VERSION, "content": documents.content, "kind": documents.kind, "tokenizer": tokenizer.fingerprint, "context": context,
         "form": form, "on_completions": on_completions,
     }  # fmt: skip
+    # Of these alone, so that caches which were made before there were such forms hold on.
+    made_of |= {} if target_context is None else {"target_context": target_context}
+    made_of |= {} if documents.label is None else {"label": documents.label}
     folder = root / f"tokens-{_key(made_of)[:24]}"
     if (cache := _opened(folder, made_of)) is not None:
         return cache
@@ -171,8 +187,14 @@ def _hash(file: Path) -> str:
 def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, layout: Layout, made_of: dict[str, Any]) -> None:
     dtype = next(np.dtype(one) for one in _TYPES if tokenizer.size <= np.iinfo(one).max + 1)
     begun, ticker, num_tokens, num_documents, num_learnt = time.monotonic(), Ticker(), 0, 0, 0
-    names = ("tokens.bin", "counted.bin", "pieces.bin", "rows.bin")
+    names = ("tokens.bin", "counted.bin", "pieces.bin", "rows.bin", "labels.bin")
     digests = {name: hashlib.sha256() for name in names}
+    labels: dict[str | int, int] = {}
+    limits = {"labelled": (layout.context,), "pairs": (layout.context, made_of.get("target_context", layout.context))}
+    if layout.form in limits:
+        tokenised = _apart(documents, tokenizer, limits[layout.form])
+    else:
+        tokenised = _tokenised(documents, tokenizer, on_completions=made_of["on_completions"])
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in names}
 
@@ -183,7 +205,8 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, layout: Lay
 
         # A document that comes in pieces is placed when its last one is there.
         start = 0
-        for document, ids, counted in _tokenised(documents, tokenizer, on_completions=made_of["on_completions"]):
+        for found in tokenised:
+            document, ids, counted = found.document, found.ids, found.counted
             put("tokens.bin", ids.astype(dtype))
             put("counted.bin", np.ones(len(ids), dtype=np.bool_) if counted is None else counted)
             if document.is_begin:
@@ -192,6 +215,11 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, layout: Lay
             num_learnt += len(ids) if counted is None else int(counted.sum())
             if document.is_end:
                 num_documents += 1
+            if found.sizes:
+                num_labels = 1 if layout.form == "labelled" else found.sizes[-1]
+                if layout.add_row(start, found.sizes, num_labels, is_cut=found.is_cut) and documents.label is not None:
+                    put("labels.bin", np.array([labels.setdefault(document.values[-1], len(labels))], dtype=np.int64))
+            elif document.is_end:
                 layout.add(start, num_tokens - start, counted)
             if len(layout.pieces) >= _DOCUMENTS_AT_ONCE:
                 _put_layout(layout, put)
@@ -205,6 +233,8 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, layout: Lay
         num_rows = (folder / "rows.bin").stat().st_size // np.dtype(np.int64).itemsize
     if num_learnt == num_tokens:
         (folder / "counted.bin").unlink()
+    if not labels:
+        (folder / "labels.bin").unlink()
     stats = CacheStats(
         num_documents, num_tokens, layout.num_counted, num_rows, layout.num_split, layout.num_cut, layout.num_left_out
     )
@@ -215,7 +245,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, layout: Lay
         for name in names
         if (folder / name).exists()
     }
-    meta = {"made_of": made_of, "dtype": dtype.name, "stats": asdict(stats), "files": kept}
+    meta = {"made_of": made_of, "dtype": dtype.name, "stats": asdict(stats), "files": kept, "labels": list(labels)}
     for name in kept:
         with (folder / name).open("rb+") as stream:
             os.fsync(stream.fileno())
@@ -238,20 +268,59 @@ def _no_rows(documents: Documents, layout: Layout, stats: CacheStats) -> str:
             f"{documents.name} has {stats.tokens:,} tokens, and a row of {layout.context} with the token after it takes {layout.context + 1:,}; "
             "give more text, or a smaller --context"
         )
+    if layout.form in ("labelled", "pairs"):
+        return f"{documents.name}: of {stats.documents:,} documents each has a text of no token; give some text"
     return (
         f"{documents.name}: in none of {stats.documents:,} documents is there a token to learn in the first {layout.context}; give a larger "
         "--context, or --loss-on all"
     )
 
 
-def _tokenised(
-    documents: Documents, tokenizer: Tokenizer, *, on_completions: bool
-) -> Iterator[tuple[Document, npt.NDArray[np.int64], npt.NDArray[np.bool_] | None]]:
-    """Yield documents with their tokens, and which of these are learnt; None for all."""
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens of a document.
+
+    Args:
+        document: The document, or a piece of it.
+        ids: Its tokens.
+        counted: Which of these are learnt; None for all.
+        sizes: Tokens of each piece of a row that it has for itself; none where its row is for `Layout.add` to find.
+        is_cut: Whether its end was cut off.
+    """
+
+    document: Document
+    ids: npt.NDArray[np.int64]
+    counted: npt.NDArray[np.bool_] | None
+    sizes: tuple[int, ...] = ()
+    is_cut: bool = False
+
+
+def _apart(documents: Documents, tokenizer: Tokenizer, limits: Sequence[int]) -> Iterator[_Tokens]:
+    """Yield the tokens of documents of one text, or several, each wrapped as the tokenizer itself wraps it, and cut so that its end stays.
+
+    What is to be written ends with the end token too where the tokenizer adds none: else nobody would know when it ends.
+    """
+    begin = np.array(tokenizer.begin, dtype=np.int64)
+    for group in _grouped(documents.read()):
+        encoded = iter(tokenizer.encode([text for document in group for text in document.values[: len(limits)]]))
+        for document in group:
+            parts, is_cut = [], False
+            for number, limit in enumerate(limits):
+                ids, end = next(encoded), tokenizer.after
+                if number and not end and tokenizer.end is not None:
+                    end = (tokenizer.end,)
+                room = max(limit - len(begin) - len(end), 0)
+                is_cut = is_cut or len(ids) > room
+                parts.append(np.concatenate([begin, ids[:room], np.array(end, dtype=np.int64)])[:limit])
+            yield _Tokens(document, np.concatenate(parts), None, tuple(map(len, parts)), is_cut)
+
+
+def _tokenised(documents: Documents, tokenizer: Tokenizer, *, on_completions: bool) -> Iterator[_Tokens]:
+    """Yield the tokens of documents that are one stream each: begin, texts, end."""
     if documents.kind == "chat":
         template = ChatTemplate(tokenizer)
         for document in documents.read():
-            yield document, *_chat(document, template, tokenizer, on_completions=on_completions)
+            yield _Tokens(document, *_chat(document, template, tokenizer, on_completions=on_completions))
         return
     for group in _grouped(documents.read()):
         encoded = iter(tokenizer.encode([text for document in group for text in document.values]))
@@ -261,10 +330,10 @@ def _tokenised(
             end = np.array([] if tokenizer.end is None or not document.is_end else [tokenizer.end], dtype=np.int64)
             ids = np.concatenate([begin, *parts, end])
             if documents.kind == "text" or not on_completions:
-                yield document, ids, None
+                yield _Tokens(document, ids, None)
                 continue
             counted = np.arange(len(ids)) >= len(begin) + len(parts[0])
-            yield document, ids, counted
+            yield _Tokens(document, ids, counted)
 
 
 def _chat(
@@ -286,7 +355,7 @@ def _grouped(documents: Iterator[Document]) -> Iterator[Sequence[Document]]:
     characters = 0
     for document in documents:
         group.append(document)
-        characters += sum(map(len, document.values))
+        characters += sum(len(value) for value in document.values if isinstance(value, str))
         if characters >= _CHARACTERS_AT_ONCE or len(group) >= _DOCUMENTS_AT_ONCE:
             yield group
             group, characters = [], 0

@@ -19,7 +19,7 @@ INPUT_NAMES: dict[Form, tuple[str, ...]] = {
     "padded": ("input_ids", "attention_mask"),
     "packed": ("input_ids", "position_ids"),
 }
-"""What models call the tensors of a sample."""
+"""What models call the tensors of a sample whose labels are the tokens that come next."""
 
 
 class TokenRows:

@@ -31,6 +31,8 @@ class Tokenizer(Protocol):
     """Number of tokens: ids are below it."""
     begin: tuple[int, ...]
     """Tokens that a text begins with; none where the tokenizer adds none."""
+    after: tuple[int, ...]
+    """Tokens that the tokenizer itself adds at the end of a text; none where it adds none."""
     end: int | None
     """Token that a text ends with; None where there is no such token."""
     padding: int
@@ -60,6 +62,7 @@ class ByteTokenizer:
 
     name, size, padding, fingerprint = "bytes", 256, 0, "bytes"
     begin: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
     end: int | None = None
     chat_template: str | None = None
 
@@ -112,11 +115,11 @@ class FileTokenizer:
         self.begin = tuple(whole[:before])
         if not self.begin and settings.get("add_bos_token") and (begin := self._id("bos_token")) is not None:
             self.begin = (begin,)
-        after = whole[before + len(bare) :]
+        self.after = tuple(whole[before + len(bare) :])
         self.end = self._id("eos_token")
         if self.end is None:
             usual = [number for text in _USUAL_ENDS if (number := self._tokenizer.token_to_id(text)) is not None]
-            self.end = after[-1] if after else usual[0] if usual else None
+            self.end = self.after[-1] if self.after else usual[0] if usual else None
         padding = self._id("pad_token")
         self.padding = padding if padding is not None else self.end if self.end is not None else 0
         digest = hashlib.sha256(file.read_bytes())

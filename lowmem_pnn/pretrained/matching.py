@@ -156,9 +156,9 @@ def match(
     new: dict[str, str] = {}
     cast = 0
     groups = {group[0]: group for group in chain.ties}
-    for name, (dtype, shape) in wanted.items():
-        if chain.owner_of(name) != name:
-            continue
+    # By the names under which tensors are stored: a tied one's may be of a module that no layer has.
+    owned = {chain.owner_of(name): layout for name, layout in wanted.items()}
+    for name, (dtype, shape) in owned.items():
         aliases = [alias for alias in groups.get(name, (name,)) if alias in bare]
         used.update(aliases)
         if not aliases:

@@ -108,7 +108,7 @@ class TransformersWeights:
     def head_may_be_new(self) -> bool:
         """Whether a head for another number of classes has the constructor's values: not where it is one for tokens."""
         assert self._source.transformers is not None
-        return self._source.transformers.task not in ("causal-lm", "masked-lm")
+        return self._source.transformers.task not in ("causal-lm", "masked-lm", "seq2seq")
 
     def layouts(self) -> Mapping[str, TensorLayout]:
         """Return element type and shape of every tensor by name; what the model has not keeps the files' names."""

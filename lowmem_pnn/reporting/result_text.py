@@ -76,7 +76,10 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
     folder = "" if result.transformers_folder is None else f"; for transformers: {result.transformers_folder}"
     lines.append(f"weights: {result.weights_file}{folder}")
     if result.adapter is not None:
-        lines.append(f"adapter: {result.adapter} (peft's PeftModel.from_pretrained reads it)")
+        reads = "PeftModel.from_pretrained reads it"
+        if result.model.startswith("hf:"):
+            reads = "AutoPeftModel classes load it on its base, with its tokenizer"
+        lines.append(f"adapter: {result.adapter} (peft's {reads}); merged into its base: export {result.workdir} --merge")
     lines += ["", *summary(result)]
     return "\n".join(lines)
 

@@ -38,12 +38,13 @@ class FitOptions(TypedDict, total=False):
     unfreeze_at: int | None
     lr_for: Any
     cache_frozen: bool | None
-    task: Literal["auto", "classification", "multilabel", "regression", "segmentation", "causal-lm", "masked-lm", "sequence-classification", "image-classification"] | None
+    task: Literal["auto", "classification", "multilabel", "regression", "segmentation", "causal-lm", "masked-lm", "seq2seq", "sequence-classification", "image-classification"] | None
     class_weights: Any
     label_smoothing: float | None
     ignore_index: int | None
     tokenizer: Any
     context: int | None
+    target_context: int | None
     pack: bool | None
     sample: Any
     sample_tokens: int | None

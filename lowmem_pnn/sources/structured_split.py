@@ -111,7 +111,11 @@ class StructuredSplit(SampleSplit):
             whole = pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
             return find_targets(whole, self.where, options, (), tokens=False)
         stacked = torch.stack([as_tensor(one, f"the labels of {self.where}") for one in raw])
-        found = find_targets(stacked, self.where, options, self.forms[0].shape, tokens=False)
+        # A label for each token of one of the tensors: that of a text, or of the text that a decoder has written so far.
+        labelled = tuple(stacked.shape[1:])
+        of_tokens = any(form.dtype == torch.int64 and form.shape == labelled for form in self.forms) and len(labelled) == 1
+        shape = labelled if of_tokens else self.forms[0].shape
+        found = find_targets(stacked, self.where, options, shape, tokens=of_tokens)
         if not found.are_classes:
             return found
         return found.of_classes(

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from lowmem_pnn.config.transformers_place import TOKENIZER_FILES
 from lowmem_pnn.errors import BusyError, CheckpointError, ConfigError, DiskError
 from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import disk_error, open_regular, remove_folder, sync_folder, write_durably
@@ -29,7 +30,7 @@ ADAPTER_FOLDER = "adapter"
 """Folder of a run with adapters, in which it leaves them as peft has them."""
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""Files in it."""
+"""Files in it, beside those of the tokenizer."""
 
 LOGGER_FILE = "logger.json"
 """File in which a run with a logger notes what it is called there."""
@@ -146,7 +147,7 @@ def _remove_run(path: Path) -> None:
     remove_unfinished(path)
     for name in _FILES:
         (path / name).unlink(missing_ok=True)
-    for place, ours in ((ADAPTER_FOLDER, ADAPTER_FILES), (TENSORBOARD_FOLDER, ("events.out.tfevents.*",))):
+    for place, ours in ((ADAPTER_FOLDER, (*ADAPTER_FILES, *TOKENIZER_FILES)), (TENSORBOARD_FOLDER, ("events.out.tfevents.*",))):
         folder = path / place
         if folder.is_dir() and not folder.is_symlink():
             for file in [file for pattern in ours for file in folder.glob(pattern)]:

@@ -212,9 +212,7 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
         left.append(run.weights.export(rundir.path / HEADS_FILE, head_names(chain)))
     adapter = None
     if workload.config.lora is not None:
-        facts = workload.source.transformers
-        is_causal = facts is not None and facts.task == "causal-lm"
-        adapter = write_adapter(rundir.path, chain, workload.config, run.weights, is_causal=is_causal)
+        adapter = write_adapter(rundir.path, chain, workload.config, run.weights, workload.source)
     layer_accuracies: list[float | None] = []
     scores = _scores(run, layer_accuracies)
     exits: list[dict[str, Any]] = []

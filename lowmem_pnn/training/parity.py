@@ -342,7 +342,10 @@ class _Spilled:
     def pack(self, tensor: Tensor) -> tuple[Tensor, int]:
         if tensor.nbytes < _SPILLED_BYTES or tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() in self._held:
             return tensor, tensor._version
-        mapped = self._files.map_like(tensor).copy_(tensor.detach())
+        mapped = self._files.map_like(tensor)
+        # Where an axis is expanded all its elements are one.
+        once = tuple(slice(None if stride else 1) for stride in tensor.stride())
+        mapped[once].copy_(tensor.detach()[once])
         return mapped, mapped._version
 
     def unpack(self, packed: tuple[Tensor, int]) -> Tensor:

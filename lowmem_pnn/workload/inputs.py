@@ -98,9 +98,7 @@ def python_inputs(
             _check(config, named)
         input_form = named.input_form if named is not None else "any"
         apart_names = {"val": f"{config.data} (validation part)", "test": f"{config.data} (test part)"}
-        form = SampleForm(
-            input_form, named.context if named is not None else None, options, named.tokenizer if named is not None else None
-        )
+        form = SampleForm.of(named, options)
         table = None if isinstance(train, str) else open_frame(train, config, form, f"{config.data} (training part)")
         if isinstance(train, str):
             dataset = open_source(train, config, form)
@@ -171,7 +169,7 @@ def open_data(config: FitConfig) -> Inputs:
     named = _named_model(config, None)
     _check(config, named)
     own = Own(named_loss(config))
-    form = SampleForm(named.input_form, named.context, target_options(config, own), named.tokenizer)
+    form = SampleForm.of(named, target_options(config, own))
     dataset = open_source(config.data, config, form)
     source = _with_weights(_named_model(config, dataset.num_classes), config)
     dataset, apart = open_apart(config, dataset, form)
@@ -194,10 +192,9 @@ def _check(config: FitConfig, source: ModelSource) -> None:
     if config.weights == "default" and source.transformers is not None:
         TransformersWeights(WeightFiles(config.weights, source), source).check()
     most = source.most_context
-    if most is not None and config.context is not None and config.context > most:
-        raise ConfigError(
-            f"--context {config.context:,}: model {source.spec} has positions for {most:,} tokens; give {most} at most"
-        )
+    for name, asked in (("--context", config.context), ("--target-context", config.target_context)):
+        if most is not None and asked is not None and asked > most:
+            raise ConfigError(f"{name} {asked:,}: model {source.spec} has positions for {most:,} tokens; give {most} at most")
 
 
 def _with_weights(source: ModelSource, config: FitConfig, state_dict: Mapping[str, Any] | None = None) -> ModelSource:

@@ -13,13 +13,18 @@ from lowmem_pnn.formats.hub_data import open_hub_data
 from lowmem_pnn.formats.mask_folder import open_mask_folder
 from lowmem_pnn.formats.table_file import TableFile
 from lowmem_pnn.formats.tables import TableSchema, open_table
-from lowmem_pnn.language.open_language import LanguageForm, open_language
+from lowmem_pnn.language.open_language import Head, LanguageForm, Purpose, open_language
 from lowmem_pnn.language.token_file import open_token_file
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import find_dataset
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.targets import TargetOptions
+from lowmem_pnn.sources.text import DEFAULT_CONTEXT
+from lowmem_pnn.zoo.model_source import ModelSource
+
+# What models of transformers learn of text, where that is not the token that comes next.
+_PURPOSES: dict[str, Purpose] = {"sequence-classification": "classes", "seq2seq": "sequences"}
 
 
 def resize_of(config: FitConfig) -> Resize | None:
@@ -36,12 +41,40 @@ class SampleForm:
         context: tokens of a sample of text, which is the model's context; None where it does not say.
         options: what is known of the targets.
         tokenizer: tokenizer that belongs to the model; None where there is none.
+        head: what the model wants of text; None where it does not say.
+        may_lack_labels: whether texts without the classes that the model predicts will do.
     """
 
     input_form: InputForm
     context: int | None
     options: TargetOptions
     tokenizer: str | None = None
+    head: Head | None = None
+    may_lack_labels: bool = False
+
+    @classmethod
+    def of(cls, source: ModelSource | None, options: TargetOptions, *, may_lack_labels: bool = False) -> "SampleForm":
+        """Return what a model says of its samples.
+
+        Args:
+            source: the model; None for one that was given from Python.
+            options: what is known of the targets.
+            may_lack_labels: whether texts without the classes that the model predicts will do.
+        """
+        if source is None:
+            return cls("any", None, options)
+        context, facts = source.context, source.transformers
+        if facts is None:
+            return cls(source.input_form, context, options, source.tokenizer, may_lack_labels=may_lack_labels)
+        text = facts.config.get_text_config()
+        # Heads that look for the end of a text look for this token.
+        padding = getattr(text, "pad_token_id", None)
+        head = Head(_PURPOSES.get(facts.task, "next-tokens"))
+        if head.purpose != "next-tokens":
+            start = getattr(facts.config, "decoder_start_token_id", None)
+            head = dataclasses.replace(head, padding=padding, start=start)
+            context = min(DEFAULT_CONTEXT, source.most_context or DEFAULT_CONTEXT)
+        return cls(source.input_form, context, options, source.tokenizer, head, may_lack_labels)
 
 
 def open_source(spec: str, config: FitConfig, form: SampleForm, preparation: Mapping[str, Any] | None = None) -> Dataset:
@@ -59,7 +92,7 @@ def open_source(spec: str, config: FitConfig, form: SampleForm, preparation: Map
         raise ConfigError(
             f"data set {spec!r} says no place; write {kind}:{'DIR' if kind in ('segmentation', 'hfdata') else 'FILE'}"
         )
-    if (dataset := _open_text(spec, config, form)) is not None:
+    if (dataset := _open_text(spec, config, form, preparation or {})) is not None:
         return dataset
     if kind == "hfdata":
         return open_hub_data(
@@ -121,7 +154,7 @@ def open_frame(
     return open_table(frame, config.target, form.input_form, form.options, skip_broken=config.skip_broken, schema=schema)
 
 
-def _open_text(spec: str, config: FitConfig, form: SampleForm) -> Dataset | None:
+def _open_text(spec: str, config: FitConfig, form: SampleForm, preparation: Mapping[str, Any]) -> Dataset | None:
     """Open text that becomes tokens by a tokenizer, or tokens in a file; None where the data is something else, or bytes of one file."""
     kind, _, place = spec.partition(":")
     tokenizer = config.tokenizer or form.tokenizer
@@ -136,9 +169,31 @@ def _open_text(spec: str, config: FitConfig, form: SampleForm) -> Dataset | None
         raise ConfigError(
             f"data set {spec!r} holds tokens, and the model takes {what}; give a model of tokens, such as --model gpt:layers=2,width=64,heads=2"
         )
-    given = {"--image-size": config.image_size, "--target": config.target, "--skip-broken": config.skip_broken or None}
+    head = form.head or Head()
+    may_have_classes = kind != "tokens" and (form.head is None or head.purpose == "classes")
+    if config.target is not None and may_have_classes:
+        if len(config.target) > 1:
+            raise ConfigError(f"data {spec}: --target {','.join(config.target)} names several columns; give one")
+        head = dataclasses.replace(head, purpose="classes", label=config.target[0])
+    given = {
+        "--image-size": config.image_size,
+        "--target": None if may_have_classes else config.target,
+        "--target-context": None if head.purpose == "sequences" else config.target_context,
+        "--skip-broken": config.skip_broken or None,
+    }
     if wrong := [name for name, value in given.items() if value is not None]:
         raise ConfigError(f"{wrong[0]} has no effect here: data {spec!r} is text; leave it out")
     if kind == "tokens":
+        if head.purpose != "next-tokens":
+            raise ConfigError(
+                f"data {spec!r} is tokens alone, and the model learns from {head.wanted.words}; give jsonl:FILE with these"
+            )
         return open_token_file(place, context, tokenizer)
-    return open_language(spec, LanguageForm(tokenizer, context, config.pack, config.loss_on, config.data_root / "tokens"))
+    head = dataclasses.replace(
+        head,
+        classes=tuple(preparation.get("classes", ())),
+        may_lack_labels=form.may_lack_labels,
+        target_context=config.target_context,
+    )
+    root = config.data_root / "tokens"
+    return open_language(spec, LanguageForm(tokenizer, context, config.pack, config.loss_on, root, head))

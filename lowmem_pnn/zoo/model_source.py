@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem_pnn.config.transformers_place import TOKENIZER_FILES
 from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.zoo.library_models import PretrainedValues
 
-# What of a model's folder belongs to its tokenizer, to the preparation of images, and to generation.
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
-    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+# What of a model's folder belongs to the preparation of images, and to generation.
 _OTHERS = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
 
 
@@ -88,10 +85,19 @@ class ModelSource:
         # What lies beside a configuration alone is not the model's.
         own = None if self.spec.endswith(".json") else self.transformers.folder
         found = {} if own is None else {name: own / name for name in _OTHERS}
+        return {name: file for name, file in found.items() if file.is_file()} | self.tokenizer_files(tokenizer)
+
+    def tokenizer_files(self, tokenizer: str | None) -> dict[str, Path]:
+        """Return those of these files that belong to the tokenizer.
+
+        Args:
+            tokenizer: As for `copied_files`.
+        """
         place = tokenizer or self.tokenizer
-        if place is not None and place != "bytes":
-            is_folder = Path(place).is_dir()
-            found |= {name: Path(place) / name for name in _TOKENIZER} if is_folder else {"tokenizer.json": Path(place)}
+        if self.transformers is None or place is None or place == "bytes":
+            return {}
+        is_folder = Path(place).is_dir()
+        found = {name: Path(place) / name for name in TOKENIZER_FILES} if is_folder else {"tokenizer.json": Path(place)}
         return {name: file for name, file in found.items() if file.is_file()}
 
     def copied_bytes(self, tokenizer: str | None) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,12 +22,17 @@ from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.zoo.model_source import ModelSource, TransformersFacts, folder_name
 from lowmem_pnn.zoo.transformers_modules import give_values, returning_logits
 
-# Auto class of each task, and the names of its models by the type of their configurations.
-_AUTO = {
-    "causal-lm": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
-    "masked-lm": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
-    "sequence-classification": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
-    "image-classification": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
+# Auto classes of each task, each with the names of its models by the type of their configurations. Some that write can fill gaps too: the
+# first task that has an architecture is its.
+_AUTO: dict[str, tuple[tuple[str, str], ...]] = {
+    "causal-lm": (("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),),
+    "seq2seq": (
+        ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+        ("AutoModelForSpeechSeq2Seq", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
+    ),
+    "masked-lm": (("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),),
+    "sequence-classification": (("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),),
+    "image-classification": (("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),),
 }
 # A sample of text has so many tokens where neither --context nor the model says less: as where there is no model to ask.
 _CONTEXT = 256
@@ -78,7 +84,7 @@ def find_transformers_model(spec: str, arguments: Mapping[str, Any], num_classes
     notes: list[str] = []
     config = _configured(spec, kind, settings, arguments, notes)
     _check_causal(spec, chosen, config)
-    is_language = chosen in ("causal-lm", "masked-lm")
+    is_language = chosen in ("causal-lm", "masked-lm", "seq2seq")
     if num_classes is not None and not is_language and config.num_labels != num_classes:
         if "num_labels" in arguments:
             raise ConfigError(
@@ -109,7 +115,7 @@ def find_transformers_model(spec: str, arguments: Mapping[str, Any], num_classes
         spec,
         build,
         _input_form(config) if chosen == "image-classification" else "any",
-        context=min(_CONTEXT, most or _CONTEXT) if is_language else None,
+        context=min(_CONTEXT, most or _CONTEXT) if is_language and chosen != "seq2seq" else None,
         default_weights=_weights(spec, folder),
         image_stats=_image_stats(folder) if chosen == "image-classification" else None,
         tokenizer=tokenizer,
@@ -179,8 +185,8 @@ def _task(spec: str, settings: Mapping[str, Any], asked: str) -> tuple[str, str 
     if asked in TRANSFORMERS_TASKS:
         return asked, architecture
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
-    for task, (_, mapping) in _AUTO.items():
-        for name in getattr(auto, mapping).values():
+    for task, mappings in _AUTO.items():
+        for name in itertools.chain(*(getattr(auto, mapping).values() for _, mapping in mappings)):
             if architecture in (name if isinstance(name, tuple) else (name,)):
                 return task, architecture
     what = f"its architecture {architecture!r} has another head" if architecture else "its configuration names no architecture"
@@ -235,16 +241,20 @@ def _configured(spec: str, kind: Any, settings: Mapping[str, Any], arguments: Ma
     return config
 
 
-def _model_class(spec: str, transformers: Any, config: Any, task: str) -> Any:
-    with _quiet():
-        auto = getattr(transformers, _AUTO[task][0])
-    try:
+def _auto_class(spec: str, transformers: Any, config: Any, task: str) -> Any:
+    """Return the auto class of a task that has models of this configuration."""
+    for name, _ in _AUTO[task]:
         with _quiet():
-            found = auto._model_mapping[type(config)]
-    except KeyError:
-        raise ConfigError(
-            f"model {spec}: transformers has no {task} of type {config.model_type!r}; give another --task"
-        ) from None
+            auto = getattr(transformers, name)
+            if type(config) in auto._model_mapping:
+                return auto
+    raise ConfigError(f"model {spec}: transformers has no {task} of type {config.model_type!r}; give another --task")
+
+
+def _model_class(spec: str, transformers: Any, config: Any, task: str) -> Any:
+    auto = _auto_class(spec, transformers, config, task)
+    with _quiet():
+        found = auto._model_mapping[type(config)]
     return found[0] if isinstance(found, tuple | list) else found
 
 
@@ -318,7 +328,7 @@ class _Constructor:
 
     def __call__(self) -> nn.Module:
         """Build the model; on the meta device where that is the default."""
-        auto = getattr(import_transformers(), _AUTO[self.task][0])
+        auto = _auto_class(self.spec, import_transformers(), self.config, self.task)
         options = {} if self.experts is None else {"experts_implementation": self.experts}
         try:
             with _quiet():

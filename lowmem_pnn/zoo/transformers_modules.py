@@ -38,8 +38,22 @@ def returning_logits(kind: type[nn.Module], task: str) -> type[nn.Module]:
     def images(self: nn.Module, pixel_values: Tensor) -> Any:
         return kind.forward(self, pixel_values=pixel_values).logits
 
-    if task == "image-classification":
-        forward: Callable[..., Any] = images
+    # Theirs write into a cache by default, which training has no use for.
+    no_cache = {"use_cache": False} if "use_cache" in takes else {}
+
+    def sequences(
+        self: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, decoder_input_ids: Tensor | None = None
+    ) -> Any:
+        named = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids}
+        return kind.forward(self, **named, **no_cache).logits
+
+    def speech(self: nn.Module, input_features: Tensor, decoder_input_ids: Tensor) -> Any:
+        return kind.forward(self, input_features=input_features, decoder_input_ids=decoder_input_ids, **no_cache).logits
+
+    if task == "seq2seq":
+        forward: Callable[..., Any] = speech if "input_features" in takes else sequences
+    elif task == "image-classification":
+        forward = images
     elif task == "causal-lm":
         forward = with_positions if "position_ids" in takes else causal
     else:

@@ -14,9 +14,9 @@ from torch import nn
 import lowmem_pnn
 from helpers.commands import lowmem_pnn as command
 from helpers.exact_runs import fit
-from helpers.language import pairs, write_jsonl
+from helpers.language import pairs, write_jsonl, write_tokenizer
 from helpers.plainloops import step_lines
-from helpers.transformers_folders import BERT, LLAMA, VIT, make_model, write_config, write_llama
+from helpers.transformers_folders import BERT, LLAMA, VIT, make_model, of_folder, write_config, write_llama
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.language.open_language import LanguageForm, open_language
 from lowmem_pnn.reporting.result import Result
@@ -72,16 +72,6 @@ def parts(root: Path) -> dict[Any, Split]:
     )
     form = LanguageForm(str(root / "model"), 16, False, "completions", root / "tokens")
     return split_data(open_language(config.data, form), config)[1]
-
-
-def of_folder(folder: Path, auto: str = "AutoModelForCausalLM") -> nn.Module:
-    """The model in a folder, of which no tensor is missing and none is too many."""
-    import transformers
-
-    model, info = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    found: nn.Module = model.eval()
-    return found
 
 
 def assert_close(one: nn.Module, other: nn.Module, atol: float = 1e-5) -> None:
@@ -254,6 +244,29 @@ def test_a_configuration_alone_is_trained_from_random_values_on_bytes(tmp_path: 
     assert result.preparation == {} or result.preparation["context"] == 32
     of_folder(tmp_path / "run" / "hf")
     assert "trained from random values" in (tmp_path / "run" / "hf" / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for what it gives up
+def test_peft_loads_an_adapter_with_its_base_and_its_tokenizer(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    shutil.copytree(root / "model", tmp_path / "model")
+    write_tokenizer(tmp_path / "model", pad_token="<pad>")
+    monkeypatch.chdir(tmp_path)
+    options = {**OPTIONS, "data_root": root, "lora": "r=2", "lr": 0.1, "epochs": 1, "max_steps": 2}
+    result = fit("hf:model", f"jsonl:{root / 'a.jsonl'}", tmp_path / "run", **options)
+    assert "AutoPeftModel classes load it on its base, with its tokenizer" in str(result)
+    assert result.transformers_folder is None
+    monkeypatch.chdir(root)
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(result.adapter).eval()
+    ids = torch.arange(3, 15).view(1, 12)
+    ours = lowmem_pnn.load(result, model=f"hf:{tmp_path / 'model'}")
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, ours(ids))
+    assert not torch.equal(of_folder(root / "model")(input_ids=ids).logits, ours(ids))
+    words = transformers.AutoTokenizer.from_pretrained(result.adapter)("the cat")["input_ids"]
+    assert words == transformers.AutoTokenizer.from_pretrained(tmp_path / "model")("the cat")["input_ids"]
 
 
 def without(name: str) -> Callable[[Path], None]:

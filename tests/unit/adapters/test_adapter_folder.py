@@ -16,6 +16,7 @@ from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.keys import weight_key
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.tasks.make_task import OUTPUT_NAMES
+from lowmem_pnn.zoo.model_source import ModelSource
 
 
 def gpt2() -> Any:
@@ -54,7 +55,7 @@ def test_peft_loads_what_is_written(trained: tuple[nn.Module, Any], tmp_path: Pa
         for key in layout:
             file.write_from(key, tensors[key.removeprefix("weight/")].detach().contiguous())
     store.seal([0])
-    folder = write_adapter(tmp_path, chain, config, store)
+    folder = write_adapter(tmp_path, chain, config, store, ModelSource("gpt2", config.model, gpt2, "any"))
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     torch.manual_seed(0)
     theirs = peft.PeftModel.from_pretrained(gpt2(), folder).eval()

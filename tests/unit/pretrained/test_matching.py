@@ -89,6 +89,27 @@ def test_a_tied_weight_may_have_any_of_its_names() -> None:
     assert dict(matched(state, Tied()).names) == {"a.weight": "b.weight", "a.bias": "a.bias", "b.bias": "b.bias"}
 
 
+def test_a_tied_weight_may_be_in_the_file_as_that_of_a_module_that_is_never_called() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.a = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+            self.a.weight = self.shared.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.a(x)
+            return out
+
+    state = Shared().state_dict()
+    for left in ("shared.weight", "a.weight"):
+        one = {name: value for name, value in state.items() if name in (left, "a.bias")}
+        found = matched(one, Shared())
+        assert dict(found.names) == {"shared.weight": left, "a.bias": "a.bias"}
+        assert found.left_out == []
+    with pytest.raises(ConfigError, match=r"missing in the file: shared\.weight"):
+        matched({"a.bias": state["a.bias"]}, Shared())
+
+
 def _renamed(state: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tensor]:
     changed = {**state, **{name.replace("__", "."): value for name, value in changes.items()}}
     return {name: value for name, value in changed.items() if value is not None}

@@ -1,5 +1,6 @@
 """Targets: what they are is found from their shapes and values, and they are kept in one form."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -125,3 +126,23 @@ def test_a_broken_target_is_left_out_with_its_sample() -> None:
     split = from_torch([(torch.zeros(3), value) for value in (1.5, float("nan"), 2.5)], where="mine", skip_broken=True)
     assert list(split.skipped) == ["sample 1 of mine"]
     assert split.batch([0, 1])[1].tolist() == [1.5, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kind"),
+    [({"ids": (7,), "mask": (7,)}, "tokens"), ({"features": (3, 5), "ids": (7,)}, "tokens"), ({"ids": (6,)}, None)],
+)
+def test_samples_of_several_tensors_may_have_a_label_for_each_token(inputs: dict[str, Any], kind: str | None) -> None:
+    x = {
+        name: torch.rand(4, *shape) if name == "features" else torch.arange(4 * math.prod(shape)).view(4, *shape)
+        for name, shape in inputs.items()
+    }
+    labels = torch.arange(28).view(4, 7) + 2
+    labels[:, 5:] = -100
+    if kind is None:
+        with pytest.raises(DataError, match=r"labels have shape \(4, 7\); give one class number for each sample"):
+            from_torch((x, labels))
+        return
+    split = from_torch((x, labels))
+    assert (split.targets.kind, split.targets.num_classes, split.targets.shape) == (kind, 28, (7,))
+    assert torch.equal(split.batch([2])[1], labels[2:3])

@@ -55,6 +55,23 @@ def test_views_that_a_backward_asks_for_keep_their_gaps(tmp_path: Path) -> None:
     assert compare(workload, built(build), tmp_path, refuse_to_say) == "yes"
 
 
+class Expanded(nn.Module):
+    """Its backward asks for places that are the same for all samples, an expanded tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 256), nn.Linear(256, 4)
+        self.register_buffer("places", torch.arange(256)[None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.first(x)[:, None].expand(-1, 256, -1) * 1.5
+        return self.last(torch.gather(wide, 2, self.places.flip(2).expand(len(x), 256, -1)).mean(1))
+
+
+def test_what_a_backward_asks_for_may_be_expanded(tmp_path: Path) -> None:
+    assert compare(workload_of(Expanded, vectors()), built(Expanded), tmp_path, refuse_to_say) == "yes"
+
+
 def test_nothing_is_changed(tmp_path: Path) -> None:
     model, workload = built(small_conv), workload_of(small_conv, KINDS["conv"].data)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

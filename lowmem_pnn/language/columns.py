@@ -1,0 +1,126 @@
+"""Columns of rows that hold text: which of them make a document, by what the model is to learn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lowmem_pnn.errors import DataError
+
+Kind = Literal["text", "completion", "chat", "pair", "labelled"]
+Columns = tuple[str, ...]
+
+COLUMNS: dict[Kind, Columns] = {
+    "chat": ("messages",), "completion": ("prompt", "completion"), "text": ("text",), "pair": ("source", "target"), "labelled": ("text",),
+}  # fmt: skip
+"""Columns that make a document, by its kind; one with a label has its column, whatever that is called, too."""
+
+_ORDER: tuple[Kind, ...] = ("labelled", "text", "pair", "completion", "chat")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is wanted of the rows of a source.
+
+    Args:
+        kinds: Kinds of documents that do; the first one whose columns are there is taken.
+        label: Column of the classes of `labelled` documents.
+    """
+
+    kinds: tuple[Kind, ...]
+    label: str = "label"
+
+    def columns(self, kind: Kind) -> Columns:
+        """Return the columns that make a document of a kind.
+
+        Args:
+            kind: The kind.
+        """
+        return (*COLUMNS[kind], self.label) if kind == "labelled" else COLUMNS[kind]
+
+    @property
+    def words(self) -> str:
+        """The columns that do, in words."""
+        *first, last = [" and ".join(self.columns(kind)) for kind in _ORDER if kind in self.kinds]
+        return f"{', '.join(first)}, or {last}" if first else last
+
+    def kind_of(self, row: Any, where: str) -> Kind:
+        """Return the kind of the documents of a source.
+
+        Args:
+            row: Its first row, by column.
+            where: Its place, for messages.
+
+        Raises:
+            DataError: It has columns of none.
+        """
+        for kind in self.kinds:
+            if all(column in row for column in self.columns(kind)):
+                return kind
+        there = ", ".join(map(repr, row)) or "none"
+        lacking = ""
+        for kind in self.kinds:
+            missing = [column for column in self.columns(kind) if column not in row]
+            if len(missing) < len(self.columns(kind)):
+                lacking = f", and lacks {missing[0]!r}"
+                break
+        remedy = "name them so" if "labelled" not in self.kinds else "name them so, or give --target COLUMN"
+        raise DataError(f"{where} has the columns {there}{lacking}; text is taken from {self.words}: {remedy}")
+
+    def values(self, row: Any, kind: Kind, where: str) -> tuple[Any, ...]:
+        """Return what a row has in the columns of a document.
+
+        Args:
+            row: The row, by column.
+            kind: Kind of the document.
+            where: Its place, for messages.
+
+        Raises:
+            DataError: A column is missing, or holds something else than it is to.
+        """
+        values = []
+        for column in self.columns(kind):
+            if column not in row:
+                raise DataError(
+                    f"{where} has no {column!r}; it has {', '.join(map(repr, row)) or 'nothing'}; give all lines the same columns"
+                )
+            value = row[column]
+            if kind == "chat":
+                _check_messages(value, where)
+            elif kind == "labelled" and column == self.label and column not in COLUMNS[kind]:
+                _check_label(value, column, where)
+            elif not isinstance(value, str):
+                raise DataError(f"{where}: {column!r} is a {json_type(value)}; give text")
+            values.append(value)
+        return tuple(values)
+
+
+NEXT_TOKENS = Wanted(("chat", "completion", "text"))
+"""What a model learns that goes on with text."""
+SEQUENCES = Wanted(("pair", "completion"))
+"""What a model learns that reads one text and writes another."""
+
+
+def json_type(value: Any) -> str:
+    """Return what JSON calls a value that is none of the wanted type.
+
+    Args:
+        value: The value.
+    """
+    return {list: "list", str: "text", bool: "truth value", int: "number", float: "number"}.get(type(value), "null")
+
+
+def _check_messages(value: Any, where: str) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise DataError(f"{where}: 'messages' is {'empty' if value == [] else f'a {json_type(value)}'}; give a list of turns")
+    for turn in value:
+        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
+            raise DataError(f"{where}: a turn of 'messages' has no 'role' or no 'content'; give both for each turn")
+
+
+def _check_label(value: Any, column: str, where: str) -> None:
+    if isinstance(value, str) and value:
+        return
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31:
+        return
+    found = "empty" if value == "" else f"{value}" if isinstance(value, int | float) else f"a {json_type(value)}"
+    raise DataError(f"{where}: {column!r} is {found}; give the name of a class, or its number from 0")
