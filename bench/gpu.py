@@ -137,8 +137,9 @@ def plain(setting: Setting, kind: str, steps: int, checkpointed: bool = False) -
     import torch
     from torch.utils.checkpoint import checkpoint
 
+    from lowmem_pnn.capture.capture import capture
     from lowmem_pnn.device import SimulatedDevice
-    from lowmem_pnn.model.chain import TensorSpec, capture
+    from lowmem_pnn.model.chain import TensorSpec
 
     batch = setting.of(LOADS[kind].batch)
     simulated = SimulatedDevice(10**12) if setting.dry else None

@@ -66,7 +66,8 @@ def structure(name: str) -> dict[str, Any]:
     """Cut a model, and hold its layers against the model itself: bits of outputs and gradients."""
     import torch
 
-    from lowmem_pnn.model.chain import TensorSpec, capture
+    from lowmem_pnn.capture.capture import capture
+    from lowmem_pnn.model.chain import TensorSpec
 
     torch.manual_seed(SEED)
     model = builder_of(name)()

@@ -140,7 +140,8 @@ def captured(name: str) -> dict[str, Any]:
     """Cut a network into layers."""
     import torch
 
-    from lowmem_pnn.model.chain import TensorSpec, capture
+    from lowmem_pnn.capture.capture import capture
+    from lowmem_pnn.model.chain import TensorSpec
 
     chain = capture(builder_of(name)(), TensorSpec(shape_of(name), torch.float32))
     sizes = [sum(parameter.numel() for parameter in layer.parameters().values()) for layer in chain.layers]

@@ -65,10 +65,11 @@ def in_memory(file: Path) -> None:
     import torch
     from torch.utils.checkpoint import checkpoint
 
+    from lowmem_pnn.capture.capture import capture
     from lowmem_pnn.config.configure import configure
     from lowmem_pnn.device.cpu import warm_up
     from lowmem_pnn.engine.passes import forward
-    from lowmem_pnn.model.chain import TensorSpec, capture
+    from lowmem_pnn.model.chain import TensorSpec
     from lowmem_pnn.model.layer import Layer
     from lowmem_pnn.workload import open_data
 

@@ -19,7 +19,7 @@ BEGIN, END = "<!-- files: written by docs/generate.py -->", "<!-- end of files -
 FOLDERS = (
     "cli", "page", "contenders", "estimators", "api", "preview", "inference", "training", "exporting", "evaluation", "run", "planning",
     "reporting", "sweep", "engine", "workload", "methods", "tasks", "profiling", "compilation", "adapters", "pretrained", "device",
-    "language", "stores", "samples", "formats", "zoo", "sources", "memory", "model", "quantization", "optim", "settings",
+    "language", "stores", "samples", "formats", "zoo", "sources", "memory", "capture", "model", "quantization", "optim", "settings",
     "config", "partition_plan", "dispatch_mode", "seeds", "units", "errors",
 )  # fmt: skip
 """The folders of the package and the files beside them: imports point from the left to the right, never back."""

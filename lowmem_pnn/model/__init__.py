@@ -1,1 +1,1 @@
-"""A model as a chain of layers: traced, cut, compiled; compute precision."""
+"""A model as a chain of layers, with its tensors, modes and state; compute precision."""

@@ -11,7 +11,7 @@ from collections.abc import Hashable
 
 from torch import fx
 
-from lowmem_pnn.model.equal_blocks import Identity, module_key, value_key
+from lowmem_pnn.capture.equal_blocks import Identity, module_key, value_key
 from lowmem_pnn.model.layer import Layer
 
 

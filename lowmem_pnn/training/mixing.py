@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lowmem_pnn.capture.dispatch_modes import tensors_in
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.model.copies import preserve_random_state
-from lowmem_pnn.model.dispatch_modes import tensors_in
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.training.observed import difference

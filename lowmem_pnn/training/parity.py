@@ -20,12 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lowmem_pnn.capture.dispatch_modes import tensors_in
 from lowmem_pnn.device import is_out_of_memory, why_it_failed
 from lowmem_pnn.errors import CaptureError, LowMemError
 from lowmem_pnn.model.call_form import OutputForm
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.copies import copy_structure, preserve_random_state, set_mode
-from lowmem_pnn.model.dispatch_modes import tensors_in
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.python_state import Snapshot, read_state

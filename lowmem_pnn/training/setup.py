@@ -8,13 +8,14 @@ import psutil
 import torch
 from torch import nn
 
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.checks import check_device
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device
 from lowmem_pnn.device.described import DescribedGpu
 from lowmem_pnn.device.support import has_driver, missing_kernels, why_no_gpu
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.optim.low_precision import load_int8_levels
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.memory_profiler import profile

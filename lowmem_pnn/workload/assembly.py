@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lowmem_pnn.adapters.prepared_model import adapter_tensor_names, new_modules, prepared
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS
 from lowmem_pnn.device import Device, is_out_of_memory
@@ -18,7 +19,7 @@ from lowmem_pnn.errors import CaptureError, ConfigError, LowMemError
 from lowmem_pnn.language.open_language import fit_inputs
 from lowmem_pnn.methods import SplitName, make_method
 from lowmem_pnn.model.call_form import CallForm
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized

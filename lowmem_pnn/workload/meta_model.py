@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.configure import for_method
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import CaptureError, ConfigError
 from lowmem_pnn.methods import make_method
 from lowmem_pnn.methods.thin_parts import CopiedLayer, GivenAs, make_thin_part
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.seeds import seed_of

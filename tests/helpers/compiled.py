@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as watch
 
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.compilation.compiler import CompiledFunction, Compiler, CompileVariant
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.fake_run import _Sink

@@ -28,7 +28,8 @@ from helpers.small_networks import (
     tokens,
     vectors,
 )
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.capture.capture import capture
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.reporting.result import Result
 
 

@@ -6,9 +6,10 @@ import torch
 
 from helpers.plainloops import built
 from helpers.small_networks import conv_layers
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.methods import make_method
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.chain import Chain, TensorSpec
 
 OPTIONS: dict[str, Any] = {"method": "neuroflux", "epochs": 2, "batch_size": 16, "lr": 0.01, "device": "cpu", "val_fraction": 0.2}
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 import lowmem_pnn
 from helpers.plainloops import built
 from helpers.tasks import class_objective
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.device import Device, SimulatedDevice
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.residency import Residency
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.networks import FAMILIES, assert_cut_anywhere, assert_equal, build, images, run
-from lowmem_pnn.model.chain import capture
+from lowmem_pnn.capture.capture import capture
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from helpers.exact_runs import COMMON, fit
 from helpers.plainloops import assert_same_weights, loaded, train_by_exact
 from helpers.small_networks import tokens
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.capture.capture import capture
+from lowmem_pnn.model.chain import TensorSpec
 
 BLOCKS, WIDTH, VOCABULARY, LENGTH = 2, 16, 13, 5
 COMMON_SIZES: dict[str, Any] = {

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 import lowmem_pnn
 from helpers.plainloops import built, loaded, make_optimizer, step_lines, training_split
 from helpers.small_networks import Data, conv_layers, images, vectors
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.evaluation.exits import choose_exit
 from lowmem_pnn.exporting.export import find_exit
 from lowmem_pnn.methods.heads import make_head
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.layer import head_prefix
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.seeds import permutation_of, seed_of

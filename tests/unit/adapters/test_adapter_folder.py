@@ -10,8 +10,9 @@ from torch import nn
 
 from lowmem_pnn.adapters.adapter_folder import adapter_config, adapter_names, write_adapter
 from lowmem_pnn.adapters.prepared_model import prepared
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.stores.keys import weight_key
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.tasks.make_task import OUTPUT_NAMES

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from lowmem_pnn.adapters import merging
 from lowmem_pnn.adapters.merging import MergedWeights
 from lowmem_pnn.adapters.prepared_model import prepared
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.model.chain import TensorSpec
 
 
 class Model(nn.Module):

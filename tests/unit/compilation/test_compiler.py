@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from helpers.compiled import CPU, alike, compiled
 from helpers.small_networks import small_conv
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.compilation import compiler as compiling
 from lowmem_pnn.compilation.compiler import CompiledFunction, Compiler, CompileVariant, check_compiler
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.zoo.gpt_model import GPT, GptShape
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from helpers.tasks import class_objective
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.engine.passes import backward_from_loss, outputs_in_chunks
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.layer import is_rowwise
 
 

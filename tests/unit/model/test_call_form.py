@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from helpers.networks import FromFunction, vector
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.call_form import CallForm
-from lowmem_pnn.model.chain import capture
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.capture.capture import capture
+from lowmem_pnn.model.chain import TensorSpec
 
 
 def test_a_layer_stays_without_a_head_where_another_one_is_made_with_it() -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from helpers.small_networks import images, small_conv
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.errors import DivergedError
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.precision import FULL_PRECISION, LossScale, Precision, unscale
 
 

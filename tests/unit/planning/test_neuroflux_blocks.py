@@ -6,7 +6,8 @@ import random
 import torch
 from torch import nn
 
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.capture.capture import capture
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.planning.neuroflux_blocks import feasible_batch, similar_batch_cuts
 from lowmem_pnn.profiling.costs import Affine

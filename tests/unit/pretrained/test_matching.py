@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.pretrained.matching import PretrainedWeights, describe_weights, match
 from lowmem_pnn.pretrained.state_dicts import GivenTensors
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.device import CpuDevice
 from lowmem_pnn.device.simulated import SimulatedDevice
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling import benchmark

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.capture.capture import capture
+from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.profiling.fingerprint import layer_fingerprint
 

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers.neuroflux_layers import layers_with_heads
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.storage_tracker import StorageTracker
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.planning.planner import partition_peak
 from lowmem_pnn.profiling import fake_run

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.zoo.cifar_models import CIFAR_MODELS
 from lowmem_pnn.zoo.deferred_init import file_backed, skeleton
 from lowmem_pnn.zoo.models import find_model

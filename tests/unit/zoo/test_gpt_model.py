@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.zoo.deferred_init import file_backed, skeleton
 from lowmem_pnn.zoo.gpt_model import GptShape, parse_gpt
 from lowmem_pnn.zoo.models import find_model

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from lowmem_pnn.capture.examples import Examples
+from lowmem_pnn.capture.fake_model import Setting
+from lowmem_pnn.capture.opening import CONTAINERS, depth_of, is_below
+from lowmem_pnn.capture.proxies import BatchError, Proxy, Shape, recorded_calls
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import OutputForm, like
 from lowmem_pnn.model.copies import copy_structure, first_line, preserve_random_state, set_mode
-from lowmem_pnn.model.examples import Examples
-from lowmem_pnn.model.fake_model import Setting
-from lowmem_pnn.model.opening import CONTAINERS, depth_of, is_below
-from lowmem_pnn.model.proxies import BatchError, Proxy, Shape, recorded_calls
 
 
 class UntraceableError(Exception):

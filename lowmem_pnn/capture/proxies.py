@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from lowmem_pnn.model.examples import are_plain, has_values
+from lowmem_pnn.capture.examples import are_plain, has_values
 
 # What a tensor answers in numbers and types, which are the same whatever its values are.
 _PROPERTIES = frozenset({

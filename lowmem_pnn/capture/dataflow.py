@@ -15,11 +15,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.copies import copy_structure
-from lowmem_pnn.model.dispatch_modes import storages_of
-from lowmem_pnn.model.fake_model import ModelRun, Setting, run_model
-from lowmem_pnn.model.opening import (
+from lowmem_pnn.capture.dispatch_modes import storages_of
+from lowmem_pnn.capture.fake_model import ModelRun, Setting, run_model
+from lowmem_pnn.capture.opening import (
     LARGE_ACTIVATION_BYTES,
     LARGE_SHARE,
     chains_of_blocks,
@@ -28,9 +26,11 @@ from lowmem_pnn.model.opening import (
     opened_blocks,
     parents,
 )  # fmt: skip
-from lowmem_pnn.model.recomputed import Recomputed, StandIn
-from lowmem_pnn.model.recording import TraceMismatchError, record, with_constants
-from lowmem_pnn.model.tracer import Trace, trace
+from lowmem_pnn.capture.recomputed import Recomputed, StandIn
+from lowmem_pnn.capture.recording import TraceMismatchError, record, with_constants
+from lowmem_pnn.capture.tracer import Trace, trace
+from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.copies import copy_structure
 
 MAX_TENSORS = 64
 """The most tensors that a boundary may have."""

@@ -22,8 +22,9 @@ from helpers.networks import (
     vector,
     with_small_head,
 )
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.errors import CaptureError, ConfigError
-from lowmem_pnn.model.chain import Chain, TensorSpec, capture
+from lowmem_pnn.model.chain import Chain, TensorSpec
 
 models = torchvision.models
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.model import fake_model
-from lowmem_pnn.model.chain import TensorSpec, capture
-from lowmem_pnn.model.fake_model import ModelRun, Setting, run_model
+from lowmem_pnn.capture import fake_model
+from lowmem_pnn.capture.capture import capture
+from lowmem_pnn.capture.fake_model import ModelRun, Setting, run_model
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.precision import FULL_PRECISION
 
 calls: Counter[str] = Counter()

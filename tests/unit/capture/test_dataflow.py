@@ -15,7 +15,7 @@ from helpers.networks import (
     layer_names,
     vector,
 )
-from lowmem_pnn.model.chain import capture
+from lowmem_pnn.capture.capture import capture
 
 
 @pytest.fixture(autouse=True)

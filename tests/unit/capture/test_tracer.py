@@ -20,8 +20,8 @@ from helpers.networks import (
     run,
     vector,
 )
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.chain import capture
 
 
 @pytest.fixture(autouse=True)

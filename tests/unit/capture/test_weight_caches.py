@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from helpers.networks import assert_equal
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.model.chain import TensorSpec
 
 
 class Biased(nn.Module):

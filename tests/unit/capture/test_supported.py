@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from helpers.networks import FromFunction, layer_names, vector
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.chain import capture
 
 
 class ZeroGrad(nn.Sequential):

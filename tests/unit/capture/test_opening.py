@@ -8,7 +8,7 @@ import torchvision
 from torch import Tensor, nn
 
 from helpers.networks import FromFunction, assert_cut_anywhere, assert_equal, images, layer_names, vector
-from lowmem_pnn.model.chain import capture
+from lowmem_pnn.capture.capture import capture
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
 from helpers.networks import FromFunction, assert_cut_anywhere, assert_equal, layer_names, vector
-from lowmem_pnn.model.chain import TensorSpec, capture
+from lowmem_pnn.capture.capture import capture
+from lowmem_pnn.model.chain import TensorSpec
 
 IDS = TensorSpec((6,), torch.int64)
 

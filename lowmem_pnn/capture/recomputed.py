@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lowmem_pnn.model.dispatch_modes import storages_of
-from lowmem_pnn.model.fake_model import ModelRun
-from lowmem_pnn.model.recording import Recording
-from lowmem_pnn.model.tracer import Trace
+from lowmem_pnn.capture.dispatch_modes import storages_of
+from lowmem_pnn.capture.fake_model import ModelRun
+from lowmem_pnn.capture.recording import Recording
+from lowmem_pnn.capture.tracer import Trace
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 

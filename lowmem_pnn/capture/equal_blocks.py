@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lowmem_pnn.model.dispatch_modes import OperationLog, has_values, storages_of
+from lowmem_pnn.capture.dispatch_modes import OperationLog, has_values, storages_of
 from lowmem_pnn.model.python_state import Snapshot
 
 # Attributes of every module: tensors and submodules are compared apart, and the mode is not compared.

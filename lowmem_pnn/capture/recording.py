@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from lowmem_pnn.capture.dispatch_modes import OperationLog, tensors_in, without_values
+from lowmem_pnn.capture.fake_model import ModelRun, explain, run_model
+from lowmem_pnn.capture.tracer import Trace
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.dispatch_modes import OperationLog, tensors_in, without_values
-from lowmem_pnn.model.fake_model import ModelRun, explain, run_model
-from lowmem_pnn.model.tracer import Trace
 
 
 @dataclass

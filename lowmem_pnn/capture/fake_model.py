@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from lowmem_pnn.capture.dispatch_modes import KnownValues, KnownWrittenError, OperationLog, tensors_in
+from lowmem_pnn.capture.equal_blocks import EqualBlocks
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, OutputForm, TensorSpec
 from lowmem_pnn.model.copies import copy_structure, first_line, preserve_random_state, set_mode
-from lowmem_pnn.model.dispatch_modes import KnownValues, KnownWrittenError, OperationLog, tensors_in
-from lowmem_pnn.model.equal_blocks import EqualBlocks
 from lowmem_pnn.model.parameter_hooks import num_hooks
 from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.model.python_state import (

@@ -1,0 +1,183 @@
+"""Capture: a model is cut into layers wherever a graph of its forward allows it.
+
+    model --trace--> graph --shapes of two batch sizes, both modes--> cuts --> layers
+
+A cut stands before an operation with weights that is no normalisation and no activation, and only where every value of its boundary is
+a tensor with the batch on axis 0, and no later operation changes one of them in place.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from lowmem_pnn.capture.dataflow import trace_and_flow
+from lowmem_pnn.capture.dispatch_modes import KnownWrittenError
+from lowmem_pnn.capture.equal_blocks import look_again
+from lowmem_pnn.capture.fake_model import ModelRun, Setting, run_model, uses_checkpointing
+from lowmem_pnn.capture.opening import LARGE_SHARE, weight_bytes
+from lowmem_pnn.capture.recomputed import unchanged_buffers
+from lowmem_pnn.capture.supported import check_model, check_overrides, tensors_by_name, versions_of
+from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.model.call_form import CallForm, TensorSpec
+from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.model.copies import copy_structure, without_cache
+from lowmem_pnn.model.layer import Layer
+from lowmem_pnn.model.modes import read_modes
+from lowmem_pnn.model.parameter_hooks import ParameterHooks
+from lowmem_pnn.model.precision import FULL_PRECISION, Precision
+from lowmem_pnn.model.python_state import Attribute
+
+
+def capture(
+    model: nn.Module,
+    specs: TensorSpec | tuple[TensorSpec, ...],
+    precision: Precision = FULL_PRECISION,
+    call: CallForm | None = None,
+    learns_from: tuple[str, ...] = (),
+) -> Chain:
+    """Cut a model into layers.
+
+    Its weights are never read, so that the model may be on the meta device, or larger than memory. The model, its mode, its gradients
+    and the random generators stay as they are.
+
+    Args:
+        model: module that returns a tensor, or a tuple, dict or dataclass of tensors, with the batch on axis 0 as in its inputs.
+        specs: shape and type of each input, (batch, *spec.shape).
+        precision: compute precision and memory format of the layers.
+        call: how several inputs are handed to the model; by default by position.
+        learns_from: names of outputs, the first of which that there is the loss is taken of; empty where it takes what it wants. What no
+            gradient comes to is kept as it is.
+
+    Returns:
+        The chain, whose modules are in the mode of `model`.
+
+    Raises:
+        CaptureError: torch.fx cannot trace the model's own forward, the model does not take such samples or does not return tensors of
+            the same batch, or its output does not depend on any parameter that learns.
+
+    Example:
+        >>> chain = capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), TensorSpec((4,), torch.float32))
+        >>> [layer.name for layer in chain.layers], [str(specs[0]) for specs in chain.boundaries]
+        (['0', '1'], ['(4,) float32', '(3,) float32', '(2,) float32'])
+    """
+    names = tensors_by_name(model)
+    check_model(model, names)
+    model = without_cache(model)
+    modes = read_modes(model)
+    if modes.frozen:
+        model = _with_frozen(model, names, modes.frozen)
+        names = tensors_by_name(model)
+    look_again(model)
+    specs = specs if isinstance(specs, tuple) else (specs,)
+    setting = Setting(specs, precision, 2, True, call or CallForm.positional(len(specs)), learns_from)
+    try:
+        runs = _runs(model, setting)
+    except KnownWrittenError:
+        setting = replace(setting, values=False)
+        runs = _runs(model, setting)
+    changed = zip(*((run.kept, run.left, run.cached) for run in runs), strict=True)
+    kept, left, cached = (frozenset[Attribute]().union(*sets) for sets in changed)
+    try:
+        closed = {
+            name: f"its forward changes its attribute {attribute!r}, whose value a trace would freeze"
+            for name, attribute in kept | cached
+        }
+        closed |= {
+            name: "it has a hook on its backward, which begins and ends with the whole of it"
+            for name, module in model.named_modules()
+            if module._backward_hooks or module._backward_pre_hooks
+        }
+        traced, flow = trace_and_flow(model, setting, runs, closed)
+        check_overrides(model, traced.opened)
+    except CaptureError as error:
+        if uses_checkpointing(model, setting):
+            raise CaptureError(
+                f"model {type(model).__name__} uses activation checkpointing (torch.utils.checkpoint) in its forward; turn it off: it is not "
+                "needed here, where activations are kept to the budget anyway"
+            ) from error
+        raise
+    reached = frozenset[str]().union(*(run.reached for run in runs))
+    idle = tuple(name for name, tensor in names.items() if tensor.requires_grad and name not in reached)
+    if idle and all(name in idle for name, tensor in names.items() if tensor.requires_grad):
+        raise CaptureError(
+            f"no parameter of {type(model).__name__} gets a gradient: its output depends on none that learns; see to its forward"
+        )
+    hooks = {
+        name: found
+        for name, tensor in names.items()
+        if tensor.requires_grad and name not in idle and (found := ParameterHooks.of(tensor))
+    }
+    free = unchanged_buffers(model, runs)
+    frozen = {id(names[name]): nn.Parameter(names[name].detach(), False) for name in idle}
+
+    def cut(cuts: Sequence[int]) -> Chain:
+        # A module of an nn.Sequential is called '4': its layer is named by the layer's own number, so that no layer has the number of
+        # another one for a name.
+        layers = []
+        for number, (name, module, operations) in enumerate(flow.layers(cuts)):
+            layers.append(Layer(str(number) if name.isdigit() else name, module, names, precision))
+            layers[-1].operations = operations
+        held: dict[int, list[int]] = {}
+        for index, layer in enumerate(layers):
+            inside = {name for name, _ in layer.module.named_modules(remove_duplicate=False)}
+            layer.modes = modes.inside(inside)
+            layer.kept = tuple(sorted(attribute for attribute in kept if attribute[0] in inside))
+            layer.left = tuple(sorted(attribute for attribute in left if attribute[0] in inside and attribute[0]))
+            layer.cached = tuple(sorted(attribute for attribute in cached if attribute[0] in inside and attribute[0]))
+            layer.hooks = {name: hooks[name] for name in layer.parameters() if name in hooks}
+            for name, tensor in {**layer.parameters(), **layer.buffers()}.items():
+                held.setdefault(id(names[name]), []).append(index)
+                if id(tensor) in frozen:
+                    layer.set_tensor(name, frozen[id(tensor)])
+        for name, found in hooks.items():
+            if found.see_gradients and len(held[id(names[name])]) > 1:
+                raise CaptureError(
+                    f"parameter {name!r} of {type(model).__name__} has a hook on its gradient, and is used in "
+                    f"{len(held[id(names[name])])} layers; its gradient is a sum of what these layers "
+                    "give, which no hook sees here: scale or clip in the loss, or by --clip-norm"
+                )
+        groups: dict[int, list[str]] = {}
+        for name, tensor in names.items():
+            groups.setdefault(id(tensor), []).append(name)
+        _say_what_is_whole(model, layers, traced.stopped)
+        return Chain(
+            layers=tuple(layers),
+            boundaries=tuple(tuple(TensorSpec(*spec) for spec in boundary) for boundary in flow.boundaries(cuts)),
+            ties=tuple(tuple(group) for group in groups.values() if len(group) > 1),
+            tied_ranges=tuple(
+                sorted({(users[0], users[-1]) for tensor, users in held.items() if users[0] < users[-1] and tensor not in free})
+            ),
+            unused=tuple(name for name, tensor in names.items() if id(tensor) not in held),
+            persistent=tuple(model.state_dict(keep_vars=True)),
+            written=frozenset().union(*(run.written for run in runs)),
+            idle=idle,
+            output_form=None if traced.output is None or traced.output.is_tensor else traced.output,
+            call_form=setting.form,
+            versions=versions_of(model),
+        )
+
+    coarse = flow.cuts_between_blocks()
+    chain = cut(flow.cuts)
+    return chain if coarse == flow.cuts else replace(chain, between_blocks=cut(coarse))
+
+
+def _runs(model: nn.Module, setting: Setting) -> list[ModelRun]:
+    """Run a model with two batch sizes, and in both modes."""
+    return [run_model(model, replace(setting, batch=batch, training=mode)) for batch, mode in ((2, True), (3, True), (2, False))]
+
+
+def _say_what_is_whole(model: nn.Module, layers: Iterable[Layer], stopped: Mapping[str, str]) -> None:
+    """Note on layers that hold a large module which could not be opened why it is whole."""
+    total = weight_bytes(model)
+    for layer in layers:
+        for name in stopped:
+            inside = name and any(own == name and type(module) is not nn.Module for own, module in layer.module.named_modules())
+            share = weight_bytes(model.get_submodule(name)) / max(1, total) if inside else 0.0
+            if share > LARGE_SHARE:
+                layer.whole = f"whole: {stopped[name]}; {share:.0%} of the weights"
+
+
+def _with_frozen(model: nn.Module, names: Mapping[str, Tensor], frozen: Collection[str]) -> nn.Module:
+    """Return a copy of a model over the same tensors, in which some parameters are frozen."""
+    return copy_structure(model, {id(names[name]): nn.Parameter(names[name].detach(), False) for name in frozen})
