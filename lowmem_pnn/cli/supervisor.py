@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from lowmem_pnn.config.code import CODE_FIELDS, names_code
 from lowmem_pnn.errors import BudgetError, LowMemError
+from lowmem_pnn.memory.tunables import with_tunables
 from lowmem_pnn.reporting.page_process import PAGE, has_new_page, write_page_apart
 from lowmem_pnn.reporting.streams import drop
 
@@ -186,7 +187,7 @@ def _run_worker(arguments: Sequence[str]) -> tuple[int, list[int]]:
         # A session of its own: a terminal's Ctrl-C reaches only the supervisor, which passes it on once.
         worker = subprocess.Popen(
             [sys.executable, "-m", "lowmem_pnn", *arguments],
-            env={**os.environ, WORKER_VARIABLE: "1", "GLIBC_TUNABLES": _with_huge_pages(os.environ.get("GLIBC_TUNABLES", ""))},
+            env={**os.environ, WORKER_VARIABLE: "1", "GLIBC_TUNABLES": with_tunables(os.environ.get("GLIBC_TUNABLES", ""))},
             start_new_session=True,
             preexec_fn=_die_with(os.getpid()),  # so that the run is free to be resumed
         )
@@ -203,19 +204,9 @@ def _run_worker(arguments: Sequence[str]) -> tuple[int, list[int]]:
 def as_worker() -> None:
     """Begin the command anew as a worker runs, if it does not yet, so that what is timed is what training will take."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform.startswith("linux") and tunables != _with_huge_pages(tunables) and "torch" not in sys.modules:
-        environment = {**os.environ, "GLIBC_TUNABLES": _with_huge_pages(tunables)}
+    if sys.platform.startswith("linux") and tunables != with_tunables(tunables) and "torch" not in sys.modules:
+        environment = {**os.environ, "GLIBC_TUNABLES": with_tunables(tunables)}
         os.execve(sys.executable, [sys.executable, "-m", "lowmem_pnn", *sys.argv[1:]], environment)
-
-
-def _with_huge_pages(tunables: str) -> str:
-    """Settings of glibc with transparent huge pages for large blocks, unless the user has chosen.
-
-    Every batch allocates its gradients anew; in pages of 4 kB, a quarter of a step went to page faults.
-    """
-    if "glibc.malloc.hugetlb" in tunables:
-        return tunables
-    return ":".join(filter(None, [tunables, "glibc.malloc.hugetlb=1"]))
 
 
 def _identity(workdir: Path) -> tuple[int, int] | None:

@@ -148,6 +148,12 @@ class Device(ABC):
     def release(self) -> None:
         """Give freed memory back to the system, so that the meter and the memory limit no longer count it."""
 
+    def release_for_next(self) -> None:  # noqa: B027 - another device's allocator keeps freed memory for what comes next
+        """Give freed memory back between two partitions of a batch, as far as the next one cannot use it."""
+
+    def keep_to_expected_peak(self) -> None:  # noqa: B027 - another device's allocator knows what is free
+        """Give freed memory back where more is in use than expected; called between layers."""
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until all computations and copies that were asked for are done."""

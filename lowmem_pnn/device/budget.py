@@ -162,19 +162,32 @@ class DataLimit:
             private: bytes in use.
             data: bytes mapped.
         """
+        with self._lock:
+            if self._previous is not None:
+                self._untouched.append(data - private)
+                self._move(*self._previous)
+
+    def note_freed(self, nbytes: int) -> None:
+        """Remember that memory in use was given back while its mapping stays: untouched from now on, without a wait of many samples.
+
+        Args:
+            nbytes: bytes that were given back.
+        """
+        with self._lock:
+            if self._previous is not None:
+                self._untouched = deque((one + nbytes for one in self._untouched), maxlen=self._SAMPLES)
+                self._move(*self._previous)
+
+    def _move(self, soft: int, hard: int) -> None:
+        """Set the limit to where the mappings without use put it, below the limits from before."""
         import resource
 
-        with self._lock:
-            if self._previous is None:
-                return
-            soft, hard = self._previous
-            self._untouched.append(data - private)
-            limit = min(self._untouched) + self._most_bytes
-            if soft != resource.RLIM_INFINITY:
-                limit = min(limit, soft)
-            if abs(limit - self._limit_bytes) >= self._STEP:
-                resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-                self._limit_bytes = limit
+        limit = min(self._untouched) + self._most_bytes
+        if soft != resource.RLIM_INFINITY:
+            limit = min(limit, soft)
+        if abs(limit - self._limit_bytes) >= self._STEP:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+            self._limit_bytes = limit
 
     def restore(self) -> None:
         """Restore the limit from before `set`."""

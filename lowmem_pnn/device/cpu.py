@@ -16,6 +16,7 @@ from lowmem_pnn.device.budget import DataLimit, OverBudget
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.memory.heap import HeapTrimmer, fix_malloc_thresholds, trim_heap, trim_threshold
 from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
+from lowmem_pnn.memory.tunables import has_tidy_heap
 from lowmem_pnn.units import format_bytes
 
 
@@ -101,7 +102,8 @@ class CpuDevice(Device):
         if self._watched is not None and private - self.floor_bytes > self.budget_bytes:
             self._over, watched, self._watched = private - self.floor_bytes, self._watched, None
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(watched), ctypes.py_object(OverBudget))
-        self._trimmer.trim_above_level(private)
+        if freed := self._trimmer.trim_above_level(private):
+            self._limit.note_freed(freed)
 
     def used_bytes(self) -> int:
         """Return the private memory now, above the floor."""
@@ -122,6 +124,19 @@ class CpuDevice(Device):
     def release(self) -> None:
         """Give the heap's free pages back."""
         trim_heap()
+
+    def release_for_next(self) -> None:
+        """Give the heap's free pages back, where it is tidy as `keep_to_expected_peak` does: what comes next uses the others."""
+        if has_tidy_heap():
+            self.keep_to_expected_peak()
+        else:
+            self.release()
+
+    def keep_to_expected_peak(self) -> None:
+        """See `Device.keep_to_expected_peak`; the meter's thread does so too, but it may come late on a busy machine."""
+        if has_tidy_heap() and self._trimmer.is_above_level(private := private_bytes()):
+            self.release()
+            self._limit.note_freed(max(0, private - private_bytes()))
 
 
 def warm_up(device: torch.device) -> None:

@@ -5,11 +5,14 @@ import time
 
 from lowmem_pnn.memory.libc import libc
 from lowmem_pnn.memory.process_meter import private_bytes
+from lowmem_pnn.memory.tunables import has_tidy_heap
 from lowmem_pnn.units import MEBIBYTE
 
 # glibc's names for mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+# The largest mmap threshold that glibc accepts on 64 bits.
+_LARGEST_THRESHOLD = 32 * MEBIBYTE
 
 
 def fix_malloc_thresholds(budget_bytes: int) -> None:
@@ -17,15 +20,17 @@ def fix_malloc_thresholds(budget_bytes: int) -> None:
 
     Left alone it raises its mmap threshold to the size of each freed block (up to 32 MiB), after which freed tensors stay in the heap
     and the peak is fragmentation. Memory that was given back is zeroed, page by page, when it is used again, so that the thresholds
-    grow with the budget. Elsewhere than on glibc this does nothing.
+    grow with the budget. A tidy heap keeps all that is freed, until `HeapTrimmer` finds too much in use: there a freed block is room
+    for the next one. Elsewhere than on glibc this does nothing.
 
     Args:
         budget_bytes: memory budget; blocks from a 64th of it on are given back (256 KiB to 8 MiB), and so is the heap's free end (1 to
             8 MiB).
     """
+    is_tidy = has_tidy_heap()
     with contextlib.suppress(OSError, AttributeError):
-        libc().mallopt(_M_MMAP_THRESHOLD, mmap_threshold(budget_bytes))
-        libc().mallopt(_M_TRIM_THRESHOLD, trim_threshold(budget_bytes))
+        libc().mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD if is_tidy else mmap_threshold(budget_bytes))
+        libc().mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD if is_tidy else trim_threshold(budget_bytes))
 
 
 def mmap_threshold(budget_bytes: int) -> int:
@@ -66,16 +71,24 @@ class HeapTrimmer:
         self._level_bytes = level_bytes
         self._pause, self._next = self._SHORTEST, 0.0
 
-    def trim_above_level(self, private: int) -> None:
+    def is_above_level(self, private: int) -> bool:
+        """Return whether so many bytes in use are more than what is expected."""
+        return private > self._level_bytes
+
+    def trim_above_level(self, private: int) -> int:
         """Trim the heap if a sample is above the level; called often.
 
         Args:
             private: bytes in use.
+
+        Returns:
+            The bytes that were given back.
         """
-        if private <= self._level_bytes or time.monotonic() < self._next:
-            return
+        if not self.is_above_level(private) or time.monotonic() < self._next:
+            return 0
         trim_heap()
         # A heap without free pages stays so for a while, and trimming holds up every thread that allocates.
-        useless = private - private_bytes() < self._WORTHWHILE
-        self._pause = min(2 * self._pause, self._LONGEST) if useless else self._SHORTEST
+        freed = private - private_bytes()
+        self._pause = min(2 * self._pause, self._LONGEST) if freed < self._WORTHWHILE else self._SHORTEST
         self._next = time.monotonic() + self._pause
+        return max(0, freed)

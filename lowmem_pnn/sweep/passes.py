@@ -145,6 +145,7 @@ class SweepPasses:
             unneeded = self._unneeded[partition] if layer is layers[-1] else ()
             with torch.set_grad_enabled(layer.compiled is None), self._products.keeping(index, number, unneeded) as finish:
                 inputs = finish(layer(*inputs))
+            self._device.keep_to_expected_peak()
             learns = learns or any(parameter.requires_grad for parameter in layer.parameters().values())
         return tuple(tensor.detach() for tensor in inputs)
 
@@ -154,6 +155,7 @@ class SweepPasses:
             for index, layer in enumerate(layers, start):
                 with self._products.taking(index, number):
                     inputs = layer(*inputs)
+                self._device.keep_to_expected_peak()
         return inputs
 
     def close(self) -> None:

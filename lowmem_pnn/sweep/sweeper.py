@@ -196,6 +196,7 @@ class Sweeper:
         """Free all memory, so that other work can be done before the next batch."""
         self._unload()
         self._streamer.free_memory()
+        self._release()
 
     def close(self) -> None:
         """Wait for the writes under way, whatever comes of them, and free all memory."""
@@ -207,6 +208,12 @@ class Sweeper:
         self._streamer.close()
         self._buffers.close()
         self._products.close()
+        self._release()
+
+    def _release(self) -> None:
+        """Give freed memory back, where what comes next may not be able to use it; another device's allocator gives it to whatever that is."""
+        if self._device.shares_host:
+            self._device.release()
 
     def title(self, number: int) -> str:
         """Return a partition's number and layers in words."""
@@ -293,6 +300,7 @@ class Sweeper:
     def _step_group(self, visit: Visit, batch: SweptBatch, file: TensorFile, group: int) -> None:
         self._steps.step_group(visit.partition, group, batch.gradients, self._streamer, file)
         self._streamer.keep_pool_to_limit()
+        self._device.keep_to_expected_peak()
 
     def _keep_gradients(self, visit: Visit, batch: SweptBatch, group: int) -> None:
         self._steps.keep_gradients(visit.partition, group, batch.gradients, self._buffers)
@@ -315,9 +323,10 @@ class Sweeper:
         """Unload the resident partition, if there is one."""
         if self._resident is not None:
             self._streamer.finish_writes_in_parts()
-            # Another device's allocator keeps the memory for the next partition: to ask the driver for it again takes longer.
-            self._residencies[self._resident].unload(release=self._device.shares_host)
+            # The allocator keeps the memory for the next partition, where it can: to ask the system for it again takes longer.
+            self._residencies[self._resident].unload(release=False)
             self._resident = None
+            self._device.release_for_next()
 
     def _resident_tensors(self) -> ResidentTensors:
         """Return the store of the weights and the optimizer state that stay in memory, of what is stepped in this sweep."""

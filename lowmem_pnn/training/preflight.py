@@ -87,14 +87,15 @@ def check_tightest(run: Run, profile: MemoryProfile) -> Check:
     # Smaller than planned where an earlier process died in this check.
     asked = micro_batch = run.state.sweep_micro_batch if sweeps else run.state.micro_batches[number]
     went_through = False
-    device.set_expected_peak(planned.predicted_peak_bytes + plan.waiting_bytes)
+    predicted = _predicted(PlanRequest(workload, profile, device), planned) + held
+    # Freed memory that is kept for further use would be taken for memory in use.
+    device.set_expected_peak(predicted)
     device.begin_section()
     # Where it does not load, or not even the smallest micro-batch fits, another plan may do.
     with contextlib.suppress(BudgetError):
         micro_batch = _sweep_once(run, number, samples, micro_batch) if sweeps else _learn_once(run, number, samples)
         went_through = True
     measured = device.section_peak_bytes()
-    predicted = _predicted(PlanRequest(workload, profile, device), planned) + held
     fits = went_through and micro_batch == asked
     return Check(number, predicted, measured, fits, micro_batch if went_through else None)
 

@@ -25,11 +25,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from lowmem_pnn.memory.tunables import with_tunables
+
 # Seconds between two readings of a run's memory, and for which a run may take.
 _INTERVAL, _PATIENCE = 0.003, 400
 _PRIVATE = re.compile(rb"Rss(?:Anon|Shmem):\s+(\d+) kB")
-# What a worker sets for itself, and what marks one.
-_HUGE_PAGES = "glibc.malloc.hugetlb=1"
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
 
 _CODE = """import sys
@@ -242,8 +242,10 @@ def import_all() -> None:
 
 def main() -> None:
     """Run the trials."""
-    if _HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
-        os.environ["GLIBC_TUNABLES"] = _HUGE_PAGES
+    # What a worker is started with.
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if tunables != with_tunables(tunables):
+        os.environ["GLIBC_TUNABLES"] = with_tunables(tunables)
         os.execv(sys.executable, [sys.executable, *sys.argv])
     import_all()
     folder, count, first = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0

@@ -12,6 +12,7 @@ import pytest
 from lowmem_pnn.cli import supervisor
 from lowmem_pnn.cli.supervisor import supervise
 from lowmem_pnn.errors import BudgetError, LowMemError
+from lowmem_pnn.memory.tunables import with_tunables
 
 
 class Script:
@@ -109,8 +110,8 @@ def test_a_plan_that_is_timed_runs_with_a_workers_memory(monkeypatch: pytest.Mon
     assert not begun, "torch is imported: it is too late"
     monkeypatch.delitem(sys.modules, "torch")
     supervisor.as_worker()
-    assert begun == [(["-m", "lowmem_pnn", "plan", "--max-gpu-mem", "1GB"], "glibc.malloc.hugetlb=1")]
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert begun == [(["-m", "lowmem_pnn", "plan", "--max-gpu-mem", "1GB"], with_tunables(""))]
+    monkeypatch.setenv("GLIBC_TUNABLES", with_tunables("glibc.malloc.hugetlb=0"))
     supervisor.as_worker()
     assert len(begun) == 1, "the user has chosen"
 
