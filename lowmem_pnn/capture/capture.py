@@ -94,12 +94,9 @@ def capture(
     closed |= dict.fromkeys(asking, "its forward does something by values of its input")
     flow = _flow(model, setting, runs, closed)
     # What a forward does by values may reach other parameters in training.
+    by_values = frozenset(name for name in names if any(not module or is_below(name, module) for module in asking))
     reached = frozenset[str]().union(*(run.reached for run in runs))
-    idle = tuple(
-        name
-        for name, tensor in names.items()
-        if tensor.requires_grad and name not in reached and not any(not module or is_below(name, module) for module in asking)
-    )
+    idle = tuple(name for name, tensor in names.items() if tensor.requires_grad and name not in reached and name not in by_values)
     if idle and all(name in idle for name, tensor in names.items() if tensor.requires_grad):
         raise CaptureError(
             f"no parameter of {type(model).__name__} gets a gradient: its output depends on none that learns; see to its forward"
@@ -128,6 +125,7 @@ def capture(
             own = inside if flow.is_whole else inside - {""}
             layer.left = tuple(sorted(attribute for attribute in left if attribute[0] in own))
             layer.cached = tuple(sorted(attribute for attribute in cached if attribute[0] in own))
+            layer.may_lack_gradient = by_values.intersection(layer.parameters())
             layer.hooks = {name: hooks[name] for name in layer.parameters() if name in hooks}
             for name, tensor in {**layer.parameters(), **layer.buffers()}.items():
                 held.setdefault(id(names[name]), []).append(index)

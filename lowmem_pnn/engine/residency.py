@@ -67,6 +67,8 @@ class Residency:
         before, after = self._names(chain.layers[:start]), self._names(chain.layers[stop:])
         self.owned_elsewhere = {name for _, name, _ in self._tensors() if name in before}
         self.shared = {name for _, name, _ in self._tensors() if name in before or name in after}
+        # By values of their samples forwards may go past these, which then take no step, as in plain PyTorch.
+        self._may_lack_gradient = {chain.owner_of(name) for layer in self.layers for name in layer.may_lack_gradient}
         self._parameters: dict[str, nn.Parameter] = {}
         self._buffers: dict[str, Tensor] = {}
         # The model's own settings, whether or not the partition is frozen in this residency.
@@ -209,7 +211,7 @@ class Residency:
                 )
 
     def check_gradients(self, title: str, stepped: Collection[str] = ()) -> None:
-        """Refuse to go on where a parameter that learns here has no gradient after backward.
+        """Refuse to go on where a parameter that learns here has no gradient after backward, but for those that a batch may go past.
 
         Args:
             title: the partition in words, for the message.
@@ -218,12 +220,13 @@ class Residency:
         Raises:
             CaptureError: a parameter has no gradient.
         """
+        excused = {*self.owned_elsewhere, *stepped, *self._may_lack_gradient}
         for name, parameter in self._parameters.items():
             learns = self._requires_grad[name] and not self._frozen  # whatever a forward has made of it
-            if learns and parameter.grad is None and name not in self.owned_elsewhere and name not in stepped:
+            if learns and parameter.grad is None and name not in excused:
                 raise CaptureError(
-                    f"parameter {name!r} got no gradient in {title}, and all that learns is stepped in every batch; freeze it "
-                    "(requires_grad_(False)), or add 0 * parameter.sum() to what the forward returns, which is a gradient of zeros"
+                    f"parameter {name!r} got no gradient in {title}, and would never be trained; freeze it "
+                    "(requires_grad_(False)), or have the model's forward use it for every batch"
                 )
 
     def nonfinite_parameter(self) -> str | None:

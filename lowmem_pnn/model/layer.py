@@ -86,6 +86,9 @@ class Layer:
     hooks: Mapping[str, ParameterHooks] = MappingProxyType({})
     """What hangs on parameters of the layer, by their names."""
 
+    may_lack_gradient: frozenset[str] = frozenset()
+    """Parameters that a forward may use or not, by values of its input."""
+
     operations: str = ""
     """Hash of what the layer did to samples and weights while its model was captured; equal for layers that did the same."""
 
@@ -144,6 +147,7 @@ class Layer:
         layer.head = head
         layer.modes, layer.kept, layer.left, layer.cached = self.modes, self.kept, self.left, self.cached
         layer.hooks, layer.whole, layer.operations = self.hooks, self.whole, self.operations
+        layer.may_lack_gradient = self.may_lack_gradient
         return layer
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:

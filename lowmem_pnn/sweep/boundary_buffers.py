@@ -141,9 +141,10 @@ class BoundaryBuffers:
             key = ("shared", name, 0)
             if not self._is_added_in_step(residency, name) or key not in self._scratch_with(key):
                 continue
-            gradient = residency.parameters[name].grad
-            assert gradient is not None, "what steps has a gradient"
-            flat = gradient.view(-1)
+            parameter = residency.parameters[name]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # its own layers went past it
+            flat = parameter.grad.view(-1)
             for begin in range(0, len(flat), size):
                 elements = slice(begin, min(begin + size, len(flat)))
                 flat[elements] += self._device.to_device(self._scratch.elements(key, elements))

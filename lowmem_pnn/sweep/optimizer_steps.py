@@ -160,7 +160,8 @@ class SweepOptimizerSteps:
         residency = self._residencies[partition]
         for name in residency.groups[group]:
             parameter = residency.parameters[name]
-            assert parameter.grad is not None
+            if parameter.grad is None:
+                continue  # which the batch went past
             for total in unscaled_sums([parameter.grad], gradients.scale):
                 self._look_at(name, total, partition, gradients)
             rounds = self._workload.optimizer(partition).rounds(parameter)
@@ -199,7 +200,9 @@ class SweepOptimizerSteps:
             parameters = {}
             for part in parts:
                 parameters[part.name] = nn.Parameter(streamer.take())
-                parameters[part.name].grad = buffers.pop_parameter_gradient(part.name, None if part.is_whole else part.elements)
+                if part.name in gradients.norms:
+                    elements = None if part.is_whole else part.elements
+                    parameters[part.name].grad = buffers.pop_parameter_gradient(part.name, elements)
             if clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters.values(), clip_norm, gradients.total_norm)
             writes = self._step(target, parts, parameters, gradients)
@@ -218,8 +221,8 @@ class SweepOptimizerSteps:
         # Without a step, too, everything is written: the file may be a new one, without any values.
         if not gradients.overflowed:
             for name, parameter in parameters.items():
-                assert parameter.grad is not None
-                self._look_at(name, parameter.grad.sum(), partition, gradients)
+                if parameter.grad is not None:
+                    self._look_at(name, parameter.grad.sum(), partition, gradients)
             step_parameters(
                 spec,
                 parameters,
@@ -363,7 +366,7 @@ def step_parameters(
     rate_of: Callable[[float | None], float],
     sliced: SlicedParameter | None = None,
 ) -> None:
-    """Step parameters by their gradients.
+    """Step the parameters that have a gradient.
 
     Args:
         spec: optimizer.
@@ -379,8 +382,8 @@ def step_parameters(
 
 
 def _slice_of(parameter: nn.Parameter, part: StepSlice) -> nn.Parameter:
-    """Return a slice of a parameter as a flat parameter that shares its memory, with that slice of the gradient."""
-    assert parameter.grad is not None
+    """Return a slice of a parameter as a flat parameter that shares its memory, with that slice of the gradient, if there is one."""
     own = nn.Parameter(parameter.detach().view(-1)[part.elements])
-    own.grad = parameter.grad.reshape(-1)[part.elements]
+    if parameter.grad is not None:
+        own.grad = parameter.grad.reshape(-1)[part.elements]
     return own

@@ -86,6 +86,28 @@ class Experts(nn.Module):
         return x + mixed
 
 
+class Skips(nn.Module):
+    """Drops blocks at random, and asks an expert only for samples of its own, of which a batch may have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.rare, self.last = (
+            nn.ModuleList(nn.Linear(12, 12) for _ in range(4)),
+            nn.Linear(12, 12),
+            nn.Linear(12, 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if not self.training or torch.rand(()) > 0.4:
+                x = x + block(x).relu()
+        rows = (x[:, 0] > 1.5).nonzero()[:, 0]
+        if rows.numel():
+            x = x.index_add(0, rows, self.rare(x[rows]))
+        scores: Tensor = self.last(x)
+        return scores
+
+
 class FixedPoint(nn.Module):
     """Iterates until what it computes stays, and stops some features by a mask."""
 
@@ -131,6 +153,24 @@ def test_what_people_bring_is_trained_as_plain_pytorch_trains_it(case: str, tmp_
     expected = train_by_exact(build, vectors(), **options)
     result = fit(build, vectors(), tmp_path / "run", **({"cuts": cuts} if cuts else {}), **options)
     assert len(result.partitions) == (3 if cuts else 1)
+    assert_same_weights(loaded(build, result.weights_file), expected.model)
+    assert result.train_loss == expected.train_loss
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clip_norm": 0.5}, {"optimizer": "sgd", "momentum": 0.0, "lr": 0.05}, {"micro_batch": 3}, {"optimizer": "adam", "weight_decay": 0.1}],
+    ids=str,
+)
+def test_what_a_batch_goes_past_takes_no_step(options: dict[str, Any], tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 12), Skips())
+
+    options = {**COMMON, "weight_decay": 0.1, **options}
+    expected = train_by_exact(
+        build, vectors(), **({"micro_batch_of": lambda step: 3} if "micro_batch" in options else {}), **options
+    )
+    result = fit(build, vectors(), tmp_path / "run", cuts="1", **options)
     assert_same_weights(loaded(build, result.weights_file), expected.model)
     assert result.train_loss == expected.train_loss
 
