@@ -60,6 +60,7 @@ def capture(
             the same batch, or its output does not depend on any parameter that learns.
 
     Example:
+        >>> import torch
         >>> chain = capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), TensorSpec((4,), torch.float32))
         >>> [layer.name for layer in chain.layers], [str(specs[0]) for specs in chain.boundaries]
         (['0', '1'], ['(4,) float32', '(3,) float32', '(2,) float32'])

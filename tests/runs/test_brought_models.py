@@ -159,7 +159,13 @@ def test_what_people_bring_is_trained_as_plain_pytorch_trains_it(case: str, tmp_
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"clip_norm": 0.5}, {"optimizer": "sgd", "momentum": 0.0, "lr": 0.05}, {"micro_batch": 3}, {"optimizer": "adam", "weight_decay": 0.1}],
+    [
+        {},
+        {"clip_norm": 0.5},
+        {"optimizer": "sgd", "momentum": 0.0, "lr": 0.05},
+        {"micro_batch": 3},
+        {"optimizer": "adam", "weight_decay": 0.1},
+    ],
     ids=str,
 )
 def test_what_a_batch_goes_past_takes_no_step(options: dict[str, Any], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from helpers.incubated import thin_conv, thin_mlp, train_by_incubate
 from helpers.plainloops import assert_same_weights, loaded, recover_plainly, stop_at, train_by_backprop
 from helpers.small_networks import Data, Floats, images, small_conv, small_gpt, small_mlp, tokens, vectors
 from lowmem_pnn.config.configure import configure
+from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import BudgetError, CaptureError, ConfigError, Stopped
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.training import start
@@ -136,18 +137,27 @@ def test_thin_parts_give_what_partitions_give_in_lower_precision(tmp_path: Path)
 # Stops and resumes.
 
 
-@pytest.mark.parametrize("batch", [2, 9, 14, 20, 28, 32])
-def test_stopped_anywhere_and_resumed_is_same_as_uninterrupted(batch: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[FitConfig, Any, Result]:
+    """A run of meta model, partitions and recovery that is never stopped, and how to begin another one."""
     build, _, data, cuts, _ = CASES["conv"]
     options = {"method": "incubate", "cuts": cuts, "recovery_epochs": 2, "commit_every": 0, "device": "cpu", **COMMON}
     config = configure(max_gpu_mem="400MB", model="python:model", data="python:data", **options)
     open_inputs = python_inputs(build, data, None, None)
-    whole = start.begin(config, tmp_path / "whole", open_inputs)
+    whole = start.begin(config, tmp_path_factory.mktemp("whole") / "run", open_inputs)
+    assert whole is not None
+    return config, open_inputs, whole
+
+
+@pytest.mark.parametrize("batch", [2, 14, 20, 32])
+def test_stopped_anywhere_and_resumed_is_same_as_uninterrupted(
+    batch: int, uninterrupted: tuple[FitConfig, Any, Result], tmp_path: Path
+) -> None:
+    config, open_inputs, whole = uninterrupted
     with pytest.raises(Stopped, match="goes on from the last commit") as stopped:
         start.begin(config, tmp_path / "run", open_inputs, should_stop=stop_at(batch))
     assert "meta" not in str(stopped.value)
     resumed = start.resume(tmp_path / "run", open_inputs=open_inputs)
-    assert whole is not None
     assert resumed is not None
     assert Path(resumed.weights_file).read_bytes() == Path(whole.weights_file).read_bytes()
     assert (resumed.macs, resumed.train_loss) == (whole.macs, whole.train_loss)

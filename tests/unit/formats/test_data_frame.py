@@ -118,7 +118,7 @@ FEATURES = FRAME.drop(columns="price")
         (
             (FRAME, FRAME.price),
             {"target": "price"},
-            "--target has no effect here: it needs data with columns (csv:, parquet:, hfdata:, or from Python a data frame alone)",
+            "--target has no effect here: it needs data with columns (csv:, parquet:, jsonl:, hfdata:, or from Python a data frame alone)",
         ),
     ],
 )  # fmt: skip

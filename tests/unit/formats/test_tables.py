@@ -219,7 +219,7 @@ def test_files_that_are_no_text_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data set 'csv:' says no place; write csv:FILE$"):
         opened("csv:")
     with pytest.raises(
-        ConfigError, match=r"--target has no effect here: it needs data with columns \(csv:, parquet:, hfdata:, or"
+        ConfigError, match=r"--target has no effect here: it needs data with columns \(csv:, parquet:, jsonl:, hfdata:, or"
     ):
         opened("digits")
 
