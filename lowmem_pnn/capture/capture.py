@@ -80,7 +80,9 @@ def capture(
     except KnownWrittenError:
         setting = replace(setting, values=False)
         runs = _runs(model, setting)
-    changed = zip(*((run.kept, run.left, run.cached) for run in runs), strict=True)
+    asking = frozenset[str]().union(*(run.asking for run in runs))
+    looked_at = [*runs, *_with_conditions(model, setting, asking)]
+    changed = zip(*((run.kept, run.left, run.cached) for run in looked_at), strict=True)
     kept, left, cached = (frozenset[Attribute]().union(*sets) for sets in changed)
     closed = {
         name: f"its forward changes its attribute {attribute!r}, whose value a trace would freeze"
@@ -91,7 +93,6 @@ def capture(
         for name, module in model.named_modules()
         if module._backward_hooks or module._backward_pre_hooks
     }
-    asking = frozenset[str]().union(*(run.asking for run in runs))
     closed |= dict.fromkeys(asking, "its forward does something by values of its input")
     flow = _flow(model, setting, runs, closed)
     # What a forward does by values may reach other parameters in training.
@@ -107,7 +108,7 @@ def capture(
         for name, tensor in names.items()
         if tensor.requires_grad and name not in idle and (found := ParameterHooks.of(tensor))
     }
-    free = unchanged_buffers(model, runs)
+    free = unchanged_buffers(model, looked_at)
     frozen = {id(names[name]): nn.Parameter(names[name].detach(), False) for name in idle}
 
     def cut(cuts: Sequence[int]) -> Chain:
@@ -152,7 +153,7 @@ def capture(
             ),
             unused=tuple(name for name, tensor in names.items() if id(tensor) not in held),
             persistent=tuple(model.state_dict(keep_vars=True)),
-            written=frozenset().union(*(run.written for run in runs)),
+            written=frozenset().union(*(run.written for run in looked_at)),
             idle=idle,
             output_form=None if flow.output.is_tensor else flow.output,
             call_form=setting.form,
@@ -184,6 +185,18 @@ def _flow(model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: 
 def _runs(model: nn.Module, setting: Setting) -> list[ModelRun]:
     """Run a model with two batch sizes, and in both modes."""
     return [run_model(model, replace(setting, batch=batch, training=mode)) for batch, mode in ((2, True), (3, True), (2, False))]
+
+
+def _with_conditions(model: nn.Module, setting: Setting, asking: Collection[str]) -> list[ModelRun]:
+    """Run a model that goes by values once more with all conditions true, as far as it runs: what it changes then is to be kept too."""
+    try:
+        return [run_model(model, replace(setting, conditions=True))] if asking else []
+    except KnownWrittenError:
+        return []
+    except CaptureError as error:
+        if error.__cause__ is None:
+            raise  # it leaves what cannot be kept
+        return []
 
 
 def _say_what_is_whole(model: nn.Module, layers: Iterable[Layer], stopped: Mapping[str, str]) -> None:

@@ -29,6 +29,7 @@ class Setting:
         training: whether in train mode.
         form: how the tensors are handed to the model.
         learns_from: names of outputs, the first of which that there is training learns from; empty where it may learn from all.
+        conditions: what conditions on values of the input are taken for.
         values: whether what depends on sizes and constants alone has values, by which a forward may decide.
     """
 
@@ -39,6 +40,7 @@ class Setting:
     form: CallForm = ONE_TENSOR
     learns_from: tuple[str, ...] = ()
     values: bool = True
+    conditions: bool = False
 
     @property
     def mode_text(self) -> str:
@@ -102,7 +104,7 @@ class Setting:
         EqualBlocks(model, root)
         has_values = self.values and device == "cpu"
         known = KnownValues(self.precision.device_type) if has_values else nullcontext()
-        return Fakes(mode, root, samples, self.precision, known, UnknownValues())
+        return Fakes(mode, root, samples, self.precision, known, UnknownValues(self.conditions))
 
 
 @dataclass

@@ -27,10 +27,15 @@ _MOST_QUESTIONS = 1_000
 
 
 class UnknownValues(DispatchMode):
-    """A mode inside a fake mode that answers what depends on values, and takes down which modules ask."""
+    """A mode inside a fake mode that answers what depends on values, and takes down which modules ask.
 
-    def __init__(self) -> None:
+    Args:
+        conditions: what conditions on values are taken for.
+    """
+
+    def __init__(self, conditions: bool = False) -> None:
         super().__init__()
+        self._conditions = conditions
         self.asking: set[str] = set()
         """Names of modules that do something by values, or are given a tensor whose shape depends on some."""
 
@@ -73,7 +78,7 @@ class UnknownValues(DispatchMode):
             if all(map(has_values, tensors_in((args, kwargs)))):
                 raise  # which are known to who asks
             self._questions += 1
-            result = NotImplemented if self._questions > _MOST_QUESTIONS else _answer(func, args, kwargs)
+            result = NotImplemented if self._questions > _MOST_QUESTIONS else _answer(func, args, kwargs, self._conditions)
             if result is NotImplemented:
                 raise
             self.asking.add(self._stack[-1])
@@ -90,14 +95,14 @@ class UnknownValues(DispatchMode):
         return result
 
 
-def _answer(func: Any, args: Any, kwargs: Any) -> Any:
+def _answer(func: Any, args: Any, kwargs: Any, conditions: bool) -> Any:
     """Return what an operation that depends on values returns at most; NotImplemented where that is not known."""
     packet = func.overloadpacket
     if packet is _aten._local_scalar_dense:
         dtype = args[0].dtype
-        return False if dtype is torch.bool else 1 if not (dtype.is_floating_point or dtype.is_complex) else 1.0
+        return conditions if dtype is torch.bool else 1 if not (dtype.is_floating_point or dtype.is_complex) else 1.0
     if packet in (_aten.equal, _aten.allclose):
-        return False
+        return conditions
     if packet is _aten.nonzero:
         return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
     if packet is _aten.masked_select:

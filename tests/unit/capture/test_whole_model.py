@@ -112,6 +112,41 @@ def test_what_hangs_on_the_model_itself_happens_once() -> None:
     assert chain.python_state == {".calls": 6}
 
 
+class CountsLarge(nn.Module):
+    """Changes its state only where its input is large, which no example need be."""
+
+    def __init__(self, keep: Callable[[Any, Tensor], None]) -> None:
+        super().__init__()
+        self.a, self.keep, self.seen = nn.Linear(4, 4), keep, 0
+        self.register_buffer("largest", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.abs().max() > 100:
+            self.keep(self, x)
+        return self.a(x) * (1 + self.largest)
+
+
+def count(module: Any, x: Tensor) -> None:
+    module.seen += 1
+
+
+def test_what_a_condition_changes_is_kept() -> None:
+    model = nn.Sequential(CountsLarge(count), nn.Linear(4, 2))
+    chain = capture(model, vector(4))
+    assert layers_of(chain) == [("0", True), ("1", False)]
+    assert chain.python_state == {"0.seen": 0}
+    chain(torch.full((2, 4), 200.0))
+    assert chain.python_state == {"0.seen": 1}
+
+
+def test_what_a_condition_leaves_and_cannot_be_kept_is_refused() -> None:
+    def leave(module: Any, x: Tensor) -> None:
+        module.seen = x + module.seen
+
+    with pytest.raises(CaptureError, match="leaves a tensor in its attribute 'seen', which its next forward reads"):
+        capture(nn.Sequential(CountsLarge(leave), nn.Linear(4, 2)), vector(4))
+
+
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
