@@ -329,6 +329,8 @@ def _size_oblivious() -> AbstractContextManager[Any]:
     """Return a context in which the compiler takes a number of samples for any number, 1 too, unless it has to know."""
     from torch.fx.experimental import _config
 
+    if not hasattr(_config, "backed_size_oblivious"):  # before torch 2.7
+        return nullcontext()
     patched: AbstractContextManager[Any] = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     return patched
 

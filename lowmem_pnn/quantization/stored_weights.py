@@ -190,8 +190,11 @@ class _Product(torch.autograd.Function):
         ctx.form, ctx.transposed, ctx.dtype = form, transposed, inputs.dtype
         kind = inputs.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
+        # Autocast would keep its own casts for the next layer that is given this input, and here, without gradients, they have none: layers
+        # that share an input (queries, keys and values) would learn nothing through it (torch 2.6).
+        inputs, bias = inputs.to(dtype), None if bias is None else bias.to(dtype)
         ctx.learns = parts[0].requires_grad
-        ctx.save_for_backward(*parts, *([inputs.to(dtype)] if ctx.learns else []))
+        ctx.save_for_backward(*parts, *([inputs] if ctx.learns else []))
         by_name = dict(zip(form.layout(), parts, strict=True))
         ctx.is_tiled = form.is_tiled(dtype) and not transposed and not ctx.learns
         if ctx.is_tiled:
