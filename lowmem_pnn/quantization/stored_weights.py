@@ -190,8 +190,7 @@ class _Product(torch.autograd.Function):
         ctx.form, ctx.transposed, ctx.dtype = form, transposed, inputs.dtype
         kind = inputs.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
-        # Autocast would keep its own casts for the next layer that is given this input, and here, without gradients, they have none: layers
-        # that share an input (queries, keys and values) would learn nothing through it (torch 2.6).
+        # Autocast (torch 2.6) would keep its casts, which have no gradients here, for the next layer that is given this input.
         inputs, bias = inputs.to(dtype), None if bias is None else bias.to(dtype)
         ctx.learns = parts[0].requires_grad
         ctx.save_for_backward(*parts, *([inputs] if ctx.learns else []))
@@ -207,8 +206,7 @@ class _Product(torch.autograd.Function):
             return F.linear(inputs, weight, bias)
         # As transformers' Conv1D.
         assert bias is not None
-        product = torch.addmm(bias, inputs.reshape(-1, inputs.shape[-1]), weight)
-        return product.view(*inputs.shape[:-1], weight.shape[1])
+        return torch.addmm(bias, inputs.reshape(-1, inputs.shape[-1]), weight).view(*inputs.shape[:-1], weight.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
