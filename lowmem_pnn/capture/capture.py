@@ -53,11 +53,11 @@ def capture(
             gradient comes to is kept as it is.
 
     Returns:
-        The chain, whose modules are in the mode of `model`.
+        The chain, whose modules are in the mode of `model`; of one layer where the model's own forward cannot be traced.
 
     Raises:
-        CaptureError: torch.fx cannot trace the model's own forward, the model does not take such samples or does not return tensors of
-            the same batch, or its output does not depend on any parameter that learns.
+        CaptureError: the model does not take such samples or does not return tensors of the same batch, its output does not depend on any
+            parameter that learns, or it holds or leaves what cannot be kept.
 
     Example:
         >>> import torch

@@ -4,7 +4,8 @@ Two forwards do the same where their logs are equal.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     unset_fake_temporarily,
 )
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from lowmem_pnn.dispatch_mode import DispatchMode
 
@@ -98,6 +100,22 @@ class KnownValues(DispatchMode):
         if isinstance(value, dict):
             return {key: self._on_cpu(item) for key, item in value.items()}
         return type(value)(map(self._on_cpu, value)) if type(value) in (tuple, list) else value
+
+
+@contextmanager
+def watching_calls(enter: Callable[[nn.Module, Any], None], leave: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
+    """Call functions before and after every call of any module.
+
+    Args:
+        enter: is given the module and its arguments.
+        leave: is given the module, its arguments, and what it returns.
+    """
+    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class OperationLog(DispatchMode):

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from lowmem_pnn.capture.dispatch_modes import KnownWrittenError, OperationLog, tensors_in
+from lowmem_pnn.capture.dispatch_modes import KnownWrittenError, OperationLog, tensors_in, watching_calls
 from lowmem_pnn.capture.setting import Fakes, Setting
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import NOTHING, OutputForm
@@ -199,12 +198,8 @@ def _made_by_module(root: nn.Module, log: OperationLog, made: Counter[str]) -> I
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         made[names.get(module, "")] += log.new_bytes
 
-    hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
-    try:
+    with watching_calls(enter, leave):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
     for block, other in log.repeats:
         for (inside, module), theirs in zip(block.named_modules(), other.modules(), strict=True):
             if inside:

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
-from lowmem_pnn.capture.dispatch_modes import has_values, tensors_in
+from lowmem_pnn.capture.dispatch_modes import has_values, tensors_in, watching_calls
 from lowmem_pnn.dispatch_mode import DispatchMode
 
 _aten = torch.ops.aten
@@ -39,6 +38,9 @@ class UnknownValues(DispatchMode):
         self.asking: set[str] = set()
         """Names of modules that do something by values, or are given a tensor whose shape depends on some."""
 
+        # Modules that took a whole number from values, which may be a size; tensors of the model, whose numbers (counts of batches) are none.
+        self._counting: set[str] = set()
+        self._own: set[int] = set()
         self._stack = [""]
         self._questions = 0
         # Tensors whose shapes depend on values. The tensors themselves: an id is used again once its tensor is gone.
@@ -52,6 +54,7 @@ class UnknownValues(DispatchMode):
             root: the model, or a copy of it.
         """
         names = {module: name for name, module in root.named_modules()}
+        self._own = set(map(id, root.buffers()))
 
         def enter(module: nn.Module, args: Any) -> None:
             self._stack.append(names.get(module, self._stack[-1]))
@@ -59,16 +62,14 @@ class UnknownValues(DispatchMode):
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self._stack.pop()
             leaves = pytree.tree_leaves(output)
+            if names.get(module) in self._counting:
+                self._sized.update((id(leaf), leaf) for leaf in leaves if isinstance(leaf, Tensor))
             asked = names.get(module) in self.asking
             if any(id(leaf) in self._sized or (asked and isinstance(leaf, bool | int | float)) for leaf in leaves):
                 self.asking.add(self._stack[-1])
 
-        hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
-        try:
+        with watching_calls(enter, leave):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,6 +83,8 @@ class UnknownValues(DispatchMode):
             if result is NotImplemented:
                 raise
             self.asking.add(self._stack[-1])
+            if type(result) is int and id(args[0]) not in self._own:
+                self._counting.add(self._stack[-1])
             depends, known = True, set()
         else:
             given = tensors_in((args, kwargs))

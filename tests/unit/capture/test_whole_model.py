@@ -216,6 +216,21 @@ def test_what_is_given_rows_by_values_is_whole_too() -> None:
     assert_equal(chain, model, torch.randn(12, 4))
 
 
+def test_a_size_that_was_read_from_values_is_no_boundary() -> None:
+    class Trims(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, : max(2, int((x.mean(0) > -9).sum()))]
+
+    mean = FromFunction(lambda m, x: x.mean(1, keepdim=True))
+    norm = nn.BatchNorm1d(4, momentum=None)
+    model = nn.Sequential(nn.Linear(4, 4), norm, nn.Sequential(nn.Linear(4, 4), Trims()), mean, nn.Linear(1, 2))
+    chain = capture(model, vector(4))
+    assert layers_of(chain) == [("model", True)]
+    assert_equal(chain, model, torch.randn(3, 4))
+    # The count of a norm's batches is no size.
+    assert len(capture(nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 2)), vector(4)).layers) == 2
+
+
 def test_a_condition_that_never_comes_true_is_not_waited_for() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         while not (x.abs() < 1e-3).all():
