@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from lowmem_pnn.capture.dataflow import DataFlow, trace_and_flow
 from lowmem_pnn.capture.dispatch_modes import KnownWrittenError
 from lowmem_pnn.capture.equal_blocks import look_again
-from lowmem_pnn.capture.fake_model import ModelRun, run_model, uses_checkpointing
+from lowmem_pnn.capture.fake_model import ModelRun, run_model
 from lowmem_pnn.capture.opening import LARGE_SHARE, is_below, weight_bytes
 from lowmem_pnn.capture.recomputed import unchanged_buffers
 from lowmem_pnn.capture.setting import Setting
@@ -24,6 +24,7 @@ from lowmem_pnn.capture.whole_model import WholeFlow
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import CallForm, TensorSpec
 from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.model.checkpointing import checkpointing_left_out
 from lowmem_pnn.model.copies import copy_structure, without_cache
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.modes import read_modes
@@ -65,6 +66,16 @@ def capture(
         >>> [layer.name for layer in chain.layers], [str(specs[0]) for specs in chain.boundaries]
         (['0', '1'], ['(4,) float32', '(3,) float32', '(2,) float32'])
     """
+    specs = specs if isinstance(specs, tuple) else (specs,)
+    setting = Setting(specs, precision, 2, True, call or CallForm.positional(len(specs)), learns_from)
+    with checkpointing_left_out() as called:
+        chain = _capture(model, setting)
+    for layer in (*chain.layers, *(chain.between_blocks.layers if chain.between_blocks else ())):
+        layer.checkpoints = bool(called)
+    return chain
+
+
+def _capture(model: nn.Module, setting: Setting) -> Chain:
     names = tensors_by_name(model)
     check_model(model, names)
     model = without_cache(model)
@@ -73,8 +84,6 @@ def capture(
         model = _with_frozen(model, names, modes.frozen)
         names = tensors_by_name(model)
     look_again(model)
-    specs = specs if isinstance(specs, tuple) else (specs,)
-    setting = Setting(specs, precision, 2, True, call or CallForm.positional(len(specs)), learns_from)
     try:
         runs = _runs(model, setting)
     except KnownWrittenError:
@@ -116,7 +125,7 @@ def capture(
         # another one for a name.
         layers = []
         for number, (name, module, operations) in enumerate(flow.layers(cuts)):
-            layers.append(Layer(str(number) if name.isdigit() else name, module, names, precision))
+            layers.append(Layer(str(number) if name.isdigit() else name, module, names, setting.precision))
             layers[-1].operations = operations
         held: dict[int, list[int]] = {}
         for index, layer in enumerate(layers):
@@ -171,11 +180,6 @@ def _flow(model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: 
         flow = trace_and_flow(model, setting, runs, closed)
         check_overrides(model, flow.opened)
     except CaptureError as error:
-        if uses_checkpointing(model, setting):
-            raise CaptureError(
-                f"model {type(model).__name__} uses activation checkpointing (torch.utils.checkpoint) in its forward; turn it off: it is not "
-                "needed here, where activations are kept to the budget anyway"
-            ) from error
         if not isinstance(error, UncutError):
             raise
         return WholeFlow(model, setting, runs, error.reason)

@@ -6,7 +6,6 @@ state has to be kept. Nothing is allocated, but for small tensors that depend on
 
 import pickle
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -205,33 +204,6 @@ def _made_by_module(root: nn.Module, log: OperationLog, made: Counter[str]) -> I
             if inside:
                 made[names[module]] += made[names[theirs]]
     made[""] = log.new_bytes
-
-
-def uses_checkpointing(model: nn.Module, setting: Setting) -> bool:
-    """Decide whether a model's forward calls `torch.utils.checkpoint`.
-
-    Args:
-        model: module that stays as it is.
-        setting: how to run it.
-    """
-    found = False
-
-    def look(frame: Any, event: str, argument: object) -> None:
-        nonlocal found
-        found = found or frame.f_code.co_filename.endswith("torch/utils/checkpoint.py")
-
-    def forward(fakes: Fakes, log: OperationLog) -> None:
-        previous = sys.getprofile()
-        sys.setprofile(look)
-        try:
-            setting.form.call(fakes.root, fakes.samples)
-        except Exception:  # only what was called is asked
-            pass
-        finally:
-            sys.setprofile(previous)
-
-    setting.log(model, forward)
-    return found
 
 
 def explain(error: Exception) -> str:

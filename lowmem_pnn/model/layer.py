@@ -1,14 +1,15 @@
 """A layer: the smallest part of a model that can be cut off, with its tensors, its precision and its auxiliary head."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
+from lowmem_pnn.model.checkpointing import checkpointing_left_out
 from lowmem_pnn.model.modes import Modes
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.precision import FULL_PRECISION, Precision
@@ -95,6 +96,9 @@ class Layer:
     whole: str = ""
     """Why a large module in it is whole, and how large it is: "whole: its forward ...; 63% of the weights"; else nothing."""
 
+    checkpoints: bool = False
+    """Whether the forward of its model calls `torch.utils.checkpoint`, which does nothing here: the plan says what is computed again."""
+
     compiled: CompiledForward | None = None
     """A function that runs instead of the module where it applies; the head always runs as a module."""
 
@@ -124,9 +128,15 @@ class Layer:
         """Return a context at whose end all that a forward changes in Python attributes is as before."""
         return state_restored(self.module, (*self.kept, *self.left))
 
-    def _without_caches(self) -> AbstractContextManager[None]:
-        """Return a context at whose end is forgotten what a forward keeps of weights: they may be others the next time."""
-        return state_restored(self.module, self.cached) if self.cached else nullcontext()
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Give the context of a forward, at whose end is forgotten what it keeps of weights: they may be others the next time."""
+        with (
+            self.precision.autocast(),
+            state_restored(self.module, self.cached) if self.cached else nullcontext(),
+            checkpointing_left_out() if self.checkpoints else nullcontext(),
+        ):
+            yield
 
     def with_head(self, head: nn.Module, number: int) -> "Layer":
         """Return the layer with a head whose weights are called `auxiliary_heads.NUMBER....`; running the layer does not run the head.
@@ -147,7 +157,7 @@ class Layer:
         layer.head = head
         layer.modes, layer.kept, layer.left, layer.cached = self.modes, self.kept, self.left, self.cached
         layer.hooks, layer.whole, layer.operations = self.hooks, self.whole, self.operations
-        layer.may_lack_gradient = self.may_lack_gradient
+        layer.may_lack_gradient, layer.checkpoints = self.may_lack_gradient, self.checkpoints
         return layer
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -156,7 +166,7 @@ class Layer:
             outputs = self.compiled(self.module.training, {**self.parameters(), **self.buffers()}, tensors)
             if outputs is not None:
                 return outputs
-        with self.precision.autocast(), self._without_caches():
+        with self._running():
             # Not module(...): a GraphModule prints to stderr before it raises, and running out of memory is no news here.
             result: tuple[Tensor, ...] = self.module.forward(*self.precision.to_memory_format(tensors))
         return result
@@ -177,7 +187,7 @@ class Layer:
             inputs: tensors of the boundary before the layer.
             scores: whether to return `scores` of the outputs instead of the outputs.
         """
-        with self.precision.autocast(), self._without_caches():
+        with self._running():
             inputs = self.precision.to_memory_format(inputs)
             outputs = torch.func.functional_call(self.module, dict(tensors), inputs, tie_weights=False)
         return self.scores_on(tensors, tuple(outputs)) if scores else tuple(outputs)

@@ -43,6 +43,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *whole_batch_notes(request, plan, mixing),
         *micro_batch_notes(request.workload, plan),
         *idle_notes(request.workload),
+        *checkpointing_notes(request.workload),
         *precision_notes(request.workload.config),
         *tier_notes(request.workload, request.device),
         *device_notes(request.device),
@@ -61,6 +62,20 @@ def idle_notes(workload: Workload) -> list[str]:
         return []
     more = f" and {len(idle) - 1} more parameters get" if len(idle) > 1 else " gets"
     return [f"{idle[0]!r}{more} no gradient, since the output does not depend on them: kept as they are, as in plain PyTorch"]
+
+
+def checkpointing_notes(workload: Workload) -> list[str]:
+    """Return that the model's own activation checkpointing is left out, and in what that differs.
+
+    Args:
+        workload: model, data and method.
+    """
+    if not any(layer.checkpoints for layer in workload.bare.layers):
+        return []
+    return [
+        "the model's own activation checkpointing (torch.utils.checkpoint) is left out: layers are computed again as the plan says; each "
+        "forward counts once in a BatchNorm's statistics, where PyTorch's checkpointing counts twice"
+    ]
 
 
 def adapter_notes(workload: Workload) -> list[str]:

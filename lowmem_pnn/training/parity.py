@@ -25,6 +25,7 @@ from lowmem_pnn.device import is_out_of_memory, why_it_failed
 from lowmem_pnn.errors import CaptureError, LowMemError
 from lowmem_pnn.model.call_form import OutputForm
 from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.model.checkpointing import checkpointing_left_out
 from lowmem_pnn.model.copies import copy_structure, preserve_random_state, set_mode
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
@@ -106,7 +107,8 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
 
 def _observe_model(workload: Workload, model: nn.Module, batch: tuple[Any, Any], folder: Path) -> Observed:
     """Run the user's own model, forward and backward in train mode, and forward in eval mode."""
-    with _parameters_kept(model), preserve_random_state():
+    # Without the model's own checkpointing, by which a BatchNorm counts each batch twice.
+    with _parameters_kept(model), preserve_random_state(), checkpointing_left_out():
         return _observe_copy(workload, model, batch, folder)
 
 

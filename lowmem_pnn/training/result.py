@@ -14,6 +14,7 @@ from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import ahead_bytes, describe_partition
 from lowmem_pnn.planning.notes import (
     adapter_notes,
+    checkpointing_notes,
     device_notes,
     fixed_notes,
     frozen_notes,
@@ -95,6 +96,7 @@ def make_result(
             *([mixed] if mixed is not None else []),
             *micro_batch_notes(workload, plan),
             *idle_notes(workload),
+            *checkpointing_notes(workload),
             *precision_notes(config),
             *device_notes(device),
         ],

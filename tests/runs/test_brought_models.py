@@ -1,5 +1,6 @@
 """Models as people bring them: held by other modules, asking for sizes, with weights that nothing uses; bit-equal to plain PyTorch."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import lowmem_pnn
@@ -127,6 +129,23 @@ class FixedPoint(nn.Module):
         return scores
 
 
+class Checkpointed(nn.Module):
+    """Blocks whose activations are not kept, with a BatchNorm that would count each batch twice."""
+
+    def __init__(self, how: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2)) for _ in range(3)
+        )
+        self.last, self.how = nn.Linear(12, 4), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.how(block, x)
+        scores: Tensor = self.last(x)
+        return scores
+
+
 class Tells(Display):
     """Keeps what is said."""
 
@@ -178,6 +197,28 @@ def test_what_a_batch_goes_past_takes_no_step(options: dict[str, Any], tmp_path:
     )
     result = fit(build, vectors(), tmp_path / "run", cuts="1", **options)
     assert_same_weights(loaded(build, result.weights_file), expected.model)
+    assert result.train_loss == expected.train_loss
+
+
+def nn_call(module: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = module(x)
+    return y
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        functools.partial(checkpoint, use_reentrant=False),
+        functools.partial(checkpoint, use_reentrant=True, preserve_rng_state=True),
+        lambda block, x: checkpoint_sequential(block, 2, x, use_reentrant=False),
+    ],
+    ids=["not reentrant", "reentrant", "sequential"],
+)
+def test_checkpointing_of_ones_own_is_left_out(how: Callable[[nn.Module, Tensor], Tensor], tmp_path: Path) -> None:
+    expected = train_by_exact(lambda: Checkpointed(nn_call), vectors(), **COMMON)
+    result = fit(lambda: Checkpointed(how), vectors(), tmp_path / "run", cuts="blocks.1.0,last", **COMMON)
+    assert any("the model's own activation checkpointing (torch.utils.checkpoint) is left out" in note for note in result.notes)
+    assert_same_weights(loaded(lambda: Checkpointed(nn_call), result.weights_file), expected.model)
     assert result.train_loss == expected.train_loss
 
 

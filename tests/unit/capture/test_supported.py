@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from helpers.networks import FromFunction, layer_names, vector
 from lowmem_pnn.capture.capture import capture
@@ -101,16 +100,6 @@ def replace_train(model: nn.Sequential) -> None:
     model[0].train = lambda mode=True: own(False)
 
 
-class Checkpoints(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.block, self.head = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scores: Tensor = self.head(checkpoint(self.block, x, use_reentrant=False))
-        return scores
-
-
 class Unsteady(nn.Sequential):
     calls = 0
 
@@ -185,10 +174,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "object kept": (
         lambda: nn.Sequential(KeepsObjects(), nn.Linear(4, 2)),
         "forward of module '0' of Sequential changes (a set) its attribute 'seen', which its next forward reads",
-    ),
-    "checkpointing": (
-        Checkpoints,
-        "model Checkpoints uses activation checkpointing (torch.utils.checkpoint) in its forward; turn it off",
     ),
     "unsteady train": (lambda: Unsteady(nn.Linear(4, 4)), "train() of Unsteady does something else at each call"),
     "train sets others": (
