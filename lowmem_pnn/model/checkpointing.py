@@ -1,5 +1,6 @@
 """Activation checkpointing in a model's own forward, which is left out: the plan says what is computed again."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +41,7 @@ def checkpointing_left_out() -> Iterator[list[Any]]:
     if hasattr(torch.utils.checkpoint, "_checkpoint_impl"):
         place, name, replacement = torch.utils.checkpoint, "_checkpoint_impl", call
     else:
-        place, name, replacement = torch.utils.checkpoint.checkpoint.__wrapped__, "__dynamo_disable", checkpoint
+        place, name, replacement = inspect.unwrap(torch.utils.checkpoint.checkpoint), "__dynamo_disable", checkpoint
     before = getattr(place, name, None)
     setattr(place, name, replacement)
     try:
