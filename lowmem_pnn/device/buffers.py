@@ -40,3 +40,20 @@ class BufferSizes:
         shard = min(max(budget_bytes // 64, MEBIBYTE // 4), 16 * MEBIBYTE)
         elements = 1 << (min(shard, _MOST_SLICE_BYTES) // _FLOAT_BYTES).bit_length() - 1
         return cls(shard, 4 * shard, 2 * shard, 4 * shard, in_flight_bytes_of(budget_bytes), elements)
+
+    def samples_at_once(self, boundary: int, sample_bytes: int, batch: int, smallest: int) -> int:
+        """Return how many samples are read at once where nothing learns.
+
+        From the data set a batch, as where something learns; of stored ones no more than half a window holds, for one reading is ahead.
+
+        Args:
+            boundary: boundary where the samples are read: 0 is the data set.
+            sample_bytes: bytes of a sample there.
+            batch: samples of an optimizer step, the most that are read.
+            smallest: samples that modules take at least.
+
+        Example:
+            >>> BufferSizes.of_budget(64_000_000).samples_at_once(3, 500_000, 64, smallest=1)
+            4
+        """
+        return batch if boundary == 0 else min(batch, max(smallest, self.window_bytes // max(1, 2 * sample_bytes)))

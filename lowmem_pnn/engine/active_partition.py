@@ -21,6 +21,7 @@ class ActivePartition:
         objective: prepared objective.
         batch_size: samples per optimizer step.
         micro_batch: samples on the device at once; halved when they do not fit.
+        samples_at_once: samples that are read at once where nothing learns.
         smallest_micro_batch: samples that the modules accept at least.
         may_shrink: whether the micro-batch may be halved.
         is_last: whether the partition's outputs are class scores.
@@ -39,6 +40,7 @@ class ActivePartition:
     objective: Objective
     batch_size: int
     micro_batch: int
+    samples_at_once: int
     smallest_micro_batch: int
     is_last: bool
     learning_rate: Callable[..., float]

@@ -212,7 +212,10 @@ class Executor:
         active.eval()
         # Where copies go on beside the computing, what comes of a micro-batch is consumed while the next one is computed.
         results: deque[_T] = deque()
-        batches = self._stalls.iterate(loader.stall_kind, loader.batches(active.batch_size, shuffle=False))
+        at_once = active.samples_at_once
+        if active.micro_batch < at_once < active.batch_size:
+            at_once -= at_once % active.micro_batch  # or each reading would end with fewer samples
+        batches = self._stalls.iterate(loader.stall_kind, loader.batches(at_once, shuffle=False))
         for batch, following in self._uploads.with_following(batches):
             begin, total = 0, len(batch[1])
             while begin < total:

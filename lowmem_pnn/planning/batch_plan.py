@@ -143,7 +143,7 @@ def _with_own_peak(footprint: Footprint, heap: HeapShare, plan: Plan, part: Part
         state = part.state_bytes - sum(layer.gradient_bytes for layer in layers)
         shards = 2 * footprint.buffer_sizes.shard_bytes
         objective = request.objective_memory(part.stop).fixed
-        writing = state + forward + shards + objective + footprint.reading_bytes(part.start, part.batch)
+        writing = state + forward + shards + objective + footprint.reading_bytes(part.start, part.batch, learns=False)
     return dataclasses.replace(
         part,
         predicted_peak_bytes=max(learning, writing) + footprint.constant_bytes_beside(heap.bytes_of(part, beside)),

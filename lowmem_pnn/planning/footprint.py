@@ -106,7 +106,7 @@ class Footprint:
         if not self.request.workload.method.sweeps:
             return self.reading_bytes(boundary, batch)
         # In an evaluation a sweep's partitions read their samples from shards.
-        reading = self.reading_bytes(boundary, batch) if self._evaluates else 0
+        reading = self.reading_bytes(boundary, batch, learns=False) if self._evaluates else 0
         return max(reading, self.sweep_bytes(batch, cuts))
 
     def sweep_bytes(self, batch: int, cuts: Sequence[int] | None = None) -> int:
@@ -166,12 +166,13 @@ class Footprint:
         layers = self.request.workload.chain.layers
         return max(tensor.nbytes for layer in layers for tensor in (*layer.parameters().values(), *layer.buffers().values()))
 
-    def reading_bytes(self, boundary: int, batch: int) -> int:
+    def reading_bytes(self, boundary: int, batch: int, *, learns: bool = True) -> int:
         """Return the bytes of samples while they are read; where the host is not the device, while they are copied.
 
         Args:
             boundary: Boundary where the samples are read: 0 is the data set.
             batch: Samples of an optimizer step.
+            learns: Whether the samples are learnt from, or only sent forward.
         """
         workload, buffers = self.request.workload, self.buffer_sizes
         if not self.request.device.shares_host:
@@ -180,7 +181,9 @@ class Footprint:
         specs = workload.chain.boundaries[boundary]
         sample = sum(spec.sample_bytes for spec in specs) + label_and_order
         # One more while its samples are mixed.
-        batches = (3 if workload.mixer is not None else 2) * batch * sample
+        smallest = batch if learns or self.request.whole_batches else self.request.profile.smallest_micro_batch
+        at_once = buffers.samples_at_once(boundary, self.request.profile.layers[boundary].input_bytes.per_sample, batch, smallest)
+        batches = (3 if workload.mixer is not None and learns else 2) * at_once * sample
         if workload.config.activation_dtype != "float32":
             batches += WORK_BYTES
         if boundary == 0:

@@ -87,6 +87,12 @@ class Partitions:
             micro_batch=self._state.micro_batches[partition],
             smallest_micro_batch=self._plan.smallest_micro_batch,
             may_shrink=not self._plan.whole_batches,
+            samples_at_once=device.buffer_sizes.samples_at_once(
+                planned.start,
+                planned.input_bytes_per_sample,
+                planned.batch,
+                smallest=planned.batch if self._plan.whole_batches else self._plan.smallest_micro_batch,
+            ),
             is_last=partition == self.last,
             loss_scale=self._state.loss_scales[partition],
             learning_rate=lambda step, base=None: workload.learning_rate(partition, step, total_steps, planned.batch, base),

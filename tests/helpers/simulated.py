@@ -67,6 +67,7 @@ def resident(
     defaults: dict[str, Any] = {
         "batch_size": 16,
         "micro_batch": 16,
+        "samples_at_once": 16,
         "smallest_micro_batch": 2,
         "learning_rate": lambda step, base=None: ADAM.lr,
     }
