@@ -180,10 +180,11 @@ class Footprint:
         label_and_order = workload.task.training_targets.sample_bytes + _ORDER_BYTES
         specs = workload.chain.boundaries[boundary]
         sample = sum(spec.sample_bytes for spec in specs) + label_and_order
-        # One more while its samples are mixed.
         smallest = batch if learns or self.request.whole_batches else self.request.profile.smallest_micro_batch
         at_once = buffers.samples_at_once(boundary, self.request.profile.layers[boundary].input_bytes.per_sample, batch, smallest)
-        batches = (3 if workload.mixer is not None and learns else 2) * at_once * sample
+        # Of the data set a batch is read ahead; a stored one is put together when its turn comes. One more while its samples are mixed.
+        number = (2 if boundary == 0 else 1) + (workload.mixer is not None and learns)
+        batches = number * at_once * sample
         if workload.config.activation_dtype != "float32":
             batches += WORK_BYTES
         if boundary == 0:
