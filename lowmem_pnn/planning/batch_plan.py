@@ -43,14 +43,18 @@ def plan_for_batches(
     workload, device, batch = request.workload, request.device, max(batch_sizes)
 
     def overhead_bytes(budget_bytes: int) -> int:
-        return Footprint(request, budget_bytes).overhead_bytes(batch)
+        return Footprint(request, budget_bytes).overhead_bytes
+
+    def beside_bytes(budget_bytes: int) -> list[int]:
+        footprint = Footprint(request, budget_bytes)
+        return [footprint.beside_bytes(boundary, batch) for boundary in range(request.num_layers)]
 
     cuts = request.cuts
     if workload.config.blocks == "alike":
         cuts = similar_batch_cuts(
             request.costs,
             most=min(batch, len(workload.splits["train"])),
-            room=device.budget_bytes - overhead_bytes(device.budget_bytes),
+            room=device.budget_bytes - overhead_bytes(device.budget_bytes) - max(beside_bytes(device.budget_bytes)),
             objectives=[request.objective_memory(stop) for stop in range(1, request.num_layers + 1)],
             tolerance=workload.config.block_tolerance,
         )
@@ -58,6 +62,7 @@ def plan_for_batches(
         request.costs,
         budget_bytes=device.budget_bytes,
         overhead_bytes=overhead_bytes,
+        beside_bytes=beside_bytes,
         batch_sizes=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
         cuts=cuts,
         num_partitions=(num_partitions or workload.method.num_partitions) if cuts is None else None,
@@ -72,6 +77,7 @@ def plan_for_batches(
             request.costs,
             budget_bytes=device.budget_bytes,
             overhead_bytes=overhead_bytes,
+            beside_bytes=beside_bytes,
             batch_sizes=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
             cuts=fixed,
             micro_batch=workload.config.micro_batch,
@@ -134,7 +140,8 @@ def _with_own_peaks(request: PlanRequest, plan: Plan) -> Plan:
 def _with_own_peak(footprint: Footprint, heap: HeapShare, plan: Plan, part: PartitionPlan) -> PartitionPlan:
     request = footprint.request
     beside = footprint.beside_bytes(part.start, part.batch, plan.cuts)
-    learning = part.predicted_peak_bytes - plan.overhead_bytes + beside
+    objective = request.objective_memory(part.stop)
+    learning = beside + planner.partition_peak(request.costs, part.start, part.stop, part.micro_batch, part.batch, objective)
     writing = 0
     if footprint.writes_shards and part.stop < request.num_layers:
         # Gradients are freed while outputs are written, and two shards are in memory.
@@ -142,8 +149,7 @@ def _with_own_peak(footprint: Footprint, heap: HeapShare, plan: Plan, part: Part
         forward = max(layer.input_bytes.at(part.micro_batch) + layer.emit_peak.at(part.micro_batch) for layer in layers)
         state = part.state_bytes - sum(layer.gradient_bytes for layer in layers)
         shards = 2 * footprint.buffer_sizes.shard_bytes
-        objective = request.objective_memory(part.stop).fixed
-        writing = state + forward + shards + objective + footprint.reading_bytes(part.start, part.batch, learns=False)
+        writing = state + forward + shards + objective.fixed + footprint.reading_bytes(part.start, part.batch, learns=False)
     return dataclasses.replace(
         part,
         predicted_peak_bytes=max(learning, writing) + footprint.constant_bytes_beside(heap.bytes_of(part, beside)),

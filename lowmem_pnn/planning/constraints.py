@@ -11,6 +11,9 @@ from lowmem_pnn.profiling.peaks import default_objective, largest_micro_batch
 Objectives = Callable[[int], Affine]
 """Function from the layer after a partition's last to the bytes of the partition's objective."""
 
+Beside = Callable[[int], Sequence[int]]
+"""Function from a budget to the bytes beside a partition, for each layer that it may begin with."""
+
 
 class Constraints:
     """Constraints on the partitions of one chain; arguments as for `planner.plan`.
@@ -29,6 +32,7 @@ class Constraints:
         objective: Objectives | None,
         uniform: bool = False,
         whole_batches: bool = False,
+        beside_bytes: Beside | None = None,
     ) -> None:
         if cuts is not None and num_partitions not in (None, len(cuts) + 1):
             raise ConfigError(
@@ -41,6 +45,7 @@ class Constraints:
         self.micro_batch = micro_batch
         self.uniform = uniform
         self.whole_batches = whole_batches
+        self._beside_bytes = beside_bytes
         self.objectives = [
             objective(stop) if objective else default_objective(layer) for stop, layer in enumerate(profile.layers, start=1)
         ]
@@ -51,18 +56,27 @@ class Constraints:
         """Return the batch of a partition, in samples."""
         return self.batches[0] if len(self.batches) == 1 else self.batches[number]
 
-    def search(self, *, batch: int | None = None, any_cuts: bool = False) -> Search | UniformSearch:
+    def beside(self, budget_bytes: int) -> Sequence[int]:
+        """Return the bytes beside a partition under a budget, for each layer that it may begin with.
+
+        Args:
+            budget_bytes: The budget.
+        """
+        return [0] * len(self.profile.layers) if self._beside_bytes is None else self._beside_bytes(budget_bytes)
+
+    def search(self, budget_bytes: int, *, batch: int | None = None, any_cuts: bool = False) -> Search | UniformSearch:
         """Return the search under these constraints.
 
         Args:
+            budget_bytes: The budget, from which follows what is beside a partition.
             batch: Another batch size, for all partitions.
             any_cuts: Whether to search over all cuts and numbers of partitions instead of the given ones.
         """
-        batches = self.batches if batch is None else (batch,)
+        batches, beside = self.batches if batch is None else (batch,), self.beside(budget_bytes)
 
         def search(whole_batch: bool | None) -> Search:
             cuts, number = (None, None) if any_cuts else (self.cuts, self.num_partitions)
-            return Search(self.profile, batches, cuts, number, self.micro_batch, self.objectives, whole_batch)
+            return Search(self.profile, batches, cuts, number, self.micro_batch, self.objectives, beside, whole_batch)
 
         if not self.uniform:
             return search(True if self.whole_batches else None)

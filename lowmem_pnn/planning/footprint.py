@@ -43,18 +43,12 @@ class Footprint:
         """Sizes of the buffers between disk, host and device."""
         return BufferSizes.of_budget(self.budget_bytes)
 
-    def overhead_bytes(self, batch: int) -> int:
-        """Return the bytes of the budget that are kept free for everything beside a partition, whichever it is.
-
-        Args:
-            batch: Samples of an optimizer step.
-        """
-        device = self.request.device
-        beside = max(self.beside_bytes(boundary, batch) for boundary in range(self.request.num_layers))
-        if self.request.workload.method.sweeps:
-            beside += self.waiting_bytes()
+    @property
+    def overhead_bytes(self) -> int:
+        """Bytes of the budget that are kept free beside every partition, and beside its samples and streams (`beside_bytes`)."""
+        waiting = self.waiting_bytes() if self.request.workload.method.sweeps else 0
         shards = 2 * self.buffer_sizes.shard_bytes if self.writes_shards else 0
-        return device.reserve_for(self.budget_bytes) + self.constant_bytes + beside + shards
+        return self.request.device.reserve_for(self.budget_bytes) + self.constant_bytes + waiting + shards
 
     @property
     def constant_bytes(self) -> int:

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
-from lowmem_pnn.planning.constraints import Constraints, Objectives
+from lowmem_pnn.planning.constraints import Beside, Constraints, Objectives
 from lowmem_pnn.planning.search import GOOD_MICRO_BATCH, possible_starts
 from lowmem_pnn.profiling.costs import Affine, MemoryProfile, ties_counted_once
 from lowmem_pnn.profiling.peaks import default_objective, largest_micro_batch, peak_of
@@ -39,6 +39,7 @@ def plan(
     good_micro_batch: int = GOOD_MICRO_BATCH,
     uniform: bool = False,
     whole_batches: bool = False,
+    beside_bytes: Beside | None = None,
 ) -> Plan:
     """Cut a chain into partitions that fit a budget.
 
@@ -56,6 +57,8 @@ def plan(
         good_micro_batch: Micro-batch, a power of two, above which a larger one is no reason for more partitions.
         uniform: Whether all partitions have one micro-batch: the smallest of theirs.
         whole_batches: Whether a batch has to go through at once.
+        beside_bytes: Function from a budget to the bytes that are needed beside a partition, for each layer that it may begin with; they
+            must grow by less than the budget does, together with the overhead.
 
     Returns:
         The best plan in the order of the module's docstring.
@@ -64,14 +67,15 @@ def plan(
         ConfigError: The chain cannot have such cuts, or such numbers of partitions or samples.
         BudgetError: Nothing fits; the message says what does not, and the smallest budget that would do.
     """
-    constraints = Constraints(profile, batch_sizes, cuts, num_partitions, micro_batch, objective, uniform, whole_batches)
-    search = constraints.search()
+    constraints = Constraints(
+        profile, batch_sizes, cuts, num_partitions, micro_batch, objective, uniform, whole_batches, beside_bytes
+    )
+    search, beside = constraints.search(budget_bytes), constraints.beside(budget_bytes)
     overhead = _overhead(overhead_bytes, budget_bytes)
     room = budget_bytes - overhead
     least_micro_batch, bounds = search.best(room, good_micro_batch)
     if bounds is None:
-        enough = _budget_leaving(constraints.search().smallest_room(), overhead_bytes)
-        raise BudgetError(_explain(constraints, budget_bytes, overhead_bytes), enough)
+        raise BudgetError(_explain(constraints, budget_bytes, overhead_bytes), _enough(constraints, overhead_bytes))
     spans = list(pairwise(bounds))
     chosen = [search.choose_micro_batch(number, *span, least_micro_batch, room) for number, span in enumerate(spans)]
     if uniform:
@@ -86,7 +90,7 @@ def plan(
                 stop=stop,
                 micro_batch=size,
                 batch=constraints.batch_of(number),
-                predicted_peak_bytes=peak + overhead,
+                predicted_peak_bytes=peak + beside[start] + overhead,
                 state_bytes=sum(layer.state_bytes for layer in layers),
                 num_params=sum(layer.num_params for layer in layers),
                 input_bytes_per_sample=layers[0].input_bytes.per_sample,
@@ -144,15 +148,14 @@ def smallest_budget(
 
     Arguments and errors are those of `plan`, without the budget.
     """
-    search = Constraints(profile, batch_sizes, cuts, num_partitions, micro_batch, objective).search()
-    return _budget_leaving(search.smallest_room(), overhead_bytes)
+    return _enough(Constraints(profile, batch_sizes, cuts, num_partitions, micro_batch, objective), overhead_bytes)
 
 
 def _explain(constraints: Constraints, budget_bytes: int, overhead_bytes: Overhead) -> str:
     """Say in one line why nothing fits, and what would help."""
-    search, overhead = constraints.search(), _overhead(overhead_bytes, budget_bytes)
+    search, overhead = constraints.search(budget_bytes), _overhead(overhead_bytes, budget_bytes)
     room = budget_bytes - overhead
-    enough = _budget_leaving(search.smallest_room(), overhead_bytes)
+    enough = _enough(constraints, overhead_bytes)
     remedies = [f"--max-gpu-mem {-(-enough // MEGABYTE)}MB"]
     starts, end = possible_starts(constraints.profile), len(constraints.profile.layers)
     if constraints.cuts is not None:
@@ -168,17 +171,20 @@ def _explain(constraints: Constraints, budget_bytes: int, overhead_bytes: Overhe
         need = search.smallest_room()
         number = constraints.num_partitions
         subject = "the whole model as one partition needs" if number == 1 else f"the largest of {number} partitions needs"
-        unconstrained = constraints.search(any_cuts=True)
+        unconstrained = constraints.search(budget_bytes, any_cuts=True)
         if len(constraints.batches) == 1 and unconstrained.smallest_room() <= room:
             _, fewest = unconstrained.best(room)
             assert fewest is not None, "there is room for some partitions"
             remedies.append(f"--partitions {len(fewest) - 1}")
     else:
-        bounds = [*starts, end]
+        need, bounds = search.smallest_room(), [*starts, end]
+        if max(search.cheapest_peaks(bounds)) > need:
+            # Fewer cuts need less, since a cut has samples read that a layer before it makes.
+            bounds = search.best(need)[1] or bounds
         number, need = _largest(search.cheapest_peaks(bounds))
         start, stop = bounds[number], bounds[number + 1]
-        subject = f"{constraints.title(start, stop)} {'alone needs' if stop == start + 1 else 'share a weight and need'}"
-    smaller = _helpful_batch(constraints, room)
+        subject = f"{constraints.title(start, stop)} {_needs(starts, start, stop)}"
+    smaller = _helpful_batch(constraints, budget_bytes, room)
     if smaller is not None:
         remedies.append(f"--batch-size {smaller}")
     # To the byte where rounding would make the two sizes look the same.
@@ -188,17 +194,24 @@ def _explain(constraints: Constraints, budget_bytes: int, overhead_bytes: Overhe
     return f"{subject} {needed}, above the budget of {budget}; give {', or '.join(remedies)}"
 
 
-def _helpful_batch(constraints: Constraints, room: int) -> int | None:
+def _needs(starts: Sequence[int], start: int, stop: int) -> str:
+    """Return the verb of a range of layers that needs too much."""
+    if stop == start + 1:
+        return "alone needs"
+    return "need" if any(start < layer < stop for layer in starts) else "share a weight and need"
+
+
+def _helpful_batch(constraints: Constraints, budget_bytes: int, room: int) -> int | None:
     """Return the largest power of two below the batch size with which the room would do; None if there is none.
 
     A batch that goes through at once has no gradients in memory during its forward.
     """
     smallest = constraints.profile.smallest_micro_batch
-    if len(constraints.batches) > 1 or constraints.search(batch=smallest).smallest_room() > room:
+    if len(constraints.batches) > 1 or constraints.search(budget_bytes, batch=smallest).smallest_room() > room:
         return None
     size = 1 << (constraints.batches[0].bit_length() - 1)
     while size >= smallest:
-        if size < constraints.batches[0] and constraints.search(batch=size).smallest_room() <= room:
+        if size < constraints.batches[0] and constraints.search(budget_bytes, batch=size).smallest_room() <= room:
             return size
         size //= 2
     return None
@@ -208,11 +221,11 @@ def _overhead(overhead_bytes: Overhead, budget_bytes: int) -> int:
     return overhead_bytes(budget_bytes) if callable(overhead_bytes) else overhead_bytes
 
 
-def _budget_leaving(room: int, overhead_bytes: Overhead) -> int:
-    """Return the smallest budget that leaves a given room."""
-    # From below: the overhead grows by less than the budget does, so that this ends, at the first budget that is enough.
-    budget = room
-    while (needed := room + _overhead(overhead_bytes, budget)) > budget:
+def _enough(constraints: Constraints, overhead_bytes: Overhead) -> int:
+    """Return the smallest budget that is enough, with micro-batches as small as the modules accept."""
+    # From below: what is beside partitions grows by less than the budget does, so that this ends, at the first budget that is enough.
+    budget = 0
+    while (needed := constraints.search(budget).smallest_room() + _overhead(overhead_bytes, budget)) > budget:
         budget = needed
     return budget
 

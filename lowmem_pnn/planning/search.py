@@ -24,7 +24,9 @@ _Value = TypeVar("_Value")
 
 
 class Search:
-    """Search for the best cuts of one chain under valid constraints. `room` is a budget without its overhead.
+    """Search for the best cuts of one chain under valid constraints.
+
+    `room` is a budget without its overhead, and `peak` what a partition takes of it, without what is beside it.
 
     Args:
         profile: Memory costs of the layers.
@@ -33,6 +35,7 @@ class Search:
         num_partitions: Number of partitions; None for as few as possible. Follows from the cuts where these are given.
         max_micro_batch: Most samples at once; None for no limit.
         objectives: For each layer, bytes of the objective of a partition that ends with the layer.
+        beside: For each layer, bytes beside a partition that begins with the layer; its samples, and what is streamed.
         whole_batch: True for the whole batch at once in all partitions, False for several micro-batches in all of them, None for the
             cheaper choice in each.
     """
@@ -45,6 +48,7 @@ class Search:
         num_partitions: int | None,
         max_micro_batch: int | None,
         objectives: Sequence[Affine],
+        beside: Sequence[int],
         whole_batch: bool | None = None,
     ) -> None:
         self._layers = profile.layers
@@ -56,6 +60,7 @@ class Search:
         self._batches = tuple(batches)
         self._max_micro_batch = max_micro_batch
         self._objectives = objectives
+        self._beside = beside
         self._whole_batch = whole_batch
         self._states = [0, *accumulate(layer.state_bytes for layer in profile.layers)]
         self._range_peaks: dict[tuple[int, int], list[RangePeaks]] = {}
@@ -64,7 +69,7 @@ class Search:
         """Find the best cuts at the highest least micro-batch at which there are any.
 
         Args:
-            room: Most bytes of a partition.
+            room: Most bytes of a partition and what is beside it.
             good_micro_batch: Highest least micro-batch to try, a power of two.
 
         Returns:
@@ -88,7 +93,7 @@ class Search:
 
         Args:
             least_micro_batch: Fewest samples at once in any partition.
-            room: Most bytes of a partition.
+            room: Most bytes of a partition and what is beside it.
         """
         if self._bounds is not None:
             return self._bounds if max(self.cheapest_peaks(self._bounds, least_micro_batch)) <= room else None
@@ -122,9 +127,10 @@ class Search:
             start: First layer of the partition.
             stop: Layer after the last.
             least_micro_batch: Micro-batch with which the partition is known to fit.
-            room: Most bytes of the partition.
+            room: Most bytes of the partition and what is beside it.
         """
         batch, layers, objective = self._batch(number), self._layers[start:stop], self._objectives[stop - 1]
+        room -= self._beside[start]
         most = self._largest_allowed(batch)
         chosen = most
         if self._whole_batch is not True and (
@@ -159,7 +165,7 @@ class Search:
         return peak_of(self._layers[start:stop], largest, batch, self._objectives[stop - 1])
 
     def cheapest_peaks(self, bounds: Sequence[int], least_micro_batch: int | None = None) -> list[int]:
-        """Return the peak of each partition at its cheapest micro-batch, in bytes.
+        """Return the peak of each partition at its cheapest micro-batch, with what is beside it, in bytes.
 
         Args:
             bounds: Where the partitions begin and end.
@@ -167,7 +173,8 @@ class Search:
         """
         least = self._smallest if least_micro_batch is None else least_micro_batch
         return [
-            min(
+            self._beside[start]
+            + min(
                 peak_of(self._layers[start:stop], peaks.micro_batch, self._batch(number), self._objectives[stop - 1])
                 for peaks in self._choices(self._batch(number), least)
             )
@@ -226,18 +233,18 @@ class Search:
         allowed = {*self._starts[1:], self._end}
         fits: list[list[int]] = [[] for _ in self._layers]
         for start in self._starts:
-            stops = set()
+            own_room, stops = room - self._beside[start], set()
             for peaks in self._choices(batch, least_micro_batch):
                 for stop, of_range in enumerate(peaks.ranges(start), start + 1):
-                    if of_range[0] > room:
+                    if of_range[0] > own_room:
                         break  # the peak never falls as the range grows
-                    if stop in allowed and peaks.with_objective(of_range, self._objectives[stop - 1]) <= room:
+                    if stop in allowed and peaks.with_objective(of_range, self._objectives[stop - 1]) <= own_room:
                         stops.add(stop)
             fits[start] = sorted(stops)
         return fits
 
     def _growing_needs(self, batch: int, start: int) -> list[int]:
-        """Return the peaks of the partitions [start, start + 1), [start, start + 2), ... at the smallest micro-batch."""
+        """Return what the partitions [start, start + 1), [start, start + 2), ... need at the smallest micro-batch, with what is beside."""
         of_choices = [
             [
                 peaks.with_objective(of_range, objective)
@@ -245,7 +252,7 @@ class Search:
             ]
             for peaks in self._choices(batch, self._smallest)
         ]
-        return [min(needs) for needs in zip(*of_choices, strict=True)]
+        return [self._beside[start] + min(needs) for needs in zip(*of_choices, strict=True)]
 
     def _choices(self, batch: int, least_micro_batch: int) -> list[RangePeaks]:
         """Return the peaks at the micro-batches that may be the cheapest of those from `least_micro_batch` on.
@@ -324,7 +331,7 @@ class UniformSearch:
         return self._chosen.peak(number, start, stop, micro_batch)
 
     def cheapest_peaks(self, bounds: Sequence[int], least_micro_batch: int | None = None) -> list[int]:
-        """Return the peaks of the partitions in the search in which the largest is smallest, in bytes."""
+        """Return the peaks of the partitions, with what is beside them, in the search in which the largest is smallest, in bytes."""
         return min((search.cheapest_peaks(bounds, least_micro_batch) for search in self._searches), key=max)
 
     def smallest_room(self) -> int:

@@ -73,10 +73,10 @@ def test_a_method_that_cannot_says_why() -> None:
     prospects = {one.method: one for one in preview(config(batch_size="auto", cuts=None)).prospects}
     assert "--batch-size auto" in prospects["exact"].reason
     assert not prospects["exact"].fits
-    tight = preview(config(method="exact", cuts=None, model="mlp:64-1024-1024-1024-10", max_gpu_mem="45MB"))
+    tight = preview(config(method="exact", cuts=None, model="mlp:64-1024-1024-1024-10", max_gpu_mem="42MB"))
     whole_model = next(one for one in tight.prospects if one.method == "backprop")
     assert whole_model.enough_bytes is not None
-    assert whole_model.enough_bytes > 45_000_000
+    assert whole_model.enough_bytes > 42_000_000
     assert "smallest budget" in str(tight)
     assert tight.advice.startswith("take --method ")
 
@@ -116,7 +116,7 @@ def of_convolutions(norm: bool, **options: Any) -> PlanReport:
         return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 256, 5))
 
     data = torch.rand(128, 3, 16, 16), torch.arange(128) % 5
-    given = {"max_gpu_mem": "24MB", "timing": False, "device": "cpu", "batch_size": 64, **options}
+    given = {"max_gpu_mem": "28MB", "timing": False, "device": "cpu", "batch_size": 64, **options}
     return lowmem_pnn.plan(build, data, **given)
 
 
@@ -126,7 +126,7 @@ def test_exact_recomputes_less_with_smaller_micro_batches() -> None:
     assert len(by_size.partitions) == 2
     assert only["micro_batch"] < by_size.partitions[0]["micro_batch"]
     assert of_convolutions(False, method="exact").partitions == by_default.partitions, "the default, and always the same"
-    assert by_default.predicted_peak_bytes <= 24_000_000
+    assert by_default.predicted_peak_bytes <= 28_000_000
 
 
 def test_a_budget_that_no_plan_fits_says_what_would_do() -> None:
@@ -202,7 +202,7 @@ def test_kernels_are_counted_for_each_number_of_samples() -> None:
 
 def test_the_budget_for_whole_batches_does_with_recovery_epochs_too() -> None:
     def report(**options: Any) -> PlanReport:
-        return of_convolutions(True, method="pnn", recovery_epochs=1, **options)
+        return of_convolutions(True, method="pnn", recovery_epochs=1, partitions=2, **options)
 
     note = next(note for note in report().notes if "whole batch" in note)
     named = re.search(r"they see the whole batch from --max-gpu-mem (\d+)\.0MB on", note)
