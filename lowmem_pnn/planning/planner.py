@@ -143,12 +143,14 @@ def smallest_budget(
     num_partitions: int | None = None,
     micro_batch: int | None = None,
     objective: Objectives | None = None,
+    beside_bytes: Beside | None = None,
 ) -> int:
     """Return the smallest budget that `plan` can meet, in bytes, with micro-batches as small as the modules accept.
 
     Arguments and errors are those of `plan`, without the budget.
     """
-    return _enough(Constraints(profile, batch_sizes, cuts, num_partitions, micro_batch, objective), overhead_bytes)
+    constraints = Constraints(profile, batch_sizes, cuts, num_partitions, micro_batch, objective, beside_bytes=beside_bytes)
+    return _enough(constraints, overhead_bytes)
 
 
 def _explain(constraints: Constraints, budget_bytes: int, overhead_bytes: Overhead) -> str:

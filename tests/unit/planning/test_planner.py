@@ -76,7 +76,7 @@ def reference_peak(profile, start, stop, micro_batch, batch, objective):
     return max(max(moments) + from_later, at_objective)
 
 
-def brute_force(profile, room, batches, cuts, num_partitions, cap):
+def brute_force(profile, room, batches, cuts, num_partitions, cap, beside):
     """(bounds, micro-batches) by trying everything, or None."""
     end, smallest = len(profile.layers), profile.smallest_micro_batch
     allowed = [cut for cut in range(1, end) if cut not in profile.forbidden_cuts]
@@ -96,7 +96,7 @@ def brute_force(profile, room, batches, cuts, num_partitions, cap):
                 fitting = [
                     size
                     for size in range(max(smallest, min(least_micro_batch, most)), most + 1)
-                    if reference_peak(profile, start, stop, size, batch, objective) <= room
+                    if reference_peak(profile, start, stop, size, batch, objective) + beside[start] <= room
                 ]
                 sizes.append(max(fitting, default=0))
             if all(sizes):
@@ -133,10 +133,12 @@ def test_plans_are_those_of_brute_force(profile, data):
         "micro_batch": cap,
     }
     overhead = data.draw(st.integers(0, 20))
+    beside = data.draw(st.lists(st.integers(0, 30), min_size=len(profile.layers), max_size=len(profile.layers)))
+    constraints["beside_bytes"] = lambda budget: beside
     least = smallest_budget(profile, overhead_bytes=overhead, **constraints)
     budget = max(1, least + data.draw(st.integers(-10, 400)))
 
-    expected = brute_force(profile, budget - overhead, batches, cuts, num_partitions, cap)
+    expected = brute_force(profile, budget - overhead, batches, cuts, num_partitions, cap, beside)
     if expected is None:
         assert budget < least
         with pytest.raises(BudgetError):
