@@ -28,7 +28,7 @@ DATA: Mapping[str, str] = {
     "cifar10, cifar100": "colour images of 32x32, downloaded by torchvision to --data-root",
     "imagefolder:DIR": "a folder for each class, or train, val and test with such; --image-size brings images to one size",
     "segmentation:DIR": "folders images and masks, or train, val and test with such",
-    "npz:FILE": "arrays x_train, y_train and x_test, y_test, x_val, y_val",
+    "npz:FILE": "arrays x_train, y_train and x_test, y_test, x_val, y_val; or x and y",
     "csv:FILE, parquet:FILE": "tables with a column --target",
     "hfdata:DIR|NAME": "a data set of Hugging Face's datasets (pip install 'lowmem-pnn[hfdata]')",
     "text:FILE|DIR": "text for language models, as bytes or by --tokenizer",

@@ -57,7 +57,7 @@ def find_dataset(
 
     Args:
         spec: Name of a data set: `digits`, `mnist`, `fashion-mnist`, `emnist-balanced`, `cifar10`, `cifar100`, `npz:FILE` (arrays
-            x_train, y_train and, for a test, x_test, y_test, to validate on x_val, y_val), `imagefolder:DIR` (folders train, val and
+            x_train, y_train and, for a test, x_test, y_test, to validate on x_val, y_val; or x and y), `imagefolder:DIR` (folders train, val and
             test, or only class folders), `text:FILE` (its bytes are tokens), `package.module:factory` or
             `path/to/file.py:factory` (returns train, (train, test) or a `Dataset`).
         root: Folder of downloaded data sets.
@@ -246,16 +246,21 @@ def _load_torchvision(spec: str, root: Path, make: Callable[[], Any]) -> tuple[A
 
 
 def _npz(path: Path, input_form: InputForm, skip_broken: bool, options: TargetOptions, resize: Resize | None) -> Dataset:
-    """Open the arrays of a .npz file, as Keras names them."""
-    arrays = read_npz(path, (*_KEYS, "x_val", "y_val"))
-    present = [name for name, _ in _NPZ_PARTS if name == "train" or {f"x_{name}", f"y_{name}"} & set(arrays)]
-    missing = [key for name in present for key in (f"x_{name}", f"y_{name}") if key not in arrays]
+    """Open the arrays of a .npz file, as Keras names them; where it holds x and y, these are all there is to train on."""
+    arrays = read_npz(path, (*_KEYS, "x_val", "y_val", "x", "y"))
+    keys = {name: (f"x_{name}", f"y_{name}") for name, _ in _NPZ_PARTS}
+    if {"x", "y"} <= set(arrays) and not {"x_train", "y_train"} & set(arrays):
+        keys["train"] = ("x", "y")
+    present = [name for name, _ in _NPZ_PARTS if name == "train" or {*keys[name]} & set(arrays)]
+    missing = [key for name in present for key in keys[name] if key not in arrays]
     if missing:
         content = ", ".join(sorted(arrays)) or "nothing"
-        raise DataError(f"{path} lacks {', '.join(missing)}; it holds {content}; save {', '.join(_KEYS)} with numpy.savez")
+        raise DataError(
+            f"{path} lacks {', '.join(missing)}; it holds {content}; save {', '.join(_KEYS)}, or x and y, with numpy.savez"
+        )
 
     def part(name: str, kind: str) -> ArraySplit:
-        x_key, y_key = f"x_{name}", f"y_{name}"
+        x_key, y_key = keys[name]
         x, y = as_tensor(arrays[x_key], f"{path}: {x_key}"), arrays[y_key]
         if x.ndim < 1 or y.ndim < 1:
             raise DataError(f"{path}: {x_key} has shape {tuple(x.shape)} and {y_key} {y.shape}; give (N, ...) and (N,)")

@@ -277,6 +277,11 @@ def test_npz_of_the_keras_layout(tmp_path: Path) -> None:
     assert everything(dataset.test)[1].tolist() == [7, 0]
 
 
+def test_npz_of_x_and_y_is_all_trained_on(tmp_path: Path) -> None:
+    dataset = find_dataset(save(tmp_path / "a", x=np.zeros((3, 2)), y=np.arange(3)) + ".npz", NOWHERE, "any")
+    assert (len(dataset.train), dataset.test, dataset.num_classes) == (3, None, 3)
+
+
 def test_npz_without_a_test_part(tmp_path: Path) -> None:
     assert (
         find_dataset(save(tmp_path / "a", x_train=np.zeros((3, 2)), y_train=np.arange(3)) + ".npz", NOWHERE, "any").test is None
@@ -288,7 +293,7 @@ def test_npz_without_a_test_part(tmp_path: Path) -> None:
     [
         (
             {"x": [1], "y_train": [1]},
-            r"lacks x_train; it holds x, y_train; save x_train, y_train, x_test, y_test with numpy.savez",
+            r"lacks x_train; it holds x, y_train; save x_train, y_train, x_test, y_test, or x and y, with numpy.savez",
         ),
         ({"x_train": np.zeros((2, 2)), "y_train": [0, 1], "x_test": np.zeros((2, 2))}, r"lacks y_test"),
         ({"x_train": np.zeros((0, 2)), "y_train": np.zeros(0)}, r"a.npz \(training part\) is empty"),
