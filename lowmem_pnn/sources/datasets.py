@@ -57,8 +57,8 @@ def find_dataset(
 
     Args:
         spec: Name of a data set: `digits`, `mnist`, `fashion-mnist`, `emnist-balanced`, `cifar10`, `cifar100`, `npz:FILE` (arrays
-            x_train, y_train and, for a test, x_test, y_test, to validate on x_val, y_val; or x and y), `imagefolder:DIR` (folders train, val and
-            test, or only class folders), `text:FILE` (its bytes are tokens), `package.module:factory` or
+            x_train, y_train and, for a test, x_test, y_test, to validate on x_val, y_val; or x and y), `imagefolder:DIR` (folders train, val
+            and test, or only class folders), `text:FILE` (its bytes are tokens), `package.module:factory` or
             `path/to/file.py:factory` (returns train, (train, test) or a `Dataset`).
         root: Folder of downloaded data sets.
         input_form: Form of the samples that the model takes.
