@@ -160,6 +160,25 @@ class Padded(nn.Module):
         return scores
 
 
+class Averages(nn.Module):
+    """Holds an average of a weight, which its forward moves: a teacher that follows its pupil."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.weight, self.how = nn.Parameter(torch.eye(12)), how
+        self.average = nn.Parameter(torch.eye(12), requires_grad=how == "no gradient")
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.training and self.how == "assigned":
+                self.average.data = 0.5 * self.average.data + 0.5 * self.weight.data
+            elif self.training:
+                average = self.average.data if self.how == "data" else self.average
+                average.mul_(0.5).add_(self.weight, alpha=0.5)
+            followed = x @ self.average
+        return torch.tanh(x @ self.weight) + followed
+
+
 class Checkpointed(nn.Module):
     """Blocks whose activations are not kept, with a BatchNorm that would count each batch twice."""
 
@@ -198,6 +217,7 @@ BROUGHT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("case", BROUGHT)
 def test_what_people_bring_is_trained_as_plain_pytorch_trains_it(case: str, tmp_path: Path) -> None:
     build, cuts = BROUGHT[case]
@@ -253,6 +273,18 @@ def test_checkpointing_of_ones_own_is_left_out(how: Callable[[nn.Module, Tensor]
     result = fit(lambda: Checkpointed(how), vectors(), tmp_path / "run", cuts="blocks.1.0,last", **COMMON)
     assert any("the model's own activation checkpointing (torch.utils.checkpoint) is left out" in note for note in result.notes)
     assert_same_weights(loaded(lambda: Checkpointed(nn_call), result.weights_file), expected.model)
+    assert result.train_loss == expected.train_loss
+
+
+@pytest.mark.parametrize("how", ["frozen", "no gradient", "data", "assigned"])
+@pytest.mark.parametrize("cuts", ["1", "1,2"])
+def test_an_average_of_weights_follows_them(how: str, cuts: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 12), Averages(how), Averages(how), nn.Linear(12, 4))
+
+    expected = train_by_exact(build, vectors(), **COMMON)
+    result = fit(build, vectors(), tmp_path / "run", cuts=cuts, **COMMON)
+    assert_same_weights(loaded(build, result.weights_file), expected.model)
     assert result.train_loss == expected.train_loss
 
 
