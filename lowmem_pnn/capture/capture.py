@@ -117,6 +117,8 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
         for name, tensor in names.items()
         if tensor.requires_grad and name not in idle and (found := ParameterHooks.of(tensor))
     }
+    written = frozenset[str]().union(*(run.written for run in looked_at))
+    averages = [name for name in written if name in idle or not names[name].requires_grad]
     free = unchanged_buffers(model, looked_at)
     frozen = {id(names[name]): nn.Parameter(names[name].detach(), False) for name in idle}
 
@@ -125,7 +127,7 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
         # another one for a name.
         layers = []
         for number, (name, module, operations) in enumerate(flow.layers(cuts)):
-            layers.append(Layer(str(number) if name.isdigit() else name, module, names, setting.precision))
+            layers.append(Layer(str(number) if name.isdigit() else name, module, names, setting.precision, averages))
             layers[-1].operations = operations
         held: dict[int, list[int]] = {}
         for index, layer in enumerate(layers):
@@ -162,7 +164,7 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
             ),
             unused=tuple(name for name, tensor in names.items() if id(tensor) not in held),
             persistent=tuple(model.state_dict(keep_vars=True)),
-            written=frozenset().union(*(run.written for run in looked_at)),
+            written=written,
             idle=idle,
             output_form=None if flow.output.is_tensor else flow.output,
             call_form=setting.form,

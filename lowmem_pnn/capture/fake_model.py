@@ -86,6 +86,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
         before, generators, hooks = Snapshot(root), _python_generators(), num_hooks(root)
         own = _tensors_of(root)
         versions = {name: tensor._version for name, tensor in own.items()}
+        storages = {name: tensor.untyped_storage()._cdata for name, tensor in own.items()}
         try:
             with _made_by_module(root, log, result.made), fakes.unknown.watching(root):
                 returned = setting.form.call(root, samples)
@@ -110,8 +111,14 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
                 "it once, in the constructor"
             )
         after = _tensors_of(root)
+        # By way of `.data` no version changes: the operation has written into the storage, or the storage is another one.
         result.changed = {
-            name for name, tensor in own.items() if after.get(name) is not tensor or tensor._version != versions[name]
+            name
+            for name, tensor in own.items()
+            if after.get(name) is not tensor
+            or tensor._version != versions[name]
+            or storages[name] in log.written_storages
+            or tensor.untyped_storage()._cdata != storages[name]
         }
         result.written = {name for name in result.changed if isinstance(own[name], nn.Parameter)}
         changed = before.changed(root)

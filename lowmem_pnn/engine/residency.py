@@ -141,7 +141,7 @@ class Residency:
                 self._parameters[name] = parameter
                 del parameter
             else:
-                self._buffers[name] = tensor
+                self._buffers[name] = nn.Parameter(tensor, False) if isinstance(shape_of, nn.Parameter) else tensor
             del tensor
         if self._spec is not None:
             for name, parameter in self.trainable.items():

@@ -1,7 +1,7 @@
 """A layer: the smallest part of a model that can be cut off, with its tensors, its precision and its auxiliary head."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -51,6 +51,8 @@ class Layer:
         module: see `Layer.module`.
         order: names of all the model's parameters and buffers.
         precision: see `Layer.precision`.
+        written: names of parameters that do not learn, and that a forward changes in place, as it does the weights of a teacher that are
+            an average of the learner's: they are kept as buffers are.
     """
 
     name: str
@@ -63,10 +65,19 @@ class Layer:
     precision: Precision
     """Compute precision and memory format of the layer and its head."""
 
-    def __init__(self, name: str, module: nn.Module, order: Iterable[str], precision: Precision = FULL_PRECISION) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        order: Iterable[str],
+        precision: Precision = FULL_PRECISION,
+        written: Collection[str] = (),
+    ) -> None:
         self.name, self.module, self.precision = name, module, precision
         parameters = dict(module.named_parameters(remove_duplicate=False))
         buffers = dict(module.named_buffers(remove_duplicate=False))
+        self._written = parameters.keys() & written
+        buffers |= {key: parameters.pop(key) for key in self._written}
         self._parameter_names = tuple(key for key in order if key in parameters)
         self._buffer_names = tuple(key for key in order if key in buffers)
         assert len(self._parameter_names) == len(parameters)
@@ -153,7 +164,7 @@ class Layer:
         module.get_submodule(container).add_module(own, head)
         names = [*head.state_dict(keep_vars=True), *dict(head.named_buffers())]
         order = [*self._parameter_names, *self._buffer_names, *dict.fromkeys(prefix + name for name in names)]
-        layer = Layer(self.name, module, order, self.precision)
+        layer = Layer(self.name, module, order, self.precision, self._written)
         layer.head = head
         layer.modes, layer.kept, layer.left, layer.cached = self.modes, self.kept, self.left, self.cached
         layer.hooks, layer.whole, layer.operations = self.hooks, self.whole, self.operations
@@ -212,8 +223,11 @@ class Layer:
         return {name: self.module.get_parameter(name) for name in self._parameter_names}
 
     def buffers(self) -> dict[str, Tensor]:
-        """Return the buffers by name, those that are not in the `state_dict` too."""
-        return {name: self.module.get_buffer(name) for name in self._buffer_names}
+        """Return the buffers by name, those that are not in the `state_dict` too, and frozen parameters that a forward changes."""
+        return {
+            name: self.module.get_parameter(name) if name in self._written else self.module.get_buffer(name)
+            for name in self._buffer_names
+        }
 
     def set_tensor(self, name: str, tensor: Tensor) -> None:
         """Replace a parameter or buffer of this layer.
@@ -227,7 +241,7 @@ class Layer:
             KeyError: the layer has no tensor of that name.
         """
         path, _, attribute = name.rpartition(".")
-        if name in self._parameter_names:
+        if name in self._parameter_names or name in self._written:
             if not isinstance(tensor, nn.Parameter):
                 tensor = nn.Parameter(tensor, self.module.get_parameter(name).requires_grad)
         elif name not in self._buffer_names:

@@ -148,26 +148,24 @@ class Sweeper:
         scale.update(overflowed=swept.gradients.overflowed)
         return swept.loss
 
-    def try_partition(self, number: int, samples: int, micro_batch: int) -> None:
-        """Take zeros forward and back through one partition, and forget it.
+    def try_partition(self, number: int, samples: tuple[tuple[Tensor, ...], Tensor], micro_batch: int) -> None:
+        """Take samples forward and zeros back through one partition, and forget all of it.
 
         Args:
             number: number of the partition.
-            samples: number of samples, all zeros.
+            samples: tensors of the boundary before it, each (B, ...), and targets (B, ...), on the host.
             micro_batch: samples on the device at once.
 
         Raises:
             Exception: memory ran out (`is_out_of_memory`), or the model does not run on real tensors.
         """
         planned, chain = self._plan.partitions[number], self._workload.chain
-        before, after = chain.boundaries[planned.start], chain.boundaries[planned.stop]
-        tensors = tuple(_zeros(slice(0, samples), spec) for spec in before) if number == self._first else ()
-        labels = self._workload.task.training_targets.zeros(samples)
-        parts = micro_batches(samples, micro_batch, self._plan.smallest_micro_batch)
-        batch = SweptBatch(tensors, labels, parts, Gradients(0, LossScale()))
+        after, (tensors, labels) = chain.boundaries[planned.stop], samples
+        parts = micro_batches(len(labels), micro_batch, self._plan.smallest_micro_batch)
+        batch = SweptBatch(tensors if number == self._first else (), labels, parts, Gradients(0, LossScale()))
         for part_number, part in enumerate(parts):
             if number > self._first:
-                self._buffers.put_activations(number, part_number, [_zeros(part, spec) for spec in before])
+                self._buffers.put_activations(number, part_number, [tensor[part] for tensor in tensors])
             if number < self._last:
                 gradients = [_zeros(part, spec) if spec.dtype.is_floating_point else None for spec in after]
                 self._buffers.put_gradients(number + 1, part_number, gradients)

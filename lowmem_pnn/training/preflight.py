@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from lowmem_pnn.device import is_out_of_memory, why_it_failed
 from lowmem_pnn.engine.executor import Executor
@@ -20,6 +21,9 @@ from lowmem_pnn.profiling.costs import MemoryProfile, without_step
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.sweep.sweeper import Sweeper
 from lowmem_pnn.units import format_bytes
+from lowmem_pnn.workload import Workload
+
+_SAMPLES_READ = 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Check:
 
 
 def check_tightest(run: Run, profile: MemoryProfile) -> Check:
-    """Run one step of the partition with the highest predicted peak, on zeros, and forget it.
+    """Run one step of the partition with the highest predicted peak, on samples of the training data or on zeros, and forget it.
 
     Args:
         run: a run at its beginning; nothing of it is changed.
@@ -101,7 +105,7 @@ def check_tightest(run: Run, profile: MemoryProfile) -> Check:
 
 
 def _predicted(request: PlanRequest, planned: PartitionPlan) -> int:
-    """Return the predicted peak of a partition in the check, without its batch of zeros: nothing is streamed, and in a sweep nothing steps."""
+    """Return the predicted peak of a partition in the check, without its batch: nothing is streamed, and in a sweep nothing steps."""
     footprint = Footprint.of(request)
     if not request.workload.method.sweeps:
         return planned.predicted_peak_bytes - footprint.beside_bytes(planned.start, planned.batch)
@@ -120,9 +124,7 @@ def _learn_once(run: Run, number: int, samples: int) -> int:
     active.loss_scale = LossScale()  # the run's is not moved by the check
     try:
         active.train()
-        specs = workload.chain.boundaries[run.plan.partitions[number].start]
-        inputs = tuple(torch.zeros(samples, *spec.shape, dtype=spec.dtype) for spec in specs)
-        batch = inputs, workload.task.training_targets.zeros(samples)
+        batch = _trial_batch(workload, run.plan.partitions[number].start, samples)
         while True:
             try:
                 _run_model(lambda: executor.train_batch(active, batch, step=0), active.title)
@@ -146,8 +148,9 @@ def _sweep_once(run: Run, number: int, samples: int, micro_batch: int) -> int:
         workload, plan, sweep, session.device, run.weights, session.threads, session.counter, session.rundir.path, total_steps=1
     )
     title = run.partitions.title(number)
+    batch = _trial_batch(workload, plan.partitions[number].start, samples)
     while True:
-        if fits(lambda size=micro_batch: _run_model(lambda: sweeper.try_partition(number, samples, size), title)):  # type: ignore[misc]
+        if fits(lambda size=micro_batch: _run_model(lambda: sweeper.try_partition(number, batch, size), title)):  # type: ignore[misc]
             return micro_batch
         sweeper.close()
         session.device.release()
@@ -156,6 +159,28 @@ def _sweep_once(run: Run, number: int, samples: int, micro_batch: int) -> int:
             raise BudgetError(f"{title} does not fit with a micro-batch of {micro_batch}, the smallest")
         micro_batch = half
         session.device.begin_section()
+
+
+def _trial_batch(workload: Workload, layer: int, samples: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return what the check takes for a batch: tensors of the boundary before a layer, each (samples, ...), and targets.
+
+    Not every model takes zeros: lengths of sequences, say, are at least one. So the model's inputs are samples of the training data,
+    over and over, and so are targets that a loss of the user's own takes; inside of the model whole numbers of the form of an input may
+    be that input, handed on, and are taken for it. All else is zeros.
+    """
+    chain, train = workload.chain, workload.splits["train"]
+    inputs, labels = train.batch(range(min(_SAMPLES_READ, len(train))))
+    rows = torch.arange(samples) % len(labels)
+    read = dict(zip(chain.boundaries[0], inputs if isinstance(inputs, tuple) else (inputs,), strict=True))
+    if layer:
+        read = {spec: tensor for spec, tensor in read.items() if not spec.dtype.is_floating_point}
+    tensors = tuple(
+        read[spec][rows] if spec in read else torch.zeros(samples, *spec.shape, dtype=spec.dtype)
+        for spec in chain.boundaries[layer]
+    )
+    if workload.task.name == "own":
+        return tensors, labels[rows]
+    return tensors, workload.task.training_targets.zeros(samples)
 
 
 def _full_sweep(run: Run) -> Sweep:
@@ -172,4 +197,6 @@ def _run_model(work: Callable[[], object], title: str) -> None:
     except Exception as error:  # whatever a user's forward may raise; it is his to mend, not ours
         if is_out_of_memory(error):
             raise
-        raise CaptureError(f"the model failed on a batch of zeros in {title}: {why_it_failed(error)}") from error
+        raise CaptureError(
+            f"the model failed in a step that was tried before training, in {title}: {why_it_failed(error)}"
+        ) from error

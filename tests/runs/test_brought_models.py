@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -129,6 +130,55 @@ class FixedPoint(nn.Module):
         return scores
 
 
+class Packed(nn.Module):
+    """Sequences of lengths of their own, of at least one, in a packed form."""
+
+    def __init__(self, kind: type[nn.LSTM | nn.GRU]) -> None:
+        super().__init__()
+        self.rnn, self.last = kind(3, 6, batch_first=True, bidirectional=True), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = x.ne(0).sum(1) // 4 - x[:, 0].gt(0).long()
+        packed = pack_padded_sequence(x.view(-1, 4, 3), lengths.cpu(), batch_first=True, enforce_sorted=False)
+        outputs, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=4)
+        scores: Tensor = self.last(outputs.sum(1))
+        return scores
+
+
+class Padded(nn.Module):
+    """A transformer that is told which tokens are padding, and takes nested tensors in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 12, batch_first=True), 2)
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.view(-1, 2, 6)
+        padding = torch.stack([torch.zeros(len(x), dtype=torch.bool), x[:, 0] > 0], 1)
+        scores: Tensor = self.last(self.encoder(tokens, src_key_padding_mask=padding)[:, 0])
+        return scores
+
+
+class Averages(nn.Module):
+    """Holds an average of a weight, which its forward moves: a teacher that follows its pupil."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.weight, self.how = nn.Parameter(torch.eye(12)), how
+        self.average = nn.Parameter(torch.eye(12), requires_grad=how == "no gradient")
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.training and self.how == "assigned":
+                self.average.data = 0.5 * self.average.data + 0.5 * self.weight.data
+            elif self.training:
+                average = self.average.data if self.how == "data" else self.average
+                average.mul_(0.5).add_(self.weight, alpha=0.5)
+            followed = x @ self.average
+        return torch.tanh(x @ self.weight) + followed
+
+
 class Checkpointed(nn.Module):
     """Blocks whose activations are not kept, with a BatchNorm that would count each batch twice."""
 
@@ -161,9 +211,13 @@ BROUGHT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "children in a loop": (lambda: nn.Sequential(Stage(), nn.Linear(12, 4)), "0.block1,0.block2"),
     "rows by values": (lambda: nn.Sequential(nn.Linear(12, 12), Experts(), nn.Linear(12, 4)), "1,2"),
     "conditions on values": (FixedPoint, ""),
+    "packed sequences": (lambda: Packed(nn.LSTM), ""),
+    "packed sequences of a GRU": (lambda: nn.Sequential(nn.Linear(12, 12), Packed(nn.GRU)), "1"),
+    "padding in nested tensors": (Padded, "last"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("case", BROUGHT)
 def test_what_people_bring_is_trained_as_plain_pytorch_trains_it(case: str, tmp_path: Path) -> None:
     build, cuts = BROUGHT[case]
@@ -171,7 +225,7 @@ def test_what_people_bring_is_trained_as_plain_pytorch_trains_it(case: str, tmp_
     options: dict[str, Any] = {**COMMON, "weight_decay": 0.1}
     expected = train_by_exact(build, vectors(), **options)
     result = fit(build, vectors(), tmp_path / "run", **({"cuts": cuts} if cuts else {}), **options)
-    assert len(result.partitions) == (3 if cuts else 1)
+    assert len(result.partitions) == len(list(filter(None, cuts.split(",")))) + 1
     assert_same_weights(loaded(build, result.weights_file), expected.model)
     assert result.train_loss == expected.train_loss
 
@@ -219,6 +273,18 @@ def test_checkpointing_of_ones_own_is_left_out(how: Callable[[nn.Module, Tensor]
     result = fit(lambda: Checkpointed(how), vectors(), tmp_path / "run", cuts="blocks.1.0,last", **COMMON)
     assert any("the model's own activation checkpointing (torch.utils.checkpoint) is left out" in note for note in result.notes)
     assert_same_weights(loaded(lambda: Checkpointed(nn_call), result.weights_file), expected.model)
+    assert result.train_loss == expected.train_loss
+
+
+@pytest.mark.parametrize("how", ["frozen", "no gradient", "data", "assigned"])
+@pytest.mark.parametrize("cuts", ["1", "1,2"])
+def test_an_average_of_weights_follows_them(how: str, cuts: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 12), Averages(how), Averages(how), nn.Linear(12, 4))
+
+    expected = train_by_exact(build, vectors(), **COMMON)
+    result = fit(build, vectors(), tmp_path / "run", cuts=cuts, **COMMON)
+    assert_same_weights(loaded(build, result.weights_file), expected.model)
     assert result.train_loss == expected.train_loss
 
 
