@@ -91,7 +91,10 @@ class Partitions:
                 planned.start,
                 planned.input_bytes_per_sample,
                 planned.batch,
-                smallest=planned.batch if self._plan.whole_batches else self._plan.smallest_micro_batch,
+                # Where the host is not the device, its memory is not what is scarce.
+                smallest=self._plan.smallest_micro_batch
+                if device.shares_host and not self._plan.whole_batches
+                else planned.batch,
             ),
             is_last=partition == self.last,
             loss_scale=self._state.loss_scales[partition],
