@@ -383,6 +383,9 @@ def _names(model: Model, train: Any, loss: str | OwnLoss) -> dict[str, str]:
 def _given(train: Any, val: Any, test: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a run, with those that a data loader stands for, and parts of the data that are named."""
     named = {f"{name}_data": part for name, part in (("val", val), ("test", test)) if part is not None}
+    for name in ("val_data", "test_data"):
+        if not isinstance(options.get(name), str | None):
+            raise ConfigError(f"{name} is the name of a data set; give an object as {name.removesuffix('_data')}=")
     for name, part in named.items():
         if options.get(name) is not None:
             raise ConfigError(f"{name.removesuffix('_data')} and {name} both name a part of the data; give one")

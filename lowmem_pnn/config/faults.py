@@ -35,6 +35,10 @@ def suggest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+# Characters of a value that an error shows.
+_LONGEST_SHOWN = 120
+
+
 def describe_fault(fault: Any, known: Sequence[str]) -> str:
     """Say one of pydantic's faults in the words of the command line.
 
@@ -51,7 +55,7 @@ def describe_fault(fault: Any, known: Sequence[str]) -> str:
         return f"there is no option {flag(name)}{suggest(name, known)}"
     if fault["type"] == "literal_error":
         choices = re.findall(r"'([^']+)'", fault["ctx"]["expected"])
-        return f"{flag(name)} {value!r} is none of {', '.join(choices)}{suggest(str(value), choices)}"
+        return f"{flag(name)} {_shown(value)} is none of {', '.join(choices)}{suggest(str(value), choices)}"
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, UnitError):
         return f"{flag(name)}: {cause}"
@@ -61,13 +65,19 @@ def describe_fault(fault: Any, known: Sequence[str]) -> str:
             "; did you mean 'cuda'?" if str(value).lower() in ("gpu", "nvidia") else suggest(str(value), ["auto", "cpu", "cuda"])
         )
         tail = "; only NVIDIA's GPUs and the CPU are supported" if others else near
-        return f"--device {value!r} is none of auto, cpu, cuda, cuda:INDEX{tail}"
+        return f"--device {_shown(value)} is none of auto, cpu, cuda, cuda:INDEX{tail}"
     if fault["type"] == "bool_parsing":
-        return f"{flag(name)} {value!r} is none of yes, no"
+        return f"{flag(name)} {_shown(value)} is none of yes, no"
     if fault["type"] == "too_short":
-        return f"{flag(name)} {value!r} is empty; give one value, or one per partition"
+        return f"{flag(name)} {_shown(value)} is empty; give one value, or one per partition"
     message = str(fault["msg"]).replace("Input should be", "must be").replace("Value error, ", "")
-    return f"{flag(name)} {value!r}: {message[0].lower()}{message[1:]}"
+    return f"{flag(name)} {_shown(value)}: {message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as an error shows it: what is no plain value by its type, or an error would be as long as a data set."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN and "\n" not in text else f"(a {type(value).__name__})"
 
 
 def as_typed(value: Any) -> str:

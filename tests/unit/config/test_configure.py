@@ -132,3 +132,9 @@ def test_other_methods_do_not_leave_out_what_they_would_train_otherwise() -> Non
     with pytest.raises(ConfigError, match=r"^--unfreeze-at needs --method exact$"):
         for_method(config, "backprop")
     assert for_method(config, "exact") is config
+
+
+def test_an_error_is_not_as_long_as_what_it_is_about() -> None:
+    with pytest.raises(ConfigError, match=r"^--val-data \(a list\): must be a valid string") as raised:
+        configure(max_gpu_mem="1GB", model="mlp:64-10", data="digits", val_data=[*range(1000)])
+    assert len(str(raised.value)) < 100

@@ -124,5 +124,7 @@ def test_what_would_be_dropped_is_refused(loader: Any, message: str) -> None:
 def test_a_part_is_named_once() -> None:
     import lowmem_pnn
 
+    with pytest.raises(ConfigError, match=r"^val_data is the name of a data set; give an object as val=$"):
+        lowmem_pnn.fit("mlp:64-10", "digits", val_data=(1, 2), max_gpu_mem="1GB")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^val and val_data both name a part of the data; give one$"):
         lowmem_pnn.fit("mlp:64-10", "digits", "digits", val_data="digits", max_gpu_mem="1GB")
