@@ -109,6 +109,10 @@ class BenchReport:
         facts = [*dict.fromkeys(f"{row.contender} in {_size(row.budget_bytes)}: {row.reason}" for row in self.rows if row.reason)]
         if any(row.speed is not None for row in self.rows):
             facts.append("speed: samples a second as a ratio to plain PyTorch, where that was run beside it")
+        if any(row.reason for row in self.rows):
+            facts.append(
+                "contenders take training steps alone: a run that validates and tests may need more, and plan says how much"
+            )
         facts.append("peak: highest private memory of the process above what imports and data hold, polled from outside")
         return "\n".join([*lines, *(wrapped(fact, width, "  ") for fact in facts)])
 

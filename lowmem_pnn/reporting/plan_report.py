@@ -108,17 +108,12 @@ class PlanReport:
         if self.skipped_samples["count"]:
             lines += [wrapped(describe_skipped(self.skipped_samples["names"], self.skipped_samples["count"]), width, "  "), ""]
         if rows:
-            lines += [text_table(headings, rows, width, spare), "", wrapped(self._disk(), width, "  ")]
+            lines += [text_table(headings, rows, width, spare), "", wrapped(self._disk(), width, "  "), ""]
         if self.prospects:
-            lines += [
-                "",
-                method_table(self.prospects, width, is_described=bool(self.tiers)),
-                "",
-                wrapped(self.advice, width, "  "),
-                "",
-            ]
+            table = method_table(self.prospects, width, is_described=bool(self.tiers))
+            lines += [table, "", wrapped(self.advice, width, "  "), ""]
         if self.tiers:
-            lines += ["", tier_table(self.tiers), ""]
+            lines += [tier_table(self.tiers, width), ""]
         lines += [
             f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state)",
             *(wrapped(note, width, "  ") for note in (*self.notes, verdict)),
