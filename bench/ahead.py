@@ -368,7 +368,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=1e6, help="after which the bench stops; the same command goes on")
-    parser.add_argument("--short", action="store_true", help="emnist-short, one seed, nothing tuned")
+    parser.add_argument(
+        "--short", "--quick", action="store_true", help="emnist-short, one seed, nothing tuned; a page of its own, ahead_short.md"
+    )
     parser.add_argument("--page", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     if arguments.short:

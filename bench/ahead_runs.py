@@ -3,6 +3,7 @@
 python bench/ahead_runs.py TRAINING.json   # one training, as `ahead.py` runs it: exit code 75 where its time is over
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -191,5 +192,12 @@ def run_all(trainings: list[Training], until: float) -> bool:
     return True
 
 
+def main() -> None:
+    """Train what a file names, and exit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("training", type=Path, help="JSON file, as `ahead.py` writes it")
+    sys.exit(_train(parser.parse_args().training))
+
+
 if __name__ == "__main__":
-    sys.exit(_train(Path(sys.argv[1])))
+    main()

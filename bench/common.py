@@ -168,11 +168,17 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in [lines[0], " | ".join("-" * (width - 1) + ":" for width in widths), *lines[1:]])
 
 
-def write_results(name: str, title: str, text: str, data: dict[str, Any], quiet: bool = False) -> None:
-    """Write a bench's page and its data to `bench/results/NAME.md` and `.json`, and print the page unless told to be quiet."""
+def write_results(name: str, title: str, text: str, data: dict[str, Any], quiet: bool = False, write: bool = True) -> None:
+    """Write a bench's page and its data to `bench/results/NAME.md` and `.json`, and print the page unless told to be quiet.
+
+    A short form prints alone: what it measures is not what the page says (`write`).
+    """
     setting = machine()
     lines = "\n".join(f"- {key}: {value}" for key, value in setting.items())
     page = f"# {title}\n\n{text}\n\nMachine:\n\n{lines}\n"
+    if not write:
+        print(page)
+        return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(page)
     (RESULTS / f"{name}.json").write_text(json.dumps({"machine": setting, **data}, indent=1) + "\n")

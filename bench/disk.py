@@ -312,7 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=parse_bytes, default=parse_bytes("1GB"), help="of each file or store")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="128 MB, one round; writes no page")
+    parser.add_argument("--quick", action="store_true", help="128 MB, one round: half a minute; writes no page")
     arguments = parser.parse_args()
     size, rounds = (128_000_000, 1) if arguments.quick else (arguments.size, arguments.rounds)
     found: dict[str, list[Seen]] = {}

@@ -150,8 +150,8 @@ def main() -> None:
     parser.add_argument("--data", default=default_cifar10())
     parser.add_argument("--weights", default=default_weights())
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="200 images, one seed, two epochs of each kind; writes no page")
+    parser.add_argument("--again", action="store_true", help="forget the runs that are finished")
     parser.add_argument("--plain", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.plain:

@@ -225,11 +225,11 @@ def row_of(name: str, found: dict[str, Any]) -> tuple[list[str], dict[str, bool]
 def main() -> None:
     """Measure the families and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--names")
-    parser.add_argument("--again", action="store_true")
-    parser.add_argument("--known", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="four families; writes no page")
+    parser.add_argument("--full", action="store_true", help="steps and peaks of all families")
+    parser.add_argument("--names", help="comma list of families; writes no page")
+    parser.add_argument("--again", action="store_true", help="forget what was measured before")
+    parser.add_argument("--known", action="store_true", help="measure nothing: the page of what is kept")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
@@ -279,7 +279,13 @@ def main() -> None:
             f"- train in a quarter of plain PyTorch's peak: {count('quarter')}; peaks above it: {count('over')}",
         ]
     )
-    write_results("hf_coverage", "Models of transformers, block by block", text, {"families": data})
+    write_results(
+        "hf_coverage",
+        "Models of transformers, block by block",
+        text,
+        {"families": data},
+        write=not (arguments.quick or arguments.names),
+    )
 
 
 if __name__ == "__main__":

@@ -81,8 +81,9 @@ def main() -> None:
     import numpy as np
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    names = [*NAMES][:1] if parser.parse_args().quick else [*NAMES]
+    parser.add_argument("--quick", action="store_true", help="the smallest shape: about a minute; writes no page")
+    arguments = parser.parse_args()
+    names = [*NAMES][:1] if arguments.quick else [*NAMES]
     rows, data = [], []
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.bin"
@@ -127,7 +128,9 @@ def main() -> None:
             markdown_table(heads, rows),
         ]
     )
-    write_results("hf_sizes", "What fits: published language models in small budgets", text, {"plans": data})
+    write_results(
+        "hf_sizes", "What fits: published language models in small budgets", text, {"plans": data}, write=not arguments.quick
+    )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ MB = 1e6
 
 # Prints what a worker of ours holds once it has imported what it needs, in kibibytes: cutting and pricing a toy imports the last of it.
 IMPORTS = (
-    "import re; from pathlib import Path; import lowmem_pnn.api; from lowmem_pnn.training.setup import rehearse; rehearse();"
+    "import re; from pathlib import Path; import torch, lowmem_pnn.api; from lowmem_pnn.training.setup import warm_up_profiler;"
+    "from lowmem_pnn.device.cpu import warm_up; warm_up_profiler(); warm_up(torch.device('cpu'));"
     "print(re.search(r'VmRSS:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
 )
 
@@ -355,7 +356,7 @@ def main() -> None:
         parser.add_argument(hidden, action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.steps, arguments.depths = 6, "4,8"
+        arguments.steps, arguments.depths = 4, "2,4"
     depths = [int(depth) for depth in arguments.depths.split(",")]
     if arguments.prepare:
         prepare(Path(arguments.folder), arguments.steps)

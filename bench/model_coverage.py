@@ -302,9 +302,9 @@ def page(networks: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Measure the networks and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--names")
-    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="four networks; writes no page")
+    parser.add_argument("--names", help="comma list of networks; writes no page")
+    parser.add_argument("--again", action="store_true", help="forget the networks that were measured before")
     arguments = parser.parse_args()
     names = arguments.names.split(",") if arguments.names else QUICK if arguments.quick else (*TORCHVISION, *TIMM, *MORE_TIMM)
     captures, cache = (Cache(f"model_coverage{kind}", arguments.again) for kind in ("_captured", ""))
@@ -313,9 +313,13 @@ def main() -> None:
         networks[name] = {"captured": captures.get({"name": name}, lambda name=name: work("captured", name))}  # type: ignore[misc]
 
     def save(*, quiet: bool) -> None:
+        if quiet and not is_whole:
+            return
         data = {"networks": [{"name": name, **found} for name, found in networks.items()]}
-        write_results("model_coverage", "Classifiers in a part of plain PyTorch's memory", page(networks), data, quiet=quiet)
+        title = "Classifiers in a part of plain PyTorch's memory"
+        write_results("model_coverage", title, page(networks), data, quiet=quiet, write=is_whole)
 
+    is_whole = not (arguments.quick or arguments.names)
     save(quiet=True)
     for name in names:
         layers = networks[name]["captured"].get("layers", 0)

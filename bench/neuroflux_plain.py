@@ -9,8 +9,8 @@ The last line printed is JSON: for each size its seconds (of the last epoch) and
 process held after a small warm-up, which is the floor that `lowmem-pnn` counts its budget from.
 """
 
+import argparse
 import json
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -39,7 +39,9 @@ def blocks_of(model: Any) -> list[nn.Module]:
 
 def main() -> None:
     """Train, and print the figures."""
-    settings: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", type=Path, help="JSON file, as `neuroflux_paper.py` writes it")
+    settings: dict[str, Any] = json.loads(parser.parse_args().settings.read_text())
     checkpoints, micro_batches = settings.pop("checkpoints"), settings.pop("micro_batches")
     config = configure(max_gpu_mem="1TB", method="backprop", **settings)
     inputs = open_data(config)

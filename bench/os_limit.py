@@ -4,7 +4,9 @@ First a run without a limit tells the floor. Then the same run goes into a memor
 budget, where one can be made; elsewhere under `RLIMIT_DATA`, at what the process's data segment is when it begins to train, plus
 the budget. The kernel kills what passes a cgroup's limit; page cache counts there too, and is reclaimed.
 
-    python bench/os_limit.py [--budget 256MB] [--depth 32]
+    python bench/os_limit.py [--budget 256MB] [--depth 32] [--quick]
+
+A few minutes on two cores; --quick takes 4 layers, well under a minute.
 """
 
 import argparse
@@ -68,7 +70,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", default="256MB")
     parser.add_argument("--depth", type=int, default=32)
+    parser.add_argument("--quick", action="store_true", help="4 layers; writes no page")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.depth = 4
     budget = parse_bytes(arguments.budget)
     with tempfile.TemporaryDirectory() as folder:
         free = json.loads(run_process(fit_command(arguments.depth, arguments.budget, f"{folder}/free")).stdout)
@@ -115,6 +120,7 @@ def main() -> None:
         "A run inside an operating-system memory limit",
         text,
         {"limit_bytes": limit, "how": how, "free": free, "limited": limited},
+        write=not arguments.quick,
     )
     sys.exit(0 if limited is not None else 1)
 

@@ -3,7 +3,9 @@
 Trains multilayer perceptrons of width 2048 and 8, 16, 32, 64 hidden layers (AdamW, batch 64, scikit-learn's digits, one epoch) in
 one budget of 256 MB, each in a process of its own, beside plain PyTorch on the same model, batches and optimizer.
 
-    python bench/peak_memory.py [--depths 8,16,32,64] [--budget 256MB]
+    python bench/peak_memory.py [--depths 8,16,32,64] [--budget 256MB] [--quick]
+
+A few minutes on two cores; --quick takes 2 and 4 layers, well under a minute.
 """
 
 import argparse
@@ -80,13 +82,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", default="8,16,32,64")
     parser.add_argument("--budget", default="256MB")
+    parser.add_argument("--quick", action="store_true", help="2 and 4 layers; writes no page")
     parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plain is not None:
         plain(arguments.plain)
         return
     rows, data = [], []
-    depths = [int(depth) for depth in arguments.depths.split(",")]
+    depths = [2, 4] if arguments.quick else [int(depth) for depth in arguments.depths.split(",")]
     for depth in depths:
         own = ours(depth, arguments.budget)
         other = run_process([sys.executable, __file__, "--plain", str(depth)])
@@ -131,7 +134,7 @@ def main() -> None:
             f"- seconds per epoch and layer: {', '.join(f'{value:.2f}' for value in per_layer)} (linear where these are alike)",
         ]
     )
-    write_results("peak_memory", "Peak memory against depth, one budget", text, {"depths": data})
+    write_results("peak_memory", "Peak memory against depth, one budget", text, {"depths": data}, write=not arguments.quick)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ BATCH, BATCHES = 16, 3
 # Goal for predicted / measured.
 LEAST, MOST = 0.9, 1.15
 MB = 1e6
-QUICK = ("mlp:1024-1024-1024-1024-10", "mnasnet0_5", "resnet18")
-NETWORKS = ("mlp:256-256-256-10", QUICK[0], "mlp:4096-4096-4096-4096-10", *TORCHVISION, *TIMM)
+QUICK = ("mlp:256-256-256-10", "mlp:1024-1024-1024-1024-10")
+NETWORKS = (*QUICK, "mlp:4096-4096-4096-4096-10", *TORCHVISION, *TIMM)
 
 
 def work(name: str, budget: str | None) -> None:
@@ -75,8 +75,8 @@ def row_of(found: dict[str, Any]) -> tuple[str, ...]:
     return found["name"], side, str(found["named"]), *sizes, f"{found['ratio']:.2f}", str(found["shrinks"]), less
 
 
-def write_page(networks: list[dict[str, Any]]) -> None:
-    """Write the page of the networks that have been measured so far."""
+def write_page(networks: list[dict[str, Any]], *, write: bool) -> None:
+    """Write the page of the networks that have been measured so far, or print it alone."""
     heads = ("network", "side", "named MB", "predicted MB", "measured MB", "ratio", "batches done again", "a tenth less refused")
     trained = [found for found in networks if found["ratio"] is not None]
     inside = [found for found in trained if LEAST <= found["ratio"] <= MOST]
@@ -93,21 +93,22 @@ def write_page(networks: list[dict[str, Any]]) -> None:
             f"- peaks above the budget: {sum(found['measured'] > found['named'] * MB for found in trained)}",
         ]
     )
-    write_results("predictions", "Predicted peaks against measured ones", text, {"networks": networks})
+    write_results("predictions", "Predicted peaks against measured ones", text, {"networks": networks}, write=write)
 
 
 def main() -> None:
     """Measure the networks and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--names")
-    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="two small networks, about a minute; writes no page")
+    parser.add_argument("--names", help="comma list of networks; writes no page")
+    parser.add_argument("--again", action="store_true", help="forget the networks that were measured before")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--budget", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         work(arguments.work, arguments.budget)
         return
+    is_whole = not (arguments.quick or arguments.names)
     names = arguments.names.split(",") if arguments.names else QUICK if arguments.quick else NETWORKS
     cache = Cache("predictions", arguments.again)
     networks: list[dict[str, Any]] = []
@@ -121,8 +122,10 @@ def main() -> None:
             {"name": name, **found, "ratio": None if found.get("refused") else found["predicted"] / found["measured"]}
         )
         print(*row_of(networks[-1]), sep="\t", file=sys.stderr, flush=True)
-        if not arguments.names and not arguments.quick:
-            write_page(networks)
+        if is_whole:
+            write_page(networks, write=True)
+    if networks and not is_whole:
+        write_page(networks, write=False)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from common import StepMeter, fit, last_json, markdown_table, place_text, run_pr
 
 CONTEXT = 128
 MODEL = f"gpt:layers=16,width=512,heads=8,context={CONTEXT}"
-QUICK_STEPS = 6
+QUICK_MODEL, QUICK_BUDGET, QUICK_STEPS = f"gpt:layers=16,width=192,heads=4,context={CONTEXT}", "40MB", 4
 BATCH = 8
 # The most samples at once; the plan may take fewer, and then plain PyTorch does too.
 MICRO_BATCH = 4
@@ -36,10 +36,10 @@ GOAL_SMALLER = 8
 TEST_TOLERANCE = 1e-5
 
 
-def settings(steps: int, text: Path) -> dict[str, Any]:
+def settings(model: str, steps: int, text: Path) -> dict[str, Any]:
     """What both train on: fields of `FitConfig`."""
     return {
-        "model": MODEL,
+        "model": model,
         "data": f"text:{text}",
         "batch_size": BATCH,
         "micro_batch": MICRO_BATCH,
@@ -56,7 +56,7 @@ def settings(steps: int, text: Path) -> dict[str, Any]:
     }
 
 
-def in_memory(steps: int, text: Path, micro_batch: int) -> None:
+def in_memory(name: str, steps: int, text: Path, micro_batch: int) -> None:
     """Plain PyTorch; prints JSON as the last line."""
     import torch
 
@@ -65,7 +65,7 @@ def in_memory(steps: int, text: Path, micro_batch: int) -> None:
     from lowmem_pnn.seeds import permutation_of
     from lowmem_pnn.workload import open_data
 
-    config = configure(max_gpu_mem="1TB", method="exact", **settings(steps, text))
+    config = configure(max_gpu_mem="1TB", method="exact", **settings(name, steps, text))
     inputs = open_data(config)
     source, splits = inputs.source, inputs.splits
     train, test = splits["train"], splits["test"]
@@ -106,17 +106,18 @@ def main() -> None:
     parser.add_argument("--budget", default="96MB")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps; writes no page")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps of a small model; writes no page")
     parser.add_argument("--in-memory", type=int, metavar="MICRO_BATCH", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.in_memory is not None:
-        in_memory(arguments.steps, arguments.text, arguments.in_memory)
-        return
+    model = QUICK_MODEL if arguments.quick else MODEL
     if arguments.quick:
-        arguments.steps = QUICK_STEPS
+        arguments.steps, arguments.budget = QUICK_STEPS, QUICK_BUDGET
+    if arguments.in_memory is not None:
+        in_memory(model, arguments.steps, arguments.text, arguments.in_memory)
+        return
     with tempfile.TemporaryDirectory() as name:
         copy, words = place_text(arguments.text, Path(name), SEED)
-        given = settings(arguments.steps, copy).items()
+        given = settings(model, arguments.steps, copy).items()
         options = [part for name_, value in given for part in (f"--{name_.replace('_', '-')}", str(value))]
         own, lines, process = fit(Path(name) / "run", "--method", "exact", "--max-gpu-mem", arguments.budget, *options)
         micro_batch = own["partitions"][0]["micro_batch"]
@@ -129,6 +130,7 @@ def main() -> None:
             str(arguments.steps),
             "--text",
             str(copy),
+            *(["--quick"] if arguments.quick else []),
         ]
         done = run_process(command)
     reference = last_json(done.stdout)
@@ -161,14 +163,19 @@ def main() -> None:
         return f"- {goal}: {found}, {'met' if met else 'NOT MET'}"
 
     page = [
-        f"{MODEL} on {words}, AdamW, cosine, batch {BATCH} x {CONTEXT} tokens in micro-batches of {micro_batch}, {arguments.steps} steps; "
+        f"{model} on {words}, AdamW, cosine, batch {BATCH} x {CONTEXT} tokens in micro-batches of {micro_batch}, {arguments.steps} steps; "
         f"{own['training_state_bytes'] / MB:.0f} MB of training state, budget {arguments.budget}; test on {TEST_SAMPLES} windows.",
         "",
         markdown_table(heads, rows),
         "",
         markdown_table(("step", "our loss", "plain loss", "difference"), steps),
         "",
-        verdict(f"training state at least {GOAL_SMALLER} times the budget", f"{smaller:.1f}", smaller >= GOAL_SMALLER),
+        # The small model's kernels and reserve take a share of the budget that leaves no room for this goal.
+        *(
+            []
+            if arguments.quick
+            else [verdict(f"training state at least {GOAL_SMALLER} times the budget", f"{smaller:.1f}", smaller >= GOAL_SMALLER)]
+        ),
         verdict(
             "peak within the budget",
             f"{own['peak_bytes'] / MB:.1f} of {own['budget_bytes'] / MB:.1f} MB",

@@ -3,9 +3,10 @@
 A plan alone (`--no-timing`) is one figure; one that times layers, to say what every method would take, is another: running them takes
 two seconds, and the heads of `neuroflux` are profiled too.
 
-    python bench/startup.py [--rounds 5]
+    python bench/startup.py [--rounds 5] [--quick]
 
-Every command is a process of its own; the fastest of the rounds counts, since a busy machine only adds. Files go where TMPDIR says.
+Two minutes on two cores; --quick takes one round, half a minute. Every command is a process of its own; the fastest of the rounds counts,
+since a busy machine only adds. Files go where TMPDIR says.
 """
 
 import argparse
@@ -28,7 +29,9 @@ def main() -> None:
     """Time the commands and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--quick", action="store_true", help="one round; writes no page")
+    arguments = parser.parse_args()
+    rounds = 1 if arguments.quick else arguments.rounds
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "data.npz"
         np.savez(file, x_train=np.zeros((100, 32, 32, 3), np.uint8), y_train=np.arange(100) % 10)
@@ -64,7 +67,7 @@ def main() -> None:
         )
     ]
     text = "\n".join([markdown_table(("command", "seconds", "goal", "ratio"), rows), "", *met])
-    write_results("startup", "Start-up", text, {"seconds": seconds})
+    write_results("startup", "Start-up", text, {"seconds": seconds}, write=not arguments.quick)
 
 
 if __name__ == "__main__":

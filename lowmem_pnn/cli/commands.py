@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -20,6 +20,7 @@ from lowmem_pnn import __version__
 from lowmem_pnn.cli.bench_command import bench
 from lowmem_pnn.cli.completion import completion
 from lowmem_pnn.cli.doctor import doctor
+from lowmem_pnn.cli.evaluate_command import evaluate
 from lowmem_pnn.cli.generate_command import generate
 from lowmem_pnn.cli.lists import data, methods, models
 from lowmem_pnn.cli.options import (
@@ -181,19 +182,6 @@ def plan(no_timing: bool, budgets: str | None, gpu: str | None, as_json: bool, q
 
 @cli.command()
 @click.argument("run", type=click.Path(readable=False, path_type=Path))
-@trust_option
-@output_options
-def evaluate(run: Path, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
-    """Measure the weights of a finished run on its test data, within its memory budget."""
-    with stdout_is_ours():
-        from lowmem_pnn.api import evaluate as evaluate_run
-
-        scores = evaluate_run(run, trust=trust)
-    print_result(json.dumps(scores) if as_json else _numbers(scores))
-
-
-@cli.command()
-@click.argument("run", type=click.Path(readable=False, path_type=Path))
 @click.option(
     "--data",
     metavar="NAME",
@@ -316,13 +304,8 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool,
     print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
 
 
-for command in (generate, bench, doctor, models, data, methods, completion):
+for command in (evaluate, generate, bench, doctor, models, data, methods, completion):
     cli.add_command(command)
-
-
-def _numbers(scores: Mapping[str, Any]) -> str:
-    """Return the scores that are numbers; tables are for --json."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, int | float))
 
 
 def main() -> None:

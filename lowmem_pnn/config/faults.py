@@ -49,8 +49,10 @@ def describe_fault(fault: Any, known: Sequence[str]) -> str:
     name = str(fault["loc"][0])
     value = fault.get("input")
     if fault["type"] == "missing":
-        example = {"max_gpu_mem": "2GB", "model": "mlp:64-256-10", "data": "digits"}[name]
-        return f"{flag(name)} is missing; give {flag(name)} {example}"
+        if name in ("model", "data"):
+            example, command = {"model": ("mlp:64-256-10", "models"), "data": ("digits", "data")}[name]
+            return f"{flag(name)} is missing; give {flag(name)} {example}, or what else lowmem-pnn {command} lists"
+        return f"{flag(name)} is missing; give {flag(name)} 2GB"
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"there is no option {flag(name)}{suggest(name, known)}"
     if fault["type"] == "literal_error":

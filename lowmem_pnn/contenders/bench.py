@@ -145,7 +145,9 @@ def _run_method(
         enough = None
         with suppress(ValueError, TypeError):
             enough = json.loads(out).get("enough_bytes")
-        return dataclasses.replace(row, reason=lines[-1].removeprefix("lowmem-pnn: "), enough_bytes=enough), {}
+        # A budget is one of several here.
+        reason = lines[-1].removeprefix("lowmem-pnn: ").replace("give --max-gpu-mem", "give --budgets")
+        return dataclasses.replace(row, reason=reason, enough_bytes=enough), {}
     result = json.loads(out)
     on_host = result["device"].startswith("cpu")
     peak = meter.peak_bytes - result["floor_bytes"] if on_host and meter.peak_bytes else result["peak_bytes"]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowmem_pnn.reporting.tables import text_table
+from lowmem_pnn.reporting.tables import text_table, wrapped
 from lowmem_pnn.units import format_bytes
 
 
@@ -84,7 +84,7 @@ class BenchReport:
         """Return the report for people.
 
         Args:
-            width: columns that the table is to fit, if it can; None for as many as it takes.
+            width: columns that the table and sentences are to fit, if they can; None for as many as it takes.
         """
         headings = ("contender", "", "budget", "peak", "predicted", "speed", "samples/s", "written")
         rows = [
@@ -105,12 +105,16 @@ class BenchReport:
             "",
             text_table(headings, rows, width, spare=("samples/s", "written", "predicted")),
             "",
-            *dict.fromkeys(f"{row.contender} in {_size(row.budget_bytes)}: {row.reason}" for row in self.rows if row.reason),
         ]
+        facts = [*dict.fromkeys(f"{row.contender} in {_size(row.budget_bytes)}: {row.reason}" for row in self.rows if row.reason)]
         if any(row.speed is not None for row in self.rows):
-            lines.append("speed: samples a second as a ratio to plain PyTorch, where that was run beside it")
-        lines.append("peak: highest private memory of the process above what imports and data hold, polled from outside")
-        return "\n".join(lines)
+            facts.append("speed: samples a second as a ratio to plain PyTorch, where that was run beside it")
+        if any(row.reason for row in self.rows):
+            facts.append(
+                "contenders take training steps alone: a run that validates and tests may need more, and plan says how much"
+            )
+        facts.append("peak: highest private memory of the process above what imports and data hold, polled from outside")
+        return "\n".join([*lines, *(wrapped(fact, width, "  ") for fact in facts)])
 
     def __str__(self) -> str:
         """Return the report for people."""

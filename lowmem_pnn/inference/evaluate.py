@@ -69,7 +69,9 @@ def _own(config: FitConfig, path: Path, model: Model | None, own: Own) -> Inputs
     opened = python_inputs(config.model if model is None else model, config.data, None, None, loss=own.loss, metrics=own.metrics)
     inputs = without_weights(opened(config))
     if "test" not in inputs.splits:
-        raise ConfigError(f"data {config.data} has no test part to evaluate {path} on")
+        raise ConfigError(
+            f"data {config.data} has no test part to evaluate {path} on; give other data with targets (--data NAME)"
+        )
     return inputs
 
 

@@ -232,7 +232,7 @@ def open_samples(
     mean, std = (tuple(preparation.get(statistic, ())) for statistic in ("mean", "std"))
     normalization = Normalization(mean, std, "") if mean else None
     samples = SamplesToPredict(chosen, form, normalization, f"data {spec}", root, scored)
-    words = f"{len(samples):,} samples{f', the {_WORDS[name]} part' if name in _WORDS else ''} of {spec}"
+    words = f"{len(samples):,} sample{'' if len(samples) == 1 else 's'}{f', the {_WORDS[name]} part' if name in _WORDS else ''} of {spec}"
     return Opened(samples, words, steps)
 
 

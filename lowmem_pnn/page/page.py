@@ -9,6 +9,7 @@ from lowmem_pnn.errors import DiskError
 from lowmem_pnn.page import figures, tables
 from lowmem_pnn.page.layout import page, section
 from lowmem_pnn.page.run_log import RunLog
+from lowmem_pnn.reporting.result_text import score_text
 from lowmem_pnn.settings.command import fit_command
 from lowmem_pnn.units import format_bytes, seconds_text
 
@@ -88,12 +89,9 @@ def _tiles(run: RunLog) -> str:
         if result.peak_bytes <= 0.995 * result.plain_bytes:
             told.append((f"{1 - result.peak_bytes / result.plain_bytes:.0%}", "saved"))
     told.append((f"{seconds_text(result.seconds)} s", f"{result.samples_per_second:.0f} samples/s"))
-    scores = (
-        ("test accuracy", result.test_accuracy, ".1%"),
-        ("test loss", result.test_loss, ".4g"),
-        ("perplexity", result.perplexity, ".2f"),
-    )
-    told += [(f"{value:{form}}", name) for name, value, form in scores if value is not None][:1]
+    if not (score := score_text(result)).startswith("none"):
+        name, _, value = score.rpartition(" ")
+        told.append((value, name))
     tiles = "".join(f"<div class=tile><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in told)
     return f'<div class="tiles">{tiles}</div>'
 

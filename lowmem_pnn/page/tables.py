@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from lowmem_pnn.page.run_log import RunLog
+from lowmem_pnn.reporting.result_text import score_text
 from lowmem_pnn.reporting.tables import layer_range
 from lowmem_pnn.units import format_bytes, seconds_text
 
@@ -90,15 +91,16 @@ def runs_table(runs: Sequence[RunLog]) -> str:
     """Return several runs, a line each."""
     return html_table(
         (
-            "run", "method", "model", "budget", "peak", "plain PyTorch needs", "partitions", "seconds", "samples/s", "training loss",
-            "validation loss", "test accuracy", "written",
+            "run", "method", "budget", "peak", "plain PyTorch needs", "score", "seconds", "samples/s", "partitions", "training loss",
+            "validation loss", "written", "model",
         ),
         [
             (
-                run.name, run.result.method, run.result.model, format_bytes(run.result.budget_bytes), format_bytes(run.result.peak_bytes),
-                "-" if run.result.plain_bytes is None else format_bytes(run.result.plain_bytes), str(len(run.result.partitions)),
-                seconds_text(run.result.seconds), f"{run.result.samples_per_second:.0f}", _number(run.result.train_loss, ".4g"),
-                _number(run.result.val_loss, ".4g"), _number(run.result.test_accuracy, ".1%"), format_bytes(run.result.bytes_written),
+                run.name, run.result.method, format_bytes(run.result.budget_bytes), format_bytes(run.result.peak_bytes),
+                "-" if run.result.plain_bytes is None else format_bytes(run.result.plain_bytes), score_text(run.result),
+                seconds_text(run.result.seconds), f"{run.result.samples_per_second:.0f}", str(len(run.result.partitions)),
+                _number(run.result.train_loss, ".4g"), _number(run.result.val_loss, ".4g"), format_bytes(run.result.bytes_written),
+                run.result.model,
             )
             for run in runs
         ],

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lowmem_pnn.reporting.plan_report import PlanReport
-from lowmem_pnn.reporting.tables import text_table
+from lowmem_pnn.reporting.tables import text_table, wrapped
 from lowmem_pnn.units import format_bytes, seconds_text
 
 
@@ -12,7 +12,7 @@ def describe_budgets(reports: Sequence[PlanReport], width: int | None = None) ->
 
     Args:
         reports: a report for each budget, of the same model and data.
-        width: columns that the table is to fit, if it can; None for as many as it takes.
+        width: columns that the table and sentences are to fit, if it can; None for as many as it takes.
     """
     first = reports[0]
     lines = [f"{first.model} on {first.data}, {first.device}", ""]
@@ -22,7 +22,8 @@ def describe_budgets(reports: Sequence[PlanReport], width: int | None = None) ->
     rows = [row for report in reports for row in _rows(report)]
     lines += [text_table(headings, rows, width, ("micro-batch", "partitions")), ""]
     for report in reports:
-        lines.append(f"{format_bytes(report.budget_bytes)}: {report.advice or ('fits' if report.fits else report.reason)}")
+        advice = report.advice or ("fits" if report.fits else report.reason)
+        lines.append(wrapped(f"{format_bytes(report.budget_bytes)}: {advice}", width, "  "))
     return "\n".join(lines)
 
 

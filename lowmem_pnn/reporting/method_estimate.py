@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowmem_pnn.reporting.tables import text_table
+from lowmem_pnn.reporting.tables import text_table, wrapped
 from lowmem_pnn.units import format_bytes, seconds_text
 
 
@@ -50,9 +50,7 @@ class MethodEstimate:
         """Return the method's cells in the table of methods."""
         name = f"{'> ' if self.asked else '  '}{self.method}"
         if not self.fits:
-            # The fault alone; its remedies follow a semicolon.
-            fault = self.reason.partition("; ")[0] if self.enough_bytes is None else "does not fit"
-            return name, fault, self._fits_from, *["-"] * 6
+            return name, "does not fit" if self.enough_bytes is not None else "cannot", self._fits_from, *["-"] * 6
         least, most = self.micro_batches
         return (
             name,
@@ -68,7 +66,7 @@ class MethodEstimate:
 
 
 def method_table(estimates: Sequence[MethodEstimate], width: int | None = None, *, is_described: bool = False) -> str:
-    """Lay out the methods side by side, with the asked one marked; a last line says how much of them was timed.
+    """Lay out the methods side by side, with the asked one marked; lines say why some cannot, and how much was timed.
 
     Args:
         estimates: Estimates of the methods, at least one.
@@ -88,6 +86,10 @@ def method_table(estimates: Sequence[MethodEstimate], width: int | None = None, 
     )
     spare = ("read", "written", "micro-batch", "partitions", "predicted peak")
     lines = [text_table(headings, [estimate.row() for estimate in estimates], width, spare)]
+    for each in estimates:
+        if not each.fits and each.enough_bytes is None:
+            # The fault alone; its remedies follow a semicolon.
+            lines.append(wrapped(f"{each.method} cannot: {each.reason.partition('; ')[0]}", width, "  "))
     shares = [] if is_described else [estimate.measured_share for estimate in estimates if estimate.fits]
     if shares and not min(shares):
         lines.append("layers would take too long to be timed: seconds are computed from counts and a timed matrix product")

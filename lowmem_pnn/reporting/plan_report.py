@@ -8,7 +8,7 @@ from typing import Any
 
 from lowmem_pnn.reporting.advice import advise, plain_fits
 from lowmem_pnn.reporting.method_estimate import MethodEstimate, method_table
-from lowmem_pnn.reporting.tables import describe_skipped, drive_share, layer_range, text_table
+from lowmem_pnn.reporting.tables import describe_skipped, drive_share, layer_range, text_table, wrapped
 from lowmem_pnn.reporting.tier_table import TierEstimate, tier_table
 from lowmem_pnn.units import format_bytes
 
@@ -75,7 +75,7 @@ class PlanReport:
         """Return the report for people.
 
         Args:
-            width: columns that tables are to fit, if they can; None for as many as they take.
+            width: columns that tables and sentences are to fit, if they can; None for as many as they take.
         """
         rows = [
             (
@@ -102,20 +102,20 @@ class PlanReport:
         if self.plain_bytes is not None:
             enough = plain_fits(self.plain_bytes, self.reserve_bytes, self.budget_bytes)
             has_it = ", which this budget has: it trains there without all this" if enough else ""
-            lines += [f"plain PyTorch needs about {format_bytes(self.plain_bytes)}{has_it}", ""]
+            lines += [wrapped(f"plain PyTorch needs about {format_bytes(self.plain_bytes)}{has_it}", width, "  "), ""]
         if self.data_parts:
-            lines += [f"data: {self.data_parts}", ""]
+            lines += [wrapped(f"data: {self.data_parts}", width, "  "), ""]
         if self.skipped_samples["count"]:
-            lines += [describe_skipped(self.skipped_samples["names"], self.skipped_samples["count"]), ""]
+            lines += [wrapped(describe_skipped(self.skipped_samples["names"], self.skipped_samples["count"]), width, "  "), ""]
         if rows:
-            lines += [text_table(headings, rows, width, spare), "", self._disk()]
+            lines += [text_table(headings, rows, width, spare), "", wrapped(self._disk(), width, "  "), ""]
         if self.prospects:
-            lines += ["", method_table(self.prospects, width, is_described=bool(self.tiers)), "", self.advice, ""]
+            table = method_table(self.prospects, width, is_described=bool(self.tiers))
+            lines += [table, "", wrapped(self.advice, width, "  "), ""]
         if self.tiers:
-            lines += ["", tier_table(self.tiers), ""]
+            lines += [tier_table(self.tiers, width), ""]
         lines += [
             f"model {format_bytes(self.training_state_bytes)} (weights, gradients and optimizer state)",
-            *self.notes,
-            verdict,
+            *(wrapped(note, width, "  ") for note in (*self.notes, verdict)),
         ]
         return "\n".join(lines)

@@ -13,6 +13,7 @@ from lowmem_pnn.engine.stalls import describe_stalls
 from lowmem_pnn.reporting.live_line import live_lines
 from lowmem_pnn.reporting.run_status import RunStatus
 from lowmem_pnn.reporting.streams import UnbreakableStream
+from lowmem_pnn.reporting.tables import wrapped
 from lowmem_pnn.units import clock_text, format_bytes
 
 # Seconds between two looks at a run, and between two lines about epochs where nothing is live.
@@ -139,7 +140,9 @@ class TerminalDisplay(Display):
 
     def message(self, text: str) -> None:
         """Print a message, on a terminal or elsewhere."""
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        # Where lines are live, others are broken between words here; elsewhere a line stays one, for whoever reads it.
+        fitted = wrapped(text, None if self._live is None else self._console.width, "  ")
+        self._console.print(fitted, highlight=False, soft_wrap=True, markup=False)
 
     def close(self) -> None:
         """Remove the live lines."""

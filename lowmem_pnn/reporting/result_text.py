@@ -5,7 +5,7 @@ import shlex
 from lowmem_pnn.engine.stalls import describe_stalls
 from lowmem_pnn.pretrained.matching import describe_weights
 from lowmem_pnn.reporting.result_fields import ResultFields
-from lowmem_pnn.reporting.tables import describe_skipped, drive_share, layer_range, text_table
+from lowmem_pnn.reporting.tables import describe_skipped, drive_share, layer_range, text_table, wrapped
 from lowmem_pnn.units import format_bytes
 
 # Scores on the test data that not every task has: what people call them, and their format.
@@ -21,11 +21,12 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
 
     Args:
         result: what a run came to.
-        width: columns that tables are to fit, if they can; None for as many as they take.
+        width: columns that tables and sentences are to fit, if they can; None for as many as they take.
     """
-    lines = [f"{result.model} on {result.data}, method {result.method}, {result.device}", "", _partition_table(result, width)]
+    table = [f"{result.model} on {result.data}, method {result.method}, {result.device}", "", _partition_table(result, width)]
     if result.exits:
-        lines += ["", _exit_table(result)]
+        table += ["", _exit_table(result)]
+    lines: list[str] = []
     if result.data_parts:
         lines += ["", f"data: {result.data_parts}"]
     if result.workers:
@@ -80,8 +81,14 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
         if result.model.startswith("hf:"):
             reads = "AutoPeftModel classes load it on its base, with its tokenizer"
         lines.append(f"adapter: {result.adapter} (peft's {reads}); merged into its base: export {result.workdir} --merge")
-    lines += ["", *summary(result)]
-    return "\n".join(lines)
+    # Tables have their own width, and a command is copied in one piece.
+    *told, following = summary(result)
+    sentences = [wrapped(line, width, "  ") for line in lines] + [
+        "",
+        *(wrapped(line, width, " " * 8) for line in told),
+        following,
+    ]
+    return "\n".join(table + sentences)
 
 
 def summary(result: ResultFields) -> list[str]:
@@ -110,7 +117,7 @@ def summary(result: ResultFields) -> list[str]:
 
 
 def next_command(result: ResultFields) -> str:
-    """Return what one would type next: predictions of a model by name, an export of a language model, or a call in Python.
+    """Return what one would type next: texts of a language model, an export where it takes none, predictions of others, or a call in Python.
 
     Args:
         result: what a run came to.
@@ -118,9 +125,16 @@ def next_command(result: ResultFields) -> str:
     if result.model.startswith("python:") or result.data.startswith("python:"):
         return f"lowmem_pnn.load({result.workdir!r}, model=...)"
     trust = ["--trust"] if ".py:" in result.model or ".py:" in result.data else []
+    if result.perplexity is not None and _has_texts(result):
+        return shlex.join(["lowmem-pnn", "generate", result.workdir, "--prompt", "Once upon a time", *trust])
     if result.perplexity is not None:
         return shlex.join(["lowmem-pnn", "export", result.workdir, "--to", "safetensors", *trust])
     return shlex.join(["lowmem-pnn", "predict", result.workdir, "--out", "predictions.csv", *trust])
+
+
+def _has_texts(result: ResultFields) -> bool:
+    """Whether a language model goes on with texts, which its data's tokenizer reads; one that answers a source does not."""
+    return result.data.startswith(("text:", "jsonl:", "parquet:", "hfdata:")) and "decoder_input_ids" not in str(result.form)
 
 
 def score_text(result: ResultFields) -> str:

@@ -1,5 +1,6 @@
-"""Plain-text tables, their cells, and lists of names."""
+"""Plain-text tables, their cells, lists of names, and sentences that fit a terminal."""
 
+import textwrap
 from collections.abc import Sequence
 from io import StringIO
 
@@ -34,6 +35,34 @@ def text_table(
     # Never as narrow as the terminal: a wrapped table is easier to read than one that is cut off.
     Console(file=text, width=400).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def wrapped(text: str, width: int | None, indent: str = "") -> str:
+    """Break a sentence between words, so that its lines fit a terminal; paths and other long words stay whole.
+
+    Args:
+        text: One line.
+        width: Columns that the lines are to fit, if they can; None leaves it as it is.
+        indent: What all lines but the first begin with.
+
+    Example:
+        >>> print(wrapped("data: 1,293 to train on, none to test on", 20, "  "))
+        data: 1,293 to train
+          on, none to test
+          on
+    """
+    if width is None or len(text) <= width:
+        return text
+    lines = textwrap.wrap(
+        text,
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        expand_tabs=False,
+        replace_whitespace=False,
+    )
+    return "\n".join(lines)
 
 
 def describe_skipped(names: Sequence[str], count: int) -> str:

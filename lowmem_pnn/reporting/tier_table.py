@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowmem_pnn.reporting.tables import text_table
+from lowmem_pnn.reporting.tables import text_table, wrapped
 from lowmem_pnn.units import format_bytes, seconds_text
 
 
@@ -35,17 +35,16 @@ class TierEstimate:
         return self.tier, seconds_text(self.seconds_per_step), format_bytes(self.needs_bytes), has, verdict
 
 
-def tier_table(tiers: Sequence[TierEstimate]) -> str:
-    """Lay out the tiers, with a line on what the figures are.
+def tier_table(tiers: Sequence[TierEstimate], width: int | None = None) -> str:
+    """Lay out the tiers, with lines on what the figures are.
 
     Args:
         tiers: Estimates, at least one.
+        width: Columns that the lines are to fit, if they can; None for as many as they take.
     """
     headings = ("weights and state in", "seconds per step", "needs", "of", "")
-    return "\n".join(
-        [
-            text_table(headings, [tier.row() for tier in tiers]),
-            "nothing was timed: seconds are computed from the description, at half of its TFLOP/s; layers are priced by the CPU's kernels",
-            "host RAM: as if all lay page-locked there, with no commit; a run keeps half of what is available there, and copies once more",
-        ]
+    notes = (
+        "nothing was timed: seconds are computed from the description, at half of its TFLOP/s; layers are priced by the CPU's kernels",
+        "host RAM: as if all lay page-locked there, with no commit; a run keeps half of what is available there, and copies once more",
     )
+    return "\n".join([text_table(headings, [tier.row() for tier in tiers]), *(wrapped(note, width, "  ") for note in notes)])

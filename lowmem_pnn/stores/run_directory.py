@@ -18,6 +18,7 @@ files that no journal names are deleted. What is not in the journal did not happ
 """
 
 import contextlib
+import difflib
 import hashlib
 import io
 import json
@@ -97,12 +98,13 @@ class RunDirectory:
             raise DiskError(f"cannot make --workdir {path}: {reason}; choose a folder that can be written") from error
 
     @classmethod
-    def open(cls, path: Path, *, to_read: bool = False) -> "RunDirectory":
+    def open(cls, path: Path, *, to_read: bool = False, instead: str = "") -> "RunDirectory":
         """Open an existing run, and lock it.
 
         Args:
             path: Path of the directory.
             to_read: Whether a run in a place that cannot be written to is opened too, without a lock.
+            instead: What else to do where no run is there: words for the message.
 
         Raises:
             CheckpointError: There is no run, its journal is damaged, or a link is in the place of something that is written.
@@ -114,9 +116,7 @@ class RunDirectory:
         except OSError as error:
             raise disk_error(path, error, "look into it") from error
         if not is_run:
-            raise CheckpointError(
-                f"{path} holds no run to resume or evaluate; give the folder of one, or leave --resume out to begin{way_back(path)}"
-            )
+            raise CheckpointError(f"{path} holds no run; give the folder of one{_run_near(path)}{instead}{way_back(path)}")
         lock: IO[str] | DiskError
         try:
             lock = take_lock(path)
@@ -323,6 +323,16 @@ def read_config(folder: Path, config_sha256: str) -> str:
     if hashlib.sha256(content).hexdigest() != config_sha256:
         raise CheckpointError(f"{path} is not the configuration that the run began with; {DAMAGED}")
     return content.decode(errors="replace")
+
+
+def _run_near(path: Path) -> str:
+    """Return the run beside a folder whose name is the nearest, for a message; nothing where none is near."""
+    try:
+        runs = [folder.name for folder in path.parent.iterdir() if (folder / JOURNAL).is_file()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, runs, n=1)
+    return f", such as {path.parent / near[0]}" if near else ""
 
 
 def way_back(path: Path) -> str:

@@ -3,6 +3,7 @@
 from lowmem_pnn.planning.describe import ahead_bytes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
+from lowmem_pnn.reporting.advice import plain_fits
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload.plain_training import plain_bytes
@@ -24,7 +25,9 @@ def describe_start(run: Run, profile: MemoryProfile) -> list[str]:
     sizes = sorted({plan.sweep_micro_batch or part.micro_batch for part in parts})
     micro = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     count = "1 partition" if len(parts) == 1 else f"{len(parts)} partitions"
-    plain = "" if needs is None else f"; plain PyTorch needs about {format_bytes(needs)}"
+    enough = plain_fits(needs, device.reserve_bytes, device.budget_bytes)
+    has_it = ", which this budget has: it trains there without all this" if enough else ""
+    plain = "" if needs is None else f"; plain PyTorch needs about {format_bytes(needs)}{has_it}"
     return [
         f"model: {workload.source.spec}, {params:,} parameters, {format_bytes(profile.training_state_bytes)} with gradients and optimizer state",
         f"plan: {config.method}, {count}, micro-batch {micro} of {tightest.batch}; "

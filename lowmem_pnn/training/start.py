@@ -145,7 +145,8 @@ def resume(
     options, display = options or {}, display or Display()
     if rank.number and not (path / "journal.json").exists():
         return _begin_late(path, options, rank, display, should_stop, trust=trust)
-    with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
+    instead = ", or leave --resume out to begin one"
+    with file_system_faults(path), RunDirectory.open(path, to_read=True, instead=instead) as rundir:
         before = stored_config(rundir)
         config = resumed_config(before, options, path)
         is_longer = config.epochs != before.epochs

@@ -143,7 +143,8 @@ def make_workload(
         frozen = capture(early, chain.boundaries[0], precision, chain.call_form, () if own.loss is not None else OUTPUT_NAMES)
         frozen.drop_values()
         workload = dataclasses.replace(workload, early=dataclasses.replace(workload, chain=frozen, bare=frozen))
-    _ = workload.rates, workload.without_decay  # patterns are checked before anything is made
+    workload.check_rates()
+    _ = workload.without_decay  # patterns are checked before anything is made
     if config.loss_chunk is not None and task.rows_per_sample is None:
         raise ConfigError(f"--loss-chunk {config.loss_chunk}: the loss of {task.name} is no sum over rows; leave it out")
     if config.loss_chunk is not None and not is_rowwise(chain.layers[-1]):

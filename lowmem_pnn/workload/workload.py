@@ -259,24 +259,32 @@ class Workload:
 
     @cached_property
     def rates(self) -> tuple[tuple[str, float], ...]:
-        """Learning rates of the parameters that have their own, by the names under which they are stored.
+        """Learning rates of the parameters that learn at one of their own, by the names under which they are stored."""
+        learning, rates = self._learning_names, dict[str, float]()
+        for pattern, rate in self.config.lr_for.items():
+            rates |= {learning[name]: rate for name in matching(pattern, learning)}
+        return tuple(sorted(rates.items()))
 
-        Raises:
-            ConfigError: a pattern matches no parameter, or none that learns.
-        """
-        chain, patterns = self.bare, self.config.lr_for
-        learning = {
+    @property
+    def _learning_names(self) -> dict[str, str]:
+        """Names of the parameters that learn, and those under which they are stored."""
+        chain = self.bare
+        return {
             name: chain.owner_of(name) for layer in chain.layers for name, one in layer.parameters().items() if one.requires_grad
         }
+
+    def check_rates(self) -> None:
+        """Refuse patterns of learning rates that match nothing; what is frozen at first (`early`) may have a rate for later.
+
+        Raises:
+            ConfigError: a pattern matches no parameter, or none that ever learns.
+        """
+        chain, patterns = self.bare, self.config.lr_for
         names = [*dict.fromkeys(name for layer in chain.layers for name in layer.parameters()), *chain.unused]
         check_patterns("--lr-for", patterns, names)
-        rates: dict[str, float] = {}
-        for pattern, rate in patterns.items():
-            matched = matching(pattern, learning)
-            if not matched:
+        for pattern in patterns:
+            if not matching(pattern, self._learning_names):
                 raise ConfigError(f"--lr-for {pattern!r} matches only parameters that are frozen; leave it out")
-            rates |= {learning[name]: rate for name in matched}
-        return tuple(sorted(rates.items()))
 
     def learning_rate(
         self, partition: int, step: int, total_steps: int, batch: int | None = None, base: float | None = None

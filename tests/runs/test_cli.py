@@ -207,6 +207,15 @@ def test_evaluate_on_other_data_than_the_run_had() -> None:
     )
 
 
+def test_evaluate_on_data_that_are_given() -> None:
+    scores = json.loads(train("--json").out)
+    Path("data.npz").rename("kept.npz")
+    done = lowmem_pnn("evaluate run --data npz:kept.npz --json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["test_accuracy"] == scores["test_accuracy"]
+    assert lowmem_pnn("evaluate runn --data npz:kept.npz").fault == "runn holds no run; give the folder of one, such as run"
+
+
 def test_a_finished_run_is_resumed_to_its_result_without_its_data() -> None:
     first = train("--json")
     Path("data.npz").unlink()

@@ -116,6 +116,18 @@ def test_unfrozen_parameters_learn_as_in_plain_pytorch(until: int, cuts: str | N
     assert [line["epoch"] for line in lines if line["action"] == "sweep"] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("cuts", [None, "1,2,3"])
+def test_what_is_frozen_at_first_learns_at_a_rate_of_its_own(cuts: str | None, tmp_path: Path) -> None:
+    options, more = {**COMMON, "epochs": 2}, {"cuts": cuts} if cuts else {}
+    result = fit(
+        Learns, images(), tmp_path / "run", freeze="[0134].*", unfreeze_at=1, lr_for=["[0134].*=0.002"], **more, **options
+    )
+    expected = train_in_groups(
+        Learns, lambda name: 0.002 if name[:2] in ("0.", "1.", "3.", "4.") else 0.01, "[0134].*", 1, **options
+    )
+    assert_same_weights(loaded(Learns, result.weights_file), expected)
+
+
 @pytest.mark.parametrize("at", [4, 8, 12, 16])
 def test_a_run_that_unfreezes_is_resumed(at: int, tmp_path: Path) -> None:
     options = {**COMMON, "epochs": 2, "freeze": "[0134].*", "unfreeze_at": 1, "cuts": "1,2", "commit_every": 0}

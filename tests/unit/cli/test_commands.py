@@ -83,7 +83,11 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
         ("plan --budgets 1G,2Q", 3, "'2Q' is not a size"),
         ("fit --max-gpu-mem -5MB", 3, "'-5MB' is not a size"),
         ("fit --max-gpu-mem 0", 3, "'0' is a size of 0 bytes; write a positive one"),
-        ("fit --max-gpu-mem 1GB --model mlp:64-10", 3, "--data is missing; give --data digits"),
+        (
+            "fit --max-gpu-mem 1GB --model mlp:64-10",
+            3,
+            "--data is missing; give --data digits, or what else lowmem-pnn data lists",
+        ),
         (
             "fit --max-gpu-mem 1GB --method pnm",
             3,
@@ -94,7 +98,7 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
         (
             "fit --resume --workdir no-run",
             6,
-            "no-run holds no run to resume or evaluate; give the folder of one, or leave --resume out to begin",
+            "no-run holds no run; give the folder of one, or leave --resume out to begin one",
         ),
         (
             "fit --resume --workdir run --epochs 3 --overwrite",

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from lowmem_pnn.reporting.method_estimate import MethodEstimate
 from lowmem_pnn.reporting.plan_report import PlanReport
 
 
@@ -32,3 +33,16 @@ def test_a_plan_says_what_is_written_and_which_share_of_the_drives_rating_that_i
     assert "\ndisk: at most 50 B, 3.00 TB written in training\n" in str(written)
     rated = dataclasses.replace(written, drive_tbw=600.0)
     assert "\ndisk: at most 50 B, 3.00 TB written in training, 0.5% of the drive's 600 TB\n" in str(rated)
+
+
+def test_a_method_that_cannot_is_explained_below_the_table_within_the_terminal() -> None:
+    prospects = [
+        MethodEstimate(
+            method="pnn", asked=False, reason="--method pnn needs a class for each sample, and data book has tokens; give exact"
+        ),
+        MethodEstimate(method="exact", asked=True, reason="too little", enough_bytes=2_000),
+    ]
+    text = plan_report(prospects=prospects).describe(70)
+    assert "pnn cannot: --method pnn needs a class for each sample, and data book\n  has tokens\n" in text
+    assert max(map(len, text.splitlines())) <= 70
+    assert "\n\n\n" not in text

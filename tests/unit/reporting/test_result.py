@@ -76,6 +76,7 @@ def test_the_summary_says_what_plain_pytorch_needs_and_what_is_read_ahead() -> N
     [
         ({"data": "it.py:data"}, "lowmem-pnn predict runs/one --out predictions.csv --trust"),
         ({"perplexity": 5.4}, "lowmem-pnn export runs/one --to safetensors"),
+        ({"perplexity": 5.4, "data": "text:book.txt"}, "lowmem-pnn generate runs/one --prompt 'Once upon a time'"),
         ({"model": "python:build"}, "lowmem_pnn.load('runs/one', model=...)"),
     ],
 )
@@ -88,6 +89,17 @@ def test_tables_fit_a_narrow_terminal() -> None:
     assert max(map(len, narrow[2:6])) <= 60
     assert "predicted" not in narrow[2]
     assert max(map(len, str(RESULT).splitlines()[2:6])) > 60
+
+
+def test_sentences_are_broken_between_words_in_a_terminal_and_the_command_is_not() -> None:
+    result = dataclasses.replace(
+        RESULT, data_parts="1,293 to train on, 144 to validate on, none to test on", workdir="runs/" + "w" * 60
+    )
+    *lines, command = result.describe(60).splitlines()
+    assert any(line.startswith("  ") for line in lines)
+    assert max(len(line) for line in lines if "w" * 60 not in line) <= 60
+    assert command == f"next    lowmem-pnn predict runs/{'w' * 60} --out predictions.csv"
+    assert f"weights: {result.weights_file}" in str(result)
 
 
 def test_a_language_model_has_loss_and_perplexity() -> None:

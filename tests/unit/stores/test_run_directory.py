@@ -193,9 +193,7 @@ def test_one_process_at_a_time(path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_not_opened(path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match="run holds no run to resume or evaluate; give the folder of one, or leave --resume out to begin"
-    ):
+    with pytest.raises(CheckpointError, match=r"run holds no run; give the folder of one$"):
         RunDirectory.open(path)
     path.mkdir()
     with pytest.raises(CheckpointError, match="holds no run"):
