@@ -120,6 +120,11 @@ def check_returned(title: str, form: OutputForm, returned: Sequence[tuple[Sequen
     if not returned:
         raise CaptureError(f"{title} returns {form}, in which there is no tensor; return the tensor to train on")
     for name, (shape, _) in zip(form.names, returned, strict=True):
+        if name == "loss" and not shape:
+            raise CaptureError(
+                f"{title} returns its own loss, one number for a batch: leave what it makes it of (labels) out of its inputs, and give the loss "
+                "as a function of its outputs and the targets (loss=, --loss file.py:function)"
+            )
         if not shape or shape[0] != batch:
             raise CaptureError(
                 f"{title} returns a tensor{f' {name!r}' if name else ''} of shape {tuple(shape)} for a batch of {batch}; its first axis "

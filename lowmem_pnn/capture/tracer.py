@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem_pnn.capture.examples import Examples
 from lowmem_pnn.capture.opening import CONTAINERS, depth_of, is_below
@@ -140,6 +141,8 @@ def merge(in_train: Trace, in_eval: Trace) -> Trace:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
+    if isinstance(one, FakeTensor) or isinstance(other, FakeTensor):
+        return False  # of no values: what a module has made in a shape's stead is no constant
     return one is other or (one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other))
 
 

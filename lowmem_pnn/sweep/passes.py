@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,8 +119,10 @@ class SweepPasses:
             inputs = self._inputs(partition, number, part, batch)
             if (partition, number) in self._python_states:
                 set_python_state(residency.layers, self._python_states.pop((partition, number)))
-            for tensor in inputs:
-                tensor.requires_grad_(visit.returns_input_gradient and tensor.is_floating_point())
+            strides: dict[int, tuple[int, ...]] = {}
+            for place, tensor in enumerate(inputs):
+                if tensor.requires_grad_(visit.returns_input_gradient and tensor.is_floating_point()).requires_grad:
+                    tensor.register_hook(partial(_note_strides, strides, place))
             hooks = self._buffers.add_shared_gradients(residency, number, alone=len(batch.parts) == 1)
             if partition == self._last:
                 self._backward_from_loss(inputs, part, batch, shares[number])
@@ -128,7 +131,9 @@ class SweepPasses:
             for hook in hooks:
                 hook.remove()
             if visit.returns_input_gradient:
-                self._buffers.put_gradients(partition, number, [tensor.grad for tensor in inputs])
+                gradients = [laid_out(tensor.grad, strides.get(place)) for place, tensor in enumerate(inputs)]
+                self._buffers.put_gradients(partition, number, gradients)
+                del gradients, tensor
             del inputs
             self._buffers.put_shared_gradients(residency, number)
             self._buffers.drop_activations(partition, number)
@@ -206,3 +211,22 @@ class SweepPasses:
         del outputs, pairs
         if learning:
             torch.autograd.backward([output for output, _ in learning], [gradient for _, gradient in learning])
+
+
+def _note_strides(strides: dict[int, tuple[int, ...]], place: int, gradient: Tensor) -> None:
+    strides[place] = gradient.stride()
+
+
+def laid_out(gradient: Tensor | None, strides: tuple[int, ...] | None) -> Tensor | None:
+    """Return a gradient in the layout in which backward has made it: kernels that take it round differently for another one.
+
+    Args:
+        gradient: gradient of a leaf, which PyTorch has brought into the leaf's own layout.
+        strides: strides in which it was made; None where it was not.
+    """
+    if gradient is None or strides is None or gradient.stride() == strides:
+        return gradient
+    made = torch.empty_strided(gradient.shape, strides, device="meta")
+    if not made.permute(sorted(range(made.dim()), key=lambda axis: (-strides[axis], axis))).is_contiguous():
+        return gradient  # one value stands for many
+    return torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device).copy_(gradient)

@@ -13,6 +13,7 @@ from lowmem_pnn.config.transformers_place import TOKENIZER_FILES
 from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.zoo.library_models import PretrainedValues
+from lowmem_pnn.zoo.ready_model import ready
 
 # What of a model's folder belongs to the preparation of images, and to generation.
 _OTHERS = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.txt", "NOTICE")
@@ -74,6 +75,10 @@ class ModelSource:
     transformers: TransformersFacts | None = None
     give_values: Callable[[nn.Module, Collection[str]], None] | None = None
 
+    def __post_init__(self) -> None:
+        """Have models made ready as soon as they are built."""
+        object.__setattr__(self, "build", _Ready.of(self.build))
+
     def copied_files(self, tokenizer: str | None) -> dict[str, Path]:
         """Return the files that go into a folder for transformers as they are, by their names there.
 
@@ -120,6 +125,22 @@ class ModelSource:
             model = self.build()
         self.give_values(model, given)
         return model
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A constructor whose models are made ready."""
+
+    build: Callable[[], nn.Module]
+
+    @classmethod
+    def of(cls, build: Callable[[], nn.Module]) -> "_Ready":
+        """Return the constructor, which may be such a one already."""
+        return build if isinstance(build, _Ready) else cls(build)
+
+    def __call__(self) -> nn.Module:
+        model = self.build()
+        return ready(model) if isinstance(model, nn.Module) else model
 
 
 def folder_name(text: str) -> str:

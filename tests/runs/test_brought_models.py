@@ -15,9 +15,12 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import lowmem_pnn
 from helpers.exact_runs import COMMON, fit
-from helpers.plainloops import assert_same_weights, built, loaded, train_by_exact
-from helpers.small_networks import vectors
+from helpers.plainloops import assert_same_weights, built, loaded, make_optimizer, train_by_exact, training_split
+from helpers.small_networks import images, vectors
+from lowmem_pnn.config.configure import configure
+from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.seeds import permutation_of
 
 
 class Net(nn.Module):
@@ -156,7 +159,7 @@ class Padded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.view(-1, 2, 6)
         padding = torch.stack([torch.zeros(len(x), dtype=torch.bool), x[:, 0] > 0], 1)
-        scores: Tensor = self.last(self.encoder(tokens, src_key_padding_mask=padding)[:, 0])
+        scores: Tensor = self.last(self.encoder(tokens, src_key_padding_mask=padding).mean(1))
         return scores
 
 
@@ -214,6 +217,10 @@ BROUGHT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "packed sequences": (lambda: Packed(nn.LSTM), ""),
     "packed sequences of a GRU": (lambda: nn.Sequential(nn.Linear(12, 12), Packed(nn.GRU)), "1"),
     "padding in nested tensors": (Padded, "last"),
+    "compiled as a whole": (
+        lambda: torch.compile(nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4)), backend="eager"),
+        "_orig_mod.2",
+    ),
 }
 
 
@@ -329,6 +336,53 @@ def test_a_loss_of_ones_own_takes_a_dict(tmp_path: Path) -> None:
     expected = train_by_exact(Scores, vectors(), **COMMON)
     result = fit(Returns, vectors(), tmp_path / "run", loss=loss_of_scores, cuts="second", **COMMON)
     assert_same_weights(loaded(Returns, result.weights_file), expected.model)
+
+
+class ReturnsItsLoss(Returns):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        outputs = super().forward(x)
+        return {"loss": outputs["scores"].square().mean(), **outputs}
+
+
+def test_a_model_that_returns_its_own_loss_is_told_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(
+        CaptureError, match=r"returns its own loss, one number for a batch: leave what it makes it of \(labels\) out"
+    ):
+        fit(ReturnsItsLoss, vectors(), tmp_path / "run", loss=loss_of_scores, **COMMON)
+
+
+class Maps(nn.Module):
+    """Returns a map with its channels last, of whose places a loss looks at some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.map, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 7, 1), nn.Conv2d(8, 7, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.first(x).relu()
+        return self.map(x).permute(0, 2, 3, 1), self.last(x).permute(0, 2, 3, 1)
+
+
+def loss_of_places(outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+    parts = [nn.functional.cross_entropy(out[:, 1, 2], labels) + out[..., 0].sigmoid().square().mean() for out in outputs]
+    return parts[0] + parts[1]
+
+
+def test_gradients_cross_a_cut_in_the_layout_in_which_they_were_made(tmp_path: Path) -> None:
+    x, labels = images()
+    result = fit(Maps, (x, labels), tmp_path / "run", loss=loss_of_places, cuts="map,last", shuffle=False, **COMMON)
+    model = built(Maps, COMMON["seed"]).train()
+    split = training_split((x, labels), **COMMON)
+    config = configure(max_gpu_mem="1GB", model="python:model", data="python:data", method="exact", shuffle=False, **COMMON)
+    optimizer = make_optimizer(config, 0, list(model.parameters()))
+    order = permutation_of(len(split), config.seed, "own order")
+    for _ in range(COMMON["epochs"]):
+        for begin in range(0, len(order), COMMON["batch_size"]):
+            samples, targets = split.batch(order[begin : begin + COMMON["batch_size"]])
+            loss_of_places(model(samples), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same_weights(loaded(Maps, result.weights_file), model)
 
 
 def test_blocks_are_cut_apart_for_exact_and_kept_for_pnn(tmp_path: Path) -> None:
