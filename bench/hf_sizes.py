@@ -81,7 +81,7 @@ def main() -> None:
     import numpy as np
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest shape: about a minute; writes no page")
+    parser.add_argument("--quick", action="store_true", help="the smallest shape: a minute of processor time; writes no page")
     arguments = parser.parse_args()
     names = [*NAMES][:1] if arguments.quick else [*NAMES]
     rows, data = [], []

@@ -6,7 +6,7 @@ parts of 2 (`gradient_accumulation_steps=4`). Losses of every step and the train
 
     python bench/hf_trainer.py [--quick]
 
-Needs transformers, accelerate and peft. Two minutes on two cores; --quick takes one case, half a minute.
+Needs transformers, accelerate and peft. Two minutes on two cores; --quick takes one case.
 """
 
 import argparse

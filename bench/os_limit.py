@@ -6,7 +6,7 @@ the budget. The kernel kills what passes a cgroup's limit; page cache counts the
 
     python bench/os_limit.py [--budget 256MB] [--depth 32] [--quick]
 
-A few minutes on two cores; --quick takes 4 layers, well under a minute.
+--quick takes 4 layers.
 """
 
 import argparse

@@ -5,7 +5,7 @@ one budget of 256 MB, each in a process of its own, beside plain PyTorch on the 
 
     python bench/peak_memory.py [--depths 8,16,32,64] [--budget 256MB] [--quick]
 
-A few minutes on two cores; --quick takes 2 and 4 layers, well under a minute.
+Some minutes on two cores; --quick takes 2 and 4 layers.
 """
 
 import argparse

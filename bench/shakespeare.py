@@ -22,7 +22,7 @@ from common import StepMeter, fit, last_json, markdown_table, place_text, run_pr
 
 CONTEXT = 128
 MODEL = f"gpt:layers=16,width=512,heads=8,context={CONTEXT}"
-QUICK_MODEL, QUICK_BUDGET, QUICK_STEPS = f"gpt:layers=16,width=192,heads=4,context={CONTEXT}", "40MB", 4
+QUICK_MODEL, QUICK_BUDGET, QUICK_STEPS = f"gpt:layers=16,width=192,heads=4,context={CONTEXT}", "60MB", 4
 BATCH = 8
 # The most samples at once; the plan may take fewer, and then plain PyTorch does too.
 MICRO_BATCH = 4
@@ -106,7 +106,9 @@ def main() -> None:
     parser.add_argument("--budget", default="96MB")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps of a small model; writes no page")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_STEPS} steps of a small model, a minute of processor time; writes no page"
+    )
     parser.add_argument("--in-memory", type=int, metavar="MICRO_BATCH", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     model = QUICK_MODEL if arguments.quick else MODEL

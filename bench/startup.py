@@ -5,7 +5,7 @@ two seconds, and the heads of `neuroflux` are profiled too.
 
     python bench/startup.py [--rounds 5] [--quick]
 
-Two minutes on two cores; --quick takes one round, half a minute. Every command is a process of its own; the fastest of the rounds counts,
+--quick takes one round. Every command is a process of its own; the fastest of the rounds counts,
 since a busy machine only adds. Files go where TMPDIR says.
 """
 

@@ -36,7 +36,7 @@ print(json.dumps(told))
 # What benches run as processes, of one training each.
 _PARTS = {"ahead_runs", "neuroflux_plain"}
 # Nobody has written down yet how long these take.
-_UNTIMED = {"larger_than_memory", "optimizer_state", "pnn_labels", "shakespeare", "streaming"}
+_UNTIMED = {"larger_than_memory", "optimizer_state", "os_limit", "pnn_labels", "startup", "streaming"}
 
 
 def test_every_script_can_be_imported_and_says_what_it_does_and_how_long_it_takes() -> None:
