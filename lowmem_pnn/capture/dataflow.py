@@ -37,6 +37,9 @@ from lowmem_pnn.model.copies import copy_structure
 MAX_TENSORS = 64
 """The most tensors that a boundary may have."""
 
+# A piece whose whole is at most so many times as large crosses a cut as the whole.
+_MOST_OF_WHOLE = 4
+
 _MISMATCH = "its forward does something else where it is traced"
 _NORM_CLASS = re.compile(r"norm(\dd)?$", re.IGNORECASE)
 # Functions with weights that stay in the layer of the operation before them.
@@ -135,6 +138,18 @@ def check_returned(title: str, form: OutputForm, returned: Sequence[tuple[Sequen
             f"{title} returns a tensor of type {str(returned[0][1]).removeprefix('torch.')}, from which no gradient comes; return the "
             "scores themselves"
         )
+
+
+def _is_piece(tensor: Tensor) -> bool:
+    """Decide whether a tensor is a large piece of another one, with gaps between its rows."""
+    sizes = [(stride, length) for stride, length in zip(tensor.stride(), tensor.shape, strict=True) if length > 1]
+    # Without gaps each stride is the product of the axes inside of it; one of 0 repeats a value.
+    inside = 1
+    for stride, length in sorted(sizes):
+        if stride != inside:
+            return stride > 0 and tensor.untyped_storage().nbytes() <= _MOST_OF_WHOLE * tensor.nbytes
+        inside *= length
+    return False
 
 
 class DataFlow:
@@ -251,7 +266,22 @@ class DataFlow:
     def _find_cuts(self) -> list[int]:
         candidates = [position for position, node in enumerate(self._steps) if self._starts_layer(node)]
         # Operations before the first weights belong to the first layer, which begins at the model's input.
-        return [position for position in candidates[1:] if self._can_cut(position)]
+        return [self._before_pieces(position) for position in candidates[1:] if self._can_cut(position)]
+
+    def _before_pieces(self, cut: int) -> int:
+        """Return the place of a cut, moved before the operations that cut pieces out of a tensor.
+
+        A piece is stored without the gaps between its rows, and kernels may round otherwise with another layout. It is left where the whole
+        tensor is much larger, as all tokens are beside a class token.
+        """
+        place = cut
+        while self._has_gaps(place) and place > 1 and not self._weights(self._steps[place - 1]):
+            place -= 1
+        return place if place < cut and not self._has_gaps(place) and self._can_cut(place) else cut
+
+    def _has_gaps(self, cut: int) -> bool:
+        values = (self._recordings[0].values[node] for node in self._alive_at(cut))
+        return any(_is_piece(value) for value in values if isinstance(value, Tensor) and value.is_floating_point())
 
     def _starts_layer(self, node: fx.Node) -> bool:
         if not self._weights(node):

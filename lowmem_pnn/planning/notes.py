@@ -17,6 +17,7 @@ from lowmem_pnn.pretrained.matching import describe_weights, shortened
 from lowmem_pnn.quantization.stored_weights import num_values, stored_parts
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
+from lowmem_pnn.zoo.ready_model import is_inside_compiled
 
 
 def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = MappingProxyType({})) -> list[str]:
@@ -43,7 +44,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *whole_batch_notes(request, plan, mixing),
         *micro_batch_notes(request.workload, plan),
         *idle_notes(request.workload),
-        *checkpointing_notes(request.workload),
+        *own_way_notes(request.workload),
         *precision_notes(request.workload.config),
         *tier_notes(request.workload, request.device),
         *device_notes(request.device),
@@ -64,18 +65,24 @@ def idle_notes(workload: Workload) -> list[str]:
     return [f"{idle[0]!r}{more} no gradient, since the output does not depend on them: kept as they are, as in plain PyTorch"]
 
 
-def checkpointing_notes(workload: Workload) -> list[str]:
-    """Return that the model's own activation checkpointing is left out, and in what that differs.
+def own_way_notes(workload: Workload) -> list[str]:
+    """Return which of the model's own ways to be run are left out, and in what that differs: a compiler around it, and checkpointing.
 
     Args:
         workload: model, data and method.
     """
-    if not any(layer.checkpoints for layer in workload.bare.layers):
-        return []
-    return [
-        "the model's own activation checkpointing (torch.utils.checkpoint) is left out: layers are computed again as the plan says; each "
-        "forward counts once in a BatchNorm's statistics, where PyTorch's checkpointing counts twice"
-    ]
+    notes, layers = [], workload.bare.layers
+    if any(is_inside_compiled(name) for layer in layers for name in layer.parameters()):
+        notes.append(
+            "torch.compile around the model is taken off: its layers run as they are written, which rounds otherwise in the last bits; "
+            "--compile compiles them one by one"
+        )
+    if any(layer.checkpoints for layer in layers):
+        notes.append(
+            "the model's own activation checkpointing (torch.utils.checkpoint) is left out: layers are computed again as the plan says; each "
+            "forward counts once in a BatchNorm's statistics, where PyTorch's checkpointing counts twice"
+        )
+    return notes
 
 
 def adapter_notes(workload: Workload) -> list[str]:

@@ -14,13 +14,13 @@ from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import ahead_bytes, describe_partition
 from lowmem_pnn.planning.notes import (
     adapter_notes,
-    checkpointing_notes,
     device_notes,
     fixed_notes,
     frozen_notes,
     idle_notes,
     micro_batch_notes,
     mixing_notes,
+    own_way_notes,
     precision_notes,
 )
 from lowmem_pnn.planning.request import PlanRequest
@@ -96,7 +96,7 @@ def make_result(
             *([mixed] if mixed is not None else []),
             *micro_batch_notes(workload, plan),
             *idle_notes(workload),
-            *checkpointing_notes(workload),
+            *own_way_notes(workload),
             *precision_notes(config),
             *device_notes(device),
         ],

@@ -42,6 +42,11 @@ def ready(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_inside_compiled(name: str) -> bool:
+    """Decide by the name of a tensor whether `torch.compile` had wrapped the model that it belongs to."""
+    return name.startswith("_orig_mod.")
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Decide whether a model is one that `torch.compile` returned."""
     return type(model).__module__ == "torch._dynamo.eval_frame" and hasattr(model, "_orig_mod")

@@ -149,17 +149,19 @@ class Packed(nn.Module):
 
 
 class Padded(nn.Module):
-    """A transformer that is told which tokens are padding, and takes nested tensors in eval mode."""
+    """A transformer that is told which tokens are padding, takes nested tensors in eval mode, and looks at one or all tokens at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, token: int | None = None) -> None:
         super().__init__()
+        self.token = token
         self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 12, batch_first=True), 2)
         self.last = nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.view(-1, 2, 6)
         padding = torch.stack([torch.zeros(len(x), dtype=torch.bool), x[:, 0] > 0], 1)
-        scores: Tensor = self.last(self.encoder(tokens, src_key_padding_mask=padding).mean(1))
+        encoded = self.encoder(tokens, src_key_padding_mask=padding)
+        scores: Tensor = self.last(encoded.mean(1) if self.token is None else encoded[:, self.token])
         return scores
 
 
@@ -217,6 +219,7 @@ BROUGHT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "packed sequences": (lambda: Packed(nn.LSTM), ""),
     "packed sequences of a GRU": (lambda: nn.Sequential(nn.Linear(12, 12), Packed(nn.GRU)), "1"),
     "padding in nested tensors": (Padded, "last"),
+    "a piece of a tensor": (lambda: Padded(0), "last"),
     "compiled as a whole": (
         lambda: torch.compile(nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4)), backend="eager"),
         "_orig_mod.2",
@@ -235,6 +238,7 @@ def test_what_people_bring_is_trained_as_plain_pytorch_trains_it(case: str, tmp_
     assert len(result.partitions) == len(list(filter(None, cuts.split(",")))) + 1
     assert_same_weights(loaded(build, result.weights_file), expected.model)
     assert result.train_loss == expected.train_loss
+    assert any("torch.compile around the model" in note for note in result.notes) == (case == "compiled as a whole")
 
 
 @pytest.mark.parametrize(
