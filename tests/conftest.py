@@ -4,7 +4,8 @@
 `tests/runs` holds whole runs in this process, on small networks: what a run computes is compared with plain PyTorch, with itself stopped and
 resumed, and with its plan. `tests/system` holds what needs processes, signals, kills, a file system or a terminal of its own, or a GPU (mark
 `gpu`). What several files share stands in `tests/helpers`; `tests/trials` holds the scripts of the reliability trials, which tests in
-`tests/system` run in a short form, and whole with `--long` (docs/reliability.md).
+`tests/system` run in a short form, and whole with `--long` (docs/reliability.md). Without `--long` some cases are left out too, whose tests
+have others that walk the same code: `helpers/short_form.py` lists them.
 
 A new test goes to the lowest tier that can show the behaviour. A run that several tests only read is trained once, by a fixture of their module.
 """
@@ -23,6 +24,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from helpers.commands import write_data
+from helpers.short_form import LONG, is_left_out
 from lowmem_pnn.stores import run_creation
 
 # Machines that do several things at once are slow now and then: that is no failure.
@@ -35,8 +37,24 @@ collect_ignore = ["helpers", "trials"]  # neither tests nor doctests
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--long`: reliability trials in the numbers of docs/reliability.md, which take hours."""
     parser.addoption(
-        "--long", action="store_true", help="reliability trials in full numbers (docs/reliability.md), not in their short form"
+        "--long",
+        action="store_true",
+        help="reliability trials in full numbers (docs/reliability.md), and cases that helpers/short_form.py leaves out",
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what the short form does; a test that is named on the command line runs all the same."""
+    if config.getoption("--long") or any("::" in argument for argument in config.args):
+        return
+    names = {item.nodeid.removeprefix("tests/") for item in items}
+    files = {name.partition("::")[0] for name in names}
+    gone = [name for name in LONG if name.partition("::")[0] in files and name not in names | files]
+    if gone:
+        raise pytest.UsageError(f"helpers/short_form.py names {gone[0]!r}, which is no test any more")
+    left_out = [item for item in items if is_left_out(item.nodeid)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not is_left_out(item.nodeid)]
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,10 @@ def check_lengths(config: FitConfig, num_partitions: int) -> None:
     if config.recovery_epochs:
         learners = recovering(config, num_partitions)
         if not learners or learners[-1] >= num_partitions:
-            which = "is one partition, the last" if num_partitions == 1 else f"are {num_partitions} partitions"
-            asked = "(all but the last)" if config.recover is None else as_typed(config.recover)
-            raise ConfigError(f"--recover {asked}: there {which}; give numbers from 1 to {num_partitions}, or all")
+            which = "is one partition" if num_partitions == 1 else f"are {num_partitions} partitions"
+            raise ConfigError(
+                f"--recover {as_typed(config.recover)}: there {which}; give numbers from 1 to {num_partitions}, or all"
+            )
     for name, wanted in (
         ("epochs", num_partitions),
         ("batch_size", num_partitions),

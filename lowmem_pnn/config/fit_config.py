@@ -167,7 +167,8 @@ class FitConfig(
     recover: Recovering = Field(
         default=None,
         description=(
-            "Partitions that learn in the recovery epochs, by number from 1, separated by commas; by default all but the last (incubate: all)."
+            "Partitions that learn in the recovery epochs, by number from 1, separated by commas; by default all but the last "
+            "(incubate: all), and one that is alone."
         ),
     )
     kappa: LearningRates = Field(
@@ -371,11 +372,13 @@ def recovering(config: FitConfig, num_partitions: int) -> tuple[int, ...]:
     Example:
         >>> recovering(FitConfig(max_gpu_mem="2GB", model="mlp:4-4-2", data="digits", recovery_epochs=1), num_partitions=3)
         (0, 1)
+        >>> recovering(FitConfig(max_gpu_mem="2GB", model="mlp:4-4-2", data="digits", recovery_epochs=1), num_partitions=1)
+        (0,)
     """
     if config.recover == "all" or (config.recover is None and config.method == "incubate"):
         return tuple(range(num_partitions))
     if config.recover is None:
-        return tuple(range(num_partitions - 1))
+        return tuple(range(max(1, num_partitions - 1)))
     return tuple(sorted({number - 1 for number in config.recover}))
 
 

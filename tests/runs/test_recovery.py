@@ -92,6 +92,13 @@ def test_partitions_have_their_own_batches_before_the_recovery_which_has_those_o
     check_equal("conv", tmp_path / "run", [0, 1], batch_size=(18, 12, 9))
 
 
+def test_a_partition_that_is_alone_learns_on(tmp_path: Path) -> None:
+    options = {**COMMON, "epochs": 1, "lr": 0.01, "kappa": 2.0, "partitions": 1}
+    before = fit(small_mlp, vectors(), tmp_path / "before", **{**options, "recovery_epochs": 0})
+    after = fit(small_mlp, vectors(), tmp_path / "after", **options)
+    assert after.train_loss < before.train_loss
+
+
 def test_frozen_partitions_are_untouched_and_the_others_learn(tmp_path: Path) -> None:
     options = {**COMMON, "cuts": "1,2"}
     without, with_recovery = (

@@ -394,7 +394,7 @@ def resume(training: Training, path: Path, reference: Path) -> str:
         try:
             training.run(path, resume=True)
         except LowMemError as error:
-            if "no run to resume" not in str(error):
+            if "holds no run" not in str(error):
                 raise
             began = True
             training.run(path)

@@ -86,7 +86,7 @@ def options_of(seed: int) -> dict[str, Any]:
         if "micro-batch" not in options:
             sometimes(0.2, batch_norm="refuse")
     if method == "pnn":
-        # By default all but the last recover, and there may be one partition.
+        # By default all but the last recover.
         sometimes(0.35, recovery_epochs=1, recover="all")
     if method in ("pnn", "neuroflux"):
         sometimes(0.4, activation_dtype=chance.choice(["bfloat16", "float16", "int8"]))

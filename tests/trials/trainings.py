@@ -71,7 +71,7 @@ class Training:
         try:
             self.run(path, resume=True)
         except CheckpointError as error:
-            if "no run to resume" not in str(error):
+            if "holds no run" not in str(error):
                 raise
             self.run(path)
 
