@@ -6,6 +6,7 @@ Each line is a file, a test of it, and one of its cases; of a file by itself all
 
 _TEXT = """
 runs/test_brought_models.py::test_what_people_bring_is_trained_as_plain_pytorch_trains_it[packed sequences of a GRU]
+runs/test_cifar.py::test_one_is_trained
 runs/test_compiled_layers.py
 runs/test_compiler.py::test_a_run_stays_within_plan_and_budget
 runs/test_compiler.py::test_exact_is_same_as_backprop[tied words, loss in chunks]
@@ -22,20 +23,27 @@ runs/test_families.py::test_torchvision_family_is_same_as_model[googlenet]
 runs/test_families.py::test_torchvision_family_is_same_as_model[inception_v3]
 runs/test_families.py::test_torchvision_family_is_same_as_model[maxvit]
 runs/test_families.py::test_torchvision_family_is_same_as_model[mnasnet]
+runs/test_families.py::test_torchvision_family_is_same_as_model[resnet]
 runs/test_families.py::test_torchvision_family_is_same_as_model[swin_v2]
+runs/test_families.py::test_torchvision_family_is_same_as_model[vit]
 runs/test_generate.py::test_the_command_prints_texts_or_json
 runs/test_hf_capture.py::test_models_of_transformers_are_cut_at_their_blocks[GPT-2]
 runs/test_hf_capture.py::test_models_of_transformers_are_cut_at_their_blocks[Gemma 3]
+runs/test_hf_capture.py::test_partitions_that_learn_by_themselves_hold_the_same_table
 runs/test_hf_models.py::test_a_run_that_ends_before_it_is_done_writes_the_same_folder
+runs/test_incubate.py::test_a_plan_counts_the_tail_and_its_error_names_a_budget_that_works
+runs/test_incubate.py::test_augmented_views_are_written_by_thin_parts
 runs/test_incubate.py::test_stopped_anywhere_and_resumed_is_same_as_uninterrupted[14]
 runs/test_incubate.py::test_stopped_anywhere_and_resumed_is_same_as_uninterrupted[20]
 runs/test_incubate.py::test_stopped_anywhere_and_resumed_is_same_as_uninterrupted[2]
 runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[encoder]
 runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[video]
 runs/test_kept_products.py::test_exact_with_kept_products_is_same_as_plain_pytorch[unet]
+runs/test_late_surprises.py::test_a_vit_of_small_images_is_as_in_plain_pytorch
 runs/test_neuroflux.py::test_a_stopped_run_goes_on_to_the_same_bytes[augmented]
 runs/test_neuroflux.py::test_a_stopped_run_goes_on_to_the_same_bytes[laps]
 runs/test_neuroflux.py::test_units_learn_which_samples_are_alike_as_in_plain_pytorch[similarity]
+runs/test_optimizer_in_backward.py::test_gradients_of_one_layer_at_a_time_are_in_memory[backprop-0.9]
 runs/test_optimizer_in_backward.py::test_gradients_of_one_layer_at_a_time_are_in_memory[pnn-0.9]
 runs/test_optimizer_in_backward.py::test_stepping_in_backward_is_same_as_after_it[conv-backprop-]
 runs/test_optimizer_in_backward.py::test_stepping_in_backward_is_same_as_after_it[conv-pnn-]
@@ -46,6 +54,7 @@ runs/test_plans.py::test_what_exact_moves_is_what_a_run_reports[{'optimizer': 's
 runs/test_precision.py::test_clipping_and_chunks_are_those_of_plain_autocast[fp16]
 runs/test_precision.py::test_every_method_learns_in_lower_precision[pnn-fp16]
 runs/test_precision.py::test_exact_is_same_as_plain_autocast[conv-bf16]
+runs/test_precision.py::test_exact_is_same_as_plain_autocast[vit-bf16]
 runs/test_precision.py::test_exact_is_same_as_plain_autocast[vit-fp16]
 runs/test_precision.py::test_exact_is_same_as_plain_pytorch_with_channels_last[conv-fp32]
 runs/test_precision.py::test_exact_is_same_as_plain_pytorch_with_channels_last[resnet-bf16]
@@ -55,10 +64,12 @@ runs/test_quantized_state.py::test_a_run_with_quantized_state_that_was_stopped_a
 runs/test_quantized_state.py::test_the_plan_foresees_less_and_the_peak_keeps_to_it[backprop]
 runs/test_recovery.py::test_a_recovery_that_was_interrupted_and_resumed_is_same_as_uninterrupted[0.1-stops1]
 runs/test_sequences.py::test_a_model_that_writes_is_trained_as_by_its_own_loss[bart-sizes1-0-None]
+runs/test_sequences.py::test_an_adapter_beside_a_new_head_is_loaded_by_peft
 runs/test_sequences.py::test_texts_are_classified_as_by_the_models_own_loss[llama-sizes1]
 runs/test_step_slices.py::test_steps_of_tied_weights_by_slices_are_same_as_plain_pytorch[clipped]
 runs/test_step_slices.py::test_steps_of_tied_weights_by_slices_are_same_as_plain_pytorch[cut]
 runs/test_training.py::test_a_run_on_kept_activations_that_is_stopped_anywhere_goes_on_to_the_same_bytes[bfloat16-pnn]
+runs/test_training.py::test_boundaries_of_several_tensors_train_end_to_end
 runs/test_transfers.py::test_a_run_whose_weights_stay_in_host_memory_writes_the_same_files[in backward-no room]
 runs/test_transfers.py::test_a_run_whose_weights_stay_in_host_memory_writes_the_same_files[in backward-room for all]
 runs/test_transfers.py::test_a_run_whose_weights_stay_in_host_memory_writes_the_same_files[kept-no room]
@@ -67,11 +78,14 @@ runs/test_transfers.py::test_a_run_with_delayed_copies_is_as_one_without_copies[
 runs/test_transfers.py::test_a_run_with_delayed_copies_is_as_one_without_copies[exact-2-0.1-adamw]
 runs/test_transfers.py::test_a_run_with_delayed_copies_is_as_one_without_copies[pnn-2-1]
 system/test_host_tier.py::test_a_run_that_is_killed_goes_on_from_its_last_commit_to_the_same_weights
+system/test_kills.py::test_signals_one_after_the_other_and_resumed_is_same_as_uninterrupted
 system/test_long_runs.py::test_durability_is_measured_by_a_run_without_it
+system/test_long_runs.py::test_nothing_grows_with_the_number_of_residencies
 system/test_results.py::test_a_hundred_blocks_of_a_sixtieth_of_the_budget_do_not_fill_the_heap_with_holes
 system/test_results.py::test_mlp_larger_than_its_budget_trains_within_it
 system/test_results.py::test_resnet_trains_and_its_weights_load_into_torchvisions_own
 system/test_supervisor.py::test_a_closed_terminal_stops_cleanly_and_the_run_resumes_to_the_same_bits
+system/test_supervisor.py::test_a_crash_is_gone_on_from_with_half_the_micro_batch
 system/test_supervisor.py::test_the_second_signal_ends_it_at_once[15-143]
 unit/profiling/test_memory_profiler.py::test_predicted_peaks_bound_those_of_real_runs_closely[transformer]
 """
