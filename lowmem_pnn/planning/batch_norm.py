@@ -1,7 +1,7 @@
 """BatchNorm, and whatever else mixes samples, under a plan: how many it sees, and from which budget on the whole batch."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
@@ -126,4 +126,7 @@ def _remedy(request: PlanRequest) -> str:
 
 
 def _plan_whole_batches(request: PlanRequest) -> Plan:
-    return plan_for_batches(request, request.workload.config.batch_sizes, whole_batches=True)
+    # As it is planned with that option: what an evaluation reads is counted otherwise too.
+    workload = request.workload
+    insisting = replace(request, workload=replace(workload, config=replace(workload.config, batch_norm="refuse")))
+    return plan_for_batches(insisting, workload.config.batch_sizes, whole_batches=True)

@@ -200,9 +200,10 @@ def test_kernels_are_counted_for_each_number_of_samples() -> None:
     assert of(16, method="pnn")[0] - constant == profile.emit_kernel_bytes
 
 
-def test_the_budget_for_whole_batches_does_with_recovery_epochs_too() -> None:
+@pytest.mark.parametrize("given", [{"method": "pnn", "recovery_epochs": 1, "partitions": 2}, {"method": "exact"}], ids=str)
+def test_the_budget_for_whole_batches_is_one_in_which_they_are(given: dict[str, Any]) -> None:
     def report(**options: Any) -> PlanReport:
-        return of_convolutions(True, method="pnn", recovery_epochs=1, partitions=2, **options)
+        return of_convolutions(True, **given, **options)
 
     note = next(note for note in report().notes if "whole batch" in note)
     named = re.search(r"they see the whole batch from --max-gpu-mem (\d+)\.0MB on", note)
