@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem_pnn.engine.stalls import StallKind
 from lowmem_pnn.samples.augment import AugmentationKey
 from lowmem_pnn.samples.batch_mixer import BatchMixer
-from lowmem_pnn.samples.prepared import read_samples
+from lowmem_pnn.samples.prepared import BatchReader
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.stores.activations import ActivationStore
@@ -118,7 +118,7 @@ class DatasetLoader:
         self, split: Split, seed: int, pool: Executor, *, permuted: bool, phase: str = "epoch", augments: bool = False
     ) -> None:
         self.num_samples = len(split)
-        self._split = split
+        self._reader = BatchReader(split)
         self._seed = seed
         self._pool = pool
         self._permuted = permuted
@@ -142,11 +142,7 @@ class DatasetLoader:
         order = self._order(shuffle, epoch)[macro_batch]
         key = augmentation_key if self._augments else None
 
-        def read(numbers: npt.NDArray[np.int64]) -> Batch:
-            samples, labels = read_samples(self._split, numbers, key)
-            return samples if isinstance(samples, tuple) else (samples,), labels
-
-        yield from read_ahead(self._pool, read, order, batch_size, start)
+        yield from read_ahead(self._pool, lambda numbers: self._reader.read(numbers, key), order, batch_size, start)
 
     def close(self) -> None:
         """Do nothing: no file or memory is held between epochs."""

@@ -52,13 +52,22 @@ def within(plan: Plan, workload: Workload, budget_bytes: int) -> Plan:
         )
     if budget_bytes >= plan.budget_bytes:
         return plan
-    parts: list[PartitionPlan] = []
+    bounds: list[tuple[PartitionPlan, int, int]] = []
     for part in plan.partitions:
         begin, held = part.start, 0
         for layer in range(part.start, part.stop):
             if layer > begin and held + sizes[layer] > budget_bytes // 2:
-                parts.append(dataclasses.replace(part, start=begin, stop=layer))
+                bounds.append((part, begin, layer))
                 begin, held = layer, 0
             held += sizes[layer]
-        parts.append(dataclasses.replace(part, start=begin))
-    return dataclasses.replace(plan, partitions=tuple(parts))
+        bounds.append((part, begin, part.stop))
+    # By the bytes of a sample follows how many are read at once.
+    widths = [sum(spec.sample_bytes for spec in specs) for specs in workload.chain.boundaries]
+    parts = [
+        dataclasses.replace(
+            part, start=start, stop=stop, input_bytes_per_sample=widths[start], output_bytes_per_sample=widths[stop]
+        )
+        for part, start, stop in bounds
+    ]
+    # Nothing mixes the samples of a batch any more: what had to learn from all of it at once goes forward in pieces.
+    return dataclasses.replace(plan, partitions=tuple(parts), whole_batches=False)

@@ -49,6 +49,29 @@ def plan_for_batches(
         footprint = Footprint(request, budget_bytes)
         return [footprint.beside_bytes(boundary, batch) for boundary in range(request.num_layers)]
 
+    def ending_bytes(budget_bytes: int) -> list[int]:
+        footprint = Footprint(request, budget_bytes)
+        return [footprint.wide_shard_bytes(stop) for stop in range(1, request.num_layers + 1)]
+
+    def planned(
+        cuts: Sequence[int] | None, *, uniform: bool, num_partitions: int | None = None
+    ) -> Plan:
+        return planner.plan(
+            request.costs,
+            budget_bytes=device.budget_bytes,
+            overhead_bytes=overhead_bytes,
+            beside_bytes=beside_bytes,
+            ending_bytes=ending_bytes,
+            batch_sizes=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
+            cuts=cuts,
+            num_partitions=num_partitions,
+            micro_batch=workload.config.micro_batch,
+            objective=request.objective_memory,
+            good_micro_batch=good_micro_batch or request.good_micro_batch,
+            uniform=uniform,
+            whole_batches=request.whole_batches if whole_batches is None else whole_batches,
+        )
+
     cuts = request.cuts
     if workload.config.blocks == "alike":
         cuts = similar_batch_cuts(
@@ -58,34 +81,10 @@ def plan_for_batches(
             objectives=[request.objective_memory(stop) for stop in range(1, request.num_layers + 1)],
             tolerance=workload.config.block_tolerance,
         )
-    plan = planner.plan(
-        request.costs,
-        budget_bytes=device.budget_bytes,
-        overhead_bytes=overhead_bytes,
-        beside_bytes=beside_bytes,
-        batch_sizes=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
-        cuts=cuts,
-        num_partitions=(num_partitions or workload.method.num_partitions) if cuts is None else None,
-        micro_batch=workload.config.micro_batch,
-        objective=request.objective_memory,
-        good_micro_batch=good_micro_batch or request.good_micro_batch,
-        uniform=workload.method.sweeps,
-        whole_batches=request.whole_batches if whole_batches is None else whole_batches,
-    )
+    asked = (num_partitions or workload.method.num_partitions) if cuts is None else None
+    plan = planned(cuts, uniform=workload.method.sweeps, num_partitions=asked)
     if (fixed := _cut_after_fixed_layers(request, plan)) is not None:
-        plan = planner.plan(
-            request.costs,
-            budget_bytes=device.budget_bytes,
-            overhead_bytes=overhead_bytes,
-            beside_bytes=beside_bytes,
-            batch_sizes=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
-            cuts=fixed,
-            micro_batch=workload.config.micro_batch,
-            objective=request.objective_memory,
-            good_micro_batch=good_micro_batch or request.good_micro_batch,
-            uniform=True,
-            whole_batches=request.whole_batches if whole_batches is None else whole_batches,
-        )
+        plan = planned(fixed, uniform=True)
     check_lengths(workload.config, len(plan.partitions))
     if workload.method.partitions_are_independent:
         _check_synthetic_inputs(request, plan)
@@ -148,7 +147,7 @@ def _with_own_peak(footprint: Footprint, heap: HeapShare, plan: Plan, part: Part
         layers = ties_counted_once(request.costs.layers[part.start : part.stop])
         forward = max(layer.input_bytes.at(part.micro_batch) + layer.emit_peak.at(part.micro_batch) for layer in layers)
         state = part.state_bytes - sum(layer.gradient_bytes for layer in layers)
-        shards = 2 * footprint.buffer_sizes.shard_bytes
+        shards = footprint.shard_bytes(part.stop)
         writing = state + forward + shards + objective.fixed + footprint.reading_bytes(part.start, part.batch, learns=False)
     return dataclasses.replace(
         part,

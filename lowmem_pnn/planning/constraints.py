@@ -12,7 +12,7 @@ Objectives = Callable[[int], Affine]
 """Function from the layer after a partition's last to the bytes of the partition's objective."""
 
 Beside = Callable[[int], Sequence[int]]
-"""Function from a budget to the bytes beside a partition, for each layer that it may begin with."""
+"""Function from a budget to the bytes beside a partition, for each layer that it may begin with, or end with."""
 
 
 class Constraints:
@@ -33,6 +33,7 @@ class Constraints:
         uniform: bool = False,
         whole_batches: bool = False,
         beside_bytes: Beside | None = None,
+        ending_bytes: Beside | None = None,
     ) -> None:
         if cuts is not None and num_partitions not in (None, len(cuts) + 1):
             raise ConfigError(
@@ -45,8 +46,8 @@ class Constraints:
         self.micro_batch = micro_batch
         self.uniform = uniform
         self.whole_batches = whole_batches
-        self._beside_bytes = beside_bytes
-        self.objectives = [
+        self._beside_bytes, self._ending_bytes = beside_bytes, ending_bytes
+        self._objectives = [
             objective(stop) if objective else default_objective(layer) for stop, layer in enumerate(profile.layers, start=1)
         ]
         self._check_cuts()
@@ -64,6 +65,15 @@ class Constraints:
         """
         return [0] * len(self.profile.layers) if self._beside_bytes is None else self._beside_bytes(budget_bytes)
 
+    def objectives(self, budget_bytes: int) -> list[Affine]:
+        """Return the bytes of a partition's objective, and what else its end takes, for each layer that may be its last.
+
+        Args:
+            budget_bytes: The budget.
+        """
+        ends = [0] * len(self._objectives) if self._ending_bytes is None else self._ending_bytes(budget_bytes)
+        return [Affine(one.fixed + end, one.per_sample) for one, end in zip(self._objectives, ends, strict=True)]
+
     def search(self, budget_bytes: int, *, batch: int | None = None, any_cuts: bool = False) -> Search | UniformSearch:
         """Return the search under these constraints.
 
@@ -73,10 +83,11 @@ class Constraints:
             any_cuts: Whether to search over all cuts and numbers of partitions instead of the given ones.
         """
         batches, beside = self.batches if batch is None else (batch,), self.beside(budget_bytes)
+        objectives = self.objectives(budget_bytes)
 
         def search(whole_batch: bool | None) -> Search:
             cuts, number = (None, None) if any_cuts else (self.cuts, self.num_partitions)
-            return Search(self.profile, batches, cuts, number, self.micro_batch, self.objectives, beside, whole_batch)
+            return Search(self.profile, batches, cuts, number, self.micro_batch, objectives, beside, whole_batch)
 
         if not self.uniform:
             return search(True if self.whole_batches else None)

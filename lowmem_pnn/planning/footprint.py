@@ -47,7 +47,7 @@ class Footprint:
     def overhead_bytes(self) -> int:
         """Bytes of the budget that are kept free beside every partition, and beside its samples and streams (`beside_bytes`)."""
         waiting = self.waiting_bytes() if self.request.workload.method.sweeps else 0
-        shards = 2 * self.buffer_sizes.shard_bytes if self.writes_shards else 0
+        shards = self.shard_bytes(self.request.num_layers) if self.writes_shards else 0
         return self.request.device.reserve_for(self.budget_bytes) + self.constant_bytes + waiting + shards
 
     @property
@@ -82,7 +82,26 @@ class Footprint:
     def writes_shards(self) -> bool:
         """Whether partitions write their outputs in shards, which are in device memory: sweeps do so for measures and fixed layers alone."""
         workload = self.request.workload
-        return self.request.device.shares_host and (not workload.method.sweeps or self._evaluates or workload.fixed_layers > 0)
+        if not self.request.device.shares_host or self.request.is_one_partition:
+            return False
+        return not workload.method.sweeps or self._evaluates or workload.fixed_layers > 0
+
+    def shard_bytes(self, boundary: int) -> int:
+        """Return the bytes of two shards, as many as are in memory while a boundary is written: each has at least one sample.
+
+        Args:
+            boundary: Boundary that is written; behind the last layer, where nothing is written, for shards of their usual size.
+        """
+        sample = activation_bytes(self.request.workload, boundary) if boundary < self.request.num_layers else 0
+        return 2 * max(self.buffer_sizes.shard_bytes, sample)
+
+    def wide_shard_bytes(self, boundary: int) -> int:
+        """Return what shards of wide samples take above two usual ones and the gradient of a sample, which is not there while they are written.
+
+        Args:
+            boundary: Boundary that is written.
+        """
+        return max(0, self.shard_bytes(boundary) // 2 - 2 * self.buffer_sizes.shard_bytes) if self.writes_shards else 0
 
     @property
     def _evaluates(self) -> bool:
@@ -137,8 +156,14 @@ class Footprint:
         boundaries = self.request.workload.chain.boundaries
         numbers = range(1, self.request.num_layers) if cuts is None else cuts
         sizes = [batch * sum(spec.sample_bytes for spec in boundaries[number]) for number in numbers]
-        # And the gradients at one of them.
-        return min(self.buffer_sizes.boundary_bytes, sum(sizes) + max(sizes, default=0))
+        # And the gradients at one of them, and those of weights that wait for others.
+        return min(self.buffer_sizes.boundary_bytes, sum(sizes) + max(sizes, default=0) + self._waiting_gradient_bytes(batch))
+
+    def _waiting_gradient_bytes(self, batch: int) -> int:
+        """Return the most bytes of gradients that a sweep keeps beside its boundaries: before a step that waits, and of shared weights."""
+        layers = self.request.profile.layers
+        waiting = sum(layer.gradient_bytes for layer in ties_counted_once(layers)) if self.request.workload.config.steps_wait else 0
+        return waiting + batch * self.request.profile.shared_bytes
 
     def stream_bytes(self, window_bytes: int) -> int:
         """Return the bytes that a sweep prefetches, and as many that it writes behind: at most all that it moves.
@@ -189,10 +214,12 @@ class Footprint:
             class_vectors = workload.method.objective(0, 2, specs, workload.task).memory(0).fixed
             # Labels, and the epoch's order while it is made.
             return batches + class_vectors + (_LABEL_BYTES + _ORDER_BYTES) * len(workload.splits["train"])
-        # The validation set's window is open while the training set's stays in memory for the next epoch.
+        # The validation set's window is open while the training set's stays in memory for the next epoch. A window has at least a sample.
         stored = activation_bytes(workload, boundary) + label_and_order
-        train = min(buffers.window_bytes, len(workload.splits["train"]) * stored)
-        val = min(buffers.window_bytes // 2, len(workload.splits["val"]) * stored) if "val" in workload.splits else 0
+        window, small_window = max(buffers.window_bytes, stored), max(buffers.window_bytes // 2, stored)
+        train = min(window, len(workload.splits["train"]) * stored)
+        val = min(small_window, len(workload.splits["val"]) * stored) if "val" in workload.splits else 0
         # An evaluation reads samples at full precision, even where training reads encoded ones.
-        evaluated = min(buffers.window_bytes // 2, num_evaluated_samples(workload) * sample) if stored < sample else 0
+        small_window = max(small_window, sample)
+        evaluated = min(small_window, num_evaluated_samples(workload) * sample) if stored < sample else 0
         return batches + max(train + val, evaluated)

@@ -40,6 +40,7 @@ def plan(
     uniform: bool = False,
     whole_batches: bool = False,
     beside_bytes: Beside | None = None,
+    ending_bytes: Beside | None = None,
 ) -> Plan:
     """Cut a chain into partitions that fit a budget.
 
@@ -59,6 +60,7 @@ def plan(
         whole_batches: Whether a batch has to go through at once.
         beside_bytes: Function from a budget to the bytes that are needed beside a partition, for each layer that it may begin with; they
             must grow by less than the budget does, together with the overhead.
+        ending_bytes: Function from a budget to the bytes that are needed by a partition, for each layer that may be its last.
 
     Returns:
         The best plan in the order of the module's docstring.
@@ -68,7 +70,7 @@ def plan(
         BudgetError: Nothing fits; the message says what does not, and the smallest budget that would do.
     """
     constraints = Constraints(
-        profile, batch_sizes, cuts, num_partitions, micro_batch, objective, uniform, whole_batches, beside_bytes
+        profile, batch_sizes, cuts, num_partitions, micro_batch, objective, uniform, whole_batches, beside_bytes, ending_bytes
     )
     search, beside = constraints.search(budget_bytes), constraints.beside(budget_bytes)
     overhead = _overhead(overhead_bytes, budget_bytes)

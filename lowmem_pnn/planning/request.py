@@ -50,6 +50,11 @@ class PlanRequest:
         return None if config.cuts is None else [self.workload.chain.layer_index(cut) for cut in config.cuts]
 
     @property
+    def is_one_partition(self) -> bool:
+        """Whether the model is one partition, whatever the budget: none of its outputs are written."""
+        return self.workload.method.num_partitions == 1 or self.cuts == [] or self.num_layers == 1
+
+    @property
     def whole_batches(self) -> bool:
         """Whether a batch has to go through at once, since what mixes samples, or the loss, has to see all of it."""
         return self.workload.needs_whole_batch or (self.workload.config.batch_norm == "refuse" and self.depends_on_micro_batch)

@@ -8,8 +8,12 @@ from torch import Tensor
 
 from lowmem_pnn.samples.augment import AugmentationKey, Augmenter
 from lowmem_pnn.samples.normalization import Normalization
+from lowmem_pnn.samples.readers import ServedSplit
 from lowmem_pnn.sources.splits import Indices, Split
 from lowmem_pnn.sources.subsets import labels_of
+
+_PIECE_BYTES = 1 << 20
+_WHOLE = 1 << 62
 
 
 class PreparedSplit:
@@ -68,3 +72,44 @@ def read_samples(split: Any, indices: Indices, key: AugmentationKey | None) -> t
     """
     samples: tuple[Tensor | tuple[Tensor, ...], Tensor] = split.batch(indices) if key is None else split.batch(indices, key)
     return samples
+
+
+class BatchReader:
+    """Reads batches of a split in pieces, into memory for them alone: on its way a sample takes two to four times its bytes.
+
+    Args:
+        split: A split, prepared or not.
+    """
+
+    def __init__(self, split: Any) -> None:
+        self._split = split
+        # Readers in processes of their own have a batch divided among them, and send it into its place.
+        self._piece = _WHOLE if isinstance(split, ServedSplit) else None
+
+    def read(self, indices: Indices, key: AugmentationKey | None) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return the tensors of samples, each (B, ...), and targets (B, ...), augmented where samples can and a key is given.
+
+        Args:
+            indices: Numbers of B samples.
+            key: Word and number that name an epoch, or a view; None for samples as they are.
+        """
+        whole: list[Tensor] = []
+        begin = 0
+        while begin < len(indices):
+            piece = self._piece_of(indices[begin : begin + (self._piece or 1)], key)
+            if self._piece is None:
+                *first, _ = piece
+                self._piece = max(1, _PIECE_BYTES // max(1, sum(tensor.nbytes for tensor in first)))
+            if len(piece[0]) == len(indices):
+                whole = list(piece)
+                break
+            whole = whole or [tensor.new_empty((len(indices), *tensor.shape[1:])) for tensor in piece]
+            for place, tensor in zip(whole, piece, strict=True):
+                place[begin : begin + len(tensor)] = tensor
+            begin += len(tensor)
+        *samples, labels = whole
+        return tuple(samples), labels
+
+    def _piece_of(self, indices: Indices, key: AugmentationKey | None) -> tuple[Tensor, ...]:
+        samples, labels = read_samples(self._split, indices, key)
+        return (*samples, labels) if isinstance(samples, tuple) else (samples, labels)

@@ -139,8 +139,9 @@ class ActivationStore:
         position = min(start * batch_size, stop)
         batch: list[Tensor] = []
         num_filled = 0
-        # Two batches, as many as wait at most: fresh memory for each would take longer than filling it.
-        memory_pool = MemoryPool(2 * resident_bytes(self.specs, batch_size, self.labels))
+        # Fresh memory for each batch would take longer than filling it. No more than one is kept: the next is put together when its turn
+        # comes, and blocks of full batches are not to stay beside a short last one.
+        memory_pool = MemoryPool(resident_bytes(self.specs, batch_size, self.labels))
         with closing(self._windows(seed if shuffle else None, epoch, position, stop, window_bytes, pool)) as windows:
             for window in windows:
                 while position < min(window.end, stop):

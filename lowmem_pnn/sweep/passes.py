@@ -128,6 +128,7 @@ class SweepPasses:
                 self._backward_from_loss(inputs, part, batch, shares[number])
             else:
                 self._backward_from_boundary(partition, inputs, number)
+            self._device.keep_to_expected_peak()
             for hook in hooks:
                 hook.remove()
             if visit.returns_input_gradient:

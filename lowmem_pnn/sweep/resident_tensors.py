@@ -40,6 +40,15 @@ class ResidentTensors:
         # A list: the reading thread may be adding one.
         return sum(tensor.nbytes for tensor in list(self._tensors.values()))
 
+    def bytes_of(self, keys: Iterable[str]) -> int:
+        """Return the bytes of those tensors that are in memory.
+
+        Args:
+            keys: names in the weight files.
+        """
+        named = frozenset(keys)
+        return sum(tensor.nbytes for (key, _), tensor in list(self._tensors.items()) if key in named)
+
     def find(self, key: str, elements: slice | None) -> Tensor | None:
         """Return a tensor, or some of its elements, flat; None where they are not in memory.
 

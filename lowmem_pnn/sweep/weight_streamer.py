@@ -146,7 +146,8 @@ class WeightStreamer:
         Args:
             keys: names in weight files of the partition's tensors.
         """
-        needed = sum(self._bytes_of(Piece(key)) for key in keys)
+        names = list(keys)
+        needed = sum(self._bytes_of(Piece(key)) for key in names) - self._resident.bytes_of(names)
         self._pool.set_limit(needed + 2 * self._stream_bytes + self._resident.nbytes)
 
     def keep_pool_to_limit(self) -> None:

@@ -41,7 +41,7 @@ from lowmem_pnn.training.initial_weights import build_weights, check_layouts
 from lowmem_pnn.training.join import forget
 from lowmem_pnn.training.mixing import find_mixing
 from lowmem_pnn.training.parity import compare
-from lowmem_pnn.training.preflight import check_tightest
+from lowmem_pnn.training.preflight import Check, check_tightest
 from lowmem_pnn.training.program import carry_out
 from lowmem_pnn.training.result import make_result
 from lowmem_pnn.workload import Workload
@@ -130,22 +130,19 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
         # What building and comparing the model has left is no part of the step.
         gc.collect()
         device.release()
-        check = check_tightest(run, profile)
+        check = check_tightest(run, profile, missing)
         # What the check found beyond the plan, which knows of what earlier ones found, comes on top of all that it foresees, reading too.
-        found = check.unexplained_bytes - missing
+        found = check.unexplained_bytes
         expected = plan.predicted_peak_bytes + plan.waiting_bytes + max(0, found)
         if check.fits and expected <= device.budget_bytes - device.reserve_bytes // 2:
             break
-        if attempt == _MAX_PLANS - 1:
-            if check.micro_batch is None:
-                raise BudgetError(f"no plan holds: {check.describe()}; give a larger --max-gpu-mem, or a smaller --batch-size")
-            # The device has far less than the budget; smaller micro-batches get by with it.
+        # A step that did not fit does not show what it would have needed: what is kept free doubles.
+        missing += max(found, device.reserve_bytes, 0 if check.fits else missing)
+        if (another := _plan_anew(request(missing), seconds_of, check, is_last=attempt == _MAX_PLANS - 1)) is None:
             display.message(f"{check.describe()}; going on with a micro-batch of {check.micro_batch}")
             run.set_micro_batch(None if workload.method.sweeps else check.partition, check.micro_batch)
             break
-        # A step that did not fit does not show what it would have needed: what is kept free doubles.
-        missing += max(found, device.reserve_bytes, 0 if check.fits else missing)
-        plan = make_plan(request(missing), seconds_of)
+        plan = another
         display.message(f"planned again: {check.describe()}")
         run.replan(plan)
     for note in plan_notes(request(), run.plan, mixing):
@@ -153,6 +150,24 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
     state.mixing = mixing
     run.begin_training(check.to_dict(), compared)
     return run
+
+
+def _plan_anew(request: PlanRequest, seconds_of: SecondsOf, check: Check, *, is_last: bool) -> Plan | None:
+    """Return a plan with more room for what a check found; None where there is none, and the micro-batch that went through is to do.
+
+    Raises:
+        BudgetError: no step went through, or what did not go through cannot be divided.
+    """
+    if is_last:
+        if check.micro_batch is None:
+            raise BudgetError(f"no plan holds: {check.describe()}; give a larger --max-gpu-mem, or a smaller --batch-size")
+        return None  # the device has far less than the budget; smaller micro-batches get by with it
+    try:
+        return make_plan(request, seconds_of)
+    except BudgetError:
+        if check.micro_batch is None or request.whole_batches:
+            raise
+        return None
 
 
 def _plan_with_mixing(request: PlanRequest, seconds_of: SecondsOf, module: str) -> Plan:

@@ -33,7 +33,7 @@ class Check:
     Args:
         partition: number of the partition.
         predicted_bytes: prediction of the plan for what the check does, which reads no shards.
-        measured_bytes: highest use of memory during the step.
+        measured_bytes: highest use of memory during the step, and during attempts with larger micro-batches that did not fit.
         fits: whether the step went through at the planned micro-batch.
         micro_batch: micro-batch with which it went through, be it after halving; None if it did not at all.
     """
@@ -67,12 +67,13 @@ class Check:
         }
 
 
-def check_tightest(run: Run, profile: MemoryProfile) -> Check:
+def check_tightest(run: Run, profile: MemoryProfile, unexplained_bytes: int = 0) -> Check:
     """Run one step of the partition with the highest predicted peak, on samples of the training data or on zeros, and forget it.
 
     Args:
         run: a run at its beginning; nothing of it is changed.
         profile: costs of the model's layers.
+        unexplained_bytes: what earlier checks have found above their plans, which this plan has room for.
 
     Raises:
         CaptureError: the model raises on real tensors.
@@ -91,7 +92,7 @@ def check_tightest(run: Run, profile: MemoryProfile) -> Check:
     # Smaller than planned where an earlier process died in this check.
     asked = micro_batch = run.state.sweep_micro_batch if sweeps else run.state.micro_batches[number]
     went_through = False
-    predicted = _predicted(PlanRequest(workload, profile, device), planned) + held
+    predicted = _predicted(PlanRequest(workload, profile, device, unexplained_bytes), planned) + held
     # Freed memory that is kept for further use would be taken for memory in use.
     device.set_expected_peak(predicted)
     device.begin_section()
@@ -158,7 +159,6 @@ def _sweep_once(run: Run, number: int, samples: int, micro_batch: int) -> int:
         if half is None:
             raise BudgetError(f"{title} does not fit with a micro-batch of {micro_batch}, the smallest")
         micro_batch = half
-        session.device.begin_section()
 
 
 def _trial_batch(workload: Workload, layer: int, samples: int) -> tuple[tuple[Tensor, ...], Tensor]:
