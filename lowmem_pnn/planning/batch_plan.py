@@ -53,9 +53,7 @@ def plan_for_batches(
         footprint = Footprint(request, budget_bytes)
         return [footprint.wide_shard_bytes(stop) for stop in range(1, request.num_layers + 1)]
 
-    def planned(
-        cuts: Sequence[int] | None, *, uniform: bool, num_partitions: int | None = None
-    ) -> Plan:
+    def planned(cuts: Sequence[int] | None, *, uniform: bool, num_partitions: int | None = None) -> Plan:
         return planner.plan(
             request.costs,
             budget_bytes=device.budget_bytes,

@@ -161,9 +161,13 @@ class Footprint:
 
     def _waiting_gradient_bytes(self, batch: int) -> int:
         """Return the most bytes of gradients that a sweep keeps beside its boundaries: before a step that waits, and of shared weights."""
-        layers = self.request.profile.layers
-        waiting = sum(layer.gradient_bytes for layer in ties_counted_once(layers)) if self.request.workload.config.steps_wait else 0
-        return waiting + batch * self.request.profile.shared_bytes
+        most = self.buffer_sizes.boundary_bytes  # larger ones go to disk, whatever is in memory
+        shared = [tie.gradient_bytes for layer in self.request.profile.layers for tie in layer.ties if not tie.is_first]
+        waiting = batch * sum(size for size in shared if size <= most)
+        if self.request.workload.config.steps_wait:
+            parameters = {parameter for layer in self.request.workload.chain.layers for parameter in layer.parameters().values()}
+            waiting += sum(one.nbytes for one in parameters if one.requires_grad and one.nbytes <= most)
+        return waiting
 
     def stream_bytes(self, window_bytes: int) -> int:
         """Return the bytes that a sweep prefetches, and as many that it writes behind: at most all that it moves.

@@ -146,12 +146,22 @@ def smallest_budget(
     micro_batch: int | None = None,
     objective: Objectives | None = None,
     beside_bytes: Beside | None = None,
+    ending_bytes: Beside | None = None,
 ) -> int:
     """Return the smallest budget that `plan` can meet, in bytes, with micro-batches as small as the modules accept.
 
     Arguments and errors are those of `plan`, without the budget.
     """
-    constraints = Constraints(profile, batch_sizes, cuts, num_partitions, micro_batch, objective, beside_bytes=beside_bytes)
+    constraints = Constraints(
+        profile,
+        batch_sizes,
+        cuts,
+        num_partitions,
+        micro_batch,
+        objective,
+        beside_bytes=beside_bytes,
+        ending_bytes=ending_bytes,
+    )
     return _enough(constraints, overhead_bytes)
 
 

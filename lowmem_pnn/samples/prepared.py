@@ -107,6 +107,7 @@ class BatchReader:
             for place, tensor in zip(whole, piece, strict=True):
                 place[begin : begin + len(tensor)] = tensor
             begin += len(tensor)
+            del piece, place, tensor  # or it would be there while the next is read
         *samples, labels = whole
         return tuple(samples), labels
 

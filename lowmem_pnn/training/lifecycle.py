@@ -139,6 +139,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
         # A step that did not fit does not show what it would have needed: what is kept free doubles.
         missing += max(found, device.reserve_bytes, 0 if check.fits else missing)
         if (another := _plan_anew(request(missing), seconds_of, check, is_last=attempt == _MAX_PLANS - 1)) is None:
+            assert check.micro_batch is not None, "a step went through"
             display.message(f"{check.describe()}; going on with a micro-batch of {check.micro_batch}")
             run.set_micro_batch(None if workload.method.sweeps else check.partition, check.micro_batch)
             break

@@ -76,7 +76,7 @@ def reference_peak(profile, start, stop, micro_batch, batch, objective):
     return max(max(moments) + from_later, at_objective)
 
 
-def brute_force(profile, room, batches, cuts, num_partitions, cap, beside):
+def brute_force(profile, room, batches, cuts, num_partitions, cap, beside, ending):
     """(bounds, micro-batches) by trying everything, or None."""
     end, smallest = len(profile.layers), profile.smallest_micro_batch
     allowed = [cut for cut in range(1, end) if cut not in profile.forbidden_cuts]
@@ -92,7 +92,7 @@ def brute_force(profile, room, batches, cuts, num_partitions, cap, beside):
             for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
                 batch = batches[number] if len(batches) > 1 else batches[0]
                 most = min(batch, cap or batch)
-                objective = Affine(0, 3 * profile.layers[stop - 1].output_bytes.per_sample)
+                objective = Affine(ending[stop - 1], 3 * profile.layers[stop - 1].output_bytes.per_sample)
                 fitting = [
                     size
                     for size in range(max(smallest, min(least_micro_batch, most)), most + 1)
@@ -134,11 +134,12 @@ def test_plans_are_those_of_brute_force(profile, data):
     }
     overhead = data.draw(st.integers(0, 20))
     beside = data.draw(st.lists(st.integers(0, 30), min_size=len(profile.layers), max_size=len(profile.layers)))
-    constraints["beside_bytes"] = lambda budget: beside
+    ending = data.draw(st.lists(st.integers(0, 30), min_size=len(profile.layers), max_size=len(profile.layers)))
+    constraints |= {"beside_bytes": lambda budget: beside, "ending_bytes": lambda budget: ending}
     least = smallest_budget(profile, overhead_bytes=overhead, **constraints)
     budget = max(1, least + data.draw(st.integers(-10, 400)))
 
-    expected = brute_force(profile, budget - overhead, batches, cuts, num_partitions, cap, beside)
+    expected = brute_force(profile, budget - overhead, batches, cuts, num_partitions, cap, beside, ending)
     if expected is None:
         assert budget < least
         with pytest.raises(BudgetError):
