@@ -39,7 +39,7 @@ class RowForm:
     Args:
         names: Names of the tensors of a row, in their order.
         context: Tokens of a row, T.
-        vocabulary: Number of tokens that there are.
+        vocabulary: Number of tokens that the model scores.
     """
 
     names: tuple[str, ...]
@@ -75,13 +75,14 @@ class RowForm:
         if targets.kind != "tokens" or len(specs) != 1:
             return None
         [(shape, dtype)] = specs
-        if len(shape) != 1 or dtype != torch.int64 or tuple(outputs.shape) != (*shape, targets.num_classes):
+        # Scores are often of more tokens than the data has: vocabularies are padded to a round number.
+        if len(shape) != 1 or dtype != torch.int64 or tuple(outputs.shape[:-1]) != shape or outputs.shape[-1] < targets.num_classes:
             return None
         places = {"input_ids": 0} if structure is None else structure.unflatten(list(range(len(inputs))))
         known = {name for names in INPUT_NAMES.values() for name in names}
         if not isinstance(places, dict) or not {"input_ids"} <= set(places) <= known:
             return None
-        return cls(tuple(sorted(places, key=places.__getitem__)), shape[0], targets.num_classes)
+        return cls(tuple(sorted(places, key=places.__getitem__)), shape[0], outputs.shape[-1])
 
     def rows(self, tokens: Sequence[Sequence[int]]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return rows of the last tokens of each text, padded at their end, and where the token after each is scored.
@@ -115,7 +116,7 @@ class Continuation:
     Args:
         prompt: Its tokens.
         tokens: What was said so far.
-        is_ended: Whether that ends in the end token, which is not among `tokens`.
+        is_ended: Whether that ends in an end token, which is not among `tokens`.
     """
 
     prompt: list[int]
