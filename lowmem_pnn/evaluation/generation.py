@@ -6,7 +6,7 @@ Nothing is kept of one token for the next (a chain of any layers has no cache of
 the whole rows. But each reading of the weights serves all prompts at once, and a model of one partition is read once for all tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -132,7 +132,7 @@ def generate_tokens(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
-    end: int | None,
+    ends: Collection[int],
 ) -> list[Continuation]:
     """Have a model go on with some texts.
 
@@ -143,7 +143,7 @@ def generate_tokens(
         max_new_tokens: Tokens that are said of each text, at most.
         sampling: How a token is chosen. The choices of a text are functions of (seed, its number, the token's number) alone.
         seed: Seed of the choices.
-        end: Token after which a text is not gone on with; None for none.
+        ends: Tokens after which a text is not gone on with.
 
     Raises:
         ConfigError: A prompt has no token, or one that the model does not know.
@@ -165,7 +165,7 @@ def generate_tokens(
                 break
             for number, scores in scorer.scores({n: [*texts[n].prompt, *texts[n].tokens] for n in going}):
                 token = sampling.next_token(scores, seed_of(seed, "generate", number, done))
-                if token == end:
+                if token in ends:
                     texts[number].is_ended = True
                 else:
                     texts[number].tokens.append(token)

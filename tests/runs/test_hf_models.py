@@ -18,7 +18,10 @@ from helpers.language import pairs, write_jsonl, write_tokenizer
 from helpers.plainloops import step_lines
 from helpers.transformers_folders import BERT, LLAMA, VIT, make_model, of_folder, write_config, write_llama
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.inference.generate import generate_run
 from lowmem_pnn.language.open_language import LanguageForm, open_language
+from lowmem_pnn.language.sampling import Sampling
+from lowmem_pnn.language.tokenizer import open_tokenizer
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.seeds import permutation_of
@@ -200,6 +203,22 @@ def test_a_run_that_ends_before_it_is_done_writes_the_same_folder(
     assert Path(result.weights_file).read_bytes() == Path(trained.weights_file).read_bytes()
     lowmem_pnn.fit("mlp:64-10", "digits", max_gpu_mem="100MB", workdir=tmp_path / "run", overwrite=True, epochs=1)
     assert not (tmp_path / "run" / "hf").exists()
+
+
+def test_it_goes_on_with_a_text_as_transformers_does(root: Path, trained: Result, tmp_path: Path) -> None:
+    # Its vocabulary is larger than the tokenizer, as is usual.
+    model, prompt = of_folder(Path(str(trained.transformers_folder))), "the cat sat"
+    ids = torch.from_numpy(open_tokenizer(str(root / "model")).encode([prompt])[0])[None]
+    expected = model.generate(ids, do_sample=False, max_new_tokens=8, eos_token_id=None)[0, ids.shape[1] :].tolist()
+    shutil.copytree(root / "model", tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    for ends in (299, [expected[5], expected[3]]):
+        (tmp_path / "model" / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
+        [said] = generate_run(
+            Path(trained.workdir), [prompt], max_new_tokens=8, sampling=Sampling(), tokenizer=str(tmp_path / "model")
+        )
+        places = [place for place, token in enumerate(expected) if token in (0, *(ends if isinstance(ends, list) else [ends]))]
+        assert said.tokens == expected[: min(places, default=8)]
 
 
 def test_images_are_classified_by_a_vision_transformer(tmp_path: Path) -> None:
