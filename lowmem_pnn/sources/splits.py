@@ -234,9 +234,10 @@ class ArraySplit(SampleSplit):
 
     def _targets(self, index: Tensor) -> Tensor:
         kept = self._y.index_select(0, index)
-        if self.targets.kind == "tokens":
-            return kept.to(self.targets.dtype)
-        return kept if self._resize is None else self._resize.masks(kept, self.targets.outside).to(self.targets.dtype)
+        if self._resize is not None:
+            kept = self._resize.masks(kept, self.targets.outside)
+        # Another part of the data may hold what takes a wider type; and tokens are cast as late as here.
+        return kept.to(self.targets.dtype)
 
 
 def what_is_not_finite(x: Tensor) -> str:

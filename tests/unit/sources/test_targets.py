@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lowmem_pnn.errors import DataError
+from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.map_split import from_arrays, from_torch
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
 
@@ -146,3 +147,13 @@ def test_samples_of_several_tensors_may_have_a_label_for_each_token(inputs: dict
     split = from_torch((x, labels))
     assert (split.targets.kind, split.targets.num_classes, split.targets.shape) == (kind, 28, (7,))
     assert torch.equal(split.batch([2])[1], labels[2:3])
+
+
+def test_masks_of_two_parts_are_kept_in_one_type() -> None:
+    x, masks = torch.rand(2, *IMAGE), torch.ones(2, 4, 5, dtype=torch.int64)
+    partly = masks.clone()
+    partly[0, 0] = -100
+    dataset = make_dataset((x, partly), (x, masks), name="x", options=TargetOptions(ignored=-100))
+    for part, kept in ((dataset.train, partly), (dataset.test, masks)):
+        assert part.batch([0, 1])[1].dtype == part.labels(np.arange(2)).dtype == torch.int64
+        assert torch.equal(part.batch([0, 1])[1], kept)
