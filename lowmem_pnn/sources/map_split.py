@@ -21,9 +21,6 @@ from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, require_samples, 
 from lowmem_pnn.sources.structured_split import StructuredSplit, from_structured_arrays, is_structured
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
 
-# Number of samples that stand for all samples of a map-style data set in its fingerprint, and where its targets are looked at.
-_NUM_PROBES = 16
-
 
 class MapSplit(SampleSplit):
     """Split of a map-style data set, with (x, target) at each index, read when asked for.
@@ -73,30 +70,17 @@ class MapSplit(SampleSplit):
             DataError: A sample differs when it is read again.
         """
         digest = hashlib.sha256(f"{len(self)}{''.join(self.skipped)}".encode())
-        for number in self._probes():
-            x, label = self._sample(int(number))
-            again, label_again = self._sample(int(number))
-            same = torch.equal(label, label_again) and x.shape == again.shape
-            if not same or not bool(torch.isclose(x, again, 0, 0, equal_nan=True).all()):
-                raise DataError(
-                    f"sample {number} of {self.where} differs when it is read again; take random transforms out of the data set, "
-                    "since what partitions compute from a sample is kept"
-                )
+        for x, label in self._read_twice(self._sample):
             hash_tensor(digest, x)
             digest.update(str(label.tolist()).encode())
         return digest.hexdigest()
-
-    def _probes(self) -> npt.NDArray[np.int64]:
-        """Return the numbers of a few evenly spaced samples."""
-        numbers: npt.NDArray[np.int64] = self._kept[np.unique(np.linspace(0, len(self) - 1, _NUM_PROBES).astype(np.int64))]
-        return numbers
 
     def _find_targets(self, sample_shape: tuple[int, ...], tokens: bool, options: TargetOptions) -> Targets:
         """Find out what targets are: of the first sample where it is a class number, else of a few."""
         own = options.task == "own"
         values = []
         for number in self._probes():
-            leaves, tree = pytree.tree_flatten(self._item(int(number))[1] if own else [self._item(int(number))[1]])
+            leaves, tree = pytree.tree_flatten(self._item(number)[1] if own else [self._item(number)[1]])
             where = f"sample {number} of {self.where}"
             values.append([_target_tensor(leaf, where) for leaf in leaves])
             of_class = not own and not values[0][0].dtype.is_floating_point and values[0][0].numel() == 1

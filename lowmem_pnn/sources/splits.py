@@ -1,7 +1,7 @@
 """Data splits: training, validation or test samples by index, with their targets; and the split of samples that are in memory."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -21,6 +21,8 @@ from lowmem_pnn.sources.targets import Targets
 
 Indices: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]]"
 
+# Number of samples that stand for all samples of a map-style data set in its fingerprint, and where its targets are looked at.
+_NUM_PROBES = 16
 # Bytes of an array that are checked at a time.
 _CHECKED_BYTES = 4 << 20
 
@@ -148,6 +150,28 @@ class SampleSplit:
     def fingerprint(self) -> str:
         """Return a hash that changes when the samples or labels do."""
         raise NotImplementedError
+
+    def _probes(self) -> list[int]:
+        """Return the numbers, as the source counts, of a few evenly spaced samples."""
+        places = np.unique(np.linspace(0, len(self) - 1, _NUM_PROBES).astype(np.int64))
+        return [int(number) for number in self._kept[places]]
+
+    def _read_twice(self, read: Callable[[int], Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
+        """Yield the tensors of a few evenly spaced samples.
+
+        Raises:
+            DataError: A sample differs when it is read again.
+        """
+        for number in self._probes():
+            once, again = read(number), read(number)
+            for one, other in zip(once, again, strict=True):
+                same = (one.shape, one.dtype) == (other.shape, other.dtype)
+                if not same or not bool(torch.isclose(one, other, 0, 0, equal_nan=True).all()):
+                    raise DataError(
+                        f"sample {number} of {self.where} differs when it is read again; take random transforms out of the data set, "
+                        "since what partitions compute from a sample is kept"
+                    )
+            yield once
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Read raw samples (B, *raw_shape) and targets (B, ...), into fresh memory."""

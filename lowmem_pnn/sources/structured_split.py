@@ -17,8 +17,6 @@ from lowmem_pnn.sources.preprocessing import Preprocessing
 from lowmem_pnn.sources.splits import Indices, SampleSplit, as_indices, require_samples, what_is_not_finite
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
 
-_NUM_PROBES = 16
-
 
 class StructuredSplit(SampleSplit):
     """Split of samples of several tensors.
@@ -90,18 +88,10 @@ class StructuredSplit(SampleSplit):
             DataError: A sample differs when it is read again.
         """
         digest = hashlib.sha256(f"{len(self)}{self.names}".encode())
-        for number in self._probes():
-            once, again = self._sample(number), self._sample(number)
-            for one, other in zip((*once[0], once[1]), (*again[0], again[1]), strict=True):
-                if one.shape != other.shape or not bool(torch.isclose(one, other, 0, 0, equal_nan=True).all()):
-                    raise DataError(
-                        f"sample {number} of {self.where} differs when it is read again; take random transforms out of the data set"
-                    )
-                hash_tensor(digest, one)
+        for tensors in self._read_twice(self._all_tensors):
+            for tensor in tensors:
+                hash_tensor(digest, tensor)
         return digest.hexdigest()
-
-    def _probes(self) -> list[int]:
-        return sorted(set(np.linspace(0, len(self) - 1, _NUM_PROBES).astype(int).tolist()))
 
     def _find_targets(self, options: TargetOptions) -> Targets:
         """Find out what targets are, of a few samples; how many classes there are, of all."""
@@ -139,6 +129,10 @@ class StructuredSplit(SampleSplit):
             found = ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors)
             raise DataError(f"{where} is of another form than sample 0 (it holds {found}); give all samples one form")
         return tensors, self.targets.convert(target, where, batched=False)
+
+    def _all_tensors(self, number: int) -> list[Tensor]:
+        tensors, target = self._sample(number)
+        return [*tensors, target]
 
 
 def from_structured_arrays(x: Any, y: Any, where: str, options: TargetOptions = TargetOptions()) -> StructuredSplit:  # noqa: B008
