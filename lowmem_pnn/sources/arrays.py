@@ -199,6 +199,19 @@ def count_classes(x: Tensor, y: Tensor) -> int:
     return max(0, *(int(part.cpu().numpy().max()) for part in ((x, y) if y.ndim > 1 else (y,)))) + 1
 
 
+def fits_bytes(numbers: Tensor) -> bool:
+    """Return whether whole numbers, at least one, are all from 0 to 255.
+
+    Args:
+        numbers: The numbers, of any shape.
+
+    Example:
+        >>> fits_bytes(torch.tensor([0, 255])), fits_bytes(torch.tensor([0, 256])), fits_bytes(torch.tensor([-1]))
+        (True, False, False)
+    """
+    return numbers.dtype in (torch.uint8, torch.bool) or (int(numbers.min()) >= 0 and int(numbers.max()) < 256)
+
+
 def hash_tensor(digest: _Digest, tensor: Tensor) -> None:
     """Add a tensor's shape, dtype and values to a hash.
 

@@ -17,7 +17,7 @@ from lowmem_pnn.sources.given import as_pair, as_sample, require_map_style
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing, holds_tokens
 from lowmem_pnn.sources.resize import Resize
-from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, require_samples, what_is_not_finite
+from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, of_all, require_samples, what_is_not_finite
 from lowmem_pnn.sources.structured_split import StructuredSplit, from_structured_arrays, is_structured
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
 
@@ -57,8 +57,7 @@ class MapSplit(SampleSplit):
         found = self._find_targets(tuple(first.shape), holds_tokens(first.dtype, input_form), options)
         self.targets = found.of_size(resize)
         if self.targets.are_classes:
-            count = self._count_classes() if num_classes is None else num_classes
-            self.targets = self.targets.of_classes(count)
+            self.targets = self._counted() if num_classes is None else self.targets.of_classes(num_classes)
 
     def _preprocessing(self, x: Tensor) -> Preprocessing:
         return Preprocessing.choose(tuple(x.shape), x.dtype, self._input_form, self.where, resize=self._resize)
@@ -92,18 +91,19 @@ class MapSplit(SampleSplit):
         stacked = [torch.stack(tensors) for tensors in zip(*values, strict=True)]
         whole = pytree.tree_unflatten(stacked, tree)
         found = whole if own else whole[0]
-        return find_targets(found, self.where, options, sample_shape, tokens=tokens)
+        return find_targets(found, self.where, options, sample_shape, tokens=tokens, are_all=False)
 
-    def _count_classes(self) -> int:
-        """Return the number of classes; where each token has a label, one more than the largest token or label."""
+    def _counted(self) -> Targets:
+        """Return the form of the targets with the number of classes: where each token has a label, one more than the largest of both."""
         of_tokens = self.targets.kind == "tokens"
         known = None if self.targets.kind == "mask" else _known_classes(self._dataset, self.where, of_tokens)
         if known is not None:
-            return known
-        counts = [self.targets.count(label) for _, label in map(self._sample, self._kept.tolist())]
+            return self.targets.of_classes(known)
+        found = of_all(self.targets, (label for _, label in map(self._sample, self._kept.tolist())))
         if of_tokens:
-            counts += [count_classes(x[None], x[None]) for x, _ in map(self._sample, self._kept.tolist())]
-        return max(counts)
+            counts = [count_classes(x[None], x[None]) for x, _ in map(self._sample, self._kept.tolist())]
+            found = found.of_classes(max(found.num_classes, *counts))
+        return found.of_size(self._resize)
 
     def _find_broken(self) -> dict[int, str]:
         """Read every sample, and say what is wrong with those that cannot be used."""

@@ -1,7 +1,8 @@
 """Data splits: training, validation or test samples by index, with their targets; and the split of samples that are in memory."""
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -13,7 +14,7 @@ from torch.utils._pytree import TreeSpec
 
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
-from lowmem_pnn.sources.arrays import hash_tensor
+from lowmem_pnn.sources.arrays import fits_bytes, hash_tensor
 from lowmem_pnn.sources.npz_file import mapped_member
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
 from lowmem_pnn.sources.resize import Resize
@@ -262,6 +263,20 @@ class ArraySplit(SampleSplit):
             kept = self._resize.masks(kept, self.targets.outside)
         # Another part of the data may hold what takes a wider type; and tokens are cast as late as here.
         return kept.to(self.targets.dtype)
+
+
+def of_all(targets: Targets, kept: Iterable[Tensor]) -> Targets:
+    """Return the form of targets of which some were looked at, with the classes of all; masks become bytes where these hold them.
+
+    Args:
+        targets: The form.
+        kept: All targets that are class numbers, one by one, as they are kept.
+    """
+    count, is_small = 1, targets.kind == "mask"
+    for one in kept:
+        count = max(count, targets.count(one))
+        is_small = is_small and fits_bytes(one)
+    return dataclasses.replace(targets, num_classes=count, dtype=torch.uint8 if is_small else targets.dtype)
 
 
 def what_is_not_finite(x: Tensor) -> str:

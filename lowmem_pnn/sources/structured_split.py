@@ -14,7 +14,7 @@ from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.arrays import as_tensor, hash_tensor
 from lowmem_pnn.sources.preprocessing import Preprocessing
-from lowmem_pnn.sources.splits import Indices, SampleSplit, as_indices, require_samples, what_is_not_finite
+from lowmem_pnn.sources.splits import Indices, SampleSplit, as_indices, of_all, require_samples, what_is_not_finite
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
 
 
@@ -105,15 +105,10 @@ class StructuredSplit(SampleSplit):
         labelled = tuple(stacked.shape[1:])
         of_tokens = any(form.dtype == torch.int64 and form.shape == labelled for form in self.forms) and len(labelled) == 1
         shape = labelled if of_tokens else self.forms[0].shape
-        found = find_targets(stacked, self.where, options, shape, tokens=of_tokens)
+        found = find_targets(stacked, self.where, options, shape, tokens=of_tokens, are_all=False)
         if not found.are_classes:
             return found
-        return found.of_classes(
-            max(
-                found.count(found.convert(self._read(n)[1], f"sample {n} of {self.where}", batched=False))
-                for n in range(len(self))
-            )
-        )
+        return of_all(found, (found.convert(self._read(n)[1], f"sample {n} of {self.where}", batched=False) for n in range(len(self))))
 
     def _leaves(self, number: int) -> tuple[list[Tensor], pytree.TreeSpec, Any]:
         """Return the tensors of a sample, their structure, and its target as it is given."""

@@ -157,3 +157,24 @@ def test_masks_of_two_parts_are_kept_in_one_type() -> None:
     for part, kept in ((dataset.train, partly), (dataset.test, masks)):
         assert part.batch([0, 1])[1].dtype == part.labels(np.arange(2)).dtype == torch.int64
         assert torch.equal(part.batch([0, 1])[1], kept)
+
+
+@pytest.mark.parametrize("is_structured", [False, True])
+@pytest.mark.parametrize(("number", "dtype", "classes"), [(300, torch.int64, 301), (-1, torch.int64, 2), (7, torch.uint8, 8)])
+def test_a_mask_that_was_not_looked_at_keeps_its_values(
+    number: int, dtype: torch.dtype, classes: int, is_structured: bool
+) -> None:
+    masks = torch.ones(40, 4, 5, dtype=torch.int64)
+    masks[1, 0, 0] = number
+    x = torch.rand(40, *IMAGE)
+    samples = [({"a": image, "b": image} if is_structured else image, mask) for image, mask in zip(x, masks, strict=True)]
+    split = from_torch(samples, options=TargetOptions(ignored=-1))
+    assert (split.targets.dtype, split.num_classes) == (dtype, classes)
+    assert torch.equal(split.batch([0, 1])[1].long(), masks[:2])
+
+
+def test_masks_of_two_types_that_bytes_do_not_hold_are_refused() -> None:
+    small = torch.zeros(4, 5, dtype=torch.uint8)
+    masks = [small, torch.full((4, 5), 300), *[small] * 38]
+    with pytest.raises(DataError, match=r"^sample 1 of mine has a mask with classes beyond 0 to 255, and others are of bytes; give"):
+        from_torch([(torch.zeros(IMAGE), mask) for mask in masks], where="mine")
