@@ -184,19 +184,23 @@ def as_label(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> T
     return labels
 
 
-def count_classes(x: Tensor, y: Tensor) -> int:
+def count_classes(x: Tensor, y: Tensor, ignored: int | None = None) -> int:
     """Return the number of classes that labels show, and tokens too where each token has a label.
 
     Args:
         x: Samples (N, ...).
         y: Labels (N,), or of x's shape; int64; at least one.
+        ignored: Label that is left out.
 
     Example:
         >>> count_classes(torch.tensor([[7, 1]]), torch.tensor([[1, 2]])), count_classes(torch.tensor([[7, 1]]), torch.tensor([2]))
         (8, 3)
     """
     # By numpy: torch has no maximum of uint16, in which tokens are often kept.
-    return max(0, *(int(part.cpu().numpy().max()) for part in ((x, y) if y.ndim > 1 else (y,)))) + 1
+    labels = y.cpu().numpy()
+    counted = labels if ignored is None or ignored < 0 else labels[labels != ignored]
+    tokens = [int(x.cpu().numpy().max())] if y.ndim > 1 else []
+    return max(0, *tokens, int(counted.max()) if counted.size else 0) + 1
 
 
 def fits_bytes(numbers: Tensor) -> bool:

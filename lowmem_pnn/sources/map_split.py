@@ -96,7 +96,7 @@ class MapSplit(SampleSplit):
     def _counted(self) -> Targets:
         """Return the form of the targets with the number of classes: where each token has a label, one more than the largest of both."""
         of_tokens = self.targets.kind == "tokens"
-        known = None if self.targets.kind == "mask" else _known_classes(self._dataset, self.where, of_tokens)
+        known = None if self.targets.kind == "mask" else _known_classes(self._dataset, self.where, self.targets)
         if known is not None:
             return self.targets.of_classes(known)
         found = of_all(self.targets, (label for _, label in map(self._sample, self._kept.tolist())))
@@ -298,13 +298,14 @@ def from_arrays(
     return ArraySplit(x, kept, targets, input_form, where, resize)
 
 
-def _known_classes(dataset: Any, where: str, of_tokens: bool) -> int | None:
+def _known_classes(dataset: Any, where: str, form: Targets) -> int | None:
     """Return the number of classes of a map-style data set if that is known without reading the samples one by one."""
+    of_tokens = form.kind == "tokens"
     tensors = getattr(dataset, "tensors", None)
     if of_tokens and isinstance(dataset, torch.utils.data.Subset):
-        return _known_classes(dataset.dataset, where, of_tokens)
+        return _known_classes(dataset.dataset, where, form)
     if of_tokens:
-        return count_classes(*tensors) if isinstance(tensors, tuple) and len(tensors) == 2 else None
+        return count_classes(*tensors, form.ignored) if isinstance(tensors, tuple) and len(tensors) == 2 else None
     classes = getattr(dataset, "classes", None)
     if isinstance(classes, list | tuple) and classes:
         return len(classes)
@@ -312,7 +313,7 @@ def _known_classes(dataset: Any, where: str, of_tokens: bool) -> int | None:
     if labels is None:
         labels = tensors[-1] if isinstance(tensors, tuple) else None
     if labels is None and isinstance(dataset, torch.utils.data.Subset):
-        return _known_classes(dataset.dataset, where, of_tokens)
+        return _known_classes(dataset.dataset, where, form)
     if labels is None:
         return None
     try:
@@ -320,4 +321,4 @@ def _known_classes(dataset: Any, where: str, of_tokens: bool) -> int | None:
     except DataError:
         # A data set may turn what it calls `targets` into class numbers as a sample is read.
         return None
-    return max(int(numbers.max()) + 1, 1) if numbers.numel() else None
+    return form.count(numbers) if numbers.numel() else None
