@@ -145,7 +145,7 @@ class MapSplit(SampleSplit):
                     f"sample {number} of {self.where} has an image {tuple(x.shape)} and a mask {tuple(mask.shape)}; give both one size"
                 )
             target = self._resize.masks(mask, self.targets.outside)
-        return x, self.targets.convert(target, f"sample {number} of {self.where}", batched=False)
+        return x, self.targets.convert(target, f"sample {number} of {self.where}", batched=False, remedy=" (--skip-broken)")
 
     def _item(self, number: int) -> tuple[Tensor, Any]:
         """Return a sample as it is stored, and its target as the data set gives it."""

@@ -138,13 +138,14 @@ class Targets:
         """
         return _count(kept, self.ignored)
 
-    def convert(self, value: Any, where: str, *, batched: bool) -> Tensor:
+    def convert(self, value: Any, where: str, *, batched: bool, remedy: str = "") -> Tensor:
         """Convert targets of this kind to the form in which they are kept.
 
         Args:
             value: Targets of one sample, or (N, ...) of many, as a data set gives them.
             where: Name of the data in messages.
             batched: Whether they are of many samples.
+            remedy: What leaves a broken sample out, in brackets; empty where nothing does.
 
         Raises:
             DataError: They are not of this kind.
@@ -169,7 +170,7 @@ class Targets:
             finite = torch.isfinite(converted).reshape(len(converted), -1).all(1)
             if self.kind == "values" and not bool(finite.all()):
                 which = f"the target of sample {int((~finite).nonzero()[0])}" if batched else "its target"
-                raise DataError(f"{where}: {which} is NaN or infinite; repair it or leave the sample out (--skip-broken)")
+                raise DataError(f"{where}: {which} is NaN or infinite; repair it or leave the sample out{remedy}")
         if tuple(converted.shape[1:]) != self.shape:
             raise DataError(
                 f"{where} has labels of shape {tuple(converted.shape[1:])}, others of {self.shape}; give all samples labels of "

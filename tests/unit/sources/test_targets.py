@@ -117,10 +117,13 @@ def test_a_target_of_another_form_is_named() -> None:
     )
     with pytest.raises(DataError, match=r"sample 7 has targets \(\) float32, others have"):
         split.targets.convert({"b": 1.5}, "sample 7", batched=False)
-    with pytest.raises(
-        DataError, match=r"mine: the target of sample 1 is NaN or infinite; repair it or leave the sample out \(--skip-broken\)"
-    ):
-        from_torch((torch.zeros(2, 3), [1.5, float("nan")]), where="mine")
+    values, x = [1.5, 0.5, float("nan"), *[0.5] * 40], torch.zeros(43, 3)
+    with pytest.raises(DataError, match=r"^mine: the target of sample 2 is NaN or infinite; repair it or leave the sample out$"):
+        from_torch((x, values), where="mine")
+    with pytest.raises(DataError, match=r"^sample 2 of mine: its target is NaN or infinite; .* out \(--skip-broken\)$"):
+        from_torch(list(zip(x, values, strict=True)), where="mine").batch([2])
+    with pytest.raises(DataError, match=r"^sample 2 of mine: its target is NaN or infinite; repair it or leave the sample out$"):
+        from_torch([({"a": one, "b": one}, value) for one, value in zip(x, values, strict=True)], where="mine").batch([2])
 
 
 def test_a_broken_target_is_left_out_with_its_sample() -> None:
