@@ -97,10 +97,12 @@ class StructuredSplit(SampleSplit):
         """Find out what targets are, of a few samples; how many classes there are, of all."""
         raw = [self._read(number)[1] for number in self._probes()]
         if options.task == "own":
-            trees = [pytree.tree_map(lambda leaf: as_tensor(leaf, f"the targets of {self.where}"), one) for one in raw]
+            trees = [pytree.tree_map(lambda leaf: as_tensor(leaf, f"the targets of {self.where}", palette=True), one) for one in raw]
             whole = pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
             return find_targets(whole, self.where, options, (), tokens=False)
-        stacked = torch.stack([as_tensor(one, f"the labels of {self.where}") for one in raw])
+        labels = [as_tensor(one, f"the labels of {self.where}", palette=True) for one in raw]
+        # One of another shape is refused by name when it is read.
+        stacked = torch.stack([one for one in labels if one.shape == labels[0].shape])
         # A label for each token of one of the tensors: that of a text, or of the text that a decoder has written so far.
         labelled = tuple(stacked.shape[1:])
         of_tokens = any(form.dtype == torch.int64 and form.shape == labelled for form in self.forms) and len(labelled) == 1

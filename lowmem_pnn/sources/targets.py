@@ -357,7 +357,7 @@ def _own_targets(values: Any, where: str) -> Targets:
 
 
 def _own_tensor(value: Any, where: str) -> Tensor:
-    tensor = as_tensor(value, f"the targets of {where}")
+    tensor = as_tensor(value, f"the targets of {where}", palette=True)
     if tensor.dtype.is_floating_point:
         return tensor.to(torch.float32)
     return tensor if tensor.dtype in (torch.bool, torch.uint8) else tensor.to(torch.int64)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.sources.datasets import make_dataset
@@ -181,3 +182,19 @@ def test_masks_of_two_types_that_bytes_do_not_hold_are_refused() -> None:
     masks = [small, torch.full((4, 5), 300), *[small] * 38]
     with pytest.raises(DataError, match=r"^sample 1 of mine has a mask with classes beyond 0 to 255, and others are of bytes; give"):
         from_torch([(torch.zeros(IMAGE), mask) for mask in masks], where="mine")
+
+
+@pytest.mark.parametrize("task", ["auto", "own"])
+@pytest.mark.parametrize("is_structured", [False, True])
+def test_masks_may_be_images_with_a_palette(task: Any, is_structured: bool) -> None:
+    mask = Image.fromarray(np.arange(20, dtype=np.uint8).reshape(4, 5) % 3)
+    mask.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    x = torch.zeros(IMAGE)
+    split = from_torch([({"a": x, "b": x} if is_structured else x, mask)] * 2, options=TargetOptions(task))
+    assert split.batch([1])[1][0].tolist() == np.asarray(mask).tolist()
+
+
+def test_a_target_of_another_shape_beside_several_tensors_is_named() -> None:
+    x = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    with pytest.raises(DataError, match=r"^sample 1 of mine has labels of shape \(3,\), others of \(2,\); give all samples labels"):
+        from_torch([(x, torch.rand(2)), (x, torch.rand(3))], where="mine").batch([1])
