@@ -224,12 +224,15 @@ def test_it_goes_on_with_a_text_as_transformers_does(root: Path, trained: Result
 def test_images_are_classified_by_a_vision_transformer(tmp_path: Path) -> None:
     model = make_model("vit", "AutoModelForImageClassification", VIT, num_hidden_layers=1)
     model.save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5], "image_std": [0.5]}))
     result = lowmem_pnn.fit(
         f"hf:{tmp_path / 'vit'}", "digits", max_gpu_mem="400MB", device="cpu", workdir=tmp_path / "run", epochs=1, lr=1e-3,
         train_limit=100, test_limit=20,
     )  # fmt: skip
     assert result.weights["new"] == []
     trained = of_folder(tmp_path / "run" / "hf", "AutoModelForImageClassification")
+    assert not (tmp_path / "run" / "hf" / "preprocessor_config.json").exists()
+    assert "- Images: values / 16; preprocessor_config.json has no words" in (tmp_path / "run" / "hf" / "README.md").read_text()
     answers = lowmem_pnn.predict(result)
     x = torch.rand(2, 1, 8, 8)
     torch.testing.assert_close(trained(pixel_values=x).logits, lowmem_pnn.load(result)(x), rtol=0, atol=1e-6)
