@@ -1,5 +1,6 @@
 """Splits of map-style PyTorch data sets, whose samples are read when they are asked for; and of whatever else Python code gives."""
 
+import dataclasses
 import hashlib
 from collections import Counter
 from contextlib import suppress
@@ -57,7 +58,7 @@ class MapSplit(SampleSplit):
         found = self._find_targets(tuple(first.shape), holds_tokens(first.dtype, input_form), options)
         self.targets = found.of_size(resize)
         if self.targets.are_classes:
-            self.targets = self._counted() if num_classes is None else self.targets.of_classes(num_classes)
+            self.targets = self._counted() if num_classes is None else self._of_classes(num_classes)
 
     def _preprocessing(self, x: Tensor) -> Preprocessing:
         return Preprocessing.choose(tuple(x.shape), x.dtype, self._input_form, self.where, resize=self._resize)
@@ -92,6 +93,12 @@ class MapSplit(SampleSplit):
         whole = pytree.tree_unflatten(stacked, tree)
         found = whole if own else whole[0]
         return find_targets(found, self.where, options, sample_shape, tokens=tokens, are_all=False)
+
+    def _of_classes(self, num_classes: int) -> Targets:
+        """Return the form of the targets with a number of classes; masks are bytes where these hold all of them."""
+        targets = self.targets.of_classes(num_classes)
+        is_small = targets.kind == "mask" and num_classes <= 256 and 0 <= targets.outside < 256
+        return dataclasses.replace(targets, dtype=torch.uint8) if is_small else targets
 
     def _counted(self) -> Targets:
         """Return the form of the targets with the number of classes: where each token has a label, one more than the largest of both."""

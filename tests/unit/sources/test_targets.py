@@ -180,8 +180,11 @@ def test_a_mask_that_was_not_looked_at_keeps_its_values(
 def test_masks_of_two_types_that_bytes_do_not_hold_are_refused() -> None:
     small = torch.zeros(4, 5, dtype=torch.uint8)
     masks = [small, torch.full((4, 5), 300), *[small] * 38]
-    with pytest.raises(DataError, match=r"^sample 1 of mine has a mask with classes beyond 0 to 255, and others are of bytes; give"):
+    with pytest.raises(DataError, match=r"^sample 1 of mine has a mask with class 300, and others have 0 to 255; number classes alike"):
         from_torch([(torch.zeros(IMAGE), mask) for mask in masks], where="mine")
+    large = [(torch.zeros(IMAGE), mask.long()) for mask in masks]
+    assert from_torch(large, num_classes=301).targets.dtype == torch.int64
+    assert from_torch(large, num_classes=3).targets.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("task", ["auto", "own"])
