@@ -163,7 +163,8 @@ class Targets:
         elif self.kind == "mask":
             mask = _without_channel(tensor, where)
             if self.dtype == torch.uint8 and not fits_bytes(mask):
-                raise DataError(f"{where} has a mask with class {int(mask[(mask < 0) | (mask > 255)][0])}, and others have 0 to 255; number classes alike, in one type")
+                wrong = int(mask[(mask < 0) | (mask > 255)][0])
+                raise DataError(f"{where} has a mask with class {wrong}, and others have 0 to 255; number classes alike, in one type")
             converted = mask.to(self.dtype)
         else:
             converted = tensor.to(torch.float32)
