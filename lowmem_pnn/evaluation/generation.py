@@ -76,7 +76,12 @@ class RowForm:
             return None
         [(shape, dtype)] = specs
         # Scores are often of more tokens than the data has: vocabularies are padded to a round number.
-        if len(shape) != 1 or dtype != torch.int64 or tuple(outputs.shape[:-1]) != shape or outputs.shape[-1] < targets.num_classes:
+        if (
+            len(shape) != 1
+            or dtype != torch.int64
+            or tuple(outputs.shape[:-1]) != shape
+            or outputs.shape[-1] < targets.num_classes
+        ):
             return None
         places = {"input_ids": 0} if structure is None else structure.unflatten(list(range(len(inputs))))
         known = {name for names in INPUT_NAMES.values() for name in names}

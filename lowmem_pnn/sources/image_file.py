@@ -108,9 +108,7 @@ def decode(path: Path, deep: bool) -> npt.NDArray[np.uint8] | npt.NDArray[np.flo
         return as_rgb(image, path, deep)
 
 
-def as_rgb(
-    image: Any, where: Path | str, deep: bool | None = None
-) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
+def as_rgb(image: Any, where: Path | str, deep: bool | None = None) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
     """Return an image as RGB, upright.
 
     Args:

@@ -97,7 +97,9 @@ class StructuredSplit(SampleSplit):
         """Find out what targets are, of a few samples; how many classes there are, of all."""
         raw = [self._read(number)[1] for number in self._probes()]
         if options.task == "own":
-            trees = [pytree.tree_map(lambda leaf: as_tensor(leaf, f"the targets of {self.where}", palette=True), one) for one in raw]
+            trees = [
+                pytree.tree_map(lambda leaf: as_tensor(leaf, f"the targets of {self.where}", palette=True), one) for one in raw
+            ]
             whole = pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
             return find_targets(whole, self.where, options, (), tokens=False)
         labels = [as_tensor(one, f"the labels of {self.where}", palette=True) for one in raw]
@@ -110,7 +112,9 @@ class StructuredSplit(SampleSplit):
         found = find_targets(stacked, self.where, options, shape, tokens=of_tokens, are_all=False)
         if not found.are_classes:
             return found
-        return of_all(found, (found.convert(self._read(n)[1], f"sample {n} of {self.where}", batched=False) for n in range(len(self))))
+        return of_all(
+            found, (found.convert(self._read(n)[1], f"sample {n} of {self.where}", batched=False) for n in range(len(self)))
+        )
 
     def _leaves(self, number: int) -> tuple[list[Tensor], pytree.TreeSpec, Any]:
         """Return the tensors of a sample, their structure, and its target as it is given."""

@@ -163,8 +163,7 @@ class Targets:
         elif self.kind == "mask":
             mask = _without_channel(tensor, where)
             if self.dtype == torch.uint8 and not fits_bytes(mask):
-                wrong = int(mask[(mask < 0) | (mask > 255)][0])
-                raise DataError(f"{where} has a mask with class {wrong}, and others have 0 to 255; number classes alike, in one type")
+                raise DataError(f"{where} has a mask with classes beyond 0 to 255, and others are bytes; give all one type")
             converted = mask.to(self.dtype)
         else:
             converted = tensor.to(torch.float32)
@@ -393,5 +392,6 @@ def _form_text(forms: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:
 
 
 def _kind_text(targets: Targets) -> str:
-    words = {"class": "class numbers", "tokens": "class numbers of tokens", "mask": "masks", "labels": "0 and 1", "values": "numbers"}
+    kinds = ("class numbers", "class numbers of tokens", "masks", "0 and 1", "numbers")
+    words = dict(zip(("class", "tokens", "mask", "labels", "values"), kinds, strict=True))
     return f"{words.get(targets.kind, targets.kind)}{f' of shape {targets.shape}' if targets.shape else ''}"

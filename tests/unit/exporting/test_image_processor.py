@@ -1,6 +1,7 @@
 """Image processors of trained models: transformers shows a model images as its run did, or no words for that are left."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,18 +20,19 @@ from lowmem_pnn.workload.inputs import open_data
 
 def run_of(folder: Path, sizes: list[tuple[int, int]], **options: Any) -> tuple[Any, Any, list[Path], torch.Tensor]:
     """Options and result of a run on photos of some sizes, as far as they are looked at; the photos, and what the model is shown."""
-    (folder / "data" / "all").mkdir(parents=True)
-    paths = [folder / "data" / "all" / f"{number}.png" for number in range(len(sizes))]
+    paths = [folder / "data" / "test" / "all" / f"{number}.png" for number in range(len(sizes))]
+    paths[0].parent.mkdir(parents=True)
     draws = np.random.RandomState(0)
     for path, (width, height) in zip(paths, sizes, strict=True):
         Image.fromarray(draws.randint(0, 256, (height, width, 3)).astype(np.uint8)).save(path)
+    shutil.copytree(folder / "data" / "test", folder / "data" / "train")
     config = configure(
         max_gpu_mem="100MB", model="resnet18", data=f"imagefolder:{folder / 'data'}", device="cpu", val_fraction=0, **options
     )
     _, dataset, splits, _ = open_data(config)
     form = DataForm.of(dataset).to_dict()
     result = SimpleNamespace(preprocessing=dataset.preprocessing, preparation=dataset.preparation, form=form)
-    return config, result, paths, everything(splits["train"])[0]
+    return config, result, paths, everything(splits["test"])[0]
 
 
 @pytest.mark.parametrize(
@@ -59,5 +61,8 @@ def test_where_there_are_no_words_for_it_there_is_no_file(tmp_path: Path) -> Non
     assert image_processor(plain, digits) is None  # type: ignore[arg-type]
     source = SimpleNamespace(transformers=SimpleNamespace(task="image-classification"))
     text = SimpleNamespace(transformers=SimpleNamespace(task="causal-lm"))
-    kept = [keeps_processor(*each) for each in ((source, config, given), (source, plain, given), (source, plain, digits), (text, config, result))]  # type: ignore[arg-type]
+    kept = [
+        keeps_processor(*each)
+        for each in ((source, config, given), (source, plain, given), (source, plain, digits), (text, config, result))
+    ]  # type: ignore[arg-type]
     assert kept == [False, True, False, True]

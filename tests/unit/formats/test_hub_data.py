@@ -108,7 +108,9 @@ def test_images_of_more_than_8_bits_keep_them(library: dict[str, Any]) -> None:
     with pytest.raises(DataError, match=r"sample 1 of hfdata:mixed \(training part\) is \(3, 6, 5\) torch.float32, sample 0 is"):
         everything(opened("mixed")[1].train)
     library["floats"] = Rows(features, {"img": [PIL.fromarray(deep.astype(np.float32))], "fine": [0]})
-    with pytest.raises(DataError, match=r"^image 0 of column 'img' is of mode F \(floating-point numbers\), and which value is white"):
+    with pytest.raises(
+        DataError, match=r"^image 0 of column 'img' is of mode F \(floating-point numbers\), and which value is white"
+    ):
         opened("floats")
 
 

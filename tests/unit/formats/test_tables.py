@@ -159,7 +159,7 @@ def test_what_stands_for_no_number_may_be_a_word(tmp_path: Path) -> None:
     assert samples(write(tmp_path, "land,price\nNA,1.5\nDE,2.5\n"))[0] == [[0, 1], [1, 0]]
 
 
-@pytestdef test_what_is_missing_goes_by_the_columns_of_the_training_data(tmp_path: Path) -> None:
+def test_what_is_missing_goes_by_the_columns_of_the_training_data(tmp_path: Path) -> None:
     train = write(tmp_path, "age,land,y\n1,NA,None\n2,DE,some\n")
     other = write(tmp_path, "age,land,y\n3,NA,None\n4,NA,None\n", "b.csv")
     x, y = everything(opened(train, "mlp:3-2", target="y", test_data=other)[2]["test"])
@@ -169,7 +169,7 @@ def test_what_stands_for_no_number_may_be_a_word(tmp_path: Path) -> None:
         opened(train, "mlp:3-2", target="y", test_data=other)
 
 
-.mark.parametrize(
+@pytest.mark.parametrize(
     ("text", "options", "message"),
     [
         (PRICES, {"target": None}, r"^data csv:.*a.csv needs --target COLUMN; its columns are age, city, price$"),

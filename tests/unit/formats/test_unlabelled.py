@@ -45,7 +45,7 @@ def test_images_are_found_at_any_depth_and_parts_by_name(tmp_path: Path) -> None
     assert [len(split) for split, _ in parts.values()] == [1]
 
 
-.mark.parametrize("name", ["a.png", "b/deep/c.png"])
+@pytest.mark.parametrize("name", ["a.png", "b/deep/c.png"])
 def test_images_beside_parts_are_not_left_out(name: str, tmp_path: Path) -> None:
     for other in ("test/1.png", name):
         photo(tmp_path / other)

@@ -211,4 +211,4 @@ def test_masks_of_all_parts_are_kept_in_the_widest_type(place: int) -> None:
     asked = config("python:tuple", "python:Conv2d", method="exact", ignore_index=-100)
     _, dataset, splits, _ = python_inputs(lambda: torch.nn.Conv2d(3, 3, 1), (x, both[0]), (x, both[1]), None)(asked)
     assert dataset.targets.dtype == torch.int64
-    assert all(torch.equal(everything(splits[name])[1], kept) for name, kept in zip(("train", "val"), both, strict=True))
+    assert all(torch.equal(everything(part)[1], kept) for part, kept in zip((dataset.train, splits["val"]), both, strict=True))
