@@ -18,9 +18,7 @@ from helpers.language import pairs, write_jsonl, write_tokenizer
 from helpers.plainloops import step_lines
 from helpers.transformers_folders import BERT, LLAMA, VIT, make_model, of_folder, write_config, write_llama
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.inference.generate import generate_run
 from lowmem_pnn.language.open_language import LanguageForm, open_language
-from lowmem_pnn.language.sampling import Sampling
 from lowmem_pnn.language.tokenizer import open_tokenizer
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.run import Run
@@ -205,21 +203,21 @@ def test_a_run_that_ends_before_it_is_done_writes_the_same_folder(
     assert not (tmp_path / "run" / "hf").exists()
 
 
-def test_it_goes_on_with_a_text_as_transformers_does(root: Path, trained: Result, tmp_path: Path) -> None:
+def test_it_goes_on_with_texts_as_transformers_does(root: Path, trained: Result, tmp_path: Path) -> None:
     # Its vocabulary is larger than the tokenizer, as is usual.
-    model, prompt = of_folder(Path(str(trained.transformers_folder))), "the cat sat"
-    ids = torch.from_numpy(open_tokenizer(str(root / "model")).encode([prompt])[0])[None]
+    model, reader = of_folder(Path(str(trained.transformers_folder))), open_tokenizer(str(root / "model"))
+    prompts, expected = ["the cat sat", "a dog"], []
     model.generation_config.eos_token_id = None
-    expected = model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :].tolist()
+    for prompt in prompts:
+        ids = torch.from_numpy(reader.encode([prompt])[0])[None]
+        expected.append(model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :].tolist())
     shutil.copytree(root / "model", tmp_path / "model")
-    settings = json.loads((tmp_path / "model" / "generation_config.json").read_text())
-    for ends in (299, [expected[5], expected[3]]):
-        (tmp_path / "model" / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
-        [said] = generate_run(
-            Path(trained.workdir), [prompt], max_new_tokens=8, sampling=Sampling(), tokenizer=str(tmp_path / "model")
-        )
-        places = [place for place, token in enumerate(expected) if token in (0, *(ends if isinstance(ends, list) else [ends]))]
-        assert said.tokens == expected[: min(places, default=8)]
+    ends = [299, expected[0][5]]
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    said = lowmem_pnn.generate(trained, prompts, max_new_tokens=8, tokenizer=tmp_path / "model")
+    for text, tokens in zip(said, expected, strict=True):
+        places = [place for place, token in enumerate(tokens) if token in (0, *ends)]
+        assert text == reader.decode(tokens[: min(places, default=8)])
 
 
 def test_images_are_classified_by_a_vision_transformer(tmp_path: Path) -> None:
