@@ -61,11 +61,11 @@ def fit(
     Args:
         model: a name as the command takes it, a function that builds the model, or a model. Of a model that does not fit in memory
             only a function (or a name) can train: it is then never built whole in memory.
-        train: a data set's name as the command takes it, a map-style torch data set of (x, y), or of dictionaries with one value and one
-            label, a torch `DataLoader` of one, whose batch size, order and collation are taken, a pandas `DataFrame` with the option
-            `target`, a data set of scikit-learn, or a tuple (x, y) of tensors, arrays, tables or lists: x (N, ...) numbers, which reach the
-            model as float32 (or, where it looks them up, as int64), y (N, ...) class numbers, labels, values or masks; with a loss of your
-            own any tensors, or tuples and dictionaries of them.
+        train: a data set's name as the command takes it, a map-style torch data set of (x, y), or of dictionaries with a label and one
+            value, or several that the model takes by their names, a torch `DataLoader` of one, whose batch size, order and collation are
+            taken, a pandas `DataFrame` with the option `target`, a data set of scikit-learn, or a tuple (x, y) of tensors, arrays, tables
+            or lists: x (N, ...) numbers, which reach the model as float32 (or, where it looks them up, as int64), y (N, ...) class numbers,
+            labels, values or masks; with a loss of your own any tensors, or tuples and dictionaries of them.
         val: a data set, its name, a loader or a tuple to validate on; None takes the validation part that `train` names, or else
             `val_fraction` of `train`.
         max_gpu_mem: the budget, as a size ("2GB"), in bytes, or as a share of what is free now ("75%", "auto").

@@ -6,7 +6,7 @@ Nothing is kept of one token for the next (a chain of any layers has no cache of
 the whole rows. But each reading of the weights serves all prompts at once, and a model of one partition is read once for all tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -39,7 +39,7 @@ class RowForm:
     Args:
         names: Names of the tensors of a row, in their order.
         context: Tokens of a row, T.
-        vocabulary: Number of tokens that there are.
+        vocabulary: Number of tokens that the model scores.
     """
 
     names: tuple[str, ...]
@@ -75,13 +75,19 @@ class RowForm:
         if targets.kind != "tokens" or len(specs) != 1:
             return None
         [(shape, dtype)] = specs
-        if len(shape) != 1 or dtype != torch.int64 or tuple(outputs.shape) != (*shape, targets.num_classes):
+        # Scores are often of more tokens than the data has: vocabularies are padded to a round number.
+        if (
+            len(shape) != 1
+            or dtype != torch.int64
+            or tuple(outputs.shape[:-1]) != shape
+            or outputs.shape[-1] < targets.num_classes
+        ):
             return None
         places = {"input_ids": 0} if structure is None else structure.unflatten(list(range(len(inputs))))
         known = {name for names in INPUT_NAMES.values() for name in names}
         if not isinstance(places, dict) or not {"input_ids"} <= set(places) <= known:
             return None
-        return cls(tuple(sorted(places, key=places.__getitem__)), shape[0], targets.num_classes)
+        return cls(tuple(sorted(places, key=places.__getitem__)), shape[0], outputs.shape[-1])
 
     def rows(self, tokens: Sequence[Sequence[int]]) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return rows of the last tokens of each text, padded at their end, and where the token after each is scored.
@@ -115,7 +121,7 @@ class Continuation:
     Args:
         prompt: Its tokens.
         tokens: What was said so far.
-        is_ended: Whether that ends in the end token, which is not among `tokens`.
+        is_ended: Whether that ends in an end token, which is not among `tokens`.
     """
 
     prompt: list[int]
@@ -131,7 +137,7 @@ def generate_tokens(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
-    end: int | None,
+    ends: Collection[int],
 ) -> list[Continuation]:
     """Have a model go on with some texts.
 
@@ -142,7 +148,7 @@ def generate_tokens(
         max_new_tokens: Tokens that are said of each text, at most.
         sampling: How a token is chosen. The choices of a text are functions of (seed, its number, the token's number) alone.
         seed: Seed of the choices.
-        end: Token after which a text is not gone on with; None for none.
+        ends: Tokens after which a text is not gone on with.
 
     Raises:
         ConfigError: A prompt has no token, or one that the model does not know.
@@ -164,7 +170,7 @@ def generate_tokens(
                 break
             for number, scores in scorer.scores({n: [*texts[n].prompt, *texts[n].tokens] for n in going}):
                 token = sampling.next_token(scores, seed_of(seed, "generate", number, done))
-                if token == end:
+                if token in ends:
                     texts[number].is_ended = True
                 else:
                     texts[number].tokens.append(token)

@@ -54,7 +54,7 @@ def say_samples(run: Run, when: str) -> list[str]:
         max_new_tokens=config.sample_tokens,
         sampling=Sampling(),
         seed=config.seed,
-        end=tokenizer.end,
+        ends=tokenizer.ends,
     )
     texts = [continuation_text(tokenizer, one.prompt, one.tokens) for one in said]
     for prompt, text in zip(config.sample, texts, strict=True):

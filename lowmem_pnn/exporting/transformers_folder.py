@@ -13,6 +13,7 @@ from lowmem_pnn.adapters.prepared_model import adapter_modules
 from lowmem_pnn.config.defaults import training_words
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.exporting.image_processor import PROCESSOR_FILES, image_processor, keeps_processor
 from lowmem_pnn.quantization.stored_weights import stored_parts
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.stores.disk import disk_error, remove_folder, sync_file, sync_folder
@@ -62,7 +63,12 @@ def write_folder(
         temporary = Path(tempfile.mkdtemp(prefix="scratch." if links else f".{folder.name}.", dir=folder.parent))
         temporary.chmod(folder.parent.stat().st_mode & 0o777)  # not for its owner alone, as temporary folders are
         (temporary / "config.json").write_text(config_json(source, classes))
-        for name, file in source.copied_files(config.tokenizer).items():
+        copied = source.copied_files(config.tokenizer)
+        if not keeps_processor(source, config, result):
+            copied = {name: file for name, file in copied.items() if name not in PROCESSOR_FILES}
+            if (settings := image_processor(config, result)) is not None:
+                (temporary / PROCESSOR_FILES[0]).write_text(json.dumps(settings, indent=2) + "\n")
+        for name, file in copied.items():
             shutil.copyfile(file, temporary / name)
         (temporary / "README.md").write_text(_card(source, config, result))
         if not links or not _link(weights, temporary / "model.safetensors"):
@@ -207,9 +213,19 @@ def _card(source: ModelSource, config: FitConfig, result: Result) -> str:
         *([f"- Context: {result.preparation['context']} tokens"] if "context" in result.preparation else []),
         *([f"- Scores: {', '.join(scores)}"] if scores else []),
         *(["- Text was trained on as bytes: there is no tokenizer in this folder"] if config.tokenizer == "bytes" else []),
+        *_image_words(source, config, result),
         "",
     ]
     return "\n".join(lines)
+
+
+def _image_words(source: ModelSource, config: FitConfig, result: Result) -> list[str]:
+    assert source.transformers is not None
+    if source.transformers.task != "image-classification":
+        return []
+    is_told = keeps_processor(source, config, result) or image_processor(config, result) is not None
+    missing = f"; {PROCESSOR_FILES[0]} has no words for that, and is not in this folder"
+    return [f"- Images: {result.preprocessing}{'' if is_told else missing}"]
 
 
 _PIPELINES: Mapping[str, str] = {

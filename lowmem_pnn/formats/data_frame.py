@@ -5,7 +5,7 @@ from itertools import repeat
 from typing import Any
 
 from lowmem_pnn.errors import DataError
-from lowmem_pnn.formats.table_file import field_text
+from lowmem_pnn.formats.table_file import field_text, number_of
 from lowmem_pnn.sources.arrays import as_tensor
 from lowmem_pnn.sources.given import is_array
 
@@ -63,10 +63,7 @@ class DataFrame:
 
     def number(self, text: str) -> float | None:
         """Return the number that a text is; None where it is none."""
-        try:
-            return float(text)
-        except ValueError:
-            return None
+        return number_of(text)
 
 
 def is_frame(value: Any) -> bool:

@@ -5,9 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.dataset import Dataset, join_parts
 from lowmem_pnn.sources.given import LABEL_NAMES
+from lowmem_pnn.sources.image_file import as_rgb
 from lowmem_pnn.sources.image_folder import PARTS
 from lowmem_pnn.sources.imports import did_you_mean, one_line
 from lowmem_pnn.sources.map_split import MapSplit
@@ -60,7 +64,7 @@ def open_hub_data(
         splits["train"],
         splits.get("test"),
         splits.get("val"),
-        first_steps=("decoded to RGB", "uint8 / 255") if is_image else None,
+        first_steps=_steps(splits["train"]) if is_image else None,
         classes=tuple(map(str, classes)) if splits["train"].targets.kind == "class" else (),
     )
 
@@ -107,7 +111,7 @@ class HubRows:
 
     Args:
         rows: The data set.
-        x_name: Column of the samples; images become RGB.
+        x_name: Column of the samples; images become RGB, those of more than 8 bits a value float32 from 0 to 1.
         y_name: Column of the targets; None for rows without targets, whose class is 0.
     """
 
@@ -124,7 +128,11 @@ class HubRows:
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         row = self._rows[index]
         x = row[self._x_name]
-        return x.convert("RGB") if hasattr(x, "getpalette") else x, 0 if self._y_name is None else row[self._y_name]
+        if hasattr(x, "getpalette"):
+            x = as_rgb(x, f"image {index} of column {self._x_name!r}")
+            # Which axis is that of channels shows in bytes alone.
+            x = x if x.dtype == np.uint8 else np.ascontiguousarray(x.transpose(2, 0, 1))
+        return x, 0 if self._y_name is None else row[self._y_name]
 
 
 def open_parts(place: str, needs_train: bool = True) -> dict[str, Any]:
@@ -202,6 +210,13 @@ def _samples(rows: Any, y_name: str | None, name: str) -> str:
             "remove_columns()"
         )
     return chosen[0]
+
+
+def _steps(split: MapSplit) -> tuple[str, ...]:
+    """Return the steps from images to values from 0 to 1, in words."""
+    if split.preprocessing.raw_dtype == torch.uint8:
+        return ("decoded to RGB", "uint8 / 255")
+    return ("decoded to RGB", "HWC to CHW", "grey values of more than 8 bits brought to 0 to 1")
 
 
 def _is_image(feature: Any) -> bool:

@@ -72,18 +72,7 @@ class TableFile:
         Args:
             text: A field.
         """
-        text = text.strip()
-        try:
-            # Python also takes 1_000.
-            return None if "_" in text else float(text)
-        except ValueError:
-            pass
-        if not self.decimal_comma or text.count(",") != 1:
-            return None
-        try:
-            return float(text.replace(",", "."))
-        except ValueError:
-            return None
+        return number_of(text, self.decimal_comma)
 
     def _read_header(self) -> list[str]:
         for _, header in self.rows_of(None):
@@ -91,7 +80,7 @@ class TableFile:
             break
         else:
             raise DataError(f"{self.path} is empty; give a file with a line of names and lines of values")
-        if all(_is_number(name) for name in names):
+        if all(self.number(name) is not None for name in names):
             raise DataError(
                 f"{self.path}: line 1 holds numbers ({', '.join(names[:4])}), and should name the columns; add a line of names"
             )
@@ -183,9 +172,22 @@ def field_text(value: Any, table: str, column: str, row: int) -> str:
     return "" if is_missing else str(value)
 
 
-def _is_number(text: str) -> bool:
+def number_of(text: str, decimal_comma: bool = False) -> float | None:
+    """Return the number that a text is; None where it is none.
+
+    Args:
+        text: The text.
+        decimal_comma: Whether a comma may stand for the point.
+
+    Example:
+        >>> number_of(" 1.5 "), number_of("1,5", decimal_comma=True), number_of("1_000"), number_of("1,5")
+        (1.5, 1.5, None, None)
+    """
+    text = text.strip()
+    if decimal_comma and text.count(",") == 1:
+        text = text.replace(",", ".")
     try:
-        float(text)
+        # Python also takes 1_000.
+        return None if "_" in text else float(text)
     except ValueError:
-        return False
-    return True
+        return None

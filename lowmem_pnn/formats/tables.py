@@ -117,7 +117,7 @@ def open_table(
     inputs = [name for name in file.columns if name not in wanted] if schema is None else list(schema.columns)
     if not inputs:
         raise ConfigError(f"{file.name}: all of its columns are targets; leave one out of --target")
-    survey = _Survey(file, inputs, wanted)
+    survey = _Survey(file, inputs, wanted, schema)
     broken = survey.look(skip_broken)
     if schema is None:
         schema = TableSchema(
@@ -147,10 +147,13 @@ class _Survey:
         file: The table.
         inputs: Names of the columns that samples are made of.
         targets: Names of the columns that are to be predicted.
+        schema: What columns are in the training data; None for the training data itself.
     """
 
-    def __init__(self, file: TableFile | DataFrame, inputs: Sequence[str], targets: Sequence[str]) -> None:
-        self._file, self._targets = file, targets
+    def __init__(
+        self, file: TableFile | DataFrame, inputs: Sequence[str], targets: Sequence[str], schema: TableSchema | None
+    ) -> None:
+        self._file, self._targets, self._schema = file, targets, schema
         self._places = {name: file.columns.index(name) for name in (*inputs, *targets)}
         # Texts of each column, with the places where they come first; and the first that is no number.
         self._words: dict[str, dict[str, int]] = {name: {} for name in self._places}
@@ -185,7 +188,7 @@ class _Survey:
             raise DataError(f"{self._file.name} holds 0 rows; give at least 1")
         for number, name, text in missing:
             # What stands for no number is a word in a column of words.
-            if self._is_number[name] or not text:
+            if self._holds_numbers(name) or not text:
                 broken.setdefault(number, f"has no value in column {name!r}")
             else:
                 self._words[name].setdefault(text, number)
@@ -200,6 +203,14 @@ class _Survey:
                 "fill them in, or leave them out (--skip-broken)"
             )
         return dict(sorted(broken.items()))
+
+    def _holds_numbers(self, name: str) -> bool:
+        """Return whether a column is of numbers, in the training data where that is known."""
+        if self._schema is None:
+            return self._is_number[name]
+        if name in self._schema.columns:
+            return self._schema.columns[name] is None
+        return all(self._file.number(text) is not None for text in self._schema.classes)
 
     def _note(self, name: str, text: str, number: int) -> None:
         value = self._file.number(text) if self._is_number[name] else None

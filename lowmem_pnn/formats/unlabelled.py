@@ -1,5 +1,6 @@
 """Data without targets: folders of images without classes, and arrays or data sets of samples alone, for a model to predict them."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from lowmem_pnn.sources.datasets import read_npz
 from lowmem_pnn.sources.given import LABEL_NAMES, as_pair, is_array, require_map_style
 from lowmem_pnn.sources.image_file import words_of
 from lowmem_pnn.sources.image_folder import (
-    PARTS,
     ImageFolderSplit,
     ImagePart,
     images_below,
+    images_in,
     look_at,
-    subfolders,
+    named_parts,
 )
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.map_split import from_arrays, from_torch
@@ -53,12 +54,12 @@ def open_images(
         The parts, and the steps from files to samples in words.
 
     Raises:
-        DataError: There is no such folder, no image in it, or an image cannot be used.
+        DataError: There is no such folder, no image in it, an image beside the parts, or an image cannot be used.
     """
     if folder.is_file():
         places = {"all": ImagePart(folder.parent, (folder,), (0,))}
     elif folder.is_dir():
-        named = {PARTS[path.name.lower()]: path for path in subfolders(folder) if path.name.lower() in PARTS}
+        named = _named_parts(folder)
         below = {part: images_below(path, folder) for part, path in (named or {"all": folder}).items() if path != folder}
         if not named:
             below = {"all": images_below(folder, folder.resolve().parent)}
@@ -96,6 +97,19 @@ def open_images(
         parts[name] = split, labels is not None
     first = next(iter(parts.values()))[0]
     return parts, ", ".join(first.preprocessing.steps_after(words_of(used)))
+
+
+def _named_parts(folder: Path) -> dict[str, Path]:
+    """Find the folders that are named as parts are; images beside them would be left out."""
+    named, others = named_parts(folder)
+    beside = [*images_in(folder), *itertools.chain(*(images_below(path, folder) for path in others))] if named else []
+    if beside:
+        here, first = ", ".join(repr(path.name) for path in named.values()), next(iter(named.values()))
+        raise DataError(
+            f"{folder} holds {here}, named as a part of the data is, and beside that other images, such as {beside[0]}; give "
+            f"each by itself (imagefolder:{first}), or rename {here}"
+        )
+    return named
 
 
 def _classes_of(part: ImagePart, classes: Sequence[str]) -> tuple[int, ...] | None:

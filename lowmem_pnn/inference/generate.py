@@ -56,7 +56,7 @@ class Generated:
         prompt: The prompt, as it was given.
         text: What was said, as text; None where the prompt was tokens, and there is no tokenizer.
         tokens: What was said, as tokens.
-        ended: `end` where the model said the end token, `length` where it said as many tokens as it was to.
+        ended: `end` where the model said an end token, `length` where it said as many tokens as it was to.
     """
 
     prompt: Prompt
@@ -87,7 +87,8 @@ def generate(
     Args:
         run: the run's folder, which need not be writable, or its result.
         prompts: a text, or several; or their tokens. Of what is longer than the model's context the last tokens are seen.
-        max_new_tokens: tokens that are said at most; the end token ends a text before.
+        max_new_tokens: tokens that are said at most; an end token ends a text before: the tokenizer's, or one that the `eos_token_id` of its
+            folder names.
         temperature: 0 takes the likeliest token; else tokens are drawn, their scores divided by it.
         top_k: tokens among which one is drawn, those with the highest scores.
         top_p: share of the probability that the likeliest tokens, among which one is drawn, have together.
@@ -187,7 +188,7 @@ def generate_run(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             seed=seed,
-            end=None if reader is None else reader.end,
+            ends=() if reader is None else reader.ends,
         )
         count = sum(len(text.tokens) + text.is_ended for text in said)
         display.message(f"{count:,} tokens in {time.monotonic() - began:.1f} s")

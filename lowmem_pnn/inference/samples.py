@@ -120,6 +120,10 @@ class SamplesToPredict:
         """Whether the samples have targets, of one tensor each unless they are for scores."""
         self.targets = first if own and self.labelled else form.targets
         """Form of the targets that come with them; zeros where there are none."""
+        if self.labelled and form.targets.kind == "mask":
+            # Bytes, in which masks of the training data were kept, need not hold others.
+            widest = max((form.targets.dtype, *(part.targets.dtype for part in parts)), key=lambda dtype: dtype.itemsize)
+            self.targets = dataclasses.replace(form.targets, dtype=widest)
 
     def __len__(self) -> int:
         return int(self._begins[-1])

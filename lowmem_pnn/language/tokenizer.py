@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from lowmem_pnn.config.transformers_place import read_settings
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.sources.imports import one_line
 
@@ -35,6 +36,8 @@ class Tokenizer(Protocol):
     """Tokens that the tokenizer itself adds at the end of a text; none where it adds none."""
     end: int | None
     """Token that a text ends with; None where there is no such token."""
+    ends: frozenset[int]
+    """Tokens after which a model's text is not gone on with: the end, and those that a model's folder names beside it (ends of turns)."""
     padding: int
     """Token that short samples are filled up with; it is never learnt."""
     fingerprint: str
@@ -64,6 +67,7 @@ class ByteTokenizer:
     begin: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     end: int | None = None
+    ends: frozenset[int] = frozenset()
     chat_template: str | None = None
 
     def __init__(self) -> None:
@@ -120,6 +124,7 @@ class FileTokenizer:
         if self.end is None:
             usual = [number for text in _USUAL_ENDS if (number := self._tokenizer.token_to_id(text)) is not None]
             self.end = self.after[-1] if self.after else usual[0] if usual else None
+        self.ends = frozenset(([] if self.end is None else [self.end]) + ([] if folder is None else _named_ends(folder)))
         padding = self._id("pad_token")
         self.padding = padding if padding is not None else self.end if self.end is not None else 0
         digest = hashlib.sha256(file.read_bytes())
@@ -210,6 +215,18 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             raise ConfigError(f"--tokenizer {folder}: {name} holds a {type(found).__name__}; give an object of settings")
         settings |= found
     return settings
+
+
+def _named_ends(folder: Path) -> list[int]:
+    """Return the tokens at which transformers ends a text of the model in a folder, by the first of its files that says so."""
+    for name in ("generation_config.json", "config.json"):
+        settings = read_settings(folder / name) or {}
+        text = settings.get("text_config")  # where a model takes more than text
+        for place in (settings, text if isinstance(text, dict) else {}):
+            ends = place.get("eos_token_id")
+            if found := [end for end in (ends if isinstance(ends, list) else [ends]) if type(end) is int]:
+                return found
+    return []
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:

@@ -116,17 +116,15 @@ def refuse_words(labels: Any, where: str) -> None:
         )
 
 
-def as_labels(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> Tensor:
+def as_labels(value: Any, where: str) -> Tensor:
     """Convert class numbers to int64.
 
     Args:
         value: Class numbers (), (N,) or (N, 1): integers, or floats without fractions, as a tensor, an array, a list or a number.
-            For samples of tokens also integers of the tokens' shape: a label for each token.
         where: Name of the data in messages.
-        tokens: Shape of the samples, where they are tokens.
 
     Returns:
-        Labels (), (N,) or of the tokens' shape; int64.
+        Labels () or (N,); int64.
 
     Raises:
         DataError: The values are not class numbers.
@@ -141,8 +139,6 @@ def as_labels(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> 
     labels = as_tensor(value, f"the labels of {where}")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    elif labels.numel() > 1 and tuple(labels.shape) == tokens and not labels.dtype.is_floating_point:
-        return labels.to(torch.int64)
     if labels.ndim > 1:
         raise DataError(
             f"{where}: labels have shape {tuple(labels.shape)}; give one class number for each sample (one-hot: argmax), or, for "
@@ -155,48 +151,36 @@ def as_labels(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> 
     return labels.to(torch.int64)
 
 
-def as_label(value: Any, where: str, tokens: tuple[int, ...] | None = None) -> Tensor:
-    """Convert the class number of one sample, or of each of its tokens, to int64.
-
-    Args:
-        value: Class number () or (1,): a number, a tensor or an array; for a sample of tokens also integers of its shape.
-        where: Name of the sample in messages.
-        tokens: Shape of the sample, where it is tokens.
-
-    Returns:
-        Label () or of the tokens' shape; int64.
-
-    Raises:
-        DataError: The value is not one class number.
-
-    Example:
-        >>> as_label(torch.tensor([3]), "sample 0")
-        tensor(3)
-    """
-    labels = as_labels(value, where, tokens)
-    if labels.numel() == 1:
-        return labels.reshape(())
-    if tuple(labels.shape) != tokens:
-        raise DataError(
-            f"{where} has labels of shape {tuple(labels.shape)}; give one class number for each sample (one-hot: argmax), or, for "
-            "a model of tokens, integer labels of the sample's shape"
-        )
-    return labels
-
-
-def count_classes(x: Tensor, y: Tensor) -> int:
+def count_classes(x: Tensor, y: Tensor, ignored: int | None = None) -> int:
     """Return the number of classes that labels show, and tokens too where each token has a label.
 
     Args:
         x: Samples (N, ...).
         y: Labels (N,), or of x's shape; int64; at least one.
+        ignored: Label that is left out.
 
     Example:
         >>> count_classes(torch.tensor([[7, 1]]), torch.tensor([[1, 2]])), count_classes(torch.tensor([[7, 1]]), torch.tensor([2]))
         (8, 3)
     """
     # By numpy: torch has no maximum of uint16, in which tokens are often kept.
-    return max(0, *(int(part.cpu().numpy().max()) for part in ((x, y) if y.ndim > 1 else (y,)))) + 1
+    labels = y.cpu().numpy()
+    counted = labels if ignored is None or ignored < 0 else labels[labels != ignored]
+    tokens = [int(x.cpu().numpy().max())] if y.ndim > 1 else []
+    return max(0, *tokens, int(counted.max()) if counted.size else 0) + 1
+
+
+def fits_bytes(numbers: Tensor) -> bool:
+    """Return whether whole numbers, at least one, are all from 0 to 255.
+
+    Args:
+        numbers: The numbers, of any shape.
+
+    Example:
+        >>> fits_bytes(torch.tensor([0, 255])), fits_bytes(torch.tensor([0, 256])), fits_bytes(torch.tensor([-1]))
+        (True, False, False)
+    """
+    return numbers.dtype in (torch.uint8, torch.bool) or (int(numbers.min()) >= 0 and int(numbers.max()) < 256)
 
 
 def hash_tensor(digest: _Digest, tensor: Tensor) -> None:

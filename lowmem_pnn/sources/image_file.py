@@ -29,10 +29,10 @@ UPPER_BITS = "upper 8 of 16 bits of colour images"
 TURNED = "turned as their EXIF data say"
 FIRST_FRAME = "first frame of several"
 REMARKS = (TRANSPARENCY, UPPER_BITS, TURNED, FIRST_FRAME)
+"""What may be done to a file's pixels besides decoding, in words, in the order in which they are said."""
 # Measured on images of 6 million pixels: Pillow's image, the array made of it, and its resized rows; 12.6 of a PNG, 16.8 of a JPEG, and
 # 28.9 of either as float32.
 _DECODING_BYTES, _DEEP_BYTES = 18, 30
-"""What may be done to a file's pixels besides decoding, in words, in the order in which they are said."""
 
 
 @dataclass(frozen=True)
@@ -105,22 +105,40 @@ def decode(path: Path, deep: bool) -> npt.NDArray[np.uint8] | npt.NDArray[np.flo
         DataError: The file is damaged, or the scale of its values is not known.
     """
     with _opened(path) as (image, _):
-        bits, is_negative = _bits(image, path), _is_negative(image)
-        image.load()
-        pixels: Any
-        if bits == 8:
-            # Pillow converts a palette with transparency to RGB with a warning, and to RGBA without one.
-            whole = image.convert("RGBA") if image.mode in ("P", "PA") else image
-            pixels = np.array(whole.convert("RGB"))
-            if deep:
-                pixels = pixels.astype(np.float32) / np.float32(255)
-        else:
-            most = 2**bits - 1
-            grey = np.asarray(image).astype(np.float64)
-            grey = (most - grey if is_negative else grey) / most
-            grey = grey.astype(np.float32) if deep else np.rint(grey * 255).astype(np.uint8)
-            pixels = np.repeat(grey[:, :, None], 3, axis=2)
-        return np.ascontiguousarray(_upright(pixels, _orientation(image)))
+        return as_rgb(image, path, deep)
+
+
+def as_rgb(image: Any, where: Path | str, deep: bool | None = None) -> npt.NDArray[np.uint8] | npt.NDArray[np.float32]:
+    """Return an image as RGB, upright.
+
+    Args:
+        image: Image of Pillow, which need not be decoded yet.
+        where: Name of the image in messages.
+        deep: As for `decode`; None for float32 where the image has more than 8 bits a value.
+
+    Returns:
+        Pixels (height, width, 3), uint8 or float32.
+
+    Raises:
+        DataError: The scale of its values is not known.
+    """
+    bits, is_negative = _bits(image, where), _is_negative(image)
+    deep = bits > 8 if deep is None else deep
+    image.load()
+    pixels: Any
+    if bits == 8:
+        # Pillow converts a palette with transparency to RGB with a warning, and to RGBA without one.
+        whole = image.convert("RGBA") if image.mode in ("P", "PA") else image
+        pixels = np.array(whole.convert("RGB"))
+        if deep:
+            pixels = pixels.astype(np.float32) / np.float32(255)
+    else:
+        most = 2**bits - 1
+        grey = np.asarray(image).astype(np.float64)
+        grey = (most - grey if is_negative else grey) / most
+        grey = grey.astype(np.float32) if deep else np.rint(grey * 255).astype(np.uint8)
+        pixels = np.repeat(grey[:, :, None], 3, axis=2)
+    return np.ascontiguousarray(_upright(pixels, _orientation(image)))
 
 
 @contextmanager
@@ -158,7 +176,7 @@ def _reason(error: Exception, path: Path) -> str:
     return " ".join(text.split())[:200] or type(error).__name__
 
 
-def _bits(image: Any, path: Path) -> int:
+def _bits(image: Any, where: Path | str) -> int:
     """Return the bits of a value that are kept: Pillow clips or wraps what has more than 8 when it is converted to RGB."""
     if image.mode in _MODES_8:
         return 8
@@ -169,7 +187,7 @@ def _bits(image: Any, path: Path) -> int:
         return 16
     kind = {"I": "whole numbers of 32 bits, or with a sign", "F": "floating-point numbers"}.get(image.mode, "not known here")
     raise DataError(
-        f"{path} is of mode {image.mode} ({kind}), and which value is white is not said; store 8 or 16 bits per value, or give "
+        f"{where} is of mode {image.mode} ({kind}), and which value is white is not said; store 8 or 16 bits per value, or give "
         "arrays: npz:FILE"
     )
 

@@ -309,6 +309,11 @@ def subfolders(folder: Path) -> list[Path]:
     return _entries(folder)[0]
 
 
+def images_in(folder: Path) -> list[Path]:
+    """Return the image files in a folder itself, sorted."""
+    return _entries(folder)[1]
+
+
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return the folders and the image files in a folder, both sorted, without what is hidden or what systems leave behind.
 

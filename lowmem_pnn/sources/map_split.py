@@ -1,5 +1,6 @@
 """Splits of map-style PyTorch data sets, whose samples are read when they are asked for; and of whatever else Python code gives."""
 
+import dataclasses
 import hashlib
 from collections import Counter
 from contextlib import suppress
@@ -17,12 +18,9 @@ from lowmem_pnn.sources.given import as_pair, as_sample, require_map_style
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing, holds_tokens
 from lowmem_pnn.sources.resize import Resize
-from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, require_samples, what_is_not_finite
+from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, of_all, require_samples, what_is_not_finite
 from lowmem_pnn.sources.structured_split import StructuredSplit, from_structured_arrays, is_structured
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
-
-# Number of samples that stand for all samples of a map-style data set in its fingerprint, and where its targets are looked at.
-_NUM_PROBES = 16
 
 
 class MapSplit(SampleSplit):
@@ -60,8 +58,7 @@ class MapSplit(SampleSplit):
         found = self._find_targets(tuple(first.shape), holds_tokens(first.dtype, input_form), options)
         self.targets = found.of_size(resize)
         if self.targets.are_classes:
-            count = self._count_classes() if num_classes is None else num_classes
-            self.targets = self.targets.of_classes(count)
+            self.targets = self._counted() if num_classes is None else self._of_classes(num_classes)
 
     def _preprocessing(self, x: Tensor) -> Preprocessing:
         return Preprocessing.choose(tuple(x.shape), x.dtype, self._input_form, self.where, resize=self._resize)
@@ -73,30 +70,17 @@ class MapSplit(SampleSplit):
             DataError: A sample differs when it is read again.
         """
         digest = hashlib.sha256(f"{len(self)}{''.join(self.skipped)}".encode())
-        for number in self._probes():
-            x, label = self._sample(int(number))
-            again, label_again = self._sample(int(number))
-            same = torch.equal(label, label_again) and x.shape == again.shape
-            if not same or not bool(torch.isclose(x, again, 0, 0, equal_nan=True).all()):
-                raise DataError(
-                    f"sample {number} of {self.where} differs when it is read again; take random transforms out of the data set, "
-                    "since what partitions compute from a sample is kept"
-                )
+        for x, label in self._read_twice(self._sample):
             hash_tensor(digest, x)
             digest.update(str(label.tolist()).encode())
         return digest.hexdigest()
-
-    def _probes(self) -> npt.NDArray[np.int64]:
-        """Return the numbers of a few evenly spaced samples."""
-        numbers: npt.NDArray[np.int64] = self._kept[np.unique(np.linspace(0, len(self) - 1, _NUM_PROBES).astype(np.int64))]
-        return numbers
 
     def _find_targets(self, sample_shape: tuple[int, ...], tokens: bool, options: TargetOptions) -> Targets:
         """Find out what targets are: of the first sample where it is a class number, else of a few."""
         own = options.task == "own"
         values = []
         for number in self._probes():
-            leaves, tree = pytree.tree_flatten(self._item(int(number))[1] if own else [self._item(int(number))[1]])
+            leaves, tree = pytree.tree_flatten(self._item(number)[1] if own else [self._item(number)[1]])
             where = f"sample {number} of {self.where}"
             values.append([_target_tensor(leaf, where) for leaf in leaves])
             of_class = not own and not values[0][0].dtype.is_floating_point and values[0][0].numel() == 1
@@ -108,18 +92,25 @@ class MapSplit(SampleSplit):
         stacked = [torch.stack(tensors) for tensors in zip(*values, strict=True)]
         whole = pytree.tree_unflatten(stacked, tree)
         found = whole if own else whole[0]
-        return find_targets(found, self.where, options, sample_shape, tokens=tokens)
+        return find_targets(found, self.where, options, sample_shape, tokens=tokens, are_all=False)
 
-    def _count_classes(self) -> int:
-        """Return the number of classes; where each token has a label, one more than the largest token or label."""
+    def _of_classes(self, num_classes: int) -> Targets:
+        """Return the form of the targets with a number of classes; masks are bytes where these hold all of them."""
+        targets = self.targets.of_classes(num_classes)
+        is_small = targets.kind == "mask" and num_classes <= 256 and 0 <= targets.outside < 256
+        return dataclasses.replace(targets, dtype=torch.uint8) if is_small else targets
+
+    def _counted(self) -> Targets:
+        """Return the form of the targets with the number of classes: where each token has a label, one more than the largest of both."""
         of_tokens = self.targets.kind == "tokens"
-        known = None if self.targets.kind == "mask" else _known_classes(self._dataset, self.where, of_tokens)
+        known = None if self.targets.kind == "mask" else _known_classes(self._dataset, self.where, self.targets)
         if known is not None:
-            return known
-        counts = [self.targets.count(label) for _, label in map(self._sample, self._kept.tolist())]
+            return self.targets.of_classes(known)
+        found = of_all(self.targets, (label for _, label in map(self._sample, self._kept.tolist())))
         if of_tokens:
-            counts += [count_classes(x[None], x[None]) for x, _ in map(self._sample, self._kept.tolist())]
-        return max(counts)
+            counts = [count_classes(x[None], x[None]) for x, _ in map(self._sample, self._kept.tolist())]
+            found = found.of_classes(max(found.num_classes, *counts))
+        return found.of_size(self._resize)
 
     def _find_broken(self) -> dict[int, str]:
         """Read every sample, and say what is wrong with those that cannot be used."""
@@ -161,7 +152,7 @@ class MapSplit(SampleSplit):
                     f"sample {number} of {self.where} has an image {tuple(x.shape)} and a mask {tuple(mask.shape)}; give both one size"
                 )
             target = self._resize.masks(mask, self.targets.outside)
-        return x, self.targets.convert(target, f"sample {number} of {self.where}", batched=False)
+        return x, self.targets.convert(target, f"sample {number} of {self.where}", batched=False, remedy=" (--skip-broken)")
 
     def _item(self, number: int) -> tuple[Tensor, Any]:
         """Return a sample as it is stored, and its target as the data set gives it."""
@@ -314,13 +305,14 @@ def from_arrays(
     return ArraySplit(x, kept, targets, input_form, where, resize)
 
 
-def _known_classes(dataset: Any, where: str, of_tokens: bool) -> int | None:
+def _known_classes(dataset: Any, where: str, form: Targets) -> int | None:
     """Return the number of classes of a map-style data set if that is known without reading the samples one by one."""
+    of_tokens = form.kind == "tokens"
     tensors = getattr(dataset, "tensors", None)
     if of_tokens and isinstance(dataset, torch.utils.data.Subset):
-        return _known_classes(dataset.dataset, where, of_tokens)
+        return _known_classes(dataset.dataset, where, form)
     if of_tokens:
-        return count_classes(*tensors) if isinstance(tensors, tuple) and len(tensors) == 2 else None
+        return count_classes(*tensors, form.ignored) if isinstance(tensors, tuple) and len(tensors) == 2 else None
     classes = getattr(dataset, "classes", None)
     if isinstance(classes, list | tuple) and classes:
         return len(classes)
@@ -328,7 +320,7 @@ def _known_classes(dataset: Any, where: str, of_tokens: bool) -> int | None:
     if labels is None:
         labels = tensors[-1] if isinstance(tensors, tuple) else None
     if labels is None and isinstance(dataset, torch.utils.data.Subset):
-        return _known_classes(dataset.dataset, where, of_tokens)
+        return _known_classes(dataset.dataset, where, form)
     if labels is None:
         return None
     try:
@@ -336,4 +328,4 @@ def _known_classes(dataset: Any, where: str, of_tokens: bool) -> int | None:
     except DataError:
         # A data set may turn what it calls `targets` into class numbers as a sample is read.
         return None
-    return max(int(numbers.max()) + 1, 1) if numbers.numel() else None
+    return form.count(numbers) if numbers.numel() else None

@@ -1,7 +1,8 @@
 """Data splits: training, validation or test samples by index, with their targets; and the split of samples that are in memory."""
 
+import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -13,7 +14,7 @@ from torch.utils._pytree import TreeSpec
 
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
-from lowmem_pnn.sources.arrays import hash_tensor
+from lowmem_pnn.sources.arrays import fits_bytes, hash_tensor
 from lowmem_pnn.sources.npz_file import mapped_member
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
 from lowmem_pnn.sources.resize import Resize
@@ -21,6 +22,8 @@ from lowmem_pnn.sources.targets import Targets
 
 Indices: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]]"
 
+# Number of samples that stand for all samples of a map-style data set in its fingerprint, and where its targets are looked at.
+_NUM_PROBES = 16
 # Bytes of an array that are checked at a time.
 _CHECKED_BYTES = 4 << 20
 
@@ -149,6 +152,28 @@ class SampleSplit:
         """Return a hash that changes when the samples or labels do."""
         raise NotImplementedError
 
+    def _probes(self) -> list[int]:
+        """Return the numbers, as the source counts, of a few evenly spaced samples."""
+        places = np.unique(np.linspace(0, len(self) - 1, _NUM_PROBES).astype(np.int64))
+        return [int(number) for number in self._kept[places]]
+
+    def _read_twice(self, read: Callable[[int], Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
+        """Yield the tensors of a few evenly spaced samples.
+
+        Raises:
+            DataError: A sample differs when it is read again.
+        """
+        for number in self._probes():
+            once, again = read(number), read(number)
+            for one, other in zip(once, again, strict=True):
+                same = (one.shape, one.dtype) == (other.shape, other.dtype)
+                if not same or not bool(torch.isclose(one, other, 0, 0, equal_nan=True).all()):
+                    raise DataError(
+                        f"sample {number} of {self.where} differs when it is read again; take random transforms out of the data set, "
+                        "since what partitions compute from a sample is kept"
+                    )
+            yield once
+
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Read raw samples (B, *raw_shape) and targets (B, ...), into fresh memory."""
         raise NotImplementedError
@@ -234,9 +259,24 @@ class ArraySplit(SampleSplit):
 
     def _targets(self, index: Tensor) -> Tensor:
         kept = self._y.index_select(0, index)
-        if self.targets.kind == "tokens":
-            return kept.to(self.targets.dtype)
-        return kept if self._resize is None else self._resize.masks(kept, self.targets.outside).to(self.targets.dtype)
+        if self._resize is not None:
+            kept = self._resize.masks(kept, self.targets.outside)
+        # Another part of the data may hold what takes a wider type; and tokens are cast as late as here.
+        return kept.to(self.targets.dtype)
+
+
+def of_all(targets: Targets, kept: Iterable[Tensor]) -> Targets:
+    """Return the form of targets of which some were looked at, with the classes of all; masks become bytes where these hold them.
+
+    Args:
+        targets: The form.
+        kept: All targets that are class numbers, one by one, as they are kept.
+    """
+    count, is_small = 1, targets.kind == "mask"
+    for one in kept:
+        count = max(count, targets.count(one))
+        is_small = is_small and fits_bytes(one)
+    return dataclasses.replace(targets, num_classes=count, dtype=torch.uint8 if is_small else targets.dtype)
 
 
 def what_is_not_finite(x: Tensor) -> str:

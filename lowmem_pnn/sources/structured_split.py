@@ -14,10 +14,8 @@ from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.arrays import as_tensor, hash_tensor
 from lowmem_pnn.sources.preprocessing import Preprocessing
-from lowmem_pnn.sources.splits import Indices, SampleSplit, as_indices, require_samples, what_is_not_finite
+from lowmem_pnn.sources.splits import Indices, SampleSplit, as_indices, of_all, require_samples, what_is_not_finite
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
-
-_NUM_PROBES = 16
 
 
 class StructuredSplit(SampleSplit):
@@ -90,39 +88,32 @@ class StructuredSplit(SampleSplit):
             DataError: A sample differs when it is read again.
         """
         digest = hashlib.sha256(f"{len(self)}{self.names}".encode())
-        for number in self._probes():
-            once, again = self._sample(number), self._sample(number)
-            for one, other in zip((*once[0], once[1]), (*again[0], again[1]), strict=True):
-                if one.shape != other.shape or not bool(torch.isclose(one, other, 0, 0, equal_nan=True).all()):
-                    raise DataError(
-                        f"sample {number} of {self.where} differs when it is read again; take random transforms out of the data set"
-                    )
-                hash_tensor(digest, one)
+        for tensors in self._read_twice(self._all_tensors):
+            for tensor in tensors:
+                hash_tensor(digest, tensor)
         return digest.hexdigest()
-
-    def _probes(self) -> list[int]:
-        return sorted(set(np.linspace(0, len(self) - 1, _NUM_PROBES).astype(int).tolist()))
 
     def _find_targets(self, options: TargetOptions) -> Targets:
         """Find out what targets are, of a few samples; how many classes there are, of all."""
         raw = [self._read(number)[1] for number in self._probes()]
         if options.task == "own":
-            trees = [pytree.tree_map(lambda leaf: as_tensor(leaf, f"the targets of {self.where}"), one) for one in raw]
+            trees = [
+                pytree.tree_map(lambda leaf: as_tensor(leaf, f"the targets of {self.where}", palette=True), one) for one in raw
+            ]
             whole = pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
             return find_targets(whole, self.where, options, (), tokens=False)
-        stacked = torch.stack([as_tensor(one, f"the labels of {self.where}") for one in raw])
+        labels = [as_tensor(one, f"the labels of {self.where}", palette=True) for one in raw]
+        # One of another shape is refused by name when it is read.
+        stacked = torch.stack([one for one in labels if one.shape == labels[0].shape])
         # A label for each token of one of the tensors: that of a text, or of the text that a decoder has written so far.
         labelled = tuple(stacked.shape[1:])
         of_tokens = any(form.dtype == torch.int64 and form.shape == labelled for form in self.forms) and len(labelled) == 1
         shape = labelled if of_tokens else self.forms[0].shape
-        found = find_targets(stacked, self.where, options, shape, tokens=of_tokens)
+        found = find_targets(stacked, self.where, options, shape, tokens=of_tokens, are_all=False)
         if not found.are_classes:
             return found
-        return found.of_classes(
-            max(
-                found.count(found.convert(self._read(n)[1], f"sample {n} of {self.where}", batched=False))
-                for n in range(len(self))
-            )
+        return of_all(
+            found, (found.convert(self._read(n)[1], f"sample {n} of {self.where}", batched=False) for n in range(len(self)))
         )
 
     def _leaves(self, number: int) -> tuple[list[Tensor], pytree.TreeSpec, Any]:
@@ -139,6 +130,10 @@ class StructuredSplit(SampleSplit):
             found = ", ".join(f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors)
             raise DataError(f"{where} is of another form than sample 0 (it holds {found}); give all samples one form")
         return tensors, self.targets.convert(target, where, batched=False)
+
+    def _all_tensors(self, number: int) -> list[Tensor]:
+        tensors, target = self._sample(number)
+        return [*tensors, target]
 
 
 def from_structured_arrays(x: Any, y: Any, where: str, options: TargetOptions = TargetOptions()) -> StructuredSplit:  # noqa: B008

@@ -95,6 +95,15 @@ def sample_of(split: Split, limit: int | None, seed: int) -> Split:
     return subset(split, np.sort(_permutation(len(split), seed)[:limit]))
 
 
+def whole_of(split: Split) -> Split:
+    """Return the split that a subset is of; any other as it is.
+
+    Args:
+        split: Any split.
+    """
+    return whole_of(split.base) if isinstance(split, SubsetSplit | RenumberedSplit) else split
+
+
 def labels_of(split: Split, numbers: npt.NDArray[np.int64]) -> Tensor:
     """Return the targets of samples, without reading the samples where that is possible.
 

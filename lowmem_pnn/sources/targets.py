@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
-from lowmem_pnn.sources.arrays import as_labels, as_tensor, refuse_words
+from lowmem_pnn.sources.arrays import as_labels, as_tensor, fits_bytes, refuse_words
 from lowmem_pnn.sources.packing import Packing
 from lowmem_pnn.sources.resize import Resize
 
@@ -138,13 +138,14 @@ class Targets:
         """
         return _count(kept, self.ignored)
 
-    def convert(self, value: Any, where: str, *, batched: bool) -> Tensor:
+    def convert(self, value: Any, where: str, *, batched: bool, remedy: str = "") -> Tensor:
         """Convert targets of this kind to the form in which they are kept.
 
         Args:
             value: Targets of one sample, or (N, ...) of many, as a data set gives them.
             where: Name of the data in messages.
             batched: Whether they are of many samples.
+            remedy: What leaves a broken sample out, in brackets; empty where nothing does.
 
         Raises:
             DataError: They are not of this kind.
@@ -160,13 +161,16 @@ class Targets:
             # Of all samples as they are: tokens may be a mapped file, larger than memory, and are cast batch by batch.
             converted = tensor if batched and not tensor.dtype.is_floating_point else tensor.to(torch.int64)
         elif self.kind == "mask":
-            converted = _without_channel(tensor, where).to(self.dtype)
+            mask = _without_channel(tensor, where)
+            if self.dtype == torch.uint8 and not fits_bytes(mask):
+                raise DataError(f"{where} has a mask with classes beyond 0 to 255, and others are bytes; give all one type")
+            converted = mask.to(self.dtype)
         else:
             converted = tensor.to(torch.float32)
             finite = torch.isfinite(converted).reshape(len(converted), -1).all(1)
             if self.kind == "values" and not bool(finite.all()):
                 which = f"the target of sample {int((~finite).nonzero()[0])}" if batched else "its target"
-                raise DataError(f"{where}: {which} is NaN or infinite; repair it or leave the sample out (--skip-broken)")
+                raise DataError(f"{where}: {which} is NaN or infinite; repair it or leave the sample out{remedy}")
         if tuple(converted.shape[1:]) != self.shape:
             raise DataError(
                 f"{where} has labels of shape {tuple(converted.shape[1:])}, others of {self.shape}; give all samples labels of "
@@ -213,7 +217,9 @@ class Targets:
         return dataclasses.replace(self, num_classes=max(self.num_classes, other.num_classes), dtype=wider)
 
 
-def find_targets(values: Any, where: str, options: TargetOptions, sample_shape: tuple[int, ...], *, tokens: bool) -> Targets:
+def find_targets(
+    values: Any, where: str, options: TargetOptions, sample_shape: tuple[int, ...], *, tokens: bool, are_all: bool = True
+) -> Targets:
     """Find out what targets are.
 
     Args:
@@ -223,6 +229,7 @@ def find_targets(values: Any, where: str, options: TargetOptions, sample_shape: 
         options: What is known of them.
         sample_shape: Shape of one sample.
         tokens: Whether samples are tokens.
+        are_all: Whether these are all of them, so that masks of small numbers may be kept as bytes.
 
     Raises:
         DataError: They are not of the task, or it is not clear what they are.
@@ -256,7 +263,7 @@ def find_targets(values: Any, where: str, options: TargetOptions, sample_shape: 
     if kind == "mask":
         ignored = MASK_IGNORED if ignored is None else ignored
         mask = _without_channel(y, where)
-        small = mask.dtype == torch.uint8 or (int(mask.min()) >= 0 and int(mask.max()) < 256)
+        small = mask.dtype == torch.uint8 or (are_all and fits_bytes(mask))
         return Targets("mask", _count(mask, ignored), tuple(mask.shape[1:]), torch.uint8 if small else torch.int64, ignored)
     return Targets(kind, torch.Size(y.shape[1:]).numel(), tuple(y.shape[1:]), torch.float32)
 
@@ -350,7 +357,7 @@ def _own_targets(values: Any, where: str) -> Targets:
 
 
 def _own_tensor(value: Any, where: str) -> Tensor:
-    tensor = as_tensor(value, f"the targets of {where}")
+    tensor = as_tensor(value, f"the targets of {where}", palette=True)
     if tensor.dtype.is_floating_point:
         return tensor.to(torch.float32)
     return tensor if tensor.dtype in (torch.bool, torch.uint8) else tensor.to(torch.int64)
@@ -385,11 +392,6 @@ def _form_text(forms: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:
 
 
 def _kind_text(targets: Targets) -> str:
-    words = {
-        "class": "class numbers",
-        "tokens": "class numbers of tokens",
-        "mask": "masks",
-        "labels": "0 and 1",
-        "values": "numbers",
-    }
+    kinds = ("class numbers", "class numbers of tokens", "masks", "0 and 1", "numbers")
+    words = dict(zip(("class", "tokens", "mask", "labels", "values"), kinds, strict=True))
     return f"{words.get(targets.kind, targets.kind)}{f' of shape {targets.shape}' if targets.shape else ''}"

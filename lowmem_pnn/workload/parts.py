@@ -19,7 +19,7 @@ from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.sources.imports import did_you_mean
 from lowmem_pnn.sources.splits import SampleSplit, Split
-from lowmem_pnn.sources.subsets import RenumberedSplit, as_floats, hold_out, sample_of, train_val_split
+from lowmem_pnn.sources.subsets import RenumberedSplit, as_floats, hold_out, sample_of, train_val_split, whole_of
 from lowmem_pnn.sources.targets import Targets
 from lowmem_pnn.workload.sources import SampleForm, open_source
 
@@ -189,10 +189,22 @@ def split_data(
         splits["test"] = sample_of(test, config.test_limit, seed_of(config.seed, "test"))
     elif config.test_limit is not None:
         raise ConfigError(f"--test-limit has no effect here: data {config.data} has no test part; leave it out")
+    dataset = _in_one_type(dataset, splits)
     verbs: dict[SplitName, str] = {"train": "train", "val": "validate", "test": "test"}
     words = ", ".join(f"{len(split):,} to {verbs[name]} on{how[name]}" for name, split in splits.items())
     absent = [verb for name, verb in verbs.items() if name not in splits]
     return dataclasses.replace(dataset, parts=words + (f", none to {' or '.join(absent)} on" if absent else "")), splits
+
+
+def _in_one_type(dataset: Dataset, splits: Mapping[SplitName, Split]) -> Dataset:
+    """Have the masks of all parts kept in the widest type that one of them needs, as the data set then says: they are stored alike."""
+    if dataset.targets.kind != "mask":
+        return dataset
+    own = [base for base in map(whole_of, splits.values()) if isinstance(base, SampleSplit)]
+    dtype = max((base.targets.dtype for base in own), key=lambda dtype: dtype.itemsize, default=dataset.targets.dtype)
+    for base in own:
+        base.targets = dataclasses.replace(base.targets, dtype=dtype)
+    return dataclasses.replace(dataset, targets=dataclasses.replace(dataset.targets, dtype=dtype))
 
 
 def prepare(

@@ -19,6 +19,7 @@ from helpers.plainloops import step_lines
 from helpers.transformers_folders import BERT, LLAMA, VIT, make_model, of_folder, write_config, write_llama
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.language.open_language import LanguageForm, open_language
+from lowmem_pnn.language.tokenizer import open_tokenizer
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.seeds import permutation_of
@@ -202,15 +203,35 @@ def test_a_run_that_ends_before_it_is_done_writes_the_same_folder(
     assert not (tmp_path / "run" / "hf").exists()
 
 
+def test_it_goes_on_with_texts_as_transformers_does(root: Path, trained: Result, tmp_path: Path) -> None:
+    # Its vocabulary is larger than the tokenizer, as is usual.
+    model, reader = of_folder(Path(str(trained.transformers_folder))), open_tokenizer(str(root / "model"))
+    prompts, expected = ["the cat sat", "a dog"], []
+    model.generation_config.eos_token_id = None
+    for prompt in prompts:
+        ids = torch.from_numpy(reader.encode([prompt])[0])[None]
+        expected.append(model.generate(ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :].tolist())
+    shutil.copytree(root / "model", tmp_path / "model")
+    ends = [299, expected[0][5]]
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    said = lowmem_pnn.generate(trained, prompts, max_new_tokens=8, tokenizer=tmp_path / "model")
+    for text, tokens in zip(said, expected, strict=True):
+        places = [place for place, token in enumerate(tokens) if token in (0, *ends)]
+        assert text == reader.decode(tokens[: min(places, default=8)])
+
+
 def test_images_are_classified_by_a_vision_transformer(tmp_path: Path) -> None:
     model = make_model("vit", "AutoModelForImageClassification", VIT, num_hidden_layers=1)
     model.save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5], "image_std": [0.5]}))
     result = lowmem_pnn.fit(
         f"hf:{tmp_path / 'vit'}", "digits", max_gpu_mem="400MB", device="cpu", workdir=tmp_path / "run", epochs=1, lr=1e-3,
         train_limit=100, test_limit=20,
     )  # fmt: skip
     assert result.weights["new"] == []
     trained = of_folder(tmp_path / "run" / "hf", "AutoModelForImageClassification")
+    assert not (tmp_path / "run" / "hf" / "preprocessor_config.json").exists()
+    assert "- Images: values / 16; preprocessor_config.json has no words" in (tmp_path / "run" / "hf" / "README.md").read_text()
     answers = lowmem_pnn.predict(result)
     x = torch.rand(2, 1, 8, 8)
     torch.testing.assert_close(trained(pixel_values=x).logits, lowmem_pnn.load(result)(x), rtol=0, atol=1e-6)

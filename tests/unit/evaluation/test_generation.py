@@ -28,6 +28,11 @@ def test_rows_are_padded_at_their_end_and_cut_at_their_beginning() -> None:
     assert wanted.tolist() == [[-1, 0, -1, -1], [-1, -1, -1, 1]]
 
 
+def test_scores_may_be_of_more_tokens_than_the_data_has() -> None:
+    form = RowForm.of([IDS], None, TOKENS, TensorSpec((4, 16), torch.float32))
+    assert form == RowForm(("input_ids",), 4, 16)
+
+
 def test_tensors_come_in_the_order_of_the_samples() -> None:
     form = RowForm.of([IDS, IDS], structure("attention_mask", "input_ids"), TOKENS, SCORES)
     assert form is not None

@@ -48,6 +48,11 @@ def test_frame_is_as_its_file(tmp_path: Path) -> None:
         assert torch.equal(own, other)
 
 
+def test_codes_that_python_takes_for_numbers_are_words() -> None:
+    _, dataset, _, _ = opened(FRAME.assign(city=["1_2", "1_3", "12", "13"]), target="price")
+    assert dataset.preparation["columns"]["city"] == ["12", "13", "1_2", "1_3"]
+
+
 @pytest.mark.parametrize("targets", [FRAME.price, FRAME[["price"]], FRAME.price.tolist(), FRAME.price.to_numpy()[:, None]])
 def test_pair_with_words_is_a_table(targets: Any) -> None:
     _, dataset, _, _ = opened((FRAME.drop(columns="price"), targets))

@@ -12,7 +12,7 @@ from PIL import Image as PIL
 
 from helpers.datasets import everything, image_bytes
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.formats.hub_data import open_hub_samples
 from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.workload.inputs import open_data
@@ -90,6 +90,28 @@ def test_images_and_class_labels_are_found(library: dict[str, Any], tmp_path: Pa
         assert [everything(splits[name])[1].tolist() for name in ("val", "test")] == [[1], [1, 2]]
         assert dataset.preprocessing == "decoded to RGB, uint8 / 255, HWC to CHW"
     assert everything(opened("pets:small", image_size=4, val_fraction=None)[1].train)[0].shape == (6, 3, 4, 4)
+
+
+def test_images_of_more_than_8_bits_keep_them(library: dict[str, Any]) -> None:
+    deep = np.arange(30, dtype=np.uint16).reshape(5, 6) * 2000 + 300
+    features = {"img": Image(), "fine": ClassLabel(["cat", "dog"])}
+    library["scans"] = Rows(features, {"img": [PIL.fromarray(deep), PIL.fromarray(deep[::-1].copy())], "fine": [0, 1]})
+    _, dataset, _, _ = opened("scans")
+    x, _ = everything(dataset.train)
+    assert torch.equal(x[0], torch.from_numpy(deep.astype(np.float64) / 65535).float().expand(3, 5, 6))
+    assert dataset.preprocessing == "decoded to RGB, HWC to CHW, grey values of more than 8 bits brought to 0 to 1"
+    assert everything(opened("scans", image_size=4)[1].train)[0].shape == (2, 3, 4, 4)
+    [(split, _)] = open_hub_samples("scans", None, "any", TargetOptions()).values()
+    assert torch.equal(everything(split)[0], x)
+    mixed = {"img": [PIL.fromarray(IMAGES[0]), PIL.fromarray(np.arange(30, dtype=np.uint16).reshape(6, 5))], "fine": [0, 1]}
+    library["mixed"] = Rows(features, mixed)
+    with pytest.raises(DataError, match=r"sample 1 of hfdata:mixed \(training part\) is \(3, 6, 5\) torch.float32, sample 0 is"):
+        everything(opened("mixed")[1].train)
+    library["floats"] = Rows(features, {"img": [PIL.fromarray(deep.astype(np.float32))], "fine": [0]})
+    with pytest.raises(
+        DataError, match=r"^image 0 of column 'img' is of mode F \(floating-point numbers\), and which value is white"
+    ):
+        opened("floats")
 
 
 def test_numbers_and_a_named_target_are_taken(library: dict[str, Any]) -> None:

@@ -159,6 +159,16 @@ def test_what_stands_for_no_number_may_be_a_word(tmp_path: Path) -> None:
     assert samples(write(tmp_path, "land,price\nNA,1.5\nDE,2.5\n"))[0] == [[0, 1], [1, 0]]
 
 
+def test_what_is_missing_goes_by_the_columns_of_the_training_data(tmp_path: Path) -> None:
+    train = write(tmp_path, "age,land,y\n1,NA,None\n2,DE,some\n")
+    other = write(tmp_path, "age,land,y\n3,NA,None\n4,NA,None\n", "b.csv")
+    x, y = everything(opened(train, "mlp:3-2", target="y", test_data=other)[2]["test"])
+    assert (x.tolist(), y.tolist()) == ([[3, 0, 1], [4, 0, 1]], [0, 0])
+    write(tmp_path, "age,land,y\nold,DE,some\nNA,DE,some\n", "b.csv")
+    with pytest.raises(DataError, match=r"b.csv: line 3 has no value in column 'age'; 1 of 2 rows cannot be used"):
+        opened(train, "mlp:3-2", target="y", test_data=other)
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [

@@ -45,6 +45,25 @@ def test_images_are_found_at_any_depth_and_parts_by_name(tmp_path: Path) -> None
     assert [len(split) for split, _ in parts.values()] == [1]
 
 
+@pytest.mark.parametrize("name", ["a.png", "b/deep/c.png"])
+def test_images_beside_parts_are_not_left_out(name: str, tmp_path: Path) -> None:
+    for other in ("test/1.png", name):
+        photo(tmp_path / other)
+    with pytest.raises(DataError) as caught:
+        open_images(tmp_path, "any", ())
+    assert str(caught.value) == (
+        f"{tmp_path} holds 'test', named as a part of the data is, and beside that other images, such as {tmp_path / name}; give each by itself "
+        f"(imagefolder:{tmp_path / 'test'}), or rename 'test'"
+    )
+
+
+def test_two_folders_of_one_part_are_refused(tmp_path: Path) -> None:
+    for other in ("train/1.png", "Training/2.png"):
+        photo(tmp_path / other)
+    with pytest.raises(DataError, match=r"holds 'Training' and 'train', which both name the training part; keep one"):
+        open_images(tmp_path, "any", ())
+
+
 def test_folders_called_as_the_classes_are_give_targets(tmp_path: Path) -> None:
     for name in ("dogs/1.png", "cats/deep/2.png"):
         photo(tmp_path / name)

@@ -47,6 +47,20 @@ def test_the_template_of_older_folders(tmp_path: Path) -> None:
     assert open_tokenizer(str(write_tokenizer(tmp_path / "b", chat_template=templates))).chat_template == "y"
 
 
+def test_ends_are_those_that_the_models_files_name_too(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    for name, settings, ends in (
+        ("tokenizer_config.json", {"eos_token": "<end>"}, {0}),
+        ("config.json", {"text_config": {"eos_token_id": 7}}, {0, 7}),
+        ("config.json", {"eos_token_id": 5}, {0, 5}),
+        ("generation_config.json", {"eos_token_id": None}, {0, 5}),
+        ("generation_config.json", {"eos_token_id": [5, 9]}, {0, 5, 9}),
+    ):
+        (tmp_path / name).write_text(json.dumps(settings))
+        assert open_tokenizer(str(tmp_path)).ends == ends
+    assert open_tokenizer("bytes").ends == frozenset()
+
+
 def test_offsets_are_of_characters(tmp_path: Path) -> None:
     tokenizer = open_tokenizer(str(write_tokenizer(tmp_path)))
     ids, starts = tokenizer.encode_with_starts("ä the")

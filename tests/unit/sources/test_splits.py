@@ -14,6 +14,7 @@ from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.map_split import from_torch
 from lowmem_pnn.sources.subsets import subset, train_val_split
+from lowmem_pnn.sources.targets import TargetOptions
 
 
 def test_a_batch_is_the_callers_own() -> None:
@@ -127,6 +128,12 @@ def test_the_number_of_classes_is_found_without_reading_samples() -> None:
     assert from_torch(with_targets).num_classes == 6
     assert from_torch(Subset(with_targets, [0])).num_classes == 6
     assert from_torch(TensorDataset(torch.zeros(3, 2), torch.tensor([0, 4, 1]))).num_classes == 5
+    with_targets.targets = [0, 1, 255]  # type: ignore[attr-defined]
+    for ignoring in (with_targets, TensorDataset(torch.zeros(3, 2), torch.tensor([0, 255, 1])), (np.eye(3), [0, 255, 1])):
+        assert from_torch(ignoring, options=TargetOptions(ignored=255)).num_classes == 2
+    tokens = torch.tensor([[1, 2], [3, 0]]), torch.tensor([[2, 3], [0, 90]])
+    for kind in (tuple, lambda parts: TensorDataset(*parts)):
+        assert from_torch(kind(tokens), options=TargetOptions(ignored=90)).num_classes == 4
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lowmem_pnn.errors import DataError
+from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.map_split import from_arrays, from_torch
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
 
@@ -116,10 +118,13 @@ def test_a_target_of_another_form_is_named() -> None:
     )
     with pytest.raises(DataError, match=r"sample 7 has targets \(\) float32, others have"):
         split.targets.convert({"b": 1.5}, "sample 7", batched=False)
-    with pytest.raises(
-        DataError, match=r"mine: the target of sample 1 is NaN or infinite; repair it or leave the sample out \(--skip-broken\)"
-    ):
-        from_torch((torch.zeros(2, 3), [1.5, float("nan")]), where="mine")
+    values, x = [1.5, 0.5, float("nan"), *[0.5] * 40], torch.zeros(43, 3)
+    with pytest.raises(DataError, match=r"^mine: the target of sample 2 is NaN or infinite; repair it or leave the sample out$"):
+        from_torch((x, values), where="mine")
+    with pytest.raises(DataError, match=r"^sample 2 of mine: its target is NaN or infinite; .* out \(--skip-broken\)$"):
+        from_torch(list(zip(x, values, strict=True)), where="mine").batch([2])
+    with pytest.raises(DataError, match=r"^sample 2 of mine: its target is NaN or infinite; repair it or leave the sample out$"):
+        from_torch([({"a": one, "b": one}, value) for one, value in zip(x, values, strict=True)], where="mine").batch([2])
 
 
 def test_a_broken_target_is_left_out_with_its_sample() -> None:
@@ -146,3 +151,55 @@ def test_samples_of_several_tensors_may_have_a_label_for_each_token(inputs: dict
     split = from_torch((x, labels))
     assert (split.targets.kind, split.targets.num_classes, split.targets.shape) == (kind, 28, (7,))
     assert torch.equal(split.batch([2])[1], labels[2:3])
+
+
+def test_masks_of_two_parts_are_kept_in_one_type() -> None:
+    x, masks = torch.rand(2, *IMAGE), torch.ones(2, 4, 5, dtype=torch.int64)
+    partly = masks.clone()
+    partly[0, 0] = -100
+    dataset = make_dataset((x, partly), (x, masks), name="x", options=TargetOptions(ignored=-100))
+    for part, kept in ((dataset.train, partly), (dataset.test, masks)):
+        assert part.batch([0, 1])[1].dtype == part.labels(np.arange(2)).dtype == torch.int64
+        assert torch.equal(part.batch([0, 1])[1], kept)
+
+
+@pytest.mark.parametrize("is_structured", [False, True])
+@pytest.mark.parametrize(("number", "dtype", "classes"), [(300, torch.int64, 301), (-1, torch.int64, 2), (7, torch.uint8, 8)])
+def test_a_mask_that_was_not_looked_at_keeps_its_values(
+    number: int, dtype: torch.dtype, classes: int, is_structured: bool
+) -> None:
+    masks = torch.ones(40, 4, 5, dtype=torch.int64)
+    masks[1, 0, 0] = number
+    x = torch.rand(40, *IMAGE)
+    samples = [({"a": image, "b": image} if is_structured else image, mask) for image, mask in zip(x, masks, strict=True)]
+    split = from_torch(samples, options=TargetOptions(ignored=-1))
+    assert (split.targets.dtype, split.num_classes) == (dtype, classes)
+    assert torch.equal(split.batch([0, 1])[1].long(), masks[:2])
+
+
+def test_masks_of_two_types_that_bytes_do_not_hold_are_refused() -> None:
+    small = torch.zeros(4, 5, dtype=torch.uint8)
+    masks = [small, torch.full((4, 5), 300), *[small] * 38]
+    with pytest.raises(DataError, match=r"^sample 1 of mine has a mask with classes beyond 0 to 255, and others are bytes; give"):
+        from_torch([(torch.zeros(IMAGE), mask) for mask in masks], where="mine")
+    large = [(torch.zeros(IMAGE), mask.long()) for mask in masks]
+    assert from_torch(large, num_classes=301).targets.dtype == torch.int64
+    assert from_torch(large, num_classes=3).targets.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("task", ["auto", "own"])
+@pytest.mark.parametrize("is_structured", [False, True])
+def test_masks_may_be_images_with_a_palette(task: Any, is_structured: bool) -> None:
+    mask = Image.fromarray(np.arange(20, dtype=np.uint8).reshape(4, 5) % 3)
+    mask.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    x = torch.zeros(IMAGE)
+    split = from_torch([({"a": x, "b": x} if is_structured else x, mask)] * 2, options=TargetOptions(task))
+    assert split.batch([1])[1][0].tolist() == np.asarray(mask).tolist()
+
+
+def test_a_target_of_another_shape_beside_several_tensors_is_named() -> None:
+    x = {"a": torch.zeros(3), "b": torch.zeros(3)}
+    with pytest.raises(
+        DataError, match=r"^sample 1 of mine has labels of shape \(3,\), others of \(2,\); give all samples labels"
+    ):
+        from_torch([(x, torch.rand(2)), (x, torch.rand(3))], where="mine").batch([1])

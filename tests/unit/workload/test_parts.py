@@ -201,3 +201,14 @@ def test_parts_of_python_have_the_shape_of_the_training_data() -> None:
         match=r"python:tuple \(validation part\) has samples of shape \(4,\) .* are \(3,\) with labels \(\) \(class\); give",
     ):
         python_inputs("mlp:3-2", train, val, None)(config("python:tuple", "mlp:3-2"))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_masks_of_all_parts_are_kept_in_the_widest_type(place: int) -> None:
+    x, masks = torch.rand(8, 3, 4, 4), torch.arange(8 * 16).view(8, 4, 4) % 3
+    both = [masks, masks.clone()]
+    both[place][0, 0] = -100
+    asked = config("python:tuple", "python:Conv2d", method="exact", ignore_index=-100)
+    _, dataset, splits, _ = python_inputs(lambda: torch.nn.Conv2d(3, 3, 1), (x, both[0]), (x, both[1]), None)(asked)
+    assert dataset.targets.dtype == torch.int64
+    assert all(torch.equal(everything(part)[1], kept) for part, kept in zip((dataset.train, splits["val"]), both, strict=True))
