@@ -228,7 +228,8 @@ class State:
             or min(self.micro_batches, default=0) < 1,
             f"{len(self.records)} records for {len(parts)} partitions": len(self.records) != len(parts),
             f"{len(self.loss_scales)} loss_scales for {len(parts)} partitions": len(self.loss_scales) != len(parts),
-            f"{len(self.epoch_tallies)} epoch_tallies for {len(parts)} partitions": len(self.epoch_tallies) not in (0, len(parts)),
+            f"{len(self.epoch_tallies)} epoch_tallies for {len(parts)} partitions": len(self.epoch_tallies)
+            not in (0, len(parts)),
             "a loss scale of 0": any(scale.value <= 0 for scale in self.loss_scales),
             f"rank {self.rank} of {self.ranks}": not 0 <= self.rank < self.ranks,
             "a name of activations that is none of ours": not all(
