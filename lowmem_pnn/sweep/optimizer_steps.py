@@ -65,9 +65,7 @@ class SweepOptimizerSteps:
     after_backward: list[frozenset[str]]
     """By partition, the parameters whose gradients are complete only after backward, even if a batch goes through at once."""
 
-    def __init__(
-        self, workload: Workload, plan: Plan, residencies: list[Residency], device: Device, total_steps: int
-    ) -> None:
+    def __init__(self, workload: Workload, plan: Plan, residencies: list[Residency], device: Device, total_steps: int) -> None:
         self._workload = workload
         self._plan = plan
         self._residencies = residencies

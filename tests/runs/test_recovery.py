@@ -157,7 +157,10 @@ def test_a_first_batch_in_which_nothing_counts_leaves_the_optimizer_new(tmp_path
     options: dict[str, Any] = {
         "method": "exact", "epochs": 2, "batch_size": 10, "lr": 0.01, "recovery_epochs": 1, "recover": "all", "val_fraction": 0,
     }  # fmt: skip
-    split, config = training_split(vectors(), **options), configure(max_gpu_mem="1GB", model="python:m", data="python:d", **options)
+    split, config = (
+        training_split(vectors(), **options),
+        configure(max_gpu_mem="1GB", model="python:m", data="python:d", **options),
+    )
     assert isinstance(split, SubsetSplit)
     order, (x, y) = split.numbers[permutation_of(len(split), config.seed, "recovery", 0)], vectors()
     y[order[:10]] = -100
