@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.journals import state
 from lowmem_pnn.engine.epoch import first_batches
 from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.training.loop import train_epochs
-from helpers.journals import state
 
 
 class Learner:
