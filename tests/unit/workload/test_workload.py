@@ -26,13 +26,17 @@ def build(frozen: str = "") -> nn.Module:
 
 
 def workload(frozen: str = "", **options: Any) -> Workload:
-    config = configure(max_gpu_mem="100MB", model="python:net", data="python:table", device="cpu", **{"method": "exact", **options})
+    config = configure(
+        max_gpu_mem="100MB", model="python:net", data="python:table", device="cpu", **{"method": "exact", **options}
+    )
     return make_workload(config, *python_inputs(lambda: build(frozen), DATA, DATA, DATA)(config), torch.device("cpu"))
 
 
 def described(items: list[Visit | Sweep]) -> list[Any]:
     """Of each item what is done; of a sweep its first partition, those that learn, and its epochs."""
-    return [(item.first, item.learners, item.epochs) if isinstance(item, Sweep) else (item.action, item.partition) for item in items]
+    return [
+        (item.first, item.learners, item.epochs) if isinstance(item, Sweep) else (item.action, item.partition) for item in items
+    ]
 
 
 def test_what_is_unfrozen_learns_beside_what_the_models_code_freezes() -> None:
