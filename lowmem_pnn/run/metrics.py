@@ -10,7 +10,7 @@ from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.run_status import RunStatus
-from lowmem_pnn.run.macs import macs_until, program_macs
+from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.run.timeline import MemoryTimeline
@@ -142,9 +142,11 @@ class Metrics:
         """Return MACs, bytes and seconds so far, over all processes of the run: a part of every line of `metrics.jsonl`."""
         _, read, written, _, _ = self._earlier
         session, state, samples = self._session, self._state, len(self._workload.splits["train"])
-        progress = state.progress.epoch, self._samples_done()
+        macs = macs_until(self._program, self._plan, samples, state.visit, state.progress.epoch, self._samples_done())
+        if state.epochs_behind:
+            macs += state.epochs_behind * epoch_macs(self._program[-1], self._plan, samples)
         return {
-            "macs": macs_until(self._program, self._plan, samples, state.visit, *progress),
+            "macs": macs,
             "bytes_read": read + session.counter.bytes_read,
             "bytes_written": written + session.counter.bytes_written,
             "seconds": self._seconds(),
@@ -159,7 +161,7 @@ class Metrics:
         samples = len(self._workload.splits["train"])
         return RunStatus(
             num_samples=done,
-            loss=tally.loss if tally.count else None,
+            loss=tally.loss,
             used_bytes=device.used_bytes(),
             budget_bytes=device.budget_bytes,
             written_bytes=totals["bytes_written"],
@@ -232,23 +234,23 @@ class Metrics:
             return
         self._log(told)
 
-    def log_epoch(self, action: str, partition: int, micro_batch: int, timer: EpochTimer) -> None:
+    def log_epoch(self, action: str, partition: int, epoch: int, micro_batch: int, timer: EpochTimer) -> None:
         """Log an epoch of a partition, or of a sweep, and show it.
 
         Args:
             action: `learn` or `sweep`.
             partition: number of the partition whose record tells the losses.
+            epoch: finished epochs, this one included.
             micro_batch: samples on the device at once.
             timer: timer of the epoch, which is over.
         """
         self.update_record()
-        device, item = self._session.device, self._program[self._state.visit]
-        before = item.epochs_before if isinstance(item, Sweep) else 0
+        device = self._session.device
         line = self._log(
             {
                 "action": action,
                 "partition": partition,
-                "epoch": before + self._state.progress.epoch,
+                "epoch": epoch,
                 **self._scores_of(partition),
                 "samples_per_second": timer.samples_per_second,
                 "waiting": timer.waiting,

@@ -16,6 +16,7 @@ from lowmem_pnn.engine.out_of_memory import halved, library_said
 from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.methods import Objective, Sweep, Visit, visits_of_rank
+from lowmem_pnn.model.layer import python_state_of, set_python_state
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.commits import Commits
@@ -49,7 +50,7 @@ class Run:
         self.plan = plan
         self.weights = weights
         self.state = state
-        self._said_uncounted = False
+        self._said_uncounted = self._said_unmeasured = False
         whole_program = workload.program(plan.spans)
         self.program = visits_of_rank(whole_program, state.rank, state.ranks)
         executor = Executor(session.device, workload.config.seed, self._note_shrink, session.threads.stalls)
@@ -69,6 +70,8 @@ class Run:
         """Go on to the next visit or sweep of the program."""
         self.state.visit += 1
         self.state.progress = EpochProgress()
+        if isinstance(self.item, Sweep):
+            self.state.progress.epoch, self.state.epochs_behind = self.state.epochs_behind, 0
         self.state.without_gain = 0  # what is unfrozen has its own time to make things better
         self._drop_unread_stores()
 
@@ -78,9 +81,19 @@ class Run:
         Args:
             partition: number of the partition whose record tells the loss.
         """
-        progress = self.state.progress
-        self.state.records[partition].train_loss = progress.tally.loss if progress.tally.count else None
-        progress.tally = Tally()
+        progress, item = self.state.progress, self.item
+        tally, progress.tally = progress.tally, Tally()
+        if isinstance(item, Visit) and item.macro_batch is not None:
+            tally = self._of_the_whole_epoch(partition, tally, begins=item.macro_batch[0] == 0)
+        self.state.records[partition].train_loss = tally.loss
+
+    def _of_the_whole_epoch(self, partition: int, tally: Tally, *, begins: bool) -> Tally:
+        """Return what the macro-batches of the present epoch come to so far, with the one that is over."""
+        tallies = self.state.epoch_tallies = self.state.epoch_tallies or [Tally() for _ in self.plan.partitions]
+        if begins:
+            tallies[partition] = Tally()
+        tallies[partition].merge(tally)
+        return tallies[partition]
 
     def count_of(self, objective: Objective, labels: Tensor) -> float:
         """Return what a batch's mean loss is over; the first time that nothing counts is said.
@@ -110,15 +123,19 @@ class Run:
             scores: other scores by name, where one of them is watched; those that are no finite number are left out.
         """
         record = self.state.records[partition]
-        record.val_loss = tally.loss if math.isfinite(tally.loss) else None
+        record.val_loss = tally.loss if tally.loss is not None and math.isfinite(tally.loss) else None
+        if tally.loss is None and not self._said_unmeasured:
+            self._said_unmeasured = True
+            self.session.display.message("no label of the validation part counts: it has no loss")
         record.val_accuracy = tally.accuracy
         record.val_scores = {
             name: float(value)
             for name, value in scores.items()
             if name not in ("loss", "accuracy") and isinstance(value, int | float) and math.isfinite(value)
         }
-        if layers:
-            record.unit_val_accuracies = [layer.accuracy or 0.0 for layer in layers]
+        accuracies = [layer.accuracy for layer in layers if layer.accuracy is not None]
+        if layers and len(accuracies) == len(layers):  # regression has none, and no exit is chosen by what was not measured
+            record.unit_val_accuracies = accuracies
 
     # The best validation, and the end of patience.
 
@@ -142,7 +159,7 @@ class Run:
         better = value is not None and (before is None or (value < before if least else value > before))
         state.without_gain = 0 if better else state.without_gain + 1
         if better:
-            epoch = self._epochs_before + state.progress.epoch
+            epoch = self.epochs_before + state.progress.epoch
             state.best = Best(epoch, step, value, module_state=self.workload.chain.python_state)
         return better and config.keep_weights == "best"
 
@@ -154,27 +171,25 @@ class Run:
         return self.state.without_gain >= config.early_stop
 
     @property
-    def _epochs_before(self) -> int:
-        """Epochs of the sweeps whose training the present one goes on with."""
-        return self.item.epochs_before if isinstance(self.item, Sweep) else 0
+    def epochs_before(self) -> int:
+        """Epochs of the visits or sweeps whose training the present one goes on with."""
+        return 0 if self.item is None else self.item.epochs_before
 
     def stop_early(self, step: int) -> None:
-        """Note that training ends before its last epoch, or that what was frozen is unfrozen before its epoch.
+        """Note that training ends before its last epoch.
 
         Args:
             step: optimizer steps by now.
         """
         state, config = self.state, self.workload.config
-        epoch, is_last = self._epochs_before + state.progress.epoch, state.visit == len(self.program) - 1
-        if is_last:
-            state.stopped_after, state.stopped_step = epoch, step
+        assert state.visit == len(self.program) - 1, "what is frozen at first is trained for all of its epochs"
+        epoch = self.epochs_before + state.progress.epoch
+        state.stopped_after, state.stopped_step = epoch, step
         now, best = f"epoch {epoch}", f"epoch {state.best.epoch}"
         if config.eval_every is not None:
             now, best = f"step {step}", f"step {state.best.step}"
         why = f"was best after {best}" if state.best.value is not None else "was never a finite number"
-        self.session.display.message(
-            f"{'training ends' if is_last else 'what is frozen learns from here on'} after {now}: {config.monitor} {why}"
-        )
+        self.session.display.message(f"training ends after {now}: {config.monitor} {why}")
 
     def take_best(self) -> None:
         """Have what comes after training take the weights of the best epoch, every byte of them checked."""
@@ -182,6 +197,7 @@ class Run:
         if self.workload.config.keep_weights == "best" and best.weights:
             self.weights.restore(best.weights)
             self.workload.chain.set_python_state({**self.workload.chain.python_state, **best.module_state})
+            self.state.module_state = self.workload.chain.python_state
 
     # Stores of activations that later visits read.
 
@@ -328,5 +344,9 @@ class Run:
         self.state.records[partition] = theirs.records[partition]
         self.state.micro_batches[partition] = theirs.micro_batches[partition]
         self.state.loss_scales[partition] = theirs.loss_scales[partition]
+        part = self.plan.partitions[partition]
+        layers = self.workload.chain.layers[part.start : part.stop]
+        own = python_state_of(layers)
+        set_python_state(layers, {name: theirs.module_state.get(name, value) for name, value in own.items()})
         self.state.oom_retries += theirs.oom_retries
         self.session.counter.add(read=theirs.bytes_read, written=theirs.bytes_written)

@@ -260,7 +260,7 @@ def _told_at_start(run: Run) -> dict[str, Any]:
         "data": config.data,
         "partitions": len(run.plan.partitions),
         "resumed": state.resumed,
-        "epochs_done": state.progress.epoch,
+        "epochs_done": run.epochs_before + state.progress.epoch,
     }
 
 
@@ -313,6 +313,9 @@ def score(run: Run, split: SplitName = "test", layer_accuracies: list[float | No
         run: a trained run.
         split: part of the data.
         layer_accuracies: gets the accuracy of every layer's own outputs, where there are such; None if nobody asks.
+
+    Raises:
+        DataError: nothing in it counts, or it cannot be read.
     """
     task = run.workload.task
     total = task.scores()
@@ -327,4 +330,7 @@ def score(run: Run, split: SplitName = "test", layer_accuracies: list[float | No
             layer_accuracies.extend(tally.accuracy for tally in run.partitions.executor.measure(active, loader))
 
     measure(run, split, scores_of, total.merge, on_partition=measure_layers)
-    return total.result()
+    found = total.result()
+    if not found:
+        raise DataError(f"no label of the {split} part counts, so there is nothing to measure; give data with labels that count")
+    return found

@@ -24,7 +24,7 @@ class EpochsLearner(Learner, Protocol):
     """Epochs of the visit or sweep."""
 
     epochs_before: int
-    """Epochs of earlier visits of the same partition."""
+    """Epochs of earlier visits of the same partition, or of the sweeps that this one goes on with."""
 
     steps_before: int
     """Optimizer steps of earlier visits of the same partition."""
@@ -82,16 +82,21 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
         BudgetError: not even the smallest micro-batch fits.
     """
     progress, metrics, display = run.state.progress, run.metrics, run.session.display
-    steps, done_here, before = learner.steps_per_epoch, 0, learner.epochs_before if learner.action == "sweep" else 0
+    steps, done_here, before = learner.steps_per_epoch, 0, learner.epochs_before
     pace = Pace(display.message) if run.session.device.spills else None
-    eval_every = run.workload.config.eval_every if learner.measures_within_epochs else None
+    config = run.workload.config
+    eval_every = config.eval_every if learner.measures_within_epochs else None
 
     def steps_done() -> int:
         return learner.steps_before + progress.epoch * steps + progress.batch
 
     def next_validation() -> int | None:
         """Return the number of the batch, in the present epoch, before which the model is measured."""
-        return None if eval_every is None else progress.batch + eval_every - steps_done() % eval_every
+        if eval_every is None:
+            return None
+        more = eval_every - steps_done() % eval_every
+        # After the last step of all the model is measured anyway.
+        return None if config.max_steps is not None and steps_done() + more >= config.max_steps else progress.batch + more
 
     def after_batch(loss: float | None) -> None:
         nonlocal done_here
@@ -101,8 +106,7 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
         metrics.after_batch(learner.title)
         learner.after_batch(progress.epoch, progress.batch / steps)
         done = steps_done()
-        epochs = learner.epochs_before + progress.epoch
-        metrics.log_step(learner.action, learner.partition, epochs, done, loss, learner.learning_rate)
+        metrics.log_step(learner.action, learner.partition, before + progress.epoch, done, loss, learner.learning_rate)
         # Where the model is measured, the commit comes after that: then position and measurements belong together.
         if progress.batch < steps and not (eval_every and done % eval_every == 0):
             commit_within_epoch(is_best=False)
@@ -125,7 +129,7 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
             return True
         with timer.paused():
             learner.validate(f"step {steps_done()}")
-        metrics.log_validation(learner.partition, learner.epochs_before + progress.epoch, steps_done())
+        metrics.log_validation(learner.partition, before + progress.epoch, steps_done())
         commit_within_epoch(is_best=run.watch(learner.partition, steps_done()))
         show_epoch()
         return False
@@ -137,13 +141,12 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
         while not is_over and not run.is_out_of_patience():
             is_over = train_to_next_validation()
         if not is_over:
-            run.complete_epoch(learner.partition)  # as far as it came
             break
         timer.end(int(progress.tally.num_samples))
         run.complete_epoch(learner.partition)
         learner.validate(f"epoch {before + progress.epoch}")
         if not learner.is_joint:
-            metrics.log_epoch(learner.action, learner.partition, learner.micro_batch, timer)
+            metrics.log_epoch(learner.action, learner.partition, before + progress.epoch, learner.micro_batch, timer)
         is_best = run.watch(learner.partition, steps_done())
         if progress.epoch < learner.num_epochs:
             # The weights that are kept are those of a commit.
@@ -151,4 +154,6 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
                 run.commits.commit(learner.save)
             run.commits.commit_if_due(learner.save)
     if progress.epoch < learner.num_epochs:
+        if progress.batch:
+            run.complete_epoch(learner.partition)  # as far as it came, maybe in an earlier process
         run.stop_early(steps_done())

@@ -36,12 +36,13 @@ from lowmem_pnn.run.resume import (
     go_on_from_the_end,
     resumed_state,
     stored_config,
+    with_the_visits_it_began_with,
 )
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.samples.reader_process import READER_VARIABLE
 from lowmem_pnn.settings.config_file import CONFIG_FILE, to_toml
-from lowmem_pnn.stores.disk import allow_many_files, file_system_faults
+from lowmem_pnn.stores.disk import allow_many_files, file_system_faults, write_durably
 from lowmem_pnn.stores.journal import read_journal
 from lowmem_pnn.stores.run_directory import RunDirectory, read_config
 from lowmem_pnn.training.join import forget
@@ -106,7 +107,7 @@ def begin(
             state = State.first(workload, planned, rank)
             # Threads end first: a commit that is under way needs the lock.
             with RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
-                (path / CONFIG_FILE).write_text(_AS_FILE + to_toml(config))
+                _write_options(path, config)
                 session = Session(
                     device, rundir, threads, display, _or_late(should_stop, config), Callbacks((*callbacks, *loggers))
                 )
@@ -122,6 +123,7 @@ def resume(
     should_stop: Callable[[], bool] = lambda: False,
     callbacks: Sequence[Callback] = (),
     after_crash: bool = False,
+    seconds_spent: float = 0.0,
     rank: Rank = ALONE,
     trust: bool = False,
 ) -> Result | None:
@@ -135,6 +137,7 @@ def resume(
         should_stop: asked after every batch.
         callbacks: are told of steps, epochs and commits.
         after_crash: whether the last process died at the memory limit: the micro-batch that was in use is then halved.
+        seconds_spent: seconds that processes which died have spent of the time limit.
         rank: which of several processes this is.
         trust: whether code that the run names for its model or data is run without being named in `options` again.
 
@@ -150,6 +153,7 @@ def resume(
         before = stored_config(rundir)
         config = resumed_config(before, options, path)
         is_longer = config.epochs != before.epochs
+        config = with_the_visits_it_began_with(config, rundir)
         state = State.from_journal(rundir.journal(), path)
         if state.stage == "done" and not is_longer:
             result = read_result(path, state)
@@ -178,6 +182,8 @@ def resume(
                     if state.stage == "done":
                         go_on_from_the_end(state, before, workload, path)
                     state.epochs = config.epochs[0]
+                if is_longer or not (path / CONFIG_FILE).exists():  # as where the process that began it was killed at once
+                    _write_options(path, config)
                 device.enforce(profile.untouched_bytes)
                 count_resume(rundir, state, workload, after_crash=after_crash)
                 session = Session(
@@ -185,11 +191,16 @@ def resume(
                     rundir,
                     threads,
                     display,
-                    _or_late(should_stop, config),
+                    _or_late(should_stop, config, seconds_spent),
                     Callbacks((*callbacks, *loggers)),
                     after_crash=after_crash,
                 )
                 return run_to_end(session, workload, profile, state, estimator)
+
+
+def _write_options(path: Path, config: FitConfig) -> None:
+    """Write the options of a run as a file that begins another one like it."""
+    write_durably(path / CONFIG_FILE, _AS_FILE + to_toml(config))
 
 
 def _begin_late(
@@ -208,11 +219,11 @@ def _begin_late(
     return begin(stored, workdir, named_inputs, overwrite=False, display=display, should_stop=should_stop, rank=rank)
 
 
-def _or_late(should_stop: Callable[[], bool], config: FitConfig) -> Callable[[], bool]:
+def _or_late(should_stop: Callable[[], bool], config: FitConfig, seconds_spent: float = 0.0) -> Callable[[], bool]:
     """Return what says that a run is to stop: it was asked to, or its time is over."""
     if config.time_limit is None:
         return should_stop
-    end = time.monotonic() + config.time_limit
+    end = time.monotonic() + config.time_limit - seconds_spent
     return lambda: should_stop() or time.monotonic() >= end
 
 

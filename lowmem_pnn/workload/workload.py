@@ -127,24 +127,31 @@ class Workload:
         """
         program = self.method.program(len(spans), self.training_splits if splits is None else splits)
         if not self.method.sweeps:
-            return program
+            return [self._as_it_learns(item, spans) for item in program]
         items: list[Visit | Sweep] = []
         for item in program:
             if not isinstance(item, Sweep) or item.phase != "epoch":
                 items.append(item)
             elif (early := self.early) is None:
-                items += self._sweep_of_what_learns(item, spans)
+                items += self._sweep_of_what_learns(item, spans, self.fixed_layers)
             else:
                 until = self.config.unfreeze_at
                 assert until is not None
                 first = dataclasses.replace(item, epochs=until, epochs_after=item.epochs - until, frozen=True)
-                items += early._sweep_of_what_learns(first, spans)
+                items += early._sweep_of_what_learns(first, spans, early.fixed_layers)
                 rest = dataclasses.replace(item, epochs=item.epochs - until, epochs_before=until)
-                items += self._sweep_of_what_learns(rest, spans)
+                # What the model's own code freezes stays frozen, and runs in every epoch: its outputs are not written a second time.
+                items += self._sweep_of_what_learns(rest, spans, 0)
         return items
 
-    def _sweep_of_what_learns(self, sweep: Sweep, spans: Sequence[tuple[int, int]]) -> list[Visit | Sweep]:
-        """Return a sweep without the visits that frozen partitions do not need, after those that write fixed outputs once."""
+    def _as_it_learns(self, item: Visit | Sweep, spans: Sequence[tuple[int, int]]) -> Visit | Sweep:
+        """Return an item of a program, with no epochs where it is a visit of a partition in which nothing learns."""
+        if isinstance(item, Sweep) or item.action != "learn" or any(self.learns[slice(*spans[item.partition])]):
+            return item
+        return dataclasses.replace(item, epochs=0)
+
+    def _sweep_of_what_learns(self, sweep: Sweep, spans: Sequence[tuple[int, int]], fixed_layers: int) -> list[Visit | Sweep]:
+        """Return a sweep without the visits that frozen partitions do not need, after those that write outputs of fixed layers once."""
         if all(self.learns):
             return [sweep]
         learners = [number for number, span in enumerate(spans) if any(self.learns[slice(*span)])]
@@ -154,7 +161,7 @@ class Workload:
             if number not in learners and any(self.behaviour(layer).changes_buffers for layer in range(*span))
         ]
         visits = sweep_visits(len(spans), learners, deferred=self.config.steps_wait, updaters=updaters, trains=True)
-        fixed = sum(stop <= self.fixed_layers for _, stop in spans)
+        fixed = sum(stop <= fixed_layers for _, stop in spans)
         visits = tuple(visit for visit in visits if visit.partition >= fixed)
         return [*(Visit("emit", number, "train") for number in range(fixed)), dataclasses.replace(sweep, visits=visits)]
 
@@ -162,8 +169,8 @@ class Workload:
     def fixed_layers(self) -> int:
         """Number of first layers whose outputs are the same in every epoch, and are written once for all of them; 0 for none.
 
-        They are frozen, draw nothing at random, change no buffers, and see samples that are not augmented or mixed. Outputs that are much
-        larger than the samples are not kept: then it is fewer of the layers.
+        With `--unfreeze-at` these are the epochs before it. The layers are frozen, draw nothing at random, change no buffers, and see
+        samples that are not augmented or mixed. Outputs that are much larger than the samples are not kept: then it is fewer layers.
         """
         config = self.config
         if self.early is not None:

@@ -44,9 +44,9 @@ def folder(begun: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return begun
 
 
-def _stop(workdir: str, **values: Any) -> None:
+def _stop(workdir: str, batches: int = 9, **values: Any) -> None:
     """Begin a run, and stop it in the middle of an epoch."""
-    asked = iter([False] * 9)
+    asked = iter([False] * batches)
     with pytest.raises(Stopped):
         start.begin(configure(**{**VALUES, **values}), Path(workdir), should_stop=lambda: next(asked, None) is not False)
 
@@ -60,10 +60,12 @@ def result_of(workdir: str) -> Any:
 
 
 def test_the_same_command_and_resume_goes_on_to_the_same_bits(folder: Path) -> None:
+    Path("runs/a/config.toml").unlink()  # as where the process was killed before it wrote it
     done = resume(f"{OPTIONS} --workdir runs/a --json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["resumed"] == 1
     assert command(f"fit {OPTIONS} --workdir whole --overwrite").code == 0
+    assert Path("runs/a/config.toml").read_bytes() == Path("whole/config.toml").read_bytes()
     assert Path("whole/model.safetensors").read_bytes() == Path("runs/a/model.safetensors").read_bytes()
     # A finished run prints its result, whatever is repeated of its options.
     again = resume("--workdir runs/a --epochs 3 --json")
@@ -161,8 +163,8 @@ def test_python_resumes_by_the_same_rule(tmp_path: Path, monkeypatch: pytest.Mon
 LONGER: dict[str, Any] = {**VALUES, "method": "exact", "keep_state": True}
 
 
-def _weights_of(epochs: int, workdir: str) -> bytes:
-    start.begin(configure(**{**LONGER, "epochs": epochs}), Path(workdir))
+def _weights_of(epochs: int, workdir: str, **values: Any) -> bytes:
+    start.begin(configure(**{**LONGER, "epochs": epochs, **values}), Path(workdir))
     return Path(workdir, "model.safetensors").read_bytes()
 
 
@@ -179,12 +181,35 @@ def test_a_run_that_trains_longer_ends_as_one_that_began_with_so_many_epochs(fol
     assert done.code == 0, done.err
     assert Path("longer/model.safetensors").read_bytes() == whole
     assert result_of("longer")["epochs"] == [5, 5]
+    assert "\nepochs = [5]\n" in Path("longer/config.toml").read_text()
     again = resume("--workdir longer --json")  # a finished run, by the epochs that it has now
     assert json.loads(again.out)["epochs"] == [5, 5]
     assert resume("--workdir longer --epochs 4").fault.startswith(
         "the run in longer began with --epochs 5, and --epochs 4 is given now"
     )
     assert command("evaluate longer").code == 0
+
+
+# Outputs of frozen layers are written once where there are several epochs, and are gone when a run is done.
+@pytest.mark.parametrize(
+    ("epochs", "batches", "values"),
+    [(3, 0, {}), (1, 3, {}), (3, 0, {"unfreeze_at": 2})],
+    ids=["written again", "never written", "unfrozen"],
+)
+def test_a_run_with_frozen_layers_trains_longer(folder: Path, epochs: int, batches: int, values: dict[str, Any]) -> None:
+    for name in ("all-epochs", "longer"):
+        shutil.rmtree(name, ignore_errors=True)
+    values = {**values, "freeze": "0.*", "commit_every": 0.0}
+    whole = _weights_of(5, "all-epochs", **values)
+    if batches:
+        _stop("longer", batches, **{**LONGER, "epochs": epochs, **values})
+    else:
+        _weights_of(epochs, "longer", **values)
+    start.resume(Path("longer"), {"epochs": 5})
+    assert Path("longer/model.safetensors").read_bytes() == whole
+    lines = [json.loads(line) for line in Path("longer/metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["action"] == "sweep"] == [1, 2, 3, 4, 5]
+    assert [line["macs"] for line in lines] == sorted(line["macs"] for line in lines)
 
 
 @pytest.mark.parametrize(
