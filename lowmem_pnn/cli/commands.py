@@ -30,6 +30,7 @@ from lowmem_pnn.cli.options import (
     given_options,
     options_on,
     output_options,
+    place_options,
     run_options,
     trust_option,
 )
@@ -201,7 +202,7 @@ def plan(no_timing: bool, budgets: str | None, gpu: str | None, as_json: bool, q
     metavar="FILE|DIR",
     help="FILE.npz: outputs, as arrays. FILE.csv: a row for each sample. DIR/: a mask for each image, as PNG.",
 )
-@click.option("--max-gpu-mem", metavar="SIZE", help="Memory budget of the device. [default: the run's]")
+@place_options
 @click.option("--skip-broken", is_flag=True, help="Leave out samples that cannot be used.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at --out.")
 @trust_option
@@ -212,6 +213,7 @@ def predict(
     part: Any,
     out: str,
     max_gpu_mem: str | None,
+    device: str | None,
     skip_broken: bool,
     overwrite: bool,
     trust: bool,
@@ -232,6 +234,7 @@ def predict(
             out,
             part=part,
             max_gpu_mem=max_gpu_mem,
+            device=device,
             skip_broken=skip_broken,
             overwrite=overwrite,
             trust=trust,
