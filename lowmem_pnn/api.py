@@ -11,11 +11,10 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import ConfigError, LowMemError
-from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit
+from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit, refuse_part
 from lowmem_pnn.exporting.export_folder import ExportFolder
 from lowmem_pnn.exporting.export_formats import ExportFormat, check_name
 from lowmem_pnn.exporting.transformers_folder import export_to_transformers
-from lowmem_pnn.formats.data_loader import loader_options
 from lowmem_pnn.inference.evaluate import evaluate_run
 from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember, workload_of
 from lowmem_pnn.inference.predict import predict_run
@@ -35,7 +34,7 @@ from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.tasks import Own, OwnLoss, OwnMetrics
 from lowmem_pnn.training.start import begin
 from lowmem_pnn.training.start import resume as resume_training
-from lowmem_pnn.workload.inputs import Model, name_of, python_inputs
+from lowmem_pnn.workload.inputs import Model, name_of, name_of_weights, python_inputs, with_named_parts
 
 
 def fit(
@@ -105,8 +104,8 @@ def fit(
     if resume and overwrite:
         raise ConfigError("resume goes on with a run, and overwrite replaces it; give one")
     state_dict = weights if isinstance(weights, Mapping) else None
-    named = {**_names(model, train, loss), "weights": _named_weights(weights)}
-    given = {"max_gpu_mem": max_gpu_mem, **named, **_given(train, val, test, options)}
+    named = {**_names(model, train, loss), "weights": name_of_weights(weights)}
+    given = {"max_gpu_mem": max_gpu_mem, **named, **with_named_parts(train, val, test, options)}
     val, test = (None if isinstance(part, str) else part for part in (val, test))
     open_inputs = python_inputs(
         model, train, val, test, loss=None if isinstance(loss, str) else loss, metrics=metrics, state_dict=state_dict
@@ -162,14 +161,14 @@ def plan(
     Returns:
         The partitions, and whether they fit; with `timing` all methods side by side.
     """
-    named = {**_names(model, train, loss), "weights": _named_weights(weights)}
+    named = {**_names(model, train, loss), "weights": name_of_weights(weights)}
     described = None if gpu is None else GpuDescription.parse(gpu)
     if described is not None:
         asked = described.memory_bytes if max_gpu_mem is None else max_gpu_mem
         budget = budget_of(asked, free_bytes=described.memory_bytes)
     else:
         budget = budget_of(max_gpu_mem, options.get("device") or "auto")
-    config = configure(max_gpu_mem=budget, **named, **_given(train, val, None, options))
+    config = configure(max_gpu_mem=budget, **named, **with_named_parts(train, val, None, options))
     state_dict = weights if isinstance(weights, Mapping) else None
     own_loss = None if isinstance(loss, str) else loss
     open_inputs = python_inputs(model, train, None if isinstance(val, str) else val, None, loss=own_loss, state_dict=state_dict)
@@ -183,9 +182,11 @@ def evaluate(
     model: Model | None = None,
     loss: OwnLoss | None = None,
     metrics: OwnMetrics | None = None,
+    max_gpu_mem: str | int | None = None,
+    device: str | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Measure the weights of a finished run on its test data, or on any other, within its budget.
+    """Measure the weights of a finished run on its test data, or on any other, within its budget or another.
 
     Args:
         run: the run's folder, which need not be writable, or its result.
@@ -193,6 +194,8 @@ def evaluate(
         model: what builds the model, of a run that was started from Python with a model of its own; runs of this process remember it.
         loss: the loss, of a run that was started from Python with a loss of its own.
         metrics: metrics of one's own, with such a loss.
+        max_gpu_mem: another budget than the run's.
+        device: another device than the run's: "cpu", "cuda", "cuda:1" or "auto".
         trust: run code that the run names for its model, data or loss (`file.py:factory`).
 
     Returns:
@@ -213,7 +216,8 @@ def evaluate(
         >>> scores["test_accuracy"] == result.scores["test"]["accuracy"]
         True
     """
-    return evaluate_run(folder_of(run), data, model=model, own=Own(loss, metrics or {}), trust=trust)
+    own = Own(loss, metrics or {})
+    return evaluate_run(folder_of(run), data, model=model, own=own, max_gpu_mem=max_gpu_mem, device=device, trust=trust)
 
 
 def predict(
@@ -224,6 +228,7 @@ def predict(
     part: PartName | None = None,
     model: Model | None = None,
     max_gpu_mem: str | int | None = None,
+    device: str | None = None,
     skip_broken: bool = False,
     overwrite: bool = False,
     trust: bool = False,
@@ -241,6 +246,7 @@ def predict(
         part: `train`, `val`, `test` or `all`; None takes the test part, or all of data that has none.
         model: what builds the model, of a run that was started from Python with a model of its own; runs of this process remember it.
         max_gpu_mem: another budget than the run's.
+        device: another device than the run's: "cpu", "cuda", "cuda:1" or "auto".
         skip_broken: leave out samples that cannot be used.
         overwrite: replace what is there.
         trust: run code that the run names for its model or data (`file.py:factory`).
@@ -266,6 +272,7 @@ def predict(
         out=out,
         model=given_model(path, model),
         max_gpu_mem=max_gpu_mem,
+        device=device,
         skip_broken=skip_broken,
         overwrite=overwrite,
         trust=trust,
@@ -341,6 +348,8 @@ def export(
     with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
         finished = open_finished(rundir)
         number = find_exit(finished.result, exit, path)
+        if merge or to == "hf":
+            refuse_part(finished.result, number, "--merge" if merge else "--to hf")
         chosen = None if out is None else Path(out)
         folder = None if to == "hf" else ExportFolder.find(path, number, finished.result, chosen)
         workload = workload_of(finished, path, given_model(path, model), trust=trust)
@@ -378,22 +387,3 @@ def _names(model: Model, train: Any, loss: str | OwnLoss) -> dict[str, str]:
     if isinstance(loss, str):
         return names if loss == "auto" else {**names, "loss": loss}
     return {**names, "loss": f"python:{getattr(loss, '__name__', type(loss).__name__)}"}
-
-
-def _given(train: Any, val: Any, test: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a run, with those that a data loader stands for, and parts of the data that are named."""
-    named = {f"{name}_data": part for name, part in (("val", val), ("test", test)) if part is not None}
-    for name in ("val_data", "test_data"):
-        if not isinstance(options.get(name), str | None):
-            raise ConfigError(f"{name} is the name of a data set; give an object as {name.removesuffix('_data')}=")
-    for name, part in named.items():
-        if options.get(name) is not None:
-            raise ConfigError(f"{name.removesuffix('_data')} and {name} both name a part of the data; give one")
-        if not isinstance(part, str):
-            named[name] = None
-    return {**loader_options(train), **named, **{name: value for name, value in options.items() if value is not None}}
-
-
-def _named_weights(weights: Any) -> Any:
-    """Return what a run's configuration calls pretrained weights."""
-    return f"python:{type(weights).__name__}" if isinstance(weights, Mapping) else weights

@@ -30,8 +30,10 @@ from lowmem_pnn.cli.options import (
     given_options,
     options_on,
     output_options,
+    place_options,
     run_options,
     trust_option,
+    typed_options,
 )
 from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, stdout_is_ours, terminal_width
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
@@ -164,7 +166,7 @@ def plan(no_timing: bool, budgets: str | None, gpu: str | None, as_json: bool, q
     would take, from which budget on each fits, and which one to take. Nothing is trained.
     """
     sizes = [parse_bytes(size) for size in budgets.split(",")] if budgets else []
-    if budgets and "max_gpu_mem" in given_options(options):
+    if budgets and "max_gpu_mem" in typed_options(options):
         raise ConfigError("--max-gpu-mem and --budgets exclude each other; give one")
     described = None if gpu is None else GpuDescription.parse(gpu)
     if described is not None:
@@ -210,7 +212,7 @@ def plan(no_timing: bool, budgets: str | None, gpu: str | None, as_json: bool, q
     metavar="FILE|DIR",
     help="FILE.npz: outputs, as arrays. FILE.csv: a row for each sample. DIR/: a mask for each image, as PNG.",
 )
-@click.option("--max-gpu-mem", metavar="SIZE", help="Memory budget of the device. [default: the run's]")
+@place_options
 @click.option("--skip-broken", is_flag=True, help="Leave out samples that cannot be used.")
 @click.option("--overwrite", is_flag=True, help="Replace what is at --out.")
 @trust_option
@@ -221,6 +223,7 @@ def predict(
     part: Any,
     out: str,
     max_gpu_mem: str | None,
+    device: str | None,
     skip_broken: bool,
     overwrite: bool,
     trust: bool,
@@ -241,6 +244,7 @@ def predict(
             out,
             part=part,
             max_gpu_mem=max_gpu_mem,
+            device=device,
             skip_broken=skip_broken,
             overwrite=overwrite,
             trust=trust,

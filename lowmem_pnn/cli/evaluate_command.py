@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lowmem_pnn.cli.options import output_options, trust_option
+from lowmem_pnn.cli.options import output_options, place_options, trust_option
 from lowmem_pnn.cli.output import print_result, stdout_is_ours
 
 
@@ -21,14 +21,24 @@ from lowmem_pnn.cli.output import print_result, stdout_is_ours
         "training. [default: the test part of the run's own data]"
     ),
 )
+@place_options
 @trust_option
 @output_options
-def evaluate(run: Path, data: str | None, trust: bool, as_json: bool, quiet: bool, debug: bool) -> None:
+def evaluate(
+    run: Path,
+    data: str | None,
+    max_gpu_mem: str | None,
+    device: str | None,
+    trust: bool,
+    as_json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
     """Measure the weights of a finished run on its test data, or on other data, within its memory budget."""
     with stdout_is_ours():
         from lowmem_pnn.api import evaluate as evaluate_run
 
-        scores = evaluate_run(run, data, trust=trust)
+        scores = evaluate_run(run, data, max_gpu_mem=max_gpu_mem, device=device, trust=trust)
     print_result(json.dumps(scores) if as_json else _numbers(scores))
 
 

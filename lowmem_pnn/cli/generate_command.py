@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from lowmem_pnn.cli.options import output_options, trust_option
+from lowmem_pnn.cli.options import output_options, place_options, trust_option
 from lowmem_pnn.cli.output import print_result, stdout_is_ours
 
 
@@ -31,7 +31,7 @@ from lowmem_pnn.cli.output import print_result, stdout_is_ours
 @click.option("--top-p", type=float, metavar="X", help="Draw among the likeliest tokens that have this probability together.")
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of what is drawn. [default: 0]")
 @click.option("--tokenizer", metavar="DIR|FILE|bytes", help="Tokenizer of the texts. [default: that of the run's data]")
-@click.option("--max-gpu-mem", metavar="SIZE", help="Memory budget of the device. [default: the run's]")
+@place_options
 @trust_option
 @output_options
 def generate(
@@ -44,6 +44,7 @@ def generate(
     seed: int,
     tokenizer: str | None,
     max_gpu_mem: str | None,
+    device: str | None,
     trust: bool,
     as_json: bool,
     quiet: bool,
@@ -71,6 +72,7 @@ def generate(
             seed=seed,
             tokenizer=tokenizer,
             max_gpu_mem=max_gpu_mem,
+            device=device,
             trust=trust,
             display=None if quiet else TerminalDisplay(Console(stderr=True)),
         )

@@ -220,6 +220,16 @@ def trust_option(command: _Command) -> _Command:
     )(command)
 
 
+def place_options(command: _Command) -> _Command:
+    """Add the options that say where a command uses a trained model, which may be another place than that of the training."""
+    for option in (
+        click.option("--device", metavar="NAME", help="Device: cpu, cuda, cuda:INDEX or auto. [default: the run's]"),
+        click.option("--max-gpu-mem", metavar="SIZE", help="Memory budget of the device. [default: the run's]"),
+    ):
+        command = option(command)
+    return command
+
+
 def output_options(command: _Command) -> _Command:
     """Add the options that say what a command prints."""
     for option in (
@@ -245,6 +255,15 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
         given["model_arg"] = parse_model_arguments(given["model_arg"])
     file, settings = given.pop("config_file", None), given.pop("settings", ())
     return {**(read_config_file(file) if file is not None else {}), **read_settings(settings), **given}
+
+
+def typed_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given in the command itself, and not in a file that it names.
+
+    Args:
+        options: as for `given_options`.
+    """
+    return given_options({**options, "config_file": None})
 
 
 def command_options(options: dict[str, Any], budgets: Sequence[int] = ()) -> dict[str, Any]:

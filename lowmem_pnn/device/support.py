@@ -54,6 +54,16 @@ def missing_kernels(index: int) -> str | None:
     )
 
 
+def is_gpu(device: str) -> bool:
+    """Decide whether a training device is a GPU here: `auto` is where there is one that this build of PyTorch has kernels for.
+
+    Args:
+        device: the device, as the option names it.
+    """
+    kind = device.partition(":")[0]
+    return kind == "cuda" or (kind == "auto" and torch.cuda.is_available() and missing_kernels(0) is None)
+
+
 def why_no_gpu() -> str:
     """Say why torch finds no GPU here."""
     if torch.version.cuda is None:

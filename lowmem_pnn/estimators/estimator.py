@@ -18,6 +18,7 @@ from torch import nn
 
 from lowmem_pnn.api import fit, predict
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.memory.available import is_share
 
 _HIDDEN = 128
 # Parameters that are options of `fit` under the same names; None leaves them to its defaults.
@@ -123,7 +124,10 @@ class LowMemEstimator(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "result_")
         x = self._checked(x, reset=False)
         model = None if isinstance(self._builder, str) else self._builder
-        found = predict(self._folder, x, model=model)
+        # The machine may be another by now: what was set since counts. A share is of what was free when it was fitted.
+        budget = None if is_share(self.max_gpu_mem) else self.max_gpu_mem
+        device = (self.options or {}).get("device", self.device)
+        found = predict(self._folder, x, model=model, max_gpu_mem=budget, device=device)
         outputs: npt.NDArray[Any] = found["scores"] if "scores" in found else found["outputs"]
         return outputs
 

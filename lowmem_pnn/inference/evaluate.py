@@ -10,11 +10,14 @@ from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.inference.load import form_of, given_model
 from lowmem_pnn.inference.opened_run import opened_run
 from lowmem_pnn.inference.samples import open_samples
+from lowmem_pnn.inference.smaller_budget import options_here, within
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.finished import FinishedRun
+from lowmem_pnn.run.ranks import ALONE
 from lowmem_pnn.run.resume import check_plan, check_same_data
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
+from lowmem_pnn.run.state import State
 from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.tasks import Own
 from lowmem_pnn.tasks.scores import with_prefix
@@ -22,12 +25,22 @@ from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.lifecycle import score
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
 from lowmem_pnn.workload.inputs import Inputs, Model, python_inputs, without_weights
-from lowmem_pnn.workload.trained import trained_inputs, trained_source
+from lowmem_pnn.workload.trained import trained_inputs, trained_source, with_first_values
 
 
-def evaluate_run(path: Path, data: Any, *, model: Model | None, own: Own, trust: bool) -> dict[str, Any]:
+def evaluate_run(
+    path: Path,
+    data: Any,
+    *,
+    model: Model | None,
+    own: Own,
+    max_gpu_mem: str | int | None = None,
+    device: str | None = None,
+    trust: bool,
+) -> dict[str, Any]:
     """Measure a finished run's weights; arguments are those of `lowmem_pnn.evaluate`, with loss and metrics as `own`."""
     with opened_run(path) as (rundir, threads, finished):
+        finished = dataclasses.replace(finished, config=options_here(finished.config, max_gpu_mem, device))
         config, state, model = finished.config, finished.state, given_model(path, model)
         named = {**({} if model is None else {"model": config.model}), **({} if own.loss is None else {"loss": config.loss})}
         if data is not None:
@@ -41,18 +54,25 @@ def evaluate_run(path: Path, data: Any, *, model: Model | None, own: Own, trust:
         config, inputs = (
             _given(finished, path, data, model, own) if data is not None else (config, _own(config, path, model, own))
         )
+        if max_gpu_mem is not None:
+            config = with_first_values(config)
         warm_up_profiler()
-        with reading(config, inputs) as inputs, open_workload(config, inputs) as (device, workload):
+        with reading(config, inputs) as inputs, open_workload(config, inputs) as (opened_device, workload):
             if data is None:
                 check_same_data(state, workload, path)
             check_plan(state, workload, path)
-            device.enforce()
-            plan = Plan.from_json(state.plan)
+            planned = Plan.from_json(state.plan)
+            plan = within(planned, workload, opened_device.budget_bytes)
+            if plan.spans != planned.spans:
+                state = dataclasses.replace(State.first(workload, plan, ALONE), module_state=state.module_state)
+            opened_device.enforce()
             rundir.clear()
             with rundir.scratch() as folder:
-                session = Session(device, rundir, threads, scratch=folder)
+                session = Session(opened_device, rundir, threads, scratch=folder)
                 trained = path / "model.safetensors"
-                weights = build_weights(workload, plan, folder / "weights", session.counter, trained, metered=device.metered)
+                weights = build_weights(
+                    workload, plan, folder / "weights", session.counter, trained, metered=opened_device.metered
+                )
                 return with_prefix("test", score(Run(session, workload, plan, weights, state)))
 
 

@@ -17,7 +17,7 @@ from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
 from lowmem_pnn.evaluation.generation import RowForm, generate_tokens
 from lowmem_pnn.inference.load import folder_of, form_of, given_model
 from lowmem_pnn.inference.opened_run import opened_run
-from lowmem_pnn.inference.smaller_budget import with_budget, within
+from lowmem_pnn.inference.smaller_budget import options_here, within
 from lowmem_pnn.language.prompts import continuation_text, prompt_tokens, tokenizer_of
 from lowmem_pnn.language.sampling import Sampling
 from lowmem_pnn.language.tokenizer import Tokenizer
@@ -77,6 +77,7 @@ def generate(
     tokenizer: str | Path | None = None,
     model: Model | None = None,
     max_gpu_mem: str | int | None = None,
+    device: str | None = None,
     trust: bool = False,
     display: Display | None = None,
 ) -> Any:
@@ -96,6 +97,7 @@ def generate(
         tokenizer: `bytes`, a file or a folder; None takes that of the run's data.
         model: what builds the model, of a run that was started from Python with a model of its own; runs of this process remember it.
         max_gpu_mem: another budget than the run's.
+        device: another device than the run's: "cpu", "cuda", "cuda:1" or "auto".
         trust: run code that the run names for its model (`file.py:factory`).
         display: is told how far it is; None shows nothing.
 
@@ -121,6 +123,7 @@ def generate(
         tokenizer=None if tokenizer is None else str(tokenizer),
         model=model,
         max_gpu_mem=max_gpu_mem,
+        device=device,
         trust=trust,
         display=display,
     )
@@ -138,6 +141,7 @@ def generate_run(
     tokenizer: str | None = None,
     model: Model | None = None,
     max_gpu_mem: str | int | None = None,
+    device: str | None = None,
     trust: bool = False,
     display: Display | None = None,
 ) -> list[Generated]:
@@ -154,7 +158,7 @@ def generate_run(
     with ExitStack() as stack:
         rundir, threads, finished = stack.enter_context(opened_run(path))
         form, model = form_of(finished, path), given_model(path, model)
-        config = with_budget(finished.config, max_gpu_mem)
+        config = options_here(finished.config, max_gpu_mem, device)
         named = {"loss": config.loss, "data": config.data, "val_data": "", "test_data": ""}
         check_trust(config, named | ({} if model is None else {"model": config.model}), path, trust=trust, again=False)
         if form.targets.kind != "tokens" or len(form.inputs[0].shape) != 1:
@@ -166,14 +170,14 @@ def generate_run(
         source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.generate({str(path)!r}, prompts")
         warm_up_profiler()
         length = max(map(len, tokens)) + max_new_tokens - 1
-        device, workload, rows = stack.enter_context(_opened(finished, config, form, source, length, path))
-        plan = within(Plan.from_json(finished.state.plan), workload, device.budget_bytes)
-        device.enforce()
+        opened_device, workload, rows = stack.enter_context(_opened(finished, config, form, source, length, path))
+        plan = within(Plan.from_json(finished.state.plan), workload, opened_device.budget_bytes)
+        opened_device.enforce()
         rundir.clear()
         scratch = stack.enter_context(rundir.scratch())
-        session = Session(device, rundir, threads, display, scratch=scratch)
+        session = Session(opened_device, rundir, threads, display, scratch=scratch)
         trained = path / "model.safetensors"
-        weights = build_weights(workload, plan, scratch / "weights", session.counter, trained, metered=device.metered)
+        weights = build_weights(workload, plan, scratch / "weights", session.counter, trained, metered=opened_device.metered)
         state = dataclasses.replace(State.first(workload, plan, ALONE), module_state=finished.state.module_state)
         run = Run(session, workload, plan, weights, state)
         display.stage(

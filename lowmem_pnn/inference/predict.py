@@ -19,7 +19,7 @@ from lowmem_pnn.inference.load import form_of
 from lowmem_pnn.inference.opened_run import opened_run
 from lowmem_pnn.inference.places import Place, writing_faults
 from lowmem_pnn.inference.samples import Opened, PartName, SamplesToPredict, open_samples
-from lowmem_pnn.inference.smaller_budget import with_budget, within
+from lowmem_pnn.inference.smaller_budget import options_here, within
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.progress import Display
@@ -48,6 +48,7 @@ def predict_run(
     out: str | Path | None = None,
     model: Model | None = None,
     max_gpu_mem: str | int | None = None,
+    device: str | None = None,
     skip_broken: bool = False,
     overwrite: bool = False,
     trust: bool = False,
@@ -67,7 +68,7 @@ def predict_run(
         form = form_of(finished, path)
         config = finished.config
         check_trust(config, _not_run(config, data, model), path, trust=trust, again=False)
-        config = with_budget(config, max_gpu_mem)
+        config = options_here(config, max_gpu_mem, device)
         source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.predict({str(path)!r}, data")
         options = TargetOptions("own" if form.targets.kind == "own" else config.target_task, config.ignore_index)
         opened = open_samples(data, part, config, form, source, finished.result.preparation, options, skip_broken=skip_broken)
@@ -77,23 +78,23 @@ def predict_run(
         folder = stack.enter_context(_temporary() if place is None else place.writing())
         writer = _Writer(folder, place)
         warm_up_profiler()
-        with open_workload(config, inputs) as (device, workload):
+        with open_workload(config, inputs) as (opened_device, workload):
             check_plan(finished.state, workload, path)
-            plan = within(Plan.from_json(finished.state.plan), workload, device.budget_bytes)
+            plan = within(Plan.from_json(finished.state.plan), workload, opened_device.budget_bytes)
             writer.begin(_answers(workload, form, finished.result, opened.split))
             chosen = range(len(workload.chain.boundaries[-1])) if form.targets.kind == "own" else [workload.task.output]
 
             def bring_down(outputs: tuple[Tensor, ...], targets: Tensor) -> tuple[list[Tensor], Tensor]:
                 return [outputs[place].cpu() for place in chosen], targets
 
-            device.enforce()
+            opened_device.enforce()
             rundir.clear()
             with rundir.scratch() as scratch:
                 state = State.first(workload, plan, ALONE)
-                session = Session(device, rundir, threads, display, scratch=scratch)
+                session = Session(opened_device, rundir, threads, display, scratch=scratch)
                 trained = path / "model.safetensors"
                 weights = build_weights(
-                    workload, plan, scratch / "weights", session.counter, trained=trained, metered=device.metered
+                    workload, plan, scratch / "weights", session.counter, trained=trained, metered=opened_device.metered
                 )
                 state = dataclasses.replace(state, module_state=finished.state.module_state)
                 with writer.closing():

@@ -11,7 +11,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS
 from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.formats.data_loader import without_loader
+from lowmem_pnn.formats.data_loader import loader_options, without_loader
 from lowmem_pnn.methods import SplitName
 from lowmem_pnn.pretrained.open_weights import WeightFiles
 from lowmem_pnn.pretrained.state_dicts import GivenTensors
@@ -153,6 +153,35 @@ def name_of(model: Model) -> str:
     if isinstance(model, str):
         return model
     return f"python:{model.__class__.__name__ if isinstance(model, nn.Module) else getattr(model, '__name__', 'factory')}"
+
+
+def name_of_weights(weights: Any) -> Any:
+    """Return what a run's configuration calls the pretrained weights that were given."""
+    return f"python:{type(weights).__name__}" if isinstance(weights, Mapping) else weights
+
+
+def with_named_parts(train: Any, val: Any, test: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a run that were given, with those that a data loader stands for, and parts of the data that are named.
+
+    Args:
+        train: as `fit` takes it.
+        val: as `fit` takes it.
+        test: as `fit` takes it.
+        options: fields of `FitConfig`; None means not given.
+
+    Raises:
+        ConfigError: a part of the data is given twice, or an object as an option.
+    """
+    named = {f"{name}_data": part for name, part in (("val", val), ("test", test)) if part is not None}
+    for name in ("val_data", "test_data"):
+        if not isinstance(options.get(name), str | None):
+            raise ConfigError(f"{name} is the name of a data set; give an object as {name.removesuffix('_data')}=")
+    for name, part in named.items():
+        if options.get(name) is not None:
+            raise ConfigError(f"{name.removesuffix('_data')} and {name} both name a part of the data; give one")
+        if not isinstance(part, str):
+            named[name] = None
+    return {**loader_options(train), **named, **{name: value for name, value in options.items() if value is not None}}
 
 
 def open_data(config: FitConfig) -> Inputs:

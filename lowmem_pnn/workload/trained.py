@@ -62,15 +62,9 @@ def trained_inputs(
     parts: dict[Any, Split] = {"train": dataset.train}
     if split is not None:
         parts["test"] = split
-    # These look at samples that are not there, wait for a part to validate on, or count the partitions, which may be cut again.
-    first = {
-        name: getattr(config, name)[:1]
-        for name in ("epochs", "batch_size", "optimizer", "lr", "shuffle", "kappa")
-        if getattr(config, name) != "auto"
-    }
+    # These look at samples that are not there, or wait for a part to validate on.
     config = dataclasses.replace(
-        config,
-        **first,
+        with_first_values(config),
         class_weights=None,
         early_stop=None,
         keep_weights="last",
@@ -83,6 +77,16 @@ def trained_inputs(
         eval_every=None,
     )
     return config, Inputs(source, dataset, parts, own)
+
+
+def with_first_values(config: FitConfig) -> FitConfig:
+    """Return options with one value where there may be one per partition: what comes after training may cut the model again.
+
+    Args:
+        config: options of the run.
+    """
+    lists = ("epochs", "batch_size", "optimizer", "lr", "shuffle", "kappa")
+    return dataclasses.replace(config, **{name: getattr(config, name)[:1] for name in lists if getattr(config, name) != "auto"})
 
 
 def trained_workload(config: FitConfig, form: DataForm, source: ModelSource) -> Workload:

@@ -1,8 +1,10 @@
 """Evaluation of finished runs that were started from Python, and on other data than the run's own."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,7 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowmem_pnn
-from lowmem_pnn.errors import ConfigError, DataError
+from helpers.commands import lowmem_pnn as command
+from helpers.commands import write_data
+from helpers.simulated import train_on
+from lowmem_pnn.device import SimulatedDevice
+from lowmem_pnn.errors import BudgetError, ConfigError, DataError
 from lowmem_pnn.inference import load as known_models
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -81,3 +87,36 @@ def test_a_loss_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"with its own loss \(python:loss\), .* lowmem_pnn.evaluate\(.*, loss=...\)$"):
         lowmem_pnn.evaluate(result, data)
     assert lowmem_pnn.evaluate(result, data, loss=loss, metrics=metrics) == as_evaluated(result.scores["test"])
+
+
+# On another machine.
+
+
+def test_a_run_of_a_gpu_is_used_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    data, run = f"npz:{write_data(tmp_path / 'data.npz')}", tmp_path / "run"
+    options = {**RUN, "device": "cuda", "tf32": True, "budget_scope": "allocator", "max_host_mem": "1GB"}
+    with monkeypatch.context() as patch:
+        train_on(SimulatedDevice(60_000_000), patch)
+        result = lowmem_pnn.fit("mlp:20-64-64-3", data, workdir=run, **options)
+    with pytest.raises(ConfigError, match=r"^--device cuda:0: found 0 CUDA devices here; give --device cpu$"):
+        lowmem_pnn.evaluate(run)
+    assert lowmem_pnn.evaluate(run, device="cpu")["test_accuracy"] == result.scores["test"]["accuracy"]
+    assert len(lowmem_pnn.predict(run, device="auto")["scores"]) == 30
+    done = command("evaluate", run, "--device", "cpu", "--max-gpu-mem", "10MB", "--json")
+    assert (done.code, "test_accuracy" in done.out) == (0, True), done.err
+
+
+def test_a_budget_above_this_machines_memory_may_be_made_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = np.random.default_rng(0).random((40, 64), dtype=np.float32), np.arange(40) % 3
+    np.savez(tmp_path / "data.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    run = {**RUN, "kappa": (1.0, 2.0), "method": "pnn", "partitions": 3}
+    result = lowmem_pnn.fit("mlp:64-512-512-512-3", f"npz:{tmp_path / 'data.npz'}", workdir=tmp_path / "run", **run)
+    expected = lowmem_pnn.evaluate(result)
+    assert lowmem_pnn.evaluate(result, max_gpu_mem="3.6MB") == expected == as_evaluated(result.scores["test"])
+    memory = SimpleNamespace(total=40_000_000, available=40_000_000)
+    monkeypatch.setattr("lowmem_pnn.training.setup.psutil.virtual_memory", lambda: memory)
+    with pytest.raises(BudgetError, match=r"--max-gpu-mem 60\.0 MB is more than this machine has, 40\.0 MB; give less"):
+        lowmem_pnn.evaluate(result)
+    assert lowmem_pnn.evaluate(result, max_gpu_mem="30MB") == expected
