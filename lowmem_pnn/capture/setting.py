@@ -48,7 +48,7 @@ class Setting:
         return "train" if self.training else "eval"
 
     @property
-    def has_values(self) -> bool:
+    def keeps_values(self) -> bool:
         """Whether tensors that depend on sizes and constants alone are no fake ones."""
         return self.values and self._device == "cpu"
 
@@ -102,8 +102,7 @@ class Setting:
         root = copy_structure(model, fakes)
         set_mode(root, self.training)
         EqualBlocks(model, root)
-        has_values = self.values and device == "cpu"
-        known = KnownValues(self.precision.device_type) if has_values else nullcontext()
+        known = KnownValues(self.precision.device_type) if self.keeps_values else nullcontext()
         return Fakes(mode, root, samples, self.precision, known, UnknownValues(self.conditions))
 
 
