@@ -3,7 +3,7 @@
     model --trace--> graph --shapes of two batch sizes, both modes--> cuts --> layers
 
 A cut stands before an operation with weights that is no normalisation and no activation, and only where every value of its boundary is
-a tensor with the batch on axis 0, and no later operation changes one of them in place.
+a tensor with the batch on axis 0 that is not complex, and no later operation changes one of them in place.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -325,7 +325,7 @@ class DataFlow:
         specs = set()
         for recording in self._recordings:
             values = [recording.values[node] for node in live]
-            if not all(isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == recording.batch for value in values):
+            if not all(map(recording.can_cross, values)):
                 return False
             storages = storages_of(values)
             if any(recording.writes[node] & storages for node in self._steps[cut:]):

@@ -130,3 +130,14 @@ def test_no_cut_across_too_many_tensors() -> None:
     chain = capture(FromFunction(forward, layers=nn.ModuleList([nn.Linear(2, 2) for _ in range(67)])), vector(2))
     assert max(map(len, chain.boundaries)) == 64
     assert len(chain.layers) == 64
+
+
+def test_no_cut_where_a_complex_tensor_is_alive() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(m.a(x))
+        return m.c(m.d(torch.fft.irfft(spectrum * m.b(x), 4)))
+
+    model = FromFunction(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3), c=nn.Linear(4, 2), d=nn.Linear(4, 4))
+    chain = capture(model, vector(4))
+    assert layer_names(chain) == ["a", "d", "c"]
+    assert_equal(chain, model, torch.randn(3, 4))
