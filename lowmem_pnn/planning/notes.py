@@ -159,7 +159,7 @@ def _frozen_notes(workload: Workload) -> list[str]:
         (name in layer.modes.in_train, [one.requires_grad for one in module.parameters(recurse=False)])
         for layer in chain.layers
         for name, module in layer.module.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
     ]
     if kept := sum(in_eval for in_eval, _ in norms):
         text += f"; {kept} BatchNorm{'s' if kept > 1 else ''} in eval mode"
