@@ -157,7 +157,7 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
         _say_what_is_whole(model, layers, flow.stopped)
         return Chain(
             layers=tuple(layers),
-            boundaries=tuple(tuple(TensorSpec(*spec) for spec in boundary) for boundary in flow.boundaries(cuts)),
+            boundaries=tuple(map(tuple, flow.boundaries(cuts))),
             ties=tuple(tuple(group) for group in groups.values() if len(group) > 1),
             tied_ranges=tuple(
                 sorted({(users[0], users[-1]) for tensor, users in held.items() if users[0] < users[-1] and tensor not in free})

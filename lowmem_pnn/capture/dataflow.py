@@ -31,7 +31,7 @@ from lowmem_pnn.capture.recording import TraceMismatchError, record, with_consta
 from lowmem_pnn.capture.setting import Setting
 from lowmem_pnn.capture.tracer import Trace, UncutError, trace
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.call_form import OutputForm
+from lowmem_pnn.model.call_form import OutputForm, TensorSpec
 from lowmem_pnn.model.copies import copy_structure
 
 MAX_TENSORS = 64
@@ -173,6 +173,7 @@ class DataFlow:
         self.output = traced.output or runs[0].output
         self._weights_of: dict[fx.Node, dict[str, nn.Parameter]] = {}
         self._recordings = [record(model, traced, run) for run in runs]
+        self._by_values = traced.calls_and_after(frozenset[str]().union(*(run.asking for run in runs)))
         self._error_prefix = f"model {type(model).__name__}"
         self._root = with_constants(copy_structure(model), traced)
         self._inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -193,8 +194,8 @@ class DataFlow:
         self._results = self._checked_output()
         self.cuts = self._find_cuts()
 
-    def boundaries(self, cuts: Sequence[int]) -> list[list[tuple[tuple[int, ...], torch.dtype]]]:
-        """Return shapes without the batch axis, and types, of the tensors before the first layer, between layers, and after the last.
+    def boundaries(self, cuts: Sequence[int]) -> list[list[TensorSpec]]:
+        """Return what the tensors before the first layer are, those between layers, and those after the last.
 
         Args:
             cuts: where to cut, of `cuts`.
@@ -333,9 +334,9 @@ class DataFlow:
             specs.add(tuple((value.shape[1:], value.dtype) for value in values))
         return len(specs) == 1
 
-    def _spec(self, node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
+    def _spec(self, node: fx.Node) -> TensorSpec:
         value = self._recordings[0].values[node]
-        return tuple(value.shape[1:]), value.dtype
+        return TensorSpec(tuple(value.shape[1:]), value.dtype, value.requires_grad or node in self._by_values)
 
     def _name(self, start: int, stop: int) -> str:
         steps = self._steps[start:stop]
