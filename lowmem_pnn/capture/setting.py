@@ -1,7 +1,7 @@
 """Settings: how a model is run on fake tensors, which have shapes and mostly no values."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -150,3 +150,20 @@ def _fake_tensor_log_disabled() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+def numbers_of_samples(batches: Sequence[int], splits: Sequence[int]) -> tuple[int, ...]:
+    """Return numbers of samples that may go through a model at once: batches, what is left for the last ones, and powers of two below.
+
+    Args:
+        batches: samples of the optimizer's steps.
+        splits: samples of the parts of the data.
+
+    Example:
+        >>> numbers_of_samples([10], [36])
+        (1, 2, 4, 6, 8, 10)
+    """
+    found: set[int] = set()
+    for batch in batches:
+        found |= {batch, *(samples % batch for samples in splits), *(1 << power for power in range(batch.bit_length()))}
+    return tuple(sorted(found - {0}))

@@ -170,3 +170,21 @@ def test_what_may_learn_by_values_takes_a_gradient(make: nn.Module, takes: bool)
 
     model = FromFunction(forward, make=make, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 2))
     assert [spec.takes_gradient for spec in capture(model, vector(4)).boundaries[-3]] == [takes, True]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.b(m.a(x)) if x.shape[0] > 32 else m.b(m.a(x).relu()),
+        lambda m, x: m.b(m.a(x) + x[: min(x.size(0), 16)].mean(0)),
+        lambda m, x: m.b(m.a(x)) if m.training or len(x) != 64 else m.b(m.a(x).relu()),
+    ],
+    ids=["comparison", "least", "in eval mode"],
+)
+def test_decisions_by_the_number_of_samples_hold_for_those_that_occur(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    model = nn.Sequential(FromFunction(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), nn.Linear(4, 2))
+    x = torch.randn(64, 4)
+    chain = capture(model, vector(4), batches=(64,))
+    assert layer_names(chain) == ["0", "1"]
+    assert_equal(chain, model, x)
+    assert torch.equal(chain.eval()(x), model.eval()(x))

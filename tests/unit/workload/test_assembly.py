@@ -150,3 +150,20 @@ def test_what_is_normalised_over_a_batch_is_not_written_once_for_all_epochs(trac
     workload = assembled(lambda: FrozenNorm(track), (torch.rand(10, 7), TABLE[1]), epochs=2)
     assert workload.fixed_layers == track  # without statistics it normalises over the batch in eval mode too
     assert workload.batch_norms() == ([] if track else ["1"])
+
+
+class ByBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(7, 7), nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.a(x)
+        return self.b(hidden.relu() if len(x) > 12 else hidden)
+
+
+@pytest.mark.parametrize(("batch", "names"), [(10, ["0.a", "0.b", "2"]), (16, ["0", "1"])])
+def test_a_model_is_looked_at_with_as_many_samples_as_a_batch_has(batch: int, names: list[str]) -> None:
+    data = torch.rand(36, 7), torch.arange(36) % 3
+    chain = assembled(lambda: nn.Sequential(ByBatch(), nn.Linear(7, 3)), data, batch_size=batch).chain
+    assert [layer.name for layer in chain.layers] == names
