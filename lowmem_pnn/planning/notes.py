@@ -125,6 +125,12 @@ def adapter_notes(workload: Workload) -> list[str]:
             f"{sum(own.values()):,} values in {form}" for form, own in sorted(kept.items(), key=lambda item: item[0] == "bf16")
         )
         notes.append(f"frozen weights are kept as {sizes}, and cast layer by layer to what is computed in")
+    if names := workload.unstored:
+        called = list(dict.fromkeys(name.rpartition(".")[2] for name in sorted(names)))
+        one = f"the weight of {min(names)!r} is kept in fp32: the forward of the model reads it without calling the module"
+        which = f"{len(names)} modules ({shortened(called)})"
+        many = f"the weights of {which} are kept in fp32: the forward of the model reads them without calling these"
+        notes.append(many if len(names) > 1 else one)
     return notes
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from contextlib import nullcontext, suppress
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 from lowmem_pnn.adapters.prepared_model import adapter_tensor_names, new_modules, prepared
 from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.capture.setting import numbers_of_samples
+from lowmem_pnn.capture.stored_reads import StoredReadError
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS
 from lowmem_pnn.device import Device, is_out_of_memory
@@ -56,6 +58,7 @@ def make_workload(
     splits: dict[SplitName, Split],
     own: Own,
     device: torch.device,
+    unstored: Collection[str] = (),
 ) -> Workload:
     """Cut the model into layers, without its weights.
 
@@ -66,6 +69,7 @@ def make_workload(
         splits: parts of the data set.
         own: loss and metrics of the user's own.
         device: training device; what autocast casts differs between devices.
+        unstored: modules whose weights are kept as they are (`Workload.unstored`), as far as is known.
 
     Raises:
         CaptureError: the model cannot be cut.
@@ -78,7 +82,7 @@ def make_workload(
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
-    early, model = prepared(model, config, early=True), prepared(model, config)
+    early, model = prepared(model, config, early=True, unstored=unstored), prepared(model, config, unstored=unstored)
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     config = _of_max_steps(config, len(splits["train"]))
@@ -87,7 +91,10 @@ def make_workload(
     _check_head(source, config, dataset)
     precision = Precision(config.precision, device.type, config.channels_last)
     learns_from = () if own.loss is not None else OUTPUT_NAMES
-    chain, dataset, splits = _capture(config, model, source, dataset, splits, precision, learns_from)
+    try:
+        chain, dataset, splits = _capture(config, model, source, dataset, splits, precision, learns_from)
+    except StoredReadError as error:
+        return make_workload(config, source, *opened, own, device, {*unstored, *error.names})
     chain.drop_values()  # of a model that could not be built without them
     if config.channels_last and all(parameter.dim() != 4 for parameter in model.parameters()):
         raise ConfigError(
@@ -122,12 +129,15 @@ def make_workload(
         # A head with random values has to learn, beside adapters too.
         if config.modules_to_save is None:
             config = dataclasses.replace(config, modules_to_save=tuple(heads))
-            return make_workload(config, source, *opened, own, device)
+            return make_workload(config, source, *opened, own, device, unstored)
         raise ConfigError(
             f"--modules-to-save {','.join(config.modules_to_save)}: {heads[0]!r} is new, and would never learn; name it too, or leave "
             "the option out"
         )
-    workload = _by_method(Workload(config, source, dataset, splits, make_method(config), task, chain, chain, pretrained))
+    workload = Workload(
+        config, source, dataset, splits, make_method(config), task, chain, chain, pretrained, unstored=frozenset(unstored)
+    )
+    workload = _by_method(workload)
     if config.unfreeze_at is not None:
         if state := chain.python_state:
             raise ConfigError(

@@ -54,6 +54,7 @@ class Workload:
         parts: the chain with parts of large blocks as layers of their own, where the method does not cut there; else None.
         compiled: number of compiled `layers`, of `functions` that they share, and `seconds` it took to compile them; empty where
             layers run as they are.
+        unstored: modules whose weights are kept as they are, whatever smaller type is asked for: the forward reads them by itself.
     """
 
     config: FitConfig
@@ -68,6 +69,7 @@ class Workload:
     early: "Workload | None" = None
     parts: Chain | None = None
     compiled: Mapping[str, float] = field(default_factory=dict)
+    unstored: frozenset[str] = frozenset()
 
     @property
     def rows_per_sample(self) -> int:
@@ -330,4 +332,4 @@ class Workload:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return prepared(self.source.build_but(given), self.config)
+            return prepared(self.source.build_but(given), self.config, unstored=self.unstored)
