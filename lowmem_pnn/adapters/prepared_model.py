@@ -1,6 +1,6 @@
 """The model that is trained, made from the user's: what is frozen, in which type that is kept, and the adapters that learn beside it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from lowmem_pnn.config.fit_config import FitConfig
 
 
-def prepared(model: nn.Module, config: "FitConfig", *, early: bool = False) -> nn.Module:
+def prepared(model: nn.Module, config: "FitConfig", *, early: bool = False, unstored: Collection[str] = ()) -> nn.Module:
     """Return the model that is trained: a copy of the user's over the same tensors, or the user's own where nothing is asked for.
 
     Args:
         model: the user's model, which stays as it is. Its frozen weights are converted where they are to be kept in another type.
         config: options of the run.
         early: for the epochs before something is unfrozen, where there are such.
+        unstored: names of modules whose weights are kept as they are, since the forward reads them by itself (`StoredReadError`).
 
     Raises:
         ConfigError: the options do not fit the model.
@@ -38,9 +39,9 @@ def prepared(model: nn.Module, config: "FitConfig", *, early: bool = False) -> n
         return result
     result = copy_structure(result)
     if config.frozen_form != "fp32":
-        _store(result, config, learns=False)
+        _store(result, config, unstored, learns=False)
     if config.weights_dtype != "fp32":
-        _store(result, config, learns=True)
+        _store(result, config, unstored, learns=True)
     if config.lora is not None:
         add_adapters(result, targets, config.lora)
     _refuse_fast_paths(result)
@@ -76,7 +77,7 @@ def new_modules(names: Sequence[str], chain: Chain) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names if name in frozen and "." in name))
 
 
-def _store(model: nn.Module, config: "FitConfig", *, learns: bool) -> None:
+def _store(model: nn.Module, config: "FitConfig", unstored: Collection[str], *, learns: bool) -> None:
     """Have the modules of a model keep their frozen weights, or those that learn, in the form that is asked for."""
     users: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -85,11 +86,14 @@ def _store(model: nn.Module, config: "FitConfig", *, learns: bool) -> None:
     attentions = {id(child) for one in model.modules() if isinstance(one, nn.MultiheadAttention) for child in one.children()}
     parts: dict[int, dict[str, nn.Parameter]] = {}
     count, head = 0, output_layer(model)
+    whole = {id(module) for name, module in model.named_modules() if name in unstored}
     for own, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
         if not can_be_stored(module, learns=learns) or id(module) in attentions or not isinstance(weight, nn.Parameter):
             continue
         sharing = users[id(weight)]
+        if any(id(one) in whole for one in sharing):
+            continue
         if len(sharing) > 1 and not all(can_be_stored(one, learns=learns) or id(weight) in parts for one in sharing):
             continue
         # As in QLoRA, what tokens are looked up in, or what makes the outputs, has two bytes an element at least.
@@ -100,16 +104,13 @@ def _store(model: nn.Module, config: "FitConfig", *, learns: bool) -> None:
             parts[id(weight)] = {end: nn.Parameter(tensor, learns) for end, tensor in form.encode(weight).items()}
         store(module, form, parts[id(weight)])
         count += 1
+    read = f"the forward reads the weight of {min(unstored)!r} without calling it" if unstored else None
     if not count and learns:
-        raise ConfigError(
-            f"--weights-dtype {config.weights_dtype} has no effect here: the model has no float32 weights of linear layers or embeddings that "
-            "learn; leave it out"
-        )
+        none = "the model has no float32 weights of linear layers or embeddings that learn"
+        raise ConfigError(f"--weights-dtype {config.weights_dtype} has no effect here: {read or none}; leave it out")
     if not count and not learns and config.frozen_dtype not in (None, "fp32"):
-        raise ConfigError(
-            f"--frozen-dtype {config.frozen_dtype} has no effect here: the model has no frozen float32 weights of linear layers or "
-            "embeddings; leave it out"
-        )
+        none = "the model has no frozen float32 weights of linear layers or embeddings"
+        raise ConfigError(f"--frozen-dtype {config.frozen_dtype} has no effect here: {read or none}; leave it out")
 
 
 def _refuse_fast_paths(model: nn.Module) -> None:

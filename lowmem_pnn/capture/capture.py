@@ -3,7 +3,7 @@
     model --trace--> graph --shapes of two batch sizes, both modes--> cuts --> layers
 
 A cut stands before an operation with weights that is no normalisation and no activation, and only where every value of its boundary is
-a tensor with the batch on axis 0, and no later operation changes one of them in place.
+a tensor with the batch on axis 0 that is not complex, and no later operation changes one of them in place.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -39,6 +39,7 @@ def capture(
     precision: Precision = FULL_PRECISION,
     call: CallForm | None = None,
     learns_from: tuple[str, ...] = (),
+    batches: Sequence[int] = (),
 ) -> Chain:
     """Cut a model into layers.
 
@@ -52,6 +53,7 @@ def capture(
         call: how several inputs are handed to the model; by default by position.
         learns_from: names of outputs, the first of which that there is the loss is taken of; empty where it takes what it wants. What no
             gradient comes to is kept as it is.
+        batches: numbers of samples that will occur: where a forward decides something by their number, each is looked at.
 
     Returns:
         The chain, whose modules are in the mode of `model`; of one layer where the model's own forward cannot be traced.
@@ -69,13 +71,13 @@ def capture(
     specs = specs if isinstance(specs, tuple) else (specs,)
     setting = Setting(specs, precision, 2, True, call or CallForm.positional(len(specs)), learns_from)
     with checkpointing_left_out() as called:
-        chain = _capture(model, setting)
+        chain = _capture(model, setting, batches)
     for layer in (*chain.layers, *(chain.between_blocks.layers if chain.between_blocks else ())):
         layer.checkpoints = bool(called)
     return chain
 
 
-def _capture(model: nn.Module, setting: Setting) -> Chain:
+def _capture(model: nn.Module, setting: Setting, batches: Sequence[int]) -> Chain:
     names = tensors_by_name(model)
     check_model(model, names)
     model = without_cache(model)
@@ -103,7 +105,7 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
         if module._backward_hooks or module._backward_pre_hooks
     }
     closed |= dict.fromkeys(asking, "its forward does something by values of its input")
-    flow = _flow(model, setting, runs, closed)
+    flow = _flow(model, setting, runs, closed, batches)
     # What a forward does by values may reach other parameters in training.
     by_values = frozenset(name for name in names if any(not module or is_below(name, module) for module in asking))
     reached = frozenset[str]().union(*(run.reached for run in runs))
@@ -157,7 +159,7 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
         _say_what_is_whole(model, layers, flow.stopped)
         return Chain(
             layers=tuple(layers),
-            boundaries=tuple(tuple(TensorSpec(*spec) for spec in boundary) for boundary in flow.boundaries(cuts)),
+            boundaries=tuple(map(tuple, flow.boundaries(cuts))),
             ties=tuple(tuple(group) for group in groups.values() if len(group) > 1),
             tied_ranges=tuple(
                 sorted({(users[0], users[-1]) for tensor, users in held.items() if users[0] < users[-1] and tensor not in free})
@@ -176,10 +178,12 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
     return chain if coarse == flow.cuts else replace(chain, between_blocks=cut(coarse))
 
 
-def _flow(model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: Mapping[str, str]) -> DataFlow | WholeFlow:
+def _flow(
+    model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: Mapping[str, str], batches: Sequence[int]
+) -> DataFlow | WholeFlow:
     """Trace a model, and find where it can be cut; where its own forward cannot be traced, it is one layer."""
     try:
-        flow = trace_and_flow(model, setting, runs, closed)
+        flow = trace_and_flow(model, setting, runs, closed, batches)
         check_overrides(model, flow.opened)
     except CaptureError as error:
         if not isinstance(error, UncutError):

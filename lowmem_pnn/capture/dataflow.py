@@ -31,7 +31,7 @@ from lowmem_pnn.capture.recording import TraceMismatchError, record, with_consta
 from lowmem_pnn.capture.setting import Setting
 from lowmem_pnn.capture.tracer import Trace, UncutError, trace
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.call_form import OutputForm
+from lowmem_pnn.model.call_form import OutputForm, TensorSpec
 from lowmem_pnn.model.copies import copy_structure
 
 MAX_TENSORS = 64
@@ -61,7 +61,9 @@ class _Constant(nn.Module):
         return value.to(like.device)
 
 
-def trace_and_flow(model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: Mapping[str, str]) -> "DataFlow":
+def trace_and_flow(
+    model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: Mapping[str, str], batches: Sequence[int] = ()
+) -> "DataFlow":
     """Trace a model, and open what makes more than a small share of it, as far as its trace does what the model does.
 
     Args:
@@ -69,6 +71,7 @@ def trace_and_flow(model: nn.Module, setting: Setting, runs: Sequence[ModelRun],
         setting: how it is called, and on what.
         runs: runs of the model on fake tensors, of two batch sizes, and in both modes; the first one's batch is not 1.
         closed: modules that are not opened, with the reason.
+        batches: numbers of samples that will occur.
 
     Raises:
         UncutError: its own forward cannot be traced.
@@ -81,7 +84,7 @@ def trace_and_flow(model: nn.Module, setting: Setting, runs: Sequence[ModelRun],
         stopped = dict(traced.stopped)
         try:
             flow = DataFlow(model, traced, runs, (blocks | opened_blocks(model, base)) & traced.opened)
-            _check_other_batches(model, traced, setting)
+            _check_other_batches(model, traced, setting, batches)
         except TraceMismatchError as error:
             if not error.owner:
                 raise UncutError(model, _MISMATCH) from error
@@ -90,9 +93,10 @@ def trace_and_flow(model: nn.Module, setting: Setting, runs: Sequence[ModelRun],
             return flow
 
 
-def _check_other_batches(model: nn.Module, traced: Trace, setting: Setting) -> None:
+def _check_other_batches(model: nn.Module, traced: Trace, setting: Setting, batches: Sequence[int]) -> None:
     """Compare the trace at more batch sizes, where the forward decides something by the number of samples."""
-    for batch, training in ((1, False), (7, True)) if traced.asked_of_batch else ():
+    occurring = [(batch, mode) for batch in batches for mode in (True, False)]
+    for batch, training in dict.fromkeys([(1, False), (7, True), *occurring]) if traced.asked_of_batch else ():
         try:
             run = run_model(model, replace(setting, batch=batch, training=training))
         except CaptureError:  # the model does not take such a batch
@@ -173,6 +177,7 @@ class DataFlow:
         self.output = traced.output or runs[0].output
         self._weights_of: dict[fx.Node, dict[str, nn.Parameter]] = {}
         self._recordings = [record(model, traced, run) for run in runs]
+        self._by_values = traced.calls_and_after(frozenset[str]().union(*(run.asking for run in runs)))
         self._error_prefix = f"model {type(model).__name__}"
         self._root = with_constants(copy_structure(model), traced)
         self._inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
@@ -193,8 +198,8 @@ class DataFlow:
         self._results = self._checked_output()
         self.cuts = self._find_cuts()
 
-    def boundaries(self, cuts: Sequence[int]) -> list[list[tuple[tuple[int, ...], torch.dtype]]]:
-        """Return shapes without the batch axis, and types, of the tensors before the first layer, between layers, and after the last.
+    def boundaries(self, cuts: Sequence[int]) -> list[list[TensorSpec]]:
+        """Return what the tensors before the first layer are, those between layers, and those after the last.
 
         Args:
             cuts: where to cut, of `cuts`.
@@ -325,7 +330,7 @@ class DataFlow:
         specs = set()
         for recording in self._recordings:
             values = [recording.values[node] for node in live]
-            if not all(isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == recording.batch for value in values):
+            if not all(map(recording.can_cross, values)):
                 return False
             storages = storages_of(values)
             if any(recording.writes[node] & storages for node in self._steps[cut:]):
@@ -333,9 +338,9 @@ class DataFlow:
             specs.add(tuple((value.shape[1:], value.dtype) for value in values))
         return len(specs) == 1
 
-    def _spec(self, node: fx.Node) -> tuple[tuple[int, ...], torch.dtype]:
+    def _spec(self, node: fx.Node) -> TensorSpec:
         value = self._recordings[0].values[node]
-        return tuple(value.shape[1:]), value.dtype
+        return TensorSpec(tuple(value.shape[1:]), value.dtype, value.requires_grad or node in self._by_values)
 
     def _name(self, start: int, stop: int) -> str:
         steps = self._steps[start:stop]

@@ -63,7 +63,7 @@ class Examples:
         while stack:
             inner = stack.pop()
             values = self.of(inner)
-            if values is None or not (are_plain(values) or all(map(has_values, values))):
+            if values is None or not (are_plain(values) or all(map(is_known, values))):
                 continue
             if any(_differ(value, values[0]) for value in values[1:]):
                 return True
@@ -80,7 +80,7 @@ class _Run(fx.Interpreter):
         self._fakes = setting.fakes(model)
         super().__init__(self._fakes.root, garbage_collect_values=False, graph=graph)
         self.extra_traceback = False
-        self._precision, self._traced, self._has_values = setting.precision, root, setting.has_values
+        self._precision, self._traced, self._keeps_values = setting.precision, root, setting.keeps_values
         self._inputs = iter(self._fakes.samples)
         self._last: fx.Node = graph._root
 
@@ -114,10 +114,10 @@ class _Run(fx.Interpreter):
             value: Any = self._traced
             for part in str(target).split("."):
                 value = getattr(value, part)
-            return value if not isinstance(value, Tensor) or self._has_values else self._fakes.mode.from_tensor(value)
+            return value if not isinstance(value, Tensor) or self._keeps_values else self._fakes.mode.from_tensor(value)
 
 
-def has_values(value: Any) -> bool:
+def is_known(value: Any) -> bool:
     """Decide whether a value is a tensor that is not fake: one that depends on sizes and constants alone."""
     return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from lowmem_pnn.capture.dispatch_modes import KnownWrittenError, OperationLog, tensors_in, watching_calls
 from lowmem_pnn.capture.setting import Fakes, Setting
+from lowmem_pnn.capture.stored_reads import StoredReads
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import NOTHING, OutputForm
 from lowmem_pnn.model.copies import first_line, set_mode
@@ -77,24 +78,27 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
         CaptureError: it does not take such samples, reads a value, draws from a generator whose state is not kept, or leaves something
             in its modules that its next forward reads and that cannot be kept.
         KnownWrittenError: it writes into a tensor whose values are known what is not known.
+        StoredReadError: it reads a weight that is kept in a smaller type otherwise than by calling its module.
     """
     result = ModelRun(setting, [])
     title = type(model).__name__
 
     def forward(fakes: Fakes, log: OperationLog) -> None:
         root, samples = fakes.root, fakes.samples
-        before, generators, hooks = Snapshot(root), _python_generators(), num_hooks(root)
+        before, generators, hooks, reads = Snapshot(root), _python_generators(), num_hooks(root), StoredReads(root)
         own = _tensors_of(root)
         versions = {name: tensor._version for name, tensor in own.items()}
         storages = {name: tensor.untyped_storage()._cdata for name, tensor in own.items()}
         try:
-            with _made_by_module(root, log, result.made), fakes.unknown.watching(root):
+            with _made_by_module(root, log, result.made), fakes.unknown.watching(root), reads.watching():
                 returned = setting.form.call(root, samples)
         except KnownWrittenError:
             raise
         except Exception as error:  # whatever a user's module raises on a shape it does not take
+            reads.refuse(title)
             where = _deepest_module(root, error)
             raise CaptureError(f"{setting.error_prefix(model)}{where and f', at {where!r}'}: {explain(error)}") from error
+        reads.refuse(title, log.repeats)
         output, tensors = OutputForm.of(returned)
         result.output, result.returned = output, [(tensor.shape, tensor.dtype) for tensor in tensors]
         result.asking = _asking(fakes, log)

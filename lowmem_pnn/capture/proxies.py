@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from lowmem_pnn.capture.examples import are_plain, has_values
+from lowmem_pnn.capture.examples import are_plain, is_known
 
 # What a tensor answers in numbers and types, which are the same whatever its values are.
 _PROPERTIES = frozenset({
@@ -138,7 +138,7 @@ class Proxy(fx.Proxy):
     def is_known(self) -> bool:
         """Decide whether the proxy stands for a tensor that depends on sizes and constants alone."""
         values = self._values()
-        return bool(values) and all(map(has_values, values or ()))
+        return bool(values) and all(map(is_known, values or ()))
 
     def length(self) -> Any:
         """Return the number of items: a proxy where these are the samples."""

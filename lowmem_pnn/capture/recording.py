@@ -33,6 +33,11 @@ class Recording:
     operations: dict[fx.Node, str] = field(default_factory=dict)
     """What the node does: its operations on samples and weights, as text."""
 
+    def can_cross(self, value: Any) -> bool:
+        """Decide whether a value may cross a cut: a tensor with the batch on axis 0, not complex, as its gradient would be too."""
+        has_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.batch
+        return has_batch and not value.is_complex()
+
 
 class TraceMismatchError(CaptureError):
     """The trace does something else than the model; in which opened module is known."""

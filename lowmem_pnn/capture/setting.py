@@ -1,7 +1,7 @@
 """Settings: how a model is run on fake tensors, which have shapes and mostly no values."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +48,7 @@ class Setting:
         return "train" if self.training else "eval"
 
     @property
-    def has_values(self) -> bool:
+    def keeps_values(self) -> bool:
         """Whether tensors that depend on sizes and constants alone are no fake ones."""
         return self.values and self._device == "cpu"
 
@@ -102,8 +102,7 @@ class Setting:
         root = copy_structure(model, fakes)
         set_mode(root, self.training)
         EqualBlocks(model, root)
-        has_values = self.values and device == "cpu"
-        known = KnownValues(self.precision.device_type) if has_values else nullcontext()
+        known = KnownValues(self.precision.device_type) if self.keeps_values else nullcontext()
         return Fakes(mode, root, samples, self.precision, known, UnknownValues(self.conditions))
 
 
@@ -151,3 +150,20 @@ def _fake_tensor_log_disabled() -> Iterator[None]:
         yield
     finally:
         log.disabled = before
+
+
+def numbers_of_samples(batches: Sequence[int], splits: Sequence[int]) -> tuple[int, ...]:
+    """Return numbers of samples that may go through a model at once: batches, what is left for the last ones, and powers of two below.
+
+    Args:
+        batches: samples of the optimizer's steps.
+        splits: samples of the parts of the data.
+
+    Example:
+        >>> numbers_of_samples([10], [36])
+        (1, 2, 4, 6, 8, 10)
+    """
+    found: set[int] = set()
+    for batch in batches:
+        found |= {batch, *(samples % batch for samples in splits), *(1 << power for power in range(batch.bit_length()))}
+    return tuple(sorted(found - {0}))

@@ -6,7 +6,7 @@ block is a leaf: one call of a module that keeps its own code, and so its own dr
 
 import pickle
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -81,6 +81,19 @@ class Trace:
     def only_fetches(self, node: fx.Node) -> bool:
         """Decide whether a node only fetches a tensor or a constant, so that every layer that uses it can fetch it for itself."""
         return node.op == "get_attr" or (node.op == "call_module" and node.target in self.mode_constants)
+
+    def calls_and_after(self, modules: Collection[str]) -> set[fx.Node]:
+        """Return the nodes that call any of some modules, or one with such a module in it, and all that depend on these nodes.
+
+        Args:
+            modules: names of modules.
+        """
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            calls = node.op == "call_module" and any(is_below(name, str(node.target)) for name in modules)
+            if calls or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return found
 
 
 def merge(in_train: Trace, in_eval: Trace) -> Trace:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import nn
 
 from lowmem_pnn.capture.dataflow import check_returned
@@ -12,7 +11,7 @@ from lowmem_pnn.capture.fake_model import ModelRun, run_model
 from lowmem_pnn.capture.recording import changes_from_call_to_call
 from lowmem_pnn.capture.setting import Setting
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.model.call_form import CallForm, OutputForm
+from lowmem_pnn.model.call_form import CallForm, OutputForm, TensorSpec
 from lowmem_pnn.model.copies import copy_structure
 
 _CALLS = 3
@@ -80,10 +79,10 @@ class WholeFlow:
             raise CaptureError(changes_from_call_to_call(model))
         self.output, self.stopped = runs[0].output, {"": reason}
 
-    def boundaries(self, cuts: Sequence[int]) -> list[list[tuple[tuple[int, ...], torch.dtype]]]:
-        """Return shapes without the batch axis, and types, of the tensors that go in, and of those that come out."""
-        inputs = [(spec.shape, spec.dtype) for spec in self._setting.specs]
-        return [inputs, [(tuple(shape[1:]), dtype) for shape, dtype in self._runs[0].returned]]
+    def boundaries(self, cuts: Sequence[int]) -> list[list[TensorSpec]]:
+        """Return what the tensors are that go in, and those that come out."""
+        outputs = [TensorSpec(tuple(shape[1:]), dtype) for shape, dtype in self._runs[0].returned]
+        return [list(self._setting.specs), outputs]
 
     def layers(self, cuts: Sequence[int]) -> list[tuple[str, nn.Module, str]]:
         """Return the one layer: its name, its module, and no hash of operations."""

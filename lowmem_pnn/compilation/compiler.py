@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.model.call_form import TensorSpec, ask_for_gradients
 from lowmem_pnn.model.layer import Layer, is_of_head
 
 # Minor versions of torch with which the tests of this file have passed.
@@ -253,8 +253,7 @@ class _TracedLayer:
                 _contiguous(torch.empty((samples, *spec.shape), dtype=spec.dtype, device=device), layer.precision.channels_last)
                 for spec in before
             ]
-            for tensor in inputs:
-                tensor.requires_grad_(variant.learns_input and tensor.is_floating_point())
+            ask_for_gradients(inputs, before, variant.learns_input)
         self._arguments = [*tensors, *inputs]
 
         names = {id(tensor): name for name, tensor in own.items()}

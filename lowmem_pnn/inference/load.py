@@ -13,7 +13,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.errors import CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.model.python_state import write_state
-from lowmem_pnn.pretrained.model_file import load_into
+from lowmem_pnn.pretrained.model_file import kept_in_fp32, load_into
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.finished import FinishedRun, open_finished
 from lowmem_pnn.sources.imports import one_line
@@ -82,7 +82,7 @@ def load_run(path: Path, model: Model | None, *, trust: bool = False) -> nn.Modu
             source = named_inputs(config)[0]
         built = model if isinstance(model, nn.Module) else _build(source, config)
         if config.lora is not None or {config.frozen_form, config.weights_dtype} != {"fp32"}:
-            built = prepared(built, config)
+            built = prepared(built, config, unstored=kept_in_fp32(path / "model.safetensors"))
         load_into(built, path / "model.safetensors")
     modules = {name for name, _ in built.named_modules()}
     places = [(owner, attribute) for owner, _, attribute in (name.rpartition(".") for name in result.module_state)]

@@ -3,8 +3,8 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,14 @@ class TensorSpec:
     dtype: torch.dtype
     """Type that the layers return and take."""
 
+    learns: bool = field(default=True, compare=False)
+    """Whether it depends on weights that learn, and so may have a gradient: not where it is made of the inputs alone, as a mask is."""
+
+    @property
+    def takes_gradient(self) -> bool:
+        """Whether a gradient comes to it in training."""
+        return self.learns and self.dtype.is_floating_point
+
     @property
     def sample_bytes(self) -> int:
         """Bytes of one sample.
@@ -35,6 +43,25 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.shape} {str(self.dtype).removeprefix('torch.')}"
+
+
+def ask_for_gradients(tensors: Iterable[Tensor], specs: Sequence[TensorSpec], learns: bool = True) -> tuple[Tensor, ...]:
+    """Have those tensors of a boundary ask for gradients that have some in the whole model, and return all of them.
+
+    A tensor that asks for a gradient has kernels chosen by it: attention on the CPU takes another one for such a mask, which rounds
+    otherwise and keeps all scores.
+
+    Args:
+        tensors: leaves, which are changed.
+        specs: the boundary.
+        learns: whether anything before the boundary learns.
+
+    Example:
+        >>> specs = TensorSpec((2,), torch.float32), TensorSpec((3,), torch.float32, learns=False)
+        >>> [tensor.requires_grad for tensor in ask_for_gradients([torch.ones(1, 2), torch.ones(1, 3)], specs)]
+        [True, False]
+    """
+    return tuple(tensor.requires_grad_(learns and spec.takes_gradient) for tensor, spec in zip(tensors, specs, strict=True))
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,12 @@ def adapter_notes(workload: Workload) -> list[str]:
             f"{sum(own.values()):,} values in {form}" for form, own in sorted(kept.items(), key=lambda item: item[0] == "bf16")
         )
         notes.append(f"frozen weights are kept as {sizes}, and cast layer by layer to what is computed in")
+    if names := workload.unstored:
+        called = list(dict.fromkeys(name.rpartition(".")[2] for name in sorted(names)))
+        one = f"the weight of {min(names)!r} is kept in fp32: the forward of the model reads it without calling the module"
+        which = f"{len(names)} modules ({shortened(called)})"
+        many = f"the weights of {which} are kept in fp32: the forward of the model reads them without calling these"
+        notes.append(many if len(names) > 1 else one)
     return notes
 
 
@@ -159,7 +165,7 @@ def _frozen_notes(workload: Workload) -> list[str]:
         (name in layer.modes.in_train, [one.requires_grad for one in module.parameters(recurse=False)])
         for layer in chain.layers
         for name, module in layer.module.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
     ]
     if kept := sum(in_eval for in_eval, _ in norms):
         text += f"; {kept} BatchNorm{'s' if kept > 1 else ''} in eval mode"

@@ -55,6 +55,16 @@ def load_into(model: nn.Module, file: str | Path) -> None:
         ) from error
 
 
+def kept_in_fp32(file: str | Path) -> set[str]:
+    """Return the names of the modules whose `weight` is in a file in float32, and in no smaller type; none where it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as source:
+            types = {name: source.get_slice(name).get_dtype() for name in source.keys()}  # noqa: SIM118 - it is no mapping
+    except (OSError, SafetensorError):
+        return set()
+    return {name.removesuffix(".weight") for name, dtype in types.items() if dtype == "F32" and name.endswith(".weight")}
+
+
 def _differences(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
     """Return in words what the names and shapes of two states differ in."""
     missing = [repr(name) for name in own if name not in state]

@@ -233,7 +233,7 @@ class FakeRun:
     def _train(self, batch: int) -> MemoryTrace:
         self._layer.train()
         inputs = self._inputs(batch)
-        learning = [number for number, tensor in enumerate(inputs) if self._learns_input and tensor.is_floating_point()]
+        learning = [number for number, spec in enumerate(self.before) if self._learns_input and spec.takes_gradient]
         received: list[Tensor | None] = []
         trace = MemoryTrace()
         with torch.enable_grad():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.device import Device
-from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.model.call_form import TensorSpec, ask_for_gradients
 from lowmem_pnn.model.layer import Layer
 
 _MOST_RANDOM = 1 << 22
@@ -45,7 +45,7 @@ class LayerRunner:
     def run(self, samples: int, *, learns_input: bool) -> tuple[float, float]:
         """Return the seconds of one forward and of one backward in train mode."""
         self._layer.train()
-        inputs = [tensor.requires_grad_(learns_input and tensor.is_floating_point()) for tensor in self._inputs(samples)]
+        inputs = ask_for_gradients(self._inputs(samples), self._before, learns_input)
         if self._device.shares_host:
             # Activations of a whole partition take fresh pages, which the system has to zero; a layer alone would use its own again.
             self._device.release()

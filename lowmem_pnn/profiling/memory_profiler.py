@@ -70,7 +70,8 @@ def profile(
             learns_input = learns_before and not per_layer_loss
             learns_before |= any(parameter.requires_grad for parameter in layer.parameters().values())
             # Compiled code is the layer's own: that of an equal layer may be for other uses.
-            key = layer_fingerprint(layer), layer.compiled, before, after, device, learns_input, torch.get_num_threads()
+            learning = tuple(learns_input and spec.takes_gradient for spec in before)
+            key = layer_fingerprint(layer), layer.compiled, before, after, device, learning, torch.get_num_threads()
             if key not in cache:
                 run = partial(FakeRun, layer, before, after, device, learns_input)
                 cache[key] = _measured(key, run) if layer.compiled is None else run().measure()

@@ -350,7 +350,7 @@ def is_stored_linear(module: nn.Module) -> bool:
 
 
 def can_be_stored(module: nn.Module, *, learns: bool = False) -> bool:
-    """Decide whether a module's weight may be kept in another form: a matrix of float32 that only its own forward reads.
+    """Decide whether a module's weight may be kept in another form: a matrix of float32, with no forward but PyTorch's own.
 
     Args:
         module: any module.

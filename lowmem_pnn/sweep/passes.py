@@ -12,7 +12,9 @@ from lowmem_pnn.device import Device
 from lowmem_pnn.engine.passes import backward_from_loss, to_device_aligned
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.engine.uploads import MicroBatch, Uploads
+from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.methods import Objective, Visit
+from lowmem_pnn.model.call_form import ask_for_gradients
 from lowmem_pnn.model.layer import python_state_of, set_python_state
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
@@ -68,7 +70,7 @@ class SweepPasses:
         learners: Sequence[int],
         first: int = 0,
     ) -> None:
-        self._plan = plan
+        self._plan, self._boundaries = plan, workload.chain.boundaries
         self._learners = learners
         self._first = first
         # What modules held before the forward of a micro-batch, by partition and micro-batch, where they hold such state.
@@ -120,8 +122,9 @@ class SweepPasses:
             if (partition, number) in self._python_states:
                 set_python_state(residency.layers, self._python_states.pop((partition, number)))
             strides: dict[int, tuple[int, ...]] = {}
+            ask_for_gradients(inputs, self._boundaries[self._plan.partitions[partition].start], visit.returns_input_gradient)
             for place, tensor in enumerate(inputs):
-                if tensor.requires_grad_(visit.returns_input_gradient and tensor.is_floating_point()).requires_grad:
+                if tensor.requires_grad:
                     tensor.register_hook(partial(_note_strides, strides, place))
             hooks = self._buffers.add_shared_gradients(residency, number, alone=len(batch.parts) == 1)
             if partition == self._last:
@@ -147,7 +150,7 @@ class SweepPasses:
         learns = bool(self._learners) and partition > min(self._learners)
         layers, start = self._residencies[partition].layers, self._plan.partitions[partition].start
         for index, layer in enumerate(layers, start):
-            inputs = tuple(tensor.detach().requires_grad_(learns and tensor.is_floating_point()) for tensor in inputs)
+            inputs = ask_for_gradients(map(Tensor.detach, inputs), self._boundaries[index], learns)
             unneeded = self._unneeded[partition] if layer is layers[-1] else ()
             with torch.set_grad_enabled(layer.compiled is None), self._products.keeping(index, number, unneeded) as finish:
                 inputs = finish(layer(*inputs))
@@ -207,6 +210,12 @@ class SweepPasses:
         # The forward visit has kept the outputs: only their gradients are needed now.
         with without_products(self._unneeded[partition]):
             outputs = self._forward_again(partition, number, inputs)
+        after = self._boundaries[self._plan.partitions[partition].stop]
+        if any(output.requires_grad and not spec.takes_gradient for output, spec in zip(outputs, after, strict=True)):
+            raise CaptureError(
+                f"partition {partition + 1} hands on a tensor that depends on weights which learn, and did not while the model was captured: by "
+                "the number of samples, or by values; decide by neither what a gradient comes to"
+            )
         pairs = zip(outputs, self._buffers.pop_gradients(partition + 1, number), strict=True)
         learning = [(output, gradient) for output, gradient in pairs if gradient is not None and output.requires_grad]
         del outputs, pairs

@@ -169,7 +169,7 @@ class Sweeper:
             if number > self._first:
                 self._buffers.put_activations(number, part_number, [tensor[part] for tensor in tensors])
             if number < self._last:
-                gradients = [_zeros(part, spec) if spec.dtype.is_floating_point else None for spec in after]
+                gradients = [_zeros(part, spec) if spec.takes_gradient else None for spec in after]
                 self._buffers.put_gradients(number + 1, part_number, gradients)
         try:
             with self._streamer.batch(self._weight_pieces(number)):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lowmem_pnn.capture.dispatch_modes import tensors_in
 from lowmem_pnn.device import is_out_of_memory, why_it_failed
 from lowmem_pnn.errors import CaptureError, LowMemError
-from lowmem_pnn.model.call_form import OutputForm
+from lowmem_pnn.model.call_form import OutputForm, ask_for_gradients
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.checkpointing import checkpointing_left_out
 from lowmem_pnn.model.copies import copy_structure, preserve_random_state, set_mode
@@ -205,7 +205,7 @@ def layers_of(workload: Workload, model: nn.Module) -> Iterator[dict[str, nn.Par
 def _forward_and_back(
     workload: Workload, batch: tuple[Any, Any], loaded: Mapping[str, nn.Parameter], observed: Observed, folder: Path
 ) -> None:
-    layers, owner_of = workload.bare.layers, workload.bare.owner_of
+    layers, boundaries, owner_of = workload.bare.layers, workload.bare.boundaries, workload.bare.owner_of
     moved = FileBacked(folder, _MOVED_BYTES)
     spilled = _Spilled(folder, [*loaded.values(), *_inputs(batch), *tensors_in(batch[1])])
     owners = [{owner_of(alias): parameter.requires_grad for alias, parameter in layer.parameters().items()} for layer in layers]
@@ -220,7 +220,7 @@ def _forward_and_back(
         states.append(
             (torch.get_rng_state(), layer.python_state, {name: value.clone() for name, value in layer.buffers().items()})
         )
-        outputs = layer(*_leaves(inputs[-1], learns))
+        outputs = layer(*ask_for_gradients(map(Tensor.detach, inputs[-1]), boundaries[number], learns))
         inputs.append(tuple(tensor.detach() for tensor in outputs))
         learns = learns or any(owners[number].values())
     gradients: list[Tensor | None] = []
@@ -233,7 +233,8 @@ def _forward_and_back(
             for name, value in layer.buffers().items():
                 with torch.no_grad():
                     value.copy_(buffers[name])
-        leaves = _leaves(inputs.pop(), any(any(names.values()) for names in owners[:number]))
+        learns = any(any(names.values()) for names in owners[:number])
+        leaves = ask_for_gradients(map(Tensor.detach, inputs.pop()), boundaries[number], learns)
         if number == len(layers) - 1:
             with torch.autograd.graph.saved_tensors_hooks(spilled.pack, spilled.unpack):
                 outputs = layer(*leaves)
@@ -360,10 +361,6 @@ class _Spilled:
 
 def _seed(workload: Workload) -> None:
     torch.manual_seed(seed_of(workload.config.seed, "compare"))
-
-
-def _leaves(tensors: tuple[Tensor, ...], learn: bool) -> tuple[Tensor, ...]:
-    return tuple(tensor.detach().requires_grad_(learn and tensor.is_floating_point()) for tensor in tensors)
 
 
 def _note_state(

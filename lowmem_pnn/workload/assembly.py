@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from contextlib import nullcontext, suppress
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from lowmem_pnn.adapters.prepared_model import adapter_tensor_names, new_modules, prepared
 from lowmem_pnn.capture.capture import capture
+from lowmem_pnn.capture.setting import numbers_of_samples
+from lowmem_pnn.capture.stored_reads import StoredReadError
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS
 from lowmem_pnn.device import Device, is_out_of_memory
@@ -35,6 +36,7 @@ from lowmem_pnn.sources.subsets import as_floats
 from lowmem_pnn.tasks.class_weights import balanced_weights
 from lowmem_pnn.tasks.make_task import OUTPUT_NAMES, Own, make_task
 from lowmem_pnn.tasks.own_loss import OwnTask
+from lowmem_pnn.workload.integer_functions import RefusesFloatsForIntegers
 from lowmem_pnn.workload.option_checks import check_eval_every, check_mixing, check_monitor
 from lowmem_pnn.workload.workload import Workload
 from lowmem_pnn.zoo.deferred_init import skeleton
@@ -48,12 +50,6 @@ _INSTEAD_OF_CLASS = {
     "probabilities": "probabilities", "own": "targets for a loss of your own",
 }  # fmt: skip
 
-# Functions of integers that fake tensors do not refuse floats for.
-_INTEGER_FUNCTIONS = frozenset(
-    {"and", "or", "xor", "rand", "ror", "rxor", "iand", "ior", "ixor", "gcd", "lcm", "index_select"}
-    | {f"{name}{end}" for name in ("bitwise_and", "bitwise_or", "bitwise_xor", "gcd", "lcm") for end in ("", "_")}
-)
-
 
 def make_workload(
     config: FitConfig,
@@ -62,6 +58,7 @@ def make_workload(
     splits: dict[SplitName, Split],
     own: Own,
     device: torch.device,
+    unstored: Collection[str] = (),
 ) -> Workload:
     """Cut the model into layers, without its weights.
 
@@ -72,6 +69,7 @@ def make_workload(
         splits: parts of the data set.
         own: loss and metrics of the user's own.
         device: training device; what autocast casts differs between devices.
+        unstored: modules whose weights are kept as they are (`Workload.unstored`), as far as is known.
 
     Raises:
         CaptureError: the model cannot be cut.
@@ -84,7 +82,7 @@ def make_workload(
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
-    early, model = prepared(model, config, early=True), prepared(model, config)
+    early, model = prepared(model, config, early=True, unstored=unstored), prepared(model, config, unstored=unstored)
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     config = _of_max_steps(config, len(splits["train"]))
@@ -92,9 +90,11 @@ def make_workload(
     _check_input(source, dataset, model)
     _check_head(source, config, dataset)
     precision = Precision(config.precision, device.type, config.channels_last)
-    chain, dataset, splits = _capture(
-        config, model, source, dataset, splits, precision, () if own.loss is not None else OUTPUT_NAMES
-    )
+    learns_from = () if own.loss is not None else OUTPUT_NAMES
+    try:
+        chain, dataset, splits = _capture(config, model, source, dataset, splits, precision, learns_from)
+    except StoredReadError as error:
+        return make_workload(config, source, *opened, own, device, {*unstored, *error.names})
     chain.drop_values()  # of a model that could not be built without them
     if config.channels_last and all(parameter.dim() != 4 for parameter in model.parameters()):
         raise ConfigError(
@@ -129,18 +129,21 @@ def make_workload(
         # A head with random values has to learn, beside adapters too.
         if config.modules_to_save is None:
             config = dataclasses.replace(config, modules_to_save=tuple(heads))
-            return make_workload(config, source, *opened, own, device)
+            return make_workload(config, source, *opened, own, device, unstored)
         raise ConfigError(
             f"--modules-to-save {','.join(config.modules_to_save)}: {heads[0]!r} is new, and would never learn; name it too, or leave "
             "the option out"
         )
-    workload = _by_method(Workload(config, source, dataset, splits, make_method(config), task, chain, chain, pretrained))
+    workload = Workload(
+        config, source, dataset, splits, make_method(config), task, chain, chain, pretrained, unstored=frozenset(unstored)
+    )
+    workload = _by_method(workload)
     if config.unfreeze_at is not None:
         if state := chain.python_state:
             raise ConfigError(
                 f"--unfreeze-at: a forward changes {next(iter(state))!r}, which two ways of training would each have; leave it out"
             )
-        frozen = capture(early, chain.boundaries[0], precision, chain.call_form, () if own.loss is not None else OUTPUT_NAMES)
+        frozen = capture(early, chain.boundaries[0], precision, chain.call_form, learns_from, _occurring(config, splits))
         frozen.drop_values()
         workload = dataclasses.replace(workload, early=dataclasses.replace(workload, chain=frozen, bare=frozen))
     workload.check_rates()
@@ -184,18 +187,9 @@ def _of_max_steps(config: FitConfig, samples: int) -> FitConfig:
     return dataclasses.replace(config, epochs=(left,))
 
 
-class _RefusesFloatsForIntegers(TorchFunctionMode):
-    """Raises where a model gives floats to a function of integers that takes them on fake tensors, and on real ones does not."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "").strip("_")
-        values = [*args, *kwargs.values()]
-        # The input of index_select may be floats; its index, which comes last, may not.
-        operands = values[-1:] if name == "index_select" else values
-        if name in _INTEGER_FUNCTIONS and any(isinstance(value, Tensor) and value.is_floating_point() for value in operands):
-            raise TypeError(f"{name} takes integers, and was given float32")
-        return func(*args, **kwargs)
+def _occurring(config: FitConfig, splits: dict[SplitName, Split]) -> tuple[int, ...]:
+    """Return numbers of samples that may go through the model at once."""
+    return numbers_of_samples(config.batch_sizes, [len(split) for split in splits.values()])
 
 
 def _capture(
@@ -212,6 +206,7 @@ def _capture(
     Integers are tokens for a model that looks them up, and numbers for any other, and only the model tells. An embedding refuses float32
     on fake tensors, where a linear layer would take int64: so float32 is tried first.
     """
+    batches = _occurring(config, splits)
     if dataset.structure is not None:
         options = [
             flag for flag, given in (("--augment", config.augment != "none"), ("--image-size", config.image_shape)) if given
@@ -219,12 +214,12 @@ def _capture(
         if options:
             raise ConfigError(f"{options[0]}: samples of data {dataset.name} are several tensors; prepare them in the data set")
         example = pytree.tree_unflatten([torch.empty(spec.shape, dtype=spec.dtype) for spec in dataset.inputs], dataset.structure)
-        return capture(model, dataset.inputs, precision, CallForm.of(example, model), learns_from), dataset, splits
+        return capture(model, dataset.inputs, precision, CallForm.of(example, model), learns_from, batches), dataset, splits
 
     def cut(shape: tuple[int, ...], dtype: torch.dtype) -> Chain:
         is_guess = dtype != dataset.dtype
-        with _RefusesFloatsForIntegers() if is_guess else nullcontext():
-            return capture(model, TensorSpec(shape, dtype), precision, learns_from=learns_from)
+        with RefusesFloatsForIntegers() if is_guess else nullcontext():
+            return capture(model, TensorSpec(shape, dtype), precision, None, learns_from, batches)
 
     shape, dtypes = dataset.sample_shape, [dataset.dtype]
     if source.input_form == "any" and source.context is None and dataset.may_be_numbers:

@@ -54,6 +54,7 @@ class Workload:
         parts: the chain with parts of large blocks as layers of their own, where the method does not cut there; else None.
         compiled: number of compiled `layers`, of `functions` that they share, and `seconds` it took to compile them; empty where
             layers run as they are.
+        unstored: modules whose weights are kept as they are, whatever smaller type is asked for: the forward reads them by itself.
     """
 
     config: FitConfig
@@ -68,6 +69,7 @@ class Workload:
     early: "Workload | None" = None
     parts: Chain | None = None
     compiled: Mapping[str, float] = field(default_factory=dict)
+    unstored: frozenset[str] = frozenset()
 
     @property
     def rows_per_sample(self) -> int:
@@ -99,7 +101,7 @@ class Workload:
         return {name: len(self.splits[name]) for name in ("train", "val") if name in self.splits}
 
     def batch_norms(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """Return the names of the BatchNorms that normalise over the samples before them in train mode.
+        """Return the names of the BatchNorms that normalise over the samples before them in train mode, or, without statistics, in any.
 
         Args:
             start: first layer.
@@ -110,7 +112,9 @@ class Workload:
             name
             for layer in self.chain.layers[start:stop]
             for name, module in layer.module.named_modules()
-            if isinstance(module, kind) and layer.modes.of(True).get(name, True) and not is_of_head(name)
+            if isinstance(module, kind)
+            and (layer.modes.of(True).get(name, True) or module.running_mean is None)
+            and not is_of_head(name)
         ]
 
     @property
@@ -169,8 +173,9 @@ class Workload:
     def fixed_layers(self) -> int:
         """Number of first layers whose outputs are the same in every epoch, and are written once for all of them; 0 for none.
 
-        With `--unfreeze-at` these are the epochs before it. The layers are frozen, draw nothing at random, change no buffers, and see
-        samples that are not augmented or mixed. Outputs that are much larger than the samples are not kept: then it is fewer layers.
+        With `--unfreeze-at` these are the epochs before it. The layers are frozen, draw nothing at random, change no buffers, normalise
+        over no batch, and see samples that are not augmented or mixed. Outputs that are much larger than the samples are not kept: then
+        it is fewer layers.
         """
         config = self.config
         if self.early is not None:
@@ -182,7 +187,7 @@ class Workload:
         sizes = [sum(spec.sample_bytes for spec in specs) for specs in self.chain.boundaries]
         found = 0
         for number in range(len(self.learns)):
-            if self.learns[number] or not self.behaviour(number).is_fixed:
+            if self.learns[number] or not self.behaviour(number).is_fixed or self.batch_norms(number, number + 1):
                 break
             if sizes[number + 1] <= _MOST_GROWTH * sizes[0]:
                 found = number + 1
@@ -335,4 +340,4 @@ class Workload:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return prepared(self.source.build_but(given), self.config)
+            return prepared(self.source.build_but(given), self.config, unstored=self.unstored)

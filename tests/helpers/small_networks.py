@@ -236,3 +236,25 @@ class Floats(nn.Module):
         x = self.second(x).relu().float() * 64
         scores: Tensor = self.last(x) / 64
         return scores
+
+
+class Attending(nn.Module):
+    """Attends by a bias for each pair of tokens, which comes with each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(8, 24) for _ in range(3)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        for block in self.blocks:
+            queries, keys, values = block(x)[:, None].chunk(3, -1)
+            x = x + nn.functional.scaled_dot_product_attention(queries, keys, values, bias)[:, 0]
+        scores: Tensor = self.head(x.mean(1))
+        return scores
+
+
+def biased_tokens(num_samples: int = 29, length: int = 16) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Samples (length, 8) around a centre for each class, each with a bias (1, length, length)."""
+    x, y = vectors(num_samples, length * 8)
+    return (x.view(-1, length, 8), torch.randn(num_samples, 1, length, length, generator=torch.Generator().manual_seed(7))), y

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import lowmem_pnn
 from helpers.plainloops import assert_same_weights, built, loaded, make_optimizer
+from helpers.small_networks import Attending, biased_tokens
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.seeds import permutation_of
@@ -132,6 +133,12 @@ def test_a_model_may_take_one_tuple(tmp_path: Path) -> None:
     data = DATA["tuple of arrays"]
     result = fit(InOneTuple, data, tmp_path)
     assert_same_weights(loaded(InOneTuple, result.weights_file), train_plainly(InOneTuple, data, lambda model, x: model(x), None))
+
+
+def test_attention_with_a_bias_for_each_sample(tmp_path: Path) -> None:
+    data = biased_tokens()
+    result = fit(Attending, data, tmp_path)
+    assert_same_weights(loaded(Attending, result.weights_file), train_plainly(Attending, data, lambda model, x: model(*x), None))
 
 
 @pytest.mark.parametrize("build", [Answers, AnswersTuple, AnswersDataclass])

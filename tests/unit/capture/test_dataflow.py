@@ -15,6 +15,7 @@ from helpers.networks import (
     layer_names,
     vector,
 )
+from helpers.small_networks import Attending
 from lowmem_pnn.capture.capture import capture
 
 
@@ -130,3 +131,60 @@ def test_no_cut_across_too_many_tensors() -> None:
     chain = capture(FromFunction(forward, layers=nn.ModuleList([nn.Linear(2, 2) for _ in range(67)])), vector(2))
     assert max(map(len, chain.boundaries)) == 64
     assert len(chain.layers) == 64
+
+
+def test_no_cut_where_a_complex_tensor_is_alive() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(m.a(x))
+        return m.c(m.d(torch.fft.irfft(spectrum * m.b(x), 4)))
+
+    model = FromFunction(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3), c=nn.Linear(4, 2), d=nn.Linear(4, 4))
+    chain = capture(model, vector(4))
+    assert layer_names(chain) == ["a", "d", "c"]
+    assert_equal(chain, model, torch.randn(3, 4))
+
+
+def test_what_is_made_of_the_inputs_alone_takes_no_gradient() -> None:
+    chain = capture(Attending(), (vector(16, 8), vector(1, 16, 16)))
+    # The bias comes before the hidden state, as it was there first.
+    takes = [[spec.takes_gradient for spec in specs] for specs in chain.boundaries]
+    assert takes == [[False, False], [False, True], [False, True], [True], [True]]
+
+
+class Chooses(nn.Module):
+    """Learns something by values of its input, which no trace shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) if x.sum() > 0 else x + 1
+
+
+@pytest.mark.parametrize(("make", "takes"), [(nn.Softmax(-1), False), (nn.Linear(4, 4), True), (Chooses(), True)])
+def test_what_may_learn_by_values_takes_a_gradient(make: nn.Module, takes: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        made = m.make(x)
+        return m.c(m.b(m.a(x)) + made)
+
+    model = FromFunction(forward, make=make, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 2))
+    assert [spec.takes_gradient for spec in capture(model, vector(4)).boundaries[-3]] == [takes, True]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, x: m.b(m.a(x)) if x.shape[0] > 32 else m.b(m.a(x).relu()),
+        lambda m, x: m.b(m.a(x) + x[: min(x.size(0), 16)].mean(0)),
+        lambda m, x: m.b(m.a(x)) if m.training or len(x) != 64 else m.b(m.a(x).relu()),
+    ],
+    ids=["comparison", "least", "in eval mode"],
+)
+def test_decisions_by_the_number_of_samples_hold_for_those_that_occur(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    model = nn.Sequential(FromFunction(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), nn.Linear(4, 2))
+    x = torch.randn(64, 4)
+    chain = capture(model, vector(4), batches=(64,))
+    assert layer_names(chain) == ["0", "1"]
+    assert_equal(chain, model, x)
+    assert torch.equal(chain.eval()(x), model.eval()(x))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowmem_pnn.errors import CheckpointError, ConfigError, LowMemError
+from lowmem_pnn.pretrained.model_file import kept_in_fp32
 from lowmem_pnn.pretrained.open_weights import WeightFiles
 from lowmem_pnn.pretrained.state_dicts import GivenTensors, tensors_of
 from lowmem_pnn.zoo.models import find_model
@@ -223,3 +224,11 @@ def test_a_large_file_is_never_whole_in_memory(kind: str, tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", script, kind, str(tmp_path)], capture_output=True, text=True, check=True)
     # 24 tensors of 4.2 MB are 101 MB.
     assert int(done.stdout) < 16e6
+
+
+def test_which_weights_a_file_has_in_fp32(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    codes = {"b.weight": torch.ones(2, 3, dtype=torch.int8), "b.weight_scale": torch.ones(2)}
+    save_file({"a.weight": torch.ones(2, 3), "a.bias": torch.ones(2), **codes, "c.weight": torch.ones(2).bfloat16()}, file)
+    assert kept_in_fp32(file) == {"a"}
+    assert kept_in_fp32(tmp_path / "none") == set()

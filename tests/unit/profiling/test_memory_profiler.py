@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from helpers.neuroflux_layers import layers_with_heads
+from helpers.small_networks import Attending
 from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
@@ -384,3 +385,8 @@ def test_an_lstm_keeps_a_workspace_that_fake_tensors_do_not_show() -> None:
     assert cost.kept.at(16) > 1_500_000
     assert cost.emit_peak.at(16) > 1_500_000
     assert cost.backward_peak.at(16) > 12 * 16 * 512 * 4 + 2 * 4 * 512 * (16 + 128)
+
+
+def test_scores_of_attention_with_a_bias_that_learns_nothing_are_not_kept() -> None:
+    costs = profile(capture(Attending(), (flat(128, 8), flat(1, 128, 128))), optimizers=[SGD], device=CPU).layers
+    assert [cost.kept.per_sample < 128 * 128 * 4 for cost in costs] == [True] * 4

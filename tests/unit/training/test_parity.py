@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from helpers.exact_runs import KINDS
 from helpers.plainloops import built
-from helpers.small_networks import small_conv, small_gpt, small_mlp, tokens, vectors
+from helpers.small_networks import Attending, biased_tokens, small_conv, small_gpt, small_mlp, tokens, vectors
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
@@ -84,6 +84,10 @@ def test_nothing_is_changed(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(tensor.is_meta for layer in workload.chain.layers for tensor in layer.parameters().values())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bias_of_attention_asks_for_no_gradient(tmp_path: Path) -> None:
+    assert compare(workload_of(Attending, biased_tokens()), built(Attending), tmp_path, refuse_to_say) == "yes"
 
 
 class Words(nn.Module):

@@ -16,8 +16,8 @@ TABLE = torch.arange(70).reshape(10, 7) % 20, torch.arange(10) % 3
 TOKENS, NUMBERS = torch.int64, torch.float32
 
 
-def assembled(build: Any, data: Any) -> Workload:
-    config = configure(max_gpu_mem="100MB", model="python:net", data="python:table", device="cpu", method="exact")
+def assembled(build: Any, data: Any, **options: Any) -> Workload:
+    config = configure(max_gpu_mem="100MB", model="python:net", data="python:table", device="cpu", method="exact", **options)
     return make_workload(config, *python_inputs(build, data, data, data)(config), torch.device("cpu"))
 
 
@@ -129,3 +129,41 @@ def test_other_faults_of_a_model_are_not_taken_for_the_order_of_axes() -> None:
         assembled(
             lambda: nn.Sequential(nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(128, 3)), (torch.rand(10, 10, 10, 3), TABLE[1])
         )
+
+
+class FrozenNorm(nn.Sequential):
+    """Begins with a frozen layer, whose BatchNorm is in eval mode."""
+
+    def __init__(self, track: bool) -> None:
+        super().__init__(nn.Linear(7, 6), nn.BatchNorm1d(6, track_running_stats=track), nn.Linear(6, 3))
+        for module in list(self)[:2]:
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "FrozenNorm":
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_what_is_normalised_over_a_batch_is_not_written_once_for_all_epochs(track: bool) -> None:
+    workload = assembled(lambda: FrozenNorm(track), (torch.rand(10, 7), TABLE[1]), epochs=2)
+    assert workload.fixed_layers == track  # without statistics it normalises over the batch in eval mode too
+    assert workload.batch_norms() == ([] if track else ["1"])
+
+
+class ByBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(7, 7), nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.a(x)
+        return self.b(hidden.relu() if len(x) > 12 else hidden)
+
+
+@pytest.mark.parametrize(("batch", "names"), [(10, ["0.a", "0.b", "2"]), (16, ["0", "1"])])
+def test_a_model_is_looked_at_with_as_many_samples_as_a_batch_has(batch: int, names: list[str]) -> None:
+    data = torch.rand(36, 7), torch.arange(36) % 3
+    chain = assembled(lambda: nn.Sequential(ByBatch(), nn.Linear(7, 3)), data, batch_size=batch).chain
+    assert [layer.name for layer in chain.layers] == names
