@@ -4,15 +4,12 @@ What the forward does is compared with what its trace does; what it leaves behin
 state has to be kept. Nothing is allocated, but for small tensors that depend on sizes and constants alone.
 """
 
-import pickle
-import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -31,6 +28,7 @@ from lowmem_pnn.model.python_state import (
     is_kept,
     is_read,
 )
+from lowmem_pnn.seeds import python_generators
 
 
 @dataclass
@@ -83,7 +81,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
 
     def forward(fakes: Fakes, log: OperationLog) -> None:
         root, samples = fakes.root, fakes.samples
-        before, generators, hooks = Snapshot(root), _python_generators(), num_hooks(root)
+        before, generators, hooks = Snapshot(root), python_generators(), num_hooks(root)
         own = _tensors_of(root)
         versions = {name: tensor._version for name, tensor in own.items()}
         storages = {name: tensor.untyped_storage()._cdata for name, tensor in own.items()}
@@ -100,7 +98,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
         result.asking = _asking(fakes, log)
         chosen = next((tensors[output.names.index(name)] for name in setting.learns_from if name in output.names), None)
         result.reached = _reached(root, tensors if chosen is None else (chosen,))
-        if _python_generators() != generators:
+        if python_generators() != generators:
             raise CaptureError(
                 f"forward of model {title} draws from Python's or numpy's random generator, whose state is not kept with a run; draw with "
                 "torch, as by torch.rand(())"
@@ -236,7 +234,3 @@ def _deepest_module(root: nn.Module, error: BaseException) -> str:
 
 def _title(model: nn.Module, name: str) -> str:
     return f"module {name!r} of {type(model).__name__}" if name else f"model {type(model).__name__}"
-
-
-def _python_generators() -> tuple[Any, ...]:
-    return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))

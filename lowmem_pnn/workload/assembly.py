@@ -28,6 +28,7 @@ from lowmem_pnn.pretrained.matching import PretrainedWeights, match
 from lowmem_pnn.pretrained.transformers_weights import TransformersWeights
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache, profile
+from lowmem_pnn.seeds import seeded
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.splits import Split
@@ -79,12 +80,14 @@ def make_workload(
     """
     opened = dataset, splits  # as they are, before the model tells what of integers are numbers
     try:
-        model = skeleton(source.build)
+        built = skeleton(source.build, seed=config.seed)
     except Exception as error:
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
-    early, model = prepared(model, config, early=True), prepared(model, config)
+    # What is drawn is thrown away below.
+    with seeded(config.seed):
+        early, model = prepared(built, config, early=True), prepared(built, config)
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     config = _of_max_steps(config, len(splits["train"]))
