@@ -127,7 +127,7 @@ def make_workload(
         check_monitor(config, task, outputs)
     if config.eval_every is not None:
         check_eval_every(config, dataset, splits)
-    pretrained = _pretrained(source, chain)
+    pretrained = _pretrained(source, chain, built)
     if config.lora is not None and pretrained is not None and (heads := new_modules(pretrained.new_names, chain)):
         # A head with random values has to learn, beside adapters too.
         if config.modules_to_save is None:
@@ -158,13 +158,13 @@ def make_workload(
     return workload
 
 
-def _pretrained(source: ModelSource, chain: Chain) -> PretrainedWeights | None:
-    """Match the weights that training begins with."""
+def _pretrained(source: ModelSource, chain: Chain, built: nn.Module) -> PretrainedWeights | None:
+    """Match the weights that training begins with, by the names that the model's own loader knows."""
     weights, beside = source.weights, adapter_tensor_names(chain.modules())
     if weights is None:
         return None
     if not isinstance(weights, TransformersWeights):
-        return match(weights, chain, source.spec, beside)
+        return match(weights, chain, source.spec, beside, loader=built)
     return match(weights, chain, source.spec, beside, weights.may_be_new, head_may_be_new=weights.head_may_be_new)
 
 
