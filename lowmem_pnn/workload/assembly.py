@@ -85,9 +85,10 @@ def make_workload(
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
-    # What is drawn is thrown away below.
+    # What is drawn, or converted, is thrown away below.
     with seeded(config.seed):
-        early, model = prepared(built, config, early=True), prepared(built, config)
+        model = prepared(built, config, with_values=False)
+        early = prepared(built, config, early=True, with_values=False) if config.unfreeze_at is not None else None
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     config = _of_max_steps(config, len(splits["train"]))
@@ -138,7 +139,7 @@ def make_workload(
             "the option out"
         )
     workload = _by_method(Workload(config, source, dataset, splits, make_method(config), task, chain, chain, pretrained))
-    if config.unfreeze_at is not None:
+    if early is not None:
         if state := chain.python_state:
             raise ConfigError(
                 f"--unfreeze-at: a forward changes {next(iter(state))!r}, which two ways of training would each have; leave it out"
