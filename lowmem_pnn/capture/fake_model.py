@@ -5,7 +5,7 @@ state has to be kept. Nothing is allocated, but for small tensors that depend on
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +48,8 @@ class ModelRun:
         returned: shapes, with the batch, and types of the tensors that it returns.
         asking: modules that do something by values of tensors (`UnknownValues.asking`).
         reached: parameters that a backward from what training learns from gives a gradient to.
+        aliased: attributes by which the forward reads parameters or buffers beside their own names, as from a list, each with the name of
+            one, and whether it is that very tensor, or another one over its memory.
     """
 
     setting: Setting
@@ -62,6 +64,7 @@ class ModelRun:
     returned: Sequence[tuple[torch.Size, torch.dtype]] = ()
     asking: set[str] = field(default_factory=set)
     reached: set[str] = field(default_factory=set)
+    aliased: dict[Attribute, tuple[str, bool]] = field(default_factory=dict)
 
 
 def run_model(model: nn.Module, setting: Setting) -> ModelRun:
@@ -119,11 +122,14 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
             or tensor.untyped_storage()._cdata != storages[name]
         }
         result.written = {name for name in result.changed if isinstance(own[name], nn.Parameter)}
-        changed = before.changed(root)
-        if not changed:
+        changed, aliases = before.changed(root), _aliases(model, result.changed)
+        if not changed and not aliases:
             return
         now = attributes_of(root)
         log.entries, entries = [], log.entries
+        result.aliased = {
+            key: alias for key, alias in aliases.items() if is_read(root, key, lambda: setting.form.call(root, samples))
+        }
         after_one = Snapshot(root)
         setting.form.call(root, samples)
         changed_again = {*after_one.changed(root)}
@@ -160,6 +166,27 @@ def _asking(fakes: "Fakes", log: OperationLog) -> set[str]:
 
 def _tensors_of(root: nn.Module) -> dict[str, Tensor]:
     return {**dict(root.named_parameters(remove_duplicate=False)), **dict(root.named_buffers(remove_duplicate=False))}
+
+
+def _aliases(model: nn.Module, changed: Collection[str]) -> dict[Attribute, tuple[str, bool]]:
+    """Return the Python attributes that are, or hold, parameters and buffers, or tensors over their memory; see `ModelRun.aliased`.
+
+    Buffers that are there, and that no forward changes, are the same wherever they are read from.
+    """
+    own = _tensors_of(model)
+    names = {
+        tensor.untyped_storage()._cdata: name
+        for name, tensor in own.items()
+        if tensor.numel() and (isinstance(tensor, nn.Parameter) or tensor.is_meta or name in changed)
+    }
+    held = [(key, tensor) for key, value in attributes_of(model).items() for tensor in tensors_in(value)]
+    found: dict[Attribute, tuple[str, bool]] = {}
+    for key, tensor in held:
+        has_storage = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+        if has_storage and (name := names.get(tensor.untyped_storage()._cdata)) is not None:
+            first, is_itself = found.get(key, (name, True))
+            found[key] = first, is_itself and any(tensor is one for one in own.values())
+    return found
 
 
 def _is_cache_of_weights(
