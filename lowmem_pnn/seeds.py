@@ -1,9 +1,18 @@
 """Seeds: every random choice of a run is a function of the run's seed and of a key, so that no random state needs saving."""
 
 import hashlib
+import pickle
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+# numpy's global generator takes seeds of 32 bits.
+_NUMPY_SEEDS = 2**32
 
 
 def seed_of(*key: int | str) -> int:
@@ -41,3 +50,48 @@ def permutation_of(size: int, *key: int | str) -> npt.NDArray[np.int64]:
     """
     words = np.random.Philox(key=seed_of(*key)).random_raw(size)
     return np.argsort(words, kind="stable")
+
+
+@contextmanager
+def preserve_random_state() -> Iterator[None]:
+    """Restore the states of the CPU random generators of torch, Python and numpy at the end of the context."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global random generators of torch, Python and numpy in a context, at whose end those of the CPU are as before.
+
+    What a constructor draws in it is the same in every process, and of torch's generator the same as after `torch.manual_seed(seed)`.
+
+    Args:
+        seed: the seed, which numpy takes modulo 2**32.
+
+    Example:
+        >>> with seeded(3):
+        ...     first = torch.rand(()), random.random(), np.random.rand()
+        >>> with seeded(3):
+        ...     print(first == (torch.rand(()), random.random(), np.random.rand()))
+        True
+    """
+    with preserve_random_state():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % _NUMPY_SEEDS)
+        yield
+
+
+def python_generators() -> tuple[Any, ...]:
+    """Return the states of the global generators of Python and numpy, to be compared."""
+    return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
+
+
+def random_generators() -> tuple[Any, ...]:
+    """Return the states of the global CPU generators of torch, Python and numpy, to be compared."""
+    return torch.get_rng_state().numpy().tobytes(), *python_generators()

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from lowmem_pnn.config.adapter_options import ALL_LINEAR, LoraOptions
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.pretrained.freezing import names_by_tensor
 from lowmem_pnn.quantization.stored_weights import is_conv1d
 
 ADAPTER_NAMES = ("lora_A", "lora_B")
@@ -104,12 +105,9 @@ def frozen_base(model: nn.Module, whole: Sequence[str]) -> set[str]:
     Raises:
         ConfigError: a parameter of such a module is tied to one of another module.
     """
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
     kept = whole_modules(model, whole)
     base: set[str] = set()
-    for names in groups.values():
+    for names in names_by_tensor(model).values():
         inside = [name for name in names if any(name.startswith(f"{one}.") for one in kept)]
         if not inside:
             base.update(names)
@@ -202,7 +200,8 @@ def _fault(model: nn.Module, name: str) -> str | None:
         return "whose weight its nn.MultiheadAttention reads without running it"
     if "forward" in vars(module):
         return "whose forward was replaced on the module"
-    weight = module.get_parameter("weight")
+    if (weight := module._parameters.get("weight")) is None:
+        return "whose weight is made of others (by a parametrization, a norm or pruning)"
     tied = [other for other, one in model.named_parameters(remove_duplicate=False) if one is weight and other != f"{name}.weight"]
     if tied:
         return f"whose weight is one tensor with {tied[0]!r}, which an adapter would part when it is merged"

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from lowmem_pnn.adapters.lora import ADAPTER_NAMES, Adapter, add_adapters, frozen_base, output_layer, target_names
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from lowmem_pnn.config.fit_config import FitConfig
 
 
-def prepared(model: nn.Module, config: "FitConfig", *, early: bool = False, unstored: Collection[str] = ()) -> nn.Module:
+def prepared(
+    model: nn.Module, config: "FitConfig", *, early: bool = False, unstored: Collection[str] = (), with_values: bool = True
+) -> nn.Module:
     """Return the model that is trained: a copy of the user's over the same tensors, or the user's own where nothing is asked for.
 
     Args:
@@ -24,6 +27,7 @@ def prepared(model: nn.Module, config: "FitConfig", *, early: bool = False, unst
         config: options of the run.
         early: for the epochs before something is unfrozen, where there are such.
         unstored: names of modules whose weights are kept as they are, since the forward reads them by itself (`StoredReadError`).
+        with_values: convert values too; else what is converted is on the meta device.
 
     Raises:
         ConfigError: the options do not fit the model.
@@ -39,9 +43,9 @@ def prepared(model: nn.Module, config: "FitConfig", *, early: bool = False, unst
         return result
     result = copy_structure(result)
     if config.frozen_form != "fp32":
-        _store(result, config, unstored, learns=False)
+        _store(result, config, unstored, learns=False, with_values=with_values)
     if config.weights_dtype != "fp32":
-        _store(result, config, unstored, learns=True)
+        _store(result, config, unstored, learns=True, with_values=with_values)
     if config.lora is not None:
         add_adapters(result, targets, config.lora)
     _refuse_fast_paths(result)
@@ -77,7 +81,7 @@ def new_modules(names: Sequence[str], chain: Chain) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names if name in frozen and "." in name))
 
 
-def _store(model: nn.Module, config: "FitConfig", unstored: Collection[str], *, learns: bool) -> None:
+def _store(model: nn.Module, config: "FitConfig", unstored: Collection[str], *, learns: bool, with_values: bool) -> None:
     """Have the modules of a model keep their frozen weights, or those that learn, in the form that is asked for."""
     users: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -101,7 +105,8 @@ def _store(model: nn.Module, config: "FitConfig", unstored: Collection[str], *, 
         name = "bf16" if learns or at_the_ends else config.frozen_form
         form = StoredForm(name, tuple(weight.shape), weight.dtype)
         if id(weight) not in parts:
-            parts[id(weight)] = {end: nn.Parameter(tensor, learns) for end, tensor in form.encode(weight).items()}
+            values = weight.detach() if with_values else torch.empty_like(weight, device="meta")
+            parts[id(weight)] = {end: nn.Parameter(tensor, learns) for end, tensor in form.encode(values).items()}
         store(module, form, parts[id(weight)])
         count += 1
     read = f"the forward reads the weight of {min(unstored)!r} without calling it" if unstored else None

@@ -119,6 +119,7 @@ def _capture(model: nn.Module, setting: Setting, batches: Sequence[int]) -> Chai
         for name, tensor in names.items()
         if tensor.requires_grad and name not in idle and (found := ParameterHooks.of(tensor))
     }
+    aliased = {key: alias for run in looked_at for key, alias in run.aliased.items()}
     written = frozenset[str]().union(*(run.written for run in looked_at))
     averages = [name for name in written if name in idle or not names[name].requires_grad]
     free = unchanged_buffers(model, looked_at)
@@ -157,6 +158,7 @@ def _capture(model: nn.Module, setting: Setting, batches: Sequence[int]) -> Chai
         for name, tensor in names.items():
             groups.setdefault(id(tensor), []).append(name)
         _say_what_is_whole(model, layers, flow.stopped)
+        _refuse_aliases(model, layers, aliased)
         return Chain(
             layers=tuple(layers),
             boundaries=tuple(map(tuple, flow.boundaries(cuts))),
@@ -207,6 +209,23 @@ def _with_conditions(model: nn.Module, setting: Setting, asking: Collection[str]
         if error.__cause__ is None:
             raise  # it leaves what cannot be kept
         return []
+
+
+def _refuse_aliases(model: nn.Module, layers: Iterable[Layer], aliased: Mapping[Attribute, tuple[str, bool]]) -> None:
+    """Refuse forwards that read a tensor from elsewhere than where it is exchanged; a trace finds that very tensor under its name."""
+    own_code = {
+        name
+        for layer in layers
+        for name, module in layer.module.named_modules()
+        if type(module) is not nn.Module and not isinstance(module, fx.GraphModule)
+    }
+    for (name, attribute), (tensor, is_itself) in aliased.items():
+        if name in own_code or not is_itself:
+            where = f"module {name!r} of {type(model).__name__}" if name else f"model {type(model).__name__}"
+            raise CaptureError(
+                f"forward of {where} reads {tensor!r} from its attribute {attribute!r}, where it would stay what it is when training puts "
+                f"another tensor in its place; read it by its own name, or from an nn.ParameterList"
+            )
 
 
 def _say_what_is_whole(model: nn.Module, layers: Iterable[Layer], stopped: Mapping[str, str]) -> None:

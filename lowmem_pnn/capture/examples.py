@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
 from lowmem_pnn.capture.setting import Setting
-from lowmem_pnn.model.copies import preserve_random_state
+from lowmem_pnn.seeds import preserve_random_state
 
 # What a tensor says of autograd depends on where the model is cut.
 _OF_AUTOGRAD = frozenset({"requires_grad", "grad", "grad_fn", "is_leaf", "_version"})

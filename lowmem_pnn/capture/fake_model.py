@@ -4,15 +4,12 @@ What the forward does is compared with what its trace does; what it leaves behin
 state has to be kept. Nothing is allocated, but for small tensors that depend on sizes and constants alone.
 """
 
-import pickle
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -32,6 +29,7 @@ from lowmem_pnn.model.python_state import (
     is_kept,
     is_read,
 )
+from lowmem_pnn.seeds import python_generators
 
 
 @dataclass
@@ -51,6 +49,8 @@ class ModelRun:
         returned: shapes, with the batch, and types of the tensors that it returns.
         asking: modules that do something by values of tensors (`UnknownValues.asking`).
         reached: parameters that a backward from what training learns from gives a gradient to.
+        aliased: attributes by which the forward reads parameters or buffers beside their own names, as from a list, each with the name of
+            one, and whether it is that very tensor, or another one over its memory.
     """
 
     setting: Setting
@@ -65,6 +65,7 @@ class ModelRun:
     returned: Sequence[tuple[torch.Size, torch.dtype]] = ()
     asking: set[str] = field(default_factory=set)
     reached: set[str] = field(default_factory=set)
+    aliased: dict[Attribute, tuple[str, bool]] = field(default_factory=dict)
 
 
 def run_model(model: nn.Module, setting: Setting) -> ModelRun:
@@ -85,7 +86,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
 
     def forward(fakes: Fakes, log: OperationLog) -> None:
         root, samples = fakes.root, fakes.samples
-        before, generators, hooks, reads = Snapshot(root), _python_generators(), num_hooks(root), StoredReads(root)
+        before, generators, hooks, reads = Snapshot(root), python_generators(), num_hooks(root), StoredReads(root)
         own = _tensors_of(root)
         versions = {name: tensor._version for name, tensor in own.items()}
         storages = {name: tensor.untyped_storage()._cdata for name, tensor in own.items()}
@@ -104,7 +105,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
         result.asking = _asking(fakes, log)
         chosen = next((tensors[output.names.index(name)] for name in setting.learns_from if name in output.names), None)
         result.reached = _reached(root, tensors if chosen is None else (chosen,))
-        if _python_generators() != generators:
+        if python_generators() != generators:
             raise CaptureError(
                 f"forward of model {title} draws from Python's or numpy's random generator, whose state is not kept with a run; draw with "
                 "torch, as by torch.rand(())"
@@ -125,11 +126,14 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
             or tensor.untyped_storage()._cdata != storages[name]
         }
         result.written = {name for name in result.changed if isinstance(own[name], nn.Parameter)}
-        changed = before.changed(root)
-        if not changed:
+        changed, aliases = before.changed(root), _aliases(model, result.changed)
+        if not changed and not aliases:
             return
         now = attributes_of(root)
         log.entries, entries = [], log.entries
+        result.aliased = {
+            key: alias for key, alias in aliases.items() if is_read(root, key, lambda: setting.form.call(root, samples))
+        }
         after_one = Snapshot(root)
         setting.form.call(root, samples)
         changed_again = {*after_one.changed(root)}
@@ -166,6 +170,27 @@ def _asking(fakes: "Fakes", log: OperationLog) -> set[str]:
 
 def _tensors_of(root: nn.Module) -> dict[str, Tensor]:
     return {**dict(root.named_parameters(remove_duplicate=False)), **dict(root.named_buffers(remove_duplicate=False))}
+
+
+def _aliases(model: nn.Module, changed: Collection[str]) -> dict[Attribute, tuple[str, bool]]:
+    """Return the Python attributes that are, or hold, parameters and buffers, or tensors over their memory; see `ModelRun.aliased`.
+
+    Buffers that are there, and that no forward changes, are the same wherever they are read from.
+    """
+    own = _tensors_of(model)
+    names = {
+        tensor.untyped_storage()._cdata: name
+        for name, tensor in own.items()
+        if tensor.numel() and (isinstance(tensor, nn.Parameter) or tensor.is_meta or name in changed)
+    }
+    held = [(key, tensor) for key, value in attributes_of(model).items() for tensor in tensors_in(value)]
+    found: dict[Attribute, tuple[str, bool]] = {}
+    for key, tensor in held:
+        has_storage = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+        if has_storage and (name := names.get(tensor.untyped_storage()._cdata)) is not None:
+            first, is_itself = found.get(key, (name, True))
+            found[key] = first, is_itself and any(tensor is one for one in own.values())
+    return found
 
 
 def _is_cache_of_weights(
@@ -240,7 +265,3 @@ def _deepest_module(root: nn.Module, error: BaseException) -> str:
 
 def _title(model: nn.Module, name: str) -> str:
     return f"module {name!r} of {type(model).__name__}" if name else f"model {type(model).__name__}"
-
-
-def _python_generators() -> tuple[Any, ...]:
-    return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))

@@ -14,8 +14,9 @@ from lowmem_pnn.capture.dispatch_modes import KnownValues, OperationLog
 from lowmem_pnn.capture.equal_blocks import EqualBlocks
 from lowmem_pnn.capture.unknown_values import UnknownValues
 from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, TensorSpec
-from lowmem_pnn.model.copies import copy_structure, preserve_random_state, set_mode
+from lowmem_pnn.model.copies import copy_structure, set_mode
 from lowmem_pnn.model.precision import Precision
+from lowmem_pnn.seeds import preserve_random_state
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,11 @@
 block is a leaf: one call of a module that keeps its own code, and so its own dropout, stochastic depth and train or eval behaviour.
 """
 
-import pickle
-import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -22,7 +19,8 @@ from lowmem_pnn.capture.proxies import BatchError, Proxy, Shape, recorded_calls
 from lowmem_pnn.capture.setting import Setting
 from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.call_form import NOTHING, OutputForm, like
-from lowmem_pnn.model.copies import copy_structure, first_line, preserve_random_state, set_mode
+from lowmem_pnn.model.copies import copy_structure, first_line, set_mode
+from lowmem_pnn.seeds import preserve_random_state, random_generators
 
 
 class UntraceableError(Exception):
@@ -208,10 +206,6 @@ def trace(
             stopped |= dict.fromkeys(error.names | alike, error.reason)
 
 
-def _random_state() -> tuple[Any, ...]:
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
-
-
 def _autocast_state() -> tuple[bool, ...]:
     return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
@@ -314,14 +308,14 @@ class _Tracer(fx.Tracer):
 
     def _expand(self, name: str, run: Callable[[], Any]) -> Any:
         self._stack.append(name)
-        before = _random_state()
+        before = random_generators()
         try:
             result = run()
         except UntraceableError:
             raise
         except Exception as error:  # whatever a user's forward raises when it is given proxies for tensors
             raise UntraceableError({name}, f"its forward {_reason(error)}") from error
-        if _random_state() != before:
+        if random_generators() != before:
             raise UntraceableError({name}, "its forward draws random numbers that tracing would freeze")
         self._stack.pop()
         return result

@@ -16,6 +16,7 @@ from lowmem_pnn.model.python_state import write_state
 from lowmem_pnn.pretrained.model_file import kept_in_fp32, load_into
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.finished import FinishedRun, open_finished
+from lowmem_pnn.seeds import seeded
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.journal import DAMAGED
@@ -80,9 +81,10 @@ def load_run(path: Path, model: Model | None, *, trust: bool = False) -> nn.Modu
         else:
             check_trust(config, {}, path, trust=trust, again=False)
             source = named_inputs(config)[0]
-        built = model if isinstance(model, nn.Module) else _build(source, config)
-        if config.lora is not None or {config.frozen_form, config.weights_dtype} != {"fp32"}:
-            built = prepared(built, config, unstored=kept_in_fp32(path / "model.safetensors"))
+        with seeded(config.seed):
+            built = model if isinstance(model, nn.Module) else _build(source)
+            if config.lora is not None or {config.frozen_form, config.weights_dtype} != {"fp32"}:
+                built = prepared(built, config, unstored=kept_in_fp32(path / "model.safetensors"))
         load_into(built, path / "model.safetensors")
     modules = {name for name, _ in built.named_modules()}
     places = [(owner, attribute) for owner, _, attribute in (name.rpartition(".") for name in result.module_state)]
@@ -141,13 +143,11 @@ def _named(config: FitConfig, model: Model | None) -> dict[str, str]:
     return {} if model is None else {"model": config.model}
 
 
-def _build(source: ModelSource, config: FitConfig) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        try:
-            return source.build()
-        except (LowMemError, MemoryError):
-            raise
-        # Whatever a user's constructor raises is the user's to see, on one line, with the original as the cause.
-        except Exception as error:
-            raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
+def _build(source: ModelSource) -> nn.Module:
+    try:
+        return source.build()
+    except (LowMemError, MemoryError):
+        raise
+    # Whatever a user's constructor raises is the user's to see, on one line, with the original as the cause.
+    except Exception as error:
+        raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error

@@ -1,12 +1,9 @@
-"""Copies of a model's modules, and what a look at a model must leave as it was: random generators, and modes."""
+"""Copies of a model's modules: over the same tensors, over others, or without values."""
 
 import copy
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,18 +70,6 @@ def copy_on_meta(model: nn.Module) -> nn.Module:
         twin = torch.empty_like(tensor, device="meta")
         twins[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else twin
     return copy_structure(model, twins)
-
-
-@contextmanager
-def preserve_random_state() -> Iterator[None]:
-    """Restore the states of the CPU random generators of torch, Python and numpy at the end of the context."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
 
 
 def set_mode(model: nn.Module, training: bool) -> None:

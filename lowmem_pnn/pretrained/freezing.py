@@ -32,16 +32,14 @@ def with_frozen(model: nn.Module, options: FineTuningOptions, base: Collection[s
     if not options.freezes and not base:
         return model
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    aliases: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
+    aliases = names_by_tensor(model)
     frozen = {*base, *_frozen_by_patterns(aliases.values(), names, options)}
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     if options.freeze_norm:
         if not norms:
             raise ConfigError("--freeze-norm has no effect here: the model has no BatchNorms; leave it out")
         frozen |= {f"{name}.{own}" for name, module in norms.items() for own, _ in module.named_parameters(recurse=False)}
-    by_id = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in frozen}
+    by_id = {tensor for tensor, own in aliases.items() if not frozen.isdisjoint(own)}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in by_id]
     if not learning and not base:
         asked = " ".join(options.freezing_flags)
@@ -57,6 +55,14 @@ def with_frozen(model: nn.Module, options: FineTuningOptions, base: Collection[s
             module.__class__ = _kept_in_eval_mode(type(module))  # type: ignore[arg-type]
             module.training = False
     return copied
+
+
+def names_by_tensor(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names of each parameter, by its `id`: several where it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
 
 
 def suggestion(pattern: str, names: Sequence[str]) -> str:

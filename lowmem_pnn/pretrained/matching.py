@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import Chain
+from lowmem_pnn.pretrained.old_names import renamed
 from lowmem_pnn.quantization.stored_weights import StoredPart, stored_parts
 from lowmem_pnn.stores.header import TensorLayout, describe
 from lowmem_pnn.zoo.library_models import PretrainedValues
@@ -124,6 +125,7 @@ def match(
     may_be_new: Callable[[str], bool] = lambda name: False,
     *,
     head_may_be_new: bool = True,
+    loader: nn.Module | None = None,
 ) -> PretrainedWeights:
     """Match pretrained weights with a model.
 
@@ -137,6 +139,7 @@ def match(
         beside: names of tensors that the files are not expected to have: those of adapters.
         may_be_new: whether a tensor of a name may be missing in the files, wherever it is.
         head_may_be_new: whether a head is new where the files have another.
+        loader: the user's own model, asked where tensors are missing what it calls those that the files have; None where nobody is.
 
     Raises:
         ConfigError: tensors of the model are missing, or have another shape; or nothing matches. All faults are named, in one line.
@@ -158,6 +161,9 @@ def match(
     groups = {group[0]: group for group in chain.ties}
     # By the names under which tensors are stored: a tied one's may be of a module that no layer has.
     owned = {chain.owner_of(name): layout for name, layout in wanted.items()}
+    if loader is not None and not all(any(alias in bare for alias in groups.get(name, (name,))) for name in owned):
+        own_names = renamed(loader, {short: found[name] for short, name in bare.items()}, persistent)
+        bare = {own_names.get(short, short): name for short, name in bare.items()}
     for name, (dtype, shape) in owned.items():
         aliases = [alias for alias in groups.get(name, (name,)) if alias in bare]
         used.update(aliases)

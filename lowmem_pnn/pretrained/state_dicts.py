@@ -56,7 +56,7 @@ class GivenTensors:
 
 
 def tensors_of(found: Any, where: str) -> Mapping[str, Tensor]:
-    """Return the tensors of a `state_dict`, or of the one in a checkpoint (`state_dict`, `model`, `model_state_dict`).
+    """Return the tensors of a `state_dict`, or of the one in a checkpoint (`state_dict`, `model`, `model_state_dict`), which may have others.
 
     Args:
         found: what a file held, or somebody gave.
@@ -66,10 +66,10 @@ def tensors_of(found: Any, where: str) -> Mapping[str, Tensor]:
         ConfigError: it holds no tensors by name, or one that is not dense.
 
     Example:
-        >>> list(tensors_of({"epoch": 3, "state_dict": {"fc.bias": torch.zeros(2)}}, "x.pt"))
+        >>> list(tensors_of({"best": torch.ones(()), "state_dict": {"fc.bias": torch.zeros(2)}}, "x.pt"))
         ['fc.bias']
     """
-    candidates = [found, *(found.get(key) for key in _KEYS)] if isinstance(found, Mapping) else []
+    candidates = [*(found.get(key) for key in _KEYS), found] if isinstance(found, Mapping) else []
     for candidate in candidates:
         if isinstance(candidate, Mapping):
             tensors = {str(name): value for name, value in candidate.items() if isinstance(value, Tensor)}

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from lowmem_pnn.capture.dispatch_modes import tensors_in
 from lowmem_pnn.device import is_out_of_memory
-from lowmem_pnn.model.copies import preserve_random_state
 from lowmem_pnn.model.layer import Layer
-from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.seeds import preserve_random_state, seed_of
 from lowmem_pnn.training.observed import difference
 from lowmem_pnn.training.parity import layers_of
 from lowmem_pnn.workload import Workload

@@ -5,8 +5,9 @@
                      each layer forward once more, from the last one, and back   as in exact training
 
 Outputs, loss, gradients of all parameters, buffers, and Python state must be the same bits, in train mode, and outputs in eval mode.
-Weights are those that training begins with, in mapped files, so that neither side needs memory for them, and what is large of a backward
-goes to files too. What is changed on the way is a copy, or restored.
+Weights are the constructor's, also where training begins with pretrained ones; of models of transformers, whose constructors are not run for
+what files have, these. They are in mapped files, so that neither side needs memory for them, and what is large of a backward goes to files
+too. What is changed on the way is a copy, or restored.
 """
 
 import math
@@ -26,11 +27,11 @@ from lowmem_pnn.errors import CaptureError, LowMemError
 from lowmem_pnn.model.call_form import OutputForm, ask_for_gradients
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.checkpointing import checkpointing_left_out
-from lowmem_pnn.model.copies import copy_structure, preserve_random_state, set_mode
+from lowmem_pnn.model.copies import copy_structure, set_mode
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.python_state import Snapshot, read_state
-from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.seeds import preserve_random_state, seed_of
 from lowmem_pnn.training.observed import Observed, differences
 from lowmem_pnn.training.outer_state import OuterState
 from lowmem_pnn.workload import Workload
@@ -50,7 +51,7 @@ def compare(workload: Workload, model: nn.Module, folder: Path, say: Callable[[s
 
     Args:
         workload: model in layers, and data.
-        model: the model as its constructor gives it, with the values that training begins with; it stays as it is.
+        model: the model as its constructor gives it, with values; it stays as it is.
         folder: folder of the file for what is saved for backward.
         say: is told what differs by rounding, or cannot be compared.
 

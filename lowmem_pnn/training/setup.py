@@ -54,7 +54,7 @@ def open_workload(
         load_int8_levels()
     # What the model's constructor imports belongs to the floor. What is wrong with it is said below.
     with suppress(Exception):
-        skeleton(inputs.source.build)
+        skeleton(inputs.source.build, seed=config.seed)
     device = _device_of(config, rank) if gpu is None else _described(config, gpu)
     if display is not None and config.device == "auto" and device.kind == "cpu" and (why := _why_not_taken()):
         display.message(f"training on the CPU: {why}")

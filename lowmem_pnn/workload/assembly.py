@@ -29,6 +29,7 @@ from lowmem_pnn.pretrained.matching import PretrainedWeights, match
 from lowmem_pnn.pretrained.transformers_weights import TransformersWeights
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache, profile
+from lowmem_pnn.seeds import seeded
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.splits import Split
@@ -77,12 +78,17 @@ def make_workload(
     """
     opened = dataset, splits  # as they are, before the model tells what of integers are numbers
     try:
-        model = skeleton(source.build)
+        built = skeleton(source.build, seed=config.seed)
     except Exception as error:
         if isinstance(error, LowMemError) or is_out_of_memory(error):
             raise
         raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
-    early, model = prepared(model, config, early=True, unstored=unstored), prepared(model, config, unstored=unstored)
+    # What is drawn, or converted, is thrown away below.
+    with seeded(config.seed):
+        model = prepared(built, config, unstored=unstored, with_values=False)
+        early = None
+        if config.unfreeze_at is not None:
+            early = prepared(built, config, early=True, unstored=unstored, with_values=False)
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     config = _of_max_steps(config, len(splits["train"]))
@@ -124,7 +130,7 @@ def make_workload(
         check_monitor(config, task, outputs)
     if config.eval_every is not None:
         check_eval_every(config, dataset, splits)
-    pretrained = _pretrained(source, chain)
+    pretrained = _pretrained(source, chain, built)
     if config.lora is not None and pretrained is not None and (heads := new_modules(pretrained.new_names, chain)):
         # A head with random values has to learn, beside adapters too.
         if config.modules_to_save is None:
@@ -138,7 +144,7 @@ def make_workload(
         config, source, dataset, splits, make_method(config), task, chain, chain, pretrained, unstored=frozenset(unstored)
     )
     workload = _by_method(workload)
-    if config.unfreeze_at is not None:
+    if early is not None:
         if state := chain.python_state:
             raise ConfigError(
                 f"--unfreeze-at: a forward changes {next(iter(state))!r}, which two ways of training would each have; leave it out"
@@ -158,13 +164,13 @@ def make_workload(
     return workload
 
 
-def _pretrained(source: ModelSource, chain: Chain) -> PretrainedWeights | None:
-    """Match the weights that training begins with."""
+def _pretrained(source: ModelSource, chain: Chain, built: nn.Module) -> PretrainedWeights | None:
+    """Match the weights that training begins with, by the names that the model's own loader knows."""
     weights, beside = source.weights, adapter_tensor_names(chain.modules())
     if weights is None:
         return None
     if not isinstance(weights, TransformersWeights):
-        return match(weights, chain, source.spec, beside)
+        return match(weights, chain, source.spec, beside, loader=built)
     return match(weights, chain, source.spec, beside, weights.may_be_new, head_may_be_new=weights.head_may_be_new)
 
 

@@ -212,7 +212,8 @@ def without_weights(inputs: Inputs) -> Inputs:
 
 def _named_model(config: FitConfig, num_classes: int | None) -> ModelSource:
     """Find the model that the options name; how images are prepared for its pretrained weights is known where it has these."""
-    source = find_model(config.model, config.model_arg, num_classes, config.task)
+    weights = config.weights if config.has_weights else None
+    source = find_model(config.model, config.model_arg, num_classes, config.task, weights)
     return source if config.has_weights else dataclasses.replace(source, image_stats=None)
 
 

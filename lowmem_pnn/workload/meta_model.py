@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.capture.capture import capture
@@ -17,7 +16,7 @@ from lowmem_pnn.methods.thin_parts import CopiedLayer, GivenAs, make_thin_part
 from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.precision import Precision
-from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.seeds import seed_of, seeded
 from lowmem_pnn.workload.workload import Workload
 from lowmem_pnn.zoo.deferred_init import skeleton
 from lowmem_pnn.zoo.model_source import ModelSource
@@ -109,7 +108,7 @@ def _make(workload: Workload, spans: Spans) -> MetaModel:
 def _captured(workload: Workload, build: object, spec: TensorSpec, precision: Precision) -> Chain:
     """Cut a thin part, or all of them, into layers, without weights."""
     try:
-        chain = capture(skeleton(build), spec, precision)  # type: ignore[arg-type]
+        chain = capture(skeleton(build, seed=workload.config.seed), spec, precision)  # type: ignore[arg-type]
     except CaptureError as error:
         raise ConfigError(f"--method incubate: the meta model of {workload.source.spec} cannot be cut: {error}") from error
     chain.drop_values()
@@ -172,8 +171,7 @@ class _Builder:
         """Make the cheapest layer from a boundary inside a partition, of one tensor, to its end; None where there is none."""
         chain, stop = self._workload.chain, self._spans[number][1]
         (before,), (after,) = chain.boundaries[start], chain.boundaries[stop]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self._workload.config.seed, "thin", number))
+        with seeded(seed_of(self._workload.config.seed, "thin", number)):
             return make_thin_part(before, after, is_last=stop == len(chain.layers))
 
     def _copies(self, number: int) -> bool:

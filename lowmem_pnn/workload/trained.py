@@ -32,9 +32,9 @@ def trained_source(config: FitConfig, model: Model | None, num_classes: int | No
     Raises:
         ConfigError: the run was started from Python with a model of its own, and none was given; or there is no such model.
     """
-    if isinstance(model, str):
-        return find_model(model, config.model_arg if model == config.model else {}, num_classes, config.task)
-    if model is not None:
+    if isinstance(model, str) and model != config.model:
+        return find_model(model, {}, num_classes, config.task)
+    if model is not None and not isinstance(model, str):
         build = (lambda: model) if isinstance(model, nn.Module) else model
         return ModelSource(name=run_name(config), spec=config.model, build=build, input_form="any")
     if config.model.startswith("python:"):
@@ -42,7 +42,8 @@ def trained_source(config: FitConfig, model: Model | None, num_classes: int | No
             f"this run was started from Python with its own model ({config.model}), which no name leads to; give it again, from Python: "
             f"{call}, model=...)"
         )
-    return find_model(config.model, config.model_arg, num_classes, config.task)
+    weights = config.weights if config.has_weights else None
+    return find_model(config.model, config.model_arg, num_classes, config.task, weights)
 
 
 def trained_inputs(

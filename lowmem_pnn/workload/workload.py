@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 
 from lowmem_pnn.adapters.prepared_model import prepared
@@ -23,7 +22,7 @@ from lowmem_pnn.pretrained.freezing import check_patterns, matching
 from lowmem_pnn.pretrained.matching import PretrainedWeights
 from lowmem_pnn.samples.batch_mixer import BatchMixer
 from lowmem_pnn.samples.readers import Readers
-from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.seeds import seed_of, seeded
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.tasks import Task
@@ -327,17 +326,15 @@ class Workload:
 
     def head(self, number: int) -> nn.Module | None:
         """Return the auxiliary head of a layer, as drawn after `torch.manual_seed(seed_of(config.seed, "head", number))`."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.config.seed, "head", number))
+        with seeded(seed_of(self.config.seed, "head", number)):
             return self.method.head(self.chain, number, self.task.head_size or 0, self.dataset.targets.kind == "tokens")
 
     def build_model(self, seed: int, given: Collection[str] = ()) -> nn.Module:
-        """Build the model with the values that its constructor gives it after `torch.manual_seed(seed)`, prepared as the options say.
+        """Build the model with the values that its constructor gives it under `seeded(seed)`, prepared as the options say.
 
         Args:
             seed: seed of the values.
             given: names of tensors that get their values later, and may be zeros till then.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             return prepared(self.source.build_but(given), self.config, unstored=self.unstored)

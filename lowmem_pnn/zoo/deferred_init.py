@@ -9,7 +9,6 @@ import errno
 import math
 import mmap
 import os
-import random
 import shutil
 import tempfile
 import warnings
@@ -18,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.dispatch_mode import DispatchMode
 from lowmem_pnn.errors import DiskError
+from lowmem_pnn.seeds import seeded
 from lowmem_pnn.units import MEBIBYTE, format_bytes
 
 _aten = torch.ops.aten
@@ -80,16 +79,21 @@ def file_backed(folder: Path, at_least: int = MEBIBYTE) -> Iterator["FileBacked"
         yield files
 
 
-def skeleton(build: Callable[[], nn.Module], folder: Path | None = None) -> nn.Module:
-    """Build a model's structure: names, shapes, dtypes and ties of its tensors, but not their values.
+def skeleton(build: Callable[[], nn.Module], folder: Path | None = None, *, seed: int = 0) -> nn.Module:
+    """Build a model without the values of its parameters and buffers: these may be on the meta device.
 
-    The model is built on the meta device. If its constructor cannot run there (it reads values), or keeps a tensor that is
-    neither a parameter nor a buffer (whose value would be lost), the model is built with its values in mapped files instead. The
-    random states of torch, numpy and Python are afterwards the same as before.
+    All else is as the constructor gives it under `seeded(seed)`: names, shapes, dtypes and ties of tensors, Python attributes, and
+    tensors that are neither parameters nor buffers, with their values; what layers compute with is taken from here.
+
+    The model is built on the meta device, where values that are not needed are not drawn either. So it is built with its values in
+    mapped files instead, where each draw comes in its turn, if its constructor cannot run on the meta device (it reads values), keeps
+    a tensor there that is neither a parameter nor a buffer, or draws from torch's CPU generator all the same (`device="cpu"`).
+    The random states of torch, numpy and Python are afterwards the same as before.
 
     Args:
         build: Calls the constructor.
         folder: Folder of the mapped files; the system's folder for temporary files if None.
+        seed: Seed of what the constructor draws.
 
     Returns:
         The model, with tensors on the meta device or in mapped files.
@@ -101,10 +105,10 @@ def skeleton(build: Callable[[], nn.Module], folder: Path | None = None) -> nn.M
         >>> skeleton(lambda: nn.Linear(10**6, 10**6)).weight.device
         device(type='meta')
     """
-    with _random_state_kept():
+    with seeded(seed):
         model = _on_meta(build)
     if model is None:
-        with _random_state_kept(), file_backed(folder or Path(tempfile.gettempdir())):
+        with seeded(seed), file_backed(folder or Path(tempfile.gettempdir())):
             model = build()
     return model
 
@@ -119,10 +123,21 @@ def _on_meta(build: Callable[[], nn.Module]) -> nn.Module | None:
     # Any constructor may fail in any way on tensors without values; building in files then shows what is really wrong.
     except Exception:
         return None
+    if _has_drawn():
+        return None
     registered = list(model.parameters()) + list(model.buffers())
     if any(not tensor.is_meta for tensor in registered) or _has_plain_tensor(model, registered):
         return None
     return model
+
+
+def _has_drawn() -> bool:
+    """Decide whether anything came from torch's CPU generator since it was seeded, be it by the constructor itself.
+
+    Values on the meta device are not drawn, and so what comes from it all the same is not what would have come after them.
+    """
+    unused = torch.Generator().manual_seed(torch.initial_seed())
+    return not torch.equal(torch.get_rng_state(), unused.get_state())
 
 
 def _has_plain_tensor(model: nn.Module, registered: list[Tensor]) -> bool:
@@ -144,18 +159,6 @@ def _has_plain_tensor(model: nn.Module, registered: list[Tensor]) -> bool:
         elif hasattr(value, "__dict__") and not callable(value):
             pending.extend(vars(value).values())
     return False
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Restore the global random states of torch (CPU), numpy and Python."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 class FileBacked(DispatchMode):

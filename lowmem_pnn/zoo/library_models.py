@@ -145,6 +145,11 @@ def torchvision_weights(name: str) -> Path:
     return _from_url(weights.url, name)
 
 
+def torchvision_files(name: str) -> set[str]:
+    """Return the names of the files that torchvision has weights of a classifier in."""
+    return {member.url.rpartition("/")[2] for member in import_torchvision("models").get_model_weights(name)}
+
+
 def _torchvision_default(name: str) -> Any:
     """Return the member that torchvision means by `DEFAULT`; None for a model without weights."""
     return getattr(import_torchvision("models").get_model_weights(name), "DEFAULT", None)

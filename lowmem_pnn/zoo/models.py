@@ -21,6 +21,7 @@ from lowmem_pnn.zoo.library_models import (
     timm_builder,
     timm_image_stats,
     timm_weights,
+    torchvision_files,
     torchvision_image_stats,
     torchvision_weights,
 )
@@ -38,9 +39,13 @@ _FORMS = (
 _POPPED = frozenset({"dropout", "image_size", "input_size"})
 # GoogLeNet and Inception return a tuple with their auxiliary classifiers, and warn when init_weights is left to them.
 _AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
+# They bring ImageNet's normalisation back to the one of their own weights, which torchvision turns on where it loads these.
+_TRANSFORM = "transform_input"
 
 
-def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None, task: str = "auto") -> ModelSource:
+def find_model(
+    spec: str, arguments: Mapping[str, Any], num_classes: int | None, task: str = "auto", weights: str | None = None
+) -> ModelSource:
     """Find the model that a text names.
 
     Nothing large is built: a torchvision model with arguments is tried on the meta device.
@@ -53,6 +58,8 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None,
         num_classes: Number of classes of the data set: the default of `cifar-` and torchvision models, and the number of tokens
             of a gpt. None where the number is not known.
         task: What `--task` says, of which `hf:` models take their head.
+        weights: What `--weights` says, where training begins, or began, with pretrained weights: GoogLeNet and Inception treat their
+            inputs accordingly.
 
     Returns:
         The model's source.
@@ -82,7 +89,7 @@ def find_model(spec: str, arguments: Mapping[str, Any], num_classes: int | None,
         return _factory(spec, arguments, num_classes)
     if spec.endswith(".py"):
         raise ConfigError(f"model {spec!r} names a file but no function in it; write {spec}:FACTORY")
-    return _torchvision(spec, arguments, num_classes)
+    return _torchvision(spec, arguments, num_classes, weights)
 
 
 def _mlp(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
@@ -142,7 +149,7 @@ def _cifar(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> 
     return ModelSource(spec, spec, make_cifar(spec, shape), "image3" if shape.in_channels == 3 else "any")
 
 
-def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | None) -> ModelSource:
+def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | None, weights: str | None) -> ModelSource:
     """Return the source of one of torchvision's classifiers, with random weights."""
     models = import_torchvision("models")
     known = models.list_models(module=models)
@@ -163,6 +170,10 @@ def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | Non
     if num_classes is not None:
         settings.setdefault("num_classes", num_classes)
     settings["weights"] = None
+    notes: tuple[str, ...] = ()
+    if spec in _AUXILIARY and weights is not None and _TRANSFORM not in arguments:
+        settings[_TRANSFORM] = weights == "default" or Path(weights).name in torchvision_files(spec)
+        notes = (_transform_note(spec, is_on=settings[_TRANSFORM]),)
 
     build = _library_build(spec, partial(builder, **settings), arguments)
     return ModelSource(
@@ -172,6 +183,17 @@ def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | Non
         "image3",
         default_weights=partial(torchvision_weights, spec),
         image_stats=torchvision_image_stats(spec),
+        notes=notes,
+    )
+
+
+def _transform_note(spec: str, *, is_on: bool) -> str:
+    """Say whether a model brings its inputs into the form that torchvision's own weights were trained on."""
+    if is_on:
+        return f"{spec} has {_TRANSFORM}=True, as torchvision has it with its own weights: build it so to load the trained weights elsewhere"
+    return (
+        f"{spec} has {_TRANSFORM}=False, since these weights are not torchvision's own file; give --model-arg {_TRANSFORM}=true for weights "
+        "that were trained with it"
     )
 
 

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 import lowmem_pnn
 from helpers.commands import lowmem_pnn as command
 from helpers.commands import write_data
+from helpers.displays import StopsAt
 from helpers.simulated import train_on
 from lowmem_pnn.device import SimulatedDevice
-from lowmem_pnn.errors import BudgetError, ConfigError, DataError
+from lowmem_pnn.errors import BudgetError, ConfigError, DataError, Stopped
 from lowmem_pnn.inference import load as known_models
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -38,6 +39,39 @@ def build() -> nn.Module:
 
 def as_evaluated(scores: dict[str, Any]) -> dict[str, Any]:
     return {f"test_{name}": value for name, value in scores.items()}
+
+
+class Drawn(nn.Module):
+    """Keeps what its constructor draws, of torch and of numpy, beside its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.features, self.order = nn.Linear(8, 3), torch.randn(6, 8), np.random.permutation(8).tolist()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.last(torch.sin(x @ self.features)[:, self.order])
+        return scores
+
+
+def test_what_a_constructor_draws_is_the_same_in_a_resume_and_for_whoever_reads_the_run(tmp_path: Path) -> None:
+    def fit(state: int, folder: str, **options: Any) -> Any:
+        torch.manual_seed(state)
+        np.random.seed(state)
+        own = {**RUN, "compare": True, "commit_every": 0, "batch_size": 10}
+        return lowmem_pnn.fit(Drawn, (X, Y), test=(X, Y), workdir=tmp_path / folder, **own, **options)
+
+    expected = fit(1, "whole")
+    with pytest.raises(Stopped):
+        fit(2, "run", display=StopsAt(4))
+    result = fit(3, "run", resume=True)
+    assert result.resumed == 1
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    model = lowmem_pnn.load(result)
+    assert torch.equal(model.last.weight, lowmem_pnn.load(expected).last.weight)
+    assert as_evaluated(result.scores["test"]) == lowmem_pnn.evaluate(result, (X, Y)) == as_evaluated(expected.scores["test"])
+    with torch.no_grad():
+        assert F.cross_entropy(model(X), Y) == pytest.approx(result.test_loss, abs=1e-6)
+    assert (torch.get_rng_state().equal(before[0]), np.random.get_state()[1].tolist()) == (True, before[1])
 
 
 def test_model_and_data_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

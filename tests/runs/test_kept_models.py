@@ -300,6 +300,17 @@ class TwoInputs(nn.Module):
         return scores
 
 
+class Features(nn.Module):
+    """Random features, which its constructor draws and keeps beside its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frequencies = torch.randn(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x @ self.frequencies)
+
+
 class Dropped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -379,6 +390,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Data]] = {
     "two inputs": (TwoInputs, vectors()),
     "stochastic depth": (lambda: nn.Sequential(Dropped(), Dropped(), nn.Linear(12, 4)), vectors()),
     "forms between blocks": (passing, vectors()),
+    "random features": (
+        lambda: nn.Sequential(nn.Linear(12, 12), Features(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4)), vectors(),
+    ),
 }  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """Adapters: which modules get one, what they begin with and compute, held against peft, and what is refused."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lowmem_pnn.adapters.lora import target_names
 from lowmem_pnn.adapters.prepared_model import prepared
@@ -121,6 +123,31 @@ def test_a_tied_weight_has_no_adapter_and_does_not_learn_in_one_place_alone() ->
         ConfigError, match=r"^--modules-to-save: '1.weight' is one tensor with '0.weight', which is frozen; leave"
     ):
         prepared(model, config(lora="targets=2", modules_to_save="1"))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda module: prune.random_unstructured(module, "weight", 0.5),
+    ],
+)
+def test_a_weight_that_is_made_of_others_has_no_adapter(change: Callable[[nn.Module], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    change(model[0])
+    for options in ({"lora": "r=2"}, {"lora": "targets=1"}, {"lora": "targets=1", "frozen_dtype": "bf16"}):
+        ours = prepared(model, config(**options))
+        learning = [name for name, one in ours.named_parameters() if one.requires_grad]
+        assert learning == ["1.lora_A", "1.lora_B"]
+    with pytest.raises(
+        ConfigError,
+        match=r"^--lora targets '0' is module '0', whose weight is made of others \(by a parametrization, .*\); leave it out$",
+    ):
+        prepared(model, config(lora="targets=0"))
 
 
 def test_the_users_model_stays_as_it_is() -> None:

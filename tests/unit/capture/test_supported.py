@@ -95,6 +95,32 @@ class CountsInATensor(nn.Linear):
         return super().forward(x) * self.calls
 
 
+class ReadsAList(nn.Module):
+    """Reads its weights from a list beside them, or keeps that without reading it; it goes by values, and so stays whole."""
+
+    def __init__(self, *, reads: bool, opened: bool = False) -> None:
+        super().__init__()
+        self.weights: Any = []
+        for number in range(2):
+            self.register_parameter(f"weight{number}", nn.Parameter(torch.randn(4, 4)))
+            self.weights.append(self.get_parameter(f"weight{number}"))
+        self.reads, self.opened = reads, opened
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights if self.reads else (self.weight0, self.weight1):
+            x = x @ weight
+        return x if self.opened or (x < 100).all() else -x
+
+
+class ReadsAView(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.rows = self.weight.data[:2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.rows.sum()
+
+
 def replace_train(model: nn.Sequential) -> None:
     own = model[0].train
     model[0].train = lambda mode=True: own(False)
@@ -193,6 +219,19 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Embedding(4, 4, sparse=True)),
         "module '0' of Sequential has sparse gradients (Embedding(sparse=True)), which no optimizer here takes",
     ),
+    "weights in a list": (
+        lambda: nn.Sequential(nn.Linear(4, 4), ReadsAList(reads=True), nn.Linear(4, 2)),
+        "forward of module '1' of Sequential reads '1.weight0' from its attribute 'weights', where it would stay what it is when training "
+        "puts another tensor in its place; read it by its own name, or from an nn.ParameterList",
+    ),
+    "weights in a list of the model": (
+        lambda: ReadsAList(reads=True),
+        "forward of model ReadsAList reads 'weight0' from its attribute",
+    ),
+    "view of a weight": (
+        lambda: nn.Sequential(ReadsAView(), nn.Linear(4, 2)),
+        "forward of module '0' of Sequential reads '0.weight' from its attribute 'rows', where it would stay what it is",
+    ),
     "whole numbers": (
         lambda: FromFunction(lambda m, x: m.a(x).argmax(1, keepdim=True), a=nn.Linear(4, 4)),
         "model FromFunction returns a tensor of type int64, from which no gradient comes",
@@ -265,6 +304,15 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     ),
     "call of the model": (lambda: TriplesItsCall(nn.Linear(4, 4), nn.Linear(4, 2)), ["0", "1"]),
     "call of a container": (lambda: nn.Sequential(TriplesItsCall(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)), ["0.0", "1"]),
+    "weights in a list that nobody reads": (
+        lambda: nn.Sequential(nn.Linear(4, 4), ReadsAList(reads=False), nn.Linear(4, 2)),
+        ["0", "1", "2"],
+    ),
+    "weights in a list of what is traced": (lambda: ReadsAList(reads=True, opened=True), ["weight0", "weight1"]),
+    "weights of an LSTM": (
+        lambda: FromFunction(lambda m, x: m.b(m.a(x[:, None])[0][:, 0]), a=nn.LSTM(4, 4, batch_first=True), b=nn.Linear(4, 2)),
+        ["a", "b"],
+    ),
     "tensors that nobody reads": (lambda: nn.Sequential(nn.Linear(4, 4), Keeps(), nn.Linear(4, 2)), ["0", "1", "2"]),
 }
 

@@ -54,7 +54,8 @@ def written(kind: str, folder: Path) -> Path:
     elif kind == "legacy":
         torch.save(state(), path, _use_new_zipfile_serialization=False)
     elif kind == "checkpoint":
-        torch.save({"epoch": 3, "optimizer": {"lr": 0.1}, "state_dict": state()}, path)
+        # As PyTorch's ImageNet example has it.
+        torch.save({"epoch": 3, "best_acc1": torch.tensor(71.0), "state_dict": state(), "optimizer": {"lr": 0.1}}, path)
     elif kind == "module's":
         linear = nn.Linear(4, 3)
         linear.load_state_dict({"weight": state()["0.weight"], "bias": state()["0.bias"]})

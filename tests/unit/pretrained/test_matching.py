@@ -1,17 +1,20 @@
 """Which tensors of a file a model takes: heads for other classes, prefixes, types, and every fault in one line."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import DenseNet, VisionTransformer
 
 from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.pretrained.matching import PretrainedWeights, describe_weights, match
+from lowmem_pnn.pretrained.old_names import renamed
 from lowmem_pnn.pretrained.state_dicts import GivenTensors
 
 
@@ -139,6 +142,54 @@ def test_long_lists_are_shortened() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
     with pytest.raises(ConfigError, match=r"missing in the file: 1.weight, 1.bias, 2.weight, 2.bias and 4 more; give"):
         matched({"0.weight": torch.zeros(4, 4), "0.bias": torch.zeros(4)}, model)
+
+
+def small_vit() -> nn.Module:
+    return VisionTransformer(32, 16, 1, 2, 8, 12, num_classes=3)
+
+
+def small_densenet() -> nn.Module:
+    return DenseNet(4, (1, 1), 8, num_classes=3)
+
+
+@pytest.mark.parametrize(
+    ("build", "old"),
+    [
+        (small_vit, lambda name: re.sub(r"mlp\.([03])\.", lambda found: f"mlp.linear_{1 + int(found[1]) // 3}.", name)),
+        (small_densenet, lambda name: re.sub(r"(denselayer\d\.(norm|conv))(\d)", r"\1.\3", name)),
+    ],
+)
+def test_old_names_that_torchvision_renames_when_it_loads_are_known(
+    build: Callable[[], nn.Module], old: Callable[[str], str]
+) -> None:
+    model = build()
+    state = model.state_dict()
+    files = {old(name): (value.dtype, tuple(value.shape)) for name, value in state.items()}
+    expected = {old(name): name for name in state if old(name) != name}
+    assert len(expected) >= 4
+    assert renamed(model, files, state) == expected
+    assert renamed(model, {**files, **dict.fromkeys(expected.values(), (torch.float32, (1,)))}, state) == {}, (
+        "what is there already"
+    )
+
+
+def test_a_loader_is_asked_for_what_is_missing_alone() -> None:
+    class Renames(Net):
+        def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+            # A version of old called the body's first layer by the name of the head.
+            state["body.0.weight"], state["scaled"] = state.pop("first"), state.pop("spare") * 2
+            super()._load_from_state_dict(state, prefix, *rest)
+
+    state = Net().state_dict()
+    files = {{"body.0.weight": "first"}.get(name, name): value for name, value in state.items()}
+    model = Renames()
+    chain = capture(model, TensorSpec((4,), torch.float32))
+    found = match(GivenTensors(files), chain, "net", loader=model)
+    assert dict(found.names) == {**{name: name for name in state}, "body.0.weight": "first"}
+    del files["first"]
+    with pytest.raises(ConfigError, match=r"missing in the file: body\.0\.weight; give"):
+        match(GivenTensors(files), chain, "net", loader=model)
+    assert not any(tensor.is_meta for tensor in model.state_dict().values()), "the user's model stays as it is"
 
 
 def test_weights_of_another_model_are_refused() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
 from lowmem_pnn.model.python_state import Snapshot
 from lowmem_pnn.training.observed import Observed, differences
-from lowmem_pnn.training.parity import compare
+from lowmem_pnn.training.parity import compare, layers_of
 from lowmem_pnn.workload import Workload, make_workload
 from lowmem_pnn.workload.inputs import python_inputs
 from lowmem_pnn.zoo.deferred_init import file_backed
@@ -70,6 +71,33 @@ class Expanded(nn.Module):
 
 def test_what_a_backward_asks_for_may_be_expanded(tmp_path: Path) -> None:
     assert compare(workload_of(Expanded, vectors()), built(Expanded), tmp_path, refuse_to_say) == "yes"
+
+
+class Features(nn.Module):
+    """Fourier features, which its constructor draws, in an order that it draws too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(16, 4)
+        self.frequencies = torch.randn(12, 16)
+        self.order = np.random.permutation(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.last(torch.sin(x @ self.frequencies)[:, torch.from_numpy(self.order)])
+        return scores
+
+
+def test_what_a_constructor_draws_and_keeps_is_the_same_in_layers_and_in_every_process(tmp_path: Path) -> None:
+    outputs = []
+    for state in (1, 2):  # of the process, in which all else is drawn
+        torch.manual_seed(state)
+        np.random.seed(state)
+        workload = workload_of(Features, vectors())
+        model = workload.build_model(0)
+        assert compare(workload, model, tmp_path, refuse_to_say) == "yes"
+        with layers_of(workload, model):
+            outputs.append(workload.chain.eval()(vectors()[0]))
+    assert torch.equal(*outputs)
 
 
 def test_nothing_is_changed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.quantization.stored_weights import StoredForm
 from lowmem_pnn.workload import Workload, make_workload
 from lowmem_pnn.workload.inputs import python_inputs
 
@@ -122,6 +123,23 @@ def test_channels_that_come_last_are_said(shape: tuple[int, ...], build: Any, me
     ) as raised:
         assembled(build, (torch.rand(10, *shape), TABLE[1]))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("options", [{"freeze": "0.*", "frozen_dtype": "bf16"}, {"lora": "r=2", "frozen_dtype": "nf4"}])
+def test_frozen_weights_of_a_built_model_are_not_converted_to_be_cut(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[bool] = []
+    encode = StoredForm.encode
+    monkeypatch.setattr(StoredForm, "encode", lambda form, values: encoded.append(values.is_meta) or encode(form, values))
+    model = nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 3))
+    before = torch.get_rng_state()
+    workload = assembled(model, TABLE, **options)
+    assert encoded
+    assert all(encoded)
+    assert all(tensor.is_meta for layer in workload.chain.layers for tensor in layer.parameters().values())
+    assert torch.equal(torch.get_rng_state(), before), "adapters draw"
+    assert not any(tensor.is_meta for tensor in workload.build_model(0).parameters())
 
 
 def test_other_faults_of_a_model_are_not_taken_for_the_order_of_axes() -> None:

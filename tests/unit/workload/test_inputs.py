@@ -11,6 +11,7 @@ from helpers.datasets import everything, save
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.workload.inputs import open_data, python_inputs
+from lowmem_pnn.workload.trained import trained_source
 
 
 def arrays(**sizes: int) -> dict[str, np.ndarray]:
@@ -82,6 +83,17 @@ def test_broken_samples_of_all_parts_are_counted(tmp_path: Path) -> None:
         "count": 3,
         "names": [f"sample 4 of python:tuple ({part} part)" for part in ("training", "test", "validation")],
     }
+
+
+def test_a_model_knows_which_weights_training_begins_or_began_with() -> None:
+    options: dict[str, Any] = {"max_gpu_mem": "2GB", "model": "googlenet", "data": "digits", "device": "cpu"}
+    for weights, expected in (("default", True), ("none", False)):
+        asked = configure(**options, weights=weights)
+        for source in (open_data(asked).source, trained_source(asked, None, 10, ""), trained_source(asked, "googlenet", 10, "")):
+            with torch.device("meta"):
+                assert source.build().transform_input == expected
+    with torch.device("meta"):
+        assert not trained_source(configure(**{**options, "model": "resnet18"}), "googlenet", 10, "").build().transform_input
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10", "text:book.txt"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from lowmem_pnn.errors import ConfigError, DiskError
+from lowmem_pnn.seeds import seeded as seeded_generators
 from lowmem_pnn.zoo.deferred_init import file_backed, skeleton
 from lowmem_pnn.zoo.models import find_model
 
@@ -213,6 +214,47 @@ def test_skeleton_falls_back_to_files(build: Callable[[], nn.Module], tmp_path: 
     assert mapped_at(weight, tmp_path)
     if isinstance(model, PlainTensor):
         assert torch.equal(model.tables["a"][0], torch.arange(5))
+
+
+class Draws(nn.Linear):
+    """Keeps what its constructor draws from every generator, before and behind values."""
+
+    def __init__(self) -> None:
+        self.first = np.random.permutation(9).tolist()
+        super().__init__(1000, 1000)
+        self.on_cpu = torch.randperm(9, device="cpu").tolist()
+        self.python = random.sample(range(9), 9)
+        self.last = np.random.rand()
+
+
+class DrawsATensor(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(1000, 1000)
+        self.features = torch.randn(4, 9)
+
+
+def test_what_a_constructor_draws_is_the_same_from_any_state() -> None:
+    with seeded_generators(5):
+        expected = Draws()
+    for state in (1, 2):
+        torch.manual_seed(state)
+        np.random.seed(state)
+        random.seed(state)
+        found, bare = skeleton(Draws, seed=5), skeleton(DrawsATensor, seed=5)
+        for name in ("first", "on_cpu", "python", "last"):
+            assert getattr(found, name) == getattr(expected, name), name
+        assert isinstance(bare, DrawsATensor)
+        assert torch.equal(bare.features, seeded(DrawsATensor).features)
+    torch.manual_seed(5)
+    assert Draws().on_cpu == expected.on_cpu, "what plain PyTorch draws"
+
+
+def test_a_constructor_that_seeds_needs_no_files() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(9)
+        return BUILDS["mlp"]()
+
+    assert all(value.is_meta for value in skeleton(build).state_dict().values())
 
 
 @pytest.mark.parametrize("build", [BUILDS["mlp"], ReadsValues])

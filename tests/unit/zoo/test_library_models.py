@@ -11,7 +11,13 @@ from torch import nn
 
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.sources.image_stats import ImageStats
-from lowmem_pnn.zoo.library_models import import_timm, timm_weights, torchvision_image_stats, torchvision_weights
+from lowmem_pnn.zoo.library_models import (
+    import_timm,
+    timm_weights,
+    torchvision_files,
+    torchvision_image_stats,
+    torchvision_weights,
+)
 from lowmem_pnn.zoo.models import find_model
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -80,6 +86,25 @@ def test_timm_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError, match=r"timm is not installed; run: pip install 'lowmem-pnn\[timm\]'"):
         find_model("timm:resnet18", {}, 10)
+
+
+@pytest.mark.parametrize("spec", ["googlenet", "inception_v3"])
+def test_inputs_are_brought_into_the_form_of_torchvisions_own_weights(spec: str) -> None:
+    (file,) = torchvision_files(spec)
+    cases: list[tuple[str | None, dict[str, Any], bool, str]] = [
+        (None, {}, False, ""),
+        ("default", {}, True, "transform_input=True, as torchvision has it with its own weights"),
+        (f"photos/{file}", {}, True, "transform_input=True"),
+        ("runs/a/model.safetensors", {}, False, "give --model-arg transform_input=true for weights that were trained with it"),
+        ("runs/a/model.safetensors", {"transform_input": True}, True, ""),
+        ("default", {"transform_input": False}, False, ""),
+    ]
+    for weights, arguments, expected, note in cases:
+        source = find_model(spec, arguments, 10, weights=weights)
+        with torch.device("meta"):
+            assert source.build().transform_input == expected
+        assert len(source.notes) == bool(note)
+        assert note in "".join(source.notes)
 
 
 # Weights of the libraries, by their clients.
