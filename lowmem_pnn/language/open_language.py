@@ -206,8 +206,10 @@ def _labelled(
 ) -> tuple[tuple[str, ...], dict[str, Split], Targets]:
     """Return the names of the classes, the parts of texts with classes, and the form of the targets."""
     context, padding = form.context or DEFAULT_CONTEXT, _padding(form, tokenizer)
-    found = {label for cache in caches.values() for label in cache.found_labels}
     known, column = form.head.classes or sources["train"].classes, form.head.label
+    # A source that names its classes numbers them as it likes.
+    labels = {name: [_name_of(label, sources[name], column) for label in cache.found_labels] for name, cache in caches.items()}
+    found = {label for own in labels.values() for label in own}
     named = [label for label in found if isinstance(label, str)]
     if named and len(named) < len(found):
         raise DataError(f"{spec}: {column!r} holds names and numbers of classes; give one of the two")
@@ -226,10 +228,20 @@ def _labelled(
     if known and most > len(known):
         raise DataError(f"{spec}: {column!r} holds class {most - 1}, and there are {len(known)} classes, from 0; mend it")
     parts: dict[str, Split] = {
-        name: LabelledRows(cache, context, padding, [numbers[label] for label in cache.found_labels])
-        for name, cache in caches.items()
+        name: LabelledRows(cache, context, padding, [numbers[label] for label in labels[name]]) for name, cache in caches.items()
     }
     return known, parts, Targets("class", len(known) or most)
+
+
+def _name_of(label: str | int, documents: Documents, column: str) -> str | int:
+    """Return the name of a class where its source has names for numbers, else what the source has."""
+    if isinstance(label, str) or not documents.classes:
+        return label
+    if label >= len(documents.classes):
+        raise DataError(
+            f"{documents.name}: {column!r} holds class {label}, and there are {len(documents.classes)} classes, from 0; mend it"
+        )
+    return documents.classes[label]
 
 
 def _padding(form: LanguageForm, tokenizer: Tokenizer) -> int:
