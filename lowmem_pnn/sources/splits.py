@@ -61,6 +61,8 @@ class SampleSplit:
     """Structure of a sample's tensors; None where a sample is one tensor."""
     skipped: Mapping[str, str] = {}
     """Broken samples that were left out, by name, with what is wrong with each."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes by their numbers, where they go with the samples; else none."""
     paths: Sequence[Path] | None = None
     """Files of the samples, as the source counts them; None where samples have no files."""
 

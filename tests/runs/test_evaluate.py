@@ -81,3 +81,13 @@ def test_a_loss_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"with its own loss \(python:loss\), .* lowmem_pnn.evaluate\(.*, loss=...\)$"):
         lowmem_pnn.evaluate(result, data)
     assert lowmem_pnn.evaluate(result, data, loss=loss, metrics=metrics) == as_evaluated(result.scores["test"])
+
+
+def test_a_few_targets_are_what_those_of_the_run_are(tmp_path: Path) -> None:
+    result = lowmem_pnn.fit(lambda: nn.Linear(6, 1), (X, X.sum(1)), workdir=tmp_path / "run", **RUN)
+    with torch.no_grad():
+        answers = lowmem_pnn.load(result)(X[:2])[:, 0]
+    for y in ([3, 5], [0.0, 2000.0]):
+        scores = lowmem_pnn.evaluate(result, (X[:2], y))
+        assert scores["test_loss"] == pytest.approx(float(F.mse_loss(answers, torch.tensor(y).float())), rel=1e-5)
+    assert lowmem_pnn.predict(result, (X[:2], [3.0, 5.0]))["targets"].tolist() == [3.0, 5.0]
