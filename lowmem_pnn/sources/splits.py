@@ -203,6 +203,8 @@ class ArraySplit(SampleSplit):
             step = max(1, _CHECKED_BYTES // max(1, self._x[0].nbytes))
             for begin in range(0, len(self), step):
                 self.batch(np.arange(begin, min(begin + step, len(self))))
+        elif self.targets.kind == "class":
+            self._check_classes(self.labels(np.arange(len(self))), "label", self._kept, self.targets.ignored)
 
     def skip_broken(self) -> None:
         """Leave out the samples that hold NaN or infinity, as the model would see them.
