@@ -18,6 +18,7 @@ from lowmem_pnn.planning.notes import (
     fixed_notes,
     frozen_notes,
     idle_notes,
+    label_notes,
     micro_batch_notes,
     mixing_notes,
     own_way_notes,
@@ -90,6 +91,7 @@ def make_result(
         notes=[
             *workload.source.notes,
             *adapter_notes(workload),
+            *label_notes(workload),
             *frozen_notes(workload),
             *fixed_notes(workload, plan),
             *mixing_notes(workload),
