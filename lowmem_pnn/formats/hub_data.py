@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
-from lowmem_pnn.sources.dataset import Dataset, join_parts
+from lowmem_pnn.sources.dataset import Dataset, join_parts, options_like
 from lowmem_pnn.sources.given import LABEL_NAMES
 from lowmem_pnn.sources.image_file import as_rgb
 from lowmem_pnn.sources.image_folder import PARTS
@@ -48,13 +48,24 @@ def open_hub_data(
     name = f"hfdata:{place}"
     x_name, y_name = _columns(parts["train"], target, name)
     words = {"train": "training", "val": "validation", "test": "test"}
-    splits = {
-        part: MapSplit(
-            HubRows(rows, x_name, y_name), None, input_form, f"{name} ({words[part]} part)", skip_broken, options, resize
-        )
-        for part, rows in parts.items()
-    }
-    classes = getattr(parts["train"].features[y_name], "names", None) or ()
+
+    classes = _names(parts["train"], y_name)
+    for part, rows in parts.items():
+        if y_name not in rows.features:
+            raise DataError(f"{name}: the {words[part]} part has no column {y_name!r}; leave the part out, or give it one")
+        if _names(rows, y_name) != classes:
+            raise DataError(
+                f"{name}: column {y_name!r} has other classes in the {words[part]} part, or in another order, than in the training part; cast "
+                "it to one ClassLabel (cast_column)"
+            )
+
+    def split_of(part: str, known: TargetOptions) -> MapSplit:
+        rows = HubRows(parts[part], x_name, y_name)
+        return MapSplit(rows, None, input_form, f"{name} ({words[part]} part)", skip_broken, known, resize)
+
+    splits = {"train": split_of("train", options)}
+    known = options_like(splits["train"].targets, options)
+    splits |= {part: split_of(part, known) for part in parts if part != "train"}
     if classes:
         for split in splits.values():
             split.targets = split.targets.of_classes(len(classes)) if split.targets.are_classes else split.targets
@@ -65,7 +76,7 @@ def open_hub_data(
         splits.get("test"),
         splits.get("val"),
         first_steps=_steps(splits["train"]) if is_image else None,
-        classes=tuple(map(str, classes)) if splits["train"].targets.kind == "class" else (),
+        classes=classes if splits["train"].targets.kind == "class" else (),
     )
 
 
@@ -102,6 +113,7 @@ def open_hub_samples(
         x_name = _samples(rows, y_name, f"hfdata:{place}")
         own = options if y_name is not None else TargetOptions()
         split = MapSplit(HubRows(rows, x_name, y_name), None, input_form, name, skip_broken, own, resize)
+        split.classes = () if y_name is None else _names(rows, y_name)
         opened[part] = split, y_name is not None
     return opened
 
@@ -221,3 +233,8 @@ def _steps(split: MapSplit) -> tuple[str, ...]:
 
 def _is_image(feature: Any) -> bool:
     return type(feature).__name__ == "Image"
+
+
+def _names(rows: Any, y_name: str) -> tuple[str, ...]:
+    """Return the names of the classes of a column, by their numbers; none where it has none."""
+    return tuple(map(str, getattr(rows.features.get(y_name), "names", None) or ()))

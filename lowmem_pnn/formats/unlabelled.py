@@ -151,6 +151,7 @@ def open_npz(
                 input_form=input_form,
                 where=f"{path}: {x_key}",
                 options=options,
+                labels_name=f"{path}: {y_key}",
                 resize=resize,
             )
         else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.inference.samples import SamplesToPredict
+from lowmem_pnn.inference.open_parts import SamplesToPredict
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.targets import TargetKind
 

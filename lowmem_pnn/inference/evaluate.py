@@ -18,12 +18,14 @@ from lowmem_pnn.run.resume import check_plan, check_same_data
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
+from lowmem_pnn.sources.dataset import TASK_OF
 from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.tasks import Own
 from lowmem_pnn.tasks.scores import with_prefix
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.lifecycle import score
 from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
+from lowmem_pnn.workload import Workload
 from lowmem_pnn.workload.inputs import Inputs, Model, python_inputs, without_weights
 from lowmem_pnn.workload.trained import trained_inputs, trained_source, with_first_values
 
@@ -58,7 +60,9 @@ def evaluate_run(
             config = with_first_values(config)
         warm_up_profiler()
         with reading(config, inputs) as inputs, open_workload(config, inputs) as (opened_device, workload):
-            if data is None:
+            if data is not None:
+                _check_width(inputs.splits["test"], workload)
+            else:
                 check_same_data(state, workload, path)
             check_plan(state, workload, path)
             planned = Plan.from_json(state.plan)
@@ -99,7 +103,7 @@ def _given(finished: FinishedRun, path: Path, data: Any, model: Model | None, ow
     """Open data that are given, as the run has shown samples to its model."""
     config, form = finished.config, form_of(finished, path)
     source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.evaluate({str(path)!r}, data")
-    options = TargetOptions("own" if form.targets.kind == "own" else config.target_task, config.ignore_index)
+    options = TargetOptions(TASK_OF[form.targets.kind], config.ignore_index)
     opened = open_samples(data, None, config, form, source, finished.result.preparation, options, scored=True)
     if not opened.split.labelled:
         raise DataError(f"{opened.words}, have no targets to evaluate {path} on; give samples and targets, or predict them")
@@ -108,3 +112,13 @@ def _given(finished: FinishedRun, path: Path, data: Any, model: Model | None, ow
     # A loss of the user's own is tried on samples first.
     inputs = inputs._replace(splits={**inputs.splits, "train": opened.split}, own=own)
     return dataclasses.replace(config, class_weights=weights), inputs
+
+
+def _check_width(samples: Any, workload: Workload) -> None:
+    """Refuse labels of tokens that the model has no score for: it may know more tokens than the training data showed, and no others."""
+    scores = workload.chain.boundaries[-1][workload.task.output]
+    if workload.dataset.targets.kind == "tokens" and samples.num_classes > scores.shape[-1]:
+        raise DataError(
+            f"the data to evaluate has token {samples.num_classes - 1:,}, and the model scores {scores.shape[-1]:,}, from 0; give data of its "
+            "tokens"
+        )

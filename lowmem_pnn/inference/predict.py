@@ -16,9 +16,10 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.evaluation.measure import measure
 from lowmem_pnn.inference.answers import Answers, AnswerWriter, ArrayWriter, MaskWriter, TableWriter, pack_arrays, read_arrays
 from lowmem_pnn.inference.load import form_of
+from lowmem_pnn.inference.open_parts import SamplesToPredict
 from lowmem_pnn.inference.opened_run import opened_run
 from lowmem_pnn.inference.places import Place, writing_faults
-from lowmem_pnn.inference.samples import Opened, PartName, SamplesToPredict, open_samples
+from lowmem_pnn.inference.samples import Opened, PartName, open_samples
 from lowmem_pnn.inference.smaller_budget import options_here, within
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.partition_plan import Plan
@@ -29,6 +30,7 @@ from lowmem_pnn.run.resume import check_plan
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
+from lowmem_pnn.sources.dataset import TASK_OF
 from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.setup import open_workload, warm_up_profiler
@@ -70,7 +72,7 @@ def predict_run(
         check_trust(config, _not_run(config, data, model), path, trust=trust, again=False)
         config = options_here(config, max_gpu_mem, device)
         source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.predict({str(path)!r}, data")
-        options = TargetOptions("own" if form.targets.kind == "own" else config.target_task, config.ignore_index)
+        options = TargetOptions(TASK_OF[form.targets.kind], config.ignore_index)
         opened = open_samples(data, part, config, form, source, finished.result.preparation, options, skip_broken=skip_broken)
         _tell(display, opened, finished.result)
         config, inputs = trained_inputs(config, form, source, opened.split, opened.split.targets)

@@ -1,16 +1,10 @@
 """Samples to predict: the run's own data or any other, with targets or without, as the run has shown samples to its model."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
-from torch.utils._pytree import TreeSpec
 
 from lowmem_pnn.config.code import names_code
 from lowmem_pnn.config.configure import DOWNLOADED, given_options
@@ -23,21 +17,19 @@ from lowmem_pnn.formats.mask_folder import has_masks, open_mask_folder
 from lowmem_pnn.formats.table_file import TableFile
 from lowmem_pnn.formats.tables import TableSchema, open_table
 from lowmem_pnn.formats.unlabelled import open_given, open_images, open_npz
-from lowmem_pnn.language.token_rows import choose_inputs
+from lowmem_pnn.inference.open_parts import OpenPart, SamplesToPredict
 from lowmem_pnn.samples.normalization import Normalization
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import find_dataset
 from lowmem_pnn.sources.given import as_pair, without_bunch
 from lowmem_pnn.sources.imports import load_factory, one_line
-from lowmem_pnn.sources.splits import Indices, SampleSplit, Split
-from lowmem_pnn.sources.subsets import as_floats, files_of
-from lowmem_pnn.sources.targets import TargetOptions, Targets
+from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.workload.data_form import DataForm
 from lowmem_pnn.workload.parts import open_apart, split_data
 from lowmem_pnn.workload.sources import SampleForm, open_source, resize_of
 from lowmem_pnn.zoo.model_source import ModelSource
 
-_Parts = tuple[dict[str, "OpenPart"], str]
+_Parts = tuple[dict[str, OpenPart], str]
 PartName = Literal["train", "val", "test", "all"]
 """Part of the data that is predicted."""
 
@@ -46,117 +38,6 @@ _FILES = {
     "imagefolder": "DIR", "segmentation": "DIR", "hfdata": "DIR", "npz": "FILE", "csv": "FILE", "parquet": "FILE", "text": "FILE",
 }  # fmt: skip
 _SUFFIXES = {".npz": "npz", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".jsonl": "jsonl"}
-
-
-@dataclass(frozen=True)
-class OpenPart:
-    """One part of some data.
-
-    Args:
-        split: Its samples, as the source gives them.
-        labelled: Whether they have targets.
-        inputs: Shape and type of each tensor of a sample.
-        structure: Structure of these; None where a sample is one tensor.
-        targets: Form of the targets, where there are such.
-    """
-
-    split: Split
-    labelled: bool
-    inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
-    structure: TreeSpec | None
-    targets: Targets
-
-    @classmethod
-    def of_split(cls, split: SampleSplit, labelled: bool) -> "OpenPart":
-        """Return a part that the package reads itself."""
-        inputs = tuple((spec.shape, spec.dtype) for spec in split.inputs)
-        return cls(split, labelled, inputs, split.structure, split.targets)
-
-    @classmethod
-    def of_dataset(cls, split: Split, dataset: Dataset) -> "OpenPart":
-        """Return a part of a data set with targets."""
-        several = tuple((spec.shape, spec.dtype) for spec in dataset.inputs)
-        inputs = several if dataset.structure is not None else ((dataset.sample_shape, dataset.dtype),)
-        # Texts that are to be classified say which column their classes are of: none where they have none.
-        labelled = dataset.preparation.get("target", "") is not None
-        return cls(split, labelled, inputs, dataset.structure, dataset.targets)
-
-
-class SamplesToPredict:
-    """Split of the samples that are predicted, in the order of their parts.
-
-    Args:
-        parts: Parts of the data.
-        form: Form of the samples that the run was trained on.
-        normalization: Normalises them, by the statistics of the run; None to leave values as they are.
-        name: Name of the data in messages.
-        root: Folder of the data, where samples are files.
-        scored: Whether answers are measured, by targets of any form.
-
-    Raises:
-        DataError: They are of another form.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[OpenPart],
-        form: DataForm,
-        normalization: Normalization | None,
-        name: str,
-        root: Path | None,
-        scored: bool = False,
-    ) -> None:
-        parts = [_as_taken(part, form) for part in parts]
-        for part in parts:
-            _check_form(part, form, name)
-        self._normalization, self._root = normalization, root
-        floats = form.structure is None and form.inputs[0].dtype == torch.float32
-        self._parts = [as_floats(part.split) if floats and part.inputs[0][1] == torch.int64 else part.split for part in parts]
-        self._begins = np.cumsum([0, *(len(part.split) for part in parts)])
-        own = form.targets.kind == "own"
-        first = parts[0].targets
-        self.labelled = all(part.labelled for part in parts) and (scored or not (own and first.packing is not None))
-        """Whether the samples have targets, of one tensor each unless they are for scores."""
-        self.targets = first if own and self.labelled else form.targets
-        """Form of the targets that come with them; zeros where there are none."""
-        if self.labelled and form.targets.kind == "mask":
-            # Bytes, in which masks of the training data were kept, need not hold others.
-            widest = max((form.targets.dtype, *(part.targets.dtype for part in parts)), key=lambda dtype: dtype.itemsize)
-            self.targets = dataclasses.replace(form.targets, dtype=widest)
-
-    def __len__(self) -> int:
-        return int(self._begins[-1])
-
-    def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
-        """Return samples and targets, as `Split.batch` does."""
-        numbers = np.asarray(indices, dtype=np.int64)
-        pieces = [split.batch(own) for split, own in self._by_part(numbers)]
-        samples, targets = _join([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
-        if self._normalization is not None and isinstance(samples, Tensor):
-            samples = self._normalization(samples)
-        return samples, targets.to(self.targets.dtype) if self.labelled else self.targets.zeros(len(numbers))
-
-    def files(self, numbers: npt.NDArray[np.int64]) -> list[str] | None:
-        """Return the files of samples, by their places below the data's folder; None where samples are no files.
-
-        Args:
-            numbers: Numbers of samples, in ascending order.
-        """
-        found: list[str] = []
-        for split, own in self._by_part(numbers):
-            paths = files_of(split, own)
-            if paths is None:
-                return None
-            found += [str(self._below_root(path)) for path in paths]
-        return found
-
-    def _below_root(self, path: Path) -> Path:
-        return path.relative_to(self._root) if self._root is not None and path.is_relative_to(self._root) else path
-
-    def _by_part(self, numbers: npt.NDArray[np.int64]) -> list[tuple[Split, npt.NDArray[np.int64]]]:
-        """Return the parts that ascending numbers of samples are of, each with its own numbers."""
-        homes = np.searchsorted(self._begins, numbers, side="right") - 1
-        return [(self._parts[home], numbers[homes == home] - self._begins[home]) for home in np.unique(homes)]
 
 
 @dataclass(frozen=True)
@@ -262,7 +143,9 @@ def _root(spec: str) -> Path | None:
 
 
 def _own_parts(config: FitConfig, form: SampleForm) -> tuple[dict[str, OpenPart], str]:
-    """Return the parts of the run's own data, as it was divided for training."""
+    """Return the parts of the run's own data, opened and divided as for training."""
+    task = "own" if form.options.task == "own" else config.target_task
+    form = dataclasses.replace(form, options=TargetOptions(task, config.ignore_index))
     dataset = open_source(config.data, config, form)
     dataset, apart = open_apart(config, dataset, form)
     dataset, splits = split_data(dataset, config, apart)
@@ -361,37 +244,3 @@ def _choose(parts: Mapping[str, OpenPart], part: PartName | None, spec: str) -> 
         has = f"has {there} part, and no {_WORDS[name]} part; give --part all" if there else "has no parts; leave --part out"
         raise DataError(f"--part {name}: data {spec} {has}")
     return name, [parts[name]]
-
-
-def _as_taken(part: OpenPart, form: DataForm) -> OpenPart:
-    """Return samples with those of their named tensors that the run's model takes: token rows come with all there are."""
-    if (chosen := choose_inputs(part.split, part.structure, form.structure)) is None:
-        return part
-    inputs = tuple(part.inputs[place] for place in chosen[1])
-    return dataclasses.replace(part, split=chosen[0], inputs=inputs, structure=form.structure)
-
-
-def _check_form(part: OpenPart, form: DataForm, name: str) -> None:
-    """Refuse samples, or targets, of another form than those that the run was trained on."""
-    wanted = tuple((spec.shape, spec.dtype) for spec in form.inputs)
-    numbers = (
-        len(part.inputs) == len(wanted) == 1 and part.inputs[0] == (wanted[0][0], torch.int64) and wanted[0][1] == torch.float32
-    )
-    if part.structure != form.structure or (part.inputs != wanted and not numbers):
-        found = " and ".join(f"{shape} {str(dtype).removeprefix('torch.')}" for shape, dtype in part.inputs)
-        hint = "; give data of one form"
-        if len(part.inputs) == 1 and len(part.inputs[0][0]) == len(wanted[0][0]) == 3:
-            hint = f"; bring images to {wanted[0][0][-2]} x {wanted[0][0][-1]} (rows x columns)"
-        raise DataError(f"{name} has samples of shape {found}, and the run was trained on samples of shape {form}{hint}")
-    own, targets = form.targets, part.targets
-    if part.labelled and own.kind != "own" and (own.kind, own.shape) != (targets.kind, targets.shape):
-        raise DataError(
-            f"{name} has targets of shape {targets.shape} ({targets.kind}), and the run was trained on {own.shape} ({own.kind}); give such "
-            "targets, or samples alone"
-        )
-
-
-def _join(pieces: Sequence[Tensor | tuple[Tensor, ...]]) -> Tensor | tuple[Tensor, ...]:
-    if isinstance(first := pieces[0], tuple):
-        return tuple(torch.cat([piece[place] for piece in pieces]) for place in range(len(first)))
-    return pieces[0] if len(pieces) == 1 else torch.cat([piece for piece in pieces if isinstance(piece, Tensor)])

@@ -15,10 +15,11 @@ from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.formats.hub_data import open_parts
 from lowmem_pnn.language.columns import NEXT_TOKENS, SEQUENCES, Wanted
 from lowmem_pnn.language.documents import Documents, open_jsonl, open_parquet, open_rows, open_texts
+from lowmem_pnn.language.next_tokens import moves_labels
 from lowmem_pnn.language.packing import Form
 from lowmem_pnn.language.sequence_rows import LABELLED_NAMES, PAIR_NAMES, LabelledRows, PairRows
 from lowmem_pnn.language.token_cache import CacheStats, TokenCache, open_cache
-from lowmem_pnn.language.token_rows import INPUT_NAMES, ChosenInputs, TokenRows
+from lowmem_pnn.language.token_rows import INPUT_NAMES, ChosenInputs, TokenRows, left_out_mask
 from lowmem_pnn.language.tokenizer import Tokenizer, open_tokenizer
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.dataset import Dataset, folder_name
@@ -206,8 +207,10 @@ def _labelled(
 ) -> tuple[tuple[str, ...], dict[str, Split], Targets]:
     """Return the names of the classes, the parts of texts with classes, and the form of the targets."""
     context, padding = form.context or DEFAULT_CONTEXT, _padding(form, tokenizer)
-    found = {label for cache in caches.values() for label in cache.found_labels}
     known, column = form.head.classes or sources["train"].classes, form.head.label
+    # A source that names its classes numbers them as it likes.
+    labels = {name: [_name_of(label, sources[name], column) for label in cache.found_labels] for name, cache in caches.items()}
+    found = {label for own in labels.values() for label in own}
     named = [label for label in found if isinstance(label, str)]
     if named and len(named) < len(found):
         raise DataError(f"{spec}: {column!r} holds names and numbers of classes; give one of the two")
@@ -226,10 +229,20 @@ def _labelled(
     if known and most > len(known):
         raise DataError(f"{spec}: {column!r} holds class {most - 1}, and there are {len(known)} classes, from 0; mend it")
     parts: dict[str, Split] = {
-        name: LabelledRows(cache, context, padding, [numbers[label] for label in cache.found_labels])
-        for name, cache in caches.items()
+        name: LabelledRows(cache, context, padding, [numbers[label] for label in labels[name]]) for name, cache in caches.items()
     }
     return known, parts, Targets("class", len(known) or most)
+
+
+def _name_of(label: str | int, documents: Documents, column: str) -> str | int:
+    """Return the name of a class where its source has names for numbers, else what the source has."""
+    if isinstance(label, str) or not documents.classes:
+        return label
+    if label >= len(documents.classes):
+        raise DataError(
+            f"{documents.name}: {column!r} holds class {label}, and there are {len(documents.classes)} classes, from 0; mend it"
+        )
+    return documents.classes[label]
 
 
 def _padding(form: LanguageForm, tokenizer: Tokenizer) -> int:
@@ -244,13 +257,13 @@ def fit_inputs(model: nn.Module, spec: str, dataset: Dataset, splits: Mapping[An
     Args:
         model: The model; only the names of its forward's arguments are read.
         spec: What the model is called in messages.
-        dataset: Any data set; others than token rows come back as they are.
+        dataset: Any data set; others than token rows come back as they are, but for masks that a causal model of transformers does not take.
         splits: Its parts.
 
     Raises:
         ConfigError: Documents are packed, and the model takes no positions.
     """
-    names: list[str] = list(dataset.preparation.get("input_names", ()))
+    names: list[str] = list(dataset.preparation.get("input_names", ())) or _names_with_mask(model, dataset)
     if not names:
         return dataset, dict(splits)
     parameters = inspect.signature(model.forward).parameters
@@ -266,12 +279,24 @@ def fit_inputs(model: nn.Module, spec: str, dataset: Dataset, splits: Mapping[An
         return dataset, dict(splits)
     as_one = "input_ids" not in taken
     places = (0,) if as_one else tuple(names.index(name) for name in taken)
-    chosen: dict[Any, Split] = {name: ChosenInputs(split, places, as_one=as_one) for name, split in splits.items()}
+    mask = left_out_mask({name: place for place, name in enumerate(names)}, taken)
+    chosen: dict[Any, Split] = {name: ChosenInputs(split, places, as_one=as_one, mask=mask) for name, split in splits.items()}
     if as_one:
         return dataclasses.replace(dataset, inputs=(), structure=None), chosen
     inputs = tuple(dataset.inputs[place] for place in places)
     structure = pytree.tree_structure({names[place]: 0 for place in places})
     return dataclasses.replace(dataset, inputs=inputs, structure=structure), chosen
+
+
+def _names_with_mask(model: nn.Module, dataset: Dataset) -> list[str]:
+    """Return what rows from Python call their tensors, where a causal model of transformers takes all of them but the mask; else none."""
+    named = None if dataset.structure is None else dataset.structure.unflatten([*range(dataset.structure.num_leaves)])
+    if not isinstance(named, dict) or "attention_mask" not in named or not moves_labels(model):
+        return []
+    parameters = inspect.signature(model.forward).parameters
+    left_out = [name for name in named if name not in parameters]
+    takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    return [] if takes_all or left_out != ["attention_mask"] else sorted(named, key=named.__getitem__)
 
 
 def _words(stats: CacheStats, documents: Documents, tokenizer: Tokenizer, rows_form: Form, form: LanguageForm) -> str:

@@ -1,5 +1,6 @@
 """Token rows: samples of a language model from mapped tokens, each with the token after every input as its label."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
+from lowmem_pnn.errors import DataError
 from lowmem_pnn.language.packing import Form
 from lowmem_pnn.language.token_cache import TokenCache
 from lowmem_pnn.sources.splits import Indices, Split, as_indices
@@ -93,10 +95,11 @@ class ChosenInputs:
         base: Split whose samples are several tensors.
         places: Numbers of the tensors that are left.
         as_one: Whether the only one is given by itself, and not in a tuple.
+        mask: Number of an `attention_mask` that is left out, since rows are padded at their end; None where there is none.
     """
 
-    def __init__(self, base: Split, places: tuple[int, ...], *, as_one: bool) -> None:
-        self.base, self._places, self._as_one = base, places, as_one
+    def __init__(self, base: Split, places: tuple[int, ...], *, as_one: bool, mask: int | None = None) -> None:
+        self.base, self._places, self._as_one, self._mask = base, places, as_one, mask
 
     def __len__(self) -> int:
         return len(self.base)
@@ -107,9 +110,21 @@ class ChosenInputs:
         return getattr(self.base, "readers", None)
 
     def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
-        """Return samples and labels, as `Split.batch` does."""
+        """Return samples and labels, as `Split.batch` does.
+
+        Raises:
+            DataError: A mask that is left out hides a token before others.
+        """
         tensors, labels = self.base.batch(indices)
         assert isinstance(tensors, tuple), "samples are several tensors"
+        if self._mask is not None:
+            mask = tensors[self._mask]
+            hidden = (mask[:, 1:] > mask[:, :-1]).any(1) if mask.ndim == 2 else torch.ones(len(mask), dtype=torch.bool)
+            if bool(hidden.any()):
+                number = np.asarray(indices)[int(hidden.nonzero()[0, 0])]
+                raise DataError(
+                    f"the attention_mask of sample {number} hides tokens before others, and the model is given none; pad rows at their end"
+                )
         chosen = tuple(tensors[place] for place in self._places)
         return chosen[0] if self._as_one else chosen, labels
 
@@ -136,4 +151,14 @@ def choose_inputs(split: Split, given: TreeSpec | None, wanted: TreeSpec | None)
     if not isinstance(names, dict) or not isinstance(kept, dict) or not set(kept) <= set(names):
         return None
     places = tuple(names[name] for name in kept)
-    return ChosenInputs(split, places, as_one=wanted is None), places
+    return ChosenInputs(split, places, as_one=wanted is None, mask=left_out_mask(names, kept)), places
+
+
+def left_out_mask(places: Mapping[str, int], taken: Collection[str]) -> int | None:
+    """Return the number of the `attention_mask` where it is not among the tensors that are taken.
+
+    Args:
+        places: Numbers of the tensors of a sample, by name.
+        taken: Names of those that are taken.
+    """
+    return None if "attention_mask" in taken else places.get("attention_mask")

@@ -10,6 +10,7 @@ from lowmem_pnn.adapters.prepared_model import adapter_modules
 from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device
+from lowmem_pnn.language.next_tokens import MovedLabels
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_norm import whole_batch_notes
 from lowmem_pnn.planning.request import PlanRequest
@@ -35,6 +36,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *request.workload.source.notes,
         *begins,
         *adapter_notes(request.workload),
+        *label_notes(request.workload),
         *frozen_notes(request.workload),
         *fixed_notes(request.workload, plan),
         *resident_notes(plan),
@@ -49,6 +51,19 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *tier_notes(request.workload, request.device),
         *device_notes(request.device),
         *whole,
+    ]
+
+
+def label_notes(workload: Workload) -> list[str]:
+    """Return that labels of tokens are not taken as they are given.
+
+    Args:
+        workload: model, data and method.
+    """
+    if not any(isinstance(split, MovedLabels) for split in workload.splits.values()):
+        return []
+    return [
+        "labels are moved by one token, as the model's own loss moves them: each token learns the next one, and the last of a row nothing"
     ]
 
 

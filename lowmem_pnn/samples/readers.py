@@ -250,10 +250,10 @@ class ServedSplit:
 
     def __init__(self, readers: Readers, name: str, split: Split, floats: bool = False) -> None:
         self.readers = readers
-        self._name, self._split, self._floats = name, split, floats
+        self.base, self._name, self._floats = split, name, floats
 
     def __len__(self) -> int:
-        return len(self._split)
+        return len(self.base)
 
     def batch(self, indices: Indices, key: AugmentationKey | None = None) -> Any:
         """Return samples and labels, as `Split.batch` does."""
@@ -261,11 +261,11 @@ class ServedSplit:
 
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         """Return targets (B, ...) alone, of samples by their numbers."""
-        return labels_of(self._split, numbers)
+        return labels_of(self.base, numbers)
 
     def as_floats(self) -> "ServedSplit":
         """Return the same split with integer samples as float32."""
-        return ServedSplit(self.readers, self._name, self._split, floats=True)
+        return ServedSplit(self.readers, self._name, self.base, floats=True)
 
 
 def _main_module() -> dict[str, str] | None:

@@ -3,21 +3,39 @@
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.sources.imports import did_you_mean
 from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, Split
 from lowmem_pnn.sources.subsets import as_floats
-from lowmem_pnn.sources.targets import Targets
+from lowmem_pnn.sources.targets import TargetKind, TargetOptions, Targets, TaskName
 
 # Names of broken samples that reports hold: of a data set of millions all could be broken.
 _MOST_NAMES = 100
+
+TASK_OF: dict[TargetKind, TaskName] = {
+    "class": "classification", "tokens": "classification", "probabilities": "classification", "labels": "multilabel",
+    "values": "regression", "mask": "segmentation", "own": "own",
+}  # fmt: skip
+"""Task of each kind of targets."""
+
+
+def options_like(targets: Targets, options: TargetOptions) -> TargetOptions:
+    """Return what is known of the targets of other data once those of the training data are: a few of them need not show what they are.
+
+    Args:
+        targets: Form of the training data's targets.
+        options: What was known of these.
+    """
+    return dataclasses.replace(options, task=TASK_OF[targets.kind])
 
 
 @dataclass(frozen=True)
@@ -170,6 +188,42 @@ def _check_fit(name: str, train: SampleSplit, part: SampleSplit, kind: str) -> N
             f"data set {name!r}: a training sample's labels have shape {train.label_shape}, a {kind} sample's {part.label_shape}; "
             "give both one shape"
         )
+    types = [str(one.targets.dtype).removeprefix("torch.") for one in (train, part) if one.targets.kind == "own"]
+    if len(set(types)) > 1:
+        raise DataError(
+            f"data set {name!r}: targets are {types[0]} in training and {types[1]} in the {kind} part; give both one type"
+        )
+
+
+def class_numbers(what: str, other: tuple[Sequence[str], Targets], own: tuple[Sequence[str], Targets]) -> Tensor | None:
+    """Return the number that the training data gives to each class of other data, by their names where both have names.
+
+    Args:
+        what: Name of the other data in messages.
+        other: Names of its classes, if they have names, and the form of its targets.
+        own: The same of the training data.
+
+    Returns:
+        Numbers (classes,); None where classes are numbered alike.
+
+    Raises:
+        DataError: There is a class that the training data has not.
+    """
+    (names, targets), (known, trained) = other, own
+    if not names or not known or targets.kind != "class":
+        if targets.num_classes > trained.num_classes:
+            raise DataError(
+                f"{what} has classes up to number {targets.num_classes - 1}, and the training data up to {trained.num_classes - 1}; number "
+                "the classes alike, and leave out what is not trained on"
+            )
+        return None
+    if unknown := [name for name in names if name not in known]:
+        raise DataError(
+            f"{what} has the class {unknown[0]!r}, which the training data has not{did_you_mean(unknown[0], list(known))}; give both the "
+            "same names of classes"
+        )
+    numbers = [list(known).index(name) for name in names]
+    return None if numbers == list(range(len(numbers))) else torch.tensor(numbers)
 
 
 def folder_name(text: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_labels, as_tensor
-from lowmem_pnn.sources.dataset import Dataset, folder_name, join_parts
+from lowmem_pnn.sources.dataset import Dataset, folder_name, join_parts, options_like
 from lowmem_pnn.sources.given import as_pair
 from lowmem_pnn.sources.image_folder import open_image_folder
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
@@ -23,7 +23,7 @@ from lowmem_pnn.sources.map_split import from_arrays, from_torch
 from lowmem_pnn.sources.npz_file import read_members
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.sources.resize import Resize
-from lowmem_pnn.sources.splits import ArraySplit
+from lowmem_pnn.sources.splits import ArraySplit, SampleSplit
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED, TargetOptions, Targets
 from lowmem_pnn.sources.text import DEFAULT_CONTEXT, NUM_TOKENS, open_text
 
@@ -152,21 +152,23 @@ def make_dataset(
         >>> data.num_classes, data.preprocessing
         (6, 'float32 as it is')
     """
-    train_split, test_split, val_split = (
-        None
-        if part is None
-        else from_torch(
-            part,
+
+    def part(data: Any, kind: str, known: TargetOptions) -> SampleSplit:
+        return from_torch(
+            data,
             num_classes=num_classes,
             input_form=input_form,
             where=f"{name} ({kind} part)",
             skip_broken=skip_broken,
-            options=options,
+            options=known,
             resize=resize,
         )
-        for part, kind in ((train, "training"), (test, "test"), (val, "validation"))
+
+    train_split = part(train, "training", options)
+    known = options_like(train_split.targets, options)
+    test_split, val_split = (
+        None if data is None else part(data, kind, known) for data, kind in ((test, "test"), (val, "validation"))
     )
-    assert train_split is not None, "there is data to train on"
     return join_parts(name, train_split, test_split, val_split)
 
 
@@ -259,7 +261,7 @@ def _npz(path: Path, input_form: InputForm, skip_broken: bool, options: TargetOp
             f"{path} lacks {', '.join(missing)}; it holds {content}; save {', '.join(_KEYS)}, or x and y, with numpy.savez"
         )
 
-    def part(name: str, kind: str) -> ArraySplit:
+    def part(name: str, kind: str, known: TargetOptions) -> ArraySplit:
         x_key, y_key = keys[name]
         x, y = as_tensor(arrays[x_key], f"{path}: {x_key}"), arrays[y_key]
         if x.ndim < 1 or y.ndim < 1:
@@ -271,7 +273,7 @@ def _npz(path: Path, input_form: InputForm, skip_broken: bool, options: TargetOp
             num_classes=None,
             input_form=input_form,
             where=where,
-            options=options,
+            options=known,
             labels_name=f"{path}: {y_key}",
             resize=resize,
         )
@@ -280,7 +282,9 @@ def _npz(path: Path, input_form: InputForm, skip_broken: bool, options: TargetOp
             raise DataError(f"{path}: {y_key} holds the label {int(wrong.min())}; number the classes from 0")
         return split
 
-    splits = {name: part(name, kind) for name, kind in _NPZ_PARTS if name in present}
+    splits = {"train": part("train", "training", options)}
+    known = options_like(splits["train"].targets, options)
+    splits |= {name: part(name, kind, known) for name, kind in _NPZ_PARTS[1:] if name in present}
     for split in splits.values() if skip_broken else ():
         split.skip_broken()
     return join_parts(path.stem, splits["train"], splits.get("test"), splits.get("val"))

@@ -64,6 +64,8 @@ class SampleSplit:
     """Structure of a sample's tensors; None where a sample is one tensor."""
     skipped: Mapping[str, str] = {}
     """Broken samples that were left out, by name, with what is wrong with each."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes by their numbers, where they go with the samples; else none."""
     paths: Sequence[Path] | None = None
     """Files of the samples, as the source counts them; None where samples have no files."""
 
@@ -226,6 +228,8 @@ class ArraySplit(SampleSplit):
             step = max(1, _CHECKED_BYTES // max(1, self._x[0].nbytes))
             for begin in range(0, len(self), step):
                 self.batch(np.arange(begin, min(begin + step, len(self))))
+        elif self.targets.kind == "class":
+            self._check_classes(self.labels(np.arange(len(self))), "label", self._kept, self.targets.ignored)
 
     def skip_broken(self) -> None:
         """Leave out the samples that hold NaN or infinity, as the model would see them.

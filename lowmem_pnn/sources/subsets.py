@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError, DataError
@@ -44,11 +45,16 @@ class RenumberedSplit:
     def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Return samples and classes, as `Split.batch` does."""
         x, labels = self.base.batch(indices)
-        return x, self.numbers[labels]
+        return x, self._renumbered(labels)
 
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         """Return classes (B,) alone, of samples by their numbers."""
-        return self.numbers[labels_of(self.base, numbers)]
+        return self._renumbered(labels_of(self.base, numbers))
+
+    def _renumbered(self, labels: Tensor) -> Tensor:
+        # What is left out (-100) is no class.
+        count = len(self.numbers)
+        return torch.where((labels >= 0) & (labels < count), self.numbers[labels.clamp(0, count - 1)], labels)
 
 
 def subset(split: Split, indices: npt.NDArray[np.integer[Any]]) -> Split:

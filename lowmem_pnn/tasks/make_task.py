@@ -6,18 +6,13 @@ from dataclasses import dataclass, field
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import Chain
-from lowmem_pnn.sources.targets import TargetKind, Targets
+from lowmem_pnn.sources.dataset import TASK_OF
+from lowmem_pnn.sources.targets import PYTORCH_IGNORED, Targets
 from lowmem_pnn.tasks.classification import Classification
 from lowmem_pnn.tasks.multilabel import MultiLabel
 from lowmem_pnn.tasks.own_loss import OwnLoss, OwnMetrics, OwnTask
 from lowmem_pnn.tasks.regression import Regression, RegressionLoss
 from lowmem_pnn.tasks.task import Task
-
-TASK_OF: dict[TargetKind, str] = {
-    "class": "classification", "tokens": "classification", "probabilities": "classification", "labels": "multilabel",
-    "values": "regression", "mask": "segmentation", "own": "own",
-}  # fmt: skip
-"""Task of each kind of targets."""
 
 OUTPUT_NAMES = ("logits", "out")
 """What models call the tensor that losses by name are taken of, where they return several."""
@@ -70,6 +65,7 @@ def make_task(
             config, f"a loss of your own ({config.loss})", ("label_smoothing", "class_weights", "ignore_index", *_MIXING)
         )
         return OwnTask(targets, own.loss, own.metrics, config.loss, chain.rebuild)
+    _check_targets(config, targets)
     output = _output(chain)
     known = _LOSSES[name]
     if config.loss not in ("auto", *known):
@@ -91,6 +87,23 @@ def make_task(
     return Classification(targets, config.label_smoothing, weights, output=output, mixes=config.mixing is not None)
 
 
+def _check_targets(config: FitConfig, targets: Targets) -> None:
+    """Refuse options about targets that the source of the data has not gone by, since it knows by itself what its targets are."""
+    name = TASK_OF[targets.kind]
+    if config.target_task not in ("auto", name):
+        raise ConfigError(
+            f"--task {config.target_task}: the targets of data {config.data} are for {name}, whatever is asked for; leave --task out, or give "
+            "data with other targets"
+        )
+    ignored = PYTORCH_IGNORED if targets.ignored is None else targets.ignored
+    if config.ignore_index is not None and targets.are_classes and config.ignore_index != ignored:
+        raise ConfigError(
+            f"--ignore-index {config.ignore_index} has no effect here: data {config.data} leaves out {ignored}; leave the option out"
+        )
+    if targets.kind == "probabilities":
+        _refuse_options(config, "probabilities of classes", ("ignore_index",))
+
+
 def _output(chain: Chain) -> int:
     """Return the number of the output tensor that losses by name are taken of: the only one, or that which is called logits or out."""
     form = chain.output_form
@@ -107,5 +120,7 @@ def _output(chain: Chain) -> int:
 
 def _refuse_options(config: FitConfig, task: str, names: Sequence[str]) -> None:
     for name in names:
-        if getattr(config, name) not in (None, 0.0, ()):
+        value = getattr(config, name)
+        # A class may have the number 0; other options are left out so.
+        if value is not None and (name == "ignore_index" or value not in (0.0, ())):
             raise ConfigError(f"--{name.replace('_', '-')} has no meaning for {task}; leave it out")

@@ -18,6 +18,7 @@ from lowmem_pnn.planning.notes import (
     fixed_notes,
     frozen_notes,
     idle_notes,
+    label_notes,
     micro_batch_notes,
     mixing_notes,
     own_way_notes,
@@ -28,8 +29,8 @@ from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs, samples_learnt
 from lowmem_pnn.run.run import Run
+from lowmem_pnn.sources.dataset import TASK_OF
 from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
-from lowmem_pnn.tasks.make_task import TASK_OF
 from lowmem_pnn.workload.data_form import DataForm
 from lowmem_pnn.workload.plain_training import plain_bytes
 
@@ -90,6 +91,7 @@ def make_result(
         notes=[
             *workload.source.notes,
             *adapter_notes(workload),
+            *label_notes(workload),
             *frozen_notes(workload),
             *fixed_notes(workload, plan),
             *mixing_notes(workload),

@@ -17,6 +17,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.errors import CaptureError, ConfigError, LowMemError
+from lowmem_pnn.language.next_tokens import fit_labels
 from lowmem_pnn.language.open_language import fit_inputs
 from lowmem_pnn.methods import SplitName, make_method
 from lowmem_pnn.model.call_form import CallForm
@@ -92,7 +93,7 @@ def make_workload(
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
     config = _of_max_steps(config, len(splits["train"]))
-    dataset, splits = fit_inputs(model, source.spec, dataset, splits)
+    dataset, splits = fit_labels(model, source.spec, *fit_inputs(model, source.spec, dataset, splits))
     _check_input(source, dataset, model)
     _check_head(source, config, dataset)
     precision = Precision(config.precision, device.type, config.channels_last)

@@ -16,7 +16,7 @@ from lowmem_pnn.methods import SplitName
 from lowmem_pnn.pretrained.open_weights import WeightFiles
 from lowmem_pnn.pretrained.state_dicts import GivenTensors
 from lowmem_pnn.pretrained.transformers_weights import TransformersWeights
-from lowmem_pnn.sources.dataset import Dataset
+from lowmem_pnn.sources.dataset import Dataset, join_parts, options_like
 from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.given import without_bunch
 from lowmem_pnn.sources.imports import load_factory
@@ -24,7 +24,7 @@ from lowmem_pnn.sources.map_split import from_torch
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.tasks import Own, OwnLoss, OwnMetrics
-from lowmem_pnn.workload.parts import check_fit, matched, open_apart, prepare, split_data, with_part
+from lowmem_pnn.workload.parts import matched, open_apart, prepare, split_data, with_part
 from lowmem_pnn.workload.sources import SampleForm, open_frame, open_source, resize_of
 from lowmem_pnn.zoo.library_models import PretrainedValues
 from lowmem_pnn.zoo.model_source import ModelSource
@@ -108,6 +108,7 @@ def python_inputs(
             dataset = make_dataset(
                 without_loader(train, f"{config.data} (training part)"),
                 without_loader(test, apart_names["test"]),
+                val=without_loader(val, apart_names["val"]),
                 name=config.data,
                 input_form=input_form,
                 skip_broken=config.skip_broken,
@@ -121,27 +122,27 @@ def python_inputs(
             source = ModelSource(name=run_name(config), spec=config.model, build=build, input_form=input_form)
         dataset, apart = open_apart(config, dataset, form)
         alone = isinstance(train, str) or table is not None
-        given: list[tuple[SplitName, Any]] = [("val", val), ("test", test if alone else None)]
+        if not alone and dataset.val is not None:
+            apart.setdefault("val", dataset.val)  # which was asked for, whatever the fraction
+        given: list[tuple[SplitName, Any]] = [("val", val), ("test", test)] if alone else []
         for name, part in given:
             if part is None:
                 continue
             where = apart_names[name]
-            if (other := open_frame(part, config, form, where, dataset.preparation)) is not None:
-                apart[name] = matched(other.train, other, dataset, where)
-                dataset = with_part(dataset, name, other.fingerprint, other.skipped)
-                continue
-            split = from_torch(
-                without_loader(part, where),
-                num_classes=dataset.num_classes,
-                input_form=input_form,
-                where=where,
-                skip_broken=config.skip_broken,
-                options=options,
-                resize=resize_of(config),
-            )
-            check_fit(split, dataset, where)
-            apart[name] = split
-            dataset = with_part(dataset, name, split.fingerprint(), split.skipped)
+            form = dataclasses.replace(form, options=options_like(dataset.targets, options))
+            other = open_frame(part, config, form, where, dataset.preparation)
+            if other is None:
+                split = from_torch(
+                    without_loader(part, where),
+                    input_form=input_form,
+                    where=where,
+                    skip_broken=config.skip_broken,
+                    options=form.options,
+                    resize=resize_of(config),
+                )
+                other = join_parts(where, split, None)
+            apart[name] = matched(other.train, other, dataset, where)
+            dataset = with_part(dataset, name, other.fingerprint, other.skipped)
         source = _with_weights(source, config, state_dict)
         return Inputs(source, *prepare(*split_data(dataset, config, apart), config, source.image_stats), own)
 

@@ -15,9 +15,8 @@ from lowmem_pnn.samples.augment import Augmenter
 from lowmem_pnn.samples.normalization import find_normalization, standardization
 from lowmem_pnn.samples.prepared import PreparedSplit
 from lowmem_pnn.seeds import seed_of
-from lowmem_pnn.sources.dataset import Dataset
+from lowmem_pnn.sources.dataset import Dataset, class_numbers, options_like
 from lowmem_pnn.sources.image_stats import ImageStats
-from lowmem_pnn.sources.imports import did_you_mean
 from lowmem_pnn.sources.splits import SampleSplit, Split
 from lowmem_pnn.sources.subsets import RenumberedSplit, as_floats, hold_out, sample_of, train_val_split, whole_of
 from lowmem_pnn.sources.targets import Targets
@@ -49,6 +48,7 @@ def open_apart(config: FitConfig, dataset: Dataset, form: SampleForm) -> tuple[D
     for name, spec in given:
         if spec is None:
             continue
+        form = dataclasses.replace(form, options=options_like(dataset.targets, form.options))
         other = open_source(spec, config, form, dataset.preparation)
         parts[name] = matched(_part_of(other, name, spec), other, dataset, f"{flag(f'{name}_data')} {spec}")
         dataset = with_part(dataset, name, other.fingerprint, other.skipped)
@@ -104,27 +104,28 @@ def matched(part: Split, other: Dataset, dataset: Dataset, what: str) -> Split:
             f"samples are {dataset.sample_shape} {_name(dataset.dtype)} with labels {_labels(dataset.targets)}; give data of one form"
             f"{', or --image-size' if len(other.sample_shape) == len(dataset.sample_shape) == 3 else ''}"
         )
-    if other.structure != dataset.structure:
+    if (other.structure, other.inputs) != (dataset.structure, dataset.inputs):
         raise DataError(
             f"{what} has samples of other tensors than the training data has ({_inputs(other)}, and {_inputs(dataset)}); give data of one form"
         )
+    if {_scale(other), _scale(dataset)} == {"bytes", "numbers"}:
+        raise DataError(
+            f"{what}: samples are presented as {other.preprocessing}, and training samples as {dataset.preprocessing}; store both alike"
+        )
     if not dataset.targets.are_classes:
         return part
-    known = dataset.classes
-    if not known or not other.classes:
-        if other.num_classes > dataset.num_classes:
-            raise DataError(
-                f"{what} has classes up to number {other.num_classes - 1}, and the training data up to {dataset.num_classes - 1}; number "
-                "the classes alike, and leave out what is not trained on"
-            )
-        return part
-    if unknown := [name for name in other.classes if name not in known]:
-        raise DataError(
-            f"{what} has the class {unknown[0]!r}, which the training data has not{did_you_mean(unknown[0], list(known))}; give both the "
-            "same names of classes"
-        )
-    numbers = [known.index(name) for name in other.classes]
-    return part if numbers == list(range(len(numbers))) else RenumberedSplit(part, torch.tensor(numbers))
+    numbers = class_numbers(what, (other.classes, other.targets), (dataset.classes, dataset.targets))
+    return part if numbers is None else RenumberedSplit(part, numbers)
+
+
+def _scale(data: Dataset) -> str | None:
+    """Return whether samples are bytes, which are divided by 255, or numbers as they are; None where the source has its own scale."""
+    if not isinstance(data.train, SampleSplit):
+        return None
+    steps = data.train.preprocessing
+    if steps.raw_dtype == torch.uint8:
+        return "bytes"
+    return "numbers" if _is_table(data) or data.preprocessing.startswith(steps.steps[0]) else None
 
 
 def _inputs(data: Dataset) -> str:
@@ -268,22 +269,3 @@ def prepare(
 
 def _is_table(dataset: Dataset) -> bool:
     return "columns" in dataset.preparation
-
-
-def check_fit(part: SampleSplit, dataset: Dataset, what: str) -> None:
-    """Refuse a part, given apart from Python, whose samples have another shape than those of the training data.
-
-    Args:
-        part: the part.
-        dataset: the training data.
-        what: name of the part in messages.
-
-    Raises:
-        DataError: they have.
-    """
-    own, targets = part.targets, dataset.targets
-    if part.preprocessing.shape != dataset.sample_shape or (own.shape, own.kind) != (targets.shape, targets.kind):
-        raise DataError(
-            f"{what} has samples of shape {part.preprocessing.shape} with labels {_labels(own)}, and training samples are "
-            f"{dataset.sample_shape} with labels {_labels(targets)}; give both one form"
-        )

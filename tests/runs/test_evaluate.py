@@ -154,3 +154,13 @@ def test_a_budget_above_this_machines_memory_may_be_made_smaller(tmp_path: Path,
     with pytest.raises(BudgetError, match=r"--max-gpu-mem 60\.0 MB is more than this machine has, 40\.0 MB; give less"):
         lowmem_pnn.evaluate(result)
     assert lowmem_pnn.evaluate(result, max_gpu_mem="30MB") == expected
+
+
+def test_a_few_targets_are_what_those_of_the_run_are(tmp_path: Path) -> None:
+    result = lowmem_pnn.fit(lambda: nn.Linear(6, 1), (X, X.sum(1)), workdir=tmp_path / "run", **RUN)
+    with torch.no_grad():
+        answers = lowmem_pnn.load(result)(X[:2])[:, 0]
+    for y in ([3, 5], [0.0, 2000.0]):
+        scores = lowmem_pnn.evaluate(result, (X[:2], y))
+        assert scores["test_loss"] == pytest.approx(float(F.mse_loss(answers, torch.tensor(y).float())), rel=1e-5)
+    assert lowmem_pnn.predict(result, (X[:2], [3.0, 5.0]))["targets"].tolist() == [3.0, 5.0]

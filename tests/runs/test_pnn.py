@@ -221,7 +221,7 @@ def test_a_class_for_each_token_is_refused(tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=r"--method pnn needs a class for each sample, and data .* has one for each token; use"
         ):
-            fit(build, (tokens, tokens), tmp_path / "run", partitions=2, epochs=1, **options)
+            fit(build, (tokens, tokens.roll(-1, 1)), tmp_path / "run", partitions=2, epochs=1, **options)
     assert not (tmp_path / "run").exists()
 
 

@@ -344,8 +344,7 @@ REFUSED = {
     "--data digits --part val": "--part val: data digits has a training and a test part, and no validation part; give --part all",
     "--data wide.npz": "data npz:HERE/wide.npz has samples of shape (21,) float32, and the run was trained on samples of shape (20,) "
     "float32; give data of one form",
-    "--data values.npz": "data npz:HERE/values.npz has targets of shape () (values), and the run was trained on () (class); give such "
-    "targets, or samples alone",
+    "--data values.npz": "HERE/values.npz: y: a label is 0.5; labels are class numbers, whole and from 0",
     "--data table.csv": "data csv:HERE/table.csv is a table, and the run was trained on npz:RUN/data.npz, which is none; give data of one "
     "kind",
     "--data npz:": "data 'npz:' says no place; write npz:FILE",

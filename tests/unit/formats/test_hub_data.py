@@ -179,3 +179,24 @@ def test_which_column_is_meant_has_to_be_clear(library: dict[str, Any]) -> None:
     assert str(caught.value) == (
         "data hfdata:two has the columns a, b, and which one samples are of is not clear; leave others out with remove_columns()"
     )
+
+
+def test_classes_of_another_order_are_renumbered_or_refused(library: dict[str, Any]) -> None:
+    x = np.eye(3).tolist()
+    library["a"] = Rows({"x": Value(), "y": ClassLabel(["cat", "dog"])}, {"x": x, "y": [0, 1, 1]})
+    library["b"] = Rows({"x": Value(), "y": ClassLabel(["dog", "cat"])}, {"x": x, "y": [0, 1, 1]})
+    splits = opened("a", "mlp:3-2", test_data="hfdata:b")[2]
+    assert everything(splits["test"])[1].tolist() == [1, 0, 0]
+    (split, _), *_ = open_hub_samples("b", None, "any", TargetOptions()).values()
+    assert split.classes == ("dog", "cat")
+    library["both"] = {"train": library["a"], "test": library["b"]}
+    library["less"] = {"train": library["a"], "test": Rows({"x": Value()}, {"x": x})}
+    for place, message in (
+        (
+            "both",
+            r"^hfdata:both: column 'y' has other classes in the test part, or in another order, than in the training part; cast",
+        ),
+        ("less", r"^hfdata:less: the test part has no column 'y'; leave the part out, or give it one$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            opened(place, "mlp:3-2")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from helpers.language import pairs, write_jsonl, write_tokenizer
-from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.language.open_language import LanguageForm, fit_inputs, open_language
+from lowmem_pnn.errors import ConfigError, DataError
+from lowmem_pnn.language.open_language import Head, LanguageForm, fit_inputs, open_language
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import make_dataset
 
@@ -95,3 +95,25 @@ def test_parts_of_a_hub_data_set(tmp_path: Path) -> None:
     assert (len(dataset.train), len(dataset.val), dataset.test) == (2, 1, None)
     (x, _), _ = dataset.val.batch([0])
     assert x.tolist() == [[103, 104, 0, 0]]
+
+
+def test_the_numbers_of_another_sources_classes_are_turned_into_names(tmp_path: Path) -> None:
+    import datasets
+
+    def saved(names: list[str], labels: list[int]) -> str:
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": labels}, features=features)
+        rows.save_to_disk(str(tmp_path / "-".join(names)))
+        return f"hfdata:{tmp_path / '-'.join(names)}"
+
+    def labels(spec: str, classes: tuple[str, ...] = ()) -> tuple[list[int], tuple[str, ...], int]:
+        head = Head("classes", classes=classes)
+        dataset = open_language(spec, LanguageForm("bytes", 4, False, "completions", tmp_path / "root", head))
+        return dataset.train.batch([0, 1, 2])[1].tolist(), dataset.classes, dataset.num_classes
+
+    spec = saved(["pos", "neg"], [0, 1, 1])
+    assert labels(spec) == ([0, 1, 1], ("pos", "neg"), 2)
+    assert labels(spec, ("neg", "pos")) == ([1, 0, 0], ("neg", "pos"), 2)
+    assert labels(spec, ("a", "neg", "pos")) == ([2, 1, 1], ("a", "neg", "pos"), 3)
+    with pytest.raises(DataError, match=r"has the class 'so-so', which the training data has not; there are: neg, pos; give"):
+        labels(saved(["pos", "so-so"], [0, 1, 1]), ("neg", "pos"))

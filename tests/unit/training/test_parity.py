@@ -135,7 +135,7 @@ class Words(nn.Module):
 
 def test_gradients_of_a_tied_weight_are_not_all_in_memory_at_once(tmp_path: Path) -> None:
     ids = torch.arange(16).view(4, 4)
-    workload = workload_of(Words, (ids, ids), batch_size=2)
+    workload = workload_of(Words, (ids, ids + 1), batch_size=2)
     with file_backed(tmp_path):
         model = Words()
     meter = ProcessMemoryMeter(interval=0.0005)

@@ -81,7 +81,7 @@ def test_broken_samples_of_all_parts_are_counted(tmp_path: Path) -> None:
     assert {name: len(split) for name, split in splits.items()} == {"train": 5, "val": 5, "test": 5}
     assert dataset.skipped_samples == {
         "count": 3,
-        "names": [f"sample 4 of python:tuple ({part} part)" for part in ("training", "test", "validation")],
+        "names": [f"sample 4 of python:tuple ({part} part)" for part in ("training", "validation", "test")],
     }
 
 
@@ -111,3 +111,61 @@ def test_a_data_set_that_is_made_already_leaves_out_nothing(tmp_path: Path) -> N
         ConfigError, match=r"--skip-broken has no effect here: '.*own.py:load' returns a Dataset that is made already"
     ):
         open_data(config(f"{tmp_path}/own.py:load", skip_broken=True))
+
+
+FLOATS, BYTES = torch.rand(8, 3) * 255, torch.zeros(8, 3, dtype=torch.uint8)
+CLASSES = torch.arange(8) % 2
+LAST_NAN = torch.where(torch.arange(24).reshape(8, 3) == 23, torch.nan, FLOATS)
+
+
+def opened(train: Any, val: Any, test: Any = None, **options: Any) -> Any:
+    data = train if isinstance(train, str) else "python:tuple"
+    given = configure(max_gpu_mem="100MB", model="python:net", data=data, device="cpu", **options)
+    return python_inputs(lambda: torch.nn.Linear(3, 3), train, val, test)(given)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    ("val", "message"),
+    [
+        ((BYTES, CLASSES), r"presented as .*uint8 / 255.*; store both alike"),
+        ((FLOATS.long(), CLASSES), r"\(3,\) (torch.)?int64"),
+        ((LAST_NAN, CLASSES), r"sample 7 of python:tuple \(validation part\) holds NaN; repair it|sample 7 of npz:.* holds NaN"),
+        ((FLOATS, CLASSES - 1), r"has label -1, outside 0 to"),
+        (({"a": FLOATS, "b": FLOATS}, CLASSES), r"hold different tensors|of other tensors than the training data"),
+    ],
+)  # fmt: skip
+def test_parts_of_python_are_held_against_the_training_data(named: bool, val: Any, message: str, tmp_path: Path) -> None:
+    train = save(tmp_path / "a.npz", x_train=FLOATS.numpy(), y_train=CLASSES.numpy()) if named else (FLOATS, CLASSES)
+    for parts in ((val, None), (None, val)):
+        with pytest.raises(ConfigError, match=message.replace("(validation", "(validation" if parts[0] else "(test")):
+            opened(train, *parts)
+
+
+def test_classes_of_parts_of_python_count_and_of_named_data_are_known(tmp_path: Path) -> None:
+    assert opened((FLOATS, CLASSES), (FLOATS, CLASSES + 1)).dataset.num_classes == 3
+    spec = save(tmp_path / "a.npz", x_train=FLOATS.numpy(), y_train=CLASSES.numpy())
+    for labels in (CLASSES + 1, (CLASSES + 1).tolist()):
+        with pytest.raises(ConfigError, match=r"\(validation part\) has classes up to number 2, and the training data up to 1"):
+            opened(spec, (FLOATS, labels))
+    pair = {"a": FLOATS, "b": FLOATS}
+    assert opened((pair, CLASSES), (pair, CLASSES + 1)).dataset.num_classes == 3
+
+
+def test_a_validation_part_of_python_stays_whatever_the_fraction() -> None:
+    splits = opened((FLOATS, CLASSES), (FLOATS[:4], CLASSES[:4]), val_fraction=0).splits
+    assert {name: len(split) for name, split in splits.items()} == {"train": 8, "val": 4}
+
+
+def test_what_targets_are_the_training_data_says(tmp_path: Path) -> None:
+    values = torch.arange(8) / 2
+    for other in (torch.tensor([3.0, 5.0]), torch.tensor([3, 5]), torch.tensor([2000.0, 5.0])):
+        dataset = opened((FLOATS, values), (FLOATS[:2], other), (FLOATS[:2], other)).dataset
+        assert dataset.targets.kind == "values"
+        spec = save(tmp_path / "a.npz", x_train=FLOATS.numpy(), y_train=values, x_test=FLOATS[:2].numpy(), y_test=other)
+        splits = opened(spec, (FLOATS[:2], other)).splits
+        assert everything(splits["val"])[1].tolist() == everything(splits["test"])[1].tolist() == other.tolist()
+        apart = save(tmp_path / "b.npz", x=FLOATS[:2].numpy(), y=other.numpy())
+        assert everything(opened((FLOATS, values), None, None, val_data=apart).splits["val"])[1].tolist() == other.tolist()
+    several = (torch.arange(24).reshape(8, 3) % 5 > 1).float()
+    assert opened((FLOATS, several), (FLOATS[:2], torch.eye(3)[:2])).dataset.targets.kind == "labels"

@@ -198,7 +198,7 @@ def test_parts_of_python_have_the_shape_of_the_training_data() -> None:
     train, val = (torch.zeros(8, 3), torch.arange(8) % 2), (torch.zeros(8, 4), torch.arange(8) % 2)
     with pytest.raises(
         DataError,
-        match=r"python:tuple \(validation part\) has samples of shape \(4,\) .* are \(3,\) with labels \(\) \(class\); give",
+        match=r"'python:tuple': training samples are \(3,\) torch.float32, validation samples \(4,\) torch.float32; give both one",
     ):
         python_inputs("mlp:3-2", train, val, None)(config("python:tuple", "mlp:3-2"))
 

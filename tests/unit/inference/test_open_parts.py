@@ -1,0 +1,55 @@
+"""Data that a trained model is shown: with the class numbers of its run, or refused."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.datasets import everything
+from lowmem_pnn.errors import DataError
+from lowmem_pnn.inference.open_parts import OpenPart, SamplesToPredict
+from lowmem_pnn.sources.datasets import make_dataset
+from lowmem_pnn.sources.map_split import from_torch
+from lowmem_pnn.workload.data_form import DataForm
+
+X, Y = torch.rand(6, 4), torch.arange(6) % 3
+FORM = dataclasses.replace(DataForm.of(make_dataset((X, Y), name="x")), classes=("ant", "bee", "cat"))
+
+
+def shown(x: Any, y: Any, classes: tuple[str, ...] = (), form: DataForm = FORM, labelled: bool = True) -> SamplesToPredict:
+    split = from_torch((x, y), where="other")
+    split.classes = classes
+    return SamplesToPredict([OpenPart.of_split(split, labelled)], form, None, "data other", None)
+
+
+def test_classes_are_those_of_the_run_by_their_names() -> None:
+    assert everything(shown(X, Y, ("cat", "ant", "bee")))[1].tolist() == [2, 0, 1, 2, 0, 1]
+    assert everything(shown(X, Y % 2, ("cat", "ant")))[1].tolist() == [2, 0, 2, 2, 0, 2]
+    assert everything(shown(X, Y))[1].tolist() == Y.tolist()
+    left_out = torch.tensor([-100, 0, 1, 2, 0, 1])
+    assert everything(shown(X, left_out, ("cat", "ant", "bee")))[1].tolist() == [-100, 2, 0, 1, 2, 0]
+    with pytest.raises(
+        DataError, match=r"^data other has the class 'bat', which the training data has not; did you mean 'cat' or 'ant'\?;"
+    ):
+        shown(X, Y, ("bat", "ant", "bee"))
+
+
+def test_a_label_beyond_the_runs_classes_is_refused_before_it_is_scored() -> None:
+    message = r"^data other has classes up to number 3, and the training data up to 2; number the classes alike"
+    with pytest.raises(DataError, match=message):
+        shown(X, Y + 1)
+    form = DataForm.of(make_dataset(({"a": X, "b": X}, Y), name="x"))
+    with pytest.raises(DataError, match=message):
+        shown({"a": X, "b": X}, Y + 1, form=form)
+    assert len(shown(X, Y + 1, labelled=False)) == 6
+    images, masks = torch.zeros(6, 3, 4, 4), torch.arange(6).reshape(6, 1, 1).expand(6, 4, 4) % 3
+    with pytest.raises(DataError, match=message):
+        shown(images, masks + 1, form=DataForm.of(make_dataset((images, masks), name="x")))
+
+
+def test_tokens_that_the_training_data_did_not_show_are_counted() -> None:
+    ids = torch.arange(12).reshape(3, 4)
+    form = DataForm.of(make_dataset((ids, ids + 1), name="x"))
+    samples = shown(ids + 5, ids + 6, form=form)
+    assert (form.targets.num_classes, samples.num_classes) == (13, 18)
