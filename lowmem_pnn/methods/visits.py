@@ -54,6 +54,11 @@ class Visit:
     returns_input_gradient: bool = False
     keeps_gradients: bool = False
 
+    @property
+    def epochs_learnt(self) -> int:
+        """Passes over the samples in which the partition learns."""
+        return self.epochs if self.action == "learn" else 0
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -65,7 +70,8 @@ class Sweep:
         batch_size: Samples of an optimizer step.
         phase: Word that seeds the data order and all random choices: `epoch` for training from the start (as `backprop` does),
             `recovery` for the epochs after it.
-        fresh_state: Whether the optimizer state of earlier visits is dropped at the first step.
+        fresh_state: Whether the first step begins with a new optimizer state, whatever earlier visits have left; a batch in which nothing
+            counts takes no step.
         shuffle: Whether every epoch has a data order of its own.
         epochs_before: Epochs of the sweeps before, whose training this one goes on with.
         epochs_after: Epochs of the sweeps that go on with this one's training.
@@ -81,6 +87,11 @@ class Sweep:
     epochs_before: int = 0
     epochs_after: int = 0
     frozen: bool = False
+
+    @property
+    def epochs_learnt(self) -> int:
+        """Passes over the samples: all of them are learnt from."""
+        return self.epochs
 
     @property
     def learners(self) -> tuple[int, ...]:

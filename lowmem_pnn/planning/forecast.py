@@ -161,7 +161,7 @@ def forecast_epoch(
     for item in program:
         if isinstance(item, Visit):
             if item.action not in ("join", "meta"):
-                total += forecast.all_epochs(item) * (1 / (epochs[item.partition] or swept or 1))
+                total += forecast.all_epochs(item) * (1 / (epochs[item.partition] or max(epochs) or swept or 1))
         elif item.phase == "epoch":
             total += forecast.sweep_epoch(item) * (item.epochs / swept)
     return total

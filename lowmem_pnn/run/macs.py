@@ -62,4 +62,4 @@ def program_macs(program: Program, plan: Plan, samples: int) -> int:
 
 def samples_learnt(program: Program, samples: int) -> int:
     """Count the samples in all epochs of learning; those of several partitions count for each of them."""
-    return sum(samples * item.epochs for item in program if isinstance(item, Sweep) or item.action == "learn")
+    return sum(samples * item.epochs_learnt for item in program)

@@ -127,7 +127,7 @@ class Workload:
         """
         program = self.method.program(len(spans), self.training_splits if splits is None else splits)
         if not self.method.sweeps:
-            return program
+            return [self._as_it_learns(item, spans) for item in program]
         items: list[Visit | Sweep] = []
         for item in program:
             if not isinstance(item, Sweep) or item.phase != "epoch":
@@ -143,6 +143,12 @@ class Workload:
                 # What the model's own code freezes stays frozen, and runs in every epoch: its outputs are not written a second time.
                 items += self._sweep_of_what_learns(rest, spans, 0)
         return items
+
+    def _as_it_learns(self, item: Visit | Sweep, spans: Sequence[tuple[int, int]]) -> Visit | Sweep:
+        """Return an item of a program, with no epochs where it is a visit of a partition in which nothing learns."""
+        if isinstance(item, Sweep) or item.action != "learn" or any(self.learns[slice(*spans[item.partition])]):
+            return item
+        return dataclasses.replace(item, epochs=0)
 
     def _sweep_of_what_learns(self, sweep: Sweep, spans: Sequence[tuple[int, int]], fixed_layers: int) -> list[Visit | Sweep]:
         """Return a sweep without the visits that frozen partitions do not need, after those that write outputs of fixed layers once."""

@@ -1,12 +1,15 @@
 """The program of a workload: which partitions it visits where some layers are frozen."""
 
+import dataclasses
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.methods import Sweep, Visit
+from lowmem_pnn.run.macs import samples_learnt
 from lowmem_pnn.workload import Workload, make_workload
 from lowmem_pnn.workload.inputs import python_inputs
 
@@ -23,13 +26,17 @@ def build(frozen: str = "") -> nn.Module:
 
 
 def workload(frozen: str = "", **options: Any) -> Workload:
-    config = configure(max_gpu_mem="100MB", model="python:net", data="python:table", device="cpu", **{"method": "exact", **options})
+    config = configure(
+        max_gpu_mem="100MB", model="python:net", data="python:table", device="cpu", **{"method": "exact", **options}
+    )
     return make_workload(config, *python_inputs(lambda: build(frozen), DATA, DATA, DATA)(config), torch.device("cpu"))
 
 
 def described(items: list[Visit | Sweep]) -> list[Any]:
     """Of each item what is done; of a sweep its first partition, those that learn, and its epochs."""
-    return [(item.first, item.learners, item.epochs) if isinstance(item, Sweep) else (item.action, item.partition) for item in items]
+    return [
+        (item.first, item.learners, item.epochs) if isinstance(item, Sweep) else (item.action, item.partition) for item in items
+    ]
 
 
 def test_what_is_unfrozen_learns_beside_what_the_models_code_freezes() -> None:
@@ -40,3 +47,18 @@ def test_what_is_unfrozen_learns_beside_what_the_models_code_freezes() -> None:
     assert described(made.program([(0, 2), (2, 3)])) == [("emit", 0), (1, (1,), 2), (0, (0, 1), 3)]
     all_learn = workload(freeze="[01].*", unfreeze_at=2, epochs=5)
     assert described(all_learn.program(SPANS)) == [("emit", 0), ("emit", 1), (2, (2,), 2), (0, (0, 1, 2), 3)]
+
+
+@pytest.mark.parametrize("method", ["pnn", "neuroflux"])
+def test_a_partition_in_which_nothing_learns_has_no_epochs(method: str) -> None:
+    # The layers before the last have heads, which learn.
+    frozen = "[01].*" if method == "pnn" else "2.*"
+    made = workload(method=method, freeze=frozen, epochs=3)
+    spans = [(0, 2), (2, 3)]
+    items = made.program(spans)
+    learning = [(item.partition, item.epochs) for item in items if isinstance(item, Visit) and item.action == "learn"]
+    assert learning == ([(0, 0), (1, 3)] if method == "pnn" else [(0, 3), (1, 0)])
+    whole = workload(method=method, epochs=3).program(spans)
+    assert [dataclasses.replace(item, epochs=1) for item in items] == [dataclasses.replace(item, epochs=1) for item in whole]
+    samples = len(made.splits["train"])
+    assert samples_learnt(items, samples) == 3 * samples == samples_learnt(whole, samples) / 2
