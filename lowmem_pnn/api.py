@@ -113,7 +113,7 @@ def fit(
     )
     display = default_display(verbose) if display is None else display
     if resume:
-        given = {name: value for name, value in given.items() if not is_share(value)}  # what the run began with is kept
+        given = {name: value for name, value in given.items() if name != "max_gpu_mem" or not is_share(value)}  # else the run's
         folder = unfinished_run(given) if workdir is None else Path(workdir)
         result = resume_training(folder, given, open_inputs, display=display, callbacks=callbacks)
     else:

@@ -152,6 +152,10 @@ def test_python_resumes_by_the_same_rule(tmp_path: Path, monkeypatch: pytest.Mon
         lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **{**options, "epochs": 5})
     assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **options) == whole
     assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, max_gpu_mem="100MB", log_every=3) == whole
+    # A share of what is free is a budget that the run need not repeat; any other option that says auto is compared.
+    assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, max_gpu_mem="50%") == whole
+    with pytest.raises(ConfigError, match="began with --batch-size 16, and --batch-size auto is given now"):
+        lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **{**options, "batch_size": "auto"})
     with pytest.raises(ConfigError, match="resume goes on with a run, and overwrite replaces it"):
         lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, overwrite=True, **options)
 
