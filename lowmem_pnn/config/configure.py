@@ -10,7 +10,7 @@ from pydantic import ValidationError as PydanticError
 
 from lowmem_pnn.config.adapter_options import DEFAULTS_WITH_ADAPTERS
 from lowmem_pnn.config.code import CODE_FIELDS
-from lowmem_pnn.config.defaults import is_language, training_defaults
+from lowmem_pnn.config.defaults import is_language, training_defaults, undecided
 from lowmem_pnn.config.faults import as_typed, describe_fault, flag
 from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, field_names
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS, ROWS_OF_TEXT
@@ -161,6 +161,8 @@ def configure(**given: Any) -> FitConfig:
     if "weights" not in given and has_weights(model):
         values["weights"] = "default"
     pretrained = values.get("weights") not in (None, "none")
+    if pretrained and (fault := undecided(values)) is not None:
+        raise ConfigError(fault)
     defaults = training_defaults(pretrained=pretrained, language=is_language(values), transformers=is_transformers(model))
     values = {**defaults, **values}
     if given.get("lora") is not None:
