@@ -10,7 +10,6 @@ import ctypes
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from lowmem_pnn.config.code import CODE_FIELDS, names_code
+from lowmem_pnn.config.code import command_to_resume
 from lowmem_pnn.errors import BudgetError, LowMemError
 from lowmem_pnn.memory.tunables import with_tunables
 from lowmem_pnn.reporting.page_process import PAGE, has_new_page, write_page_apart
@@ -234,10 +233,7 @@ def _is_done(workdir: Path) -> bool:
 def _resume_hint(workdir: Path, position: int | None) -> str:
     if position is None:
         return " before the run began; nothing was written"
-    config = _read(workdir / "config.json")
-    needs_trust = any(names_code(name, str(config.get(name))) for name in CODE_FIELDS)
-    command = shlex.join(["lowmem-pnn", "fit", "--resume", "--workdir", str(workdir), *(["--trust"] if needs_trust else [])])
-    return f"; {command} goes on from the last commit"
+    return f"; {command_to_resume(_read(workdir / 'config.json'), workdir)} goes on from the last commit"
 
 
 def _read(path: Path) -> dict[str, Any]:

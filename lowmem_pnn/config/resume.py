@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_pnn.config.code import CODE_FIELDS, names_code
+from lowmem_pnn.config.code import CODE_FIELDS, command_to_resume, names_code
 from lowmem_pnn.config.configure import checked, given_options
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig, field_names
@@ -159,8 +159,7 @@ def resume_command(config: FitConfig, where: Path) -> str:
         >>> resume_command(FitConfig(max_gpu_mem="1GB", model="net.py:build", data="digits"), Path("runs/a"))
         'lowmem-pnn fit --resume --workdir runs/a --trust'
     """
-    needs_trust = any(names_code(name, getattr(config, name)) for name in CODE_FIELDS)
-    return shlex.join(["lowmem-pnn", "fit", "--resume", "--workdir", str(where), *(["--trust"] if needs_trust else [])])
+    return command_to_resume(vars(config), where)
 
 
 def began_alike(config: FitConfig, stored: FitConfig) -> bool:
