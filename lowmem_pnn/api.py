@@ -165,6 +165,7 @@ def plan(
     named = {**_names(model, train, loss), "weights": _named_weights(weights)}
     described = None if gpu is None else GpuDescription.parse(gpu)
     if described is not None:
+        described.check_device(options.get("device") or "auto")
         asked = described.memory_bytes if max_gpu_mem is None else max_gpu_mem
         budget = budget_of(asked, free_bytes=described.memory_bytes)
     else:

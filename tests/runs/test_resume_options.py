@@ -72,6 +72,14 @@ def test_the_same_command_and_resume_goes_on_to_the_same_bits(folder: Path) -> N
     assert (refused.code, "began with --epochs 3, and --epochs 2 is given now" in refused.fault) == (3, True)
 
 
+def test_the_options_that_a_resume_goes_on_with_are_shown(folder: Path) -> None:
+    shown = resume("--workdir runs/a --log-every 7 --print-config")
+    assert shown.code == 0, shown.err
+    assert {'model = "mlp:20-16-3"', "epochs = [3]", "log_every = 7"} <= set(shown.out.splitlines())
+    assert "began with --max-gpu-mem 100.0MB" in resume("--workdir runs/a --max-gpu-mem 1G --print-config").fault
+    assert not Path("runs/a/result.json").exists()
+
+
 @pytest.mark.parametrize("more", ["--commit-every 7", "--keep-commits 2", "--log-every 1", "--max-disk 1GB", "--debug"])
 def test_options_that_change_nothing_may_differ(more: str, folder: Path) -> None:
     done = resume(f"{OPTIONS} --workdir runs/a {more}")
