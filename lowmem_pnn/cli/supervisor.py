@@ -78,11 +78,9 @@ def main() -> NoReturn:
         if code == 0:
             write_run_page(arguments, workdir)
     except LowMemError as error:
-        _say(str(error))
-        code = error.exit_code
+        code = _fail(arguments, str(error), error.exit_code)
     except KeyboardInterrupt:
-        _say("stopped")
-        code = 130
+        code = _fail(arguments, "stopped", 130)
     sys.exit(code)
 
 
@@ -123,8 +121,7 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
             )
         # Killed by hand, going on changes nothing in the result.
         if position is None or stops or not (crashed or number == signal.SIGKILL):
-            _say(f"the worker was ended by {number.name}{_resume_hint(workdir, position)}")
-            return 128 + number
+            return _fail(arguments, f"the worker was ended by {number.name}{_resume_hint(workdir, position)}", 128 + number)
         restarts = restarts + 1 if position == reached else 1
         reached = position
         if restarts > MAX_RESTARTS:
@@ -244,6 +241,17 @@ def _read(path: Path) -> dict[str, Any]:
             content = json.loads(file.read(1 << 26))
         return content if isinstance(content, dict) else {}
     return {}
+
+
+def _fail(arguments: Sequence[str], text: str, code: int) -> int:
+    """Say in a line what went wrong, with --json as JSON on standard output too, as the worker would have; return the exit code."""
+    _say(text)
+    if "--json" in arguments:
+        try:
+            print(json.dumps({"schema_version": 1, "error": text, "exit_code": code, "enough_bytes": None}), flush=True)
+        except (OSError, ValueError):
+            drop(sys.stdout)
+    return code
 
 
 def _say(text: str) -> None:
