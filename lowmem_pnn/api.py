@@ -112,7 +112,7 @@ def fit(
     )
     display = default_display(verbose) if display is None else display
     if resume:
-        given = {name: value for name, value in given.items() if not is_share(value)}  # what the run began with is kept
+        given = {name: value for name, value in given.items() if name != "max_gpu_mem" or not is_share(value)}  # else the run's
         folder = unfinished_run(given) if workdir is None else Path(workdir)
         result = resume_training(folder, given, open_inputs, display=display, callbacks=callbacks)
     else:
@@ -164,6 +164,7 @@ def plan(
     named = {**_names(model, train, loss), "weights": name_of_weights(weights)}
     described = None if gpu is None else GpuDescription.parse(gpu)
     if described is not None:
+        described.check_device(options.get("device") or "auto")
         asked = described.memory_bytes if max_gpu_mem is None else max_gpu_mem
         budget = budget_of(asked, free_bytes=described.memory_bytes)
     else:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from decimal import Decimal
 
 from lowmem_pnn.errors import UnitError
 
@@ -77,6 +78,19 @@ def parse_seconds(text: str) -> float:
     if seconds <= 0:
         raise UnitError(f"{text!r} is not a time; write 90m, 1h30m or 45s")
     return seconds
+
+
+def exact_seconds(seconds: float) -> str:
+    """Write a time so that `parse_seconds` reads the same.
+
+    Args:
+        seconds: above 0.
+
+    Example:
+        >>> exact_seconds(5400.0), exact_seconds(0.25), exact_seconds(1e-7)
+        ('5400s', '0.25s', '0.0000001s')
+    """
+    return f"{Decimal(repr(seconds).removesuffix('.0')):f}s"
 
 
 def format_bytes(size: int | float) -> str:

@@ -40,11 +40,12 @@ from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor,
 from lowmem_pnn.cli.usage import usage_text
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.gpu_description import GpuDescription
+from lowmem_pnn.config.resume import resumed_config
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
 from lowmem_pnn.memory.available import is_share
 from lowmem_pnn.run.ranks import Rank
-from lowmem_pnn.run.unfinished import unfinished_run
+from lowmem_pnn.run.unfinished import options_of_run, unfinished_run
 from lowmem_pnn.settings.command import describe_command
 from lowmem_pnn.settings.config_file import to_toml
 from lowmem_pnn.units import parse_bytes
@@ -101,9 +102,6 @@ def fit(
         raise ConfigError("--trust has no effect here: it needs --resume; leave it out")
     if workdir is None and not rank.is_alone:
         raise ConfigError("the processes of torchrun need a folder that they agree on; give --workdir DIR")
-    if print_config:
-        print_result(to_toml(configure(**command_options(options))).rstrip("\n"))
-        return
     if resume:
         given = {name: value for name, value in given.items() if name != "max_gpu_mem" or not share}  # the run's own is kept
         chosen = rank.folder(workdir or unfinished_run(given))
@@ -111,6 +109,9 @@ def fit(
         config = configure(**command_options(options))
         rank.check(config)
         chosen = rank.folder(workdir or next_workdir(config))
+    if print_config:
+        print_result(to_toml(config or resumed_config(options_of_run(chosen), given, chosen)).rstrip("\n"))
+        return
     if not is_worker():
         if not quiet:
             announce(describe_command(config, chosen))

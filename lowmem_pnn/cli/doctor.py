@@ -153,11 +153,14 @@ def _drive(found: Findings, folder: Path) -> None:
     try:
         free = shutil.disk_usage(folder).free
         with tempfile.TemporaryDirectory(dir=folder, prefix=".lowmem-pnn-doctor-") as place:
-            read, write = time_drive(Path(place), min(_DRIVE_BYTES, free // 4))
+            nbytes = min(_DRIVE_BYTES, free // 4)
+            read, write = time_drive(Path(place), nbytes) if nbytes else (0.0, 0.0)
     except OSError as error:
         found.problems.append(f"{folder} cannot be written to ({error.strerror}); begin runs elsewhere, --workdir DIR")
         return
-    rates = f"{format_bytes(1 / read)}/s read, {format_bytes(1 / write)}/s written"
+    rates = "its rates were not measured, since nothing could be written"
+    if read and write:
+        rates = f"{format_bytes(1 / read)}/s read, {format_bytes(1 / write)}/s written"
     found.facts["drive"] = f"{folder}: {format_bytes(free)} free; {rates}"
     if free < _LITTLE_SPACE:
         found.problems.append(

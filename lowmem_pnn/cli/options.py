@@ -10,7 +10,6 @@ import click
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.gpu_description import GpuDescription
-from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.available import budget_of
 from lowmem_pnn.settings.config_file import read_config_file, read_settings
 from lowmem_pnn.settings.model_arguments import parse_model_arguments
@@ -296,7 +295,6 @@ def options_on(gpu: GpuDescription, given: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: they ask for the CPU.
     """
     device = given.get("device", "auto")
-    if device == "cpu":
-        raise ConfigError("--gpu describes a GPU to plan for, and --device cpu asks for the CPU; leave one of them out")
+    gpu.check_device(device)
     asked = given.get("max_gpu_mem", gpu.memory_bytes)
     return {"device": device, "max_gpu_mem": budget_of(asked, free_bytes=gpu.memory_bytes)}

@@ -10,7 +10,6 @@ import ctypes
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from time import monotonic
 from types import FrameType
 from typing import Any, NoReturn
 
-from lowmem_pnn.config.code import CODE_FIELDS, names_code
+from lowmem_pnn.config.code import command_to_resume
 from lowmem_pnn.errors import BudgetError, LowMemError
 from lowmem_pnn.memory.tunables import with_tunables
 from lowmem_pnn.reporting.page_process import PAGE, has_new_page, write_page_apart
@@ -80,11 +79,9 @@ def main() -> NoReturn:
         if code == 0:
             write_run_page(arguments, workdir)
     except LowMemError as error:
-        _say(str(error))
-        code = error.exit_code
+        code = _fail(arguments, str(error), error.exit_code)
     except KeyboardInterrupt:
-        _say("stopped")
-        code = 130
+        code = _fail(arguments, "stopped", 130)
     sys.exit(code)
 
 
@@ -125,8 +122,7 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
             )
         # Killed by hand, going on changes nothing in the result.
         if position is None or stops or not (crashed or number == signal.SIGKILL):
-            _say(f"the worker was ended by {number.name}{_resume_hint(workdir, position)}")
-            return 128 + number
+            return _fail(arguments, f"the worker was ended by {number.name}{_resume_hint(workdir, position)}", 128 + number)
         restarts = restarts + 1 if position == reached else 1
         reached = position
         if restarts > MAX_RESTARTS:
@@ -237,10 +233,7 @@ def _is_done(workdir: Path) -> bool:
 def _resume_hint(workdir: Path, position: int | None) -> str:
     if position is None:
         return " before the run began; nothing was written"
-    config = _read(workdir / "config.json")
-    needs_trust = any(names_code(name, str(config.get(name))) for name in CODE_FIELDS)
-    command = shlex.join(["lowmem-pnn", "fit", "--resume", "--workdir", str(workdir), *(["--trust"] if needs_trust else [])])
-    return f"; {command} goes on from the last commit"
+    return f"; {command_to_resume(_read(workdir / 'config.json'), workdir)} goes on from the last commit"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -251,6 +244,17 @@ def _read(path: Path) -> dict[str, Any]:
             content = json.loads(file.read(1 << 26))
         return content if isinstance(content, dict) else {}
     return {}
+
+
+def _fail(arguments: Sequence[str], text: str, code: int) -> int:
+    """Say in a line what went wrong, with --json as JSON on standard output too, as the worker would have; return the exit code."""
+    _say(text)
+    if "--json" in arguments:
+        try:
+            print(json.dumps({"schema_version": 1, "error": text, "exit_code": code, "enough_bytes": None}), flush=True)
+        except (OSError, ValueError):
+            drop(sys.stdout)
+    return code
 
 
 def _say(text: str) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.finetuning_options import Patterns
 
 # What a run trains by where adapters are asked for and nothing else is.
@@ -39,8 +40,8 @@ class LoraOptions:
 
     def __str__(self) -> str:
         """Return the options as one would type them."""
-        text = f"r={self.r},alpha={self.alpha:g},targets={'+'.join(self.targets)}"
-        return f"{text},dropout={self.dropout:g}" if self.dropout else text
+        text = f"r={self.r},alpha={as_typed(self.alpha)},targets={'+'.join(self.targets)}"
+        return f"{text},dropout={as_typed(self.dropout)}" if self.dropout else text
 
     @property
     def scaling(self) -> float:

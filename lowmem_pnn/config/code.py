@@ -1,4 +1,9 @@
-"""Code that a configuration names: factories of models and data, and losses, which are imported. No imports here: the supervisor reads it."""
+"""Code that a configuration names: factories of models and data, and losses, which are imported. No imports of ours: the supervisor reads it."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 CODE_FIELDS = ("model", "data", "val_data", "test_data", "loss")
 """Fields of `FitConfig` that may name code."""
@@ -26,3 +31,32 @@ def names_code(field: str, spec: str | None) -> bool:
         (True, False, False)
     """
     return spec is not None and ":" in spec and spec.partition(":")[0] not in _BUILT_IN[field]
+
+
+def trust_words(options: Mapping[str, Any], fields: Sequence[str] = CODE_FIELDS) -> list[str]:
+    """Return what a command needs that runs the code of a run: `--trust`, or nothing where there is none.
+
+    Args:
+        options: fields of `FitConfig`.
+        fields: those of `CODE_FIELDS` whose code it runs.
+
+    Example:
+        >>> trust_words({"model": "mlp:64-10", "val_data": "it.py:data"}), trust_words({"model": "mlp:64-10", "data": "digits"})
+        (['--trust'], [])
+    """
+    specs = {field: options.get(field) for field in fields}
+    return ["--trust"] if any(isinstance(spec, str) and names_code(field, spec) for field, spec in specs.items()) else []
+
+
+def command_to_resume(options: Mapping[str, Any], where: Path) -> str:
+    """Return the command that goes on with a run, for messages.
+
+    Args:
+        options: fields of `FitConfig` that the run began with.
+        where: folder of the run.
+
+    Example:
+        >>> command_to_resume({"model": "net.py:build", "data": "digits"}, Path("runs/a"))
+        'lowmem-pnn fit --resume --workdir runs/a --trust'
+    """
+    return shlex.join(["lowmem-pnn", "fit", "--resume", "--workdir", str(where), *trust_words(options)])

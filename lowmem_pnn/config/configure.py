@@ -10,8 +10,8 @@ from pydantic import ValidationError as PydanticError
 
 from lowmem_pnn.config.adapter_options import DEFAULTS_WITH_ADAPTERS
 from lowmem_pnn.config.code import CODE_FIELDS
-from lowmem_pnn.config.defaults import is_language, training_defaults
-from lowmem_pnn.config.faults import describe_fault, flag
+from lowmem_pnn.config.defaults import is_language, training_defaults, undecided
+from lowmem_pnn.config.faults import as_typed, describe_fault, flag
 from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, field_names
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS, ROWS_OF_TEXT
 from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS, has_weights, is_transformers, place_of
@@ -204,6 +204,8 @@ def with_defaults(given: Mapping[str, Any]) -> FitConfig:
     if "weights" not in given and has_weights(model):
         values["weights"] = "default"
     pretrained = values.get("weights") not in (None, "none")
+    if pretrained and (fault := undecided(values)) is not None:
+        raise ConfigError(fault)
     defaults = training_defaults(pretrained=pretrained, language=is_language(values), transformers=is_transformers(model))
     values = {**defaults, **values}
     if given.get("lora") is not None:
@@ -341,7 +343,7 @@ def contradictions(config: FitConfig) -> list[str]:
     if config.max_steps is not None and config.recovery_epochs:
         faults.append("--max-steps ends training, and --recovery-epochs goes on after it; give one")
     if config.min_lr > max(config.lr):
-        faults.append(f"--min-lr {config.min_lr:g} is above --lr {max(config.lr):g}; give less")
+        faults.append(f"--min-lr {as_typed(config.min_lr)} is above --lr {as_typed(max(config.lr))}; give less")
     if config.watches and config.recovery_epochs:
         faults.append(
             "--early-stop and --keep-weights best watch the epochs of --method exact or backprop, and --recovery-epochs adds others"

@@ -96,7 +96,7 @@ class DataOptions:
     )
     target: Columns = Field(
         default=None,
-        description="Column of a table that is to be predicted, or several, separated by commas (csv:, parquet:, hfdata:).",
+        description="Column of a table that is to be predicted, or several, separated by commas (csv:, parquet:, jsonl:, hfdata:).",
     )
     val_data: str | None = Field(
         default=None,
@@ -108,7 +108,9 @@ class DataOptions:
     test_data: str | None = Field(
         default=None, description="Data to test on, as --val-data: its test part, or all of it where it has one part."
     )
-    data_root: Path = Field(default=Path("data"), description="Folder that downloaded data sets are kept in.")
+    data_root: Path = Field(
+        default=Path("data"), description="Folder that downloaded data sets, and the tokens of texts, are kept in."
+    )
     image_size: ImageSize | None = Field(
         default=None, description="Size that images are brought to: a side of a square, or HxW in pixels. By default their own."
     )
@@ -137,8 +139,8 @@ class DataOptions:
     mixup: Positive | None = Field(
         default=None,
         description=(
-            "MixUp: samples of a training batch are added, in shares from Beta(MIXUP, MIXUP), and so are their labels (exact, backprop; "
-            "neuroflux at each block). With --cutmix one of the two is drawn for each batch."
+            "MixUp: samples of a training batch are added, in shares from Beta(MIXUP, MIXUP), and so are their labels (exact, backprop, "
+            "incubate; neuroflux at each block). With --cutmix one of the two is drawn for each batch."
         ),
     )
     cutmix: Positive | None = Field(

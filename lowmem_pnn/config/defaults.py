@@ -7,12 +7,16 @@ from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.finetuning_options import DEFAULTS_WITH_WEIGHTS
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS
-from lowmem_pnn.config.transformers_place import is_about_text
+from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS, is_about_text, is_on_hub
 
 # What Hugging Face's trainers take for such models (transformers' TrainingArguments, TRL's SFTConfig), but for clipping theirs alike.
 _FINE_TUNING_LANGUAGE: Mapping[str, Any] = {
     "lr": (2e-5,), "lr_schedule": "linear", "weight_decay": 0.0, "clip_norm": 1.0,
 }  # fmt: skip
+
+_TASKS_OF_TEXT = tuple(task for task in TRANSFORMERS_TASKS if task != "image-classification")
+# Kinds of data that no model of tokens takes; neither does it those that have a name alone.
+_NO_TEXT = ("imagefolder", "segmentation", "csv")
 
 
 def training_defaults(*, pretrained: bool, language: bool, transformers: bool = False) -> dict[str, Any]:
@@ -78,5 +82,26 @@ def is_language(options: Mapping[str, Any]) -> bool:
     Args:
         options: fields of `FitConfig`.
     """
-    kind = str(options.get("data", "")).partition(":")[0]
-    return kind in LANGUAGE_KINDS or options.get("tokenizer") is not None or is_about_text(str(options.get("model", "")))
+    model, kind = str(options.get("model", "")), str(options.get("data", "")).partition(":")[0]
+    is_said = kind in LANGUAGE_KINDS or options.get("tokenizer") is not None or is_about_text(model)
+    return is_said or (is_on_hub(model) and options.get("task") in _TASKS_OF_TEXT)
+
+
+def undecided(options: Mapping[str, Any]) -> str | None:
+    """Return the fault of options whose defaults depend on whether a model on the hub is one of tokens, where nothing tells; else None.
+
+    Args:
+        options: fields of `FitConfig`, as they were given, of a training that begins with pretrained weights.
+
+    Example:
+        >>> undecided({"model": "hf:someone/model", "data": "text:book.txt"}) is None
+        True
+    """
+    model, data = str(options.get("model", "")), str(options.get("data", ""))
+    is_told = is_language(options) or options.get("task", "auto") != "auto" or ":" not in data or data.startswith(_NO_TEXT)
+    if is_told or not is_on_hub(model) or all(name in options for name in _FINE_TUNING_LANGUAGE):
+        return None
+    return (
+        f"--model {model}: whether it is one of text is not known before it is fetched, and the defaults of --lr, --lr-schedule, "
+        "--weight-decay and --clip-norm depend on that; give --task, such as causal-lm or image-classification, or all four of them"
+    )

@@ -86,8 +86,8 @@ def as_typed(value: Any) -> str:
     """Return a value as one would type it on the command line.
 
     Example:
-        >>> as_typed((5, 160)), as_typed(True), as_typed(None)
-        ('5,160', 'yes', '(not given)')
+        >>> as_typed((5, 160)), as_typed(True), as_typed(None), as_typed(2.3456789e-05), as_typed(60.0)
+        ('5,160', 'yes', '(not given)', '2.3456789e-05', '60')
     """
     if isinstance(value, tuple):
         return ",".join(map(as_typed, value))
@@ -96,5 +96,5 @@ def as_typed(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:g}"
+        return repr(value).removesuffix(".0")  # all digits: what is typed again is the same number
     return "(not given)" if value is None else str(value)

@@ -1,5 +1,6 @@
 """Types of the options: how each reads what a command line or a call gives, and what it refuses."""
 
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
@@ -53,7 +54,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-Clip = Annotated[Positive | None, BeforeValidator(lambda value: None if value in (0, "0") else value)]
+def _clip(value: Any) -> Any:
+    """None where a number is 0, as one may write it."""
+    with suppress(TypeError, ValueError):
+        return None if float(value) == 0 else value
+    return value
+
+
+Clip = Annotated[Positive | None, BeforeValidator(_clip)]
 
 
 Flags = Annotated[tuple[bool, ...], BeforeValidator(_list), Field(min_length=1)]

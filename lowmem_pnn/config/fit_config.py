@@ -197,7 +197,9 @@ class FitConfig(
     )
     views: PositiveInt = Field(
         default=1,
-        description="Augmented copies of the training samples whose block outputs are kept; each epoch reads one of them.",
+        description=(
+            "Augmented copies of the training samples whose block outputs are kept; each epoch reads one of them (neuroflux, incubate)."
+        ),
     )
     blocks: Literal["planner", "alike"] = Field(
         default="planner",
@@ -237,7 +239,7 @@ class FitConfig(
         default="fp32",
         description=(
             "Mixed precision: type that layers compute in under PyTorch's autocast, fp16 with a dynamic loss scale; weights and their "
-            "gradients stay float32."
+            "gradients stay float32, unless --weights-dtype or --frozen-dtype say otherwise."
         ),
     )
     tf32: bool = Field(

@@ -58,6 +58,18 @@ class GpuDescription:
                 speeds[key] = _rate(key, value)
         return cls(memory_bytes=_size(first, "the GPU's memory, which comes first,"), ram_bytes=ram, **speeds)
 
+    def check_device(self, device: str) -> None:
+        """Refuse a training device that is no GPU.
+
+        Args:
+            device: the device, as the option names it.
+
+        Raises:
+            ConfigError: it is the CPU.
+        """
+        if device == "cpu":
+            raise ConfigError("--gpu describes a GPU to plan for, and --device cpu asks for the CPU; leave one of them out")
+
 
 def _size(text: str, what: str) -> int:
     try:

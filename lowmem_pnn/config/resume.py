@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_pnn.config.code import CODE_FIELDS, names_code
+from lowmem_pnn.config.code import CODE_FIELDS, command_to_resume, names_code
 from lowmem_pnn.config.configure import checked, given_options
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig, field_names
@@ -40,6 +40,8 @@ def resumed_config(stored: FitConfig, options: Mapping[str, Any], where: Path) -
     """
     config = checked({**_values(stored), **given_options(options)})
     differing = _differing(config, stored)
+    if "epochs" not in differing:
+        config = dataclasses.replace(config, epochs=stored.epochs)
     if "epochs" in differing and len(config.epochs) == len(stored.epochs) == 1 and config.epochs[0] > stored.epochs[0]:
         check_longer(stored, config.epochs[0])
         differing.remove("epochs")
@@ -99,6 +101,25 @@ def raised(config: FitConfig, journal: Mapping[str, Any]) -> FitConfig:
     return config
 
 
+def with_new_modules(config: FitConfig, weights: Mapping[str, Any]) -> FitConfig:
+    """Return the options of a run with the modules that have learnt whole beside adapters since no pretrained values were there for them.
+
+    Args:
+        config: options that the run began with.
+        weights: what the run says of its pretrained weights; empty where it has none.
+
+    Example:
+        >>> config = FitConfig(max_gpu_mem="1GB", model="resnet18", data="cifar10", lora="r=8", weights="default")
+        >>> with_new_modules(config, {"new": ["fc.weight (10, 512)", "fc.bias (10,)"]}).modules_to_save
+        ('fc',)
+    """
+    new = weights.get("new")
+    if config.lora is None or config.modules_to_save is not None or not new:
+        return config
+    modules = dict.fromkeys(str(one).partition(" ")[0].rpartition(".")[0] for one in new)
+    return dataclasses.replace(config, modules_to_save=tuple(name for name in modules if name) or None)
+
+
 def check_trust(config: FitConfig, options: Mapping[str, Any], where: Path, *, trust: bool, again: bool = True) -> None:
     """Refuse to run code that a run names, and that whoever goes on with it did not.
 
@@ -138,8 +159,7 @@ def resume_command(config: FitConfig, where: Path) -> str:
         >>> resume_command(FitConfig(max_gpu_mem="1GB", model="net.py:build", data="digits"), Path("runs/a"))
         'lowmem-pnn fit --resume --workdir runs/a --trust'
     """
-    needs_trust = any(names_code(name, getattr(config, name)) for name in CODE_FIELDS)
-    return shlex.join(["lowmem-pnn", "fit", "--resume", "--workdir", str(where), *(["--trust"] if needs_trust else [])])
+    return command_to_resume(vars(config), where)
 
 
 def began_alike(config: FitConfig, stored: FitConfig) -> bool:
@@ -154,7 +174,14 @@ def began_alike(config: FitConfig, stored: FitConfig) -> bool:
 
 def _differing(config: FitConfig, stored: FitConfig) -> list[str]:
     names = (name for name in field_names() if name not in FREE_TO_DIFFER)
-    return [name for name in names if getattr(config, name) != getattr(stored, name)]
+    differing = [name for name in names if getattr(config, name) != getattr(stored, name)]
+    return [name for name in differing if name != "epochs" or not _ends_at_the_same_step(config, stored)]
+
+
+def _ends_at_the_same_step(config: FitConfig, stored: FitConfig) -> bool:
+    """Return whether `--max-steps` ends training before more epochs would: runs of earlier versions have stored the epochs up to that step."""
+    is_one_step = config.max_steps is not None and config.max_steps == stored.max_steps
+    return is_one_step and len(config.epochs) == len(stored.epochs) == 1 and config.epochs > stored.epochs
 
 
 def _values(config: FitConfig) -> dict[str, Any]:

@@ -40,6 +40,15 @@ def place_of(model: str) -> Path | None:
     return path if is_path else None
 
 
+def is_on_hub(model: str) -> bool:
+    """Decide whether a text names a model on the hub, of which nothing is known before it is fetched.
+
+    Args:
+        model: Text of `--model`.
+    """
+    return is_transformers(model) and place_of(model) is None
+
+
 def has_weights(model: str) -> bool:
     """Decide whether weights come with a model: a folder has such files, and a name on the hub is one of a model with weights.
 

@@ -7,6 +7,7 @@ from functools import partial
 from lowmem_pnn.compilation.compiler import check_compiler
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.gpu_description import GpuDescription
+from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.planning.describe import describe_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
@@ -52,6 +53,8 @@ def previews(
         timing: time layers, and show all methods side by side.
         gpu: GPU to plan for, which is not here; its times are computed.
     """
+    if config.plan_for == "time" and not timing and gpu is None:
+        raise ConfigError("--plan-for time goes by layers that are timed, and --no-timing times none; leave one of them out")
     if config.compile:
         check_compiler()
     cache, inputs, reports = MeasurementCache(), open_inputs(config), []

@@ -53,6 +53,8 @@ class ResultFields:
 
     `skipped_samples` holds the `count` of broken samples that were left out (--skip-broken), and the `names` of the first 100.
 
+    `val_data` and `test_data` name the sources of these parts, where they have sources of their own.
+
     `data_parts` says how many samples each part of the data has, and which parts were split off. `preparation`
     holds what samples are made with that follows from the training data: columns, classes, mean and std. `form` says what samples and targets
     are, for whoever uses the model without them: shapes, types, kind of targets, names of classes. `workers` is the number of processes
@@ -70,6 +72,8 @@ class ResultFields:
     method: str
     model: str
     data: str
+    val_data: str | None = None
+    test_data: str | None = None
     seed: int
     precision: str = "fp32"
     device: str

@@ -1,7 +1,10 @@
 """A run's result as text for people: tables, facts, and a summary of six lines."""
 
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
+from lowmem_pnn.config.code import trust_words
 from lowmem_pnn.engine.stalls import describe_stalls
 from lowmem_pnn.pretrained.matching import describe_weights
 from lowmem_pnn.reporting.result_fields import ResultFields
@@ -80,7 +83,8 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
         reads = "PeftModel.from_pretrained reads it"
         if result.model.startswith("hf:"):
             reads = "AutoPeftModel classes load it on its base, with its tokenizer"
-        lines.append(f"adapter: {result.adapter} (peft's {reads}); merged into its base: export {result.workdir} --merge")
+        merging = shlex.join(["export", result.workdir, "--merge", *trust_words(vars(result), ("model",))])
+        lines.append(f"adapter: {result.adapter} (peft's {reads}); merged into its base: {merging}")
     # Tables have their own width, and a command is copied in one piece.
     *told, following = summary(result)
     sentences = [wrapped(line, width, "  ") for line in lines] + [
@@ -124,12 +128,16 @@ def next_command(result: ResultFields) -> str:
     """
     if result.model.startswith("python:") or result.data.startswith("python:"):
         return f"lowmem_pnn.load({result.workdir!r}, model=...)"
-    trust = ["--trust"] if ".py:" in result.model or ".py:" in result.data else []
-    if result.perplexity is not None and _has_texts(result):
-        return shlex.join(["lowmem-pnn", "generate", result.workdir, "--prompt", "Once upon a time", *trust])
-    if result.perplexity is not None:
+    targets: Mapping[str, Any] = result.form.get("targets", {})
+    if result.perplexity is not None or targets.get("kind") == "tokens":
+        trust = trust_words(vars(result), ("model",))
+        if _has_texts(result):
+            return shlex.join(["lowmem-pnn", "generate", result.workdir, "--prompt", "Once upon a time", *trust])
         return shlex.join(["lowmem-pnn", "export", result.workdir, "--to", "safetensors", *trust])
-    return shlex.join(["lowmem-pnn", "predict", result.workdir, "--out", "predictions.csv", *trust])
+    is_no_table = targets.get("kind") == "own" or (targets.get("kind") == "values" and len(targets.get("shape", ())) > 1)
+    out = "masks/" if targets.get("kind") == "mask" else "predictions.npz" if is_no_table else "predictions.csv"
+    trust = trust_words(vars(result), ("model", "data", "val_data", "test_data"))
+    return shlex.join(["lowmem-pnn", "predict", result.workdir, "--out", out, *trust])
 
 
 def _has_texts(result: ResultFields) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.resume import resume_command
+from lowmem_pnn.config.resume import resume_command, with_new_modules
 from lowmem_pnn.config.transformers_place import is_transformers, place_of
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.reporting.result import Result
@@ -47,10 +47,7 @@ def open_finished(rundir: RunDirectory) -> FinishedRun:
     if state.stage != "done":
         raise CheckpointError(f"{rundir.path} has not finished; {resume_command(config, rundir.path)} goes on with it")
     result = read_result(rundir.path, state)
-    if config.lora is not None and config.modules_to_save is None and (new := result.weights.get("new")):
-        # What had no pretrained values has learnt whole beside the adapters: 'head.weight (10, 64)'.
-        modules = dict.fromkeys(str(one).partition(" ")[0].rpartition(".")[0] for one in new)
-        config = dataclasses.replace(config, modules_to_save=tuple(name for name in modules if name) or None)
+    config = with_new_modules(config, result.weights)
     return FinishedRun(_with_kept_model(config, rundir.path), state, result)
 
 

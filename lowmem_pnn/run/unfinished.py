@@ -10,6 +10,7 @@ from lowmem_pnn.config.resume import began_alike, raised, resumed_config
 from lowmem_pnn.errors import CheckpointError, ConfigError, DiskError
 from lowmem_pnn.stores.disk import RUN_REMEDY, read_file
 from lowmem_pnn.stores.journal import read_journal
+from lowmem_pnn.stores.run_directory import read_config
 
 
 def unfinished_run(options: Mapping[str, Any], parent: Path = Path("runs")) -> Path:
@@ -41,6 +42,20 @@ def unfinished_run(options: Mapping[str, Any], parent: Path = Path("runs")) -> P
             "give --workdir DIR, or leave --resume out to begin"
         )
     raise ConfigError(f"--resume: there is no unfinished run in {parent}; give --workdir DIR, or leave --resume out to begin")
+
+
+def options_of_run(path: Path) -> FitConfig:
+    """Return the options of a run, with the epochs that a resume has raised them to.
+
+    Args:
+        path: folder of the run.
+
+    Raises:
+        CheckpointError: no run is there, or it is damaged.
+        DiskError: the file system refused.
+    """
+    journal, config_sha256 = read_journal(path / "journal.json")
+    return raised(FitConfig.from_json(read_config(path, config_sha256)), journal)
 
 
 def _unfinished_config(path: Path) -> FitConfig | None:

@@ -3,12 +3,14 @@
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.field_types import SIZES
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.settings.config_file import needed_options
-from lowmem_pnn.units import exact_size, format_bytes
+from lowmem_pnn.settings.config_file import NOTHING, needed_options
+from lowmem_pnn.settings.model_arguments import argument_text
+from lowmem_pnn.units import exact_seconds, exact_size, format_bytes
 
 # Where the run was, not what it was.
 _LEFT_OUT = ("data_root",)
@@ -38,15 +40,25 @@ def option_words(config: FitConfig) -> list[str]:
         value = getattr(config, name)
         if name in _LEFT_OUT:
             continue
+        if value is None:
+            words += [flag(name), str(NOTHING[name])]
+            continue
         if isinstance(value, bool):
             words.append(flag(name) if value else f"--no-{name.replace('_', '-')}")
         elif name == "sample":
             words += [part for text in value for part in (flag(name), text)]
         elif isinstance(value, Mapping):
-            words += [part for key, each in value.items() for part in (flag(name), f"{key}={each}")]
+            text = argument_text if name == "model_arg" else as_typed
+            words += [part for key, each in value.items() for part in (flag(name), f"{key}={text(each)}")]
         else:
-            words += [flag(name), exact_size(value) if name in SIZES else as_typed(value)]
+            words += [flag(name), _typed(name, value)]
     return words
+
+
+def _typed(name: str, value: Any) -> str:
+    if name in SIZES:
+        return exact_size(value)
+    return exact_seconds(value) if name == "time_limit" else as_typed(value)
 
 
 def describe_command(config: FitConfig | None, workdir: Path) -> str:

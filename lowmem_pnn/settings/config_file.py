@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.faults import suggest
 from lowmem_pnn.config.field_types import SIZES
-from lowmem_pnn.config.fit_config import FitConfig, field_names
+from lowmem_pnn.config.fit_config import FitConfig, default_of, field_names
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.settings.model_arguments import parse_model_arguments
 from lowmem_pnn.units import exact_size
@@ -26,6 +26,10 @@ CONFIG_FILE = "config.toml"
 # TOML has no null, which a model's factory may take; a command line says it by the same word.
 _NONE = "None"
 _ALWAYS = ("max_gpu_mem", "model", "data", "method")
+# Options whose defaults depend on others.
+_DEPENDING = ("epochs", "lr", "lr_schedule", "weight_decay", "clip_norm")
+NOTHING: Mapping[str, Any] = {"clip_norm": 0, "weights": "none"}
+"""What is given where an option that has a default is to have no value."""
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -102,7 +106,9 @@ def to_toml(config: FitConfig) -> str:
     values = TypeAdapter(FitConfig).dump_python(config, mode="json")
     names = needed_options(config)
     flat = [name for name in names if not isinstance(values[name], Mapping)]
-    lines = [f"{name} = {_value(exact_size(values[name]) if name in SIZES else values[name])}" for name in flat]
+    values |= {name: exact_size(values[name]) for name in flat if name in SIZES}
+    values |= {name: NOTHING[name] for name in flat if values[name] is None}
+    lines = [f"{name} = {_value(values[name])}" for name in flat]
     for name in (name for name in names if isinstance(values[name], Mapping)):
         lines += ["", f"[{name}]", *(f"{json.dumps(key)} = {_value(value)}" for key, value in values[name].items())]
     return "\n".join(lines) + "\n"
@@ -115,11 +121,15 @@ def needed_options(config: FitConfig) -> list[str]:
         config: options of a run.
     """
     names = list(_ALWAYS)
+    # Where data lie may be said only of data to which it matters: it comes last, if at all.
+    candidates = [name for name in field_names() if _given(config, name) is not None and name != "data_root"]
     # Twice: what is given decides which defaults the others have.
     for _ in range(2):
-        if (made := _configured(config, names)) is not None:
-            names += [name for name in field_names() if name not in names and getattr(made, name) != getattr(config, name)]
-    # Where data lie may be said only of data to which it matters.
+        made, more = _configured(config, names), [name for name in candidates if name not in names]
+        if made is not None:
+            names += [name for name in more if getattr(made, name) != getattr(config, name)]
+        else:  # these few are refused by themselves: all that may matter is named, and what does not is left out below
+            names += [name for name in more if name in _DEPENDING or getattr(config, name) != default_of(name)]
     if "data_root" not in names and _configured(config, [*names, "data_root"]) is not None:
         names.append("data_root")
     for name in [name for name in names if name not in (*_ALWAYS, "data_root")]:
@@ -135,8 +145,14 @@ def needed_options(config: FitConfig) -> list[str]:
 def _configured(config: FitConfig, names: Sequence[str]) -> FitConfig | None:
     """Return the configuration that some of the options make; None where they make none."""
     with suppress(ConfigError):
-        return configure(**{name: getattr(config, name) for name in names})
+        return configure(**{name: _given(config, name) for name in names})
     return None
+
+
+def _given(config: FitConfig, name: str) -> Any:
+    """Return an option as one would give it; None where it is not given."""
+    value = getattr(config, name)
+    return NOTHING.get(name) if value is None else value
 
 
 def _value(value: Any) -> str:

@@ -44,3 +44,17 @@ def _parse_value(text: str) -> Any:
     # Errors that literal_eval documents for text that is no literal, or a literal nested too deep.
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def argument_text(value: Any) -> str:
+    """Return the text that `parse_model_arguments` reads as a value.
+
+    Args:
+        value: A Python literal, or a text.
+
+    Example:
+        >>> argument_text(0.25), argument_text("gelu"), argument_text("0.25"), argument_text([8, 16])
+        ('0.25', 'gelu', "'0.25'", '[8, 16]')
+    """
+    is_read_otherwise = isinstance(value, str) and _parse_value(value.strip()) != value
+    return repr(value) if is_read_otherwise else str(value)

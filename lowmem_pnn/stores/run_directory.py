@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from lowmem_pnn.config.code import command_to_resume
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.stores.disk import (
     disk_error,
@@ -348,8 +349,15 @@ def way_back(path: Path) -> str:
     if older is None:
         return ""
     copy = shlex.join(["cp", str(older), str(path / JOURNAL)])
-    resume = shlex.join(["lowmem-pnn", "fit", "--resume", "--workdir", str(path)])
-    return f"; or go back to the commit before: {copy} && {resume}"
+    return f"; or go back to the commit before: {copy} && {command_to_resume(_options_of(path), path)}"
+
+
+def _options_of(path: Path) -> dict[str, Any]:
+    """Return the options of a run, as far as they can be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, CheckpointError):
+        content = json.loads(read_file(path / "config.json", DAMAGED))
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 def _close(lock: IO[str] | DiskError) -> None:

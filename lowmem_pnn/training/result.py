@@ -70,6 +70,8 @@ def make_result(
         method=config.method,
         model=config.model,
         data=config.data,
+        val_data=config.val_data,
+        test_data=config.test_data,
         seed=config.seed,
         precision=config.precision,
         device=device.describe(),

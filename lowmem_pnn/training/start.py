@@ -12,7 +12,7 @@ import torch
 from lowmem_pnn.compilation.compiler import check_compiler
 from lowmem_pnn.config.defaults import training_words
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.resume import check_trust, resumed_config
+from lowmem_pnn.config.resume import check_trust, resumed_config, with_new_modules
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
@@ -89,7 +89,6 @@ def begin(
     with file_system_faults(path), _environment(display) as threads, open_logger(config, display) as loggers:
         inputs = _open_before_floor(config, open_inputs, display)
         with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
-            config = workload.config  # which names what else learns beside adapters
             check_samples(workload)
             display.stage("planning")
             profile = profile_workload(workload, device)
@@ -173,6 +172,7 @@ def resume(
         check_same_weights(state, inputs.source, path)
         if state.stage != "born":
             inputs = without_weights(inputs)  # the run's files have them
+            config = with_new_modules(config, state.pretrained)
         with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
             profile = profile_workload(workload, device)
             estimator = TimeEstimator.measured(PlanRequest(workload, profile, device))

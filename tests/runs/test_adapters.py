@@ -1,5 +1,6 @@
 """Runs in which adapters learn beside a frozen base: the same as plain PyTorch with peft, however the model is cut, and resumed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ def test_a_head_for_other_classes_learns_whole_and_is_resumed(tmp_path: Path) ->
     assert whole.notes[0] == "adapters of rank 2, alpha 8, on 1 linear layer (0): 152 values; 4 learns whole"
     with pytest.raises(Stopped):
         fit(wide_mlp, vectors(), tmp_path / "run", display=StopsAt(7), **options)
+    # As it was asked for, so that the same command goes on with the run.
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["modules_to_save"] is None
     resumed = fit(wide_mlp, vectors(), tmp_path / "run", resume=True, **options)
     found, expected = load_file(resumed.weights_file), load_file(whole.weights_file)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

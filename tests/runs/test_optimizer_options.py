@@ -102,8 +102,11 @@ def test_training_ends_in_the_midst_of_an_epoch(most: int, method: str, tmp_path
 
 @pytest.mark.parametrize("method", ["exact", "backprop"])
 def test_a_resume_before_the_last_step_is_exact(method: str, tmp_path: Path) -> None:
-    options = {**OPTIONS, "method": method, "max_steps": 6, "commit_every": 0}
+    options = {**OPTIONS, "method": method, "epochs": 5, "max_steps": 6, "commit_every": 0}
     whole = fit(small_mlp, vectors(), tmp_path / "whole", **options)
+    # What was asked is kept, so that the same command goes on with the run; the epochs up to the last step are trained.
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["epochs"] == [5]
+    assert whole.epochs == [2]
     stops = 0
     for at in range(2, 9, 3):
         folder = tmp_path / str(at)

@@ -74,6 +74,14 @@ def test_the_same_command_and_resume_goes_on_to_the_same_bits(folder: Path) -> N
     assert (refused.code, "began with --epochs 3, and --epochs 2 is given now" in refused.fault) == (3, True)
 
 
+def test_the_options_that_a_resume_goes_on_with_are_shown(folder: Path) -> None:
+    shown = resume("--workdir runs/a --log-every 7 --print-config")
+    assert shown.code == 0, shown.err
+    assert {'model = "mlp:20-16-3"', "epochs = [3]", "log_every = 7"} <= set(shown.out.splitlines())
+    assert "began with --max-gpu-mem 100.0MB" in resume("--workdir runs/a --max-gpu-mem 1G --print-config").fault
+    assert not Path("runs/a/result.json").exists()
+
+
 @pytest.mark.parametrize("more", ["--commit-every 7", "--keep-commits 2", "--log-every 1", "--max-disk 1GB", "--debug"])
 def test_options_that_change_nothing_may_differ(more: str, folder: Path) -> None:
     done = resume(f"{OPTIONS} --workdir runs/a {more}")
@@ -154,6 +162,10 @@ def test_python_resumes_by_the_same_rule(tmp_path: Path, monkeypatch: pytest.Mon
         lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **{**options, "epochs": 5})
     assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **options) == whole
     assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, max_gpu_mem="100MB", log_every=3) == whole
+    # A share of what is free is a budget that the run need not repeat; any other option that says auto is compared.
+    assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, max_gpu_mem="50%") == whole
+    with pytest.raises(ConfigError, match="began with --batch-size 16, and --batch-size auto is given now"):
+        lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **{**options, "batch_size": "auto"})
     with pytest.raises(ConfigError, match="resume goes on with a run, and overwrite replaces it"):
         lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, overwrite=True, **options)
 

@@ -128,6 +128,11 @@ def test_usage_is_code_2_on_one_line(line: str, text: str) -> None:
             "--method exact trains all partitions together; give one value",
         ),
         ("plan --max-gpu-mem 1GB --cuts ''", 3, "--cuts '': there is nothing between two commas"),
+        (
+            "plan --max-gpu-mem 1GB --no-timing --plan-for time",
+            3,
+            "--plan-for time goes by layers that are timed, and --no-timing times none; leave one of them out",
+        ),
     ],
 )
 def test_bad_options(line: str, code: int, text: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,3 +47,11 @@ def test_versions_that_do_not_belong_together_are_named() -> None:
 def test_the_block_ends_with_what_is_wrong() -> None:
     assert Findings({"cpu": "one", "memory": "8 GB"}, []).describe() == "cpu     one\nmemory  8 GB\n\nnothing is wrong"
     assert Findings({"cpu": "one"}, ["a", "b"]).describe().endswith("\n\n! a\n! b")
+
+
+def test_a_full_drive_is_a_problem_and_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    found = Findings()
+    doctor._drive(found, tmp_path)
+    assert found.facts["drive"] == f"{tmp_path}: 0 B free; its rates were not measured, since nothing could be written"
+    assert "has 0 B left" in found.problems[0]

@@ -78,10 +78,11 @@ def test_a_crash_after_a_stop_was_asked_for_is_the_end(script: Callable[..., Scr
     played = script((-signal.SIGSEGV, 1, [signal.SIGINT]))
     assert supervise(_ARGUMENTS, played.path) == 128 + signal.SIGSEGV
     assert len(played.commands) == 1
-    text = capsys.readouterr().err
-    assert text == (
+    told = capsys.readouterr()
+    assert told.err == (
         f"lowmem-pnn: the worker was ended by SIGSEGV; lowmem-pnn fit --resume --workdir {played.path} goes on from the last commit\n"
     )
+    assert json.loads(told.out)["exit_code"] == 139, "the worker cannot say it in JSON any more"
 
 
 def test_a_worker_that_is_ended_before_there_is_a_run(script: Callable[..., Script], capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,3 +140,21 @@ def test_hangups_count_once_and_not_where_they_are_ignored() -> None:
         assert supervisor.stop_signals() == (signal.SIGINT, signal.SIGTERM)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("more", "shown"), [([], False), (["--json"], True)])
+def test_what_the_supervisor_gives_up_on_is_said_as_a_worker_says_it(
+    more: list[str], shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def give_up(*_: object) -> int:
+        raise BudgetError("it died; give a larger --max-gpu-mem")
+
+    monkeypatch.setattr(supervisor, "supervise", give_up)
+    monkeypatch.setattr(sys, "argv", ["-c", "runs/a", "fit", *more])
+    with pytest.raises(SystemExit) as ended:
+        supervisor.main()
+    told = capsys.readouterr()
+    assert ended.value.code == 4
+    assert told.err == "lowmem-pnn: it died; give a larger --max-gpu-mem\n"
+    error = {"schema_version": 1, "error": "it died; give a larger --max-gpu-mem", "exit_code": 4, "enough_bytes": None}
+    assert told.out == (json.dumps(error) + "\n" if shown else "")

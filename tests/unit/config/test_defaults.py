@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.defaults import training_defaults, training_facts, training_words
 
@@ -21,6 +23,11 @@ def test_language_with_weights() -> None:
 def test_options_override_them() -> None:
     config = asked(data="text:a", weights="w", lr=1e-3, clip_norm=0, lr_schedule="cosine", epochs=1)
     assert (config.lr, config.clip_norm, config.lr_schedule, config.epochs) == ((1e-3,), None, "cosine", (1,))
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, "0", "0.0"])
+def test_clipping_is_left_out_however_zero_is_written(zero: Any) -> None:
+    assert asked(data="text:a", weights="w", clip_norm=zero).clip_norm is None
 
 
 def test_other_trainings_keep_theirs() -> None:

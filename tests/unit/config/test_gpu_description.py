@@ -2,6 +2,7 @@
 
 import pytest
 
+import lowmem_pnn
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.errors import ConfigError
 
@@ -38,3 +39,8 @@ def test_what_cannot_be_read_is_said_in_one_line(text: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         GpuDescription.parse(text)
     assert str(caught.value) == words + SHOWN
+
+
+def test_the_cpu_is_no_gpu_to_plan_for() -> None:
+    with pytest.raises(ConfigError, match=r"^--gpu describes a GPU to plan for, and --device cpu asks for the CPU; leave one"):
+        lowmem_pnn.plan("mlp:64-10", "digits", gpu="8GB", device="cpu")

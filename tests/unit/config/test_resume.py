@@ -73,3 +73,13 @@ def test_an_option_that_would_change_the_result_is_refused_with_both_values(opti
 def test_the_demonstration_is_told_from_a_run_with_more_options() -> None:
     assert began_alike(configure(max_gpu_mem="2GB"), configure(max_gpu_mem="2GB", commit_every=1))
     assert not began_alike(configure(max_gpu_mem="2GB"), configure(max_gpu_mem="2GB", epochs=1))
+
+
+def test_epochs_beyond_the_last_step_are_those_of_a_run_that_an_earlier_version_began() -> None:
+    # It stored the epochs up to --max-steps.
+    stored, asked = make(method="exact", epochs=1, max_steps=20), make(method="exact", epochs=10, max_steps=20)
+    assert resumed_config(stored, {"epochs": 10, "max_steps": 20}, RUN) == stored
+    assert began_alike(asked, stored)
+    assert not began_alike(stored, asked)
+    with pytest.raises(ConfigError, match="--epochs 10: the run began with --max-steps 20; begin a new run"):
+        resumed_config(stored, {"epochs": 10, "max_steps": 30}, RUN)

@@ -46,3 +46,20 @@ def test_a_folder_with_weights_is_fine_tuned_by_default(tmp_path: Path, monkeypa
 def test_a_head_is_refused_where_there_is_none() -> None:
     with pytest.raises(ConfigError, match="--task causal-lm is the head of an hf: model, and --model is mlp:4-2; leave it out"):
         configure(max_gpu_mem="1GB", model="mlp:4-2", data="digits", task="causal-lm")
+
+
+def test_what_a_name_on_the_hub_is_about_has_to_be_told_where_defaults_depend_on_it() -> None:
+    hub = {"max_gpu_mem": "1GB", "model": "hf:someone/model", "data": "hfdata:someone/texts"}
+    with pytest.raises(
+        ConfigError, match=r"^--model hf:someone/model: whether it is one of text is not known .*; give --task, such as"
+    ):
+        configure(**hub)
+    for told in ({"task": "causal-lm"}, {"tokenizer": "bytes"}, {"data": "jsonl:x.jsonl"}):
+        config = configure(**{**hub, **told})
+        assert (config.lr, config.lr_schedule, config.clip_norm) == ((2e-5,), "linear", 1.0)
+    for told in ({"task": "image-classification"}, {"data": "imagefolder:photos"}, {"data": "cifar10"}):
+        config = configure(**{**hub, **told})
+        assert (config.lr, config.lr_schedule, config.clip_norm) == ((1e-3,), "constant", None)
+    # Nothing depends on it.
+    assert configure(**hub, weights="none").lr == (1e-3,)
+    assert configure(**hub, lr=0.1, lr_schedule="linear", weight_decay=0, clip_norm=0).lr == (0.1,)

@@ -75,6 +75,11 @@ def test_the_summary_says_what_plain_pytorch_needs_and_what_is_read_ahead() -> N
     ("changes", "command"),
     [
         ({"data": "it.py:data"}, "lowmem-pnn predict runs/one --out predictions.csv --trust"),
+        ({"model": "package.module:build"}, "lowmem-pnn predict runs/one --out predictions.csv --trust"),
+        ({"val_data": "it.py:data"}, "lowmem-pnn predict runs/one --out predictions.csv --trust"),
+        ({"form": {"targets": {"kind": "mask"}}}, "lowmem-pnn predict runs/one --out masks/"),
+        ({"form": {"targets": {"kind": "values", "shape": [2, 3]}}}, "lowmem-pnn predict runs/one --out predictions.npz"),
+        ({"form": {"targets": {"kind": "tokens"}}, "data": "it.py:data"}, "lowmem-pnn export runs/one --to safetensors"),
         ({"perplexity": 5.4}, "lowmem-pnn export runs/one --to safetensors"),
         ({"perplexity": 5.4, "data": "text:book.txt"}, "lowmem-pnn generate runs/one --prompt 'Once upon a time'"),
         ({"model": "python:build"}, "lowmem_pnn.load('runs/one', model=...)"),

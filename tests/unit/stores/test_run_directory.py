@@ -343,7 +343,7 @@ def test_a_damaged_older_commit_is_no_obstacle(path: Path) -> None:
 def test_a_damaged_last_commit_says_how_to_go_on_from_the_one_before(path: Path, damage: str) -> None:
     file = {"file": "p000.g000001.safetensors", "sha256": "", "bytes": 4}
     weights = {"format": 1, "partitions": [file], "rest": None}
-    with make(path) as run:
+    with RunDirectory.create(path, '{"model": "net.py:build"}', body()) as run:
         (path / "weights").mkdir()
         (path / "weights" / file["file"]).write_text("four")  # type: ignore[operator]
         run.commit(body(1, weights=weights), keep=4)
@@ -352,7 +352,8 @@ def test_a_damaged_last_commit_says_how_to_go_on_from_the_one_before(path: Path,
     journal = path / "journal.json"
     journal.write_text("cut sho") if damage == "cut short" else journal.unlink()
     way = (
-        f"; or go back to the commit before: cp {path}/journal.000001.json {journal} && lowmem-pnn fit --resume --workdir {path}"
+        f"; or go back to the commit before: cp {path}/journal.000001.json {journal} && "
+        f"lowmem-pnn fit --resume --workdir {path} --trust"
     )
     with pytest.raises(CheckpointError) as error:
         RunDirectory.open(path)
@@ -360,7 +361,7 @@ def test_a_damaged_last_commit_says_how_to_go_on_from_the_one_before(path: Path,
     (path / "weights" / file["file"]).unlink()  # type: ignore[operator]
     with pytest.raises(CheckpointError) as error:
         RunDirectory.open(path)
-    assert str(error.value).endswith(f"journal.000000.json {journal} && lowmem-pnn fit --resume --workdir {path}")
+    assert str(error.value).endswith(f"journal.000000.json {journal} && lowmem-pnn fit --resume --workdir {path} --trust")
     (path / "journal.000000.json").replace(journal)
     RunDirectory.open(path).__exit__()
 
