@@ -53,7 +53,7 @@ def capture(
         call: how several inputs are handed to the model; by default by position.
         learns_from: names of outputs, the first of which that there is the loss is taken of; empty where it takes what it wants. What no
             gradient comes to is kept as it is.
-        batches: numbers of samples that will occur: where a forward decides something by their number, each is looked at.
+        batches: numbers of samples that will occur: where a forward decides something by their number, those are looked at too.
 
     Returns:
         The chain, whose modules are in the mode of `model`; of one layer where the model's own forward cannot be traced.
@@ -69,15 +69,16 @@ def capture(
         (['0', '1'], ['(4,) float32', '(3,) float32', '(2,) float32'])
     """
     specs = specs if isinstance(specs, tuple) else (specs,)
-    setting = Setting(specs, precision, 2, True, call or CallForm.positional(len(specs)), learns_from)
+    form = call or CallForm.positional(len(specs))
+    setting = Setting(specs, precision, 2, True, form, learns_from, tuple(batches))
     with checkpointing_left_out() as called:
-        chain = _capture(model, setting, batches)
+        chain = _capture(model, setting)
     for layer in (*chain.layers, *(chain.between_blocks.layers if chain.between_blocks else ())):
         layer.checkpoints = bool(called)
     return chain
 
 
-def _capture(model: nn.Module, setting: Setting, batches: Sequence[int]) -> Chain:
+def _capture(model: nn.Module, setting: Setting) -> Chain:
     names = tensors_by_name(model)
     check_model(model, names)
     model = without_cache(model)
@@ -105,7 +106,7 @@ def _capture(model: nn.Module, setting: Setting, batches: Sequence[int]) -> Chai
         if module._backward_hooks or module._backward_pre_hooks
     }
     closed |= dict.fromkeys(asking, "its forward does something by values of its input")
-    flow = _flow(model, setting, runs, closed, batches)
+    flow = _flow(model, setting, runs, closed)
     # What a forward does by values may reach other parameters in training.
     by_values = frozenset(name for name in names if any(not module or is_below(name, module) for module in asking))
     reached = frozenset[str]().union(*(run.reached for run in runs))
@@ -180,12 +181,10 @@ def _capture(model: nn.Module, setting: Setting, batches: Sequence[int]) -> Chai
     return chain if coarse == flow.cuts else replace(chain, between_blocks=cut(coarse))
 
 
-def _flow(
-    model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: Mapping[str, str], batches: Sequence[int]
-) -> DataFlow | WholeFlow:
+def _flow(model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: Mapping[str, str]) -> DataFlow | WholeFlow:
     """Trace a model, and find where it can be cut; where its own forward cannot be traced, it is one layer."""
     try:
-        flow = trace_and_flow(model, setting, runs, closed, batches)
+        flow = trace_and_flow(model, setting, runs, closed)
         check_overrides(model, flow.opened)
     except CaptureError as error:
         if not isinstance(error, UncutError):

@@ -61,9 +61,7 @@ class _Constant(nn.Module):
         return value.to(like.device)
 
 
-def trace_and_flow(
-    model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: Mapping[str, str], batches: Sequence[int] = ()
-) -> "DataFlow":
+def trace_and_flow(model: nn.Module, setting: Setting, runs: Sequence[ModelRun], closed: Mapping[str, str]) -> "DataFlow":
     """Trace a model, and open what makes more than a small share of it, as far as its trace does what the model does.
 
     Args:
@@ -71,7 +69,6 @@ def trace_and_flow(
         setting: how it is called, and on what.
         runs: runs of the model on fake tensors, of two batch sizes, and in both modes; the first one's batch is not 1.
         closed: modules that are not opened, with the reason.
-        batches: numbers of samples that will occur.
 
     Raises:
         UncutError: its own forward cannot be traced.
@@ -84,7 +81,7 @@ def trace_and_flow(
         stopped = dict(traced.stopped)
         try:
             flow = DataFlow(model, traced, runs, (blocks | opened_blocks(model, base)) & traced.opened)
-            _check_other_batches(model, traced, setting, batches)
+            _check_other_batches(model, traced, setting)
         except TraceMismatchError as error:
             if not error.owner:
                 raise UncutError(model, _MISMATCH) from error
@@ -93,10 +90,11 @@ def trace_and_flow(
             return flow
 
 
-def _check_other_batches(model: nn.Module, traced: Trace, setting: Setting, batches: Sequence[int]) -> None:
+def _check_other_batches(model: nn.Module, traced: Trace, setting: Setting) -> None:
     """Compare the trace at more batch sizes, where the forward decides something by the number of samples."""
-    occurring = [(batch, mode) for batch in batches for mode in (True, False)]
-    for batch, training in dict.fromkeys([(1, False), (7, True), *occurring]) if traced.asked_of_batch else ():
+    sizes = [(1, False), (max([7, *setting.batches]), True)]
+    sizes += [(batch, mode) for batch in sorted(traced.otherwise) for mode in (True, False)]
+    for batch, training in dict.fromkeys(sizes) if traced.asked_of_batch else ():
         try:
             run = run_model(model, replace(setting, batch=batch, training=training))
         except CaptureError:  # the model does not take such a batch

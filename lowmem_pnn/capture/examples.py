@@ -4,7 +4,7 @@ A forward asks for shapes, types and devices: all sizes but the batch's are fixe
 the two batch sizes is the batch's, and stays a node of the graph.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from lowmem_pnn.seeds import preserve_random_state
 
 # What a tensor says of autograd depends on where the model is cut.
 _OF_AUTOGRAD = frozenset({"requires_grad", "grad", "grad_fn", "is_leaf", "_version"})
+# Modules of the functions that compute numbers of numbers.
+_OF_NUMBERS = ("_operator", "operator", "builtins", "math")
 
 
 class Examples:
@@ -71,6 +73,35 @@ class Examples:
             seen.update(new)
             stack.extend(new)
         return False
+
+    def otherwise(self, node: fx.Node, convert: Callable[[Any], Any], number: Any, batches: Iterable[int]) -> set[int]:
+        """Return for which numbers of samples a decision is another one; none where it takes more than sizes to know.
+
+        Args:
+            node: node whose value is decided by.
+            convert: makes a number or a truth of it.
+            number: what it makes of the examples.
+            batches: numbers of samples.
+        """
+        found = set()
+        for batch in batches:
+            try:
+                if convert(self._at(node, batch)) != number:
+                    found.add(batch)
+            except Exception:  # whatever a function raises for such a number: then the forward does so too, or nothing is known
+                continue
+        return found
+
+    def _at(self, node: fx.Node, batch: int) -> Any:
+        """Return what a number, or a truth, is for any number of samples, sizes growing in a straight line with it."""
+        values, (few, more) = self.of(node), (setting.batch for setting in self._settings)
+        if values is None or not all(isinstance(value, bool | int | float) for value in values):
+            raise LookupError(node)
+        if node.op == "call_method" and node.target == "size":
+            return values[0] + (values[1] - values[0]) * (batch - few) // (more - few)
+        if node.op != "call_function" or getattr(node.target, "__module__", "") not in _OF_NUMBERS:
+            raise LookupError(node)
+        return node.target(*fx.node.map_arg(node.args, lambda source: self._at(source, batch)))  # type: ignore[operator]
 
 
 class _Run(fx.Interpreter):

@@ -174,7 +174,7 @@ class Proxy(fx.Proxy):
             numbers = [convert(value) for value in values]
         if any(number != numbers[0] for number in numbers):
             raise BatchError("decides something by the number of samples, which is another one in each batch")
-        self.tracer.asked_of(self.node)  # type: ignore[attr-defined]
+        self.tracer.asked_of(self.node, convert, numbers[0])  # type: ignore[attr-defined]
         return numbers[0]
 
 

@@ -31,6 +31,7 @@ class Setting:
         form: how the tensors are handed to the model.
         learns_from: names of outputs, the first of which that there is training learns from; empty where it may learn from all.
         conditions: what conditions on values of the input are taken for.
+        batches: other numbers of samples that will occur.
         values: whether what depends on sizes and constants alone has values, by which a forward may decide.
     """
 
@@ -40,6 +41,7 @@ class Setting:
     training: bool
     form: CallForm = ONE_TENSOR
     learns_from: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
     values: bool = True
     conditions: bool = False
 

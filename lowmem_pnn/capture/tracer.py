@@ -73,6 +73,9 @@ class Trace:
     asked_of_batch: frozenset[str] = frozenset()
     """Opened modules that decide something by the number of samples, be it the same for the batches that were tried."""
 
+    otherwise: frozenset[int] = frozenset()
+    """Numbers of samples that will occur for which such a decision is another one."""
+
     output: OutputForm | None = None
     """What the model returns beside its tensors; None before the graphs of both modes are one."""
 
@@ -105,7 +108,10 @@ def merge(in_train: Trace, in_eval: Trace) -> Trace:
         UntraceableError: they do other operations.
     """
     merged = replace(
-        in_train, constants=dict(in_train.constants), asked_of_batch=in_train.asked_of_batch | in_eval.asked_of_batch
+        in_train,
+        constants=dict(in_train.constants),
+        asked_of_batch=in_train.asked_of_batch | in_eval.asked_of_batch,
+        otherwise=in_train.otherwise | in_eval.otherwise,
     )
     train_nodes, eval_nodes = list(in_train.graph.nodes), list(in_eval.graph.nodes)
     eval_node_of = dict(zip(train_nodes, eval_nodes, strict=False))
@@ -226,6 +232,7 @@ class _Tracer(fx.Tracer):
         self._stack: list[str] = []
         self._autocast = _autocast_state()
         self.asked_of_batch: set[str] = set()
+        self.otherwise: set[int] = set()
         self.output = NOTHING
 
     def values_of(self, node: fx.Node) -> tuple[Any, ...] | None:
@@ -236,10 +243,11 @@ class _Tracer(fx.Tracer):
         """Decide whether a node's value, which is no tensor, depends on the number of samples."""
         return self._examples.of_batch(node)
 
-    def asked_of(self, node: fx.Node) -> None:
-        """Take down that a forward decides something by a node's value."""
+    def asked_of(self, node: fx.Node, convert: Callable[[Any], Any], number: Any) -> None:
+        """Take down that a forward decides something by a node's value, and what that was converted to."""
         if self._examples.of_batch(node):
             self.asked_of_batch.add(self._stack[-1])
+            self.otherwise |= self._examples.otherwise(node, convert, number, self._setting.batches)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Call the model as a user does, hooks included."""
@@ -362,7 +370,8 @@ def _trace_once(model: nn.Module, setting: Setting, expanded: set[str], returns_
                     "nor a buffer; register it with register_buffer()"
                 )
             constants[node.target] = value
-    return Trace(graph, constants, asked_of_batch=frozenset(tracer.asked_of_batch), output=tracer.output)
+    asked, otherwise = frozenset(tracer.asked_of_batch), frozenset(tracer.otherwise)
+    return Trace(graph, constants, asked_of_batch=asked, otherwise=otherwise, output=tracer.output)
 
 
 def _attribute(root: nn.Module, target: str) -> Any:
