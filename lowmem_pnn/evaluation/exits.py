@@ -114,11 +114,9 @@ def describe_exits(run: Run, test_accuracies: Sequence[float | None]) -> list[di
         test_accuracies: accuracy of every exit on the test data, or None where there is no test data.
     """
     # Of a partition without accuracies (regression, or all frozen) its layers have none.
-    validated: list[float | None] = [
-        accuracy
-        for part, record in zip(run.plan.partitions, run.state.records, strict=True)
-        for accuracy in record.unit_val_accuracies or [None] * (part.stop - part.start)
-    ]
+    validated: list[float | None] = []
+    for part, record in zip(run.plan.partitions, run.state.records, strict=True):
+        validated += record.unit_val_accuracies or [None] * (part.stop - part.start)
     chain, speeds = run.workload.chain, throughputs(run)
     return [
         {
