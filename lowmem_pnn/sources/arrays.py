@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lowmem_pnn.errors import DataError
 
+FEW_OPERATIONS = (torch.uint16, torch.uint32, torch.uint64)
+"""Element types for which torch has no comparisons and no maximum."""
+
 _WHOLE_HASH_BYTES = 64 * 10**6
 _PIECE_BYTES = 1 << 20
 

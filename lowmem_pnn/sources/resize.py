@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from lowmem_pnn.sources.arrays import FEW_OPERATIONS
 from lowmem_pnn.sources.imports import import_torchvision
 
 # Pixels of an image between resizing and cropping: a strip that is as long as it is thin would take all memory.
@@ -68,7 +69,7 @@ class Resize:
         """
         functional = import_torchvision("transforms.v2.functional")
         rows, columns = self.between(*masks.shape[-2:])
-        masks = masks if 0 <= outside < 256 else masks.long()
+        masks = masks if 0 <= outside < 256 and masks.dtype not in FEW_OPERATIONS else masks.long()
         nearest = functional.InterpolationMode.NEAREST
         out: Tensor = functional.resize(masks.unsqueeze(-3), [rows, columns], interpolation=nearest)
         if self.mode == "crop":

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
-from lowmem_pnn.sources.arrays import as_labels, as_tensor, fits_bytes, refuse_words
+from lowmem_pnn.sources.arrays import FEW_OPERATIONS, as_labels, as_tensor, fits_bytes, refuse_words
 from lowmem_pnn.sources.packing import Packing
 from lowmem_pnn.sources.resize import Resize
 
@@ -370,7 +370,7 @@ def _without_channel(mask: Tensor, where: str) -> Tensor:
         raise DataError(
             f"{where}: a mask is {tuple(mask.shape[1:])} {mask.dtype}; give class numbers (height, width) as integers"
         )
-    return mask
+    return mask.long() if mask.dtype in FEW_OPERATIONS else mask
 
 
 def _count(labels: Tensor, ignored: int | None) -> int:

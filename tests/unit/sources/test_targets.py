@@ -11,6 +11,7 @@ from PIL import Image
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.map_split import from_arrays, from_torch
+from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
 
 IMAGE = (3, 4, 5)
@@ -203,3 +204,12 @@ def test_a_target_of_another_shape_beside_several_tensors_is_named() -> None:
         DataError, match=r"^sample 1 of mine has labels of shape \(3,\), others of \(2,\); give all samples labels"
     ):
         from_torch([(x, torch.rand(2)), (x, torch.rand(3))], where="mine").batch([1])
+
+
+@pytest.mark.parametrize("resize", [None, Resize(4, 5, "crop")])
+@pytest.mark.parametrize("of_pairs", [False, True])
+def test_masks_of_unsigned_numbers_are_taken(of_pairs: bool, resize: Resize | None) -> None:
+    masks, x = np.full((2, 4, 5), 300, dtype=np.uint16), np.zeros((2, *IMAGE), dtype=np.float32)
+    split = from_torch(list(zip(x, masks, strict=True)) if of_pairs else (x, masks), resize=resize)
+    assert (split.targets.dtype, split.num_classes) == (torch.int64, 301)
+    assert split.batch([1])[1].tolist() == masks[1:].tolist()
