@@ -113,14 +113,19 @@ def describe_exits(run: Run, test_accuracies: Sequence[float | None]) -> list[di
         run: a trained run whose layers learnt by losses of their own.
         test_accuracies: accuracy of every exit on the test data, or None where there is no test data.
     """
-    validated = [accuracy for record in run.state.records for accuracy in record.unit_val_accuracies]
+    # Of a partition without accuracies (regression, or all frozen) its layers have none.
+    validated: list[float | None] = []
+    for part, record in zip(run.plan.partitions, run.state.records, strict=True):
+        validated.extend(record.unit_val_accuracies)
+        if not record.unit_val_accuracies:
+            validated.extend([None] * (part.stop - part.start))
     chain, speeds = run.workload.chain, throughputs(run)
     return [
         {
             "number": number + 1,
             "layer": layer.name,
             "params": num_parameters(chain, number),
-            "val_accuracy": validated[number] if validated else None,
+            "val_accuracy": validated[number],
             "test_accuracy": test_accuracies[number],
             "samples_per_second": speeds[number],
         }

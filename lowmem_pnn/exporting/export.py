@@ -44,7 +44,9 @@ def find_exit(result: Result, exit: str | int, path: Path) -> int | None:
     count = len(result.exits)
     if str(exit) == "auto":
         if count and result.chosen_exit is None:
-            raise ConfigError(f"{path} had no validation data to choose an exit by; give --exit K, from 1 to {count}")
+            raise ConfigError(
+                f"{path} has no accuracies on validation data to choose an exit by; give --exit K, from 1 to {count}"
+            )
         return None if result.chosen_exit is None else result.chosen_exit - 1
     if not str(exit).isdecimal() or not 1 <= int(exit) <= count:
         there = f"the run has exits 1 to {count}" if count else f"method {result.method} has no exits"

@@ -117,8 +117,9 @@ class Run:
             for name, value in scores.items()
             if name not in ("loss", "accuracy") and isinstance(value, int | float) and math.isfinite(value)
         }
-        if layers:
-            record.unit_val_accuracies = [layer.accuracy or 0.0 for layer in layers]
+        accuracies = [layer.accuracy for layer in layers if layer.accuracy is not None]
+        if layers and len(accuracies) == len(layers):  # regression has none, and no exit is chosen by what was not measured
+            record.unit_val_accuracies = accuracies
 
     # The best validation, and the end of patience.
 

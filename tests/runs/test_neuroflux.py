@@ -324,6 +324,20 @@ def test_exits_are_numbered_as_export_takes_them(one: Result, tmp_path: Path) ->
     assert f"{one.exits[0]['params']:,}" in str(one)
 
 
+def test_exits_without_accuracies_are_not_chosen(tmp_path: Path) -> None:
+    x, y = vectors(40)
+    result = fit(tmp_path / "numbers", (x, y + 0.5), build=_one_value, epochs=1)
+    assert [exit["val_accuracy"] for exit in result.exits] == [None, None, None]
+    assert result.chosen_exit is None
+    with pytest.raises(
+        ConfigError, match="has no accuracies on validation data to choose an exit by; give --exit K, from 1 to 3"
+    ):
+        lowmem_pnn.export(tmp_path / "numbers", model=_one_value)
+    # A partition that is frozen is not measured, and the others' accuracies are theirs.
+    result = fit(tmp_path / "frozen", (x, y), build=_mlp, epochs=1, cuts="2", freeze="4.*")
+    assert [exit["val_accuracy"] is None for exit in result.exits] == [False, False, True]
+
+
 def test_an_exported_exit_is_the_runs_exit_bit_for_bit(one: Result, tmp_path: Path) -> None:
     run, x = Path(one.workdir), images(40, seed=1)[0]
     for number in (0, 2, 3):  # heads on both kinds of maps, and the model's own classes
@@ -365,6 +379,10 @@ def test_the_learning_rate_follows_a_batch_that_was_chosen(tmp_path: Path) -> No
 
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def _one_value() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 1))
 
 
 @pytest.mark.parametrize(
