@@ -123,7 +123,7 @@ def make_result(
         test_accuracy=test.get("accuracy"),
         test_f1=test.get("f1"),
         perplexity=test.get("perplexity"),
-        macs=macs_until(program, plan, samples, 0, stopped, rest)
+        macs=macs_until(program, plan, samples, len(program) - 1, stopped - program[-1].epochs_before, rest)
         if steps
         else program_macs(program, plan, samples) - epoch_macs(program[-1], plan, missing),
         exits=exits,

@@ -141,8 +141,10 @@ def test_a_run_that_unfreezes_is_resumed(at: int, tmp_path: Path) -> None:
 def test_patience_begins_anew_where_parameters_are_unfrozen(tmp_path: Path) -> None:
     # Nothing gets better at such a rate: the frozen epochs are all trained, and after them as many as patience lasts.
     options = {**COMMON, "epochs": 6, "lr": 1e-30, "freeze": "[0134].*", "unfreeze_at": 3, "early_stop": 1}
-    fit(Learns, images(), tmp_path / "run", **options)
+    result = fit(Learns, images(), tmp_path / "run", **options)
     assert json.loads((tmp_path / "run" / "journal.json").read_text())["body"]["stopped_after"] == 4
+    last_line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert result.macs == json.loads(last_line)["macs"]
 
 
 @pytest.mark.parametrize(
