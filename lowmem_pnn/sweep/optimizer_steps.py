@@ -16,7 +16,6 @@ from lowmem_pnn.device import Device
 from lowmem_pnn.engine.optimizer_in_backward import after_backward_names, step_order
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.errors import DivergedError
-from lowmem_pnn.methods import Sweep
 from lowmem_pnn.model.precision import LossScale, all_finite, unscaled_sums
 from lowmem_pnn.optim.optimizers import COUNT, OptimizerSpec, SlicedParameter
 from lowmem_pnn.optim.step_slices import StepSlice, state_elements, step_slices
@@ -36,6 +35,7 @@ class Gradients:
     Args:
         step: number of optimizer steps before the batch.
         scale: factor on the loss.
+        fresh_state: whether the optimizer's state is a new one, and not read.
         norms: norms of the gradients that are kept, by parameter.
         total_norm: norm of all kept gradients together, from the first step by them on.
         overflowed: whether a gradient is not finite, which a smaller scale may mend.
@@ -44,6 +44,7 @@ class Gradients:
 
     step: int
     scale: LossScale
+    fresh_state: bool = False
     norms: dict[str, Tensor] = field(default_factory=dict)
     total_norm: Tensor | None = None
     overflowed: bool = False
@@ -56,7 +57,6 @@ class SweepOptimizerSteps:
     Args:
         workload: model, data and method.
         plan: partitions of the model.
-        sweep: visits of a batch.
         residencies: residencies of all partitions.
         device: training device, open.
         total_steps: optimizer steps of the whole sweep, which the learning rate's schedule stretches over.
@@ -65,12 +65,9 @@ class SweepOptimizerSteps:
     after_backward: list[frozenset[str]]
     """By partition, the parameters whose gradients are complete only after backward, even if a batch goes through at once."""
 
-    def __init__(
-        self, workload: Workload, plan: Plan, sweep: Sweep, residencies: list[Residency], device: Device, total_steps: int
-    ) -> None:
+    def __init__(self, workload: Workload, plan: Plan, residencies: list[Residency], device: Device, total_steps: int) -> None:
         self._workload = workload
         self._plan = plan
-        self._sweep = sweep
         self._residencies = residencies
         self._device = device
         self._total_steps = total_steps
@@ -93,13 +90,13 @@ class SweepOptimizerSteps:
             for residency, shapes in zip(residencies, self._shapes, strict=True)
         ]
 
-    def pieces(self, partition: int, step: int, *, with_weights: bool) -> Iterator[Piece]:
+    def pieces(self, partition: int, *, with_weights: bool, fresh_state: bool) -> Iterator[Piece]:
         """Yield the pieces of the weight files that a partition's steps take, in the order of taking.
 
         Args:
             partition: number of the partition.
-            step: number of optimizer steps before the batch.
             with_weights: whether the weights are taken too, since they are not resident.
+            fresh_state: whether the optimizer's state is a new one, and not taken.
         """
         spec, shapes = self._workload.optimizer(partition), self._shapes[partition]
         for group in step_order(self._residencies[partition].groups, self.after_backward[partition]):
@@ -108,7 +105,7 @@ class SweepOptimizerSteps:
                 if with_weights:
                     for part in parts:
                         yield Piece(weight_key(part.name), None if part.is_whole else part.elements, pack)
-                if not self._starts_with_fresh_state(step):
+                if not fresh_state:
                     for part in parts:
                         yield from state_pieces(spec, shapes[part.name], part, pack)
 
@@ -216,7 +213,7 @@ class SweepOptimizerSteps:
         """Step parameters, or a slice of one, and free the gradients; return what is to be written of their state."""
         partition, spec = target.partition, target.spec
         shapes = self._shapes[partition]
-        take = None if self._starts_with_fresh_state(gradients.step) else target.streamer.take
+        take = None if gradients.fresh_state else target.streamer.take
         state = {part.name: target.load_state(part, shapes[part.name], self._device, take) for part in parts}
         # Without a step, too, everything is written: the file may be a new one, without any values.
         if not gradients.overflowed:
@@ -266,9 +263,6 @@ class SweepOptimizerSteps:
                 f"the gradient of {name!r} is no longer finite in {title}, step {gradients.step + 1}; "
                 "the last commit is kept; try a lower --lr"
             )
-
-    def _starts_with_fresh_state(self, step: int) -> bool:
-        return self._sweep.fresh_state and step == 0
 
 
 @dataclass

@@ -88,7 +88,7 @@ class Sweeper:
         ]
         # Names in weight files, which do not change.
         self._tensor_keys = [residency.layer_keys() for residency in self._residencies]
-        self._steps = SweepOptimizerSteps(workload, plan, sweep, self._residencies, device, total_steps)
+        self._steps = SweepOptimizerSteps(workload, plan, self._residencies, device, total_steps)
         self._resident: int | None = None
         buffer_sizes, seed = device.buffer_sizes, workload.config.seed
         stream_bytes = plan.stream_bytes or buffer_sizes.stream_bytes
@@ -113,7 +113,7 @@ class Sweeper:
         layouts.sort(key=lambda item: not item[0].startswith(weight_key("")))
         return HostTier(layouts, tier_bytes_of(config.max_host_mem, available_bytes("cpu")))
 
-    def train_batch(self, batch: Batch, step: int, micro_batch: int, scale: LossScale) -> float:
+    def train_batch(self, batch: Batch, step: int, micro_batch: int, scale: LossScale, *, is_first: bool) -> float:
         """Run all visits of one batch: one optimizer step.
 
         Args:
@@ -121,6 +121,7 @@ class Sweeper:
             step: number of optimizer steps of this sweep before the batch.
             micro_batch: samples on the device at once.
             scale: factor on the loss; adjusted after the step.
+            is_first: whether no batch before it has taken a step of this sweep; where nothing counts, none is taken.
 
         Returns:
             The batch's mean loss.
@@ -131,13 +132,14 @@ class Sweeper:
             Exception: memory ran out (`is_out_of_memory`). Some weights may have been stepped: only a commit can be gone back to.
         """
         parts = micro_batches(len(batch[1]), micro_batch, self._plan.smallest_micro_batch)
-        swept = SweptBatch(*batch, parts, Gradients(step, scale))
+        fresh_state = self._sweep.fresh_state and is_first
+        swept = SweptBatch(*batch, parts, Gradients(step, scale, fresh_state))
         actions: dict[str, Callable[[Visit, SweptBatch], None]] = {
             "emit": self._emit,
             "backpropagate": self._backpropagate,
             "step": self._step_kept,
         }
-        with self._streamer.batch(self._pieces(step)):
+        with self._streamer.batch(self._pieces(fresh_state)):
             for visit in self._sweep.visits:
                 self._on_visit(visit.partition)
                 actions[visit.action](visit, swept)
@@ -347,7 +349,7 @@ class Sweeper:
             for key in keys:
                 yield Piece(key, None, ("weights", number, layer))
 
-    def _pieces(self, step: int) -> Iterator[Piece]:
+    def _pieces(self, fresh_state: bool) -> Iterator[Piece]:
         """Yield all that `train_batch` takes of the weight files, in its order."""
         resident = self._resident
         for visit in self._sweep.visits:
@@ -358,7 +360,7 @@ class Sweeper:
                 yield from self._weight_pieces(number)
                 resident = number
             if is_step or (visit.action == "backpropagate" and visit.learns and not visit.keeps_gradients):
-                yield from self._steps.pieces(number, step, with_weights=is_step)
+                yield from self._steps.pieces(number, with_weights=is_step, fresh_state=fresh_state)
 
 
 def _drop_gradients(residency: Residency, group: int) -> None:

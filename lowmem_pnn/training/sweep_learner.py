@@ -75,8 +75,11 @@ class SweepLearner:
 
     def train_batch(self, batch: Batch, step: int, following: Batch | None) -> float:
         """See `Learner`."""
-        scale = self._run.state.loss_scales[-1]
-        loss = unless_out_of_memory(lambda: self._sweeper.train_batch(batch, self.steps_before + step, self.micro_batch, scale))
+        scale, progress = self._run.state.loss_scales[-1], self._run.state.progress
+        is_first = progress.epoch == 0 and not progress.tally.num_samples
+        loss = unless_out_of_memory(
+            lambda: self._sweeper.train_batch(batch, self.steps_before + step, self.micro_batch, scale, is_first=is_first)
+        )
         if loss is None:
             raise SteppedInPart("memory ran out in a sweep, when later partitions may have been stepped")
         return loss

@@ -9,12 +9,25 @@ import torch
 from torch import nn
 
 import lowmem_pnn
-from helpers.plainloops import Trained, assert_same_weights, loaded, recover_plainly, step_lines, train_by_exact, train_by_pnn
+from helpers.plainloops import (
+    Trained,
+    assert_same_weights,
+    loaded,
+    make_optimizer,
+    recover_plainly,
+    step_lines,
+    train_by_exact,
+    train_by_pnn,
+    training_split,
+)
 from helpers.small_networks import Data, images, small_conv, small_mlp, vectors
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.reporting.run_status import RunStatus
+from lowmem_pnn.seeds import permutation_of
+from lowmem_pnn.sources.subsets import SubsetSplit
 
 # Cuts by layer, and the modules that they stand before.
 CUTS: dict[str, tuple[Callable[[], Any], Data, str, list[int]]] = {
@@ -138,6 +151,28 @@ def test_recovery_after_exact_training_starts_the_optimizer_anew(tmp_path: Path)
     expected = recover_plainly(trained.model, [4, 9], images(), [1], **options)  # type: ignore[arg-type]
     assert_same_weights(loaded(small_conv, result.weights_file), expected.model)
     assert result.train_loss == expected.train_loss
+
+
+def test_a_first_batch_in_which_nothing_counts_leaves_the_optimizer_new(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "method": "exact", "epochs": 2, "batch_size": 10, "lr": 0.01, "recovery_epochs": 1, "recover": "all", "val_fraction": 0,
+    }  # fmt: skip
+    split, config = (
+        training_split(vectors(), **options),
+        configure(max_gpu_mem="1GB", model="python:m", data="python:d", **options),
+    )
+    assert isinstance(split, SubsetSplit)
+    order, (x, y) = split.numbers[permutation_of(len(split), config.seed, "recovery", 0)], vectors()
+    y[order[:10]] = -100
+    result = fit(small_mlp, (x, y), tmp_path / "run", cuts="1,2", **options)
+    model = train_by_exact(small_mlp, (x, y), **options).model
+    optimizer = make_optimizer(config, 0, list(model.parameters()))
+    for begin in range(10, len(order), 10):
+        part = order[begin : begin + 10]
+        nn.functional.cross_entropy(model(x[part]), y[part]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same_weights(loaded(small_mlp, result.weights_file), model)
 
 
 def test_scores_are_those_of_the_recovered_model(tmp_path: Path) -> None:
