@@ -10,7 +10,7 @@ from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.run_status import RunStatus
-from lowmem_pnn.run.macs import macs_until, program_macs
+from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.run.timeline import MemoryTimeline
@@ -142,9 +142,11 @@ class Metrics:
         """Return MACs, bytes and seconds so far, over all processes of the run: a part of every line of `metrics.jsonl`."""
         _, read, written, _, _ = self._earlier
         session, state, samples = self._session, self._state, len(self._workload.splits["train"])
-        progress = state.progress.epoch, self._samples_done()
+        macs = macs_until(self._program, self._plan, samples, state.visit, state.progress.epoch, self._samples_done())
+        if state.epochs_behind:
+            macs += state.epochs_behind * epoch_macs(self._program[-1], self._plan, samples)
         return {
-            "macs": macs_until(self._program, self._plan, samples, state.visit, *progress),
+            "macs": macs,
             "bytes_read": read + session.counter.bytes_read,
             "bytes_written": written + session.counter.bytes_written,
             "seconds": self._seconds(),

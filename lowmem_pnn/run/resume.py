@@ -1,5 +1,6 @@
 """What a resume begins with: the state of the last commit, if it belongs to what is asked now."""
 
+import dataclasses
 from pathlib import Path
 
 from lowmem_pnn.config.checks import check_lengths
@@ -10,7 +11,7 @@ from lowmem_pnn.config.resume import raised
 from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.engine.tally import EpochProgress
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError
-from lowmem_pnn.methods import Sweep, visits_of_rank
+from lowmem_pnn.methods import Sweep, Visit, visits_of_rank
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.state import State
@@ -42,6 +43,21 @@ def stored_config(rundir: RunDirectory) -> FitConfig:
     return raised(config, rundir.journal())
 
 
+def with_the_visits_it_began_with(config: FitConfig, rundir: RunDirectory) -> FitConfig:
+    """Return the options of a run that may train longer, with which it goes through visits as it began to.
+
+    What frozen layers give is written once for several epochs; a run that began with a single one computes it in each.
+
+    Args:
+        config: options with the epochs that it is to have.
+        rundir: directory of the run.
+    """
+    began = FitConfig.from_json(rundir.config_json())
+    if began.method == "exact" and began.epochs[0] == 1 < config.epochs[0]:
+        return dataclasses.replace(config, cache_frozen=False)
+    return config
+
+
 def go_on_from_the_end(state: State, before: FitConfig, workload: Workload, path: Path) -> None:
     """Make a finished run one that is at the end of its last epoch, with more to come.
 
@@ -61,10 +77,14 @@ def go_on_from_the_end(state: State, before: FitConfig, workload: Workload, path
             f"the run in {path} is done, and its optimizer's state went with its end; begin with --keep-state to train further, or "
             f"begin a new run with --weights {path}"
         )
-    state.stage, state.files = "training", {}
-    state.visit = len(workload.program(Plan.from_json(state.plan).spans)) - 1
-    earlier = sum(item.epochs for item in workload.program(Plan.from_json(state.plan).spans)[: state.visit])
-    state.progress = EpochProgress(epoch=before.epochs[0] - earlier)
+    program = workload.program(Plan.from_json(state.plan).spans)
+    first = last = len(program) - 1
+    done = before.epochs[0] - sum(item.epochs_learnt for item in program[:last])
+    # What frozen layers gave has gone with the end of the run, and is written again.
+    while first and isinstance(program[first - 1], Visit):
+        first -= 1
+    state.stage, state.files, state.visit = "training", {}, first
+    state.progress, state.epochs_behind = (EpochProgress(epoch=done), 0) if first == last else (EpochProgress(), done)
 
 
 def resumed_state(rundir: RunDirectory, workload: Workload, rank: Rank) -> State:

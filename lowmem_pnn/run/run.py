@@ -69,6 +69,8 @@ class Run:
         """Go on to the next visit or sweep of the program."""
         self.state.visit += 1
         self.state.progress = EpochProgress()
+        if isinstance(self.item, Sweep):
+            self.state.progress.epoch, self.state.epochs_behind = self.state.epochs_behind, 0
         self.state.without_gain = 0  # what is unfrozen has its own time to make things better
         self._drop_unread_stores()
 

@@ -110,6 +110,8 @@ class State:
         pretrained: what is said of the pretrained weights that training began with, their hash too; empty where there were none.
         files: size and SHA-256 of the files that a finished run leaves, by name; empty for runs of earlier versions.
         epochs: epochs that a resume has raised the options' to; 0 where none has.
+        epochs_behind: epochs that the next sweep has behind it, of a run that goes on from its end, while what frozen layers give is
+            written again; else 0.
         rank: number of this process, where several train a partition each; the first joins them.
         ranks: number of these processes.
     """
@@ -147,6 +149,7 @@ class State:
     pretrained: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     epochs: int = 0
+    epochs_behind: int = 0
     rank: int = 0
     ranks: int = 1
 
@@ -268,6 +271,7 @@ class State:
 
 _OF_A_POSITION = (
     "visit", "progress", "weights", "activations", "loss_scales", "module_state", "best", "without_gain", "stopped_after", "stopped_step",
+    "epochs_behind",
 )  # fmt: skip
 _NO_LOSSES: dict[str, Any] = {"train_loss": None, "val_loss": None, "val_scores": {}}
 _STATES, _PLANS = TypeAdapter(State), TypeAdapter(Plan)

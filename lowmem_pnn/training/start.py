@@ -36,6 +36,7 @@ from lowmem_pnn.run.resume import (
     go_on_from_the_end,
     resumed_state,
     stored_config,
+    with_the_visits_it_began_with,
 )
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
@@ -150,6 +151,7 @@ def resume(
         before = stored_config(rundir)
         config = resumed_config(before, options, path)
         is_longer = config.epochs != before.epochs
+        config = with_the_visits_it_began_with(config, rundir)
         state = State.from_journal(rundir.journal(), path)
         if state.stage == "done" and not is_longer:
             result = read_result(path, state)

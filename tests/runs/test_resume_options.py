@@ -44,9 +44,9 @@ def folder(begun: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return begun
 
 
-def _stop(workdir: str, **values: Any) -> None:
+def _stop(workdir: str, batches: int = 9, **values: Any) -> None:
     """Begin a run, and stop it in the middle of an epoch."""
-    asked = iter([False] * 9)
+    asked = iter([False] * batches)
     with pytest.raises(Stopped):
         start.begin(configure(**{**VALUES, **values}), Path(workdir), should_stop=lambda: next(asked, None) is not False)
 
@@ -161,8 +161,8 @@ def test_python_resumes_by_the_same_rule(tmp_path: Path, monkeypatch: pytest.Mon
 LONGER: dict[str, Any] = {**VALUES, "method": "exact", "keep_state": True}
 
 
-def _weights_of(epochs: int, workdir: str) -> bytes:
-    start.begin(configure(**{**LONGER, "epochs": epochs}), Path(workdir))
+def _weights_of(epochs: int, workdir: str, **values: Any) -> bytes:
+    start.begin(configure(**{**LONGER, "epochs": epochs, **values}), Path(workdir))
     return Path(workdir, "model.safetensors").read_bytes()
 
 
@@ -185,6 +185,28 @@ def test_a_run_that_trains_longer_ends_as_one_that_began_with_so_many_epochs(fol
         "the run in longer began with --epochs 5, and --epochs 4 is given now"
     )
     assert command("evaluate longer").code == 0
+
+
+# Outputs of frozen layers are written once where there are several epochs, and are gone when a run is done.
+@pytest.mark.parametrize(
+    ("epochs", "batches", "values"),
+    [(3, 0, {}), (1, 0, {}), (1, 3, {}), (3, 0, {"unfreeze_at": 2}), (3, 9, {"unfreeze_at": 2})],
+    ids=["written again", "never written", "never written, stopped", "unfrozen", "unfrozen, stopped"],
+)
+def test_a_run_with_frozen_layers_trains_longer(folder: Path, epochs: int, batches: int, values: dict[str, Any]) -> None:
+    for name in ("all-epochs", "longer"):
+        shutil.rmtree(name, ignore_errors=True)
+    values = {**values, "freeze": "0.*", "commit_every": 0.0}
+    whole = _weights_of(5, "all-epochs", **values)
+    if batches:
+        _stop("longer", batches, **{**LONGER, "epochs": epochs, **values})
+    else:
+        _weights_of(epochs, "longer", **values)
+    start.resume(Path("longer"), {"epochs": 5})
+    assert Path("longer/model.safetensors").read_bytes() == whole
+    lines = [json.loads(line) for line in Path("longer/metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["action"] == "sweep"] == [1, 2, 3, 4, 5]
+    assert [line["macs"] for line in lines] == sorted(line["macs"] for line in lines)
 
 
 @pytest.mark.parametrize(
