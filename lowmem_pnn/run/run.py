@@ -16,6 +16,7 @@ from lowmem_pnn.engine.out_of_memory import halved, library_said
 from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.methods import Objective, Sweep, Visit, visits_of_rank
+from lowmem_pnn.model.layer import python_state_of, set_python_state
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.commits import Commits
@@ -185,6 +186,7 @@ class Run:
         if self.workload.config.keep_weights == "best" and best.weights:
             self.weights.restore(best.weights)
             self.workload.chain.set_python_state({**self.workload.chain.python_state, **best.module_state})
+            self.state.module_state = self.workload.chain.python_state
 
     # Stores of activations that later visits read.
 
@@ -331,5 +333,9 @@ class Run:
         self.state.records[partition] = theirs.records[partition]
         self.state.micro_batches[partition] = theirs.micro_batches[partition]
         self.state.loss_scales[partition] = theirs.loss_scales[partition]
+        part = self.plan.partitions[partition]
+        layers = self.workload.chain.layers[part.start : part.stop]
+        own = python_state_of(layers)
+        set_python_state(layers, {name: theirs.module_state.get(name, value) for name, value in own.items()})
         self.state.oom_retries += theirs.oom_retries
         self.session.counter.add(read=theirs.bytes_read, written=theirs.bytes_written)

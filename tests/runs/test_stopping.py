@@ -90,6 +90,31 @@ def test_the_best_weights_survive_a_run_that_is_cut_off(step: int, tmp_path: Pat
     )
 
 
+class Counts(nn.Module):
+    """Goes by how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(5, 64), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        scaled: torch.Tensor = self.linear(x) * (1 + 0.01 * self.calls)
+        return scaled
+
+
+def test_attributes_of_modules_are_those_of_the_best_weights(tmp_path: Path) -> None:
+    def counting() -> nn.Module:
+        return nn.Sequential(Counts(), nn.ReLU(), nn.Linear(64, 3))
+
+    options = {**OPTIONS, "method": "backprop", "compare": False}
+    best = lowmem_pnn.fit(counting, (X, Y), workdir=tmp_path / "best", epochs=8, keep_weights="best", **options)
+    assert best.best_epoch is not None
+    assert best.best_epoch < 8, "or this test tests nothing"
+    there = lowmem_pnn.fit(counting, (X, Y), workdir=tmp_path / "there", epochs=best.best_epoch, **options)
+    assert best.module_state == there.module_state != {}
+
+
 def test_a_flip_in_the_best_weights_is_noticed(tmp_path: Path) -> None:
     options = {"epochs": 8, "method": "exact", "keep_weights": "best", "commit_every": 0.0}
     with pytest.raises(Stopped):

@@ -1,0 +1,46 @@
+"""What a run records: of a partition that another process has trained, of epochs, of validations."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from helpers.journals import PLAN, state
+from lowmem_pnn.capture.capture import capture
+from lowmem_pnn.model.chain import Chain, TensorSpec
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.run.run import Run
+from lowmem_pnn.stores.disk import IoCounter
+
+
+class Counting(nn.Module):
+    """Goes by how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        scaled: Tensor = self.linear(x) / (1 + self.calls)
+        return scaled
+
+
+def run_of(chain: Chain | None = None, **parts: Any) -> Run:
+    """Return a run without weights, of the plan of `helpers.journals`."""
+    run = Run.__new__(Run)
+    run.plan, run.state, run.program = Plan.from_json(PLAN), state(), []
+    run.workload = SimpleNamespace(chain=chain)  # type: ignore[assignment]
+    run.session = SimpleNamespace(counter=IoCounter())  # type: ignore[assignment]
+    for name, part in parts.items():
+        setattr(run, name, part)
+    return run
+
+
+def test_a_partition_that_is_taken_over_has_its_modules_attributes() -> None:
+    chain = capture(nn.Sequential(Counting(), Counting(), Counting()), TensorSpec((4,), torch.float32))
+    before = chain.python_state
+    assert before.keys() == {"0.calls", "1.calls", "2.calls"}
+    run_of(chain).take_over(1, state(module_state={"0.calls": 7, "1.calls": 7, "2.calls": 5}))
+    assert chain.python_state == {**before, "2.calls": 5}
