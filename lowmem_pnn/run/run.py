@@ -81,9 +81,19 @@ class Run:
         Args:
             partition: number of the partition whose record tells the loss.
         """
-        progress = self.state.progress
-        self.state.records[partition].train_loss = progress.tally.loss if progress.tally.count else None
-        progress.tally = Tally()
+        progress, item = self.state.progress, self.item
+        tally, progress.tally = progress.tally, Tally()
+        if isinstance(item, Visit) and item.macro_batch is not None:
+            tally = self._of_the_whole_epoch(partition, tally, begins=item.macro_batch[0] == 0)
+        self.state.records[partition].train_loss = tally.loss if tally.count else None
+
+    def _of_the_whole_epoch(self, partition: int, tally: Tally, *, begins: bool) -> Tally:
+        """Return what the macro-batches of the present epoch come to so far, with the one that is over."""
+        tallies = self.state.epoch_tallies = self.state.epoch_tallies or [Tally() for _ in self.plan.partitions]
+        if begins:
+            tallies[partition] = Tally()
+        tallies[partition].merge(tally)
+        return tallies[partition]
 
     def count_of(self, objective: Objective, labels: Tensor) -> float:
         """Return what a batch's mean loss is over; the first time that nothing counts is said.

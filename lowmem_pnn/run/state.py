@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from lowmem_pnn.engine.tally import EpochProgress
+from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.errors import CheckpointError
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
@@ -92,6 +92,7 @@ class State:
         stage: status of the run.
         visit: position in the method's program.
         progress: position within the visit or sweep.
+        epoch_tallies: losses of the present epoch by partition, where an epoch is several visits (of macro-batches); else none.
         weights: committed files of the weight store.
         activations: names of the stores that later visits read, by split and view.
         records: records of the partitions.
@@ -125,6 +126,7 @@ class State:
     stage: RunStatus = "born"
     visit: int = 0
     progress: EpochProgress = field(default_factory=EpochProgress)
+    epoch_tallies: list[Tally] = field(default_factory=list)
     weights: dict[str, Any] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
     records: list[PartitionRecord] = field(default_factory=list)
@@ -226,6 +228,8 @@ class State:
             or min(self.micro_batches, default=0) < 1,
             f"{len(self.records)} records for {len(parts)} partitions": len(self.records) != len(parts),
             f"{len(self.loss_scales)} loss_scales for {len(parts)} partitions": len(self.loss_scales) != len(parts),
+            f"{len(self.epoch_tallies)} epoch_tallies for {len(parts)} partitions": len(self.epoch_tallies)
+            not in (0, len(parts)),
             "a loss scale of 0": any(scale.value <= 0 for scale in self.loss_scales),
             f"rank {self.rank} of {self.ranks}": not 0 <= self.rank < self.ranks,
             "a name of activations that is none of ours": not all(
@@ -271,7 +275,7 @@ class State:
 
 _OF_A_POSITION = (
     "visit", "progress", "weights", "activations", "loss_scales", "module_state", "best", "without_gain", "stopped_after", "stopped_step",
-    "epochs_behind",
+    "epochs_behind", "epoch_tallies",
 )  # fmt: skip
 _NO_LOSSES: dict[str, Any] = {"train_loss": None, "val_loss": None, "val_scores": {}}
 _STATES, _PLANS = TypeAdapter(State), TypeAdapter(Plan)

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 
 from helpers.journals import PLAN, state
 from lowmem_pnn.capture.capture import capture
+from lowmem_pnn.engine.tally import EpochProgress
+from lowmem_pnn.methods import Visit
 from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.run import Run
+from lowmem_pnn.run.state import State
 from lowmem_pnn.stores.disk import IoCounter
 
 
@@ -44,3 +47,21 @@ def test_a_partition_that_is_taken_over_has_its_modules_attributes() -> None:
     assert before.keys() == {"0.calls", "1.calls", "2.calls"}
     run_of(chain).take_over(1, state(module_state={"0.calls": 7, "1.calls": 7, "2.calls": 5}))
     assert chain.python_state == {**before, "2.calls": 5}
+
+
+def test_an_epoch_of_several_macro_batches_has_the_loss_of_them_all() -> None:
+    places = [(0, 8), (8, 12), (0, 8)]
+    run = run_of(program=[Visit("learn", 1, "train", macro_batch=place) for place in places])
+    found = []
+    for visit, loss in enumerate((1.0, 4.0, 0.5)):
+        run.state.visit, run.state.progress = visit, EpochProgress()
+        samples = places[visit][1] - places[visit][0]
+        run.state.progress.tally.add(loss, samples, samples)
+        run.complete_epoch(1)
+        found.append(run.state.records[1].train_loss)
+    assert found == [1.0, 2.0, 0.5]
+    # A batch that is done again counts once.
+    commit = State.from_journal(run.state.to_journal())
+    run.state.epoch_tallies[1].add(9.0, 8, 8)
+    run.state.go_back_to(commit)
+    assert run.state.epoch_tallies[1].loss == 0.5

@@ -39,6 +39,7 @@ def _plan(**changes: Any) -> dict[str, Any]:
         ({"micro_batches": None}, "micro_batches input should be a valid"),
         ({"loss_scales": [{}]}, "1 loss_scales for 2 partitions"),
         ({"loss_scales": [{"value": 0.0}, {}]}, "a loss scale of 0"),
+        ({"epoch_tallies": [{}]}, "1 epoch_tallies for 2 partitions"),
         ({"visit": -1}, "the number -1"),
         ({"visit": True}, "visit input should be a valid integer"),
         ({"number": 10**30}, "the number 10000"),
