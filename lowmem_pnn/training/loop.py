@@ -137,7 +137,6 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
         while not is_over and not run.is_out_of_patience():
             is_over = train_to_next_validation()
         if not is_over:
-            run.complete_epoch(learner.partition)  # as far as it came
             break
         timer.end(int(progress.tally.num_samples))
         run.complete_epoch(learner.partition)
@@ -151,4 +150,6 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
                 run.commits.commit(learner.save)
             run.commits.commit_if_due(learner.save)
     if progress.epoch < learner.num_epochs:
+        if progress.batch:
+            run.complete_epoch(learner.partition)  # as far as it came, maybe in an earlier process
         run.stop_early(steps_done())
