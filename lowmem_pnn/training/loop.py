@@ -84,14 +84,19 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
     progress, metrics, display = run.state.progress, run.metrics, run.session.display
     steps, done_here, before = learner.steps_per_epoch, 0, learner.epochs_before if learner.action == "sweep" else 0
     pace = Pace(display.message) if run.session.device.spills else None
-    eval_every = run.workload.config.eval_every if learner.measures_within_epochs else None
+    config = run.workload.config
+    eval_every = config.eval_every if learner.measures_within_epochs else None
 
     def steps_done() -> int:
         return learner.steps_before + progress.epoch * steps + progress.batch
 
     def next_validation() -> int | None:
         """Return the number of the batch, in the present epoch, before which the model is measured."""
-        return None if eval_every is None else progress.batch + eval_every - steps_done() % eval_every
+        if eval_every is None:
+            return None
+        more = eval_every - steps_done() % eval_every
+        # After the last step of all the model is measured anyway.
+        return None if config.max_steps is not None and steps_done() + more >= config.max_steps else progress.batch + more
 
     def after_batch(loss: float | None) -> None:
         nonlocal done_here

@@ -1,0 +1,97 @@
+"""The training loop: when the model is measured, and how its epochs end, without a model."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.journals import state
+from lowmem_pnn.engine.epoch import first_batches
+from lowmem_pnn.engine.tally import EpochProgress, Tally
+from lowmem_pnn.methods import Sweep
+from lowmem_pnn.run.run import Run
+from lowmem_pnn.training.loop import train_epochs
+
+
+class Learner:
+    """Learns nothing, from batches of 4 samples; notes where it is measured."""
+
+    title, action, partition, micro_batch = "all partitions", "sweep", 0, 4
+    num_samples, smallest_batch, num_epochs = 20, 1, 3
+    epochs_before = steps_before = 0
+    steps_per_epoch = 5
+    is_joint, measures_within_epochs = False, True
+
+    def __init__(self, max_steps: int | None = None) -> None:
+        self.measured: list[str] = []
+        self._most = max_steps or 10**6
+
+    def count(self, batch: Any) -> float:
+        return 4.0
+
+    def batches(self, epoch: int, start: int) -> Iterator[Any]:
+        batch = (torch.zeros(4, 1),), torch.zeros(4)
+        batches = iter([(batch, None)] * (self.steps_per_epoch - start))
+        return first_batches(batches, self._most - epoch * self.steps_per_epoch - start)
+
+    def train_batch(self, batch: Any, step: int, following: Any) -> float:
+        return 2.0
+
+    def learning_rate(self, step: int) -> float:
+        return 0.1
+
+    def after_batch(self, epoch: int, share: float) -> None: ...
+
+    def save(self) -> list[int]:
+        return []
+
+    def validate(self, where: str) -> None:
+        self.measured.append(where)
+
+
+def run_of(told: list[Any], **options: Any) -> Any:
+    """Return a run of a sweep, of which all but the loop's own doing is left out; `told` gets the epochs and steps that are logged."""
+    run = Run.__new__(Run)
+    run.program, run.state = [Sweep((), Learner.num_epochs, 4)], state(progress=EpochProgress())
+    config = SimpleNamespace(**{"eval_every": None, "max_steps": None, "early_stop": None, "watches": False, **options})
+    display = SimpleNamespace(start_epoch=lambda *_: None, message=told.append)
+    timer = SimpleNamespace(end=lambda _: None, paused=nullcontext)
+    nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
+    replaced = {
+        "workload": SimpleNamespace(config=config),
+        "session": SimpleNamespace(display=display, device=SimpleNamespace(spills=False)),
+        "metrics": SimpleNamespace(
+            after_batch=nothing, log_step=nothing, log_validation=nothing, epoch_timer=lambda: timer, log_epoch=nothing
+        ),
+        "commits": SimpleNamespace(commit=nothing, commit_if_due=nothing),
+    }
+    for name, part in replaced.items():
+        setattr(run, name, part)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "measured"),
+    [
+        (None, ["step 4", "epoch 1", "step 8", "epoch 2", "step 12", "epoch 3"]),
+        (12, ["step 4", "epoch 1", "step 8", "epoch 2", "epoch 3"]),
+        (14, ["step 4", "epoch 1", "step 8", "epoch 2", "step 12", "epoch 3"]),
+    ],
+)
+def test_the_model_is_measured_once_where_training_ends(max_steps: int | None, measured: list[str]) -> None:
+    learner = Learner(max_steps)
+    train_epochs(run_of([], eval_every=4, max_steps=max_steps), learner)  # type: ignore[arg-type]
+    assert learner.measured == measured
+
+
+def test_an_epoch_in_which_patience_has_run_out_ends_where_it_is() -> None:
+    """As after a kill between the commit and the end of training."""
+    told: list[Any] = []
+    run = run_of(told, eval_every=3, early_stop=2, monitor="val_loss")
+    run.state.progress, run.state.without_gain = EpochProgress(1, 1, Tally(3.0, None, 4, 4)), 2
+    train_epochs(run, Learner())  # type: ignore[arg-type]
+    assert (run.state.records[0].train_loss, run.state.stopped_after, run.state.stopped_step) == (0.75, 1, 6)
+    assert told == ["training ends after step 6: val_loss was never a finite number"]
