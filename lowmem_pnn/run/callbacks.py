@@ -15,7 +15,7 @@ class Callback:
         """Training begins, or goes on.
 
         Args:
-            info: `workdir`, `method`, `model`, `data`, `partitions`, `resumed` (how often), and `epochs_done` of the visit under way.
+            info: `workdir`, `method`, `model`, `data`, `partitions`, `resumed` (how often), and `epochs_done` of what is under way.
         """
 
     def on_step_end(self, info: Mapping[str, Any]) -> None:

@@ -234,23 +234,23 @@ class Metrics:
             return
         self._log(told)
 
-    def log_epoch(self, action: str, partition: int, micro_batch: int, timer: EpochTimer) -> None:
+    def log_epoch(self, action: str, partition: int, epoch: int, micro_batch: int, timer: EpochTimer) -> None:
         """Log an epoch of a partition, or of a sweep, and show it.
 
         Args:
             action: `learn` or `sweep`.
             partition: number of the partition whose record tells the losses.
+            epoch: finished epochs, this one included.
             micro_batch: samples on the device at once.
             timer: timer of the epoch, which is over.
         """
         self.update_record()
-        device, item = self._session.device, self._program[self._state.visit]
-        before = item.epochs_before if isinstance(item, Sweep) else 0
+        device = self._session.device
         line = self._log(
             {
                 "action": action,
                 "partition": partition,
-                "epoch": before + self._state.progress.epoch,
+                "epoch": epoch,
                 **self._scores_of(partition),
                 "samples_per_second": timer.samples_per_second,
                 "waiting": timer.waiting,

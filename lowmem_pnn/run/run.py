@@ -156,7 +156,7 @@ class Run:
         better = value is not None and (before is None or (value < before if least else value > before))
         state.without_gain = 0 if better else state.without_gain + 1
         if better:
-            epoch = self._epochs_before + state.progress.epoch
+            epoch = self.epochs_before + state.progress.epoch
             state.best = Best(epoch, step, value, module_state=self.workload.chain.python_state)
         return better and config.keep_weights == "best"
 
@@ -168,9 +168,9 @@ class Run:
         return self.state.without_gain >= config.early_stop
 
     @property
-    def _epochs_before(self) -> int:
-        """Epochs of the sweeps whose training the present one goes on with."""
-        return self.item.epochs_before if isinstance(self.item, Sweep) else 0
+    def epochs_before(self) -> int:
+        """Epochs of the visits or sweeps whose training the present one goes on with."""
+        return 0 if self.item is None else self.item.epochs_before
 
     def stop_early(self, step: int) -> None:
         """Note that training ends before its last epoch, or that what was frozen is unfrozen before its epoch.
@@ -179,7 +179,7 @@ class Run:
             step: optimizer steps by now.
         """
         state, config = self.state, self.workload.config
-        epoch, is_last = self._epochs_before + state.progress.epoch, state.visit == len(self.program) - 1
+        epoch, is_last = self.epochs_before + state.progress.epoch, state.visit == len(self.program) - 1
         if is_last:
             state.stopped_after, state.stopped_step = epoch, step
         now, best = f"epoch {epoch}", f"epoch {state.best.epoch}"

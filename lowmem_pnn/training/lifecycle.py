@@ -244,7 +244,7 @@ def _told_at_start(run: Run) -> dict[str, Any]:
         "data": config.data,
         "partitions": len(run.plan.partitions),
         "resumed": state.resumed,
-        "epochs_done": state.progress.epoch,
+        "epochs_done": run.epochs_before + state.progress.epoch,
     }
 
 

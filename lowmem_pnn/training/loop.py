@@ -24,7 +24,7 @@ class EpochsLearner(Learner, Protocol):
     """Epochs of the visit or sweep."""
 
     epochs_before: int
-    """Epochs of earlier visits of the same partition."""
+    """Epochs of earlier visits of the same partition, or of the sweeps that this one goes on with."""
 
     steps_before: int
     """Optimizer steps of earlier visits of the same partition."""
@@ -82,7 +82,7 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
         BudgetError: not even the smallest micro-batch fits.
     """
     progress, metrics, display = run.state.progress, run.metrics, run.session.display
-    steps, done_here, before = learner.steps_per_epoch, 0, learner.epochs_before if learner.action == "sweep" else 0
+    steps, done_here, before = learner.steps_per_epoch, 0, learner.epochs_before
     pace = Pace(display.message) if run.session.device.spills else None
     config = run.workload.config
     eval_every = config.eval_every if learner.measures_within_epochs else None
@@ -106,8 +106,7 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
         metrics.after_batch(learner.title)
         learner.after_batch(progress.epoch, progress.batch / steps)
         done = steps_done()
-        epochs = learner.epochs_before + progress.epoch
-        metrics.log_step(learner.action, learner.partition, epochs, done, loss, learner.learning_rate)
+        metrics.log_step(learner.action, learner.partition, before + progress.epoch, done, loss, learner.learning_rate)
         # Where the model is measured, the commit comes after that: then position and measurements belong together.
         if progress.batch < steps and not (eval_every and done % eval_every == 0):
             commit_within_epoch(is_best=False)
@@ -130,7 +129,7 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
             return True
         with timer.paused():
             learner.validate(f"step {steps_done()}")
-        metrics.log_validation(learner.partition, learner.epochs_before + progress.epoch, steps_done())
+        metrics.log_validation(learner.partition, before + progress.epoch, steps_done())
         commit_within_epoch(is_best=run.watch(learner.partition, steps_done()))
         show_epoch()
         return False
@@ -147,7 +146,7 @@ def train_epochs(run: Run, learner: EpochsLearner) -> None:
         run.complete_epoch(learner.partition)
         learner.validate(f"epoch {before + progress.epoch}")
         if not learner.is_joint:
-            metrics.log_epoch(learner.action, learner.partition, learner.micro_batch, timer)
+            metrics.log_epoch(learner.action, learner.partition, before + progress.epoch, learner.micro_batch, timer)
         is_best = run.watch(learner.partition, steps_done())
         if progress.epoch < learner.num_epochs:
             # The weights that are kept are those of a commit.

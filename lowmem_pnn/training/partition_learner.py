@@ -73,7 +73,7 @@ class PartitionLearner:
         loss = self._executor.train_batch(self._active, batch, self.steps_before + step, following)
         if not math.isfinite(loss) and not self._active.loss_scale.moves:
             raise DivergedError(
-                f"the loss became {loss} in {self.title}, epoch {step // self.steps_per_epoch + 1}, "
+                f"the loss became {loss} in {self.title}, epoch {self.epochs_before + step // self.steps_per_epoch + 1}, "
                 f"batch {step % self.steps_per_epoch + 1}; the last commit is kept; {self._active.loss_scale.remedy}"
             )
         return loss

@@ -244,6 +244,9 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     data = images(80)
     options = {"visits": visits, "cuts": "2", "epochs": 2, "commit_every": 0.0, **extra}
     fit(tmp_path / "whole", data, **options)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    for partition in (0, 1):
+        assert [line["epoch"] for line in lines if "train_loss" in line and line["partition"] == partition] == [1, 2]
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
     for stop_after in stops:
         folder = tmp_path / f"stopped{stop_after}"
