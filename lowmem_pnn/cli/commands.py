@@ -67,6 +67,7 @@ def cli() -> None:
 @click.option("--no-report", is_flag=True, help="Write no report.html, the page that `lowmem-pnn report` writes, at the end.")
 @click.option("--print-config", is_flag=True, help="Print the options as TOML, as --config takes them, and train nothing.")
 @click.option("--after-crash", is_flag=True, hidden=True)
+@click.option("--seconds-spent", type=float, default=0.0, hidden=True)
 def fit(
     workdir: Path | None,
     resume: bool,
@@ -78,6 +79,7 @@ def fit(
     no_report: bool,
     print_config: bool,
     after_crash: bool,
+    seconds_spent: float,
     **options: Any,
 ) -> None:
     """Train a model within a memory budget.
@@ -124,7 +126,14 @@ def fit(
             display = None if quiet else TerminalDisplay(Console(stderr=True))
             if config is None:
                 result = start.resume(
-                    chosen, given, display=display, should_stop=should_stop, after_crash=after_crash, rank=rank, trust=trust
+                    chosen,
+                    given,
+                    display=display,
+                    should_stop=should_stop,
+                    after_crash=after_crash,
+                    seconds_spent=seconds_spent,
+                    rank=rank,
+                    trust=trust,
                 )
             else:
                 result = start.begin(config, chosen, overwrite=overwrite, display=display, should_stop=should_stop, rank=rank)

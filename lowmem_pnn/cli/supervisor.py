@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -103,7 +104,7 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
     """
     # What is there before a new run is born is another run: not to be gone on with.
     other = None if "--resume" in arguments else _identity(workdir)
-    restarts, reached = 0, -1
+    restarts, reached, began = 0, -1, monotonic()
     command = list(arguments)
     while True:
         kills_before = _oom_kills()
@@ -138,6 +139,8 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
             *(argument for argument in arguments if argument not in ("--overwrite", "--resume")),
             "--resume",
             *(["--after-crash"] if crashed else []),
+            "--seconds-spent",  # of a --time-limit, wherever that was given
+            f"{monotonic() - began:.0f}",
         ]
 
 

@@ -123,6 +123,7 @@ def resume(
     should_stop: Callable[[], bool] = lambda: False,
     callbacks: Sequence[Callback] = (),
     after_crash: bool = False,
+    seconds_spent: float = 0.0,
     rank: Rank = ALONE,
     trust: bool = False,
 ) -> Result | None:
@@ -136,6 +137,7 @@ def resume(
         should_stop: asked after every batch.
         callbacks: are told of steps, epochs and commits.
         after_crash: whether the last process died at the memory limit: the micro-batch that was in use is then halved.
+        seconds_spent: seconds that processes which died have spent of the time limit.
         rank: which of several processes this is.
         trust: whether code that the run names for its model or data is run without being named in `options` again.
 
@@ -187,7 +189,7 @@ def resume(
                     rundir,
                     threads,
                     display,
-                    _or_late(should_stop, config),
+                    _or_late(should_stop, config, seconds_spent),
                     Callbacks((*callbacks, *loggers)),
                     after_crash=after_crash,
                 )
@@ -210,11 +212,11 @@ def _begin_late(
     return begin(stored, workdir, named_inputs, overwrite=False, display=display, should_stop=should_stop, rank=rank)
 
 
-def _or_late(should_stop: Callable[[], bool], config: FitConfig) -> Callable[[], bool]:
+def _or_late(should_stop: Callable[[], bool], config: FitConfig, seconds_spent: float = 0.0) -> Callable[[], bool]:
     """Return what says that a run is to stop: it was asked to, or its time is over."""
     if config.time_limit is None:
         return should_stop
-    end = time.monotonic() + config.time_limit
+    end = time.monotonic() + config.time_limit - seconds_spent
     return lambda: should_stop() or time.monotonic() >= end
 
 

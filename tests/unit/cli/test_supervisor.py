@@ -1,5 +1,6 @@
 """What the supervisor does about the ways in which a worker ends, without workers."""
 
+import itertools
 import json
 import os
 import signal
@@ -37,6 +38,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Scr
     def play(*ends: tuple[int, int | None, list[int]], stage: str = "training") -> Script:
         made = Script(tmp_path / "run", iter(ends), stage)
         monkeypatch.setattr(supervisor, "_run_worker", made)
+        monkeypatch.setattr(supervisor, "monotonic", itertools.count(0.0, 3600.0).__next__)  # each worker takes an hour
         return made
 
     return play
@@ -55,8 +57,8 @@ def test_a_crashed_worker_is_resumed_by_the_same_command(script: Callable[..., S
     assert supervise([*_ARGUMENTS, "--overwrite"], played.path) == 0
     assert played.commands == [
         [*_ARGUMENTS, "--overwrite"],
-        [*_ARGUMENTS, "--resume", "--after-crash"],
-        [*_ARGUMENTS, "--resume"],
+        [*_ARGUMENTS, "--resume", "--after-crash", "--seconds-spent", "3600"],
+        [*_ARGUMENTS, "--resume", "--seconds-spent", "7200"],
     ]
 
 
