@@ -59,14 +59,14 @@ class Tally:
             self.num_answers = self.num_answers + other.num_answers
 
     @property
-    def loss(self) -> float:
-        """The mean over all that counted so far."""
-        return self.loss_sum / self.count if self.count else 0.0
+    def loss(self) -> float | None:
+        """The mean over all that counted so far, or None where nothing did."""
+        return self.loss_sum / self.count if self.count else None
 
     @property
     def accuracy(self) -> float | None:
         """The share of right answers, or None where none were counted."""
-        return None if self.num_correct is None else self.num_correct / max(1, self.num_answers)
+        return None if self.num_correct is None or not self.num_answers else self.num_correct / self.num_answers
 
 
 @dataclass

@@ -129,5 +129,5 @@ def say_if_not_finite(run: Run, measured: Tally, where: str) -> None:
         measured: loss over the validation split.
         where: what was trained, for the message.
     """
-    if not math.isfinite(measured.loss):
+    if measured.loss is not None and not math.isfinite(measured.loss):
         run.session.display.message(f"the validation loss is {measured.loss} in {where}; training goes on")

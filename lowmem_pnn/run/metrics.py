@@ -161,7 +161,7 @@ class Metrics:
         samples = len(self._workload.splits["train"])
         return RunStatus(
             num_samples=done,
-            loss=tally.loss if tally.count else None,
+            loss=tally.loss,
             used_bytes=device.used_bytes(),
             budget_bytes=device.budget_bytes,
             written_bytes=totals["bytes_written"],

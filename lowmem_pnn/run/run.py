@@ -50,7 +50,7 @@ class Run:
         self.plan = plan
         self.weights = weights
         self.state = state
-        self._said_uncounted = False
+        self._said_uncounted = self._said_unmeasured = False
         whole_program = workload.program(plan.spans)
         self.program = visits_of_rank(whole_program, state.rank, state.ranks)
         executor = Executor(session.device, workload.config.seed, self._note_shrink, session.threads.stalls)
@@ -85,7 +85,7 @@ class Run:
         tally, progress.tally = progress.tally, Tally()
         if isinstance(item, Visit) and item.macro_batch is not None:
             tally = self._of_the_whole_epoch(partition, tally, begins=item.macro_batch[0] == 0)
-        self.state.records[partition].train_loss = tally.loss if tally.count else None
+        self.state.records[partition].train_loss = tally.loss
 
     def _of_the_whole_epoch(self, partition: int, tally: Tally, *, begins: bool) -> Tally:
         """Return what the macro-batches of the present epoch come to so far, with the one that is over."""
@@ -123,7 +123,10 @@ class Run:
             scores: other scores by name, where one of them is watched; those that are no finite number are left out.
         """
         record = self.state.records[partition]
-        record.val_loss = tally.loss if math.isfinite(tally.loss) else None
+        record.val_loss = tally.loss if tally.loss is not None and math.isfinite(tally.loss) else None
+        if tally.loss is None and not self._said_unmeasured:
+            self._said_unmeasured = True
+            self.session.display.message("no label of the validation part counts: it has no loss")
         record.val_accuracy = tally.accuracy
         record.val_scores = {
             name: float(value)

@@ -218,20 +218,21 @@ class ClassScores(Scores):
             and `confusion` (a row of counts for each right class) up to 64 classes; of masks `accuracy` and `miou` over pixels; of
             tokens `perplexity`, the exponential of the loss.
         """
+        loss = self.loss
+        scores: dict[str, Any] = {} if loss is None else {"loss": loss}
         if self._tokens:
             # Above that a float overflows.
-            return {"loss": self.loss, "perplexity": math.exp(self.loss) if self.loss < 709 else math.inf}
+            return {**scores, "perplexity": math.exp(loss) if loss < 709 else math.inf} if loss is not None else scores
         # Not scikit-learn's: importing it here would take memory out of the budget, at the very end of a run.
         actual, predicted, right = self._counts
-        occurs, total = (actual + predicted) > 0, max(1, int(actual.sum()))
-        accuracy = {"loss": self.loss, "accuracy": int(right.sum()) / total}
+        occurs, total = (actual + predicted) > 0, int(actual.sum())
+        if not total:
+            return scores
+        scores["accuracy"] = int(right.sum()) / total
         if self._task.targets.kind == "mask":
             union = (actual + predicted - right)[occurs]
-            return {**accuracy, "miou": float((right[occurs] / union).mean()) if occurs.any() else 0.0}
-        scores: dict[str, Any] = {
-            **accuracy,
-            "f1": float((2 * right[occurs] / (actual + predicted)[occurs]).mean()) if occurs.any() else 0.0,
-        }
+            return {**scores, "miou": float((right[occurs] / union).mean())}
+        scores["f1"] = float((2 * right[occurs] / (actual + predicted)[occurs]).mean())
         if len(actual) > _TOP:
             scores["top5"] = self._in_top / total
         if len(self._confusion):

@@ -184,8 +184,9 @@ class OwnScores(Scores):
 
     def result(self) -> dict[str, Any]:
         """`loss`, and the metrics by their names."""
-        means = {name: total / number if number else 0.0 for name, (total, number) in self._sums.items()}
-        return {"loss": self.loss, **means, **{name: _value(metric.compute()) for name, metric in self._metrics.items()}}
+        means = {name: total / number for name, (total, number) in self._sums.items() if number}
+        loss = {} if self.loss is None else {"loss": self.loss}
+        return {**loss, **means, **{name: _value(metric.compute()) for name, metric in self._metrics.items()}}
 
 
 def _state_of(loss: OwnLoss) -> dict[str, Any]:

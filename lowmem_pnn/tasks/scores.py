@@ -35,7 +35,7 @@ class Scores(ABC):
 
     @abstractmethod
     def result(self) -> dict[str, Any]:
-        """Return the scores by name: `loss`, and what else there is."""
+        """Return the scores by name: `loss`, and what else there is; none of which nothing counts."""
 
     def _add_loss(self, mean: float, weight: float) -> None:
         if weight:
@@ -47,9 +47,9 @@ class Scores(ABC):
         self._weight += other._weight
 
     @property
-    def loss(self) -> float:
-        """Mean loss over all that counts."""
-        return self._loss_sum / self._weight if self._weight else 0.0
+    def loss(self) -> float | None:
+        """Mean loss over all that counts, or None where nothing does."""
+        return self._loss_sum / self._weight if self._weight else None
 
 
 def with_prefix(prefix: str, scores: Mapping[str, Any]) -> dict[str, Any]:

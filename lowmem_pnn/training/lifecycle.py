@@ -297,6 +297,9 @@ def score(run: Run, split: SplitName = "test", layer_accuracies: list[float | No
         run: a trained run.
         split: part of the data.
         layer_accuracies: gets the accuracy of every layer's own outputs, where there are such; None if nobody asks.
+
+    Raises:
+        DataError: nothing in it counts, or it cannot be read.
     """
     task = run.workload.task
     total = task.scores()
@@ -311,4 +314,7 @@ def score(run: Run, split: SplitName = "test", layer_accuracies: list[float | No
             layer_accuracies.extend(tally.accuracy for tally in run.partitions.executor.measure(active, loader))
 
     measure(run, split, scores_of, total.merge, on_partition=measure_layers)
-    return total.result()
+    found = total.result()
+    if not found:
+        raise DataError(f"no label of the {split} part counts, so there is nothing to measure; give data with labels that count")
+    return found

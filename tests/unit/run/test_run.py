@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from helpers.journals import PLAN, state
 from lowmem_pnn.capture.capture import capture
-from lowmem_pnn.engine.tally import EpochProgress
+from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.methods import Visit
 from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.partition_plan import Plan
@@ -65,3 +65,17 @@ def test_an_epoch_of_several_macro_batches_has_the_loss_of_them_all() -> None:
     run.state.epoch_tallies[1].add(9.0, 8, 8)
     run.state.go_back_to(commit)
     assert run.state.epoch_tallies[1].loss == 0.5
+
+
+def test_a_validation_in_which_nothing_counts_is_no_best_one() -> None:
+    said: list[str] = []
+    run = run_of(_said_unmeasured=False, session=SimpleNamespace(display=SimpleNamespace(message=said.append)))
+    config = SimpleNamespace(watches=True, monitored=(None, "val_loss"), keep_weights="best")
+    run.workload = SimpleNamespace(config=config)  # type: ignore[assignment]
+    for _ in range(2):
+        run.record_validation(1, Tally(num_correct=0), [Tally(num_correct=0)])
+        assert not run.watch(1, 5)
+    record = run.state.records[1]
+    assert (record.val_loss, record.val_accuracy, record.unit_val_accuracies) == (None, None, [])
+    assert (run.state.best.value, run.state.without_gain) == (None, 2)
+    assert said == ["no label of the validation part counts: it has no loss"]

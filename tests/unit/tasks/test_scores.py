@@ -61,3 +61,14 @@ def test_masks_have_a_mean_intersection_over_union() -> None:
     seen, predicted = targets[:, 1:].flatten(), outputs.argmax(1)[:, 1:].flatten()
     assert found["miou"] == pytest.approx(metrics.jaccard_score(seen, predicted, average="macro"))
     assert found["accuracy"] == pytest.approx(float((seen == predicted).float().mean()))
+
+
+def test_nothing_that_counts_has_no_scores() -> None:
+    masks = Classification(Targets("mask", 3, (4, 4), torch.uint8, 255))
+    assert scores_of(masks, torch.randn(90, 3, 4, 4), torch.full((90, 4, 4), 255, dtype=torch.uint8)) == {}
+    tokens = Classification(Targets("tokens", 5, (7,), torch.int64, -100))
+    assert scores_of(tokens, torch.randn(90, 7, 5), torch.full((90, 7), -100)) == {}
+    # Labels whose classes weigh nothing in the loss are right or wrong all the same.
+    weighed = Classification(Targets("class", 2), class_weights=(0.0, 1.0))
+    found = scores_of(weighed, torch.tensor([[1.0, 0.0]]).expand(90, 2), torch.zeros(90, dtype=torch.int64))
+    assert (found.keys() & {"loss", "accuracy"}, found["accuracy"]) == ({"accuracy"}, 1.0)
