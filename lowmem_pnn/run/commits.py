@@ -159,8 +159,9 @@ class Commits:
         best = journal["best"]
         if self._config.keep_weights == "best" and best["step"] and not best["weights"]:
             best["weights"] = journal["weights"]
-            if self._state.best.step == best["step"]:
-                self._state.best.weights = journal["weights"]
+            present = self._state.best  # read once: training may find another one meanwhile
+            if present.step == best["step"]:
+                present.weights = journal["weights"]
         rundir = self._session.rundir
         older = states_of(rundir.commit(journal, self._config.keep_commits)[1:])
         # Deleted only now that no journal names it.

@@ -176,22 +176,20 @@ class Run:
         return 0 if self.item is None else self.item.epochs_before
 
     def stop_early(self, step: int) -> None:
-        """Note that training ends before its last epoch, or that what was frozen is unfrozen before its epoch.
+        """Note that training ends before its last epoch.
 
         Args:
             step: optimizer steps by now.
         """
         state, config = self.state, self.workload.config
-        epoch, is_last = self.epochs_before + state.progress.epoch, state.visit == len(self.program) - 1
-        if is_last:
-            state.stopped_after, state.stopped_step = epoch, step
+        assert state.visit == len(self.program) - 1, "what is frozen at first is trained for all of its epochs"
+        epoch = self.epochs_before + state.progress.epoch
+        state.stopped_after, state.stopped_step = epoch, step
         now, best = f"epoch {epoch}", f"epoch {state.best.epoch}"
         if config.eval_every is not None:
             now, best = f"step {step}", f"step {state.best.step}"
         why = f"was best after {best}" if state.best.value is not None else "was never a finite number"
-        self.session.display.message(
-            f"{'training ends' if is_last else 'what is frozen learns from here on'} after {now}: {config.monitor} {why}"
-        )
+        self.session.display.message(f"training ends after {now}: {config.monitor} {why}")
 
     def take_best(self) -> None:
         """Have what comes after training take the weights of the best epoch, every byte of them checked."""
