@@ -42,7 +42,7 @@ from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.samples.reader_process import READER_VARIABLE
 from lowmem_pnn.settings.config_file import CONFIG_FILE, to_toml
-from lowmem_pnn.stores.disk import allow_many_files, file_system_faults
+from lowmem_pnn.stores.disk import allow_many_files, file_system_faults, write_durably
 from lowmem_pnn.stores.journal import read_journal
 from lowmem_pnn.stores.run_directory import RunDirectory, read_config
 from lowmem_pnn.training.join import forget
@@ -107,7 +107,7 @@ def begin(
             state = State.first(workload, planned, rank)
             # Threads end first: a commit that is under way needs the lock.
             with RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
-                (path / CONFIG_FILE).write_text(_AS_FILE + to_toml(config))
+                _write_options(path, config)
                 session = Session(
                     device, rundir, threads, display, _or_late(should_stop, config), Callbacks((*callbacks, *loggers))
                 )
@@ -182,6 +182,8 @@ def resume(
                     if state.stage == "done":
                         go_on_from_the_end(state, before, workload, path)
                     state.epochs = config.epochs[0]
+                if is_longer or not (path / CONFIG_FILE).exists():  # as where the process that began it was killed at once
+                    _write_options(path, config)
                 device.enforce(profile.untouched_bytes)
                 count_resume(rundir, state, workload, after_crash=after_crash)
                 session = Session(
@@ -194,6 +196,11 @@ def resume(
                     after_crash=after_crash,
                 )
                 return run_to_end(session, workload, profile, state, estimator)
+
+
+def _write_options(path: Path, config: FitConfig) -> None:
+    """Write the options of a run as a file that begins another one like it."""
+    write_durably(path / CONFIG_FILE, _AS_FILE + to_toml(config))
 
 
 def _begin_late(

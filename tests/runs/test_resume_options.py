@@ -60,10 +60,12 @@ def result_of(workdir: str) -> Any:
 
 
 def test_the_same_command_and_resume_goes_on_to_the_same_bits(folder: Path) -> None:
+    Path("runs/a/config.toml").unlink()  # as where the process was killed before it wrote it
     done = resume(f"{OPTIONS} --workdir runs/a --json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["resumed"] == 1
     assert command(f"fit {OPTIONS} --workdir whole --overwrite").code == 0
+    assert Path("runs/a/config.toml").read_bytes() == Path("whole/config.toml").read_bytes()
     assert Path("whole/model.safetensors").read_bytes() == Path("runs/a/model.safetensors").read_bytes()
     # A finished run prints its result, whatever is repeated of its options.
     again = resume("--workdir runs/a --epochs 3 --json")
@@ -179,6 +181,7 @@ def test_a_run_that_trains_longer_ends_as_one_that_began_with_so_many_epochs(fol
     assert done.code == 0, done.err
     assert Path("longer/model.safetensors").read_bytes() == whole
     assert result_of("longer")["epochs"] == [5, 5]
+    assert "\nepochs = [5]\n" in Path("longer/config.toml").read_text()
     again = resume("--workdir longer --json")  # a finished run, by the epochs that it has now
     assert json.loads(again.out)["epochs"] == [5, 5]
     assert resume("--workdir longer --epochs 4").fault.startswith(
@@ -190,8 +193,8 @@ def test_a_run_that_trains_longer_ends_as_one_that_began_with_so_many_epochs(fol
 # Outputs of frozen layers are written once where there are several epochs, and are gone when a run is done.
 @pytest.mark.parametrize(
     ("epochs", "batches", "values"),
-    [(3, 0, {}), (1, 0, {}), (1, 3, {}), (3, 0, {"unfreeze_at": 2}), (3, 9, {"unfreeze_at": 2})],
-    ids=["written again", "never written", "never written, stopped", "unfrozen", "unfrozen, stopped"],
+    [(3, 0, {}), (1, 3, {}), (3, 0, {"unfreeze_at": 2})],
+    ids=["written again", "never written", "unfrozen"],
 )
 def test_a_run_with_frozen_layers_trains_longer(folder: Path, epochs: int, batches: int, values: dict[str, Any]) -> None:
     for name in ("all-epochs", "longer"):
