@@ -46,6 +46,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
         "--augment basic and --visits sequential or laps=L",
         lambda config: config.augment != "none" and config.visits != "interleaved",
     ),
+    ("views", "--method neuroflux or incubate", lambda config: config.views == 1 or config.method in ("neuroflux", "incubate")),
     ("mixup", "--method exact, backprop, neuroflux or incubate", lambda config: config.method != "pnn"),
     ("cutmix", "--method exact, backprop, neuroflux or incubate", lambda config: config.method != "pnn"),
     ("blocks", "--method neuroflux", lambda config: config.method == "neuroflux"),
@@ -68,6 +69,26 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("cuts", "--method pnn, neuroflux, incubate or exact", lambda config: config.method != "backprop"),
     ("partitions", "--method pnn, neuroflux, incubate or exact", lambda config: config.method != "backprop"),
     ("plan_for", "cuts that are left to the planner", lambda config: config.cuts is None),
+    (
+        "plan_for",
+        "--method pnn, neuroflux, exact or backprop (plans of incubate are made for the memory beside its meta model)",
+        lambda config: config.plan_for != "time" or config.method != "incubate",
+    ),
+    (
+        "recompute",
+        "--method exact, or --recovery-epochs",
+        lambda config: config.recompute == "auto" or config.method == "exact" or config.recovery_epochs > 0,
+    ),
+    (
+        "loss_chunk",
+        "--method pnn, incubate, exact or backprop (every unit of neuroflux has a loss of its own)",
+        lambda config: config.loss_chunk is None or config.method != "neuroflux",
+    ),
+    (
+        "recovery_epochs",
+        "--method pnn, incubate, exact or backprop",
+        lambda config: config.recovery_epochs == 0 or config.method != "neuroflux",
+    ),
     ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
     ("warmup_steps", "--lr-schedule constant, linear or cosine", lambda config: config.lr_schedule != "onecycle"),
     ("early_stop", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
@@ -225,13 +246,19 @@ def for_method(config: FitConfig, method: MethodName) -> FitConfig:
     if method == config.method:
         return config
     other = dataclasses.replace(config, method=method)
-    unread = {name for name, _, holds in _CONDITIONAL if holds(config) and not holds(other)}
-    if config.unfreeze_at is not None and "unfreeze_at" in unread:
-        raise ConfigError("--unfreeze-at needs --method exact")
-    other = dataclasses.replace(other, **{name: default_of(name) for name in unread})
+    # Again: what goes may be all that another one is read for.
+    while unread := {name for name in _unread(other) if getattr(other, name) != default_of(name)} - _unread(config):
+        if "unfreeze_at" in unread:
+            raise ConfigError("--unfreeze-at needs --method exact")
+        other = dataclasses.replace(other, **{name: default_of(name) for name in unread})
     if faults := contradictions(other):
         raise ConfigError("; ".join(faults))
     return other
+
+
+def _unread(config: FitConfig) -> set[str]:
+    """Return the options that these do not read, given or not."""
+    return {name for name, _, holds in _CONDITIONAL if not holds(config)}
 
 
 def contradictions(config: FitConfig) -> list[str]:
@@ -280,12 +307,6 @@ def contradictions(config: FitConfig) -> list[str]:
         )
     if config.keep_state and config.keep_weights == "best":
         faults.append("--keep-state goes on from the last weights, and --keep-weights best leaves others; leave one out")
-    if config.views > 1 and config.method not in ("neuroflux", "incubate"):
-        faults.append("--views has no effect here: it needs --method neuroflux or incubate")
-    if config.method == "incubate" and config.plan_for == "time":
-        faults.append(
-            "--plan-for time has no effect here: plans of --method incubate are made for the memory beside their meta model"
-        )
     if config.method == "incubate":
         faults += [
             f"--method incubate trains a thin model of the whole from random weights, and {flag(name)} is for other methods; leave it out"
@@ -302,12 +323,6 @@ def contradictions(config: FitConfig) -> list[str]:
         )
     if config.blocks == "alike" and (config.cuts or config.partitions):
         faults.append("--blocks alike finds the cuts, and --cuts or --partitions give them; give one")
-    if config.method == "neuroflux" and config.recovery_epochs:
-        faults.append("--recovery-epochs has no effect here: it needs --method pnn, incubate, exact or backprop")
-    if config.method == "neuroflux" and config.loss_chunk is not None:
-        faults.append("--loss-chunk has no effect here: every unit of --method neuroflux has a loss of its own")
-    if config.recompute != "auto" and config.method != "exact" and not config.recovery_epochs:
-        faults.append("--recompute has no effect here: it needs --method exact, or --recovery-epochs")
     if config.max_steps is not None and config.recovery_epochs:
         faults.append("--max-steps ends training, and --recovery-epochs goes on after it; give one")
     if config.min_lr > max(config.lr):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowmem_pnn.config.configure import DEMONSTRATION, configure, for_method
-from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.fit_config import METHODS, FitConfig, MethodName
 from lowmem_pnn.errors import ConfigError
 
 
@@ -55,6 +55,15 @@ def make(**options: object) -> FitConfig:
         (
             {"method": "pnn", "recompute": "never"},
             "--recompute has no effect here: it needs --method exact, or --recovery-epochs",
+        ),
+        (
+            {"method": "pnn", "views": 2, "augment": "basic"},
+            "--views has no effect here: it needs --method neuroflux or incubate",
+        ),
+        (
+            {"method": "neuroflux", "loss_chunk": 8},
+            "--loss-chunk has no effect here: it needs --method pnn, incubate, exact or backprop "
+            "(every unit of neuroflux has a loss of its own)",
         ),
         ({"method": "backprop", "cuts": "1"}, "--cuts has no effect here: it needs --method pnn, neuroflux, incubate or exact"),
         ({"momentum": 0.5, "optimizer": "adam,adamw"}, "--momentum has no effect here: it needs --optimizer sgd"),
@@ -132,6 +141,25 @@ def test_other_methods_do_not_leave_out_what_they_would_train_otherwise() -> Non
     with pytest.raises(ConfigError, match=r"^--unfreeze-at needs --method exact$"):
         for_method(config, "backprop")
     assert for_method(config, "exact") is config
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "kept"),
+    [
+        ("exact", {"recompute": "never"}, {}),
+        ("pnn", {"recovery_epochs": 2, "recover": "1", "recompute": "never"}, {"incubate", "exact", "backprop"}),
+        ("backprop", {"loss_chunk": 8}, {"pnn", "incubate", "exact"}),
+        ("neuroflux", {"augment": "basic", "views": 4}, {"incubate"}),
+        ("neuroflux", {"visits": "interleaved", "macro_batches": 8}, {}),
+        ("pnn", {"plan_for": "time"}, {"neuroflux", "exact", "backprop"}),
+    ],
+)
+def test_other_methods_leave_out_what_they_do_not_read(method: str, options: dict[str, object], kept: set[MethodName]) -> None:
+    config, read_by_all = make(method=method, **options), {name: options[name] for name in ("augment",) if name in options}
+    for other in METHODS:
+        if other != method:
+            expected = make(method=other, **(options if other in kept else read_by_all))
+            assert for_method(config, other) == expected, other
 
 
 def test_an_error_is_not_as_long_as_what_it_is_about() -> None:
