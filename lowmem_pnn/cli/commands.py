@@ -33,6 +33,7 @@ from lowmem_pnn.cli.options import (
     place_options,
     run_options,
     trust_option,
+    typed_options,
 )
 from lowmem_pnn.cli.output import announce, open_standard_streams, print_result, stdout_is_ours, terminal_width
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
@@ -156,7 +157,7 @@ def plan(no_timing: bool, budgets: str | None, gpu: str | None, as_json: bool, q
     would take, from which budget on each fits, and which one to take. Nothing is trained.
     """
     sizes = [parse_bytes(size) for size in budgets.split(",")] if budgets else []
-    if budgets and "max_gpu_mem" in given_options(options):
+    if budgets and "max_gpu_mem" in typed_options(options):
         raise ConfigError("--max-gpu-mem and --budgets exclude each other; give one")
     described = None if gpu is None else GpuDescription.parse(gpu)
     if described is not None:

@@ -257,6 +257,15 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**(read_config_file(file) if file is not None else {}), **read_settings(settings), **given}
 
 
+def typed_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given in the command itself, and not in a file that it names.
+
+    Args:
+        options: as for `given_options`.
+    """
+    return given_options({**options, "config_file": None})
+
+
 def command_options(options: dict[str, Any], budgets: Sequence[int] = ()) -> dict[str, Any]:
     """Return the options that were on the command line, of a command that needs a budget; a share of what is free is in bytes then.
 

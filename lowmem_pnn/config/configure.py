@@ -1,7 +1,7 @@
 """The configuration of a run, made from what a user gave: defaults, checks, and options that exclude each other."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,28 @@ def configure(**given: Any) -> FitConfig:
         lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, neuroflux, incubate, exact, backprop; did you mean 'pnn'?
     """
     given = given_options(given)
+    config = with_defaults(given)
+    size = given["max_gpu_mem"]
+    # A number from Python is bytes, but nobody means a few.
+    has_no_unit = size.strip().isdigit() if isinstance(size, str) else isinstance(size, int) and size < 1000
+    if config.max_gpu_mem < MEGABYTE and has_no_unit:
+        raise UnitError(f"--max-gpu-mem {size} is {size} bytes; did you mean {size}GB?")
+    faults = [f"{flag(name)} has no effect here: it needs {need}" for name, need in unmet(config, given)]
+    faults += contradictions(config)
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return config
+
+
+def with_defaults(given: Mapping[str, Any]) -> FitConfig:
+    """Return what was given with the defaults for the rest, each option checked by itself.
+
+    Args:
+        given: fields of `FitConfig`, as `given_options` returns them.
+
+    Raises:
+        ConfigError: all faults, in one line.
+    """
     values = {"data_root": Path("data").absolute(), **given}
     if "model" not in given and "data" not in given:
         values = {**DEMONSTRATION, **values}
@@ -186,21 +208,17 @@ def configure(**given: Any) -> FitConfig:
     values = {**defaults, **values}
     if given.get("lora") is not None:
         values = {**values, **DEFAULTS_WITH_ADAPTERS, **given}
-    config = checked(values)
-    size = given["max_gpu_mem"]
-    # A number from Python is bytes, but nobody means a few.
-    has_no_unit = size.strip().isdigit() if isinstance(size, str) else isinstance(size, int) and size < 1000
-    if config.max_gpu_mem < MEGABYTE and has_no_unit:
-        raise UnitError(f"--max-gpu-mem {size} is {size} bytes; did you mean {size}GB?")
-    faults = [
-        f"{flag(name)} has no effect here: it needs {need}"
-        for name, need, holds in _CONDITIONAL
-        if name in given and not holds(config)
-    ]
-    faults += contradictions(config)
-    if faults:
-        raise ConfigError("; ".join(faults))
-    return config
+    return checked(values)
+
+
+def unmet(config: FitConfig, given: Collection[str]) -> list[tuple[str, str]]:
+    """Return the options that were given and are not read, each with what it needs.
+
+    Args:
+        config: options, each checked by itself.
+        given: names of those that were given.
+    """
+    return [(name, need) for name, need, holds in _CONDITIONAL if name in given and not holds(config)]
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,18 +265,15 @@ def for_method(config: FitConfig, method: MethodName) -> FitConfig:
         return config
     other = dataclasses.replace(config, method=method)
     # Again: what goes may be all that another one is read for.
-    while unread := {name for name in _unread(other) if getattr(other, name) != default_of(name)} - _unread(config):
+    while unread := {
+        name for name, _, holds in _CONDITIONAL if holds(config) and not holds(other) and getattr(other, name) != default_of(name)
+    }:
         if "unfreeze_at" in unread:
             raise ConfigError("--unfreeze-at needs --method exact")
         other = dataclasses.replace(other, **{name: default_of(name) for name in unread})
     if faults := contradictions(other):
         raise ConfigError("; ".join(faults))
     return other
-
-
-def _unread(config: FitConfig) -> set[str]:
-    """Return the options that these do not read, given or not."""
-    return {name for name, _, holds in _CONDITIONAL if not holds(config)}
 
 
 def contradictions(config: FitConfig) -> list[str]:

@@ -2,28 +2,36 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lowmem_pnn.config.configure import configure, for_method
+from lowmem_pnn.config.checks import check_lengths
+from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.fit_config import METHODS, FitConfig, MethodName
 from lowmem_pnn.contenders.bench_report import BenchReport, BenchRow
+from lowmem_pnn.contenders.contender_options import contender_configs, refuse_left_out
 from lowmem_pnn.contenders.outside_meter import OutsideMeter
-from lowmem_pnn.contenders.plain_process import BASELINES, Baseline
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.contenders.plain_process import ACCUMULATED, BASELINES, Baseline
+from lowmem_pnn.device import CpuDevice
+from lowmem_pnn.device.support import is_gpu
+from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.memory.available import available_bytes, budget_of
 from lowmem_pnn.settings.command import option_words
 from lowmem_pnn.units import format_bytes, parse_bytes
+from lowmem_pnn.workload import make_workload, profile_workload
+from lowmem_pnn.workload.inputs import Inputs, named_inputs
+from lowmem_pnn.workload.plain_training import accumulated_training_bytes, checkpointed_training_bytes, plain_training_bytes
 
-# What a contender's run is not for: commits, logs, a page.
-_SHORT: Mapping[str, Any] = {"epochs": (1,), "val_fraction": 0.0, "test_limit": 1, "commit_every": 1e6, "log_every": 1_000_000}
 # Allocators and kernels keep up to so many times what plain PyTorch is predicted to need.
 _PLAIN_MARGIN = 1.3
+# Seconds that a contender is given to end in when the bench is stopped, twice.
+_PATIENCE = 3.0
 
 
 def bench(
@@ -48,9 +56,9 @@ def bench(
         methods: "all", or names of methods.
         baselines: ways of plain PyTorch: `plain`, `checkpointing` (about as many segments as the square root of the layers' number),
             `accumulation` (8 micro-batches a batch); "none" for none.
-        steps: optimizer steps.
+        steps: optimizer steps; fewer where the data has fewer in an epoch.
         say: is told which contender begins.
-        **options: other fields of `FitConfig`.
+        **options: other fields of `FitConfig`; each method takes those that it reads.
 
     Returns:
         A row for each contender: what does not fit says why.
@@ -68,34 +76,45 @@ def bench(
     sizes = [parse_bytes(budget_of(budget, device)) for budget in budgets]
     if not sizes:
         raise ConfigError("--budgets is missing; give --budgets 1GB,500MB")
-    base = configure(max_gpu_mem=max(sizes), model=model, data=data, **{**options, "method": "backprop"})
+    refuse_left_out([name for name, value in options.items() if value is not None])
+    beside_plain: list[MethodName] = ["backprop"] if plain else []
+    configs = contender_configs([*asked, *beside_plain], max(sizes), {**options, "model": model, "data": data})
+    base = next(config for config in configs.values() if isinstance(config, FitConfig))
     if len(base.batch_sizes) > 1 or base.batch_size == "auto":
-        raise ConfigError("bench trains all contenders with the same batches; give one number as --batch-size")
-    if base.logger != "none":
-        raise ConfigError("--logger has no effect here: bench keeps none of its runs; leave it out")
-    base = dataclasses.replace(base, **_SHORT, train_limit=min(base.train_limit or sys.maxsize, steps * base.batch_sizes[0]))
+        raise ConfigError(
+            f"--batch-size {as_typed(base.batch_size)}: bench trains all contenders with the same batches; give one number"
+        )
+    batch = base.batch_sizes[0]
+    limits: dict[str, Any] = {"train_limit": min(base.train_limit or sys.maxsize, steps * batch)}
+    inputs = named_inputs(dataclasses.replace(base, **limits))
+    if "test" in inputs.splits:
+        limits["test_limit"] = 1  # a run tests, and this one is not for that
+    if (there := math.ceil(len(inputs.splits["train"]) / batch)) < steps:
+        say(f"{there} steps each, and not {steps}: there are {len(inputs.splits['train']):,} samples to train on")
+    configs = {
+        method: dataclasses.replace(config, **limits) if isinstance(config, FitConfig) else config
+        for method, config in configs.items()
+    }
+    foreseen = _foreseen(configs["backprop"], inputs) if plain and not is_gpu(base.device) else {}
+    del inputs
     rows: list[BenchRow] = []
     device_text, needs = "", None
     versions: dict[str, str] = {}
     root = ["--data-root", str(base.data_root)] if options.get("data_root") is not None else []
-    with tempfile.TemporaryDirectory(prefix="lowmem-pnn-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="lowmem-pnn-bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         for size in sizes:
             for method in asked:
                 say(f"{method} in {format_bytes(size)}")
-                row, result = _run_method(base, method, size, folder / f"{method}-{size}", root)
+                row, result = _run_method(configs[method], method, size, folder / f"{method}-{size}", root)
                 rows.append(row)
                 device_text, versions = result.get("device", device_text), result.get("versions", versions)
                 needs = result.get("plain_bytes") or needs
-        free = available_bytes("cpu") if base.device == "cpu" else None
+        if needs is not None:
+            foreseen["plain"] = needs
         for baseline in plain:
             say(baseline)
-            if baseline == "plain" and needs is not None and free is not None and _PLAIN_MARGIN * needs > free:
-                reason = f"it needs about {format_bytes(needs)}, and {format_bytes(free)} are free"
-                rows.append(BenchRow(contender=baseline, predicted_peak_bytes=needs, reason=reason))
-                continue
-            row = _run_baseline(base, baseline, folder, max(sizes))
-            rows.append(dataclasses.replace(row, predicted_peak_bytes=needs if baseline == "plain" else None))
+            rows.append(_run_baseline(configs["backprop"], baseline, folder, max(sizes), foreseen.get(baseline)))
     beside = next((row.samples_per_second for row in rows if row.contender == "plain"), None)
     if beside:
         rows = [
@@ -106,8 +125,8 @@ def bench(
         model=model,
         data=data,
         device=device_text or base.device,
-        batch_size=base.batch_sizes[0],
-        steps=steps,
+        batch_size=batch,
+        steps=min(steps, there),
         rows=rows,
         versions=dict(versions),
     )
@@ -124,15 +143,29 @@ def _names(what: str, given: str | Sequence[str], known: Sequence[str]) -> list[
     return names
 
 
+def _foreseen(config: FitConfig | ConfigError, inputs: Inputs) -> dict[Baseline, int]:
+    """Return the bytes that plain PyTorch takes on the CPU in each way; nothing where its own process will say what is wrong."""
+    if isinstance(config, ConfigError):
+        return {}
+    device, batch = CpuDevice(config.max_gpu_mem), config.batch_sizes[0]
+    with suppress(LowMemError):
+        profile = profile_workload(make_workload(config, *inputs, device.torch_device), device)
+        return {
+            "plain": plain_training_bytes(profile, batch),
+            "checkpointing": checkpointed_training_bytes(profile, batch),
+            "accumulation": accumulated_training_bytes(profile, batch, math.ceil(batch / ACCUMULATED)),
+        }
+    return {}
+
+
 def _run_method(
-    base: FitConfig, method: MethodName, budget: int, workdir: Path, more: Sequence[str]
+    config: FitConfig | ConfigError, method: MethodName, budget: int, workdir: Path, more: Sequence[str]
 ) -> tuple[BenchRow, dict[str, Any]]:
     """Run the command in a budget; its row, and what `result.json` says."""
     row = BenchRow(contender=method, budget_bytes=budget)
-    try:
-        config = dataclasses.replace(for_method(base, method), max_gpu_mem=budget)
-    except ConfigError as error:
-        return dataclasses.replace(row, reason=str(error)), {}
+    if isinstance(config, ConfigError):
+        return dataclasses.replace(row, reason=str(config), exit_code=config.exit_code), {}
+    config = dataclasses.replace(config, max_gpu_mem=budget)
     words = ["fit", *option_words(config), *more, "--workdir", str(workdir), "--json", "--quiet", "--no-report"]
     process = subprocess.Popen(
         [sys.executable, "-m", "lowmem_pnn", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
@@ -147,7 +180,7 @@ def _run_method(
             enough = json.loads(out).get("enough_bytes")
         # A budget is one of several here.
         reason = lines[-1].removeprefix("lowmem-pnn: ").replace("give --max-gpu-mem", "give --budgets")
-        return dataclasses.replace(row, reason=reason, enough_bytes=enough), {}
+        return dataclasses.replace(row, reason=reason, enough_bytes=enough, exit_code=process.returncode), {}
     result = json.loads(out)
     on_host = result["device"].startswith("cpu")
     peak = meter.peak_bytes - result["floor_bytes"] if on_host and meter.peak_bytes else result["peak_bytes"]
@@ -169,10 +202,22 @@ def _run_method(
     )
 
 
-def _run_baseline(base: FitConfig, baseline: Baseline, folder: Path, largest: int) -> BenchRow:
-    """Run plain PyTorch; its row."""
+def _run_baseline(
+    config: FitConfig | ConfigError, baseline: Baseline, folder: Path, largest: int, foreseen: int | None
+) -> BenchRow:
+    """Run plain PyTorch, unless it needs more memory than is free; its row."""
+    row = BenchRow(contender=baseline)
+    try:
+        if isinstance(config, ConfigError):
+            raise config
+        check_lengths(config, 1)
+    except ConfigError as error:
+        return dataclasses.replace(row, reason=str(error), exit_code=error.exit_code)
+    if foreseen is not None and not is_gpu(config.device) and _PLAIN_MARGIN * foreseen > (free := available_bytes("cpu")):
+        reason = f"it needs about {format_bytes(foreseen)}, and {format_bytes(free)} are free"
+        return dataclasses.replace(row, predicted_peak_bytes=foreseen, reason=reason)
     settings = folder / f"{baseline}.json"
-    settings.write_text(json.dumps({"config": json.loads(base.to_json()), "baseline": baseline}))
+    settings.write_text(json.dumps({"config": json.loads(config.to_json()), "baseline": baseline}))
     said = folder / f"{baseline}.out"
     with said.open("w") as out:
         process = subprocess.Popen(
@@ -184,26 +229,36 @@ def _run_baseline(base: FitConfig, baseline: Baseline, folder: Path, largest: in
         )
         meter = OutsideMeter(process.pid, lambda: said.stat().st_size > 0)
         _, err = _watched(process, meter)
-    row = BenchRow(contender=baseline)
     lines = said.read_text().splitlines()
     if process.returncode or not lines:
         told = err.strip().splitlines() or [f"exit code {process.returncode}"]
-        return dataclasses.replace(row, reason=told[-1][:300])
+        return dataclasses.replace(row, reason=told[-1][:300], exit_code=process.returncode or None)
     floor, figures = int(next(line.split()[1] for line in lines if line.startswith("floor "))), json.loads(lines[-1])
     peak = figures["device_peak_bytes"] or meter.peak_bytes - floor
     return dataclasses.replace(
-        row, peak_bytes=peak, samples_per_second=figures["samples"] / max(figures["seconds"], 1e-9), fits=peak <= largest
+        row,
+        peak_bytes=peak,
+        predicted_peak_bytes=foreseen if baseline == "plain" else None,
+        samples_per_second=figures["samples"] / max(figures["seconds"], 1e-9),
+        fits=peak <= largest,
     )
 
 
 def _watched(process: "subprocess.Popen[str]", meter: OutsideMeter) -> tuple[str, str]:
-    """Wait for a process while a meter looks on; what it printed. It ends with the bench."""
+    """Wait for a process while a meter looks on; what it printed. Whatever ends the wait by an exception ends the process, too."""
     meter.start()
     try:
         return process.communicate()
     except BaseException:
-        process.terminate()
-        process.wait()
+        try:
+            # A run stops after its batch when it is asked once, and at once when it is asked twice.
+            for _ in range(2):
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_PATIENCE)
+        finally:
+            process.kill()  # and the kernel its worker
+            process.communicate()
         raise
     finally:
         meter.stop()

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.reporting.tables import text_table, wrapped
 from lowmem_pnn.units import format_bytes
 
@@ -27,6 +28,7 @@ class BenchRow:
         bytes_written: bytes written to the drive.
         reason: why it did not run; else empty.
         enough_bytes: smallest budget in which it would, where it is known.
+        exit_code: code that its process ended with where it did not run: those of `lowmem-pnn`, or a signal below 0; else None.
     """
 
     contender: str
@@ -39,21 +41,31 @@ class BenchRow:
     bytes_written: int = 0
     reason: str = ""
     enough_bytes: int | None = None
+    exit_code: int | None = None
+
+    @property
+    def verdict(self) -> str:
+        """What became of it, in a word or three."""
+        if self.fits:
+            return "fits"
+        if self.exit_code == ConfigError.exit_code:
+            return "cannot"
+        # What the system ends for lack of memory ends by a signal.
+        return "does not fit" if self.exit_code in (None, BudgetError.exit_code) or self.exit_code < 0 else "failed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
     """What a bench has measured.
 
-    `schema_version` rises when a key changes its meaning or goes; keys may be added without that. `reserve_bytes` of a budget is what plans
-    keep free of it.
+    `schema_version` rises when a key changes its meaning or goes; keys may be added without that.
 
     Args:
         model: name of the model.
         data: name of the data.
         device: the device, in words.
         batch_size: samples of a step.
-        steps: steps that each contender trained.
+        steps: steps that each contender trained, or was to train.
         rows: a row for each contender, in the order in which they ran.
         versions: versions of what computed.
     """
@@ -90,7 +102,7 @@ class BenchReport:
         rows = [
             (
                 row.contender,
-                "fits" if row.fits else "does not fit",
+                row.verdict,
                 _size(row.budget_bytes),
                 _size(row.peak_bytes),
                 _size(row.predicted_peak_bytes),

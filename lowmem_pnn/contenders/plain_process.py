@@ -18,10 +18,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.device.cpu import warm_up
+from lowmem_pnn.device.support import is_gpu
+from lowmem_pnn.errors import BudgetError, LowMemError
 from lowmem_pnn.memory.process_meter import private_bytes
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.training.parity import layers_of, run_model
 from lowmem_pnn.workload import Workload, make_workload
 from lowmem_pnn.workload.inputs import named_inputs
@@ -127,13 +131,23 @@ def main() -> None:
     """Train as the file in the command line says, and print what came of it."""
     settings = json.loads(Path(sys.argv[1]).read_text())
     config = FitConfig.from_json(json.dumps(settings["config"]))
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    device = torch.device(config.device if config.device != "auto" else "cuda") if on_gpu else torch.device("cpu")
-    workload = make_workload(config, *named_inputs(config), device)
-    warm_up(device)
-    gc.collect()
-    print("floor", private_bytes(), flush=True)
-    print(json.dumps(train(workload, settings["baseline"], device)), flush=True)
+    device = torch.device("cpu")
+    if is_gpu(config.device):
+        device = torch.device("cuda" if config.device == "auto" else config.device)
+    try:
+        workload = make_workload(config, *named_inputs(config), device)
+        warm_up(device)
+        gc.collect()
+        print("floor", private_bytes(), flush=True)
+        print(json.dumps(train(workload, settings["baseline"], device)), flush=True)
+    except LowMemError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"out of memory: {one_line(error)}", file=sys.stderr)
+        sys.exit(BudgetError.exit_code)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def bench_page(report: BenchReport) -> str:
     rows = [
         (
             row.contender,
-            "fits" if row.fits else "does not fit" if row.budget_bytes is not None else "was not run",
+            row.verdict,
             *(
                 "-" if size is None else format_bytes(size)
                 for size in (row.budget_bytes, row.peak_bytes, row.predicted_peak_bytes)
