@@ -11,7 +11,7 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import ConfigError, LowMemError
-from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit
+from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit, refuse_part
 from lowmem_pnn.exporting.export_folder import ExportFolder
 from lowmem_pnn.exporting.export_formats import ExportFormat, check_name
 from lowmem_pnn.exporting.transformers_folder import export_to_transformers
@@ -348,6 +348,8 @@ def export(
     with file_system_faults(path), RunDirectory.open(path, to_read=True) as rundir:
         finished = open_finished(rundir)
         number = find_exit(finished.result, exit, path)
+        if merge or to == "hf":
+            refuse_part(finished.result, number, "--merge" if merge else "--to hf")
         chosen = None if out is None else Path(out)
         folder = None if to == "hf" else ExportFolder.find(path, number, finished.result, chosen)
         workload = workload_of(finished, path, given_model(path, model), trust=trust)

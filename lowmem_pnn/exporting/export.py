@@ -52,6 +52,24 @@ def find_exit(result: Result, exit: str | int, path: Path) -> int | None:
     return int(exit) - 1
 
 
+def refuse_part(result: Result, number: int | None, option: str) -> None:
+    """Refuse an exit before the last where the whole model is written.
+
+    Args:
+        result: of the run.
+        number: the exit, as `find_exit` returns it.
+        option: what writes the whole model.
+
+    Raises:
+        ConfigError: the exit is one before the last.
+    """
+    count = len(result.exits)
+    if number is not None and number < count - 1:
+        raise ConfigError(
+            f"{option} writes the whole model, and exit {number + 1} of {count} is a part of it; give --exit {count}, or leave {option} out"
+        )
+
+
 def export_exit(
     workload: Workload, result: Result, number: int | None, path: Path, folder: ExportFolder, to: FileFormat | None = None
 ) -> dict[str, Any]:

@@ -37,6 +37,20 @@ _MODES = frozenset({"1", "L", "P", "I;16", "I;16B", "I;16L", "I"})
 _FORM = "segmentation:DIR with the folders images and masks, or these in train, val and test"
 
 
+def has_masks(folder: Path) -> bool:
+    """Decide whether a folder, or a part in it, has a folder of masks.
+
+    Args:
+        folder: The folder, which need not exist.
+    """
+    if not folder.is_dir():
+        return False
+    below = subfolders(folder)
+    return any(
+        path.name.lower() == _MASKS for place in (folder, *below) for path in (below if place == folder else subfolders(place))
+    )
+
+
 def open_mask_folder(
     folder: Path, input_form: InputForm, options: TargetOptions, *, skip_broken: bool = False, resize: Resize | None = None
 ) -> Dataset:

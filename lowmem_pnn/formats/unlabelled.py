@@ -22,7 +22,7 @@ from lowmem_pnn.sources.image_folder import (
     subfolders,
 )
 from lowmem_pnn.sources.imports import one_line
-from lowmem_pnn.sources.map_split import from_arrays, from_torch
+from lowmem_pnn.sources.map_split import from_arrays, from_torch, refuse_skipping
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.splits import SampleSplit
@@ -182,6 +182,7 @@ def open_given(
     if isinstance(data, SampleSplit):
         return data, True
     if structure is not None and _has(data, structure):
+        refuse_skipping(skip_broken, where)
         x = pytree.tree_map(lambda leaf: as_tensor(leaf, where), data)
         if any(leaf.ndim < 1 for leaf in pytree.tree_leaves(x)):
             raise DataError(f"{where} holds one sample; give samples (N, ...)")

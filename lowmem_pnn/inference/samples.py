@@ -19,7 +19,7 @@ from lowmem_pnn.config.language_options import LANGUAGE_KINDS, ROWS_OF_TEXT
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.formats.data_frame import DataFrame, as_frame
 from lowmem_pnn.formats.hub_data import open_hub_samples
-from lowmem_pnn.formats.mask_folder import open_mask_folder
+from lowmem_pnn.formats.mask_folder import has_masks, open_mask_folder
 from lowmem_pnn.formats.table_file import TableFile
 from lowmem_pnn.formats.tables import TableSchema, open_table
 from lowmem_pnn.formats.unlabelled import open_given, open_images, open_npz
@@ -28,7 +28,6 @@ from lowmem_pnn.samples.normalization import Normalization
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import find_dataset
 from lowmem_pnn.sources.given import as_pair, without_bunch
-from lowmem_pnn.sources.image_folder import subfolders
 from lowmem_pnn.sources.imports import load_factory, one_line
 from lowmem_pnn.sources.splits import Indices, SampleSplit, Split
 from lowmem_pnn.sources.subsets import as_floats, files_of
@@ -205,9 +204,9 @@ def open_samples(
     parts: dict[str, OpenPart] = {}
     steps, root = "", None
     sample_form = SampleForm.of(source, options, may_lack_labels=not scored)
-    fixed = spec in ("digits", *DOWNLOADED) or spec.startswith("text:")
-    if skip_broken and fixed and (text or data is None):
-        raise ConfigError(f"--skip-broken has no effect here: data {spec} has no broken samples; leave it out")
+    if skip_broken and (text or data is None) and (spec in ("digits", *DOWNLOADED) or _is_text(spec, preparation)):
+        what = "is text" if _is_text(spec, preparation) else "has no broken samples"
+        raise ConfigError(f"--skip-broken has no effect here: data {spec} {what}; leave it out")
     if data is None or (text and spec == config.data):
         if config.data.startswith("python:"):
             raise ConfigError(
@@ -246,6 +245,12 @@ def _spec(text: str, form: DataForm) -> str:
     return str(given_options({"data": text})["data"])
 
 
+def _is_text(spec: str, preparation: Mapping[str, Any]) -> bool:
+    """Return whether data is text or tokens, by its kind, or by how the run read such rows."""
+    kind = spec.partition(":")[0]
+    return kind in LANGUAGE_KINDS or (kind in ROWS_OF_TEXT and "tokenizer" in preparation)
+
+
 def _root(spec: str) -> Path | None:
     kind, _, place = spec.partition(":")
     path = Path(place).parent if Path(place).is_file() else Path(place)
@@ -271,17 +276,16 @@ def _parts_of(
     """Return the parts of data that is not the run's, and the steps to its samples."""
     kind, _, place = spec.partition(":")
     path, resize, options, input_form = Path(place), resize_of(config), sample_form.options, sample_form.input_form
-    is_text = kind in LANGUAGE_KINDS or (kind in ROWS_OF_TEXT and "tokenizer" in preparation)
     if kind in _FILES and not place:
         raise ConfigError(f"data {spec!r} says no place; write {kind}:{_FILES[kind]}")
-    if kind == "segmentation" and _has_masks(path):
+    if kind == "segmentation" and has_masks(path):
         dataset = open_mask_folder(path, input_form, options, skip_broken=skip_broken, resize=resize)
         return _of_dataset(dataset), dataset.preprocessing
     if kind in ("imagefolder", "segmentation"):
         classes = form.classes if form.targets.kind == "class" else ()
         splits, steps = open_images(path, input_form, classes, skip_broken=skip_broken, resize=resize)
         return {name: OpenPart.of_split(*one) for name, one in splits.items()}, steps
-    if is_text:
+    if _is_text(spec, preparation):
         dataset = open_source(spec, config, sample_form, preparation)
         return _of_dataset(dataset), dataset.preprocessing
     if kind in ("csv", "parquet"):
@@ -297,6 +301,10 @@ def _parts_of(
     elif names_code("data", spec):
         found = _call(spec)
         if isinstance(found, Dataset):
+            if skip_broken:
+                raise ConfigError(
+                    f"--skip-broken has no effect here: {spec!r} returns a Dataset that is made already; leave it out"
+                )
             return _of_dataset(found), found.preprocessing
         two = isinstance(found, tuple) and len(found) == 2 and as_pair(found) is None and form.structure is None
         given = {"train": found[0], "test": found[1]} if two and found[1] is not None else {"all": found[0] if two else found}
@@ -317,16 +325,6 @@ def _of_table(file: TableFile | DataFrame, form: SampleForm, preparation: Mappin
     table = open_table(file, None, *forms, skip_broken=skip_broken, schema=known, may_lack_targets=True)
     whole = OpenPart.of_dataset(table.train, table)
     return {"all": dataclasses.replace(whole, labelled=bool(table.preparation["targets"]))}, table.preprocessing
-
-
-def _has_masks(folder: Path) -> bool:
-    """Whether a folder, or a part in it, has a folder of masks."""
-    if not folder.is_dir():
-        return False
-    below = subfolders(folder)
-    return any(
-        path.name.lower() == "masks" for place in (folder, *below) for path in (below if place == folder else subfolders(place))
-    )
 
 
 def _call(spec: str) -> Any:

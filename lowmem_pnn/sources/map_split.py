@@ -241,7 +241,7 @@ def from_torch(
         return dataset
     if (pair := as_pair(dataset)) is not None:
         if isinstance(pair[0], dict | tuple):
-            _refuse_skipping(skip_broken, where)
+            refuse_skipping(skip_broken, where)
             return from_structured_arrays(pair[0], pair[1], where, options)
         x = as_tensor(pair[0], where)
         split = from_arrays(
@@ -253,14 +253,23 @@ def from_torch(
     require_map_style(dataset, where)
     require_samples(len(dataset), where)
     if _is_structured(dataset):
-        _refuse_skipping(skip_broken, where)
+        refuse_skipping(skip_broken, where)
         return StructuredSplit(
             len(dataset), lambda number: as_sample(dataset[number], f"sample {number} of {where}"), where, options
         )
     return MapSplit(dataset, num_classes, input_form, where, skip_broken, options, resize)
 
 
-def _refuse_skipping(skip_broken: bool, where: str) -> None:
+def refuse_skipping(skip_broken: bool, where: str) -> None:
+    """Refuse to leave out samples of several tensors.
+
+    Args:
+        skip_broken: whether that is asked for.
+        where: name of the data in messages.
+
+    Raises:
+        ConfigError: it is.
+    """
     if skip_broken:
         raise ConfigError(
             f"--skip-broken: samples of {where} are several tensors, of which none is left out; leave the option out"

@@ -351,6 +351,13 @@ def test_an_exported_exit_is_the_runs_exit_bit_for_bit(one: Result, tmp_path: Pa
         assert learnt == report["params"] == exit["params"]
     with pytest.raises(ConfigError, match="exits 1 to 4"):
         lowmem_pnn.export(run, exit=5, trust=True)
+    for options, asked in (({"to": "hf"}, "--to hf"), ({"merge": True}, "--merge")):
+        with pytest.raises(
+            ConfigError, match=f"^{asked} writes the whole model, and exit 2 of 4 is a part of it; give --exit 4, or"
+        ):
+            lowmem_pnn.export(run, exit=2, trust=True, **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--merge has no effect here"):
+        lowmem_pnn.export(run, exit=4, merge=True, trust=True)
 
 
 def test_the_learning_rate_follows_a_batch_that_was_chosen(tmp_path: Path) -> None:

@@ -332,6 +332,10 @@ def _files(folder: Path) -> None:
     np.savez(folder / "values.npz", x=np.zeros((4, 20), np.float32), y=np.full(4, 0.5))
     (folder / "table.csv").write_text("a,b\n1,2\n")
     (folder / "fails.py").write_text("def data():\n    raise ValueError('no data')\n")
+    (folder / "made.py").write_text(
+        "import torch\nfrom lowmem_pnn.sources.datasets import make_dataset\n"
+        "def data():\n    return make_dataset((torch.zeros(4, 20), torch.arange(4) % 3), name='made')\n"
+    )
 
 
 REFUSED = {
@@ -346,6 +350,9 @@ REFUSED = {
     "kind",
     "--data npz:": "data 'npz:' says no place; write npz:FILE",
     "--data digits --skip-broken": "--skip-broken has no effect here: data digits has no broken samples; leave it out",
+    "--data jsonl:chat.jsonl --skip-broken": "--skip-broken has no effect here: data jsonl:HERE/chat.jsonl is text; leave it out",
+    "--data made.py:data --skip-broken --trust": "--skip-broken has no effect here: 'HERE/made.py:data' returns a Dataset that is made already; "
+    "leave it out",
     "--data fails.py:data": "data 'HERE/fails.py:data' cannot be opened: ValueError: no data; see to the function",
     "--data nothing": "there is no data set 'nothing'; there are: digits, mnist, fashion-mnist, emnist-balanced, cifar10, cifar100; "
     "others are given as npz:FILE, imagefolder:DIR, segmentation:DIR, csv:FILE, "

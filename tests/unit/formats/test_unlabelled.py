@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils import _pytree as pytree
 
 from helpers.datasets import Pairs
-from lowmem_pnn.errors import DataError
+from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.formats.unlabelled import open_given, open_images, open_npz
 from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.targets import TargetOptions
@@ -123,6 +123,8 @@ def test_samples_of_several_tensors_are_told_from_pairs_by_what_the_model_takes(
         split, found = given(data, (0, 0))
         assert (found, [tensor.shape for tensor in split.batch([0, 1])[0]]) == (labelled, [(2, 2), (2, 3)])
     assert given((a, torch.arange(4)))[1]
+    with pytest.raises(ConfigError, match=r"^--skip-broken: samples of mine are several tensors"):
+        open_given((a, b), "mine", "any", pytree.tree_structure((0, 0)), AUTO, skip_broken=True)
 
 
 @pytest.mark.parametrize(
