@@ -18,8 +18,7 @@ class Backprop(Method):
         return 1
 
     def visits(self, num_partitions: int, splits: Collection[SplitName]) -> list[Visit | Sweep]:
-        """Return one `learn` visit of all epochs."""
-        assert num_partitions == 1
+        """Return one `learn` visit of all epochs; a trained model that is cut for a smaller budget is not visited like this again."""
         return [Visit("learn", 0, "train", self.config.value_for("epochs", 0))]
 
     def objective(self, partition: int, num_partitions: int, boundary: tuple[TensorSpec, ...], task: Task) -> Objective:

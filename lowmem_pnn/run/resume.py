@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from lowmem_pnn.config.checks import check_lengths
-from lowmem_pnn.config.configure import contradictions
+from lowmem_pnn.config.configure import contradictions, unmet
 from lowmem_pnn.config.faults import flag
-from lowmem_pnn.config.fit_config import FitConfig, field_names
+from lowmem_pnn.config.fit_config import FitConfig, default_of, field_names
 from lowmem_pnn.config.resume import raised
 from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.engine.tally import EpochProgress
@@ -21,6 +21,8 @@ from lowmem_pnn.workload import Workload
 from lowmem_pnn.zoo.model_source import ModelSource
 
 _LARGEST = 2**63 - 1
+# Options that a run has otherwise than by default only where its method reads them.
+_OF_METHODS = ("views", "plan_for", "recompute", "loss_chunk", "recovery_epochs")
 
 
 def stored_config(rundir: RunDirectory) -> FitConfig:
@@ -33,7 +35,8 @@ def stored_config(rundir: RunDirectory) -> FitConfig:
         CheckpointError: they are damaged, or no run has such options.
     """
     config = FitConfig.from_json(rundir.config_json())
-    faults = contradictions(config)
+    given = [name for name in _OF_METHODS if getattr(config, name) != default_of(name)]
+    faults = [f"{flag(name)} has no effect here: it needs {need}" for name, need in unmet(config, given)] + contradictions(config)
     for name in field_names():
         value = getattr(config, name)
         if any(isinstance(one, int) and abs(one) > _LARGEST for one in (value if isinstance(value, tuple) else (value,))):

@@ -202,7 +202,7 @@ class TwoTensors(nn.Module):
             {"compile": True},
             "--method incubate trains a thin model of the whole from random weights, and --compile is for other methods",
         ),
-        ({"plan_for": "time"}, "--plan-for time has no effect here"),
+        ({"plan_for": "time"}, r"--plan-for has no effect here: .*\(plans of incubate are made for the memory"),
         ({"method": "pnn"}, "--meta-epochs has no effect here: it needs --method incubate"),
     ],
 )

@@ -145,7 +145,7 @@ def test_a_table_has_a_row_for_each_sample(here: Path, tmp_path: Path) -> None:
 
 def test_a_smaller_budget_takes_more_partitions_and_answers_the_same(tmp_path: Path) -> None:
     x, y = torch.rand(40, 64), torch.arange(40) % 3
-    result = fit("mlp:64-512-512-512-3", (x, y), tmp_path, partitions=1)
+    result = fit("mlp:64-512-512-512-3", (x, y), tmp_path, method="backprop")
     expected = package.predict(result, x)["scores"]
     entered: list[str] = []
 
