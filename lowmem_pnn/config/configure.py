@@ -292,8 +292,8 @@ def contradictions(config: FitConfig) -> list[str]:
             for name in ("weights", "lora", "freeze", "train_only", "compile")
             if getattr(config, name) not in (None, "none", (), False)
         ]
-    if config.local_loss != "cross-entropy" and config.ignore_index is not None:
-        faults.append(f"--local-loss {config.local_loss} compares all samples, and --ignore-index leaves some out; leave one out")
+    if config.parallel_sil and config.ignore_index is not None:
+        faults.append("--parallel-sil learns from the vectors of the classes, and --ignore-index leaves one out; leave one out")
     if config.visits == "interleaved" and len(config.epochs) > 1:
         faults.append("--visits interleaved trains all blocks for the same epochs; give one number of --epochs")
     if config.laps > min(config.epochs):

@@ -51,7 +51,7 @@ class LocalObjective(TaskObjective):
         loss = super().loss((scores,), labels)
         if not features:
             return loss
-        matching = similarity_loss(features[0], labels, self.task.targets.num_classes)
+        matching = similarity_loss(features[0], labels, self.task.targets.num_classes, self.task.ignored)
         if self._kind == "similarity":
             return matching + loss
         return SIMILARITY_WEIGHT * matching + (1 - SIMILARITY_WEIGHT) * loss

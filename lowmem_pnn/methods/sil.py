@@ -16,9 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lowmem_pnn.errors import DataError
 from lowmem_pnn.methods.objectives import Objective
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.profiling.costs import Affine
+from lowmem_pnn.sources.targets import PYTORCH_IGNORED
 from lowmem_pnn.tasks.task import at_least_float32
 
 Distribution = Literal["uniform", "normal", "orthogonal", "sparse"]
@@ -66,8 +68,26 @@ def draw_class_vectors(
     return tuple(vectors)
 
 
+def refuse_left_out(labels: Tensor, num_classes: int) -> None:
+    """Refuse labels that have no class vector, where class vectors are what a partition learns from.
+
+    Args:
+        labels: Class numbers (B,).
+        num_classes: Number of class vectors.
+
+    Raises:
+        DataError: A label is no class.
+    """
+    unknown = labels[(labels < 0) | (labels >= num_classes)]
+    if len(unknown):
+        raise DataError(
+            f"label {int(unknown[0])} is none of the {num_classes} classes, and --parallel-sil learns from the vectors of the classes; leave "
+            "the samples that have it out of the data, or leave --parallel-sil out"
+        )
+
+
 class SyntheticLabels(Objective):
-    """Mean squared error against the vectors of the samples' classes.
+    """Mean squared error against the vectors of the samples' classes; samples whose label is left out do not count.
 
     Args:
         boundary: Tensors at the cut; each has class vectors of its own.
@@ -77,6 +97,8 @@ class SyntheticLabels(Objective):
         distribution: Distribution of the class vectors' elements.
         target: `full` compares whole tensors; `pooled` compares means over positions: of maps (C, H, W) one value per channel, of
             tokens (T, D) one per feature; of vectors it equals `full`.
+        ignored: Class number that is left out, as the task's own loss has it.
+        takes_all: Whether every sample needs a class vector, since the next partition has it for an input.
     """
 
     def __init__(
@@ -87,6 +109,9 @@ class SyntheticLabels(Objective):
         seed: int,
         distribution: Distribution = "uniform",
         target: Target = "full",
+        ignored: int = PYTORCH_IGNORED,
+        *,
+        takes_all: bool = False,
     ) -> None:
         self._shapes = tuple(_pooled_shape(spec.shape) if target == "pooled" else spec.shape for spec in boundary)
         self._bytes_per_class = sum(math.prod(shape) for shape in self._shapes) * torch.float32.itemsize
@@ -95,6 +120,7 @@ class SyntheticLabels(Objective):
         self._seed = seed
         self._distribution: Distribution = distribution
         self._pools = target == "pooled"
+        self._ignored, self._takes_all = ignored, takes_all
         self._class_vectors: tuple[Tensor, ...] = ()
         # Which output tensors the partition computes, as the first training step shows.
         self._is_computed: tuple[bool, ...] | None = None
@@ -123,11 +149,42 @@ class SyntheticLabels(Objective):
         pairs = [
             (output, vectors) for output, vectors, counts in zip(outputs, self._class_vectors, counted, strict=True) if counts
         ]
+        left_out = labels == self._ignored
+        if bool(left_out.any()):
+            return self._loss_of_some(pairs, labels, left_out)
         if len(pairs) == 1:
             return nn.functional.mse_loss(at_least_float32(pairs[0][0]), pairs[0][1][labels])
         elements = sum(output.numel() for output, _ in pairs)
         losses = [nn.functional.mse_loss(at_least_float32(output), vectors[labels], reduction="sum") for output, vectors in pairs]
         return torch.stack(losses).sum() / elements
+
+    @staticmethod
+    def _loss_of_some(pairs: Sequence[tuple[Tensor, Tensor]], labels: Tensor, left_out: Tensor) -> Tensor:
+        """Return the mean over the samples that are not left out: these are compared with themselves, without memory for a copy of all."""
+        losses, elements = [], 0
+        for output, vectors in pairs:
+            output = at_least_float32(output)
+            targets = vectors[labels.masked_fill(left_out, 0)].to(output.dtype)
+            targets[left_out] = output.detach()[left_out]
+            losses.append(nn.functional.mse_loss(output, targets, reduction="sum"))
+            elements += output[0].numel() * int((~left_out).sum())
+        return torch.stack(losses).sum() / elements
+
+    def shares(self, labels: Tensor, parts: Sequence[slice]) -> list[float]:
+        """See `Objective.shares`: by what counts in each; 0 where nothing does.
+
+        Raises:
+            DataError: A sample is left out, and every one needs a class vector.
+        """
+        if self._takes_all:
+            refuse_left_out(labels, self._num_classes)
+        counts = [self.count(labels[part]) for part in parts]
+        total = sum(counts)
+        return [count / total if count else 0.0 for count in counts]
+
+    def count(self, labels: Tensor) -> float:
+        """See `Objective.count`: samples that are not left out."""
+        return int((labels != self._ignored).sum())
 
     def memory(self, output_bytes: int) -> Affine:
         """Return the bytes of drawing the class vectors; and per sample of the targets, the difference and its gradient.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowmem_pnn.methods.heads import AXES, MAX_SIDE
 from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.sources.targets import PYTORCH_IGNORED
 
 SIMILARITY_WEIGHT = 0.99
 """Share of similarity matching in the loss where a layer learns its classes too (section 3.3)."""
@@ -53,18 +54,26 @@ def unit_vectors(rows: Tensor) -> Tensor:
     return centred / lengths.masked_fill(lengths < _SMALLEST_NORM, 1.0)
 
 
-def similarity_loss(vectors: Tensor, targets: Tensor, num_classes: int) -> Tensor:
-    """Return the mean squared difference of two matrices of cosines.
+def similarity_loss(vectors: Tensor, targets: Tensor, num_classes: int, ignored: int = PYTORCH_IGNORED) -> Tensor:
+    """Return the mean squared difference of two matrices of cosines, over the samples that are not left out.
 
     Args:
         vectors: Unit vectors of the samples, (B, N).
         targets: Classes (B,), or their probabilities (B, classes).
         num_classes: Number of classes.
+        ignored: Class number that is left out, as the task's own loss has it.
     """
-    if not targets.is_floating_point():
-        targets = nn.functional.one_hot(targets.long(), num_classes).float()
+    left_out = None if targets.is_floating_point() else targets == ignored
+    if left_out is not None:
+        targets = nn.functional.one_hot(targets.long().masked_fill(left_out, 0), num_classes).float()
     wanted, vectors = unit_vectors(targets.float()), vectors.float()
-    return nn.functional.mse_loss(vectors @ vectors.T, wanted @ wanted.T)
+    cosines, wanted = vectors @ vectors.T, wanted @ wanted.T
+    if left_out is None or not bool(left_out.any()):
+        return nn.functional.mse_loss(cosines, wanted)
+    # Pairs with a sample that is left out are compared with themselves.
+    wanted[left_out] = cosines.detach()[left_out]
+    wanted[:, left_out] = cosines.detach()[:, left_out]
+    return nn.functional.mse_loss(cosines, wanted, reduction="sum") / int((~left_out).sum()) ** 2
 
 
 class _Deviations(nn.Module):

@@ -34,6 +34,16 @@ def test_the_loss_is_the_papers(mixed: bool) -> None:
     assert float(similarity_loss(unit_vectors(features), targets, 3)) == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.parametrize("ignored", [-100, 1])
+def test_samples_whose_label_is_left_out_are_compared_with_none(ignored: int) -> None:
+    features = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    classes, counted = torch.tensor([0, ignored, 2, 2, ignored]), [0, 2, 3]
+    plain = similarity_loss(unit_vectors(features[counted]), classes[counted], 3, ignored)
+    found = similarity_loss(unit_vectors(features), classes, 3, ignored)
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(torch.autograd.grad(found, features), torch.autograd.grad(plain, features))
+
+
 def head_of(boundary: TensorSpec, *, scores_teach: bool) -> SimilarityHead:
     torch.manual_seed(0)
     return SimilarityHead(make_head("adaptive", boundary, [], 4, tokens=False), boundary, scores_teach=scores_teach)
