@@ -133,8 +133,8 @@ class NeuroFlux(Method):
         """Make the head of a layer; None for the last layer, which gives the model's own class scores."""
         if layer == len(chain.layers) - 1:
             return None
-        (boundary,) = chain.boundaries[layer + 1]
-        later = [spec for (spec,) in chain.boundaries[layer + 2 : -1]]
+        (boundary,) = chain.laid_out[layer + 1]
+        later = [spec for (spec,) in chain.laid_out[layer + 2 : -1]]
         head = make_head(self.config.heads, boundary, later, num_outputs, tokens)
         if self.config.local_loss == "cross-entropy":
             return head

@@ -96,7 +96,7 @@ class SyntheticLabels(Objective):
         seed: Seed of the class vectors.
         distribution: Distribution of the class vectors' elements.
         target: `full` compares whole tensors; `pooled` compares means over positions: of maps (C, H, W) one value per channel, of
-            tokens (T, D) one per feature; of vectors it equals `full`.
+            tokens (T, D) one per feature; of vectors it equals `full`. Which axis has them the boundary says, where it is known.
         ignored: Class number that is left out, as the task's own loss has it.
         takes_all: Whether every sample needs a class vector, since the next partition has it for an input.
     """
@@ -113,13 +113,13 @@ class SyntheticLabels(Objective):
         *,
         takes_all: bool = False,
     ) -> None:
-        self._shapes = tuple(_pooled_shape(spec.shape) if target == "pooled" else spec.shape for spec in boundary)
+        self._shapes = tuple(_pooled_shape(spec) if target == "pooled" else spec.shape for spec in boundary)
         self._bytes_per_class = sum(math.prod(shape) for shape in self._shapes) * torch.float32.itemsize
         self._num_classes = num_classes
         self._kappa = kappa
         self._seed = seed
         self._distribution: Distribution = distribution
-        self._pools = target == "pooled"
+        self._pools, self._boundary = target == "pooled", boundary
         self._ignored, self._takes_all = ignored, takes_all
         self._class_vectors: tuple[Tensor, ...] = ()
         # Which output tensors the partition computes, as the first training step shows.
@@ -145,7 +145,10 @@ class SyntheticLabels(Objective):
             self._is_computed = tuple(output.requires_grad for output in outputs)
         counted = self._is_computed or tuple(output.is_floating_point() for output in outputs)
         if self._pools:
-            outputs = tuple(_pool(output) if counts else output for output, counts in zip(outputs, counted, strict=True))
+            outputs = tuple(
+                _pool(output, spec) if counts else output
+                for output, spec, counts in zip(outputs, self._boundary, counted, strict=True)
+            )
         pairs = [
             (output, vectors) for output, vectors, counts in zip(outputs, self._class_vectors, counted, strict=True) if counts
         ]
@@ -195,13 +198,15 @@ class SyntheticLabels(Objective):
         return Affine(drawing, 3 * self._bytes_per_class + (output_bytes if self._pools else 0))
 
 
-def _pooled_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _pooled_shape(spec: TensorSpec) -> tuple[int, ...]:
     """Return the shape of a sample's mean over positions: its channels, or features."""
-    return shape[-1:] if len(shape) <= 2 else shape[:1]
+    return spec.shape[-1:] if spec.map_shape is None else spec.map_shape[:1]
 
 
-def _pool(tensor: Tensor) -> Tensor:
+def _pool(tensor: Tensor, spec: TensorSpec) -> Tensor:
     """Return the means over positions, (B, channels) or (B, features)."""
     if tensor.dim() <= 2:
         return tensor
-    return tensor.mean(1) if tensor.dim() == 3 else tensor.flatten(2).mean(2)
+    if spec.map_shape is None or spec.features == -1:
+        return tensor.flatten(1, -2).mean(1)
+    return tensor.flatten(2).mean(2)

@@ -10,7 +10,7 @@ their memory then does not grow with the map.
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.methods.heads import AXES, MAX_SIDE
+from lowmem_pnn.methods.heads import AXES, ChannelsFirst, pooled_map
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED
 
@@ -77,18 +77,27 @@ def similarity_loss(vectors: Tensor, targets: Tensor, num_classes: int, ignored:
 
 
 class _Deviations(nn.Module):
-    """Deviations over positions: (B, C, ...) to (B, C); of tokens (B, T, D) to (B, D)."""
+    """Deviations over positions: (B, C, ...) to (B, C), or of tokens (B, T, D) to (B, D); of one position alone what it has.
+
+    Args:
+        axis: Axis of the features.
+    """
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self._axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the deviations."""
-        return x.std(1) if x.dim() == 3 else x.flatten(2).std(2)
+        rows = x.movedim(self._axis, 1).flatten(2)
+        return rows.std(2) if rows.shape[2] > 1 else rows[:, :, 0]
 
 
 def _features(boundary: TensorSpec) -> nn.Module:
     shape = boundary.shape
-    if len(shape) < 3:
+    if (map_shape := boundary.map_shape) is None:
         linear = nn.Linear(shape[-1], shape[-1], bias=False)
-        return linear if len(shape) == 1 else nn.Sequential(linear, _Deviations())
-    convolution, _, pool = AXES[len(shape) - 1]
-    pooled = [pool(MAX_SIDE)] if min(shape[1:]) > MAX_SIDE else []
-    return nn.Sequential(*pooled, convolution(shape[0], shape[0], 3, 1, 1, bias=False), _Deviations())
+        return linear if len(shape) == 1 else nn.Sequential(linear, _Deviations(-1))
+    convolution = AXES[len(shape) - 1][0](map_shape[0], map_shape[0], 3, 1, 1, bias=False)
+    turned = [ChannelsFirst()] if boundary.features == -1 else []
+    return nn.Sequential(*turned, *pooled_map(map_shape), convolution, _Deviations(1))

@@ -171,7 +171,7 @@ class _Builder:
     def _made(self, number: int, start: int) -> nn.Module | None:
         """Make the cheapest layer from a boundary inside a partition, of one tensor, to its end; None where there is none."""
         chain, stop = self._workload.chain, self._spans[number][1]
-        (before,), (after,) = chain.boundaries[start], chain.boundaries[stop]
+        (before,), (after,) = chain.laid_out[start], chain.laid_out[stop]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self._workload.config.seed, "thin", number))
             return make_thin_part(before, after, is_last=stop == len(chain.layers))

@@ -49,7 +49,7 @@ def head_of(boundary: TensorSpec, *, scores_teach: bool) -> SimilarityHead:
     return SimilarityHead(make_head("adaptive", boundary, [], 4, tokens=False), boundary, scores_teach=scores_teach)
 
 
-@pytest.mark.parametrize("shape", [(6, 12, 12), (6, 4, 4), (6, 4, 4, 4), (9,), (5, 8)])
+@pytest.mark.parametrize("shape", [(6, 12, 12), (6, 4, 4), (6, 4, 4, 4), (9,), (5, 8), (6, 1, 1), (1, 8), (6, 4, 32)])
 @pytest.mark.parametrize("scores_teach", [False, True])
 def test_features_are_unit_vectors_beside_the_scores(shape: tuple[int, ...], scores_teach: bool) -> None:
     head = head_of(TensorSpec(shape, torch.float32), scores_teach=scores_teach)
