@@ -2,8 +2,7 @@
 
 import math
 import shutil
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -74,7 +73,7 @@ def validate(run: Run, where: str) -> None:
         if active.objective.per_layer_loss:
             tallies = run.partitions.executor.measure(active, loader)
             run.record_validation(active.number, tallies[-1], tallies)
-            record_losses(run, active.number, tallies)
+            run.record_losses(active.number, tallies)
 
     measure(run, "val", measured.of, measured.merge, may_stop=False, on_partition=measure_layers)
     measured.record(where)
@@ -121,18 +120,6 @@ class Measured:
         say_if_not_finite(self._run, self._tally, where)
         scores = self._scores.result() if self._all else {}
         self._run.record_validation(self._run.partitions.last, self._tally, scores=scores)
-
-
-def record_losses(run: Run, partition: int, layers: Sequence[Tally]) -> None:
-    """Record the validation losses of a partition's layers; the largest number there is for one that is not finite.
-
-    Args:
-        run: the run.
-        partition: number of the partition.
-        layers: what was measured of each layer that has scores of its own.
-    """
-    losses = [layer.loss if math.isfinite(layer.loss) else sys.float_info.max for layer in layers]
-    run.state.records[partition].unit_val_losses = losses
 
 
 def say_if_not_finite(run: Run, measured: Tally, where: str) -> None:

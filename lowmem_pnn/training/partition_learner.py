@@ -8,7 +8,7 @@ from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.epoch import first_batches
 from lowmem_pnn.engine.loaders import Batch, Loader
 from lowmem_pnn.errors import DivergedError
-from lowmem_pnn.evaluation.measure import Measured, record_losses, say_if_not_finite
+from lowmem_pnn.evaluation.measure import Measured, say_if_not_finite
 from lowmem_pnn.methods import Visit
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.training.page_cache import PageCachePrefetch
@@ -109,4 +109,4 @@ class PartitionLearner:
         say_if_not_finite(self._run, whole, f"{self.title}, {where}")
         scored = (*layers, whole) if self._active.objective.per_layer_loss else ()
         self._run.record_validation(self.partition, whole, scored)
-        record_losses(self._run, self.partition, scored)
+        self._run.record_losses(self.partition, scored)
