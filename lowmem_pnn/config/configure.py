@@ -41,11 +41,8 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("sil_target", "--method pnn", lambda config: config.method == "pnn"),
     ("visits", "--method neuroflux", lambda config: config.method == "neuroflux"),
     ("macro_batches", "--visits interleaved", lambda config: config.visits == "interleaved"),
-    (
-        "views",
-        "--augment basic and --visits sequential or laps=L",
-        lambda config: config.augment != "none" and config.visits != "interleaved",
-    ),
+    ("views", "--augment", lambda config: config.augment != "none"),
+    ("views", "--visits sequential or laps=L", lambda config: config.visits != "interleaved"),
     ("views", "--method neuroflux or incubate", lambda config: config.views == 1 or config.method in ("neuroflux", "incubate")),
     ("mixup", "--method exact, backprop, neuroflux or incubate", lambda config: config.method != "pnn"),
     ("cutmix", "--method exact, backprop, neuroflux or incubate", lambda config: config.method != "pnn"),
@@ -330,8 +327,8 @@ def contradictions(config: FitConfig) -> list[str]:
             for name in ("weights", "lora", "freeze", "train_only", "compile")
             if getattr(config, name) not in (None, "none", (), False)
         ]
-    if config.local_loss != "cross-entropy" and config.ignore_index is not None:
-        faults.append(f"--local-loss {config.local_loss} compares all samples, and --ignore-index leaves some out; leave one out")
+    if config.parallel_sil and config.ignore_index is not None:
+        faults.append("--parallel-sil learns from the vectors of the classes, and --ignore-index leaves one out; leave one out")
     if config.visits == "interleaved" and len(config.epochs) > 1:
         faults.append("--visits interleaved trains all blocks for the same epochs; give one number of --epochs")
     if config.laps > min(config.epochs):

@@ -80,7 +80,7 @@ class FitConfig(
             "the other, every layer with an auxiliary head and a loss of its own. incubate: partitions one after the other, each inside a "
             "thin model of the whole. exact: ordinary training, one partition on the device at a time. backprop: ordinary training, the "
             "whole model on the device. Take backprop where it fits, exact where it does not; of the others, "
-            "incubate came out best where measured."
+            "incubate came out best where measured, on one small network with few settings tried."
         ),
     )
     partitions: PositiveInt | None = Field(
@@ -93,8 +93,8 @@ class FitConfig(
     batch_size: Batches = Field(
         default=(64,),
         description=(
-            "Samples per optimizer step: one value, or one per partition. auto (pnn, neuroflux): as many as fit on the device at once, "
-            "partition by partition, up to 512; --lr is then meant for 64."
+            "Samples per optimizer step: one value, or one per partition. auto (pnn, neuroflux): as many as fit at once, partition by "
+            "partition, up to 512 or to the power of two that gives the tightest one most; --lr is then meant for 64."
         ),
     )
     micro_batch: PositiveInt | None = Field(
@@ -197,9 +197,7 @@ class FitConfig(
     )
     views: PositiveInt = Field(
         default=1,
-        description=(
-            "Augmented copies of the training samples whose block outputs are kept; each epoch reads one of them (neuroflux, incubate)."
-        ),
+        description="Augmented copies of block outputs, one for each epoch (neuroflux, incubate). 1: from block 2 on, as samples are.",
     )
     blocks: Literal["planner", "alike"] = Field(
         default="planner",
@@ -220,7 +218,10 @@ class FitConfig(
     )
     exit_tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.01,
-        description="How far below the best exit's validation accuracy the chosen exit may be; the smallest such exit is taken.",
+        description=(
+            "How far below the best exit's validation accuracy the chosen exit may be; the smallest such exit is taken. Where samples have "
+            "several labels: by which share its validation loss may be above the least."
+        ),
     )
     activation_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
         default="float32",

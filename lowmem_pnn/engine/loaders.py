@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.engine.stalls import StallKind
+from lowmem_pnn.methods.sil import refuse_left_out
 from lowmem_pnn.samples.augment import AugmentationKey
 from lowmem_pnn.samples.batch_mixer import BatchMixer
 from lowmem_pnn.samples.prepared import BatchReader
@@ -212,6 +213,7 @@ class SyntheticLabelLoader:
         for begin in range(0, self.num_samples, _LABELS_AT_ONCE):
             numbers = np.arange(begin, min(begin + _LABELS_AT_ONCE, self.num_samples))
             self._labels[begin : begin + len(numbers)] = split.batch(numbers)[1]
+        refuse_left_out(self._labels, len(class_vectors[0]))
 
     def batches(
         self,

@@ -1,10 +1,11 @@
 """Auxiliary heads: small networks that give a layer class scores of its own, for its local loss and as an early exit.
 
-    maps    (C, H, W)   [mean to at most 8x8] - 3x3 convolution to F filters - BatchNorm - ReLU - mean to 2x2 - linear
-    vectors (D,)        linear to F - ReLU - linear
+    maps    (C, H, W)   [mean to at most 8x8] - 3x3 convolution to F filters - BatchNorm - ReLU - mean to 2x2 - linear; (C, L) likewise, and
+                        (H, W, C) turned to channels first, where the layer's last module with weights says so
+    vectors (D,)        linear to D between 16 and 256 (`classic`: to 256; `linear`: without it) - ReLU - linear
     tokens  (T, D)      LayerNorm - [mean over tokens, where a sample has one label] - linear
 
-| kind | heads of maps |
+| kind | heads of maps, with F filters |
 | --- | --- |
 | `adaptive` | F = min(1024 / side, C / 2), between 16 and 256: fewer filters where the map is large; on a map of at most 8x8 |
 | `classic` | F = 256 everywhere, on the whole map: the heads of earlier local learning |
@@ -28,7 +29,7 @@ from lowmem_pnn.model.chain import TensorSpec
 HeadKind = Literal["adaptive", "classic", "auglocal", "linear"]
 
 _CLASSIC_FILTERS, _MIN_FILTERS = 256, 16
-MAX_SIDE = 8
+_MAX_SIDE = 8
 _POOLED_SIDE = 2
 _MAX_COPIES = 3
 
@@ -57,7 +58,7 @@ def make_head(kind: HeadKind, boundary: TensorSpec, later: Sequence[TensorSpec],
 
     Args:
         kind: Kind of head.
-        boundary: Output tensor of the layer.
+        boundary: Output tensor of the layer, with the axis of its features where that is known.
         later: Output tensors of the layers after it, without the model's class scores.
         num_classes: Number of classes in the data.
         tokens: Whether each token has a label of its own.
@@ -67,16 +68,19 @@ def make_head(kind: HeadKind, boundary: TensorSpec, later: Sequence[TensorSpec],
         from PyTorch's generator.
     """
     shape = boundary.shape
-    if len(shape) >= 3:
-        return _map_head(kind, shape, [spec.shape for spec in later if len(spec.shape) == len(shape)], num_classes)
+    if (map_shape := boundary.map_shape) is not None and not (tokens and len(shape) == 2):
+        maps = [spec.map_shape for spec in later if spec.map_shape is not None and len(spec.shape) == len(shape)]
+        head = _map_head(kind, map_shape, maps, num_classes)
+        return nn.Sequential(ChannelsFirst(), *head) if boundary.features == -1 else head
     if len(shape) == 2:
-        return _token_head(kind, shape[-1], num_classes, tokens)
+        head = _token_head(kind, shape[-1 if map_shape is None else 0], num_classes, tokens)
+        return head if map_shape is None else nn.Sequential(ChannelsLast(), *head)
     width = {"linear": 0, "classic": _CLASSIC_FILTERS}.get(kind, min(_CLASSIC_FILTERS, max(_MIN_FILTERS, shape[0])))
     hidden = [nn.Linear(shape[0], width), nn.ReLU()] if width else []
     return nn.Sequential(*hidden, nn.Linear(width or shape[0], num_classes))
 
 
-def _map_head(kind: HeadKind, shape: tuple[int, ...], later: Sequence[tuple[int, ...]], num_classes: int) -> nn.Module:
+def _map_head(kind: HeadKind, shape: tuple[int, ...], later: Sequence[tuple[int, ...]], num_classes: int) -> nn.Sequential:
     channels, positions = shape[0], len(shape) - 1
     side = math.prod(shape[1:]) ** (1 / positions)
     convolution, norm, pool = AXES[positions]
@@ -91,15 +95,25 @@ def _map_head(kind: HeadKind, shape: tuple[int, ...], later: Sequence[tuple[int,
             channels, side = copied[0], side / stride
     if kind in ("adaptive", "classic") or (kind == "auglocal" and not later):
         filters = num_filters("classic" if kind == "classic" else "adaptive", channels, side)
-        if kind != "classic" and side > MAX_SIDE:
-            parts.append(pool(MAX_SIDE))
+        if kind != "classic":
+            parts += pooled_map(shape)
         parts += [convolution(channels, filters, 3, 1, 1, bias=False), norm(filters), nn.ReLU()]
         channels = filters
     grid = 1 if kind == "linear" else _POOLED_SIDE
     return nn.Sequential(*parts, pool(grid), nn.Flatten(), nn.Linear(channels * grid**positions, num_classes))
 
 
-def _token_head(kind: HeadKind, width: int, num_classes: int, tokens: bool) -> nn.Module:
+def pooled_map(shape: tuple[int, ...]) -> list[nn.Module]:
+    """Return what brings a map to 8x8 by means, where it has more positions than that; nothing where it has not.
+
+    Args:
+        shape: Channels, and sides of the map.
+    """
+    positions = len(shape) - 1
+    return [AXES[positions][2](_MAX_SIDE)] if math.prod(shape[1:]) > _MAX_SIDE**positions else []
+
+
+def _token_head(kind: HeadKind, width: int, num_classes: int, tokens: bool) -> nn.Sequential:
     hidden = [nn.Linear(width, _CLASSIC_FILTERS), nn.GELU()] if kind == "classic" else []
     pooled = [] if tokens else [MeanOverTokens()]
     return nn.Sequential(nn.LayerNorm(width), *pooled, *hidden, nn.Linear(_CLASSIC_FILTERS if hidden else width, num_classes))
@@ -113,7 +127,24 @@ class MeanOverTokens(nn.Module):
         return torch.mean(x, 1)
 
 
+class ChannelsFirst(nn.Module):
+    """Maps with their channels first: (B, H, W, C) to (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the maps."""
+        return x.movedim(-1, 1)
+
+
+class ChannelsLast(nn.Module):
+    """Maps with their channels last: (B, C, H, W) to (B, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the maps."""
+        return x.movedim(1, -1)
+
+
 AXES: dict[int, tuple[Callable[..., nn.Module], ...]] = {
+    1: (nn.Conv1d, nn.BatchNorm1d, nn.AdaptiveAvgPool1d),
     2: (nn.Conv2d, nn.BatchNorm2d, nn.AdaptiveAvgPool2d),
     3: (nn.Conv3d, nn.BatchNorm3d, nn.AdaptiveAvgPool3d),
 }

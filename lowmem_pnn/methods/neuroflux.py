@@ -51,7 +51,7 @@ class LocalObjective(TaskObjective):
         loss = super().loss((scores,), labels)
         if not features:
             return loss
-        matching = similarity_loss(features[0], labels, self.task.targets.num_classes)
+        matching = similarity_loss(features[0], labels, self.task.targets.num_classes, self.task.ignored)
         if self._kind == "similarity":
             return matching + loss
         return SIMILARITY_WEIGHT * matching + (1 - SIMILARITY_WEIGHT) * loss
@@ -77,7 +77,8 @@ class NeuroFlux(Method):
     def visits(self, num_partitions: int, splits: Collection[SplitName]) -> list[Visit | Sweep]:
         """Return the visits in the order that `--visits` names.
 
-        - `sequential`: Each block learns for all its epochs, then writes its outputs once, in as many views as configured.
+        - `sequential`: Each block learns for all its epochs, then writes its outputs once, in as many views as configured: of augmented
+          samples where there are several, of samples as they are where there is one.
         - `laps=L`: The same L times over, with an L-th of the epochs each.
         - `interleaved`: Each macro-batch of an epoch goes through all blocks; a block learns from a macro-batch, then writes its
           outputs for the next block.
@@ -133,8 +134,8 @@ class NeuroFlux(Method):
         """Make the head of a layer; None for the last layer, which gives the model's own class scores."""
         if layer == len(chain.layers) - 1:
             return None
-        (boundary,) = chain.boundaries[layer + 1]
-        later = [spec for (spec,) in chain.boundaries[layer + 2 : -1]]
+        (boundary,) = chain.laid_out[layer + 1]
+        later = [spec for (spec,) in chain.laid_out[layer + 2 : -1]]
         head = make_head(self.config.heads, boundary, later, num_outputs, tokens)
         if self.config.local_loss == "cross-entropy":
             return head

@@ -58,4 +58,6 @@ class Pnn(Method):
             seed_of(self.config.seed, "sil", partition + 1),
             self.config.sil,
             self.config.sil_target,
+            task.ignored,
+            takes_all=self.config.parallel_sil,
         )

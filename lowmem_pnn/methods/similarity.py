@@ -10,8 +10,9 @@ their memory then does not grow with the map.
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.methods.heads import AXES, MAX_SIDE
+from lowmem_pnn.methods.heads import AXES, ChannelsFirst, pooled_map
 from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.sources.targets import PYTORCH_IGNORED
 
 SIMILARITY_WEIGHT = 0.99
 """Share of similarity matching in the loss where a layer learns its classes too (section 3.3)."""
@@ -53,33 +54,50 @@ def unit_vectors(rows: Tensor) -> Tensor:
     return centred / lengths.masked_fill(lengths < _SMALLEST_NORM, 1.0)
 
 
-def similarity_loss(vectors: Tensor, targets: Tensor, num_classes: int) -> Tensor:
-    """Return the mean squared difference of two matrices of cosines.
+def similarity_loss(vectors: Tensor, targets: Tensor, num_classes: int, ignored: int = PYTORCH_IGNORED) -> Tensor:
+    """Return the mean squared difference of two matrices of cosines, over the samples that are not left out.
 
     Args:
         vectors: Unit vectors of the samples, (B, N).
         targets: Classes (B,), or their probabilities (B, classes).
         num_classes: Number of classes.
+        ignored: Class number that is left out, as the task's own loss has it.
     """
-    if not targets.is_floating_point():
-        targets = nn.functional.one_hot(targets.long(), num_classes).float()
+    left_out = None if targets.is_floating_point() else targets == ignored
+    if left_out is not None:
+        targets = nn.functional.one_hot(targets.long().masked_fill(left_out, 0), num_classes).float()
     wanted, vectors = unit_vectors(targets.float()), vectors.float()
-    return nn.functional.mse_loss(vectors @ vectors.T, wanted @ wanted.T)
+    cosines, wanted = vectors @ vectors.T, wanted @ wanted.T
+    if left_out is None or not bool(left_out.any()):
+        return nn.functional.mse_loss(cosines, wanted)
+    # Pairs with a sample that is left out are compared with themselves.
+    wanted[left_out] = cosines.detach()[left_out]
+    wanted[:, left_out] = cosines.detach()[:, left_out]
+    return nn.functional.mse_loss(cosines, wanted, reduction="sum") / int((~left_out).sum()) ** 2
 
 
 class _Deviations(nn.Module):
-    """Deviations over positions: (B, C, ...) to (B, C); of tokens (B, T, D) to (B, D)."""
+    """Deviations over positions: (B, C, ...) to (B, C), or of tokens (B, T, D) to (B, D); of one position alone what it has.
+
+    Args:
+        axis: Axis of the features.
+    """
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self._axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the deviations."""
-        return x.std(1) if x.dim() == 3 else x.flatten(2).std(2)
+        rows = x.movedim(self._axis, 1).flatten(2)
+        return rows.std(2) if rows.shape[2] > 1 else rows[:, :, 0]
 
 
 def _features(boundary: TensorSpec) -> nn.Module:
     shape = boundary.shape
-    if len(shape) < 3:
+    if (map_shape := boundary.map_shape) is None:
         linear = nn.Linear(shape[-1], shape[-1], bias=False)
-        return linear if len(shape) == 1 else nn.Sequential(linear, _Deviations())
-    convolution, _, pool = AXES[len(shape) - 1]
-    pooled = [pool(MAX_SIDE)] if min(shape[1:]) > MAX_SIDE else []
-    return nn.Sequential(*pooled, convolution(shape[0], shape[0], 3, 1, 1, bias=False), _Deviations())
+        return linear if len(shape) == 1 else nn.Sequential(linear, _Deviations(-1))
+    convolution = AXES[len(shape) - 1][0](map_shape[0], map_shape[0], 3, 1, 1, bias=False)
+    turned = [ChannelsFirst()] if boundary.features == -1 else []
+    return nn.Sequential(*turned, *pooled_map(map_shape), convolution, _Deviations(1))

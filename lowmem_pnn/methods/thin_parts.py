@@ -3,6 +3,7 @@
     maps    (C, H, W) to (C', H', W')   convolution with the stride of the maps - BatchNorm - ReLU [- mean to H' x W']; 3x3, or as wide as
                                         a stride above 2
             (C, H, W) to (D,)           3x3 convolution - BatchNorm - ReLU - mean to 2x2 - linear
+            (C, L) likewise, and (H, W, C) turned to channels first and back, where the modules before a boundary say that it is one
     vectors (D,) to (D',)               linear - ReLU; without the ReLU where it gives the model's own outputs
     tokens  (T, D) to (T, D')           LayerNorm - linear
             (T, D) to (D',)             LayerNorm - mean over tokens - linear
@@ -14,7 +15,7 @@ the chain alone, so that it fits any model that has such boundaries.
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.methods.heads import AXES, MeanOverTokens
+from lowmem_pnn.methods.heads import AXES, ChannelsFirst, ChannelsLast, MeanOverTokens
 from lowmem_pnn.model.chain import TensorSpec
 
 _POOLED_SIDE = 2
@@ -57,8 +58,8 @@ def make_thin_part(before: TensorSpec, after: TensorSpec, *, is_last: bool) -> n
     """Make a thin part, with weights drawn from PyTorch's generator.
 
     Args:
-        before: Tensor at the first boundary.
-        after: Tensor at the second boundary.
+        before: Tensor at the first boundary, with the axis of its features where that is known.
+        after: Tensor at the second boundary, likewise.
         is_last: Whether the part gives the model's own outputs, which no activation bounds.
 
     Returns:
@@ -67,15 +68,18 @@ def make_thin_part(before: TensorSpec, after: TensorSpec, *, is_last: bool) -> n
     if not (before.dtype.is_floating_point and after.dtype.is_floating_point):
         return None
     source, target = before.shape, after.shape
-    axes = len(source) - 1
-    if axes in AXES:
+    if len(source) - 1 in AXES and (before.map_shape, after.map_shape) != (None, None):
+        first = [ChannelsFirst()] if before.map_shape is None or before.features == -1 else []
+        # Between a map (C, L) and tokens (T, D) the tokens are positions.
+        maps = before.map_shape or source[::-1]
         if len(target) == len(source):
-            return _between_maps(source, target, is_last=is_last)
+            last = [ChannelsLast()] if after.map_shape is None or after.features == -1 else []
+            return nn.Sequential(*first, *_between_maps(maps, after.map_shape or target[::-1], is_last=is_last), *last)
         if len(target) == 1:
-            convolution, norm, pool = AXES[axes]
-            body = [convolution(source[0], source[0], 3, 1, 1, bias=False), norm(source[0]), nn.ReLU()]
-            linear = nn.Linear(source[0] * _POOLED_SIDE**axes, target[0])
-            return nn.Sequential(*body, pool(_POOLED_SIDE), nn.Flatten(), linear, *([] if is_last else [nn.ReLU()]))
+            convolution, norm, pool = AXES[len(source) - 1]
+            body = [convolution(maps[0], maps[0], 3, 1, 1, bias=False), norm(maps[0]), nn.ReLU()]
+            linear = nn.Linear(maps[0] * _POOLED_SIDE ** (len(source) - 1), target[0])
+            return nn.Sequential(*first, *body, pool(_POOLED_SIDE), nn.Flatten(), linear, *([] if is_last else [nn.ReLU()]))
     elif len(source) == 2 and target[:-1] in (source[:-1], ()):
         pooled = [] if len(target) == 2 else [MeanOverTokens()]
         return nn.Sequential(nn.LayerNorm(source[-1]), *pooled, nn.Linear(source[-1], target[-1]))
@@ -84,7 +88,7 @@ def make_thin_part(before: TensorSpec, after: TensorSpec, *, is_last: bool) -> n
     return None
 
 
-def _between_maps(source: tuple[int, ...], target: tuple[int, ...], *, is_last: bool) -> nn.Module:
+def _between_maps(source: tuple[int, ...], target: tuple[int, ...], *, is_last: bool) -> nn.Sequential:
     convolution, norm, pool = AXES[len(source) - 1]
     strides = [max(1, round(before / after)) for before, after in zip(source[1:], target[1:], strict=True)]
     # Patches side by side where the stride is large, so that every position is seen.

@@ -25,11 +25,27 @@ class TensorSpec:
 
     learns: bool = field(default=True, compare=False)
     """Whether it depends on weights that learn, and so may have a gradient: not where it is made of the inputs alone, as a mask is."""
+    features: int | None = field(default=None, compare=False)
+    """Axis of a sample that its features, or channels, lie on: 0 or -1; None where nothing is known of it."""
 
     @property
     def takes_gradient(self) -> bool:
         """Whether a gradient comes to it in training."""
         return self.learns and self.dtype.is_floating_point
+
+    @property
+    def map_shape(self) -> tuple[int, ...] | None:
+        """Shape of a sample with channels first, where it is a map of them over positions; None for a vector, and for tokens (T, D).
+
+        Where nothing is known of its features, two axes are tokens, and more are a map with channels first.
+
+        Example:
+            >>> TensorSpec((8, 8, 3), torch.float32, features=-1).map_shape, TensorSpec((9, 30), torch.float32).map_shape
+            ((3, 8, 8), None)
+        """
+        if len(self.shape) < 2 or (len(self.shape) == 2 and self.features != 0):
+            return None
+        return (self.shape[-1], *self.shape[:-1]) if self.features == -1 else self.shape
 
     @property
     def sample_bytes(self) -> int:

@@ -18,6 +18,7 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, OutputForm
 from lowmem_pnn.model.call_form import TensorSpec as TensorSpec
 from lowmem_pnn.model.layer import Layer, python_state_of, set_python_state
+from lowmem_pnn.model.layout import with_features, with_features_of_samples
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 
 
@@ -87,6 +88,18 @@ class Chain:
             outputs: tensors as the last layer returns them, `boundaries[-1]`.
         """
         return outputs[0] if self.output_form is None else self.output_form.build(outputs)
+
+    @cached_property
+    def laid_out(self) -> tuple[tuple[TensorSpec, ...], ...]:
+        """The boundaries, with the axes of features, or channels, where the layers tell them."""
+        samples = self.boundaries[0]
+        return (
+            (with_features_of_samples(samples[0], self.layers),) if len(samples) == 1 else samples,
+            *(
+                tuple(with_features(spec, self.layers[:number], position) for position, spec in enumerate(specs))
+                for number, specs in enumerate(self.boundaries[1:], start=1)
+            ),
+        )
 
     @cached_property
     def owners(self) -> dict[str, str]:

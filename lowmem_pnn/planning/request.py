@@ -136,7 +136,7 @@ class PlanRequest:
         if sweeps and not is_last:
             return Affine(0, 0)
         # The number of the partition does not matter to its memory, only whether it is the last.
-        objective = self.workload.method.objective(0, 1 if is_last else 2, chain.boundaries[stop], self.workload.task)
+        objective = self.workload.method.objective(0, 1 if is_last else 2, chain.laid_out[stop], self.workload.task)
         elements = [(math.prod(spec.shape), spec.dtype) for spec in chain.boundaries[stop]]
         memory = objective.memory(sum(number * max(_FLOAT_BYTES, dtype.itemsize) for number, dtype in elements))
         # Losses are computed in float32, whatever the precision of the layers.

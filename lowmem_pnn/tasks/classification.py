@@ -48,7 +48,6 @@ class Classification(Task):
         self._mixes = mixes
         self._label_smoothing = label_smoothing
         self._weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
-        self._ignored = -100 if targets.ignored is None else targets.ignored
 
     @property
     def rows_per_sample(self) -> int | None:
@@ -105,14 +104,14 @@ class Classification(Task):
         if targets.is_floating_point():
             return len(targets)  # as PyTorch has it, whatever the weights of the classes
         if self._weights is None:
-            return int((targets != self._ignored).sum())
-        counted = targets[targets != self._ignored].long()
+            return int((targets != self.ignored).sum())
+        counted = targets[targets != self.ignored].long()
         return float(self._weights.to(torch.float64)[counted.cpu()].sum())
 
     def num_correct(self, outputs: tuple[Tensor, ...], targets: Tensor) -> tuple[int, int]:
         """See `Task.num_correct`."""
         predicted, right = self._answers(outputs[self.output], targets)
-        counted = right != self._ignored
+        counted = right != self.ignored
         return int(((predicted == right) & counted).sum()), int(counted.sum())
 
     def scores(self) -> "ClassScores":
@@ -156,7 +155,7 @@ class Classification(Task):
             weights,
             reduction=reduction,
             label_smoothing=self._label_smoothing if training else 0.0,
-            ignore_index=self._ignored,
+            ignore_index=self.ignored,
         )
 
 
@@ -187,7 +186,7 @@ class ClassScores(Scores):
         if self._tokens:
             return
         predicted, right = (part.to("cpu", torch.int64).flatten() for part in self._task._answers(scores, on_device))
-        counted = right != self._task._ignored
+        counted = right != self._task.ignored
         predicted, right = predicted[counted], right[counted]
         classes = scores.shape[1]
         if self._counts.shape[1] == 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.profiling.costs import Affine
-from lowmem_pnn.sources.targets import Targets
+from lowmem_pnn.sources.targets import PYTORCH_IGNORED, Targets
 from lowmem_pnn.tasks.scores import Scores
 
 
@@ -26,6 +26,11 @@ class Task(ABC):
 
     def __init__(self, targets: Targets, output: int = 0) -> None:
         self.targets, self.output = targets, output
+
+    @property
+    def ignored(self) -> int:
+        """Class number that losses and scores leave out: the one that was asked for, else PyTorch's."""
+        return PYTORCH_IGNORED if self.targets.ignored is None else self.targets.ignored
 
     @property
     def rows_per_sample(self) -> int | None:

@@ -14,6 +14,7 @@ from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import ahead_bytes, describe_partition
 from lowmem_pnn.planning.notes import (
     adapter_notes,
+    augmentation_notes,
     device_notes,
     fixed_notes,
     frozen_notes,
@@ -22,6 +23,7 @@ from lowmem_pnn.planning.notes import (
     micro_batch_notes,
     mixing_notes,
     own_way_notes,
+    pattern_notes,
     precision_notes,
 )
 from lowmem_pnn.planning.request import PlanRequest
@@ -96,6 +98,8 @@ def make_result(
             *label_notes(workload),
             *frozen_notes(workload),
             *fixed_notes(workload, plan),
+            *pattern_notes(workload, plan),
+            *augmentation_notes(workload, plan),
             *mixing_notes(workload),
             *([mixed] if mixed is not None else []),
             *micro_batch_notes(workload, plan),
@@ -131,7 +135,7 @@ def make_result(
         if steps
         else program_macs(program, plan, samples) - epoch_macs(program[-1], plan, missing),
         exits=exits,
-        chosen_exit=chosen_exit(exits, config.exit_tolerance),
+        chosen_exit=chosen_exit(exits, config.exit_tolerance, by_loss=workload.dataset.targets.kind == "labels"),
         bytes_read=state.bytes_read,
         bytes_written=state.bytes_written,
         drive_tbw=config.drive_tbw,

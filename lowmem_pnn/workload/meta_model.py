@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.configure import for_method
-from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.config.fit_config import FitConfig, default_of
 from lowmem_pnn.errors import CaptureError, ConfigError
 from lowmem_pnn.methods import make_method
 from lowmem_pnn.methods.thin_parts import CopiedLayer, GivenAs, make_thin_part
@@ -65,11 +65,26 @@ def meta_model(workload: Workload, spans: Spans) -> MetaModel:
 def meta_config(config: FitConfig) -> FitConfig:
     """Return the options of the meta model's training: those of the first partition, by ordinary training.
 
+    What is for other partitions or for recovery is left out, and so are patterns of the model's parameters, whose names it has not.
+
     Args:
         config: options of the run.
     """
     one = {name: getattr(config, name)[:1] for name in ("batch_size", "optimizer", "lr", "shuffle")}
-    config = dataclasses.replace(config, recovery_epochs=0, recover=None, views=1, sample=None, **one)
+    size = config.micro_batch
+    config = dataclasses.replace(
+        config,
+        recovery_epochs=0,
+        recover=None,
+        recompute=default_of("recompute"),
+        views=1,
+        sample=None,
+        micro_batch=None if size is None else min(size, *one["batch_size"]),
+        min_lr=min(config.min_lr, *one["lr"]),
+        no_decay=None,
+        lr_for={},
+        **one,
+    )
     return dataclasses.replace(for_method(config, "backprop"), epochs=(config.num_meta_epochs,), meta_epochs=None)
 
 
@@ -170,7 +185,7 @@ class _Builder:
     def _made(self, number: int, start: int) -> nn.Module | None:
         """Make the cheapest layer from a boundary inside a partition, of one tensor, to its end; None where there is none."""
         chain, stop = self._workload.chain, self._spans[number][1]
-        (before,), (after,) = chain.boundaries[start], chain.boundaries[stop]
+        (before,), (after,) = chain.laid_out[start], chain.laid_out[stop]
         with seeded(seed_of(self._workload.config.seed, "thin", number)):
             return make_thin_part(before, after, is_last=stop == len(chain.layers))
 

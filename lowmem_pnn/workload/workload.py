@@ -321,7 +321,7 @@ class Workload:
 
     def objective(self, plan: Plan, partition: int) -> Objective:
         """Return what a partition learns."""
-        boundary = self.chain.boundaries[plan.partitions[partition].stop]
+        boundary = self.chain.laid_out[plan.partitions[partition].stop]
         return self.method.objective(partition, len(plan.partitions), boundary, self.task)
 
     def head(self, number: int) -> nn.Module | None:

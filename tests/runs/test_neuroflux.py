@@ -191,7 +191,6 @@ def is_parameter(name: str) -> bool:
     [
         ({"micro_batch": 8}, "--micro-batch 8 of --batch-size 16: a batch has to go through at once"),
         ({"method": "exact"}, "--local-loss has no effect here: it needs --method neuroflux"),
-        ({"ignore_index": 0}, "--local-loss both compares all samples"),
     ],
 )
 def test_similarity_is_refused_where_it_cannot_be(options: dict[str, Any], error: str, tmp_path: Path) -> None:

@@ -76,6 +76,10 @@ def make(**options: object) -> FitConfig:
             "--shuffle has 2 values, and --method exact trains all partitions together; give one value",
         ),
         (
+            {"parallel_sil": True, "ignore_index": 3},
+            "--parallel-sil learns from the vectors of the classes, and --ignore-index leaves one out; leave one out",
+        ),
+        (
             {"parallel_sil": True, "sil_target": "pooled"},
             "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out",
         ),

@@ -8,8 +8,11 @@ import torch
 from helpers.tasks import classification
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
+from lowmem_pnn.errors import DataError
 from lowmem_pnn.methods import Sweep, SyntheticLabels, TaskObjective, Visit, evaluation_visits, make_method
 from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.sources.targets import Targets
+from lowmem_pnn.tasks.classification import Classification
 
 CPU = torch.device("cpu")
 FLAT = TensorSpec((50,), torch.float32)
@@ -61,6 +64,16 @@ def test_only_the_last_partition_of_pnn_learns_the_true_labels() -> None:
     # Each boundary has class vectors of its own, and its own kappa.
     assert not torch.equal(vectors[0] / 2, vectors[1] / 3)
     assert vectors[0].max() < 2 < vectors[1].max() < 3
+
+
+def test_no_partition_of_pnn_learns_from_labels_that_are_left_out() -> None:
+    for ignored in (None, 1):
+        task = Classification(Targets("class", 2, ignored=ignored))
+        labels = torch.tensor([0, -100 if ignored is None else ignored, 0])
+        for number in range(3):
+            assert make_method(config()).objective(number, 3, (FLAT,), task).count(labels) == 2
+    with pytest.raises(DataError, match="label -100 is none of the 2 classes"):
+        make_method(config(parallel_sil=True)).objective(0, 3, (FLAT,), TASK).shares(torch.tensor([0, -100]), [slice(0, 2)])
 
 
 def test_evaluation_sends_samples_through_all_partitions() -> None:

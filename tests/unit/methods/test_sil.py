@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem_pnn.errors import DataError
 from lowmem_pnn.methods import SyntheticLabels
 from lowmem_pnn.methods.sil import draw_class_vectors
 from lowmem_pnn.model.chain import TensorSpec
@@ -160,3 +161,36 @@ def test_pooled_labels_need_less_memory() -> None:
 
 def test_synthetic_labels_classify_nothing() -> None:
     assert synthetic(FLAT).num_correct((torch.zeros(2, 50),), torch.tensor([0, 1])) is None
+
+
+@pytest.mark.parametrize(("ignored", "classes"), [(-100, 6), (-100, 120), (-1, 6), (3, 6)])
+@pytest.mark.parametrize("target", ["full", "pooled"])
+def test_samples_whose_label_is_left_out_do_not_count(ignored: int, classes: int, target: Any) -> None:
+    objective = synthetic(MAP, FLAT, classes=classes, target=target, ignored=ignored)
+    labels = torch.tensor([0, ignored, 2, 5, ignored, 1, ignored, ignored])
+    generator = torch.Generator().manual_seed(0)
+    outputs = [torch.rand(8, *spec.shape, generator=generator).requires_grad_() for spec in (MAP, FLAT)]
+    counted = (labels != ignored).nonzero()[:, 0]
+    plain = objective.loss(tuple(output[counted] for output in outputs), labels[counted])
+    expected = torch.autograd.grad(plain, outputs)
+    # Of two samples at a time, the last two of which are left out.
+    parts = [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    shares = objective.shares(labels, parts)
+    assert shares == [0.25, 0.5, 0.25, 0.0]
+    assert [objective.count(labels[part]) for part in parts] == [1, 2, 1, 0]
+    for pieces in ([slice(0, 8)], parts[:3]):
+        weights = [1.0] if len(pieces) == 1 else shares
+        losses = [
+            objective.loss(tuple(output[part] for output in outputs), labels[part]) * weight
+            for part, weight in zip(pieces, weights, strict=False)
+        ]
+        torch.testing.assert_close(sum(losses), plain)
+        for found, wanted in zip(torch.autograd.grad(sum(losses), outputs), expected, strict=True):  # type: ignore[arg-type]
+            torch.testing.assert_close(found, wanted)
+
+
+def test_where_class_vectors_are_inputs_every_sample_has_a_class() -> None:
+    objective, parts = synthetic(FLAT, takes_all=True), [slice(0, 3)]
+    assert objective.shares(torch.tensor([0, 5, 1]), parts) == [1.0]
+    with pytest.raises(DataError, match=r"label -100 is none of the 6 classes, and --parallel-sil learns .*; leave the samples"):
+        objective.shares(torch.tensor([0, -100, 1]), parts)

@@ -34,12 +34,22 @@ def test_the_loss_is_the_papers(mixed: bool) -> None:
     assert float(similarity_loss(unit_vectors(features), targets, 3)) == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.parametrize("ignored", [-100, 1])
+def test_samples_whose_label_is_left_out_are_compared_with_none(ignored: int) -> None:
+    features = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    classes, counted = torch.tensor([0, ignored, 2, 2, ignored]), [0, 2, 3]
+    plain = similarity_loss(unit_vectors(features[counted]), classes[counted], 3, ignored)
+    found = similarity_loss(unit_vectors(features), classes, 3, ignored)
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(torch.autograd.grad(found, features), torch.autograd.grad(plain, features))
+
+
 def head_of(boundary: TensorSpec, *, scores_teach: bool) -> SimilarityHead:
     torch.manual_seed(0)
     return SimilarityHead(make_head("adaptive", boundary, [], 4, tokens=False), boundary, scores_teach=scores_teach)
 
 
-@pytest.mark.parametrize("shape", [(6, 12, 12), (6, 4, 4), (6, 4, 4, 4), (9,), (5, 8)])
+@pytest.mark.parametrize("shape", [(6, 12, 12), (6, 4, 4), (6, 4, 4, 4), (9,), (5, 8), (6, 1, 1), (1, 8), (6, 4, 32)])
 @pytest.mark.parametrize("scores_teach", [False, True])
 def test_features_are_unit_vectors_beside_the_scores(shape: tuple[int, ...], scores_teach: bool) -> None:
     head = head_of(TensorSpec(shape, torch.float32), scores_teach=scores_teach)
