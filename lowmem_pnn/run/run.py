@@ -326,14 +326,16 @@ class Run:
         self.commits.wait()
 
     def record_losses(self, partition: int, layers: Sequence[Tally]) -> None:
-        """Record the validation losses of a partition's layers; one that is not finite as the largest number there is.
+        """Record the validation losses of a partition's layers, where anything counted; one not finite as the largest number there is.
 
         Args:
             partition: number of the partition.
             layers: what was measured of each layer that has scores of its own.
         """
-        losses = [layer.loss if math.isfinite(layer.loss) else sys.float_info.max for layer in layers]
-        self.state.records[partition].unit_val_losses = losses
+        losses = [layer.loss for layer in layers if layer.loss is not None]
+        if len(losses) == len(layers):
+            bounded = [loss if math.isfinite(loss) else sys.float_info.max for loss in losses]
+            self.state.records[partition].unit_val_losses = bounded
 
     def note_meta_model(self, facts: dict[str, Any], oom_retries: int) -> None:
         """Record what the training of the meta model came to.
