@@ -218,7 +218,10 @@ class FitConfig(
     )
     exit_tolerance: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.01,
-        description="How far below the best exit's validation accuracy the chosen exit may be; the smallest such exit is taken.",
+        description=(
+            "How far below the best exit's validation accuracy the chosen exit may be; the smallest such exit is taken. Where samples have "
+            "several labels: by which share its validation loss may be above the least."
+        ),
     )
     activation_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
         default="float32",

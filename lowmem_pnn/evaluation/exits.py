@@ -43,13 +43,25 @@ def choose_exit(accuracies: Sequence[float], tolerance: float) -> int:
     return next(number for number, accuracy in enumerate(accuracies) if accuracy >= best - tolerance)
 
 
-def chosen_exit(exits: Sequence[Mapping[str, Any]], tolerance: float) -> int | None:
+def chosen_exit(exits: Sequence[Mapping[str, Any]], tolerance: float, *, by_loss: bool = False) -> int | None:
     """Return the number, from 1, of the exit that `choose_exit` takes; None where none was validated.
 
     Args:
         exits: what `describe_exits` gave.
-        tolerance: as for `choose_exit`.
+        tolerance: as for `choose_exit`; of losses, by which share the chosen exit's may be above the least.
+        by_loss: whether exits are compared by their validation losses: the accuracy of single labels, most of which no sample has, is nearly
+            the same for a model that has learnt nothing.
+
+    Example:
+        >>> exits = [{"val_accuracy": 0.963, "val_loss": 0.15}, {"val_accuracy": 0.968, "val_loss": 0.11}]
+        >>> chosen_exit(exits, 0.01), chosen_exit(exits, 0.01, by_loss=True)
+        (1, 2)
     """
+    if by_loss:
+        losses = [exit["val_loss"] for exit in exits]
+        if not exits or None in losses:
+            return None
+        return next(number for number, loss in enumerate(losses, start=1) if loss <= min(losses) * (1 + tolerance))
     accuracies = [exit["val_accuracy"] for exit in exits]
     return None if not exits or None in accuracies else 1 + choose_exit(accuracies, tolerance)
 
@@ -114,6 +126,7 @@ def describe_exits(run: Run, test_accuracies: Sequence[float | None]) -> list[di
         test_accuracies: accuracy of every exit on the test data, or None where there is no test data.
     """
     validated = [accuracy for record in run.state.records for accuracy in record.unit_val_accuracies]
+    losses = [loss for record in run.state.records for loss in record.unit_val_losses]
     chain, speeds = run.workload.chain, throughputs(run)
     return [
         {
@@ -121,6 +134,7 @@ def describe_exits(run: Run, test_accuracies: Sequence[float | None]) -> list[di
             "layer": layer.name,
             "params": num_parameters(chain, number),
             "val_accuracy": validated[number] if validated else None,
+            "val_loss": losses[number] if losses else None,
             "test_accuracy": test_accuracies[number],
             "samples_per_second": speeds[number],
         }

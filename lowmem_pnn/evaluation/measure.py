@@ -73,6 +73,7 @@ def validate(run: Run, where: str) -> None:
         if active.objective.per_layer_loss:
             tallies = run.partitions.executor.measure(active, loader)
             run.record_validation(active.number, tallies[-1], tallies)
+            run.record_losses(active.number, tallies)
 
     measure(run, "val", measured.of, measured.merge, may_stop=False, on_partition=measure_layers)
     measured.record(where)

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from types import MappingProxyType
@@ -307,6 +308,16 @@ class Run:
         self.state.files = {name: asdict(file) for name, file in (files or {}).items()}
         self.commits.commit()
         self.commits.wait()
+
+    def record_losses(self, partition: int, layers: Sequence[Tally]) -> None:
+        """Record the validation losses of a partition's layers; one that is not finite as the largest number there is.
+
+        Args:
+            partition: number of the partition.
+            layers: what was measured of each layer that has scores of its own.
+        """
+        losses = [layer.loss if math.isfinite(layer.loss) else sys.float_info.max for layer in layers]
+        self.state.records[partition].unit_val_losses = losses
 
     def note_meta_model(self, facts: dict[str, Any], oom_retries: int) -> None:
         """Record what the training of the meta model came to.

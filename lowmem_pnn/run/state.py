@@ -47,6 +47,7 @@ class PartitionRecord:
         val_accuracy: validation accuracy after its last epoch, where its outputs are class scores.
         val_scores: other scores on the validation part, where one of them is watched.
         unit_val_accuracies: validation accuracy of each of its layers, where these have scores of their own.
+        unit_val_losses: validation loss of each of them.
     """
 
     seconds: float = 0.0
@@ -57,6 +58,7 @@ class PartitionRecord:
     val_accuracy: float | None = None
     val_scores: dict[str, float] = field(default_factory=dict)
     unit_val_accuracies: list[float] = field(default_factory=list)
+    unit_val_losses: list[float] = field(default_factory=list)
 
 
 @dataclass

@@ -109,3 +109,4 @@ class PartitionLearner:
         say_if_not_finite(self._run, whole, f"{self.title}, {where}")
         scored = (*layers, whole) if self._active.objective.per_layer_loss else ()
         self._run.record_validation(self.partition, whole, scored)
+        self._run.record_losses(self.partition, scored)

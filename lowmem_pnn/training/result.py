@@ -127,7 +127,7 @@ def make_result(
         if steps
         else program_macs(program, plan, samples) - epoch_macs(program[-1], plan, missing),
         exits=exits,
-        chosen_exit=chosen_exit(exits, config.exit_tolerance),
+        chosen_exit=chosen_exit(exits, config.exit_tolerance, by_loss=workload.dataset.targets.kind == "labels"),
         bytes_read=state.bytes_read,
         bytes_written=state.bytes_written,
         drive_tbw=config.drive_tbw,
