@@ -89,6 +89,8 @@ def main() -> None:
         f"{NETWORK}, width {WIDTH:g}, budget {BUDGET / MB:.0f} MB, CIFAR-10: {images} images, a fifth of which validates, {tests} to test on.",
         f"{epochs} epochs for every layer, SGD with momentum, batches as large as fit; accuracies are means of {len(seeds)} seed(s), times",
         f"the faster run's. On so few test images differences below {NOISE:g} points say nothing.",
+        '"Augmented, one view": the first block sees other augmented images in every epoch, and later blocks one copy of the images',
+        "as they are.",
         "",
         table_of(found),
     ]

@@ -41,11 +41,8 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("sil_target", "--method pnn", lambda config: config.method == "pnn"),
     ("visits", "--method neuroflux", lambda config: config.method == "neuroflux"),
     ("macro_batches", "--visits interleaved", lambda config: config.visits == "interleaved"),
-    (
-        "views",
-        "--augment basic and --visits sequential or laps=L",
-        lambda config: config.augment != "none" and config.visits != "interleaved",
-    ),
+    ("views", "--augment", lambda config: config.augment != "none"),
+    ("views", "--visits sequential or laps=L", lambda config: config.visits != "interleaved"),
     ("mixup", "--method exact, backprop, neuroflux or incubate", lambda config: config.method != "pnn"),
     ("cutmix", "--method exact, backprop, neuroflux or incubate", lambda config: config.method != "pnn"),
     ("blocks", "--method neuroflux", lambda config: config.method == "neuroflux"),

@@ -197,7 +197,7 @@ class FitConfig(
     )
     views: PositiveInt = Field(
         default=1,
-        description="Augmented copies of the training samples whose block outputs are kept; each epoch reads one of them.",
+        description="Augmented copies of samples whose block outputs are kept, one for each epoch. 1: from block 2 on, as they are.",
     )
     blocks: Literal["planner", "alike"] = Field(
         default="planner",

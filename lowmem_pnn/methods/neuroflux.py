@@ -77,7 +77,8 @@ class NeuroFlux(Method):
     def visits(self, num_partitions: int, splits: Collection[SplitName]) -> list[Visit | Sweep]:
         """Return the visits in the order that `--visits` names.
 
-        - `sequential`: Each block learns for all its epochs, then writes its outputs once, in as many views as configured.
+        - `sequential`: Each block learns for all its epochs, then writes its outputs once, in as many views as configured: of augmented
+          samples where there are several, of samples as they are where there is one.
         - `laps=L`: The same L times over, with an L-th of the epochs each.
         - `interleaved`: Each macro-batch of an epoch goes through all blocks; a block learns from a macro-batch, then writes its
           outputs for the next block.

@@ -40,6 +40,8 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *resident_notes(plan),
         *kept_notes(plan),
         *meta_notes(request.workload, plan),
+        *pattern_notes(request.workload, plan),
+        *augmentation_notes(request.workload, plan),
         *mixing_notes(request.workload),
         *whole_batch_notes(request, plan, mixing),
         *micro_batch_notes(request.workload, plan),
@@ -269,6 +271,38 @@ def meta_notes(workload: Workload, plan: Plan) -> list[str]:
     return [
         f"meta model: {len(plan.thin_macs)} thin parts, {plan.meta_params:,} parameters, {share:.0%} of the model's computation; learns "
         f"{epochs} epoch{'' if epochs == 1 else 's'} first, within {format_bytes(plan.meta_peak_bytes)}"
+    ]
+
+
+def pattern_notes(workload: Workload, plan: Plan) -> list[str]:
+    """Return which patterns of parameters' names are not for the meta model.
+
+    Args:
+        workload: model, data and method.
+        plan: partitions of the model.
+    """
+    given = [
+        option for option, value in (("--no-decay", workload.config.no_decay), ("--lr-for", workload.config.lr_for)) if value
+    ]
+    if not given or not workload.method.incubates or len(plan.partitions) == 1:
+        return []
+    return [f"the meta model learns without {' and '.join(given)}: its parameters have names of their own"]
+
+
+def augmentation_notes(workload: Workload, plan: Plan) -> list[str]:
+    """Return what is said of partitions that learn from samples that are not augmented anew in every epoch.
+
+    Args:
+        workload: model, data and method.
+        plan: partitions of the model.
+    """
+    config, method = workload.config, workload.method
+    reads_all = method.sweeps or method.partitions_are_independent or config.visits == "interleaved"
+    if config.augment == "none" or config.views > 1 or reads_all or len(plan.partitions) == 1:
+        return []
+    more = "" if config.method == "pnn" else " (--views N: from N augmented copies)"
+    return [
+        f"training samples are augmented for partition 1 alone: from the second partition on they are learnt from as they are, in one copy{more}"
     ]
 
 

@@ -14,6 +14,7 @@ from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import ahead_bytes, describe_partition
 from lowmem_pnn.planning.notes import (
     adapter_notes,
+    augmentation_notes,
     device_notes,
     fixed_notes,
     frozen_notes,
@@ -21,6 +22,7 @@ from lowmem_pnn.planning.notes import (
     micro_batch_notes,
     mixing_notes,
     own_way_notes,
+    pattern_notes,
     precision_notes,
 )
 from lowmem_pnn.planning.request import PlanRequest
@@ -92,6 +94,8 @@ def make_result(
             *adapter_notes(workload),
             *frozen_notes(workload),
             *fixed_notes(workload, plan),
+            *pattern_notes(workload, plan),
+            *augmentation_notes(workload, plan),
             *mixing_notes(workload),
             *([mixed] if mixed is not None else []),
             *micro_batch_notes(workload, plan),

@@ -1,8 +1,17 @@
-"""Notes on a plan: what is said of a device whose budget is not known to be a wall."""
+"""Notes on a plan: what is said of a device whose budget is not known to be a wall, and of samples that are augmented once."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
 
 from helpers.gpu_driver import MB, Driver
+from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device import CpuDevice, CudaDevice
-from lowmem_pnn.planning.notes import device_notes
+from lowmem_pnn.methods import make_method
+from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.planning.notes import augmentation_notes, device_notes
+from lowmem_pnn.workload import Workload
 
 
 def test_a_context_that_is_only_assumed_is_said() -> None:
@@ -13,3 +22,25 @@ def test_a_context_that_is_only_assumed_is_said() -> None:
     with CudaDevice(2_000 * MB, driver=Driver("no list")) as device:
         assert device_notes(device) == []
     assert device_notes(CpuDevice(100 * MB)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "partitions", "said"),
+    [
+        ({"method": "pnn"}, 2, [""]),
+        ({"method": "neuroflux"}, 2, [" (--views N: from N augmented copies)"]),
+        ({"method": "incubate"}, 3, [" (--views N: from N augmented copies)"]),
+        ({"method": "neuroflux"}, 1, []),
+        ({"method": "neuroflux", "views": 2}, 2, []),
+        ({"method": "neuroflux", "visits": "interleaved"}, 2, []),
+        ({"method": "pnn", "parallel_sil": True}, 2, []),
+        ({"method": "exact"}, 2, []),
+        ({"method": "pnn", "augment": "none"}, 2, []),
+    ],
+)
+def test_samples_that_are_not_augmented_anew_are_said(options: dict[str, Any], partitions: int, said: list[str]) -> None:
+    config = configure(max_gpu_mem="1GB", model="mlp:4-4", data="cifar10", **{"augment": "basic", **options})
+    workload = cast(Workload, SimpleNamespace(config=config, method=make_method(config)))
+    plan = cast(Plan, SimpleNamespace(partitions=[None] * partitions))
+    words = "training samples are augmented for partition 1 alone: from the second partition on they are learnt from as they are, in one copy"
+    assert augmentation_notes(workload, plan) == [words + more for more in said]
