@@ -81,7 +81,9 @@ class Training:
     @property
     def key(self) -> str:
         """A name that follows from everything that the outcome does."""
-        told = [self.setting.name, self.setting.model, sorted(self.fields.items()), self.is_trial, version("lowmem-pnn")]
+        setting = self.setting
+        data = Path(setting.data).name
+        told = [setting.name, setting.model, data, sorted(self.fields.items()), self.is_trial, version("lowmem-pnn")]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:20]
 
     @property

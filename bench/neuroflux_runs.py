@@ -123,7 +123,7 @@ class Runs:
 
     def own(self, setting: Setting, options: Mapping[str, Any], round_: int = 0) -> dict[str, Any]:
         """A run of this package: `learning` and `caching` are seconds, an epoch's and all in all."""
-        key = {"run": "own", **setting.__dict__, "data": "", "options": dict(options), "round": round_}
+        key = {"run": "own", **setting.__dict__, "data": Path(setting.data).name, "options": dict(options), "round": round_}
         return self._cache.get(key, partial(self._own, setting, options))
 
     def plain(self, setting: Setting, checkpoints: bool, round_: int = 0) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class Runs:
         fitting = [size["micro_batch"] for size in sizes if size["peak_bytes"] <= setting.budget]
         if not fitting:
             return {"reason": f"not even {MICRO_BATCHES[0]} image at a time"}
-        key = {"run": "plain", "checkpoints": checkpoints, **setting.__dict__, "data": "", "round": round_}
+        key = {"run": "plain", "checkpoints": checkpoints, **setting.__dict__, "data": Path(setting.data).name, "round": round_}
         (found,) = self._cache.get(key, partial(self._plain, setting, checkpoints, (max(fitting),)))["found"]
         return {
             "learning": found["seconds"],

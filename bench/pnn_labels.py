@@ -16,6 +16,7 @@ import argparse
 import copy
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -217,7 +218,7 @@ def main() -> None:
     kinds = LABELS[:4] if arguments.quick else LABELS
     found = []
     for kind, kappa, share, lr in kinds:
-        key = {"labels": kind, "kappa": kappa, "share": share, "lr": lr, "seed": 0}
+        key = {"labels": kind, "kappa": kappa, "share": share, "lr": lr, "seed": 0, "data": Path(name).name}
         figures = cache.get(key, lambda one=(kind, kappa, share, lr): {"accuracy": trained(data, *one, 0, 20, BATCH)[2]})  # type: ignore[misc]
         found.append({**key, **figures})
     rows = [
@@ -227,11 +228,11 @@ def main() -> None:
     parts.append(markdown_table(["labels", "kappa", "share of likeness", "lr on the right", "validation accuracy %"], rows))
     result: dict[str, Any] = {"labels": found}
     if not arguments.quick:
-        recovery = cache.get({"recovery": "sparse", "seed": 0}, lambda: recovered(data, 0))
+        recovery = cache.get({"recovery": "sparse", "seed": 0, "data": Path(name).name}, lambda: recovered(data, 0))
         rows = [["none", f"{recovery['before']:.1f}"], *([who, f"{after:.1f}"] for who, after in recovery["after"].items())]
         for steps in END_TO_END:
             model = nn.Sequential(*network(0))
-            key = {"end to end": steps, "seed": 0}
+            key = {"end to end": steps, "seed": 0, "data": Path(name).name}
             figures = cache.get(
                 key,
                 lambda model=model, steps=steps: {"accuracy": end_to_end(data, model, model.parameters(), steps, 0.2, 0)},  # type: ignore[misc]

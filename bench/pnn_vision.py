@@ -190,7 +190,8 @@ class Trials:
         }
         limits = {"train_limit": size.images, "test_limit": size.tests}
         options = {**fixed, **{name: limit for name, limit in limits.items() if limit is not None}, **options}
-        key = {"network": self._network, "arguments": dict(size.arguments[self._network]), "device": size.device, **options}
+        data = {"data": Path(self._data).name, "device": size.device}
+        key = {"network": self._network, "arguments": dict(size.arguments[self._network]), **data, **options}
         run = Run(kind, partitions, labels, rate, self._cache.get(key, partial(self._train, options)))
         if run not in self.runs:
             self.runs.append(run)
