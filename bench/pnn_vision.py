@@ -344,6 +344,8 @@ def main() -> None:
         f"CIFAR-10: {images} images to train on, a fifth of which validates; tested on {tests}. AdamW, cosine, batch {size.batch},",
         f"{size.epochs} epochs for every layer, one seed. The validation images choose the labels, then the learning rate, with 2 partitions.",
         f"Rates: {', '.join(f'{network} {rates}' for network, rates in tried.items())}.",
+        f"So pnn is the best of {len(size.labels)} kinds of labels and then of those rates, and backprop the best of those rates alone: some of",
+        "what pnn is ahead by, or not behind by, is choice.",
         f"{size.epochs} epochs leave every network far from its best: a higher figure here is faster learning, not a better end.",
         f"On so few test images differences below {NOISE:.0f} points say nothing.",
         "Ratios are to the best backprop. Only the last trained: the partitions before it stay as they were initialised.",

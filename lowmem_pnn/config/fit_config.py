@@ -80,7 +80,7 @@ class FitConfig(
             "the other, every layer with an auxiliary head and a loss of its own. incubate: partitions one after the other, each inside a "
             "thin model of the whole. exact: ordinary training, one partition on the device at a time. backprop: ordinary training, the "
             "whole model on the device. Take backprop where it fits, exact where it does not; of the others, "
-            "incubate came out best where measured."
+            "incubate came out best where measured, on one small network with few settings tried."
         ),
     )
     partitions: PositiveInt | None = Field(
@@ -93,8 +93,8 @@ class FitConfig(
     batch_size: Batches = Field(
         default=(64,),
         description=(
-            "Samples per optimizer step: one value, or one per partition. auto (pnn, neuroflux): as many as fit on the device at once, "
-            "partition by partition, up to 512; --lr is then meant for 64."
+            "Samples per optimizer step: one value, or one per partition. auto (pnn, neuroflux): as many as fit at once, partition by "
+            "partition, up to 512 or to the power of two that gives the tightest one most; --lr is then meant for 64."
         ),
     )
     micro_batch: PositiveInt | None = Field(

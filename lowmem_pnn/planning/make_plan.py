@@ -89,7 +89,7 @@ def _any_plan_trains_the_same(request: PlanRequest) -> bool:
 
 
 def _with_largest_batches(request: PlanRequest) -> Plan:
-    """Return the plan with the largest least batch, each partition taking the largest batch that fits at once."""
+    """Return the plan with the largest least batch, each partition taking the largest batch that fits at once, up to that plan's bound."""
     # Two batches wait on the host beside a partition: the fewer samples a batch may have, the more room is left for them.
     plans: list[Plan] = []
     for most in (LARGEST_AUTO_BATCH >> shift for shift in range(LARGEST_AUTO_BATCH.bit_length())):
