@@ -278,7 +278,7 @@ class _TracedLayer:
         holds_tensors = any(node.op == "get_attr" for node in self._graph.graph.nodes)
         shapes = tuple((tuple(map(str, tensor.shape)), tensor.dtype, tensor.requires_grad) for tensor in self._arguments)
         strides = tuple(tuple(map(str, tensor.stride())) for tensor in self._arguments)
-        return self._graph.code, shapes, strides, self._trains, id(self) if holds_tensors else None
+        return self._graph.code, shapes, strides, self._trains, self._graph if holds_tensors else None
 
     def compile(self, sizes: Iterable[int]) -> CompiledFunction:
         """Compile the graph; it cannot be compiled twice.

@@ -124,7 +124,8 @@ def outputs_in_chunks(
 def _weighted_loss(objective: Objective, outputs: tuple[Tensor, ...], labels: Tensor, weight: float) -> Tensor:
     """Return the loss of a micro-batch, times its share of the batch; 0 where nothing counts, of which a mean would be no number."""
     if weight == 0.0:
-        return torch.stack([output.sum() for output in outputs if output.is_floating_point()]).sum() * 0.0
+        # The sum of no elements: outputs may be infinite, and so may be their sum.
+        return torch.stack([output.flatten()[:0].sum() for output in outputs if output.is_floating_point()]).sum()
     loss = objective.loss(outputs, labels)
     return loss if weight == 1.0 else loss * weight
 

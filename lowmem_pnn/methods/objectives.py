@@ -75,8 +75,8 @@ class TaskObjective(Objective):
         """Do nothing: the loss needs no tensors of its own."""
 
     def loss(self, outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """Return the task's mean loss, as in training where outputs have gradients."""
-        return self.task.loss(outputs, labels, training=outputs[0].requires_grad)
+        """Return the task's mean loss, as in training where an output has a gradient."""
+        return self.task.loss(outputs, labels, training=any(output.requires_grad for output in outputs))
 
     def loss_of_rows(self, rows: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of the losses of some rows (R, ...) of a micro-batch that is computed in chunks."""

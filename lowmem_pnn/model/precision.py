@@ -4,8 +4,9 @@
     bf16    PyTorch's autocast to bfloat16: half the bytes of activations and boundaries
     fp16    autocast to float16, whose small gradients would vanish: the loss is scaled up, and gradients down before the step
 
-Weights, gradients and the optimizer's state are float32 in any case. Weights are cast where they are used, and the copies are freed in
-backward (`cache_enabled=False`): a copy that outlived its layer would be memory that no plan counts.
+Weights, gradients and the optimizer's state are float32, but for what options keep smaller (`--weights-dtype`). Weights are cast where
+they are used, and the copies are freed in backward (`cache_enabled=False`): a copy that outlived its layer would be memory that no plan
+counts.
 
 Maps (B, C, H, W) lie in memory channel by channel, PyTorch's default, or position by position (`channels_last`), on which many
 convolutions are faster. Weights keep their order: a kernel that needs the other one makes a temporary copy.

@@ -359,12 +359,12 @@ def can_be_stored(module: nn.Module, *, learns: bool = False) -> bool:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dtype != torch.float32 or "forward" in vars(module):
         return False
-    if learns != any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-        return False
-    if learns and not weight.requires_grad:
+    learning = weight.requires_grad if learns else any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    if learning != learns:
         return False
     if isinstance(module, nn.Embedding):
-        return type(module).forward is nn.Embedding.forward and module.max_norm is None and not module.sparse
+        plain = module.max_norm is None and not module.sparse and not (learns and module.scale_grad_by_freq)
+        return type(module).forward is nn.Embedding.forward and plain
     if isinstance(module, nn.Linear):
         return type(module).forward is nn.Linear.forward
     return is_conv1d(module) and module.bias is not None and type(module).__name__ == "Conv1D"

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from helpers.tasks import class_objective
 from lowmem_pnn.capture.capture import capture
-from lowmem_pnn.engine.passes import backward_from_loss, outputs_in_chunks
+from lowmem_pnn.engine.passes import _weighted_loss, backward_from_loss, outputs_in_chunks
 from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.layer import is_rowwise
 
@@ -69,3 +69,13 @@ def test_only_one_linear_layer_works_by_rows() -> None:
     assert last(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)))
     assert not last(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.BatchNorm1d(3)))
     assert not last(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.Softmax(0)))
+
+
+def test_a_micro_batch_of_which_nothing_counts_is_no_loss_whatever_its_outputs_are() -> None:
+    scores = torch.zeros(2, 3, requires_grad=True)
+    masked = scores.masked_fill(torch.tensor([True, False, False]), -torch.inf)
+    loss = _weighted_loss(class_objective(), (masked,), torch.full((2,), -100), 0.0)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert scores.grad is not None
+    assert torch.equal(scores.grad, torch.zeros(2, 3))

@@ -122,6 +122,9 @@ def test_what_learns_or_has_a_forward_of_its_own_is_not_stored() -> None:
     assert not can_be_stored(Scaled(3, 4).requires_grad_(False))
     assert not can_be_stored(nn.Linear(3, 4, dtype=torch.float64).requires_grad_(False))
     assert not can_be_stored(nn.LayerNorm(4).requires_grad_(False))
+    assert can_be_stored(nn.Embedding(3, 4), learns=True)
+    assert not can_be_stored(nn.Embedding(3, 4, scale_grad_by_freq=True), learns=True)
+    assert can_be_stored(nn.Embedding(3, 4, scale_grad_by_freq=True).requires_grad_(False))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
