@@ -240,7 +240,7 @@ class FitConfig(
         default="fp32",
         description=(
             "Mixed precision: type that layers compute in under PyTorch's autocast, fp16 with a dynamic loss scale; weights and their "
-            "gradients stay float32, unless --weights-dtype or --frozen-dtype say otherwise."
+            "gradients stay float32 (but --weights-dtype)."
         ),
     )
     tf32: bool = Field(
