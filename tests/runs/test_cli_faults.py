@@ -164,7 +164,10 @@ def _with(array: np.ndarray, value: float) -> np.ndarray:
             {"y_train": _with(_Y, np.nan)},
             "y_train: the target of sample 17 is NaN or infinite; repair it or leave the sample out",
         ),
-        ({"y_train": _Y + 0.5}, "targets are numbers in one part and class numbers in another; give both one form"),
+        (
+            {"y_train": _Y + 0.5},
+            "gives outputs of shape (batch, 3), and data bad has 1 values to predict; it should give (batch, 1)",
+        ),
         (
             {"y_train": np.eye(3)[_Y]},
             "labels have shape (120, 3), with one-hot rows; give one class number for each sample (one-hot: argmax)",

@@ -21,9 +21,9 @@ def last_step(build: Any, data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     steps: list[Counter[str]] = []
     train = Sweeper.train_batch
 
-    def counted(self: Sweeper, *args: Any) -> float:
+    def counted(self: Sweeper, *args: Any, **options: Any) -> float:
         before = Counter(device.counts)
-        loss = train(self, *args)
+        loss = train(self, *args, **options)
         self.finish_writes()
         steps.append(device.counts - before)
         return loss

@@ -37,29 +37,3 @@ def test_the_smallest_budget_is_below_a_batch_of_them(method: str, tmp_path: Pat
     with torch.no_grad():
         loss = nn.functional.cross_entropy(loaded(convolutions, result.weights_file)(data[0]), data[1])
     assert result.val_loss == pytest.approx(float(loss), rel=1e-5)
-
-
-def wide_images() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(32, 4),
-    )
-
-
-@pytest.mark.parametrize("method", ["exact", "pnn"])
-def test_the_smallest_budget_has_room_for_shards_of_one_wide_sample(method: str, tmp_path: Path) -> None:
-    # A sample at a cut has 8.4 MB, nine times as many as a shard in such budgets.
-    data = torch.rand(4, 3, 256, 256), torch.arange(4)
-    options = {"method": method, "batch_size": 2, "device": "cpu", "val": data, "epochs": 1}
-    with pytest.raises(lowmem_pnn.BudgetError) as refused:
-        lowmem_pnn.fit(wide_images, data, max_gpu_mem="3MB", workdir=tmp_path / "refused", **options)
-    enough = refused.value.enough_bytes
-    assert enough is not None
-    result = lowmem_pnn.fit(wide_images, data, max_gpu_mem=enough, workdir=tmp_path / "run", **options)
-    assert result.peak_bytes <= enough
-    assert result.oom_retries == 0

@@ -55,13 +55,16 @@ def test_the_modules_before_a_boundary_tell_where_its_features_are() -> None:
     assert axes_of(MAPS, 3, 16, 16) == [((3, 16, 16), 0), ((8, 8, 8), 0), ((9, 8, 8), 0), ((4, 8, 8), 0)]
 
 
-SIGNAL, LAST = TensorSpec((6, 16), torch.float32, 0), TensorSpec((8, 12, 5), torch.float32, -1)
+SIGNAL, LAST = TensorSpec((6, 16), torch.float32, features=0), TensorSpec((8, 12, 5), torch.float32, features=-1)
 FIRST = TensorSpec((5, 8, 12), torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["adaptive", "classic", "auglocal", "linear"])
 def test_heads_go_by_the_layout(kind: str) -> None:
-    for spec, later in ((SIGNAL, TensorSpec((8, 8), torch.float32, 0)), (LAST, TensorSpec((4, 6, 10), torch.float32, -1))):
+    for spec, later in (
+        (SIGNAL, TensorSpec((8, 8), torch.float32, features=0)),
+        (LAST, TensorSpec((4, 6, 10), torch.float32, features=-1)),
+    ):
         head = make_head(kind, spec, [later], 4, tokens=False)  # type: ignore[arg-type]
         assert head(torch.randn(3, *spec.shape)).shape == (3, 4)
         convolutions = [one for one in head.modules() if isinstance(one, nn.Conv1d | nn.Conv2d)]
@@ -96,12 +99,12 @@ def test_similarity_compares_deviations_of_channels() -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (SIGNAL, TensorSpec((8, 8), torch.float32, 0)),
-        (SIGNAL, TensorSpec((7, 9), torch.float32, -1)),
-        (TensorSpec((7, 9), torch.float32, -1), SIGNAL),
+        (SIGNAL, TensorSpec((8, 8), torch.float32, features=0)),
+        (SIGNAL, TensorSpec((7, 9), torch.float32, features=-1)),
+        (TensorSpec((7, 9), torch.float32, features=-1), SIGNAL),
         (SIGNAL, TensorSpec((4,), torch.float32)),
-        (LAST, TensorSpec((4, 6, 10), torch.float32, -1)),
-        (FIRST, TensorSpec((4, 6, 10), torch.float32, -1)),
+        (LAST, TensorSpec((4, 6, 10), torch.float32, features=-1)),
+        (FIRST, TensorSpec((4, 6, 10), torch.float32, features=-1)),
         (LAST, TensorSpec((4,), torch.float32)),
     ],
 )
