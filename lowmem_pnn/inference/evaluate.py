@@ -9,8 +9,9 @@ from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.inference.load import form_of, given_model
 from lowmem_pnn.inference.opened_run import opened_run
+from lowmem_pnn.inference.other_machine import options_here
 from lowmem_pnn.inference.samples import open_samples
-from lowmem_pnn.inference.smaller_budget import options_here, within
+from lowmem_pnn.inference.smaller_budget import within
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.finished import FinishedRun
 from lowmem_pnn.run.ranks import ALONE

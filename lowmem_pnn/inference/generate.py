@@ -17,7 +17,8 @@ from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
 from lowmem_pnn.evaluation.generation import RowForm, generate_tokens
 from lowmem_pnn.inference.load import folder_of, form_of, given_model
 from lowmem_pnn.inference.opened_run import opened_run
-from lowmem_pnn.inference.smaller_budget import options_here, within
+from lowmem_pnn.inference.other_machine import options_here
+from lowmem_pnn.inference.smaller_budget import within
 from lowmem_pnn.language.prompts import continuation_text, prompt_tokens, tokenizer_of
 from lowmem_pnn.language.sampling import Sampling
 from lowmem_pnn.language.tokenizer import Tokenizer

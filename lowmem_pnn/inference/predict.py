@@ -18,9 +18,10 @@ from lowmem_pnn.inference.answers import Answers, AnswerWriter, ArrayWriter, Mas
 from lowmem_pnn.inference.load import form_of
 from lowmem_pnn.inference.open_parts import SamplesToPredict
 from lowmem_pnn.inference.opened_run import opened_run
+from lowmem_pnn.inference.other_machine import options_here
 from lowmem_pnn.inference.places import Place, writing_faults
 from lowmem_pnn.inference.samples import Opened, PartName, open_samples
-from lowmem_pnn.inference.smaller_budget import options_here, within
+from lowmem_pnn.inference.smaller_budget import within
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.progress import Display

@@ -1,37 +1,11 @@
-"""Another device or budget than a run had, for what comes after training: its options there, and its partitions, divided to fit."""
+"""A smaller budget than a run had: its partitions, divided until they fit it, for what comes after training."""
 
 import dataclasses
 
-from lowmem_pnn.config.configure import checked
-from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.device.support import is_gpu
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
-
-
-def options_here(config: FitConfig, max_gpu_mem: str | int | None, device: str | None) -> FitConfig:
-    """Return the options of a run for what comes after training, which may be on another machine than the training was.
-
-    Layers run as they are, uncompiled, and on the CPU what only a GPU reads is left out: a run may be used where it could not be begun.
-
-    Args:
-        config: options of the run.
-        max_gpu_mem: another budget; None for the run's.
-        device: another device; None for the run's.
-
-    Raises:
-        ConfigError: it is no size, or no device.
-    """
-    other = {name: value for name, value in (("max_gpu_mem", max_gpu_mem), ("device", device)) if value is not None}
-    config = (
-        checked({field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | other) if other else config
-    )
-    config = dataclasses.replace(config, compile=False)
-    if is_gpu(config.device):
-        return config
-    return dataclasses.replace(config, tf32=False, budget_scope="process", max_host_mem=None)
 
 
 def within(plan: Plan, workload: Workload, budget_bytes: int) -> Plan:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.splits import Indices, SampleSplit, Split
-from lowmem_pnn.sources.subsets import labels_of
+from lowmem_pnn.sources.subsets import WrappedSplit, labels_of
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED
 
 # Samples that stand for all where labels are held against tokens.
@@ -23,7 +23,7 @@ _MOVING_LOSSES = (None, "ForCausalLM", "ForConditionalGeneration")
 _WORDS = {"train": "training", "val": "validation", "test": "test"}
 
 
-class MovedLabels:
+class MovedLabels(WrappedSplit):
     """Split whose tokens learn the label of the token after each, and the last one nothing.
 
     Args:
@@ -32,15 +32,8 @@ class MovedLabels:
     """
 
     def __init__(self, base: Split, ignored: int) -> None:
-        self.base, self._ignored = base, ignored
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    @property
-    def readers(self) -> Any:
-        """Processes that read the samples; None where this process does."""
-        return getattr(self.base, "readers", None)
+        super().__init__(base)
+        self._ignored = ignored
 
     def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Return samples and moved labels, as `Split.batch` does."""

@@ -1,7 +1,6 @@
 """Token rows: samples of a language model from mapped tokens, each with the token after every input as its label."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ from lowmem_pnn.errors import DataError
 from lowmem_pnn.language.packing import Form
 from lowmem_pnn.language.token_cache import TokenCache
 from lowmem_pnn.sources.splits import Indices, Split, as_indices
-from lowmem_pnn.sources.subsets import labels_of
+from lowmem_pnn.sources.subsets import WrappedSplit, labels_of
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED
 
 INPUT_NAMES: dict[Form, tuple[str, ...]] = {
@@ -88,7 +87,7 @@ class TokenRows:
         )
 
 
-class ChosenInputs:
+class ChosenInputs(WrappedSplit):
     """Split with some of the tensors of another split's samples: those that a model takes.
 
     Args:
@@ -99,15 +98,8 @@ class ChosenInputs:
     """
 
     def __init__(self, base: Split, places: tuple[int, ...], *, as_one: bool, mask: int | None = None) -> None:
-        self.base, self._places, self._as_one, self._mask = base, places, as_one, mask
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    @property
-    def readers(self) -> Any:
-        """Processes that read the samples; None where this process does."""
-        return getattr(self.base, "readers", None)
+        super().__init__(base)
+        self._places, self._as_one, self._mask = places, as_one, mask
 
     def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Return samples and labels, as `Split.batch` does.

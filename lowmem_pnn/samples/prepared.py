@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lowmem_pnn.samples.augment import AugmentationKey, Augmenter
 from lowmem_pnn.samples.normalization import Normalization
-from lowmem_pnn.samples.readers import ServedSplit
 from lowmem_pnn.sources.splits import Indices, Split
 from lowmem_pnn.sources.subsets import labels_of
 
@@ -84,7 +83,7 @@ class BatchReader:
     def __init__(self, split: Any) -> None:
         self._split = split
         # Readers in processes of their own have a batch divided among them, and send it into its place.
-        self._piece = _WHOLE if isinstance(split, ServedSplit) else None
+        self._piece = None if getattr(split, "readers", None) is None else _WHOLE
 
     def read(self, indices: Indices, key: AugmentationKey | None) -> tuple[tuple[Tensor, ...], Tensor]:
         """Return the tensors of samples, each (B, ...), and targets (B, ...), augmented where samples can and a key is given.

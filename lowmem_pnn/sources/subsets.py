@@ -28,7 +28,26 @@ class SubsetSplit:
         return self.base.batch(self.numbers[as_indices(indices, len(self))])
 
 
-class RenumberedSplit:
+class WrappedSplit:
+    """Base class of splits that give another one's samples otherwise, as many of them.
+
+    Args:
+        base: The other split.
+    """
+
+    def __init__(self, base: Split) -> None:
+        self.base = base
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @property
+    def readers(self) -> Any:
+        """Processes that read the samples; None where this process does."""
+        return getattr(self.base, "readers", None)
+
+
+class RenumberedSplit(WrappedSplit):
     """Split whose classes get other numbers.
 
     Args:
@@ -37,10 +56,8 @@ class RenumberedSplit:
     """
 
     def __init__(self, base: Split, numbers: Tensor) -> None:
-        self.base, self.numbers = base, numbers
-
-    def __len__(self) -> int:
-        return len(self.base)
+        super().__init__(base)
+        self.numbers = numbers
 
     def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Return samples and classes, as `Split.batch` does."""

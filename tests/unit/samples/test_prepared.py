@@ -9,6 +9,7 @@ from lowmem_pnn.samples import prepared
 from lowmem_pnn.samples.augment import Augmenter
 from lowmem_pnn.samples.normalization import Normalization
 from lowmem_pnn.samples.prepared import BatchReader, PreparedSplit
+from lowmem_pnn.sources.subsets import RenumberedSplit
 
 KEY = ("epoch", 3)
 
@@ -51,3 +52,11 @@ def test_a_batch_of_small_samples_is_read_at_once() -> None:
         (x,), _ = reader.read(np.arange(20), None)
         assert torch.equal(x, images.x)
     assert images.read == [1, 19, 20]
+
+
+def test_a_batch_that_other_processes_read_is_theirs_to_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = Images(20, (3, 8, 8))
+    images.readers = object()  # type: ignore[attr-defined]
+    monkeypatch.setattr(prepared, "_PIECE_BYTES", 1)
+    BatchReader(RenumberedSplit(images, torch.arange(20))).read(np.arange(20), None)
+    assert images.read == [20]
