@@ -5,18 +5,21 @@ Each line is a file, a test of it, and one of its cases; of a file by itself all
 """
 
 _TEXT = """
+runs/test_brought_models.py::test_what_people_bring_is_trained_as_plain_pytorch_trains_it[a piece of a tensor]
 runs/test_brought_models.py::test_what_people_bring_is_trained_as_plain_pytorch_trains_it[packed sequences of a GRU]
 runs/test_cifar.py::test_one_is_trained
 runs/test_compiled_layers.py
 runs/test_compiler.py::test_a_run_stays_within_plan_and_budget
 runs/test_compiler.py::test_exact_is_same_as_backprop[tied words, loss in chunks]
 runs/test_compiler.py::test_local_methods_learn_the_same_but_for_last_bits[pnn]
+runs/test_compiler.py::test_local_methods_learn_the_same_but_for_last_bits[recovery]
 runs/test_exact.py::test_an_embedding_that_is_tied_to_the_head_is_same_as_in_plain_pytorch[accumulated]
 runs/test_exact.py::test_an_embedding_that_is_tied_to_the_head_is_same_as_in_plain_pytorch[clipped-whole]
 runs/test_exact.py::test_an_embedding_that_is_tied_to_the_head_is_same_as_in_plain_pytorch[clipped]
 runs/test_exact.py::test_exact_with_a_partition_for_every_layer_is_same_as_plain_pytorch[convnext]
 runs/test_exact.py::test_exact_with_a_partition_for_every_layer_is_same_as_plain_pytorch[densenet]
 runs/test_exact.py::test_exact_with_a_partition_for_every_layer_is_same_as_plain_pytorch[mobilenet]
+runs/test_exact.py::test_exact_with_a_partition_for_every_layer_is_same_as_plain_pytorch[vit]
 runs/test_exact.py::test_exact_with_partitions_of_some_layers_is_same_as_plain_pytorch[vit-2]
 runs/test_exact_lifecycle.py::test_a_run_that_was_interrupted_and_resumed_is_same_as_uninterrupted[clipped]
 runs/test_families.py::test_torchvision_family_is_same_as_model[googlenet]
@@ -70,13 +73,16 @@ runs/test_step_slices.py::test_steps_of_tied_weights_by_slices_are_same_as_plain
 runs/test_step_slices.py::test_steps_of_tied_weights_by_slices_are_same_as_plain_pytorch[cut]
 runs/test_training.py::test_a_run_on_kept_activations_that_is_stopped_anywhere_goes_on_to_the_same_bytes[bfloat16-pnn]
 runs/test_training.py::test_boundaries_of_several_tensors_train_end_to_end
+runs/test_transfer_counts.py::test_a_step_moves_each_layer_in_few_copies_and_waits_for_the_device_at_most_four_times[resnet50]
 runs/test_transfers.py::test_a_run_whose_weights_stay_in_host_memory_writes_the_same_files[in backward-no room]
 runs/test_transfers.py::test_a_run_whose_weights_stay_in_host_memory_writes_the_same_files[in backward-room for all]
+runs/test_transfers.py::test_a_run_whose_weights_stay_in_host_memory_writes_the_same_files[in backward-room for some]
 runs/test_transfers.py::test_a_run_whose_weights_stay_in_host_memory_writes_the_same_files[kept-no room]
 runs/test_transfers.py::test_a_run_whose_weights_stay_in_host_memory_writes_the_same_files[kept-room for all]
 runs/test_transfers.py::test_a_run_with_delayed_copies_is_as_one_without_copies[exact-1,2,3]
 runs/test_transfers.py::test_a_run_with_delayed_copies_is_as_one_without_copies[exact-2-0.1-adamw]
 runs/test_transfers.py::test_a_run_with_delayed_copies_is_as_one_without_copies[pnn-2-1]
+system/test_cpu_device.py::test_private_mappings_of_files_are_no_use_while_a_constructor_runs
 system/test_host_tier.py::test_a_run_that_is_killed_goes_on_from_its_last_commit_to_the_same_weights
 system/test_kills.py::test_signals_one_after_the_other_and_resumed_is_same_as_uninterrupted
 system/test_long_runs.py::test_durability_is_measured_by_a_run_without_it
@@ -87,6 +93,7 @@ system/test_results.py::test_resnet_trains_and_its_weights_load_into_torchvision
 system/test_supervisor.py::test_a_closed_terminal_stops_cleanly_and_the_run_resumes_to_the_same_bits
 system/test_supervisor.py::test_a_crash_is_gone_on_from_with_half_the_micro_batch
 system/test_supervisor.py::test_the_second_signal_ends_it_at_once[15-143]
+system/test_torchrun.py::test_torchrun_that_was_stopped_and_lost_a_rank_gives_the_bits_of_one_process_and_one_result
 unit/profiling/test_memory_profiler.py::test_predicted_peaks_bound_those_of_real_runs_closely[transformer]
 """
 LONG = tuple(_TEXT.strip().splitlines())
