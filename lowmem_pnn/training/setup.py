@@ -97,7 +97,7 @@ def _device_of(config: FitConfig, rank: Rank) -> Device:
     if device != "cpu":
         check_device(config, on_cpu=False, memory_bytes=psutil.virtual_memory().total)
         index = torch.device(device).index
-        return CudaDevice(config.max_gpu_mem, index, config.budget_scope)
+        return CudaDevice(config.max_gpu_mem, index, config.budget_scope, max_host_mem=config.max_host_mem)
     check_device(config, on_cpu=True, memory_bytes=psutil.virtual_memory().total)
     return CpuDevice(config.max_gpu_mem)
 
