@@ -212,8 +212,8 @@ def ours(
     }
 
 
-def same_as_plain(setting: Setting) -> dict[str, Any]:
-    """`exact` in four partitions beside a plain loop, with BatchNorm and dropout, both deterministic."""
+def same_as_plain(setting: Setting, clip_norm: float | None = None) -> dict[str, Any]:
+    """`exact` in four partitions beside a plain loop, with BatchNorm and dropout, both deterministic; with gradients clipped, or not."""
     import torch
     from safetensors.torch import load_file
     from torch import nn
@@ -239,7 +239,14 @@ def same_as_plain(setting: Setting) -> dict[str, Any]:
         )  # fmt: skip
 
     given = data(Setting(True, True, ""), "resnet18", 64)
-    options: dict[str, Any] = {"val_fraction": 0, "epochs": 2, "batch_size": 16, "lr": 1e-3, "optimizer": "adamw"}
+    options: dict[str, Any] = {
+        "val_fraction": 0,
+        "epochs": 2,
+        "batch_size": 16,
+        "lr": 1e-3,
+        "optimizer": "adamw",
+        "clip_norm": clip_norm,
+    }
     result = lowmem_pnn.fit(
         make, given, max_gpu_mem=BUDGET, device=setting.device, method="exact", cuts="1,2,3",
         workdir=Path(setting.folder) / "run", overwrite=True, verbose=False, **options,
@@ -255,6 +262,8 @@ def same_as_plain(setting: Setting) -> dict[str, Any]:
         torch.manual_seed(seed_of(0, "forward", 0, step, 0))
         loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
         optimizer.step()
         optimizer.zero_grad()
     trained = load_file(result.weights_file)
@@ -475,6 +484,7 @@ def run_all(bench: Bench, setting: Setting) -> None:
     fit += ["--workdir", str(Path(setting.folder) / "command"), "--overwrite", "--quiet", "--no-report"]
     bench.command("fit --max-gpu-mem 2GB", fit, 80, BUDGET / MB)
     bench.case("exact, as plain PyTorch", "same_as_plain")
+    bench.case("exact, as plain PyTorch, clipped", "same_as_plain", clip_norm=0.1)
     if not setting.quick:
         bench.case("copies of exact", "overlap")
     for kind in ("gpt",) if setting.quick else ("gpt", "resnet50"):

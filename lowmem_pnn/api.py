@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.config.workdir import next_workdir
+from lowmem_pnn.device.support import budget_on
 from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit, refuse_part
 from lowmem_pnn.exporting.export_folder import ExportFolder
@@ -116,7 +117,7 @@ def fit(
         folder = unfinished_run(given) if workdir is None else Path(workdir)
         result = resume_training(folder, given, open_inputs, display=display, callbacks=callbacks)
     else:
-        config = configure(**{**given, "max_gpu_mem": budget_of(max_gpu_mem, options.get("device") or "auto")})
+        config = configure(**{**given, "max_gpu_mem": budget_on(options.get("device") or "auto", max_gpu_mem)})
         folder = next_workdir(config) if workdir is None else Path(workdir)
         result = begin(config, folder, open_inputs, overwrite=overwrite, display=display, callbacks=callbacks)
     assert result is not None, "one process trains all partitions"
@@ -168,7 +169,7 @@ def plan(
         asked = described.memory_bytes if max_gpu_mem is None else max_gpu_mem
         budget = budget_of(asked, free_bytes=described.memory_bytes)
     else:
-        budget = budget_of(max_gpu_mem, options.get("device") or "auto")
+        budget = budget_on(options.get("device") or "auto", max_gpu_mem)
     config = configure(max_gpu_mem=budget, **named, **with_named_parts(train, val, None, options))
     state_dict = weights if isinstance(weights, Mapping) else None
     own_loss = None if isinstance(loss, str) else loss

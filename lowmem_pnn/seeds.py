@@ -65,8 +65,29 @@ def preserve_random_state() -> Iterator[None]:
 
 
 @contextmanager
+def preserve_gpu_random_state() -> Iterator[None]:
+    """Restore the states of the GPUs' random generators at the end of the context: `torch.manual_seed` seeds them too.
+
+    GPUs that torch has not begun to use are not asked, since that would make contexts on them. They get the seed of the CPU's generator,
+    as `torch.manual_seed` has given it to both.
+    """
+    states = None
+    if torch.cuda.is_initialized():
+        states = [torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())]
+    seed = torch.initial_seed()
+    try:
+        yield
+    finally:
+        if states is None:
+            torch.cuda.manual_seed_all(seed)
+        else:
+            for index, state in enumerate(states):
+                torch.cuda.set_rng_state(state, index)
+
+
+@contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global random generators of torch, Python and numpy in a context, at whose end those of the CPU are as before.
+    """Seed the global random generators of torch, Python and numpy in a context, at whose end they are as before.
 
     What a constructor draws in it is the same in every process, and of torch's generator the same as after `torch.manual_seed(seed)`.
 
@@ -80,7 +101,7 @@ def seeded(seed: int) -> Iterator[None]:
         ...     print(first == (torch.rand(()), random.random(), np.random.rand()))
         True
     """
-    with preserve_random_state():
+    with preserve_random_state(), preserve_gpu_random_state():
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % _NUMPY_SEEDS)

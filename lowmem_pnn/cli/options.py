@@ -10,7 +10,8 @@ import click
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.gpu_description import GpuDescription
-from lowmem_pnn.memory.available import budget_of
+from lowmem_pnn.memory.available import budget_of, is_share, may_be_gpu
+from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.settings.config_file import read_config_file, read_settings
 from lowmem_pnn.settings.model_arguments import parse_model_arguments
 
@@ -281,7 +282,12 @@ def command_options(options: dict[str, Any], budgets: Sequence[int] = ()) -> dic
         given["max_gpu_mem"] = max(budgets)
     if "max_gpu_mem" not in given:
         raise click.UsageError("--max-gpu-mem is missing; give --max-gpu-mem 2GB", click.get_current_context())
-    return {**given, "max_gpu_mem": budget_of(given["max_gpu_mem"], given.get("device", "auto"))}
+    budget, device = given["max_gpu_mem"], given.get("device", "auto")
+    if is_share(budget) and may_be_gpu(device):
+        from lowmem_pnn.device.support import budget_on  # with torch, which takes a second to import
+
+        return {**given, "max_gpu_mem": budget_on(device, budget, Rank.of_environment().local)}
+    return {**given, "max_gpu_mem": budget_of(budget)}
 
 
 def options_on(gpu: GpuDescription, given: Mapping[str, Any]) -> dict[str, Any]:

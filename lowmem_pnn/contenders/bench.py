@@ -19,9 +19,9 @@ from lowmem_pnn.contenders.contender_options import contender_configs, refuse_le
 from lowmem_pnn.contenders.outside_meter import OutsideMeter
 from lowmem_pnn.contenders.plain_process import ACCUMULATED, BASELINES, Baseline
 from lowmem_pnn.device import CpuDevice
-from lowmem_pnn.device.support import is_gpu
+from lowmem_pnn.device.support import budget_on, is_gpu
 from lowmem_pnn.errors import ConfigError, LowMemError
-from lowmem_pnn.memory.available import available_bytes, budget_of
+from lowmem_pnn.memory.available import available_bytes
 from lowmem_pnn.settings.command import option_words
 from lowmem_pnn.units import format_bytes, parse_bytes
 from lowmem_pnn.workload import make_workload, profile_workload
@@ -73,7 +73,7 @@ def bench(
     asked = _names("methods", methods, METHODS)
     plain: list[Any] = [] if baselines == "none" else _names("baselines", baselines, BASELINES)
     device = options.get("device") or "auto"
-    sizes = [parse_bytes(budget_of(budget, device)) for budget in budgets]
+    sizes = [parse_bytes(budget_on(device, budget)) for budget in budgets]
     if not sizes:
         raise ConfigError("--budgets is missing; give --budgets 1GB,500MB")
     refuse_left_out([name for name, value in options.items() if value is not None])

@@ -4,7 +4,8 @@ The budget is kept in three steps, each for allocations that the step before it 
 
     plan    partitions and micro-batches are chosen so that the predicted peak stays `reserve_bytes` below the budget
     check   after each step the measured peak is compared with the budget (`check_peak`); above it the step counts as out of memory
-    limit   an allocation above the budget fails: `DataLimit` on the CPU, the cap of PyTorch's allocator on a GPU (`cuda.py`)
+    limit   an allocation above the budget fails: by `DataLimit` on the CPU; on a GPU by the cap of PyTorch's allocator, which stands below
+            the budget by the memory outside of the allocator, and by as much as the allocator may pass it (`cuda.py`)
 
 `is_out_of_memory` recognises the failures of the last two; the executor then undoes the batch and halves the micro-batch.
 """

@@ -1,11 +1,13 @@
 """An NVIDIA GPU as the training device: the budget bounds all memory of the process there, context and libraries too."""
 
-from typing import Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lowmem_pnn.device.base import Device
+from lowmem_pnn.device.budget import reserve_bytes_of
 from lowmem_pnn.device.context_memory import ContextMemory
 from lowmem_pnn.device.cuda_driver import CudaDriver, NvidiaDriver
 from lowmem_pnn.device.support import missing_kernels
@@ -17,6 +19,9 @@ from lowmem_pnn.units import MEBIBYTE, format_bytes
 
 # PyTorch's allocator takes memory in segments: 2 MiB for small blocks, 20 MiB for larger ones.
 _SEGMENT_BYTES = 22 * MEBIBYTE
+# A segment that grows in place does so by pages of that size, and the allocator looks at its cap before it rounds up to them: it ends up to
+# one page above.
+_PAGE_BYTES = 20 * MEBIBYTE
 
 
 class CudaDevice(Device):
@@ -30,6 +35,7 @@ class CudaDevice(Device):
         index: number of the device, as torch counts.
         scope: holder of the memory that the budget bounds.
         driver: driver of the machine; None for `NvidiaDriver`.
+        max_host_mem: bound on the host's memory, of which the page-locked part takes an eighth at most; None where there is none.
     """
 
     kind = "cuda"
@@ -40,15 +46,25 @@ class CudaDevice(Device):
         index: int = 0,
         scope: Literal["process", "allocator"] = "process",
         driver: CudaDriver | None = None,
+        max_host_mem: int | None = None,
     ) -> None:
         super().__init__(torch.device("cuda", index), budget_bytes)
         self._scope = scope
         self._driver = driver
+        self._max_host_mem = max_host_mem
+        self._current: AbstractContextManager[Any] | None = None
+        # Page-locked memory of transfers that are closed.
+        self._pinned = 0
         self._context: ContextMemory | None = None
         # What the allocator holds at the opening: workspaces of the libraries, which stay, and tensors of whoever called us.
         self._held = 0
         self._host_meter = ProcessMemoryMeter(interval=0.02)
         self._host_floor = 0
+
+    @staticmethod
+    def reserve_for(budget_bytes: int) -> int:
+        """See `Device.reserve_for`: with the page by which the allocator may pass its cap."""
+        return reserve_bytes_of(budget_bytes) + _PAGE_BYTES
 
     @staticmethod
     def slack_for(budget_bytes: int, heap_bytes: int | None = None) -> int:
@@ -63,7 +79,7 @@ class CudaDevice(Device):
 
         Raises:
             ConfigError: there is no such GPU.
-            BudgetError: the context alone is above the budget, or the budget above the device, or above what others leave of it.
+            BudgetError: the context alone fills the budget, or the budget above the device, or above what others leave of it.
         """
         if self._driver is None:
             index = self.torch_device.index
@@ -79,15 +95,19 @@ class CudaDevice(Device):
         self._context.start()
         self._held = driver.reserved()
         self._check_device(driver, self._context)
-        if self._outside + self.reserve_bytes >= self.budget_bytes:
+        # With scope `allocator` the plan says what is too little, and what would be enough.
+        if self._outside and self._outside + self.reserve_bytes >= self.budget_bytes:
             assumed = " (assumed: the driver does not tell)" if self._context.how == "assumed" else ""
             raise BudgetError(
                 f"the CUDA context alone holds {format_bytes(self._outside)}{assumed} on the device, and --max-gpu-mem is "
                 f"{format_bytes(self.budget_bytes)}; give more, or --budget-scope allocator to leave the context out"
             )
-        driver.cap_allocator(self.budget_bytes - self._outside)
+        self._cap_allocator(driver)
         driver.reset_peak()
-        slab = PinnedSlab(driver.pinned, slab_bytes_of(self.budget_bytes))
+        # A model's forward may name the device without its number.
+        self._current = driver.current()
+        self._current.__enter__()
+        slab = PinnedSlab(driver.pinned, slab_bytes_of(self.budget_bytes, self._max_host_mem))
         self.transfers = Transfers(driver.copies(), self.torch_device, in_flight_bytes_of(self.budget_bytes), slab)
         self._host_meter.start()
         self._host_floor = private_bytes()
@@ -107,6 +127,10 @@ class CudaDevice(Device):
                 "give less, or end them"
             )
 
+    def _cap_allocator(self, driver: CudaDriver) -> None:
+        """Cap the allocator with what the budget leaves it, less the page by which it may pass its cap."""
+        driver.cap_allocator(max(0, self.budget_bytes - self._outside - _PAGE_BYTES))
+
     @property
     def _outside(self) -> int:
         """Bytes that count against the budget and are not the allocator's."""
@@ -117,11 +141,17 @@ class CudaDevice(Device):
         assert self._driver is not None, "the device is open"
         assert self.transfers is not None, "the device is open"
         self.transfers.finish()
+        self._pinned = max(self._pinned, self.transfers.slab.held_bytes)
+        self.transfers.close()
         self._look_again(self._driver, now=True)
         self._peak = self.peak_bytes
         self._host_meter.stop()
         self._driver.empty_cache()
         self._driver.cap_allocator(self._driver.total())
+        self._driver.empty_pinned_cache()
+        if self._current is not None:
+            self._current.__exit__(None, None, None)
+            self._current = None
 
     @property
     def fixed_bytes(self) -> int:
@@ -165,13 +195,15 @@ class CudaDevice(Device):
         self._driver.reset_peak()
 
     def _look_again(self, driver: CudaDriver, *, now: bool = False) -> None:
-        """Take from the allocator what the context holds more than before."""
+        """Take from the allocator what the context holds more than before, of what it keeps for nobody where that is too much."""
         if self._scope == "allocator" or self._context is None:
             return
         before = self._outside
         self._context.look_again(now=now)
         if self._outside > before:
-            driver.cap_allocator(max(0, self.budget_bytes - self._outside))
+            self._cap_allocator(driver)
+            if self.used_bytes() > self.budget_bytes:
+                driver.empty_cache()
 
     @property
     def host_peak_bytes(self) -> int:
@@ -179,7 +211,7 @@ class CudaDevice(Device):
 
         Page-locked memory is mapped by the driver, and not every system counts it as private memory: it is added, counted or not.
         """
-        pinned = 0 if self.transfers is None else self.transfers.slab.held_bytes
+        pinned = self._pinned if self.transfers is None else max(self._pinned, self.transfers.slab.held_bytes)
         return max(0, self._host_meter.peak() - self._host_floor) + pinned
 
     def release(self) -> None:

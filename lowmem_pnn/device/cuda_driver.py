@@ -3,19 +3,23 @@
 import contextlib
 import os
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor
 
+from lowmem_pnn.device.budget import is_out_of_memory
 from lowmem_pnn.device.cpu import warm_up
 from lowmem_pnn.device.transfers import CopyEngine
+from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.nvml import Nvml
 
-# Names under which PyTorch reads its allocator's settings.
+# Names under which PyTorch reads its allocator's settings: an earlier one goes before a later one.
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_EXPANDS = "expandable_segments"
 _WSL = Path("/dev/dxg")
 
 
@@ -67,6 +71,12 @@ class CudaDriver(Protocol):
     def copies(self) -> CopyEngine:
         """Make the engine that copies between host and device beside the computing."""
 
+    def current(self) -> AbstractContextManager[Any]:
+        """Return a context in which this is the current device of the thread that enters it."""
+
+    def empty_pinned_cache(self) -> None:
+        """Give page-locked memory that is free back to the system."""
+
 
 class NvidiaDriver:
     """`CudaDriver` through torch.cuda and NVML.
@@ -91,14 +101,32 @@ class NvidiaDriver:
         return True if asks is None else bool(asks(self._device.index))
 
     def start(self) -> None:
-        """Create the context with a tiny training step, then empty the allocator."""
+        """Create the context with a tiny training step, then empty the allocator.
+
+        Raises:
+            ConfigError: the step fails.
+        """
         torch.cuda.init()
-        if not self.is_unified():
-            use_expandable_segments()
-        with torch.cuda.device(self._device):
-            warm_up(self._device)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+        expands = not self.is_unified() and use_expandable_segments()
+        reason = self._warm_up()
+        if reason is not None and expands and leave_expandable_segments():
+            # Virtual GPUs, and some in WSL, cannot map memory so. Their drivers say that an operation is not supported, or nothing.
+            reason = self._warm_up()
+        if reason is not None:
+            raise ConfigError(f"--device {self._device}: a first step of training fails there: {reason}; give --device cpu")
+
+    def _warm_up(self) -> str | None:
+        """Train a tiny model, and empty the allocator; return what went wrong, unless memory ran out."""
+        try:
+            with torch.cuda.device(self._device):
+                warm_up(self._device)
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            return " ".join(str(error).split())[:200]
+        return None
 
     def device_used(self) -> int | None:
         """See `CudaDriver`: NVML's figure, else the part that cudaMemGetInfo does not call free; of unified memory what is not available."""
@@ -156,6 +184,15 @@ class NvidiaDriver:
         """Make the copy streams of this device."""
         return CudaCopies(self._device)
 
+    def current(self) -> AbstractContextManager[Any]:
+        """See `CudaDriver`."""
+        return torch.cuda.device(self._device)
+
+    def empty_pinned_cache(self) -> None:
+        """See `CudaDriver`; PyTorch keeps it else, in sizes that the next run may not ask for."""
+        if (empty := getattr(torch._C, "_host_emptyCache", None)) is not None:
+            empty()
+
 
 def use_expandable_segments() -> bool:
     """Have PyTorch's allocator grow segments in place, so that freed blocks of other sizes leave fewer holes; not where the user has chosen.
@@ -163,14 +200,34 @@ def use_expandable_segments() -> bool:
     Returns:
         Whether it was asked for.
     """
-    if any("expandable_segments" in os.environ.get(name, "") for name in _SETTINGS) or not sys.platform.startswith("linux"):
-        return False
+    return sys.platform.startswith("linux") and _EXPANDS not in _allocator_settings() and _set_expandable_segments("True")
+
+
+def leave_expandable_segments() -> bool:
+    """Have PyTorch's allocator no longer grow segments in place.
+
+    Returns:
+        Whether it was asked for.
+    """
+    return _set_expandable_segments("False")
+
+
+def _set_expandable_segments(wanted: str) -> bool:
+    """Change this one setting of the allocator: what is not in the text that it is given goes back to its default."""
+    others = [one for one in _allocator_settings().split(",") if one.strip() and _EXPANDS not in one]
     for place, name in ((torch._C, "_accelerator_setAllocatorSettings"), (torch.cuda.memory, "_set_allocator_settings")):
         if (change := getattr(place, name, None)) is not None:
             with contextlib.suppress(RuntimeError):  # a build without them
-                change("expandable_segments:True")
+                change(",".join([*others, f"{_EXPANDS}:{wanted}"]))
                 return True
     return False
+
+
+def _allocator_settings() -> str:
+    """Return the allocator's settings, as they were given last: by the environment, or since then."""
+    if (ask := getattr(torch._C, "_accelerator_getAllocatorSettings", None)) is not None and (given := ask()):
+        return str(given)
+    return next((given for name in _SETTINGS if (given := os.environ.get(name))), "")
 
 
 class CudaCopies:
@@ -202,6 +259,8 @@ class CudaCopies:
 class CudaCopyEvent:
     """`CopyEvent` by a CUDA event.
 
+    Any thread may ask it, and threads begin with device 0 as their current one, on which asking would make a context.
+
     Args:
         event: recorded event.
         device: GPU of the event.
@@ -213,7 +272,8 @@ class CudaCopyEvent:
 
     def wait(self) -> None:
         """See `CopyEvent`."""
-        self._event.synchronize()
+        with torch.cuda.device(self._device):
+            self._event.synchronize()
 
     def block_computing(self) -> None:
         """See `CopyEvent`."""
@@ -221,4 +281,5 @@ class CudaCopyEvent:
 
     def is_complete(self) -> bool:
         """See `CopyEvent`."""
-        return bool(self._event.query())
+        with torch.cuda.device(self._device):
+            return bool(self._event.query())

@@ -30,6 +30,11 @@ class DescribedGpu(Device):
         self._gpu, self._scope = gpu, scope
 
     @staticmethod
+    def reserve_for(budget_bytes: int) -> int:
+        """See `CudaDevice.reserve_for`."""
+        return CudaDevice.reserve_for(budget_bytes)
+
+    @staticmethod
     def slack_for(budget_bytes: int, heap_bytes: int | None = None) -> int:
         """See `CudaDevice.slack_for`."""
         return CudaDevice.slack_for(budget_bytes, heap_bytes)
@@ -55,7 +60,7 @@ class DescribedGpu(Device):
                 f"--max-gpu-mem {format_bytes(self.budget_bytes)} is more than the device has, {format_bytes(self._gpu.memory_bytes)}; "
                 "give less"
             )
-        if self.fixed_bytes + self.reserve_bytes >= self.budget_bytes:
+        if self.fixed_bytes and self.fixed_bytes + self.reserve_bytes >= self.budget_bytes:
             raise BudgetError(
                 f"a CUDA context alone is taken to hold {format_bytes(self.fixed_bytes)} on the device, and the budget is "
                 f"{format_bytes(self.budget_bytes)}; give more, or --budget-scope allocator to leave the context out"

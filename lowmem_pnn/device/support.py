@@ -4,10 +4,11 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lowmem_pnn.memory.available import DRIVERS
+from lowmem_pnn.memory.available import DRIVERS, budget_of, is_share
 
 _ARCHITECTURE = re.compile(r"(sm|compute)_(\d+)(\d)[a-z]?")
 _OLDER_WHEEL = "pip install torch torchvision --index-url https://download.pytorch.org/whl/cu126"
@@ -43,6 +44,8 @@ def missing_kernels(index: int) -> str | None:
     Args:
         index: number of the device, as torch counts.
     """
+    if torch.version.hip is not None:
+        return None  # whose architectures have other names
     capability, built = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
     if not built or has_kernels(capability, built):
         return None
@@ -64,8 +67,31 @@ def is_gpu(device: str) -> bool:
     return kind == "cuda" or (kind == "auto" and torch.cuda.is_available() and missing_kernels(0) is None)
 
 
+def device_taken(device: str, local: int = 0) -> str:
+    """Return the device that a run takes: `cpu`, or `cuda` with an index.
+
+    Args:
+        device: the device, as the option names it.
+        local: number of the process on its machine, which is its GPU's where the option has none.
+    """
+    return f"cuda:{device.partition(':')[2] or local}" if is_gpu(device) else "cpu"
+
+
+def budget_on(device: str, value: Any, local: int = 0) -> Any:
+    """Return a budget in bytes where it was given as a share of what is available on a device that a run takes; see `budget_of`.
+
+    Args:
+        device: the device, as the option names it.
+        value: a size, `auto`, or a share such as `75%`.
+        local: as for `device_taken`.
+    """
+    return budget_of(value, device_taken(str(device), local)) if is_share(value) else value
+
+
 def why_no_gpu() -> str:
     """Say why torch finds no GPU here."""
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, and finds none"
     if torch.version.cuda is None:
         return "this torch is built for the CPU alone; a build for CUDA: https://pytorch.org/get-started/locally"
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):

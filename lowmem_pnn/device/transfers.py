@@ -122,6 +122,12 @@ class Download:
         event = self._event  # another thread may set it to None meanwhile
         return event is None or event.is_complete()
 
+    def block_computing(self) -> None:
+        """Have all computations that are asked for from now on wait for the copy: they may change the device tensor; the host does not wait."""
+        event = self._event  # another thread may set it to None meanwhile
+        if event is not None:
+            event.block_computing()
+
     def call_at_end(self, on_end: Callable[[], None]) -> None:
         """Have a function called, once, when the device tensor is let go."""
         self._on_end = on_end

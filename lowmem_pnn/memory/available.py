@@ -15,6 +15,7 @@ AUTO_SHARE = 0.8
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*", re.ASCII)
 DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/dxg")
 """Files of NVIDIA's drivers, of which one is there where a driver is."""
+_GPU = re.compile(r"cuda(:\d+)?", re.ASCII)
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -28,12 +29,12 @@ def is_share(value: Any) -> bool:
     return isinstance(value, str) and (value.strip().lower() == "auto" or _SHARE.fullmatch(value) is not None)
 
 
-def budget_of(value: Any, device: str = "auto", free_bytes: int | None = None) -> Any:
+def budget_of(value: Any, device: str = "cpu", free_bytes: int | None = None) -> Any:
     """Return a budget in bytes where it was given as a share of what is available now; anything else as it was given.
 
     Args:
         value: a size, `auto`, or a share such as `75%`.
-        device: the training device, as the option names it.
+        device: the training device, as for `available_bytes`.
         free_bytes: what is available there, where that is known; None to ask.
 
     Raises:
@@ -48,29 +49,39 @@ def budget_of(value: Any, device: str = "auto", free_bytes: int | None = None) -
     return int(share * (available_bytes(device) if free_bytes is None else free_bytes))
 
 
-def available_bytes(device: str = "auto") -> int:
-    """Return the bytes that are free on a device: on a GPU what its driver says, on the CPU what can be had without swapping.
+def may_be_gpu(device: str) -> bool:
+    """Decide, without torch, whether a training device may be a GPU here: `auto` where there is a driver.
 
     Args:
         device: the training device, as the option names it.
+    """
+    return _GPU.fullmatch(device) is not None or (device == "auto" and any(Path(driver).exists() for driver in DRIVERS))
+
+
+def available_bytes(device: str = "cpu") -> int:
+    """Return the bytes that are free on a device: on a GPU what its driver says, on the CPU what can be had without swapping.
+
+    Args:
+        device: the training device that is taken: `cpu`, or `cuda` with its index.
 
     Raises:
-        ConfigError: a GPU is asked for, and there is none.
+        ConfigError: a GPU is asked for that is not there.
     """
-    if device != "cpu" and (device != "auto" or any(Path(driver).exists() for driver in DRIVERS)):
-        import torch
+    if _GPU.fullmatch(device) is None:
+        return _host_bytes()
+    import torch
 
-        if torch.cuda.is_available():
-            index = int(device.partition(":")[2] or 0)
-            if torch.cuda.get_device_properties(index).is_integrated:
-                return _host_bytes()
-            # By NVML where it answers: cudaMemGetInfo makes a context, which could then no longer be measured.
-            nvml = Nvml.find(index)
-            free = None if nvml is None else nvml.free_bytes()
-            return int(torch.cuda.mem_get_info(index)[0]) if free is None else free
-        if device != "auto":
-            raise ConfigError(f"--device {device}: torch finds no GPU; give --device cpu, or auto")
-    return _host_bytes()
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: torch finds no GPU; give --device cpu, or auto")
+    index = int(device.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"--device {device}: found {torch.cuda.device_count()} CUDA devices here; give --device cpu")
+    if torch.cuda.get_device_properties(index).is_integrated:
+        return _host_bytes()
+    # By NVML where it answers: cudaMemGetInfo makes a context, which could then no longer be measured.
+    nvml = Nvml.find(index)
+    free = None if nvml is None else nvml.free_bytes()
+    return int(torch.cuda.mem_get_info(index)[0]) if free is None else free
 
 
 def _host_bytes() -> int:

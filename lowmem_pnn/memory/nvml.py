@@ -48,9 +48,14 @@ class Nvml:
         return None
 
     def used_bytes(self) -> int | None:
-        """Return the bytes in use on the device, by all processes; None where NVML does not say."""
-        with contextlib.suppress(self._module.NVMLError):
-            return int(self._module.nvmlDeviceGetMemoryInfo(self._handle).used)
+        """Return the bytes in use on the device, by all processes; None where NVML does not say.
+
+        Newer drivers tell them apart from what they reserve for themselves, which is no part of the memory that CUDA sees.
+        """
+        newer = getattr(self._module, "nvmlMemory_v2", None)
+        for version in ((newer,), ()) if newer is not None else ((),):
+            with contextlib.suppress(self._module.NVMLError):
+                return int(self._module.nvmlDeviceGetMemoryInfo(self._handle, *version).used)
         return None
 
     def free_bytes(self) -> int | None:

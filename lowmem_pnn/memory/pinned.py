@@ -14,16 +14,23 @@ from lowmem_pnn.memory.aligned import ALIGNMENT
 from lowmem_pnn.units import MEBIBYTE
 
 
-def slab_bytes_of(budget_bytes: int) -> int:
+def slab_bytes_of(budget_bytes: int, max_host_mem: int | None = None) -> int:
     """Return the size of a device's page-locked slab: a sixteenth of the budget, rounded down to a power of two, at least 1 MiB.
 
     A power of two, since PyTorch's allocator of page-locked memory rounds up to one.
 
+    Args:
+        budget_bytes: budget of the device.
+        max_host_mem: bound on the host's memory, of which it is an eighth at most; None where there is none.
+
     Example:
         >>> slab_bytes_of(2_000_000_000) // MEBIBYTE, slab_bytes_of(1000) // MEBIBYTE
         (64, 1)
+        >>> slab_bytes_of(40_000_000_000, 2_000_000_000) // MEBIBYTE
+        128
     """
-    return max(MEBIBYTE, 1 << max(0, (budget_bytes // 16).bit_length() - 1))
+    most = budget_bytes // 16 if max_host_mem is None else min(budget_bytes // 16, max_host_mem // 8)
+    return max(MEBIBYTE, 1 << max(0, most.bit_length() - 1))
 
 
 class PinnedSlab:

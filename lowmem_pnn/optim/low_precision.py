@@ -14,6 +14,9 @@ a step, which is their ratio, would be as large as the smallest denominator allo
 
 A mean that moves by a thousandth of a distance each step moves by less than the precision of bfloat16, and would stand still if it were
 rounded to the nearest value; stochastic rounding is right in the mean.
+
+On the CPU its random numbers are the same however a parameter is cut into pieces. A GPU's generator gives other ones for other pieces:
+where a step slice has fewer elements than `GPU_PIECE_SIZE` (budgets below 512 MiB), `exact` rounds otherwise there than `backprop`.
 """
 
 import functools

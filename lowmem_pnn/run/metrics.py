@@ -196,9 +196,11 @@ class Metrics:
             device.begin_section()
         self._session.display.advance(self.status)
         if limit is not None and (peak := device.host_peak_bytes + self._workload.readers_peak_bytes) > limit:
+            keeps = self._workload.method.sweeps and self._workload.config.host_tier
+            instead = ", or --no-host-tier" if keeps else ""
             raise BudgetError(
                 f"{format_bytes(peak)} of host memory were in use in {title}, above --max-host-mem {format_bytes(limit)}; "
-                "give more, or a smaller --batch-size"
+                f"give more, or a smaller --batch-size{instead}"
             )
 
     # Lines of `metrics.jsonl`.

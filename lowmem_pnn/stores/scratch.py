@@ -89,6 +89,25 @@ class Scratch:
         assert key not in self._stored, "each key is put once"
         self._stored[key] = tuple(None if tensor is None else self._store(tensor.detach(), submit) for tensor in tensors)
 
+    def put_later(self, key: Hashable, like: Tensor, get: Callable[[], Tensor], submit: Submit) -> None:
+        """Store a tensor in the file that is not on the host yet.
+
+        Args:
+            key: New key.
+            like: Tensor of its type, shape and strides, which are dense, on any device.
+            get: Returns the tensor on the host; called by the write.
+            submit: Has the write done later.
+
+        Raises:
+            DiskError: The file system refused.
+        """
+        assert key not in self._stored, "each key is put once"
+        order = _order(like)
+        self._open()
+        offset = self._find_room(like.nbytes)
+        written = submit(like.nbytes, lambda: self._move(byte_view(get().permute(order)).data, offset, write=True))
+        self._stored[key] = (_Slot(offset, like.nbytes, like.dtype, tuple(like.permute(order).shape), order, written),)
+
     def wait(self, key: Hashable) -> None:
         """Wait until the tensors of a key are written.
 
@@ -170,9 +189,7 @@ class Scratch:
         self.close()
 
     def _store(self, tensor: Tensor, submit: Submit | None) -> Tensor | _Slot:
-        # By stride, and where strides are equal by number: the axes of a dense tensor in the order of its bytes.
-        strides = tensor.stride()
-        order = tuple(sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], axis)))
+        order = _order(tensor)
         dense = tensor.permute(order)
         if not dense.is_contiguous():
             order, dense = tuple(range(tensor.dim())), tensor.contiguous()
@@ -225,6 +242,12 @@ class Scratch:
             verb = "write" if write else "read"
             raise disk_error(self._folder / "scratch", error, f"{verb} {format_bytes(len(memory))}") from error
         self._counter.add(**{"written" if write else "read": len(memory)})
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    """Return the axes of a dense tensor in the order of its bytes: by stride, and where strides are equal by number."""
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.dim()), key=lambda axis: (-strides[axis], axis)))
 
 
 def _inverse(order: Sequence[int]) -> tuple[int, ...]:

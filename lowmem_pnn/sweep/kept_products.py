@@ -7,6 +7,7 @@ What is cheap for its size (norms, activations, additions) is computed again: it
 below autograd, which records them as always, with the tensors that it saves: every gradient is the same, bit for bit.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowmem_pnn.device import Device
@@ -144,19 +146,26 @@ class KeptProducts:
         self._scratch.close()
 
     def _put(self, key: tuple[int, ...], tensor: Tensor, writes: "_Writes") -> None:
-        host = self._device.to_host(tensor)
-        if host.nbytes > self._window_bytes:
-            self._scratch.put(key, [host])
+        if tensor.nbytes > self._window_bytes:
+            self._scratch.put(key, [self._device.to_host(tensor)])
             return
 
         def submit(nbytes: int, write: Callable[[], None]) -> "Future[None]":
             with self._threads.stalls.waiting("disk"):  # for room
                 future = self._write_behind.submit(nbytes, write)
             if self._device.shares_host:
-                writes.add(host, future)
+                writes.add(tensor, future.result)
             return future
 
-        self._scratch.put(key, [host], submit)
+        if self._device.shares_host:
+            self._scratch.put(key, [tensor], submit)
+            return
+        with self._threads.stalls.waiting("copy"):  # for room
+            download = self._device.download(tensor)
+        # Not itself: its page-locked memory would be lent until the layer is through.
+        copy = weakref.ref(download)
+        writes.add(tensor, lambda: None if (own := copy()) is None else own.block_computing())
+        self._scratch.put_later(key, torch.empty_like(tensor, device="meta"), download.get, submit)
 
     def _read(self, key: tuple[int, ...]) -> Tensor:
         (tensor,) = self._scratch.get(key)
@@ -193,22 +202,22 @@ class _Kept:
 
 
 class _Writes:
-    """The writes under way of a layer's products, whose memory must not change until they are done."""
+    """The writes, or copies to the host, under way of a layer's products, whose memory must not change until they are done."""
 
     def __init__(self) -> None:
-        self._futures: dict[int, Future[None]] = {}
+        self._waits: dict[int, Callable[[], object]] = {}
 
-    def add(self, tensor: Tensor, future: "Future[None]") -> None:
-        """Remember the write of a tensor."""
-        self._futures[_memory_of(tensor)] = future
+    def add(self, tensor: Tensor, wait: Callable[[], object]) -> None:
+        """Remember the function that waits until a tensor may change."""
+        self._waits[_memory_of(tensor)] = wait
 
     def wait_for(self, tensor: Tensor) -> None:
-        """Wait for the write of the memory that a tensor shows, if there is one."""
-        if (future := self._futures.pop(_memory_of(tensor), None)) is not None:
-            future.result()
+        """Wait until the memory that a tensor shows may change."""
+        if (wait := self._waits.pop(_memory_of(tensor), None)) is not None:
+            wait()
 
     def finish(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return what a layer returned when none of its memory is being written."""
+        """Return what a layer returned when its memory may change."""
         for tensor in outputs:
             self.wait_for(tensor)
         return outputs

@@ -162,7 +162,12 @@ class SweepOptimizerSteps:
             for total in unscaled_sums([parameter.grad], gradients.scale):
                 self._look_at(name, total, partition, gradients)
             rounds = self._workload.optimizer(partition).rounds(parameter)
-            gradients.norms[name] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32 if rounds else None)
+            # Otherwise by the kernel that `clip_grad_norm_` takes, which is another one on a GPU; of one norm its norm is itself.
+            gradients.norms[name] = (
+                torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+                if rounds
+                else nn.utils.get_total_norm([parameter.grad])
+            )
             if not gradients.scale.moves:
                 self._look_at(name, gradients.norms[name], partition, gradients)
             buffers.put_parameter_gradient(name, parameter.grad)

@@ -14,7 +14,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device
 from lowmem_pnn.device.described import DescribedGpu
-from lowmem_pnn.device.support import has_driver, is_gpu, missing_kernels, why_no_gpu
+from lowmem_pnn.device.support import device_taken, has_driver, missing_kernels, why_no_gpu
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.optim.low_precision import load_int8_levels
 from lowmem_pnn.optim.optimizers import OptimizerSpec
@@ -93,10 +93,11 @@ def reading(config: FitConfig, inputs: Inputs, display: Display | None = None) -
 
 
 def _device_of(config: FitConfig, rank: Rank) -> Device:
-    if is_gpu(config.device):
-        index = config.device.partition(":")[2]
+    device = device_taken(config.device, rank.local)
+    if device != "cpu":
         check_device(config, on_cpu=False, memory_bytes=psutil.virtual_memory().total)
-        return CudaDevice(config.max_gpu_mem, int(index or rank.local), config.budget_scope)
+        index = torch.device(device).index
+        return CudaDevice(config.max_gpu_mem, index, config.budget_scope, max_host_mem=config.max_host_mem)
     check_device(config, on_cpu=True, memory_bytes=psutil.virtual_memory().total)
     return CpuDevice(config.max_gpu_mem)
 

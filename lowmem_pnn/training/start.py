@@ -41,6 +41,7 @@ from lowmem_pnn.run.resume import (
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.samples.reader_process import READER_VARIABLE
+from lowmem_pnn.seeds import preserve_gpu_random_state
 from lowmem_pnn.settings.config_file import CONFIG_FILE, to_toml
 from lowmem_pnn.stores.disk import allow_many_files, file_system_faults, write_durably
 from lowmem_pnn.stores.journal import read_journal
@@ -258,7 +259,12 @@ def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Disp
 def _environment(display: Display) -> Iterator[WorkerThreads]:
     """What a training needs around it: the caller's random state kept, background threads, and a display that is closed at the end."""
     allow_many_files()
-    with torch.random.fork_rng(devices=[]), full_is_a_budget_error(), worker_threads() as threads:
+    with (
+        torch.random.fork_rng(devices=[]),
+        preserve_gpu_random_state(),
+        full_is_a_budget_error(),
+        worker_threads() as threads,
+    ):
         try:
             yield threads
         finally:

@@ -1,6 +1,8 @@
 """A driver double: a GPU in each of the worlds that drivers and containers make of it, without one."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Literal
 
@@ -8,8 +10,12 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.device.simulated import DelayedCopies
+from lowmem_pnn.units import MEBIBYTE
 
 MB = 10**6
+
+PAGE = 20 * MEBIBYTE
+"""Bytes by which a segment grows in place."""
 
 World = Literal["nvml", "no bytes", "null bytes", "host ids", "host ids, no bytes", "not listed", "no list", "no nvml", "unified"]
 
@@ -36,8 +42,11 @@ class Driver:
         self.others, self._size = 700 * MB, context
         self.context = context if exists else 0
         self.allocated = self.peak = 0
+        self.cached = 0  # of what is allocated, by nobody in use
         self.cap: int | None = None
         self.emptied = self.asked = 0
+        self.pinned_emptied = False
+        self.is_current = False
 
     def identity(self) -> str:
         return f"double {self._number}"
@@ -90,6 +99,7 @@ class Driver:
 
     def empty_cache(self) -> None:
         self.emptied += 1
+        self.allocated, self.cached = self.allocated - self.cached, 0
 
     def pinned(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
@@ -97,6 +107,23 @@ class Driver:
     def copies(self) -> DelayedCopies:
         return DelayedCopies()
 
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        self.is_current = True
+        yield
+        self.is_current = False
+
+    def empty_pinned_cache(self) -> None:
+        self.pinned_emptied = True
+
     def allocate(self, size: int) -> None:
         self.allocated += size
         self.peak = max(self.peak, self.allocated)
+
+    def can_take(self, size: int) -> bool:
+        """Decide whether PyTorch would allocate where segments grow in place: it looks at the cap before it rounds up to whole pages."""
+        assert self.cap is not None
+        return self.allocated + -(-size // (2 * MEBIBYTE)) * 2 * MEBIBYTE <= self.cap
+
+    def take(self, size: int) -> None:
+        self.allocate(-(-size // PAGE) * PAGE)

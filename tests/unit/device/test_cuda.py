@@ -1,16 +1,17 @@
 """The GPU: its budget's accounting with a driver of our own making, and, where there is one, a real run."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from helpers.gpu_driver import MB, Driver, World
-from lowmem_pnn.device import CudaDevice, context_memory
-from lowmem_pnn.device.cuda_driver import CudaCopies, use_expandable_segments
+from helpers.gpu_driver import MB, PAGE, Driver, World
+from lowmem_pnn.device import CudaDevice, context_memory, cuda_driver
+from lowmem_pnn.device.cuda_driver import CudaCopies, NvidiaDriver, leave_expandable_segments, use_expandable_segments
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.units import MEBIBYTE
 
@@ -21,7 +22,8 @@ def test_the_allocator_gets_the_budget_without_the_context(world: World) -> None
     with CudaDevice(2_000 * MB, driver=driver) as device:
         assert device.fixed_bytes == 402 * MB, "the context, and the workspaces that the warm-up leaves in the allocator"
         assert device.context == {"bytes": 400 * MB, "found": "nvml" if world == "nvml" else "difference"}
-        assert driver.cap == 1_600 * MB
+        assert driver.cap == 1_600 * MB - PAGE
+        assert driver.is_current
         driver.allocate(998 * MB)
         driver.allocate(-500 * MB)
         assert device.used_bytes() == 900 * MB
@@ -34,16 +36,29 @@ def test_the_allocator_gets_the_budget_without_the_context(world: World) -> None
         device.release()
         assert driver.emptied == 1
     assert driver.cap == driver.total(), "the allocator is free again"
+    assert not driver.is_current
     assert device.peak_bytes == 1_400 * MB
+
+
+def test_an_allocator_that_takes_whole_pages_stays_within_the_budget() -> None:
+    driver = Driver()
+    with CudaDevice(1_000 * MB, driver=driver) as device:
+        while driver.can_take(22 * MB):
+            driver.take(22 * MB)
+        device.check_budget()
+        assert device.section_peak_bytes() > 940 * MB
+        assert CudaDevice.reserve_for(1_000 * MB) == PAGE + 1_000 * MB // 32, "plans stay below the cap"
 
 
 def test_scope_allocator_leaves_the_context_out() -> None:
     driver = Driver()
     with CudaDevice(300 * MB, scope="allocator", driver=driver) as device:
         assert device.fixed_bytes == 2 * MB
-        assert driver.cap == 300 * MB
+        assert driver.cap == 300 * MB - PAGE
         driver.allocate(98 * MB)
         assert device.peak_bytes == 100 * MB
+    with CudaDevice(2 * MB, scope="allocator", driver=driver):
+        assert driver.cap == 0, "the plan says what would be enough"
 
 
 def test_libraries_that_are_loaded_later_are_taken_from_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,8 +69,13 @@ def test_libraries_that_are_loaded_later_are_taken_from_the_allocator(monkeypatc
         driver.context += 60 * MB
         device.begin_section()
         assert device.fixed_bytes == 462 * MB
-        assert driver.cap == 540 * MB
+        assert driver.cap == 540 * MB - PAGE
         driver.context += 50 * MB
+        driver.cached = 20 * MB
+        device.begin_section()
+        assert device.section_peak_bytes() == 992 * MB, "what the allocator kept for nobody went"
+        device.check_budget()
+        driver.context += 20 * MB
         device.begin_section()
         with pytest.raises(MemoryError, match="1012000000 bytes in use, above the budget of 1000000000"):
             device.check_budget()
@@ -67,7 +87,7 @@ def test_what_others_take_meanwhile_is_not_ours() -> None:
         driver.others += 3_000 * MB
         device.begin_section()
         assert device.fixed_bytes == 402 * MB
-        assert driver.cap == 600 * MB
+        assert driver.cap == 600 * MB - PAGE
 
 
 def test_a_budget_below_the_context_is_refused() -> None:
@@ -105,12 +125,53 @@ def test_plans_leave_room_for_workspaces_and_segments() -> None:
 
 def test_segments_expand_where_the_user_has_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
+    given = [""]
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append, raising=False)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: given[0], raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, garbage_collection_threshold:0.8")
     assert use_expandable_segments()
+    given[0] = "roundup_power2_divisions:[256:1,>:2]"
+    assert use_expandable_segments()
+    given[0] = asked[-1]
+    assert leave_expandable_segments()
+    monkeypatch.delattr(torch._C, "_accelerator_getAllocatorSettings")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
     assert not use_expandable_segments()
-    assert asked == ["expandable_segments:True"]
+    assert asked == [
+        "max_split_size_mb:64, garbage_collection_threshold:0.8,expandable_segments:True",
+        "roundup_power2_divisions:[256:1,>:2],expandable_segments:True",
+        "roundup_power2_divisions:[256:1,>:2],expandable_segments:False",
+    ]
+
+
+def test_a_gpu_that_cannot_map_memory_in_place_trains_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a virtual GPU, or one in WSL: the driver says so at the first allocation."""
+    asked: list[str] = []
+    faults = ["CUDA driver error: operation not supported"]
+
+    def warm_up(device: torch.device) -> None:
+        if faults:
+            raise RuntimeError(faults.pop(0))
+
+    monkeypatch.setattr(cuda_driver, "warm_up", warm_up)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append, raising=False)
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: "", raising=False)
+    for name, answer in {
+        "init": None, "synchronize": None, "empty_cache": None, "get_device_properties": SimpleNamespace(is_integrated=0)
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    driver = NvidiaDriver(1)
+    driver.start()
+    assert asked == ["expandable_segments:True", "expandable_segments:False"]
+    faults += ["CUDA driver error:\nunknown error"] * 2
+    with pytest.raises(
+        ConfigError, match="--device cuda:1: a first step of training fails there: CUDA driver error: unknown error; give"
+    ):
+        driver.start()
+    faults += ["CUDA out of memory. Tried to allocate 2 MiB"]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        driver.start()
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
@@ -120,13 +181,22 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 
 def test_page_locked_memory_counts_as_the_hosts() -> None:
-    with CudaDevice(1_600 * MB, driver=Driver()) as device:
+    driver = Driver()
+    with CudaDevice(1_600 * MB, driver=driver) as device:
         assert device.transfers is not None
         before = device.host_peak_bytes
         piece = device.transfers.empty((1000,), torch.float32)
         assert device.host_peak_bytes >= before + device.transfers.slab.size
         assert device.transfers.slab.size == 1 << 26
         assert device.transfers.slab.owns(piece)
+        del piece
+        peak = device.host_peak_bytes
+    assert driver.pinned_emptied
+    assert device.host_peak_bytes >= peak - 10 * MB
+    assert device.transfers.slab.held_bytes == 0
+    with CudaDevice(1_600 * MB, driver=driver, max_host_mem=200 * MB) as device:
+        assert device.transfers is not None
+        assert device.transfers.slab.size == 1 << 24, "an eighth of the bound, in powers of two"
 
 
 def test_a_copy_waits_for_what_was_computed_and_what_is_computed_then_for_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +244,8 @@ def test_a_copy_waits_for_what_was_computed_and_what_is_computed_then_for_the_co
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(name=current[0]))
     monkeypatch.setattr(torch.cuda, "stream", on)
-    copies = CudaCopies(torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: log.append(("on", device.index)) or nullcontext())
+    copies = CudaCopies(torch.device("cuda", 1))
     target = torch.zeros(3).as_subclass(Target)
     event = copies.upload(torch.ones(3), target)
     assert target.tolist() == [1, 1, 1]
@@ -183,6 +254,6 @@ def test_a_copy_waits_for_what_was_computed_and_what_is_computed_then_for_the_co
     event.wait()
     copies.download(torch.ones(3), target)
     assert log == [
-        ("up", "waits for", "computing"), ("up", "copies", True), ("up", "marks"), ("computing", "waits for", "up"),
-        ("host waits for", "up"), ("down", "waits for", "computing"), ("down", "copies", True), ("down", "marks"),
+        ("up", "waits for", "computing"), ("up", "copies", True), ("up", "marks"), ("on", 1), ("computing", "waits for", "up"),
+        ("on", 1), ("host waits for", "up"), ("down", "waits for", "computing"), ("down", "copies", True), ("down", "marks"),
     ]  # fmt: skip

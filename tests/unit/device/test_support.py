@@ -9,10 +9,12 @@ import torch
 
 from lowmem_pnn.cli import doctor
 from lowmem_pnn.cli.doctor import Findings
+from lowmem_pnn.cli.options import command_options
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device import CudaDevice, support
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.run.ranks import ALONE
+from lowmem_pnn.memory.available import available_bytes
+from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.training import setup
 
 OLD = (
@@ -45,6 +47,9 @@ def test_a_gpu_without_kernels_is_refused_or_left_and_named() -> None:
     config = configure(max_gpu_mem="10MB", model="mlp:64-10", data="digits")
     assert setup._device_of(config, ALONE).kind == "cpu"
     assert setup._why_not_taken() == support.missing_kernels(0)
+    assert support.budget_on("auto", "50%") == pytest.approx(available_bytes("cpu") / 2, rel=0.2), "of the device that trains"
+    line = command_options({"max_gpu_mem": "50%", "device": "auto"})
+    assert line["max_gpu_mem"] == pytest.approx(available_bytes("cpu") / 2, rel=0.2)
     found = Findings()
     doctor._device(found)
     assert "GTX 1080, compute capability 6.1, 7.00 GB of 8.00 GB free" in found.facts["gpu 0"]
@@ -73,3 +78,31 @@ def test_without_a_driver_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(setup, "has_driver", lambda: False)
     assert setup._why_not_taken() is None
+
+
+def test_a_gpu_without_a_number_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="a", total_memory=1, is_integrated=0)
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (asked.append(index), (10**9 * (index + 1), 1))[1])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert command_options({"max_gpu_mem": "50%", "device": "cuda"})["max_gpu_mem"] == 1_500_000_000
+    assert command_options({"max_gpu_mem": "50%", "device": "cuda:1"})["max_gpu_mem"] == 1_000_000_000
+    assert support.budget_on("cuda", "50%") == 500_000_000
+    assert asked == [2, 1, 0]
+    config = configure(max_gpu_mem="1GB", model="mlp:64-10", data="digits", device="cuda")
+    assert setup._device_of(config, Rank(2, 4, 2)).torch_device.index == 2
+
+
+def test_builds_for_rocm_name_their_architectures_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx942"])
+    assert support.missing_kernels(0) is None
+    assert support.why_no_gpu() == "this torch is built for ROCm, and finds none"

@@ -7,7 +7,7 @@ import pytest
 
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory import available
-from lowmem_pnn.memory.available import available_bytes, budget_of
+from lowmem_pnn.memory.available import available_bytes, budget_of, may_be_gpu
 
 
 @pytest.fixture
@@ -45,3 +45,18 @@ def test_a_gpu_that_is_asked_for_has_to_be_there(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="torch finds no GPU; give --device cpu"):
         available_bytes("cuda:1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="--device cuda:1: found 1 CUDA devices here; give --device cpu"):
+        budget_of("auto", "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("device", "drivers", "may"),
+    [("cpu", True, False), ("auto", True, True), ("auto", False, False), ("cuda:1", False, True)],
+)
+def test_whether_there_may_be_a_gpu_is_told_without_torch(
+    device: str, drivers: bool, may: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(available, "DRIVERS", ("/dev/null",) if drivers else ())
+    assert may_be_gpu(device) == may

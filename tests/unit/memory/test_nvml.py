@@ -22,6 +22,7 @@ class Library:
     def __init__(self, known: dict[str, int]) -> None:
         self.known = known
         self.listed: list[SimpleNamespace] | None = []
+        self.reserved: int | None = 0
 
     def nvmlInit(self) -> None:
         pass
@@ -31,8 +32,13 @@ class Library:
             raise self.NVMLError("not found")
         return name
 
-    def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:
-        return SimpleNamespace(total=self.known[handle], used=GB, free=self.known[handle] - GB)
+    nvmlMemory_v2 = 2
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str, version: int = 1) -> SimpleNamespace:
+        if version == self.nvmlMemory_v2 and self.reserved is None:
+            raise self.NVMLError("function not found")
+        reserved = 0 if version == self.nvmlMemory_v2 else self.reserved or 0
+        return SimpleNamespace(total=self.known[handle], used=GB + reserved, free=self.known[handle] - GB - (self.reserved or 0))
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:
         if self.listed is None:
@@ -46,6 +52,7 @@ def install(monkeypatch: pytest.MonkeyPatch, total: int, known: dict[str, int], 
     properties = SimpleNamespace(uuid="a-b", total_memory=total, is_integrated=integrated)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     return library
 
 
@@ -68,6 +75,16 @@ def test_a_device_is_found_by_a_name_whose_memory_is_that_of_cuda(
     found = Nvml.find(0)
     assert (found and found.free_bytes()) == (free and free * GB)
     assert (found and found.used_bytes()) == (free and GB)
+
+
+def test_what_the_driver_reserves_is_not_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = install(monkeypatch, 10 * GB, {"GPU-a-b": 10 * GB})
+    found = Nvml.find(0)
+    assert found is not None
+    for reserved in (GB // 2, None):  # an older driver cannot tell
+        library.reserved = reserved
+        assert found.used_bytes() == GB
+    assert found.free_bytes() == 9 * GB
 
 
 def test_processes_are_listed_with_what_the_driver_tells_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.device import CpuDevice
+from lowmem_pnn.device import CpuDevice, Device, SimulatedDevice
 from lowmem_pnn.engine.prefetch import WriteBehind
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import DiskError
@@ -38,16 +38,22 @@ def threads() -> Iterator[WorkerThreads]:
     threads.close()
 
 
-def _kept(folder: Path, threads: WorkerThreads, window: int, counter: IoCounter) -> KeptProducts:
+def _kept(folder: Path, threads: WorkerThreads, window: int, counter: IoCounter, device: Device) -> KeptProducts:
     return KeptProducts(
-        CpuDevice(1 << 30), folder, counter, threads, WriteBehind(threads.write, window), window, [0, 1], lambda product: True
+        device, folder, counter, threads, WriteBehind(threads.write, window), window, [0, 1], lambda product: True
     )
 
 
+@pytest.mark.parametrize("kind", [CpuDevice, SimulatedDevice])
 @pytest.mark.parametrize("window", [0, 3000, 1 << 20], ids=["at-once", "one-waits", "all-wait"])
 def test_products_come_back_as_they_were_however_late_they_are_written(
-    window: int, tmp_path: Path, threads: WorkerThreads, monkeypatch: pytest.MonkeyPatch
+    window: int,
+    kind: type[CpuDevice] | type[SimulatedDevice],
+    tmp_path: Path,
+    threads: WorkerThreads,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """On a device that is not the host they are copied beside the computing, here at the last moment."""
     move = Scratch._move
 
     def late(self: Scratch, memory: memoryview, offset: int, *, write: bool) -> None:
@@ -56,7 +62,12 @@ def test_products_come_back_as_they_were_however_late_they_are_written(
 
     monkeypatch.setattr(Scratch, "_move", late)
     layer, counter = _InPlace(), IoCounter()
-    kept = _kept(tmp_path, threads, window, counter)
+    device = kind(1 << 30)
+    if kind is SimulatedDevice:
+        device.open()
+    if window == 1 << 20:
+        monkeypatch.setattr(SimulatedDevice, "to_host", None)  # for which the host would wait
+    kept = _kept(tmp_path, threads, window, counter, device)
     samples = torch.randn(3, 8, 8)
     outputs = []
     with torch.no_grad():
@@ -74,6 +85,8 @@ def test_products_come_back_as_they_were_however_late_they_are_written(
                     assert all(map(torch.equal, again, outputs[2 * number + index]))
     assert counter.bytes_written == counter.bytes_read == 6 * (8 * 64 + 8 * 8) * 4
     kept.close()
+    if kind is SimulatedDevice:
+        device.close()
 
 
 def test_a_write_that_fails_is_told_of(tmp_path: Path, threads: WorkerThreads, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +95,7 @@ def test_a_write_that_fails_is_told_of(tmp_path: Path, threads: WorkerThreads, m
 
     monkeypatch.setattr(Scratch, "_move", full)
     layer, x = _InPlace(), torch.randn(2, 8)
-    kept = _kept(tmp_path, threads, 1 << 20, IoCounter())
+    kept = _kept(tmp_path, threads, 1 << 20, IoCounter(), CpuDevice(1 << 30))
 
     def go() -> None:
         with kept.keeping(0, 0) as finish:
