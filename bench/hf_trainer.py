@@ -102,7 +102,8 @@ def make_folder(folder: Path) -> None:
 def rows_of(folder: Path, case: Case, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows that a run sees, in its order, as Trainer takes them; their labels are moved by one already."""
     from lowmem_pnn.config.configure import configure
-    from lowmem_pnn.language.open_language import LanguageForm, open_language
+    from lowmem_pnn.language.language_form import LanguageForm
+    from lowmem_pnn.language.open_language import open_language
     from lowmem_pnn.seeds import permutation_of
     from lowmem_pnn.workload.parts import split_data
 

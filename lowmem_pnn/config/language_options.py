@@ -34,7 +34,7 @@ class LanguageOptions:
     )
     context: PositiveInt | None = Field(
         default=None,
-        description="Tokens of a sample of text; by default as many as the model takes, or 256 where it does not say.",
+        description="Tokens of a sample of text; by default what a gpt: model takes, else 256 (or fewer, if hf: has).",
     )
     target_context: PositiveInt | None = Field(
         default=None,

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from lowmem_pnn.errors import DataError
+from lowmem_pnn.language.sequence_rows import LabelledRows
 from lowmem_pnn.language.token_rows import choose_inputs
 from lowmem_pnn.samples.normalization import Normalization
 from lowmem_pnn.sources.dataset import Dataset, class_numbers
 from lowmem_pnn.sources.splits import Indices, SampleSplit, Split
-from lowmem_pnn.sources.subsets import RenumberedSplit, as_floats, files_of
+from lowmem_pnn.sources.subsets import RenumberedSplit, as_floats, files_of, whole_of
 from lowmem_pnn.sources.targets import Targets
 from lowmem_pnn.workload.data_form import DataForm
 
@@ -49,11 +50,11 @@ class OpenPart:
 
     @classmethod
     def of_dataset(cls, split: Split, dataset: Dataset) -> "OpenPart":
-        """Return a part of a data set with targets."""
+        """Return a part of a data set, with targets but for texts that have no classes."""
         several = tuple((spec.shape, spec.dtype) for spec in dataset.inputs)
         inputs = several if dataset.structure is not None else ((dataset.sample_shape, dataset.dtype),)
-        # Texts that are to be classified say which column their classes are of: none where they have none.
-        labelled = dataset.preparation.get("target", "") is not None
+        rows = whole_of(split)
+        labelled = rows.has_labels if isinstance(rows, LabelledRows) else True
         return cls(split, labelled, inputs, dataset.structure, dataset.targets, tuple(dataset.classes))
 
 

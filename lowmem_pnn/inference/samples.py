@@ -18,6 +18,7 @@ from lowmem_pnn.formats.table_file import TableFile
 from lowmem_pnn.formats.tables import TableSchema, open_table
 from lowmem_pnn.formats.unlabelled import open_given, open_images, open_npz
 from lowmem_pnn.inference.open_parts import OpenPart, SamplesToPredict
+from lowmem_pnn.language.tokenizer import check_trained_by
 from lowmem_pnn.samples.normalization import Normalization
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import find_dataset
@@ -98,7 +99,7 @@ def open_samples(
                 f"the run was trained on data from Python ({config.data}), which no name leads to; give the data to predict"
             )
         own = dataclasses.replace(config, skip_broken=config.skip_broken or skip_broken)
-        parts, steps = _own_parts(own, sample_form)
+        parts, steps = _own_parts(own, sample_form, preparation)
         root = _root(spec)
     elif text:
         (parts, steps), root = _parts_of(spec, config, form, sample_form, preparation, skip_broken), _root(spec)
@@ -142,11 +143,13 @@ def _root(spec: str) -> Path | None:
     return path if kind in ("imagefolder", "segmentation") else None
 
 
-def _own_parts(config: FitConfig, form: SampleForm) -> tuple[dict[str, OpenPart], str]:
+def _own_parts(config: FitConfig, form: SampleForm, preparation: Mapping[str, Any]) -> _Parts:
     """Return the parts of the run's own data, opened and divided as for training."""
     task = "own" if form.options.task == "own" else config.target_task
     form = dataclasses.replace(form, options=TargetOptions(task, config.ignore_index))
     dataset = open_source(config.data, config, form)
+    now, then = (made.get("tokenizer_fingerprint") for made in (dataset.preparation, preparation))
+    check_trained_by(str(dataset.preparation.get("tokenizer")), now, then)
     dataset, apart = open_apart(config, dataset, form)
     dataset, splits = split_data(dataset, config, apart)
     return {name: OpenPart.of_dataset(split, dataset) for name, split in splits.items()}, dataset.preprocessing

@@ -40,7 +40,7 @@ class ChatTemplate:
         self._template, self._tokens = tokenizer.chat_template, tokenizer.special_tokens
         self._marks = f"{{% {_MARKED} %}}" in self._template.replace("{%-", "{%").replace("-%}", "%}")
 
-    def render(self, messages: Sequence[Any], where: str) -> tuple[str, Spans]:
+    def render(self, messages: Sequence[Any], where: str, tools: Sequence[Any] | None = None) -> tuple[str, Spans]:
         """Return the text of a conversation, and the ranges of it that the assistant says.
 
         A template that marks them (`{% generation %}`) tells; of others the text up to a turn is compared with the text after it.
@@ -48,19 +48,20 @@ class ChatTemplate:
         Args:
             messages: Turns, each with `role` and `content`.
             where: Place of the conversation in messages.
+            tools: JSON schemas of the tools that the assistant may call; None where there are none.
 
         Raises:
             DataError: The template does not take it, or makes a text of it whose turns cannot be told apart.
         """
         if self._marks:
-            (text,), (spans,) = self._call(messages, where, return_assistant_tokens_mask=True)
+            (text,), (spans,) = self._call(messages, where, tools, return_assistant_tokens_mask=True)
             return text, [(int(begin), int(end)) for begin, end in spans]
-        text, spans = self._text(messages, where), []
+        text, spans = self.text(messages, where, tools), []
         for number, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
-            before = self._text(messages[:number], where, add_generation_prompt=True) if number else ""
-            after = self._text(messages[: number + 1], where)
+            before = self._text(messages[:number], where, tools, add_generation_prompt=True) if number else ""
+            after = self._text(messages[: number + 1], where, tools)
             if not (text.startswith(after) and after.startswith(before)):
                 raise DataError(
                     f"{where}: the chat template changes earlier turns where later ones come, so what the assistant says cannot be told apart; "
@@ -69,15 +70,21 @@ class ChatTemplate:
             spans.append((len(before), len(after)))
         return text, spans
 
-    def text(self, messages: Sequence[Any], where: str) -> str:
+    def text(self, messages: Sequence[Any], where: str, tools: Sequence[Any] | None = None) -> str:
         """Return the text of a conversation; arguments and errors as for `render`."""
-        return self._text(messages, where)
+        return self._text(messages, where, tools)
 
-    def _text(self, messages: Sequence[Any], where: str, **options: Any) -> str:
-        (text,), _ = self._call(messages, where, **options)
+    def _text(self, messages: Sequence[Any], where: str, tools: Sequence[Any] | None, **options: Any) -> str:
+        (text,), _ = self._call(messages, where, tools, **options)
         return str(text)
 
-    def _call(self, messages: Sequence[Any], where: str, **options: Any) -> Any:
+    def _call(self, messages: Sequence[Any], where: str, tools: Sequence[Any] | None, **options: Any) -> Any:
+        if tools is not None and "tools" not in self._template:
+            raise DataError(
+                f"{where} has 'tools', and the chat template has no place for them; give a template that has, or leave that column out"
+            )
+        if tools is not None:
+            options["tools"] = list(tools)
         try:
             return self._render_many([list(messages)], chat_template=self._template, **self._tokens, **options)
         except MemoryError:

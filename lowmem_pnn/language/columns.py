@@ -1,6 +1,7 @@
 """Columns of rows that hold text: which of them make a document, by what the model is to learn."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,9 @@ COLUMNS: dict[Kind, Columns] = {
     "chat": ("messages",), "completion": ("prompt", "completion"), "text": ("text",), "pair": ("source", "target"), "labelled": ("text",),
 }  # fmt: skip
 """Columns that make a document, by its kind; one with a label has its column, whatever that is called, too."""
+
+# Columns beside `messages` that templates may ask for too, and those that are given to none here.
+_TOOLS, _NOT_GIVEN = "tools", ("functions", "documents", "chat_template_kwargs")
 
 _ORDER: tuple[Kind, ...] = ("labelled", "text", "pair", "completion", "chat")
 
@@ -36,6 +40,16 @@ class Wanted:
             kind: The kind.
         """
         return (*COLUMNS[kind], self.label) if kind == "labelled" else COLUMNS[kind]
+
+    def read(self, kind: Kind, there: Collection[str]) -> Columns:
+        """Return the columns of a source that are read: those that make a document, and what a template may ask for beside them.
+
+        Args:
+            kind: Kind of the documents.
+            there: Columns that there are.
+        """
+        beside = (_TOOLS, *_NOT_GIVEN) if kind == "chat" else ()
+        return (*self.columns(kind), *(column for column in beside if column in there))
 
     @property
     def words(self) -> str:
@@ -67,7 +81,7 @@ class Wanted:
         raise DataError(f"{where} has the columns {there}{lacking}; text is taken from {self.words}: {remedy}")
 
     def values(self, row: Any, kind: Kind, where: str) -> tuple[Any, ...]:
-        """Return what a row has in the columns of a document.
+        """Return what a row has in the columns of a document; behind the turns of a conversation the tools that it may call, or None.
 
         Args:
             row: The row, by column.
@@ -86,11 +100,15 @@ class Wanted:
             value = row[column]
             if kind == "chat":
                 _check_messages(value, where)
+                # A template that asks whether a turn has a key means one with a value.
+                value = [{key: one for key, one in turn.items() if one is not None or key == "content"} for turn in value]
             elif kind == "labelled" and column == self.label and column not in COLUMNS[kind]:
                 _check_label(value, column, where)
             elif not isinstance(value, str):
                 raise DataError(f"{where}: {column!r} is a {json_type(value)}; give text")
             values.append(value)
+        if kind == "chat":
+            values.append(_tools(row, where))
         return tuple(values)
 
 
@@ -115,6 +133,37 @@ def _check_messages(value: Any, where: str) -> None:
     for turn in value:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or "content" not in turn:
             raise DataError(f"{where}: a turn of 'messages' has no 'role' or no 'content'; give both for each turn")
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a row of a table without keys that have no value, at any depth: a column gives each of its objects the keys of all of them.
+
+    Args:
+        value: The row, or what is in it.
+
+    Example:
+        >>> without_nulls([{"role": "user", "content": None, "tool_calls": None}])
+        [{'role': 'user', 'content': None}]
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None or key == "content"}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def _tools(row: Any, where: str) -> list[dict[str, Any]] | None:
+    """Return the tools that a conversation may call; None where it has none."""
+    for column in _NOT_GIVEN:
+        if row.get(column):
+            raise DataError(f"{where} has {column!r} beside 'messages', which no template is given here; leave that column out")
+    tools = row.get(_TOOLS)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            tools = ""
+    if not isinstance(tools, list | None) or not all(isinstance(tool, dict) for tool in tools or ()):
+        raise DataError(f"{where}: 'tools' is no list of objects; give the JSON schema of each tool")
+    return tools or None
 
 
 def _check_label(value: Any, column: str, where: str) -> None:

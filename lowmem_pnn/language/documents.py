@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
-from lowmem_pnn.language.columns import NEXT_TOKENS, Kind, Wanted, json_type
+from lowmem_pnn.language.columns import NEXT_TOKENS, Kind, Wanted, json_type, without_nulls
 from lowmem_pnn.sources.imports import one_line
 
 _CHUNK_BYTES = 1 << 20
@@ -22,7 +22,8 @@ class Document:
 
     Args:
         where: Its place, for messages.
-        values: Its text; a prompt and its completion; a source and its target; the turns of a conversation; or a text and its class.
+        values: Its text; a prompt and its completion; a source and its target; the turns of a conversation and its tools; or a text and its
+            class.
         is_begin: Whether the text begins here, of a text that comes in pieces.
         is_end: Whether it ends here.
     """
@@ -152,7 +153,8 @@ def open_parquet(path: Path, wanted: Wanted = NEXT_TOKENS) -> Documents:
             if kind is None:
                 yield dict.fromkeys(file.schema_arrow.names), file.metadata.num_rows
                 return
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=list(wanted.columns(kind))):
+            columns = list(wanted.read(kind, file.schema_arrow.names))
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
                 yield from batch.to_pylist()
 
     kind: Kind | None = None
@@ -173,18 +175,21 @@ def open_rows(rows: Any, name: str, wanted: Wanted = NEXT_TOKENS) -> Documents:
         DataError: It is empty, or has no columns of text.
     """
     kind = wanted.kind_of(dict.fromkeys(rows.features), name)
+    # Of a column that is not read an image would be decoded.
+    columns = wanted.read(kind, rows.features)
+    read_rows = rows.select_columns(list(columns))
 
     def read() -> Iterator[Any]:
         for begin in range(0, len(rows), _ROWS_AT_ONCE):
-            columns = rows[begin : begin + _ROWS_AT_ONCE]
-            yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+            found = read_rows[begin : begin + _ROWS_AT_ONCE]
+            yield from (dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True))
 
     digest = hashlib.sha256(f"{len(rows)} {list(rows.features)}".encode())
     for row in read():
-        digest.update(json.dumps([row[column] for column in wanted.columns(kind)], default=str).encode())
-    found = _of_rows(name, wanted, kind, lambda: _unless_damaged(read(), name), digest.hexdigest(), len(rows))
+        digest.update(json.dumps([row[column] for column in columns], default=str).encode())
+    documents = _of_rows(name, wanted, kind, lambda: _unless_damaged(read(), name), digest.hexdigest(), len(rows))
     classes = getattr(rows.features[wanted.label], "names", None) if kind == "labelled" else None
-    return replace(found, classes=tuple(classes or ()))
+    return replace(documents, classes=tuple(classes or ()))
 
 
 def _of_rows(name: str, wanted: Wanted, kind: Kind, rows: Callable[[], Iterator[Any]], content: str, size: int) -> Documents:
@@ -197,6 +202,8 @@ def _of_rows(name: str, wanted: Wanted, kind: Kind, rows: Callable[[], Iterator[
         for row in rows():
             count.value += 1
             where = f"{name}, row {count.value}"
+            if kind == "chat":
+                row = {column: without_nulls(value) for column, value in row.items()}
             yield Document(where, wanted.values(row, kind, where))
 
     return Documents(name, kind, read, content, size, count, _label(wanted, kind))
@@ -257,7 +264,8 @@ def _text_of(error: Exception) -> str:
 def _pieces(file: Path, count: _Count) -> Iterator[str]:
     """Yield the text of a file in pieces of about a megabyte, cut after a line's end that no white space follows.
 
-    Tokenizers divide text there too, so that pieces have the tokens of the whole; text of 4 MB without such a place is cut before a space.
+    Most tokenizers divide text there too, so that pieces have the tokens of the whole; those that put a space before every text (of
+    SentencePiece: T5, the first Llamas) begin each piece with one token more. Text of 4 MB without such a place is cut before a space.
     """
     rest = ""
     try:

@@ -67,7 +67,7 @@ def fit_labels(model: nn.Module, spec: str, dataset: Dataset, splits: Mapping[An
     ignored = PYTORCH_IGNORED if dataset.targets.ignored is None else dataset.targets.ignored
     moves, fitted, moved = moves_labels(model), dict(splits), []
     for name, split in splits.items():
-        if not isinstance(_source_of(split), SampleSplit):
+        if not isinstance(source_of(split), SampleSplit):
             continue
         same, ahead, differ = _likeness(split, dataset, ignored)
         if moves and (ahead < 0.5 or ahead <= same):
@@ -107,7 +107,7 @@ def moves_labels(model: nn.Module) -> bool:
     return False
 
 
-def _source_of(split: Any) -> Any:
+def source_of(split: Any) -> Any:
     """Return what gives the samples, without what chooses some of them, or some of their tensors."""
     while (base := getattr(split, "base", None)) is not None:
         split = base

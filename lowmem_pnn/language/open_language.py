@@ -3,9 +3,8 @@
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,78 +12,20 @@ from torch.utils import _pytree as pytree
 
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.formats.hub_data import open_parts
-from lowmem_pnn.language.columns import NEXT_TOKENS, SEQUENCES, Wanted
 from lowmem_pnn.language.documents import Documents, open_jsonl, open_parquet, open_rows, open_texts
+from lowmem_pnn.language.language_form import LanguageForm
 from lowmem_pnn.language.next_tokens import moves_labels
 from lowmem_pnn.language.packing import Form
 from lowmem_pnn.language.sequence_rows import LABELLED_NAMES, PAIR_NAMES, LabelledRows, PairRows
 from lowmem_pnn.language.token_cache import CacheStats, TokenCache, open_cache
 from lowmem_pnn.language.token_rows import INPUT_NAMES, ChosenInputs, TokenRows, left_out_mask
-from lowmem_pnn.language.tokenizer import Tokenizer, open_tokenizer
+from lowmem_pnn.language.tokenizer import Tokenizer, check_trained_by, open_tokenizer
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.dataset import Dataset, folder_name
 from lowmem_pnn.sources.imports import did_you_mean
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED, Targets
-from lowmem_pnn.sources.text import DEFAULT_CONTEXT
-
-# The last tenth of the windows of a text is its test part, as for bytes.
-_TEST_SHARE = 10
-
-
-Purpose = Literal["next-tokens", "classes", "sequences"]
-"""What a model learns of text: to go on with it, which class it is of, or which other text is its answer."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """What a model wants of text.
-
-    Args:
-        purpose: What it learns.
-        label: Column of the classes.
-        may_lack_labels: Whether texts without classes do, which are to be predicted.
-        classes: Names of the classes that the training data has, by their numbers; none where it has none, or this is it.
-        padding: Token that it takes for padding; None for the tokenizer's.
-        start: Token that its decoder begins with; None where it says none.
-        target_context: Tokens of a target; None for as many as of a source.
-    """
-
-    purpose: Purpose = "next-tokens"
-    label: str = "label"
-    may_lack_labels: bool = False
-    classes: tuple[str, ...] = ()
-    padding: int | None = None
-    start: int | None = None
-    target_context: int | None = None
-
-    @property
-    def wanted(self) -> Wanted:
-        """Columns that make documents for it."""
-        if self.purpose == "classes":
-            return Wanted(("labelled", "text") if self.may_lack_labels else ("labelled",), self.label)
-        return SEQUENCES if self.purpose == "sequences" else NEXT_TOKENS
-
-
-@dataclass(frozen=True)
-class LanguageForm:
-    """How text is to become samples.
-
-    Args:
-        tokenizer: `bytes`, a file or a folder; None where nobody says, which is bytes.
-        context: Inputs of a row; None for 256.
-        packs: Whether documents lie side by side in a row.
-        loss_on: What is learnt of prompts and completions, and of conversations.
-        root: Folder of token caches.
-        head: What the model wants of text.
-    """
-
-    tokenizer: str | None
-    context: int | None
-    packs: bool
-    loss_on: Literal["completions", "all"]
-    root: Path
-    head: Head = Head()
+from lowmem_pnn.sources.text import DEFAULT_CONTEXT, num_test_rows
 
 
 def open_language(spec: str, form: LanguageForm) -> Dataset:
@@ -100,6 +41,8 @@ def open_language(spec: str, form: LanguageForm) -> Dataset:
     """
     place = spec.partition(":")[2]
     tokenizer = open_tokenizer(form.tokenizer or "bytes")
+    check_trained_by(tokenizer.name, tokenizer.fingerprint, form.trained_by)
+    form.head.check(tokenizer)
     context, purpose = form.context or DEFAULT_CONTEXT, form.head.purpose
     sources = _sources(spec, form)
     rows_form = _rows_form(spec, form)
@@ -112,20 +55,26 @@ def open_language(spec: str, form: LanguageForm) -> Dataset:
             form=rows_form,
             on_completions=form.loss_on == "completions",
             target_context=form.head.target_context or context if purpose == "sequences" else None,
+            filler=_padding(form, tokenizer) if form.keeps_rows and purpose != "next-tokens" else None,
         )
         for name, documents in sources.items()
     }
     words = [_words(cache.stats, sources[name], tokenizer, rows_form, form) for name, cache in caches.items()]
-    preparation: dict[str, Any] = {"tokenizer": form.tokenizer or "bytes", "context": context}
+    preparation: dict[str, Any] = {
+        "tokenizer": form.tokenizer or "bytes",
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "context": context,
+    }
     classes: tuple[str, ...] = ()
     parts: dict[str, Split]
+    is_whole = purpose == "next-tokens" and spec.startswith("text:") and (form.is_apart or form.tests_apart)
     if purpose == "classes":
         classes, parts, targets = _labelled(spec, form, sources, caches, tokenizer)
         preparation |= {"target": sources["train"].label, "classes": list(classes)}
     elif purpose == "sequences":
         parts, targets = _pairs(form, caches, tokenizer)
     else:
-        parts = _next_tokens(spec, caches, context, rows_form, tokenizer)
+        parts = _next_tokens(spec, caches, context, rows_form, tokenizer, is_whole=is_whole)
         targets = Targets("tokens", tokenizer.size, (context,), ignored=PYTORCH_IGNORED)
     names = _INPUTS[rows_form]
     inputs = tuple(TensorSpec((context,), torch.int64) for _ in names)
@@ -140,7 +89,7 @@ def open_language(spec: str, form: LanguageForm) -> Dataset:
         sample_shape=(context,),
         dtype=torch.int64,
         preprocessing="; ".join(words),
-        fingerprint=" ".join(cache.fingerprint for cache in caches.values()),
+        fingerprint=" ".join([cache.fingerprint for cache in caches.values()] + (["whole"] if is_whole else [])),
         classes=classes,
         inputs=inputs,
         structure=pytree.tree_structure(dict.fromkeys(names, 0)),
@@ -156,9 +105,13 @@ def _sources(spec: str, form: LanguageForm) -> dict[str, Documents]:
     kind, _, place = spec.partition(":")
     wanted = form.head.wanted
     if kind == "hfdata":
+        parts = open_parts(place, needs_train=not form.is_apart)
+        if "train" not in parts and len(parts) > 1:
+            raise DataError(f"{spec} has the parts {', '.join(map(repr, parts))}, and no training part; give one of them alone")
+        if "train" not in parts:
+            parts = {"train": next(iter(parts.values()))}
         return {
-            part: open_rows(rows, f"{spec} ({part} part)" if part != "train" else spec, wanted)
-            for part, rows in open_parts(place).items()
+            part: open_rows(rows, f"{spec} ({part} part)" if part != "train" else spec, wanted) for part, rows in parts.items()
         }
     path = Path(place).expanduser()
     if kind == "text":
@@ -180,13 +133,13 @@ def _rows_form(spec: str, form: LanguageForm) -> Form:
 
 
 def _next_tokens(
-    spec: str, caches: Mapping[str, TokenCache], context: int, rows_form: Form, tokenizer: Tokenizer
+    spec: str, caches: Mapping[str, TokenCache], context: int, rows_form: Form, tokenizer: Tokenizer, *, is_whole: bool
 ) -> dict[str, Split]:
     """Return the parts of text that a model goes on with."""
     parts: dict[str, Split] = {}
     for name, cache in caches.items():
         rows = cache.stats.rows
-        num_test = max(rows // _TEST_SHARE, 1) if spec.startswith("text:") and rows > 1 else 0
+        num_test = num_test_rows(rows) if spec.startswith("text:") and not is_whole else 0
         parts[name] = TokenRows(cache, context, rows_form, tokenizer.padding, 0, rows - num_test)
         if num_test:
             parts["test"] = TokenRows(cache, context, rows_form, tokenizer.padding, rows - num_test, num_test)
@@ -319,6 +272,7 @@ def _words(stats: CacheStats, documents: Documents, tokenizer: Tokenizer, rows_f
         (stats.split, "longer than a row, and split"),
         (stats.cut, "longer than a row, and cut"),
         (stats.left_out, "without a token to learn, and left out"),
+        (stats.filled, "without a token, and read as one of padding"),
     ):
         if number:
             said.append(f"{number:,} {text}")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowmem_pnn.language.tokenizer import Tokenizer, open_tokenizer
+from lowmem_pnn.language.tokenizer import Tokenizer, check_trained_by, open_tokenizer
 
 
 def tokenizer_of(data: str, preparation: Mapping[str, Any], asked: str | None = None) -> Tokenizer | None:
@@ -15,10 +15,16 @@ def tokenizer_of(data: str, preparation: Mapping[str, Any], asked: str | None = 
         asked: Tokenizer that was asked for.
 
     Raises:
-        ConfigError: It cannot be opened.
+        ConfigError: It cannot be opened, or is not as it was in training, and nobody asked for it.
     """
     spec = asked or preparation.get("tokenizer") or ("bytes" if data.startswith("text:") else None)
-    return None if spec is None else open_tokenizer(str(spec))
+    if spec is None:
+        return None
+    tokenizer = open_tokenizer(str(spec))
+    if asked is None:
+        remedy = f", or say that it is to be taken (--tokenizer {spec})"
+        check_trained_by(tokenizer.name, tokenizer.fingerprint, preparation.get("tokenizer_fingerprint"), remedy)
+    return tokenizer
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -31,6 +31,16 @@ class LabelledRows:
         self._cache, self._context, self._padding = cache, context, padding
         self._classes = np.array([*classes], dtype=np.int64)
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether the texts have classes."""
+        return self._cache.labels is not None
+
+    @property
+    def largest_token(self) -> int:
+        """Largest number of a token that rows have, be it that of padding."""
+        return max(self._padding, int(self._cache.tokens.max(initial=0)))
+
     def __len__(self) -> int:
         return len(self._cache.rows)
 

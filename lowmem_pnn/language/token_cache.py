@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -27,8 +26,11 @@ from lowmem_pnn.language.documents import Document, Documents
 from lowmem_pnn.language.packing import Form, Layout
 from lowmem_pnn.language.progress import Ticker, tell
 from lowmem_pnn.language.tokenizer import Tokenizer
+from lowmem_pnn.language.unfinished_caches import unfinished
 
 _VERSION = 1
+# Counts up when texts of a kind are read otherwise: their caches alone are made again.
+_READINGS = {"chat": 2}
 _CHUNK_BYTES = 1 << 20
 # Characters, and documents, that are tokenised at once.
 _CHARACTERS_AT_ONCE, _DOCUMENTS_AT_ONCE = 1 << 20, 1024
@@ -47,6 +49,7 @@ class CacheStats:
         split: Documents that go on in another row.
         cut: Documents whose end was cut off.
         left_out: Documents in which nothing counts.
+        filled: Documents with a text of no token, in whose place there is one of padding.
     """
 
     documents: int
@@ -56,6 +59,7 @@ class CacheStats:
     split: int
     cut: int
     left_out: int
+    filled: int = 0
 
 
 class TokenCache:
@@ -107,6 +111,7 @@ def open_cache(
     form: Form,
     on_completions: bool,
     target_context: int | None = None,
+    filler: int | None = None,
 ) -> TokenCache:
     """Open the tokens of a source, and make them first where they are not there.
 
@@ -118,6 +123,7 @@ def open_cache(
         form: How rows are filled.
         on_completions: Whether only completions, and what an assistant says, are learnt.
         target_context: Labels of a row of a pair; None for other forms.
+        filler: Token in the place of a text of none, so that each document has its row; None to leave such documents out. Not of next tokens.
 
     Raises:
         DataError: A document is not usable, or there is none.
@@ -130,22 +136,21 @@ def open_cache(
     # Of these alone, so that caches which were made before there were such forms hold on.
     made_of |= {} if target_context is None else {"target_context": target_context}
     made_of |= {} if documents.label is None else {"label": documents.label}
+    made_of |= {} if filler is None else {"filler": filler}
+    made_of |= {"reading": reading} if (reading := _READINGS.get(documents.kind)) is not None else {}
     folder = root / f"tokens-{_key(made_of)[:24]}"
     if (cache := _opened(folder, made_of)) is not None:
         return cache
     was_there = folder.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
-        try:
+        with unfinished(folder) as beside:
             _write(beside, documents, tokenizer, Layout(context, form, documents.kind == "text"), made_of)
             if was_there:
                 tell(f"{folder} is damaged, or of another version, and was made again")
                 shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # another process was faster
                 beside.rename(folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
     except OSError as error:
         raise DiskError(
             f"tokens cannot be written to {root}: {error.strerror or error}; give --data-root a folder with room for them"
@@ -185,14 +190,15 @@ def _hash(file: Path) -> str:
 
 
 def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, layout: Layout, made_of: dict[str, Any]) -> None:
-    dtype = next(np.dtype(one) for one in _TYPES if tokenizer.size <= np.iinfo(one).max + 1)
-    begun, ticker, num_tokens, num_documents, num_learnt = time.monotonic(), Ticker(), 0, 0, 0
+    size = max(tokenizer.size, made_of.get("filler", 0) + 1)
+    dtype = next(np.dtype(one) for one in _TYPES if size <= np.iinfo(one).max + 1)
+    begun, ticker, num_tokens, num_documents, num_learnt, num_filled = time.monotonic(), Ticker(), 0, 0, 0, 0
     names = ("tokens.bin", "counted.bin", "pieces.bin", "rows.bin", "labels.bin")
     digests = {name: hashlib.sha256() for name in names}
     labels: dict[str | int, int] = {}
     limits = {"labelled": (layout.context,), "pairs": (layout.context, made_of.get("target_context", layout.context))}
     if layout.form in limits:
-        tokenised = _apart(documents, tokenizer, limits[layout.form])
+        tokenised = _apart(documents, tokenizer, limits[layout.form], made_of.get("filler"))
     else:
         tokenised = _tokenised(documents, tokenizer, on_completions=made_of["on_completions"])
     with ExitStack() as stack:
@@ -215,6 +221,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, layout: Lay
             num_learnt += len(ids) if counted is None else int(counted.sum())
             if document.is_end:
                 num_documents += 1
+            num_filled += found.is_filled
             if found.sizes:
                 num_labels = 1 if layout.form == "labelled" else found.sizes[-1]
                 if layout.add_row(start, found.sizes, num_labels, is_cut=found.is_cut) and documents.label is not None:
@@ -236,7 +243,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, layout: Lay
     if not labels:
         (folder / "labels.bin").unlink()
     stats = CacheStats(
-        num_documents, num_tokens, layout.num_counted, num_rows, layout.num_split, layout.num_cut, layout.num_left_out
+        num_documents, num_tokens, layout.num_counted, num_rows, layout.num_split, layout.num_cut, layout.num_left_out, num_filled
     )
     if not num_rows:
         raise DataError(_no_rows(documents, layout, stats))
@@ -286,6 +293,7 @@ class _Tokens:
         counted: Which of these are learnt; None for all.
         sizes: Tokens of each piece of a row that it has for itself; none where its row is for `Layout.add` to find.
         is_cut: Whether its end was cut off.
+        is_filled: Whether a text of no token has one of padding.
     """
 
     document: Document
@@ -293,9 +301,10 @@ class _Tokens:
     counted: npt.NDArray[np.bool_] | None
     sizes: tuple[int, ...] = ()
     is_cut: bool = False
+    is_filled: bool = False
 
 
-def _apart(documents: Documents, tokenizer: Tokenizer, limits: Sequence[int]) -> Iterator[_Tokens]:
+def _apart(documents: Documents, tokenizer: Tokenizer, limits: Sequence[int], filler: int | None) -> Iterator[_Tokens]:
     """Yield the tokens of documents of one text, or several, each wrapped as the tokenizer itself wraps it, and cut so that its end stays.
 
     What is to be written ends with the end token too where the tokenizer adds none: else nobody would know when it ends.
@@ -304,15 +313,18 @@ def _apart(documents: Documents, tokenizer: Tokenizer, limits: Sequence[int]) ->
     for group in _grouped(documents.read()):
         encoded = iter(tokenizer.encode([text for document in group for text in document.values[: len(limits)]]))
         for document in group:
-            parts, is_cut = [], False
+            parts, is_cut, is_filled = [], False, False
             for number, limit in enumerate(limits):
                 ids, end = next(encoded), tokenizer.after
                 if number and not end and tokenizer.end is not None:
                     end = (tokenizer.end,)
                 room = max(limit - len(begin) - len(end), 0)
                 is_cut = is_cut or len(ids) > room
-                parts.append(np.concatenate([begin, ids[:room], np.array(end, dtype=np.int64)])[:limit])
-            yield _Tokens(document, np.concatenate(parts), None, tuple(map(len, parts)), is_cut)
+                part = np.concatenate([begin, ids[:room], np.array(end, dtype=np.int64)])[:limit]
+                if filler is not None and not len(part):
+                    part, is_filled = np.array([filler], dtype=np.int64), True
+                parts.append(part)
+            yield _Tokens(document, np.concatenate(parts), None, tuple(map(len, parts)), is_cut, is_filled)
 
 
 def _tokenised(documents: Documents, tokenizer: Tokenizer, *, on_completions: bool) -> Iterator[_Tokens]:
@@ -339,10 +351,10 @@ def _tokenised(documents: Documents, tokenizer: Tokenizer, *, on_completions: bo
 def _chat(
     document: Document, template: ChatTemplate, tokenizer: Tokenizer, *, on_completions: bool
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_] | None]:
-    (messages,) = document.values
+    messages, tools = document.values
     if not on_completions:
-        return tokenizer.encode([template.text(messages, document.where)])[0], None
-    text, spans = template.render(messages, document.where)
+        return tokenizer.encode([template.text(messages, document.where, tools)])[0], None
+    text, spans = template.render(messages, document.where, tools)
     ids, starts = tokenizer.encode_with_starts(text)
     counted = np.zeros(len(ids), dtype=np.bool_)
     for begin, end in spans:

@@ -37,8 +37,9 @@ def open_token_file(place: str, context: int | None, tokenizer: str | None) -> D
     """
     path, dtype, vocabulary = _parse(place)
     context = context or DEFAULT_CONTEXT
-    if vocabulary is None and tokenizer is not None:
-        vocabulary = open_tokenizer(tokenizer).size
+    reader = None if tokenizer is None else open_tokenizer(tokenizer)
+    if vocabulary is None and reader is not None:
+        vocabulary = reader.size
     file = TokenFile(path, dtype, "tokens")
     count = len(file.tokens)
     if file.size % dtype.itemsize:
@@ -64,6 +65,9 @@ def open_token_file(place: str, context: int | None, tokenizer: str | None) -> D
             f"tokens {str(path)!r} holds token {most:,}, and there are {vocabulary:,}; give its dtype, or a larger vocab=N"
         )
     num_windows = (count - 1) // context
+    preparation: dict[str, Any] = {"context": context}
+    if reader is not None:
+        preparation |= {"tokenizer": tokenizer, "tokenizer_fingerprint": reader.fingerprint}
     return Dataset(
         name=folder_name(path.stem),
         train=TextSplit(file, context, 0, num_windows),
@@ -73,7 +77,7 @@ def open_token_file(place: str, context: int | None, tokenizer: str | None) -> D
         dtype=torch.int64,
         preprocessing=f"{count:,} tokens ({dtype.name}), windows of {context} with the token after each as its label",
         fingerprint=digest.hexdigest(),
-        preparation={"context": context, **({} if tokenizer is None else {"tokenizer": tokenizer})},
+        preparation=preparation,
     )
 
 

@@ -1,9 +1,11 @@
 """Tokenizers: text to numbers and back, by the file that the `tokenizers` library reads, or byte by byte."""
 
 import hashlib
+import heapq
 import importlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +23,8 @@ _USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>"
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # More is no tokenizer: the largest ones in use have some 20 MB.
 _MOST_BYTES = 1 << 28
+# Tokens whose texts are tried for one that becomes tokens.
+_PROBED = 1000
 
 
 class Tokenizer(Protocol):
@@ -114,7 +118,7 @@ class FileTokenizer:
         settings = {} if folder is None else _read_settings(folder)
         self.special_tokens = _special_tokens(settings)
         self.chat_template = None if folder is None else _template(folder, settings)
-        bare, whole = (self._tokenizer.encode("a", add_special_tokens=add).ids for add in (False, True))
+        bare, whole = self._probed()
         before = next((n for n in range(len(whole) - len(bare) + 1) if whole[n : n + len(bare)] == bare), 0)
         self.begin = tuple(whole[:before])
         if not self.begin and settings.get("add_bos_token") and (begin := self._id("bos_token")) is not None:
@@ -132,6 +136,25 @@ class FileTokenizer:
             repr((self.begin, self.end, self.padding, self.chat_template, sorted(self.special_tokens.items()))).encode()
         )
         self.fingerprint = digest.hexdigest()
+
+    def _probed(self) -> tuple[list[int], list[int]]:
+        """Return the tokens of a text that has some, without what the tokenizer adds to a text and with it."""
+        added: list[int] = self._tokenizer.encode("", add_special_tokens=True).ids
+        # Not every alphabet has an "a".
+        for text in itertools.chain(("a",), self._first_tokens()):
+            bare, whole = (self._tokenizer.encode(text, add_special_tokens=add).ids for add in (False, True))
+            if bare and not set(bare) & set(added):
+                return bare, whole
+        if added:
+            raise ConfigError(
+                f"--tokenizer {self.name} makes no token of the texts of its own tokens, so that what it adds to a text cannot be told apart; "
+                "give one that was trained"
+            )
+        return [], []
+
+    def _first_tokens(self) -> Iterator[str]:
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        yield from heapq.nsmallest(_PROBED, vocabulary, key=vocabulary.__getitem__)
 
     def _id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -179,6 +202,22 @@ def open_tokenizer(spec: str) -> Tokenizer:
             f"--tokenizer {spec}: there is no such file or folder; give a tokenizer.json, a folder with one, or bytes"
         )
     return FileTokenizer(path, path.parent if path.name == "tokenizer.json" else None)
+
+
+def check_trained_by(name: str, found: str | None, known: str | None, remedy: str = "") -> None:
+    """Refuse a tokenizer that is another than the rows of a run were made by: its numbers mean other texts.
+
+    Args:
+        name: What it is called.
+        found: Its fingerprint; None where there is no tokenizer.
+        known: Fingerprint of what the rows were made by; None where it is not known.
+        remedy: What else to do than to put it back, with a comma before.
+
+    Raises:
+        ConfigError: It was changed since.
+    """
+    if None not in (found, known) and found != known:
+        raise ConfigError(f"tokenizer {name} is another one than the run was trained with; put it back{remedy}")
 
 
 def _read_tokenizer(file: Path) -> Any:

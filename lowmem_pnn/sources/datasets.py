@@ -49,6 +49,7 @@ def find_dataset(
     input_form: InputForm,
     *,
     context: int | None = None,
+    whole_text: bool = False,
     skip_broken: bool = False,
     options: TargetOptions = TargetOptions(),  # noqa: B008 - it is frozen
     resize: Resize | None = None,
@@ -63,6 +64,7 @@ def find_dataset(
         root: Folder of downloaded data sets.
         input_form: Form of the samples that the model takes.
         context: Tokens of a sample of text, which is the model's context; None for 256. Only text is divided by it.
+        whole_text: Leave text whole, as where its test part is given apart; else its last tenth is that.
         skip_broken: Read every sample once, and leave out those that cannot be used, instead of raising.
         options: What is known of the targets.
         resize: Brings images to one size; None to leave them as they are.
@@ -88,7 +90,8 @@ def find_dataset(
     if spec.startswith("text:"):
         if resize is not None:
             raise ConfigError(f"--image-size has no effect here: data {spec!r} is text; leave it out")
-        return _text(Path(spec.removeprefix("text:")).expanduser(), input_form, DEFAULT_CONTEXT if context is None else context)
+        path = Path(spec.removeprefix("text:")).expanduser()
+        return _text(path, input_form, DEFAULT_CONTEXT if context is None else context, whole_text)
     if spec == "digits":
         return _digits(input_form, resize)
     if spec in _TORCHVISION:
@@ -312,14 +315,14 @@ def read_npz(path: Path, names: tuple[str, ...]) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read as .npz: {one_line(error)}; save arrays of numbers with numpy.savez") from error
 
 
-def _text(path: Path, input_form: InputForm, context: int) -> Dataset:
+def _text(path: Path, input_form: InputForm, context: int, whole: bool) -> Dataset:
     """Open the bytes of a file as tokens."""
     if input_form != "any":
         raise ConfigError(
             f"data set 'text:{path}' holds tokens, and the model takes {'images' if input_form == 'image3' else 'flat vectors'}; give a "
             f"model of tokens, such as --model gpt:layers=2,width=64,heads=2,context={context}"
         )
-    text = open_text(path, context)
+    text = open_text(path, context, whole=whole)
     return Dataset(
         name=folder_name(path.stem),
         train=text.train,

@@ -4,6 +4,7 @@
     x       [window 0 )[window 1 )[window 2 )      T tokens each; bytes left over at the end are in no window
     y        [window 0 )[window 1 )[window 2 )     the same, one byte later
             ------ train -------- ---- test --     the last tenth of the windows
+            --------------- train ------------     text whose test part is given apart, or that is such a part
 
 The file is mapped, not read: its pages are the kernel's, however large it is.
 """
@@ -31,24 +32,37 @@ _TEST_SHARE = 10
 _CHUNK_BYTES = 1 << 20
 
 
+def num_test_rows(num_rows: int) -> int:
+    """Return how many rows of text are its test part: the last tenth of them, and at least one of several.
+
+    Args:
+        num_rows: Rows of the text.
+
+    Example:
+        >>> [num_test_rows(rows) for rows in (1, 2, 39)]
+        [0, 1, 3]
+    """
+    return max(num_rows // _TEST_SHARE, 1) if num_rows > 1 else 0
+
+
 @dataclass(frozen=True)
 class Text:
     """Open text, as training and test part of a data set.
 
     Args:
-        train: All windows but the last tenth.
-        test: The last tenth of the windows, at least one.
+        train: All windows but those of the test part.
+        test: The last tenth of the windows, at least one; None of text that is left whole.
         preprocessing: Steps from the bytes to the samples, in words.
         fingerprint: Hash of all bytes, and of the way they are divided.
     """
 
     train: "TextSplit"
-    test: "TextSplit"
+    test: "TextSplit | None"
     preprocessing: str
     fingerprint: str
 
 
-def open_text(path: Path, context: int) -> Text:
+def open_text(path: Path, context: int, *, whole: bool = False) -> Text:
     """Open a file of text and read it once, for its fingerprint.
 
     Labels of the test part are in no window of the training part: its last label is the byte that is the test part's first input.
@@ -56,35 +70,41 @@ def open_text(path: Path, context: int) -> Text:
     Args:
         path: Path of the file; any bytes will do.
         context: Tokens of a window, T.
+        whole: Leave it whole: its test part is given apart, or it is such a part.
 
     Returns:
         The text's two parts.
 
     Raises:
-        DataError: There is no such file, it cannot be read, or it is shorter than two windows and a byte.
+        DataError: There is no such file, it cannot be read, or it is shorter than a window for each part and a byte.
     """
     assert context > 0, "a window has at least one token"
     file = TokenFile(path)
-    needed = 2 * context + 1
+    least = 1 if whole else 2
+    needed = least * context + 1
     if file.size < needed:
-        remedy = (
-            "a longer file" if file.size < 3 else f"a longer file, or a model with a context of at most {(file.size - 1) // 2}"
-        )
+        most = (file.size - 1) // least
+        remedy = "a longer file" if most < 1 else f"a longer file, or a model with a context of at most {most}"
+        if whole:
+            windows = f"a window of {context} tokens (a byte each) and the byte after it"
+        else:
+            windows = (
+                f"two windows of {context} tokens (a byte each), one for training and one for the test, and the byte after them"
+            )
         raise DataError(
-            f"text {str(path)!r} {f'has {file.size:,} bytes' if file.size else 'is empty'}; two windows of {context} tokens (a byte "
-            f"each), one for training and one for the test, and the byte after them are {needed:,}; give {remedy}"
+            f"text {str(path)!r} {f'has {file.size:,} bytes' if file.size else 'is empty'}; {windows} are {needed:,}; give {remedy}"
         )
     num_windows = (file.size - 1) // context
-    num_test = max(num_windows // _TEST_SHARE, 1)
-    words = (
-        f"bytes as tokens, windows of {context} with the byte after each token as its label, the last {num_test:,} of "
-        f"{num_windows:,} windows for the test"
-    )
+    num_test = 0 if whole else num_test_rows(num_windows)
+    words = f"bytes as tokens, windows of {context} with the byte after each token as its label"
+    if num_test:
+        words += f", the last {num_test:,} of {num_windows:,} windows for the test"
     digest = hashlib.sha256(words.encode())
     for begin in range(0, file.size, _CHUNK_BYTES):
         digest.update(file.tokens[begin : begin + _CHUNK_BYTES].data)
     num_train = num_windows - num_test
-    return Text(TextSplit(file, context, 0, num_train), TextSplit(file, context, num_train, num_test), words, digest.hexdigest())
+    test = TextSplit(file, context, num_train, num_test) if num_test else None
+    return Text(TextSplit(file, context, 0, num_train), test, words, digest.hexdigest())
 
 
 class TextSplit:

@@ -44,6 +44,7 @@ from lowmem_pnn.training.parity import compare
 from lowmem_pnn.training.preflight import Check, check_tightest
 from lowmem_pnn.training.program import carry_out
 from lowmem_pnn.training.result import make_result
+from lowmem_pnn.training.token_checks import are_to_be_checked, check_tokens
 from lowmem_pnn.workload import Workload
 
 _MEASURED = {"val": "validated", "test": "tested"}
@@ -99,15 +100,20 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
     def request(unexplained_bytes: int = 0) -> PlanRequest:
         return PlanRequest(workload, profile, device, unexplained_bytes, mixes_samples=bool(mixing))
 
+    checks_tokens = are_to_be_checked(workload)
+
     def inspect_once(model: nn.Module) -> None:
         nonlocal compared, mixing
-        display.stage("comparing the model with its layers")
-        with session.rundir.scratch() as folder:  # by its name what a kill leaves of it is known
-            compared = compare(workload, model, folder, display.message)
-        # Copies of modules refer to each other in cycles, and to gradients; and the heap is full of holes.
-        gc.collect()
-        device.release()
-        mixing = find_mixing(workload, model, display.message)
+        if workload.config.compare:
+            display.stage("comparing the model with its layers")
+            with session.rundir.scratch() as folder:  # by its name what a kill leaves of it is known
+                compared = compare(workload, model, folder, display.message)
+            # Copies of modules refer to each other in cycles, and to gradients; and the heap is full of holes.
+            gc.collect()
+            device.release()
+            mixing = find_mixing(workload, model, display.message)
+        if checks_tokens:
+            check_tokens(workload, model, display.message)
         if mixed := [name for name, layer in mixing.items() if layer < workload.fixed_layers]:
             raise ConfigError(
                 f"{mixed[0]} mixes the samples of a batch, and is in frozen layers whose outputs are to be written once for every sample; "
@@ -116,7 +122,7 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
 
     for attempt in range(_MAX_PLANS):
         display.stage(f"building {workload.source.spec}")
-        inspect = inspect_once if workload.config.compare and not attempt else None
+        inspect = inspect_once if (workload.config.compare or checks_tokens) and not attempt else None
         weights = build_weights(
             workload, plan, session.rundir.path / "weights", session.counter, inspect=inspect, metered=device.metered
         )

@@ -120,9 +120,10 @@ def matched(part: Split, other: Dataset, dataset: Dataset, what: str) -> Split:
 
 def _scale(data: Dataset) -> str | None:
     """Return whether samples are bytes, which are divided by 255, or numbers as they are; None where the source has its own scale."""
-    if not isinstance(data.train, SampleSplit):
+    train = whole_of(data.train)
+    if not isinstance(train, SampleSplit):
         return None
-    steps = data.train.preprocessing
+    steps = train.preprocessing
     if steps.raw_dtype == torch.uint8:
         return "bytes"
     return "numbers" if _is_table(data) or data.preprocessing.startswith(steps.steps[0]) else None

@@ -1,11 +1,18 @@
 """Sources of a run's data, opened as its options say: by name, or data frames from Python."""
 
+import atexit
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem_pnn.config.fit_config import FitConfig
+import torch
+
+from lowmem_pnn.config.fit_config import FitConfig, default_of
 from lowmem_pnn.config.language_options import ROWS_OF_TEXT
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.formats.data_frame import as_frame
@@ -13,18 +20,22 @@ from lowmem_pnn.formats.hub_data import open_hub_data
 from lowmem_pnn.formats.mask_folder import open_mask_folder
 from lowmem_pnn.formats.table_file import TableFile
 from lowmem_pnn.formats.tables import TableSchema, open_table
-from lowmem_pnn.language.open_language import Head, LanguageForm, Purpose, open_language
+from lowmem_pnn.language.language_form import Head, LanguageForm, Purpose
+from lowmem_pnn.language.open_language import open_language
 from lowmem_pnn.language.token_file import open_token_file
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import find_dataset
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.sources.resize import Resize
+from lowmem_pnn.sources.subsets import RenumberedSplit
 from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.sources.text import DEFAULT_CONTEXT
-from lowmem_pnn.zoo.model_source import ModelSource
+from lowmem_pnn.zoo.model_source import ModelSource, TransformersFacts
 
 # What models of transformers learn of text, where that is not the token that comes next.
 _PURPOSES: dict[str, Purpose] = {"sequence-classification": "classes", "seq2seq": "sequences"}
+# Types of configurations whose tokenizers put a token for the language before or behind each text.
+_OF_SEVERAL_LANGUAGES = ("m2m_100", "mbart", "nllb-moe", "plbart", "seamless_m4t", "seamless_m4t_v2")
 
 
 def resize_of(config: FitConfig) -> Resize | None:
@@ -43,6 +54,7 @@ class SampleForm:
         tokenizer: tokenizer that belongs to the model; None where there is none.
         head: what the model wants of text; None where it does not say.
         may_lack_labels: whether texts without the classes that the model predicts will do.
+        classes: names of the classes that the model's head gives scores for, by their numbers; empty where it does not say.
     """
 
     input_form: InputForm
@@ -51,6 +63,7 @@ class SampleForm:
     tokenizer: str | None = None
     head: Head | None = None
     may_lack_labels: bool = False
+    classes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, source: ModelSource | None, options: TargetOptions, *, may_lack_labels: bool = False) -> "SampleForm":
@@ -66,18 +79,34 @@ class SampleForm:
         context, facts = source.context, source.transformers
         if facts is None:
             return cls(source.input_form, context, options, source.tokenizer, may_lack_labels=may_lack_labels)
-        text = facts.config.get_text_config()
-        # Heads that look for the end of a text look for this token.
-        padding = getattr(text, "pad_token_id", None)
-        head = Head(_PURPOSES.get(facts.task, "next-tokens"))
+        head = _head_of(source, facts)
         if head.purpose != "next-tokens":
-            start = getattr(facts.config, "decoder_start_token_id", None)
-            head = dataclasses.replace(head, padding=padding, start=start)
             context = min(DEFAULT_CONTEXT, source.most_context or DEFAULT_CONTEXT)
-        return cls(source.input_form, context, options, source.tokenizer, head, may_lack_labels)
+        names = getattr(facts.config, "id2label", None) if facts.task.endswith("classification") else None
+        classes = tuple(str(names[number]) for number in sorted(names)) if isinstance(names, dict) else ()
+        return cls(source.input_form, context, options, source.tokenizer, head, may_lack_labels, classes)
 
 
-def open_source(spec: str, config: FitConfig, form: SampleForm, preparation: Mapping[str, Any] | None = None) -> Dataset:
+def _head_of(source: ModelSource, facts: TransformersFacts) -> Head:
+    """Return what a model of transformers wants of text."""
+    text = facts.config.get_text_config()
+    purpose = _PURPOSES.get(facts.task, "next-tokens")
+    head = Head(purpose, model=source.spec, vocabulary=getattr(text, "vocab_size", None))
+    if purpose == "next-tokens":
+        return head
+    return dataclasses.replace(
+        head,
+        padding=getattr(text, "pad_token_id", None),
+        start=getattr(facts.config, "decoder_start_token_id", None),
+        # Of a configuration inside of another one no argument changes a value.
+        looks_for_padding=purpose == "classes" and text is facts.config,
+        marks_languages=facts.config.model_type in _OF_SEVERAL_LANGUAGES,
+    )
+
+
+def open_source(
+    spec: str, config: FitConfig, form: SampleForm, preparation: Mapping[str, Any] | None = None, *, tests_apart: bool = False
+) -> Dataset:
     """Open a data set by name, as a run's options say.
 
     Args:
@@ -86,14 +115,26 @@ def open_source(spec: str, config: FitConfig, form: SampleForm, preparation: Map
         form: what is known of its samples.
         preparation: what the training data's samples were made with (`Dataset.preparation`), for other data of the same kind; None for
             the training data.
+        tests_apart: whether the training data's test part is given apart, from Python; `--test-data` says so itself.
     """
+    dataset = _open(spec, config, form, preparation, tests_apart or config.test_data is not None)
+    return _numbered_like(dataset, form.classes)
+
+
+def _open(spec: str, config: FitConfig, form: SampleForm, preparation: Mapping[str, Any] | None, tests_apart: bool) -> Dataset:
     kind, _, path = spec.partition(":")
     if kind in ("csv", "parquet", "segmentation", "hfdata", "jsonl", "tokens") and not path:
         raise ConfigError(
             f"data set {spec!r} says no place; write {kind}:{'DIR' if kind in ('segmentation', 'hfdata') else 'FILE'}"
         )
-    if (dataset := _open_text(spec, config, form, preparation or {})) is not None:
+    if (dataset := _open_text(spec, config, form, preparation, tests_apart)) is not None:
         return dataset
+    if kind in ROWS_OF_TEXT and preparation is None:
+        given = {"--pack": config.pack, "--context": config.context, "--loss-on": config.loss_on != default_of("loss_on")}
+        if wrong := [name for name, value in given.items() if value]:
+            raise ConfigError(
+                f"{wrong[0]} has no effect here: data {spec!r} is text only with a --tokenizer; give one, or leave {wrong[0]} out"
+            )
     if kind == "hfdata":
         return open_hub_data(
             path, config.target, form.input_form, form.options, skip_broken=config.skip_broken, resize=resize_of(config)
@@ -120,10 +161,34 @@ def open_source(spec: str, config: FitConfig, form: SampleForm, preparation: Map
         config.data_root,
         form.input_form,
         context=config.context or form.context,
+        whole_text=preparation is not None or tests_apart,
         skip_broken=config.skip_broken,
         options=form.options,
         resize=resize_of(config),
     )
+
+
+def _numbered_like(dataset: Dataset, names: Sequence[str]) -> Dataset:
+    """Return data whose classes have the numbers that a model's head gives scores for, where both have the same names for them.
+
+    Data sets number classes by the alphabet; a head that was trained on the same classes would have to learn other numbers for them.
+    """
+    number_of = {name.casefold(): number for number, name in enumerate(names)}
+    own = [name.casefold() for name in dataset.classes]
+    if len(number_of) != len(names) or len(own) != len(names) or {*own} != {*number_of} or dataset.targets.kind != "class":
+        return dataset
+    numbers = [number_of[name] for name in own]
+    if numbers == sorted(numbers):
+        return dataset
+    parts = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    tensor = torch.tensor(numbers)
+    renumbered: dict[str, Any] = {name: None if part is None else RenumberedSplit(part, tensor) for name, part in parts.items()}
+    classes = tuple(dataset.classes[numbers.index(number)] for number in range(len(numbers)))
+    preparation = dict(dataset.preparation)
+    if "classes" in preparation:
+        preparation["classes"] = list(classes)
+    prints = hashlib.sha256(f"{dataset.fingerprint}{numbers}".encode()).hexdigest()
+    return dataclasses.replace(dataset, **renumbered, classes=classes, preparation=preparation, fingerprint=prints)
 
 
 def open_frame(
@@ -154,7 +219,9 @@ def open_frame(
     return open_table(frame, config.target, form.input_form, form.options, skip_broken=config.skip_broken, schema=schema)
 
 
-def _open_text(spec: str, config: FitConfig, form: SampleForm, preparation: Mapping[str, Any]) -> Dataset | None:
+def _open_text(
+    spec: str, config: FitConfig, form: SampleForm, preparation: Mapping[str, Any] | None, tests_apart: bool
+) -> Dataset | None:
     """Open text that becomes tokens by a tokenizer, or tokens in a file; None where the data is something else, or bytes of one file."""
     kind, _, place = spec.partition(":")
     tokenizer = config.tokenizer or form.tokenizer
@@ -189,11 +256,41 @@ def _open_text(spec: str, config: FitConfig, form: SampleForm, preparation: Mapp
                 f"data {spec!r} is tokens alone, and the model learns from {head.wanted.words}; give jsonl:FILE with these"
             )
         return open_token_file(place, context, tokenizer)
+    known, is_apart = preparation or {}, preparation is not None
     head = dataclasses.replace(
         head,
-        classes=tuple(preparation.get("classes", ())),
+        classes=tuple(known.get("classes", ())),
         may_lack_labels=form.may_lack_labels,
         target_context=config.target_context,
     )
+    language_form = LanguageForm(
+        tokenizer,
+        context,
+        config.pack,
+        config.loss_on,
+        _token_root(config, is_apart=is_apart),
+        head,
+        is_apart=is_apart,
+        tests_apart=tests_apart,
+        trained_by=known.get("tokenizer_fingerprint"),
+    )
+    return open_language(spec, language_form)
+
+
+def _token_root(config: FitConfig, *, is_apart: bool) -> Path:
+    """Return the folder of token caches.
+
+    Where other data than the training's is opened, it may be on another machine, which has no such folder: then it is a temporary one.
+    """
     root = config.data_root / "tokens"
-    return open_language(spec, LanguageForm(tokenizer, context, config.pack, config.loss_on, root, head))
+    if not is_apart:
+        return root
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if os.access(root, os.W_OK):
+            return root
+    except OSError:
+        pass
+    folder = tempfile.mkdtemp(prefix="lowmem-pnn-tokens-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

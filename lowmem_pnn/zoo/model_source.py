@@ -101,8 +101,10 @@ class ModelSource:
         place = tokenizer or self.tokenizer
         if self.transformers is None or place is None or place == "bytes":
             return {}
-        is_folder = Path(place).is_dir()
-        found = {name: Path(place) / name for name in TOKENIZER_FILES} if is_folder else {"tokenizer.json": Path(place)}
+        file = Path(place)
+        # As `open_tokenizer` reads what lies beside it.
+        folder = file if file.is_dir() else file.parent if file.name == "tokenizer.json" else None
+        found = {"tokenizer.json": file} if folder is None else {name: folder / name for name in TOKENIZER_FILES}
         return {name: file for name, file in found.items() if file.is_file()}
 
     def copied_bytes(self, tokenizer: str | None) -> int:
@@ -155,3 +157,17 @@ def folder_name(text: str) -> str:
     """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
     return name if len(name) <= 60 else name[:60].rstrip("-.")
+
+
+def too_many_tokens(model: str, known: int, tokens: int) -> str:
+    """Return what to say of a tokenizer that has more tokens than a model knows.
+
+    Args:
+        model: What the model is called.
+        known: Tokens that it knows.
+        tokens: Tokens that the tokenizer has.
+    """
+    return (
+        f"model {model} knows {known:,} tokens, and the tokenizer of the data has {tokens:,}; give the model's own (--tokenizer DIR), or, where "
+        f"that is it, the model with as many: model.resize_token_embeddings({tokens})"
+    )

@@ -19,7 +19,7 @@ from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.sources.imports import did_you_mean, one_line
 from lowmem_pnn.sources.preprocessing import InputForm
-from lowmem_pnn.zoo.model_source import ModelSource, TransformersFacts, folder_name
+from lowmem_pnn.zoo.model_source import ModelSource, TransformersFacts, folder_name, too_many_tokens
 from lowmem_pnn.zoo.transformers_modules import give_values, returning_logits
 
 # Auto classes of each task, each with the names of its models by the type of their configurations. Some that write can fill gaps too: the
@@ -94,10 +94,7 @@ def find_transformers_model(spec: str, arguments: Mapping[str, Any], num_classes
         config.num_labels = num_classes
     text = config.get_text_config()
     if num_classes is not None and is_language and num_classes > text.vocab_size:
-        raise ConfigError(
-            f"model {spec} knows {text.vocab_size:,} tokens, and the tokenizer of the data has {num_classes:,}; give the model's own "
-            "(--tokenizer DIR)"
-        )
+        raise ConfigError(too_many_tokens(spec, text.vocab_size, num_classes))
     model_class = _model_class(spec, transformers, config, chosen)
     attention = arguments.get("attn_implementation", "sdpa" if model_class._supports_sdpa else "eager")
     notes.insert(0, f"{model_class.__name__} of transformers {transformers.__version__} ({chosen}), attention by {attention}")

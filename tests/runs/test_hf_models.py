@@ -18,7 +18,8 @@ from helpers.language import pairs, write_jsonl, write_tokenizer
 from helpers.plainloops import step_lines
 from helpers.transformers_folders import BERT, LLAMA, VIT, make_model, of_folder, write_config, write_llama
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.language.open_language import LanguageForm, open_language
+from lowmem_pnn.language.language_form import LanguageForm
+from lowmem_pnn.language.open_language import open_language
 from lowmem_pnn.language.tokenizer import open_tokenizer
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.run import Run

@@ -17,7 +17,8 @@ from helpers.language import pairs, write_jsonl, write_tokenizer
 from helpers.plainloops import assert_same_weights, built, loaded, step_lines, training_split
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, DataError
-from lowmem_pnn.language.open_language import LanguageForm, open_language
+from lowmem_pnn.language.language_form import LanguageForm
+from lowmem_pnn.language.open_language import open_language
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.sources.subsets import SubsetSplit

@@ -16,7 +16,8 @@ from helpers.plainloops import step_lines
 from helpers.transformers_folders import BART, BERT, LLAMA, T5, make_model, of_folder
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, DataError
-from lowmem_pnn.language.open_language import Head, LanguageForm, open_language
+from lowmem_pnn.language.language_form import Head, LanguageForm
+from lowmem_pnn.language.open_language import open_language
 from lowmem_pnn.language.tokenizer import open_tokenizer
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.sources.splits import Split
@@ -134,8 +135,10 @@ def test_texts_are_classified_as_by_the_models_own_loss(kind: str, sizes: dict[s
     # Other texts have the same numbers of classes, and need not have any.
     other = write_jsonl(tmp_path / "b.jsonl", [{"text": "the cat", "label": "so-so"}, {"text": "a dog sat", "label": "sad"}])
     scores = lowmem_pnn.evaluate(result, data=f"jsonl:{other}")
-    answers = lowmem_pnn.predict(result, str(write_jsonl(tmp_path / "c.jsonl", [{"text": "the cat"}, {"text": "a dog sat"}])))
-    predicted = torch.as_tensor(answers["scores"])
+    # A text of no token has its row too: else answers would stand beside others.
+    texts = [{"text": text} for text in ("the cat", "", "a dog sat")]
+    answers = lowmem_pnn.predict(result, str(write_jsonl(tmp_path / "c.jsonl", texts)))
+    predicted = torch.as_tensor(answers["scores"])[[0, 2]]
     loss = nn.functional.cross_entropy(predicted, torch.tensor([2, 1]))
     assert scores["test_loss"] == pytest.approx(float(loss), rel=1e-5)
 

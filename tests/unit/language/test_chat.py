@@ -34,6 +34,19 @@ def test_special_tokens_are_known_to_the_template(tmp_path: Path) -> None:
     assert template(tmp_path, "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}").text(TURNS, "x") == "<begin>be kind<end>"
 
 
+def test_tools_are_shown_to_a_template_that_has_a_place_for_them(tmp_path: Path) -> None:
+    tools = [{"name": "clock"}]
+    text = f"{{% for tool in tools or [] %}}[{{{{ tool.name }}}}]{{% endfor %}}{TEMPLATE}"
+    rendered, spans = template(tmp_path, text).render(TURNS, "line 1", tools)
+    assert rendered.startswith("[clock]<system>be kind<end>")
+    assert [rendered[begin:end] for begin, end in spans] == ["hello<end>", "see you<end>"]
+    assert template(tmp_path, text).text(TURNS, "line 1").startswith("<system>")
+    with pytest.raises(
+        DataError, match=r"^line 1 has 'tools', and the chat template has no place for them; give a template that has"
+    ):
+        template(tmp_path, TEMPLATE).render(TURNS, "line 1", tools)
+
+
 @pytest.mark.parametrize(
     ("text", "messages", "message"),
     [

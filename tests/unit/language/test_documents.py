@@ -34,7 +34,7 @@ TURN = [{"role": "user", "content": "a"}]
     [
         ([{"text": "a"}, {"text": "b", "more": 1}], "text", [("a",), ("b",)]),
         ([{"completion": "b", "prompt": "a", "text": "c"}], "completion", [("a", "b")]),
-        ([{"messages": TURN, "text": "x"}], "chat", [(TURN,)]),
+        ([{"messages": TURN, "text": "x"}], "chat", [(TURN, None)]),
     ],
 )
 def test_lines_of_json(rows: list[Any], kind: str, found: list[Any], tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_rows_of_parquet(tmp_path: Path) -> None:
     documents = open_parquet(write_parquet(tmp_path / "a.parquet", {"n": [1, 2], "prompt": ["a", "b"], "completion": ["c", "d"]}))
     assert (documents.kind, values(documents), documents.size) == ("completion", [("a", "c"), ("b", "d")], 2)
     turns = open_parquet(write_parquet(tmp_path / "b.parquet", {"messages": [TURN]}))
-    assert values(turns) == [(TURN,)]
+    assert values(turns) == [(TURN, None)]
 
 
 def test_rows_of_a_hub_data_set() -> None:
@@ -170,3 +170,48 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     count = sum(len(document.values[0]) for document in open_jsonl(path).read())
     assert count == 3000 * 10_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8_000
+
+
+TOOLS = [{"type": "function", "function": {"name": "clock"}}]
+CALL = [{"role": "user", "content": "time?"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}]
+
+
+@pytest.mark.parametrize("source", ["jsonl", "parquet", "hfdata"])
+def test_conversations_come_with_their_tools_and_without_keys_that_a_table_fills_up(source: str, tmp_path: Path) -> None:
+    import datasets
+
+    columns = {"messages": [CALL, TURN], "tools": [TOOLS, None], "image": [1, 2]}
+    if source == "jsonl":
+        rows = [{name: column[row] for name, column in columns.items()} for row in (0, 1)]
+        documents = open_jsonl(write_jsonl(tmp_path / "a.jsonl", rows))
+    elif source == "parquet":
+        documents = open_parquet(write_parquet(tmp_path / "a.parquet", columns))
+    else:
+        documents = open_rows(datasets.Dataset.from_dict(columns), "hfdata:x")
+    assert values(documents) == [(CALL, TOOLS), (TURN, None)]
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        (
+            {"functions": TOOLS},
+            "line 1 has 'functions' beside 'messages', which no template is given here; leave that column out",
+        ),
+        ({"tools": "clock"}, "line 1: 'tools' is no list of objects; give the JSON schema of each tool"),
+        ({"tools": [1]}, "line 1: 'tools' is no list of objects"),
+    ],
+)
+def test_what_else_a_template_would_be_given_is_refused(beside: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        values(open_jsonl(write_jsonl(tmp_path / "a.jsonl", [{"messages": TURN, **beside}])))
+    as_text = open_jsonl(write_jsonl(tmp_path / "b.jsonl", [{"messages": TURN, "tools": json.dumps(TOOLS)}]))
+    assert values(as_text) == [(TURN, TOOLS)]
+
+
+def test_columns_that_are_not_read_are_not_decoded() -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+    broken = datasets.Dataset.from_dict({"text": ["a"], "image": [{"bytes": b"no image", "path": None}]}, features=features)
+    assert values(open_rows(broken, "hfdata:x")) == [("a",)]

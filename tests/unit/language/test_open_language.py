@@ -1,5 +1,6 @@
 """Language data by name: parts, tokenizers, and the inputs that a model takes."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from torch import nn
 
 from helpers.language import pairs, write_jsonl, write_tokenizer
 from lowmem_pnn.errors import ConfigError, DataError
-from lowmem_pnn.language.open_language import Head, LanguageForm, fit_inputs, open_language
+from lowmem_pnn.inference.open_parts import OpenPart
+from lowmem_pnn.language.language_form import Head, LanguageForm
+from lowmem_pnn.language.open_language import fit_inputs, open_language
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import make_dataset
 
@@ -117,3 +120,68 @@ def test_the_numbers_of_another_sources_classes_are_turned_into_names(tmp_path: 
     assert labels(spec, ("a", "neg", "pos")) == ([2, 1, 1], ("a", "neg", "pos"), 3)
     with pytest.raises(DataError, match=r"has the class 'so-so', which the training data has not; there are: neg, pos; give"):
         labels(saved(["pos", "so-so"], [0, 1, 1]), ("neg", "pos"))
+
+
+def saved(folder: Path, parts: dict[str, dict[str, list[Any]]]) -> str:
+    import datasets
+
+    rows = {name: datasets.Dataset.from_dict(columns) for name, columns in parts.items()}
+    datasets.DatasetDict(rows).save_to_disk(str(folder / "hub"))
+    return f"hfdata:{folder / 'hub'}"
+
+
+def test_other_data_needs_no_training_part(tmp_path: Path) -> None:
+    form = LanguageForm("bytes", 4, False, "completions", tmp_path / "root")
+    spec = saved(tmp_path, {"test": {"text": ["abc", "def"]}})
+    assert len(open_language(spec, dataclasses.replace(form, is_apart=True)).train) == 2
+    with pytest.raises(DataError, match=r"has the parts 'test', and no training part; save one called train"):
+        open_language(spec, form)
+
+
+def test_each_part_has_labels_or_none(tmp_path: Path) -> None:
+    spec = saved(tmp_path, {"train": {"text": ["abc", "def"], "label": ["x", "y"]}, "test": {"text": ["ghi"]}})
+    head = Head("classes", may_lack_labels=True, classes=("x", "y"))
+    dataset = open_language(spec, LanguageForm("bytes", 4, False, "completions", tmp_path / "root", head, is_apart=True))
+    parts = {"train": dataset.train, "test": dataset.test}
+    assert {name: OpenPart.of_dataset(part, dataset).labelled for name, part in parts.items() if part is not None} == {
+        "train": True,
+        "test": False,
+    }
+
+
+def test_text_is_whole_where_its_test_part_is_apart(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 40)
+    folder = str(write_tokenizer(tmp_path / "t"))
+    form = LanguageForm(folder, 8, False, "completions", tmp_path / "root")
+    cut = open_language(f"text:{tmp_path / 'a.txt'}", form)
+    assert cut.test is not None
+    for options in ({"is_apart": True}, {"tests_apart": True}):
+        whole = open_language(f"text:{tmp_path / 'a.txt'}", dataclasses.replace(form, **options))
+        assert (len(whole.train), whole.test) == (len(cut.train) + len(cut.test), None)
+        assert whole.fingerprint != cut.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("head", "trained_by", "message"),
+    [
+        (Head(), "another", r"^tokenizer .*/t is another one than the run was trained with; put it back$"),
+        (
+            Head("classes", model="hf:x", vocabulary=278),
+            None,
+            r"^model hf:x knows 278 tokens, and the tokenizer of the data has 279; give the model's own .*resize_token_embeddings\(279\)$",
+        ),
+        (
+            Head("classes", model="hf:x", looks_for_padding=True),
+            None,
+            r"^model hf:x finds the end of a text by its pad_token_id, .* has none; give --model-arg pad_token_id=1, the tokenizer's$",
+        ),
+        (
+            Head("sequences", model="hf:x", marks_languages=True),
+            None,
+            r"^model hf:x marks the language of each text by a token, and no option says which .*; give samples from Python, \(",
+        ),
+    ],
+)
+def test_tokenizers_that_do_not_do_are_refused(head: Head, trained_by: str | None, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        opened(tmp_path, tokenizer=str(write_tokenizer(tmp_path / "t")), head=head, trained_by=trained_by)

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from helpers.language import write_tokenizer
-from lowmem_pnn.language.prompts import continuation_text, prompt_tokens
+from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.language.prompts import continuation_text, prompt_tokens, tokenizer_of
 from lowmem_pnn.language.tokenizer import open_tokenizer
 
 
@@ -18,3 +21,17 @@ def test_a_prompt_begins_with_the_token_that_texts_begin_with(tmp_path: Path) ->
 def test_bytes_that_make_no_text_are_shown_as_such() -> None:
     tokenizer = open_tokenizer("bytes")
     assert continuation_text(tokenizer, prompt_tokens(tokenizer, "é"), [195, 169, 195]) == "é\ufffd"
+
+
+def test_a_tokenizer_that_was_changed_since_is_refused_unless_it_is_asked_for(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "t")
+    made = {"tokenizer": str(folder), "tokenizer_fingerprint": open_tokenizer(str(folder)).fingerprint}
+    assert tokenizer_of("jsonl:a", made) is not None
+    write_tokenizer(folder, begins=True)
+    with pytest.raises(
+        ConfigError,
+        match=r"^tokenizer .*/t is another one than the run was trained with; put it back, or say .* \(--tokenizer .*/t\)$",
+    ):
+        tokenizer_of("jsonl:a", made)
+    assert tokenizer_of("jsonl:a", made, str(folder)) is not None
+    assert tokenizer_of("jsonl:a", {"tokenizer": str(folder)}) is not None

@@ -15,6 +15,7 @@ from lowmem_pnn.language.documents import open_jsonl, open_texts
 from lowmem_pnn.language.progress import telling
 from lowmem_pnn.language.token_cache import TokenCache, open_cache
 from lowmem_pnn.language.tokenizer import ByteTokenizer, open_tokenizer
+from lowmem_pnn.language.unfinished_caches import unfinished
 from lowmem_pnn.memory.process_meter import private_bytes
 
 
@@ -161,3 +162,31 @@ def test_memory_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
     assert int(np.asarray(cache.tokens).max()) < 256
     shutil.rmtree(tmp_path / "root")
     assert private_bytes() - before < 5_000_000
+
+
+def test_texts_of_no_token_keep_their_row_where_answers_are_told_apart_by_it(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": ""}, {"text": "c"}])
+    left_out, _ = make(path, tmp_path / "root", form="labelled")
+    kept, _ = make(path, tmp_path / "root", form="labelled", filler=300)
+    assert (left_out.stats.rows, left_out.stats.left_out, kept.stats.rows, kept.stats.left_out, kept.stats.filled) == (
+        2,
+        1,
+        3,
+        0,
+        1,
+    )
+    assert [kept.tokens[start : start + size].tolist() for start, size in kept.pieces] == [[97, 98], [300], [99]]
+
+
+def test_what_a_killed_process_has_left_goes_and_what_another_writes_stays(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    abandoned, new = (root / f".tokens-{'0' * 24}-{name}" for name in ("abcdefgh", "abcdefgi"))
+    for folder in (abandoned, new):
+        folder.mkdir()
+    (abandoned / "tokens.bin").write_text("x")
+    with unfinished(root / f"tokens-{'1' * 24}") as being_written:
+        (being_written / "tokens.bin").write_text("x")
+        cache, _ = make(write_jsonl(tmp_path / "a.jsonl", pairs()), root)
+        assert sorted(root.iterdir()) == sorted([new, being_written, cache.folder])
+    assert sorted(root.iterdir()) == sorted([new, cache.folder])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from helpers.language import write_jsonl
-from lowmem_pnn.language.open_language import LanguageForm, open_language
+from lowmem_pnn.language.language_form import LanguageForm
+from lowmem_pnn.language.open_language import open_language
 from lowmem_pnn.language.token_rows import ChosenInputs
 from lowmem_pnn.sources.subsets import labels_of, subset
 

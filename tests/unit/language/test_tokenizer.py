@@ -113,3 +113,21 @@ def test_no_such_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "a" / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"tokenizer_config.json holds a list; give an object of settings"):
         open_tokenizer(str(tmp_path / "a"))
+
+
+def test_a_tokenizer_of_another_alphabet_has_its_begin_and_end(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {"[CLS]": 0, "[SEP]": 1, "G": 2, "T": 3}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)])
+    tokenizer.save(str(tmp_path / "a.json"))
+    found = open_tokenizer(str(tmp_path / "a.json"))
+    assert (found.begin, found.after, found.end) == ((0,), (1,), 1)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "removed")
+    tokenizer.model = models.BPE(vocab={"[CLS]": 0, "[SEP]": 1}, merges=[])
+    tokenizer.save(str(tmp_path / "b.json"))
+    with pytest.raises(
+        ConfigError, match=r"b.json makes no token of the texts of its own tokens, .*; give one that was trained$"
+    ):
+        open_tokenizer(str(tmp_path / "b.json"))

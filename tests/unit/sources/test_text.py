@@ -51,6 +51,19 @@ def test_windows_are_bytes_and_their_successors(tmp_path: Path) -> None:
     )
 
 
+def test_text_whose_test_part_is_apart_is_left_whole(tmp_path: Path) -> None:
+    path = write(tmp_path, b"abcdefghijkl!?")
+    whole = open_text(path, 3, whole=True)
+    assert (len(whole.train), whole.test) == (4, None)
+    assert whole.preprocessing == "bytes as tokens, windows of 3 with the byte after each token as its label"
+    assert whole.fingerprint != open_text(path, 3).fingerprint
+    assert len(open_text(path, 13, whole=True).train) == 1
+    with pytest.raises(
+        DataError, match=r"has 14 bytes; a window of 14 tokens .* and the byte after it are 15; give .* a context of at most 13$"
+    ):
+        open_text(path, 14, whole=True)
+
+
 @given(st.integers(1, 9), st.integers(2, 45), st.integers(0, 8))
 def test_every_window_is_once_in_train_or_test(context: int, num_windows: int, rest: int) -> None:
     size = num_windows * context + 1 + rest % context
