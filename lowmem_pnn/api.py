@@ -26,7 +26,7 @@ from lowmem_pnn.preview.preview import preview
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import Display, default_display
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.callbacks import Callback
+from lowmem_pnn.run.callbacks import Callback, checked_callbacks
 from lowmem_pnn.run.finished import open_finished
 from lowmem_pnn.run.unfinished import unfinished_run
 from lowmem_pnn.settings.fit_options import FitOptions
@@ -35,7 +35,10 @@ from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.tasks import Own, OwnLoss, OwnMetrics
 from lowmem_pnn.training.start import begin
 from lowmem_pnn.training.start import resume as resume_training
-from lowmem_pnn.workload.inputs import Model, name_of, name_of_weights, python_inputs, with_named_parts
+from lowmem_pnn.workload.inputs import Model, name_of_weights, names_of, python_inputs, with_named_parts
+
+# Arguments of `fit` that a plan does not depend on.
+_OF_A_RUN = ("workdir", "resume", "overwrite", "display", "verbose", "callbacks")
 
 
 def fit(
@@ -102,10 +105,11 @@ def fit(
         >>> result.peak_bytes < 100_000_000
         True
     """
+    callbacks = checked_callbacks(callbacks)
     if resume and overwrite:
         raise ConfigError("resume goes on with a run, and overwrite replaces it; give one")
     state_dict = weights if isinstance(weights, Mapping) else None
-    named = {**_names(model, train, loss), "weights": name_of_weights(weights)}
+    named = {**names_of(model, train, loss), "weights": name_of_weights(weights)}
     given = {"max_gpu_mem": max_gpu_mem, **named, **with_named_parts(train, val, test, options)}
     val, test = (None if isinstance(part, str) else part for part in (val, test))
     open_inputs = python_inputs(
@@ -139,7 +143,9 @@ def plan(
     val: Any = None,
     *,
     max_gpu_mem: str | int | None = None,
+    test: Any = None,
     loss: str | OwnLoss = "auto",
+    metrics: OwnMetrics | None = None,
     weights: str | Path | Mapping[str, torch.Tensor] | None = None,
     timing: bool = True,
     gpu: str | None = None,
@@ -148,21 +154,24 @@ def plan(
     """Show what `fit` with the same arguments would do; nothing is trained or kept.
 
     Args:
-        model: as for `fit`.
-        train: as for `fit`.
-        val: as for `fit`.
+        model: as for `fit`, and so are `train`, `val`, `test`, `loss`, `metrics` and `weights`.
+        train: the data.
+        val: a part to validate on.
         max_gpu_mem: as for `fit`; with `gpu` all of its memory by default.
-        loss: as for `fit`.
-        weights: as for `fit`.
+        test: a part to test on.
+        loss: the loss.
+        metrics: metrics of one's own.
+        weights: pretrained weights.
         timing: run layers for a few seconds, within the budget, to say what an epoch of every method takes.
         gpu: a GPU that is not here, to plan for: "8GB,pcie=12,tflops=10,disk=2.5,ram=16GB", of which only the memory is needed; its
             times are computed.
-        **options: as for `fit`.
+        **options: as for `fit`; what says where a run is kept, and how it is shown (`workdir`, `callbacks` and the like), is left out.
 
     Returns:
         The partitions, and whether they fit; with `timing` all methods side by side.
     """
-    named = {**_names(model, train, loss), "weights": name_of_weights(weights)}
+    read = {name: value for name, value in options.items() if name not in _OF_A_RUN}
+    named = {**names_of(model, train, loss), "weights": name_of_weights(weights)}
     described = None if gpu is None else GpuDescription.parse(gpu)
     if described is not None:
         described.check_device(options.get("device") or "auto")
@@ -170,10 +179,12 @@ def plan(
         budget = budget_of(asked, free_bytes=described.memory_bytes)
     else:
         budget = budget_on(options.get("device") or "auto", max_gpu_mem)
-    config = configure(max_gpu_mem=budget, **named, **with_named_parts(train, val, None, options))
+    config = configure(max_gpu_mem=budget, **named, **with_named_parts(train, val, test, read))
     state_dict = weights if isinstance(weights, Mapping) else None
-    own_loss = None if isinstance(loss, str) else loss
-    open_inputs = python_inputs(model, train, None if isinstance(val, str) else val, None, loss=own_loss, state_dict=state_dict)
+    val, test = (None if isinstance(part, str) else part for part in (val, test))
+    open_inputs = python_inputs(
+        model, train, val, test, loss=None if isinstance(loss, str) else loss, metrics=metrics, state_dict=state_dict
+    )
     return preview(config, open_inputs, timing=timing, gpu=described)
 
 
@@ -381,11 +392,3 @@ def load_weights(model: torch.nn.Module, file: str | Path) -> torch.nn.Module:
     """
     load_into(model, file)
     return model
-
-
-def _names(model: Model, train: Any, loss: str | OwnLoss) -> dict[str, str]:
-    """Return what a run's configuration calls model and data, and the loss where it was given."""
-    names = {"model": name_of(model), "data": train if isinstance(train, str) else f"python:{type(train).__name__}"}
-    if isinstance(loss, str):
-        return names if loss == "auto" else {**names, "loss": loss}
-    return {**names, "loss": f"python:{getattr(loss, '__name__', type(loss).__name__)}"}

@@ -64,7 +64,7 @@ class DivergedError(LowMemError):
 
 
 class BusyError(LowMemError):
-    """Another process works in the run directory."""
+    """Another process works in the run directory, or another thread of this process has a run."""
 
     exit_code = 8
 

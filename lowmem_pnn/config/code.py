@@ -8,6 +8,12 @@ from typing import Any
 CODE_FIELDS = ("model", "data", "val_data", "test_data", "loss")
 """Fields of `FitConfig` that may name code."""
 
+DATA_FIELDS = ("data", "val_data", "test_data")
+"""Those of them that name data."""
+
+OBJECT_FIELDS = (*CODE_FIELDS, "weights")
+"""Fields of `FitConfig` that stand for an object where one was given from Python."""
+
 # What stands before the colon where no code is named.
 _DATA = ("npz", "imagefolder", "text", "jsonl", "tokens", "csv", "parquet", "segmentation", "hfdata", "python")
 _BUILT_IN = {
@@ -33,6 +39,21 @@ def names_code(field: str, spec: str | None) -> bool:
     return spec is not None and ":" in spec and spec.partition(":")[0] not in _BUILT_IN[field]
 
 
+def python_objects(options: Mapping[str, Any], fields: Sequence[str] = OBJECT_FIELDS) -> list[str]:
+    """Return what a run was given from Python as objects, which no command can name: "python:" and the name of the class or function of each.
+
+    Args:
+        options: fields of `FitConfig`.
+        fields: those that are looked at.
+
+    Example:
+        >>> python_objects({"model": "python:Net", "data": "digits", "val_data": None})
+        ['python:Net']
+    """
+    specs = dict.fromkeys(options.get(field) for field in fields)
+    return [spec for spec in specs if isinstance(spec, str) and spec.startswith("python:")]
+
+
 def trust_words(options: Mapping[str, Any], fields: Sequence[str] = CODE_FIELDS) -> list[str]:
     """Return what a command needs that runs the code of a run: `--trust`, or nothing where there is none.
 
@@ -49,7 +70,7 @@ def trust_words(options: Mapping[str, Any], fields: Sequence[str] = CODE_FIELDS)
 
 
 def command_to_resume(options: Mapping[str, Any], where: Path) -> str:
-    """Return the command that goes on with a run, for messages.
+    """Return the command that goes on with a run, for messages; the call in Python, where the run was given objects.
 
     Args:
         options: fields of `FitConfig` that the run began with.
@@ -58,5 +79,9 @@ def command_to_resume(options: Mapping[str, Any], where: Path) -> str:
     Example:
         >>> command_to_resume({"model": "net.py:build", "data": "digits"}, Path("runs/a"))
         'lowmem-pnn fit --resume --workdir runs/a --trust'
+        >>> command_to_resume({"model": "python:Net", "data": "digits"}, Path("runs/a"))
+        "lowmem_pnn.fit(..., workdir='runs/a', resume=True)"
     """
+    if python_objects(options):
+        return f"lowmem_pnn.fit(..., workdir={str(where)!r}, resume=True)"
     return shlex.join(["lowmem-pnn", "fit", "--resume", "--workdir", str(where), *trust_words(options)])

@@ -39,10 +39,11 @@ class LowMemClassifier(ClassifierMixin, LowMemEstimator):  # type: ignore[misc]
         """
         x, y = self._checked(X, y)
         check_classification_targets(y)
-        self.classes_, numbers = np.unique(column_or_1d(y, warn=True), return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ValueError(f"y has one class, {self.classes_[0]}; a classifier needs two at least")
-        self._train(x, numbers.astype(np.int64), len(self.classes_), "classification")
+        classes, numbers = np.unique(column_or_1d(y, warn=True), return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(f"y has one class, {classes[0]}; a classifier needs two at least")
+        self._train(x, numbers.astype(np.int64), len(classes), "classification")
+        self.classes_ = classes
         return self
 
     def predict_proba(self, X: Any) -> npt.NDArray[Any]:

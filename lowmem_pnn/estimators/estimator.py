@@ -18,6 +18,7 @@ from torch import nn
 
 from lowmem_pnn.api import fit, predict
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.inference.load import remember
 from lowmem_pnn.memory.available import is_share
 
 _HIDDEN = 128
@@ -87,25 +88,32 @@ class LowMemEstimator(BaseEstimator):  # type: ignore[misc]
 
     def _train(self, x: npt.NDArray[Any], y: npt.NDArray[Any], num_outputs: int, task: str) -> None:
         """Train a run of its own on checked samples x (N, ...) and targets y (N,) or (N, values)."""
-        self._builder = self._named_or_built(x, num_outputs)
+        builder = self._named_or_built(x, num_outputs)
         given = {name: value for name in _OPTIONS if (value := getattr(self, name)) is not None}
         given["task"] = task  # values that are whole numbers look like classes
         given["seed"] = int(check_random_state(self.random_state).randint(2**31 - 1))
-        self._temporary = None
+        temporary = None
         if self.workdir is None:
-            self._temporary = _TemporaryFolder()
-            self._folder = self._temporary.path
+            temporary = _TemporaryFolder()
+            folder = temporary.path
         else:
             Path(self.workdir).mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix="fit-", dir=self.workdir))
-        self.result_ = fit(
-            self._builder,
+            folder = Path(tempfile.mkdtemp(prefix="fit-", dir=self.workdir))
+        result = fit(
+            builder,
             (x, y),
             max_gpu_mem=self.max_gpu_mem,
-            workdir=self._folder,
+            workdir=folder,
             verbose=self.verbose,
             **{**given, **(self.options or {})},
         )
+        # A model is remembered as long as this estimator is there: a search makes a copy of it for each of its fits.
+        remember(folder, builder, weakly=True)
+        # Only now: where a fit fails, what was fitted before stays.
+        self._builder = builder
+        self._temporary = temporary
+        self._folder = folder
+        self.result_ = result
 
     def _named_or_built(self, x: npt.NDArray[Any], num_outputs: int) -> Any:
         model = self.model
@@ -127,7 +135,8 @@ class LowMemEstimator(BaseEstimator):  # type: ignore[misc]
         # The machine may be another by now: what was set since counts. A share is of what was free when it was fitted.
         budget = None if is_share(self.max_gpu_mem) else self.max_gpu_mem
         device = (self.options or {}).get("device", self.device)
-        found = predict(self._folder, x, model=model, max_gpu_mem=budget, device=device)
+        # Code that the run names is what the parameters of this estimator name.
+        found = predict(self._folder, x, model=model, max_gpu_mem=budget, device=device, trust=True)
         outputs: npt.NDArray[Any] = found["scores"] if "scores" in found else found["outputs"]
         return outputs
 
@@ -156,6 +165,7 @@ class LowMemEstimator(BaseEstimator):  # type: ignore[misc]
             for name, content in kept.items():
                 (self._folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (self._folder / name).write_bytes(content)
+            self.result_ = self.result_.moved_to(self._folder)
 
 
 class _TemporaryFolder:

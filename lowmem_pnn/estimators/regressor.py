@@ -35,8 +35,8 @@ class LowMemRegressor(RegressorMixin, LowMemEstimator):  # type: ignore[misc]
         """
         x, y = self._checked(X, y, y_numeric=True, multi_output=True)
         y = np.asarray(y, dtype=np.float32)
+        self._train(x, y, int(np.prod(y.shape[1:])), "regression")
         self._shape = y.shape[1:]
-        self._train(x, y, int(np.prod(self._shape)), "regression")
         return self
 
     def predict(self, X: Any) -> npt.NDArray[Any]:

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from lowmem_pnn.config.code import DATA_FIELDS, python_objects
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.errors import ConfigError, DataError
@@ -84,10 +85,10 @@ def evaluate_run(
 def _own(config: FitConfig, path: Path, model: Model | None, own: Own) -> Inputs:
     """Open the run's own data, and its model."""
     call = f"lowmem_pnn.evaluate({str(path)!r}"
-    if config.data.startswith("python:"):
+    if objects := python_objects(vars(config), DATA_FIELDS):
         raise ConfigError(
-            f"the run was trained on data from Python ({config.data}), which no name leads to; give data with targets, from Python: {call}, "
-            "data)"
+            f"the run was trained on data from Python ({', '.join(objects)}), which no name leads to; give data with targets, from Python: "
+            f"{call}, data)"
         )
     if model is None:
         trained_source(config, None, None, call)

@@ -157,6 +157,8 @@ def generate_run(
     if max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {max_new_tokens} says nothing; give a number from 1")
     with ExitStack() as stack:
+        stack.callback(display.close)
+        display.stage("opening the model")
         rundir, threads, finished = stack.enter_context(opened_run(path))
         form, model = form_of(finished, path), given_model(path, model)
         config = options_here(finished.config, max_gpu_mem, device)

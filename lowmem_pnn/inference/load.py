@@ -31,7 +31,7 @@ from lowmem_pnn.zoo.model_source import ModelSource
 _GIVEN: dict[Path, Callable[[], Model | None]] = {}
 
 
-def remember(folder: str | Path, model: Model) -> None:
+def remember(folder: str | Path, model: Model, *, weakly: bool = False) -> None:
     """Remember the model that a run of this process was started with, so that it need not be given again.
 
     A module is remembered as long as its owner keeps it.
@@ -39,8 +39,9 @@ def remember(folder: str | Path, model: Model) -> None:
     Args:
         folder: folder of the run.
         model: as `fit` takes it.
+        weakly: whether a function too is remembered as long as its owner keeps it, and no longer.
     """
-    if isinstance(model, nn.Module):
+    if isinstance(model, nn.Module) or (weakly and not isinstance(model, str)):
         _GIVEN[Path(folder).absolute()] = weakref.ref(model)
     elif not isinstance(model, str):
         _GIVEN[Path(folder).absolute()] = lambda: model

@@ -8,6 +8,7 @@ from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.run.finished import FinishedRun, open_finished
 from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.run_directory import RunDirectory
+from lowmem_pnn.training.setup import only_run
 from lowmem_pnn.training.start import full_is_a_budget_error, worker_threads
 
 
@@ -23,11 +24,13 @@ def opened_run(path: Path) -> Iterator[tuple[RunDirectory, WorkerThreads, Finish
 
     Raises:
         BudgetError: memory ran out.
+        BusyError: another thread has a run.
         CheckpointError: there is no finished run.
         DiskError: the file system refused.
     """
     with (
         file_system_faults(path),
+        only_run(),
         full_is_a_budget_error(),
         RunDirectory.open(path, to_read=True) as rundir,
         worker_threads() as threads,

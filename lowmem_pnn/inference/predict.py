@@ -67,6 +67,8 @@ def predict_run(
         raise ConfigError(f"--part {part!r} is none of {', '.join(_PARTS)}{suggest(str(part), _PARTS)}")
     display = display or Display()
     with ExitStack() as stack:
+        stack.callback(display.close)
+        display.stage("opening data and model")
         rundir, threads, finished = stack.enter_context(opened_run(path))
         form = form_of(finished, path)
         config = finished.config
@@ -103,7 +105,6 @@ def predict_run(
                 with writer.closing():
                     measure(Run(session, workload, plan, weights, state), "test", bring_down, writer.add, may_stop=False)
         written = writer.finish()
-        display.close()
     count = len(opened.split)
     return written if place is None else {"out": str(place.path), "samples": count, "data": opened.words}
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowmem_pnn.config.code import names_code
+from lowmem_pnn.config.code import DATA_FIELDS, names_code, python_objects
 from lowmem_pnn.config.configure import DOWNLOADED, given_options
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS, ROWS_OF_TEXT
@@ -93,11 +93,12 @@ def open_samples(
     if skip_broken and (text or data is None) and (spec in ("digits", *DOWNLOADED) or _is_text(spec, preparation)):
         what = "is text" if _is_text(spec, preparation) else "has no broken samples"
         raise ConfigError(f"--skip-broken has no effect here: data {spec} {what}; leave it out")
-    if data is None or (text and spec == config.data):
-        if config.data.startswith("python:"):
-            raise ConfigError(
-                f"the run was trained on data from Python ({config.data}), which no name leads to; give the data to predict"
-            )
+    objects = python_objects(vars(config), DATA_FIELDS)
+    if data is None and objects:
+        raise ConfigError(
+            f"the run was trained on data from Python ({', '.join(objects)}), which no name leads to; give the data to predict"
+        )
+    if data is None or (text and spec == config.data and not objects):
         own = dataclasses.replace(config, skip_broken=config.skip_broken or skip_broken)
         parts, steps = _own_parts(own, sample_form, preparation)
         root = _root(spec)

@@ -3,10 +3,13 @@
 import io
 import re
 from collections.abc import Callable, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from lowmem_pnn.contenders.bench_report import BenchRow
+from lowmem_pnn.page.layout import LIGHT
 from lowmem_pnn.page.run_log import RunLog
+from lowmem_pnn.run.timeline import merged
 from lowmem_pnn.units import format_bytes
 
 if TYPE_CHECKING:
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 MB = 1e6
 MOST_POINTS = 2000
-"""Points of a curve; of more, every nth is drawn."""
+"""Points of a curve; of more, every nth and the last are drawn, and of the memory the highest of several."""
 
 # Drawn with these colours, which the page's style then names: matplotlib writes no CSS variables.
 _INK, _GRID, _BUDGET, _PLAIN = "#010101", "#020202", "#030303", "#040404"
@@ -24,21 +27,15 @@ VARIABLES = {
     **{color: f"--series-{number}" for number, color in enumerate(_SERIES)},
 }  # fmt: skip
 
-LIGHT = {
-    "--ink": "#22262b", "--grid": "#d9dde1", "--budget": "#c0392b", "--plain": "#7d8791", "--series-0": "#2f6fb0",
-    "--series-1": "#d98324", "--series-2": "#3a8f5c", "--series-3": "#8d5fb3", "--series-4": "#b8a21c", "--series-5": "#3aa0a6",
-}  # fmt: skip
-"""Colours of a light page."""
-
 
 def memory_figure(run: RunLog) -> str:
     """Draw the memory in use over time, coloured by partition, with the budget and what plain PyTorch needs."""
-    points = _thinned(run.memory)
+    points = fewer(run.memory)
 
     def draw(axes: "Axes") -> None:
         before = 0.0
         for seconds, partition, size in points:
-            axes.bar(before, size / MB, width=seconds - before, align="edge", color=_color(partition), linewidth=0)
+            axes.bar(before, size / MB, width=seconds - before, align="edge", color=_color(int(partition)), linewidth=0)
             before = seconds
         _limits(axes, run)
         axes.set_xlabel("seconds")
@@ -107,7 +104,7 @@ def loss_figure(runs: Sequence[RunLog]) -> str:
     def draw(axes: "Axes") -> None:
         for name, color, lines in _curves(runs):
             seconds = [line["seconds"] for line in lines]
-            axes.plot(seconds, [line["train_loss"] for line in lines], "o-", color=color, markersize=3, label=name)
+            axes.plot(seconds, [line["train_loss"] for line in lines], "o-", color=color, markersize=3, label=_plain(name))
             if any(line.get("val_loss") is not None for line in lines):
                 values = [float("nan") if line.get("val_loss") is None else line["val_loss"] for line in lines]
                 axes.plot(seconds, values, "o--", color=color, markersize=3)
@@ -125,7 +122,7 @@ def accuracy_figure(runs: Sequence[RunLog]) -> str:
         for name, color, lines in _curves(runs):
             known = [line for line in lines if line.get("val_accuracy") is not None]
             values = [100 * line["val_accuracy"] for line in known]
-            axes.plot([line["seconds"] for line in known], values, "o-", color=color, markersize=3, label=name)
+            axes.plot([line["seconds"] for line in known], values, "o-", color=color, markersize=3, label=_plain(name))
         axes.set_xlabel("seconds")
         axes.set_ylabel("validation accuracy, %")
         _legend(axes)
@@ -143,7 +140,7 @@ def peaks_figure(runs: Sequence[RunLog]) -> str:
                 if size is not None:
                     axes.plot([size / MB] * 2, [number - 0.4, number + 0.4], color=color, linewidth=2)
         axes.set_yticks(range(len(runs)))
-        axes.set_yticklabels([run.name for run in runs])
+        axes.set_yticklabels([_plain(run.name) for run in runs])
         axes.invert_yaxis()
         axes.set_xlabel("MB: peak (bar), budget and plain PyTorch (lines)")
 
@@ -207,6 +204,12 @@ def _use_in_words(kind: str) -> str:
     return kind if kind == "computing" else f"waiting for {kind}"
 
 
+def _plain(name: str) -> str:
+    """Return a name as a text of a figure, of which matplotlib makes no formula, and which it does not take for a hidden one."""
+    shown = name.replace("$", r"\$")
+    return f"\N{ZERO WIDTH SPACE}{shown}" if shown.startswith("_") else shown
+
+
 def _legend(axes: "Axes") -> None:
     if 1 < len(axes.get_legend_handles_labels()[1]) <= 12:
         axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
@@ -219,10 +222,22 @@ def _limits(axes: "Axes", run: RunLog) -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
 
+def fewer(memory: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return at most `MOST_POINTS` of a timeline of memory, each as high as the highest of those that it stands for.
+
+    Args:
+        memory: seconds, partition and bytes of each point.
+    """
+    points = [list(point) for point in memory]
+    while len(points) > MOST_POINTS:
+        points = merged(points)
+    return points
+
+
 def _thinned(points: Sequence[Any]) -> list[Any]:
-    """Return at most `MOST_POINTS` of them, spread evenly."""
+    """Return at most `MOST_POINTS` of them and the last one, spread evenly."""
     stride = -(-len(points) // MOST_POINTS) or 1
-    return list(points[::stride])
+    return [*points[:-1:stride], *points[-1:]]
 
 
 def _svg(draw: Callable[["Axes"], None], title: str, height: float = 3.2) -> str:
@@ -255,4 +270,5 @@ def _for_page(svg: str, title: str) -> str:
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 inherit", svg)
-    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', svg, count=1)
+    head = f'role="img" aria-label="{escape(title)}"'
+    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', lambda found: f'<svg viewBox="{found[1]}" {head}>', svg, count=1)

@@ -2,10 +2,17 @@
 
 from html import escape
 
-_STYLE = """
-:root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --ink: #22262b; --muted: #5d6670; --grid: #d9dde1; --budget: #c0392b;
-  --plain: #7d8791; --series-0: #2f6fb0; --series-1: #d98324; --series-2: #3a8f5c; --series-3: #8d5fb3; --series-4: #b8a21c;
-  --series-5: #3aa0a6; }
+LIGHT = {
+    "--ink": "#22262b", "--grid": "#d9dde1", "--budget": "#c0392b", "--plain": "#7d8791", "--series-0": "#2f6fb0",
+    "--series-1": "#d98324", "--series-2": "#3a8f5c", "--series-3": "#8d5fb3", "--series-4": "#b8a21c", "--series-5": "#3aa0a6",
+}  # fmt: skip
+"""Colours of figures on a light page."""
+
+_COLORS = " ".join(f"{name}: {color};" for name, color in LIGHT.items())
+_STYLE = (
+    f":root {{ {_COLORS} }}"
+    + """
+:root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --muted: #5d6670; }
 @media (prefers-color-scheme: dark) { :root { --page: #15181b; --card: #1d2125; --ink: #e4e8ec; --muted: #9aa4ae; --grid: #3a4148;
   --budget: #ef6f61; --plain: #8e98a3; --series-0: #6ba7e5; --series-1: #e8a35a; --series-2: #6cc08d; --series-3: #b893dc;
   --series-4: #d8c65a; --series-5: #6fcbd0; } }
@@ -25,6 +32,7 @@ th { color: var(--muted); font-weight: 600; } th:nth-child(-n+2), td:nth-child(-
 pre { overflow-x: auto; padding: 0.7rem; border: 1px solid var(--grid); border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; }
 details summary { cursor: pointer; color: var(--muted); margin-top: 0.5rem; }
 """
+)
 
 
 def page(title: str, body: str) -> str:

@@ -1,16 +1,18 @@
 """The page: figures and tables of one run, or of several, as one HTML file that loads nothing from elsewhere."""
 
 import platform
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from lowmem_pnn.config.code import python_objects
 from lowmem_pnn.errors import DiskError
 from lowmem_pnn.page import figures, tables
 from lowmem_pnn.page.layout import page, section
-from lowmem_pnn.page.run_log import RunLog
+from lowmem_pnn.page.run_log import RunLog, read_runs
 from lowmem_pnn.reporting.result_text import score_text
-from lowmem_pnn.settings.command import fit_command
+from lowmem_pnn.settings.command import fit_command, option_words
 from lowmem_pnn.units import format_bytes, seconds_text
 
 
@@ -25,10 +27,11 @@ def write_page(runs: Sequence[Path], out: Path) -> None:
         CheckpointError: a run has not finished, or is damaged.
         DiskError: the page cannot be written.
     """
-    text = page_of([RunLog.read(path) for path in runs])
+    text = page_of(read_runs(runs))
     beside = out.with_name(f"{out.name}.new")  # which a run that is begun anew in the folder deletes
     try:
-        beside.write_text(text)
+        # Names of files need not be text.
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         beside.replace(out)
     except OSError as error:
         beside.unlink(missing_ok=True)
@@ -107,4 +110,8 @@ def _facts(run: RunLog) -> str:
         *result.notes,
     ]
     shown = "".join(f"<p>{escape(line)}</p>" for line in lines)
-    return f"{shown}<p>The command that repeats it:</p><pre>{escape(fit_command(run.config))}</pre>"
+    heading, text = "The command that repeats it", fit_command(run.config)
+    if objects := python_objects(vars(run.config)):
+        heading = f"It was started from Python, with {', '.join(objects)}; its options"
+        text = shlex.join(option_words(run.config))
+    return f"{shown}<p>{escape(heading)}:</p><pre>{escape(text)}</pre>"

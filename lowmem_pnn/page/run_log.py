@@ -1,5 +1,6 @@
 """A finished run as its page shows it: its result, its options, and the lines that it logged."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ class RunLog:
         result: what it came to.
         config: its options.
         lines: lines of `metrics.jsonl`, those that are whole.
+        name: what the run is called beside others.
     """
 
     path: Path
     result: Result
     config: FitConfig
     lines: Sequence[Mapping[str, Any]]
+    name: str
 
     @classmethod
     def read(cls, path: Path) -> "RunLog":
@@ -42,13 +45,9 @@ class RunLog:
         with RunDirectory.open(path, to_read=True) as rundir:
             finished = open_finished(rundir)
         log = path / "metrics.jsonl"
-        texts = log.read_text(errors="replace").splitlines() if log.exists() else []
-        return cls(path, finished.result, finished.config, [line for text in texts if (line := _parsed(text)) is not None])
-
-    @property
-    def name(self) -> str:
-        """What the run is called beside others."""
-        return self.path.name
+        texts = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        lines = [line for text in texts if (line := _parsed(text)) is not None]
+        return cls(path, finished.result, finished.config, lines, names_apart([path])[0])
 
     @property
     def memory(self) -> list[tuple[float, int, int]]:
@@ -69,6 +68,38 @@ class RunLog:
             waited = dict(partition.get("waited", {}))
             uses.append({"computing": max(0.0, partition["seconds"] - sum(waited.values())), **waited})
         return uses
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunLog]:
+    """Read runs that stand on one page, each called by as much of its path as tells it from the others.
+
+    Args:
+        paths: their folders.
+
+    Raises:
+        CheckpointError: one has not finished, or a file of it is missing or damaged.
+        ConfigError: there is no run.
+    """
+    runs = [RunLog.read(path) for path in paths]
+    return [dataclasses.replace(run, name=name) for run, name in zip(runs, names_apart(paths), strict=True)]
+
+
+def names_apart(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each path: its last part, or as many of the last parts as make all names differ.
+
+    Args:
+        paths: folders; one that is named twice has one name.
+
+    Example:
+        >>> names_apart([Path("/a/run"), Path("/b/run")]), names_apart([Path("/a/x"), Path("/a/y")])
+        (['a/run', 'b/run'], ['x', 'y'])
+    """
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*each[-count:])) for each in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return [name.encode(errors="backslashreplace").decode() for name in names]  # which need not be text
 
 
 def _parsed(text: str) -> dict[str, Any] | None:

@@ -109,13 +109,11 @@ def runs_table(runs: Sequence[RunLog]) -> str:
 
 def drive_line(run: RunLog) -> str:
     """Say in a line what the run moved, and what its writes mean for a drive."""
-    written = run.result.bytes_written
-    percent = 100 * written / (DRIVE_TBW * 1e12)
+    written, given = run.result.bytes_written, run.result.drive_tbw
+    percent = 100 * written / ((given or DRIVE_TBW) * 1e12)
+    drive = f"{DRIVE_TBW} TB that a common drive of 1 TB" if given is None else f"{given:g} TB that the drive"
     share = f"{percent:.2g} %" if percent >= 0.001 else "less than 0.001 %"
-    return (
-        f"{format_bytes(run.result.bytes_read)} read and {format_bytes(written)} written; that is {share} of the "
-        f"{DRIVE_TBW} TB that a common drive of 1 TB is rated to take"
-    )
+    return f"{format_bytes(run.result.bytes_read)} read and {format_bytes(written)} written; that is {share} of the {drive} is rated to take"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -16,7 +16,7 @@ from lowmem_pnn.preview.tiers import estimate_tiers
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache
 from lowmem_pnn.reporting.plan_report import PlanReport
-from lowmem_pnn.training.setup import open_workload
+from lowmem_pnn.training.setup import only_run, open_workload
 from lowmem_pnn.training.start import OpenInputs
 from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import named_inputs
@@ -52,23 +52,30 @@ def previews(
         open_inputs: opens model and data; by default those that the options name.
         timing: time layers, and show all methods side by side.
         gpu: GPU to plan for, which is not here; its times are computed.
+
+    Raises:
+        BusyError: another thread has a run.
     """
     if config.plan_for == "time" and not timing and gpu is None:
         raise ConfigError("--plan-for time goes by layers that are timed, and --no-timing times none; leave one of them out")
     if config.compile:
         check_compiler()
-    cache, inputs, reports = MeasurementCache(), open_inputs(config), []
-    for budget in budgets:
-        with open_workload(dataclasses.replace(config, max_gpu_mem=budget), inputs, gpu=gpu) as (device, workload):
-            request = PlanRequest(workload, profile_workload(workload, device, cache), device)
-            benchmark = LayerBenchmark(device)
-            estimator_of = (
-                partial(TimeEstimator.measured, benchmark=benchmark) if gpu is None else partial(TimeEstimator.of_gpu, gpu=gpu)
-            )
-            tiers_of = (lambda plan: ()) if gpu is None else partial(estimate_tiers, request, gpu)
-            report = describe_plan(request, estimator_of(request), tiers_of)
-            # Layers are timed as they are, uncompiled.
-            if timing and not config.compile:
-                report = dataclasses.replace(report, prospects=compare_methods(request, estimator_of, cache))
-            reports.append(report)
+    cache, reports = MeasurementCache(), []
+    with only_run():
+        inputs = open_inputs(config)
+        for budget in budgets:
+            with open_workload(dataclasses.replace(config, max_gpu_mem=budget), inputs, gpu=gpu) as (device, workload):
+                request = PlanRequest(workload, profile_workload(workload, device, cache), device)
+                benchmark = LayerBenchmark(device)
+                estimator_of = (
+                    partial(TimeEstimator.measured, benchmark=benchmark)
+                    if gpu is None
+                    else partial(TimeEstimator.of_gpu, gpu=gpu)
+                )
+                tiers_of = (lambda plan: ()) if gpu is None else partial(estimate_tiers, request, gpu)
+                report = describe_plan(request, estimator_of(request), tiers_of)
+                # Layers are timed as they are, uncompiled.
+                if timing and not config.compile:
+                    report = dataclasses.replace(report, prospects=compare_methods(request, estimator_of, cache))
+                reports.append(report)
     return reports

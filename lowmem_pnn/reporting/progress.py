@@ -12,7 +12,7 @@ from rich.text import Text
 from lowmem_pnn.engine.stalls import describe_stalls
 from lowmem_pnn.reporting.live_line import live_lines
 from lowmem_pnn.reporting.run_status import RunStatus
-from lowmem_pnn.reporting.streams import UnbreakableStream
+from lowmem_pnn.reporting.streams import UnbreakableStream, is_terminal
 from lowmem_pnn.reporting.tables import wrapped
 from lowmem_pnn.units import clock_text, format_bytes
 
@@ -60,18 +60,22 @@ def default_display(verbose: bool | None) -> Display:
         verbose: whether progress is shown; None shows it in a terminal and in a notebook.
     """
     if verbose is None:
-        verbose = sys.stderr is not None and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+        verbose = is_terminal(sys.stderr) or (sys.stderr is not None and "ipykernel" in sys.modules)
     return TerminalDisplay(Console(stderr=True)) if verbose else Display()
 
 
 class TerminalDisplay(Display):
     """Display with two live lines on a terminal and a line per finished epoch; elsewhere plain lines, of epochs one in ten seconds.
 
+    Lines are live from the first stage to `close`, which leaves the terminal as it was.
+
     Args:
         console: Console on standard error.
     """
 
     def __init__(self, console: Console) -> None:
+        # The console may say so of a file too, in whose lines codes that move a cursor have no place (FORCE_COLOR).
+        is_live = is_terminal(console.file) and console.is_terminal and not console.is_dumb_terminal
         # A console that cannot write would raise, in its own thread too, or end the process.
         console.file = UnbreakableStream(console.file)  # type: ignore[assignment,arg-type]
         self._console = console
@@ -82,15 +86,23 @@ class TerminalDisplay(Display):
         self._looked = self._printed = 0.0
         # When the epoch, the visit and the run began here, and how far they were.
         self._epoch_began, self._visit_began, self._run_began = (0.0, 0), (0.0, 0.0), (0.0, 0.0)
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._live = Live(console=console, get_renderable=self._render, refresh_per_second=8, transient=True)
-            self._live.start()
+        if is_live:
+            self._live = Live(
+                console=console,
+                get_renderable=self._render,
+                refresh_per_second=8,
+                transient=True,
+                # What is printed meanwhile goes above the live lines, if it goes to the terminal at all.
+                redirect_stdout=is_terminal(sys.stdout),
+                redirect_stderr=is_terminal(sys.stderr),
+            )
 
     def stage(self, text: str) -> None:
         """Show the stage with the seconds that it takes; elsewhere print it."""
         if self._live is None:
             self.message(text)
         self._stage, self._status = (text, time.monotonic()), None
+        self._begin_live()
         if self._live is not None:
             self._live.refresh()
 
@@ -107,10 +119,12 @@ class TerminalDisplay(Display):
         self._title, self._epoch = short, f"epoch {epoch + 1} of {epochs}"
         self._epoch_began = time.monotonic(), done
         self._stage = None
+        self._begin_live()
 
     def start_emit(self, title: str, split: str, num_samples: int) -> None:
         """Show that the outputs of a partition are being written."""
         self._stage = (f"{title.partition(' (')[0]}: writing its outputs ({split})", time.monotonic())
+        self._begin_live()
 
     def advance(self, status: Callable[[], RunStatus]) -> None:
         """Show how far the run is."""
@@ -142,12 +156,17 @@ class TerminalDisplay(Display):
         """Print a message, on a terminal or elsewhere."""
         # Where lines are live, others are broken between words here; elsewhere a line stays one, for whoever reads it.
         fitted = wrapped(text, None if self._live is None else self._console.width, "  ")
-        self._console.print(fitted, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(fitted, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def close(self) -> None:
         """Remove the live lines."""
         if self._live is not None:
             self._live.stop()
+
+    def _begin_live(self) -> None:
+        """Show what is live from now on; where that is so already, or nothing is, do nothing."""
+        if self._live is not None:
+            self._live.start()
 
     def _render(self) -> Text:
         """Return what is live now; called by a thread of its own."""

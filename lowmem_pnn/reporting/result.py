@@ -35,7 +35,7 @@ class Result(ResultFields):
         """
         lines: list[dict[str, Any]] = []
         with suppress(OSError):
-            for text in (Path(self.workdir) / "metrics.jsonl").read_text(errors="replace").splitlines():
+            for text in (Path(self.workdir) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
                 with suppress(ValueError):  # a line that a kill has cut off
                     lines.append(json.loads(text))
         epochs = [line for line in lines if isinstance(line, dict) and "train_loss" in line]
@@ -66,6 +66,16 @@ class Result(ResultFields):
         """Read a result that `to_json` wrote, in this version or another; keys that are not known are left out."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in json.loads(text).items() if name in known})
+
+    def moved_to(self, folder: Path) -> "Result":
+        """Return the result of the same run in the folder that it lies in now: copied, renamed, or given in another way.
+
+        Args:
+            folder: folder of the run.
+        """
+        places = {name: getattr(self, name) for name in ("weights_file", "transformers_folder", "adapter")}
+        here: dict[str, Any] = {name: str(folder / Path(place).name) for name, place in places.items() if place is not None}
+        return dataclasses.replace(self, workdir=str(folder), **here)
 
     def load(self, model: nn.Module) -> nn.Module:
         """Load the trained weights into a model of the class that was trained.

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from lowmem_pnn.config.code import trust_words
+from lowmem_pnn.config.code import DATA_FIELDS, python_objects, trust_words
 from lowmem_pnn.engine.stalls import describe_stalls
 from lowmem_pnn.pretrained.matching import describe_weights
 from lowmem_pnn.reporting.result_fields import ResultFields
@@ -126,8 +126,8 @@ def next_command(result: ResultFields) -> str:
     Args:
         result: what a run came to.
     """
-    if result.model.startswith("python:") or result.data.startswith("python:"):
-        return f"lowmem_pnn.load({result.workdir!r}, model=...)"
+    if python_objects(vars(result), ("model", *DATA_FIELDS)):
+        return f"lowmem_pnn.load({result.workdir!r}{', model=...' if python_objects(vars(result), ('model',)) else ''})"
     targets: Mapping[str, Any] = result.form.get("targets", {})
     if result.perplexity is not None or targets.get("kind") == "tokens":
         trust = trust_words(vars(result), ("model",))
@@ -136,7 +136,7 @@ def next_command(result: ResultFields) -> str:
         return shlex.join(["lowmem-pnn", "export", result.workdir, "--to", "safetensors", *trust])
     is_no_table = targets.get("kind") == "own" or (targets.get("kind") == "values" and len(targets.get("shape", ())) > 1)
     out = "masks/" if targets.get("kind") == "mask" else "predictions.npz" if is_no_table else "predictions.csv"
-    trust = trust_words(vars(result), ("model", "data", "val_data", "test_data"))
+    trust = trust_words(vars(result), ("model", *DATA_FIELDS))
     return shlex.join(["lowmem-pnn", "predict", result.workdir, "--out", out, *trust])
 
 

@@ -27,8 +27,8 @@ class UnbreakableStream(io.TextIOBase):
         self.is_silent = stream is None
 
     def write(self, text: str) -> int:
-        """Write a text, if that is possible; return its length."""
-        self._try(lambda stream: stream.write(text))
+        """Write a text, if that is possible; return its length. Letters that the stream has no bytes for are written as their numbers."""
+        self._try(lambda stream: self._write(stream, text))
         return len(text)
 
     def flush(self) -> None:
@@ -37,11 +37,11 @@ class UnbreakableStream(io.TextIOBase):
 
     def isatty(self) -> bool:
         """Whether the stream is a terminal."""
-        return self._stream is not None and self._stream.isatty()
+        return is_terminal(self._stream)
 
     def fileno(self) -> int:
         """Return the stream's descriptor."""
-        if self._stream is None:
+        if self._stream is None or not hasattr(self._stream, "fileno"):
             raise io.UnsupportedOperation("fileno")
         return self._stream.fileno()
 
@@ -57,6 +57,12 @@ class UnbreakableStream(io.TextIOBase):
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
+    def _write(self, stream: TextIO, text: str) -> None:
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:  # as of the name of a file that is no text
+            stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+
     def _try(self, work: Callable[[TextIO], object]) -> None:
         if self.is_silent or self._stream is None:
             return
@@ -67,13 +73,28 @@ class UnbreakableStream(io.TextIOBase):
             drop(self._stream)
 
 
+def is_terminal(stream: Any) -> bool:
+    """Decide whether a stream is a terminal.
+
+    Args:
+        stream: anything that texts are written to, which need not have `isatty`; None where the process has none.
+
+    Example:
+        >>> is_terminal(None), is_terminal(io.StringIO())
+        (False, False)
+    """
+    with suppress(ValueError):  # it was closed
+        return hasattr(stream, "isatty") and bool(stream.isatty())
+    return False
+
+
 def drop(stream: TextIO) -> None:
     """Send what a broken stream still holds, and all that will come, to nowhere: else Python would fail once more at its end.
 
     Args:
         stream: stream that cannot be written to.
     """
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):  # AttributeError: a stream of somebody's own has no descriptor
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:
             os.dup2(nowhere, stream.fileno())

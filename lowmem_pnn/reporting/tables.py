@@ -7,6 +7,7 @@ from io import StringIO
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def text_table(
@@ -30,10 +31,11 @@ def text_table(
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # names are shown as they are, brackets and colons too
     text = StringIO()
     # Never as narrow as the terminal: a wrapped table is easier to read than one that is cut off.
-    Console(file=text, width=400).print(table)
+    # Plain text, whatever the process writes to: a notebook, or a terminal of which variables speak (FORCE_COLOR).
+    Console(file=text, width=400, force_jupyter=False, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lowmem_pnn.errors import ConfigError
+
 
 class Callback:
     """Base class of callbacks, which does nothing: override what is of interest.
@@ -48,6 +50,34 @@ class Callback:
         """
 
 
+def checked_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+    """Return the callbacks that a caller gave.
+
+    Args:
+        callbacks: several; None for none.
+
+    Raises:
+        ConfigError: they are none, or something else is among them.
+
+    Example:
+        >>> checked_callbacks([Callback])
+        Traceback (most recent call last):
+        lowmem_pnn.errors.ConfigError: callbacks takes a list of lowmem_pnn.Callback objects, and one is the class Callback; give Callback()
+    """
+    if callbacks is None:
+        return ()
+    takes = "callbacks takes a list of lowmem_pnn.Callback objects"
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+        raise ConfigError(f"{takes}, and got a single {type(callbacks).__name__}; give callbacks=[...]")
+    given = tuple(callbacks)
+    for callback in given:
+        if isinstance(callback, type):
+            raise ConfigError(f"{takes}, and one is the class {callback.__name__}; give {callback.__name__}()")
+        if not isinstance(callback, Callback):
+            raise ConfigError(f"{takes}, and one is of {type(callback).__name__}; derive it from lowmem_pnn.Callback")
+    return given
+
+
 class Callbacks:
     """All callbacks of a run, told one after the other.
 
@@ -66,4 +96,4 @@ class Callbacks:
             info: what it is given.
         """
         for callback in self._callbacks:
-            getattr(callback, event)(info)
+            getattr(callback, event)(dict(info))  # of its own: one may change it

@@ -61,7 +61,7 @@ def _with_kept_model(config: FitConfig, path: Path) -> FitConfig:
 
 
 def read_result(path: Path, state: State) -> Result:
-    """Return what a finished run came to, after a check of all that it left.
+    """Return what a finished run came to, after a check of all that it left; places in it are those where the run lies now.
 
     Args:
         path: folder of the run.
@@ -80,7 +80,7 @@ def read_result(path: Path, state: State) -> Result:
             TensorFile.open(path / name, remedy=DAMAGED).close()
     file = path / "result.json"
     try:
-        result = Result.from_json(read_file(file, DAMAGED).decode())
+        result = Result.from_json(read_file(file, DAMAGED).decode()).moved_to(path)
         str(result)  # which shows what is missing in it
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{file} cannot be read: {(error.strerror or str(error)).lower()}; {DAMAGED}") from error

@@ -19,6 +19,8 @@ from lowmem_pnn.stores.run_creation import LOGGER_FILE, TENSORBOARD_FOLDER
 
 _PROJECT = "lowmem-pnn"
 _OF_EPOCHS = ("samples_per_second", "peak_bytes", "micro_batch", "epoch")
+# What the file of the services has steps under.
+_STEPS = "steps"
 
 Ending = Literal["done", "stopped", "failed"]
 
@@ -168,25 +170,28 @@ class Logger(Callback):
         self._service: Service | None = SERVICES[config.logger]()
         self._config, self._display = config, display
         self._num_partitions = 1
+        self._folder, self._ids = Path(), dict[str, str | None]()
+        # Optimizer steps by group; those of earlier processes too.
         self._steps: dict[str, int] = {}
         self._ending: Ending = "failed"
 
     def on_fit_start(self, info: Mapping[str, Any]) -> None:
         """Open the run at the service."""
         self._num_partitions = info["partitions"]
-        folder, name = Path(info["workdir"]), self._config.logger
+        self._folder, name = Path(info["workdir"]), self._config.logger
         options = {key: value for key, value in json.loads(self._config.to_json()).items() if value is not None}
-        known = _read_ids(folder) if info["resumed"] else {}
+        if info["resumed"]:
+            self._ids, self._steps = _read_notes(self._folder)
         assert self._service is not None
         try:
-            known[name], where = self._service.open(folder, options, known.get(name))
+            self._ids[name], where = self._service.open(self._folder, options, self._ids.get(name))
         except Exception as error:
             self._service = None
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ConfigError(
                 f"--logger {name} cannot begin to log: {reason}; or give --logger none, with --resume too"
             ) from error
-        write_durably(folder / LOGGER_FILE, json.dumps(known))
+        self._note()
         self._display.message(where)
 
     def on_step_end(self, info: Mapping[str, Any]) -> None:
@@ -200,6 +205,7 @@ class Logger(Callback):
         """Log an epoch, after the steps that it took."""
         told = {name: value for name, value in info.items() if name in _OF_EPOCHS or name.startswith(("train_", "val_"))}
         self._write(self._group(info), told)
+        self._note()
 
     def on_fit_end(self, info: Mapping[str, Any]) -> None:
         """Log the scores of the trained model, and what the run took."""
@@ -222,6 +228,10 @@ class Logger(Callback):
             service, self._service = self._service, None
             with self._losing_the_log_alone():
                 service.close(ending)
+
+    def _note(self) -> None:
+        """Note what another process needs to go on: a run that is killed while it is tested has no step left to do."""
+        write_durably(self._folder / LOGGER_FILE, json.dumps({**self._ids, _STEPS: self._steps}))
 
     def _group(self, info: Mapping[str, Any]) -> str:
         is_own = info["action"] == "learn" and self._num_partitions > 1
@@ -280,10 +290,12 @@ def _package(module: str, package: str | None = None) -> Any:
         ) from error
 
 
-def _read_ids(folder: Path) -> dict[str, str | None]:
-    """Return what earlier processes of a run have noted for each service; nothing where that is lost."""
+def _read_notes(folder: Path) -> tuple[dict[str, str | None], dict[str, int]]:
+    """Return what earlier processes of a run have noted for each service, and their steps by group; nothing where that is lost."""
     with suppress(OSError, ValueError):
         known = json.loads((folder / LOGGER_FILE).read_text())
         if isinstance(known, dict):
-            return {name: value for name, value in known.items() if isinstance(value, str)}
-    return {}
+            steps = known.get(_STEPS, {})
+            ids: dict[str, str | None] = {name: value for name, value in known.items() if isinstance(value, str)}
+            return ids, {group: step for group, step in steps.items() if isinstance(step, int)} if isinstance(steps, dict) else {}
+    return {}, {}

@@ -28,7 +28,7 @@ class MemoryTimeline:
         """
         self._points.append([round(seconds, 3), partition, peak_bytes])
         if len(self._points) > MOST_POINTS:
-            self._points = list(_merged(self._points))
+            self._points = merged(self._points)
 
     def take(self) -> list[list[float]]:
         """Return the points since the last call: seconds, partition and bytes of each."""
@@ -36,7 +36,15 @@ class MemoryTimeline:
         return points
 
 
-def _merged(points: list[list[float]]) -> list[list[float]]:
-    """Return half as many points, each as high as the higher one of a pair, and of its partition."""
+def merged(points: list[list[float]]) -> list[list[float]]:
+    """Return half as many points, each as high as the higher one of a pair, and of its partition.
+
+    Args:
+        points: seconds, partition and bytes of each.
+
+    Example:
+        >>> merged([[0.5, 0, 100], [1.25, 1, 80], [2.0, 1, 90]])
+        [[1.25, 0, 100], [2.0, 1, 90]]
+    """
     pairs = zip(points[::2], [*points[1::2], points[-1]], strict=False)
-    return [[later[0], max(first, later, key=lambda point: point[2])[1], max(first[2], later[2])] for first, later in pairs]
+    return [[later[0], *max(first, later, key=lambda point: point[2])[1:]] for first, later in pairs]

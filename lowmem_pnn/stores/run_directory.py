@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from lowmem_pnn.config.code import command_to_resume
+from lowmem_pnn.config.code import command_to_resume, python_objects
 from lowmem_pnn.errors import CheckpointError, DiskError
 from lowmem_pnn.stores.disk import (
     disk_error,
@@ -349,7 +349,8 @@ def way_back(path: Path) -> str:
     if older is None:
         return ""
     copy = shlex.join(["cp", str(older), str(path / JOURNAL)])
-    return f"; or go back to the commit before: {copy} && {command_to_resume(_options_of(path), path)}"
+    options = _options_of(path)
+    return f"; or go back to the commit before: {copy}{', then' if python_objects(options) else ' &&'} {command_to_resume(options, path)}"
 
 
 def _options_of(path: Path) -> dict[str, Any]:

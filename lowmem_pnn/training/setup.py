@@ -1,5 +1,6 @@
 """Setup: the device and the workload on it, ready for a plan, and what has to be in memory before the floor is taken."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -15,6 +16,7 @@ from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device
 from lowmem_pnn.device.described import DescribedGpu
 from lowmem_pnn.device.support import device_taken, has_driver, missing_kernels, why_no_gpu
+from lowmem_pnn.errors import BusyError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.optim.low_precision import load_int8_levels
 from lowmem_pnn.optim.optimizers import OptimizerSpec
@@ -26,6 +28,28 @@ from lowmem_pnn.stores.disk import spare_page_cache
 from lowmem_pnn.workload import Workload, make_workload, with_compiled_layers
 from lowmem_pnn.workload.inputs import Inputs
 from lowmem_pnn.zoo.deferred_init import skeleton
+
+# Held by the thread that has a run.
+_RUN = threading.RLock()
+
+
+@contextmanager
+def only_run() -> Iterator[None]:
+    """Keep other threads of this process from beginning a run inside the context: memory is metered, and random numbers are drawn, for all
+    threads at once, so that two runs would change each other. The same thread may begin another one, as a callback does that predicts.
+
+    Raises:
+        BusyError: another thread has a run.
+    """
+    if not _RUN.acquire(blocking=False):
+        raise BusyError(
+            "another thread of this process trains, or uses, a run, and memory is measured for both together: do one after the other, or each "
+            "in a process of its own"
+        )
+    try:
+        yield
+    finally:
+        _RUN.release()
 
 
 @contextmanager

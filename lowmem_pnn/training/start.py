@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lowmem_pnn.compilation.compiler import check_compiler
+from lowmem_pnn.config.code import python_objects
 from lowmem_pnn.config.defaults import training_words
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust, resumed_config, with_new_modules
@@ -48,11 +49,14 @@ from lowmem_pnn.stores.journal import read_journal
 from lowmem_pnn.stores.run_directory import RunDirectory, read_config
 from lowmem_pnn.training.join import forget
 from lowmem_pnn.training.lifecycle import run_to_end
-from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
+from lowmem_pnn.training.setup import only_run, open_workload, reading, warm_up_profiler
 from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import Inputs, named_inputs, without_weights
 
 _AS_FILE = "# The options of this run: lowmem-pnn fit --config config.toml begins another one like it.\n"
+_AS_FILE_FROM_PYTHON = (
+    "# The options of this run; it was started from Python, with {}, which lowmem_pnn.fit takes anew to begin another one.\n"
+)
 
 OpenInputs = Callable[[FitConfig], Inputs]
 """Opens model and data for a configuration."""
@@ -201,7 +205,9 @@ def resume(
 
 def _write_options(path: Path, config: FitConfig) -> None:
     """Write the options of a run as a file that begins another one like it."""
-    write_durably(path / CONFIG_FILE, _AS_FILE + to_toml(config))
+    objects = python_objects(vars(config))
+    head = _AS_FILE_FROM_PYTHON.format(", ".join(objects)) if objects else _AS_FILE
+    write_durably(path / CONFIG_FILE, head + to_toml(config))
 
 
 def _begin_late(
@@ -260,6 +266,7 @@ def _environment(display: Display) -> Iterator[WorkerThreads]:
     """What a training needs around it: the caller's random state kept, background threads, and a display that is closed at the end."""
     allow_many_files()
     with (
+        only_run(),
         torch.random.fork_rng(devices=[]),
         preserve_gpu_random_state(),
         full_is_a_budget_error(),

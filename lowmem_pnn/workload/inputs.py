@@ -59,8 +59,9 @@ def named_inputs(config: FitConfig) -> Inputs:
     Raises:
         ConfigError: the run was started from Python with objects; or there is no such model or data.
     """
-    for name, value in (("model", config.model), ("data", config.data)):
-        if value.startswith("python:"):
+    for name in ("model", "data", "val_data", "test_data"):
+        value = getattr(config, name)
+        if value is not None and value.startswith("python:"):
             raise ConfigError(
                 f"this run was started from Python with its own {name} ({value}); go on with it there: lowmem_pnn.fit(..., resume=True)"
             )
@@ -149,11 +150,24 @@ def python_inputs(
     return open_inputs
 
 
-def name_of(model: Model) -> str:
-    """Return what a run's configuration calls a model: its own name, or "python:" and the name of its class or function."""
-    if isinstance(model, str):
-        return model
-    return f"python:{model.__class__.__name__ if isinstance(model, nn.Module) else getattr(model, '__name__', 'factory')}"
+def names_of(model: Model, train: Any, loss: str | OwnLoss) -> dict[str, str]:
+    """Return what a run's configuration calls model and data, and the loss where it was given; an object by its class or function.
+
+    Args:
+        model: as `fit` takes it.
+        train: as `fit` takes it.
+        loss: as `fit` takes it.
+    """
+    built_by = type(model).__name__ if isinstance(model, nn.Module) else getattr(model, "__name__", "factory")
+    names = {"model": model if isinstance(model, str) else f"python:{built_by}", "data": name_of_data(train)}
+    if isinstance(loss, str):
+        return names if loss == "auto" else {**names, "loss": loss}
+    return {**names, "loss": f"python:{getattr(loss, '__name__', type(loss).__name__)}"}
+
+
+def name_of_data(data: Any) -> str:
+    """Return what a run's configuration calls its data, or a part of it: its own name, or "python:" and the name of its class."""
+    return data if isinstance(data, str) else f"python:{type(data).__name__}"
 
 
 def name_of_weights(weights: Any) -> Any:
@@ -173,15 +187,13 @@ def with_named_parts(train: Any, val: Any, test: Any, options: Mapping[str, Any]
     Raises:
         ConfigError: a part of the data is given twice, or an object as an option.
     """
-    named = {f"{name}_data": part for name, part in (("val", val), ("test", test)) if part is not None}
+    named = {f"{name}_data": name_of_data(part) for name, part in (("val", val), ("test", test)) if part is not None}
     for name in ("val_data", "test_data"):
         if not isinstance(options.get(name), str | None):
             raise ConfigError(f"{name} is the name of a data set; give an object as {name.removesuffix('_data')}=")
-    for name, part in named.items():
+    for name in named:
         if options.get(name) is not None:
             raise ConfigError(f"{name.removesuffix('_data')} and {name} both name a part of the data; give one")
-        if not isinstance(part, str):
-            named[name] = None
     return {**loader_options(train), **named, **{name: value for name, value in options.items() if value is not None}}
 
 

@@ -46,7 +46,7 @@ def open_apart(config: FitConfig, dataset: Dataset, form: SampleForm) -> tuple[D
     parts: dict[SplitName, Split] = {}
     given: tuple[tuple[SplitName, str | None], ...] = (("val", config.val_data), ("test", config.test_data))
     for name, spec in given:
-        if spec is None:
+        if spec is None or spec.startswith("python:"):  # opened by whoever has the object
             continue
         form = dataclasses.replace(form, options=options_like(dataset.targets, form.options))
         other = open_source(spec, config, form, dataset.preparation)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem_pnn.config.configure import given_options
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
@@ -32,7 +33,8 @@ def trained_source(config: FitConfig, model: Model | None, num_classes: int | No
     Raises:
         ConfigError: the run was started from Python with a model of its own, and none was given; or there is no such model.
     """
-    if isinstance(model, str) and model != config.model:
+    # A path is stored in full.
+    if isinstance(model, str) and given_options({"model": model})["model"] != config.model:
         return find_model(model, {}, num_classes, config.task)
     if model is not None and not isinstance(model, str):
         build = (lambda: model) if isinstance(model, nn.Module) else model

@@ -1,5 +1,6 @@
-"""Displays that stop runs, and what a run tells a display."""
+"""Displays that stop runs, what a run tells a display, and streams that it shows that on."""
 
+import io
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -7,6 +8,27 @@ from typing import Any
 from lowmem_pnn.errors import Stopped
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.run_status import RunStatus
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+class Tee:
+    """A stream as scripts put in the place of another: it has `write` and `flush` alone."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
 
 
 class StopsAt(Display):

@@ -393,7 +393,9 @@ def test_blocks_are_cut_apart_for_exact_and_kept_for_pnn(tmp_path: Path) -> None
     x, y = torch.rand(24, 3, 32, 32), torch.arange(24) % 4
     build = lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4)  # noqa: E731
     options = {"max_gpu_mem": "1GB", "device": "cpu", "batch_size": 8}
-    exact = lowmem_pnn.plan(build, (x, y), method="exact", timing=False, **options)
+    of_fit = {"test": (x, y), "metrics": None, "callbacks": [], "workdir": tmp_path / "run", "resume": False, "verbose": True}
+    exact = lowmem_pnn.plan(build, (x, y), method="exact", timing=False, **options, **of_fit)
+    assert not (tmp_path / "run").exists()
     pnn = lowmem_pnn.plan(build, (x, y), method="pnn", timing=False, **options)
     assert [name for part in exact.partitions for name in part["layers"]][-3:] == ["layer4.0.conv1", "layer4.0.conv2", "fc"]
     assert [name for part in pnn.partitions for name in part["layers"]][-3:] == ["layer3.0", "layer4.0", "fc"]

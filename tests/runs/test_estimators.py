@@ -1,5 +1,6 @@
 """Estimators of scikit-learn: in its searches, pipelines and pickles, and by its own checks."""
 
+import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 import lowmem_pnn
 from lowmem_pnn import LowMemClassifier, LowMemRegressor
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.inference.load import given_model
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(60, 4))
@@ -26,6 +28,13 @@ Y = np.where(X[:, 0] > 0, "yes", "no")
 GIVEN: dict[str, Any] = {
     "max_gpu_mem": "300MB", "device": "cpu", "epochs": 5, "batch_size": 8, "lr": 0.05, "random_state": 0, "options": {"compare": False},
 }  # fmt: skip
+
+NET = """from torch import nn
+
+
+def build(width):
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+"""
 
 
 def sized(num_features: int, num_outputs: int, width: int = 8) -> nn.Module:
@@ -44,14 +53,24 @@ def test_scores_of_a_pipeline() -> None:
     assert scores.min() > 0.7
 
 
-def test_the_estimator_does_what_fit_does(tmp_path: Path) -> None:
-    model = LowMemClassifier("mlp:4-8-2", workdir=tmp_path / "runs", **GIVEN).fit(X, Y)
+def test_the_estimator_does_what_fit_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    net, argument = "net.py:build", {"model_arg": {"width": 8}}
+    model = LowMemClassifier(net, workdir=tmp_path / "runs", **{**GIVEN, "options": {**GIVEN["options"], **argument}}).fit(X, Y)
     given = {name: GIVEN[name] for name in ("max_gpu_mem", "device", "epochs", "batch_size", "lr")}
     x, seed = X.astype(np.float32), int(np.random.RandomState(0).randint(2**31 - 1))
     result = lowmem_pnn.fit(
-        "mlp:4-8-2", (x, (Y == "yes").astype(int)), workdir=tmp_path / "run", method="exact", val_fraction=0.0, seed=seed, **given
+        net,
+        (x, (Y == "yes").astype(int)),
+        workdir=tmp_path / "run",
+        method="exact",
+        val_fraction=0.0,
+        seed=seed,
+        **given,
+        **argument,
     )
-    expected = torch.softmax(torch.tensor(lowmem_pnn.predict(result, x)["scores"], dtype=torch.float64), 1).numpy()
+    expected = torch.softmax(torch.tensor(lowmem_pnn.predict(result, x, model=net)["scores"], dtype=torch.float64), 1).numpy()
     np.testing.assert_allclose(model.predict_proba(X), expected, rtol=1e-12)
     assert (model.predict(X) == np.array(["no", "yes"])[expected.argmax(1)]).all()
     assert model.result_.method == "exact"
@@ -68,10 +87,15 @@ def test_a_model_is_left_as_it_was_given(make: Callable[[], Any]) -> None:
         assert torch.equal(given.state_dict()[name], value)
     folder = Path(model.result_.workdir)
     again = pickle.loads(pickle.dumps(model))
+    assert again.result_.history == model.result_.history != {}
+    assert Path(again.result_.weights_file).is_file()
+    assert model.result_.workdir not in again.result_.describe()
     kept = model.predict_proba(X)
     assert folder.is_dir(), "pickling leaves the run alone"
     del model
     assert not folder.exists(), "a temporary run goes with its estimator"
+    gc.collect()
+    assert given_model(folder, None) is None, "and so does the copy of its model"
     np.testing.assert_array_equal(again.predict_proba(X), kept)
     with pytest.raises(NotFittedError):
         clone(again).predict(X)
@@ -100,6 +124,10 @@ def test_faults_are_said() -> None:
     more = LowMemClassifier("mlp:4-3", **GIVEN).fit(X, Y)
     with pytest.raises(ConfigError, match="the model gives 3 scores, and y had 2 classes; give one that gives 2"):
         more.predict(X)
+    with pytest.raises(ConfigError, match="there is no option --nonsense"):
+        more.set_params(options={"nonsense": 1}).fit(X, np.arange(60) % 3)
+    with pytest.raises(ConfigError, match="the model gives 3 scores, and y had 2 classes"):  # of the fit before
+        more.set_params(options=None).predict(X)
 
 
 # Those that try what is ours: parameters, pickles, shapes and types of what is given and predicted. --long tries all of them.

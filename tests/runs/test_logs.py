@@ -46,6 +46,10 @@ class StopsAt(lowmem_pnn.Callback):
 
 def test_the_table_says_what_the_lines_say(tmp_path: Path) -> None:
     fit(tmp_path / "run")
+    told = (
+        "# The options of this run; it was started from Python, with python:build, python:tuple, which lowmem_pnn.fit takes anew"
+    )
+    assert (tmp_path / "run" / "config.toml").read_text().startswith(told)
     lines, table = lines_of(tmp_path / "run"), pandas.read_csv(tmp_path / "run" / "metrics.csv")
     assert tuple(table.columns[: len(COLUMNS)]) == COLUMNS
     assert {"step", "train_loss", "split"} <= {name for line in lines for name in line}, "or not every kind of line is tested"

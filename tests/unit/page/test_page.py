@@ -1,11 +1,19 @@
 """Pages of runs: what is on them, of one run and of several, and what is refused."""
 
+import dataclasses
+import html
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from helpers.commands import lowmem_pnn, write_data
+from lowmem_pnn.page import figures
+from lowmem_pnn.page.page import page_of, write_page
+from lowmem_pnn.page.run_log import RunLog
+from lowmem_pnn.page.tables import drive_line
 
 FIT = "fit --max-gpu-mem 100MB --device cpu --model mlp:20-16-3 --epochs 2 --cuts 1 --no-compare --quiet"
 
@@ -57,3 +65,39 @@ def test_what_is_no_finished_run_is_refused(runs: list[Path], tmp_path: Path) ->
         outcome.fault
         == f"the page {tmp_path}/none/page.html cannot be written: No such file or directory; give --out FILE elsewhere"
     )
+
+
+def test_runs_of_one_name_are_told_apart_and_say_where_they_lie_now(runs: list[Path], tmp_path: Path) -> None:
+    odd = '_"x" <$a$ \\q'
+    copies = [shutil.copytree(run, tmp_path / place / odd) for place, run in zip("ab", runs, strict=True)]
+    out = tmp_path / "both.html"
+    write_page(copies, out)
+    page = out.read_text(encoding="utf-8")
+    for place, copy in zip("ab", copies, strict=True):
+        name = html.escape(f"{place}/{odd}")
+        assert f"<td>{name}</td>" in page
+        assert page.count(f"{html.escape(f'{place}/{odd}', quote=False)}</text>") == 3, "at the peaks, and in two legends"
+        assert f"<p>weights: {html.escape(str(copy))}/model.safetensors</p>" in page
+    (tmp_path / "a" / odd).rename(last := tmp_path / os.fsdecode(b"caf\xe9"))
+    write_page([last], out)
+    page = out.read_text(encoding="utf-8")
+    assert 'aria-label="plan of caf\\udce9"' in page
+
+
+def test_a_figure_of_many_points_keeps_the_highest_and_the_last() -> None:
+    memory = [(0.1 * number, number % 3, 9000 if number == 4321 else 100 + number % 7) for number in range(12_345)]
+    shown = figures.fewer(memory)
+    assert len(shown) <= figures.MOST_POINTS
+    assert max(shown, key=lambda point: point[2])[1:] == [4321 % 3, 9000]
+    assert shown[-1][0] == memory[-1][0]
+    assert figures.fewer(memory[:2]) == [list(point) for point in memory[:2]]
+
+
+def test_what_the_page_says_of_the_drive_and_of_objects_from_python(runs: list[Path]) -> None:
+    run = RunLog.read(runs[0])
+    assert "% of the 600 TB that a common drive of 1 TB is rated to take" in drive_line(run)
+    rated = dataclasses.replace(run, result=dataclasses.replace(run.result, bytes_written=3 * 10**12, drive_tbw=150))
+    assert drive_line(rated).endswith("3.00 TB written; that is 2 % of the 150 TB that the drive is rated to take")
+    given = dataclasses.replace(run, config=dataclasses.replace(run.config, val_data="python:tuple"))
+    assert "<p>The command that repeats it:</p><pre>lowmem-pnn fit --max-gpu-mem 100MB" in page_of([run])
+    assert "<p>It was started from Python, with python:tuple; its options:</p><pre>--max-gpu-mem 100MB" in page_of([given])

@@ -1,6 +1,7 @@
 """What a run tells people: two live lines on a terminal, plain lines elsewhere."""
 
 import re
+import sys
 import time
 from io import StringIO
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from helpers.displays import LINE, status, tell
+from helpers.displays import LINE, Tee, Terminal, status, tell
 from lowmem_pnn.reporting import progress
 from lowmem_pnn.reporting.progress import Display, TerminalDisplay
 
@@ -18,7 +19,7 @@ EPOCH = (
 
 
 def shown(terminal: bool, **more: Any) -> str:
-    text = StringIO()
+    text = Terminal() if terminal else StringIO()
     tell(TerminalDisplay(Console(file=text, force_terminal=terminal, width=200, **more)))
     return text.getvalue()
 
@@ -69,7 +70,7 @@ def test_the_live_lines_fit_the_terminal_and_say_how_far_the_whole_run_is(width:
 
 
 def test_without_validation_nothing_is_said_of_it() -> None:
-    text = StringIO()
+    text = Terminal()
     display = TerminalDisplay(Console(file=text, force_terminal=True, width=200))
     display.start_epoch("partition 1 of 1 (0)", 0, 1, 10, 0)
     display.end_epoch({**LINE, "val_loss": None, "val_accuracy": None})
@@ -95,3 +96,46 @@ def test_a_call_from_python_shows_progress_in_a_terminal(
     display = progress.default_display(verbose)
     display.close()
     assert isinstance(display, TerminalDisplay) == shows
+
+
+def test_nothing_is_live_before_the_first_stage_and_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, own, out = Terminal(), Terminal(), StringIO()
+    monkeypatch.setattr("sys.stderr", own)
+    monkeypatch.setattr("sys.stdout", out)
+    display = TerminalDisplay(Console(file=text, force_terminal=True, width=200))
+    display.message("a fault comes next")
+    assert (text.getvalue(), sys.stderr) == ("a fault comes next\n", own), "the terminal is as it was"
+    display.stage("planning")
+    assert "\x1b[?25l" in text.getvalue(), "the cursor is hidden"
+    assert sys.stdout is out, "what is printed to a file goes there"
+    display.close()
+    display.close()
+    assert text.getvalue().rindex("\x1b[?25h") > text.getvalue().rindex("\x1b[?25l")
+    assert sys.stderr is own
+    display.message("the model holds the trained weights")
+    assert text.getvalue().endswith("the model holds the trained weights\n")
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_file_gets_plain_lines_whatever_variables_say(variable: str) -> None:
+    text = StringIO()
+    tell(TerminalDisplay(Console(file=text, width=200, _environ={variable: "1"})))
+    assert text.getvalue().startswith("planning\nmodel: mlp:64-32-10\n")
+    assert "\x1b" not in text.getvalue()
+
+
+def test_messages_are_shown_as_they_are() -> None:
+    text = StringIO()
+    TerminalDisplay(Console(file=text, force_terminal=False, width=200)).message("[bold] :key: train.py:factory: :train:")
+    assert text.getvalue() == "[bold] :key: train.py:factory: :train:\n"
+
+
+@pytest.mark.parametrize(("verbose", "shown"), [(None, ""), (True, "planning\n")])
+def test_a_stream_in_the_place_of_standard_error_need_not_know_what_a_terminal_is(
+    verbose: bool | None, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", stream := Tee())
+    display = progress.default_display(verbose)
+    display.stage("planning")
+    display.close()
+    assert stream.text == shown

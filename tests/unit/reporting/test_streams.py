@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from helpers.displays import tell
+from helpers.displays import Tee, tell
 from lowmem_pnn.reporting.progress import TerminalDisplay
 from lowmem_pnn.reporting.streams import UnbreakableStream
 
@@ -16,9 +16,12 @@ from lowmem_pnn.reporting.streams import UnbreakableStream
 class Broken(io.StringIO):
     """Takes a few texts, and then raises."""
 
-    def __init__(self, error: Exception, at: int) -> None:
+    def __init__(self, error: Exception, at: int, terminal: bool) -> None:
         super().__init__()
-        self.error, self.left = error, at
+        self.error, self.left, self.terminal = error, at, terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
 
     def write(self, text: str) -> int:
         self.left -= 1
@@ -43,7 +46,7 @@ def test_a_display_that_cannot_be_written_falls_silent(
 ) -> None:
     failures: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", failures.append)
-    tell(TerminalDisplay(Console(file=Broken(error, at), force_terminal=terminal, width=200)))
+    tell(TerminalDisplay(Console(file=Broken(error, at, terminal), force_terminal=terminal, width=200)))
     assert failures == []
 
 
@@ -62,3 +65,22 @@ def test_what_a_broken_stream_holds_is_dropped(tmp_path: Path) -> None:
         assert (stream.fileno(), stream.isatty(), stream.encoding) == (log.fileno(), False, log.encoding)
     assert (tmp_path / "log").read_text() == "progress"
     assert UnbreakableStream(None).write("nowhere") == 7
+
+
+def test_letters_that_a_stream_has_no_bytes_for_are_written_as_numbers(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w", encoding="ascii") as log:
+        stream = UnbreakableStream(log)
+        assert stream.write("caf\udce9.png, \N{SNOWMAN}\n") == 12
+        assert not stream.is_silent
+    assert (tmp_path / "log").read_text() == "caf\\udce9.png, \\u2603\n"
+
+
+def test_a_stream_of_somebodys_own_may_break() -> None:
+    class Own(Tee):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    stream = UnbreakableStream(Own())  # type: ignore[arg-type]
+    assert (stream.write("progress"), stream.is_silent, stream.isatty()) == (8, True, False)
+    with pytest.raises(io.UnsupportedOperation):
+        stream.fileno()
