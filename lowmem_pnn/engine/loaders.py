@@ -160,12 +160,12 @@ class MixedLoader:
     Args:
         loader: samples at any boundary, one tensor each.
         mixer: mixes a batch.
-        macro_batch_start: number of the first sample's place in the order of its epoch.
+        batches_before: batches of the same epoch before the loader's first one, where that has the samples of a macro-batch.
     """
 
-    def __init__(self, loader: Loader, mixer: BatchMixer, macro_batch_start: int = 0) -> None:
+    def __init__(self, loader: Loader, mixer: BatchMixer, batches_before: int = 0) -> None:
         self.num_samples, self.stall_kind = loader.num_samples, loader.stall_kind
-        self._loader, self._mixer, self._macro_batch_start = loader, mixer, macro_batch_start
+        self._loader, self._mixer, self._batches_before = loader, mixer, batches_before
 
     def batches(
         self,
@@ -181,7 +181,7 @@ class MixedLoader:
         if augmentation_key is None:
             yield from batches
             return
-        number = self._macro_batch_start // batch_size + start
+        number = self._batches_before + start
         for (x,), labels in batches:
             mixed, labels = self._mixer(x, labels, augmentation_key, number)
             del x

@@ -107,7 +107,6 @@ class NeuroFlux(Method):
                 macro_batch = (begin, min(begin + size, samples))
                 for partition in range(num_partitions):
                     is_last = partition == last
-                    validates = is_last and macro_batch[1] == samples and "val" in splits
                     visits.append(
                         Visit(
                             "learn",
@@ -117,7 +116,7 @@ class NeuroFlux(Method):
                             epochs_before=epoch,
                             macro_batch=macro_batch,
                             commits=is_last,
-                            validates=validates,
+                            ends_epoch=is_last and macro_batch[1] == samples,
                         )
                     )
                     if not is_last:

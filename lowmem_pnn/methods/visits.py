@@ -24,7 +24,8 @@ class Visit:
         macro_batch: First position, and the position after the last, of the samples in the order of the epoch; None for all samples.
         view: Number of the augmented copy of the samples that is written (`emit`).
         commits: Whether the run can be resumed from the end of this visit; else only from the end of an earlier one.
-        validates: Whether the whole model is evaluated on the validation split at the end of this visit.
+        ends_epoch: Whether an epoch in which all partitions took turns is over at the end of this visit: the whole model is evaluated, where
+            there is a validation split.
         from_synthetic_labels: Whether the inputs are the synthetic labels of the boundary before the partition, instead of
             activations (`learn`).
         thin: Whether a meta model takes part: `emit` runs the partition's thin part in its place, and the loss of `learn` goes through the
@@ -45,7 +46,7 @@ class Visit:
     macro_batch: tuple[int, int] | None = None
     view: int = 0
     commits: bool = True
-    validates: bool = False
+    ends_epoch: bool = False
     from_synthetic_labels: bool = False
     thin: bool = False
     learns: bool = False

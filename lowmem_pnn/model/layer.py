@@ -31,10 +31,14 @@ def is_of_head(name: str) -> bool:
     return name.startswith(head_prefix(0).partition(".")[0] + ".")
 
 
+CompiledOutputs = tuple[tuple[Tensor, ...], Mapping[str, Tensor]]
+"""Tensors of the boundary after a layer, and buffers that the forward replaced, by name."""
+
+
 class CompiledForward(Protocol):
     """A compiled function in the place of a layer's forward."""
 
-    def __call__(self, trains: bool, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def __call__(self, trains: bool, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> CompiledOutputs | None:
         """Run the function on a layer's tensors and inputs; None where nothing was compiled for such inputs."""
         ...
 
@@ -140,7 +144,7 @@ class Layer:
         return state_restored(self.module, (*self.kept, *self.left))
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """Give the context of a forward, at whose end is forgotten what it keeps of weights: they may be others the next time."""
         with (
             self.precision.autocast(),
@@ -174,10 +178,12 @@ class Layer:
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the layer, from the boundary before it to the one after it; tensors that the layer does not use pass through."""
         if self.compiled is not None:
-            outputs = self.compiled(self.module.training, {**self.parameters(), **self.buffers()}, tensors)
-            if outputs is not None:
-                return outputs
-        with self._running():
+            made = self.compiled(self.module.training, {**self.parameters(), **self.buffers()}, tensors)
+            if made is not None:
+                for name, buffer in made[1].items():
+                    self.set_tensor(name, buffer)
+                return made[0]
+        with self.running():
             # Not module(...): a GraphModule prints to stderr before it raises, and running out of memory is no news here.
             result: tuple[Tensor, ...] = self.module.forward(*self.precision.to_memory_format(tensors))
         return result
@@ -198,7 +204,7 @@ class Layer:
             inputs: tensors of the boundary before the layer.
             scores: whether to return `scores` of the outputs instead of the outputs.
         """
-        with self._running():
+        with self.running():
             inputs = self.precision.to_memory_format(inputs)
             outputs = torch.func.functional_call(self.module, dict(tensors), inputs, tie_weights=False)
         return self.scores_on(tensors, tuple(outputs)) if scores else tuple(outputs)

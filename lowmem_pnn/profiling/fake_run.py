@@ -287,7 +287,7 @@ class FakeRun:
         made = None if self._code is None else self._code(self._layer.module.training, self._tensors, inputs)
         if made is None:
             return self._layer.run_on(self._tensors, *inputs, scores=scores)
-        return self._layer.scores_on(self._tensors, made) if scores else made
+        return self._layer.scores_on(self._tensors, made[0]) if scores else made[0]
 
     def _inputs(self, batch: int) -> list[Tensor]:
         return [torch.empty((batch, *spec.shape), dtype=spec.dtype, device=self._device) for spec in self.before]

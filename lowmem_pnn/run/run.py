@@ -211,7 +211,7 @@ class Run:
         return self.state.activations.get(key)
 
     def replace_store(self, key: str, name: str) -> None:
-        """Have later visits read a store that is complete, instead of the one before it.
+        """Have later visits read a store that is complete, instead of the one before it; the visit that wrote it is over, as after an epoch.
 
         Args:
             key: split, or split and view, of its samples.

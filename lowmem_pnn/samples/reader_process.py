@@ -91,23 +91,20 @@ class Message:
         self._text = text
         self.forms: list[tuple[tuple[int, ...], torch.dtype]] = []
         """Shape and dtype of each of its tensors, in the order in which they come."""
-        self.value([])
+        self._load(lambda _, shape, dtype: self.forms.append((shape, dtype)))
 
-    def value(self, tensors: Sequence[Tensor | None]) -> Any:
-        """Return the value with tensors in their places; with none of them, notes their forms.
+    def value(self, tensors: Sequence[Tensor] = ()) -> Any:
+        """Return the value.
 
         Args:
-            tensors: Its tensors; empty where they are not known yet.
+            tensors: Its tensors, which take their places in it; without them None is there.
         """
-        forms = self.forms
+        return self._load(lambda number, *_: tensors[number] if tensors else None)
 
+    def _load(self, tensor_of: Callable[[int, tuple[int, ...], torch.dtype], Any]) -> Any:
         class Unpickler(pickle.Unpickler):
             def persistent_load(self, pid: Any) -> Any:
-                number, *form = pid
-                if not tensors:
-                    forms.append((form[0], form[1]))
-                    return None
-                return tensors[number]
+                return tensor_of(*pid)
 
         return Unpickler(io.BytesIO(self._text)).load()
 
@@ -217,19 +214,26 @@ def main() -> NoReturn:
         # What is wrong with it is said when it is used.
         with suppress(Exception):
             importlib.import_module(module)
-    # A reader that ends is no zombie.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     own, first = 0, os.getpid()
+    forked: list[int] = []
     for number in range(1, len(sockets)):
-        if not os.fork():
+        pid = os.fork()
+        if not pid:
             _die_with(first)
-            own = number
+            own, forked = number, []
             break
+        forked.append(pid)
     for number, other in enumerate(sockets):
         if number != own:
             other.close()
     with suppress(EOFError, OSError):
         _serve(sockets[own], lambda: _SplitUnpickler(io.BytesIO(text), buffers, preparation).load())
+    # The others would die with this one, and be zombies where nobody takes care of orphans. SIGCHLD is not ignored instead: then the
+    # exit codes of programs that a data set runs would be lost.
+    for pid in forked:
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     # Without the user's exit handlers, which are the trainer's to run.
     os._exit(0)
 
@@ -254,7 +258,7 @@ def _serve(connection: socket.socket, load: Callable[[], Any]) -> None:
         fault = str(error) if isinstance(error, LowMemError) else one_line(error)
     send_message(connection, (os.getpid(), fault))
     while True:
-        name, floats, indices, key = receive_message(connection).value([])
+        name, floats, indices, key = receive_message(connection).value()
         answer: Any
         try:
             if (name, floats) not in forms:

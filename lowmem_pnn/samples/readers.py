@@ -167,7 +167,7 @@ class Readers:
         row = 0
         for connection, count in zip(used, counts, strict=True):
             message = receive_message(connection)
-            error, _ = message.value([None] * len(message.forms))
+            error, _ = message.value()
             if error is not None:
                 fault = fault or error[0](error[1])
             elif first is None:
@@ -185,7 +185,7 @@ class Readers:
         """Wait until every process has the splits; the first time only."""
         while len(self._pids) < self.number:
             try:
-                pid, fault = receive_message(self._sockets[len(self._pids)]).value([])
+                pid, fault = receive_message(self._sockets[len(self._pids)]).value()
             except (EOFError, OSError) as error:
                 raise self._died() from error
             if fault is not None:

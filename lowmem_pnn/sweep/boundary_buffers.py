@@ -5,12 +5,12 @@ backward    gradients of boundaries, and of tied weights that an earlier partiti
 for steps   gradients of the whole batch, where a step has to wait for all of them
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_pnn.device import Device, Download
 from lowmem_pnn.engine.residency import Residency
@@ -19,7 +19,32 @@ from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.scratch import Scratch
 
 Key = tuple[str, int | str, int]
-Hooks = list[torch.utils.hooks.RemovableHandle]
+
+
+class SharedGradient:
+    """The gradient of a tied weight that later partitions have kept: added to the weight's own one, as soon as that is there.
+
+    Args:
+        parameter: the weight, where it is about to get its own gradient of a micro-batch.
+        pop: returns the kept gradient, and forgets it.
+    """
+
+    def __init__(self, parameter: nn.Parameter, pop: Callable[[], Tensor]) -> None:
+        self._parameter, self._pop = parameter, pop
+        self._is_added = False
+        self._hook = parameter.register_hook(self._add)
+
+    def _add(self, gradient: Tensor) -> Tensor:
+        """Return the sum of a gradient and the kept one, in the memory of the kept one."""
+        self._is_added = True
+        # In this order: autograd adds the gradient that comes later to the one that was there.
+        return self._pop().add_(gradient)
+
+    def finish(self) -> None:
+        """End the micro-batch's backward: where it went past the weight here, the kept gradient is all of it."""
+        self._hook.remove()
+        if not self._is_added:
+            torch.autograd.backward([self._parameter], [self._pop()])
 
 
 class BoundaryBuffers:
@@ -106,8 +131,8 @@ class BoundaryBuffers:
         if any(not torch.equal(one, other) for one, other in zip(state_before, state, strict=True)):
             self._scratch.put(("random", partition + 1, number), state)
 
-    def add_shared_gradients(self, residency: Residency, number: int, *, alone: bool) -> Hooks:
-        """Register hooks that add later partitions' gradients of tied weights, as autograd does in the whole model.
+    def add_shared_gradients(self, residency: Residency, number: int, *, alone: bool) -> list[SharedGradient]:
+        """Have later partitions' gradients of tied weights added, as autograd does in the whole model.
 
         Args:
             residency: partition that is about to run a micro-batch.
@@ -115,9 +140,9 @@ class BoundaryBuffers:
             alone: whether it is the whole batch: the gradients of weights that step here are then left for `add_in_step`.
 
         Returns:
-            The hooks, to be removed after the micro-batch's backward.
+            The gradients, to be finished after the micro-batch's backward.
         """
-        hooks: Hooks = []
+        gradients: list[SharedGradient] = []
         for name in residency.shared & residency.parameters.keys():
             parameter = residency.parameters[name]
             key = ("shared", name, number)
@@ -125,9 +150,11 @@ class BoundaryBuffers:
                 continue
             if parameter.requires_grad and key in self._scratch_with(key):
                 # On the host it is read when the own gradient is there: it waits in the scratch store until then.
-                later = None if self._device.shares_host else self._device.to_device(self._pop_one(key))
-                hooks.append(parameter.register_hook(partial(self._add_later, key, later)))
-        return hooks
+                pop = partial(self._pop_one, key)
+                if not self._device.shares_host:
+                    pop = partial(_itself, self._device.to_device(pop()))
+                gradients.append(SharedGradient(parameter, pop))
+        return gradients
 
     def add_in_step(self, residency: Residency, names: Iterable[str]) -> None:
         """Add later partitions' gradients of tied weights to those of the whole batch, slice by slice.
@@ -154,13 +181,6 @@ class BoundaryBuffers:
     def _is_added_in_step(residency: Residency, name: str) -> bool:
         # What hangs on a parameter is to see all of its gradient.
         return name not in residency.owned_elsewhere and not residency.chain.has_hooks(name)
-
-    def _add_later(self, key: Key, later: Tensor | None, gradient: Tensor) -> Tensor:
-        """Return the sum of a gradient and the kept one, in the memory of the kept one."""
-        if later is None:
-            later = self._pop_one(key)
-        # In this order: autograd adds the gradient that comes later to the one that was there.
-        return later.add_(gradient)
 
     def _pop_one(self, key: Key) -> Tensor:
         (kept,) = self._scratch.pop(key)
@@ -227,3 +247,7 @@ class BoundaryBuffers:
             (key, downloads), self._downloading = self._downloading, None
             # Page-locked memory is only lent: the scratch store keeps a copy.
             self._scratch.put(key, [None if download is None else download.get().clone() for download in downloads])
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

@@ -126,14 +126,15 @@ class SweepPasses:
             for place, tensor in enumerate(inputs):
                 if tensor.requires_grad:
                     tensor.register_hook(partial(_note_strides, strides, place))
-            hooks = self._buffers.add_shared_gradients(residency, number, alone=len(batch.parts) == 1)
+            later = self._buffers.add_shared_gradients(residency, number, alone=len(batch.parts) == 1)
             if partition == self._last:
                 self._backward_from_loss(inputs, part, batch, shares[number])
             else:
                 self._backward_from_boundary(partition, inputs, number)
             self._device.keep_to_expected_peak()
-            for hook in hooks:
-                hook.remove()
+            for gradient in later:
+                gradient.finish()
+            del later
             if visit.returns_input_gradient:
                 gradients = [laid_out(tensor.grad, strides.get(place)) for place, tensor in enumerate(inputs)]
                 self._buffers.put_gradients(partition, number, gradients)

@@ -1,7 +1,7 @@
 """Weight streamer of a sweep: prefetches weights and optimizer state in a known order, and writes them behind.
 
-A batch reads the values that the batch before it has written; each read waits for that write. Within a batch no file is read after it
-was written.
+A batch reads the values that the batch before it has written; each read waits for that write. Within a batch no element of a tensor is read
+after it was written.
 """
 
 from collections import deque
@@ -92,7 +92,7 @@ class WeightStreamer:
                 yield
             finally:
                 self._prefetcher.close()
-                self._prefetcher = None
+                self._prefetcher = self._reader = None
                 self._packs.clear()
                 self._taken.clear()
                 ahead, self._ahead = self._ahead, None

@@ -51,7 +51,7 @@ def carry_out(run: Run, run_to_end: RunToEnd) -> None:
             if not _sweep(run, item):
                 run.roll_back_with_smaller_micro_batch(None)
                 continue
-            save = partial(_learners, item)
+            save = partial(_changed, item)
         elif item.action == "join":
             save = partial(join, run)
         elif item.action == "meta":
@@ -65,7 +65,7 @@ def carry_out(run: Run, run_to_end: RunToEnd) -> None:
                 active = run.partitions.load(item.partition, learns=learns, total_steps=steps.of(item.partition))
             if not learns:
                 _emit(run, item, active)
-            elif not _learn(run, item, active, steps.before[run.state.visit]):
+            elif not _learn(run, item, active, steps):
                 active.residency.unload()
                 active = None
                 run.roll_back_with_smaller_micro_batch(item.partition)
@@ -100,8 +100,9 @@ def _end_macro_batch(run: Run, visit: Visit, active: ActivePartition | None, sav
         run.commits.stage_for_commit(save)
     if active is not None:
         active.residency.unload()
-    if visit.validates:
-        validate(run, f"epoch {visit.epochs_before + 1}")
+    if visit.ends_epoch:
+        if "val" in run.workload.splits:
+            validate(run, f"epoch {visit.epochs_before + 1}")
         run.metrics.log_joint_epoch(visit.epochs_before + 1)
     if visit.commits:
         run.commits.commit_if_due(nothing_changed)
@@ -117,14 +118,20 @@ class StepCounts:
     def __init__(self, run: Run) -> None:
         self._steps = run.workload.steps
         self._total = [0] * len(run.plan.partitions)
-        # Before each item of the program, of its own partition.
+        # Before each item of the program, of its own partition: in all, and in the same epoch, which may take several visits.
         self.before: list[int] = []
+        self.before_in_epoch: list[int] = []
+        at_epoch = list(self._total)
         samples = len(run.workload.splits["train"])
         for item in run.program:
             if isinstance(item, Sweep):
                 self.before.append(0)
+                self.before_in_epoch.append(0)
                 continue
+            if item.action == "learn" and (item.macro_batch is None or item.macro_batch[0] == 0):
+                at_epoch[item.partition] = self._total[item.partition]
             self.before.append(self._total[item.partition])
+            self.before_in_epoch.append(self._total[item.partition] - at_epoch[item.partition])
             if item.action == "learn":
                 batch = run.plan.partitions[item.partition].batch
                 self._total[item.partition] += item.epochs * steps_of_epoch(item, samples, batch)
@@ -162,12 +169,12 @@ def _sweep(run: Run, sweep: Sweep) -> bool:
     return True
 
 
-def _learners(sweep: Sweep) -> Sequence[int]:
+def _changed(sweep: Sweep) -> Sequence[int]:
     """Return the partitions that a sweep has changed: all of it is in the working files."""
     return sweep.changed
 
 
-def _learn(run: Run, visit: Visit, active: ActivePartition, steps_before: int) -> bool:
+def _learn(run: Run, visit: Visit, active: ActivePartition, steps: StepCounts) -> bool:
     """Train all epochs of a visit; return False if a batch did not fit, after which the weights are no commit's."""
     if not active.residency.optimizers:
         run.session.display.message(f"{active.title} has only frozen weights: nothing to learn")
@@ -183,10 +190,11 @@ def _learn(run: Run, visit: Visit, active: ActivePartition, steps_before: int) -
         else:
             train = _training_samples(run, stack, visit)
             if (mixer := run.workload.mixer) is not None:
-                train = MixedLoader(train, mixer, visit.macro_batch[0] if visit.macro_batch is not None else 0)
+                train = MixedLoader(train, mixer, steps.before_in_epoch[run.state.visit])
             if "val" in run.workload.splits and visit.macro_batch is None:
                 val = run.partitions.loader(stack, visit.partition, "val", _folder(run, "val"))
         try:
+            steps_before = steps.before[run.state.visit]
             EpochLoop(run, PartitionLearner(run, visit, active, train, val, steps_before, page_cache)).train()
         except SteppedInPart:
             return False

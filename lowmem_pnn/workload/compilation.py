@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 
-from lowmem_pnn.compilation.compiler import Compiler, CompileVariant
+from lowmem_pnn.compilation.compiled_layer import CompileVariant
+from lowmem_pnn.compilation.compiler import Compiler
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.workload.workload import Workload
 

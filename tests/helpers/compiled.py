@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as watch
 
 from lowmem_pnn.capture.capture import capture
-from lowmem_pnn.compilation.compiler import CompiledFunction, Compiler, CompileVariant
+from lowmem_pnn.compilation.compiled_layer import CompiledFunction, CompileVariant
+from lowmem_pnn.compilation.compiler import Compiler
 from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.optim.optimizers import OptimizerSpec

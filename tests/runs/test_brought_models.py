@@ -241,6 +241,22 @@ def test_what_people_bring_is_trained_as_plain_pytorch_trains_it(case: str, tmp_
     assert any("torch.compile around the model" in note for note in result.notes) == (case == "compiled as a whole")
 
 
+class Shares(nn.Module):
+    """Drops a block at random, which may be another one's too."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x).relu() if not self.training or torch.rand(()) > 0.5 else x
+
+
+def sharing() -> nn.Module:
+    block = nn.Linear(12, 12)
+    return nn.Sequential(nn.Linear(12, 12), *(Shares(block) for _ in range(3)), nn.Linear(12, 4))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -248,19 +264,20 @@ def test_what_people_bring_is_trained_as_plain_pytorch_trains_it(case: str, tmp_
         {"clip_norm": 0.5},
         {"optimizer": "sgd", "momentum": 0.0, "lr": 0.05},
         {"micro_batch": 3},
+        {"micro_batch": 3, "cuts": "2,3"},
+        {"clip_norm": 0.5, "cuts": "2,3"},
         {"optimizer": "adam", "weight_decay": 0.1},
     ],
     ids=str,
 )
 def test_what_a_batch_goes_past_takes_no_step(options: dict[str, Any], tmp_path: Path) -> None:
-    def build() -> nn.Module:
-        return nn.Sequential(nn.Linear(12, 12), Skips())
-
-    options = {**COMMON, "weight_decay": 0.1, **options}
+    cuts = options.get("cuts", "1")
+    build = sharing if "," in cuts else lambda: nn.Sequential(nn.Linear(12, 12), Skips())
+    options = {**COMMON, "weight_decay": 0.1, **{name: value for name, value in options.items() if name != "cuts"}}
     expected = train_by_exact(
         build, vectors(), **({"micro_batch_of": lambda step: 3} if "micro_batch" in options else {}), **options
     )
-    result = fit(build, vectors(), tmp_path / "run", cuts="1", **options)
+    result = fit(build, vectors(), tmp_path / "run", cuts=cuts, **options)
     assert_same_weights(loaded(build, result.weights_file), expected.model)
     assert result.train_loss == expected.train_loss
 

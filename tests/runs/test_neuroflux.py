@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lowmem_pnn.methods.heads import make_head
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.layer import head_prefix
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.samples.batch_mixer import BatchMixer
 from lowmem_pnn.seeds import permutation_of, seed_of
 
 CPU = torch.device("cpu")
@@ -282,15 +284,24 @@ def test_interleaved_blocks_learn_from_what_the_block_before_has_just_learnt(tmp
     assert torch.isfinite(model(data[0])).all()
 
 
-def test_interleaved_blocks_with_batches_of_their_own_count_every_step_once(tmp_path: Path) -> None:
+def test_interleaved_blocks_with_batches_of_their_own_count_every_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A macro_batch of 16 samples is one step of the first block, and two, of 12 and 4 samples, of the second."""
+    mixed, mix = Counter[Any](), BatchMixer.__call__
+    monkeypatch.setattr(BatchMixer, "__call__", lambda self, *args: (mixed.update([args[2:]]), mix(self, *args))[1])
     options: dict[str, Any] = {"macro_batches": 1, "batch_size": (16, 12), "lr_schedule": "cosine", "log_every": 1, "epochs": 2}
+    options["mixup"] = 0.2
     fit(tmp_path / "run", images(48), visits="interleaved", cuts="2", val_fraction=0.0, **options)
     lines = step_lines(tmp_path / "run")
     first, second = ([line["step"] for line in lines if line["visit"] % 3 == number] for number in (0, 2))  # learn, emit, learn
     assert first == list(range(1, 7))
     assert second == list(range(1, 13))
     assert lines[-1]["lr"] < 0.001  # the schedule's end
+    # Each batch of an epoch is mixed by draws of its own: three of the first block, six of the second.
+    assert mixed == Counter({(("epoch", epoch), batch): 1 + (batch < 3) for epoch in range(2) for batch in range(6)})
+    ends = [line for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "val_loss" in line]
+    assert [(line["epoch"], line["partition"]) for line in ends] == [(1, 0), (1, 1), (2, 0), (2, 1)]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from helpers.compiled import CPU, alike, compiled
 from helpers.small_networks import small_conv
 from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.compilation import compiler as compiling
-from lowmem_pnn.compilation.compiler import CompiledFunction, Compiler, CompileVariant, check_compiler
+from lowmem_pnn.compilation.compiled_layer import CompiledFunction, CompileVariant
+from lowmem_pnn.compilation.compiler import Compiler, check_compiler
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.zoo.gpt_model import GPT, GptShape
@@ -25,9 +26,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def note(program: Any, sizes: Sequence[int]) -> CompiledFunction:
         programs.append(program)
-        return CompiledFunction(lambda *tensors: [], frozenset(sizes), ())
+        return CompiledFunction(lambda *tensors: [], (), frozenset(sizes), ())
 
-    monkeypatch.setattr(compiling._TracedLayer, "compile", note)
+    monkeypatch.setattr(compiling.TracedLayer, "compile", note)
     return programs
 
 
@@ -73,7 +74,7 @@ def test_layers_that_differ_in_what_shapes_do_not_show_share_nothing() -> None:
             return scaled
 
     chain = capture(nn.Sequential(Scaled(2.0), Scaled(3.0)), TensorSpec((4,), torch.float32))
-    programs = [compiling._TracedLayer(layer, chain.boundaries[0], CompileVariant(trains=True), 4, CPU) for layer in chain.layers]
+    programs = [compiling.TracedLayer(layer, chain.boundaries[0], CompileVariant(trains=True), 4, CPU) for layer in chain.layers]
     assert programs[0].key != programs[1].key
 
 

@@ -59,4 +59,4 @@ def test_laps_and_macro_batches_pass_over_every_sample_as_often_as_asked() -> No
     for partition in range(3):
         seen = [v.macro_batch for v in woven if isinstance(v, Visit) and (v.action, v.partition) == ("learn", partition)]
         assert seen == 2 * [(0, 40), (40, 80), (80, 100)]
-    assert [v.validates for v in woven if isinstance(v, Visit) and v.commits] == [False, False, True] * 2
+    assert [v.ends_epoch for v in woven if isinstance(v, Visit) and v.commits] == [False, False, True] * 2
