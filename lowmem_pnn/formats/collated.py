@@ -88,7 +88,10 @@ class CollatedDataset:
 
     def _check(self) -> None:
         """Refuse a function that does more than to pad samples: each is collated by itself here."""
-        items = self._looked_at[:2]
+        first = self._looked_at[:1]
+        # Where samples differ in length, two that do: what the one does to the other would show.
+        others = [item for item in self._looked_at[1:] if not self.pads or self._shapes(item) != self._shapes(first[0])]
+        items = [*first, *(others or self._looked_at[1:])[:1]]
         whole = self._batch([*items, *self._beside])
         together = [pytree.tree_map(lambda tensor, row=row: tensor[row], whole) for row in range(len(items))]
         same = _all_alike(same_values, together, [self._sample(item) for item in items])
