@@ -62,10 +62,15 @@ class CollatedDataset:
     def padding_note(self) -> str:
         """What is said of samples that are padded."""
         shapes = dict.fromkeys(tuple(leaf.shape) for leaf in pytree.tree_leaves(self._sample(self.longest[0])) if leaf.ndim)
-        return (
-            f"collate_fn pads samples to the longest of the data, {' and '.join(map(str, shapes))}, not of each batch: losses "
-            "are the same where masks, and labels that are left out, hide what is padded"
+        text = (
+            f"collate_fn pads samples to the longest of the data, {' and '.join(map(str, shapes))}, not of each batch: losses are the same "
+            "where masks, and labels that are left out, hide what is padded"
         )
+        if not _all_alike(
+            _begins_with, [self._sample(item) for item in self._looked_at], [self._first([item]) for item in self._looked_at]
+        ):
+            text += "; it comes before the samples, so that positions which a model counts from there are others"
+        return text
 
     def _items(self, number: int) -> list[Any]:
         """Return an item of the data set; none where it cannot be read, which is said where it is wanted."""
@@ -88,6 +93,8 @@ class CollatedDataset:
 
     def _check(self) -> None:
         """Refuse a function that does more than to pad samples: each is collated by itself here."""
+        if not self._looked_at:
+            return  # that there are none, or that none can be read, is said where they are wanted
         first = self._looked_at[:1]
         # Where samples differ in length, two that do: what the one does to the other would show.
         others = [item for item in self._looked_at[1:] if not self.pads or self._shapes(item) != self._shapes(first[0])]
@@ -157,6 +164,10 @@ def pad_alike(parts: Sequence[Any]) -> tuple[str, ...]:
 def _all_alike(alike: Callable[[Tensor, Tensor], bool], some: list[Any], others: list[Any]) -> bool:
     leaves, same = pytree.tree_leaves(some), pytree.tree_leaves(others)
     return len(leaves) == len(same) and all(map(alike, leaves, same))
+
+
+def _begins_with(padded: Tensor, alone: Tensor) -> bool:
+    return same_values(padded[tuple(map(slice, alone.shape))], alone)
 
 
 def _extends(padded: Tensor, alone: Tensor) -> bool:

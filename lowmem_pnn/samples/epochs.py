@@ -16,6 +16,10 @@ from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.splits import Indices, Split, read_samples
 from lowmem_pnn.sources.subsets import SubsetSplit, WrappedSplit, as_floats, labels_of
 
+# Bytes of a number in a list of Python, as samplers give theirs, and in the arrays that are made of it; and of a sample that may be drawn: its
+# place, its weight, and what PyTorch sums weights in.
+_DRAWN_BYTES, _DRAWN_FROM_BYTES = 64, 32
+
 
 def training_order(num_samples: int, seed: int, phase: str, epoch: int, *, shuffle: bool) -> npt.NDArray[np.int64]:
     """Return the numbers of training samples in the order in which they come.
@@ -91,7 +95,7 @@ class EpochSampler:
             with host_seeded(seed_of(seed, "sampler", phase, epoch)):
                 if hasattr(self._sampler, "set_epoch"):
                     self._sampler.set_epoch(epoch)
-                found = np.array([int(index) for index in self._sampler], dtype=np.int64)
+                found = np.fromiter((int(index) for index in self._sampler), dtype=np.int64)
         # As above.
         except Exception as error:
             raise DataError(f"{self._where}: the {self.name} fails: {one_line(error)}; see to it") from error
@@ -130,6 +134,11 @@ class EpochSplit(WrappedSplit):
         """Number of samples at the end of an epoch that are left out."""
         return (len(self.base) if self.sampler is None else self.sampler.length) - self._length
 
+    @property
+    def drawing_bytes(self) -> int:
+        """Bytes that a sampler takes while it draws the samples of an epoch, beside their order."""
+        return 0 if self.sampler is None else _DRAWN_BYTES * self.sampler.length + _DRAWN_FROM_BYTES * len(self.base)
+
     def order(self, seed: int, phase: str, epoch: int, *, shuffle: bool) -> npt.NDArray[np.int64]:
         """Return the numbers of an epoch's samples, as `training_order` does."""
         if self.sampler is None:
@@ -138,8 +147,8 @@ class EpochSplit(WrappedSplit):
         return self._places[self.sampler.indices(seed, phase, epoch)][: self._length]
 
     def batch(self, indices: Indices, key: DrawKey | None = None) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
-        """Return samples and targets, as `Split.batch` does."""
-        return read_samples(self.base, indices, key)
+        """Return samples and targets, as `Split.batch` does; of an epoch of more samples than there are, the first ones come again."""
+        return read_samples(self.base, np.asarray(indices, dtype=np.int64) % len(self.base), key)
 
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         """Return targets (B, ...) alone, of samples by their numbers."""

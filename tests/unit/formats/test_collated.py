@@ -43,8 +43,14 @@ def test_samples_are_padded_as_beside_the_longest(side: str) -> None:
     for number, ((x, length), label) in enumerate(map(dataset.__getitem__, range(len(DATA)))):
         assert torch.equal(x, whole[0][0][number])
         assert (int(length), int(label)) == (LENGTHS[number], number % 3)
-    assert dataset.padding_note.startswith(
-        "collate_fn pads samples to the longest of the data, (7,), not of each batch: losses are the same"
+    assert dataset.padding_note == (
+        "collate_fn pads samples to the longest of the data, (7,), not of each batch: losses are the same where masks, and labels that are left "
+        "out, hide what is padded"
+        + (
+            "; it comes before the samples, so that positions which a model counts from there are others"
+            if side == "left"
+            else ""
+        )
     )
 
 
