@@ -103,9 +103,26 @@ def seeded(seed: int) -> Iterator[None]:
     """
     with preserve_random_state(), preserve_gpu_random_state():
         torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % _NUMPY_SEEDS)
+        _seed_others(seed)
         yield
+
+
+@contextmanager
+def host_seeded(seed: int) -> Iterator[None]:
+    """Seed the global random generators as `seeded` does, but for those of devices, which go on as they are.
+
+    Args:
+        seed: the seed, which numpy takes modulo 2**32.
+    """
+    with preserve_random_state():
+        torch.default_generator.manual_seed(seed)
+        _seed_others(seed)
+        yield
+
+
+def _seed_others(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % _NUMPY_SEEDS)
 
 
 def python_generators() -> tuple[Any, ...]:

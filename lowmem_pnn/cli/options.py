@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Data": (
         "data", "target", "val_data", "test_data", "data_root", "image_size", "resize", "normalize", "augment", "mixup", "cutmix", "workers",
-        "shuffle", "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
+        "shuffle", "drop_last", "val_fraction", "test_fraction", "train_limit", "test_limit", "skip_broken",
     ),
     "Text": ("tokenizer", "context", "target_context", "pack", "loss_on", "sample", "sample_tokens"),
     "Task": ("task", "loss", "class_weights", "label_smoothing", "ignore_index"),
@@ -96,6 +96,7 @@ _SWITCHES = {
     "tf32": ("--tf32", ""),
     "channels_last": ("--channels-last", ""),
     "skip_broken": ("--skip-broken", ""),
+    "drop_last": ("--drop-last", ""),
     "compile": ("--compile", ""),
     "freeze_norm": ("--freeze-norm", ""),
     "pack": ("--pack", ""),

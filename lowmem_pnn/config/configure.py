@@ -42,6 +42,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("visits", "--method neuroflux", lambda config: config.method == "neuroflux"),
     ("macro_batches", "--visits interleaved", lambda config: config.visits == "interleaved"),
     ("views", "--augment", lambda config: config.augment != "none"),
+    ("drop_last", "one --batch-size", lambda config: config.batch_size != "auto" and len(config.batch_size) == 1),
     ("views", "--visits sequential or laps=L", lambda config: config.visits != "interleaved"),
     ("views", "--method neuroflux or incubate", lambda config: config.views == 1 or config.method in ("neuroflux", "incubate")),
     ("mixup", "--method exact, backprop, neuroflux or incubate", lambda config: config.method != "pnn"),

@@ -154,6 +154,13 @@ class DataOptions:
             "same whatever their number; 0: this process does it."
         ),
     )
+    drop_last: bool = Field(
+        default=False,
+        description=(
+            "Leave out, in every epoch, the samples at its end that make no whole batch, as DataLoader(drop_last=True) does. Partitions that "
+            "learn from kept activations leave out the same ones in every epoch."
+        ),
+    )
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1,
         description="Share of the training data that is kept for validation; of data with a validation part, 0 leaves that out.",

@@ -13,9 +13,10 @@ from lowmem_pnn.engine.stalls import StallKind
 from lowmem_pnn.methods.sil import refuse_left_out
 from lowmem_pnn.samples.augment import AugmentationKey
 from lowmem_pnn.samples.batch_mixer import BatchMixer
+from lowmem_pnn.samples.epochs import all_samples, epoch_order
 from lowmem_pnn.samples.prepared import BatchReader
-from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.sources.splits import Split
+from lowmem_pnn.sources.subsets import reads_alone
 from lowmem_pnn.stores.activations import ActivationStore
 
 _T = TypeVar("_T")
@@ -52,7 +53,7 @@ class Loader(Protocol):
             shuffle: whether samples come in an order that follows from the seed and the epoch, instead of the loader's own order.
             epoch: number of the epoch, from 0.
             start: batches to skip.
-            augmentation_key: key of the images' augmentation; None for images as they are. Loaders of activations ignore it.
+            augmentation_key: key of what is random in samples; None for samples as they are. Loaders of activations ignore it.
 
         Yields:
             The boundary tensors, each (B, ...), on the host, and the labels (B, ...) int64.
@@ -65,19 +66,23 @@ class Loader(Protocol):
 
 
 def read_ahead(
-    pool: Executor, read: Callable[[npt.NDArray[np.int64]], _T], order: npt.NDArray[np.int64], batch_size: int, start: int
+    pool: Executor | None, read: Callable[[npt.NDArray[np.int64]], _T], order: npt.NDArray[np.int64], batch_size: int, start: int
 ) -> Iterator[_T]:
     """Iterate over batches that are read in another thread, one ahead: nothing but two batches is in memory.
 
     Args:
-        pool: pool of one thread, which reads.
+        pool: pool of one thread, which reads; None to read a batch when it is asked for, in the thread that asks.
         read: reads a batch of samples by their numbers.
         order: numbers of all samples, in the order in which they come.
         batch_size: samples per batch; the last batch may have fewer.
         start: batches to skip.
     """
     ahead: Future[_T] | None = None
-    for begin in range(start * batch_size, len(order), batch_size):
+    places = range(start * batch_size, len(order), batch_size)
+    if pool is None:
+        yield from (read(order[begin : begin + batch_size]) for begin in places)
+        return
+    for begin in places:
         now = ahead or pool.submit(read, order[begin : begin + batch_size])
         following = order[begin + batch_size : begin + 2 * batch_size]
         ahead = pool.submit(read, following) if len(following) else None
@@ -87,21 +92,8 @@ def read_ahead(
         del batch  # or three would be there while the next one is waited for
 
 
-def training_order(num_samples: int, seed: int, phase: str, epoch: int, *, shuffle: bool) -> npt.NDArray[np.int64]:
-    """Return the numbers of training samples in the order in which they come.
-
-    Args:
-        num_samples: how many there are.
-        seed: seed of the run.
-        phase: word that seeds the order of shuffled epochs.
-        epoch: number of the epoch, from 0.
-        shuffle: whether the order follows from the epoch, instead of being one permutation for all.
-    """
-    return permutation_of(num_samples, seed, phase, epoch) if shuffle else permutation_of(num_samples, seed, "own order")
-
-
 class DatasetLoader:
-    """Loader of the dataset itself: the first boundary. It reads one batch ahead.
+    """Loader of the dataset itself: the first boundary. It reads one batch ahead, unless the dataset draws from the generators of training.
 
     Args:
         split: samples of one part of the data.
@@ -110,7 +102,7 @@ class DatasetLoader:
         permuted: whether the loader's own order is a fixed permutation, instead of the dataset's order. A store that is written in
             this order mixes the classes of a dataset that is sorted by class, and can still be read in sequence.
         phase: word that seeds the order of shuffled epochs.
-        augments: whether images are augmented, in epochs that have an augmentation key.
+        augments: whether samples are augmented, or drawn anew, in epochs that have an augmentation key.
     """
 
     stall_kind: StallKind = "data"
@@ -119,9 +111,10 @@ class DatasetLoader:
         self, split: Split, seed: int, pool: Executor, *, permuted: bool, phase: str = "epoch", augments: bool = False
     ) -> None:
         self.num_samples = len(split)
+        self._split = split
         self._reader = BatchReader(split)
         self._seed = seed
-        self._pool = pool
+        self._pool = None if reads_alone(split) else pool
         self._permuted = permuted
         self._phase = phase
         self._augments = augments
@@ -150,7 +143,7 @@ class DatasetLoader:
 
     def _order(self, shuffle: bool, epoch: int) -> npt.NDArray[np.int64]:
         if shuffle or self._permuted:
-            return training_order(self.num_samples, self._seed, self._phase, epoch, shuffle=shuffle)
+            return epoch_order(self._split, self._seed, self._phase, epoch, shuffle=shuffle)
         return np.arange(self.num_samples)
 
 
@@ -209,9 +202,10 @@ class SyntheticLabelLoader:
         self.num_samples = len(split)
         self._class_vectors = class_vectors
         self._seed = seed
-        self._labels = torch.empty(self.num_samples, dtype=torch.int64)
-        for begin in range(0, self.num_samples, _LABELS_AT_ONCE):
-            numbers = np.arange(begin, min(begin + _LABELS_AT_ONCE, self.num_samples))
+        self._split, count = split, all_samples(split)
+        self._labels = torch.empty(count, dtype=torch.int64)
+        for begin in range(0, count, _LABELS_AT_ONCE):
+            numbers = np.arange(begin, min(begin + _LABELS_AT_ONCE, count))
             self._labels[begin : begin + len(numbers)] = split.batch(numbers)[1]
         refuse_left_out(self._labels, len(class_vectors[0]))
 
@@ -225,8 +219,7 @@ class SyntheticLabelLoader:
         augmentation_key: AugmentationKey | None = None,
     ) -> Iterator[Batch]:
         """Iterate as `Loader.batches` does, with the labels in the order in which a permuted `DatasetLoader` has them."""
-        words = ("epoch", epoch) if shuffle else ("own order",)
-        order = permutation_of(self.num_samples, self._seed, *words)
+        order = epoch_order(self._split, self._seed, "epoch", epoch, shuffle=shuffle)
         for begin in range(start * batch_size, self.num_samples, batch_size):
             labels = self._labels[torch.from_numpy(order[begin : begin + batch_size])]
             yield tuple(vectors[labels] for vectors in self._class_vectors), labels

@@ -5,9 +5,10 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from lowmem_pnn.engine.loaders import Batch, read_ahead, training_order
+from lowmem_pnn.engine.loaders import Batch, read_ahead
 from lowmem_pnn.engine.stalls import StallKind
 from lowmem_pnn.samples.augment import AugmentationKey
+from lowmem_pnn.samples.epochs import training_order
 from lowmem_pnn.stores.activations import ActivationStore
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.sources.dataset import Dataset
-from lowmem_pnn.sources.splits import Indices, SampleSplit, Split
+from lowmem_pnn.sources.draws import DrawKey
+from lowmem_pnn.sources.splits import Indices, SampleSplit, Split, read_samples
 from lowmem_pnn.sources.subsets import WrappedSplit, labels_of
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED
 
@@ -35,9 +36,9 @@ class MovedLabels(WrappedSplit):
         super().__init__(base)
         self._ignored = ignored
 
-    def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+    def batch(self, indices: Indices, key: DrawKey | None = None) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Return samples and moved labels, as `Split.batch` does."""
-        samples, labels = self.base.batch(indices)
+        samples, labels = read_samples(self.base, indices, key)
         return samples, self._moved(labels)
 
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:

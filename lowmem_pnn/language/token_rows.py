@@ -11,7 +11,8 @@ from torch.utils._pytree import TreeSpec
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.language.packing import Form
 from lowmem_pnn.language.token_cache import TokenCache
-from lowmem_pnn.sources.splits import Indices, Split, as_indices
+from lowmem_pnn.sources.draws import DrawKey
+from lowmem_pnn.sources.splits import Indices, Split, as_indices, read_samples
 from lowmem_pnn.sources.subsets import WrappedSplit, labels_of
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED
 
@@ -101,13 +102,13 @@ class ChosenInputs(WrappedSplit):
         super().__init__(base)
         self._places, self._as_one, self._mask = places, as_one, mask
 
-    def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+    def batch(self, indices: Indices, key: DrawKey | None = None) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Return samples and labels, as `Split.batch` does.
 
         Raises:
             DataError: A mask that is left out hides a token before others.
         """
-        tensors, labels = self.base.batch(indices)
+        tensors, labels = read_samples(self.base, indices, key)
         assert isinstance(tensors, tuple), "samples are several tensors"
         if self._mask is not None:
             mask = tensors[self._mask]

@@ -11,6 +11,7 @@ from lowmem_pnn.device.kernel_memory import packing_bytes
 from lowmem_pnn.planning.disk_footprint import activation_bytes, num_evaluated_samples
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import ties_counted_once
+from lowmem_pnn.samples.epochs import all_samples, epochs_of
 from lowmem_pnn.stores.encoding import WORK_BYTES
 
 # Python objects of a module, and of an operation that is no module's. Measured: 5 MB for ResNet-18 (116 of them), 10 for MobileNetV2
@@ -213,11 +214,13 @@ class Footprint:
         if boundary == 0:
             # And the epoch's order while it is made, and an image while it is decoded, where no other process does that.
             batches += 0 if workload.config.workers else workload.dataset.decoding_bytes
-            return batches + _ORDER_BYTES * max(len(split) for split in workload.splits.values())
+            epochs = epochs_of(workload.splits["train"])
+            drawing = 0 if epochs is None else epochs.drawing_bytes
+            return batches + drawing + _ORDER_BYTES * max(map(all_samples, workload.splits.values()))
         if workload.method.partitions_are_independent:
             class_vectors = workload.method.objective(0, 2, specs, workload.task).memory(0).fixed
             # Labels, and the epoch's order while it is made.
-            return batches + class_vectors + (_LABEL_BYTES + _ORDER_BYTES) * len(workload.splits["train"])
+            return batches + class_vectors + (_LABEL_BYTES + _ORDER_BYTES) * all_samples(workload.splits["train"])
         # The validation set's window is open while the training set's stays in memory for the next epoch. A window has at least a sample.
         stored = activation_bytes(workload, boundary) + label_and_order
         window, small_window = max(buffers.window_bytes, stored), max(buffers.window_bytes // 2, stored)

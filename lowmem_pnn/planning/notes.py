@@ -10,7 +10,6 @@ from lowmem_pnn.adapters.prepared_model import adapter_modules
 from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device
-from lowmem_pnn.language.next_tokens import MovedLabels
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_norm import whole_batch_notes
 from lowmem_pnn.planning.request import PlanRequest
@@ -18,6 +17,7 @@ from lowmem_pnn.pretrained.matching import describe_weights, shortened
 from lowmem_pnn.quantization.stored_weights import num_values, stored_parts
 from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
+from lowmem_pnn.workload.data_notes import data_notes
 from lowmem_pnn.zoo.ready_model import is_inside_compiled
 
 
@@ -36,7 +36,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *request.workload.source.notes,
         *begins,
         *adapter_notes(request.workload),
-        *label_notes(request.workload),
+        *data_notes(request.workload),
         *frozen_notes(request.workload),
         *fixed_notes(request.workload, plan),
         *resident_notes(plan),
@@ -53,19 +53,6 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *tier_notes(request.workload, request.device),
         *device_notes(request.device),
         *whole,
-    ]
-
-
-def label_notes(workload: Workload) -> list[str]:
-    """Return that labels of tokens are not taken as they are given.
-
-    Args:
-        workload: model, data and method.
-    """
-    if not any(isinstance(split, MovedLabels) for split in workload.splits.values()):
-        return []
-    return [
-        "labels are moved by one token, as the model's own loss moves them: each token learns the next one, and the last of a row nothing"
     ]
 
 

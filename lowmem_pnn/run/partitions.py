@@ -174,7 +174,7 @@ class Partitions:
         """
         seed, pool = self._workload.config.seed, self._session.threads.read
         if partition == 0:
-            augments = split == "train" and self._workload.config.augment != "none"
+            augments = split == "train" and self._workload.draws_anew
             return DatasetLoader(self._workload.splits[split], seed, pool, permuted=split == "train", augments=augments)
         if folder is None:
             raise CheckpointError(

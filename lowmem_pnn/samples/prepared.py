@@ -1,4 +1,4 @@
-"""A prepared split: samples of a data set, augmented where they are for training, and normalised."""
+"""A prepared split: samples of a data set, drawn anew or augmented where they are for training, and normalised."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lowmem_pnn.samples.augment import AugmentationKey, Augmenter
 from lowmem_pnn.samples.normalization import Normalization
-from lowmem_pnn.sources.splits import Indices, Split
-from lowmem_pnn.sources.subsets import labels_of
+from lowmem_pnn.sources.splits import Indices, Split, read_samples
+from lowmem_pnn.sources.subsets import as_floats, labels_of
 
 _PIECE_BYTES = 1 << 20
 _WHOLE = 1 << 62
@@ -24,6 +24,9 @@ class PreparedSplit:
         normalization: Normalises them; None to leave values as they are.
         masks_outside: Class number of what comes into a mask from outside of its image, where targets are masks; they are cropped and
             flipped as their images are.
+        draws_seed: Seed of the run, where the data set has random transforms of its own, which draw anew for each key: a sample is what
+            the data set gives after the generators of torch, numpy and Python were seeded with `seed_of(seed, "sample", *key, number)`.
+            None where it is the same for all keys.
     """
 
     def __init__(
@@ -32,45 +35,41 @@ class PreparedSplit:
         augmenter: Augmenter | None,
         normalization: Normalization | None,
         masks_outside: int | None = None,
+        draws_seed: int | None = None,
     ) -> None:
-        self._base, self._augmenter, self._normalization, self._outside = base, augmenter, normalization, masks_outside
+        self.base, self._augmenter, self._normalization, self._outside = base, augmenter, normalization, masks_outside
+        self._draws_seed = draws_seed
 
     def __len__(self) -> int:
-        return len(self._base)
+        return len(self.base)
 
-    def batch(self, indices: Indices, key: AugmentationKey | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Indices, key: AugmentationKey | None = None) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Return samples and labels, as `Split.batch` does.
 
         Args:
             indices: Numbers of B samples.
-            key: Word and number that name an epoch, or a view, for samples that are augmented; None for samples as they are.
+            key: Word and number that name an epoch, or a view, for samples that are drawn or augmented; None for samples as they are.
         """
-        x, labels = self._base.batch(indices)
-        assert isinstance(x, Tensor), "samples of several tensors are taken as they are"
+        draws = None if key is None or self._draws_seed is None else (self._draws_seed, "sample", *key)
+        x, labels = read_samples(self.base, indices, draws)
         if key is not None and self._augmenter is not None:
+            assert isinstance(x, Tensor), "samples of several tensors are not augmented"
             numbers = np.asarray(indices, dtype=np.int64)
             x = self._augmenter(x, numbers, key)
             if self._outside is not None:
                 labels = self._augmenter.masks(labels, numbers, key, self._outside)
         if self._normalization is not None:
+            assert isinstance(x, Tensor), "samples of several tensors are not normalised"
             x = self._normalization(x)
         return x, labels
 
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
         """Return targets (B, ...) alone, of samples by their numbers."""
-        return labels_of(self._base, numbers)
+        return labels_of(self.base, numbers)
 
-
-def read_samples(split: Any, indices: Indices, key: AugmentationKey | None) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
-    """Return samples and labels of any split, augmented where it can and a key is given.
-
-    Args:
-        split: A split; one that is not prepared has samples as they are.
-        indices: Numbers of B samples.
-        key: Word and number that name an epoch, or a view; None for samples as they are.
-    """
-    samples: tuple[Tensor | tuple[Tensor, ...], Tensor] = split.batch(indices) if key is None else split.batch(indices, key)
-    return samples
+    def as_floats(self) -> "PreparedSplit":
+        """Return the same split with integer samples as float32."""
+        return PreparedSplit(as_floats(self.base), self._augmenter, self._normalization, self._outside, self._draws_seed)
 
 
 class BatchReader:

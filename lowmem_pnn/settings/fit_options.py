@@ -60,6 +60,7 @@ class FitOptions(TypedDict, total=False):
     mixup: float | None
     cutmix: float | None
     workers: int | None
+    drop_last: bool | None
     val_fraction: float | None
     test_fraction: float | None
     train_limit: int | None

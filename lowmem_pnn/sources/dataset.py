@@ -56,6 +56,9 @@ class Dataset:
         classes: Names of the classes, in the order of their numbers; empty where they have none.
         inputs: Tensors of one sample, where it is several.
         structure: Structure of these: a tuple or a dictionary; None where a sample is one tensor.
+        is_random: Whether a training sample is another one whenever it is drawn anew, since the data set has random transforms.
+        notes: What is said of samples that are other ones than the source gives, a line each.
+        sampler: Draws the training samples of an epoch (`lowmem_pnn.samples.epochs.EpochSampler`); None where each comes once.
         decoding_bytes: Most memory that reading a sample takes for a moment, beside the sample itself: that of an image before it is resized.
         parts: The samples of each part in words, and which parts were split off; empty before that.
         preparation: What samples were made with that follows from the training data, as JSON has it: columns, classes, statistics.
@@ -77,6 +80,9 @@ class Dataset:
     preparation: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[TensorSpec, ...] = ()
     structure: TreeSpec | None = None
+    is_random: bool = False
+    notes: tuple[str, ...] = ()
+    sampler: Any = None
 
     @property
     def num_classes(self) -> int:
@@ -158,6 +164,7 @@ def join_parts(
         targets=targets,
         inputs=train.inputs if train.structure is not None else (),
         structure=train.structure,
+        is_random=train.is_random,
         sample_shape=preprocessing.shape,
         dtype=preprocessing.dtype,
         preprocessing=", ".join(steps),

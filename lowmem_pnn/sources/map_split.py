@@ -14,11 +14,20 @@ from torch.utils import _pytree as pytree
 
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_labels, as_tensor, count_classes, hash_tensor
+from lowmem_pnn.sources.draws import DrawKey, SampleReader
 from lowmem_pnn.sources.given import as_pair, as_sample, require_map_style
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing, holds_tokens
 from lowmem_pnn.sources.resize import Resize
-from lowmem_pnn.sources.splits import ArraySplit, SampleSplit, of_all, require_samples, what_is_not_finite
+from lowmem_pnn.sources.splits import (
+    ArraySplit,
+    Indices,
+    SampleSplit,
+    as_indices,
+    of_all,
+    require_samples,
+    what_is_not_finite,
+)
 from lowmem_pnn.sources.structured_split import StructuredSplit, from_structured_arrays, is_structured
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
 
@@ -27,7 +36,8 @@ class MapSplit(SampleSplit):
     """Split of a map-style data set, with (x, target) at each index, read when asked for.
 
     Args:
-        dataset: Data set with `__len__` and `__getitem__`, without random transforms; x is a tensor, an array, a number or a PIL image.
+        dataset: Data set with `__len__` and `__getitem__`; x is a tensor, an array, a number or a PIL image. What it draws at random
+            follows from the key of a reading.
         num_classes: Number of classes; labels are below it. None to count the classes, see `from_torch`.
         input_form: Form of the samples that the model takes.
         where: Name of the split in messages.
@@ -51,6 +61,8 @@ class MapSplit(SampleSplit):
         super().__init__(len(dataset))
         self.where = where
         self._dataset, self._input_form, self._resize = dataset, input_form, resize
+        self._reader = SampleReader(dataset, len(dataset))
+        self.is_random, self.uses_generators = self._reader.is_random, self._reader.uses_generators
         if skip_broken and (broken := self._find_broken()):
             self.skip(broken)
         first, _ = self._item(int(self._kept[0]))
@@ -59,6 +71,16 @@ class MapSplit(SampleSplit):
         self.targets = found.of_size(resize)
         if self.targets.are_classes:
             self.targets = self._counted() if num_classes is None else self._of_classes(num_classes)
+
+    def batch(self, indices: Indices, key: DrawKey | None = None) -> tuple[Tensor, Tensor]:
+        """Return samples and targets; see `Split.batch`.
+
+        Args:
+            indices: Numbers of B samples.
+            key: What the data set draws at random follows from this and a sample's number; None for the same samples always.
+        """
+        numbers = self._kept[as_indices(indices, len(self))]
+        return self._presented(numbers, *self._raw(numbers, key))
 
     def _preprocessing(self, x: Tensor) -> Preprocessing:
         return Preprocessing.choose(tuple(x.shape), x.dtype, self._input_form, self.where, resize=self._resize)
@@ -141,9 +163,9 @@ class MapSplit(SampleSplit):
             broken |= {number: f"is {form}, most are {usual}" for number, form in forms.items() if form != usual}
         return dict(sorted(broken.items()))
 
-    def _sample(self, number: int) -> tuple[Tensor, Tensor]:
+    def _sample(self, number: int, key: DrawKey | None = None) -> tuple[Tensor, Tensor]:
         """Return a sample as it is stored, and its target as it is kept."""
-        x, target = self._item(number)
+        x, target = self._item(number, key)
         if self._resize is not None and self.targets.kind == "mask":
             mask = as_tensor(target, f"the labels of sample {number} of {self.where}", palette=True)
             sides = (x.shape[-2:], x.shape[:2])
@@ -154,11 +176,11 @@ class MapSplit(SampleSplit):
             target = self._resize.masks(mask, self.targets.outside)
         return x, self.targets.convert(target, f"sample {number} of {self.where}", batched=False, remedy=" (--skip-broken)")
 
-    def _item(self, number: int) -> tuple[Tensor, Any]:
+    def _item(self, number: int, key: DrawKey | None = None) -> tuple[Tensor, Any]:
         """Return a sample as it is stored, and its target as the data set gives it."""
         where = f"sample {number} of {self.where}"
         try:
-            x, target = as_sample(self._dataset[number], where)
+            x, target = as_sample(self._reader.read(number, key), where)
             return as_tensor(x, where), target  # an image may be read from its file only now
         except (LowMemError, MemoryError):
             raise
@@ -166,12 +188,12 @@ class MapSplit(SampleSplit):
         except Exception as error:
             raise DataError(f"{where} cannot be read: {one_line(error)}; repair it or leave it out (--skip-broken)") from error
 
-    def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def _raw(self, numbers: npt.NDArray[np.int64], key: DrawKey | None = None) -> tuple[Tensor, Tensor]:
         expected = self.preprocessing
         xs: list[Tensor] = []
         labels: list[Tensor] = []
         for number in numbers:
-            x, label = self._sample(int(number))
+            x, label = self._sample(int(number), key)
             form = tuple(x.shape), x.dtype
             if self._resize is not None and form[0] != expected.raw_shape:
                 self._preprocessing(x)  # which refuses what cannot be resized
@@ -245,9 +267,7 @@ def from_torch(
     require_samples(len(dataset), where)
     if _is_structured(dataset):
         refuse_skipping(skip_broken, where)
-        return StructuredSplit(
-            len(dataset), lambda number: as_sample(dataset[number], f"sample {number} of {where}"), where, options
-        )
+        return StructuredSplit(dataset, len(dataset), where, options)
     return MapSplit(dataset, num_classes, input_form, where, skip_broken, options, resize)
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import TreeSpec
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.arrays import fits_bytes, hash_tensor
+from lowmem_pnn.sources.draws import DrawKey, probes_of, same_values
 from lowmem_pnn.sources.npz_file import mapped_member
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
 from lowmem_pnn.sources.resize import Resize
@@ -22,8 +23,6 @@ from lowmem_pnn.sources.targets import Targets
 
 Indices: TypeAlias = "Sequence[int] | npt.NDArray[np.integer[Any]]"
 
-# Number of samples that stand for all samples of a map-style data set in its fingerprint, and where its targets are looked at.
-_NUM_PROBES = 16
 # Bytes of an array that are checked at a time.
 _CHECKED_BYTES = 4 << 20
 
@@ -68,6 +67,10 @@ class SampleSplit:
     """Names of the classes by their numbers, where they go with the samples; else none."""
     paths: Sequence[Path] | None = None
     """Files of the samples, as the source counts them; None where samples have no files."""
+    is_random: bool = False
+    """Whether the data set draws at random while it gives a sample: `batch` then takes a key, from which the draws follow."""
+    uses_generators: bool = False
+    """Whether reading changes the global random generators for a moment, so that nothing else may draw from them meanwhile."""
 
     def __init__(self, num_samples: int) -> None:
         # Numbers, as the source counts, of the samples that are left.
@@ -98,7 +101,10 @@ class SampleSplit:
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Return samples and targets; see `Split.batch`."""
         numbers = self._kept[as_indices(indices, len(self))]
-        raw, labels = self._raw(numbers)
+        return self._presented(numbers, *self._raw(numbers))
+
+    def _presented(self, numbers: npt.NDArray[np.int64], raw: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return raw samples as the model takes them, and their targets, both checked."""
         x = self.preprocessing(raw)
         # Bytes are always finite; to check them would be a pass over the batch for nothing.
         if self.preprocessing.raw_dtype.is_floating_point and not bool(torch.isfinite(x).all()):
@@ -156,24 +162,21 @@ class SampleSplit:
 
     def _probes(self) -> list[int]:
         """Return the numbers, as the source counts, of a few evenly spaced samples."""
-        places = np.unique(np.linspace(0, len(self) - 1, _NUM_PROBES).astype(np.int64))
-        return [int(number) for number in self._kept[places]]
+        return [int(number) for number in self._kept[probes_of(len(self))]]
 
     def _read_twice(self, read: Callable[[int], Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
         """Yield the tensors of a few evenly spaced samples.
 
         Raises:
-            DataError: A sample differs when it is read again.
+            DataError: A sample differs when it is read again, with the same seed where the data set draws at random.
         """
         for number in self._probes():
             once, again = read(number), read(number)
-            for one, other in zip(once, again, strict=True):
-                same = (one.shape, one.dtype) == (other.shape, other.dtype)
-                if not same or not bool(torch.isclose(one, other, 0, 0, equal_nan=True).all()):
-                    raise DataError(
-                        f"sample {number} of {self.where} differs when it is read again; take random transforms out of the data set, "
-                        "since what partitions compute from a sample is kept"
-                    )
+            if not all(map(same_values, once, again)):
+                raise DataError(
+                    f"sample {number} of {self.where} differs when it is read again, with the generators of torch, numpy and Python's random "
+                    "seeded alike; have its random transforms draw from one of these, or take them out of the data set"
+                )
             yield once
 
     def _raw(self, numbers: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -267,6 +270,18 @@ class ArraySplit(SampleSplit):
             kept = self._resize.masks(kept, self.targets.outside)
         # Another part of the data may hold what takes a wider type; and tokens are cast as late as here.
         return kept.to(self.targets.dtype)
+
+
+def read_samples(split: Any, indices: Indices, key: DrawKey | None) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+    """Return samples and targets of any split, with what is drawn for a key, where one is given.
+
+    Args:
+        split: A split; one whose samples are always the same takes no key.
+        indices: Numbers of B samples.
+        key: What random changes of samples follow from; None for samples as they are.
+    """
+    samples: tuple[Tensor | tuple[Tensor, ...], Tensor] = split.batch(indices) if key is None else split.batch(indices, key)
+    return samples
 
 
 def of_all(targets: Targets, kept: Iterable[Tensor]) -> Targets:

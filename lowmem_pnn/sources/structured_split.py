@@ -1,7 +1,6 @@
 """Splits of samples of several tensors: a tuple or a dictionary of them at each index, or of arrays (N, ...)."""
 
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,8 @@ from torch.utils import _pytree as pytree
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.arrays import as_tensor, hash_tensor
+from lowmem_pnn.sources.draws import DrawKey, SampleReader
+from lowmem_pnn.sources.given import as_sample
 from lowmem_pnn.sources.preprocessing import Preprocessing
 from lowmem_pnn.sources.splits import Indices, SampleSplit, as_indices, of_all, require_samples, what_is_not_finite
 from lowmem_pnn.sources.targets import TargetOptions, Targets, find_targets
@@ -22,8 +23,9 @@ class StructuredSplit(SampleSplit):
     """Split of samples of several tensors.
 
     Args:
+        dataset: Data set with `__getitem__`, which gives a sample, a structure of tensors, and its target. What it draws at random
+            follows from the key of a reading.
         num_samples: Number of samples.
-        read: Returns a sample, a structure of tensors, and its target, by number.
         where: Name of the split in messages.
         options: What is known of the targets.
     """
@@ -32,14 +34,15 @@ class StructuredSplit(SampleSplit):
 
     def __init__(
         self,
+        dataset: Any,
         num_samples: int,
-        read: Callable[[int], tuple[Any, Any]],
         where: str,
         options: TargetOptions = TargetOptions(),  # noqa: B008
     ) -> None:
         require_samples(num_samples, where)
         super().__init__(num_samples)
-        self.where, self._read = where, read
+        self.where, self._reader = where, SampleReader(dataset, num_samples)
+        self.is_random, self.uses_generators = self._reader.is_random, self._reader.uses_generators
         first, self.structure, _ = self._leaves(0)
         self.forms = tuple(
             Preprocessing.choose(tuple(tensor.shape), tensor.dtype, "any", f"{where}, {name}")
@@ -59,10 +62,15 @@ class StructuredSplit(SampleSplit):
         numbered = pytree.tree_unflatten(list(range(self.structure.num_leaves)), self.structure)
         return [pytree.keystr(path) or "the sample" for path, _ in pytree.tree_flatten_with_path(numbered)[0]]
 
-    def batch(self, indices: Indices) -> tuple[tuple[Tensor, ...], Tensor]:  # type: ignore[override]
-        """Return the tensors of samples, each (B, ...), in the order of the structure, and their targets; see `Split.batch`."""
+    def batch(self, indices: Indices, key: DrawKey | None = None) -> tuple[tuple[Tensor, ...], Tensor]:  # type: ignore[override]
+        """Return the tensors of samples, each (B, ...), in the order of the structure, and their targets; see `Split.batch`.
+
+        Args:
+            indices: Numbers of B samples.
+            key: What the data set draws at random follows from this and a sample's number; None for the same samples always.
+        """
         numbers = self._kept[as_indices(indices, len(self))]
-        read = [self._sample(int(number)) for number in numbers]
+        read = [self._sample(int(number), key) for number in numbers]
         inputs = []
         for place, form in enumerate(self.forms):
             x = form(torch.stack([tensors[place] for tensors, _ in read]))
@@ -116,14 +124,18 @@ class StructuredSplit(SampleSplit):
             found, (found.convert(self._read(n)[1], f"sample {n} of {self.where}", batched=False) for n in range(len(self)))
         )
 
-    def _leaves(self, number: int) -> tuple[list[Tensor], pytree.TreeSpec, Any]:
+    def _read(self, number: int, key: DrawKey | None = None) -> tuple[Any, Any]:
+        """Return a sample, a structure of tensors, and its target, as they are given."""
+        return as_sample(self._reader.read(number, key), f"sample {number} of {self.where}")
+
+    def _leaves(self, number: int, key: DrawKey | None = None) -> tuple[list[Tensor], pytree.TreeSpec, Any]:
         """Return the tensors of a sample, their structure, and its target as it is given."""
-        sample, target = self._read(number)
+        sample, target = self._read(number, key)
         leaves, tree = pytree.tree_flatten(sample)
         return [as_tensor(leaf, f"sample {number} of {self.where}") for leaf in leaves], tree, target
 
-    def _sample(self, number: int) -> tuple[list[Tensor], Tensor]:
-        tensors, tree, target = self._leaves(number)
+    def _sample(self, number: int, key: DrawKey | None = None) -> tuple[list[Tensor], Tensor]:
+        tensors, tree, target = self._leaves(number, key)
         where = f"sample {number} of {self.where}"
         expected = [(form.raw_shape, form.raw_dtype) for form in self.forms]
         if tree != self.structure or [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] != expected:
@@ -158,10 +170,17 @@ def from_structured_arrays(x: Any, y: Any, where: str, options: TargetOptions = 
             f"{where}: arrays have {' and '.join(map(str, sorted(lengths)))} samples; give as many of each, and targets as many"
         )
 
-    def read(number: int) -> tuple[Any, Any]:
-        return pytree.tree_map(lambda leaf: leaf[number], arrays), pytree.tree_map(lambda leaf: leaf[number], targets)
+    return StructuredSplit(_Rows(arrays, targets), lengths.pop(), where, options)
 
-    return StructuredSplit(lengths.pop(), read, where, options)
+
+class _Rows:
+    """Data set of rows of arrays that are in memory."""
+
+    def __init__(self, arrays: Any, targets: Any) -> None:
+        self._arrays, self._targets = arrays, targets
+
+    def __getitem__(self, number: int) -> tuple[Any, Any]:
+        return tuple(pytree.tree_map(lambda leaf: leaf[number], whole) for whole in (self._arrays, self._targets))
 
 
 def is_structured(sample: Any) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import ConfigError, DataError
-from lowmem_pnn.sources.splits import Indices, SampleSplit, Split, as_indices
+from lowmem_pnn.sources.draws import DrawKey
+from lowmem_pnn.sources.splits import Indices, SampleSplit, Split, as_indices, read_samples
 
 
 class SubsetSplit:
@@ -23,9 +24,9 @@ class SubsetSplit:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+    def batch(self, indices: Indices, key: DrawKey | None = None) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Return samples and classes, as `Split.batch` does; messages give the sample's number in the whole split."""
-        return self.base.batch(self.numbers[as_indices(indices, len(self))])
+        return read_samples(self.base, self.numbers[as_indices(indices, len(self))], key)
 
 
 class WrappedSplit:
@@ -59,9 +60,9 @@ class RenumberedSplit(WrappedSplit):
         super().__init__(base)
         self.numbers = numbers
 
-    def batch(self, indices: Indices) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
+    def batch(self, indices: Indices, key: DrawKey | None = None) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Return samples and classes, as `Split.batch` does."""
-        x, labels = self.base.batch(indices)
+        x, labels = read_samples(self.base, indices, key)
         return x, self._renumbered(labels)
 
     def labels(self, numbers: npt.NDArray[np.int64]) -> Tensor:
@@ -125,6 +126,17 @@ def whole_of(split: Split) -> Split:
         split: Any split.
     """
     return whole_of(split.base) if isinstance(split, SubsetSplit | RenumberedSplit) else split
+
+
+def reads_alone(split: Any) -> bool:
+    """Decide whether nothing else of this process may draw at random while samples are read, since the data set does.
+
+    Args:
+        split: Any split; what other processes read does not matter here.
+    """
+    while getattr(split, "readers", None) is None and (base := getattr(split, "base", None)) is not None:
+        split = base
+    return isinstance(split, SampleSplit) and split.uses_generators
 
 
 def labels_of(split: Split, numbers: npt.NDArray[np.int64]) -> Tensor:

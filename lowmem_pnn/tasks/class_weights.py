@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.samples.epochs import all_samples
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.subsets import labels_of
 from lowmem_pnn.sources.targets import Targets
@@ -25,9 +26,10 @@ def balanced_weights(split: Split, targets: Targets) -> tuple[float, ...]:
     Raises:
         ConfigError: A class has no sample, so that no weight would balance it.
     """
+    count = all_samples(split)
     counts = torch.zeros(targets.num_classes, dtype=torch.int64)
-    for begin in range(0, len(split), _AT_ONCE):
-        kept = labels_of(split, np.arange(begin, min(begin + _AT_ONCE, len(split))))
+    for begin in range(0, count, _AT_ONCE):
+        kept = labels_of(split, np.arange(begin, min(begin + _AT_ONCE, count)))
         if targets.kind == "labels":
             counts += kept.to(torch.int64).sum(0)
         else:

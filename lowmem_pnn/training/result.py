@@ -19,7 +19,6 @@ from lowmem_pnn.planning.notes import (
     fixed_notes,
     frozen_notes,
     idle_notes,
-    label_notes,
     micro_batch_notes,
     mixing_notes,
     own_way_notes,
@@ -34,6 +33,7 @@ from lowmem_pnn.run.run import Run
 from lowmem_pnn.sources.dataset import TASK_OF
 from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.workload.data_form import DataForm
+from lowmem_pnn.workload.data_notes import data_notes
 from lowmem_pnn.workload.plain_training import plain_bytes
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "safetensors", "numpy")
@@ -95,7 +95,7 @@ def make_result(
         notes=[
             *workload.source.notes,
             *adapter_notes(workload),
-            *label_notes(workload),
+            *data_notes(workload),
             *frozen_notes(workload),
             *fixed_notes(workload, plan),
             *pattern_notes(workload, plan),

@@ -119,7 +119,7 @@ def _loader(run: Run, sweep: Sweep) -> Loader:
     workload, session = run.workload, run.session
     config, pool = workload.config, session.threads.read
     if sweep.first == 0:
-        train, augments = workload.splits["train"], config.augment != "none"
+        train, augments = workload.splits["train"], workload.draws_anew
         loader = DatasetLoader(train, config.seed, pool, permuted=True, phase=sweep.phase, augments=augments)
         return loader if workload.mixer is None else MixedLoader(loader, workload.mixer)
     name = run.store_of("train")

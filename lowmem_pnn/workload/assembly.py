@@ -30,6 +30,7 @@ from lowmem_pnn.pretrained.matching import PretrainedWeights, match
 from lowmem_pnn.pretrained.transformers_weights import TransformersWeights
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache, profile
+from lowmem_pnn.samples.epochs import as_epochs
 from lowmem_pnn.seeds import seeded
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.imports import one_line
@@ -39,7 +40,7 @@ from lowmem_pnn.tasks.class_weights import balanced_weights
 from lowmem_pnn.tasks.make_task import OUTPUT_NAMES, Own, make_task
 from lowmem_pnn.tasks.own_loss import OwnTask
 from lowmem_pnn.workload.integer_functions import RefusesFloatsForIntegers
-from lowmem_pnn.workload.option_checks import check_eval_every, check_mixing, check_monitor
+from lowmem_pnn.workload.option_checks import check_epochs, check_eval_every, check_mixing, check_monitor
 from lowmem_pnn.workload.workload import Workload
 from lowmem_pnn.zoo.deferred_init import skeleton
 from lowmem_pnn.zoo.model_source import ModelSource
@@ -92,6 +93,8 @@ def make_workload(
             early = prepared(built, config, early=True, unstored=unstored, with_values=False)
     if not _trainable(model):
         raise ConfigError(f"model {source.spec} has no parameters to train; give one with weights that require gradients")
+    batch = config.value_for("batch_size", 0) if config.drop_last else None
+    splits = {**splits, "train": as_epochs(splits["train"], batch, dataset.sampler)}
     config = _of_max_steps(config, len(splits["train"]))
     dataset, splits = fit_labels(model, source.spec, *fit_inputs(model, source.spec, dataset, splits))
     _check_input(source, dataset, model)
@@ -295,6 +298,7 @@ def _by_method(workload: Workload) -> Workload:
 
     Methods that give partitions losses of their own cut between blocks, where one tensor flows.
     """
+    check_epochs(workload)
     kind = workload.dataset.targets.kind
     if kind != "class" and workload.config.method == "pnn":
         raise ConfigError(

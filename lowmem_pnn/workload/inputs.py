@@ -1,6 +1,7 @@
 """Models and data as a caller gives them: by name, or as Python objects."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,11 +12,13 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS
 from lowmem_pnn.config.workdir import run_name
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.formats.data_loader import loader_options, without_loader
+from lowmem_pnn.formats.collated import pad_alike
+from lowmem_pnn.formats.data_loader import loader_options, own_sampler, without_loader
 from lowmem_pnn.methods import SplitName
 from lowmem_pnn.pretrained.open_weights import WeightFiles
 from lowmem_pnn.pretrained.state_dicts import GivenTensors
 from lowmem_pnn.pretrained.transformers_weights import TransformersWeights
+from lowmem_pnn.samples.epochs import EpochSampler
 from lowmem_pnn.sources.dataset import Dataset, join_parts, options_like
 from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.given import without_bunch
@@ -106,16 +109,19 @@ def python_inputs(
         elif table is not None:
             dataset = table
         else:
+            names = f"{config.data} (training part)", apart_names["test"], apart_names["val"]
+            given = without_loader(train, names[0], trains=True), *(map(without_loader, (test, val), names[1:]))
+            notes = pad_alike(given)
             dataset = make_dataset(
-                without_loader(train, f"{config.data} (training part)"),
-                without_loader(test, apart_names["test"]),
-                val=without_loader(val, apart_names["val"]),
+                *given[:2],
+                val=given[2],
                 name=config.data,
                 input_form=input_form,
                 skip_broken=config.skip_broken,
                 options=options,
                 resize=resize_of(config),
             )
+            dataset = _drawn_by(own_sampler(train), dataclasses.replace(dataset, notes=notes), names[0])
         if isinstance(model, str):
             source = _named_model(config, dataset.num_classes)
         else:
@@ -125,8 +131,8 @@ def python_inputs(
         alone = isinstance(train, str) or table is not None
         if not alone and dataset.val is not None:
             apart.setdefault("val", dataset.val)  # which was asked for, whatever the fraction
-        given: list[tuple[SplitName, Any]] = [("val", val), ("test", test)] if alone else []
-        for name, part in given:
+        others: list[tuple[SplitName, Any]] = [("val", val), ("test", test)] if alone else []
+        for name, part in others:
             if part is None:
                 continue
             where = apart_names[name]
@@ -145,9 +151,21 @@ def python_inputs(
             apart[name] = matched(other.train, other, dataset, where)
             dataset = with_part(dataset, name, other.fingerprint, other.skipped)
         source = _with_weights(source, config, state_dict)
-        return Inputs(source, *prepare(*split_data(dataset, config, apart), config, source.image_stats), own)
+        dataset, splits = split_data(dataset, config, apart)
+        if dataset.sampler is not None:
+            dataset.sampler.check(len(splits["train"]))
+        return Inputs(source, *prepare(dataset, splits, config, source.image_stats), own)
 
     return open_inputs
+
+
+def _drawn_by(sampler: Any, dataset: Dataset, where: str) -> Dataset:
+    """Return a data set whose training samples a data loader's sampler draws, where it has one of its own."""
+    if sampler is None:
+        return dataset
+    epochs = EpochSampler(sampler, len(dataset.train), where)
+    prints = hashlib.sha256(f"{dataset.fingerprint}{epochs.fingerprint}".encode()).hexdigest()
+    return dataclasses.replace(dataset, sampler=epochs, fingerprint=prints)
 
 
 def names_of(model: Model, train: Any, loss: str | OwnLoss) -> dict[str, str]:

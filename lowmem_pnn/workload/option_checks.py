@@ -12,6 +12,7 @@ from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.tasks.own_loss import OwnTask
 from lowmem_pnn.tasks.scores import DIRECTIONS
 from lowmem_pnn.tasks.task import Task
+from lowmem_pnn.workload.workload import Workload
 
 
 def check_mixing(config: FitConfig, dataset: Dataset) -> None:
@@ -81,3 +82,40 @@ def check_eval_every(config: FitConfig, dataset: Dataset, splits: dict[SplitName
             f"--eval-every {config.eval_every}: training has {steps} steps of {config.batch_sizes[-1]} samples, and is measured at its end "
             "anyway; give fewer"
         )
+
+
+def check_epochs(workload: Workload) -> None:
+    """Refuse data whose epochs differ, by random transforms or by a sampler, where a method learns from the same samples in all of them.
+
+    Args:
+        workload: Model, data and method.
+
+    Raises:
+        ConfigError: It does.
+    """
+    _check_draws(workload)
+    _check_sampler(workload)
+
+
+def _check_draws(workload: Workload) -> None:
+    """Refuse random transforms where a method learns from what it has once computed of samples, epoch after epoch."""
+    if not workload.dataset.is_random or workload.reads_anew:
+        return
+    method = workload.config.method
+    others = {"pnn": "pnn --parallel-sil", "neuroflux": "neuroflux --visits interleaved"}
+    own = f" (or {others[method]})" if method in others else ""
+    raise ConfigError(
+        f"--method {method}: samples of data {workload.dataset.name} are drawn at random whenever they are read, and activations of them are "
+        f"kept over epochs; use --method exact or backprop{own}, or take random transforms out of the data set (--augment has some)"
+    )
+
+
+def _check_sampler(workload: Workload) -> None:
+    """Refuse a data loader's own sampler where partitions learn one after the other, from the same samples."""
+    sampler, method = workload.dataset.sampler, workload.method
+    if sampler is None or method.sweeps or (method.num_partitions == 1 and not method.incubates):
+        return
+    raise ConfigError(
+        f"--method {workload.config.method}: the {sampler.name} of the data loader draws other samples in every epoch, and partitions learn "
+        "one after the other; use --method exact or backprop, or give a loader with shuffle=True or False"
+    )

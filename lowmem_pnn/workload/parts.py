@@ -212,7 +212,7 @@ def _in_one_type(dataset: Dataset, splits: Mapping[SplitName, Split]) -> Dataset
 def prepare(
     dataset: Dataset, splits: dict[SplitName, Split], config: FitConfig, stats: ImageStats | None
 ) -> tuple[Dataset, dict[SplitName, Split]]:
-    """Return data as the model is to see it: training images augmented, all of them normalised.
+    """Return data as the model is to see it: training samples drawn anew where the data set draws, images augmented, and all normalised.
 
     Args:
         dataset: open data set.
@@ -224,7 +224,10 @@ def prepare(
         ConfigError: the samples are no images, where images are asked for.
     """
     normalize = config.normalize or ("auto" if _is_table(dataset) else "none")
+    draws_seed = config.seed if dataset.is_random else None
     if config.augment == "none" and normalize == "none":
+        if dataset.is_random:
+            splits = {**splits, "train": PreparedSplit(splits["train"], None, None, draws_seed=draws_seed)}
         return dataset, splits
     if dataset.may_be_numbers:
         dataset, splits = dataset.as_floats(), {name: as_floats(split) for name, split in splits.items()}
@@ -256,7 +259,9 @@ def prepare(
     if config.augment != "none":
         augmenter = Augmenter(config.augment, len(splits["train"]), config.seed, f"data {dataset.name}")
     prepared: dict[SplitName, Split] = {
-        name: PreparedSplit(split, augmenter if name == "train" else None, normalization, targets.outside if is_mask else None)
+        name: PreparedSplit(split, None, normalization)
+        if name != "train"
+        else PreparedSplit(split, augmenter, normalization, targets.outside if is_mask else None, draws_seed)
         for name, split in splits.items()
     }
     if normalization is None:

@@ -77,6 +77,7 @@ def trained_inputs(
         mixup=None,
         cutmix=None,
         max_steps=None,
+        drop_last=False,
         eval_every=None,
     )
     return config, Inputs(source, dataset, parts, own)

@@ -21,6 +21,7 @@ from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.pretrained.freezing import check_patterns, matching
 from lowmem_pnn.pretrained.matching import PretrainedWeights
 from lowmem_pnn.samples.batch_mixer import BatchMixer
+from lowmem_pnn.samples.epochs import epochs_of
 from lowmem_pnn.samples.readers import Readers
 from lowmem_pnn.seeds import seed_of, seeded
 from lowmem_pnn.sources.dataset import Dataset
@@ -87,6 +88,18 @@ class Workload:
     def needs_whole_batch(self) -> bool:
         """Whether the loss of a batch is not made up of those of its parts, so that it has to go through at once."""
         return getattr(self.task, "needs_whole_batch", False) or self.config.local_loss != "cross-entropy"
+
+    @property
+    def draws_anew(self) -> bool:
+        """Whether training samples are other ones in every epoch: augmented, or with random transforms of the data set."""
+        return self.config.augment != "none" or self.dataset.is_random
+
+    @property
+    def reads_anew(self) -> bool:
+        """Whether all that learns from samples sees those of each epoch, by whatever plan: no activations are kept from epoch to epoch."""
+        method, config = self.method, self.config
+        whole = method.num_partitions == 1 and not method.incubates
+        return whole or method.sweeps or method.partitions_are_independent or config.visits == "interleaved"
 
     @property
     def readers_peak_bytes(self) -> int:
@@ -168,6 +181,11 @@ class Workload:
         visits = tuple(visit for visit in visits if visit.partition >= fixed)
         return [*(Visit("emit", number, "train") for number in range(fixed)), dataclasses.replace(sweep, visits=visits)]
 
+    @property
+    def _has_other_samples(self) -> bool:
+        """Whether samples of one epoch are others than those of another: as the data set, or a sampler, draws them, or as some are left out."""
+        return self.dataset.is_random or epochs_of(self.splits["train"]) is not None
+
     @cached_property
     def fixed_layers(self) -> int:
         """Number of first layers whose outputs are the same in every epoch, and are written once for all of them; 0 for none.
@@ -179,7 +197,12 @@ class Workload:
         config = self.config
         if self.early is not None:
             return self.early.fixed_layers
-        if not (self.method.sweeps and config.cache_frozen) or config.changes_samples or all(self.learns):
+        if (
+            not (self.method.sweeps and config.cache_frozen)
+            or config.changes_samples
+            or self._has_other_samples
+            or all(self.learns)
+        ):
             return 0
         if (config.unfreeze_at or config.value_for("epochs", 0)) < 2:
             return 0

@@ -1,5 +1,6 @@
 """Data sets for tests: splits of numbered samples, arrays in files, windows of tokens, map-style data."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,12 @@ def token_windows(length: int = 6, context: int = 4) -> tuple[Tensor, Tensor]:
     """Windows of 0, 1, 2, ... and what comes next."""
     numbers = torch.arange(length * context + 1)
     return numbers[:-1].clone().reshape(length, context), numbers[1:].clone().reshape(length, context)
+
+
+class Drawn(Pairs):
+    """Map-style data whose samples are flipped, shifted and scaled at random, by three generators."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, label = self.items[index]
+        x = x.flip(-1) if torch.rand(1) < 0.5 else x
+        return x * (1 + random.random()) + np.random.rand(), label

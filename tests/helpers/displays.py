@@ -55,6 +55,16 @@ class StopsAt(Display):
         self._tell()
 
 
+class Messages(Display):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def message(self, text: str) -> None:
+        self.texts.append(text)
+
+
 LINE: dict[str, Any] = {
     "epoch": 1, "train_loss": 0.25, "val_loss": 0.5, "val_accuracy": 0.75, "samples_per_second": 1234.0, "peak_bytes": 42_000_000,
     "waiting": {"disk": 0.12, "copy": 0.0, "data": 0.03},

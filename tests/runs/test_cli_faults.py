@@ -230,7 +230,7 @@ def build():
             _SET.format(fault="if number == 33: open('/nowhere')"),
             "sample 33 of set-build (training part) cannot be read: FileNotFound",
         ),
-        (_SET.format(fault="x = torch.rand(20)"), "differs when it is read again; take random transforms out"),
+        (_SET.format(fault="x = torch.rand(20)"), "are drawn at random whenever they are read, and activations of them are kept"),
     ],
 )
 def test_a_factory_of_data_with_a_fault(code: str, text: str) -> None:

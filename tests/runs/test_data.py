@@ -14,20 +14,13 @@ from torch.nn import functional as F
 
 import lowmem_pnn
 from helpers.commands import lowmem_pnn as command
+from helpers.displays import Messages
 from lowmem_pnn.errors import CheckpointError, DataError
 from lowmem_pnn.reporting.progress import Display
 
 OPTIONS: dict[str, Any] = {
     "max_gpu_mem": "100MB", "device": "cpu", "method": "exact", "epochs": 2, "batch_size": 4, "commit_every": 0, "log_every": 1,
 }  # fmt: skip
-
-
-class Messages(Display):
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.texts.append(text)
 
 
 def write_images(folder: Path, sizes: dict[str, int]) -> None:

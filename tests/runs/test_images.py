@@ -16,21 +16,12 @@ from torchvision.transforms import v2
 import lowmem_pnn
 from helpers.commands import lowmem_pnn as command
 from helpers.datasets import Pairs, image_bytes
+from helpers.displays import Messages
 from helpers.plainloops import assert_same_weights, built, loaded
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.samples.augment import RandomCropFlip, policy_seed
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.workload.inputs import open_data
-
-
-class Messages(Display):
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.texts.append(text)
-
 
 SIDE, SEED, EPOCHS, BATCH, RATE = 8, 3, 2, 5, 0.05
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.datasets import NOWHERE, Pairs, image_bytes
+from helpers.datasets import NOWHERE, Drawn, Pairs, image_bytes
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.samples.augment import Augmenter
 from lowmem_pnn.samples.normalization import Normalization
@@ -59,6 +59,7 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
         "images": PreparedSplit(pictures, Augmenter("randaugment", 23, 4), Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.1), "")),
         "chosen": subset(from_torch(Pairs([(torch.tensor([[n, n + 1]]), n % 4) for n in range(12)])), np.array([7, 0, 3, 3, 11])),
+        "drawn": PreparedSplit(from_torch(Drawn([(torch.rand(3), n % 4) for n in range(8)])), None, None, draws_seed=4),
         "text": open_text(folder / "a.txt", 8).train,
         "file": own,
         "halves": from_torch((torch.rand(6, 3).to(torch.bfloat16), torch.arange(6))),
@@ -74,7 +75,7 @@ def served(splits: dict[str, Any]) -> Iterator[dict[str, Any]]:
 NUMBERS = [[0], [3, 1, 4, 1], [2, 0, 1, 3, 4], [4, 3]]
 
 
-@pytest.mark.parametrize("name", ["images", "chosen", "text", "file", "halves"])
+@pytest.mark.parametrize("name", ["images", "chosen", "drawn", "text", "file", "halves"])
 @pytest.mark.parametrize("numbers", NUMBERS, ids=len)
 def test_samples_are_the_same_wherever_they_are_read(name: str, numbers: list[int], splits: Any, served: Any) -> None:
     for ours, theirs in zip(splits[name].batch(numbers), served[name].batch(numbers), strict=True):
@@ -87,6 +88,7 @@ def test_augmented_samples_are_the_same_too(splits: Any, served: Any) -> None:
     for key in (("epoch", 0), ("epoch", 1), ("view", 0)):
         numbers = np.random.RandomState(0).permutation(23)
         assert torch.equal(splits["images"].batch(numbers, key)[0], served["images"].batch(numbers, key)[0])
+        assert torch.equal(splits["drawn"].batch(numbers % 8, key)[0], served["drawn"].batch(numbers % 8, key)[0])
 
 
 def test_integers_that_are_numbers_are_so_there(splits: Any, served: Any) -> None:

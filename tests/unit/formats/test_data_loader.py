@@ -17,7 +17,7 @@ from torch.utils.data import (
 
 from helpers.datasets import Pairs, everything
 from lowmem_pnn.errors import ConfigError, DataError
-from lowmem_pnn.formats.data_loader import loader_options, without_loader
+from lowmem_pnn.formats.data_loader import loader_options, own_sampler, without_loader
 from lowmem_pnn.sources.map_split import from_torch
 
 DATA = Pairs([(torch.tensor([float(number)]), number % 3) for number in range(10)])
@@ -47,7 +47,8 @@ class Stream(IterableDataset[Any]):
     ("loader", "options"),
     [
         (DataLoader(DATA, batch_size=4), {"batch_size": 4, "shuffle": False}),
-        (DataLoader(DATA, batch_size=5, shuffle=True, drop_last=True), {"batch_size": 5}),
+        (DataLoader(DATA, batch_size=5, shuffle=True, drop_last=True), {"batch_size": 5, "drop_last": True}),
+        (DataLoader(DATA, batch_size=4, sampler=WeightedRandomSampler([1.0] * 10, 10)), {"batch_size": 4, "val_fraction": 0.0}),
         (DataLoader(DATA, batch_size=4, sampler=SubsetRandomSampler([1, 3])), {"batch_size": 4}),
         (DATA, {}),
     ],
@@ -71,16 +72,31 @@ def test_collation_is_taken() -> None:
     assert torch.equal(y, expected["label"])
 
 
+def test_a_short_last_batch_is_left_out_where_it_is_known_which() -> None:
+    loader: Any = DataLoader(DATA, batch_size=4, drop_last=True)
+    assert len(without_loader(loader, "a")) == 8
+    assert without_loader(loader, "a", trains=True) is DATA
+
+
+def test_own_samplers_draw_training_samples() -> None:
+    sampler = WeightedRandomSampler([1.0] * 10, 10)
+    loader = DataLoader(DATA, batch_size=4, sampler=sampler)
+    assert without_loader(loader, "a", trains=True) is DATA
+    assert own_sampler(loader) is sampler
+    for other in (DATA, DataLoader(DATA, shuffle=True), DataLoader(DATA), DataLoader(DATA, sampler=SubsetRandomSampler([1]))):
+        assert own_sampler(other) is None
+
+
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
         (
             DataLoader(DATA, batch_size=4, sampler=WeightedRandomSampler([1.0] * 10, 10)),
-            r"a is a DataLoader with a WeightedRandomSampler, and the order is made here \(--shuffle\); give one with shuffle=True or False",
+            r"a is a DataLoader with a WeightedRandomSampler, and all samples are measured, once each; give one with shuffle=False, or",
         ),
         (
             DataLoader(DATA, batch_size=4, sampler=RandomSampler(DATA, num_samples=4)),
-            r"a is a DataLoader with a RandomSampler, which draws with replacement or only some samples, and the order",
+            r"a is a DataLoader with a RandomSampler, and all samples are measured, once each",
         ),
         (
             DataLoader(DATA, batch_size=None),
@@ -91,8 +107,8 @@ def test_collation_is_taken() -> None:
             r"a is a DataLoader with batches by a BatchSampler, and batches are made here",
         ),
         (
-            DataLoader(DATA, batch_size=4, drop_last=True),
-            r"a is a DataLoader that leaves out the last 2 samples of an epoch \(drop_last=True\), and all are used here; give drop_last",
+            DataLoader(DATA, batch_size=4, shuffle=True, drop_last=True),
+            r"a is a DataLoader that leaves out 2 samples by chance \(shuffle=True, drop_last=True\), and all are measured here; give drop",
         ),
         (
             DataLoader(Stream(), batch_size=4),
@@ -108,7 +124,7 @@ def test_collation_is_taken() -> None:
         ),
         (
             DataLoader(DATA, batch_size=4, collate_fn=lambda items: items),
-            r"a: collate_fn makes \(1,\), int, \(1,\), int of 2 samples; have",
+            r"a: collate_fn makes \(1,\), int of 1 samples; have",
         ),
         (
             DataLoader(DATA, batch_size=4, collate_fn=lambda items: 1 / 0),

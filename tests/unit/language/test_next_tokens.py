@@ -14,8 +14,8 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.language.next_tokens import MovedLabels, fit_labels, moves_labels
 from lowmem_pnn.language.open_language import fit_inputs
-from lowmem_pnn.planning.notes import label_notes
 from lowmem_pnn.sources.dataset import Dataset
+from lowmem_pnn.workload.data_notes import data_notes
 from lowmem_pnn.workload.inputs import python_inputs
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -55,7 +55,7 @@ def test_labels_of_the_same_place_are_moved_as_the_models_own_loss_moves_them() 
     model = make_model("gpt2", "AutoModelForCausalLM", GPT2).eval()
     dataset, splits = fitted(lambda: model, rows(LABELS), val=rows(LABELS))
     assert dataset.preprocessing.endswith(", labels moved by one token, as the model's own loss moves them")
-    note, *_ = label_notes(SimpleNamespace(splits=splits))  # type: ignore[arg-type]
+    note, *_ = data_notes(SimpleNamespace(splits=splits, dataset=dataset))  # type: ignore[arg-type]
     assert note.startswith("labels are moved by one token, as the model's own loss moves them")
     for split in splits.values():
         (ids, mask), labels = everything(split)

@@ -100,6 +100,7 @@ CASES: dict[str, dict[str, Any]] = {
     "momentum": {"optimizer": "sgd", "momentum": NUMBER},
     "weight_decay": {"weight_decay": NUMBER},
     "shuffle": {"shuffle": "yes,no"},
+    "drop_last": {"drop_last": True},
     "fused": {"fused": False},
     "step_in_backward": {"step_in_backward": False},
     "recompute": {**EXACT, "recompute": "never"},

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
-from helpers.datasets import NOWHERE, Pairs, everything, image_bytes, save, token_windows
+from helpers.datasets import NOWHERE, Drawn, Pairs, everything, image_bytes, save, token_windows
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.sources.datasets import find_dataset, make_dataset
 from lowmem_pnn.sources.map_split import from_torch
@@ -30,13 +30,10 @@ def test_a_map_style_data_set_of_anything() -> None:
             assert dataset.num_classes == 2
 
 
-def test_random_transforms_are_refused() -> None:
-    class Noisy(Pairs):
-        def __getitem__(self, index: int) -> Any:
-            return torch.rand(3), 0
-
-    with pytest.raises(DataError, match=r"sample 0 of noise .* differs when it is read again; take random transforms out"):
-        make_dataset(Noisy([0, 0]), name="noise")
+def test_random_transforms_are_noticed_in_the_training_part() -> None:
+    dataset = make_dataset(Drawn(list(zip(torch.rand(4, 3), [0, 1, 0, 1], strict=True))), name="noise")
+    assert (dataset.is_random, dataset.fingerprint) == (True, make_dataset(dataset.train, name="noise").fingerprint)
+    assert not make_dataset((torch.rand(4, 3), torch.arange(4)), dataset.train, name="noise").is_random
 
 
 def test_parts_that_do_not_fit_together_are_refused() -> None:
