@@ -67,6 +67,11 @@ def evaluate_run(
                 check_same_data(state, workload, path)
             check_plan(state, workload, path)
             planned = Plan.from_json(state.plan)
+            if planned.loss_chunk is not None and workload.task.metrics is not None:
+                raise ConfigError(
+                    f"metrics of your own take whole outputs, and the run's plan has {planned.loss_chunk} rows at a time; take them of what "
+                    f"lowmem_pnn.predict({str(path)!r}) returns"
+                )
             plan = within(planned, workload, opened_device.budget_bytes)
             if plan.spans != planned.spans:
                 state = dataclasses.replace(State.first(workload, plan, ALONE), module_state=state.module_state)
