@@ -177,14 +177,14 @@ def plan(no_timing: bool, budgets: str | None, gpu: str | None, as_json: bool, q
         configure(**command_options(options, sizes))  # faults come before anything is imported anew
         as_worker()
     config = configure(**command_options(options, sizes))
-    if not quiet and (note := unasked_method(config, given_options(options))) is not None:
-        announce(note)
     with stdout_is_ours():
         from lowmem_pnn.preview.preview import previews
         from lowmem_pnn.reporting.budget_table import describe_budgets
 
         reports = previews(config, sizes or [config.max_gpu_mem], timing=not no_timing, gpu=described)
         report = reports[0]
+    if not quiet and (note := unasked_method(config, given_options(options))) is not None:
+        announce(note)
     if budgets:
         json_text = json.dumps({"schema_version": 1, "budgets": [dataclasses.asdict(each) for each in reports]}, indent=1)
         print_result(json_text if as_json else describe_budgets(reports, terminal_width()))
