@@ -8,6 +8,7 @@ import torch
 from typing_extensions import Unpack
 
 from lowmem_pnn.config.configure import configure
+from lowmem_pnn.config.defaults import unasked_method
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.device.support import budget_on
@@ -75,7 +76,8 @@ def fit(
         test: a data set, its name, a loader or a tuple to test on after training.
         loss: a loss by name, or a function of the model's outputs and the targets, which returns the mean over samples, or a pair (sum,
             count): then the gradient of a batch is that of all sums over all counts, whatever its micro-batches.
-        metrics: functions of outputs and targets by name, which return a pair (sum, count), or torchmetrics objects; with such a loss.
+        metrics: functions of the model's outputs and the targets by name, which return a pair (sum, count), or torchmetrics objects,
+            beside the scores of the task: they get what the model returns and a batch's targets, both on the host.
         weights: pretrained weights to begin with, as the option `--weights` takes them, or a `state_dict`; then `method` is "exact" and
             `epochs` 3, if they are not given.
         workdir: the run's folder; None takes the next free one under `runs`, or, to resume, that of the only unfinished run there
@@ -122,6 +124,8 @@ def fit(
         result = resume_training(folder, given, open_inputs, display=display, callbacks=callbacks)
     else:
         config = configure(**{**given, "max_gpu_mem": budget_on(options.get("device") or "auto", max_gpu_mem)})
+        if (note := unasked_method(config, given)) is not None:
+            display.message(note)
         folder = next_workdir(config) if workdir is None else Path(workdir)
         result = begin(config, folder, open_inputs, overwrite=overwrite, display=display, callbacks=callbacks)
     assert result is not None, "one process trains all partitions"
@@ -160,7 +164,7 @@ def plan(
         max_gpu_mem: as for `fit`; with `gpu` all of its memory by default.
         test: a part to test on.
         loss: the loss.
-        metrics: metrics of one's own.
+        metrics: metrics of one's own; what they need of outputs is planned for.
         weights: pretrained weights.
         timing: run layers for a few seconds, within the budget, to say what an epoch of every method takes.
         gpu: a GPU that is not here, to plan for: "8GB,pcie=12,tflops=10,disk=2.5,ram=16GB", of which only the memory is needed; its
@@ -206,7 +210,7 @@ def evaluate(
         data: samples and targets, as `predict` takes them; None for the test part of the run's own data.
         model: what builds the model, of a run that was started from Python with a model of its own; runs of this process remember it.
         loss: the loss, of a run that was started from Python with a loss of its own.
-        metrics: metrics of one's own, with such a loss.
+        metrics: metrics of one's own, as for `fit`.
         max_gpu_mem: another budget than the run's.
         device: another device than the run's: "cpu", "cuda", "cuda:1" or "auto".
         trust: run code that the run names for its model, data or loss (`file.py:factory`).

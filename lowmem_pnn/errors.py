@@ -13,9 +13,18 @@ class LowMemError(Exception):
 
 
 class ConfigError(LowMemError, ValueError):
-    """An option, a model or a data set that cannot be used as given."""
+    """An option, a model or a data set that cannot be used as given.
+
+    Args:
+        message: what cannot be used, why, and what to do.
+        options: names of the options whose values are at fault, each by itself.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, options: frozenset[str] = frozenset()) -> None:
+        super().__init__(message)
+        self.options = options
 
 
 class UnitError(ConfigError):

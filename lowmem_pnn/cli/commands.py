@@ -39,6 +39,7 @@ from lowmem_pnn.cli.output import announce, open_standard_streams, print_result,
 from lowmem_pnn.cli.supervisor import STOP_SIGNALS, as_worker, begin_supervisor, is_repeated_hangup, is_worker, stop_signals
 from lowmem_pnn.cli.usage import usage_text
 from lowmem_pnn.config.configure import configure
+from lowmem_pnn.config.defaults import unasked_method
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.config.resume import resumed_config
 from lowmem_pnn.config.workdir import next_workdir
@@ -114,7 +115,7 @@ def fit(
         return
     if not is_worker():
         if not quiet:
-            announce(describe_command(config, chosen))
+            announce(describe_command(config, chosen, given))
         # Resolved once: of an option that is given twice the last value counts.
         budget = ["--max-gpu-mem", str(config.max_gpu_mem)] if share and config is not None else []
         arguments = [*sys.argv[1:], *budget, *(["--workdir", str(chosen)] if workdir is None else [])]
@@ -182,6 +183,8 @@ def plan(no_timing: bool, budgets: str | None, gpu: str | None, as_json: bool, q
 
         reports = previews(config, sizes or [config.max_gpu_mem], timing=not no_timing, gpu=described)
         report = reports[0]
+    if not quiet and (note := unasked_method(config, given_options(options))) is not None:
+        announce(note)
     if budgets:
         json_text = json.dumps({"schema_version": 1, "budgets": [dataclasses.asdict(each) for each in reports]}, indent=1)
         print_result(json_text if as_json else describe_budgets(reports, terminal_width()))

@@ -16,13 +16,14 @@ OBJECT_FIELDS = (*CODE_FIELDS, "weights")
 
 # What stands before the colon where no code is named.
 _DATA = ("npz", "imagefolder", "text", "jsonl", "tokens", "csv", "parquet", "segmentation", "hfdata", "python")
-_BUILT_IN = {
+BUILT_IN = {
     "model": ("mlp", "gpt", "timm", "hf", "python"),
     "data": _DATA,
     "val_data": _DATA,
     "test_data": _DATA,
     "loss": ("python",),
 }
+"""What stands before the colon where no code is named, by field."""
 
 
 def names_code(field: str, spec: str | None) -> bool:
@@ -36,7 +37,7 @@ def names_code(field: str, spec: str | None) -> bool:
         >>> names_code("model", "net.py:build"), names_code("model", "mlp:64-10"), names_code("data", "npz:x.npz")
         (True, False, False)
     """
-    return spec is not None and ":" in spec and spec.partition(":")[0] not in _BUILT_IN[field]
+    return spec is not None and ":" in spec and spec.partition(":")[0] not in BUILT_IN[field]
 
 
 def python_objects(options: Mapping[str, Any], fields: Sequence[str] = OBJECT_FIELDS) -> list[str]:

@@ -1,6 +1,7 @@
 """The configuration of a run, made from what a user gave: defaults, checks, and options that exclude each other."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 from pydantic import ValidationError as PydanticError
 
 from lowmem_pnn.config.adapter_options import DEFAULTS_WITH_ADAPTERS
-from lowmem_pnn.config.code import CODE_FIELDS
+from lowmem_pnn.config.checks import contradictions
+from lowmem_pnn.config.code import BUILT_IN, CODE_FIELDS
 from lowmem_pnn.config.defaults import is_language, training_defaults, undecided
-from lowmem_pnn.config.faults import as_typed, describe_fault, flag
+from lowmem_pnn.config.faults import describe_fault, flag
 from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, field_names
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS, ROWS_OF_TEXT
-from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS, has_weights, is_transformers, place_of
+from lowmem_pnn.config.transformers_place import has_weights, is_transformers, place_of
 from lowmem_pnn.errors import ConfigError, UnitError
 from lowmem_pnn.units import MEGABYTE
 
@@ -33,6 +35,9 @@ _FILE_KINDS = ("npz", "imagefolder", "text", "jsonl", "tokens", "csv", "parquet"
 _TOKENISED = ("text", "jsonl", *ROWS_OF_TEXT)
 # Data sets that are kept there.
 DOWNLOADED = ("mnist", "fashion-mnist", "emnist-balanced", "cifar10", "cifar100")
+
+# What learns the model's own task at last, and all together, so that a validation tells whether it is to end there.
+_WATCHABLE = "--method pnn, exact or backprop, or incubate with --recovery-epochs"
 
 # Options that only some choice of another option reads: (option, what it needs, does this run have it?).
 _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
@@ -56,7 +61,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ("activation_dtype", "--method pnn, neuroflux or incubate", lambda config: config.method in ("pnn", "neuroflux", "incubate")),
     ("meta_epochs", "--method incubate", lambda config: config.method == "incubate"),
     ("activation_dtype", "partitions that learn from activations (no --parallel-sil)", lambda config: not config.parallel_sil),
-    ("unfreeze_at", "--method exact", lambda config: config.method == "exact"),
+    ("unfreeze_at", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
     ("unfreeze_at", "--freeze or --train-only", lambda config: bool(config.freeze or config.train_only)),
     ("modules_to_save", "--lora", lambda config: config.lora is not None),
     ("frozen_dtype", "--lora, --freeze or --train-only", lambda config: bool(config.lora or config.freeze or config.train_only)),
@@ -89,8 +94,8 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
     ),
     ("recover", "--recovery-epochs", lambda config: config.recovery_epochs > 0),
     ("warmup_steps", "--lr-schedule constant, linear or cosine", lambda config: config.lr_schedule != "onecycle"),
-    ("early_stop", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
-    ("keep_weights", "--method exact or backprop", lambda config: config.method in ("exact", "backprop")),
+    ("early_stop", _WATCHABLE, lambda config: _can_be_watched(config)),
+    ("keep_weights", _WATCHABLE, lambda config: _can_be_watched(config)),
     ("eval_every", "--method pnn, exact or backprop", lambda config: config.method not in ("neuroflux", "incubate")),
     ("monitor", "--early-stop or --keep-weights best", lambda config: config.watches),
     ("min_lr", "--lr-schedule linear or cosine", lambda config: config.lr_schedule in ("linear", "cosine")),
@@ -140,6 +145,14 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
 )
 
 
+def _can_be_watched(config: FitConfig) -> bool:
+    return config.method in ("pnn", "exact", "backprop") or (config.method == "incubate" and config.recovery_epochs > 0)
+
+
+# Options that so many others depend on that nothing is said of these where one of them is at fault.
+_DECIDING = {"max_gpu_mem", "model", "data", "method", "device", "optimizer"}
+
+
 def _has(config: FitConfig, *kinds: str) -> bool:
     """Return whether the training data is of any of the given kinds."""
     return config.data.partition(":")[0] in kinds
@@ -173,17 +186,50 @@ def configure(**given: Any) -> FitConfig:
         lowmem_pnn.errors.ConfigError: --method 'pnm' is none of pnn, neuroflux, incubate, exact, backprop; did you mean 'pnn'?
     """
     given = given_options(given)
-    config = with_defaults(given)
+    try:
+        config = with_defaults(given)
+    except ConfigError as error:
+        if others := _faults_beside(error.options, given):
+            raise ConfigError("; ".join([str(error), *others])) from None
+        raise
     size = given["max_gpu_mem"]
     # A number from Python is bytes, but nobody means a few.
     has_no_unit = size.strip().isdigit() if isinstance(size, str) else isinstance(size, int) and size < 1000
     if config.max_gpu_mem < MEGABYTE and has_no_unit:
         raise UnitError(f"--max-gpu-mem {size} is {size} bytes; did you mean {size}GB?")
-    faults = [f"{flag(name)} has no effect here: it needs {need}" for name, need in unmet(config, given)]
-    faults += contradictions(config)
-    if faults:
+    if faults := _faults_together(config, given):
         raise ConfigError("; ".join(faults))
     return config
+
+
+def _faults_together(config: FitConfig, given: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with options that are right each by itself."""
+    faults = [f"{flag(name)} has no effect here: it needs {need}" for name, need in unmet(config, given)]
+    return faults + contradictions(config)
+
+
+def _faults_beside(faulty: Collection[str], given: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with other options than those whose values are at fault, as far as it does not depend on these."""
+    if not faulty or _DECIDING & set(faulty):
+        return []
+    left = {name: value for name, value in given.items() if name not in faulty}
+    with suppress(ConfigError):
+        named = re.compile(rf"({'|'.join(map(flag, faulty))})(?![\w-])")
+        return [fault for fault in _faults_together(with_defaults(left), left) if named.search(fault) is None]
+    return []
+
+
+def faults_of(values: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with values of some options, each by itself.
+
+    Args:
+        values: fields of `FitConfig`; those that are missing are no fault.
+    """
+    try:
+        checked({**DEMONSTRATION, "max_gpu_mem": "1GB", **values})
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def with_defaults(given: Mapping[str, Any]) -> FitConfig:
@@ -224,10 +270,12 @@ def unmet(config: FitConfig, given: Collection[str]) -> list[tuple[str, str]]:
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that were given, paths in full: a run may be resumed from another folder than it was begun in.
 
+    Names that are known have their own letters: `ResNet18`, `CIFAR10` and `Exact` are `resnet18`, `cifar10` and `exact`.
+
     Args:
         options: fields of `FitConfig`; None means not given.
     """
-    return {name: _absolute(name, value) for name, value in options.items() if value is not None}
+    return {name: _absolute(name, _in_own_letters(name, value)) for name, value in options.items() if value is not None}
 
 
 def checked(values: Mapping[str, Any]) -> FitConfig:
@@ -244,7 +292,7 @@ def checked(values: Mapping[str, Any]) -> FitConfig:
     except PydanticError as error:
         # A list has a fault for each of its values.
         faults = dict.fromkeys(describe_fault(fault, field_names()) for fault in error.errors())
-        raise ConfigError("; ".join(faults)) from None
+        raise ConfigError("; ".join(faults), frozenset(str(fault["loc"][0]) for fault in error.errors())) from None
 
 
 def for_method(config: FitConfig, method: MethodName) -> FitConfig:
@@ -269,103 +317,25 @@ def for_method(config: FitConfig, method: MethodName) -> FitConfig:
         name for name, _, holds in _CONDITIONAL if holds(config) and not holds(other) and getattr(other, name) != default_of(name)
     }:
         if "unfreeze_at" in unread:
-            raise ConfigError("--unfreeze-at needs --method exact")
+            raise ConfigError("--unfreeze-at needs --method exact or backprop")
         other = dataclasses.replace(other, **{name: default_of(name) for name in unread})
     if faults := contradictions(other):
         raise ConfigError("; ".join(faults))
     return other
 
 
-def contradictions(config: FitConfig) -> list[str]:
-    """Return what options say against each other, a text each.
-
-    Args:
-        config: options, each checked by itself.
-    """
-    faults = []
-    if config.method == "exact":
-        faults += [
-            f"{flag(name)} has {len(getattr(config, name))} values, and --method exact trains all partitions together; give one value"
-            for name in ("epochs", "batch_size", "shuffle")
-            if getattr(config, name) != "auto" and len(getattr(config, name)) > 1
-        ]
-    if config.task in TRANSFORMERS_TASKS and not is_transformers(config.model):
-        faults.append(f"--task {config.task} is the head of an hf: model, and --model is {config.model}; leave it out")
-    if config.freeze and config.train_only:
-        faults.append("--freeze and --train-only exclude each other; give one")
-    if config.lora is not None and (config.freeze or config.train_only):
-        faults.append(
-            f"--lora freezes all but the adapters, and {'--freeze' if config.freeze else '--train-only'} would freeze otherwise; leave it out, "
-            "and name modules that are to learn whole in --modules-to-save"
-        )
-    if config.unfreeze_at is not None and config.frozen_form != "fp32":
-        faults.append(
-            f"--unfreeze-at: what is kept in {config.frozen_form} never learns (--frozen-dtype); leave one of the two out"
-        )
-    if config.unfreeze_at is not None and config.unfreeze_at >= min(config.epochs):
-        least = min(config.epochs)
-        faults.append(
-            f"--unfreeze-at {config.unfreeze_at}: the epochs are 0 to {least - 1}; give "
-            + (f"at most {least - 1}, or more --epochs" if least > 1 else "more --epochs")
-        )
-    if config.unfreeze_at is not None and config.compile:
-        faults.append("--unfreeze-at trains layers in two ways, and --compile makes code of one; leave one out")
-    if config.batch_size == "auto" and (config.method not in ("pnn", "neuroflux") or config.recovery_epochs):
-        faults.append(
-            "--batch-size auto: only partitions that learn by themselves can each have a batch of their own; give a number"
-        )
-    if config.mixing is not None and config.ignore_index is not None:
-        faults.append(f"{config.mixing} mixes the labels of all samples, and --ignore-index leaves some out; leave one out")
-    if config.eval_every is not None and config.parallel_sil:
-        faults.append(
-            "--eval-every measures the model while its last partition learns, and --parallel-sil joins it later; leave one out"
-        )
-    if config.keep_state and config.keep_weights == "best":
-        faults.append("--keep-state goes on from the last weights, and --keep-weights best leaves others; leave one out")
-    if config.method == "incubate":
-        faults += [
-            f"--method incubate trains a thin model of the whole from random weights, and {flag(name)} is for other methods; leave it out"
-            for name in ("weights", "lora", "freeze", "train_only", "compile")
-            if getattr(config, name) not in (None, "none", (), False)
-        ]
-    if config.parallel_sil and config.ignore_index is not None:
-        faults.append("--parallel-sil learns from the vectors of the classes, and --ignore-index leaves one out; leave one out")
-    if config.visits == "interleaved" and len(config.epochs) > 1:
-        faults.append("--visits interleaved trains all blocks for the same epochs; give one number of --epochs")
-    if config.laps > min(config.epochs):
-        faults.append(
-            f"--visits laps={config.laps}: there are {min(config.epochs)} epochs; give at most laps={min(config.epochs)}"
-        )
-    if config.blocks == "alike" and (config.cuts or config.partitions):
-        faults.append("--blocks alike finds the cuts, and --cuts or --partitions give them; give one")
-    if config.max_steps is not None and config.recovery_epochs:
-        faults.append("--max-steps ends training, and --recovery-epochs goes on after it; give one")
-    if config.min_lr > max(config.lr):
-        faults.append(f"--min-lr {as_typed(config.min_lr)} is above --lr {as_typed(max(config.lr))}; give less")
-    if config.watches and config.recovery_epochs:
-        faults.append(
-            "--early-stop and --keep-weights best watch the epochs of --method exact or backprop, and --recovery-epochs adds others"
-        )
-    if config.parallel_sil and config.sil_target == "pooled":
-        faults.append(
-            "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out"
-        )
-    if config.plan_for == "time" and config.compile:
-        faults.append("--plan-for time runs layers as they are, and --compile makes code of them; leave one out")
-    if config.plan_for == "time" and config.batch_size == "auto":
-        faults.append("--plan-for time compares plans for one batch size, and --batch-size auto looks for the largest; give one")
-    if config.plan_for == "time" and config.parallel_sil:
-        faults.append(
-            "--plan-for time: processes side by side would each find a plan of their own; leave it out, or --parallel-sil"
-        )
-    if config.cuts and config.partitions:
-        faults.append("--cuts and --partitions exclude each other; give one")
-    if config.micro_batch is not None and config.micro_batch > max(config.batch_sizes):
-        faults.append(
-            f"--micro-batch {config.micro_batch} is above --batch-size {max(config.batch_sizes)}; "
-            f"give at most {max(config.batch_sizes)}, or a larger --batch-size"
-        )
-    return faults
+def _in_own_letters(name: str, value: Any) -> Any:
+    """Return an option's value, the names of models, data and methods in it in small letters, as all of them are."""
+    if not isinstance(value, str) or name not in ("method", "model", "data", "val_data", "test_data"):
+        return value
+    kind, colon, rest = value.partition(":")
+    if colon:
+        return f"{kind.lower()}:{rest}" if kind.lower() in BUILT_IN.get(name, ()) else value
+    if name == "model":
+        is_name = re.fullmatch(r"[\w-]+", value) and not Path(value).exists()
+    else:
+        is_name = name == "method" or value.lower() in ("digits", *DOWNLOADED)
+    return value.lower() if is_name else value
 
 
 def _absolute(name: str, value: Any) -> Any:

@@ -43,6 +43,8 @@ def training_facts(config: FitConfig) -> dict[str, Any]:
         config: options of the run.
     """
     names = ["optimizer", "lr", "lr_schedule", "warmup_steps", "min_lr", "weight_decay", "clip_norm", "max_steps"]
+    if config.recovery_epochs:
+        names.append("recovery_epochs")
     if "sgd" not in config.optimizer:
         names += ["betas", "eps"]
     if config.weights_dtype != "fp32":
@@ -73,6 +75,27 @@ def training_words(config: FitConfig) -> str:
     return (
         f"{config.method}, {as_typed(config.epochs)} epochs{steps}, {as_typed(config.optimizer)}, lr {as_typed(config.lr)} "
         f"{config.lr_schedule}, weight decay {config.weight_decay:g}, {clipping}"
+    )
+
+
+def unasked_method(config: FitConfig, given: Mapping[str, Any]) -> str | None:
+    """Say by which method a training goes where none was asked for, since it is not the ordinary one; else None.
+
+    Args:
+        config: options of the run.
+        given: fields of `FitConfig` that were given; None means not given.
+
+    Example:
+        >>> given = {"max_gpu_mem": "1GB", "model": "mlp:64-10", "data": "digits"}
+        >>> unasked_method(FitConfig(**given), given)
+        'no method was asked for, so it is pnn: partitions learn one after the other, all but the last from random labels of their own; \
+ordinary training, as in plain PyTorch, is --method exact'
+    """
+    if given.get("method") is not None or config.method != "pnn" or (given.get("model") is None and given.get("data") is None):
+        return None
+    return (
+        "no method was asked for, so it is pnn: partitions learn one after the other, all but the last from random labels of their own; "
+        "ordinary training, as in plain PyTorch, is --method exact"
     )
 
 

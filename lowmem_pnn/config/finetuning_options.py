@@ -81,8 +81,8 @@ class FineTuningOptions:
     unfreeze_at: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
         description=(
-            "Epoch from which what --freeze or --train-only have frozen learns too (exact), counted from 0: with 1 it is frozen in the "
-            "first epoch, and learns from the second one on. --freeze-norm holds for all epochs."
+            "Epoch from which what --freeze or --train-only have frozen learns too (exact, backprop), counted from 0: with 1 it is frozen in "
+            "the first epoch, and learns from the second one on. --freeze-norm holds for all epochs."
         ),
     )
     lr_for: Rates = Field(

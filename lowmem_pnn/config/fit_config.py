@@ -136,7 +136,7 @@ class FitConfig(
         default="auto",
         description=(
             "Sweeps: whether matrix products, convolutions and attention of the first forward are computed again for the backward, or "
-            "kept in a file (within --max-disk). auto: kept where that is faster, by built-in estimates."
+            "kept in a file. auto: where that is faster, by built-in estimates, and within --max-disk and nine tenths of the free disk."
         ),
     )
     optimizer_state: Literal["fp32", "bf16", "int8"] = Field(

@@ -20,13 +20,17 @@ class StoppingOptions:
     """Options of the end of training."""
 
     early_stop: PositiveInt | None = Field(
-        default=None, description="End training when --monitor has not improved for so many validations (exact, backprop)."
+        default=None,
+        description=(
+            "End training when --monitor has not improved for so many validations (exact, backprop; pnn: the epochs of its last partition, or "
+            "of --recovery-epochs; incubate: these)."
+        ),
     )
     keep_weights: Literal["last", "best"] = Field(
         default="last",
         description=(
-            "Weights that the run leaves: the last, or those that were best by --monitor (exact, backprop). The best are kept "
-            "beside the last commit, and survive a kill as it does."
+            "Weights that the run leaves: the last, or those that were best by --monitor in the epochs that --early-stop goes by. The best are "
+            "kept beside the last commit, and survive a kill as it does."
         ),
     )
     keep_state: bool = Field(

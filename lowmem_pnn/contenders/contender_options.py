@@ -3,7 +3,8 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from lowmem_pnn.config.configure import contradictions, given_options, unmet, with_defaults
+from lowmem_pnn.config.checks import contradictions
+from lowmem_pnn.config.configure import given_options, unmet, with_defaults
 from lowmem_pnn.config.faults import flag
 from lowmem_pnn.config.fit_config import FitConfig, MethodName
 from lowmem_pnn.errors import ConfigError

@@ -31,6 +31,7 @@ class ActivePartition:
         chunk_rows: rows for which the last layer and the loss are computed at once, or None for all.
         shuffle: whether every epoch has an order of its own.
         is_thin: whether a thin part of a meta model is there in the partition's place.
+        is_frozen_yet: whether what is to be unfrozen later is frozen in it yet.
         steps_in_backward: whether layers step as soon as their gradients are complete, where a batch goes through at once.
     """
 
@@ -49,6 +50,7 @@ class ActivePartition:
     chunk_rows: int | None = None
     shuffle: bool = True
     is_thin: bool = False
+    is_frozen_yet: bool = False
     steps_in_backward: bool = True
     may_shrink: bool = True
 

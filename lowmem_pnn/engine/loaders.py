@@ -169,7 +169,7 @@ class MixedLoader:
         start: int = 0,
         augmentation_key: AugmentationKey | None = None,
     ) -> Iterator[Batch]:
-        """Iterate as `Loader.batches` does; labels of batches that are mixed are probabilities (B, classes)."""
+        """Iterate as `Loader.batches` does; labels of batches that are mixed are shares between 0 and 1, (B, classes)."""
         batches = self._loader.batches(batch_size, shuffle=shuffle, epoch=epoch, start=start, augmentation_key=augmentation_key)
         if augmentation_key is None:
             yield from batches

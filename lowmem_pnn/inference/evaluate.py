@@ -58,8 +58,18 @@ def evaluate_run(
         config, inputs = (
             _given(finished, path, data, model, own) if data is not None else (config, _own(config, path, model, own))
         )
+        planned = Plan.from_json(state.plan)
+        if planned.loss_chunk is not None and own.metrics:
+            raise ConfigError(
+                f"metrics of your own take whole outputs, and the run's plan has {planned.loss_chunk} rows at a time; take them of what "
+                f"lowmem_pnn.predict({str(path)!r}) returns"
+            )
         if max_gpu_mem is not None:
             config = with_first_values(config)
+        # What was watched in training may be a metric that is not given here.
+        config = dataclasses.replace(
+            config, early_stop=None, keep_weights="last", loss_chunk=config.loss_chunk if planned.loss_chunk else None
+        )
         warm_up_profiler()
         with reading(config, inputs) as inputs, open_workload(config, inputs) as (opened_device, workload):
             if data is not None:
@@ -67,7 +77,6 @@ def evaluate_run(
             else:
                 check_same_data(state, workload, path)
             check_plan(state, workload, path)
-            planned = Plan.from_json(state.plan)
             plan = within(planned, workload, opened_device.budget_bytes)
             if plan.spans != planned.spans:
                 state = dataclasses.replace(State.first(workload, plan, ALONE), module_state=state.module_state)

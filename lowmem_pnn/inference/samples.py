@@ -22,7 +22,7 @@ from lowmem_pnn.language.tokenizer import check_trained_by
 from lowmem_pnn.samples.normalization import Normalization
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import find_dataset
-from lowmem_pnn.sources.given import as_pair, without_bunch
+from lowmem_pnn.sources.given import returned_parts, without_bunch
 from lowmem_pnn.sources.imports import load_factory, one_line
 from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.workload.data_form import DataForm
@@ -197,8 +197,10 @@ def _parts_of(
                     f"--skip-broken has no effect here: {spec!r} returns a Dataset that is made already; leave it out"
                 )
             return _of_dataset(found), found.preprocessing
-        two = isinstance(found, tuple) and len(found) == 2 and as_pair(found) is None and form.structure is None
-        given = {"train": found[0], "test": found[1]} if two and found[1] is not None else {"all": found[0] if two else found}
+        # Of a list, and of a model of several inputs, these may be samples.
+        may_have_parts = form.structure is None and not isinstance(found, list)
+        given = (returned_parts(found) if may_have_parts else None) or {"all": found}
+        given = {"all": given["train"]} if list(given) == ["train"] else given
         splits = {
             name: open_given(one, f"data {spec}", input_form, form.structure, options, skip_broken=skip_broken, resize=resize)
             for name, one in given.items()

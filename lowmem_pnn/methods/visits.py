@@ -36,6 +36,7 @@ class Visit:
         keeps_buffers: Whether the buffers that a forward has changed are kept, since the partition runs but once (`emit`).
         returns_input_gradient: Whether the gradient of the partition's inputs is computed, for an earlier partition that learns.
         keeps_gradients: Whether gradients are kept for a later `step` visit, instead of being applied at once (`backpropagate`).
+        frozen: Whether what is to be unfrozen later is frozen yet (`learn`).
     """
 
     action: Literal["learn", "emit", "backpropagate", "step", "join", "meta"]
@@ -54,6 +55,7 @@ class Visit:
     keeps_buffers: bool = False
     returns_input_gradient: bool = False
     keeps_gradients: bool = False
+    frozen: bool = False
 
     @property
     def epochs_learnt(self) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from lowmem_pnn.errors import BudgetError, DiskError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
-from lowmem_pnn.planning.disk_footprint import activation_bytes, check_disk, disk_bytes, num_stored_samples
+from lowmem_pnn.planning.disk_footprint import activation_bytes, check_disk, disk_bytes, disk_notes, num_stored_samples
 from lowmem_pnn.planning.footprint import Footprint
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.planning.notes import plan_notes
@@ -41,7 +41,7 @@ def describe_plan(
         disk, peak = disk_bytes(workload, plan, profile), plan.predicted_peak_bytes
         # The same by any timings.
         written = TimeEstimator.nominal(request).training(plan).bytes_written
-        notes = plan_notes(request, plan)
+        notes = [*plan_notes(request, plan), *disk_notes(workload, plan, profile, request.free_disk_bytes)]
         tiers = tiers_of(plan)
         check_disk(workload, plan, profile)
     except (BudgetError, DiskError) as error:

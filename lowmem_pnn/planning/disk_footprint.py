@@ -1,7 +1,10 @@
 """Disk space of a run: weights in their generations, and stores of boundary activations."""
 
 import math
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.errors import DiskError
@@ -94,6 +97,36 @@ def check_disk(workload: Workload, plan: Plan, profile: MemoryProfile) -> None:
         raise DiskError(
             f"the run needs up to {format_bytes(needed)} on disk, above --max-disk {format_bytes(limit)}; give more{cached}"
         )
+
+
+def disk_notes(workload: Workload, plan: Plan, profile: MemoryProfile, free_bytes: int | None) -> list[str]:
+    """Return what is said of a run that may need more than is free on the disk.
+
+    Args:
+        workload: Model, data and method.
+        plan: Partitions and their micro-batches.
+        profile: Memory costs of the layers.
+        free_bytes: Bytes that are free where its folder is to be; None where nobody has looked.
+    """
+    if free_bytes is None or (needed := disk_bytes(workload, plan, profile)) <= free_bytes:
+        return []
+    less = f", or give --recompute always ({format_bytes(plan.kept_bytes)} less)" if plan.kept_bytes else ""
+    return [
+        f"the run needs up to {format_bytes(needed)} on disk, and {format_bytes(free_bytes)} are free there: make room, give a --workdir on "
+        f"another disk{less}, or it may end where the disk is full"
+    ]
+
+
+def free_disk_bytes(folder: Path) -> int | None:
+    """Return the bytes that are free on the disk where a folder is, or is to be; None where that cannot be told.
+
+    Args:
+        folder: The folder, which need not exist.
+    """
+    for place in (folder.absolute(), *folder.absolute().parents):
+        with suppress(OSError):
+            return shutil.disk_usage(place).free
+    return None
 
 
 def activation_bytes(workload: Workload, boundary: int) -> int:

@@ -1,4 +1,4 @@
-"""Which layers' products a sweep keeps from the first forward for the second: those where that is faster, as far as --max-disk allows."""
+"""Which layers' products a sweep keeps from the first forward for the second: those where that is faster, as far as the disk has room."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,6 +9,9 @@ from lowmem_pnn.planning.disk_footprint import disk_bytes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import LayerCost, Product
 from lowmem_pnn.profiling.nominal import keeping_rule, speed_of
+
+# Share of what is free on the disk that a run may come to take by what it keeps.
+_FREE_SHARE = 0.9
 
 
 def with_kept_products(request: PlanRequest, plan: Plan) -> Plan:
@@ -21,9 +24,7 @@ def with_kept_products(request: PlanRequest, plan: Plan) -> Plan:
     workload, shares_host = request.workload, request.device.shares_host
     rule, speed = keeping_rule(workload.config.recompute, shares_host=shares_host), speed_of(shares_host=shares_host)
     batch = plan.partitions[-1].batch
-    room = None
-    if workload.config.recompute == "auto" and workload.config.max_disk is not None:
-        room = workload.config.max_disk - disk_bytes(workload, plan, request.profile)
+    room = _room(request, plan) if workload.config.recompute == "auto" else None
     gains: dict[int, tuple[float, int]] = {}
     for number in _layers_run_twice(request, plan):
         kept = kept_products(request.profile.layers[number], rule)
@@ -40,6 +41,15 @@ def with_kept_products(request: PlanRequest, plan: Plan) -> Plan:
             chosen.append(number)
             taken += gains[number][1]
     return dataclasses.replace(plan, kept_layers=tuple(sorted(chosen)), kept_bytes=taken)
+
+
+def _room(request: PlanRequest, plan: Plan) -> int | None:
+    """Return the bytes that the run's folder has left for products; None where nothing bounds them."""
+    free, bounds = request.free_disk_bytes, [request.workload.config.max_disk]
+    if free is not None:
+        bounds.append(int(_FREE_SHARE * free))
+    most = min((bound for bound in bounds if bound is not None), default=None)
+    return None if most is None else most - disk_bytes(request.workload, plan, request.profile)
 
 
 def kept_products(layer: LayerCost, rule: Callable[[Product], bool]) -> list[Product]:

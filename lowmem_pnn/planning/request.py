@@ -29,6 +29,8 @@ class PlanRequest:
         unexplained_bytes: Bytes that a measurement showed above the prediction of an earlier plan; they are kept free too.
         mixes_samples: Whether modules of the user's own mix the samples of a batch, as BatchNorm does.
         tail: Memory of the largest tail of thin parts that a partition's loss goes through, the loss included.
+        free_disk_bytes: Bytes that are free where the run's folder is to be, which the journal's plan does not depend on any more; None where
+            nobody has looked.
     """
 
     workload: Workload
@@ -37,6 +39,7 @@ class PlanRequest:
     unexplained_bytes: int = 0
     mixes_samples: bool = False
     tail: Affine = field(default_factory=lambda: Affine(0, 0))
+    free_disk_bytes: int | None = None
 
     @property
     def num_layers(self) -> int:
@@ -77,7 +80,7 @@ class PlanRequest:
         rows = max(config.batch_sizes) * rows_per_sample
         if config.loss_chunk is not None:
             return config.loss_chunk if config.loss_chunk < rows else None
-        by_rows = self.workload.task.rows_per_sample is not None and is_rowwise(chain.layers[-1])
+        by_rows = self.workload.task.is_by_rows and is_rowwise(chain.layers[-1])
         if self.workload.method.learns_per_layer or not by_rows:
             return None
         row_bytes = chain.boundaries[-1][0].sample_bytes // rows_per_sample

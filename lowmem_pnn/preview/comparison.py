@@ -38,7 +38,8 @@ def _estimate(method: MethodName, asked: PlanRequest, estimator_of: EstimatorOf,
         request = asked
         if not is_asked:
             workload = by_other_method(asked.workload, for_method(config, method))
-            request = PlanRequest(workload, profile_workload(workload, asked.device, cache), asked.device)
+            profile = profile_workload(workload, asked.device, cache)
+            request = PlanRequest(workload, profile, asked.device, free_disk_bytes=asked.free_disk_bytes)
         estimator = estimator_of(request)
         plan = make_plan(request, estimator)
         check_disk(request.workload, plan, request.profile)

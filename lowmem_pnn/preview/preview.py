@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from lowmem_pnn.compilation.compiler import check_compiler
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.planning.describe import describe_plan
+from lowmem_pnn.planning.disk_footprint import free_disk_bytes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
 from lowmem_pnn.preview.comparison import compare_methods
@@ -65,7 +67,9 @@ def previews(
         inputs = open_inputs(config)
         for budget in budgets:
             with open_workload(dataclasses.replace(config, max_gpu_mem=budget), inputs, gpu=gpu) as (device, workload):
-                request = PlanRequest(workload, profile_workload(workload, device, cache), device)
+                # Where a described GPU is, there is another disk.
+                free = free_disk_bytes(Path("runs")) if gpu is None else None
+                request = PlanRequest(workload, profile_workload(workload, device, cache), device, free_disk_bytes=free)
                 benchmark = LayerBenchmark(device)
                 estimator_of = (
                     partial(TimeEstimator.measured, benchmark=benchmark)

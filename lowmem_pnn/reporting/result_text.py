@@ -39,10 +39,7 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
     lines += ["", _scores(result)]
     best = _moment(result.best_epoch, result.best_step)
     if result.stopped_after is not None or result.stopped_step is not None:
-        now = _moment(result.stopped_after, result.stopped_step)
-        lines.append(
-            f"ended early, after {now}{f' of {max(result.epochs)}' if result.stopped_after is not None else ''}; the best was {best}"
-        )
+        lines.append(f"ended early, after {_end(result)}; the best was {best}")
     if result.weights_of == "best":
         lines.append(f"the weights are those of {best}, the best on the validation part")
     if result.precision != "fp32":
@@ -229,6 +226,18 @@ def _disk(result: ResultFields) -> str:
     if seconds and kinds:
         text += "; " + describe_stalls({kind: sum(own.get(kind, 0.0) for own in waited) / seconds for kind in kinds})
     return text
+
+
+def _end(result: ResultFields) -> str:
+    """Return when training ended early in words, of the epochs that were watched."""
+    recovery = result.training.get("recovery_epochs")
+    epochs = result.epochs[-1] if recovery is None else recovery
+    of = f" of {epochs}" if result.stopped_after is not None else ""
+    if recovery is not None:
+        of += " of recovery"
+    elif result.method == "pnn" and len(result.partitions) > 1:
+        of += " of the last partition"
+    return _moment(result.stopped_after, result.stopped_step) + of
 
 
 def _moment(epoch: int | None, step: int | None) -> str:

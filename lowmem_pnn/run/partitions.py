@@ -56,13 +56,14 @@ class Partitions:
         """Return a partition's number and layers in words."""
         return self._plan.title(partition, [layer.name for layer in self._workload.chain.layers])
 
-    def load(self, partition: int, *, learns: bool, total_steps: int = 1) -> ActivePartition:
+    def load(self, partition: int, *, learns: bool, total_steps: int = 1, frozen: bool = False) -> ActivePartition:
         """Bring a partition onto the device, ready to work; the caller unloads its residency.
 
         Args:
             partition: number of the partition.
             learns: whether its optimizer and optimizer state are loaded too.
             total_steps: optimizer steps that its learning rate's schedule stretches over.
+            frozen: whether what is to be unfrozen later is frozen yet.
 
         Raises:
             BudgetError: it does not fit.
@@ -72,7 +73,8 @@ class Partitions:
         title = self.title(partition)
         self._session.display.enter(title)
         optimizer = workload.optimizer(partition) if learns else None
-        residency = Residency(workload.chain, planned.start, planned.stop, device, optimizer)
+        chain = workload.early.chain if frozen and workload.early is not None else workload.chain
+        residency = Residency(chain, planned.start, planned.stop, device, optimizer)
         with threads.stalls.waiting("disk"), self._weights.tensor_reader(device.host_allocator()) as reader:
             residency.load(reader, threads.read)
         objective = workload.objective(self._plan, partition)
@@ -102,6 +104,7 @@ class Partitions:
             clip_norm=config.clip_norm,
             chunk_rows=self._plan.loss_chunk,
             shuffle=config.value_for("shuffle", partition),
+            is_frozen_yet=frozen,
             steps_in_backward=config.step_in_backward and not config.steps_wait,
         )
         try:

@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from lowmem_pnn.config.checks import check_lengths
-from lowmem_pnn.config.configure import contradictions, unmet
+from lowmem_pnn.config.checks import check_lengths, contradictions
+from lowmem_pnn.config.configure import unmet
 from lowmem_pnn.config.faults import flag
 from lowmem_pnn.config.fit_config import FitConfig, default_of, field_names
 from lowmem_pnn.config.resume import raised
@@ -84,7 +84,7 @@ def go_on_from_the_end(state: State, before: FitConfig, workload: Workload, path
     first = last = len(program) - 1
     done = before.epochs[0] - sum(item.epochs_learnt for item in program[:last])
     # What frozen layers gave has gone with the end of the run, and is written again.
-    while first and isinstance(program[first - 1], Visit):
+    while first and isinstance(before_it := program[first - 1], Visit) and before_it.action == "emit":
         first -= 1
     state.stage, state.files, state.visit = "training", {}, first
     state.progress, state.epochs_behind = (EpochProgress(epoch=done), 0) if first == last else (EpochProgress(), done)

@@ -151,7 +151,7 @@ class Run:
             Whether it is the best so far, and its weights are to be kept.
         """
         config, state = self.workload.config, self.state
-        if not config.watches:
+        if not (config.watches and self.is_watched):
             return False
         record, (direction, monitor) = state.records[partition], config.monitored
         name = monitor.removeprefix("val_")
@@ -164,10 +164,18 @@ class Run:
             state.best = Best(epoch, step, value, module_state=self.workload.chain.python_state)
         return better and config.keep_weights == "best"
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether what learns now are the last epochs of the model's own task, of which validation tells the end, and the best weights."""
+        item, recovers = self.item, self.workload.config.recovery_epochs > 0
+        if isinstance(item, Sweep):
+            return not recovers or item.phase == "recovery"
+        return not recovers and item is not None and item.partition == len(self.plan.partitions) - 1
+
     def is_out_of_patience(self) -> bool:
         """Return whether so many validations went by without a better one that training is to end."""
         config = self.workload.config
-        if config.early_stop is None or (isinstance(self.item, Sweep) and self.item.frozen):
+        if config.early_stop is None or not self.is_watched or (self.item is not None and self.item.frozen):
             return False
         return self.state.without_gain >= config.early_stop
 

@@ -20,7 +20,7 @@ class BatchMixer:
 
     Args:
         seed: Seed of the run.
-        num_classes: Number of classes; labels become a probability for each.
+        num_classes: Number of classes; labels become a probability for each. Several labels of a sample keep their form, between 0 and 1.
         mixup: Alpha of MixUp (Zhang et al. 2018), in which samples are added; None to leave it out.
         cutmix: Alpha of CutMix (Yun et al. 2019), in which a box of an image is another image's; None to leave it out.
     """
@@ -36,12 +36,12 @@ class BatchMixer:
         Args:
             x: Samples (B, ...) of a floating type. Where CutMix is drawn, and they have no height and width, as inside of a model,
                 they are added in the share that the box would have.
-            labels: Class numbers (B,), or probabilities (B, classes).
+            labels: Class numbers (B,), probabilities (B, classes), or 0 and 1 for each of several labels (B, labels).
             key: Word and number that name an epoch.
             batch: Number of the batch in the epoch.
 
         Returns:
-            Mixed samples (B, ...) and probabilities (B, classes) float32, in fresh memory.
+            Mixed samples (B, ...), and probabilities (B, classes), or shares of the labels (B, labels), float32, in fresh memory.
 
         Raises:
             DataError: A label is no class.

@@ -3,8 +3,10 @@
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from lowmem_pnn.config.defaults import unasked_method
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.field_types import SIZES
 from lowmem_pnn.config.fit_config import FitConfig
@@ -61,12 +63,13 @@ def _typed(name: str, value: Any) -> str:
     return exact_seconds(value) if name == "time_limit" else as_typed(value)
 
 
-def describe_command(config: FitConfig | None, workdir: Path) -> str:
-    """Return the first line of a command: what is asked, the budget as it was understood, and the run's folder.
+def describe_command(config: FitConfig | None, workdir: Path, given: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """Return the first lines of a command: what is asked, the budget as it was understood, the run's folder, and a method by default.
 
     Args:
         config: options of the run; None where it is gone on with.
         workdir: folder of the run.
+        given: options that were given.
 
     Example:
         >>> describe_command(FitConfig(max_gpu_mem="1.5G", model="mlp:64-10", data="digits"), Path("runs/one"))
@@ -74,6 +77,8 @@ def describe_command(config: FitConfig | None, workdir: Path) -> str:
     """
     if config is None:
         return f"going on with the run in {workdir}"
-    return (
+    begun = (
         f"fit {config.model} on {config.data} by {config.method}, in {format_bytes(config.max_gpu_mem)}; the run is in {workdir}"
     )
+    note = unasked_method(config, given)
+    return begun if note is None else f"{begun}\n{note}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from lowmem_pnn.config.configure import configure
+from lowmem_pnn.config.configure import configure, faults_of
 from lowmem_pnn.config.faults import suggest
 from lowmem_pnn.config.field_types import SIZES
 from lowmem_pnn.config.fit_config import FitConfig, default_of, field_names
@@ -39,7 +39,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         path: TOML with names of options as keys, with underscores or dashes; what a model's factory is given is in a table `model_arg`.
 
     Raises:
-        ConfigError: the file cannot be read, is not TOML, or has keys that are no options: all of them are named.
+        ConfigError: the file cannot be read, is not TOML, or has keys that are no options: all of them are named, and values that are none.
     """
     try:
         content = tomllib.loads(path.read_text())
@@ -83,6 +83,7 @@ def _known(given: dict[str, Any], where: str) -> dict[str, Any]:
     unknown = [name for name in given if name not in field_names()]
     if unknown:
         texts = [f"there is no option {name}{suggest(name, field_names())}" for name in unknown]
+        texts += faults_of({name: value for name, value in given.items() if name not in unknown})
         raise ConfigError(f"{where}: {'; '.join(texts)}")
     return given
 

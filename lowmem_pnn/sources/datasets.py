@@ -16,7 +16,7 @@ from torch import Tensor
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_labels, as_tensor
 from lowmem_pnn.sources.dataset import Dataset, folder_name, join_parts, options_like
-from lowmem_pnn.sources.given import as_pair
+from lowmem_pnn.sources.given import returned_parts
 from lowmem_pnn.sources.image_folder import open_image_folder
 from lowmem_pnn.sources.imports import did_you_mean, import_torchvision, load_factory, one_line
 from lowmem_pnn.sources.map_split import from_arrays, from_torch
@@ -60,7 +60,7 @@ def find_dataset(
         spec: Name of a data set: `digits`, `mnist`, `fashion-mnist`, `emnist-balanced`, `cifar10`, `cifar100`, `npz:FILE` (arrays
             x_train, y_train and, for a test, x_test, y_test, to validate on x_val, y_val; or x and y), `imagefolder:DIR` (folders train, val
             and test, or only class folders), `text:FILE` (its bytes are tokens), `package.module:factory` or
-            `path/to/file.py:factory` (returns train, (train, test) or a `Dataset`).
+            `path/to/file.py:factory` (returns train, (train, test), (train, val, test), a dictionary of these, or a `Dataset`).
         root: Folder of downloaded data sets.
         input_form: Form of the samples that the model takes.
         context: Tokens of a sample of text, which is the model's context; None for 256. Only text is divided by it.
@@ -112,6 +112,10 @@ def find_dataset(
     if Path(spec).is_dir():
         raise ConfigError(
             f"data set {spec!r} is a folder; write imagefolder:{spec} for images in a folder for each class, or text:{spec}"
+        )
+    if "/" in spec:
+        raise ConfigError(
+            f"there is no folder or file {spec!r}; data in one is given by its kind, as imagefolder:{spec} for images in a folder for each class"
         )
     raise ConfigError(
         f"there is no data set {spec!r}{did_you_mean(spec, ['digits', *_TORCHVISION])}; others are given as {_FORMS}"
@@ -358,10 +362,19 @@ def _factory(spec: str, input_form: InputForm, skip_broken: bool, options: Targe
         return result
     location, _, name = spec.rpartition(":")
     label = f"{Path(location).stem if location.endswith('.py') else location}-{name}"
-    train, test = result, None
-    # (train, test), unless it is one part as (x, y).
-    if isinstance(result, tuple | list) and len(result) == 2 and as_pair(result) is None:
-        train, test = result
-    if train is None:
-        raise DataError(f"data set {spec!r}: {name}() returned no data; return train, (train, test) or a lowmem_pnn Dataset")
-    return make_dataset(train, test, name=label, input_form=input_form, skip_broken=skip_broken, options=options, resize=resize)
+    parts = returned_parts(result) or {"train": result}
+    if parts.get("train") is None:
+        raise DataError(
+            f"data set {spec!r}: {name}() returned no data; return train, (train, test), (train, val, test), a dictionary of these, or a "
+            "lowmem_pnn Dataset"
+        )
+    return make_dataset(
+        parts["train"],
+        parts.get("test"),
+        val=parts.get("val"),
+        name=label,
+        input_form=input_form,
+        skip_broken=skip_broken,
+        options=options,
+        resize=resize,
+    )

@@ -40,6 +40,30 @@ def as_pair(data: Any) -> tuple[Any, Any] | None:
     return None
 
 
+def returned_parts(data: Any) -> dict[str, Any] | None:
+    """Return the parts of data that a user's function has returned: `train`, `val` and `test`; None where it is one part.
+
+    Parts are a pair (train, test), a triple (train, val, test), or a dictionary with `train` and any of `val`, `validation` and `test`,
+    as data sets of `datasets` are. A part that is None is left out.
+
+    Args:
+        data: What was returned.
+
+    Example:
+        >>> part = np.zeros((2, 3)), [0, 1]
+        >>> list(returned_parts((part, part))), list(returned_parts((part, None, part))), returned_parts(part)
+        (['train', 'test'], ['train', 'test'], None)
+    """
+    parts: dict[str, Any] = {}
+    if isinstance(data, Mapping) and "train" in data and set(data) <= {"train", "val", "validation", "test"}:
+        parts = {"val" if name == "validation" else str(name): part for name, part in data.items()}
+    elif isinstance(data, tuple | list) and len(data) == 2 and as_pair(data) is None:
+        parts = dict(zip(("train", "test"), data, strict=True))
+    elif isinstance(data, tuple) and len(data) == 3 and all(map(_may_be_part, data)):
+        parts = dict(zip(("train", "val", "test"), data, strict=True))
+    return {name: part for name, part in parts.items() if part is not None} or None
+
+
 def without_bunch(data: Any) -> Any:
     """Return samples and targets of scikit-learn's data sets, which its `load_` and `fetch_` functions give; other data as it is.
 
@@ -132,6 +156,14 @@ def is_array(value: Any) -> bool:
     """Decide whether a value is an array, a tensor or a table."""
     # Tables have `to_numpy`, sparse matrices `toarray`, arrays of other libraries `__array__`.
     return isinstance(value, Tensor | np.ndarray) or any(hasattr(value, name) for name in ("to_numpy", "toarray", "__array__"))
+
+
+def _may_be_part(value: Any) -> bool:
+    """Decide whether one of three values is a part of the data, or none; else the three are samples."""
+    if value is None or as_pair(value) is not None:
+        return True
+    is_indexed = hasattr(value, "__getitem__") and hasattr(value, "__len__")
+    return is_indexed and not isinstance(value, tuple | str | Mapping) and not is_array(value)
 
 
 def _holds_arrays(value: Any) -> bool:

@@ -114,12 +114,12 @@ class Classification(Task):
         counted = right != self.ignored
         return int(((predicted == right) & counted).sum()), int(counted.sum())
 
-    def scores(self) -> "ClassScores":
-        """See `Task.scores`."""
+    def task_scores(self) -> "ClassScores":
+        """See `Task.task_scores`."""
         return ClassScores(self)
 
-    def score_names(self, outputs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
-        """See `Task.score_names`."""
+    def task_score_names(self, outputs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
+        """See `Task.task_score_names`."""
         if self.targets.kind == "tokens":
             return ("loss", "perplexity")
         if self.targets.kind == "mask":

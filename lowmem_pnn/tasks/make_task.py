@@ -10,7 +10,8 @@ from lowmem_pnn.sources.dataset import TASK_OF
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED, Targets
 from lowmem_pnn.tasks.classification import Classification
 from lowmem_pnn.tasks.multilabel import MultiLabel
-from lowmem_pnn.tasks.own_loss import OwnLoss, OwnMetrics, OwnTask
+from lowmem_pnn.tasks.own_loss import OwnLoss, OwnTask
+from lowmem_pnn.tasks.own_metrics import GivenMetrics, OwnMetrics
 from lowmem_pnn.tasks.regression import Regression, RegressionLoss
 from lowmem_pnn.tasks.task import Task
 
@@ -33,7 +34,7 @@ class Own:
 
     Args:
         loss: The loss; None for one of the task's own.
-        metrics: Metrics by name; the task's own are reported where there is no such loss.
+        metrics: Metrics by name, beside those of the task.
     """
 
     loss: OwnLoss | None = None
@@ -47,7 +48,7 @@ def make_task(
     chain: Chain,
     weights: Sequence[float] | None = None,
 ) -> Task:
-    """Return the task of a run.
+    """Return the task of a run, with the metrics that were given.
 
     Args:
         config: Options of the run.
@@ -57,14 +58,21 @@ def make_task(
         weights: Weights of the classes, or labels, where there are such.
 
     Raises:
-        ConfigError: An option has no meaning for the task.
+        ConfigError: An option has no meaning for the task, or a metric has the name of one of its scores.
     """
+    task = _make_task(config, targets, own, chain, weights)
+    if own.metrics:
+        task.metrics = GivenMetrics(own.metrics, targets, chain.rebuild)
+    return task
+
+
+def _make_task(config: FitConfig, targets: Targets, own: Own, chain: Chain, weights: Sequence[float] | None) -> Task:
     name = TASK_OF[targets.kind]
     if own.loss is not None:
         _refuse_options(
             config, f"a loss of your own ({config.loss})", ("label_smoothing", "class_weights", "ignore_index", *_MIXING)
         )
-        return OwnTask(targets, own.loss, own.metrics, config.loss, chain.rebuild)
+        return OwnTask(targets, own.loss, config.loss, chain.rebuild)
     _check_targets(config, targets)
     output = _output(chain)
     known = _LOSSES[name]
@@ -73,14 +81,12 @@ def make_task(
             f"--loss {config.loss} is no loss of {name}, which the targets of the data are for; give {', '.join(known)}, "
             "file.py:function, or another --task"
         )
-    if own.metrics:
-        raise ConfigError(f"metrics of your own go with a loss of your own (loss=...); {name} reports its own scores")
     if name == "regression":
         _refuse_options(config, "regression", ("label_smoothing", "class_weights", "ignore_index", *_MIXING))
         function: RegressionLoss = "mse" if config.loss == "auto" else config.loss  # type: ignore[assignment]
         return Regression(targets, function, output=output)
     if name == "multilabel":
-        _refuse_options(config, "multilabel", ("ignore_index", *_MIXING))
+        _refuse_options(config, "multilabel", ("ignore_index",))
         return MultiLabel(targets, config.label_smoothing, weights, output=output)
     if targets.kind in ("tokens", "mask"):
         _refuse_options(config, "segmentation" if targets.kind == "mask" else "a label for each token", _MIXING)

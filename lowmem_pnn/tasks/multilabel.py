@@ -58,12 +58,12 @@ class MultiLabel(Task):
         """Return how many labels are rightly given or not given, and of how many."""
         return int(((outputs[self.output] > 0) == (targets > 0.5)).sum()), targets.numel()
 
-    def score_names(self, outputs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
-        """See `Task.score_names`."""
+    def task_score_names(self, outputs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
+        """See `Task.task_score_names`."""
         return ("loss", "accuracy", "f1", "average_precision")
 
-    def scores(self) -> "LabelScores":
-        """See `Task.scores`."""
+    def task_scores(self) -> "LabelScores":
+        """See `Task.task_scores`."""
         return LabelScores(self)
 
 

@@ -53,12 +53,12 @@ class Regression(Task):
         values = at_least_float32(outputs[self.output])
         return self._function(values, targets.reshape(values.shape))
 
-    def score_names(self, outputs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
-        """See `Task.score_names`."""
+    def task_score_names(self, outputs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
+        """See `Task.task_score_names`."""
         return ("loss", "mse", "mae", "r2")
 
-    def scores(self) -> "ValueScores":
-        """See `Task.scores`."""
+    def task_scores(self) -> "ValueScores":
+        """See `Task.task_scores`."""
         return ValueScores(self)
 
 

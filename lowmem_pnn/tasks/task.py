@@ -10,6 +10,7 @@ from torch import Tensor
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.profiling.costs import Affine
 from lowmem_pnn.sources.targets import PYTORCH_IGNORED, Targets
+from lowmem_pnn.tasks.own_metrics import GivenMetrics, ScoresAndMetrics
 from lowmem_pnn.tasks.scores import Scores
 
 
@@ -26,6 +27,8 @@ class Task(ABC):
 
     def __init__(self, targets: Targets, output: int = 0) -> None:
         self.targets, self.output = targets, output
+        # Metrics of the user's own, beside the task's scores.
+        self.metrics: GivenMetrics | None = None
 
     @property
     def ignored(self) -> int:
@@ -36,6 +39,11 @@ class Task(ABC):
     def rows_per_sample(self) -> int | None:
         """Rows of outputs of one sample, where the loss is a sum over rows, which may be computed apart; None where it is not."""
         return None
+
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether the last layer and all that is measured may be computed for some rows at a time: metrics that were given take samples."""
+        return self.rows_per_sample is not None and self.metrics is None
 
     @property
     def training_targets(self) -> Targets:
@@ -107,13 +115,26 @@ class Task(ABC):
         """
         return None
 
-    @abstractmethod
     def scores(self) -> Scores:
-        """Return a collector of scores, empty."""
+        """Return a collector of scores, empty: the task's own, and the metrics that were given."""
+        scores = self.task_scores()
+        return scores if self.metrics is None else ScoresAndMetrics(scores, self.metrics)
 
-    @abstractmethod
     def score_names(self, outputs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
         """Return the names of the scores that are one number each, as `scores` may give them.
+
+        Args:
+            outputs: Output tensors of the model.
+        """
+        return (*self.task_score_names(outputs), *(() if self.metrics is None else self.metrics.metrics))
+
+    @abstractmethod
+    def task_scores(self) -> Scores:
+        """Return a collector of the task's own scores, empty."""
+
+    @abstractmethod
+    def task_score_names(self, outputs: tuple[TensorSpec, ...]) -> tuple[str, ...]:
+        """Return the names of those of them that are one number each.
 
         Args:
             outputs: Output tensors of the model.

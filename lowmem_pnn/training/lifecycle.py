@@ -20,6 +20,7 @@ from lowmem_pnn.evaluation.text_samples import say_samples
 from lowmem_pnn.exporting.transformers_folder import write_folder
 from lowmem_pnn.methods import SplitName
 from lowmem_pnn.partition_plan import Plan
+from lowmem_pnn.planning.disk_footprint import free_disk_bytes
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.planning.notes import plan_notes
 from lowmem_pnn.planning.request import PlanRequest
@@ -98,7 +99,10 @@ def _begin(session: Session, workload: Workload, profile: MemoryProfile, state: 
     mixing: dict[str, int] = {}
 
     def request(unexplained_bytes: int = 0) -> PlanRequest:
-        return PlanRequest(workload, profile, device, unexplained_bytes, mixes_samples=bool(mixing))
+        # What the run has written so far is its own.
+        free = free_disk_bytes(session.rundir.path)
+        free = None if free is None else free + session.rundir.disk_bytes()
+        return PlanRequest(workload, profile, device, unexplained_bytes, mixes_samples=bool(mixing), free_disk_bytes=free)
 
     checks_tokens = are_to_be_checked(workload)
 

@@ -62,7 +62,9 @@ def carry_out(run: Run, run_to_end: RunToEnd) -> None:
             if active is None and item.thin and not learns:
                 active = run.partitions.load_thin(item.partition)
             elif active is None:
-                active = run.partitions.load(item.partition, learns=learns, total_steps=steps.of(item.partition))
+                active = run.partitions.load(
+                    item.partition, learns=learns, total_steps=steps.of(item.partition), frozen=item.frozen
+                )
             if not learns:
                 _emit(run, item, active)
             elif not _learn(run, item, active, steps):
@@ -91,7 +93,7 @@ def _goes_on_with(active: ActivePartition, item: Visit | Sweep) -> bool:
     if isinstance(item, Sweep) or item.action in ("join", "meta"):
         return False
     is_thin = item.thin and item.action == "emit"
-    return active.number == item.partition and is_thin == active.is_thin
+    return (active.number, active.is_thin, active.is_frozen_yet) == (item.partition, is_thin, item.frozen)
 
 
 def _end_macro_batch(run: Run, visit: Visit, active: ActivePartition | None, save: Save) -> None:

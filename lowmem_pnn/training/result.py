@@ -66,6 +66,8 @@ def make_result(
     batch = plan.partitions[-1].batch
     per_epoch, best = math.ceil(samples / batch), state.best
     rest = min(samples, (steps - stopped * per_epoch) * batch)
+    # What was learnt before the visit, or the sweeps, that ended early.
+    earlier = samples_learnt(program[:-1], samples) - samples * program[-1].epochs_before
     missing = 0 if steps else workload.samples_not_reached
     mixed = mixing_note(workload, plan, state.mixing, state.micro_batches, state.sweep_micro_batch)
     return Result(
@@ -119,7 +121,7 @@ def make_result(
         weights_of=config.keep_weights if state.best.weights else "last",
         seconds=state.seconds,
         compiled=workload.compiled,
-        samples_per_second=(samples * stopped + rest if steps else samples_learnt(program, samples) - missing)
+        samples_per_second=(earlier + samples * stopped + rest if steps else samples_learnt(program, samples) - missing)
         / max(state.seconds, 1e-9),
         train_loss=last.train_loss,
         val_loss=last.val_loss,

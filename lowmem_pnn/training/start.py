@@ -19,7 +19,7 @@ from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.evaluation.text_samples import check_samples
 from lowmem_pnn.language.progress import telling
-from lowmem_pnn.planning.disk_footprint import check_disk
+from lowmem_pnn.planning.disk_footprint import check_disk, disk_notes, free_disk_bytes
 from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
@@ -97,10 +97,13 @@ def begin(
             check_samples(workload)
             display.stage("planning")
             profile = profile_workload(workload, device)
-            request = PlanRequest(workload, profile, device)
+            free = free_disk_bytes(path)
+            request = PlanRequest(workload, profile, device, free_disk_bytes=free)
             estimator = TimeEstimator.measured(request)
             planned = make_plan(request, estimator)
             check_disk(workload, planned, profile)
+            for note in disk_notes(workload, planned, profile, free):
+                display.message(note)
             device.enforce(profile.untouched_bytes)
             if (
                 config.compile

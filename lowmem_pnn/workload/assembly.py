@@ -38,15 +38,11 @@ from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.subsets import as_floats
 from lowmem_pnn.tasks.class_weights import balanced_weights
 from lowmem_pnn.tasks.make_task import OUTPUT_NAMES, Own, make_task
-from lowmem_pnn.tasks.own_loss import OwnTask
 from lowmem_pnn.workload.integer_functions import RefusesFloatsForIntegers
-from lowmem_pnn.workload.option_checks import check_epochs, check_eval_every, check_mixing, check_monitor
+from lowmem_pnn.workload.option_checks import check_epochs, check_eval_every, check_mixing, check_monitor, try_own
 from lowmem_pnn.workload.workload import Workload
 from lowmem_pnn.zoo.deferred_init import skeleton
 from lowmem_pnn.zoo.model_source import ModelSource
-
-# Samples whose targets a loss of the user's own is tried on.
-_EXAMINED = 4
 
 _INSTEAD_OF_CLASS = {
     "tokens": "one for each token", "mask": "one for each pixel", "labels": "several labels for each", "values": "numbers to predict",
@@ -124,8 +120,7 @@ def make_workload(
         raise ConfigError(f"model {source.spec} gives outputs of shape {shapes}, and data {dataset.name} has {misfit}")
     if config.mixing is not None:
         check_mixing(config, dataset)
-    if isinstance(task, OwnTask):
-        task.examine(splits["train"].batch(range(min(_EXAMINED, len(splits["train"]))))[1], outputs)
+    try_own(task, splits["train"], outputs)
     if config.watches and "val" not in splits:
         raise ConfigError(
             f"--early-stop and --keep-weights best go by the validation part, and data {dataset.name} has none; give --val-fraction"
@@ -158,6 +153,10 @@ def make_workload(
         workload = dataclasses.replace(workload, early=dataclasses.replace(workload, chain=frozen, bare=frozen))
     workload.check_rates()
     _ = workload.without_decay  # patterns are checked before anything is made
+    if config.loss_chunk is not None and task.metrics is not None:
+        raise ConfigError(
+            f"--loss-chunk {config.loss_chunk} measures some rows at a time, and metrics of your own take whole outputs; leave one out"
+        )
     if config.loss_chunk is not None and task.rows_per_sample is None:
         raise ConfigError(f"--loss-chunk {config.loss_chunk}: the loss of {task.name} is no sum over rows; leave it out")
     if config.loss_chunk is not None and not is_rowwise(chain.layers[-1]):

@@ -105,7 +105,7 @@ def python_inputs(
         form = SampleForm.of(named, options)
         table = None if isinstance(train, str) else open_frame(train, config, form, f"{config.data} (training part)")
         if isinstance(train, str):
-            dataset = open_source(train, config, form, tests_apart=test is not None)
+            dataset = open_source(config.data, config, form, tests_apart=test is not None)
         elif table is not None:
             dataset = table
         else:

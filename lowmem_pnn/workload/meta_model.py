@@ -76,6 +76,8 @@ def meta_config(config: FitConfig) -> FitConfig:
         config,
         recovery_epochs=0,
         recover=None,
+        early_stop=None,
+        keep_weights="last",
         recompute=default_of("recompute"),
         views=1,
         sample=None,

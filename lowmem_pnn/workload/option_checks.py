@@ -14,6 +14,9 @@ from lowmem_pnn.tasks.scores import DIRECTIONS
 from lowmem_pnn.tasks.task import Task
 from lowmem_pnn.workload.workload import Workload
 
+# Samples whose targets a loss, and metrics, of the user's own are tried on.
+_EXAMINED = 4
+
 
 def check_mixing(config: FitConfig, dataset: Dataset) -> None:
     """Refuse samples that cannot be mixed.
@@ -34,6 +37,27 @@ def check_mixing(config: FitConfig, dataset: Dataset) -> None:
         raise ConfigError(
             f"--cutmix is for images (channels, height, width), and samples of data {dataset.name} are {shape}; give --mixup, or leave it out"
         )
+
+
+def try_own(task: Task, train: Split, outputs: tuple[TensorSpec, ...]) -> None:
+    """Try a loss and metrics of the user's own on made-up outputs of a few samples.
+
+    Args:
+        task: Task of the run.
+        train: Training samples.
+        outputs: Output tensors of the model.
+
+    Raises:
+        ConfigError: One of them cannot be used.
+    """
+    if not isinstance(task, OwnTask) and task.metrics is None:
+        return
+    targets = train.batch(range(min(_EXAMINED, len(train))))[1]
+    if isinstance(task, OwnTask):
+        task.examine(targets, outputs)
+    if task.metrics is not None:
+        task.metrics.check_names(task.task_score_names(outputs))
+        task.metrics.examine(targets, outputs)
 
 
 def check_monitor(config: FitConfig, task: Task, outputs: tuple[TensorSpec, ...]) -> None:

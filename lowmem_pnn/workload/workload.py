@@ -143,7 +143,8 @@ class Workload:
         """
         program = self.method.program(len(spans), self.training_splits if splits is None else splits)
         if not self.method.sweeps:
-            return [self._as_it_learns(item, spans) for item in program]
+            alone = [self._as_it_learns(item, spans) for item in program]
+            return alone if self.early is None else [*self._unfrozen_later(alone[0]), *alone[1:]]
         items: list[Visit | Sweep] = []
         for item in program:
             if not isinstance(item, Sweep) or item.phase != "epoch":
@@ -159,6 +160,14 @@ class Workload:
                 # What the model's own code freezes stays frozen, and runs in every epoch: its outputs are not written a second time.
                 items += self._sweep_of_what_learns(rest, spans, 0)
         return items
+
+    def _unfrozen_later(self, item: Visit | Sweep) -> list[Visit | Sweep]:
+        """Return a visit of the whole model as two: one of the epochs in which it is frozen in part, and one of the others."""
+        until = self.config.unfreeze_at
+        assert until is not None
+        assert isinstance(item, Visit)
+        first = dataclasses.replace(item, epochs=until, frozen=True)
+        return [first, dataclasses.replace(item, epochs=item.epochs - until, epochs_before=until)]
 
     def _as_it_learns(self, item: Visit | Sweep, spans: Sequence[tuple[int, int]]) -> Visit | Sweep:
         """Return an item of a program, with no epochs where it is a visit of a partition in which nothing learns."""

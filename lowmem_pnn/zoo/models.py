@@ -154,7 +154,7 @@ def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | Non
     models = import_torchvision("models")
     known = models.list_models(module=models)
     if spec not in known:
-        raise ConfigError(f"there is no model {spec!r}{did_you_mean(spec, [*CIFAR_MODELS, *known])}; a model is {_FORMS}")
+        raise ConfigError(_unknown(spec, [*CIFAR_MODELS, *known]))
     builder = models.get_model_builder(spec)
     accepted = _torchvision_arguments(builder)
     for name, value in arguments.items():
@@ -185,6 +185,20 @@ def _torchvision(spec: str, arguments: Mapping[str, Any], num_classes: int | Non
         image_stats=torchvision_image_stats(spec),
         notes=notes,
     )
+
+
+def _unknown(spec: str, known: list[str]) -> str:
+    """Say that there is no model of a name, and what was probably meant."""
+    path = Path(spec).expanduser()
+    is_config = path.is_file() and path.suffix == ".json"
+    if is_config or (path / "config.json").is_file():
+        what = "a file" if is_config else "a folder with config.json"
+        return f"model {spec!r} is {what}; write hf:{spec} for a model of transformers"
+    if path.is_dir():
+        return f"model {spec!r} is a folder without config.json, which hf: takes; a model is {_FORMS}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+        return f"there is no model {spec!r}; write hf:{spec} for the model of that name on the hub of transformers; a model is {_FORMS}"
+    return f"there is no model {spec!r}{did_you_mean(spec, known)}; a model is {_FORMS}"
 
 
 def _transform_note(spec: str, *, is_on: bool) -> str:

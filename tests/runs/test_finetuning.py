@@ -100,20 +100,19 @@ def test_layer_wise_rates_hold_for_every_method(method: str, tmp_path: Path) -> 
         )
 
 
-@pytest.mark.parametrize("cuts", [None, "1,2,3"])
+@pytest.mark.parametrize("more", [{}, {"cuts": "1,2,3"}, {"method": "backprop"}], ids=["whole", "cut", "backprop"])
 @pytest.mark.parametrize("until", [1, 2])
-def test_unfrozen_parameters_learn_as_in_plain_pytorch(until: int, cuts: str | None, tmp_path: Path) -> None:
+def test_unfrozen_parameters_learn_as_in_plain_pytorch(until: int, more: dict[str, Any], tmp_path: Path) -> None:
     build = functools.partial(Learns, 0.2)
     options = {**COMMON, "epochs": 3, "lr_schedule": "cosine"}
-    more = {"cuts": cuts} if cuts else {}
-    result = fit(build, images(), tmp_path / "run", freeze="[0134].*", unfreeze_at=until, **more, **options)
+    result = fit(build, images(), tmp_path / "run", freeze="[0134].*", unfreeze_at=until, **{**options, **more})
     expected = train_in_groups(build, lambda name: 0.01, "[0134].*", until, **options)
     assert_same_weights(loaded(build, result.weights_file), expected)
     when = "in the first epoch" if until == 1 else "in the first 2 epochs"
     assert f"frozen: 8 of 14 parameters (276 of 500 values); 2 BatchNorms in eval mode, {when}" in result.notes
     assert [part["epochs"] for part in result.partitions] == [3] * len(result.partitions)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines if line["action"] == "sweep"] == [1, 2, 3]
+    assert [line["epoch"] for line in lines if line["action"] in ("sweep", "learn")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("cuts", [None, "1,2,3"])
@@ -128,9 +127,12 @@ def test_what_is_frozen_at_first_learns_at_a_rate_of_its_own(cuts: str | None, t
     assert_same_weights(loaded(Learns, result.weights_file), expected)
 
 
-@pytest.mark.parametrize("at", [4, 8, 12, 16])
-def test_a_run_that_unfreezes_is_resumed(at: int, tmp_path: Path) -> None:
-    options = {**COMMON, "epochs": 2, "freeze": "[0134].*", "unfreeze_at": 1, "cuts": "1,2", "commit_every": 0}
+@pytest.mark.parametrize(
+    ("at", "method"), [(4, "exact"), (8, "exact"), (12, "exact"), (16, "exact"), (2, "backprop"), (7, "backprop")]
+)
+def test_a_run_that_unfreezes_is_resumed(at: int, method: str, tmp_path: Path) -> None:
+    options = {**COMMON, "method": method, "epochs": 2, "freeze": "[0134].*", "unfreeze_at": 1, "commit_every": 0}
+    options |= {"cuts": "1,2"} if method == "exact" else {}
     with pytest.raises(Stopped):
         fit(Learns, images(), tmp_path / "run", display=StopsAt(at), **options)
     result = fit(Learns, images(), tmp_path / "run", resume=True, **options)
@@ -151,7 +153,10 @@ def test_patience_begins_anew_where_parameters_are_unfrozen(tmp_path: Path) -> N
     ("options", "text"),
     [
         ({"unfreeze_at": 1}, "--unfreeze-at has no effect here: it needs --freeze or --train-only"),
-        ({"unfreeze_at": 1, "freeze": "0.*", "method": "pnn"}, "--unfreeze-at has no effect here: it needs --method exact"),
+        (
+            {"unfreeze_at": 1, "freeze": "0.*", "method": "pnn"},
+            "--unfreeze-at has no effect here: it needs --method exact or backprop",
+        ),
         ({"unfreeze_at": 2, "freeze": "0.*"}, "--unfreeze-at 2: the epochs are 0 to 1; give at most 1, or more --epochs"),
         (
             {"unfreeze_at": 1, "freeze": "0.*", "compile": True},

@@ -7,7 +7,9 @@ import pytest
 
 import lowmem_pnn
 from helpers.exact_runs import COMMON, KINDS, check_equal, num_layers
+from lowmem_pnn.preview import preview
 from lowmem_pnn.sweep import kept_products
+from lowmem_pnn.units import format_bytes
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def test_exact_with_kept_products_is_same_as_plain_pytorch(kind: str, tmp_path: 
     assert not list((tmp_path / "run").rglob("scratch*"))
 
 
-def test_plan_keeps_what_max_disk_has_room_for_and_never_is_refused_without_room() -> None:
+def test_plan_keeps_what_the_disk_has_room_for_and_never_is_refused_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
     def planned(**options: Any) -> lowmem_pnn.PlanReport:
         options = {"max_gpu_mem": "60MB", "method": "exact", "batch_size": 256, "cuts": "1,2,3", "timing": False, **options}
         return lowmem_pnn.plan("mlp:64-1024-1024-1024-10", "digits", **options)
@@ -56,6 +58,14 @@ def test_plan_keeps_what_max_disk_has_room_for_and_never_is_refused_without_room
     assert all_of_them.disk_bytes - none.disk_bytes == 3 * 1024 * 4 * 256
     tight = none.disk_bytes + 1500 * 1024
     assert kept(planned(max_disk=tight))[0].startswith("products of 1 layer are kept in a file from forward to backward, 1.0 MB")
+    # So much is free on the disk, of which a tenth is left alone.
+    monkeypatch.setattr(preview, "free_disk_bytes", lambda folder: int(tight / 0.9))
+    assert kept(planned())[0].startswith("products of 1 layer are kept in a file from forward to backward, 1.0 MB")
+    monkeypatch.setattr(preview, "free_disk_bytes", lambda folder: none.disk_bytes)
+    assert not kept(planned())
+    needed, free = format_bytes(all_of_them.disk_bytes), format_bytes(none.disk_bytes)
+    note = f"the run needs up to {needed} on disk, and {free} are free there: make room, give a --workdir on another disk, or give --recompute"
+    assert planned(recompute="never").notes[-1].startswith(note)
     refused = planned(max_disk=tight, recompute="never")
     assert not refused.fits
     assert "--recompute always (3.1 MB less)" in refused.reason

@@ -53,7 +53,13 @@ def fit(folder: Path, data: Data, build: Any = small_conv, **options: Any) -> An
 
 
 def mixed_plainly(
-    data: Data, mixing: Any, build: Callable[[], nn.Module] = small_conv, smallest: int = 2, weights: Any = None, **options: Any
+    data: Data,
+    mixing: Any,
+    build: Callable[[], nn.Module] = small_conv,
+    smallest: int = 2,
+    weights: Any = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    **options: Any,
 ) -> nn.Module:
     """What a loop with torchvision's transform, applied to each batch after our seed, comes to."""
     options = {**OPTIONS, **options}
@@ -69,6 +75,8 @@ def mixed_plainly(
         return mixed
 
     def loss_of(output: Tensor, targets: Tensor) -> Tensor:
+        if loss is not None:
+            return loss(output, targets)
         return nn.functional.cross_entropy(output, targets, weights, label_smoothing=config.label_smoothing)
 
     train_epochs(
@@ -93,6 +101,14 @@ def test_mixed_training_is_same_as_plain_pytorch(kind: str, method: str, tmp_pat
     result = fit(tmp_path / "run", data, method=method, micro_batch=5, **ASKED[kind], **cuts)
     expected = mixed_plainly(data, MIXING[kind](4), micro_batch=5)
     assert_same_weights(loaded(small_conv, result.weights_file), expected)
+
+
+def test_several_labels_are_mixed_in_the_same_share(tmp_path: Path) -> None:
+    data = images(70)[0], (torch.rand(70, 4, generator=torch.Generator().manual_seed(5)) > 0.6).float()
+    result = fit(tmp_path / "run", data, method="exact", micro_batch=5, cuts="1,3", **ASKED["both"])
+    expected = mixed_plainly(data, MIXING["both"](4), micro_batch=5, loss=nn.functional.binary_cross_entropy_with_logits)
+    assert_same_weights(loaded(small_conv, result.weights_file), expected)
+    assert set(result.scores["val"]) >= {"f1", "average_precision"}
 
 
 def test_smoothing_and_class_weights_are_as_pytorch_has_them_for_probabilities(tmp_path: Path) -> None:
@@ -179,7 +195,6 @@ def test_frozen_outputs_are_not_cached(tmp_path: Path) -> None:
             "--cutmix is for images (channels, height, width), and samples of data python-tuple are (12,); give --mixup, or leave it out",
         ),
         ((vectors()[0], torch.rand(40, 4) + 0.5), {"mixup": 1}, "--mixup has no meaning for regression; leave it out"),
-        ((vectors()[0], torch.eye(4)[vectors()[1]]), {"mixup": 1, "task": "multilabel"}, "--mixup has no meaning for multilabel; leave it out"),
         (
             ({"a": vectors()[0], "b": vectors()[0]}, vectors()[1]),
             {"mixup": 1},

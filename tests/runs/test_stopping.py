@@ -64,6 +64,31 @@ def test_patience_ends_training(method: str, tmp_path: Path) -> None:
     assert early.macs == there.macs
 
 
+@pytest.mark.parametrize(
+    ("method", "cut_short"), [("pnn", "epochs"), ("pnn", "recovery_epochs"), ("incubate", "recovery_epochs")]
+)
+def test_methods_by_partition_are_watched_in_their_last_epochs(method: str, cut_short: str, tmp_path: Path) -> None:
+    def trained(name: str, last: int, **more: Any) -> Any:
+        epochs: Any = {"epochs": (1, last)} if cut_short == "epochs" else {"epochs": 1, "recovery_epochs": last}
+        more |= {"meta_epochs": 1} if method == "incubate" else {"kappa": 1}
+        return fit(tmp_path / name, method=method, cuts="1", compare=False, **epochs, **more)
+
+    best = trained("best", 12, early_stop=2, keep_weights="best")
+    lines = lines_of(tmp_path / "best", "val_loss")
+    losses = [
+        line["val_loss"]
+        for line in lines
+        if line["action"] == ("learn" if cut_short == "epochs" else "sweep") and line["partition"]
+    ]
+    assert best.best_epoch == 1 + losses.index(min(losses)) == len(losses) - 2 < 10, "or this test tests nothing"
+    assert best.stopped_after == len(losses)
+    there = trained("there", best.best_epoch)
+    assert_same_weights(loaded(build, best.weights_file), loaded(build, there.weights_file))
+    assert best.scores == there.scores
+    where = "of 12 of the last partition" if cut_short == "epochs" else "of 12 of recovery"
+    assert f"ended early, after epoch {len(losses)} {where}; the best was" in str(best)
+
+
 class StopsAt(lowmem_pnn.Callback):
     """Ends a run after some steps, as a signal would, but without a commit of its own."""
 
@@ -175,7 +200,9 @@ def test_callbacks_are_told_in_order(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "text"), [
-    ({"method": "pnn", "early_stop": 2}, "--early-stop has no effect here: it needs --method exact or backprop"),
+    ({"method": "neuroflux", "early_stop": 2}, "--early-stop has no effect here: it needs --method pnn, exact or backprop, or incubate"),
+    ({"method": "incubate", "keep_weights": "best"}, "--keep-weights has no effect here: it needs --method pnn, exact or backprop, or incubate"),
+    ({"method": "pnn", "early_stop": 2, "parallel_sil": True}, "--parallel-sil joins it later; give --recovery-epochs, or leave one out"),
     ({"method": "exact", "monitor": "val_accuracy"}, "--monitor has no effect here: it needs --early-stop or --keep-weights best"),
     ({"method": "exact", "early_stop": 2, "val_fraction": 0.0}, "go by the validation part, and data .* has none; give --val-fraction"),
     ({"method": "exact", "early_stop": 2, "recovery_epochs": 1}, "--early-stop and --keep-weights best watch the epochs"),

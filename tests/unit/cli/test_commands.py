@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("data_folder")
 
 GOLDEN = Path(__file__).parent / "golden"
 COMMANDS = [
-    "", "fit", "plan", "evaluate", "predict", "generate", "export", "bench", "doctor", "models", "completion", "fit-all", "plan-all",
+    "", "fit", "plan", "evaluate", "predict", "generate", "export", "report", "bench", "doctor", "models", "data", "methods", "completion",
+    "fit-all", "plan-all",
 ]  # fmt: skip
 
 

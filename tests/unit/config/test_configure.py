@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem_pnn.config.configure import DEMONSTRATION, configure, for_method
+from lowmem_pnn.config.configure import DEMONSTRATION, configure, for_method, given_options
 from lowmem_pnn.config.fit_config import METHODS, FitConfig, MethodName
 from lowmem_pnn.errors import ConfigError
 
@@ -24,7 +24,7 @@ def make(**options: object) -> FitConfig:
         ({"model": None}, "--model is missing; give --model mlp:64-256-10, or what else lowmem-pnn models lists"),
         ({"data": None}, "--data is missing; give --data digits, or what else lowmem-pnn data lists"),
         ({"method": "pnm"}, "--method 'pnm' is none of pnn, neuroflux, incubate, exact, backprop; did you mean 'pnn'?"),
-        ({"method": "PNN"}, "--method 'PNN' is none of pnn, neuroflux, incubate, exact, backprop; did you mean 'pnn'?"),
+        ({"method": "PNX"}, "--method 'pnx' is none of pnn, neuroflux, incubate, exact, backprop; did you mean 'pnn'?"),
         ({"optimizer": "adamm"}, "--optimizer 'adamm' is none of sgd, adam, adamw; did you mean 'adam'?"),
         ({"optimizer": "sgd,sgdd"}, "--optimizer 'sgdd' is none of sgd, adam, adamw; did you mean 'sgd'?"),
         ({"optimizer": ()}, "--optimizer () is empty; give one value, or one per partition"),
@@ -72,6 +72,10 @@ def make(**options: object) -> FitConfig:
         ({"method": "exact", "sil_target": "full"}, "--sil-target has no effect here: it needs --method pnn"),
         ({"method": "backprop", "parallel_sil": True}, "--parallel-sil has no effect here: it needs --method pnn"),
         (
+            {"method": "exact", "recompute": "never", "compile": True},
+            "--recompute never keeps the products of single operations, and --compile makes code in which nobody sees them; leave one out",
+        ),
+        (
             {"method": "exact", "shuffle": "yes,no"},
             "--shuffle has 2 values, and --method exact trains all partitions together; give one value",
         ),
@@ -86,6 +90,11 @@ def make(**options: object) -> FitConfig:
         ({"cuts": "1", "partitions": 2}, "--cuts and --partitions exclude each other; give one"),
         ({"device": "cpu", "budget_scope": "allocator"}, "--budget-scope has no effect here: it needs a CUDA device"),
         ({"micro_batch": 128}, "--micro-batch 128 is above --batch-size 64; give at most 64, or a larger --batch-size"),
+        (
+            {"method": "exact", "lr": "0", "kappa": 3, "min_lr": 1.0},
+            "--lr '0': must be greater than 0; --kappa has no effect here: it needs --method pnn; --min-lr has no effect here: it needs "
+            "--lr-schedule linear or cosine",
+        ),
         ({"lr": "0", "seed": "-1"}, "--lr '0': must be greater than 0; --seed '-1': must be greater than or equal to 0"),
     ],
 )
@@ -118,6 +127,22 @@ def test_the_demonstration_is_taken_with_neither_model_nor_data() -> None:
         configure(max_gpu_mem="2GB", model="mlp:64-10")
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("method", "Exact", "exact"), ("model", "ResNet18", "resnet18"), ("model", "MLP:64-10", "mlp:64-10"), ("data", "CIFAR10", "cifar10"),
+        ("data", "TEXT:/Books/A.txt", "text:/Books/A.txt"), ("test_data", "Digits", "digits"), ("data", "/My.py:Load", "/My.py:Load"),
+        ("model", "Here", "Here"), ("model", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"), ("model", "hf:Qwen/Qwen3", "hf:Qwen/Qwen3"),
+    ],
+)  # fmt: skip
+def test_names_are_taken_in_any_letters(
+    name: str, given: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Here").mkdir()
+    assert given_options({name: given}) == {name: kept}
+
+
 def test_paths_are_kept_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = make(model="my nets/net.py:build", data="npz:set.npz")
@@ -142,8 +167,9 @@ def test_other_methods_do_not_leave_out_what_they_would_train_otherwise() -> Non
     config = configure(
         max_gpu_mem="1GB", model="resnet18", data="cifar10", method="exact", freeze="layer1.*", unfreeze_at=1, epochs=3
     )
-    with pytest.raises(ConfigError, match=r"^--unfreeze-at needs --method exact$"):
-        for_method(config, "backprop")
+    with pytest.raises(ConfigError, match=r"^--unfreeze-at needs --method exact or backprop$"):
+        for_method(config, "pnn")
+    assert for_method(config, "backprop").unfreeze_at == 1
     assert for_method(config, "exact") is config
 
 

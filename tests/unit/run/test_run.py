@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from helpers.journals import PLAN, state
 from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.engine.tally import EpochProgress, Tally
-from lowmem_pnn.methods import Visit
+from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.model.chain import Chain, TensorSpec
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.run import Run
@@ -69,8 +69,10 @@ def test_an_epoch_of_several_macro_batches_has_the_loss_of_them_all() -> None:
 
 def test_a_validation_in_which_nothing_counts_is_no_best_one() -> None:
     said: list[str] = []
-    run = run_of(_said_unmeasured=False, session=SimpleNamespace(display=SimpleNamespace(message=said.append)))
-    config = SimpleNamespace(watches=True, monitored=(None, "val_loss"), keep_weights="best")
+    run = run_of(
+        program=[Sweep((), 2, 8)], _said_unmeasured=False, session=SimpleNamespace(display=SimpleNamespace(message=said.append))
+    )
+    config = SimpleNamespace(watches=True, monitored=(None, "val_loss"), keep_weights="best", recovery_epochs=0)
     run.workload = SimpleNamespace(config=config)  # type: ignore[assignment]
     for _ in range(2):
         run.record_validation(1, Tally(num_correct=0), [Tally(num_correct=0)])

@@ -68,6 +68,10 @@ def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
         (["epochs"], "--set 'epochs' is not KEY=VALUE"),
         (["model.width=3"], "--set: there is no option model.width"),
         (["x=1", "y=2"], "x.*y"),
+        (
+            ["x=1", "epochs=no", "lr=0"],
+            "^--set: there is no option x; --epochs 'no': must be a valid integer.*; --lr '0': must be greater than 0$",
+        ),
     ],
 )
 def test_settings_that_cannot_be_taken_are_refused(settings: list[str], message: str) -> None:

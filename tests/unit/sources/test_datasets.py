@@ -171,6 +171,7 @@ def test_digits_are_divided_in_equal_shares() -> None:
     ("spec", "message"),
     [
         ("cifar-10", r"there is no data set 'cifar-10'; did you mean 'cifar10'.*; others are given as npz:FILE, imagefolder:DIR"),
+        ("photos/", r"there is no folder or file 'photos/'; data in one is given by its kind, as imagefolder:photos/ for images"),
         ("my.npz", r"data set 'my.npz' looks like a file, which is not there; write npz:my.npz"),
     ],
 )
@@ -355,24 +356,38 @@ def test_emnist47_opens() -> None:
 
 # Factories.
 
+PART = "(torch.zeros(4, 2), torch.arange(4))"
+
 
 @pytest.mark.parametrize(
-    ("body", "num_train", "num_test"),
+    ("body", "num_train", "num_test", "num_val"),
     [
-        ("return TensorDataset(torch.zeros(4, 2), torch.arange(4))", 4, None),
-        ("return torch.zeros(4, 2), torch.arange(4)", 4, None),
-        ("return (torch.zeros(4, 2), torch.arange(4)), (torch.zeros(3, 2), torch.arange(3))", 4, 3),
-        ("return TensorDataset(torch.zeros(4, 2), torch.arange(4)), TensorDataset(torch.zeros(3, 2), torch.arange(3))", 4, 3),
-        ("return TensorDataset(torch.zeros(4, 2), torch.arange(4)), None", 4, None),
-        ("return make_dataset((torch.zeros(4, 2), torch.arange(4)), name='x')", 4, None),
+        ("return TensorDataset(torch.zeros(4, 2), torch.arange(4))", 4, None, None),
+        ("return torch.zeros(4, 2), torch.arange(4)", 4, None, None),
+        ("return (torch.zeros(4, 2), torch.arange(4)), (torch.zeros(3, 2), torch.arange(3))", 4, 3, None),
+        (
+            "return TensorDataset(torch.zeros(4, 2), torch.arange(4)), TensorDataset(torch.zeros(3, 2), torch.arange(3))",
+            4,
+            3,
+            None,
+        ),
+        ("return TensorDataset(torch.zeros(4, 2), torch.arange(4)), None", 4, None, None),
+        ("return make_dataset((torch.zeros(4, 2), torch.arange(4)), name='x')", 4, None, None),
+        (f"return {PART}, {PART}, {PART.replace('4', '3')}", 4, 3, 4),
+        (f"return {PART}, None, {PART.replace('4', '3')}", 4, 3, None),
+        (f"return {{'train': {PART}, 'validation': TensorDataset(*{PART.replace('4', '2')})}}", 4, None, 2),
+        (f"return {{'train': {PART}, 'val': {PART.replace('4', '2')}, 'test': {PART.replace('4', '3')}}}", 4, 3, 2),
     ],
 )
-def test_a_factory_returns_data_in_several_ways(body: str, num_train: int, num_test: int | None, tmp_path: Path) -> None:
+def test_a_factory_returns_data_in_several_ways(
+    body: str, num_train: int, num_test: int | None, num_val: int | None, tmp_path: Path
+) -> None:
     head = "import torch\nfrom torch.utils.data import TensorDataset\nfrom lowmem_pnn.sources.datasets import make_dataset\n"
     (tmp_path / "own.py").write_text(f"{head}def load():\n    {body}\n")
     dataset = find_dataset(f"{tmp_path}/own.py:load", NOWHERE, "flat")
     assert len(dataset.train) == num_train
     assert (dataset.test and len(dataset.test)) == num_test
+    assert (dataset.val and len(dataset.val)) == num_val
     assert dataset.num_classes == 4
     assert dataset.name in ("own-load", "x")
 
@@ -388,5 +403,7 @@ def test_a_class_is_a_factory_too(tmp_path: Path) -> None:
 
 def test_a_factory_that_returns_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("def load():\n    pass\n")
-    with pytest.raises(DataError, match=r"load\(\) returned no data; return train, \(train, test\) or a lowmem_pnn Dataset"):
+    with pytest.raises(
+        DataError, match=r"load\(\) returned no data; return train, \(train, test\), \(train, val, test\), a dictionary"
+    ):
         find_dataset(f"{tmp_path}/own.py:load", NOWHERE, "flat")

@@ -56,7 +56,9 @@ def run_of(told: list[Any], **options: Any) -> Any:
     """Return a run of a sweep, of which all but the loop's own doing is left out; `told` gets the epochs and steps that are logged."""
     run = Run.__new__(Run)
     run.program, run.state = [Sweep((), Learner.num_epochs, 4)], state(progress=EpochProgress())
-    config = SimpleNamespace(**{"eval_every": None, "max_steps": None, "early_stop": None, "watches": False, **options})
+    config = SimpleNamespace(
+        **{"eval_every": None, "max_steps": None, "early_stop": None, "watches": False, "recovery_epochs": 0, **options}
+    )
     display = SimpleNamespace(start_epoch=lambda *_: None, message=told.append)
     timer = SimpleNamespace(end=lambda _: None, paused=nullcontext)
     nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731

@@ -49,6 +49,11 @@ def test_what_is_unfrozen_learns_beside_what_the_models_code_freezes() -> None:
     assert described(all_learn.program(SPANS)) == [("emit", 0), ("emit", 1), (2, (2,), 2), (0, (0, 1, 2), 3)]
 
 
+def test_backprop_is_frozen_and_unfrozen_in_two_visits() -> None:
+    items = workload(method="backprop", freeze="[01].*", unfreeze_at=2, epochs=5).program([(0, 3)])
+    assert [(item.epochs, item.epochs_before, item.frozen) for item in items] == [(2, 0, True), (3, 2, False)]
+
+
 @pytest.mark.parametrize("method", ["pnn", "neuroflux"])
 def test_a_partition_in_which_nothing_learns_has_no_epochs(method: str) -> None:
     # The layers before the last have heads, which learn.

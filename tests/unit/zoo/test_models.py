@@ -97,6 +97,7 @@ def test_an_argument_goes_before_the_number_of_classes() -> None:
         ("mlp:8-4", {}, 10, r"model 'mlp:8-4' ends in 4 outputs, but the data set has 10 classes; write mlp:8-10"),
         ("mlp:8-4", {"bias": False}, 4, r"model 'mlp:8-4' takes no arguments, but 'bias' was given"),
         ("ResNet-18", {}, 10, r"there is no model 'ResNet-18'; did you mean 'resnet18'.*; a model is mlp:WIDTH-WIDTH-..., gpt:layers="),
+        ("Qwen/Qwen3-0.6B", {}, 10, r"there is no model 'Qwen/Qwen3-0.6B'; write hf:Qwen/Qwen3-0.6B for the model of that name on the hub"),
         ("net.py", {}, 10, r"model 'net.py' names a file but no function in it; write net.py:FACTORY"),
         ("resnet18", {"num_clases": 3}, 10, r"no argument 'num_clases'; did you mean 'num_classes'.*; it accepts: .*norm_layer"),
         ("convnext_tiny", {"xyz": 3}, 10, r"model 'convnext_tiny' has no argument 'xyz'; it accepts: .*layer_scale"),
@@ -112,6 +113,15 @@ def test_what_cannot_be_built_is_said(spec: str, arguments: dict[str, Any], num_
     with pytest.raises(ConfigError, match=text) as raised:
         find_model(spec, arguments, num_classes)
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_of_transformers_is_named_with_its_kind(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for spec, what in ((tmp_path, "a folder with config.json"), (tmp_path / "config.json", "a file")):
+        with pytest.raises(ConfigError, match=f"model .* is {what}; write hf:{spec} for a model of transformers"):
+            find_model(str(spec), {}, 10)
+    with pytest.raises(ConfigError, match=r"is a folder without config.json, which hf: takes; a model is"):
+        find_model(str(tmp_path.parent), {}, 10)
 
 
 def test_every_accepted_torchvision_default_can_be_named() -> None:
