@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from helpers.language import write_tokenizer
-from lowmem_pnn.language.prompts import continuation_text, prompt_tokens
+from lowmem_pnn.language.prompts import prompt_tokens, said_text
 from lowmem_pnn.language.tokenizer import open_tokenizer
 
 
@@ -12,9 +12,9 @@ def test_a_prompt_begins_with_the_token_that_texts_begin_with(tmp_path: Path) ->
     tokens = prompt_tokens(tokenizer, "the cat")
     assert tokens[0] == 2
     assert 0 not in tokens
-    assert continuation_text(tokenizer, tokens, [*tokenizer.encode([" sat on"])[0], 0]) == " sat on"
+    assert said_text(tokenizer, tokens, [*tokenizer.encode([" sat on"])[0], 0]) == " sat on"
 
 
 def test_bytes_that_make_no_text_are_shown_as_such() -> None:
     tokenizer = open_tokenizer("bytes")
-    assert continuation_text(tokenizer, prompt_tokens(tokenizer, "é"), [195, 169, 195]) == "é\ufffd"
+    assert said_text(tokenizer, prompt_tokens(tokenizer, "é"), [195, 169, 195]) == "é\ufffd"
