@@ -1,4 +1,4 @@
-"""The command `generate`: a trained language model goes on with texts."""
+"""The command `generate`: a trained language model goes on with texts, or writes them."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ from lowmem_pnn.cli.output import print_result, stdout_is_ours
     multiple=True,
     required=True,
     metavar="TEXT",
-    help="Text to go on with; several times for several texts, which share every reading of the weights.",
+    help="Text to go on with, or to write another for; several times for several texts, which share the reading of the weights.",
 )
 @click.option("--max-new-tokens", type=int, default=100, metavar="N", help="Tokens that are said at most. [default: 100]")
 @click.option(
@@ -50,10 +50,10 @@ def generate(
     quiet: bool,
     debug: bool,
 ) -> None:
-    """Go on with texts by the language model of a finished run, within its memory budget, one partition at a time.
+    """Go on with texts by the language model of a finished run, within its memory budget; or write a text for each (T5, BART).
 
-    Every token takes a forward over the whole text (up to the model's context), and a reading of the weights if they are in several
-    partitions.
+    Where the budget has room for the whole model and the keys and values of a text, a token takes a forward over itself. Else it takes one
+    over the whole text (up to the model's context), and a reading of the weights if they are in several partitions. It is said which.
     """
     import json
 
@@ -79,4 +79,4 @@ def generate(
     if as_json:
         print_result(json.dumps([dataclasses.asdict(one) for one in said]))
     else:
-        print_result("\n\n".join(f"{one.prompt}{one.text}" for one in said))
+        print_result("\n\n".join(one.shown() for one in said))

@@ -1,8 +1,9 @@
 """Samples of text: what a language model says after some prompts, before training and after it."""
 
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.evaluation.generation import RowForm, generate_tokens
-from lowmem_pnn.language.prompts import continuation_text, prompt_tokens, tokenizer_of
+from lowmem_pnn.evaluation.generation import PartitionScorer, generate_tokens
+from lowmem_pnn.evaluation.text_forms import text_form
+from lowmem_pnn.language.prompts import prompt_tokens, said_text, tokenizer_of
 from lowmem_pnn.language.sampling import Sampling
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.workload import Workload
@@ -20,7 +21,8 @@ def check_samples(workload: Workload) -> None:
     config = workload.config
     if config.sample is None:
         return
-    if RowForm.of_workload(workload) is None:
+    form = text_form(workload)
+    if form is None:
         raise ConfigError(
             f"--sample: model {workload.source.spec} does not predict the token that comes next of each, and goes on with no text; leave it out"
         )
@@ -28,7 +30,7 @@ def check_samples(workload: Workload) -> None:
     if tokenizer is None:
         raise ConfigError(f"--sample: data {config.data} is tokens as numbers; give their tokenizer: --tokenizer DIR|FILE|bytes")
     for text in config.sample:
-        if not prompt_tokens(tokenizer, text):
+        if not prompt_tokens(tokenizer, text, form.source_context):
             raise ConfigError(f"--sample {text!r} has no token to go on from; give another text")
 
 
@@ -43,20 +45,19 @@ def say_samples(run: Run, when: str) -> list[str]:
         What it says after each prompt; nothing where there are none.
     """
     config, dataset, display = run.workload.config, run.workload.dataset, run.session.display
-    form, tokenizer = RowForm.of_workload(run.workload), tokenizer_of(config.data, dataset.preparation)
+    form, tokenizer = text_form(run.workload), tokenizer_of(config.data, dataset.preparation)
     if config.sample is None or form is None or tokenizer is None:
         return []
     display.stage(f"asking the model {when}")
     said = generate_tokens(
-        run,
-        form,
-        [prompt_tokens(tokenizer, text) for text in config.sample],
+        PartitionScorer(run, form),
+        [prompt_tokens(tokenizer, text, form.source_context) for text in config.sample],
         max_new_tokens=config.sample_tokens,
         sampling=Sampling(),
         seed=config.seed,
         ends=tokenizer.ends,
     )
-    texts = [continuation_text(tokenizer, one.prompt, one.tokens) for one in said]
+    texts = [said_text(tokenizer, None if form.source_context else one.prompt, one.tokens) for one in said]
     for prompt, text in zip(config.sample, texts, strict=True):
         display.message(f"{when}, after {prompt!r}: {text!r}")
     return texts

@@ -1,7 +1,7 @@
-"""Generation by finished runs: a trained language model goes on with texts, within the run's budget or another."""
+"""Generation by finished runs: a trained language model goes on with texts, or writes them, within the run's budget or another."""
 
 import dataclasses
-import time
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,25 +14,19 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.device import Device
 from lowmem_pnn.errors import BudgetError, ConfigError, LowMemError
-from lowmem_pnn.evaluation.generation import RowForm, generate_tokens
+from lowmem_pnn.evaluation.text_forms import TextForm, source_context_of, text_form
 from lowmem_pnn.inference.load import folder_of, form_of, given_model
 from lowmem_pnn.inference.opened_run import opened_run
 from lowmem_pnn.inference.other_machine import options_here
-from lowmem_pnn.inference.smaller_budget import within
-from lowmem_pnn.language.prompts import continuation_text, prompt_tokens, tokenizer_of
+from lowmem_pnn.inference.ways_to_generate import Asked, said_by_trained
+from lowmem_pnn.language.prompts import prompt_tokens, said_text, tokenizer_of
 from lowmem_pnn.language.sampling import Sampling
-from lowmem_pnn.language.tokenizer import Tokenizer
+from lowmem_pnn.language.tokenizer import Tokenizer, named_ends
 from lowmem_pnn.model.chain import TensorSpec
-from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.finished import FinishedRun
-from lowmem_pnn.run.ranks import ALONE
 from lowmem_pnn.run.resume import check_plan
-from lowmem_pnn.run.run import Run
-from lowmem_pnn.run.session import Session
-from lowmem_pnn.run.state import State
-from lowmem_pnn.training.initial_weights import build_weights
 from lowmem_pnn.training.setup import open_workload, warm_up_profiler
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.workload.data_form import DataForm
@@ -65,6 +59,19 @@ class Generated:
     tokens: list[int]
     ended: str
 
+    def shown(self) -> str:
+        """Return it for people: the prompt, which it goes on with, and what was said."""
+        return f"{self.prompt}{self.text}"
+
+
+@dataclass(frozen=True)
+class Written(Generated):
+    """What a model wrote for a prompt, which is the source of a text of its own; arguments are those of `Generated`."""
+
+    def shown(self) -> str:
+        """Return it for people: what was written."""
+        return str(self.text)
+
 
 def generate(
     run: str | Path | Result,
@@ -82,13 +89,15 @@ def generate(
     trust: bool = False,
     display: Display | None = None,
 ) -> Any:
-    """Have the language model of a finished run go on with texts, within its budget, one partition at a time.
+    """Have the language model of a finished run go on with texts, within its budget; or write a text for each, as T5 and BART do.
 
-    Every token takes a forward over the whole text, and a reading of all weights that do not stay in the budget: several prompts share it.
+    Where the whole model fits in the budget with the keys and values of a text, these are kept, and a token takes a forward over itself. Else
+    every token takes a forward over the whole text, and a reading of all weights that do not stay in the budget: several prompts share it.
 
     Args:
         run: the run's folder, which need not be writable, or its result.
-        prompts: a text, or several; or their tokens. Of what is longer than the model's context the last tokens are seen.
+        prompts: a text, or several; or their tokens, in lists, arrays or tensors. Of what is longer than the model's context the last tokens
+            are seen; of a source the first.
         max_new_tokens: tokens that are said at most; an end token ends a text before: the tokenizer's, or one that the `eos_token_id` of its
             folder names.
         temperature: 0 takes the likeliest token; else tokens are drawn, their scores divided by it.
@@ -103,7 +112,7 @@ def generate(
         display: is told how far it is; None shows nothing.
 
     Returns:
-        What the model said: a text, or for several prompts a list of texts; lists of tokens where prompts are tokens.
+        What the model said, without the prompt: a text, or for several prompts a list of texts; lists of tokens where prompts are tokens.
 
     Raises:
         CheckpointError: no run is there, it has not finished, or its files are damaged.
@@ -113,8 +122,7 @@ def generate(
     Example:
         `lowmem_pnn.generate("runs/gpt-exact-1", "ROMEO:", max_new_tokens=50, temperature=0.8)`
     """
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    given: Any = [prompts] if one else list(prompts)
+    given, one = _given(prompts)
     said = generate_run(
         folder_of(run),
         given,
@@ -169,41 +177,26 @@ def generate_run(
                 f"the run in {path} predicts no tokens that come next ({config.task} of {form}), and goes on with no text; give predict"
             )
         reader = tokenizer_of(finished.config.data, finished.result.preparation, tokenizer)
-        tokens = [_tokens_of(prompt, reader, path) for prompt in prompts]
+        source_context = source_context_of(form)
+        tokens = [_tokens_of(prompt, number, reader, path, source_context) for number, prompt in enumerate(prompts, start=1)]
         source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.generate({str(path)!r}, prompts")
         warm_up_profiler()
-        length = max(map(len, tokens)) + max_new_tokens - 1
-        opened_device, workload, rows = stack.enter_context(_opened(finished, config, form, source, length, path))
-        plan = within(Plan.from_json(finished.state.plan), workload, opened_device.budget_bytes)
-        opened_device.enforce()
+        length = None if source_context else max(map(len, tokens)) + max_new_tokens - 1
+        opened_device, workload, texts = stack.enter_context(_opened(finished, config, form, source, length, path))
+        if texts.most_tokens is not None and texts.most_tokens < max_new_tokens:
+            display.message(
+                f"a text has {texts.most_tokens:,} tokens at most, as the targets that the run has learnt (--target-context)"
+            )
+        asked = Asked(tokens, max_new_tokens, sampling, seed, _ends(reader, source))
         rundir.clear()
         scratch = stack.enter_context(rundir.scratch())
-        session = Session(opened_device, rundir, threads, display, scratch=scratch)
-        trained = path / "model.safetensors"
-        weights = build_weights(workload, plan, scratch / "weights", session.counter, trained, metered=opened_device.metered)
-        state = dataclasses.replace(State.first(workload, plan, ALONE), module_state=finished.state.module_state)
-        run = Run(session, workload, plan, weights, state)
-        display.stage(
-            f"going on with {len(prompts)} text{'s' if len(prompts) > 1 else ''}, {max_new_tokens:,} tokens at most, in rows of "
-            f"{rows.context:,}, {len(plan.partitions)} partition{'s' if len(plan.partitions) > 1 else ''}"
-        )
-        began = time.monotonic()
-        said = generate_tokens(
-            run,
-            rows,
-            tokens,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            seed=seed,
-            ends=() if reader is None else reader.ends,
-        )
-        count = sum(len(text.tokens) + text.is_ended for text in said)
-        display.message(f"{count:,} tokens in {time.monotonic() - began:.1f} s")
+        said = said_by_trained(finished, rundir, threads, display, opened_device, workload, texts, asked, scratch)
         display.close()
+        kind = Generated if source_context is None else Written
         return [
-            Generated(
+            kind(
                 prompt,
-                None if reader is None else continuation_text(reader, text.prompt, text.tokens),
+                None if reader is None else said_text(reader, text.prompt if source_context is None else None, text.tokens),
                 text.tokens,
                 "end" if text.is_ended else "length",
             )
@@ -211,21 +204,45 @@ def generate_run(
         ]
 
 
-def _tokens_of(prompt: Prompt, tokenizer: Tokenizer | None, path: Path) -> list[int]:
+def _given(prompts: Any) -> tuple[list[Any], bool]:
+    """Return prompts as a list, and whether it is one alone: a text, or its tokens, in a list, an array or a tensor."""
+    if isinstance(prompts, str):
+        return [prompts], True
+    try:
+        given = list(prompts)
+    except TypeError:
+        raise ConfigError(f"prompts are of type {type(prompts).__name__}; give a text, its tokens, or a list of such") from None
+    # Numbers of NumPy, and tensors of one number, have no axes.
+    one = bool(given) and (isinstance(given[0], int) or getattr(given[0], "ndim", None) == 0)
+    return ([given] if one else given), one
+
+
+def _tokens_of(prompt: Prompt, number: int, tokenizer: Tokenizer | None, path: Path, source_context: int | None) -> list[int]:
     if not isinstance(prompt, str):
-        return [int(token) for token in prompt]
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError:
+            raise ConfigError(f"prompt {number} is neither text nor tokens; give whole numbers, from 0") from None
     if tokenizer is None:
         raise ConfigError(f"the data of the run in {path} is tokens as numbers; give their tokenizer: --tokenizer DIR|FILE|bytes")
-    return prompt_tokens(tokenizer, prompt)
+    return prompt_tokens(tokenizer, prompt, source_context)
+
+
+def _ends(tokenizer: Tokenizer | None, source: ModelSource) -> frozenset[int]:
+    """Return the tokens at which a text ends: the tokenizer's, or of tokens as numbers those that the model's folder names."""
+    if tokenizer is not None:
+        return tokenizer.ends
+    folder = None if source.transformers is None else source.transformers.folder
+    return frozenset(() if folder is None else named_ends(folder))
 
 
 @contextmanager
 def _opened(
-    finished: FinishedRun, config: FitConfig, form: DataForm, source: ModelSource, length: int, path: Path
-) -> Iterator[tuple[Device, Workload, RowForm]]:
+    finished: FinishedRun, config: FitConfig, form: DataForm, source: ModelSource, length: int | None, path: Path
+) -> Iterator[tuple[Device, Workload, TextForm]]:
     """Open the model for rows that are as short as will do, or, where it is not to be had for these, as long as in training."""
     context = form.inputs[0].shape[0]
-    shorter = min(context, -(-length // _LENGTH_STEP) * _LENGTH_STEP)
+    shorter = context if length is None else min(context, -(-length // _LENGTH_STEP) * _LENGTH_STEP)
     with ExitStack() as stack:
         if shorter < context:
             try:
@@ -242,18 +259,21 @@ def _opened(
 
 def _open(
     stack: ExitStack, finished: FinishedRun, config: FitConfig, form: DataForm, source: ModelSource, path: Path
-) -> tuple[Device, Workload, RowForm]:
+) -> tuple[Device, Workload, TextForm]:
     config, inputs = trained_inputs(config, form, source)
     with ExitStack() as own:
         device, workload = own.enter_context(open_workload(config, inputs))
         check_plan(finished.state, workload, path)
-        rows = RowForm.of_workload(workload)
-        if rows is None:
+        texts = text_form(workload)
+        if texts is None:
             raise ConfigError(
                 f"the model of the run in {path} takes {form}, and not tokens with a mask or positions; it goes on with no text"
+                if source_context_of(form) is None
+                else f"the model of the run in {path} does not say which token its texts begin with (decoder_start_token_id of its "
+                "configuration), or scores no tokens; it writes no text"
             )
         stack.push(own.pop_all())
-    return device, workload, rows
+    return device, workload, texts
 
 
 def _of_length(form: DataForm, length: int) -> DataForm:

@@ -1,4 +1,4 @@
-"""A smaller budget than a run had: its partitions, divided until they fit it, for what comes after training."""
+"""Another budget than training's: a run's partitions, divided until they fit it, or joined where they do, for what comes after training."""
 
 import dataclasses
 
@@ -52,3 +52,20 @@ def within(plan: Plan, workload: Workload, budget_bytes: int) -> Plan:
     ]
     # Nothing mixes the samples of a batch any more: what had to learn from all of it at once goes forward in pieces.
     return dataclasses.replace(plan, partitions=tuple(parts), whole_batches=False)
+
+
+def in_one_partition(plan: Plan, workload: Workload) -> Plan:
+    """Return a run's plan with all layers in one partition, for what only goes forward.
+
+    Args:
+        plan: plan of the run.
+        workload: its model.
+    """
+    first, layers = plan.partitions[0], workload.chain.layers
+    whole = dataclasses.replace(
+        first,
+        stop=len(layers),
+        micro_batch=min(part.micro_batch for part in plan.partitions),
+        output_bytes_per_sample=sum(spec.sample_bytes for spec in workload.chain.boundaries[-1]),
+    )
+    return dataclasses.replace(plan, partitions=(whole,), whole_batches=False)

@@ -1,4 +1,4 @@
-"""Prompts: texts that a language model is to go on with, as tokens, and what it says as text."""
+"""Prompts: texts that a language model is to go on with, or to write others for, as tokens, and what it says as text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,30 +27,40 @@ def tokenizer_of(data: str, preparation: Mapping[str, Any], asked: str | None = 
     return tokenizer
 
 
-def prompt_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the tokens of a text that is to be gone on with: with the tokens that a text begins with, and without its end.
+def prompt_tokens(tokenizer: Tokenizer, text: str, source_context: int | None = None) -> list[int]:
+    """Return the tokens of a text that is to be gone on with, or for which another is to be written.
+
+    What is gone on with has the tokens that a text begins with, and not its end; a source is wrapped as the tokenizer wraps a text, and cut
+    so that its end stays.
 
     Args:
         tokenizer: Tokenizer of the model.
         text: The text.
+        source_context: Most tokens of a source; None for a text that is gone on with.
 
     Example:
         >>> from lowmem_pnn.language.tokenizer import ByteTokenizer
-        >>> prompt_tokens(ByteTokenizer(), "ab")
-        [97, 98]
+        >>> prompt_tokens(ByteTokenizer(), "abc"), prompt_tokens(ByteTokenizer(), "abc", source_context=2)
+        ([97, 98, 99], [97, 98])
     """
-    return [*tokenizer.begin, *tokenizer.encode([text])[0].tolist()]
+    ids = tokenizer.encode([text])[0].tolist()
+    if source_context is None:
+        return [*tokenizer.begin, *ids]
+    room = max(source_context - len(tokenizer.begin) - len(tokenizer.after), 0)
+    return [*tokenizer.begin, *ids[:room], *tokenizer.after][:source_context]
 
 
-def continuation_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
-    """Return what tokens say after a prompt.
+def said_text(tokenizer: Tokenizer, prompt: Sequence[int] | None, tokens: Sequence[int]) -> str:
+    """Return what tokens say.
 
-    Some tokenizers leave out the space that a text begins with: so the whole is made text, and what the prompt is of it cut off.
+    Some tokenizers leave out the space that a text begins with: so after a prompt the whole is made text, and what the prompt is of it cut off.
 
     Args:
         tokenizer: Tokenizer of the model.
-        prompt: Tokens of the prompt.
-        tokens: Tokens after it.
+        prompt: Tokens of the prompt that they go on with; None where they are a text of their own.
+        tokens: The tokens.
     """
+    if prompt is None:
+        return tokenizer.decode(list(tokens))
     before, whole = tokenizer.decode(list(prompt)), tokenizer.decode([*prompt, *tokens])
     return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(tokens))

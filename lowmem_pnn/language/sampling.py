@@ -57,7 +57,9 @@ class Sampling:
             if bool(torch.isnan(scores).any()):
                 raise _no_numbers()
             return int(scores.argmax())
-        scores = scores.double() / self.temperature
+        # Below the highest of them, so that a tiny temperature makes others impossible, and none infinite.
+        scores = scores.double()
+        scores = (scores - scores.max()) / self.temperature
         if self.top_k is not None and self.top_k < len(scores):
             scores = scores.masked_fill(scores < scores.topk(self.top_k).values[-1], -math.inf)
         probabilities = torch.softmax(scores, 0)

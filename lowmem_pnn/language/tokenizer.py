@@ -128,7 +128,7 @@ class FileTokenizer:
         if self.end is None:
             usual = [number for text in _USUAL_ENDS if (number := self._tokenizer.token_to_id(text)) is not None]
             self.end = self.after[-1] if self.after else usual[0] if usual else None
-        self.ends = frozenset(([] if self.end is None else [self.end]) + ([] if folder is None else _named_ends(folder)))
+        self.ends = frozenset(([] if self.end is None else [self.end]) + ([] if folder is None else named_ends(folder)))
         padding = self._id("pad_token")
         self.padding = padding if padding is not None else self.end if self.end is not None else 0
         digest = hashlib.sha256(file.read_bytes())
@@ -256,8 +256,12 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _named_ends(folder: Path) -> list[int]:
-    """Return the tokens at which transformers ends a text of the model in a folder, by the first of its files that says so."""
+def named_ends(folder: Path) -> list[int]:
+    """Return the tokens at which transformers ends a text of the model in a folder, by the first of its files that says so.
+
+    Args:
+        folder: The folder.
+    """
     for name in ("generation_config.json", "config.json"):
         settings = read_settings(folder / name) or {}
         text = settings.get("text_config")  # where a model takes more than text

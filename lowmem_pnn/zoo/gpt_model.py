@@ -28,6 +28,9 @@ _INITIAL_DEVIATION = 0.02
 # Bytes of a tensor, and of what training keeps with it, are counted in 64 bits.
 _MOST_VALUES = 2**56
 
+KeysAndValues = list[tuple[Tensor, Tensor]]
+"""Keys and values (B, H, T, W / H) of the tokens up to now, of each attention."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GptShape:
@@ -145,6 +148,27 @@ class GPT(nn.Module):
         scores: Tensor = self.head(x)
         return scores
 
+    def score_next(self, ids: Tensor, past: KeysAndValues) -> Tensor:
+        """Score every token that could come after the last one, without computing anew what earlier tokens have left.
+
+        Args:
+            ids: Token numbers (B, T), int64: at first all of a text, later the one that has come.
+            past: Keys and values of the tokens before them, of each attention; empty at first. Those of these tokens are appended.
+
+        Returns:
+            Scores (B, vocabulary).
+        """
+        begin = past[0][0].shape[2] if past else 0
+        x = self.embedding.at(ids, begin)
+        for number, block in enumerate(self.blocks):
+            attention, mlp = block.children()
+            assert isinstance(attention, Attention)
+            x, keys_and_values = attention.after(x, past[number] if begin else None)
+            past[number : number + 1] = [keys_and_values]
+            x = mlp(x)
+        scores: Tensor = self.head(self.norm(x[:, -1]))
+        return scores
+
 
 class Embedding(nn.Module):
     """Embedding of tokens and their positions: the beginning of the residual stream.
@@ -174,6 +198,11 @@ class Embedding(nn.Module):
         x: Tensor = self.dropout(self.tokens(ids) + self.positions[:length])
         return x
 
+    def at(self, ids: Tensor, begin: int) -> Tensor:
+        """Embed (B, T) token numbers, the first of which is at a position, as (B, T, W)."""
+        x: Tensor = self.dropout(self.tokens(ids) + self.positions[begin : begin + ids.shape[1]])
+        return x
+
 
 class Attention(nn.Module):
     """Causal self-attention, added to the residual stream.
@@ -200,6 +229,28 @@ class Attention(nn.Module):
         )
         added: Tensor = self.residual_dropout(self.projection(mixed.transpose(1, 2).flatten(2)))
         return x + added
+
+    def after(self, x: Tensor, past: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Add to the residual stream (B, T, W) of tokens that come after others; after some of them T is 1.
+
+        Args:
+            x: The stream.
+            past: Keys and values (B, H, T', W / H) of the tokens before them; None where they are the first.
+
+        Returns:
+            The stream, and keys and values of all tokens up to now.
+        """
+        heads = self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        if past is None:
+            # Copies: views would keep the queries too.
+            keys, values = keys.contiguous(), values.contiguous()
+        else:
+            keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
+        # One token sees all that were before it.
+        mixed = scaled_dot_product_attention(queries, keys, values, is_causal=past is None)
+        added: Tensor = self.residual_dropout(self.projection(mixed.transpose(1, 2).flatten(2)))
+        return x + added, (keys, values)
 
 
 class Mlp(nn.Module):

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Attribute of a class that returns logits alone: the class of transformers that it is made of.
+_OWN_KIND = "_kind_of_transformers"
+
 
 @functools.cache
 def returning_logits(kind: type[nn.Module], task: str) -> type[nn.Module]:
@@ -60,7 +63,23 @@ def returning_logits(kind: type[nn.Module], task: str) -> type[nn.Module]:
         forward = with_types if "token_type_ids" in takes else masked
     forward.__name__, forward.__qualname__ = "forward", f"{kind.__qualname__}.forward"
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "forward": forward}
-    return type(kind.__name__, (kind,), names)
+    return type(kind.__name__, (kind,), {**names, _OWN_KIND: kind})
+
+
+def full_forward(model: nn.Module) -> Callable[..., Any]:
+    """Return a model's forward with all that it takes and returns in transformers, a cache too.
+
+    Args:
+        model: A model, whose class `returning_logits` may have made; of any other it is the call.
+    """
+    kind = getattr(type(model), _OWN_KIND, None)
+    return model if kind is None else functools.partial(kind.forward, model)
+
+
+def full_parameters(model: nn.Module) -> frozenset[str]:
+    """Return the names of the arguments that `full_forward` takes."""
+    kind = getattr(type(model), _OWN_KIND, type(model))
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def give_values(model: nn.Module, given: Collection[str]) -> None:

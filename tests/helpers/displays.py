@@ -65,6 +65,20 @@ class Messages(Display):
         self.texts.append(text)
 
 
+class Told(Display):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.messages: list[str] = []
+
+    def stage(self, text: str) -> None:
+        self.stages.append(text)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
 LINE: dict[str, Any] = {
     "epoch": 1, "train_loss": 0.25, "val_loss": 0.5, "val_accuracy": 0.75, "samples_per_second": 1234.0, "peak_bytes": 42_000_000,
     "waiting": {"disk": 0.12, "copy": 0.0, "data": 0.03},

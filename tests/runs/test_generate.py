@@ -6,22 +6,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lowmem_pnn
 from helpers.commands import lowmem_pnn as command
+from helpers.displays import Told
 from helpers.exact_runs import fit
 from helpers.language import write_jsonl, write_tokenizer
 from helpers.small_networks import small_gpt, small_mlp, tokens, vectors
 from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.evaluation import cached_model
+from lowmem_pnn.inference import ways_to_generate
 from lowmem_pnn.inference.generate import generate_run
 from lowmem_pnn.language.sampling import Sampling
 from lowmem_pnn.language.tokenizer import open_tokenizer
 from lowmem_pnn.reporting.result import Result
 
 GPT = functools.partial(small_gpt, tied=True, context=24)
+KeepingGpt = cached_model._CachedGpt
 OPTIONS: dict[str, Any] = {"epochs": 2, "batch_size": 10, "lr": 0.01, "seed": 3}
 
 
@@ -40,14 +45,42 @@ def plain_greedy(score: Callable[[Tensor], Tensor], prompt: Sequence[int], count
     return ids[len(prompt) :]
 
 
-def test_it_says_what_a_plain_loop_says(trained: Result) -> None:
-    model = lowmem_pnn.load(trained, GPT)
+def stages(told: Told) -> list[str]:
+    """The ways that were taken."""
+    return [text.partition("at most, ")[2].partition(":")[0] for text in told.stages]
+
+
+CACHED = "by the whole model, which keeps keys and values of the tokens before"
+
+
+def test_it_says_what_a_plain_loop_says(trained: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, told = lowmem_pnn.load(trained, GPT), Told()
     prompts = [[3, 8], [1, 6, 11, 3, 8, 0, 5], [12]]
-    said = lowmem_pnn.generate(trained, prompts, max_new_tokens=30)
+    said = lowmem_pnn.generate(trained, prompts, max_new_tokens=30, display=told)
     # Longer than the context too: of what is longer the last tokens are seen.
     assert said == [plain_greedy(model, prompt, 30, 24) for prompt in prompts]
-    assert lowmem_pnn.generate(trained, prompts[1], max_new_tokens=30) == said[1]
-    assert trained.generate([prompts[2]], max_new_tokens=30, max_gpu_mem="50MB") == [said[2]]
+    assert lowmem_pnn.generate(trained, np.array(prompts[1]), max_new_tokens=30) == said[1]
+    # As a whole, where its keys and values do not fit; in partitions, where it does not.
+    monkeypatch.setattr(ways_to_generate, "why_not_cached", lambda *given: "it is not to be")
+    assert trained.generate([prompts[2]], max_new_tokens=30, max_gpu_mem="50MB", display=told) == [said[2]]
+    monkeypatch.setattr(ways_to_generate, "weight_bytes", lambda workload: 1 << 40)
+    assert lowmem_pnn.generate(trained, prompts, max_new_tokens=30, display=told) == said
+    assert stages(told) == [
+        CACHED,
+        *(f"by a forward over rows of 24 for each ({parts})" for parts in ("1 partition", "3 partitions")),
+    ]
+
+
+def test_where_the_models_own_cache_fails_it_goes_on_without(trained: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgets(KeepingGpt):
+        def go_on(self, ids: Tensor) -> Tensor:
+            return self.begin(ids)
+
+    told, expected = Told(), lowmem_pnn.generate(trained, [3, 8, 1], max_new_tokens=5)
+    monkeypatch.setattr(cached_model, "_CachedGpt", Forgets)
+    assert lowmem_pnn.generate(trained, [3, 8, 1], max_new_tokens=5, display=told) == expected
+    assert stages(told) == [CACHED, "by a forward over rows of 24 for each (1 partition)"]
+    assert told.messages[0] == "not so, for with the keys and values that the model keeps its scores are others than without"
 
 
 def test_what_is_drawn_follows_from_the_seed_alone(trained: Result) -> None:
@@ -118,6 +151,8 @@ def test_the_command_prints_texts_or_json(tmp_path: Path) -> None:
         ([[3], []], {}, r"^prompt 2 has no token to go on from; give some text$"),
         ([], {}, r"^there is no prompt; give one or more texts to go on with$"),
         ([[3]], {"max_new_tokens": 0}, r"^--max-new-tokens 0 says nothing; give a number from 1$"),
+        ([[3], 5], {}, r"^prompt 2 is neither text nor tokens; give whole numbers, from 0$"),
+        (3, {}, r"^prompts are of type int; give a text, its tokens, or a list of such$"),
         (["abc"], {}, r"^the data of the run in .* is tokens as numbers; give their tokenizer: --tokenizer DIR\|FILE\|bytes$"),
     ],
 )

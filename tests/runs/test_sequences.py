@@ -16,8 +16,10 @@ from helpers.plainloops import step_lines
 from helpers.transformers_folders import BART, BERT, LLAMA, T5, make_model, of_folder
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, DataError
+from lowmem_pnn.inference import ways_to_generate
 from lowmem_pnn.language.language_form import Head, LanguageForm
 from lowmem_pnn.language.open_language import open_language
+from lowmem_pnn.language.prompts import prompt_tokens
 from lowmem_pnn.language.tokenizer import open_tokenizer
 from lowmem_pnn.seeds import permutation_of
 from lowmem_pnn.sources.splits import Split
@@ -51,7 +53,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize(("kind", "sizes", "start", "cuts"), [("t5", T5, 1, "1,2"), ("bart", BART, 0, None)])
 def test_a_model_that_writes_is_trained_as_by_its_own_loss(
-    kind: str, sizes: dict[str, Any], start: int, cuts: str | None, tmp_path: Path
+    kind: str, sizes: dict[str, Any], start: int, cuts: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     auto = "AutoModelForSeq2SeqLM"
     folder = write_model(tmp_path / "model", kind, auto, sizes, begins=kind == "bart")
@@ -81,8 +83,24 @@ def test_a_model_that_writes_is_trained_as_by_its_own_loss(
         loss = trained(input_ids=ids, attention_mask=mask, labels=labels).loss
     assert result.test_loss == pytest.approx(float(loss), rel=1e-5)
     assert lowmem_pnn.evaluate(result)["test_loss"] == result.test_loss
-    with pytest.raises(ConfigError, match="goes on with no text"):
-        lowmem_pnn.generate(result, "the cat")
+    # What it writes, with keys and values kept and by whole forwards.
+    reader, sources = open_tokenizer(str(folder)), ["the cat", "a dog sat on the log. a cat and a dog. the cat sat on the mat"]
+    expected = [reader.decode(plain_target(trained, prompt_tokens(reader, source, 16), start, 12)) for source in sources]
+    assert lowmem_pnn.generate(result, sources, max_new_tokens=40) == expected
+    monkeypatch.setattr(ways_to_generate, "why_not_cached", lambda *given: "it is not to be")
+    assert lowmem_pnn.generate(result, sources[1], max_new_tokens=40) == expected[1]
+
+
+def plain_target(model: Any, source: list[int], start: int, most: int) -> list[int]:
+    """The loop that people write; token 0 ends a text."""
+    written = [start]
+    while len(written) <= most:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([written]), use_cache=False).logits
+        if (token := int(logits[0, -1].argmax())) == 0:
+            break
+        written.append(token)
+    return written[1:]
 
 
 def test_sources_and_targets_are_rows_as_the_tokenizer_wraps_them(tmp_path: Path) -> None:

@@ -6,27 +6,16 @@ from typing import Any
 import pytest
 
 import lowmem_pnn
-from helpers.displays import StopsAt
+from helpers.displays import StopsAt, Told
 from helpers.exact_runs import fit
 from helpers.plainloops import assert_same_weights
 from helpers.small_networks import small_gpt, small_mlp, tokens, vectors
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
-from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.settings.command import fit_command
 
 MODEL = "gpt:layers=2,width=16,heads=2,context=16"
 OPTIONS: dict[str, Any] = {"epochs": 12, "batch_size": 16, "lr": 0.01, "cuts": "2", "sample": ["abc", "a"], "sample_tokens": 4}
-
-
-class Recorder(Display):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.messages: list[str] = []
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
 
 
 def text(folder: Path) -> str:
@@ -35,7 +24,7 @@ def text(folder: Path) -> str:
 
 
 def test_a_model_is_asked_before_training_and_after_it(tmp_path: Path) -> None:
-    data, said = text(tmp_path), Recorder()
+    data, said = text(tmp_path), Told()
     result = lowmem_pnn.fit(
         MODEL, data, method="exact", max_gpu_mem="100MB", device="cpu", workdir=tmp_path / "run", display=said, **OPTIONS
     )

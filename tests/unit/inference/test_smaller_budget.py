@@ -1,5 +1,6 @@
-"""A run's partitions, divided for a smaller budget."""
+"""A run's partitions, divided for a smaller budget, or joined where they fit."""
 
+import dataclasses
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
@@ -7,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lowmem_pnn.inference.smaller_budget import within
+from lowmem_pnn.inference.smaller_budget import in_one_partition, within
 from lowmem_pnn.model.call_form import TensorSpec
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 
@@ -29,3 +30,9 @@ def test_parts_read_samples_as_wide_as_they_are_at_their_own_cuts_and_in_pieces(
     assert [one.output_bytes_per_sample for one in divided.partitions] == [1200, 2000, 16]
     assert not divided.whole_batches
     assert within(plan, cast(Any, SimpleNamespace(chain=chain)), 10**7) is plan
+    # Joined again, it reads as wide as the model does, with the smallest micro-batch of its parts.
+    smaller = dataclasses.replace(divided.partitions[1], micro_batch=2)
+    parts = dataclasses.replace(divided, partitions=(divided.partitions[0], smaller, divided.partitions[2]))
+    [whole] = in_one_partition(parts, cast(Any, SimpleNamespace(chain=chain))).partitions
+    assert (whole.start, whole.stop, whole.micro_batch) == (0, 3, 2)
+    assert (whole.input_bytes_per_sample, whole.output_bytes_per_sample) == (8, 16)

@@ -6,7 +6,7 @@ import pytest
 
 from helpers.language import write_tokenizer
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.language.prompts import continuation_text, prompt_tokens, tokenizer_of
+from lowmem_pnn.language.prompts import prompt_tokens, said_text, tokenizer_of
 from lowmem_pnn.language.tokenizer import open_tokenizer
 
 
@@ -15,12 +15,12 @@ def test_a_prompt_begins_with_the_token_that_texts_begin_with(tmp_path: Path) ->
     tokens = prompt_tokens(tokenizer, "the cat")
     assert tokens[0] == 2
     assert 0 not in tokens
-    assert continuation_text(tokenizer, tokens, [*tokenizer.encode([" sat on"])[0], 0]) == " sat on"
+    assert said_text(tokenizer, tokens, [*tokenizer.encode([" sat on"])[0], 0]) == " sat on"
 
 
 def test_bytes_that_make_no_text_are_shown_as_such() -> None:
     tokenizer = open_tokenizer("bytes")
-    assert continuation_text(tokenizer, prompt_tokens(tokenizer, "é"), [195, 169, 195]) == "é\ufffd"
+    assert said_text(tokenizer, prompt_tokens(tokenizer, "é"), [195, 169, 195]) == "é\ufffd"
 
 
 def test_a_tokenizer_that_was_changed_since_is_refused_unless_it_is_asked_for(tmp_path: Path) -> None:

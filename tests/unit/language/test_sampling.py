@@ -45,6 +45,13 @@ def test_a_seed_draws_the_same_token() -> None:
     assert [sampling.next_token(SCORES, seed) for seed in range(20)] == [sampling.next_token(SCORES, seed) for seed in range(20)]
 
 
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}])
+def test_a_tiny_temperature_takes_one_of_the_likeliest(options: dict[str, Any]) -> None:
+    sampling = Sampling(temperature=1e-310, **options)
+    assert {sampling.next_token(SCORES, seed) for seed in range(50)} <= {1, 3}
+    assert sampling.next_token(torch.tensor([-2.0, 1.0]), 0) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

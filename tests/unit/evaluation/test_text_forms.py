@@ -1,10 +1,10 @@
-"""Rows for a model that is to go on with texts: their last tokens, a mask, positions, and where the next token is scored."""
+"""How texts are handed to models: their last tokens, a mask, positions, a source and its target, and where the next token is scored."""
 
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from lowmem_pnn.evaluation.generation import RowForm
+from lowmem_pnn.evaluation.text_forms import Continuation, PairForm, RowForm
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.targets import Targets
 
@@ -21,7 +21,7 @@ def test_rows_are_padded_at_their_end_and_cut_at_their_beginning() -> None:
     names = ("input_ids", "attention_mask", "position_ids")
     form = RowForm.of([IDS] * 3, structure(*names), TOKENS, SCORES)
     assert form == RowForm(names, 4, 9)
-    (ids, mask, positions), wanted = form.rows([[5, 6], [1, 2, 3, 4, 5, 6]])
+    (ids, mask, positions), wanted = form.rows([Continuation([5], [6]), Continuation([1, 2, 3, 4, 5, 6])])
     assert ids.tolist() == [[5, 6, 0, 0], [3, 4, 5, 6]]
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     assert positions.tolist() == [[0, 1, 0, 1], [0, 1, 2, 3]]
@@ -37,7 +37,7 @@ def test_tensors_come_in_the_order_of_the_samples() -> None:
     form = RowForm.of([IDS, IDS], structure("attention_mask", "input_ids"), TOKENS, SCORES)
     assert form is not None
     assert form.names == ("attention_mask", "input_ids")
-    (mask, ids), _ = form.rows([[7]])
+    (mask, ids), _ = form.rows([Continuation([7])])
     assert (mask.tolist(), ids.tolist()) == ([[1, 0, 0, 0]], [[7, 0, 0, 0]])
 
 
@@ -53,3 +53,18 @@ def test_tensors_come_in_the_order_of_the_samples() -> None:
 )
 def test_models_of_other_samples_go_on_with_no_text(inputs, named, targets, outputs) -> None:
     assert RowForm.of(inputs, structure(*named) if named else None, targets, outputs) is None
+
+
+def test_sources_are_cut_at_their_end_and_targets_begin_with_their_start() -> None:
+    names = ("input_ids", "attention_mask", "decoder_input_ids")
+    target = TensorSpec((3,), torch.int64)
+    targets, scores = Targets("tokens", 9, (3,)), TensorSpec((3, 9), torch.float32)
+    assert PairForm.of([IDS, IDS, target], structure(*names), targets, scores, None, None) is None
+    form = PairForm.of([IDS, IDS, target], structure(*names), targets, scores, 8, 1)
+    assert form == PairForm(names, 4, 3, 9, 8, 1)
+    (ids, mask, written), wanted = form.rows([Continuation([5, 6]), Continuation([2, 3, 4, 5, 6], [7, 3])])
+    assert ids.tolist() == [[5, 6, 1, 1], [2, 3, 4, 5]]
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert written.tolist() == [[8, 1, 1], [8, 7, 3]]
+    assert wanted.tolist() == [[0, -1, -1], [-1, -1, 1]]
+    assert form.most_tokens == 3
