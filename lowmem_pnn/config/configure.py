@@ -140,7 +140,7 @@ _CONDITIONAL: tuple[tuple[str, str, Callable[[FitConfig], bool]], ...] = (
 
 
 def _has(config: FitConfig, *kinds: str) -> bool:
-    """Return whether the training data is of one of some kinds."""
+    """Return whether the training data is of any of the given kinds."""
     return config.data.partition(":")[0] in kinds
 
 
