@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor, fx, nn
 
 from lowmem_pnn.capture.dataflow import DataFlow, trace_and_flow
-from lowmem_pnn.capture.dispatch_modes import KnownWrittenError
+from lowmem_pnn.capture.dispatch_modes import KnownValuesError
 from lowmem_pnn.capture.equal_blocks import look_again
 from lowmem_pnn.capture.fake_model import ModelRun, run_model
 from lowmem_pnn.capture.opening import LARGE_SHARE, is_below, weight_bytes
@@ -72,7 +72,13 @@ def capture(
     form = call or CallForm.positional(len(specs))
     setting = Setting(specs, precision, 2, True, form, learns_from, tuple(batches))
     with checkpointing_left_out() as called:
-        chain = _capture(model, setting)
+        try:
+            chain = _capture(model, setting)
+        except CaptureError:
+            if not setting.fakes_are_elsewhere:
+                raise
+            # There are kernels that look where tensors are before anybody can take one with values to the others.
+            chain = _capture(model, replace(setting, values=False))
     for layer in (*chain.layers, *(chain.between_blocks.layers if chain.between_blocks else ())):
         layer.checkpoints = bool(called)
     return chain
@@ -89,7 +95,7 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
     look_again(model)
     try:
         runs = _runs(model, setting)
-    except KnownWrittenError:
+    except KnownValuesError:
         setting = replace(setting, values=False)
         runs = _runs(model, setting)
     asking = frozenset[str]().union(*(run.asking for run in runs))
@@ -202,7 +208,7 @@ def _with_conditions(model: nn.Module, setting: Setting, asking: Collection[str]
     """Run a model that goes by values once more with all conditions true, as far as it runs: what it changes then is to be kept too."""
     try:
         return [run_model(model, replace(setting, conditions=True))] if asking else []
-    except KnownWrittenError:
+    except KnownValuesError:
         return []
     except CaptureError as error:
         if error.__cause__ is None:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
 
 from lowmem_pnn.dispatch_mode import DispatchMode
 
@@ -46,36 +47,48 @@ _take_grouped_products_of_any_type()
 
 _LIFTS = torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default
 
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.mv, _aten.addmv, _aten.dot, _aten.convolution}
+"""Operations whose factors have one type: autocast sees to it, but for tensors on another device than its own."""
 
-class KnownWrittenError(Exception):
-    """A forward writes into a tensor whose values are known what depends on its input, or writes into one that was there before."""
+
+class KnownValuesError(Exception):
+    """Values are not to be known: a forward writes what depends on its input into a tensor that has some, or writes into one that was
+    there before; or it multiplies matrices that have some, which autocast would do in a smaller type on another device.
+    """
 
 
 class KnownValues(DispatchMode):
     """A mode that gives values to tensors which depend on sizes and constants alone, as a mask does: a forward may decide by them.
 
+    They are on the CPU. Where fake tensors are on another device, all others are taken there as soon as they meet one.
+
     Args:
         device_type: training device; tensors that are to be on it are made on the CPU.
+        fakes_on: device of the fake tensors.
     """
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, fakes_on: str = "cpu") -> None:
         super().__init__()
-        self._device_type = device_type
+        self._device_type, self._fakes_on = device_type, fakes_on
         # Of the tensors that were made here, by their storages, whose identities would be used again once they are gone.
         self._own: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        args, kwargs = self._on_cpu(args), self._on_cpu(kwargs)
+        given = args, kwargs
+        args, kwargs = self._on(args, self._device_type, "cpu"), self._on(kwargs, self._device_type, "cpu")
         written = tensors_in(written_by(func, args, kwargs))
         if not all(map(has_values, tensors_in((args, kwargs)))):
             if storages_of(written) & self._own.keys():
-                raise KnownWrittenError
-            return func(*args, **kwargs)
+                raise KnownValuesError
+            return self._beside_fakes(func, *given)
         if torch.Tag.nondeterministic_seeded in func.tags or func._schema.name.removeprefix("aten::") in _WITHOUT_VALUES:
-            return func(*args, **kwargs)
+            return self._beside_fakes(func, *given)
         if not storages_of(written) <= self._own.keys():
-            raise KnownWrittenError  # a tensor of the user's
+            raise KnownValuesError  # a tensor of the user's
+        if func.overloadpacket in _PRODUCTS and self._fakes_on != "cpu":
+            raise KnownValuesError  # in a type that is not told here
         if not written:
             try:
                 result = func(*args, **kwargs)
@@ -84,7 +97,7 @@ class KnownValues(DispatchMode):
             else:
                 tensors = tensors_in(result)
                 if sum(tensor.nbytes for tensor in tensors) > KNOWN_BYTES or any(not tensor.is_cpu for tensor in tensors):
-                    return result
+                    return self._beside_fakes(func, *given)
         # What is lifted is the data of a torch.tensor(...) of the forward's own.
         before = set() if func in _LIFTS else storages_of((args, kwargs))
         with unset_fake_temporarily():
@@ -94,12 +107,32 @@ class KnownValues(DispatchMode):
                 self._own[storage] = tensor
         return result
 
-    def _on_cpu(self, value: Any) -> Any:
+    def _beside_fakes(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Do an operation whose results have no values, where the fake tensors are."""
+        away, here = ("cpu", self._fakes_on) if self._fakes_on != "cpu" else (self._device_type, "cpu")
+        types = {one.dtype for one in tensors_in((args, kwargs)) if not has_values(one) and one.is_floating_point()}
+        args, kwargs = self._on(args, away, here), self._on(kwargs, away, here)
+        if func.overloadpacket in _PRODUCTS and here != "cpu" and len(types) == 1:
+            (dtype,) = types
+            args, kwargs = _in_type(dtype, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _on(self, value: Any, away: str, here: str) -> Any:
+        """Return arguments with one device in the place of another; beside fake tensors elsewhere, tensors with values as fake ones."""
         if isinstance(value, torch.device):
-            return torch.device("cpu") if value.type == self._device_type else value
+            return torch.device(here) if value.type == away else value
+        if isinstance(value, Tensor):
+            if here == "cpu" or not has_values(value):
+                return value
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=here)
         if isinstance(value, dict):
-            return {key: self._on_cpu(item) for key, item in value.items()}
-        return type(value)(map(self._on_cpu, value)) if type(value) in (tuple, list) else value
+            return {key: self._on(item, away, here) for key, item in value.items()}
+        return type(value)(self._on(item, away, here) for item in value) if type(value) in (tuple, list) else value
+
+
+def _in_type(dtype: torch.dtype, value: Any) -> Any:
+    """Return arguments with their tensors of floating-point numbers in one type."""
+    return pytree.tree_map_only(Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, value)
 
 
 @contextmanager

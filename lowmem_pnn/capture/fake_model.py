@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from lowmem_pnn.capture.dispatch_modes import KnownWrittenError, OperationLog, tensors_in, watching_calls
+from lowmem_pnn.capture.dispatch_modes import KnownValuesError, OperationLog, tensors_in, watching_calls
 from lowmem_pnn.capture.setting import Fakes, Setting
 from lowmem_pnn.capture.stored_reads import StoredReads
 from lowmem_pnn.errors import CaptureError
@@ -78,7 +78,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
     Raises:
         CaptureError: it does not take such samples, reads a value, draws from a generator whose state is not kept, or leaves something
             in its modules that its next forward reads and that cannot be kept.
-        KnownWrittenError: it writes into a tensor whose values are known what is not known.
+        KnownValuesError: it writes into a tensor whose values are known what is not known.
         StoredReadError: it reads a weight that is kept in a smaller type otherwise than by calling its module.
     """
     result = ModelRun(setting, [])
@@ -93,7 +93,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
         try:
             with _made_by_module(root, log, result.made), fakes.unknown.watching(root), reads.watching():
                 returned = setting.form.call(root, samples)
-        except KnownWrittenError:
+        except KnownValuesError:
             raise
         except Exception as error:  # whatever a user's module raises on a shape it does not take
             reads.refuse(title)

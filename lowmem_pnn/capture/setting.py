@@ -53,7 +53,12 @@ class Setting:
     @property
     def keeps_values(self) -> bool:
         """Whether tensors that depend on sizes and constants alone are no fake ones."""
-        return self.values and self._device == "cpu"
+        return self.values
+
+    @property
+    def fakes_are_elsewhere(self) -> bool:
+        """Whether fake tensors are on another device than the CPU, where tensors with values are."""
+        return self._device != "cpu"
 
     @property
     def _device(self) -> str:
@@ -105,7 +110,7 @@ class Setting:
         root = copy_structure(model, fakes)
         set_mode(root, self.training)
         EqualBlocks(model, root)
-        known = KnownValues(self.precision.device_type) if self.keeps_values else nullcontext()
+        known = KnownValues(self.precision.device_type, device) if self.keeps_values else nullcontext()
         return Fakes(mode, root, samples, self.precision, known, UnknownValues(self.conditions))
 
 

@@ -21,7 +21,7 @@ METHODS: list[dict[str, Any]] = [
     {"method": "neuroflux", "cuts": "2"},
     {"method": "exact", "cuts": "1,2,3"},
     {"method": "exact", "cuts": "2", "clip_norm": 0.1, "optimizer": "adamw"},
-    {"method": "exact", "cuts": "1,3", "precision": "fp16"},
+    {"method": "exact", "cuts": "1,3", "precision": "fp16", "recompute": "never"},
     {"method": "pnn", "cuts": "2", "recovery_epochs": 1},
 ]
 

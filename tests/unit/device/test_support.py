@@ -95,8 +95,10 @@ def test_a_gpu_without_a_number_is_that_of_the_process(monkeypatch: pytest.Monke
     assert command_options({"max_gpu_mem": "50%", "device": "cuda:1"})["max_gpu_mem"] == 1_000_000_000
     assert support.budget_on("cuda", "50%") == 500_000_000
     assert asked == [2, 1, 0]
-    config = configure(max_gpu_mem="1GB", model="mlp:64-10", data="digits", device="cuda")
-    assert setup._device_of(config, Rank(2, 4, 2)).torch_device.index == 2
+    config = configure(max_gpu_mem="1GB", model="mlp:64-10", data="digits", device="cuda", max_host_mem="2GB")
+    device = setup._device_of(config, Rank(2, 4, 2))
+    assert isinstance(device, CudaDevice)
+    assert (device.torch_device.index, device._max_host_mem) == (2, 2_000_000_000)
 
 
 def test_builds_for_rocm_name_their_architectures_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
