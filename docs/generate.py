@@ -102,37 +102,59 @@ def models_page() -> str:
     found = json.loads(COVERAGE.read_text())
     networks = found["networks"]
     measured = [entry for entry in networks if "plain" in entry]
+    others = [entry for entry in networks if "plain" not in entry]
     equal = sum(bool(entry["structure"].get("equal")) for entry in measured)
-    rows = "\n".join(_models_row(entry) for entry in networks)
+    rows = "\n".join(_measured_row(entry) for entry in measured)
+    cut_rows = "\n".join(f"| {entry['name']} | {' | '.join(_cut_cells(entry))} |" for entry in others)
     cut = sum(entry["captured"].get("layers", 0) > 2 for entry in networks)
-    return f"""# Networks of torchvision and timm: how finely they are cut, and in how little memory they train
+    return f"""# Networks of torchvision and timm
 
-Of {len(networks)} classifiers, the smallest of each family, {cut} are cut into more than two layers. {len(measured)} have been trained too:
-for {equal} of them one step of `--method exact`, with a partition for every layer, gives the bits of plain PyTorch's. Batch 16, images of
-64x64 (or the smallest size that the network takes), AdamW, CPU, torch {found["machine"]["torch"]}. *Largest* is the largest layer's share
-of the weights; *plain* the peak of plain PyTorch above imports; *smallest* the smallest budget that `plan` names, in which two steps were
-trained; *share* the smallest budget by plain's peak. What is not measured yet has a dash. Made of `bench/results/model_coverage.json`,
-where everything is; `python bench/model_coverage.py` measures, `python docs/generate.py` writes this page.
+How finely are networks cut, and in how little memory do they train? Of {len(networks)} classifiers, the smallest of each family,
+{cut} are cut into more than two layers. `lowmem-pnn plan --model NAME` says the same of any other network.
 
-| network | layers | largest | step equal | plain, MB | smallest, MB | share |
+## Trained
+
+{len(measured)} networks have been trained. For {equal} of them one step of `--method exact`, with a partition for every layer, gives
+the bits of plain PyTorch's.
+
+| network | layers | largest layer | step equal | plain PyTorch, MB | smallest budget, MB | share |
 | --- | ---: | ---: | --- | ---: | ---: | ---: |
 {rows}
+
+- *Largest layer*: its share of the weights. A network with one large layer saves less.
+- *Plain PyTorch*: its peak above imports.
+- *Smallest budget*: the one that `plan` names; two steps were trained in it.
+- *Share*: the smallest budget, divided by plain PyTorch's peak.
+- Small networks save little or nothing: the kernels' own memory and the reserve set a floor.
+
+Batch 16, images of 64x64 (or the smallest size that the network takes), AdamW, CPU, torch {found["machine"]["torch"]}.
+
+## Cut, not trained yet
+
+| network | layers | largest layer |
+| --- | ---: | ---: |
+{cut_rows}
+
+## Where this comes from
+
+`python bench/model_coverage.py` measures, into `bench/results/model_coverage.json`, and `python docs/generate.py` writes this page.
 """
 
 
-def _models_row(entry: dict[str, Any]) -> str:
-    cut, plain, fits = (
-        entry["captured"],
-        entry.get("plain", {}).get("peak"),
-        [one for one in entry.get("fits", ()) if "peak" in one],
-    )
-    cells = [entry["name"], str(cut.get("layers", "not cut")), f"{cut['largest']:.0%}" if "largest" in cut else "-"]
-    if "plain" not in entry:
-        return f"| {' | '.join([*cells, *'----'])} |"
-    parts, budget = entry["structure"], fits[0]["budget"] if fits else None
+def _cut_cells(entry: dict[str, Any]) -> list[str]:
+    """Return how many layers a network has, and the largest one's share of the weights."""
+    cut = entry["captured"]
+    return [str(cut.get("layers", "not cut")), f"{cut['largest']:.0%}" if "largest" in cut else "-"]
+
+
+def _measured_row(entry: dict[str, Any]) -> str:
+    plain, parts = entry["plain"].get("peak"), entry["structure"]
+    fits = [one for one in entry.get("fits", ()) if "peak" in one]
+    budget = fits[0]["budget"] if fits else None
     equal = "yes" if parts.get("equal") else f"to {parts['largest_difference']:.0e}" if "largest_difference" in parts else "-"
-    cells += [equal, f"{plain / 1e6:.0f}" if plain else "-", f"{budget / 1e6:.0f}" if budget else "-"]
-    return f"| {' | '.join([*cells, f'{budget / plain:.2f}' if plain and budget else '-'])} |"
+    sizes = [f"{size / 1e6:.0f}" if size else "-" for size in (plain, budget)]
+    share = f"{budget / plain:.2f}" if plain and budget else "-"
+    return f"| {' | '.join([entry['name'], *_cut_cells(entry), equal, *sizes, share])} |"
 
 
 def main() -> None:

@@ -59,8 +59,8 @@ def fit(
     """Train a model within a memory budget, as the command `lowmem-pnn fit` does.
 
     Args:
-        model: a name as the command takes it, a function that builds the model, or a model. Of a model that does not fit in memory
-            only a function (or a name) can train: it is then never built whole in memory.
+        model: a name as the command takes it, a function that builds the model, or a model. If the model does not fit in
+            memory, pass a function or a name: the model is then never built whole in memory.
         train: a data set's name as the command takes it, a map-style torch data set of (x, y), or of dictionaries with a label and one
             value, or several that the model takes by their names, a torch `DataLoader` of one, whose batch size, order and collation are
             taken, a pandas `DataFrame` with the option `target`, a data set of scikit-learn, or a tuple (x, y) of tensors, arrays, tables

@@ -153,7 +153,7 @@ _DECIDING = {"max_gpu_mem", "model", "data", "method", "device", "optimizer"}
 
 
 def _has(config: FitConfig, *kinds: str) -> bool:
-    """Return whether the training data is of one of some kinds."""
+    """Return whether the training data is of any of the given kinds."""
     return config.data.partition(":")[0] in kinds
 
 

@@ -31,7 +31,7 @@ class Visit:
             thin parts of the partitions after it.
         learns: Whether the partition learns in a sweep: it is in train mode, updates its buffers and steps. Else the partition is
             frozen, in eval mode unless `trains`.
-        trains: Whether a partition that does not learn is in train mode all the same, as in plain PyTorch.
+        trains: Whether a partition that does not learn is in train mode although frozen, as in plain PyTorch.
         keeps_buffers: Whether the buffers that a forward has changed are kept, since the partition runs but once (`emit`).
         returns_input_gradient: Whether the gradient of the partition's inputs is computed, for an earlier partition that learns.
         keeps_gradients: Whether gradients are kept for a later `step` visit, instead of being applied at once (`backpropagate`).

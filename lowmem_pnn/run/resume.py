@@ -159,7 +159,7 @@ def check_position(state: State, workload: Workload, path: Path) -> None:
 
 
 def _not_ours(path: Path, fault: str) -> CheckpointError:
-    return CheckpointError(f"the journal of {path} says what no run of this configuration says of itself ({fault}); {RUN_REMEDY}")
+    return CheckpointError(f"the journal of {path} is not a valid journal of this run ({fault}); {RUN_REMEDY}")
 
 
 def check_same_rank(state: State, rank: Rank, path: Path) -> None:

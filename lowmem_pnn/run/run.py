@@ -1,4 +1,4 @@
-"""A run in its directory: where it is in its method's program, and the only place that changes its state."""
+"""A run in its directory: where it is in its method's program, and how its state moves on with it."""
 
 import gc
 import json
@@ -40,7 +40,7 @@ class Run:
         workload: model, data and method.
         plan: partitions of the model.
         weights: weight files of the run, as of the last commit.
-        state: state of the run, as of the last commit; it changes through the run alone.
+        state: state of the run, as of the last commit; while training goes on, only the run, its metrics and its commits change it.
 
     `partitions` loads and saves them, `metrics` counts and logs, `commits` makes the state durable.
     """

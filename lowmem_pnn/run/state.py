@@ -188,7 +188,7 @@ class State:
             path: run or journal that it is from, for messages.
 
         Raises:
-            CheckpointError: it says what no run says of itself.
+            CheckpointError: it is not a valid journal.
         """
         # Runs of a time when there was no other precision have no scales.
         micro_batches = body.get("micro_batches")
@@ -317,4 +317,4 @@ def _check_counts(value: Any) -> None:
 
 
 def _described(path: Path, fault: str) -> str:
-    return f"the journal of {path} says what no run says of itself ({fault}); {RUN_REMEDY}"
+    return f"the journal of {path} is not a valid journal ({fault}); {RUN_REMEDY}"

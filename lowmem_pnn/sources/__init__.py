@@ -1,1 +1,1 @@
-"""Models and data sets, by name or as Python objects."""
+"""Data sets, by name or as Python objects."""

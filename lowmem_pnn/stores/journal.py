@@ -16,6 +16,9 @@ JOURNAL = "journal.json"
 DAMAGED = "restore it from a copy, or begin again with --overwrite"
 """What to do about a run that is damaged: the end of error messages."""
 
+REPLACED = json.dumps({"format": FORMAT, "replaced": True}).encode() + b"\n"
+"""Text of the journal of a run that is being replaced: whatever of its files is there yet, it is no run any more."""
+
 _OLDER = re.compile(r"journal\.(\d{6,})\.json")
 
 
@@ -43,11 +46,13 @@ def read_journal(path: Path) -> tuple[dict[str, Any], str]:
         The journal's body, and the checksum of the run's configuration.
 
     Raises:
-        CheckpointError: The journal is missing, damaged, or of another version.
+        CheckpointError: The journal is missing, damaged, of another version, or of a run that was being replaced.
         DiskError: The file system refused.
     """
+    text = b""
     try:
-        sealed = json.loads(read_file(path, DAMAGED))
+        text = read_file(path, DAMAGED)
+        sealed = json.loads(text)
         body, config_sha256, version = sealed["body"], sealed["config_sha256"], sealed["format"]
         intact = isinstance(body, dict) and _digest(body, config_sha256) == sealed["sha256"]
     except FileNotFoundError:
@@ -55,6 +60,10 @@ def read_journal(path: Path) -> tuple[dict[str, Any], str]:
     except OSError as error:
         raise disk_error(path, error, "read it") from error
     except (ValueError, KeyError, TypeError, RecursionError):
+        if text == REPLACED:
+            raise CheckpointError(
+                f"the run in {path.parent} was being replaced by another one; begin that again with --overwrite"
+            ) from None
         raise CheckpointError(f"{path} is no journal; {DAMAGED}") from None
     if version != FORMAT:
         raise CheckpointError(f"{path} has format {version}, this version reads {FORMAT}; resume with the version that wrote it")

@@ -15,7 +15,7 @@ from lowmem_pnn.config.transformers_place import TOKENIZER_FILES
 from lowmem_pnn.errors import BusyError, CheckpointError, ConfigError, DiskError
 from lowmem_pnn.stores import disk
 from lowmem_pnn.stores.disk import disk_error, open_regular, remove_folder, sync_folder, write_durably
-from lowmem_pnn.stores.journal import DAMAGED, JOURNAL, older_commits
+from lowmem_pnn.stores.journal import DAMAGED, JOURNAL, REPLACED, older_commits
 
 META_FOLDER = "meta"
 """Folder of a run with the run of its meta model."""
@@ -108,7 +108,9 @@ def create_in_folder(path: Path, config_json: str, journal: str) -> IO[str]:
     was_run = os.path.lexists(path / JOURNAL)
     lock = take_lock(path)
     try:
-        # The old journal goes last, by the new one's rename: in between the folder is a damaged run, which can be overwritten.
+        if was_run:
+            _mark_as_replaced(path)
+        # The old journal goes last, by the new one's rename: in between the folder is no whole run, and can be overwritten.
         _remove_run(path)
         write_durably(path / "config.json", config_json)
         disk.commit_point("emptied")
@@ -121,6 +123,18 @@ def create_in_folder(path: Path, config_json: str, journal: str) -> IO[str]:
         lock.close()
         raise
     return lock
+
+
+def _mark_as_replaced(path: Path) -> None:
+    """Have a run's journal say that it is being replaced, on the drive, before the first of its files goes.
+
+    Deletions reach a drive in any order: after a loss of power a run that has finished could lack its log, and look whole.
+    """
+    for older, _ in older_commits(path)[0]:
+        older.unlink()
+    # A disk that is full has no room for it until the run's files are gone; then the order of deletions has to do.
+    with contextlib.suppress(DiskError):
+        write_durably(path / JOURNAL, REPLACED)
 
 
 def delete_run(path: Path) -> None:

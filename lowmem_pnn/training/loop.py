@@ -5,6 +5,7 @@ from typing import Literal, Protocol
 
 from lowmem_pnn.engine.epoch import Learner, train_epoch
 from lowmem_pnn.engine.pace import Pace
+from lowmem_pnn.run.metrics import EpochTimer
 from lowmem_pnn.run.run import Run
 
 # Batches of a sweep after which its micro-batch has shown that it fits.
@@ -68,92 +69,125 @@ class EpochsLearner(Learner, Protocol):
         ...
 
 
-def train_epochs(run: Run, learner: EpochsLearner) -> None:
-    """Train for the epochs that are left.
+class EpochLoop:
+    """Trains for the epochs that are left of a visit or a sweep.
 
     Args:
         run: at a commit, or inside a visit or sweep whose epochs have begun.
         learner: what learns.
-
-    Raises:
-        SteppedInPart: memory ran out after some of the weights were stepped; only a commit can be gone back to.
-        Stopped: the run was asked to stop; everything up to then is committed.
-        DivergedError: a loss is not finite.
-        BudgetError: not even the smallest micro-batch fits.
     """
-    progress, metrics, display = run.state.progress, run.metrics, run.session.display
-    steps, done_here, before = learner.steps_per_epoch, 0, learner.epochs_before
-    pace = Pace(display.message) if run.session.device.spills else None
-    config = run.workload.config
-    eval_every = config.eval_every if learner.measures_within_epochs else None
 
-    def steps_done() -> int:
-        return learner.steps_before + progress.epoch * steps + progress.batch
+    def __init__(self, run: Run, learner: EpochsLearner) -> None:
+        self._run = run
+        self._learner = learner
+        self._progress = run.state.progress
+        self._pace = Pace(run.session.display.message) if run.session.device.spills else None
+        config = run.workload.config
+        self._max_steps = config.max_steps
+        self._eval_every = config.eval_every if learner.measures_within_epochs else None
+        self._batches_done = 0
+        """Batches that this process has trained."""
 
-    def next_validation() -> int | None:
+    def train(self) -> None:
+        """Train until the last epoch is over, or the run is out of patience.
+
+        Raises:
+            SteppedInPart: memory ran out after some of the weights were stepped; only a commit can be gone back to.
+            Stopped: the run was asked to stop; everything up to then is committed.
+            DivergedError: a loss is not finite.
+            BudgetError: not even the smallest micro-batch fits.
+        """
+        run = self._run
+        while self._has_epochs_left and not run.is_out_of_patience():
+            timer = run.metrics.epoch_timer()
+            if not self._train_epoch(timer):
+                break
+            timer.end(int(self._progress.tally.num_samples))
+            self._end_epoch(timer)
+        if self._has_epochs_left:
+            if self._progress.batch:
+                run.complete_epoch(self._learner.partition)  # as far as it came, maybe in an earlier process
+            run.stop_early(self._steps_done)
+
+    @property
+    def _has_epochs_left(self) -> bool:
+        return self._progress.epoch < self._learner.num_epochs
+
+    @property
+    def _epoch(self) -> int:
+        """Number of the present epoch, from 0, over all visits of the partition: of the next one, once it is over."""
+        return self._learner.epochs_before + self._progress.epoch
+
+    @property
+    def _steps_done(self) -> int:
+        learner, progress = self._learner, self._progress
+        return learner.steps_before + progress.epoch * learner.steps_per_epoch + progress.batch
+
+    def _train_epoch(self, timer: EpochTimer) -> bool:
+        """Train what is left of an epoch, and measure within it; return False if patience ran out before its end."""
+        run, learner, progress = self._run, self._learner, self._progress
+        self._show_epoch()
+        while not train_epoch(learner, progress, self._after_batch, self._next_validation()):
+            with timer.paused():
+                learner.validate(f"step {self._steps_done}")
+            run.metrics.log_validation(learner.partition, self._epoch, self._steps_done)
+            self._commit_within_epoch(is_best=run.watch(learner.partition, self._steps_done))
+            self._show_epoch()
+            if run.is_out_of_patience():
+                return False
+        return True
+
+    def _next_validation(self) -> int | None:
         """Return the number of the batch, in the present epoch, before which the model is measured."""
-        if eval_every is None:
+        if self._eval_every is None:
             return None
-        more = eval_every - steps_done() % eval_every
+        more = self._eval_every - self._steps_done % self._eval_every
         # After the last step of all the model is measured anyway.
-        return None if config.max_steps is not None and steps_done() + more >= config.max_steps else progress.batch + more
+        is_measured_anyway = self._max_steps is not None and self._steps_done + more >= self._max_steps
+        return None if is_measured_anyway else self._progress.batch + more
 
-    def after_batch(loss: float | None) -> None:
-        nonlocal done_here
-        done_here += 1
-        if pace is not None:
-            pace.step()
-        metrics.after_batch(learner.title)
-        learner.after_batch(progress.epoch, progress.batch / steps)
-        done = steps_done()
-        metrics.log_step(learner.action, learner.partition, before + progress.epoch, done, loss, learner.learning_rate)
+    def _after_batch(self, loss: float | None) -> None:
+        run, learner, progress = self._run, self._learner, self._progress
+        self._batches_done += 1
+        if self._pace is not None:
+            self._pace.step()
+        run.metrics.after_batch(learner.title)
+        learner.after_batch(progress.epoch, progress.batch / learner.steps_per_epoch)
+        done = self._steps_done
+        run.metrics.log_step(learner.action, learner.partition, self._epoch, done, loss, learner.learning_rate)
         # Where the model is measured, the commit comes after that: then position and measurements belong together.
-        if progress.batch < steps and not (eval_every and done % eval_every == 0):
-            commit_within_epoch(is_best=False)
+        if progress.batch < learner.steps_per_epoch and not (self._eval_every and done % self._eval_every == 0):
+            self._commit_within_epoch(is_best=False)
 
-    def commit_within_epoch(*, is_best: bool) -> None:
+    def _commit_within_epoch(self, *, is_best: bool) -> None:
+        learner, commits = self._learner, self._run.commits
         if learner.is_joint:
             return
         # A sweep that runs out of memory goes back to its last commit; what shows in its first batches costs no more than these.
-        if is_best or (learner.action == "sweep" and done_here == _BATCHES_BEFORE_COMMIT):
-            run.commits.commit(learner.save)
-        run.commits.commit_if_due(learner.save)
+        if is_best or (learner.action == "sweep" and self._batches_done == _BATCHES_BEFORE_COMMIT):
+            commits.commit(learner.save)
+        commits.commit_if_due(learner.save)
 
-    def show_epoch() -> None:
-        done = int(progress.tally.num_samples)
-        display.start_epoch(learner.title, before + progress.epoch, before + learner.num_epochs, learner.num_samples, done)
-
-    def train_to_next_validation() -> bool:
-        """Return whether the epoch is over."""
-        if train_epoch(learner, progress, after_batch, next_validation()):
-            return True
-        with timer.paused():
-            learner.validate(f"step {steps_done()}")
-        metrics.log_validation(learner.partition, before + progress.epoch, steps_done())
-        commit_within_epoch(is_best=run.watch(learner.partition, steps_done()))
-        show_epoch()
-        return False
-
-    while progress.epoch < learner.num_epochs and not run.is_out_of_patience():
-        timer = metrics.epoch_timer()
-        show_epoch()
-        is_over = train_to_next_validation()
-        while not is_over and not run.is_out_of_patience():
-            is_over = train_to_next_validation()
-        if not is_over:
-            break
-        timer.end(int(progress.tally.num_samples))
+    def _end_epoch(self, timer: EpochTimer) -> None:
+        """Measure, log and commit after an epoch's last batch."""
+        run, learner = self._run, self._learner
         run.complete_epoch(learner.partition)
-        learner.validate(f"epoch {before + progress.epoch}")
+        learner.validate(f"epoch {self._epoch}")
         if not learner.is_joint:
-            metrics.log_epoch(learner.action, learner.partition, before + progress.epoch, learner.micro_batch, timer)
-        is_best = run.watch(learner.partition, steps_done())
-        if progress.epoch < learner.num_epochs:
+            run.metrics.log_epoch(learner.action, learner.partition, self._epoch, learner.micro_batch, timer)
+        is_best = run.watch(learner.partition, self._steps_done)
+        if self._has_epochs_left:
             # The weights that are kept are those of a commit.
             if is_best:
                 run.commits.commit(learner.save)
             run.commits.commit_if_due(learner.save)
-    if progress.epoch < learner.num_epochs:
-        if progress.batch:
-            run.complete_epoch(learner.partition)  # as far as it came, maybe in an earlier process
-        run.stop_early(steps_done())
+
+    def _show_epoch(self) -> None:
+        learner = self._learner
+        self._run.session.display.start_epoch(
+            learner.title,
+            self._epoch,
+            learner.epochs_before + learner.num_epochs,
+            learner.num_samples,
+            int(self._progress.tally.num_samples),
+        )

@@ -21,7 +21,7 @@ from lowmem_pnn.methods import SplitName, Sweep, Visit
 from lowmem_pnn.run.commits import Save, nothing_changed
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.training.join import join
-from lowmem_pnn.training.loop import train_epochs
+from lowmem_pnn.training.loop import EpochLoop
 from lowmem_pnn.training.meta_run import RunToEnd, train_meta_model
 from lowmem_pnn.training.page_cache import PageCachePrefetch, next_partition
 from lowmem_pnn.training.partition_learner import PartitionLearner
@@ -156,7 +156,7 @@ def _sweep(run: Run, sweep: Sweep) -> bool:
     """Train all epochs of a sweep; return False if a batch did not fit, after which the weights are no commit's."""
     learner = SweepLearner(run, sweep)
     try:
-        train_epochs(run, learner)
+        EpochLoop(run, learner).train()
     except SteppedInPart:
         return False
     finally:
@@ -189,7 +189,7 @@ def _learn(run: Run, visit: Visit, active: ActivePartition, steps_before: int) -
             if "val" in run.workload.splits and visit.macro_batch is None:
                 val = run.partitions.loader(stack, visit.partition, "val", _folder(run, "val"))
         try:
-            train_epochs(run, PartitionLearner(run, visit, active, train, val, steps_before, page_cache))
+            EpochLoop(run, PartitionLearner(run, visit, active, train, val, steps_before, page_cache)).train()
         except SteppedInPart:
             return False
     return True

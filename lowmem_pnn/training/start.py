@@ -233,10 +233,7 @@ def _or_late(should_stop: Callable[[], bool], config: FitConfig, seconds_spent: 
 def _refuse_in_reader() -> None:
     """Refuse to train in a process that reads samples, and has imported the user's script for the data set that it defines."""
     if READER_VARIABLE in os.environ:
-        raise ConfigError(
-            "the script is imported again where samples are read (--workers), and would train there too; put what it does under "
-            "if __name__ == '__main__':"
-        )
+        raise ConfigError("data workers re-import your script; guard the training with `if __name__ == '__main__':`")
 
 
 def _open_before_floor(config: FitConfig, open_inputs: OpenInputs, display: Display) -> Inputs:

@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
         source: the model.
         dataset: the data set.
         splits: the parts of the data set, by name.
-        own: what of loss and metrics is the user's own.
+        own: user-defined loss and metrics.
     """
 
     source: ModelSource

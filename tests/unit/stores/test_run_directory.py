@@ -16,6 +16,7 @@ import pytest
 from lowmem_pnn.errors import BusyError, CheckpointError, ConfigError, DiskError
 from lowmem_pnn.stores import disk, run_creation, run_directory
 from lowmem_pnn.stores.disk import write_durably
+from lowmem_pnn.stores.journal import older_commits
 from lowmem_pnn.stores.run_directory import RunDirectory
 
 
@@ -138,19 +139,24 @@ def test_a_run_is_replaced_only_with_overwrite(path: Path) -> None:
         assert {entry.name for entry in path.iterdir()} == {"config.json", "journal.json", "lock"}
 
 
-def test_an_overwriting_that_is_cut_short_can_be_done_again_but_not_resumed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make(path).__exit__()
+@pytest.mark.parametrize("point", ["renamed journal.json", "emptied"])
+def test_an_overwriting_that_is_cut_short_can_be_done_again_but_not_resumed(
+    point: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with make(path) as run:
+        run.commit(body(1), keep=2)
 
     def fail(name: str) -> None:
-        if name == "emptied":
+        if name == point:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(disk, "commit_point", fail)
         with pytest.raises(KeyboardInterrupt):
             RunDirectory.create(path, '{"lr": 2}', body(), overwrite=True)
-    with RunDirectory.open(path) as run, pytest.raises(CheckpointError, match="is not the configuration that the run began with"):
-        run.config_json()
+    assert not older_commits(path)[0]
+    with pytest.raises(CheckpointError, match="was being replaced by another one; begin that again with --overwrite"):
+        RunDirectory.open(path)
     RunDirectory.create(path, '{"lr": 2}', body(), overwrite=True).__exit__()
 
 

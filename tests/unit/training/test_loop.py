@@ -13,7 +13,7 @@ from lowmem_pnn.engine.epoch import first_batches
 from lowmem_pnn.engine.tally import EpochProgress, Tally
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.run.run import Run
-from lowmem_pnn.training.loop import train_epochs
+from lowmem_pnn.training.loop import EpochLoop
 
 
 class Learner:
@@ -85,7 +85,7 @@ def run_of(told: list[Any], **options: Any) -> Any:
 )
 def test_the_model_is_measured_once_where_training_ends(max_steps: int | None, measured: list[str]) -> None:
     learner = Learner(max_steps)
-    train_epochs(run_of([], eval_every=4, max_steps=max_steps), learner)  # type: ignore[arg-type]
+    EpochLoop(run_of([], eval_every=4, max_steps=max_steps), learner).train()  # type: ignore[arg-type]
     assert learner.measured == measured
 
 
@@ -94,6 +94,6 @@ def test_an_epoch_in_which_patience_has_run_out_ends_where_it_is() -> None:
     told: list[Any] = []
     run = run_of(told, eval_every=3, early_stop=2, monitor="val_loss")
     run.state.progress, run.state.without_gain = EpochProgress(1, 1, Tally(3.0, None, 4, 4)), 2
-    train_epochs(run, Learner())  # type: ignore[arg-type]
+    EpochLoop(run, Learner()).train()  # type: ignore[arg-type]
     assert (run.state.records[0].train_loss, run.state.stopped_after, run.state.stopped_step) == (0.75, 1, 6)
     assert told == ["training ends after step 6: val_loss was never a finite number"]
