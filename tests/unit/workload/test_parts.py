@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from helpers.datasets import everything, image_bytes, save
+from helpers.transformers_folders import VIT, write_config
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.samples.augment import Augmenter
@@ -50,6 +51,15 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
         DataError, match=r"--test-data .*/x has the class 'dd', .* has not; did you mean 'd'\?; give both the same names"
     ):
         parts(train, test_data=strange)
+
+
+def test_classes_have_the_numbers_of_a_head_that_was_trained_on_them(tmp_path: Path) -> None:
+    head = {"num_channels": 3, "num_labels": 2, "id2label": {0: "B", 1: "a"}}
+    model = f"hf:{write_config(tmp_path / 'c.json', 'vit', 'ViTForImageClassification', VIT, **head)}"
+    own, other = folder(tmp_path / "own", "ab", num=3), folder(tmp_path / "other", "ab")
+    _, dataset, splits, _ = open_data(config(own, model, val_data=other))
+    assert dataset.classes == ("b", "a")
+    assert classes_by_colour(splits["train"]) == classes_by_colour(splits["val"]) == {"a": 1, "b": 0}
 
 
 def test_the_part_of_that_name_is_taken(tmp_path: Path) -> None:

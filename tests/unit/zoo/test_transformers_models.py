@@ -39,6 +39,9 @@ def test_a_folders_model_has_its_names_and_returns_logits_alone(llama: Path) -> 
     apart = expected(ids[:, :3]).logits, expected(ids[:, 3:]).logits
     torch.testing.assert_close(model(ids, positions), torch.cat(apart, 1))
     assert skeleton(source.build).lm_head.weight.device.type == "meta"
+    # What lies beside a tokenizer's file belongs to it, as where its folder is named.
+    assert source.tokenizer_files(str(llama / "tokenizer.json")) == source.tokenizer_files(None)
+    assert "tokenizer_config.json" in source.tokenizer_files(None)
     assert type(source.build()) is type(model)
 
 
