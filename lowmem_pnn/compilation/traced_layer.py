@@ -70,9 +70,8 @@ class TracedLayer:
             given = dict(zip(own, arguments, strict=False))
             mapping = {alias: given[name] for alias, name in aliases.items()}
             # The compiler's dispatcher would take other operations for a few, as for dropout, than PyTorch takes without a compiler.
-            with no_python_dispatcher(), layer.running():
-                inputs = layer.precision.to_memory_format(arguments[len(own) :])
-                outputs = torch.func.functional_call(layer.module, mapping, inputs, tie_weights=False)
+            with no_python_dispatcher():
+                outputs = layer.run_on(mapping, *arguments[len(own) :])
             replaced = {name: mapping[alias].detach() for alias, name in aliases.items() if mapping[alias] is not given[name]}
             self._replaced = tuple(number for number, name in enumerate(own) if name in replaced)
             made = [contiguous(tensor, layer.precision.channels_last) for tensor in outputs]

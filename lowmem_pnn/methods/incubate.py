@@ -71,7 +71,7 @@ class ThroughTail(TaskObjective):
 
     def _through(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         for layer, tensors in zip(self._tail, self._tensors, strict=True):
-            outputs = layer.run_on(tensors, *outputs)
+            outputs = layer.run_on(dict(tensors), *outputs)
         return outputs
 
 

@@ -144,7 +144,7 @@ class Layer:
         return state_restored(self.module, (*self.kept, *self.left))
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def _running(self) -> Iterator[None]:
         """Give the context of a forward, at whose end is forgotten what it keeps of weights: they may be others the next time."""
         with (
             self.precision.autocast(),
@@ -183,7 +183,7 @@ class Layer:
                 for name, buffer in made[1].items():
                     self.set_tensor(name, buffer)
                 return made[0]
-        with self.running():
+        with self._running():
             # Not module(...): a GraphModule prints to stderr before it raises, and running out of memory is no news here.
             result: tuple[Tensor, ...] = self.module.forward(*self.precision.to_memory_format(tensors))
         return result
@@ -196,17 +196,18 @@ class Layer:
             made = self.head(outputs[0])
         return made if isinstance(made, tuple) else (made,)
 
-    def run_on(self, tensors: Mapping[str, Tensor], *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
+    def run_on(self, tensors: dict[str, Tensor], *inputs: Tensor, scores: bool = False) -> tuple[Tensor, ...]:
         """Run the layer on other parameters and buffers than its own.
 
         Args:
-            tensors: all parameters and buffers by name, the head's too; buffers may be changed.
+            tensors: all parameters and buffers by name, the head's too; buffers may be changed, and those that the forward replaces are
+                replaced in it.
             inputs: tensors of the boundary before the layer.
             scores: whether to return `scores` of the outputs instead of the outputs.
         """
-        with self.running():
+        with self._running():
             inputs = self.precision.to_memory_format(inputs)
-            outputs = torch.func.functional_call(self.module, dict(tensors), inputs, tie_weights=False)
+            outputs = torch.func.functional_call(self.module, tensors, inputs, tie_weights=False)
         return self.scores_on(tensors, tuple(outputs)) if scores else tuple(outputs)
 
     def scores_on(self, tensors: Mapping[str, Tensor], outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -286,7 +286,7 @@ class FakeRun:
         """Return the layer's outputs; with `scores` those of its head, if it has one."""
         made = None if self._code is None else self._code(self._layer.module.training, self._tensors, inputs)
         if made is None:
-            return self._layer.run_on(self._tensors, *inputs, scores=scores)
+            return self._layer.run_on(dict(self._tensors), *inputs, scores=scores)
         return self._layer.scores_on(self._tensors, made[0]) if scores else made[0]
 
     def _inputs(self, batch: int) -> list[Tensor]:

@@ -54,7 +54,7 @@ class LayerRunner:
 
             def forward() -> None:
                 nonlocal outputs
-                outputs = self._layer.run_on(self._tensors, *inputs, scores=self._per_layer_loss)
+                outputs = self._layer.run_on(dict(self._tensors), *inputs, scores=self._per_layer_loss)
 
             forward_seconds = timed(self._device, forward)
             learnt = [tensor for tensor in outputs if tensor.requires_grad]
@@ -69,7 +69,7 @@ class LayerRunner:
         self._layer.eval()
         inputs = self._inputs(samples)
         with torch.no_grad():
-            return min(timed(self._device, lambda: self._layer.run_on(self._tensors, *inputs)) for _ in range(times))
+            return min(timed(self._device, lambda: self._layer.run_on(dict(self._tensors), *inputs)) for _ in range(times))
 
     def _inputs(self, samples: int) -> list[Tensor]:
         return [self._filled(self._device.empty((samples, *spec.shape), spec.dtype)) for spec in self._before]
