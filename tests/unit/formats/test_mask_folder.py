@@ -113,11 +113,10 @@ def test_masks_are_cropped_and_flipped_with_their_images(tmp_path: Path) -> None
         ),
     ):
         x, y = np.zeros((2, 3, 8, 8), np.uint8), np.zeros((2, 8, 8), np.uint8)
+        data = save(tmp_path / "a.npz", x_train=x, y_train=y)
         with pytest.raises(ConfigError, match=message):
-            python_inputs(torch.nn.Flatten(), save(tmp_path / "a.npz", x_train=x, y_train=y), None, None)(
-                configure(
-                    max_gpu_mem="1GB", model="python:a", data="python:b", augment=augment, ignore_index=ignored, val_fraction=0
-                )
+            python_inputs(torch.nn.Flatten(), data, None, None)(
+                configure(max_gpu_mem="1GB", model="python:a", data=data, augment=augment, ignore_index=ignored, val_fraction=0)
             )
 
 
