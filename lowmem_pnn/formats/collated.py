@@ -2,18 +2,22 @@
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lowmem_pnn.errors import DataError, LowMemError
-from lowmem_pnn.sources.draws import probes_of, same_values
+from lowmem_pnn.seeds import host_seeded, random_generators, seed_of
+from lowmem_pnn.sources.draws import FIXED, DrawKey, probes_of, same_values
 from lowmem_pnn.sources.imports import one_line
 
 Collate = Callable[[list[Any]], Any]
+
+# Samples at most that are remembered for changing the random generators: where many do, a few show it.
+_MOST_DRAWING = 16
 
 
 class CollatedDataset:
@@ -28,20 +32,24 @@ class CollatedDataset:
         where: Name of the data in messages.
 
     Raises:
-        DataError: It makes something else of samples together than of each alone, other than padding, as mixing does.
+        DataError: It makes something else of samples together than of each alone, other than padding, as mixing does; or the lengths of
+            samples are drawn at random.
     """
 
     def __init__(self, dataset: Any, collate: Collate, where: str) -> None:
         self._dataset, self._collate, self._where = dataset, collate, where
-        numbers: Iterable[int] = probes_of(len(dataset)) if len(dataset) else []
-        # The first two, and some of all others.
-        numbers = dict.fromkeys([*range(min(2, len(dataset))), *numbers])
-        self._looked_at = [item for number in numbers for item in self._items(number)]
-        self.pads = len({tuple(self._shapes(item)) for item in self._looked_at}) > 1
-        """Whether samples are padded to the longest of the data, since they differ in length."""
-        self.longest = self._find_longest() if self.pads else self._looked_at[:1]
-        """Items of the data set whose tensors are the longest."""
-        self._check()
+        self.numbers_that_draw: list[int] = []
+        """Numbers of a few samples that change the global random generators as they are read."""
+        self._looked_at: list[Any] = []
+        # What the function draws here follows from nothing, and changes nothing, outside.
+        with host_seeded(seed_of(*FIXED)):
+            longest, forms = self._read_all()
+            self.pads = len(forms) > 1
+            """Whether samples are padded to the longest of the data, since they differ in length."""
+            self.longest = longest if self.pads else self._looked_at[:1]
+            """Items of the data set whose tensors are the longest."""
+            self._check_lengths()
+            self._check()
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -56,7 +64,8 @@ class CollatedDataset:
             longest: Items of these, and of this data set.
         """
         self.pads, self.longest = True, list(longest)
-        self._check()
+        with host_seeded(seed_of(*FIXED)):
+            self._check()
 
     @property
     def padding_note(self) -> str:
@@ -72,36 +81,69 @@ class CollatedDataset:
             text += "; it comes before the samples, so that positions which a model counts from there are others"
         return text
 
-    def _items(self, number: int) -> list[Any]:
+    def _items(self, number: int, key: DrawKey = FIXED) -> list[Any]:
         """Return an item of the data set; none where it cannot be read, which is said where it is wanted."""
-        with suppress(Exception):
-            return [self._dataset[number]]
+        with suppress(Exception), host_seeded(seed_of(*key, number)):
+            before = random_generators()
+            item = self._dataset[number]
+            if (
+                number not in self.numbers_that_draw
+                and len(self.numbers_that_draw) < _MOST_DRAWING
+                and random_generators() != before
+            ):
+                self.numbers_that_draw.append(number)
+            return [item]
         return []
 
-    def _shapes(self, item: Any) -> list[tuple[int, ...]]:
-        return [tuple(leaf.shape) for leaf in pytree.tree_leaves(self._first([item]))]
+    def _shapes(self, item: Any) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(leaf.shape) for leaf in pytree.tree_leaves(self._first([item])))
 
-    def _find_longest(self) -> list[Any]:
-        """Return the items of which some tensor is the longest along some axis."""
+    def _read_all(self) -> tuple[list[Any], set[Any]]:
+        """Read every sample once, and keep a few: where a text is cut at a length, most have it, and few are shorter.
+
+        Returns:
+            The items of which some tensor is the longest along some axis, and all shapes that samples have.
+        """
+        count = len(self._dataset)
+        evenly_spaced = {0, 1, *probes_of(count)} if count else set()
         most: dict[tuple[int, int], tuple[int, Any]] = {}
-        for item in itertools.chain.from_iterable(map(self._items, range(len(self._dataset)))):
-            for place, shape in enumerate(self._shapes(item)):
-                for axis, size in enumerate(shape):
-                    if (place, axis) not in most or size > most[place, axis][0]:
-                        most[place, axis] = size, item
-        return list({id(item): item for _, item in most.values()}.values())
+        forms: set[Any] = set()
+        for number in range(count):
+            for item in self._items(number):
+                # Of others, what the function does not take is said where it is wanted.
+                with suppress(DataError) if number not in evenly_spaced else nullcontext():
+                    shapes = self._shapes(item)
+                    if number in evenly_spaced or (len(forms) == 1 and shapes not in forms):
+                        self._looked_at.append(item)
+                    forms.add(shapes)
+                    for place, shape in enumerate(shapes):
+                        for axis, size in enumerate(shape):
+                            if (place, axis) not in most or size > most[place, axis][0]:
+                                most[place, axis] = size, item
+        return list({id(item): item for _, item in most.values()}.values()), forms
+
+    def _check_lengths(self) -> None:
+        """Refuse samples whose lengths are drawn at random: the longest of them is not known before training."""
+        for number in self.numbers_that_draw:
+            keys: list[DrawKey] = [FIXED, (*FIXED, "again"), (*FIXED, "and again")]
+            found = [self._shapes(item) for key in keys for item in self._items(number, key)]
+            if len(set(found)) > 1:
+                raise DataError(
+                    f"{self._where}: sample {number} has another length whenever it is read ({found[0]}, {found[-1]}), so that it is not known "
+                    "to what samples are to be padded; have collate_fn pad all to one length, or draw no lengths at random"
+                )
 
     def _check(self) -> None:
         """Refuse a function that does more than to pad samples: each is collated by itself here."""
         if not self._looked_at:
             return  # that there are none, or that none can be read, is said where they are wanted
-        first = self._looked_at[:1]
+        first, *rest = self._looked_at
         # Where samples differ in length, two that do: what the one does to the other would show.
-        others = [item for item in self._looked_at[1:] if not self.pads or self._shapes(item) != self._shapes(first[0])]
-        items = [*first, *(others or self._looked_at[1:])[:1]]
-        whole = self._batch([*items, *self._beside])
-        together = [pytree.tree_map(lambda tensor, row=row: tensor[row], whole) for row in range(len(items))]
-        same = _all_alike(same_values, together, [self._sample(item) for item in items])
+        unlike = [item for item in rest if self._shapes(item) != self._shapes(first)]
+        pair = [first, *(unlike or rest)[:1]]
+        whole = self._batch([*pair, *self._beside])
+        together = [pytree.tree_map(lambda tensor, row=row: tensor[row], whole) for row in range(len(pair))]
+        same = _all_alike(same_values, together, [self._sample(item) for item in pair])
         if self.pads and same:
             same = _all_alike(
                 _extends, [self._sample(item) for item in self._looked_at], [self._first([item]) for item in self._looked_at]

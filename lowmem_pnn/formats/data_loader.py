@@ -33,7 +33,7 @@ def loader_options(data: Any) -> dict[str, Any]:
     if not isinstance(data, DataLoader) or data.batch_size is None:
         return {}
     options: dict[str, Any] = {"batch_size": data.batch_size}
-    if isinstance(data.sampler, SequentialSampler):
+    if own_sampler(data) is None and type(data.sampler) is SequentialSampler:
         options["shuffle"] = False
     if own_sampler(data) is not None:
         # It draws from all samples, so that none is left to validate on.
@@ -50,13 +50,13 @@ def own_sampler(data: Any) -> Any:
     if not isinstance(data, DataLoader) or data.batch_size is None:
         return None
     sampler: Any = data.sampler
-    if type(sampler) in (SequentialSampler, SubsetRandomSampler) or _is_shuffle(sampler, data.dataset):
-        return None
-    return sampler
+    return None if type(sampler) is SubsetRandomSampler or _is_of_all(sampler, len(data.dataset)) else sampler
 
 
-def _is_shuffle(sampler: Any, dataset: Any) -> bool:
-    return type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(dataset)
+def _is_of_all(sampler: Any, num_samples: int) -> bool:
+    """Decide whether a sampler gives each sample once, in order or shuffled."""
+    in_order = type(sampler) is SequentialSampler
+    return (in_order or (type(sampler) is RandomSampler and not sampler.replacement)) and len(sampler) == num_samples
 
 
 def without_loader(data: Any, where: str, *, trains: bool = False) -> Any:

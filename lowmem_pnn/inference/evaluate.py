@@ -16,7 +16,7 @@ from lowmem_pnn.inference.smaller_budget import within
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.run.finished import FinishedRun
 from lowmem_pnn.run.ranks import ALONE
-from lowmem_pnn.run.resume import check_plan, check_same_data
+from lowmem_pnn.run.resume import check_metrics, check_plan, check_same_data
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
@@ -59,11 +59,7 @@ def evaluate_run(
             _given(finished, path, data, model, own) if data is not None else (config, _own(config, path, model, own))
         )
         planned = Plan.from_json(state.plan)
-        if planned.loss_chunk is not None and own.metrics:
-            raise ConfigError(
-                f"metrics of your own take whole outputs, and the run's plan has {planned.loss_chunk} rows at a time; take them of what "
-                f"lowmem_pnn.predict({str(path)!r}) returns"
-            )
+        check_metrics(state, own.metrics, path)
         if max_gpu_mem is not None:
             config = with_first_values(config)
         # What was watched in training may be a metric that is not given here.

@@ -58,6 +58,11 @@ class Visit:
     frozen: bool = False
 
     @property
+    def begins_epoch(self) -> bool:
+        """Whether no samples of the visit's first epoch come before its own in the partition."""
+        return self.macro_batch is None or self.macro_batch[0] == 0
+
+    @property
     def epochs_learnt(self) -> int:
         """Passes over the samples in which the partition learns."""
         return self.epochs if self.action == "learn" else 0

@@ -17,6 +17,7 @@ from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.state import State
 from lowmem_pnn.stores.disk import RUN_REMEDY
 from lowmem_pnn.stores.run_directory import RunDirectory
+from lowmem_pnn.tasks import OwnMetrics
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.zoo.model_source import ModelSource
 
@@ -107,6 +108,25 @@ def resumed_state(rundir: RunDirectory, workload: Workload, rank: Rank) -> State
     check_plan(state, workload, rundir.path)
     check_position(state, workload, rundir.path)
     return state
+
+
+def check_metrics(state: State, metrics: OwnMetrics, path: Path) -> None:
+    """Refuse metrics of the user's own where a run's plan has the model's outputs in pieces.
+
+    Args:
+        state: state of the run.
+        metrics: the metrics, by name.
+        path: folder of the run, for the message.
+
+    Raises:
+        ConfigError: there are such.
+    """
+    rows = state.plan["loss_chunk"]
+    if rows is not None and metrics:
+        raise ConfigError(
+            f"metrics of your own take whole outputs, and the run's plan has {rows} rows at a time; take them of what "
+            f"lowmem_pnn.predict({str(path)!r}) returns"
+        )
 
 
 def check_plan(state: State, workload: Workload, path: Path) -> None:

@@ -85,7 +85,7 @@ class Run:
         progress, item = self.state.progress, self.item
         tally, progress.tally = progress.tally, Tally()
         if isinstance(item, Visit) and item.macro_batch is not None:
-            tally = self._of_the_whole_epoch(partition, tally, begins=item.macro_batch[0] == 0)
+            tally = self._of_the_whole_epoch(partition, tally, begins=item.begins_epoch)
         self.state.records[partition].train_loss = tally.loss
 
     def _of_the_whole_epoch(self, partition: int, tally: Tally, *, begins: bool) -> Tally:

@@ -1,10 +1,14 @@
 """Draws: what a data set draws at random while a sample is read, made a function of a key and of the sample's number.
 
-with seeded(seed_of(*key, number)):     the key of a training sample is (seed of the run, "sample", "epoch", epoch), of any
-sample = dataset[number]            other ("sample",): so a sample is the same whenever it is read again
+    with host_seeded(seed_of(*key, number)):
+        sample = dataset[number]
+
+The key of a training sample is (seed of the run, "sample", "epoch", epoch), that of any other is ("sample",): so a sample is the same
+whenever it is read again.
 """
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,12 +47,23 @@ class SampleReader:
     """
 
     def __init__(self, dataset: Any, length: int) -> None:
-        self._dataset = dataset
-        looks = [self._look_at(number) for number in probes_of(length)]
-        self.is_random = any(is_random for is_random, _ in looks)
+        self._dataset, self._notices = dataset, False
+        self.is_random = False
         """Whether a sample follows from the global random generators."""
-        self.uses_generators = self.is_random or any(uses for _, uses in looks)
+        self.uses_generators = False
         """Whether reading a sample changes the global random generators, be it that the data set seeds them itself."""
+        # A collation has read all samples, and knows some that draw.
+        for number in dict.fromkeys([*probes_of(length), *getattr(dataset, "numbers_that_draw", ())]):
+            self._look_at(number)
+
+    @contextmanager
+    def noticing(self) -> Iterator[None]:
+        """Look, in a context in which samples are read anyway, whether some draw that stand alone, as where one rare class is augmented."""
+        self._notices = True
+        try:
+            yield
+        finally:
+            self._notices = False
 
     def read(self, number: int, key: DrawKey | None = None) -> Any:
         """Return what the data set gives at a number; the global random generators are as before afterwards.
@@ -57,23 +72,30 @@ class SampleReader:
             number: Number of the sample.
             key: What is drawn follows from this and the number; None for `FIXED`.
         """
-        if not self.uses_generators:
+        if not self.uses_generators and not self._notices:
             return self._dataset[number]
         with host_seeded(seed_of(*(FIXED if key is None else key), number)):
-            return self._dataset[number]
+            if self.uses_generators:
+                return self._dataset[number]
+            before = random_generators()
+            try:
+                return self._dataset[number]
+            finally:
+                if random_generators() != before:
+                    self._look_at(number)
 
-    def _look_at(self, number: int) -> tuple[bool, bool]:
-        """Return whether a sample follows from the global generators, and whether reading it changes them.
+    def _look_at(self, number: int) -> None:
+        """Find out whether a sample follows from the global generators, and whether reading it changes them.
 
         What is drawn need not show in every sample: half of all flips leave an image as it is. So the generators are looked at.
         """
         one, other = self._observed(number, 0), self._observed(number, 1)
         # Of the first reading of all something may be drawn once, as by what is imported then.
-        if any(change and own != others for change, own, others in zip(other.changes, one.after, other.after, strict=True)):
-            return True, True
+        follows = any(change and own != others for change, own, others in zip(other.changes, one.after, other.after, strict=True))
         # A data set may put generators back, or seed them by itself once it has drawn; one with a generator of its own has no such rule.
-        follows = not one.same_as(other) and one.same_as(self._observed(number, 0))
-        return follows, follows or any(other.changes)
+        follows = follows or (not one.same_as(other) and one.same_as(self._observed(number, 0)))
+        self.is_random |= follows
+        self.uses_generators |= follows or any(other.changes)
 
     def _observed(self, number: int, seed: int) -> "_Observed":
         with host_seeded(seed):

@@ -62,15 +62,17 @@ class MapSplit(SampleSplit):
         self.where = where
         self._dataset, self._input_form, self._resize = dataset, input_form, resize
         self._reader = SampleReader(dataset, len(dataset))
+        with self._reader.noticing():
+            if skip_broken and (broken := self._find_broken()):
+                self.skip(broken)
+            first, _ = self._item(int(self._kept[0]))
+            self.preprocessing = self._preprocessing(first)
+            found = self._find_targets(tuple(first.shape), holds_tokens(first.dtype, input_form), options)
+            self.targets = found.of_size(resize)
+            if self.targets.are_classes:
+                self.targets = self._counted() if num_classes is None else self._of_classes(num_classes)
+                self._read_each_class()
         self.is_random, self.uses_generators = self._reader.is_random, self._reader.uses_generators
-        if skip_broken and (broken := self._find_broken()):
-            self.skip(broken)
-        first, _ = self._item(int(self._kept[0]))
-        self.preprocessing = self._preprocessing(first)
-        found = self._find_targets(tuple(first.shape), holds_tokens(first.dtype, input_form), options)
-        self.targets = found.of_size(resize)
-        if self.targets.are_classes:
-            self.targets = self._counted() if num_classes is None else self._of_classes(num_classes)
 
     def batch(self, indices: Indices, key: DrawKey | None = None) -> tuple[Tensor, Tensor]:
         """Return samples and targets; see `Split.batch`.
@@ -133,6 +135,13 @@ class MapSplit(SampleSplit):
             counts = [count_classes(x[None], x[None]) for x, _ in map(self._sample, self._kept.tolist())]
             found = found.of_classes(max(found.num_classes, *counts))
         return found.of_size(self._resize)
+
+    def _read_each_class(self) -> None:
+        """Read a sample of each class, where the data set has a list of them: those of one class alone may draw at random."""
+        for number in _first_of_each_class(self._dataset):
+            # What cannot be read is said where it is wanted.
+            with suppress(Exception):
+                self._reader.read(number)
 
     def _find_broken(self) -> dict[int, str]:
         """Read every sample, and say what is wrong with those that cannot be used."""
@@ -358,3 +367,17 @@ def _known_classes(dataset: Any, where: str, form: Targets) -> int | None:
         # A data set may turn what it calls `targets` into class numbers as a sample is read.
         return None
     return form.count(numbers) if numbers.numel() else None
+
+
+def _first_of_each_class(dataset: Any) -> list[int]:
+    """Return the number of the first sample of each class, of a map-style data set whose labels are known without reading the samples."""
+    if isinstance(dataset, torch.utils.data.Subset):
+        inner, places = dataset.dataset, np.asarray(dataset.indices)
+    else:
+        inner, places = dataset, None
+    with suppress(Exception):  # anything may be called `targets`
+        labels = np.asarray(inner.targets)  # type: ignore[attr-defined]
+        labels = labels if places is None else labels[places]
+        if labels.ndim == 1 and len(labels) == len(dataset):
+            return [int(number) for number in np.unique(labels, return_index=True)[1]]
+    return []

@@ -42,14 +42,15 @@ class StructuredSplit(SampleSplit):
         require_samples(num_samples, where)
         super().__init__(num_samples)
         self.where, self._reader = where, SampleReader(dataset, num_samples)
-        self.is_random, self.uses_generators = self._reader.is_random, self._reader.uses_generators
         first, self.structure, _ = self._leaves(0)
         self.forms = tuple(
             Preprocessing.choose(tuple(tensor.shape), tensor.dtype, "any", f"{where}, {name}")
             for name, tensor in zip(self.names, first, strict=True)
         )
         self.preprocessing = self.forms[0]
-        self.targets = self._find_targets(options)
+        with self._reader.noticing():
+            self.targets = self._find_targets(options)
+        self.is_random, self.uses_generators = self._reader.is_random, self._reader.uses_generators
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -130,7 +130,7 @@ class StepCounts:
                 self.before.append(0)
                 self.before_in_epoch.append(0)
                 continue
-            if item.action == "learn" and (item.macro_batch is None or item.macro_batch[0] == 0):
+            if item.action == "learn" and item.begins_epoch:
                 at_epoch[item.partition] = self._total[item.partition]
             self.before.append(self._total[item.partition])
             self.before_in_epoch.append(self._total[item.partition] - at_epoch[item.partition])

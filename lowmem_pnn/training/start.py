@@ -31,6 +31,7 @@ from lowmem_pnn.run.finished import read_result
 from lowmem_pnn.run.loggers import open_logger
 from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.run.resume import (
+    check_metrics,
     check_same_rank,
     check_same_weights,
     count_resume,
@@ -178,6 +179,7 @@ def resume(
     with file_system_faults(path), _environment(display) as threads, open_logger(config, display) as loggers:
         inputs = _open_before_floor(config, open_inputs, display)
         check_same_weights(state, inputs.source, path)
+        check_metrics(state, inputs.own.metrics, path)
         if state.stage != "born":
             inputs = without_weights(inputs)  # the run's files have them
             config = with_new_modules(config, state.pretrained)

@@ -150,7 +150,8 @@ def make_workload(
             )
         frozen = capture(early, chain.boundaries[0], precision, chain.call_form, learns_from, _occurring(config, splits))
         frozen.drop_values()
-        workload = dataclasses.replace(workload, early=dataclasses.replace(workload, chain=frozen, bare=frozen))
+        first = dataclasses.replace(workload, chain=frozen, bare=frozen, parts=None)
+        workload = dataclasses.replace(workload, early=_by_method(first))
     workload.check_rates()
     _ = workload.without_decay  # patterns are checked before anything is made
     if config.loss_chunk is not None and task.metrics is not None:
@@ -287,9 +288,9 @@ def by_other_method(workload: Workload, config: FitConfig) -> Workload:
         ConfigError: the method cannot train this.
     """
     chain = workload.parts or workload.bare
-    return _by_method(
-        dataclasses.replace(workload, config=config, method=make_method(config), chain=chain, bare=chain, parts=None)
-    )
+    early = None if workload.early is None else by_other_method(workload.early, config)
+    other = dataclasses.replace(workload, config=config, method=make_method(config), early=early)
+    return _by_method(dataclasses.replace(other, chain=chain, bare=chain, parts=None))
 
 
 def _by_method(workload: Workload) -> Workload:

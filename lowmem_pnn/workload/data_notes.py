@@ -28,10 +28,12 @@ def _draw_notes(workload: Workload) -> list[str]:
     """Return that the data set draws samples at random, and what the draws follow from."""
     if not workload.dataset.is_random:
         return []
-    alone = "; they are read between batches, with --workers N beside them" if reads_alone(workload.splits["train"]) else ""
+    # A plan starts no readers, which the run will have.
+    alone = not workload.config.workers and reads_alone(workload.splits["train"])
+    when = "; they are read between batches, with --workers N beside them" if alone else ""
     return [
         "the data set draws training samples at random, anew in every epoch, from run seed, epoch and index (docs/data.md), and samples to "
-        f"validate and test on once for all{alone}"
+        f"validate and test on once for all{when}"
     ]
 
 

@@ -14,8 +14,12 @@ from lowmem_pnn.tasks.scores import DIRECTIONS
 from lowmem_pnn.tasks.task import Task
 from lowmem_pnn.workload.workload import Workload
 
-# Samples whose targets a loss, and metrics, of the user's own are tried on.
+# Samples whose targets a loss, and metrics, of the user's own are tried on; two, the fewest that say something, where the outputs of more
+# have more bytes than this: no budget is enforced yet.
 _EXAMINED = 4
+_EXAMINED_BYTES = 64 * 2**20
+# Of the float32 numbers that outputs are made up as.
+_ELEMENT_BYTES = 4
 
 
 def check_mixing(config: FitConfig, dataset: Dataset) -> None:
@@ -52,12 +56,15 @@ def try_own(task: Task, train: Split, outputs: tuple[TensorSpec, ...]) -> None:
     """
     if not isinstance(task, OwnTask) and task.metrics is None:
         return
-    targets = train.batch(range(min(_EXAMINED, len(train))))[1]
+    sample_bytes = _ELEMENT_BYTES * sum(math.prod(spec.shape) for spec in outputs)
+    fit = _EXAMINED_BYTES // max(1, sample_bytes)
+    targets = train.batch(range(min(max(2, fit), _EXAMINED, len(train))))[1]
     if isinstance(task, OwnTask):
         task.examine(targets, outputs)
     if task.metrics is not None:
         task.metrics.check_names(task.task_score_names(outputs))
-        task.metrics.examine(targets, outputs)
+        if len(targets) <= fit:  # what a loss has to be asked, metrics may say as they are used
+            task.metrics.examine(targets, outputs)
 
 
 def check_monitor(config: FitConfig, task: Task, outputs: tuple[TensorSpec, ...]) -> None:

@@ -19,6 +19,7 @@ from helpers.simulated import train_on
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import BudgetError, ConfigError, DataError, Stopped
 from lowmem_pnn.inference import load as known_models
+from lowmem_pnn.planning.request import PlanRequest
 
 RANDOM = torch.Generator().manual_seed(0)
 X = torch.rand(40, 6, generator=RANDOM)
@@ -121,6 +122,21 @@ def test_a_loss_of_ones_own(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"with its own loss \(python:loss\), .* lowmem_pnn.evaluate\(.*, loss=...\)$"):
         lowmem_pnn.evaluate(result, data)
     assert lowmem_pnn.evaluate(result, data, loss=loss, metrics=metrics) == as_evaluated(result.scores["test"])
+
+
+def test_metrics_are_refused_where_outputs_are_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a plan has them where they are large.
+    monkeypatch.setattr(PlanRequest, "loss_chunk", 4)
+    run = {**RUN, "workdir": tmp_path / "run", "commit_every": 0, "batch_size": 20}
+    with pytest.raises(Stopped):
+        lowmem_pnn.fit(build, (X, Y), display=StopsAt(2), **run)
+    given = {"metrics": {"mean": lambda outputs, targets: (outputs.mean(), 1)}}
+    text = r"^metrics of your own take whole outputs, and the run's plan has 4 rows at a time; take them of what lowmem_pnn.predict\("
+    with pytest.raises(ConfigError, match=text):
+        lowmem_pnn.fit(build, (X, Y), resume=True, **given, **run)
+    result = lowmem_pnn.fit(build, (X, Y), resume=True, **run)
+    with pytest.raises(ConfigError, match=text):
+        lowmem_pnn.evaluate(result, (X, Y), **given)
 
 
 # On another machine.

@@ -16,7 +16,7 @@ from helpers.displays import StopsAt
 from helpers.exact_runs import COMMON, fit
 from helpers.frozen import FrozenByItsCode, freeze_plainly
 from helpers.plainloops import OPTIMIZERS, assert_same_weights, built, cross_entropy, loaded, training_split
-from helpers.small_networks import images
+from helpers.small_networks import images, small_resnet
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.optim.lr_schedules import lr_factor
@@ -113,6 +113,14 @@ def test_unfrozen_parameters_learn_as_in_plain_pytorch(until: int, more: dict[st
     assert [part["epochs"] for part in result.partitions] == [3] * len(result.partitions)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines if line["action"] in ("sweep", "learn")] == [1, 2, 3]
+
+
+def test_unfrozen_blocks_learn_as_in_plain_pytorch(tmp_path: Path) -> None:
+    # The whole model is cut between blocks here, and could be cut inside them.
+    options = {**COMMON, "epochs": 2}
+    result = fit(small_resnet, images(), tmp_path / "run", method="backprop", freeze="[013].*", unfreeze_at=1, **options)
+    expected = train_in_groups(small_resnet, lambda name: 0.01, "[013].*", 1, **options)
+    assert_same_weights(loaded(small_resnet, result.weights_file), expected)
 
 
 @pytest.mark.parametrize("cuts", [None, "1,2,3"])

@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 from helpers.datasets import Pairs
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.formats.collated import CollatedDataset, pad_alike
+from lowmem_pnn.seeds import random_generators
+from lowmem_pnn.sources.map_split import from_torch
 
 LENGTHS = [3, 3, 5, 2, 7, 4, 7, 1] * 5
 DATA = Pairs([(torch.arange(1.0, length + 1), number % 3) for number, length in enumerate(LENGTHS)])
@@ -64,6 +66,42 @@ def test_all_parts_are_padded_to_the_longest_of_all() -> None:
     assert [tuple(part[0][0][0].shape) for part in (train, val)] == [(9,), (9,)]
     alike = [CollatedDataset(Pairs(DATA.items[:2]), pads, "a")]
     assert (pad_alike(alike), alike[0].pads) == ((), False)
+
+
+def test_few_that_are_shorter_are_padded_too() -> None:
+    # As where texts are cut at a length: no evenly spaced one is shorter.
+    items = [(torch.ones(3 if number == 29 else 5), 0) for number in range(100)]
+    dataset = CollatedDataset(Pairs(items), pads, "a")
+    assert dataset.pads
+    (x, length), _ = dataset[29]
+    assert (x.tolist(), int(length)) == ([1, 1, 1, -1, -1], 3)
+
+
+class Noisy(Pairs):
+    """Adds what is drawn at random to some samples, and may draw their lengths too."""
+
+    def __init__(self, number: int, draws_lengths: bool = False) -> None:
+        super().__init__(DATA.items)
+        self.number, self.draws_lengths = number, draws_lengths
+
+    def __getitem__(self, index: int) -> Any:
+        x, label = super().__getitem__(index)
+        if index != self.number:
+            return x, label
+        return (x + torch.rand(1))[: int(torch.randint(1, 9, ())) if self.draws_lengths else None], label
+
+
+def test_what_samples_draw_follows_from_their_numbers() -> None:
+    number = LENGTHS.index(7)  # the longest
+    before = random_generators()
+    one, other = (CollatedDataset(Noisy(number), pads, "a") for _ in range(2))
+    assert random_generators() == before
+    assert torch.equal(one.longest[0][0], other.longest[0][0])
+    assert from_torch(one).is_random
+    with pytest.raises(
+        DataError, match=r"^a: sample 4 has another length whenever it is read \(.*\), so that it is not known to what"
+    ):
+        CollatedDataset(Noisy(number, draws_lengths=True), pads, "a")
 
 
 @pytest.mark.parametrize("collate", [centres, reverses])

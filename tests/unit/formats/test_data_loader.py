@@ -49,6 +49,7 @@ class Stream(IterableDataset[Any]):
         (DataLoader(DATA, batch_size=4), {"batch_size": 4, "shuffle": False}),
         (DataLoader(DATA, batch_size=5, shuffle=True, drop_last=True), {"batch_size": 5, "drop_last": True}),
         (DataLoader(DATA, batch_size=4, sampler=WeightedRandomSampler([1.0] * 10, 10)), {"batch_size": 4, "val_fraction": 0.0}),
+        (DataLoader(DATA, batch_size=4, sampler=SequentialSampler(range(6))), {"batch_size": 4, "val_fraction": 0.0}),
         (DataLoader(DATA, batch_size=4, sampler=SubsetRandomSampler([1, 3])), {"batch_size": 4}),
         (DATA, {}),
     ],
@@ -79,10 +80,11 @@ def test_a_short_last_batch_is_left_out_where_it_is_known_which() -> None:
 
 
 def test_own_samplers_draw_training_samples() -> None:
-    sampler = WeightedRandomSampler([1.0] * 10, 10)
-    loader = DataLoader(DATA, batch_size=4, sampler=sampler)
-    assert without_loader(loader, "a", trains=True) is DATA
-    assert own_sampler(loader) is sampler
+    # The last leaves samples out.
+    for sampler in (WeightedRandomSampler([1.0] * 10, 10), SequentialSampler(range(6))):
+        loader: Any = DataLoader(DATA, batch_size=4, sampler=sampler)
+        assert without_loader(loader, "a", trains=True) is DATA
+        assert own_sampler(loader) is sampler
     for other in (DATA, DataLoader(DATA, shuffle=True), DataLoader(DATA), DataLoader(DATA, sampler=SubsetRandomSampler([1]))):
         assert own_sampler(other) is None
 
@@ -93,6 +95,10 @@ def test_own_samplers_draw_training_samples() -> None:
         (
             DataLoader(DATA, batch_size=4, sampler=WeightedRandomSampler([1.0] * 10, 10)),
             r"a is a DataLoader with a WeightedRandomSampler, and all samples are measured, once each; give one with shuffle=False, or",
+        ),
+        (
+            DataLoader(DATA, batch_size=4, sampler=SequentialSampler(range(6))),
+            r"a is a DataLoader with a SequentialSampler, and all samples are measured, once each; give one with shuffle=False, or its",
         ),
         (
             DataLoader(DATA, batch_size=4, sampler=RandomSampler(DATA, num_samples=4)),

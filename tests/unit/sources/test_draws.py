@@ -31,6 +31,14 @@ class Own(Pairs):
         return self.change(x, index), label
 
 
+class Doubled(Pairs):
+    """Samples of two tensors."""
+
+    def __getitem__(self, index: int) -> Any:
+        x, label = self.items[index]
+        return (x, x), label
+
+
 def seeds_itself(x: Any, index: int) -> Any:
     torch.manual_seed(index)
     return x + torch.rand(3)
@@ -69,6 +77,23 @@ def test_what_is_drawn_at_the_first_reading_of_all_is_no_random_transform() -> N
     dataset = Own(lambda x, _: x)
     dataset.change = lambda x, _: x if dataset.reads > 1 else x + 0 * torch.rand(())
     assert not SampleReader(dataset, len(ITEMS)).uses_generators
+
+
+@pytest.mark.parametrize("way", ["counted", "listed", "part of a list", "structured", "skip broken"])
+def test_one_class_that_draws_alone_is_noticed(way: str) -> None:
+    # Only the one sample of a rare class, which no evenly spaced one is.
+    dataset: Any = Own(lambda x, index: x + torch.rand(3) if index == 51 else x)
+    dataset.items = [(torch.arange(3.0) + number, int(number == 51)) for number in range(100)]
+    if "list" in way:
+        dataset.targets = [label for _, label in dataset.items]
+    if way == "part of a list":
+        dataset = torch.utils.data.Subset(dataset, range(2, 100))
+    if way == "structured":
+        dataset = Doubled(dataset)
+    before = random_generators()
+    split = from_torch(dataset, num_classes=2 if way == "skip broken" else None, skip_broken=way == "skip broken")
+    assert (split.is_random, split.uses_generators) == (True, True)
+    assert random_generators() == before
 
 
 @pytest.mark.parametrize("structured", [False, True])

@@ -1,14 +1,17 @@
-"""Checks of what data allow: samples that differ from epoch to epoch, and methods that keep what they have computed of them."""
+"""Checks of what data and the task allow: samples that differ from epoch to epoch, and methods that keep what they have computed of them."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.methods import make_method
-from lowmem_pnn.workload.option_checks import check_epochs
+from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.sources.map_split import from_torch
+from lowmem_pnn.workload.option_checks import check_epochs, try_own
 from lowmem_pnn.workload.workload import Workload
 
 
@@ -59,3 +62,12 @@ def test_samplers_are_for_ordinary_training(options: dict[str, Any]) -> None:
         f"--method {options['method']}: the WeightedRandomSampler of the data loader draws other samples in every epoch, and partitions learn "
         "one after the other; use --method exact or backprop, or give a loader with shuffle=True or False"
     )
+
+
+@pytest.mark.parametrize(("vocabulary", "tried"), [(10, [4]), (2**23, [2]), (2**24, [])])
+def test_metrics_are_tried_on_outputs_of_some_megabytes(vocabulary: int, tried: list[int]) -> None:
+    sizes: list[int] = []
+    metrics = SimpleNamespace(check_names=lambda names: None, examine=lambda targets, outputs: sizes.append(len(targets)))
+    task: Any = SimpleNamespace(metrics=metrics, task_score_names=lambda outputs: ("loss",))
+    try_own(task, from_torch((torch.zeros(6, 2), torch.arange(6))), (TensorSpec((vocabulary,), torch.float32),))
+    assert sizes == tried

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem_pnn.config.configure import configure
+from lowmem_pnn.config.configure import configure, for_method
 from lowmem_pnn.methods import Sweep, Visit
 from lowmem_pnn.run.macs import samples_learnt
-from lowmem_pnn.workload import Workload, make_workload
+from lowmem_pnn.workload import Workload, by_other_method, make_workload
 from lowmem_pnn.workload.inputs import python_inputs
 
 DATA = torch.rand(20, 6), torch.arange(20) % 3
@@ -52,6 +52,13 @@ def test_what_is_unfrozen_learns_beside_what_the_models_code_freezes() -> None:
 def test_backprop_is_frozen_and_unfrozen_in_two_visits() -> None:
     items = workload(method="backprop", freeze="[01].*", unfreeze_at=2, epochs=5).program([(0, 3)])
     assert [(item.epochs, item.epochs_before, item.frozen) for item in items] == [(2, 0, True), (3, 2, False)]
+
+
+def test_another_method_has_its_own_frozen_epochs() -> None:
+    asked = workload("0", freeze="1.*", unfreeze_at=2, epochs=5)
+    other = by_other_method(asked, for_method(asked.config, "backprop"))
+    assert (asked.fixed_layers, other.fixed_layers) == (2, 0)
+    assert by_other_method(other, for_method(other.config, "exact")).fixed_layers == 2
 
 
 @pytest.mark.parametrize("method", ["pnn", "neuroflux"])
