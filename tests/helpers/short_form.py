@@ -1,4 +1,4 @@
-"""What the short form of the tests leaves out, and `--long` runs: further cases of a test, whose other cases walk the same code, and long tests
+"""What the short form of the tests leaves out, and `--all` runs: further cases of a test, whose other cases walk the same code, and long tests
 of what others show in parts.
 
 Each line is a file, a test of it, and one of its cases; of a file by itself all tests, of a test by itself the whole.
@@ -111,6 +111,16 @@ def is_left_out(nodeid: str) -> bool:
     """
     name = nodeid.removeprefix("tests/")
     return name in _LEFT_OUT or name.partition("::")[0] in _LEFT_OUT
+
+
+def is_named(name: str, arguments: list[str]) -> bool:
+    """Decide whether one of the command line's arguments names a test: itself, or all of its cases.
+
+    Example:
+        >>> [is_named("a.py::test_one[conv]", [text]) for text in ("a.py::test_one", "a.py::test_one[conv]", "a.py::test_o")]
+        [True, True, False]
+    """
+    return any(name == argument or name.startswith((f"{argument}[", f"{argument}::")) for argument in arguments)
 
 
 _LEFT_OUT = frozenset(LONG)
