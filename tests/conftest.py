@@ -1,6 +1,6 @@
 """Fixtures of all tests, and what the tests' three tiers are for.
 
-`tests/unit` mirrors the package's folders: one file of tests for one module, each test a fraction of a second, all of them under two minutes.
+`tests/unit` mirrors the package's folders: one file of tests for one module, most of a fraction of a second, all of six core minutes.
 `tests/runs` holds whole runs in this process, on small networks: what a run computes is compared with plain PyTorch, with itself stopped and
 resumed, and with its plan. `tests/system` holds what needs processes, signals, kills, a file system or a terminal of its own, or a GPU (mark
 `gpu`). What several files share stands in `tests/helpers`; `tests/trials` holds the scripts of the reliability trials, which tests in

@@ -60,7 +60,9 @@ def test_a_run_is_the_same_as_plain_pytorch_with_peft(cuts: str | None, options:
         learns: nn.Module = peft.get_peft_model(model, settings)
         return learns
 
-    result = fit(small_mlp, vectors(), tmp_path / "run", compare=True, **LORA, **options, **COMMON, **({"cuts": cuts} if cuts else {}))
+    result = fit(
+        small_mlp, vectors(), tmp_path / "run", compare=True, **LORA, **options, **COMMON, **({"cuts": cuts} if cuts else {})
+    )
     expected = train_by_exact(plain, vectors(), **COMMON)
     state = {
         name.removeprefix("base_model.model.").replace(".default.weight", "").replace(".base_layer", ""): tensor
