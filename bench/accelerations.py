@@ -156,11 +156,13 @@ def main() -> None:
             for network, variants in found.items()
         }
         words = ", ".join(f"{network} {ratio:.2f}" for network, ratio in best.items())
-        lines += [f"- up to {PAPER_SPEED_UP} times as fast (the review, on a GPU); the best here: {words}", ""]
+        here = "the best here, of one run each, in which a tenth is noise"
+        lines += [f"- up to {PAPER_SPEED_UP} times as fast (the review, on a GPU); {here}: {words}", ""]
     if arguments.quick:
         print("\n".join(lines))
         return
-    write_results("accelerations", "Accelerations: accumulation, mixed precision, channels last", "\n".join(lines), kept)
+    title = "Accelerations: accumulation, mixed precision, channels last"
+    write_results("accelerations", title, "\n".join(lines), kept, machines=cache.machines)
 
 
 if __name__ == "__main__":

@@ -78,11 +78,13 @@ def emnist_in_words(data: str) -> str:
 
 
 class Cache:
-    """Figures of finished runs, a JSON line each, by what was run.
+    """Figures of finished runs, a JSON line each, by what was run; beside them the machine, and the state of the code, that they are of.
 
     Args:
         name: of the bench.
         again: forget what is there.
+
+    `machines` are those of the figures that were asked for, each once.
     """
 
     def __init__(self, name: str, again: bool) -> None:
@@ -92,7 +94,10 @@ class Cache:
         if again:
             self._path.unlink(missing_ok=True)
         lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._known = {json.dumps(entry["key"]): entry["figures"] for entry in map(json.loads, lines)}
+        entries = [json.loads(line) for line in lines]
+        self._known = {json.dumps(entry["key"]): entry["figures"] for entry in entries}
+        self._machines = {json.dumps(entry["key"]): entry.get("machine", {"machine": "not noted"}) for entry in entries}
+        self.machines: list[dict[str, Any]] = []
 
     def knows(self, key: Mapping[str, Any]) -> bool:
         """Whether the run was done before."""
@@ -103,10 +108,12 @@ class Cache:
         name = json.dumps(dict(key))
         if name not in self._known:
             print(name, file=sys.stderr, flush=True)
-            self._known[name] = run()
+            self._known[name], self._machines[name] = run(), machine()
             with self._path.open("a") as file:
-                file.write(json.dumps({"key": dict(key), "figures": self._known[name]}) + "\n")
+                entry = {"key": dict(key), "machine": self._machines[name], "figures": self._known[name]}
+                file.write(json.dumps(entry) + "\n")
         found = self._known[name]
+        self.machines = distinct([*self.machines, self._machines[name]])
         assert isinstance(found, dict)
         return found
 
@@ -158,7 +165,22 @@ def machine() -> dict[str, Any]:
         "load_1min": os.getloadavg()[0],
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "torchvision", "safetensors", "numpy", "lowmem-pnn")},
+        "code": _state_of_code(),
+        "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _state_of_code() -> str:
+    """The commit, `-dirty` where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "?"
+
+
+def distinct(machines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Machines that differ in more than their load: of those that do not, the first."""
+    by_rest = {json.dumps({**one, "load_1min": None}): one for one in reversed(machines)}
+    return list(reversed(by_rest.values()))
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -168,20 +190,34 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in [lines[0], " | ".join("-" * (width - 1) + ":" for width in widths), *lines[1:]])
 
 
-def write_results(name: str, title: str, text: str, data: dict[str, Any], quiet: bool = False, write: bool = True) -> None:
+def write_results(
+    name: str,
+    title: str,
+    text: str,
+    data: dict[str, Any],
+    quiet: bool = False,
+    write: bool = True,
+    machines: Sequence[dict[str, Any]] = (),
+) -> None:
     """Write a bench's page and its data to `bench/results/NAME.md` and `.json`, and print the page unless told to be quiet.
 
-    A short form prints alone: what it measures is not what the page says (`write`).
+    A short form prints alone: what it measures is not what the page says (`write`). `machines` are those of the figures, where some were
+    kept from earlier (`Cache.machines`); by default this one.
     """
-    setting = machine()
-    lines = "\n".join(f"- {key}: {value}" for key, value in setting.items())
-    page = f"# {title}\n\n{text}\n\nMachine:\n\n{lines}\n"
+    described = list(machines) or [machine()]
+    setting = described[-1]
+    blocks = ["\n".join(f"- {key}: {value}" for key, value in one.items()) for one in described]
+    heads = ["Machine:"] if len(blocks) == 1 else [f"Machine {place} of {len(blocks)}:" for place in range(1, len(blocks) + 1)]
+    page = (
+        f"# {title}\n\n{text}\n\n" + "\n\n".join(f"{head}\n\n{lines}" for head, lines in zip(heads, blocks, strict=True)) + "\n"
+    )
     if not write:
         print(page)
         return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(page)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": setting, **data}, indent=1) + "\n")
+    more = {"machines": described} if len(described) > 1 else {}
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": setting, **more, **data}, indent=1) + "\n")
     if not quiet:
         print(page)
 

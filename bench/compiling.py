@@ -19,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, arguments_of, fit, markdown_table, write_results
+from common import RESULTS, arguments_of, distinct, fit, machine, markdown_table, write_results
 from workloads import Network, chosen, fields_of
 
 MB = 1e6
@@ -131,7 +131,7 @@ def main() -> None:
     kept = json.loads(file.read_text())["networks"] if arguments.only and not arguments.quick and file.exists() else {}
     found: dict[str, dict[str, Any]] = {name: kept[name] for name in kept if name not in names}
     for name in names:
-        found[name] = measure(name, networks[name], 1 if arguments.quick else arguments.rounds)
+        found[name] = {**measure(name, networks[name], 1 if arguments.quick else arguments.rounds), "machine": machine()}
         text = (
             f"{__doc__.split(chr(10) * 2)[1]}\n\nBatches of {', '.join(f'{networks[name].batch} ({name})' for name in found)}; {STEPS} "
             "steps an epoch. A function is a forward with its backward, or a forward for eval mode: a shape of layers has two. Peaks are "
@@ -140,7 +140,8 @@ def main() -> None:
         if arguments.quick:
             print(text)
         else:
-            write_results("compiling", "Compiled layers", text, {"networks": found})
+            machines = distinct([figures["machine"] for figures in found.values()])
+            write_results("compiling", "Compiled layers", text, {"networks": found}, machines=machines)
 
 
 if __name__ == "__main__":

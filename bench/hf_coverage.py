@@ -285,6 +285,7 @@ def main() -> None:
         text,
         {"families": data},
         write=not (arguments.quick or arguments.names),
+        machines=cache.machines,
     )
 
 

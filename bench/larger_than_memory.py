@@ -330,6 +330,13 @@ HEADS = (
 )  # fmt: skip
 
 
+def cpu_verdict(what: str, own: dict[str, Any], reference: dict[str, Any], quickest: float) -> str:
+    """The goal's line, by the quickest of plain PyTorch's runs at this depth, with the ratio to its own rival beside it."""
+    ratio, of_own = own["cpu_seconds"] / quickest, own["cpu_seconds"] / reference["cpu_seconds"]
+    beside = "" if ratio == of_own else f" ({of_own:.2f} of the run beside it; one run of each)"
+    return verdict(f"{what} at most {GOAL_CPU} of plain's", f"{ratio:.2f} of its quickest run{beside}", ratio <= GOAL_CPU)
+
+
 def verdict(goal: str, found: str, met: bool) -> str:
     """A goal's line."""
     return f"- {goal}: {found}, {'met' if met else 'NOT MET'}"
@@ -402,6 +409,9 @@ def main() -> None:
                 reached["clipping"] = (add(depth, "ours, clipping", "ours, clipping", own, clipped), clipped)
 
     lines = []
+    # Clipping does more than the same without: where that took less, the machine was slower then, and its figure says too little.
+    plain_ones = [reference for _, reference in reached.values() if "cpu_seconds" in reference]
+    quickest = min((one["cpu_seconds"] for one in plain_ones[: 1 + ("clipping" in reached)]), default=0.0)
     if f"depth {depths[0]}" in reached:
         own, reference = reached[f"depth {depths[0]}"]
         written = own["written"] / num_parameters(depths[0])
@@ -413,11 +423,7 @@ def main() -> None:
                 f"private {own['private_above_imports'] / MB:.0f} MB, RSS {own['rss_above_imports'] / MB:.0f} MB",
                 max(own["private_above_imports"], own["rss_above_imports"]) <= GOAL_PEAK,
             ),
-            verdict(
-                f"CPU seconds of a step at most {GOAL_CPU} of plain's",
-                f"{own['cpu_seconds'] / reference['cpu_seconds']:.2f}",
-                own["cpu_seconds"] <= GOAL_CPU * reference["cpu_seconds"],
-            ),
+            cpu_verdict("CPU seconds of a step", own, reference, quickest),
             verdict(f"at most {GOAL_WRITTEN} bytes written a parameter and step", f"{written:.2f}", written <= GOAL_WRITTEN),
         ]
     if "clipping" in reached:
@@ -426,6 +432,7 @@ def main() -> None:
         same = own["losses"] == reference["losses"]
         lines += [
             verdict(f"with gradients clipped at most {GOAL_WRITTEN_CLIPPED}", f"{written:.2f}", written <= GOAL_WRITTEN_CLIPPED),
+            cpu_verdict("with gradients clipped, CPU seconds of a step", own, reference, quickest),
             verdict("with gradients clipped, losses are plain PyTorch's", str(same), same),
         ]
     for depth in depths[1:]:

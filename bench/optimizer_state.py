@@ -338,7 +338,9 @@ def main() -> None:
     if arguments.quick:
         print("\n".join(lines))
         return
-    write_results("optimizer_state", "Shorter optimizer state", "\n".join(lines), {"alone": alone, "tasks": tasks})
+    write_results(
+        "optimizer_state", "Shorter optimizer state", "\n".join(lines), {"alone": alone, "tasks": tasks}, machines=cache.machines
+    )
 
 
 if __name__ == "__main__":

@@ -554,7 +554,7 @@ def main() -> None:
             third,
         ]
     )
-    write_results(name, "PNN's claims, measured", text, found)
+    write_results(name, "PNN's claims, measured", text, found, machines=cache.machines)
 
 
 if __name__ == "__main__":

@@ -244,7 +244,8 @@ def main() -> None:
         parts.append(markdown_table(["recovery", "validation accuracy %"], rows))
         result["recovery"] = recovery
     suffix = "_quick" if arguments.quick else ""
-    write_results(f"pnn_labels{suffix}", "Labels for PNN that know the classes, and short recoveries", "\n\n".join(parts), result)
+    title = "Labels for PNN that know the classes, and short recoveries"
+    write_results(f"pnn_labels{suffix}", title, "\n\n".join(parts), result, machines=cache.machines)
 
 
 if __name__ == "__main__":

@@ -363,7 +363,7 @@ def main() -> None:
         ]
     text = "\n".join(lines)
     data = {network: [asdict(run) for run in runs] for network, runs in found.items()}
-    write_results(name, "Synthetic labels on convolution and attention", text, data)
+    write_results(name, "Synthetic labels on convolution and attention", text, data, machines=cache.machines)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """How many tokens must a batch have until streaming a model from disk costs nothing?
 
 A language model of 85 million parameters whose training state is several times the budget: ours (`--method exact`) beside the same
-model in memory with activation checkpointing, which computes what ours does: blocks are checkpointed but for those that ours has in its
+model in memory with activation checkpointing, as PyTorch does it: blocks are checkpointed but for those that ours has in its
 last partition, whose activations it need not compute again. Same weights, batches and micro-batches, AdamW. Tokens per second against
 tokens per batch: the more of them, the more computing hides each weight's way from disk and back.
 
-PyTorch's checkpoint can also end its recompute at the last tensor that backward needs, which spares it the last matrix product of each
-block, a third of the block's: that is a column of its own.
+PyTorch's checkpoint ends its recompute at the last tensor that backward needs, which spares it the last matrix product of each block, a
+third of the block's. Without that (`set_checkpoint_early_stop(False)`) it computes what ours does: that is a column of its own.
 
 Processes take turns (ours, theirs, ours, theirs), so that a busy machine slows both; the ratio is of medians of seconds per step.
 
-    python bench/streaming.py [--tokens 512,1024,...] [--budget 300MB] [--rounds 2] [--text FILE] [--quick] [--again]
+    python bench/streaming.py [--tokens 512,1024,...] [--budget 300MB] [--rounds 2] [--text FILE] [--quick] [--again] [--known]
 
-Sizes that were measured are kept in bench/.cache/, so that an interrupted bench goes on; `--again` forgets them.
+Sizes that were measured are kept in bench/.cache/, so that an interrupted bench goes on; `--again` forgets them. `--known` measures
+nothing, and makes the page of the figures in bench/results/streaming.json.
 The text is $LOWMEM_PNN_DATA/tinyshakespeare.txt where there is one, else random bytes. Files go where TMPDIR says.
 """
 
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--quick", action="store_true", help="two sizes, one round; writes no page")
     parser.add_argument("--again", action="store_true", help="forget the sizes that were measured before")
+    parser.add_argument("--known", action="store_true", help="measure nothing: the page of what streaming.json holds")
     parser.add_argument("--in-memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--early-stop", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -179,22 +181,30 @@ def main() -> None:
     sizes = [int(tokens) for tokens in arguments.tokens.split(",")]
     if wrong := [tokens for tokens in sizes if tokens <= 0 or tokens % CONTEXT]:
         parser.error(f"--tokens {wrong[0]} is no multiple of the context; give multiples of {CONTEXT}")
-    load_before = os.getloadavg()[0]
+    known: dict[str, Any] = {}
+    if arguments.known:
+        known = json.loads((RESULTS / "streaming.json").read_text())
+        sizes = [point["tokens"] for point in known["points"]]
+    load_before = known.get("load_before", os.getloadavg()[0])
+    rounds = len(known["points"][0]["ours"]) if known else arguments.rounds
     cache = Cache("streaming_quick" if arguments.quick else "streaming", arguments.again)
     points, rows = [], []
     with tempfile.TemporaryDirectory() as name:
         copy, words = place_text(arguments.text, Path(name), SEED)
         for tokens in sizes:
-            key = {"tokens": tokens, "budget": arguments.budget, "rounds": arguments.rounds, "text": words}
-            found = cache.get(key, partial(take_turns, tokens, copy, arguments.budget, arguments.rounds))
-            mine, theirs, sparing = found["ours"], found["in_memory"], found["early_stop"]
+            if known:
+                found = next(point for point in known["points"] if point["tokens"] == tokens)
+            else:
+                key = {"tokens": tokens, "budget": arguments.budget, "rounds": rounds, "text": words}
+                found = cache.get(key, partial(take_turns, tokens, copy, arguments.budget, rounds))
+            mine, theirs, whole = found["ours"], found["early_stop"], found["in_memory"]
             medians = [
-                statistics.median(seconds for run in runs for seconds in run["step_seconds"]) for runs in (mine, theirs, sparing)
+                statistics.median(seconds for run in runs for seconds in run["step_seconds"]) for runs in (mine, theirs, whole)
             ]
             ratio = medians[1] / medians[0]
             own, reference = mine[0], theirs[0]
             far = max(abs(a - b) for a, b in zip(own["losses"], reference["losses"], strict=True))
-            points.append({"tokens": tokens, "ratio": ratio, "seconds": medians, **found})
+            points.append({**found, "tokens": tokens, "ratio": ratio, "seconds": medians})
             rows.append(
                 (
                     str(tokens),
@@ -215,16 +225,16 @@ def main() -> None:
             )
             print(*rows[-1], sep="\t", file=sys.stderr, flush=True)
     heads = (
-        "tokens per batch", "ours s/step", "in memory s/step", "ours tokens/s", "in memory tokens/s", "ratio", "ratio, early stop",
+        "tokens per batch", "ours s/step", "in memory s/step", "ours tokens/s", "in memory tokens/s", "ratio", "ratio, no early stop",
         "our CPU s/step", "in memory CPU s/step", "read MB/step", "written MB/step", "our peak MB", "in memory peak MB", "losses differ by",
     )  # fmt: skip
     first = points[0]["ours"][0]
-    threads = os.environ.get("OMP_NUM_THREADS", "unset")
+    threads = known.get("machine", {}).get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "unset"))
     at_goal = next((point["ratio"] for point in points if point["tokens"] == GOAL_TOKENS), None)
     page = [
         f"{MODEL}, AdamW, {words}; training state {first['training_state'] / MB:.0f} MB, budget {arguments.budget}, "
         f"{first['partitions']} partitions, micro-batches of {MICRO_BATCH * CONTEXT} tokens for both.",
-        f"In memory all blocks but the last {first['last_blocks']} are checkpointed. {arguments.rounds} round(s); medians of seconds per "
+        f"In memory all blocks but the last {first['last_blocks']} are checkpointed. {rounds} round(s); medians of seconds per "
         f"step, the first step of a process not counted. Load before: {load_before:.1f}; OMP_NUM_THREADS {threads}.",
         "",
         markdown_table(heads, rows),
@@ -237,7 +247,8 @@ def main() -> None:
         return
     if draw(points, RESULTS / "streaming.png"):
         page += ["", "![ratio against tokens per batch](streaming.png)"]
-    write_results("streaming", "Streaming: the cost against the tokens of a batch", "\n".join(page), {"points": points})
+    title, data = "Streaming: the cost against the tokens of a batch", {"load_before": load_before, "points": points}
+    write_results("streaming", title, "\n".join(page), data, machines=[known["machine"]] if known else cache.machines)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ are charged a tenth of that, since ten epochs are the default. The share of time
 What the plan predicted for an epoch stands beside it, as a ratio: `plan` times layers right before each run, by the processor time of
 its thread where there is one, and the run is timed by the wall's clock.
 
-    python bench/throughput.py [--only mlp,resnet18,vit,gpt] [--rounds 1] [--quick] [--again]
+    python bench/throughput.py [--only mlp,resnet18,vit,gpt] [--rounds 1] [--quick] [--again] [--known]
 
-Every contender is a process of its own; with several rounds they take turns, and the fastest counts, since others on the machine only
-add. About 40 minutes a round on one core; finished runs are kept in bench/.cache/.
+Every contender is a process of its own; plain processes have glibc's heap as it is, ours the one that they come with. With several rounds
+contenders take turns, and of a network the quickest round counts, whole: all its ratios, budgets and predictions are of one time. About 40
+minutes a round on one core; finished runs are kept in bench/.cache/. Networks that `--only` does not name keep their rows; `--known` measures
+nothing, and makes the page of bench/results/throughput.json.
 """
 
 import argparse
@@ -27,9 +29,11 @@ from typing import Any
 
 import numpy as np
 from common import (
+    RESULTS,
     Cache,
     StepMeter,
     arguments_of,
+    distinct,
     last_json,
     lowmem_pnn,
     markdown_table,
@@ -49,6 +53,8 @@ LOCAL = ("pnn", "neuroflux")
 # Epochs that the default writes boundaries once for.
 EPOCHS = 10
 STEPS = 3
+# A contender that needs more than this share of plain's memory saves next to nothing.
+SAVES = 0.9
 LOCAL_GOAL, EXACT_GOAL, STALL_GOAL, PREDICTION_GOAL = 1.0, 0.95, 0.05, 0.2
 
 
@@ -162,32 +168,36 @@ def ours(network: Network, steps: int, method: str, budget: int, plan_for: str) 
     }
 
 
-def fastest_of(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of the fastest round, with the highest peak of all."""
-    fastest = min(found, key=lambda run: run.get("seconds", math.inf))
-    return {**fastest, "peak": max(run["peak"] for run in found)} if "seconds" in fastest else fastest
+def quickest_of(rounds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The round whose contenders took the least together: others on the machine only add.
+
+    Args:
+        rounds: of each the figures by contender.
+    """
+    timed = [name for name in rounds[0] if all("seconds" in found[name] for found in rounds)]
+    return min(rounds, key=lambda found: sum(found[name]["seconds"] for name in timed))
 
 
 def measure(network: Network, cache: Cache, name: str, steps: int, rounds: int, fractions: tuple[int, ...]) -> dict[str, Any]:
     """All contenders of a network."""
-    runs: dict[str, list[dict[str, Any]]] = {}
+    measured: list[dict[str, dict[str, Any]]] = []
     for number in range(rounds):
+        runs: dict[str, dict[str, Any]] = {}
         key = {"network": name, **network.__dict__, "model_arg": dict(network.model_arg), "steps": steps, "round": number}
         for checkpoints in (False, True):
             contender = "checkpointed" if checkpoints else "plain"
-            own = cache.get({**key, "contender": contender}, partial(plain, network, steps, checkpoints))
-            runs.setdefault(contender, []).append(own)
+            runs[contender] = cache.get({**key, "contender": contender}, partial(plain, network, steps, checkpoints))
         for fraction in fractions:
-            budget = int(runs["plain"][0]["peak"] / fraction)
+            budget = int(runs["plain"]["peak"] / fraction)
             for contender, (method, plan_for) in CONTENDERS.items():
                 if method == "pnn" and network.data == "text":  # it has a code for each class of samples, not of tokens
                     continue
                 # By the fraction, since the budget is measured.
-                own = cache.get(
+                runs[f"{contender} 1/{fraction}"] = cache.get(
                     {**key, "contender": contender, "fraction": fraction}, partial(ours, network, steps, method, budget, plan_for)
                 )
-                runs.setdefault(f"{contender} 1/{fraction}", []).append(own)
-    return {contender: fastest_of(found) for contender, found in runs.items()}
+        measured.append(runs)
+    return quickest_of(measured)
 
 
 def rows_of(name: str, network: Network, found: Mapping[str, dict[str, Any]], steps: int) -> list[tuple[str, ...]]:
@@ -248,6 +258,26 @@ def verdicts(found: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[str]:
     ]
 
 
+def savings(found: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[str]:
+    """What checkpointing saves, which `exact` is held against: a rival that saves nothing is none, and plain training is the measure."""
+    lines = []
+    for name, contenders in found.items():
+        plain, own = contenders["plain"], contenders["checkpointed"]
+        line = f"- {name}: checkpointing takes {own['peak'] / MB:.0f} of plain's {plain['peak'] / MB:.0f} MB"
+        if own["peak"] > SAVES * plain["peak"]:
+            ratios = [
+                plain["seconds"] / one["seconds"]
+                for which, one in contenders.items()
+                if which.startswith("exact") and "seconds" in one
+            ]
+            line += ", which saves next to nothing"
+            line += (
+                f": `exact` is to be held against plain, of which it is {min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
+            )
+        lines.append(line)
+    return lines
+
+
 def wander(found: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
     """How much slower one run was than another of the same plan: what ratios are to be read with."""
     ratios = {}
@@ -266,10 +296,11 @@ def wander(found: Mapping[str, Mapping[str, dict[str, Any]]]) -> str:
 def main() -> None:
     """Run all contenders and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="comma list of networks")
+    parser.add_argument("--only", help="comma list of networks; rows of others are kept")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="the MLP at half its memory, one step an epoch; writes no page")
     parser.add_argument("--again", action="store_true", help="forget the runs that are finished")
+    parser.add_argument("--known", action="store_true", help="measure nothing: the page of what throughput.json holds")
     parser.add_argument("--in-memory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.in_memory is not None:
@@ -279,31 +310,47 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     cache = Cache("throughput_quick" if arguments.quick else "throughput", arguments.again)
     steps, fractions = (1, FRACTIONS[:1]) if arguments.quick else (STEPS, FRACTIONS)
-    found, rows = {}, []
+    file = RESULTS / "throughput.json"
+    kept = json.loads(file.read_text()) if (arguments.known or arguments.only) and not arguments.quick and file.exists() else {}
+    names = [] if arguments.known else names
+    found, machines, rounds = ({**kept.get(key, {})} for key in ("networks", "machine_of", "rounds_of"))
     for name in names:
         network = NETWORKS[name]
+        cache.machines = []
         found[name] = measure(network, cache, name, steps, arguments.rounds, fractions)
-        rows += rows_of(name, network, found[name], steps)
+        machines[name], rounds[name] = cache.machines, arguments.rounds
+    earlier = {name: cells for name, cells in kept.get("earlier", {}).items() if name not in found}
+    rows = [row for name in found for row in rows_of(name, NETWORKS[name], found[name], steps)]
     heads = (
         "network", "contender, budget", "samples/s", "of plain", "of checkpointed", "peak MB", "partitions", "micro-batch", "predicted/measured",
         "waiting", "for",
     )  # fmt: skip
-    batches = ", ".join(f"{name} {NETWORKS[name].batch}" for name in names)
+    batches = ", ".join(f"{name} {NETWORKS[name].batch}" for name in [*found, *earlier])
+    counted = ", ".join(f"{name} {count}" for name, count in rounds.items())
     page = [
-        f"AdamW, float32, batches of {batches} samples; {steps} steps an epoch, the second epoch counts, the fastest of "
-        f"{arguments.rounds} round(s).",
+        f"AdamW, float32, batches of {batches} samples; {steps} steps an epoch, the second epoch counts; of rounds ({counted}) the quickest.",
         "Budgets are fractions of plain training's peak; all peaks are private memory above what the process holds after imports.",
-        f"OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'unset')}.",
+        "Ours run in a tidied heap, plain PyTorch in glibc's own.",
         "",
         markdown_table(heads, rows),
         "",
         *verdicts(found),
+        *savings(found),
         wander(found),
     ]
+    if earlier:
+        page += ["", "## At an earlier state", "", kept["earlier_words"], ""]
+        page.append(markdown_table(heads, [row for cells in earlier.values() for row in cells]))
+        page.append("")
+        page += [f"- {line}" for name, line in kept["earlier_savings"].items() if name in earlier]
     if arguments.quick:
         print("\n".join(page))
         return
-    write_results("throughput", "Throughput: what a budget costs in time", "\n".join(page), {"networks": found})
+    data = {"networks": found, "machine_of": machines, "rounds_of": rounds}
+    if earlier:
+        data |= {"earlier": earlier, **{key: kept[key] for key in ("earlier_words", "earlier_savings")}}
+    of_figures = distinct([one for name in found for one in machines[name]])
+    write_results("throughput", "Throughput: what a budget costs in time", "\n".join(page), data, machines=of_figures)
 
 
 if __name__ == "__main__":

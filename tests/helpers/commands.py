@@ -5,8 +5,10 @@ import io
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -14,6 +16,16 @@ import numpy as np
 from lowmem_pnn.cli import commands as cli
 from lowmem_pnn.cli.supervisor import WORKER_VARIABLE
 
+# What programs that read results rely on.
+CONTRACT = {
+    "method", "model", "data", "seed", "device", "budget_bytes", "budget_scope", "floor_bytes", "peak_bytes", "host_peak_bytes",
+    "predicted_peak_bytes", "training_state_bytes", "partitions", "epochs", "seconds", "samples_per_second", "train_loss", "val_loss",
+    "test_accuracy", "test_f1", "macs", "exits", "chosen_exit", "bytes_read", "bytes_written", "oom_retries", "resumed",
+    "weights_file", "preprocessing", "versions",
+}  # fmt: skip
+OF_A_PARTITION = {
+    "start", "stop", "layers", "params", "micro_batch", "batch", "epochs", "predicted_peak_bytes", "peak_bytes", "seconds",
+}  # fmt: skip
 FIT = "fit --max-gpu-mem 100MB --device cpu --epochs 1 "
 
 
@@ -53,6 +65,12 @@ def lowmem_pnn(*arguments: object) -> Outcome:
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 0
     return Outcome(code, out.getvalue(), err.getvalue(), "--json" in texts)
+
+
+def check_keys(result: Mapping[str, Any]) -> None:
+    """Check that a result as JSON has what programs rely on."""
+    assert set(result) >= CONTRACT
+    assert all(set(partition) >= OF_A_PARTITION for partition in result["partitions"])
 
 
 def write_data(path: Path, **changes: np.ndarray) -> Path:

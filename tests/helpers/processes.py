@@ -33,6 +33,7 @@ class Set:
         if (HERE / "slow").exists():
             time.sleep(float((HERE / "slow").read_text() or 0.002))
         if (HERE / "stuck").exists():
+            (HERE / "is stuck").touch()
             time.sleep(60)
         Set.reads += 1
         if Set.reads == 400 and (HERE / "crash").exists():

@@ -1,4 +1,4 @@
-"""What the short form of the tests leaves out, and `--long` runs: further cases of a test, whose other cases walk the same code, and long tests
+"""What the short form of the tests leaves out, and `--all` runs: further cases of a test, whose other cases walk the same code, and long tests
 of what others show in parts.
 
 Each line is a file, a test of it, and one of its cases; of a file by itself all tests, of a test by itself the whole.
@@ -22,13 +22,19 @@ runs/test_exact.py::test_exact_with_a_partition_for_every_layer_is_same_as_plain
 runs/test_exact.py::test_exact_with_a_partition_for_every_layer_is_same_as_plain_pytorch[vit]
 runs/test_exact.py::test_exact_with_partitions_of_some_layers_is_same_as_plain_pytorch[vit-2]
 runs/test_exact_lifecycle.py::test_a_run_that_was_interrupted_and_resumed_is_same_as_uninterrupted[clipped]
+runs/test_families.py::test_torchvision_family_is_same_as_model[convnext]
+runs/test_families.py::test_torchvision_family_is_same_as_model[efficientnet]
 runs/test_families.py::test_torchvision_family_is_same_as_model[googlenet]
 runs/test_families.py::test_torchvision_family_is_same_as_model[inception_v3]
 runs/test_families.py::test_torchvision_family_is_same_as_model[maxvit]
 runs/test_families.py::test_torchvision_family_is_same_as_model[mnasnet]
+runs/test_families.py::test_torchvision_family_is_same_as_model[mobilenet_v2]
 runs/test_families.py::test_torchvision_family_is_same_as_model[resnet]
+runs/test_families.py::test_torchvision_family_is_same_as_model[resnext]
 runs/test_families.py::test_torchvision_family_is_same_as_model[swin_v2]
+runs/test_families.py::test_torchvision_family_is_same_as_model[vgg]
 runs/test_families.py::test_torchvision_family_is_same_as_model[vit]
+runs/test_families.py::test_torchvision_family_is_same_as_model[wide_resnet]
 runs/test_generate.py::test_the_command_prints_texts_or_json
 runs/test_hf_capture.py::test_models_of_transformers_are_cut_at_their_blocks[GPT-2]
 runs/test_hf_capture.py::test_models_of_transformers_are_cut_at_their_blocks[Gemma 3]
@@ -39,7 +45,17 @@ runs/test_incubate.py::test_augmented_views_are_written_by_thin_parts
 runs/test_incubate.py::test_stopped_anywhere_and_resumed_is_same_as_uninterrupted[14]
 runs/test_incubate.py::test_stopped_anywhere_and_resumed_is_same_as_uninterrupted[20]
 runs/test_incubate.py::test_stopped_anywhere_and_resumed_is_same_as_uninterrupted[2]
+runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[EmbeddingBag]
+runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[LeNet]
 runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[encoder]
+runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[functions, lists, lambdas]
+runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[in place]
+runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[low-rank adapters]
+runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[norms of weights as before, pruning]
+runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[one and three dimensions]
+runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[spectra]
+runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[stochastic depth]
+runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[two inputs]
 runs/test_kept_models.py::test_a_model_as_people_write_it_is_same_as_plain_torch[video]
 runs/test_kept_products.py::test_exact_with_kept_products_is_same_as_plain_pytorch[unet]
 runs/test_late_surprises.py::test_a_vit_of_small_images_is_as_in_plain_pytorch
@@ -111,6 +127,16 @@ def is_left_out(nodeid: str) -> bool:
     """
     name = nodeid.removeprefix("tests/")
     return name in _LEFT_OUT or name.partition("::")[0] in _LEFT_OUT
+
+
+def is_named(name: str, arguments: list[str]) -> bool:
+    """Decide whether one of the command line's arguments names a test: itself, or all of its cases.
+
+    Example:
+        >>> [is_named("a.py::test_one[conv]", [text]) for text in ("a.py::test_one", "a.py::test_one[conv]", "a.py::test_o")]
+        [True, True, False]
+    """
+    return any(name == argument or name.startswith((f"{argument}[", f"{argument}::")) for argument in arguments)
 
 
 _LEFT_OUT = frozenset(LONG)

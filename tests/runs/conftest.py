@@ -1,11 +1,13 @@
 """Fixtures of whole runs: a layer that one run has measured is measured for all, and all weights and state move."""
 
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from lowmem_pnn.model.layer import Layer
+from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning import batch_plan
 from lowmem_pnn.profiling.fake_run import FakeRun, LayerMeasurement
 from lowmem_pnn.profiling.fingerprint import layer_fingerprint
@@ -33,10 +35,22 @@ def _equal_layers_are_measured_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _all_of_it_moves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have sweeps move all weights and state, as under a tight budget, but in tests that are marked `resident`.
+def _all_of_it_moves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have sweeps move all weights and state, as under a tight budget, but in tests and cases that are marked `resident`.
 
-    Budgets of small networks have room for all of it, and what these tests are about would not be done.
+    Budgets of small networks have room for all of it, and what these tests are about would not be done. Where it may stay, something has to.
     """
     if request.node.get_closest_marker("resident") is None:
         monkeypatch.setattr(batch_plan, "with_resident_state", lambda request, plan: plan)
+        yield
+        return
+    with_resident_state, sizes = batch_plan.with_resident_state, []
+
+    def noted(request: Any, plan: Plan) -> Plan:
+        plan = with_resident_state(request, plan)
+        sizes.append(plan.resident_bytes)
+        return plan
+
+    monkeypatch.setattr(batch_plan, "with_resident_state", noted)
+    yield
+    assert any(sizes) or batch_plan.with_resident_state is not noted, "nothing stayed in memory"

@@ -38,12 +38,32 @@ def assert_same(file: str, model: nn.Module) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("cuts", [None, "1", "1,2"])
-def test_a_run_is_the_same_as_plain_pytorch_with_peft(cuts: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cuts", "options"),
+    [
+        (None, {}),
+        ("1", {"frozen_dtype": "bf16"}),
+        ("1,2", {}),
+        pytest.param("1,2", {}, marks=pytest.mark.resident, id="1,2-resident"),
+    ],
+)
+def test_a_run_is_the_same_as_plain_pytorch_with_peft(cuts: str | None, options: dict[str, Any], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"], lora_dropout=0.1)
-    result = fit(small_mlp, vectors(), tmp_path / "run", **LORA, **COMMON, **({"cuts": cuts} if cuts else {}))
-    expected = train_by_exact(lambda: peft.get_peft_model(small_mlp(), settings), vectors(), **COMMON)
+
+    def plain() -> nn.Module:
+        model = small_mlp()
+        if options:
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.data = module.weight.data.bfloat16().float()
+        learns: nn.Module = peft.get_peft_model(model, settings)
+        return learns
+
+    result = fit(
+        small_mlp, vectors(), tmp_path / "run", compare=True, **LORA, **options, **COMMON, **({"cuts": cuts} if cuts else {})
+    )
+    expected = train_by_exact(plain, vectors(), **COMMON)
     state = {
         name.removeprefix("base_model.model.").replace(".default.weight", "").replace(".base_layer", ""): tensor
         for name, tensor in expected.model.state_dict().items()
@@ -58,7 +78,13 @@ def test_a_run_is_the_same_as_plain_pytorch_with_peft(cuts: str | None, tmp_path
 
 @pytest.mark.parametrize(
     ("form", "options"),
-    [("bf16", {"cuts": "1", "precision": "bf16"}), ("bf16", {}), ("int8", {"cuts": "1,2"}), ("nf4", {"precision": "bf16"})],
+    [
+        ("bf16", {"cuts": "1", "precision": "bf16"}),
+        ("bf16", {}),
+        ("int8", {"cuts": "1,2"}),
+        pytest.param("int8", {"cuts": "1,2"}, marks=pytest.mark.resident, id="int8-resident"),
+        ("nf4", {"precision": "bf16"}),
+    ],
 )
 def test_a_base_in_a_smaller_type_is_trained_on_as_in_plain_pytorch(form: str, options: dict[str, Any], tmp_path: Path) -> None:
     result = fit(wide_mlp, vectors(), tmp_path / "run", frozen_dtype=form, **LORA, **options, **COMMON)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from helpers.commands import FIT, lowmem_pnn, train, write_data
+from helpers.commands import FIT, check_keys, lowmem_pnn, train, write_data
 from lowmem_pnn.stores import run_directory
 
 pytestmark = pytest.mark.usefixtures("data_folder")
@@ -110,7 +110,11 @@ def test_json_is_alone_on_stdout_and_is_the_result_file() -> None:
         "opening", "data:", "samples:", "planning", "building", "comparing", "checking", "model:", "plan:", "budget:",
         *["partition"], "measuring",
     ]  # fmt: skip
-    assert json.loads(done.out) == json.loads(Path("run/result.json").read_text())
+    result = json.loads(done.out)
+    assert result == json.loads(Path("run/result.json").read_text())
+    check_keys(result)
+    assert (result["exits"], result["chosen_exit"]) == ([], None)
+    assert {"lowmem-pnn", "torch", "python"} <= set(result["versions"])
     quiet = train("--json --quiet --overwrite")
     assert quiet.err == ""
     shown = train("--overwrite")

@@ -48,9 +48,9 @@ LONG = ("bf16", "gpt")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_exact_is_same_as_backprop(kind: str, tmp_path: Path, code: Shared, long: bool) -> None:
-    if any(word in kind for word in LONG) and not long:
-        pytest.skip("only with --long: as many operations again, each lowered anew")
+def test_exact_is_same_as_backprop(kind: str, tmp_path: Path, code: Shared, all_cases: bool) -> None:
+    if any(word in kind for word in LONG) and not all_cases:
+        pytest.skip("only with --all: as many operations again, each lowered anew")
     build, data, options = KINDS[kind]
     exact = fit(build, data, tmp_path / "exact", **options)
     whole = {name: value for name, value in options.items() if name != "cuts"}
@@ -131,9 +131,9 @@ def test_one_sample_at_a_time_is_compiled_where_it_is_asked_for(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_code_of_transformers_allocates_no_more_than_was_foreseen(long: bool) -> None:
-    if not long:
-        pytest.skip("only with --long: many operations, each lowered anew")
+def test_code_of_transformers_allocates_no_more_than_was_foreseen(all_cases: bool) -> None:
+    if not all_cases:
+        pytest.skip("only with --all: many operations, each lowered anew")
     assert_allocates_what_was_foreseen(
         compiled(small_gpt(tied=True, layers=1), TensorSpec((8,), torch.int64), trains_only=True)[0]
     )

@@ -130,7 +130,7 @@ def test_faults_are_said() -> None:
         more.set_params(options=None).predict(X)
 
 
-# Those that try what is ours: parameters, pickles, shapes and types of what is given and predicted. --long tries all of them.
+# Those that try what is ours: parameters, pickles, shapes and types of what is given and predicted. --all tries all of them.
 _SHORT = (
     "check_no_attributes_set_in_init", "check_parameters_default_constructible", "check_get_params_invariance", "check_set_params",
     "check_estimators_unfitted", "check_dont_overwrite_parameters", "check_readonly_memmap_input", "check_estimators_nan_inf",
@@ -140,9 +140,9 @@ _SHORT = (
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", [LowMemClassifier, LowMemRegressor])
-def test_scikit_learns_own_checks(kind: type[Any], long: bool) -> None:
-    estimator = kind(**{**GIVEN, "epochs": 20 if long else 1, "random_state": None})
-    if long:
+def test_scikit_learns_own_checks(kind: type[Any], all_cases: bool) -> None:
+    estimator = kind(**{**GIVEN, "epochs": 20 if all_cases else 1, "random_state": None})
+    if all_cases:
         found = check_estimator(estimator, on_fail=None, on_skip=None)
         assert {one["check_name"] for one in found if one["status"] == "skipped"} <= {
             "check_array_api_input"

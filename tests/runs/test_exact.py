@@ -33,7 +33,8 @@ def test_exact_with_a_partition_for_every_layer_is_same_as_plain_pytorch(kind: s
     layers = num_layers(build, data)
     assert layers >= 3
     cuts = ",".join(map(str, range(1, layers)))
-    check_equal(build, data, tmp_path / "run", {"smallest": KINDS[kind].smallest}, cuts=cuts, micro_batch=4, **COMMON)
+    options = {**COMMON, "cuts": cuts, "micro_batch": 4, "compare": True}
+    check_equal(build, data, tmp_path / "run", {"smallest": KINDS[kind].smallest}, **options)
 
 
 @pytest.mark.parametrize(("kind", "cuts"), [("conv", "1,3"), ("vit", "2"), ("unet", "1,3"), ("gpt", "2")])

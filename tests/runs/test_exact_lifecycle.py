@@ -161,21 +161,27 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_last_commit(clip_norm: flo
 
 
 def test_batches_too_small_for_the_model_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="batch"):
+    message = (
+        r"^--batch-size 1: in train mode the model takes at least 2 samples at once \(BatchNorm over single values needs them\); "
+        r"give --batch-size 2 or more$"
+    )
+    with pytest.raises(ConfigError, match=message):
         fit(small_conv, images(), tmp_path / "run", cuts="2", epochs=1, batch_size=1)
 
 
 def test_a_commit_seals_no_file_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A second commit right after the first has nothing to seal; by the time that its thread looks, the next batch writes.
-    seal, unfrozen = WeightStore.seal, []
+    seal, sealed, unfrozen = WeightStore.seal, [], []
 
     def seal_late(store: WeightStore, partitions: Iterable[Any]) -> dict[str, Any]:
         partitions = list(partitions)
         if threading.current_thread().name.startswith("lowmem-commit"):
             time.sleep(0.02)
+            sealed.extend(partitions)
             unfrozen.extend(partition for partition in partitions if partition not in store._frozen)
         return seal(store, partitions)
 
     monkeypatch.setattr(WeightStore, "seal", seal_late)
     fit(small_mlp, vectors(), tmp_path / "run", **{**COMMON, "commit_every": 0})
+    assert sealed
     assert not unfrozen

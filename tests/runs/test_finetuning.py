@@ -100,7 +100,11 @@ def test_layer_wise_rates_hold_for_every_method(method: str, tmp_path: Path) -> 
         )
 
 
-@pytest.mark.parametrize("more", [{}, {"cuts": "1,2,3"}, {"method": "backprop"}], ids=["whole", "cut", "backprop"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"cuts": "1,2,3"}, pytest.param({"cuts": "1,2,3"}, marks=pytest.mark.resident), {"method": "backprop"}],
+    ids=["whole", "cut", "cut-resident", "backprop"],
+)
 @pytest.mark.parametrize("until", [1, 2])
 def test_unfrozen_parameters_learn_as_in_plain_pytorch(until: int, more: dict[str, Any], tmp_path: Path) -> None:
     build = functools.partial(Learns, 0.2)
@@ -136,7 +140,11 @@ def test_what_is_frozen_at_first_learns_at_a_rate_of_its_own(cuts: str | None, t
 
 
 @pytest.mark.parametrize(
-    ("at", "method"), [(4, "exact"), (8, "exact"), (12, "exact"), (16, "exact"), (2, "backprop"), (7, "backprop")]
+    ("at", "method"),
+    [
+        *((4, "exact"), (8, "exact"), (12, "exact"), (16, "exact"), (2, "backprop"), (7, "backprop")),
+        *(pytest.param(at, "exact", marks=pytest.mark.resident, id=f"{at}-exact-resident") for at in (4, 12)),
+    ],
 )
 def test_a_run_that_unfreezes_is_resumed(at: int, method: str, tmp_path: Path) -> None:
     options = {**COMMON, "method": method, "epochs": 2, "freeze": "[0134].*", "unfreeze_at": 1, "commit_every": 0}

@@ -29,7 +29,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("kind", ["conv", "unet", "gpt"])
+@pytest.mark.parametrize("kind", ["conv", "unet", "gpt", pytest.param("conv", marks=pytest.mark.resident, id="conv-resident")])
 def test_exact_with_kept_products_is_same_as_plain_pytorch(kind: str, tmp_path: Path, taken: list[str]) -> None:
     build, data = KINDS[kind].build, KINDS[kind].data
     cuts = ",".join(map(str, range(1, num_layers(build, data))))

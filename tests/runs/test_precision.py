@@ -46,8 +46,10 @@ def fit(build: Callable[[], nn.Module], data: Data, folder: Path, **options: Any
         ("bf16", small_resnet, images(), "1,2,3"),
         ("bf16", small_vit, images(), "2"),
         ("fp16", small_vit, images(), "2"),
+        pytest.param("fp16", small_conv, images(), "1,3", marks=pytest.mark.resident),
+        pytest.param("bf16", small_mlp, vectors(), "1,2", marks=pytest.mark.resident),
     ],
-    ids=["mlp-fp16", "conv-bf16", "conv-fp16", "resnet-bf16", "vit-bf16", "vit-fp16"],
+    ids=["mlp-fp16", "conv-bf16", "conv-fp16", "resnet-bf16", "vit-bf16", "vit-fp16", "conv-fp16-resident", "mlp-bf16-resident"],
 )
 def test_exact_is_same_as_plain_autocast(
     precision: str, build: Callable[[], nn.Module], data: Data, cuts: str, tmp_path: Path
@@ -92,7 +94,7 @@ def test_every_method_learns_in_lower_precision(method: str, precision: str, tmp
     assert {tensor.dtype for tensor in weights.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("method", ["exact", "backprop"])
+@pytest.mark.parametrize("method", ["exact", pytest.param("exact", marks=pytest.mark.resident, id="exact-resident"), "backprop"])
 def test_steps_that_overflow_are_left_out_as_plain_scaling_leaves_them_out(method: str, tmp_path: Path) -> None:
     options = {**COMMON, "precision": "fp16", "clip_norm": 1.0}
     result = fit(Overflows, vectors(), tmp_path / "run", method=method, **options, **({"cuts": "1"} if method == "exact" else {}))

@@ -60,8 +60,13 @@ def fit(folder: Path, data: Data | None = None, **options: Any) -> Result:
         ("int8", {"cuts": "1,2", "micro_batch": 4}),
         ("bf16", {"cuts": "1,2", "clip_norm": 0.5, "optimizer": "adam"}),
         ("int8", {"cuts": "1,2", "clip_norm": 0.5, "optimizer": "adam"}),
+        pytest.param("int8", {"cuts": "1,2", "micro_batch": 4}, marks=pytest.mark.resident),
+        pytest.param("bf16", {"cuts": "1,2", "clip_norm": 0.5}, marks=pytest.mark.resident),
     ],
-    ids=["whole-int8", "two-bf16", "accumulated-bf16", "accumulated-int8", "clipped-bf16", "clipped-int8"],
+    ids=[
+        *("whole-int8", "two-bf16", "accumulated-bf16", "accumulated-int8", "clipped-bf16", "clipped-int8"),
+        *("accumulated-int8-resident", "clipped-bf16-resident"),
+    ],
 )
 @pytest.mark.usefixtures("plain_quantized_state")
 def test_exact_with_quantized_state_is_same_as_one_optimizer_over_the_whole_model(

@@ -141,7 +141,8 @@ def test_frozen_parameters_of_a_partition_that_recovers_stay(tmp_path: Path) -> 
     assert torch.equal(found.state_dict()["0.weight"], small_conv().state_dict()["0.weight"])
 
 
-def test_recovery_after_exact_training_starts_the_optimizer_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["move", pytest.param("stay", marks=pytest.mark.resident)])
+def test_recovery_after_exact_training_starts_the_optimizer_anew(weights: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "method": "exact", "cuts": "1,2", "epochs": 2, "batch_size": 10, "lr": 0.01, "recovery_epochs": 1, "recover": (2,),
         "micro_batch": 4,

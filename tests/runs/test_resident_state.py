@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 import lowmem_pnn
 from helpers.displays import StopsAt
 from helpers.exact_runs import COMMON, check_equal, fit
-from helpers.plainloops import assert_same_weights, loaded
+from helpers.plainloops import assert_same_weights, loaded, train_by_exact
 from helpers.small_networks import images, small_conv, small_gpt, tokens, vectors
 from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.errors import Stopped
@@ -19,6 +19,7 @@ from lowmem_pnn.optim import step_slices
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning import batch_plan
 from lowmem_pnn.planning.resident_state import with_resident_state
+from lowmem_pnn.reporting.progress import Display
 
 pytestmark = pytest.mark.resident
 
@@ -102,6 +103,41 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> None
     result = fit(small_conv, images(), tmp_path / "run", resume=True, **options)
     assert result.resumed == 1
     assert_same_weights(loaded(small_conv, result.weights_file), loaded(small_conv, whole.weights_file))
+
+
+class FillsUp(nn.Module):
+    """A layer that finds no memory for more than 6 samples, once another process has taken it."""
+
+    is_full = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if FillsUp.is_full and len(x) > 6:
+            raise MemoryError("no room")
+        return x
+
+
+class Fills(Display):
+    """Has the memory taken when the second epoch begins."""
+
+    def start_epoch(self, title: str, epoch: int, epochs: int, num_samples: int, done: int) -> None:
+        FillsUp.is_full = epoch == 1
+
+
+def test_a_batch_that_does_not_fit_is_done_again_on_the_weights_that_were_there(tmp_path: Path, plans: list[Plan]) -> None:
+    def build() -> nn.Module:
+        # The first two partitions may have been stepped when the third finds no room.
+        return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), FillsUp(), nn.Linear(16, 4))
+
+    options = {**COMMON, "batch_size": 12, "cuts": "1,2", "micro_batch": 12}
+    try:
+        result = fit(build, vectors(), tmp_path / "run", display=Fills(), **options)
+    finally:
+        FillsUp.is_full = False
+    assert plans[0].resident_weights
+    assert result.oom_retries == 1
+    # The second epoch is announced in the third of six steps.
+    expected = train_by_exact(build, vectors(), **options, micro_batch_of=lambda step: 12 if step < 2 else 6)
+    assert_same_weights(loaded(build, result.weights_file), expected.model)
 
 
 def test_what_stays_is_not_moved_and_the_plan_and_the_forecast_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

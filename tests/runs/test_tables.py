@@ -36,7 +36,10 @@ def test_regression_on_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     again = command("fit --resume --workdir run --target y --data csv:a.csv")
     assert again.code == 0, again.err
     (tmp_path / "a.csv").write_text((tmp_path / "a.csv").read_text().replace(";u;", ";v;", 1))
-    with pytest.raises(lowmem_pnn.errors.LowMemError, match="data"):
+    changed = (
+        r"^the data csv:.*a\.csv is not what the run in .*run began with \(as many samples, train=49 val=5 test=6, but others\)"
+    )
+    with pytest.raises(lowmem_pnn.errors.CheckpointError, match=changed):
         lowmem_pnn.evaluate(tmp_path / "run")
 
 

@@ -19,7 +19,7 @@ from helpers.simulated import chain_of, fit_on
 from helpers.small_networks import Data, images, small_conv, small_mlp, vectors
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device import SimulatedDevice
-from lowmem_pnn.errors import CheckpointError, ConfigError, Stopped
+from lowmem_pnn.errors import CheckpointError, ConfigError, DataError, Stopped
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import TerminalDisplay
 from lowmem_pnn.reporting.result import Result
@@ -290,9 +290,13 @@ def test_a_model_that_is_given_is_trained_from_its_own_values_and_holds_what_was
 
 
 def test_batches_too_small_for_the_model_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="batch"):
+    with pytest.raises(
+        ConfigError, match=r"^--batch-size 1: in train mode the model takes at least 2 samples at once .*; give --batch"
+    ):
         fit(small_conv, images(), tmp_path / "run", method="backprop", epochs=1, batch_size=1)
-    with pytest.raises(ConfigError, match="samples"):
+    with pytest.raises(
+        DataError, match=r"^a validation fraction of 0\.1 of 1 samples leaves none to train on; use more samples or"
+    ):
         fit(small_conv, images(1), tmp_path / "other", method="backprop", epochs=1, batch_size=8)
 
 

@@ -99,7 +99,7 @@ def test_a_reader_that_has_left_is_no_failure() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_command_says_what_begins_before_anything_heavy_is_imported() -> None:
+def test_commands_are_there_before_anything_heavy_is_imported() -> None:
     heavy = {"torch", "numpy", "torchvision", "matplotlib", "rich", "sklearn"}
     code = f"import sys, lowmem_pnn.cli.commands; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,18 +16,8 @@ from sklearn.metrics import f1_score
 from torch import nn
 
 import lowmem_pnn
+from helpers.commands import check_keys
 from lowmem_pnn.units import MEBIBYTE
-
-# What programs that read results rely on.
-CONTRACT = {
-    "method", "model", "data", "seed", "device", "budget_bytes", "budget_scope", "floor_bytes", "peak_bytes", "host_peak_bytes",
-    "predicted_peak_bytes", "training_state_bytes", "partitions", "epochs", "seconds", "samples_per_second", "train_loss", "val_loss",
-    "test_accuracy", "test_f1", "macs", "exits", "chosen_exit", "bytes_read", "bytes_written", "oom_retries", "resumed",
-    "weights_file", "preprocessing", "versions",
-}  # fmt: skip
-OF_A_PARTITION = {
-    "start", "stop", "layers", "params", "micro_batch", "batch", "epochs", "predicted_peak_bytes", "peak_bytes", "seconds",
-}  # fmt: skip
 
 
 def fit(folder: Path, *arguments: str) -> dict[str, Any]:
@@ -70,8 +60,7 @@ def test_resnet_trains_and_its_weights_load_into_torchvisions_own(pictures: Path
         tmp_path / "run", "--max-gpu-mem", "170MB", "--model", "resnet18", "--data", f"npz:{pictures}", "--epochs", "1",
         "--batch-size", "32",
     )  # fmt: skip
-    assert set(result) >= CONTRACT
-    assert all(set(partition) >= OF_A_PARTITION for partition in result["partitions"])
+    check_keys(result)
     assert (result["exits"], result["chosen_exit"]) == ([], None)
     assert result["budget_bytes"] == 170_000_000
     assert [result["partitions"][0]["start"], result["partitions"][-1]["stop"]] == [0, 10]

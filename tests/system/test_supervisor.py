@@ -93,7 +93,7 @@ def test_the_second_signal_ends_it_at_once(folder: Path, number: signal.Signals,
     command = Command(folder, f"{SLOW_FIT} --workdir run")
     wait_for(lambda: commits(folder / "run") > 3)
     (folder / "stuck").touch()
-    time.sleep(0.1)
+    wait_for((folder / "is stuck").exists)
     worker = command.worker()
     command.process.send_signal(number)
     time.sleep(0.3)

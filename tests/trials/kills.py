@@ -2,9 +2,9 @@
 
     cd tests && python -m trials.kills FOLDER KILLS SEED [TRAINING...]
 
-So many kills, shared among the trainings: one at the first and one at the last commit point of each kind, one in the first backward
-pass, the others at random moments, half of these several times in a row before the run may finish. With 0, each kind of commit point in one
-training, and a few others.
+So many kills, shared among the trainings: one at the first and one at the last commit point of each kind, one in the first backward pass
+(of the comparison before training, if there is one), the others at random moments, half of these several times in a row before the run
+may finish. With 0, each kind of commit point in one training, and a few others.
 
 Every trial is a fork of this process, which has imported everything and computed nothing: torch's threads do not survive a fork.
 Prints a table, then one JSON line: {NAME: {"trials": n, "killed": n, "identical": n, "kinds": [...], "failed": [...]}}.

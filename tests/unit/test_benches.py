@@ -1,4 +1,4 @@
-"""The benches: every script can be imported, and its `--help` says what it does and how long it takes; all of them in one process."""
+"""The benches: every script can be imported, and its `--help` says what it does, and mostly how long it takes; all in one process."""
 
 import json
 import os

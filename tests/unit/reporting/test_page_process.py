@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -77,8 +78,9 @@ def test_a_signal_ends_the_page_and_nothing_else(run: Path) -> None:
     this = psutil.Process()
 
     def stop() -> None:
-        while not any("report" in child.cmdline() for child in this.children()):
-            pass
+        deadline = time.monotonic() + 60
+        while not any("report" in child.cmdline() for child in this.children()) and time.monotonic() < deadline:
+            time.sleep(0.01)
         # To that thread alone: another one would not have the signal blocked until there is a handler.
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
