@@ -50,13 +50,15 @@ def own_sampler(data: Any) -> Any:
     if not isinstance(data, DataLoader) or data.batch_size is None:
         return None
     sampler: Any = data.sampler
-    return None if type(sampler) is SubsetRandomSampler or _is_of_all(sampler, len(data.dataset)) else sampler
+    return None if type(sampler) is SubsetRandomSampler or _is_of_all(sampler, data.dataset) else sampler
 
 
-def _is_of_all(sampler: Any, num_samples: int) -> bool:
+def _is_of_all(sampler: Any, dataset: Any) -> bool:
     """Decide whether a sampler gives each sample once, in order or shuffled."""
-    in_order = type(sampler) is SequentialSampler
-    return (in_order or (type(sampler) is RandomSampler and not sampler.replacement)) and len(sampler) == num_samples
+    if type(sampler) is SequentialSampler:
+        # What has no length is refused in other words.
+        return sampler.data_source is dataset or len(sampler) == len(dataset)
+    return type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(dataset)
 
 
 def without_loader(data: Any, where: str, *, trains: bool = False) -> Any:

@@ -51,6 +51,7 @@ class Stream(IterableDataset[Any]):
         (DataLoader(DATA, batch_size=4, sampler=WeightedRandomSampler([1.0] * 10, 10)), {"batch_size": 4, "val_fraction": 0.0}),
         (DataLoader(DATA, batch_size=4, sampler=SequentialSampler(range(6))), {"batch_size": 4, "val_fraction": 0.0}),
         (DataLoader(DATA, batch_size=4, sampler=SubsetRandomSampler([1, 3])), {"batch_size": 4}),
+        (DataLoader(Stream(), batch_size=4), {"batch_size": 4, "val_fraction": 0.0}),
         (DATA, {}),
     ],
 )
