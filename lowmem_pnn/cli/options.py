@@ -283,7 +283,8 @@ def command_options(options: dict[str, Any], budgets: Sequence[int] = ()) -> dic
         given["max_gpu_mem"] = max(budgets)
     if "max_gpu_mem" not in given:
         raise click.UsageError("--max-gpu-mem is missing; give --max-gpu-mem 2GB", click.get_current_context())
-    budget, device = given["max_gpu_mem"], given.get("device", "auto")
+    # A file may give anything, which is refused later.
+    budget, device = given["max_gpu_mem"], str(given.get("device") or "auto")
     if is_share(budget) and may_be_gpu(device):
         from lowmem_pnn.device.support import budget_on  # with torch, which takes a second to import
 

@@ -102,16 +102,22 @@ class CudaDevice(Device):
                 f"the CUDA context alone holds {format_bytes(self._outside)}{assumed} on the device, and --max-gpu-mem is "
                 f"{format_bytes(self.budget_bytes)}; give more, or --budget-scope allocator to leave the context out"
             )
-        self._cap_allocator(driver)
         driver.reset_peak()
-        # A model's forward may name the device without its number.
-        self._current = driver.current()
-        self._current.__enter__()
         slab = PinnedSlab(driver.pinned, slab_bytes_of(self.budget_bytes, self._max_host_mem))
         self.transfers = Transfers(driver.copies(), self.torch_device, in_flight_bytes_of(self.budget_bytes), slab)
         self._host_meter.start()
-        self._host_floor = private_bytes()
-        self._host_meter.begin_section()
+        try:
+            self._host_floor = private_bytes()
+            self._host_meter.begin_section()
+            self._cap_allocator(driver)
+            # A model's forward may name the device without its number. What the caller had is changed last: a fault before leaves it.
+            current = driver.current()
+            current.__enter__()
+        except BaseException:
+            self._host_meter.stop()
+            driver.cap_allocator(driver.total())
+            raise
+        self._current = current
 
     def _check_device(self, driver: CudaDriver, context: ContextMemory) -> None:
         """Refuse a budget that the device cannot give: it is too small, or other processes hold too much of it."""

@@ -37,12 +37,13 @@ class LowMemClassifier(ClassifierMixin, LowMemEstimator):  # type: ignore[misc]
             ValueError: they are no such arrays, or there is one class alone.
             LowMemError: a subclass that says what was wrong.
         """
-        x, y = self._checked(X, y)
-        check_classification_targets(y)
-        classes, numbers = np.unique(column_or_1d(y, warn=True), return_inverse=True)
-        if len(classes) < 2:
-            raise ValueError(f"y has one class, {classes[0]}; a classifier needs two at least")
-        self._train(x, numbers.astype(np.int64), len(classes), "classification")
+        with self._fitted_unless_it_fails():
+            x, y = self._checked(X, y)
+            check_classification_targets(y)
+            classes, numbers = np.unique(column_or_1d(y, warn=True), return_inverse=True)
+            if len(classes) < 2:
+                raise ValueError(f"y has one class, {classes[0]}; a classifier needs two at least")
+            self._train(x, numbers.astype(np.int64), len(classes), "classification")
         self.classes_ = classes
         return self
 

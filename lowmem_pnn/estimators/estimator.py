@@ -5,7 +5,8 @@ import inspect
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from lowmem_pnn.memory.available import is_share
 _HIDDEN = 128
 # Parameters that are options of `fit` under the same names; None leaves them to its defaults.
 _OPTIONS = ("method", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "device", "val_fraction")
+
+# What scikit-learn's check of samples keeps of them.
+_COLUMNS = ("n_features_in_", "feature_names_in_")
 
 
 class LowMemEstimator(BaseEstimator):  # type: ignore[misc]
@@ -85,6 +89,18 @@ class LowMemEstimator(BaseEstimator):  # type: ignore[misc]
         self.options = options
         self.workdir = workdir
         self.verbose = verbose
+
+    @contextmanager
+    def _fitted_unless_it_fails(self) -> Iterator[None]:
+        """Return a context of a fit: where it fails, columns and their names stay those of the fit before."""
+        before = {name: value for name, value in self.__dict__.items() if name in _COLUMNS}
+        try:
+            yield
+        except BaseException:
+            for name in _COLUMNS:
+                self.__dict__.pop(name, None)
+            self.__dict__.update(before)
+            raise
 
     def _train(self, x: npt.NDArray[Any], y: npt.NDArray[Any], num_outputs: int, task: str) -> None:
         """Train a run of its own on checked samples x (N, ...) and targets y (N,) or (N, values)."""

@@ -33,9 +33,10 @@ class LowMemRegressor(RegressorMixin, LowMemEstimator):  # type: ignore[misc]
             ValueError: they are no such arrays.
             LowMemError: a subclass that says what was wrong.
         """
-        x, y = self._checked(X, y, y_numeric=True, multi_output=True)
-        y = np.asarray(y, dtype=np.float32)
-        self._train(x, y, int(np.prod(y.shape[1:])), "regression")
+        with self._fitted_unless_it_fails():
+            x, y = self._checked(X, y, y_numeric=True, multi_output=True)
+            y = np.asarray(y, dtype=np.float32)
+            self._train(x, y, int(np.prod(y.shape[1:])), "regression")
         self._shape = y.shape[1:]
         return self
 

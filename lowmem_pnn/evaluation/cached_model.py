@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem_pnn.capture.unknown_values import UnknownValues
+from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.device.kernel_memory import (
     PRIMITIVE_CACHE_CAPACITY,
     cached_primitives,
@@ -23,11 +24,11 @@ from lowmem_pnn.device.kernel_memory import (
     product_width,
     scratch_bytes,
 )
-from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.memory.storage_tracker import StorageTracker
 from lowmem_pnn.model.copies import copy_structure, set_mode
+from lowmem_pnn.model.parameter_hooks import has_forward_hooks
 from lowmem_pnn.model.precision import Precision
-from lowmem_pnn.zoo.gpt_model import GPT, KeysAndValues
+from lowmem_pnn.zoo.gpt_model import GPT, KeysAndValues, is_unchanged
 from lowmem_pnn.zoo.transformers_modules import full_forward, full_parameters
 
 # What transformers calls the cache in a forward's arguments and results: its name since 5.20, and the one before.
@@ -72,14 +73,18 @@ def cached_model(model: nn.Module, *, reads_source: bool) -> CachedModel | None:
         model: The whole model, which stays as it is.
         reads_source: Whether it writes targets of sources.
     """
-    if type(model) is GPT and "forward" not in vars(model):
-        return None if reads_source else _CachedGpt(model)
-    taken = full_parameters(model)
+    if type(model) is GPT:
+        # Hooks may look at whole texts, and `score_next` shows them single tokens, or passes them by.
+        is_own = is_unchanged(model) and not any(map(has_forward_hooks, model.modules()))
+        return _CachedGpt(model) if is_own and not reads_source else None
+    forward, taken = full_forward(model), full_parameters(model)
+    if forward is not model and (has_forward_hooks(model) or "forward" in vars(model)):
+        return None  # for the class's forward passes by what hangs on the model itself
     wanted = {"input_ids", "use_cache", *({"attention_mask", "decoder_input_ids", "encoder_outputs"} if reads_source else ())}
     cache = next((name for name in _CACHE_NAMES if name in taken), None)
     if cache is None or not wanted <= taken:
         return None
-    return _CachedTransformer(full_forward(model), cache, {"logits_to_keep": 1} if "logits_to_keep" in taken else {})
+    return _CachedTransformer(forward, cache, {"logits_to_keep": 1} if "logits_to_keep" in taken else {})
 
 
 class _CachedGpt(CachedModel):
@@ -163,6 +168,9 @@ def foreseen_bytes(model: nn.Module, precision: Precision, length: int, source: 
 
     Returns:
         Bytes; None where the model keeps nothing, or does not run on fake tensors.
+
+    Raises:
+        Exception: Memory ran out.
     """
     device = "cpu" if precision.dtype == "fp32" else precision.device_type
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -184,8 +192,10 @@ def foreseen_bytes(model: nn.Module, precision: Precision, length: int, source: 
             cached.go_on(ids[:, :1])
             first = dict(peak.compiled)
             cached.go_on(ids[:, :1])
-    # A forward may fail in any way on tensors without values, or in its own cache.
-    except (CaptureError, NoCache, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError):
+    # A forward may fail in any way on tensors without values, or in its own cache: without one it has run in training.
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return None
     finally:
         FakeTensorMode.cache_clear()

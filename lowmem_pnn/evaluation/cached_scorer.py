@@ -17,8 +17,9 @@ from lowmem_pnn.adapters.prepared_model import prepared
 from lowmem_pnn.device import Device
 from lowmem_pnn.engine.out_of_memory import too_large, unless_out_of_memory
 from lowmem_pnn.engine.residency import Residency
-from lowmem_pnn.errors import LowMemError
+from lowmem_pnn.errors import BudgetError, LowMemError
 from lowmem_pnn.evaluation.cached_model import CachedModel, NoCache, cached_model, foreseen_bytes
+from lowmem_pnn.evaluation.generation import PartitionScorer
 from lowmem_pnn.evaluation.text_forms import Continuation, TextForm
 from lowmem_pnn.model.copies import copy_structure, set_mode
 from lowmem_pnn.model.precision import Precision
@@ -99,6 +100,8 @@ class CachedScorer:
         self._run, self.form, self._model = run, form, model
         self._device = run.session.device
         self._precision = _precision(run.workload, self._device)
+        # The chain that was trained, over the same weights, which what is kept is compared with.
+        self._chain = PartitionScorer(run, form)
         self._cached: CachedModel | None = None
         # Number and tokens of the text of which something is kept.
         self._last: tuple[int, list[int]] | None = None
@@ -107,15 +110,14 @@ class CachedScorer:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Keep the whole model resident in the context."""
-        active = self._run.partitions.load(0, learns=False)
-        try:
-            model = self._resident(active.residency)
-            self._cached = cached_model(model, reads_source=self.form.source_context is not None)
-            del model
-            yield
-        finally:
-            self._cached, self._last = None, None
-            active.residency.unload()
+        with self._chain.ready():
+            try:
+                model = self._resident(self._chain.residency)
+                self._cached = cached_model(model, reads_source=self.form.source_context is not None)
+                del model
+                yield
+            finally:
+                self._cached, self._last = None, None
 
     def scores(self, texts: dict[int, Continuation]) -> Iterator[tuple[int, Tensor]]:
         """See `Scorer.scores`.
@@ -127,23 +129,43 @@ class CachedScorer:
         for number, text in texts.items():
             source, ids = self.form.sequences(text)
             if not self._is_checked:
-                self._check(source, ids)
+                self._check(text)
             is_next = self._last == (number, ids[:-1])
             work = partial(self._go_on, ids[-1:]) if is_next else partial(self._begin, source, ids)
             scores = self._run_within_budget(work)
             self._last = number, ids
             yield number, scores
 
-    def _check(self, source: list[int] | None, ids: list[int]) -> None:
-        """Compare scores by what is kept of the tokens before the last with those of a forward over all of them."""
+    def _check(self, text: Continuation) -> None:
+        """Compare scores by what is kept of the tokens before the last with those of the trained chain, which keeps nothing.
+
+        It is done for the first text, at its first token, and stands for all that come after.
+        """
         self._is_checked = True
-        ids = ids if len(ids) > 1 else ids * 2
-        whole = self._run_within_budget(partial(self._begin, source, ids))
-        self._run_within_budget(partial(self._begin, source, ids[:-1]))
-        kept = self._run_within_budget(partial(self._go_on, ids[-1:]))
+        source, ids = self.form.sequences(text)
+        if len(ids) == 1 and (self.form.most_tokens or self.form.context) > 1:
+            text = Continuation(text.prompt, [*text.tokens, *ids])  # a second token, so that something is kept
+            source, ids = self.form.sequences(text)
+        whole = self._whole_scores(text)
+        kept = self._run_within_budget(partial(self._begin, source, ids[:-1] or ids))
+        if len(ids) > 1:
+            kept = self._run_within_budget(partial(self._go_on, ids[-1:]))
         most = _ROUNDING[self._precision.dtype] * max(1.0, float(whole.abs().nan_to_num(0.0, 0.0).max()))
         if not torch.allclose(whole, kept, rtol=0.0, atol=most, equal_nan=True):
             raise CacheFault("with the keys and values that the model keeps its scores are others than without")
+
+    def _whole_scores(self, text: Continuation) -> Tensor:
+        """Return the chain's scores after a text; the model's own, of a forward over all of it, where the chain's whole rows do not fit."""
+        try:
+            [(_, scores)] = self._chain.scores({0: text})
+            return scores
+        except BudgetError:
+            pass
+        # Not inside the handler: the exception holds tensors. What did not fit is in no section.
+        self._device.release()
+        self._device.begin_section()
+        source, ids = self.form.sequences(text)
+        return self._run_within_budget(partial(self._begin, source, ids))
 
     def _begin(self, source: list[int] | None, ids: list[int]) -> Tensor:
         assert self._cached is not None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.loaders import Batch
+from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.engine.stalls import StallKind
 from lowmem_pnn.evaluation.text_forms import UNWANTED, Continuation, TextForm, check_prompt
 from lowmem_pnn.language.sampling import Sampling
@@ -107,6 +108,12 @@ class PartitionScorer:
         largest = max((sizes[cut] for cut in cuts), default=0)
         room = run.session.device.buffer_sizes.boundary_bytes // 2
         self._most = max(1, room // largest) if largest else max(1, run.plan.partitions[0].batch)
+
+    @property
+    def residency(self) -> Residency:
+        """The only partition's tensors on the device, while it is ready."""
+        assert self._only is not None, "there is one partition, and it is ready"
+        return self._only.residency
 
     @contextmanager
     def ready(self) -> Iterator[None]:

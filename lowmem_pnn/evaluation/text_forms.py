@@ -275,7 +275,9 @@ def _are_scores_of_tokens(outputs: TensorSpec, targets: Targets) -> bool:
 def _names_in_order(inputs: Sequence[TensorSpec], structure: pytree.TreeSpec | None) -> tuple[str, ...] | None:
     """Return the names of a sample's tensors, in their order; None where they have none. A tensor alone is the tokens."""
     places = {"input_ids": 0} if structure is None else structure.unflatten(list(range(len(inputs))))
-    return tuple(sorted(places, key=places.__getitem__)) if isinstance(places, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(place, int) for place in places.values()):
+        return None  # tensors without names, or several under one
+    return tuple(sorted(places, key=places.__getitem__))
 
 
 def _number(token: Any) -> int | None:

@@ -212,8 +212,8 @@ def _given(prompts: Any) -> tuple[list[Any], bool]:
         given = list(prompts)
     except TypeError:
         raise ConfigError(f"prompts are of type {type(prompts).__name__}; give a text, its tokens, or a list of such") from None
-    # Numbers of NumPy, and tensors of one number, have no axes.
-    one = bool(given) and (isinstance(given[0], int) or getattr(given[0], "ndim", None) == 0)
+    # Numbers of NumPy, and tensors of one number, have no axes; nor have texts of NumPy.
+    one = bool(given) and not isinstance(given[0], str) and (isinstance(given[0], int) or getattr(given[0], "ndim", None) == 0)
     return ([given] if one else given), one
 
 

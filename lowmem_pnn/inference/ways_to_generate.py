@@ -149,9 +149,17 @@ def _ways(finished: FinishedRun, device: Device, workload: Workload, form: TextF
         )
         reason = "nothing is kept"
     shape = f"rows of {form.context:,}"
-    if len(plan.partitions) > 1 and 2 * weight_bytes(workload) <= device.budget_bytes:
+    if len(plan.partitions) > 1 and _leaves_room(workload, device):
         yield _Way(_forwards(shape, 1, reason), whole, lambda run: PartitionScorer(run, form))
     yield _Way(_forwards(shape, len(plan.partitions), reason), plan, lambda run: PartitionScorer(run, form))
+
+
+def _leaves_room(workload: Workload, device: Device) -> bool:
+    """Decide whether all weights may be resident: in half of the budget at most, as `within` divides partitions.
+
+    What a forward takes beside them is not computed, for micro-batches are halved until it fits; the other half is for that.
+    """
+    return 2 * weight_bytes(workload) <= device.budget_bytes
 
 
 def _forwards(shape: str, partitions: int, reason: str) -> str:

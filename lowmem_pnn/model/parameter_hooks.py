@@ -61,6 +61,11 @@ class ParameterHooks:
                 parameter.register_post_accumulate_grad_hook(after)
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Decide whether hooks look at what goes into a module, or comes out of it, in a forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def num_hooks(model: nn.Module) -> Counter[str]:
     """Count the hooks on each parameter and on each module of a model, by what they hang on in words.
 

@@ -31,12 +31,15 @@ from lowmem_pnn.zoo.deferred_init import skeleton
 
 # Held by the thread that has a run.
 _RUN = threading.RLock()
+# GPUs that the runs of that thread have open.
+_OPEN_GPUS: list[Device] = []
 
 
 @contextmanager
 def only_run() -> Iterator[None]:
     """Keep other threads of this process from beginning a run inside the context: memory is metered, and random numbers are drawn, for all
-    threads at once, so that two runs would change each other. The same thread may begin another one, as a callback does that predicts.
+    threads at once, so that two runs would change each other. The same thread may begin another one, as a callback does that predicts; see
+    `open_workload`.
 
     Raises:
         BusyError: another thread has a run.
@@ -73,6 +76,9 @@ def open_workload(
 
     Yields:
         The open device, and the workload.
+
+    Raises:
+        BusyError: this thread has a run on a GPU already, and this one would be on a GPU too.
     """
     if config.optimizer_state == "int8":
         load_int8_levels()
@@ -87,9 +93,29 @@ def open_workload(
         if display is not None:
             display.stage("compiling layers")
         compiled = with_compiled_layers(make_workload(config, *inputs, device.torch_device), device.torch_device)
-    with device, tf32_products(config.tf32 and device.kind == "cuda"):
+    with _alone_on_gpus(device), device, tf32_products(config.tf32 and device.kind == "cuda"):
         spare_page_cache(device.is_unified)
         yield device, compiled or make_workload(config, *inputs, device.torch_device)
+
+
+@contextmanager
+def _alone_on_gpus(device: Device) -> Iterator[None]:
+    """Keep a run inside of another one, as a callback begins it, from a GPU where the other has one: the cap and the peak of PyTorch's
+    allocator are those of the run that was opened last, and are gone when it closes.
+    """
+    if not isinstance(device, CudaDevice):
+        yield
+        return
+    if _OPEN_GPUS:
+        raise BusyError(
+            "this thread has a run on a GPU, whose budget another one inside of it, as of a callback, would lift: begin it when that has ended, "
+            "in a process of its own, or with --device cpu"
+        )
+    _OPEN_GPUS.append(device)
+    try:
+        yield
+    finally:
+        _OPEN_GPUS.remove(device)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from helpers.displays import Told
 from helpers.exact_runs import fit
 from helpers.language import write_jsonl, write_tokenizer
 from helpers.small_networks import small_gpt, small_mlp, tokens, vectors
-from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.evaluation import cached_model
+from lowmem_pnn.errors import BudgetError, ConfigError
+from lowmem_pnn.evaluation import cached_model, generation
 from lowmem_pnn.inference import ways_to_generate
 from lowmem_pnn.inference.generate import generate_run
 from lowmem_pnn.language.sampling import Sampling
@@ -47,7 +47,7 @@ def plain_greedy(score: Callable[[Tensor], Tensor], prompt: Sequence[int], count
 
 def stages(told: Told) -> list[str]:
     """The ways that were taken."""
-    return [text.partition("at most, ")[2].partition(":")[0] for text in told.stages]
+    return [text.partition("at most, ")[2].partition(":")[0] for text in told.stages if "at most, " in text]
 
 
 CACHED = "by the whole model, which keeps keys and values of the tokens before"
@@ -71,16 +71,44 @@ def test_it_says_what_a_plain_loop_says(trained: Result, monkeypatch: pytest.Mon
     ]
 
 
-def test_where_the_models_own_cache_fails_it_goes_on_without(trained: Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Forgets(KeepingGpt):
-        def go_on(self, ids: Tensor) -> Tensor:
-            return self.begin(ids)
+class Forgets(KeepingGpt):
+    """Forgets what was before."""
 
+    def go_on(self, ids: Tensor) -> Tensor:
+        return self.begin(ids)
+
+
+class Differs(KeepingGpt):
+    """Keeps all, and says something else than what was trained."""
+
+    def begin(self, ids: Tensor, source: Tensor | None = None) -> Tensor:
+        return -super().begin(ids, source)
+
+    def go_on(self, ids: Tensor) -> Tensor:
+        return -super().go_on(ids)
+
+
+@pytest.mark.parametrize("kind", [Forgets, Differs])
+def test_where_the_models_own_cache_fails_it_goes_on_without(
+    kind: type[KeepingGpt], trained: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told, expected = Told(), lowmem_pnn.generate(trained, [3, 8, 1], max_new_tokens=5)
-    monkeypatch.setattr(cached_model, "_CachedGpt", Forgets)
+    monkeypatch.setattr(cached_model, "_CachedGpt", kind)
     assert lowmem_pnn.generate(trained, [3, 8, 1], max_new_tokens=5, display=told) == expected
     assert stages(told) == [CACHED, "by a forward over rows of 24 for each (1 partition)"]
     assert told.messages[0] == "not so, for with the keys and values that the model keeps its scores are others than without"
+
+
+def test_what_is_kept_is_compared_with_a_forward_of_its_own_where_whole_rows_do_not_fit(
+    trained: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*given: Any) -> Any:
+        raise BudgetError("memory ran out in a row")
+
+    told, expected = Told(), lowmem_pnn.generate(trained, [3], max_new_tokens=5)
+    monkeypatch.setattr(generation.PartitionScorer, "scores", refuses)
+    assert lowmem_pnn.generate(trained, [3], max_new_tokens=5, display=told) == expected
+    assert stages(told) == [CACHED]
 
 
 def test_what_is_drawn_follows_from_the_seed_alone(trained: Result) -> None:
@@ -153,6 +181,7 @@ def test_the_command_prints_texts_or_json(tmp_path: Path) -> None:
         ([[3]], {"max_new_tokens": 0}, r"^--max-new-tokens 0 says nothing; give a number from 1$"),
         ([[3], 5], {}, r"^prompt 2 is neither text nor tokens; give whole numbers, from 0$"),
         (3, {}, r"^prompts are of type int; give a text, its tokens, or a list of such$"),
+        (np.array(["abc", "d"]), {}, r"^the data of the run in .* is tokens as numbers; give their tokenizer"),
         (["abc"], {}, r"^the data of the run in .* is tokens as numbers; give their tokenizer: --tokenizer DIR\|FILE\|bytes$"),
     ],
 )

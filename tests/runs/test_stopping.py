@@ -1,6 +1,7 @@
 """The end of training: early stopping, the best weights, a time limit; and callbacks that look on."""
 
 import json
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,27 @@ class Notes(lowmem_pnn.Callback):
 
     def on_fit_end(self, info: Mapping[str, Any]) -> None:
         self.told.append(("end", info))
+
+
+class Predicts(lowmem_pnn.Callback):
+    """Predicts by another run after each epoch."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+        self.scores: list[Any] = []
+
+    def on_epoch_end(self, info: Mapping[str, Any]) -> None:
+        self.scores.append(lowmem_pnn.predict(self.run, X, model=build)["scores"])
+
+
+def test_a_callback_may_predict_by_another_run(tmp_path: Path) -> None:
+    plain = fit(tmp_path / "plain", epochs=2)
+    predicts = Predicts(plain)
+    watched = fit(tmp_path / "watched", epochs=2, callbacks=[predicts])
+    expected = lowmem_pnn.predict(plain, X, model=build)["scores"]
+    assert [np.array_equal(scores, expected) for scores in predicts.scores] == [True, True]
+    assert_same_weights(loaded(build, watched.weights_file), loaded(build, plain.weights_file))
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY, "both limits are lifted"
 
 
 @pytest.mark.parametrize("method", ["exact", "backprop", "pnn", "neuroflux"])

@@ -40,6 +40,19 @@ def test_the_allocator_gets_the_budget_without_the_context(world: World) -> None
     assert device.peak_bytes == 1_400 * MB
 
 
+@pytest.mark.parametrize("name", ["copies", "current", "reset_peak"])
+def test_an_opening_that_fails_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> Any:
+        raise RuntimeError(name)
+
+    driver = Driver()
+    monkeypatch.setattr(driver, name, fail)
+    with pytest.raises(RuntimeError, match=name):
+        CudaDevice(2_000 * MB, driver=driver).open()
+    assert driver.cap in (None, driver.total())
+    assert not driver.is_current
+
+
 def test_an_allocator_that_takes_whole_pages_stays_within_the_budget() -> None:
     driver = Driver()
     with CudaDevice(1_000 * MB, driver=driver) as device:

@@ -1,5 +1,6 @@
 """Models that keep keys and values: the scores of a whole forward, token by token, and the bytes that are foreseen for it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from helpers.small_networks import small_gpt
 from helpers.transformers_folders import BART, LLAMA, T5, make_model
 from lowmem_pnn.evaluation.cached_model import cached_model, foreseen_bytes
 from lowmem_pnn.model.precision import Precision
+from lowmem_pnn.zoo.gpt_model import Attention, GptShape
 from lowmem_pnn.zoo.transformers_modules import returning_logits
 
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": 300}
@@ -65,11 +67,68 @@ def test_bytes_are_foreseen_for_the_length_of_the_text() -> None:
 class NoCacheOfItsOwn(nn.Module):
     """Takes what models with a cache take, and keeps nothing."""
 
-    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False, return_dict: bool = False) -> Any:
         return input_ids
+
+
+class FailingCache(NoCacheOfItsOwn):
+    """Fails in its own cache."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False, return_dict: bool = False) -> Any:
+        assert not use_cache
+
+
+class OutOfMemory(NoCacheOfItsOwn):
+    """Needs more memory than there is."""
+
+    def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False, return_dict: bool = False) -> Any:
+        raise MemoryError
+
+
+class OtherAttention(Attention):
+    """A forward of its own."""
+
+
+def replace_attention(model: Any, attention: nn.Module) -> None:
+    model.blocks[0][0] = attention
+
+
+def hook(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, inputs, outputs: outputs * 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: replace_attention(model, nn.Identity()),
+        lambda model: replace_attention(model, OtherAttention(GptShape(width=16, heads=2))),
+        lambda model: model.blocks[1].append(nn.Identity()),
+        lambda model: setattr(model.embedding, "forward", model.embedding.forward),
+        lambda model: hook(model),
+        lambda model: hook(model.blocks[0]),
+        lambda model: hook(model.blocks[0][0]),
+        lambda model: model.embedding.register_forward_pre_hook(lambda module, inputs: None),
+    ],
+)
+def test_a_gpt_that_was_changed_keeps_nothing(change: Callable[[Any], None]) -> None:
+    model = small_gpt(tied=True)
+    assert cached_model(model, reads_source=False) is not None
+    change(model)
+    assert cached_model(model, reads_source=False) is None
+
+
+def test_hooks_of_a_model_whose_class_is_passed_by_are_not() -> None:
+    model = make_model("gpt2", CAUSAL, GPT2)
+    model.__class__ = returning_logits(type(model), "causal-lm")
+    assert cached_model(model, reads_source=False) is not None
+    hook(model)
+    assert cached_model(model, reads_source=False) is None
 
 
 def test_models_that_keep_nothing_are_known() -> None:
     assert cached_model(nn.Linear(2, 2), reads_source=False) is None
     assert cached_model(small_gpt(tied=True), reads_source=True) is None
     assert foreseen_bytes(NoCacheOfItsOwn(), FP32, 8, None) is None
+    assert foreseen_bytes(FailingCache(), FP32, 8, None) is None
+    with pytest.raises(MemoryError):
+        foreseen_bytes(OutOfMemory(), FP32, 8, None)

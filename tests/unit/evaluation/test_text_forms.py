@@ -1,12 +1,15 @@
 """How texts are handed to models: their last tokens, a mask, positions, a source and its target, and where the next token is scored."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from lowmem_pnn.evaluation.text_forms import Continuation, PairForm, RowForm
+from lowmem_pnn.evaluation.text_forms import Continuation, PairForm, RowForm, source_context_of
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.sources.targets import Targets
+from lowmem_pnn.workload.data_form import DataForm
 
 IDS = TensorSpec((4,), torch.int64)
 TOKENS = Targets("tokens", 9, (4,))
@@ -53,6 +56,13 @@ def test_tensors_come_in_the_order_of_the_samples() -> None:
 )
 def test_models_of_other_samples_go_on_with_no_text(inputs, named, targets, outputs) -> None:
     assert RowForm.of(inputs, structure(*named) if named else None, targets, outputs) is None
+
+
+@pytest.mark.parametrize("given", [{"a": (0, 0), "b": 0}, {"a": [0], "b": {"c": 0}}])
+def test_samples_of_nested_tensors_are_no_texts(given: Any) -> None:
+    structure = pytree.tree_structure(given)
+    form = DataForm((IDS,) * structure.num_leaves, structure, TOKENS, ())
+    assert source_context_of(form) is None
 
 
 def test_sources_are_cut_at_their_end_and_targets_begin_with_their_start() -> None:

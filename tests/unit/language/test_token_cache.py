@@ -1,8 +1,11 @@
 """Token caches: made once, made again when damaged or stale, whole or not at all, in bounded memory."""
 
+import fcntl
 import json
+import os
 import pickle
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -178,15 +181,27 @@ def test_texts_of_no_token_keep_their_row_where_answers_are_told_apart_by_it(tmp
     assert [kept.tokens[start : start + size].tolist() for start, size in kept.pieces] == [[97, 98], [300], [99]]
 
 
-def test_what_a_killed_process_has_left_goes_and_what_another_writes_stays(tmp_path: Path) -> None:
+def test_what_a_killed_process_has_left_goes_and_what_another_writes_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def over_nfs(descriptor: int, operation: int) -> None:
+        """Locks of folders count for one machine alone: another one gets them too."""
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            lock(descriptor, operation)
+
+    lock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", over_nfs)
     root = tmp_path / "root"
     root.mkdir()
     abandoned, new = (root / f".tokens-{'0' * 24}-{name}" for name in ("abcdefgh", "abcdefgi"))
     for folder in (abandoned, new):
         folder.mkdir()
     (abandoned / "tokens.bin").write_text("x")
+    for name in (f"{abandoned.name}.lock", f"{abandoned.name[:-1]}x.lock"):  # of a process that was killed after the renaming too
+        (root / name).write_text("")
     with unfinished(root / f"tokens-{'1' * 24}") as being_written:
         (being_written / "tokens.bin").write_text("x")
         cache, _ = make(write_jsonl(tmp_path / "a.jsonl", pairs()), root)
-        assert sorted(root.iterdir()) == sorted([new, being_written, cache.folder])
+        lock_file = root / f"{being_written.name}.lock"
+        assert sorted(root.iterdir()) == sorted([new, being_written, lock_file, cache.folder])
     assert sorted(root.iterdir()) == sorted([new, cache.folder])
