@@ -23,7 +23,7 @@ def test_a_dry_run_holds_and_writes_nothing() -> None:
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
     assert {file: file.stat().st_mtime_ns for file in (BENCH / "results").iterdir()} == before
-    assert "A dry run: toys on the CPU, our methods on a simulated device. 7 of 7 cases hold." in done.stdout
+    assert "A dry run: toys on the CPU, our methods on a simulated device. 8 of 8 cases hold." in done.stdout
     rows = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("|")}
     assert "bit-equal" in rows["exact, as plain PyTorch"]
     assert "partitions" in rows["gpt, exact in 1/4"]
