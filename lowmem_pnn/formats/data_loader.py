@@ -86,7 +86,8 @@ def without_loader(data: Any, where: str, *, trains: bool = False) -> Any:
         raise DataError(
             f"{where} is a DataLoader with {what}, and batches are made here; give one with batch_size, or its data set (loader.dataset)"
         )
-    if isinstance(sampler, SubsetRandomSampler):
+    # One that is derived from it may give others, by indices of the whole data set: it is a sampler of its own.
+    if type(sampler) is SubsetRandomSampler:
         dataset = Subset(dataset, [int(index) for index in sampler.indices])
     elif own_sampler(data) is not None and not trains:
         raise DataError(

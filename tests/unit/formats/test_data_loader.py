@@ -59,6 +59,15 @@ def test_batch_size_and_order_are_taken(loader: Any, options: dict[str, Any]) ->
     assert loader_options(loader) == options
 
 
+def test_a_sampler_derived_from_one_of_a_subset_draws_by_indices_of_all_samples() -> None:
+    class Every(SubsetRandomSampler):
+        pass
+
+    loader = DataLoader(DATA, batch_size=2, sampler=Every([7, 2, 5]))
+    assert own_sampler(loader) is loader.sampler
+    assert without_loader(loader, "a", trains=True) is DATA
+
+
 def test_the_data_set_is_taken() -> None:
     assert without_loader(DataLoader(DATA, batch_size=4, shuffle=True), "a") is DATA
     assert without_loader(DATA, "a") is DATA
