@@ -42,6 +42,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Data, dict[str, Any]]] = {
     "tied words, loss in chunks": (tied_words, tokens(), {"cuts": "1,2", "loss_chunk": 20}),
     "tied gpt, loss in chunks": (lambda: small_gpt(tied=True, layers=1), tokens(), {"cuts": "1,3", "loss_chunk": 20}),
 }
+RESUMED = "tied words, loss in chunks"
 LONG = ("bf16", "gpt")
 """Kinds with as many operations again, each lowered anew."""
 
@@ -62,14 +63,14 @@ def test_exact_is_same_as_backprop(kind: str, tmp_path: Path, code: Shared, all_
     as_it_is = fit(build, data, tmp_path / "plain", **options, compile=False)
     assert as_it_is.compiled == {}
     assert exact.train_loss == pytest.approx(as_it_is.train_loss, rel=0.05 if "precision" in options else 1e-3)
-    if kind == "conv":
+    if kind == RESUMED:
         code.clear()  # as in another process, where all is compiled again
         check_resumed(exact, tmp_path / "run")
 
 
 def check_resumed(whole: Result, folder: Path) -> None:
-    """The run of convolutions, stopped and resumed, has the weights of the whole one."""
-    build, data, options = KINDS["conv"]
+    """A run that is stopped and resumed has the weights of the whole one."""
+    build, data, options = KINDS[RESUMED]
     with pytest.raises(Stopped):
         fit(build, data, folder, **options, commit_every=0.0, display=StopsAt(4))
     resumed = fit(build, data, folder, **options, commit_every=0.0, resume=True)

@@ -136,12 +136,12 @@ from lowmem_pnn.sources.map_split import from_torch
 
 class Slow(Pairs):
     def __getitem__(self, index):
-        if index == 3:
+        if index == 3:  # none of those that are looked at beforehand
             time.sleep(60)
         return super().__getitem__(index)
 
 if __name__ == "__main__":
-    with Readers({{"train": from_torch(Slow([(torch.zeros(2), n) for n in range(4)]), num_classes=4)}}, 2, "a") as readers:
+    with Readers({{"train": from_torch(Slow([(torch.zeros(2), n) for n in range(64)]), num_classes=64)}}, 2, "a") as readers:
         split = readers.serve()["train"]
         print(split.batch([2, 1])[1].tolist(), *readers._pids, flush=True)
         split.batch([0, 3])
