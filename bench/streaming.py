@@ -43,8 +43,8 @@ LR = 1e-4
 SEED = 0
 MB = 1e6
 
-GOAL_TOKENS = 4096
-GOAL_RATIO = 0.95
+# By the tokens of a batch from which on it is to be had: speed, of the speed in memory.
+GOALS = {512: 0.95, 2048: 1.2}
 
 
 def settings(tokens: int, text: Path) -> dict[str, Any]:
@@ -152,12 +152,21 @@ def draw(points: list[dict[str, Any]], path: Path) -> bool:
     axes = figure.subplots()
     axes.semilogx([point["tokens"] for point in points], [point["ratio"] for point in points], "o-", base=2)
     axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.axhline(GOAL_RATIO, color="grey", linewidth=0.8, linestyle="--")
-    axes.set_ylim(0, max(1.1, 1.05 * max(point["ratio"] for point in points)))
+    for least_tokens, goal in GOALS.items():
+        axes.plot([least_tokens, points[-1]["tokens"]], [goal, goal], color="grey", linewidth=0.8, linestyle="--")
+    axes.set_ylim(0, max(1.3, 1.05 * max(point["ratio"] for point in points)))
     axes.set_xlabel("tokens per batch")
     axes.set_ylabel("tokens per second, streamed / in memory")
     figure.savefig(path, dpi=150)
     return True
+
+
+def verdict(points: list[dict[str, Any]], least_tokens: int, goal: float) -> str:
+    """Whether a goal is met at all sizes for which it stands."""
+    ratios = {point["tokens"]: point["ratio"] for point in points if point["tokens"] >= least_tokens}
+    below = ", ".join(f"{ratio:.3f} at {tokens}" for tokens, ratio in ratios.items() if ratio < goal)
+    found = "not measured" if not ratios else f"NOT MET: {below}" if below else f"{min(ratios.values()):.3f} at least, met"
+    return f"- at least {goal} of the speed in memory from {least_tokens} tokens on: {found}"
 
 
 def main() -> None:
@@ -230,7 +239,6 @@ def main() -> None:
     )  # fmt: skip
     first = points[0]["ours"][0]
     threads = known.get("machine", {}).get("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "unset"))
-    at_goal = next((point["ratio"] for point in points if point["tokens"] == GOAL_TOKENS), None)
     page = [
         f"{MODEL}, AdamW, {words}; training state {first['training_state'] / MB:.0f} MB, budget {arguments.budget}, "
         f"{first['partitions']} partitions, micro-batches of {MICRO_BATCH * CONTEXT} tokens for both.",
@@ -239,8 +247,7 @@ def main() -> None:
         "",
         markdown_table(heads, rows),
         "",
-        f"- at least {GOAL_RATIO} of the speed in memory at {GOAL_TOKENS} tokens: "
-        + ("not measured" if at_goal is None else f"{at_goal:.3f}, {'met' if at_goal >= GOAL_RATIO else 'NOT MET'}"),
+        *(verdict(points, tokens, goal) for tokens, goal in GOALS.items()),
     ]
     if arguments.quick:
         print("\n".join(page))
