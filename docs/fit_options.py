@@ -10,19 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BeforeValidator
-
 from lowmem_pnn.config.field_types import SIZES
 from lowmem_pnn.config.fit_config import FitConfig
 
 TARGET = Path(__file__).parents[1] / "lowmem_pnn" / "settings" / "fit_options.py"
 # Parameters of the functions themselves.
 _OWN = ("max_gpu_mem", "model", "data", "loss", "weights")
+# What options take from Python whose readers take more than the type of their field.
+_READ = {
+    "class_weights": ["str", "Iterable[Any]"],
+    "image_size": ["int", "str", "Sequence[int]"],
+    "lora": ["str", "Mapping[str, Any]"],
+    "lr_for": ["str", "Sequence[str]", "Mapping[str, float]"],
+    "normalize": ["str", "Sequence[float | Sequence[float]]"],
+    "time_limit": ["str", "float"],
+    "tokenizer": ["str", "Path"],
+}
 _HEAD = '''"""Options of `fit` and `plan` as types, for editors and type checkers: written by docs/fit_options.py from `FitConfig`."""
 
 # ruff: noqa: E501
 # fmt: off
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,9 +47,7 @@ def text_of(kind: Any) -> list[str]:
     """Return what a field of such a type takes from Python, as the parts of a union."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        # What reads a value before it is checked takes more than the type says.
-        reads = any(isinstance(each, BeforeValidator) for each in arguments[1:])
-        return text_of(arguments[0]) if not reads or get_origin(arguments[0]) is tuple else ["Any"]
+        return text_of(arguments[0])
     if kind is type(None):
         return ["None"]
     if origin in (typing.Union, types.UnionType):
@@ -65,8 +71,8 @@ def module_text() -> str:
     for field in dataclasses.fields(FitConfig):
         if field.name in _OWN:
             continue
-        parts = ["int", "str"] if field.name in SIZES else [part for part in text_of(hints[field.name]) if part != "None"]
-        parts = list(dict.fromkeys([*parts, "None"]))
+        parts = ["int", "str"] if field.name in SIZES else _READ.get(field.name) or text_of(hints[field.name])
+        parts = [*(part for part in dict.fromkeys(parts) if part != "None"), "None"]
         lines.append(f"    {field.name}: {'Any' if 'Any' in parts else ' | '.join(parts)}")
     return _HEAD + "\n".join(lines) + "\n"
 

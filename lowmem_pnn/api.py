@@ -10,7 +10,6 @@ from typing_extensions import Unpack
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.defaults import unasked_method
 from lowmem_pnn.config.gpu_description import GpuDescription
-from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.device.support import budget_on
 from lowmem_pnn.errors import ConfigError, LowMemError
 from lowmem_pnn.exporting.export import export_exit, export_merged, find_exit, refuse_part
@@ -21,15 +20,16 @@ from lowmem_pnn.inference.evaluate import evaluate_run
 from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember, workload_of
 from lowmem_pnn.inference.predict import predict_run
 from lowmem_pnn.inference.samples import PartName
-from lowmem_pnn.memory.available import budget_of, is_share
+from lowmem_pnn.memory.available import budget_of
 from lowmem_pnn.pretrained.model_file import load_into
 from lowmem_pnn.preview.preview import preview
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import Display, default_display
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.run.asked_run import asked_run
 from lowmem_pnn.run.callbacks import Callback, checked_callbacks
 from lowmem_pnn.run.finished import open_finished
-from lowmem_pnn.run.unfinished import unfinished_run
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.settings.fit_options import FitOptions
 from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.run_directory import RunDirectory
@@ -108,8 +108,6 @@ def fit(
         True
     """
     callbacks = checked_callbacks(callbacks)
-    if resume and overwrite:
-        raise ConfigError("resume goes on with a run, and overwrite replaces it; give one")
     state_dict = weights if isinstance(weights, Mapping) else None
     named = {**names_of(model, train, loss), "weights": name_of_weights(weights)}
     given = {"max_gpu_mem": max_gpu_mem, **named, **with_named_parts(train, val, test, options)}
@@ -118,16 +116,20 @@ def fit(
         model, train, val, test, loss=None if isinstance(loss, str) else loss, metrics=metrics, state_dict=state_dict
     )
     display = default_display(verbose) if display is None else display
-    if resume:
-        given = {name: value for name, value in given.items() if name != "max_gpu_mem" or not is_share(value)}  # else the run's
-        folder = unfinished_run(given) if workdir is None else Path(workdir)
-        result = resume_training(folder, given, open_inputs, display=display, callbacks=callbacks)
+    asked = asked_run(
+        given,
+        lambda: configure(**{**given, "max_gpu_mem": budget_on(options.get("device") or "auto", max_gpu_mem)}),
+        None if workdir is None else Path(workdir),
+        resume=resume,
+        overwrite=overwrite,
+    )
+    process = Process(display=display, callbacks=callbacks)
+    if asked.config is None:
+        result = resume_training(asked.folder, asked.given, open_inputs, process=process)
     else:
-        config = configure(**{**given, "max_gpu_mem": budget_on(options.get("device") or "auto", max_gpu_mem)})
-        if (note := unasked_method(config, given)) is not None:
+        if (note := unasked_method(asked.config, given)) is not None:
             display.message(note)
-        folder = next_workdir(config) if workdir is None else Path(workdir)
-        result = begin(config, folder, open_inputs, overwrite=overwrite, display=display, callbacks=callbacks)
+        result = begin(asked.config, asked.folder, open_inputs, overwrite=overwrite, process=process)
     assert result is not None, "one process trains all partitions"
     remember(result.workdir, model)
     if isinstance(model, torch.nn.Module):

@@ -42,11 +42,11 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.defaults import unasked_method
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.config.resume import resumed_config
-from lowmem_pnn.config.workdir import next_workdir
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
 from lowmem_pnn.memory.available import is_share
+from lowmem_pnn.run.asked_run import asked_run
 from lowmem_pnn.run.ranks import Rank
-from lowmem_pnn.run.unfinished import options_of_run, unfinished_run
+from lowmem_pnn.run.unfinished import options_of_run
 from lowmem_pnn.settings.command import describe_command
 from lowmem_pnn.settings.config_file import to_toml
 from lowmem_pnn.units import parse_bytes
@@ -95,52 +95,51 @@ def fit(
     lowmem-pnn fit --max-gpu-mem 75% --method exact --model net.py:build --data npz:arrays.npz
     lowmem-pnn fit --resume --workdir runs/resnet18-pnn-1
     """  # noqa: D301 - click's mark of lines that are not wrapped
-    config, rank, given = None, Rank.of_environment(), given_options(options)
-    share = is_share(given.get("max_gpu_mem"))
-    if resume and overwrite:
-        raise ConfigError("--resume goes on with a run, and --overwrite replaces it; give one")
+    rank = Rank.of_environment()
     if trust and not resume:
         raise ConfigError("--trust has no effect here: it needs --resume; leave it out")
     if workdir is None and not rank.is_alone:
         raise ConfigError("the processes of torchrun need a folder that they agree on; give --workdir DIR")
-    if resume:
-        given = {name: value for name, value in given.items() if name != "max_gpu_mem" or not share}  # the run's own is kept
-        chosen = rank.folder(workdir or unfinished_run(given))
-    else:
-        config = configure(**command_options(options))
-        rank.check(config)
-        chosen = rank.folder(workdir or next_workdir(config))
+    asked = asked_run(
+        given_options(options),
+        lambda: configure(**command_options(options)),
+        workdir,
+        resume=resume,
+        overwrite=overwrite,
+        rank=rank,
+    )
+    chosen, config = asked.folder, asked.config
     if print_config:
-        print_result(to_toml(config or resumed_config(options_of_run(chosen), given, chosen)).rstrip("\n"))
+        print_result(to_toml(config or resumed_config(options_of_run(chosen), asked.given, chosen)).rstrip("\n"))
         return
     if not is_worker():
         if not quiet:
-            announce(describe_command(config, chosen, given))
+            announce(describe_command(config, chosen, asked.given))
         # Resolved once: of an option that is given twice the last value counts.
-        budget = ["--max-gpu-mem", str(config.max_gpu_mem)] if share and config is not None else []
+        budget = (
+            ["--max-gpu-mem", str(config.max_gpu_mem)] if config is not None and is_share(asked.given.get("max_gpu_mem")) else []
+        )
         arguments = [*sys.argv[1:], *budget, *(["--workdir", str(chosen)] if workdir is None else [])]
         begin_supervisor(arguments, chosen)
     with _stop_on_signals() as should_stop:
         with stdout_is_ours():
             from rich.console import Console
 
-            from lowmem_pnn.reporting.progress import TerminalDisplay
+            from lowmem_pnn.reporting.progress import Display, TerminalDisplay
+            from lowmem_pnn.run.session import Process
             from lowmem_pnn.training import start
 
-            display = None if quiet else TerminalDisplay(Console(stderr=True))
+            process = Process(
+                display=Display() if quiet else TerminalDisplay(Console(stderr=True)),
+                should_stop=should_stop,
+                rank=rank,
+                after_crash=after_crash,
+                seconds_spent=seconds_spent,
+            )
             if config is None:
-                result = start.resume(
-                    chosen,
-                    given,
-                    display=display,
-                    should_stop=should_stop,
-                    after_crash=after_crash,
-                    seconds_spent=seconds_spent,
-                    rank=rank,
-                    trust=trust,
-                )
+                result = start.resume(chosen, asked.given, process=process, trust=trust)
             else:
-                result = start.begin(config, chosen, overwrite=overwrite, display=display, should_stop=should_stop, rank=rank)
+                result = start.begin(config, chosen, overwrite=overwrite, process=process)
         # Signals are still only noted: a run that is done is not reported as one that was stopped.
         if result is not None:
             print_result(result.to_json() if as_json else result.describe(terminal_width()), f"it is in {chosen / 'result.json'}")

@@ -37,7 +37,7 @@ DATA: Mapping[str, str] = {
     "file.py:factory": "what a function of yours returns: a map-style data set, or train and test",
 }
 
-METHODS: Mapping[str, str] = {
+METHOD_TEXTS: Mapping[str, str] = {
     "pnn": "partitions one after the other on synthetic intermediate labels: least memory, least traffic (arXiv 2403.11204)",
     "neuroflux": "blocks one after the other, every layer with a head and a loss of its own; early exits (arXiv 2402.14139)",
     "incubate": "partitions one after the other, each inside a thin model of the whole; then assembled (Deep Incubation, arXiv 2212.04129)",
@@ -71,7 +71,7 @@ def data(as_json: bool, quiet: bool, debug: bool) -> None:
 @output_options
 def methods(as_json: bool, quiet: bool, debug: bool) -> None:
     """List the training methods, and what each is for."""
-    _print(METHODS, as_json)
+    _print(METHOD_TEXTS, as_json)
 
 
 def _print(listed: Mapping[str, str], as_json: bool) -> None:

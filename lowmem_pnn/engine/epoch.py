@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from lowmem_pnn.engine.loaders import Batch
 from lowmem_pnn.engine.tally import EpochProgress
 from lowmem_pnn.errors import DataError
+from lowmem_pnn.stores.activations import Batch
 
 
 class Learner(Protocol):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowmem_pnn.device import Device, Download
 from lowmem_pnn.engine.active_partition import ActivePartition
-from lowmem_pnn.engine.loaders import Batch, Loader
+from lowmem_pnn.engine.loaders import Loader
 from lowmem_pnn.engine.micro_batches import micro_batches
 from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward
 from lowmem_pnn.engine.optimizer_step import finish_step, layer_steps
@@ -31,6 +31,7 @@ from lowmem_pnn.engine.uploads import MicroBatch, Uploads
 from lowmem_pnn.model.layer import python_state_of, set_python_state
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stores.activation_writer import ActivationWriter
+from lowmem_pnn.stores.activations import Batch
 
 _T = TypeVar("_T")
 

@@ -17,15 +17,12 @@ from lowmem_pnn.samples.epochs import all_samples, epoch_order
 from lowmem_pnn.samples.prepared import BatchReader
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.subsets import reads_alone
-from lowmem_pnn.stores.activations import ActivationStore
+from lowmem_pnn.stores.activations import ActivationStore, Batch
 
 _T = TypeVar("_T")
 
 # Samples that are read at once where only their labels are needed.
 _LABELS_AT_ONCE = 64
-
-Batch = tuple[tuple[Tensor, ...], Tensor]
-"""Boundary tensors, each (B, ...), and labels (B, ...)."""
 
 
 class Loader(Protocol):

@@ -5,11 +5,11 @@ from concurrent.futures import Executor
 
 import numpy as np
 
-from lowmem_pnn.engine.loaders import Batch, read_ahead
+from lowmem_pnn.engine.loaders import read_ahead
 from lowmem_pnn.engine.stalls import StallKind
 from lowmem_pnn.samples.augment import AugmentationKey
 from lowmem_pnn.samples.epochs import training_order
-from lowmem_pnn.stores.activations import ActivationStore
+from lowmem_pnn.stores.activations import ActivationStore, Batch
 
 
 class StoredSampleLoader:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lowmem_pnn.device import Device
 from lowmem_pnn.device.transfers import Upload
-from lowmem_pnn.engine.loaders import Batch
 from lowmem_pnn.engine.passes import to_device_aligned
+from lowmem_pnn.stores.activations import Batch
 
 _T = TypeVar("_T")
 

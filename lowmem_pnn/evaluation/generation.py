@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.engine.active_partition import ActivePartition
-from lowmem_pnn.engine.loaders import Batch
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.engine.stalls import StallKind
 from lowmem_pnn.evaluation.text_forms import UNWANTED, Continuation, TextForm, check_prompt
@@ -22,6 +21,7 @@ from lowmem_pnn.language.sampling import Sampling
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.samples.augment import AugmentationKey
 from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.stores.activations import Batch
 
 
 class Scorer(Protocol):

@@ -17,7 +17,7 @@ from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.formats.data_frame import DataFrame
 from lowmem_pnn.formats.table_file import MISSING, TableFile
 from lowmem_pnn.sources.dataset import Dataset, join_parts
-from lowmem_pnn.sources.imports import did_you_mean
+from lowmem_pnn.sources.imports import did_you_mean, listed
 from lowmem_pnn.sources.map_split import from_arrays
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.sources.targets import TargetOptions
@@ -27,6 +27,8 @@ _MOST_WORDS = 100
 # Different whole numbers of a target, beyond which they may be values as well as classes.
 _MOST_WHOLE_CLASSES = 100
 _MOST_CLASSES = 10_000
+# Names of columns that a message holds.
+_MOST_NAMES = 12
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -59,8 +61,8 @@ class TableSchema:
         """The steps from the file to samples, in words."""
         names = [name for name, words in self.columns.items() if words is None]
         one_hot = [f"{name} ({len(words)})" for name, words in self.columns.items() if words is not None]
-        steps = [f"numbers of columns {_listed(names)}"] if names else []
-        return (*steps, *([f"one-hot words of columns {_listed(one_hot)}"] if one_hot else []))
+        steps = [f"numbers of columns {listed(names, _MOST_NAMES)}"] if names else []
+        return (*steps, *([f"one-hot words of columns {listed(one_hot, _MOST_NAMES)}"] if one_hot else []))
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -107,7 +109,7 @@ def open_table(
     if isinstance(file, DataFrame) and schema is None:
         targets = file.target_names or targets
     if schema is None and targets is None:
-        raise ConfigError(f"data {file.spec} needs --target COLUMN; its columns are {_listed(file.columns)}")
+        raise ConfigError(f"data {file.spec} needs --target COLUMN; its columns are {listed(file.columns, _MOST_NAMES)}")
     if may_lack_targets and schema is not None and not any(name in file.columns for name in schema.targets):
         schema, options = dataclasses.replace(schema, targets=(), classes=()), TargetOptions()
     wanted = schema.targets if schema is not None else tuple(targets or ())
@@ -333,7 +335,3 @@ def _read(
     if not schema.targets:
         return samples, torch.zeros(kept, dtype=torch.int64)
     return samples, values[:, 0] if len(schema.targets) == 1 else values
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

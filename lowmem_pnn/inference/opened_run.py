@@ -6,9 +6,9 @@ from pathlib import Path
 
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.run.finished import FinishedRun, open_finished
+from lowmem_pnn.run.only_run import only_run
 from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.run_directory import RunDirectory
-from lowmem_pnn.training.setup import only_run
 from lowmem_pnn.training.start import full_is_a_budget_error, worker_threads
 
 

@@ -20,7 +20,6 @@ Ids = npt.NDArray[np.int64]
 
 # Ends of text in tokenizer files that come without a configuration.
 _USUAL_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
-_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # More is no tokenizer: the largest ones in use have some 20 MB.
 _MOST_BYTES = 1 << 28
 # Tokens whose texts are tried for one that becomes tokens.

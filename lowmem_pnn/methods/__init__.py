@@ -8,13 +8,15 @@ from lowmem_pnn.methods.incubate import Incubate, ThroughTail
 from lowmem_pnn.methods.neuroflux import NeuroFlux
 from lowmem_pnn.methods.objectives import Objective, TaskObjective
 from lowmem_pnn.methods.pnn import Pnn
+from lowmem_pnn.methods.program import Learning, program_of, visits_of_rank
 from lowmem_pnn.methods.sil import SyntheticLabels
-from lowmem_pnn.methods.visits import SplitName, Sweep, Visit, evaluation_visits, sweep_visits, visits_of_rank
+from lowmem_pnn.methods.visits import SplitName, Sweep, Visit, evaluation_visits
 
 __all__ = [
     "Backprop",
     "Exact",
     "Incubate",
+    "Learning",
     "Method",
     "NeuroFlux",
     "Objective",
@@ -27,7 +29,7 @@ __all__ = [
     "Visit",
     "evaluation_visits",
     "make_method",
-    "sweep_visits",
+    "program_of",
     "visits_of_rank",
 ]
 

@@ -1,5 +1,6 @@
 """Visits and sweeps: the steps of a training program, as plain data."""
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -67,6 +68,15 @@ class Visit:
         """Passes over the samples in which the partition learns."""
         return self.epochs if self.action == "learn" else 0
 
+    def unfrozen_at(self, epoch: int) -> tuple["Visit", "Visit"]:
+        """Return the visit as two: one of the epochs in which what is unfrozen later is frozen, and one of the others.
+
+        Args:
+            epoch: Epoch that is the first of the others, from 0.
+        """
+        first = dataclasses.replace(self, epochs=epoch, frozen=True)
+        return first, dataclasses.replace(self, epochs=self.epochs - epoch, epochs_before=epoch)
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -100,6 +110,15 @@ class Sweep:
     def epochs_learnt(self) -> int:
         """Passes over the samples: all of them are learnt from."""
         return self.epochs
+
+    def unfrozen_at(self, epoch: int) -> tuple["Sweep", "Sweep"]:
+        """Return the sweep as two: one of the epochs in which what is unfrozen later is frozen, and one of the others.
+
+        Args:
+            epoch: Epoch that is the first of the others, from 0.
+        """
+        first = dataclasses.replace(self, epochs=epoch, epochs_after=self.epochs - epoch, frozen=True)
+        return first, dataclasses.replace(self, epochs=self.epochs - epoch, epochs_before=epoch)
 
     @property
     def learners(self) -> tuple[int, ...]:
@@ -178,24 +197,3 @@ def sweep_visits(
 def evaluation_visits(num_partitions: int, split: SplitName = "test") -> list[Visit]:
     """Return the visits that evaluate a trained model: each partition once, forward."""
     return [Visit("emit", partition, split) for partition in range(num_partitions)]
-
-
-def visits_of_rank(program: Sequence[Visit | Sweep], rank: int, ranks: int) -> list[Visit | Sweep]:
-    """Return the share of one process in a program whose partitions are independent.
-
-    Every rank trains the partition of its number; rank 0 joins all partitions and does what follows.
-
-    Args:
-        program: Visits and sweeps of the whole run.
-        rank: Rank of the process, from 0.
-        ranks: Number of processes; a single one does everything.
-
-    Example:
-        >>> program = [Visit("learn", 0, "train"), Visit("learn", 1, "train", from_synthetic_labels=True)]
-        >>> [(visit.action, visit.partition) for visit in visits_of_rank(program, 0, 2)]
-        [('learn', 0), ('join', 0)]
-    """
-    if ranks == 1:
-        return list(program)
-    own: list[Visit | Sweep] = [item for item in program if isinstance(item, Visit) and item.partition == rank]
-    return own if rank else [*own, Visit("join", 0, "train"), *(item for item in program if isinstance(item, Sweep))]

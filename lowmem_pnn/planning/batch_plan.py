@@ -10,6 +10,7 @@ from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.planning import planner
+from lowmem_pnn.planning.constraints import Constraints
 from lowmem_pnn.planning.footprint import Footprint
 from lowmem_pnn.planning.heap_share import HeapShare
 from lowmem_pnn.planning.kept_products import with_kept_products
@@ -54,21 +55,20 @@ def plan_for_batches(
         return [footprint.wide_shard_bytes(stop) for stop in range(1, request.num_layers + 1)]
 
     def planned(cuts: Sequence[int] | None, *, uniform: bool, num_partitions: int | None = None) -> Plan:
-        return planner.plan(
+        constraints = Constraints(
             request.costs,
-            budget_bytes=device.budget_bytes,
-            overhead_bytes=overhead_bytes,
-            beside_bytes=beside_bytes,
-            ending_bytes=ending_bytes,
             batch_sizes=batch_sizes[0] if len(batch_sizes) == 1 else batch_sizes,
             cuts=cuts,
             num_partitions=num_partitions,
             micro_batch=workload.config.micro_batch,
             objective=request.objective_memory,
-            good_micro_batch=good_micro_batch or request.good_micro_batch,
             uniform=uniform,
             whole_batches=request.whole_batches if whole_batches is None else whole_batches,
+            overhead_bytes=overhead_bytes,
+            beside_bytes=beside_bytes,
+            ending_bytes=ending_bytes,
         )
+        return planner.plan(constraints, device.budget_bytes, good_micro_batch or request.good_micro_batch)
 
     cuts = request.cuts
     if workload.config.blocks == "alike":

@@ -1,6 +1,8 @@
-"""Constraints on a plan: cuts, number of partitions, batches and micro-batch, checked against the chain."""
+"""Constraints on a plan: cuts, number of partitions, batches and micro-batch, and what is beside them, checked against the chain."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from lowmem_pnn.errors import ConfigError
@@ -11,47 +13,80 @@ from lowmem_pnn.profiling.peaks import default_objective, largest_micro_batch
 Objectives = Callable[[int], Affine]
 """Function from the layer after a partition's last to the bytes of the partition's objective."""
 
+Overhead = int | Callable[[int], int]
+"""Bytes that are needed beside a partition: a number, or a function of the budget."""
+
 Beside = Callable[[int], Sequence[int]]
 """Function from a budget to the bytes beside a partition, for each layer that it may begin with, or end with."""
 
 
+@dataclass(frozen=True)
 class Constraints:
-    """Constraints on the partitions of one chain; arguments as for `planner.plan`.
+    """What the partitions of one chain have to be, and what is needed beside them.
+
+    Args:
+        profile: Memory costs of the layers.
+        batch_sizes: Samples of an optimizer step: one number for all partitions, or one for each (then give `cuts` or
+            `num_partitions`).
+        cuts: Layers that start a partition, ascending, without 0: the partitions are given, and only micro-batches are chosen.
+        num_partitions: Exact number of partitions; None for as few as possible.
+        micro_batch: Most samples at once; None for as many as fit.
+        objective: Function from the layer after a partition's last to the bytes of its loss, as `planner.partition_peak` takes them.
+        uniform: Whether all partitions have one micro-batch: the smallest of theirs.
+        whole_batches: Whether a batch has to go through at once.
+        overhead_bytes: Bytes that are needed beside every partition; or a function that gives them for a budget, which must grow by
+            less than the budget does, so that the smallest budget that an error suggests is right.
+        beside_bytes: Function from a budget to the bytes that are needed beside a partition, for each layer that it may begin with; they
+            must grow by less than the budget does, together with the overhead.
+        ending_bytes: Function from a budget to the bytes that are needed by a partition, for each layer that may be its last.
 
     Raises:
         ConfigError: The chain cannot have such cuts, or such numbers of partitions or samples.
     """
 
-    def __init__(
-        self,
-        profile: MemoryProfile,
-        batch_sizes: int | Sequence[int],
-        cuts: Sequence[int] | None,
-        num_partitions: int | None,
-        micro_batch: int | None,
-        objective: Objectives | None,
-        uniform: bool = False,
-        whole_batches: bool = False,
-        beside_bytes: Beside | None = None,
-        ending_bytes: Beside | None = None,
-    ) -> None:
-        if cuts is not None and num_partitions not in (None, len(cuts) + 1):
+    profile: MemoryProfile
+    _: KW_ONLY
+    batch_sizes: int | Sequence[int]
+    cuts: Sequence[int] | None = None
+    num_partitions: int | None = None
+    micro_batch: int | None = None
+    objective: Objectives | None = None
+    uniform: bool = False
+    whole_batches: bool = False
+    overhead_bytes: Overhead = 0
+    beside_bytes: Beside | None = None
+    ending_bytes: Beside | None = None
+
+    def __post_init__(self) -> None:
+        if self.cuts is not None and self.num_partitions not in (None, len(self.cuts) + 1):
             raise ConfigError(
-                f"--partitions {num_partitions} and {count(len(cuts), 'cut')} in --cuts contradict each other; give one"
+                f"--partitions {self.num_partitions} and {count(len(self.cuts), 'cut')} in --cuts contradict each other; give one"
             )
-        self.profile = profile
-        self.batches = (batch_sizes,) if isinstance(batch_sizes, int) else tuple(batch_sizes)
-        self.cuts = None if cuts is None else list(cuts)
-        self.num_partitions = num_partitions if cuts is None else len(cuts) + 1
-        self.micro_batch = micro_batch
-        self.uniform = uniform
-        self.whole_batches = whole_batches
-        self._beside_bytes, self._ending_bytes = beside_bytes, ending_bytes
-        self._objectives = [
-            objective(stop) if objective else default_objective(layer) for stop, layer in enumerate(profile.layers, start=1)
-        ]
         self._check_cuts()
         self._check_samples()
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Samples of an optimizer step: one number, or one for each partition."""
+        return (self.batch_sizes,) if isinstance(self.batch_sizes, int) else tuple(self.batch_sizes)
+
+    @property
+    def wanted_partitions(self) -> int | None:
+        """Number of partitions, by itself or by the cuts; None where it is left open."""
+        return self.num_partitions if self.cuts is None else len(self.cuts) + 1
+
+    @cached_property
+    def _objectives(self) -> list[Affine]:
+        layers = enumerate(self.profile.layers, start=1)
+        return [self.objective(stop) if self.objective is not None else default_objective(layer) for stop, layer in layers]
+
+    def overhead(self, budget_bytes: int) -> int:
+        """Return the bytes beside every partition under a budget.
+
+        Args:
+            budget_bytes: The budget.
+        """
+        return self.overhead_bytes(budget_bytes) if callable(self.overhead_bytes) else self.overhead_bytes
 
     def batch_of(self, number: int) -> int:
         """Return the batch of a partition, in samples."""
@@ -63,7 +98,7 @@ class Constraints:
         Args:
             budget_bytes: The budget.
         """
-        return [0] * len(self.profile.layers) if self._beside_bytes is None else self._beside_bytes(budget_bytes)
+        return [0] * len(self.profile.layers) if self.beside_bytes is None else self.beside_bytes(budget_bytes)
 
     def objectives(self, budget_bytes: int) -> list[Affine]:
         """Return the bytes of a partition's objective, and what else its end takes, for each layer that may be its last.
@@ -71,7 +106,7 @@ class Constraints:
         Args:
             budget_bytes: The budget.
         """
-        ends = [0] * len(self._objectives) if self._ending_bytes is None else self._ending_bytes(budget_bytes)
+        ends = [0] * len(self._objectives) if self.ending_bytes is None else self.ending_bytes(budget_bytes)
         return [Affine(one.fixed + end, one.per_sample) for one, end in zip(self._objectives, ends, strict=True)]
 
     def search(self, budget_bytes: int, *, batch: int | None = None, any_cuts: bool = False) -> Search | UniformSearch:
@@ -86,7 +121,8 @@ class Constraints:
         objectives = self.objectives(budget_bytes)
 
         def search(whole_batch: bool | None) -> Search:
-            cuts, number = (None, None) if any_cuts else (self.cuts, self.num_partitions)
+            cuts = None if any_cuts or self.cuts is None else list(self.cuts)
+            number = None if any_cuts else self.wanted_partitions
             return Search(self.profile, batches, cuts, number, self.micro_batch, objectives, beside, whole_batch)
 
         if not self.uniform:
@@ -129,7 +165,7 @@ class Constraints:
             )
 
     def _check_samples(self) -> None:
-        number, smallest = self.num_partitions, self.profile.smallest_micro_batch
+        number, smallest = self.wanted_partitions, self.profile.smallest_micro_batch
         if len(self.batches) != 1 and len(self.batches) != number:
             partitions = "a number of partitions that is left open" if number is None else count(number, "partition")
             raise ConfigError(

@@ -11,76 +11,41 @@ Preferences, in this order:
 Then each partition gets the largest micro-batch that fits. Integers in, integers out: no torch, no device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
-from lowmem_pnn.planning.constraints import Beside, Constraints, Objectives
+from lowmem_pnn.planning.constraints import Constraints
 from lowmem_pnn.planning.search import GOOD_MICRO_BATCH, possible_starts
 from lowmem_pnn.profiling.costs import Affine, MemoryProfile, ties_counted_once
 from lowmem_pnn.profiling.peaks import default_objective, largest_micro_batch, peak_of
 from lowmem_pnn.units import MEGABYTE, format_bytes
 
-Overhead = int | Callable[[int], int]
-"""Bytes that are needed beside a partition: a number, or a function of the budget."""
 
-
-def plan(
-    profile: MemoryProfile,
-    *,
-    budget_bytes: int,
-    overhead_bytes: Overhead = 0,
-    batch_sizes: int | Sequence[int],
-    cuts: Sequence[int] | None = None,
-    num_partitions: int | None = None,
-    micro_batch: int | None = None,
-    objective: Objectives | None = None,
-    good_micro_batch: int = GOOD_MICRO_BATCH,
-    uniform: bool = False,
-    whole_batches: bool = False,
-    beside_bytes: Beside | None = None,
-    ending_bytes: Beside | None = None,
-) -> Plan:
+def plan(constraints: Constraints, budget_bytes: int, good_micro_batch: int = GOOD_MICRO_BATCH) -> Plan:
     """Cut a chain into partitions that fit a budget.
 
     Args:
-        profile: Memory costs of the layers.
-        budget_bytes: Most bytes of a partition and the overhead together.
-        overhead_bytes: Bytes that are needed beside every partition; or a function that gives them for a budget, which must grow by
-            less than the budget does, so that the smallest budget that an error suggests is right.
-        batch_sizes: Samples of an optimizer step: one number for all partitions, or one for each (then give `cuts` or
-            `num_partitions`).
-        cuts: Layers that start a partition, ascending, without 0: the partitions are given, and only micro-batches are chosen.
-        num_partitions: Exact number of partitions; None for as few as possible.
-        micro_batch: Most samples at once; None for as many as fit.
-        objective: Function from the layer after a partition's last to the bytes of its loss, as `partition_peak` takes them.
+        constraints: The chain, what its partitions have to be, and what is needed beside them.
+        budget_bytes: Most bytes of a partition and of what is beside it together.
         good_micro_batch: Micro-batch, a power of two, above which a larger one is no reason for more partitions.
-        uniform: Whether all partitions have one micro-batch: the smallest of theirs.
-        whole_batches: Whether a batch has to go through at once.
-        beside_bytes: Function from a budget to the bytes that are needed beside a partition, for each layer that it may begin with; they
-            must grow by less than the budget does, together with the overhead.
-        ending_bytes: Function from a budget to the bytes that are needed by a partition, for each layer that may be its last.
 
     Returns:
         The best plan in the order of the module's docstring.
 
     Raises:
-        ConfigError: The chain cannot have such cuts, or such numbers of partitions or samples.
         BudgetError: Nothing fits; the message says what does not, and the smallest budget that would do.
     """
-    constraints = Constraints(
-        profile, batch_sizes, cuts, num_partitions, micro_batch, objective, uniform, whole_batches, beside_bytes, ending_bytes
-    )
-    search, beside = constraints.search(budget_bytes), constraints.beside(budget_bytes)
-    overhead = _overhead(overhead_bytes, budget_bytes)
+    profile, search, beside = constraints.profile, constraints.search(budget_bytes), constraints.beside(budget_bytes)
+    overhead = constraints.overhead(budget_bytes)
     room = budget_bytes - overhead
     least_micro_batch, bounds = search.best(room, good_micro_batch)
     if bounds is None:
-        raise BudgetError(_explain(constraints, budget_bytes, overhead_bytes), _enough(constraints, overhead_bytes))
+        raise BudgetError(_explain(constraints, budget_bytes), smallest_budget(constraints))
     spans = list(pairwise(bounds))
     chosen = [search.choose_micro_batch(number, *span, least_micro_batch, room) for number, span in enumerate(spans)]
-    if uniform:
+    if constraints.uniform:
         smallest = min(size for size, _ in chosen)
         chosen = [(smallest, search.peak(number, *span, smallest)) for number, span in enumerate(spans)]
     partitions = []
@@ -106,7 +71,7 @@ def plan(
         overhead_bytes=overhead,
         predicted_peak_bytes=max(partition.predicted_peak_bytes for partition in partitions),
         smallest_micro_batch=profile.smallest_micro_batch,
-        whole_batches=whole_batches,
+        whole_batches=constraints.whole_batches,
     )
 
 
@@ -136,41 +101,24 @@ def partition_peak(
     return peak_of(profile.layers[start:stop], largest, batch, objective) + overhead_bytes
 
 
-def smallest_budget(
-    profile: MemoryProfile,
-    *,
-    overhead_bytes: Overhead = 0,
-    batch_sizes: int | Sequence[int],
-    cuts: Sequence[int] | None = None,
-    num_partitions: int | None = None,
-    micro_batch: int | None = None,
-    objective: Objectives | None = None,
-    beside_bytes: Beside | None = None,
-    ending_bytes: Beside | None = None,
-) -> int:
+def smallest_budget(constraints: Constraints) -> int:
     """Return the smallest budget that `plan` can meet, in bytes, with micro-batches as small as the modules accept.
 
-    Arguments and errors are those of `plan`, without the budget.
+    Args:
+        constraints: The chain, what its partitions have to be, and what is needed beside them.
     """
-    constraints = Constraints(
-        profile,
-        batch_sizes,
-        cuts,
-        num_partitions,
-        micro_batch,
-        objective,
-        beside_bytes=beside_bytes,
-        ending_bytes=ending_bytes,
-    )
-    return _enough(constraints, overhead_bytes)
+    # From below: what is beside partitions grows by less than the budget does, so that this ends, at the first budget that is enough.
+    budget = 0
+    while (needed := constraints.search(budget).smallest_room() + constraints.overhead(budget)) > budget:
+        budget = needed
+    return budget
 
 
-def _explain(constraints: Constraints, budget_bytes: int, overhead_bytes: Overhead) -> str:
+def _explain(constraints: Constraints, budget_bytes: int) -> str:
     """Say in one line why nothing fits, and what would help."""
-    search, overhead = constraints.search(budget_bytes), _overhead(overhead_bytes, budget_bytes)
+    search, overhead = constraints.search(budget_bytes), constraints.overhead(budget_bytes)
     room = budget_bytes - overhead
-    enough = _enough(constraints, overhead_bytes)
-    remedies = [f"--max-gpu-mem {-(-enough // MEGABYTE)}MB"]
+    remedies = [f"--max-gpu-mem {-(-smallest_budget(constraints) // MEGABYTE)}MB"]
     starts, end = possible_starts(constraints.profile), len(constraints.profile.layers)
     if constraints.cuts is not None:
         bounds = [0, *constraints.cuts, end]
@@ -229,19 +177,6 @@ def _helpful_batch(constraints: Constraints, budget_bytes: int, room: int) -> in
             return size
         size //= 2
     return None
-
-
-def _overhead(overhead_bytes: Overhead, budget_bytes: int) -> int:
-    return overhead_bytes(budget_bytes) if callable(overhead_bytes) else overhead_bytes
-
-
-def _enough(constraints: Constraints, overhead_bytes: Overhead) -> int:
-    """Return the smallest budget that is enough, with micro-batches as small as the modules accept."""
-    # From below: what is beside partitions grows by less than the budget does, so that this ends, at the first budget that is enough.
-    budget = 0
-    while (needed := constraints.search(budget).smallest_room() + _overhead(overhead_bytes, budget)) > budget:
-        budget = needed
-    return budget
 
 
 def _largest(peaks: Sequence[int]) -> tuple[int, int]:

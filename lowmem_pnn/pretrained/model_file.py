@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lowmem_pnn.errors import CheckpointError, ConfigError
-from lowmem_pnn.sources.imports import one_line
+from lowmem_pnn.sources.imports import listed, one_line
 from lowmem_pnn.stores.keys import VERSIONS_KEY
 
 # Names of each kind of difference that a message holds.
@@ -75,9 +75,4 @@ def _differences(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
         if name in state and isinstance(own[name], Tensor) and own[name].shape != state[name].shape
     ]
     found = (("the file lacks", missing), ("the model lacks", left), ("shapes differ:", others))
-    return "; ".join(f"{words} {_listed(names)}" for words, names in found if names)
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return "; ".join(f"{words} {listed(names, _MOST_NAMES)}" for words, names in found if names)

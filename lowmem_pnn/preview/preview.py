@@ -18,7 +18,8 @@ from lowmem_pnn.preview.tiers import estimate_tiers
 from lowmem_pnn.profiling.benchmark import LayerBenchmark
 from lowmem_pnn.profiling.memory_profiler import MeasurementCache
 from lowmem_pnn.reporting.plan_report import PlanReport
-from lowmem_pnn.training.setup import only_run, open_workload
+from lowmem_pnn.run.only_run import only_run
+from lowmem_pnn.training.setup import open_workload
 from lowmem_pnn.training.start import OpenInputs
 from lowmem_pnn.workload import profile_workload
 from lowmem_pnn.workload.inputs import named_inputs

@@ -24,7 +24,7 @@ from lowmem_pnn.run.commits import Commits
 from lowmem_pnn.run.metrics import Metrics
 from lowmem_pnn.run.partitions import Partitions
 from lowmem_pnn.run.session import Session
-from lowmem_pnn.run.state import Best, PartitionRecord, RunStatus, State
+from lowmem_pnn.run.state import Best, PartitionRecord, Stage, State
 from lowmem_pnn.stores.keys import CommittedFile
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.tasks.scores import DIRECTIONS
@@ -321,14 +321,14 @@ class Run:
         self.state.weights = self.weights.state()
         self.commits.commit()
 
-    def end(self, status: RunStatus, files: Mapping[str, CommittedFile] | None = None) -> None:
-        """Commit a status after which nothing is trained any more, and wait until it is durable.
+    def end(self, stage: Stage, files: Mapping[str, CommittedFile] | None = None) -> None:
+        """Commit a stage after which nothing is trained any more, and wait until it is durable.
 
         Args:
-            status: `trained` where another rank joins the partition, `done` where the result is written.
+            stage: `trained` where another rank joins the partition, `done` where the result is written.
             files: what the run leaves, by name.
         """
-        self.state.stage = status
+        self.state.stage = stage
         self.state.files = {name: asdict(file) for name, file in (files or {}).items()}
         self.commits.commit()
         self.commits.wait()

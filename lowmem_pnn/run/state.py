@@ -21,7 +21,7 @@ from lowmem_pnn.stores.disk import RUN_REMEDY
 from lowmem_pnn.stores.keys import parse_entry, parse_state
 from lowmem_pnn.workload import Workload
 
-RunStatus = Literal["born", "training", "trained", "done"]
+Stage = Literal["born", "training", "trained", "done"]
 """`born`: planned, nothing is written; `training`; `trained`: the first rank has yet to join the partition; `done`: with a result."""
 
 LEFT_FILES = ("model.safetensors", "heads.safetensors", "result.json")
@@ -125,7 +125,7 @@ class State:
     loss_scales: list[LossScale] = field(default_factory=list)
     data: str = ""
     number: int = 0
-    stage: RunStatus = "born"
+    stage: Stage = "born"
     visit: int = 0
     progress: EpochProgress = field(default_factory=EpochProgress)
     epoch_tallies: list[Tally] = field(default_factory=list)

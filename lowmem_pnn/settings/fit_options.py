@@ -2,7 +2,7 @@
 
 # ruff: noqa: E501
 # fmt: off
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ class FitOptions(TypedDict, total=False):
     macro_batches: int | None
     betas: str | float | Sequence[float] | None
     eps: float | None
-    no_decay: Any
+    no_decay: str | int | Sequence[str | int] | None
     no_decay_norms: bool | None
     min_lr: float | None
     max_steps: int | None
@@ -27,35 +27,35 @@ class FitOptions(TypedDict, total=False):
     keep_state: bool | None
     monitor: str | None
     eval_every: int | None
-    time_limit: Any
-    lora: Any
-    modules_to_save: Any
+    time_limit: str | float | None
+    lora: str | Mapping[str, Any] | None
+    modules_to_save: str | int | Sequence[str | int] | None
     weights_dtype: Literal["fp32", "bf16"] | None
     frozen_dtype: Literal["fp32", "bf16", "int8", "nf4"] | None
-    train_only: Any
-    freeze: Any
+    train_only: str | int | Sequence[str | int] | None
+    freeze: str | int | Sequence[str | int] | None
     freeze_norm: bool | None
     unfreeze_at: int | None
-    lr_for: Any
+    lr_for: str | Sequence[str] | Mapping[str, float] | None
     cache_frozen: bool | None
     task: Literal["auto", "classification", "multilabel", "regression", "segmentation", "causal-lm", "masked-lm", "seq2seq", "sequence-classification", "image-classification"] | None
-    class_weights: Any
+    class_weights: str | Iterable[Any] | None
     label_smoothing: float | None
     ignore_index: int | None
-    tokenizer: Any
+    tokenizer: str | Path | None
     context: int | None
     target_context: int | None
     pack: bool | None
-    sample: Any
+    sample: str | int | Sequence[str | int] | None
     sample_tokens: int | None
     loss_on: Literal["completions", "all"] | None
-    target: Any
+    target: str | int | Sequence[str | int] | None
     val_data: str | None
     test_data: str | None
     data_root: str | Path | None
-    image_size: Any
+    image_size: int | str | Sequence[int] | None
     resize: Literal["crop", "squash", "pad"] | None
-    normalize: Any
+    normalize: str | Sequence[float | Sequence[float]] | None
     augment: Literal["none", "basic", "randaugment", "trivial"] | None
     mixup: float | None
     cutmix: float | None
@@ -69,9 +69,9 @@ class FitOptions(TypedDict, total=False):
     model_arg: Mapping[str, Any] | None
     method: Literal["pnn", "neuroflux", "incubate", "exact", "backprop"] | None
     partitions: int | None
-    cuts: Any
+    cuts: str | int | Sequence[str | int] | None
     epochs: str | int | Sequence[int] | None
-    batch_size: Any
+    batch_size: str | int | Sequence[int] | Literal["auto"] | None
     micro_batch: int | None
     plan_for: Literal["auto", "size", "time"] | None
     optimizer: str | Literal["sgd", "adam", "adamw"] | Sequence[Literal["sgd", "adam", "adamw"]] | None
@@ -85,10 +85,10 @@ class FitOptions(TypedDict, total=False):
     step_in_backward: bool | None
     recompute: Literal["auto", "always", "never"] | None
     optimizer_state: Literal["fp32", "bf16", "int8"] | None
-    clip_norm: Any
+    clip_norm: float | None
     loss_chunk: int | None
     recovery_epochs: int | None
-    recover: Any
+    recover: str | int | Sequence[int] | Literal["all"] | None
     kappa: str | float | Sequence[float] | None
     sil: Literal["uniform", "normal", "orthogonal", "sparse"] | None
     sil_target: Literal["full", "pooled"] | None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.errors import DataError
+from lowmem_pnn.sources.imports import listed
 
 FEW_OPERATIONS = (torch.uint16, torch.uint32, torch.uint64)
 """Element types for which torch has no comparisons and no maximum."""
@@ -112,9 +113,8 @@ def refuse_words(labels: Any, where: str) -> None:
         return
     words = sorted({str(word) for word in labels.flat if isinstance(word, str | bytes)})
     if words:
-        some = ", ".join(map(repr, words[:5])) + (f" and {len(words) - 5:,} more" if len(words) > 5 else "")
         raise DataError(
-            f"{where}: labels are words ({some}); give class numbers, the same for training and test: "
+            f"{where}: labels are words ({listed([*map(repr, words)], 5)}); give class numbers, the same for training and test: "
             "y = np.unique(names, return_inverse=True)[1] of all names together"
         )
 

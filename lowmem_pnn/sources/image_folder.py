@@ -24,6 +24,7 @@ from torch import Tensor
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.sources.dataset import Dataset, join_parts
 from lowmem_pnn.sources.image_file import ImageHeader, decode, decoding_bytes, read_header, words_of
+from lowmem_pnn.sources.imports import listed
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing
 from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.splits import SampleSplit
@@ -227,7 +228,7 @@ def _hold(names: list[str]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return listed([*map(repr, names)], 5)
 
 
 def _class_folders(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -124,6 +124,21 @@ def did_you_mean(word: str, known: list[str]) -> str:
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
     return f"; there are: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}" if known else ""
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Return the first of some names, and how many there are beside them, for a message.
+
+    Args:
+        names: The names.
+        most: Most names that are told.
+
+    Example:
+        >>> listed(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def one_line(error: BaseException) -> str:

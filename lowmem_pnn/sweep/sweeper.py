@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from lowmem_pnn.device import Device
-from lowmem_pnn.engine.loaders import Batch
 from lowmem_pnn.engine.micro_batches import micro_batches
 from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward
 from lowmem_pnn.engine.prefetch import WriteBehind
@@ -32,6 +31,7 @@ from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.precision import LossScale
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.profiling import nominal
+from lowmem_pnn.stores.activations import Batch
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile

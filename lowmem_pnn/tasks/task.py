@@ -24,6 +24,8 @@ class Task(ABC):
 
     name: ClassVar[str]
     """What `--task` calls it."""
+    needs_whole_batch: bool = False
+    """Whether the loss of a batch is not made up of those of its parts."""
 
     def __init__(self, targets: Targets, output: int = 0) -> None:
         self.targets, self.output = targets, output

@@ -6,11 +6,12 @@ from typing import Literal
 
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.epoch import first_batches
-from lowmem_pnn.engine.loaders import Batch, Loader
+from lowmem_pnn.engine.loaders import Loader
 from lowmem_pnn.errors import DivergedError
 from lowmem_pnn.evaluation.measure import Measured, say_if_not_finite
 from lowmem_pnn.methods import Visit
 from lowmem_pnn.run.run import Run
+from lowmem_pnn.stores.activations import Batch
 from lowmem_pnn.training.page_cache import PageCachePrefetch
 
 

@@ -58,18 +58,8 @@ def make_result(
         said: what the model says now after each prompt of `--sample`.
     """
     workload, plan, state, device = run.workload, run.plan, run.state, run.session.device
-    test, stopped, steps = scores.get("test", {}), state.stopped_after, state.stopped_step
     config, last, path = workload.config, state.records[-1], run.session.rundir.path
-    # Of all processes, where several train a partition each.
-    program, samples = workload.program(plan.spans), len(workload.splits["train"])
-    # Of the epoch in which training ended early, if it ended within one.
-    batch = plan.partitions[-1].batch
-    per_epoch, best = math.ceil(samples / batch), state.best
-    rest = min(samples, (steps - stopped * per_epoch) * batch)
-    # What was learnt before the visit, or the sweeps, that ended early.
-    earlier = samples_learnt(program[:-1], samples) - samples * program[-1].epochs_before
-    missing = 0 if steps else workload.samples_not_reached
-    mixed = mixing_note(workload, plan, state.mixing, state.micro_batches, state.sweep_micro_batch)
+    test, (samples_learnt_from, macs) = scores.get("test", {}), _learnt(run)
     return Result(
         method=config.method,
         model=config.model,
@@ -94,35 +84,15 @@ def make_result(
         module_state=state.module_state,
         weights=state.pretrained,
         meta=state.meta,
-        notes=[
-            *workload.source.notes,
-            *adapter_notes(workload),
-            *data_notes(workload),
-            *frozen_notes(workload),
-            *fixed_notes(workload, plan),
-            *pattern_notes(workload, plan),
-            *augmentation_notes(workload, plan),
-            *mixing_notes(workload),
-            *([mixed] if mixed is not None else []),
-            *micro_batch_notes(workload, plan),
-            *idle_notes(workload),
-            *own_way_notes(workload),
-            *precision_notes(config),
-            *device_notes(device),
-        ],
+        notes=_notes(run),
         training_state_bytes=profile.training_state_bytes,
         partitions=_partitions(run, PlanRequest(workload, profile, device)),
         epochs=[config.value_for("epochs", number) for number in range(len(plan.partitions))],
         training=training_facts(config),
-        stopped_after=stopped if steps and not steps % per_epoch else None,
-        stopped_step=steps or None,
-        best_epoch=best.epoch if best.step and not best.step % per_epoch else None,
-        best_step=best.step or None,
-        weights_of=config.keep_weights if state.best.weights else "last",
+        **_end_and_best(run),
         seconds=state.seconds,
         compiled=workload.compiled,
-        samples_per_second=(earlier + samples * stopped + rest if steps else samples_learnt(program, samples) - missing)
-        / max(state.seconds, 1e-9),
+        samples_per_second=samples_learnt_from / max(state.seconds, 1e-9),
         train_loss=last.train_loss,
         val_loss=last.val_loss,
         val_accuracy=last.val_accuracy,
@@ -133,9 +103,7 @@ def make_result(
         test_accuracy=test.get("accuracy"),
         test_f1=test.get("f1"),
         perplexity=test.get("perplexity"),
-        macs=macs_until(program, plan, samples, len(program) - 1, stopped - program[-1].epochs_before, rest)
-        if steps
-        else program_macs(program, plan, samples) - epoch_macs(program[-1], plan, missing),
+        macs=macs,
         exits=exits,
         chosen_exit=chosen_exit(exits, config.exit_tolerance, by_loss=workload.dataset.targets.kind == "labels"),
         bytes_read=state.bytes_read,
@@ -163,6 +131,61 @@ def make_result(
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
     )
+
+
+def _notes(run: Run) -> list[str]:
+    """Return what is to be known of a run, a line each."""
+    workload, plan, state = run.workload, run.plan, run.state
+    mixed = mixing_note(workload, plan, state.mixing, state.micro_batches, state.sweep_micro_batch)
+    return [
+        *workload.source.notes,
+        *adapter_notes(workload),
+        *data_notes(workload),
+        *frozen_notes(workload),
+        *fixed_notes(workload, plan),
+        *pattern_notes(workload, plan),
+        *augmentation_notes(workload, plan),
+        *mixing_notes(workload),
+        *([mixed] if mixed is not None else []),
+        *micro_batch_notes(workload, plan),
+        *idle_notes(workload),
+        *own_way_notes(workload),
+        *precision_notes(workload.config),
+        *device_notes(run.session.device),
+    ]
+
+
+def _end_and_best(run: Run) -> dict[str, Any]:
+    """Return where training ended early, and whose weights are kept: epochs where they are whole, and steps."""
+    steps, best, per_epoch = run.state.stopped_step, run.state.best, _steps_per_epoch(run)
+    return {
+        "stopped_after": run.state.stopped_after if steps and not steps % per_epoch else None,
+        "stopped_step": steps or None,
+        "best_epoch": best.epoch if best.step and not best.step % per_epoch else None,
+        "best_step": best.step or None,
+        "weights_of": run.workload.config.keep_weights if best.weights else "last",
+    }
+
+
+def _learnt(run: Run) -> tuple[int, int]:
+    """Return the samples that were learnt from, and the multiply-accumulates of it: of all processes, where several train a partition each."""
+    workload, plan, steps, stopped = run.workload, run.plan, run.state.stopped_step, run.state.stopped_after
+    program, samples = workload.program(plan.spans), len(workload.splits["train"])
+    last = program[-1]
+    if not steps:
+        missing = workload.samples_not_reached
+        macs = program_macs(program, plan, samples) - epoch_macs(last, plan, missing)
+        return samples_learnt(program, samples) - missing, macs
+    # Of the epoch in which training ended, if it ended within one.
+    rest = min(samples, (steps - stopped * _steps_per_epoch(run)) * plan.partitions[-1].batch)
+    # What was learnt before the visit, or the sweeps, that ended early.
+    earlier = samples_learnt(program[:-1], samples) - samples * last.epochs_before
+    macs = macs_until(program, plan, samples, len(program) - 1, stopped - last.epochs_before, rest)
+    return earlier + samples * stopped + rest, macs
+
+
+def _steps_per_epoch(run: Run) -> int:
+    return math.ceil(len(run.workload.splits["train"]) / run.plan.partitions[-1].batch)
 
 
 def _partitions(run: Run, request: PlanRequest) -> list[dict[str, Any]]:

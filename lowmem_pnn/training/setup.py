@@ -1,6 +1,5 @@
 """Setup: the device and the workload on it, ready for a plan, and what has to be in memory before the floor is taken."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -16,43 +15,18 @@ from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device
 from lowmem_pnn.device.described import DescribedGpu
 from lowmem_pnn.device.support import device_taken, has_driver, missing_kernels, why_no_gpu
-from lowmem_pnn.errors import BusyError
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.optim.low_precision import load_int8_levels
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.profiling.memory_profiler import profile
 from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.run.only_run import alone_on_gpus
 from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.samples.readers import Readers
 from lowmem_pnn.stores.disk import spare_page_cache
 from lowmem_pnn.workload import Workload, make_workload, with_compiled_layers
 from lowmem_pnn.workload.inputs import Inputs
 from lowmem_pnn.zoo.deferred_init import skeleton
-
-# Held by the thread that has a run.
-_RUN = threading.RLock()
-# GPUs that the runs of that thread have open.
-_OPEN_GPUS: list[Device] = []
-
-
-@contextmanager
-def only_run() -> Iterator[None]:
-    """Keep other threads of this process from beginning a run inside the context: memory is metered, and random numbers are drawn, for all
-    threads at once, so that two runs would change each other. The same thread may begin another one, as a callback does that predicts; see
-    `open_workload`.
-
-    Raises:
-        BusyError: another thread has a run.
-    """
-    if not _RUN.acquire(blocking=False):
-        raise BusyError(
-            "another thread of this process trains, or uses, a run, and memory is measured for both together: do one after the other, or each "
-            "in a process of its own"
-        )
-    try:
-        yield
-    finally:
-        _RUN.release()
 
 
 @contextmanager
@@ -93,29 +67,9 @@ def open_workload(
         if display is not None:
             display.stage("compiling layers")
         compiled = with_compiled_layers(make_workload(config, *inputs, device.torch_device), device.torch_device)
-    with _alone_on_gpus(device), device, tf32_products(config.tf32 and device.kind == "cuda"):
+    with alone_on_gpus(device), device, tf32_products(config.tf32 and device.kind == "cuda"):
         spare_page_cache(device.is_unified)
         yield device, compiled or make_workload(config, *inputs, device.torch_device)
-
-
-@contextmanager
-def _alone_on_gpus(device: Device) -> Iterator[None]:
-    """Keep a run inside of another one, as a callback begins it, from a GPU where the other has one: the cap and the peak of PyTorch's
-    allocator are those of the run that was opened last, and are gone when it closes.
-    """
-    if not isinstance(device, CudaDevice):
-        yield
-        return
-    if _OPEN_GPUS:
-        raise BusyError(
-            "this thread has a run on a GPU, whose budget another one inside of it, as of a callback, would lift: begin it when that has ended, "
-            "in a process of its own, or with --device cpu"
-        )
-    _OPEN_GPUS.append(device)
-    try:
-        yield
-    finally:
-        _OPEN_GPUS.remove(device)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Start: a run that is begun, or gone on with, from its options to its result."""
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,24 @@ from lowmem_pnn.config.code import python_objects
 from lowmem_pnn.config.defaults import training_words
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust, resumed_config, with_new_modules
-from lowmem_pnn.device import is_out_of_memory
+from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.evaluation.text_samples import check_samples
 from lowmem_pnn.language.progress import telling
+from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.disk_footprint import check_disk, disk_notes, free_disk_bytes
 from lowmem_pnn.planning.make_plan import make_plan
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.time_estimate import TimeEstimator
+from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.reporting.tables import describe_skipped
 from lowmem_pnn.run.callbacks import Callback, Callbacks
 from lowmem_pnn.run.finished import read_result
 from lowmem_pnn.run.loggers import open_logger
-from lowmem_pnn.run.ranks import ALONE, Rank
+from lowmem_pnn.run.only_run import only_run
 from lowmem_pnn.run.resume import (
     check_metrics,
     check_same_rank,
@@ -40,7 +42,7 @@ from lowmem_pnn.run.resume import (
     stored_config,
     with_the_visits_it_began_with,
 )
-from lowmem_pnn.run.session import Session
+from lowmem_pnn.run.session import UNWATCHED, Process, Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.samples.reader_process import READER_VARIABLE
 from lowmem_pnn.seeds import preserve_gpu_random_state
@@ -50,8 +52,8 @@ from lowmem_pnn.stores.journal import read_journal
 from lowmem_pnn.stores.run_directory import RunDirectory, read_config
 from lowmem_pnn.training.join import forget
 from lowmem_pnn.training.lifecycle import run_to_end
-from lowmem_pnn.training.setup import only_run, open_workload, reading, warm_up_profiler
-from lowmem_pnn.workload import profile_workload
+from lowmem_pnn.training.setup import open_workload, reading, warm_up_profiler
+from lowmem_pnn.workload import Workload, profile_workload
 from lowmem_pnn.workload.inputs import Inputs, named_inputs, without_weights
 
 _AS_FILE = "# The options of this run: lowmem-pnn fit --config config.toml begins another one like it.\n"
@@ -69,10 +71,7 @@ def begin(
     open_inputs: OpenInputs = named_inputs,
     *,
     overwrite: bool = False,
-    display: Display | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    callbacks: Sequence[Callback] = (),
-    rank: Rank = ALONE,
+    process: Process = UNWATCHED,
 ) -> Result | None:
     """Begin a run.
 
@@ -81,45 +80,34 @@ def begin(
         path: folder of the run.
         open_inputs: opens model and data; by default those that the options name.
         overwrite: replace the run that is there.
-        display: is told of the run's progress; None shows nothing.
-        should_stop: asked after every batch.
-        callbacks: are told of steps, epochs and commits.
-        rank: which of several processes this is.
+        process: who watches this process, and which of several it is.
 
     Returns:
         What `result.json` says; None where another process has the result.
     """
     _refuse_in_reader()
-    rank.check(config)
-    display = display or Display()
-    with file_system_faults(path), _environment(display) as threads, open_logger(config, display) as loggers:
-        inputs = _open_before_floor(config, open_inputs, display)
-        with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
+    with _beside(config, path, process) as beside:
+        inputs = _open_before_floor(config, open_inputs, process.display)
+        with _workload_on_device(config, inputs, process) as (device, workload):
             check_samples(workload)
-            display.stage("planning")
+            process.display.stage("planning")
             profile = profile_workload(workload, device)
-            free = free_disk_bytes(path)
-            request = PlanRequest(workload, profile, device, free_disk_bytes=free)
-            estimator = TimeEstimator.measured(request)
-            planned = make_plan(request, estimator)
-            check_disk(workload, planned, profile)
-            for note in disk_notes(workload, planned, profile, free):
-                display.message(note)
+            planned, estimator = _first_plan(workload, profile, device, path, process.display)
             device.enforce(profile.untouched_bytes)
             if (
                 config.compile
                 and config.micro_batch != 1
                 and any(part.micro_batch == 1 < part.batch for part in planned.partitions)
             ):
-                display.message("one sample at a time is not compiled unless it is asked for; give --micro-batch 1")
-            state = State.first(workload, planned, rank)
+                process.display.message("one sample at a time is not compiled unless it is asked for; give --micro-batch 1")
+            state = State.first(workload, planned, process.rank)
             # Threads end first: a commit that is under way needs the lock.
-            with RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir, closing(threads):
+            with (
+                RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir,
+                closing(beside.threads),
+            ):
                 _write_options(path, config)
-                session = Session(
-                    device, rundir, threads, display, _or_late(should_stop, config), Callbacks((*callbacks, *loggers))
-                )
-                return run_to_end(session, workload, profile, state, estimator)
+                return run_to_end(beside.session(device, rundir, config, process), workload, profile, state, estimator)
 
 
 def resume(
@@ -127,12 +115,7 @@ def resume(
     options: Mapping[str, Any] | None = None,
     open_inputs: OpenInputs = named_inputs,
     *,
-    display: Display | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    callbacks: Sequence[Callback] = (),
-    after_crash: bool = False,
-    seconds_spent: float = 0.0,
-    rank: Rank = ALONE,
+    process: Process = UNWATCHED,
     trust: bool = False,
 ) -> Result | None:
     """Go on with a run from its last commit.
@@ -141,21 +124,16 @@ def resume(
         path: folder of the run.
         options: fields of `FitConfig` that are given again; see `resumed_config`.
         open_inputs: opens model and data, which must be as before.
-        display: is told of the run's progress; None shows nothing.
-        should_stop: asked after every batch.
-        callbacks: are told of steps, epochs and commits.
-        after_crash: whether the last process died at the memory limit: the micro-batch that was in use is then halved.
-        seconds_spent: seconds that processes which died have spent of the time limit.
-        rank: which of several processes this is.
+        process: who watches this process, which of several it is, and how the one before it ended.
         trust: whether code that the run names for its model or data is run without being named in `options` again.
 
     Returns:
         What `result.json` says; None where another process has the result.
     """
     _refuse_in_reader()
-    options, display = options or {}, display or Display()
+    options, rank, display = options or {}, process.rank, process.display
     if rank.number and not (path / "journal.json").exists():
-        return _begin_late(path, options, rank, display, should_stop, trust=trust)
+        return _begin_late(path, options, process, trust=trust)
     instead = ", or leave --resume out to begin one"
     with file_system_faults(path), RunDirectory.open(path, to_read=True, instead=instead) as rundir:
         before = stored_config(rundir)
@@ -175,18 +153,17 @@ def resume(
         for damaged in rundir.damaged_journals():
             display.message(f"{damaged} is no whole commit of this run, and is left alone; going on from {path / 'journal.json'}")
     check_trust(config, options, path, trust=trust)
-    rank.check(config)
-    with file_system_faults(path), _environment(display) as threads, open_logger(config, display) as loggers:
+    with _beside(config, path, process) as beside:
         inputs = _open_before_floor(config, open_inputs, display)
         check_same_weights(state, inputs.source, path)
         check_metrics(state, inputs.own.metrics, path)
         if state.stage != "born":
             inputs = without_weights(inputs)  # the run's files have them
             config = with_new_modules(config, state.pretrained)
-        with reading(config, inputs, display) as inputs, open_workload(config, inputs, rank, display) as (device, workload):
+        with _workload_on_device(config, inputs, process) as (device, workload):
             profile = profile_workload(workload, device)
             estimator = TimeEstimator.measured(PlanRequest(workload, profile, device))
-            with RunDirectory.open(path) as rundir, closing(threads):
+            with RunDirectory.open(path) as rundir, closing(beside.threads):
                 state = resumed_state(rundir, workload, rank)
                 if is_longer:
                     if state.stage == "done":
@@ -195,31 +172,13 @@ def resume(
                 if is_longer or not (path / CONFIG_FILE).exists():  # as where the process that began it was killed at once
                     _write_options(path, config)
                 device.enforce(profile.untouched_bytes)
-                count_resume(rundir, state, workload, after_crash=after_crash)
-                session = Session(
-                    device,
-                    rundir,
-                    threads,
-                    display,
-                    _or_late(should_stop, config, seconds_spent),
-                    Callbacks((*callbacks, *loggers)),
-                    after_crash=after_crash,
-                )
-                return run_to_end(session, workload, profile, state, estimator)
+                count_resume(rundir, state, workload, after_crash=process.after_crash)
+                return run_to_end(beside.session(device, rundir, config, process), workload, profile, state, estimator)
 
 
-def _write_options(path: Path, config: FitConfig) -> None:
-    """Write the options of a run as a file that begins another one like it."""
-    objects = python_objects(vars(config))
-    head = _AS_FILE_FROM_PYTHON.format(", ".join(objects)) if objects else _AS_FILE
-    write_durably(path / CONFIG_FILE, head + to_toml(config))
-
-
-def _begin_late(
-    workdir: Path, options: Mapping[str, Any], rank: Rank, display: Display, should_stop: Callable[[], bool], *, trust: bool
-) -> Result | None:
+def _begin_late(workdir: Path, options: Mapping[str, Any], process: Process, *, trust: bool) -> Result | None:
     """Resume a process of several that has no run: it never had one, or the first process has joined it and is done."""
-    first = workdir.with_name(workdir.name.removesuffix(f".rank{rank.number}"))
+    first = workdir.with_name(workdir.name.removesuffix(f".rank{process.rank.number}"))
     if not (first / "journal.json").exists():
         raise CheckpointError(f"{first} holds no run to resume; leave --resume out to begin")
     body, config_sha256 = read_journal(first / "journal.json")
@@ -228,15 +187,61 @@ def _begin_late(
     stored = FitConfig.from_json(read_config(first, config_sha256))
     resumed_config(stored, options, first)
     check_trust(stored, options, first, trust=trust)
-    return begin(stored, workdir, named_inputs, overwrite=False, display=display, should_stop=should_stop, rank=rank)
+    return begin(stored, workdir, process=process)
 
 
-def _or_late(should_stop: Callable[[], bool], config: FitConfig, seconds_spent: float = 0.0) -> Callable[[], bool]:
-    """Return what says that a run is to stop: it was asked to, or its time is over."""
-    if config.time_limit is None:
-        return should_stop
-    end = time.monotonic() + config.time_limit - seconds_spent
-    return lambda: should_stop() or time.monotonic() >= end
+def _first_plan(
+    workload: Workload, profile: MemoryProfile, device: Device, path: Path, display: Display
+) -> tuple[Plan, TimeEstimator]:
+    """Plan a run that is to begin in a folder, and say what its disk has no room for; return what predicted its seconds, too."""
+    free = free_disk_bytes(path)
+    request = PlanRequest(workload, profile, device, free_disk_bytes=free)
+    estimator = TimeEstimator.measured(request)
+    planned = make_plan(request, estimator)
+    check_disk(workload, planned, profile)
+    for note in disk_notes(workload, planned, profile, free):
+        display.message(note)
+    return planned, estimator
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What works beside a training: threads in the background, and the loggers that the options ask for."""
+
+    threads: WorkerThreads
+    loggers: tuple[Callback, ...]
+
+    def session(self, device: Device, rundir: RunDirectory, config: FitConfig, process: Process) -> Session:
+        """Return the session of a process; the rest of its time limit begins now."""
+        should_stop, callbacks = process.stop_or_limit(config), Callbacks((*process.callbacks, *self.loggers))
+        after_crash = process.after_crash
+        return Session(device, rundir, self.threads, process.display, should_stop, callbacks, after_crash=after_crash)
+
+
+@contextmanager
+def _beside(config: FitConfig, path: Path, process: Process) -> Iterator[_Beside]:
+    """Begin what works beside a training of this process, and end it with the context."""
+    process.rank.check(config)
+    display = process.display
+    with file_system_faults(path), _environment(display) as threads, open_logger(config, display) as loggers:
+        yield _Beside(threads, loggers)
+
+
+@contextmanager
+def _workload_on_device(config: FitConfig, inputs: Inputs, process: Process) -> Iterator[tuple[Device, Workload]]:
+    """Open the training device, and make the workload on it, with the processes that read its samples."""
+    with (
+        reading(config, inputs, process.display) as read,
+        open_workload(config, read, process.rank, process.display) as device_and_workload,
+    ):
+        yield device_and_workload
+
+
+def _write_options(path: Path, config: FitConfig) -> None:
+    """Write the options of a run as a file that begins another one like it."""
+    objects = python_objects(vars(config))
+    head = _AS_FILE_FROM_PYTHON.format(", ".join(objects)) if objects else _AS_FILE
+    write_durably(path / CONFIG_FILE, head + to_toml(config))
 
 
 def _refuse_in_reader() -> None:

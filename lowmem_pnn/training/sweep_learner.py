@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from lowmem_pnn.engine.epoch import first_batches
-from lowmem_pnn.engine.loaders import Batch, DatasetLoader, Loader, MixedLoader
+from lowmem_pnn.engine.loaders import DatasetLoader, Loader, MixedLoader
 from lowmem_pnn.engine.out_of_memory import SteppedInPart, unless_out_of_memory
 from lowmem_pnn.engine.stored_samples import StoredSampleLoader
 from lowmem_pnn.evaluation.measure import validate
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.run.run import Run
-from lowmem_pnn.stores.activations import ActivationStore
+from lowmem_pnn.stores.activations import ActivationStore, Batch
 from lowmem_pnn.sweep.sweeper import Sweeper
 
 

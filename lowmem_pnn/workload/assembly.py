@@ -22,9 +22,7 @@ from lowmem_pnn.language.open_language import fit_inputs
 from lowmem_pnn.methods import SplitName, make_method
 from lowmem_pnn.model.call_form import CallForm
 from lowmem_pnn.model.chain import Chain, TensorSpec
-from lowmem_pnn.model.layer import is_rowwise
 from lowmem_pnn.model.precision import Precision
-from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.pretrained.matching import PretrainedWeights, match
 from lowmem_pnn.pretrained.transformers_weights import TransformersWeights
@@ -39,7 +37,14 @@ from lowmem_pnn.sources.subsets import as_floats
 from lowmem_pnn.tasks.class_weights import balanced_weights
 from lowmem_pnn.tasks.make_task import OUTPUT_NAMES, Own, make_task
 from lowmem_pnn.workload.integer_functions import RefusesFloatsForIntegers
-from lowmem_pnn.workload.option_checks import check_epochs, check_eval_every, check_mixing, check_monitor, try_own
+from lowmem_pnn.workload.option_checks import (
+    check_effects,
+    check_epochs,
+    check_loss_chunk,
+    check_mixing,
+    check_validations,
+    try_own,
+)
 from lowmem_pnn.workload.workload import Workload
 from lowmem_pnn.zoo.deferred_init import skeleton
 from lowmem_pnn.zoo.model_source import ModelSource
@@ -75,12 +80,7 @@ def make_workload(
         ConfigError: model and data, or the model and the pretrained weights, do not fit together.
     """
     opened = dataset, splits  # as they are, before the model tells what of integers are numbers
-    try:
-        built = skeleton(source.build, seed=config.seed)
-    except Exception as error:
-        if isinstance(error, LowMemError) or is_out_of_memory(error):
-            raise
-        raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
+    built = _built(source, config)
     # What is drawn, or converted, is thrown away below.
     with seeded(config.seed):
         model = prepared(built, config, unstored=unstored, with_values=False)
@@ -102,17 +102,7 @@ def make_workload(
     except StoredReadError as error:
         return make_workload(config, source, *opened, own, device, {*unstored, *error.names})
     chain.drop_values()  # of a model that could not be built without them
-    if config.channels_last and all(parameter.dim() != 4 for parameter in model.parameters()):
-        raise ConfigError(
-            f"--channels-last has no effect here: {source.spec} has no convolutions of maps (C, H, W); leave it out"
-        )
-    if config.optimizer_state != "fp32" and not any(
-        is_quantized(one, also_bfloat16=config.weights_dtype == "bf16") for one in _trainable(model)
-    ):
-        raise ConfigError(
-            f"--optimizer-state {config.optimizer_state} has no effect here: {source.spec} has no float32 parameters of "
-            f"{MIN_QUANTIZED_SIZE} elements or more that learn; leave it out"
-        )
+    check_effects(config, model, source.spec)
     task = make_task(config, dataset.targets, own, chain, _class_weights(config, dataset, splits["train"]))
     outputs = chain.boundaries[-1]
     if (misfit := task.misfit(outputs)) is not None:
@@ -121,14 +111,7 @@ def make_workload(
     if config.mixing is not None:
         check_mixing(config, dataset)
     try_own(task, splits["train"], outputs)
-    if config.watches and "val" not in splits:
-        raise ConfigError(
-            f"--early-stop and --keep-weights best go by the validation part, and data {dataset.name} has none; give --val-fraction"
-        )
-    if config.watches:
-        check_monitor(config, task, outputs)
-    if config.eval_every is not None:
-        check_eval_every(config, dataset, splits)
+    check_validations(config, task, outputs, dataset, splits)
     pretrained = _pretrained(source, chain, built)
     if config.lora is not None and pretrained is not None and (heads := new_modules(pretrained.new_names, chain)):
         # A head with random values has to learn, beside adapters too.
@@ -154,18 +137,18 @@ def make_workload(
         workload = dataclasses.replace(workload, early=_by_method(first))
     workload.check_rates()
     _ = workload.without_decay  # patterns are checked before anything is made
-    if config.loss_chunk is not None and task.metrics is not None:
-        raise ConfigError(
-            f"--loss-chunk {config.loss_chunk} measures some rows at a time, and metrics of your own take whole outputs; leave one out"
-        )
-    if config.loss_chunk is not None and task.rows_per_sample is None:
-        raise ConfigError(f"--loss-chunk {config.loss_chunk}: the loss of {task.name} is no sum over rows; leave it out")
-    if config.loss_chunk is not None and not is_rowwise(chain.layers[-1]):
-        raise ConfigError(
-            f"--loss-chunk {config.loss_chunk}: the last layer of {source.spec}, {chain.layers[-1].name!r}, is not one nn.Linear and "
-            "cannot be computed in parts; leave it out"
-        )
+    check_loss_chunk(config, task, chain, source.spec)
     return workload
+
+
+def _built(source: ModelSource, config: FitConfig) -> nn.Module:
+    """Build the model without values."""
+    try:
+        return skeleton(source.build, seed=config.seed)
+    except Exception as error:
+        if isinstance(error, LowMemError) or is_out_of_memory(error):
+            raise
+        raise ConfigError(f"model {source.spec} cannot be built: {one_line(error)}; see to its constructor") from error
 
 
 def _pretrained(source: ModelSource, chain: Chain, built: nn.Module) -> PretrainedWeights | None:

@@ -1,12 +1,16 @@
-"""Checks of options that only the data and the task allow."""
+"""Checks of options that only the model, the data and the task allow."""
 
 import math
+
+from torch import nn
 
 from lowmem_pnn.config.faults import suggest
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.methods import SplitName
-from lowmem_pnn.model.chain import TensorSpec
+from lowmem_pnn.model.chain import Chain, TensorSpec
+from lowmem_pnn.model.layer import is_rowwise
+from lowmem_pnn.optim.low_precision import MIN_QUANTIZED_SIZE, is_quantized
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.tasks.own_loss import OwnTask
@@ -65,6 +69,81 @@ def try_own(task: Task, train: Split, outputs: tuple[TensorSpec, ...]) -> None:
         task.metrics.check_names(task.task_score_names(outputs))
         if len(targets) <= fit:  # what a loss has to be asked, metrics may say as they are used
             task.metrics.examine(targets, outputs)
+
+
+def check_effects(config: FitConfig, model: nn.Module, spec: str) -> None:
+    """Refuse options about the form of tensors that no tensor of a model has.
+
+    Args:
+        config: Options of the run.
+        model: The model, of which parameters that do not learn ask for no gradient.
+        spec: What the model is called in messages.
+
+    Raises:
+        ConfigError: One of them has no effect.
+    """
+    if config.channels_last and all(parameter.dim() != 4 for parameter in model.parameters()):
+        raise ConfigError(f"--channels-last has no effect here: {spec} has no convolutions of maps (C, H, W); leave it out")
+    learning = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    if config.optimizer_state != "fp32" and not any(
+        is_quantized(one, also_bfloat16=config.weights_dtype == "bf16") for one in learning
+    ):
+        raise ConfigError(
+            f"--optimizer-state {config.optimizer_state} has no effect here: {spec} has no float32 parameters of "
+            f"{MIN_QUANTIZED_SIZE} elements or more that learn; leave it out"
+        )
+
+
+def check_validations(
+    config: FitConfig, task: Task, outputs: tuple[TensorSpec, ...], dataset: Dataset, splits: dict[SplitName, Split]
+) -> None:
+    """Refuse what is to go by the validation part, where it cannot.
+
+    Args:
+        config: Options of the run.
+        task: Task of the run.
+        outputs: Output tensors of the model.
+        dataset: Open data set.
+        splits: Parts of it.
+
+    Raises:
+        ConfigError: There is no such part, it has no such score, or is measured too late.
+    """
+    if config.watches and "val" not in splits:
+        raise ConfigError(
+            f"--early-stop and --keep-weights best go by the validation part, and data {dataset.name} has none; give --val-fraction"
+        )
+    if config.watches:
+        check_monitor(config, task, outputs)
+    if config.eval_every is not None:
+        check_eval_every(config, dataset, splits)
+
+
+def check_loss_chunk(config: FitConfig, task: Task, chain: Chain, spec: str) -> None:
+    """Refuse to compute a loss for some rows at a time where it cannot be.
+
+    Args:
+        config: Options of the run.
+        task: Task of the run.
+        chain: The model in layers.
+        spec: What the model is called in messages.
+
+    Raises:
+        ConfigError: It takes whole outputs, or the last layer makes no rows apart.
+    """
+    if config.loss_chunk is None:
+        return
+    if task.metrics is not None:
+        raise ConfigError(
+            f"--loss-chunk {config.loss_chunk} measures some rows at a time, and metrics of your own take whole outputs; leave one out"
+        )
+    if task.rows_per_sample is None:
+        raise ConfigError(f"--loss-chunk {config.loss_chunk}: the loss of {task.name} is no sum over rows; leave it out")
+    if not is_rowwise(chain.layers[-1]):
+        raise ConfigError(
+            f"--loss-chunk {config.loss_chunk}: the last layer of {spec}, {chain.layers[-1].name!r}, is not one nn.Linear and "
+            "cannot be computed in parts; leave it out"
+        )
 
 
 def check_monitor(config: FitConfig, task: Task, outputs: tuple[TensorSpec, ...]) -> None:

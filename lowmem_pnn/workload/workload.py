@@ -1,6 +1,5 @@
 """The workload: model, data and method of a run, open and cut into layers, with nothing allocated yet."""
 
-import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from torch import nn
 from lowmem_pnn.adapters.prepared_model import prepared
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import ConfigError
-from lowmem_pnn.methods import Method, Objective, SplitName, Sweep, Visit, sweep_visits
+from lowmem_pnn.methods import Learning, Method, Objective, SplitName, Sweep, Visit, program_of
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.layer import is_of_head
 from lowmem_pnn.optim.lr_schedules import scheduled_rate
@@ -87,7 +86,7 @@ class Workload:
     @property
     def needs_whole_batch(self) -> bool:
         """Whether the loss of a batch is not made up of those of its parts, so that it has to go through at once."""
-        return getattr(self.task, "needs_whole_batch", False) or self.config.local_loss != "cross-entropy"
+        return self.task.needs_whole_batch or self.config.local_loss != "cross-entropy"
 
     @property
     def draws_anew(self) -> bool:
@@ -141,54 +140,13 @@ class Workload:
             spans: first layer of each partition, and the layer after its last.
             splits: parts of the data that training reads; None for all of them.
         """
-        program = self.method.program(len(spans), self.training_splits if splits is None else splits)
-        if not self.method.sweeps:
-            alone = [self._as_it_learns(item, spans) for item in program]
-            return alone if self.early is None else [*self._unfrozen_later(alone[0]), *alone[1:]]
-        items: list[Visit | Sweep] = []
-        for item in program:
-            if not isinstance(item, Sweep) or item.phase != "epoch":
-                items.append(item)
-            elif (early := self.early) is None:
-                items += self._sweep_of_what_learns(item, spans, self.fixed_layers)
-            else:
-                until = self.config.unfreeze_at
-                assert until is not None
-                first = dataclasses.replace(item, epochs=until, epochs_after=item.epochs - until, frozen=True)
-                items += early._sweep_of_what_learns(first, spans, early.fixed_layers)
-                rest = dataclasses.replace(item, epochs=item.epochs - until, epochs_before=until)
-                # What the model's own code freezes stays frozen, and runs in every epoch: its outputs are not written a second time.
-                items += self._sweep_of_what_learns(rest, spans, 0)
-        return items
+        at_first = None if self.early is None else self.early._learning(self.fixed_layers)
+        # What the model's own code freezes stays frozen, and runs in every epoch: its outputs are not written a second time.
+        learning = self._learning(self.fixed_layers if at_first is None else 0)
+        return program_of(self.method, spans, self.training_splits if splits is None else splits, learning, at_first)
 
-    def _unfrozen_later(self, item: Visit | Sweep) -> list[Visit | Sweep]:
-        """Return a visit of the whole model as two: one of the epochs in which it is frozen in part, and one of the others."""
-        until = self.config.unfreeze_at
-        assert until is not None
-        assert isinstance(item, Visit)
-        first = dataclasses.replace(item, epochs=until, frozen=True)
-        return [first, dataclasses.replace(item, epochs=item.epochs - until, epochs_before=until)]
-
-    def _as_it_learns(self, item: Visit | Sweep, spans: Sequence[tuple[int, int]]) -> Visit | Sweep:
-        """Return an item of a program, with no epochs where it is a visit of a partition in which nothing learns."""
-        if isinstance(item, Sweep) or item.action != "learn" or any(self.learns[slice(*spans[item.partition])]):
-            return item
-        return dataclasses.replace(item, epochs=0)
-
-    def _sweep_of_what_learns(self, sweep: Sweep, spans: Sequence[tuple[int, int]], fixed_layers: int) -> list[Visit | Sweep]:
-        """Return a sweep without the visits that frozen partitions do not need, after those that write outputs of fixed layers once."""
-        if all(self.learns):
-            return [sweep]
-        learners = [number for number, span in enumerate(spans) if any(self.learns[slice(*span)])]
-        updaters = [
-            number
-            for number, span in enumerate(spans)
-            if number not in learners and any(self.behaviour(layer).changes_buffers for layer in range(*span))
-        ]
-        visits = sweep_visits(len(spans), learners, deferred=self.config.steps_wait, updaters=updaters, trains=True)
-        fixed = sum(stop <= fixed_layers for _, stop in spans)
-        visits = tuple(visit for visit in visits if visit.partition >= fixed)
-        return [*(Visit("emit", number, "train") for number in range(fixed)), dataclasses.replace(sweep, visits=visits)]
+    def _learning(self, fixed_layers: int) -> Learning:
+        return Learning(self.learns, lambda layer: self.behaviour(layer).changes_buffers, fixed_layers)
 
     @property
     def _has_other_samples(self) -> bool:

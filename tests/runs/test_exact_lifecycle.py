@@ -29,6 +29,7 @@ from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import BudgetError, CaptureError, ConfigError, DataError, DivergedError, Stopped
 from lowmem_pnn.inference import evaluate
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.training import start
 
@@ -88,7 +89,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
 def test_a_run_that_is_asked_to_stop_commits_and_goes_on_from_there(finished: Result, tmp_path: Path) -> None:
     asked = itertools.count()
     with pytest.raises(Stopped, match="--resume"):
-        start.begin(configure(**NAMED), tmp_path / "run", should_stop=lambda: next(asked) >= 5)
+        start.begin(configure(**NAMED), tmp_path / "run", process=Process(should_stop=lambda: next(asked) >= 5))
     result = start.resume(tmp_path / "run")
     assert result.resumed == 1
     assert Path(result.weights_file).read_bytes() == Path(finished.weights_file).read_bytes()

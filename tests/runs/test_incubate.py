@@ -17,6 +17,7 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import BudgetError, CaptureError, ConfigError, Stopped
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.training import start
 from lowmem_pnn.workload.inputs import python_inputs
 
@@ -155,7 +156,7 @@ def test_stopped_anywhere_and_resumed_is_same_as_uninterrupted(
 ) -> None:
     config, open_inputs, whole = uninterrupted
     with pytest.raises(Stopped, match="goes on from the last commit") as stopped:
-        start.begin(config, tmp_path / "run", open_inputs, should_stop=stop_at(batch))
+        start.begin(config, tmp_path / "run", open_inputs, process=Process(should_stop=stop_at(batch)))
     assert "meta" not in str(stopped.value)
     resumed = start.resume(tmp_path / "run", open_inputs=open_inputs)
     assert resumed is not None

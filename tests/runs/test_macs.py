@@ -13,6 +13,7 @@ from lowmem_pnn.errors import Stopped
 from lowmem_pnn.methods import make_method
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.run.macs import program_macs
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.training import start
 
 # A sample's forward through three partitions; sums show which of them it took.
@@ -45,7 +46,7 @@ def seen(folder: Path, stop: int | None = None, **options: Any) -> tuple[list[in
         result = start.begin(asked, folder)
     else:
         with pytest.raises(Stopped):
-            start.begin(asked, folder, should_stop=stop_at(stop))
+            start.begin(asked, folder, process=Process(should_stop=stop_at(stop)))
         assert macs_of(folder)[-1] < program_macs(make_method(asked).program(3, ["train"]), plan((2048, 512, 160)), 90)
         result = start.resume(folder)
     assert result is not None

@@ -26,6 +26,7 @@ from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.preview.preview import preview
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.plan_report import PlanReport
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.training import start
 from lowmem_pnn.workload import make_workload, profile_workload
 from lowmem_pnn.workload.inputs import named_inputs, python_inputs
@@ -215,7 +216,7 @@ def test_the_budget_for_whole_batches_is_one_in_which_they_are(given: dict[str, 
 def test_a_run_that_is_planned_for_time_ends_and_keeps_its_plan(tmp_path: Path) -> None:
     asked = config(method="exact", cuts=None, plan_for="time", epochs=2, model="mlp:64-512-512-512-512-10", max_gpu_mem="32MB")
     with pytest.raises(Stopped):
-        start.begin(asked, tmp_path / "run", should_stop=stop_at(2))
+        start.begin(asked, tmp_path / "run", process=Process(should_stop=stop_at(2)))
     before = json.loads((tmp_path / "run" / "journal.json").read_text())["body"]["plan"]
     result = start.resume(tmp_path / "run")
     assert result is not None

@@ -35,6 +35,7 @@ from lowmem_pnn.methods import SyntheticLabels, Visit, make_method
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.commits import Commits, Save, nothing_changed
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.sources.targets import Targets
 from lowmem_pnn.stores.keys import weight_key
 from lowmem_pnn.tasks.classification import Classification
@@ -177,7 +178,7 @@ def test_partitions_from_labels_to_labels_that_were_stopped_and_resumed_are_same
     for batch in (8, 17, 22):
         folder = tmp_path / str(batch)
         with pytest.raises(Stopped):
-            start.begin(config, folder, should_stop=stop_at(batch))
+            start.begin(config, folder, process=Process(should_stop=stop_at(batch)))
         result = start.resume(folder)
         assert result is not None
         assert result.resumed == 1

@@ -27,6 +27,7 @@ from helpers.small_networks import (
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.training import start
 
 COMMON: dict[str, Any] = {"epochs": 2, "batch_size": 12, "lr": 0.01, "seed": 3, "val_fraction": 0.1}
@@ -153,7 +154,7 @@ def test_the_scale_outlives_a_stop(tmp_path: Path) -> None:
     )  # fmt: skip
     whole = start.begin(config, tmp_path / "whole")
     with pytest.raises(Stopped):
-        start.begin(config, tmp_path / "run", should_stop=stop_at(3))
+        start.begin(config, tmp_path / "run", process=Process(should_stop=stop_at(3)))
     resumed = start.resume(tmp_path / "run", trust=True)
     assert whole is not None
     assert resumed is not None

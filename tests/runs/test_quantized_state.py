@@ -22,6 +22,7 @@ from lowmem_pnn.optim import low_precision
 from lowmem_pnn.optim.low_precision import BLOCK_SIZE
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.training import start
 
 
@@ -107,8 +108,9 @@ def test_a_run_with_quantized_state_that_was_stopped_and_resumed_is_same_as_unin
     whole = start.begin(configure(**options), tmp_path / "whole")
     for stop in stops:
         asked = itertools.count(1)
+        process = Process(should_stop=lambda at=stop, asked=asked: next(asked) >= at)
         with pytest.raises(Stopped):
-            start.begin(configure(**options), tmp_path / f"run{stop}", should_stop=lambda at=stop, asked=asked: next(asked) >= at)
+            start.begin(configure(**options), tmp_path / f"run{stop}", process=process)
         result = start.resume(tmp_path / f"run{stop}")
         assert result.resumed == 1
         assert Path(result.weights_file).read_bytes() == Path(whole.weights_file).read_bytes()

@@ -13,6 +13,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import CheckpointError, Stopped
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.ranks import Rank, rank_folder
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.stores.run_directory import read_journal, seal_journal
 from lowmem_pnn.training import start
 
@@ -43,12 +44,12 @@ def begin_rank(
     number: int, folder: Path, of: int = 3, should_stop: Callable[[], bool] = lambda: False, **options: Any
 ) -> Result | None:
     rank = Rank(number, of, number)
-    return start.begin(config(**options), rank.folder(folder), rank=rank, should_stop=should_stop)
+    return start.begin(config(**options), rank.folder(folder), process=Process(rank=rank, should_stop=should_stop))
 
 
 def resume(number: int, folder: Path, of: int = 3) -> Result | None:
     rank = Rank(number, of, number)
-    return start.resume(rank.folder(folder), rank=rank)
+    return start.resume(rank.folder(folder), process=Process(rank=rank))
 
 
 def weights(folder: Path) -> bytes:
@@ -134,9 +135,9 @@ def test_the_first_rank_can_be_stopped_while_it_waits_and_when_it_has_joined(tmp
     assert begin_rank(1, tmp_path / "many", **options) is None
     rank = Rank(0, 3)
     with pytest.raises(Stopped):
-        start.resume(tmp_path / "many", rank=rank, should_stop=stop_at(1))
+        start.resume(tmp_path / "many", process=Process(rank=rank, should_stop=stop_at(1)))
     assert read_journal(tmp_path / "many" / "journal.json")[0]["visit"] == 2
-    assert start.resume(tmp_path / "many", rank=rank) is not None
+    assert start.resume(tmp_path / "many", process=Process(rank=rank)) is not None
     assert weights(tmp_path / "many") == weights(tmp_path / "alone")
 
 
@@ -200,7 +201,7 @@ def test_a_ranks_run_goes_on_as_that_rank_alone(one_done: Path, monkeypatch: pyt
         )
     # Nor is a run of one process taken over by several.
     with pytest.raises(Stopped):
-        start.begin(config(), one_done / "alone", should_stop=stop_at(1))
+        start.begin(config(), one_done / "alone", process=Process(should_stop=stop_at(1)))
     monkeypatch.setenv("WORLD_SIZE", "3")
     done = lowmem_pnn("fit", "--resume", "--workdir", one_done / "alone")
     assert (done.code, done.fault) == (

@@ -15,6 +15,7 @@ from helpers.commands import lowmem_pnn as command
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.training import start
 
 OPTIONS = "--max-gpu-mem 100MB --device cpu --model mlp:20-16-3 --data npz:data.npz --epochs 3 --cuts 1 --batch-size 16 --quiet"
@@ -47,8 +48,9 @@ def folder(begun: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _stop(workdir: str, batches: int = 9, **values: Any) -> None:
     """Begin a run, and stop it in the middle of an epoch."""
     asked = iter([False] * batches)
+    process = Process(should_stop=lambda: next(asked, None) is not False)
     with pytest.raises(Stopped):
-        start.begin(configure(**{**VALUES, **values}), Path(workdir), should_stop=lambda: next(asked, None) is not False)
+        start.begin(configure(**{**VALUES, **values}), Path(workdir), process=process)
 
 
 def resume(options: str) -> Outcome:
@@ -166,7 +168,7 @@ def test_python_resumes_by_the_same_rule(tmp_path: Path, monkeypatch: pytest.Mon
     assert lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, max_gpu_mem="50%") == whole
     with pytest.raises(ConfigError, match="began with --batch-size 16, and --batch-size auto is given now"):
         lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, **{**options, "batch_size": "auto"})
-    with pytest.raises(ConfigError, match="resume goes on with a run, and overwrite replaces it"):
+    with pytest.raises(ConfigError, match=r"^--resume goes on with a run, and --overwrite replaces it; give one$"):
         lowmem_pnn.fit(_model, _data(), workdir="whole", resume=True, overwrite=True, **options)
 
 

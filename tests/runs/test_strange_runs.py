@@ -13,6 +13,7 @@ import pytest
 from helpers.commands import lowmem_pnn, write_data
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import Stopped
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.stores.disk import write_durably
 from lowmem_pnn.stores.journal import read_journal, seal_journal
 from lowmem_pnn.training import start
@@ -31,7 +32,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     asked = itertools.count()
     with pytest.raises(Stopped):
-        start.begin(config, folder / "run", should_stop=lambda: next(asked) >= 16)
+        start.begin(config, folder / "run", process=Process(should_stop=lambda: next(asked) >= 16))
     start.begin(config, folder / "whole")
     return folder
 

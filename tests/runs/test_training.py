@@ -23,6 +23,7 @@ from lowmem_pnn.errors import CheckpointError, ConfigError, DataError, Stopped
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import TerminalDisplay
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.stores.encoding import WORK_BYTES
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.training import start
@@ -143,8 +144,9 @@ def test_a_run_on_kept_activations_that_is_stopped_anywhere_goes_on_to_the_same_
     assert whole is not None
     for stops_at in (5, 23):  # in the first partition, and in one that reads stores
         folder, asked = tmp_path / str(stops_at), itertools.count()
+        process = Process(should_stop=lambda asked=asked, at=stops_at: next(asked) >= at)  # type: ignore[misc]
         with pytest.raises(Stopped):
-            start.begin(config, folder, should_stop=lambda asked=asked, at=stops_at: next(asked) >= at)  # type: ignore[misc]
+            start.begin(config, folder, process=process)
         result = start.resume(folder)
         assert result is not None
         assert Path(result.weights_file).read_bytes() == Path(whole.weights_file).read_bytes()
@@ -155,7 +157,7 @@ def test_a_run_on_kept_activations_that_is_stopped_anywhere_goes_on_to_the_same_
 def test_a_resumed_run_verifies_what_its_activations_are_kept_in(tmp_path: Path) -> None:
     config, asked = configure(**KEPT, activation_dtype="int8"), itertools.count()
     with pytest.raises(Stopped):
-        start.begin(config, tmp_path / "run", should_stop=lambda: next(asked) >= 23)
+        start.begin(config, tmp_path / "run", process=Process(should_stop=lambda: next(asked) >= 23))
     shard = next((tmp_path / "run" / "activations").glob("*-train/00000.safetensors"))
     with TensorFile.open(shard, writable=True) as file:
         file.write_from("0.scales", file.read("0.scales") + 1)

@@ -52,6 +52,7 @@ from lowmem_pnn.errors import CheckpointError, LowMemError, Stopped
 from lowmem_pnn.exporting.export_folder import ExportFolder
 from lowmem_pnn.run.finished import read_result
 from lowmem_pnn.run.resume import stored_config
+from lowmem_pnn.run.session import Process
 from lowmem_pnn.run.state import State
 from lowmem_pnn.sources.datasets import find_dataset
 from lowmem_pnn.sources.image_file import decode, read_header
@@ -95,7 +96,8 @@ def make_runs(folder: Path) -> None:
     common = {**_RUN, "model": "mlp:20-16-3", "data": f"npz:{folder / 'data.npz'}"}
     count = iter(range(10**6))
     with suppress(Stopped):
-        start.begin(configure(**common, cuts="1", keep_commits=3), folder / "stopped", should_stop=lambda: next(count) >= 16)
+        process = Process(should_stop=lambda: next(count) >= 16)
+        start.begin(configure(**common, cuts="1", keep_commits=3), folder / "stopped", process=process)
     start.begin(configure(**common, method="neuroflux"), folder / "done")
     api.export(folder / "done", exit="1", out=folder / "out")
     # Code that a damaged file could name.

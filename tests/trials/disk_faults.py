@@ -178,7 +178,7 @@ def configured(command: str, **changes: Any) -> "FitConfig":
 def stop_early() -> None:
     """A run that is stopped in its second partition."""
     asked = itertools.count()
-    start.begin(configured(PNN), Path("run"), should_stop=lambda: next(asked) >= 2)
+    start.begin(configured(PNN), Path("run"), process=Process(should_stop=lambda: next(asked) >= 2))
 
 
 def profile_once(method: str) -> None:
@@ -348,6 +348,7 @@ if __name__ == "__main__":
     from lowmem_pnn import api
     from lowmem_pnn.cli import commands
     from lowmem_pnn.config.configure import configure
+    from lowmem_pnn.run.session import Process
     from lowmem_pnn.training import start
     from lowmem_pnn.training.setup import open_workload
     from lowmem_pnn.workload import profile_workload

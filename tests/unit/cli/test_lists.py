@@ -5,15 +5,15 @@ import json
 import pytest
 
 from helpers.commands import lowmem_pnn
-from lowmem_pnn.cli.lists import DATA, METHODS, MODELS
+from lowmem_pnn.cli.lists import DATA, METHOD_TEXTS, MODELS
 from lowmem_pnn.config.configure import DOWNLOADED
-from lowmem_pnn.config.fit_config import METHODS as KNOWN_METHODS
+from lowmem_pnn.config.fit_config import METHODS
 from lowmem_pnn.zoo.cifar_models import CIFAR_MODELS
 
 
 @pytest.mark.parametrize("command", ["models", "data", "methods"])
 def test_a_list_has_a_line_for_each(command: str) -> None:
-    listed = {"models": MODELS, "data": DATA, "methods": METHODS}[command]
+    listed = {"models": MODELS, "data": DATA, "methods": METHOD_TEXTS}[command]
     shown = lowmem_pnn(command)
     assert shown.code == 0
     assert [line.split("  ")[0] for line in shown.out.splitlines()] == list(listed)
@@ -22,7 +22,7 @@ def test_a_list_has_a_line_for_each(command: str) -> None:
 
 
 def test_the_lists_name_what_there_is() -> None:
-    assert tuple(METHODS) == KNOWN_METHODS
+    assert tuple(METHOD_TEXTS) == METHODS
     assert set(CIFAR_MODELS) <= set(MODELS)
     named = ", ".join(DATA)
     assert all(name in named for name in ("digits", *DOWNLOADED))

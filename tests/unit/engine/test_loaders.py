@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowmem_pnn.engine.loaders import Batch, DatasetLoader, Loader, ShardLoader, SyntheticLabelLoader
+from lowmem_pnn.engine.loaders import DatasetLoader, Loader, ShardLoader, SyntheticLabelLoader
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.seeds import permutation_of, seed_of
 from lowmem_pnn.sources.map_split import from_torch
 from lowmem_pnn.stores.activation_writer import ActivationWriter
-from lowmem_pnn.stores.activations import ActivationStore
+from lowmem_pnn.stores.activations import ActivationStore, Batch
 
 NUM_SAMPLES = 23
 

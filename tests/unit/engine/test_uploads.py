@@ -13,9 +13,10 @@ from helpers.small_networks import images, small_conv
 from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.engine import executor as executor_module
 from lowmem_pnn.engine.executor import Executor
-from lowmem_pnn.engine.loaders import Batch, DatasetLoader
+from lowmem_pnn.engine.loaders import DatasetLoader
 from lowmem_pnn.engine.uploads import MicroBatch, Uploads
 from lowmem_pnn.sources.map_split import from_torch
+from lowmem_pnn.stores.activations import Batch
 
 
 def _batch(number: int, size: int = 4) -> Batch:

@@ -12,8 +12,8 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import BusyError, CheckpointError, ConfigError, LowMemError
 from lowmem_pnn.inference.evaluate import _own
 from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.run.only_run import only_run
 from lowmem_pnn.tasks import Own
-from lowmem_pnn.training.setup import only_run
 from lowmem_pnn.workload.inputs import named_inputs, with_named_parts
 
 

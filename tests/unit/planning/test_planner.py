@@ -11,11 +11,21 @@ from hypothesis import strategies as st
 from helpers.strategies import profiles
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.planning.planner import partition_peak, plan, smallest_budget
+from lowmem_pnn.planning import planner
+from lowmem_pnn.planning.constraints import Constraints
+from lowmem_pnn.planning.planner import partition_peak
 from lowmem_pnn.profiling.costs import Affine, LayerCost, MemoryProfile, ties_counted_once
 from lowmem_pnn.profiling.peaks import largest_micro_batch
 
 MB = 1_000_000
+
+
+def plan(profile, *, budget_bytes, **constraints):
+    return planner.plan(Constraints(profile, **constraints), budget_bytes)
+
+
+def smallest_budget(profile, **constraints):
+    return planner.smallest_budget(Constraints(profile, **constraints))
 
 
 def layer(name="layer", weights=0, kept=0, output=1, inputs=1, **changes):
