@@ -140,7 +140,7 @@ class Workload:
             spans: first layer of each partition, and the layer after its last.
             splits: parts of the data that training reads; None for all of them.
         """
-        at_first = None if self.early is None else self.early._learning(self.fixed_layers)
+        at_first = None if self.early is None else self.early._learning(self.early.fixed_layers)
         # What the model's own code freezes stays frozen, and runs in every epoch: its outputs are not written a second time.
         learning = self._learning(self.fixed_layers if at_first is None else 0)
         return program_of(self.method, spans, self.training_splits if splits is None else splits, learning, at_first)
