@@ -7,14 +7,16 @@ a tensor with the batch on axis 0 that is not complex, and no later operation ch
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from lowmem_pnn.capture.dataflow import DataFlow, trace_and_flow
 from lowmem_pnn.capture.dispatch_modes import KnownValuesError
 from lowmem_pnn.capture.equal_blocks import look_again
-from lowmem_pnn.capture.fake_model import ModelRun, run_model
+from lowmem_pnn.capture.fake_model import Alias, ModelRun, run_model
 from lowmem_pnn.capture.opening import LARGE_SHARE, is_below, weight_bytes
 from lowmem_pnn.capture.recomputed import unchanged_buffers
 from lowmem_pnn.capture.setting import Setting
@@ -30,7 +32,12 @@ from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.modes import read_modes
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.precision import FULL_PRECISION, Precision
-from lowmem_pnn.model.python_state import Attribute
+from lowmem_pnn.model.python_state import Attribute, attributes_of, is_kept
+
+# All numbers up to 16 divide it, and all up to 1,000 that people write in tens: what is done every so many calls is done in this one.
+_MANY_CALLS = 18_018_000
+# What is larger than nearly any threshold.
+_LARGE = 1e30
 
 
 def capture(
@@ -85,6 +92,7 @@ def capture(
 
 
 def _capture(model: nn.Module, setting: Setting) -> Chain:
+    check_overrides(model, [""])
     names = tensors_by_name(model)
     check_model(model, names)
     model = without_cache(model)
@@ -100,6 +108,7 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
         runs = _runs(model, setting)
     asking = frozenset[str]().union(*(run.asking for run in runs))
     looked_at = [*runs, *_with_conditions(model, setting, asking)]
+    looked_at += _after_many_calls(model, setting, looked_at)
     changed = zip(*((run.kept, run.left, run.cached) for run in looked_at), strict=True)
     kept, left, cached = (frozenset[Attribute]().union(*sets) for sets in changed)
     closed = {
@@ -113,6 +122,7 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
     }
     closed |= dict.fromkeys(asking, "its forward does something by values of its input")
     flow = _flow(model, setting, runs, closed)
+    plain = _plain_attributes(model, {name for name, _ in kept} | asking, kept | left | cached)
     # What a forward does by values may reach other parameters in training.
     by_values = frozenset(name for name in names if any(not module or is_below(name, module) for module in asking))
     reached = frozenset[str]().union(*(run.reached for run in runs))
@@ -129,6 +139,7 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
     aliased = {key: alias for run in looked_at for key, alias in run.aliased.items()}
     written = frozenset[str]().union(*(run.written for run in looked_at))
     averages = [name for name in written if name in idle or not names[name].requires_grad]
+    moving = frozenset[str]().union(*(run.changed for run in looked_at if run.setting.training))
     free = unchanged_buffers(model, looked_at)
     frozen = {id(names[name]): nn.Parameter(names[name].detach(), False) for name in idle}
 
@@ -147,6 +158,7 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
             # The model's own attributes are those of a layer where the model is one.
             own = inside if flow.is_whole else inside - {""}
             layer.left = tuple(sorted(attribute for attribute in left if attribute[0] in own))
+            layer.plain = {key: value for key, value in plain.items() if key[0] in own}
             layer.cached = tuple(sorted(attribute for attribute in cached if attribute[0] in own))
             layer.may_lack_gradient = by_values.intersection(layer.parameters())
             layer.hooks = {name: hooks[name] for name in layer.parameters() if name in hooks}
@@ -164,18 +176,19 @@ def _capture(model: nn.Module, setting: Setting) -> Chain:
         groups: dict[int, list[str]] = {}
         for name, tensor in names.items():
             groups.setdefault(id(tensor), []).append(name)
+        ranges = {tensor: (users[0], users[-1]) for tensor, users in held.items() if users[0] < users[-1] and tensor not in free}
         _say_what_is_whole(model, layers, flow.stopped)
         _refuse_aliases(model, layers, aliased)
         return Chain(
             layers=tuple(layers),
             boundaries=tuple(map(tuple, flow.boundaries(cuts))),
             ties=tuple(tuple(group) for group in groups.values() if len(group) > 1),
-            tied_ranges=tuple(
-                sorted({(users[0], users[-1]) for tensor, users in held.items() if users[0] < users[-1] and tensor not in free})
-            ),
+            tied_ranges=tuple(sorted(set(ranges.values()))),
+            moving_ranges=tuple(sorted({ranges[tensor] for tensor in {id(names[name]) for name in moving} & ranges.keys()})),
             unused=tuple(name for name, tensor in names.items() if id(tensor) not in held),
             persistent=tuple(model.state_dict(keep_vars=True)),
             written=written,
+            moving=moving,
             idle=idle,
             output_form=None if flow.output.is_tensor else flow.output,
             call_form=setting.form,
@@ -205,31 +218,61 @@ def _runs(model: nn.Module, setting: Setting) -> list[ModelRun]:
 
 
 def _with_conditions(model: nn.Module, setting: Setting, asking: Collection[str]) -> list[ModelRun]:
-    """Run a model that goes by values once more with all conditions true, as far as it runs: what it changes then is to be kept too."""
-    try:
-        return [run_model(model, replace(setting, conditions=True))] if asking else []
-    except KnownValuesError:
-        return []
-    except CaptureError as error:
-        if error.__cause__ is None:
-            raise  # it leaves what cannot be kept
-        return []
+    """Run a model that goes by values once more with all conditions true, and with other numbers: what it changes then is to be kept too."""
+    settings = [replace(setting, conditions=True, number=number) for number in (0.0, _LARGE)] if asking else []
+    return _as_far_as_it_runs(model, settings)
 
 
-def _refuse_aliases(model: nn.Module, layers: Iterable[Layer], aliased: Mapping[Attribute, tuple[str, bool]]) -> None:
-    """Refuse forwards that read a tensor from elsewhere than where it is exchanged; a trace finds that very tensor under its name."""
-    own_code = {
-        name
-        for layer in layers
-        for name, module in layer.module.named_modules()
-        if type(module) is not nn.Module and not isinstance(module, fx.GraphModule)
+def _after_many_calls(model: nn.Module, setting: Setting, runs: Iterable[ModelRun]) -> list[ModelRun]:
+    """Run a model that counts its calls as if it had been called often: what it does now and then, or later on, is to be kept too."""
+    values = attributes_of(model)
+    counters = [key for key in sorted({key for run in runs for key in run.kept}) if type(values.get(key)) is int]
+    counts = (_MANY_CALLS - 1, _MANY_CALLS) if counters else ()  # it may look before it counts, or after
+    return _as_far_as_it_runs(model, [replace(setting, counts=tuple((key, count) for key in counters)) for count in counts])
+
+
+def _as_far_as_it_runs(model: nn.Module, settings: Iterable[Setting]) -> list[ModelRun]:
+    """Run a model in settings in which it may not run: nobody knows whether these will occur."""
+    runs = []
+    for setting in settings:
+        try:
+            runs.append(run_model(model, setting))
+        except KnownValuesError:
+            pass
+        except CaptureError as error:
+            if error.__cause__ is None:
+                raise  # it leaves what cannot be kept
+    return runs
+
+
+def _plain_attributes(model: nn.Module, modules: Collection[str], known: Collection[Attribute]) -> dict[Attribute, Any]:
+    """Return the attributes of plain values of modules, and of those inside, but for some that are known, with copies of their values."""
+    inside = {name for name, _ in model.named_modules() if any(not module or is_below(name, module) for module in modules)}
+    return {
+        key: deepcopy(value)
+        for key, value in attributes_of(model).items()
+        if key[0] in inside and key not in known and is_kept(value)
     }
-    for (name, attribute), (tensor, is_itself) in aliased.items():
-        if name in own_code or not is_itself:
+
+
+def _refuse_aliases(model: nn.Module, layers: Iterable[Layer], aliased: Mapping[Attribute, Alias]) -> None:
+    """Refuse forwards that read a tensor from elsewhere than where it is exchanged; a trace finds that very tensor under its name."""
+    own_code = [
+        {
+            name
+            for name, module in layer.module.named_modules()
+            if type(module) is not nn.Module and not isinstance(module, fx.GraphModule)
+        }
+        for layer in layers
+    ]
+    for (name, attribute), alias in aliased.items():
+        # A module that is a layer's own too gets its tensors there.
+        elsewhere = [inside for inside in own_code if name in inside and not (alias.modules and inside.issuperset(alias.modules))]
+        if elsewhere or not alias.is_itself:
             where = f"module {name!r} of {type(model).__name__}" if name else f"model {type(model).__name__}"
             raise CaptureError(
-                f"forward of {where} reads {tensor!r} from its attribute {attribute!r}, where it would stay what it is when training puts "
-                f"another tensor in its place; read it by its own name, or from an nn.ParameterList"
+                f"forward of {where} reads {alias.tensor!r} from its attribute {attribute!r}, where it would stay what it is when training "
+                f"puts another tensor in its place; read it by its own name, or from an nn.ParameterList"
             )
 
 

@@ -4,6 +4,7 @@ Two forwards do the same where their logs are equal.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -156,13 +157,15 @@ class OperationLog(DispatchMode):
 
     Args:
         tensors: input and weights of a model.
+        most: most operations; None for any number.
     """
 
     running: ClassVar[list["OperationLog"]] = []
     """Logs that operations go to, the outermost first."""
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, tensors: Iterable[Tensor], most: int | None = None) -> None:
         super().__init__()
+        self._most = math.inf if most is None else most
         self.repeats: list[tuple[nn.Module, nn.Module]] = []
         """Blocks that did as others before them, with these."""
         self.entries: list[tuple[Any, ...]] = []
@@ -206,6 +209,8 @@ class OperationLog(DispatchMode):
             return result
         self.taken.update((id(tensor), tensor) for tensor in given)
         if any(id(tensor) in self._dependent for tensor in given):
+            if len(self.entries) >= self._most:
+                raise RuntimeError(f"a forward of more than {self._most:,} operations")
             self._dependent.update((id(tensor), tensor) for tensor in tensors_in(result))
             self.entries.append((func, torch.is_grad_enabled(), _comparable((args, kwargs))))
         return result

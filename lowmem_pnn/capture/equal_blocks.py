@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lowmem_pnn.capture.dispatch_modes import OperationLog, has_values, storages_of
-from lowmem_pnn.model.python_state import Snapshot
+from lowmem_pnn.model.python_state import Snapshot, version_of
 
 # Attributes of every module: tensors and submodules are compared apart, and the mode is not compared.
 _MODULE_ATTRIBUTES = frozenset({*vars(nn.Module()), "training"})
@@ -191,7 +191,7 @@ def _taken_down(
     """Run a block, and take down what it does; None where that would not hold for another one."""
     own = {**dict(block.named_parameters(remove_duplicate=False)), **dict(block.named_buffers(remove_duplicate=False))}
     inputs = [leaf for leaf in given if isinstance(leaf, Tensor)]
-    before = Snapshot(block), {id(tensor): tensor._version for tensor in (*own.values(), *inputs)}
+    before = Snapshot(block), {id(tensor): version_of(tensor) for tensor in (*own.values(), *inputs)}
     begin = (len(log.entries), log.new_bytes, log.draws) if log is not None else (0, 0, 0)
     taken_before = log.taken if log is not None else {}
     if log is not None:
@@ -208,7 +208,7 @@ def _taken_down(
     is_unchanged = (
         now.keys() == own.keys()
         and all(now[name] is tensor for name, tensor in own.items())
-        and all(tensor._version == before[1][id(tensor)] for tensor in (*own.values(), *inputs))
+        and all(version_of(tensor) == before[1][id(tensor)] for tensor in (*own.values(), *inputs))
         and not before[0].changed(block)
     )
     if reads or not is_unchanged or any(_has_hooks(module) for module in block.modules()):

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,24 @@ from lowmem_pnn.model.python_state import (
     holds_tensor,
     is_kept,
     is_read,
+    modules_in,
+    version_of,
 )
 from lowmem_pnn.seeds import python_generators
+
+
+class Alias(NamedTuple):
+    """A parameter or buffer that a Python attribute holds.
+
+    Args:
+        tensor: its name.
+        is_itself: whether it is that very tensor, or another one over its memory.
+        modules: names of the modules that the attribute holds; none where it holds the tensor.
+    """
+
+    tensor: str
+    is_itself: bool
+    modules: tuple[str, ...] = ()
 
 
 @dataclass
@@ -49,8 +65,7 @@ class ModelRun:
         returned: shapes, with the batch, and types of the tensors that it returns.
         asking: modules that do something by values of tensors (`UnknownValues.asking`).
         reached: parameters that a backward from what training learns from gives a gradient to.
-        aliased: attributes by which the forward reads parameters or buffers beside their own names, as from a list, each with the name of
-            one, and whether it is that very tensor, or another one over its memory.
+        aliased: attributes by which the forward reads parameters or buffers beside their own names, as from a list.
     """
 
     setting: Setting
@@ -65,7 +80,7 @@ class ModelRun:
     returned: Sequence[tuple[torch.Size, torch.dtype]] = ()
     asking: set[str] = field(default_factory=set)
     reached: set[str] = field(default_factory=set)
-    aliased: dict[Attribute, tuple[str, bool]] = field(default_factory=dict)
+    aliased: dict[Attribute, Alias] = field(default_factory=dict)
 
 
 def run_model(model: nn.Module, setting: Setting) -> ModelRun:
@@ -88,7 +103,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
         root, samples = fakes.root, fakes.samples
         before, generators, hooks, reads = Snapshot(root), python_generators(), num_hooks(root), StoredReads(root)
         own = _tensors_of(root)
-        versions = {name: tensor._version for name, tensor in own.items()}
+        versions = {name: version_of(tensor) for name, tensor in own.items()}
         storages = {name: tensor.untyped_storage()._cdata for name, tensor in own.items()}
         try:
             with _made_by_module(root, log, result.made), fakes.unknown.watching(root), reads.watching():
@@ -121,7 +136,7 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
             name
             for name, tensor in own.items()
             if after.get(name) is not tensor
-            or tensor._version != versions[name]
+            or version_of(tensor) != versions[name]
             or storages[name] in log.written_storages
             or tensor.untyped_storage()._cdata != storages[name]
         }
@@ -172,8 +187,8 @@ def _tensors_of(root: nn.Module) -> dict[str, Tensor]:
     return {**dict(root.named_parameters(remove_duplicate=False)), **dict(root.named_buffers(remove_duplicate=False))}
 
 
-def _aliases(model: nn.Module, changed: Collection[str]) -> dict[Attribute, tuple[str, bool]]:
-    """Return the Python attributes that are, or hold, parameters and buffers, or tensors over their memory; see `ModelRun.aliased`.
+def _aliases(model: nn.Module, changed: Collection[str]) -> dict[Attribute, Alias]:
+    """Return the Python attributes that are, or hold, parameters and buffers, tensors over their memory, or modules with such.
 
     Buffers that are there, and that no forward changes, are the same wherever they are read from.
     """
@@ -184,12 +199,20 @@ def _aliases(model: nn.Module, changed: Collection[str]) -> dict[Attribute, tupl
         if tensor.numel() and (isinstance(tensor, nn.Parameter) or tensor.is_meta or name in changed)
     }
     held = [(key, tensor) for key, value in attributes_of(model).items() for tensor in tensors_in(value)]
-    found: dict[Attribute, tuple[str, bool]] = {}
+    found: dict[Attribute, Alias] = {}
     for key, tensor in held:
         has_storage = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
         if has_storage and (name := names.get(tensor.untyped_storage()._cdata)) is not None:
-            first, is_itself = found.get(key, (name, True))
-            found[key] = first, is_itself and any(tensor is one for one in own.values())
+            first, is_itself, _ = found.get(key, Alias(name, True))
+            found[key] = Alias(first, is_itself and any(tensor is one for one in own.values()))
+    modules = {id(module): name for name, module in model.named_modules()}
+    for key, value in attributes_of(model).items():
+        inside = {modules[id(one)]: one for one in modules_in(value) if id(one) in modules}
+        # A reference to what the module itself is in tells it where it is; its weights are read by their own names there.
+        inside = {name: one for name, one in inside.items() if name and not f"{key[0]}.".startswith(f"{name}.")}
+        weights = [f"{name}.{weight}" for name, one in inside.items() for weight, _ in one.named_parameters()]
+        if weights and key not in found:
+            found[key] = Alias(weights[0], True, tuple(inside))
     return found
 
 

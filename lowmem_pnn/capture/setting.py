@@ -16,7 +16,11 @@ from lowmem_pnn.capture.unknown_values import UnknownValues
 from lowmem_pnn.model.call_form import ONE_TENSOR, CallForm, TensorSpec
 from lowmem_pnn.model.copies import copy_structure, set_mode
 from lowmem_pnn.model.precision import Precision
+from lowmem_pnn.model.python_state import Attribute
 from lowmem_pnn.seeds import preserve_random_state
+
+# Whoever does more than so many operations may do one for each call that it has counted.
+_MOST_OPERATIONS = 50_000
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Setting:
         form: how the tensors are handed to the model.
         learns_from: names of outputs, the first of which that there is training learns from; empty where it may learn from all.
         conditions: what conditions on values of the input are taken for.
+        number: what numbers that are taken from these are taken for (`UnknownValues`).
+        counts: attributes that hold whole numbers, and others that they are set to before.
         batches: other numbers of samples that will occur.
         values: whether what depends on sizes and constants alone has values, by which a forward may decide.
     """
@@ -44,6 +50,8 @@ class Setting:
     batches: tuple[int, ...] = ()
     values: bool = True
     conditions: bool = False
+    number: float = 1.0
+    counts: tuple[tuple[Attribute, int], ...] = ()
 
     @property
     def mode_text(self) -> str:
@@ -85,7 +93,9 @@ class Setting:
             forward: is given the copy, in its mode, with the samples, and the log.
         """
         fakes = self.fakes(model)
-        log = OperationLog([*fakes.samples, *fakes.root.parameters(), *fakes.root.buffers()])
+        log = OperationLog(
+            [*fakes.samples, *fakes.root.parameters(), *fakes.root.buffers()], _MOST_OPERATIONS if self.counts else None
+        )
         with fakes.context(), log:
             forward(fakes, log)
         return log.entries
@@ -108,10 +118,12 @@ class Setting:
                 fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
                 fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         root = copy_structure(model, fakes)
+        for (name, attribute), count in self.counts:
+            vars(root.get_submodule(name))[attribute] = count
         set_mode(root, self.training)
         EqualBlocks(model, root)
         known = KnownValues(self.precision.device_type, device) if self.keeps_values else nullcontext()
-        return Fakes(mode, root, samples, self.precision, known, UnknownValues(self.conditions))
+        return Fakes(mode, root, samples, self.precision, known, UnknownValues(self.conditions, self.number))
 
 
 @dataclass

@@ -13,6 +13,7 @@ from lowmem_pnn.errors import CaptureError
 from lowmem_pnn.model.copies import copy_on_meta
 from lowmem_pnn.model.modes import overrides
 from lowmem_pnn.model.parameter_hooks import MODULE_HOOKS
+from lowmem_pnn.model.python_state import attributes_of, modules_in
 
 # Attributes that a GraphModule has and a plain module has not: a submodule of such a name would be lost.
 _GRAPH_MODULE_NAMES = {*dir(fx.GraphModule(nn.Module(), fx.Graph()))} - {*dir(nn.Module())}
@@ -125,7 +126,7 @@ def check_model(model: nn.Module, names: Mapping[str, Tensor]) -> None:
         after = getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
         _check_hooks([*(tensor._backward_hooks or {}).values(), *after.values()], f"{name!r} of {title}")
     _check_tensors(title, names)
-    check_overrides(model, [""])
+    _check_hidden_modules(model)
 
 
 def check_overrides(model: nn.Module, opened: Iterable[str]) -> None:
@@ -166,6 +167,20 @@ def _check_replaced_methods(module: nn.Module, where: str) -> None:
                 raise CaptureError(
                     f"{name}() of {where} was replaced on the module by a function that holds on to a module, and would go on with that one "
                     "when the model is cut; override it in a class"
+                )
+
+
+def _check_hidden_modules(model: nn.Module) -> None:
+    """Refuse modules with weights that are in plain lists alone: PyTorch finds their weights for no optimizer and no `state_dict`."""
+    registered = set(map(id, model.modules()))
+    for (name, attribute), value in attributes_of(model).items():
+        for module in modules_in(value):
+            if id(module) not in registered and any(True for _ in (*module.parameters(), *module.buffers())):
+                where = f"module {name!r} of {type(model).__name__}" if name else f"model {type(model).__name__}"
+                raise CaptureError(
+                    f"{where} holds a {type(module).__name__} in its attribute {attribute!r} that is not registered as a module, as those in a "
+                    "plain list are not: its weights would be neither moved, nor trained, nor saved; keep it in an nn.ModuleList, and freeze "
+                    "it (requires_grad_(False)) if it is not to learn"
                 )
 
 

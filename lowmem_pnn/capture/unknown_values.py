@@ -37,11 +37,13 @@ class UnknownValues(DispatchMode):
 
     Args:
         conditions: what conditions on values are taken for.
+        number: what numbers that are taken from values are taken for; whole ones, which may be sizes, are one at most.
     """
 
-    def __init__(self, conditions: bool = False) -> None:
+    def __init__(self, conditions: bool = False, number: float = 1.0) -> None:
         super().__init__()
         self._conditions = conditions
+        self._number = number
         self.asking: set[str] = set()
         """Names of modules that do something by values, or are given a tensor whose shape depends on some."""
 
@@ -105,7 +107,11 @@ class UnknownValues(DispatchMode):
             if all(map(has_values, given)):
                 raise  # which are known to who asks
             self._questions += 1
-            result = NotImplemented if self._questions > _MOST_QUESTIONS else _answer(func, args, kwargs, self._conditions)
+            result = (
+                NotImplemented
+                if self._questions > _MOST_QUESTIONS
+                else _answer(func, args, kwargs, self._conditions, self._number)
+            )
             if result is NotImplemented:
                 raise
             self.asking.add(self._stack[-1])
@@ -139,12 +145,13 @@ class _Unpacking(TorchFunctionMode):
         return rows.transpose(0, 1) if batch_first else rows, lengths
 
 
-def _answer(func: Any, args: Any, kwargs: Any, conditions: bool) -> Any:
+def _answer(func: Any, args: Any, kwargs: Any, conditions: bool, number: float) -> Any:
     """Return what an operation that depends on values returns at most; NotImplemented where that is not known."""
     packet = func.overloadpacket
     if packet is _aten._local_scalar_dense:
         dtype = args[0].dtype
-        return conditions if dtype is torch.bool else 1 if not (dtype.is_floating_point or dtype.is_complex) else 1.0
+        whole = not (dtype.is_floating_point or dtype.is_complex)
+        return conditions if dtype is torch.bool else int(min(number, 1)) if whole else number
     if packet in (_aten.equal, _aten.allclose):
         return conditions
     if packet is _aten.nonzero:

@@ -105,7 +105,8 @@ class Executor:
             loss = unless_out_of_memory(partial(self._accumulate, active, batch, step, parts, steps, following))
             if loss is not None:
                 break
-            if steps.stepped:
+            if steps.stepped or not residency.chain.written.isdisjoint(residency.parameters):
+                # Or a forward may have written into them.
                 raise SteppedInPart(str(too_large(self._device, f"in a batch of {active.title} that was stepped in part")))
             residency.copy_back_replaced_buffers()
             for name, tensor in residency.buffers.items():

@@ -5,12 +5,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+from types import FunctionType, NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.errors import CaptureError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,9 @@ class OutputForm:
 
         Returns:
             The form, and the tensors in their order.
+
+        Raises:
+            CaptureError: it holds an object that nobody can tell from another one.
         """
         tensors: list[Any] = []
         names: list[str] = []
@@ -244,6 +249,11 @@ class OutputForm:
                 names.append(name)
                 return _Place(len(tensors) - 1)
             if not _is_container(value):
+                if not _is_value(value):
+                    raise CaptureError(
+                        f"the model returns a {type(value).__name__}{name and f', {name!r}'}; have it return tensors, or tuples and dicts of "
+                        "tensors: what makes something else of them belongs into the loss"
+                    )
                 return value
             pairs = [(key, take(item, f"{name}.{key}" if name else str(key))) for key, item in _items(value)]
             return _Container(type(value), tuple(key for key, _ in pairs), tuple(item for _, item in pairs))
@@ -303,6 +313,16 @@ def like(example: Any, stand_in: Any) -> Any:
 
 def _stands_for_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or hasattr(type(value), "__torch_function__")
+
+
+# Values of which there is one each, compared by identity.
+_SINGLE = type, FunctionType, NoneType, Enum, torch.dtype, torch.layout, torch.memory_format
+
+
+def _is_value(value: Any) -> bool:
+    """Decide whether a value equals others of its kind by what it is, as numbers and text do, and an array or a distribution does not."""
+    is_array = hasattr(value, "__array__") and getattr(value, "ndim", 0) > 0
+    return isinstance(value, _SINGLE) or (any("__eq__" in vars(cls) for cls in type(value).__mro__[:-1]) and not is_array)
 
 
 def _is_container(value: Any) -> bool:

@@ -49,7 +49,13 @@ class Chain:
     """Keys of the model's `state_dict`, in its order."""
 
     written: frozenset[str] = frozenset()
-    """Parameters that a forward changes in place, under every name."""
+    """Parameters that a forward changes in place, under every name: those that learn, and averages of such."""
+
+    moving: frozenset[str] = frozenset()
+    """Parameters and buffers that a forward in train mode changes, under every name."""
+
+    moving_ranges: tuple[tuple[int, int], ...] = ()
+    """Those of `tied_ranges` whose tensor is such a one: every partition would change a copy of its own."""
 
     idle: tuple[str, ...] = ()
     """Parameters that would learn, and get no gradient since the output does not depend on them: they are frozen here."""
@@ -111,6 +117,17 @@ class Chain:
         """Number of modules and operations of all layers: what the chain takes in memory beside its tensors goes by it."""
         graphs = (layer.module.graph.nodes for layer in self.layers if isinstance(layer.module, fx.GraphModule))
         return sum(map(len, graphs)) + sum(1 for layer in self.layers for _ in layer.module.modules())
+
+    def changing(self, layer: Layer) -> dict[str, Tensor]:
+        """Return what forwards may change of the tensors of a layer: its buffers, and parameters that are written into, detached."""
+        written = {name: one.detach() for name, one in layer.parameters().items() if name in self.written}
+        return {**written, **layer.buffers()}
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the parameters that learn and that a forward changes in place."""
+        parameters = {self.owner_of(name): one for layer in self.layers for name, one in layer.parameters().items()}
+        return sum(one.nbytes for name, one in parameters.items() if name in self.written and one.requires_grad)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules of all layers, with their names in the model."""

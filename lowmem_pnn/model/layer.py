@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 
 from lowmem_pnn.model.checkpointing import checkpointing_left_out
 from lowmem_pnn.model.modes import Modes
-from lowmem_pnn.model.parameter_hooks import ParameterHooks
+from lowmem_pnn.model.parameter_hooks import MODULE_HOOKS, ParameterHooks
 from lowmem_pnn.model.precision import FULL_PRECISION, Precision
-from lowmem_pnn.model.python_state import Attribute, read_state, state_restored, write_state
+from lowmem_pnn.model.python_state import Attribute, read_changed, read_state, state_restored, write_changed, write_state
 from lowmem_pnn.quantization.stored_weights import is_stored_linear
 
 
@@ -55,7 +55,7 @@ class Layer:
         module: see `Layer.module`.
         order: names of all the model's parameters and buffers.
         precision: see `Layer.precision`.
-        written: names of parameters that do not learn, and that a forward changes in place, as it does the weights of a teacher that are
+        averages: names of parameters that do not learn, and that a forward changes in place, as it does the weights of a teacher that are
             an average of the learner's: they are kept as buffers are.
     """
 
@@ -75,13 +75,13 @@ class Layer:
         module: nn.Module,
         order: Iterable[str],
         precision: Precision = FULL_PRECISION,
-        written: Collection[str] = (),
+        averages: Collection[str] = (),
     ) -> None:
         self.name, self.module, self.precision = name, module, precision
         parameters = dict(module.named_parameters(remove_duplicate=False))
         buffers = dict(module.named_buffers(remove_duplicate=False))
-        self._written = parameters.keys() & written
-        buffers |= {key: parameters.pop(key) for key in self._written}
+        self._averages = parameters.keys() & averages
+        buffers |= {key: parameters.pop(key) for key in self._averages}
         self._parameter_names = tuple(key for key in order if key in parameters)
         self._buffer_names = tuple(key for key in order if key in buffers)
         assert len(self._parameter_names) == len(parameters)
@@ -92,6 +92,10 @@ class Layer:
 
     kept: tuple[Attribute, ...] = ()
     """Python attributes of the layer's modules that a forward changes and the next one reads."""
+
+    plain: Mapping[Attribute, Any] = MappingProxyType({})
+    """Attributes of plain values, with these, that no forward has changed yet, of modules that change others or go by values of their
+    samples: a later forward may change these too."""
 
     left: tuple[Attribute, ...] = ()
     """Python attributes that a forward changes and no other one depends on."""
@@ -132,16 +136,17 @@ class Layer:
 
     @property
     def python_state(self) -> dict[str, Any]:
-        """Values of the attributes in `kept`, by module and attribute."""
-        return read_state(self.module, self.kept)
+        """Values of the attributes in `kept`, by module and attribute, and of those in `plain` that have been changed."""
+        return {**read_state(self.module, self.kept), **read_changed(self.module, self.plain)}
 
     def set_python_state(self, state: Mapping[str, Any]) -> None:
         """Set these attributes to copies of what `python_state` returned."""
         write_state(self.module, self.kept, state)
+        write_changed(self.module, self.plain, state)
 
     def python_state_restored(self) -> AbstractContextManager[None]:
         """Return a context at whose end all that a forward changes in Python attributes is as before."""
-        return state_restored(self.module, (*self.kept, *self.left))
+        return state_restored(self.module, (*self.kept, *self.left, *self.plain))
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -168,10 +173,10 @@ class Layer:
         module.get_submodule(container).add_module(own, head)
         names = [*head.state_dict(keep_vars=True), *dict(head.named_buffers())]
         order = [*self._parameter_names, *self._buffer_names, *dict.fromkeys(prefix + name for name in names)]
-        layer = Layer(self.name, module, order, self.precision, self._written)
+        layer = Layer(self.name, module, order, self.precision, self._averages)
         layer.head = head
         layer.modes, layer.kept, layer.left, layer.cached = self.modes, self.kept, self.left, self.cached
-        layer.hooks, layer.whole, layer.operations = self.hooks, self.whole, self.operations
+        layer.plain, layer.hooks, layer.whole, layer.operations = self.plain, self.hooks, self.whole, self.operations
         layer.may_lack_gradient, layer.checkpoints = self.may_lack_gradient, self.checkpoints
         return layer
 
@@ -232,7 +237,7 @@ class Layer:
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers by name, those that are not in the `state_dict` too, and frozen parameters that a forward changes."""
         return {
-            name: self.module.get_parameter(name) if name in self._written else self.module.get_buffer(name)
+            name: self.module.get_parameter(name) if name in self._averages else self.module.get_buffer(name)
             for name in self._buffer_names
         }
 
@@ -248,7 +253,7 @@ class Layer:
             KeyError: the layer has no tensor of that name.
         """
         path, _, attribute = name.rpartition(".")
-        if name in self._parameter_names or name in self._written:
+        if name in self._parameter_names or name in self._averages:
             if not isinstance(tensor, nn.Parameter):
                 tensor = nn.Parameter(tensor, self.module.get_parameter(name).requires_grad)
         elif name not in self._buffer_names:
@@ -291,8 +296,7 @@ def set_python_state(layers: Iterable[Layer], state: Mapping[str, Any]) -> None:
 
 def has_module_hooks(module: nn.Module) -> bool:
     """Decide whether hooks look at what goes into a module, or comes out of it, forward or backward."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(bool(getattr(module, kind, None)) for kind in kinds)
+    return any(bool(getattr(module, kind, None)) for kind in MODULE_HOOKS)
 
 
 def gradients_complete_at_once(layers: Sequence[Layer], *, in_chunks: bool) -> list[bool]:

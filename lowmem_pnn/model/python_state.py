@@ -8,6 +8,8 @@ self.features = x          a tensor that no forward reads: let be
 import collections
 import copy
 import itertools
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +23,8 @@ _OWN = frozenset(vars(nn.Module())) | {"_flat_weights", "_flat_weights_names"}
 _PLAIN = (bool, int, float, str, type(None))
 # Objects inside of objects that are looked into.
 _MAX_DEPTH = 6
+_FUNCTIONS = types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType
+_LIBRARIES = frozenset({"torch", "numpy", "functools", "operator", "builtins"})
 
 Attribute = tuple[str, str]
 """A module's qualified name, and the name of one of its attributes."""
@@ -31,12 +35,17 @@ class _Same:
 
     def __init__(self, value: object) -> None:
         self.value = value
-        self.version = value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+        self.version = version_of(value) if isinstance(value, Tensor) else 0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and other.value is self.value and other.version == self.version
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return the version of a tensor, which changes where it is changed in place; one of inference mode has none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def attributes_of(model: nn.Module) -> dict[Attribute, Any]:
@@ -83,9 +92,11 @@ def freeze(value: Any, depth: int = 0) -> Any:
         return value.get_state().numpy().tobytes()
     if isinstance(value, np.random.Generator):
         value = value.bit_generator.state
+    if isinstance(value, np.random.RandomState):
+        value = value.get_state(legacy=False)
     if isinstance(value, itertools.count):
         return repr(value)
-    if depth > _MAX_DEPTH or isinstance(value, (Tensor, nn.Module, type)) or callable(value):
+    if depth > _MAX_DEPTH or isinstance(value, (Tensor, nn.Module, type)) or _is_function(value):
         return _Same(value)
     if isinstance(value, Mapping):
         return type(value), [(freeze(key, depth + 1), freeze(item, depth + 1)) for key, item in value.items()]
@@ -97,9 +108,27 @@ def freeze(value: Any, depth: int = 0) -> Any:
         return value.tobytes()
     if hasattr(value, "getstate"):
         return freeze(value.getstate(), depth + 1)
-    if hasattr(value, "__dict__"):
-        return _Same(value), freeze(dict(vars(value)), depth + 1)
+    if content := _content_of(value):
+        return _Same(value), freeze(content, depth + 1)
     return _Same(value)
+
+
+def _is_function(value: Any) -> bool:
+    """Decide whether a value is a function or what libraries make of one, and no object of the user's that can be called, with state."""
+    return isinstance(value, _FUNCTIONS) or (callable(value) and type(value).__module__.partition(".")[0] in _LIBRARIES)
+
+
+def _content_of(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, those in slots too; of Python's own classes these hold caches."""
+    content = dict(getattr(value, "__dict__", {}))
+    for cls in type(value).__mro__:
+        if cls.__module__.partition(".")[0] not in sys.stdlib_module_names:
+            slots = vars(cls).get("__slots__", ())
+            names = [slots] if isinstance(slots, str) else [*slots]
+            content |= {
+                name: getattr(value, name) for name in names if name not in ("__dict__", "__weakref__") and hasattr(value, name)
+            }
+    return content
 
 
 def is_kept(value: Any) -> bool:
@@ -122,6 +151,14 @@ def holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or (
         isinstance(value, (list, tuple, set, collections.deque)) and any(map(holds_tensor, value))
     )
+
+
+def modules_in(value: Any) -> list[nn.Module]:
+    """Return the modules in a value: itself, or those in tuples, lists and dicts."""
+    if isinstance(value, nn.Module):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [module for item in items for module in modules_in(item)]
 
 
 class NotKeptError(Exception):
@@ -153,7 +190,7 @@ def is_read(model: nn.Module, attribute: Attribute, forward: Callable[[], object
     Args:
         model: module that holds the attribute.
         attribute: the attribute, whose value is restored.
-        forward: runs the model.
+        forward: runs the model; whatever it raises is taken for a read.
     """
     own, name = vars(model.get_submodule(attribute[0])), attribute[1]
     if name not in own:
@@ -161,11 +198,8 @@ def is_read(model: nn.Module, attribute: Attribute, forward: Callable[[], object
     before, own[name] = own[name], _Unreadable()
     try:
         forward()
-    except Exception as error:
-        chain: BaseException | None = error
-        while chain is not None and not isinstance(chain, NotKeptError):
-            chain = chain.__cause__ or chain.__context__
-        return True if chain is None else isinstance(chain, NotKeptError)
+    except Exception:  # NotKeptError, or whatever a forward makes of it
+        return True
     finally:
         own[name] = before
     return False
@@ -201,6 +235,37 @@ def write_state(model: nn.Module, attributes: Iterable[Attribute], state: Mappin
             own[attribute] = tuple(value) if isinstance(own.get(attribute), tuple) and isinstance(value, list) else value
         else:
             own.pop(attribute, None)
+
+
+def read_changed(model: nn.Module, first: Mapping[Attribute, Any]) -> dict[str, Any]:
+    """Return those of some attributes that are not what they were at first, as `read_state` does; what cannot be kept is left out.
+
+    Args:
+        model: module that holds them.
+        first: their first values.
+    """
+    state = {}
+    for (name, attribute), value in first.items():
+        own = vars(model.get_submodule(name))
+        now = own.get(attribute, value)
+        if now is not value and is_kept(now) and freeze(now) != freeze(value):
+            state[f"{name}.{attribute}"] = _copied(now)
+    return state
+
+
+def write_changed(model: nn.Module, first: Mapping[Attribute, Any], state: Mapping[str, Any]) -> None:
+    """Set attributes to copies of what `read_changed` returned, and the others of them to their first values.
+
+    Args:
+        model: module that holds them.
+        first: their first values.
+        state: the values of those that were others.
+    """
+    for (name, attribute), value in first.items():
+        own = vars(model.get_submodule(name))
+        now, wanted = own.get(attribute), state.get(f"{name}.{attribute}", value)
+        if now is not wanted and is_kept(now):
+            own[attribute] = tuple(wanted) if isinstance(value, tuple) and isinstance(wanted, list) else _copied(wanted)
 
 
 def _copied(value: Any) -> Any:

@@ -49,7 +49,7 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     stores += max(_header_bytes(workload, plan, evaluated, "float32"), _header_bytes(workload, plan, samples, encoding))
     working = max(stored) + stores
     if plan.sweep_micro_batch:
-        gradients = sum(layer.gradient_bytes for layer in layers) if config.steps_wait else 0
+        gradients = sum(layer.gradient_bytes for layer in layers) + workload.chain.written_bytes if config.steps_wait else 0
         batch = plan.partitions[-1].batch
         gradients += math.ceil(batch / plan.sweep_micro_batch) * profile.shared_bytes
         working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)

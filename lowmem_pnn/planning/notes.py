@@ -1,7 +1,7 @@
 """Notes on a plan: in what training by it differs from plain PyTorch's, in a line each."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 from torch import nn
@@ -10,6 +10,7 @@ from lowmem_pnn.adapters.prepared_model import adapter_modules
 from lowmem_pnn.config.faults import as_typed
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import Device
+from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_norm import whole_batch_notes
 from lowmem_pnn.planning.request import PlanRequest
@@ -19,6 +20,8 @@ from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.workload.data_notes import data_notes
 from lowmem_pnn.zoo.ready_model import is_inside_compiled
+
+_MOST_NAMES = 3
 
 
 def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = MappingProxyType({})) -> list[str]:
@@ -339,7 +342,7 @@ def _training(config: FitConfig) -> str:
 
 
 def micro_batch_notes(workload: Workload, plan: Plan) -> list[str]:
-    """Return what is done for each micro-batch that plain PyTorch does once for a batch, beside BatchNorm.
+    """Return what is done for each micro-batch that plain PyTorch does once for a batch, beside what BatchNorm does.
 
     Args:
         workload: model, data and method.
@@ -356,7 +359,7 @@ def micro_batch_notes(workload: Workload, plan: Plan) -> list[str]:
             continue
         layers = workload.chain.layers[part.start : part.stop]
         own_hooks = [name for layer in layers for name, hooks in layer.hooks.items() if hooks.see_gradients]
-        own_state = [name for layer in layers for name in layer.python_state]
+        own_state = [name for layer in layers for name in (*layer.python_state, *_moving_tensors(layer, workload.chain.moving))]
         if own_hooks or own_state:
             hooked, kept, size, batch = [*hooked, *own_hooks], [*kept, *own_state], micro_batch, part.batch
     samples = f"of {size} of the {batch} samples of a batch, and in plain PyTorch once for all of them"
@@ -368,5 +371,17 @@ def micro_batch_notes(workload: Workload, plan: Plan) -> list[str]:
             f"hooks on gradients (of {hooked[0]!r}{f' and {len(hooked) - 1} more' if len(hooked) > 1 else ''}) run for each gradient {samples}"
         )
     if kept:
-        notes.append(f"forwards change {', '.join(map(repr, kept))} once for each micro-batch {samples}")
+        more = f" and {len(kept) - _MOST_NAMES} more" if len(kept) > _MOST_NAMES else ""
+        notes.append(f"forwards change {', '.join(map(repr, kept[:_MOST_NAMES]))}{more} once for each micro-batch {samples}")
     return notes
+
+
+def _moving_tensors(layer: Layer, moving: Collection[str]) -> list[str]:
+    """Return the parameters and buffers of a layer that a forward changes, but for BatchNorm's."""
+    norms = [
+        f"{name}.{own}"
+        for name, module in layer.module.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for own, _ in module.named_buffers()
+    ]
+    return [name for name in (*layer.parameters(), *layer.buffers()) if name in moving and name not in norms]

@@ -31,7 +31,7 @@ def with_frozen(model: nn.Module, options: FineTuningOptions, base: Collection[s
     """
     if not options.freezes and not base:
         return model
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names = [name for name, _ in nn.Module.named_parameters(model, remove_duplicate=False)]
     aliases = names_by_tensor(model)
     frozen = {*base, *_frozen_by_patterns(aliases.values(), names, options)}
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
@@ -60,7 +60,8 @@ def with_frozen(model: nn.Module, options: FineTuningOptions, base: Collection[s
 def names_by_tensor(model: nn.Module) -> dict[int, list[str]]:
     """Return the names of each parameter, by its `id`: several where it is tied."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    # By PyTorch's own method: an override, which is refused in words later on, may not take the argument.
+    for name, parameter in nn.Module.named_parameters(model, remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return names
 

@@ -45,8 +45,8 @@ def profile(
         chain: The chain; its tensors may be on the meta device, for they are not read.
         optimizers: Optimizers, at least one; of several the one with the largest state is counted for all layers.
         device: Device on which the chain will run; kernels of different devices save different tensors.
-        cuts_through_ties: Whether layers that share a tensor may come into different partitions; a shared buffer is then counted with each
-            of these layers.
+        cuts_through_ties: Whether layers that share a tensor may come into different partitions, unless a forward changes it; a shared
+            buffer is then counted with each of these layers.
         per_layer_loss: Whether every layer runs backward from its own head before the next layer runs forward.
         cache: Measurements of earlier profiles of the same model under other methods, whose chains must still exist; new measurements
             are added.
@@ -84,10 +84,11 @@ def profile(
             untouched, widest = max(untouched, measurement.untouched), max(widest, measurement.widest)
     # PyTorch's memory of what operations do to fake tensors: 7 MB for DenseNet-121.
     FakeTensorMode.cache_clear()
-    forbidden = {cut for first, last in chain.tied_ranges for cut in range(first + 1, last + 1)}
+    tied = chain.moving_ranges if cuts_through_ties else chain.tied_ranges
+    forbidden = {cut for first, last in tied for cut in range(first + 1, last + 1)}
     return MemoryProfile(
         layers=tuple(layers),
-        forbidden_cuts=() if cuts_through_ties else tuple(sorted(forbidden)),
+        forbidden_cuts=tuple(sorted(forbidden)),
         optimizer=", ".join(dict.fromkeys(map(str, optimizers))),
         smallest_micro_batch=smallest,
         kernel_bytes=_kept_bytes(compiled_kernels),

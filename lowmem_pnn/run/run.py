@@ -368,6 +368,6 @@ class Run:
         part = self.plan.partitions[partition]
         layers = self.workload.chain.layers[part.start : part.stop]
         own = python_state_of(layers)
-        set_python_state(layers, {name: theirs.module_state.get(name, value) for name, value in own.items()})
+        set_python_state(layers, {**own, **theirs.module_state})
         self.state.oom_retries += theirs.oom_retries
         self.session.counter.add(read=theirs.bytes_read, written=theirs.bytes_written)

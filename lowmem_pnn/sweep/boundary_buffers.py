@@ -2,7 +2,7 @@
 
 forward     boundary activations, and random states where a partition draws from a generator
 backward    gradients of boundaries, and of tied weights that an earlier partition owns
-for steps   gradients of the whole batch, where a step has to wait for all of them
+for steps   gradients of the whole batch, where a step has to wait for all of them, and weights that a forward has written into
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -212,11 +212,26 @@ class BoundaryBuffers:
             elements: elements to return, flat, in the order of the parameter's memory; None for all, in its shape. What is returned in
                 such slices is forgotten with the batch.
         """
-        key = ("whole", name, 0)
+        return self._pop_elements(("whole", name, 0), elements)
+
+    def put_written(self, name: str, parameter: Tensor) -> None:
+        """Keep the values of a parameter that a forward has written into, from its backward to its step."""
+        self._put(("written", name, 0), [parameter.detach()])
+
+    def pop_written(self, name: str, elements: slice | None = None) -> Tensor:
+        """Return these values, on the device, once; the caller may change them.
+
+        Args:
+            name: name of the parameter.
+            elements: elements to return, as in `pop_parameter_gradient`.
+        """
+        return self._pop_elements(("written", name, 0), elements)
+
+    def _pop_elements(self, key: Key, elements: slice | None) -> Tensor:
         scratch = self._scratch_with(key)
-        gradient = scratch.pop(key)[0] if elements is None else scratch.elements(key, elements)
-        assert gradient is not None
-        return self._device.to_device(gradient)
+        tensor = scratch.pop(key)[0] if elements is None else scratch.elements(key, elements)
+        assert tensor is not None
+        return self._device.to_device(tensor)
 
     def clear(self) -> None:
         """Forget everything, at the end of a batch; the scratch store's file stays for the next one."""

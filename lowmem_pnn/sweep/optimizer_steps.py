@@ -201,9 +201,13 @@ class SweepOptimizerSteps:
         ):
             parameters = {}
             for part in parts:
-                parameters[part.name] = nn.Parameter(streamer.take())
+                elements = None if part.is_whole else part.elements
+                value = streamer.take()
+                if part.name in self._workload.chain.written:
+                    # The file has what was there before the forward.
+                    value = buffers.pop_written(part.name, elements)
+                parameters[part.name] = nn.Parameter(value)
                 if part.name in gradients.norms:
-                    elements = None if part.is_whole else part.elements
                     parameters[part.name].grad = buffers.pop_parameter_gradient(part.name, elements)
             if clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters.values(), clip_norm, gradients.total_norm)

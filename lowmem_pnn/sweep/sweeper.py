@@ -144,6 +144,9 @@ class Sweeper:
                 self._on_visit(visit.partition)
                 actions[visit.action](visit, swept)
                 self._device.check_budget()
+            if self._resident is not None and self._resident != self._last and self._written_names(self._resident):
+                # The next batch's first forward would write into what is being saved, and what the second one begins with.
+                self._unload()
         self._steps.read_gradients(swept.gradients)
         self._buffers.clear()
         self._products.clear()
@@ -250,6 +253,9 @@ class Sweeper:
                 self._passes.backward(visit, batch)
             self._check_loss(visit, batch)
             residency.check_gradients(self.title(number), steps.stepped)
+            if visit.keeps_gradients:
+                for name in self._written_names(number):
+                    self._buffers.put_written(name, residency.parameters[name])
             self._write_unstepped(number, file, is_new=is_new)
             steps.finish()
 
@@ -267,6 +273,11 @@ class Sweeper:
         ]
         # Copies: the next batch's forward changes them, if the partition stays, while these are being written.
         self._streamer.write_all(number, file, buffers, copy=True)
+
+    def _written_names(self, number: int) -> list[str]:
+        """Return the parameters that a partition steps and its forward writes into: of an embedding with `max_norm`, say."""
+        written = self._workload.chain.written
+        return [name for group in self._residencies[number].groups for name in group if name in written]
 
     def _step_kept(self, visit: Visit, batch: SweptBatch) -> None:
         """Step a partition by kept gradients, without loading it as a whole."""
@@ -338,7 +349,8 @@ class Sweeper:
             for layer in range(part.start, part.stop):
                 own = {residency.chain.owner_of(alias) for alias in residency.chain.layers[layer].parameters()} & stepped
                 if layer in self._plan.resident_weights:
-                    weights += map(weight_key, own)
+                    # Both forwards of a batch are to begin with the same weights.
+                    weights += map(weight_key, own - residency.chain.written)
                 if layer in self._plan.resident_state:
                     state += [state_key(name, one) for name in own for one in spec.layout(shapes[name])]
         return ResidentTensors(weights, state)

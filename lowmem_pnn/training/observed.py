@@ -1,11 +1,17 @@
-"""What is observed of a model that is run on a few samples, in a form that can be compared without keeping its gradients."""
+"""What is observed of a model on a few samples, to be compared without keeping its gradients; and a guard on its weights."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lowmem_pnn.capture.dispatch_modes import storages_of, written_by
+from lowmem_pnn.dispatch_mode import DispatchMode
+from lowmem_pnn.errors import CaptureError
+from lowmem_pnn.workload import Workload
 
 # Sums that stand for a tensor.
 _COLUMNS = 64
@@ -89,6 +95,34 @@ class Observed:
         assert parameter.grad is not None
         self.gradients[name] = Gradient.of(parameter.grad)
         parameter.grad = None
+
+
+class Unwritten(DispatchMode):
+    """Refuses operations that write into parameters of the user's own model, before they do, but for those that it is known to write into.
+
+    Args:
+        workload: model in layers, and data.
+        parameters: the model's parameters, by name.
+    """
+
+    def __init__(self, workload: Workload, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._title = f"model {workload.source.spec}"
+        self._names = {
+            parameter.untyped_storage()._cdata: name
+            for name, parameter in parameters.items()
+            if name not in workload.bare.written
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for storage in storages_of(written_by(func, args, kwargs)):
+            if storage in self._names:
+                raise CaptureError(
+                    f"a forward of {self._title} writes into its parameter {self._names[storage]!r} by values of its samples, which nobody "
+                    "could foresee, and which would be lost; keep such values in a buffer"
+                )
+        return func(*args, **kwargs)
 
 
 def differences(one: Observed, other: Observed) -> dict[str, float]:

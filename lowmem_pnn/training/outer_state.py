@@ -108,7 +108,7 @@ def _summary(value: Any) -> Any:
 
 def _is_plain_object(value: Any) -> bool:
     return (
-        hasattr(value, "__dict__")
+        (hasattr(value, "__dict__") or hasattr(value, "__slots__"))
         and not isinstance(value, (nn.Module, types.ModuleType))
         and not _is_library(type(value).__module__)
     )

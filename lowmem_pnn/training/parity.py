@@ -7,7 +7,7 @@
 Outputs, loss, gradients of all parameters, buffers, and Python state must be the same bits, in train mode, and outputs in eval mode.
 Weights are the constructor's, also where training begins with pretrained ones; of models of transformers, whose constructors are not run for
 what files have, these. They are in mapped files, so that neither side needs memory for them, and what is large of a backward goes to files
-too. What is changed on the way is a copy, or restored.
+too. What is changed on the way is a copy, or restored; a parameter that nobody knew a forward to write into is refused before it is written.
 """
 
 import math
@@ -30,9 +30,9 @@ from lowmem_pnn.model.checkpointing import checkpointing_left_out
 from lowmem_pnn.model.copies import copy_structure, set_mode
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
-from lowmem_pnn.model.python_state import Snapshot, read_state
+from lowmem_pnn.model.python_state import Snapshot, read_changed, read_state
 from lowmem_pnn.seeds import preserve_random_state, seed_of
-from lowmem_pnn.training.observed import Observed, differences
+from lowmem_pnn.training.observed import Observed, Unwritten, differences
 from lowmem_pnn.training.outer_state import OuterState
 from lowmem_pnn.workload import Workload
 from lowmem_pnn.zoo.deferred_init import FileBacked
@@ -126,7 +126,7 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
         moved = FileBacked(Path(scratch), _MOVED_BYTES)
         spilled = _Spilled(Path(scratch), [*twin.parameters(), *twin.buffers(), *_inputs(batch), *tensors_in(batch[1])])
         with torch.autograd.graph.saved_tensors_hooks(spilled.pack, spilled.unpack):
-            with precision.autocast():
+            with precision.autocast(), Unwritten(workload, parameters):
                 outputs = run_model(twin, chain, batch)
             loss = workload.task.loss(outputs, batch[1], training=True)
             handles = [
@@ -144,7 +144,7 @@ def _observe_copy(workload: Workload, model: nn.Module, batch: tuple[Any, Any], 
     _note_state(workload, observed, dict(twin.named_buffers()), twin, before)
     set_mode(twin, False)
     _seed(workload)  # what is drawn in eval mode too
-    with torch.no_grad(), precision.autocast():
+    with torch.no_grad(), precision.autocast(), Unwritten(workload, parameters):
         outputs = run_model(twin, chain, batch)
     with FileBacked(folder, _MOVED_BYTES):
         observed.values |= _outputs(chain, outputs, "eval")
@@ -218,9 +218,8 @@ def _forward_and_back(
     states: list[tuple[Tensor, Mapping[str, Any], dict[str, Tensor]]] = []
     learns = False
     for number, layer in enumerate(layers[:-1]):
-        states.append(
-            (torch.get_rng_state(), layer.python_state, {name: value.clone() for name, value in layer.buffers().items()})
-        )
+        before = {name: value.clone() for name, value in workload.bare.changing(layer).items()}
+        states.append((torch.get_rng_state(), layer.python_state, before))
         outputs = layer(*ask_for_gradients(map(Tensor.detach, inputs[-1]), boundaries[number], learns))
         inputs.append(tuple(tensor.detach() for tensor in outputs))
         learns = learns or any(owners[number].values())
@@ -231,9 +230,8 @@ def _forward_and_back(
             random_state, python_state, buffers = states[number]
             torch.set_rng_state(random_state)
             layer.set_python_state(python_state)
-            for name, value in layer.buffers().items():
-                with torch.no_grad():
-                    value.copy_(buffers[name])
+            for name, value in workload.bare.changing(layer).items():
+                value.copy_(buffers[name])
         learns = any(any(names.values()) for names in owners[:number])
         leaves = ask_for_gradients(map(Tensor.detach, inputs.pop()), boundaries[number], learns)
         if number == len(layers) - 1:
@@ -378,14 +376,16 @@ def _note_state(
         observed.values |= {f"attribute {name!r}": value for name, value in chain.python_state.items()}
         return
     kept = [attribute for layer in chain.layers for attribute in layer.kept]
-    known = {*kept, *(attribute for layer in chain.layers for attribute in layer.left)}
+    plain = {key: value for layer in chain.layers for key, value in layer.plain.items()}
+    known = {*kept, *plain, *(attribute for layer in chain.layers for attribute in layer.left)}
     for name, attribute in before.changed(twin):
         if (name, attribute) not in known and name and any(_has_module(layer, name) for layer in chain.layers):
             raise CaptureError(
                 f"forward of module {name!r} of model {workload.source.spec} changes its attribute {attribute!r} with the values of its "
                 "samples, which cannot be kept with a run; keep it in a buffer"
             )
-    observed.values |= {f"attribute {name!r}": value for name, value in read_state(twin, kept).items()}
+    state = {**read_state(twin, kept), **read_changed(twin, plain)}
+    observed.values |= {f"attribute {name!r}": value for name, value in state.items()}
 
 
 def _has_module(layer: Layer, name: str) -> bool:

@@ -77,10 +77,11 @@ class _SharesBuffers(nn.Module):
             super().__init__()
             self.linear = nn.Linear(12, 12)
             self.register_buffer("scale", scale)
-            self.changes = changes
+            self.changes, self.calls = changes, 0
 
         def forward(self, x: Tensor) -> Tensor:
-            if self.changes:
+            self.calls += 1
+            if self.changes and self.calls == 3:
                 self.scale.add_(0.01)
             return self.linear(x) * self.scale.clone()
 

@@ -197,6 +197,24 @@ def test_what_people_hang_on_a_model_is_kept(case: str, tmp_path: Path) -> None:
     assert result.train_loss == expected.train_loss
 
 
+class Shrinks(nn.Linear):
+    """Makes its weight smaller whenever it learns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.weight.data.mul_(0.9)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("options", [{"clip_norm": 0.05}, {"partitions": 1, "cuts": None, "clip_norm": 0.05}, {}], ids=str)
+def test_a_forward_that_changes_weights_which_learn_does_so_once_a_batch(options: dict[str, Any], tmp_path: Path) -> None:
+    build = lambda: nn.Sequential(Shrinks(12, 12), nn.ReLU(), Shrinks(12, 12), nn.ReLU(), nn.Linear(12, 4))  # noqa: E731
+    options = {**COMMON, "cuts": "1,2", **options}
+    expected = train_by_exact(build, vectors(), **options)
+    result = fit(build, vectors(), tmp_path / "run", **options)
+    assert_same_weights(loaded(build, result.weights_file), expected.model)
+
+
 def test_backprop_runs_hooks_on_parameters(tmp_path: Path) -> None:
     options: dict[str, Any] = {**COMMON, "method": "backprop"}
     result = fit(clamping, vectors(), tmp_path / "run", **options)

@@ -235,6 +235,14 @@ def test_ties_of_names_and_layers() -> None:
     assert_equal(chain, model, torch.randint(9, (2, 5)))
 
 
+def test_layers_that_share_a_tensor_which_a_forward_changes_stay_together() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.5), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 9, bias=False))
+    model[3].weight, model[2].weight = model[0].weight, model[1].weight
+    chain = capture(model, TensorSpec((5,), torch.int64))
+    assert (chain.tied_ranges, chain.moving_ranges) == (((0, 3), (1, 2)), ((0, 3),))
+    assert chain.written == chain.moving == {"0.weight", "3.weight"}
+
+
 def test_a_module_that_runs_twice() -> None:
     model = FromFunction(lambda m, x: m.c(m.b(m.norm(m.b(x)))), b=nn.Linear(4, 4), norm=nn.BatchNorm1d(4), c=nn.Linear(4, 2))
     model.alias = model.b

@@ -113,3 +113,15 @@ def test_a_model_of_equal_blocks_is_cut_into_layers_that_compute_what_it_does(ki
     chain = capture(model, TensorSpec((8,), torch.float32))
     assert len(chain.layers) >= 5
     assert torch.equal(chain(x), model(x))
+
+
+def test_equal_blocks_may_be_a_teacher_in_inference_mode() -> None:
+    class Distils(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                taught = self.first(x)
+                for block in self.blocks:
+                    taught, _ = block(taught)
+            return self.last(x + taught.clone())
+
+    assert len(capture(Distils().eval(), TensorSpec((8,), torch.float32)).layers) >= 1

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,28 @@ class Applies(nn.Sequential):
 class FewParameters(nn.Sequential):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return iter(list(super().parameters())[:1])
+
+
+class OlderSignature(nn.Sequential):
+    def named_parameters(self, prefix: str = "", recurse: bool = True) -> Any:
+        return super().named_parameters(prefix, recurse)
+
+
+class HidesModules(nn.Module):
+    """Has a layer in a plain list; another one for its scores, by which it also embeds."""
+
+    def __init__(self, *hidden: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.hidden = nn.Linear(4, 4), [*hidden]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.hidden[0].weight
+        return nn.functional.linear(self.linear(x), weight) if (x < 100).all() else x
+
+
+def head_that_holds_its_first_layer() -> nn.Module:
+    first = nn.Linear(4, 4, bias=False)
+    return nn.Sequential(first, HidesModules(first))
 
 
 class SavesOthers(nn.Sequential):
@@ -176,6 +199,26 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: FewParameters(nn.Linear(4, 4)),
         "model FewParameters overrides parameters(), which leaves out some that learn; freeze these instead",
     ),
+    "named_parameters": (
+        lambda: OlderSignature(nn.Linear(4, 4)),
+        "model OlderSignature overrides named_parameters(), which is not called here",
+    ),
+    "modules in a list": (
+        lambda: nn.Sequential(HidesModules(nn.Linear(4, 4)), nn.Linear(4, 2)),
+        "module '0' of Sequential holds a Linear in its attribute 'hidden' that is not registered as a module",
+    ),
+    "a module of another layer in a list": (
+        head_that_holds_its_first_layer,
+        "forward of module '1' of Sequential reads '0.weight' from its attribute 'hidden', where it would stay what it is",
+    ),
+    "a distribution": (
+        lambda: FromFunction(lambda m, x: (m.a(x), torch.distributions.Normal(x, 1.0, validate_args=False)), a=nn.Linear(4, 4)),
+        "the model returns a Normal, '1'; have it return tensors, or tuples and dicts of tensors",
+    ),
+    "an array": (
+        lambda: FromFunction(lambda m, x: {"a": m.a(x), "grid": np.arange(3)}, a=nn.Linear(4, 4)),
+        "the model returns a ndarray, 'grid'; have it return tensors",
+    ),
     "state_dict": (lambda: SavesOthers(nn.Linear(4, 4)), "the state_dict of SavesOthers holds '0.weight', which is no parameter"),
     "python random": (
         lambda: nn.Sequential(Draws(4, 4)),
@@ -293,6 +336,12 @@ class Keeps(nn.Module):
         return self.features * self.steps
 
 
+class HoldsItsOwn(HidesModules):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden.append(self.linear)
+
+
 KEPT: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "autograd function": (
         lambda: FromFunction(lambda m, x: m.b(Doubles.apply(m.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 2)),
@@ -309,6 +358,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         ["0", "1", "2"],
     ),
     "weights in a list of what is traced": (lambda: ReadsAList(reads=True, opened=True), ["weight0", "weight1"]),
+    "a module of its own in a list too": (lambda: nn.Sequential(HoldsItsOwn(), nn.Linear(4, 2)), ["0", "1"]),
     "weights of an LSTM": (
         lambda: FromFunction(lambda m, x: m.b(m.a(x[:, None])[0][:, 0]), a=nn.LSTM(4, 4, batch_first=True), b=nn.Linear(4, 2)),
         ["a", "b"],

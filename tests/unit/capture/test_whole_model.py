@@ -239,3 +239,66 @@ def test_a_condition_that_never_comes_true_is_not_waited_for() -> None:
 
     with pytest.raises(CaptureError, match="it reads a tensor's value"):
         capture(FromFunction(forward, a=nn.Linear(4, 2)), vector(4))
+
+
+class Sometimes(nn.Module):
+    """Counts its calls; now and then it lowers a number, and moves a frozen average; and in its third call it sets another number."""
+
+    def __init__(self, every: int, reads: bool = False) -> None:
+        super().__init__()
+        self.a, self.average = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+        self.calls, self.every, self.tau, self.gain, self.reads, self.last = 0, every, 1.0, 1, reads, torch.zeros(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        outputs: Tensor = self.a(x) * self.tau * self.gain + self.average(x)
+        if self.reads and self.calls > 500:
+            outputs = outputs + self.last
+        self.last = outputs.detach().mean(0)
+        if self.calls == 3:
+            self.gain = 2
+        if self.calls % self.every == 0:
+            self.tau *= 0.5
+            self.average.weight.data.lerp_(self.a.weight.data, 0.1)
+        return outputs
+
+
+def test_what_a_later_forward_changes_is_kept_too() -> None:
+    chain = capture(nn.Sequential(Sometimes(3), nn.Linear(4, 2)), vector(4))
+    assert list(chain.layers[0].buffers()) == ["0.average.weight"]
+    assert chain.python_state == {"0.calls": 0, "0.tau": 1.0}
+    state = []
+    for _ in range(3):
+        state.append(chain.python_state)
+        chain(torch.ones(2, 4))
+    assert chain.python_state == {"0.calls": 3, "0.tau": 0.5, "0.gain": 2}
+    changed = chain.python_state
+    chain.set_python_state(state[2])
+    assert chain.python_state == {"0.calls": 2, "0.tau": 1.0}
+    chain(torch.ones(2, 4))
+    assert chain.python_state == changed
+    with chain.python_state_restored():
+        for _ in range(3):
+            chain(torch.ones(2, 4))
+        assert chain.python_state == {"0.calls": 6, "0.tau": 0.25, "0.gain": 2}
+    assert chain.python_state == changed
+
+
+def test_what_a_later_forward_reads_and_cannot_be_kept_is_refused() -> None:
+    with pytest.raises(CaptureError, match="leaves a tensor in its attribute 'last', which its next forward reads"):
+        capture(nn.Sequential(Sometimes(3, reads=True), nn.Linear(4, 2)), vector(4))
+
+
+@pytest.mark.parametrize("condition", [lambda n: n == 0, lambda n: n > 100, lambda n: n == 1])
+def test_what_is_done_by_a_number_is_looked_at(condition: Callable[[float], bool]) -> None:
+    class ByNumber(CountsLarge):
+        def forward(self, x: Tensor) -> Tensor:
+            if condition(x.abs().max().item()):
+                self.keep(self, x)
+            return self.a(x)
+
+    def leave(module: Any, x: Tensor) -> None:
+        module.seen = x + module.seen
+
+    with pytest.raises(CaptureError, match="leaves a tensor in its attribute 'seen', which its next forward reads"):
+        capture(nn.Sequential(ByNumber(leave), nn.Linear(4, 2)), vector(4))

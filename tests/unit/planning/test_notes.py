@@ -4,13 +4,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from torch import nn
 
 from helpers.gpu_driver import MB, Driver
+from helpers.networks import vector
+from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device import CpuDevice, CudaDevice
 from lowmem_pnn.methods import make_method
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.planning.notes import augmentation_notes, device_notes
+from lowmem_pnn.planning.notes import augmentation_notes, device_notes, micro_batch_notes
 from lowmem_pnn.workload import Workload
 
 
@@ -44,3 +47,16 @@ def test_samples_that_are_not_augmented_anew_are_said(options: dict[str, Any], p
     plan = cast(Plan, SimpleNamespace(partitions=[None] * partitions))
     words = "training samples are augmented for partition 1 alone: from the second partition on they are learnt from as they are, in one copy"
     assert augmentation_notes(workload, plan) == [words + more for more in said]
+
+
+def test_statistics_that_forwards_change_for_every_micro_batch_are_said() -> None:
+    norm = nn.InstanceNorm1d(2, track_running_stats=True)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Unflatten(1, (2, 4)), norm, nn.Flatten(), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    chain = capture(model, vector(4))
+    workload = cast(Workload, SimpleNamespace(chain=chain, method=SimpleNamespace(sweeps=True), needs_whole_batch=False))
+    part = SimpleNamespace(start=0, stop=len(chain.layers), batch=10, micro_batch=4)
+    plan = cast(Plan, SimpleNamespace(partitions=[part], sweep_micro_batch=4))
+    assert micro_batch_notes(workload, plan) == [
+        "forwards change '2.running_mean', '2.running_var' once for each micro-batch of 4 of the 10 samples of a batch, and in plain "
+        "PyTorch once for all of them"
+    ]

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -77,11 +78,29 @@ def hooked() -> nn.Module:
     return model
 
 
+class Schedule:
+    """An object that is called, and counts its calls."""
+
+    calls: int
+    __slots__ = ("calls",)
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+SCHEDULE, DRAWS = Schedule(), np.random.RandomState(0)
+
 OUTSIDE = {
     "Counted.calls": Counted,
     f"the global 'CALLS' of {__name__}": lambda: Own(counts_globally),
     f"the global 'TOTAL' of {__name__}": lambda: Own(functools.partial(adds_up)),
     "the variable 'number' around counts_around.<locals>.work": lambda: Own(counts_around()),
+    f"the global 'SCHEDULE' of {__name__}": lambda: Own(lambda x: SCHEDULE(x)),
+    f"the global 'DRAWS' of {__name__}": lambda: Own(lambda x: x + DRAWS.rand()),
     "Backwards.number": lambda: Own(lambda x: Backwards.apply(x)),
     "the variable 'seen' around hooked.<locals>.count": hooked,
 }

@@ -229,3 +229,20 @@ def test_numbers_that_are_none_equal_each_other_alone() -> None:
     assert differences(one, other) == {}
     other.values["b"] = torch.tensor([1.0, nan])
     assert list(differences(one, other)) == ["b"]
+
+
+def test_a_write_into_a_weight_that_nobody_foresaw_is_refused_before_it_is_done(tmp_path: Path) -> None:
+    class Begins(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            if 1.5 < (x.abs().max() + 2).item() < 1e6:
+                self.weight.data.fill_(0.5)
+            return super().forward(x)
+
+    build = lambda: nn.Sequential(nn.Linear(12, 12), Begins(12, 4))  # noqa: E731
+    model = build()
+    before = model[1].weight.detach().clone()
+    with pytest.raises(
+        CaptureError, match=r"writes into its parameter '1.weight' by values of its samples, which nobody could foresee"
+    ):
+        compare(workload_of(build, vectors()), model, tmp_path, refuse_to_say)
+    assert torch.equal(model[1].weight, before)
