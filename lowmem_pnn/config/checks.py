@@ -60,13 +60,15 @@ def contradictions(config: FitConfig) -> list[str]:
     if config.method == "incubate":
         faults += [
             f"--method incubate trains a thin model of the whole from random weights, and {flag(name)} is for other methods; leave it out"
-            for name in ("weights", "lora", "freeze", "train_only", "compile")
+            for name in ("weights", "lora", "freeze", "train_only", "freeze_norm", "compile")
             if getattr(config, name) not in (None, "none", (), False)
         ]
     if config.parallel_sil and config.ignore_index is not None:
         faults.append("--parallel-sil learns from the vectors of the classes, and --ignore-index leaves one out; leave one out")
     if config.visits == "interleaved" and len(config.epochs) > 1:
         faults.append("--visits interleaved trains all blocks for the same epochs; give one number of --epochs")
+    if config.visits == "interleaved" and len(config.shuffle) > 1:
+        faults.append("--visits interleaved takes the samples through all blocks in one order; give one value of --shuffle")
     if config.laps > min(config.epochs):
         faults.append(
             f"--visits laps={config.laps}: there are {min(config.epochs)} epochs; give at most laps={min(config.epochs)}"

@@ -24,6 +24,9 @@ class Learner(Protocol):
     smallest_batch: int
     """Samples that the modules need at once; a last batch of fewer is left out."""
 
+    may_learn_nothing: bool
+    """Whether an epoch may have no batch that can be learnt from: other visits have their share in it."""
+
     def count(self, batch: Batch) -> float:
         """Return what a batch's mean loss is over; where nothing in it counts there is nothing to learn, and no step."""
         ...
@@ -106,7 +109,7 @@ def train_epoch(
         after_batch(loss if loss is not None and math.isfinite(loss) else None)
         if progress.batch == until != learner.steps_per_epoch:
             return False
-    if not progress.tally.num_samples and loss is None:
+    if not progress.tally.num_samples and loss is None and not learner.may_learn_nothing:
         raise DataError(
             f"{learner.num_samples} training samples make no batch that {learner.title} can learn from: the modules need at least "
             f"{learner.smallest_batch} samples at once, and a label that counts; give more samples, or labels"

@@ -55,7 +55,8 @@ def finish_step(active: ActivePartition, steps: OptimizerInBackward) -> None:
     active.loss_scale.update(overflowed=overflowed)
     if overflowed:
         return
-    # Layers that learn by losses of their own are clipped one by one, so that no layer's step hangs on where blocks are cut.
+    # Layers that learn by losses of their own are clipped one by one, so that the cuts of blocks are nothing to them; only in fp16 does an
+    # overflow in one layer leave out the step of its whole block.
     if active.clip_norm is not None and not active.objective.per_layer_loss:
         nn.utils.clip_grad_norm_(active.residency.trainable_in_model_order(), active.clip_norm)
     steps.finish()

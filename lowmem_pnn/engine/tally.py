@@ -71,7 +71,7 @@ class Tally:
 
 @dataclass
 class EpochProgress:
-    """How far a `learn` visit is: all that a resume needs to go on inside it."""
+    """How far a `learn` visit or a sweep is: all that a resume needs to go on inside it. Of an `emit` visit, whether it is over."""
 
     epoch: int = 0
     batch: int = 0

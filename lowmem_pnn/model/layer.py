@@ -86,6 +86,7 @@ class Layer:
         self._buffer_names = tuple(key for key in order if key in buffers)
         assert len(self._parameter_names) == len(parameters)
         assert len(self._buffer_names) == len(buffers)
+        self._is_recurrent = any(isinstance(one, nn.RNNBase) for one in module.modules())
 
     modes: Modes = Modes()
     """Modes of the layer's modules, where they are others than asked for."""
@@ -151,10 +152,13 @@ class Layer:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Give the context of a forward, at whose end is forgotten what it keeps of weights: they may be others the next time."""
+        # As a frozen partition runs that gradients pass through.
+        returns_in_eval_mode = self._is_recurrent and not self.module.training and torch.is_grad_enabled()
         with (
             self.precision.autocast(),
             state_restored(self.module, self.cached) if self.cached else nullcontext(),
             checkpointing_left_out() if self.checkpoints else nullcontext(),
+            _without_cudnn() if returns_in_eval_mode else nullcontext(),
         ):
             yield
 
@@ -263,6 +267,17 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"Layer({self.name!r})"
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Give a context in which PyTorch's own kernels run: cuDNN's recurrent ones cannot go back in eval mode."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def is_rowwise(layer: Layer) -> bool:

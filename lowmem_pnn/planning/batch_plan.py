@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from lowmem_pnn.config.checks import check_lengths
+from lowmem_pnn.config.faults import as_typed
+from lowmem_pnn.config.fit_config import recovering
 from lowmem_pnn.engine.out_of_memory import halved
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
@@ -84,6 +86,8 @@ def plan_for_batches(
     if (fixed := _cut_after_fixed_layers(request, plan)) is not None:
         plan = planned(fixed, uniform=True)
     check_lengths(workload.config, len(plan.partitions))
+    if workload.config.recovery_epochs:
+        _check_recovery(request, plan)
     if workload.method.partitions_are_independent:
         _check_synthetic_inputs(request, plan)
     plan = dataclasses.replace(_with_own_peaks(request, plan), loss_chunk=request.loss_chunk)
@@ -105,6 +109,22 @@ def _cut_after_fixed_layers(request: PlanRequest, plan: Plan) -> list[int] | Non
     if not after or asked or per_partition or after in plan.cuts or after in request.costs.forbidden_cuts:
         return None
     return sorted({*plan.cuts, after})
+
+
+def _check_recovery(request: PlanRequest, plan: Plan) -> None:
+    """Refuse recovery epochs in which no weight would move: all that recover are frozen.
+
+    Raises:
+        ConfigError: There is nothing to learn.
+    """
+    workload, count = request.workload, len(plan.partitions)
+    learning = [number for number, span in enumerate(plan.spans) if any(workload.learns[slice(*span)])]
+    if (chosen := recovering(workload.config, count)) and not set(chosen) & set(learning):
+        frozen, able = (as_typed(tuple(number + 1 for number in numbers)) for numbers in (chosen, learning))
+        raise ConfigError(
+            f"--recovery-epochs would train nothing: all weights of partition{'s' if len(chosen) > 1 else ''} {frozen} are frozen; give "
+            f"--recover {able}, or leave it out"
+        )
 
 
 def _check_synthetic_inputs(request: PlanRequest, plan: Plan) -> None:

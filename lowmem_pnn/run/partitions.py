@@ -79,7 +79,7 @@ class Partitions:
             residency.load(reader, threads.read)
         objective = workload.objective(self._plan, partition)
         if isinstance(objective, ThroughTail):
-            self._thin_parts.attach_tail(objective, partition)
+            self._thin_parts.attach_tail(objective, partition, trained=bool(self._state.meta))
         active = ActivePartition(
             number=partition,
             title=title,
@@ -217,7 +217,7 @@ class Partitions:
             loader: samples at its boundary.
             folder: folder of the new store.
             on_micro_batch: called now and then; what it raises ends the writing.
-            encoding: type of the stored values; what the model is measured on stays exact.
+            encoding: type of the stored values; in training those of validation samples too, while what is measured later is exact.
 
         Raises:
             ConfigError: an output cannot be kept as that type.

@@ -35,18 +35,19 @@ class ThinParts:
     def _file(self) -> Path:
         return self._session.rundir.path / META_FOLDER / "model.safetensors"
 
-    def attach_tail(self, objective: ThroughTail, partition: int) -> None:
-        """Have a partition's loss go through the thin parts after it; before there are trained ones, through zeros of their shapes.
+    def attach_tail(self, objective: ThroughTail, partition: int, *, trained: bool) -> None:
+        """Have a partition's loss go through the thin parts after it.
 
         Args:
             objective: the partition's objective.
             partition: number of the partition.
+            trained: whether the meta model is trained; before that zeros of the shapes of its weights take their places.
         """
         tail = self._meta.tail(partition)
 
         def read(position: int, name: str) -> Tensor:
             number, layer = tail[position]
-            if not self._file.exists():  # in the check before training
+            if not trained:
                 shape_of = {**layer.parameters(), **layer.buffers()}[name]
                 return torch.zeros(shape_of.shape, dtype=shape_of.dtype)
             return self._reading(number)(weight_key(name))

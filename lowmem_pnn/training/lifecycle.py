@@ -40,6 +40,7 @@ from lowmem_pnn.tasks import Scores
 from lowmem_pnn.training.header import describe_start
 from lowmem_pnn.training.initial_weights import build_weights, check_layouts
 from lowmem_pnn.training.join import forget
+from lowmem_pnn.training.meta_run import check_meta_model
 from lowmem_pnn.training.mixing import find_mixing
 from lowmem_pnn.training.parity import compare
 from lowmem_pnn.training.preflight import Check, check_tightest
@@ -196,6 +197,8 @@ def _open_committed(session: Session, workload: Workload, state: State) -> Weigh
     """Open the weights of the last commit, every byte of them and of its activations checked; drop what no commit names."""
     rundir, counter, plan = session.rundir, session.counter, Plan.from_json(state.plan)
     older = states_of(rundir.older_journals())
+    if state.meta:
+        check_meta_model(rundir.path)
     folder = rundir.path / "activations"
     try:
         for name in state.activations.values():

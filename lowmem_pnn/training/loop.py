@@ -120,8 +120,10 @@ class EpochLoop:
 
     @property
     def _steps_done(self) -> int:
+        """Optimizer steps by now, of all visits of the partition; an epoch that `--max-steps` cut short has not taken all of its own."""
         learner, progress = self._learner, self._progress
-        return learner.steps_before + progress.epoch * learner.steps_per_epoch + progress.batch
+        done = learner.steps_before + progress.epoch * learner.steps_per_epoch + progress.batch
+        return done if self._max_steps is None else min(done, self._max_steps)
 
     def _train_epoch(self, timer: EpochTimer) -> bool:
         """Train what is left of an epoch, and measure within it; return False if patience ran out before its end."""

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 from lowmem_pnn.config.resume import resume_command
-from lowmem_pnn.errors import BudgetError, DivergedError, Stopped
+from lowmem_pnn.errors import BudgetError, CheckpointError, DivergedError, Stopped
 from lowmem_pnn.methods import Visit
 from lowmem_pnn.planning.make_plan import SecondsOf, make_plan
 from lowmem_pnn.planning.request import PlanRequest
@@ -18,6 +19,8 @@ from lowmem_pnn.run.resume import count_resume, resumed_state
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
+from lowmem_pnn.stores.disk import RUN_REMEDY
+from lowmem_pnn.stores.journal import JOURNAL, read_journal
 from lowmem_pnn.stores.run_creation import META_FOLDER
 from lowmem_pnn.stores.run_directory import RunDirectory
 from lowmem_pnn.training.join import forget
@@ -70,6 +73,21 @@ def train_meta_model(run: Run, visit: Visit, run_to_end: RunToEnd) -> None:
     run.note_meta_model(facts, result.oom_retries)
     accuracy = "" if result.test_accuracy is None else f", test accuracy {result.test_accuracy:.2%}"
     session.display.message(f"the meta model is trained{accuracy}, within {format_bytes(peak)}")
+
+
+def check_meta_model(path: Path) -> None:
+    """Refuse a meta model that is not as its training left it: partitions learn, and are measured, through its thin parts.
+
+    Args:
+        path: folder of a run whose meta model is trained.
+
+    Raises:
+        CheckpointError: a file of it is missing or damaged.
+    """
+    folder = path / META_FOLDER
+    if not (folder / JOURNAL).exists():
+        raise CheckpointError(f"{folder} is missing, the trained meta model of the run; {RUN_REMEDY}")
+    read_result(folder, State.from_journal(read_journal(folder / JOURNAL)[0], folder))
 
 
 def _train(run: Run, workload: Workload, run_to_end: RunToEnd) -> Result:

@@ -45,6 +45,7 @@ class PartitionLearner:
         self.steps_per_epoch = math.ceil(train.num_samples / active.batch_size)
         self.num_epochs, self.epochs_before, self.steps_before = visit.epochs, visit.epochs_before, steps_before
         self.is_joint = visit.macro_batch is not None
+        self.may_learn_nothing = may_learn_nothing(run, visit)
         self._run, self._active, self._train, self._val = run, active, train, val
         self._executor, self._page_cache = run.partitions.executor, page_cache
 
@@ -111,3 +112,19 @@ class PartitionLearner:
         scored = (*layers, whole) if self._active.objective.per_layer_loss else ()
         self._run.record_validation(self.partition, whole, scored)
         self._run.record_losses(self.partition, scored)
+
+
+def may_learn_nothing(run: Run, visit: Visit) -> bool:
+    """Decide whether a visit may have no batch that can be learnt from, since the partition learns in others of the same epoch.
+
+    Args:
+        run: the run, inside the visit.
+        visit: a `learn` visit.
+    """
+    if visit.macro_batch is None:
+        return False
+    if visit.macro_batch[1] < len(run.workload.splits["train"]):
+        return True
+    # The epoch's last macro-batch: those before it tell.
+    tallies = run.state.epoch_tallies
+    return not visit.begins_epoch and bool(tallies) and tallies[visit.partition].num_samples > 0

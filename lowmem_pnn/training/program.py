@@ -36,7 +36,7 @@ def carry_out(run: Run, run_to_end: RunToEnd) -> None:
         run_to_end: trains a meta model, where the program has one.
 
     Raises:
-        Stopped: the run was asked to stop; everything up to then is committed.
+        Stopped: the run was asked to stop; everything is committed up to then, or up to the outputs that were being written.
         DivergedError: a loss is not finite.
         BudgetError: not even the smallest micro-batch fits.
     """
@@ -209,15 +209,15 @@ def _emit(run: Run, visit: Visit, active: ActivePartition) -> None:
     # A store that a commit names is not written to: where blocks take several turns, each has stores of its own.
     turn = f"-{run.state.visit}" if config.visits != "sequential" or config.views > 1 else ""
     folder = run.commits.activations / f"b{visit.partition + 1:02d}-{visit.split}{turn}"
+    # A macro-batch goes through all blocks first, to the next commit: a stop in it would lose what came before it too.
+    on_micro_batch = run.commits.stop_if_asked if visit.commits else lambda: None
     with ExitStack() as stack:
         if visit.split == "train" and (visit.macro_batch is not None or config.views > 1):
             loader = _training_samples(run, stack, visit)
         else:
             loader = run.partitions.loader(stack, visit.partition, visit.split, _folder(run, visit.split))
         run.session.display.start_emit(active.title, visit.split, loader.num_samples)
-        run.partitions.write_outputs(
-            active, loader, folder, on_micro_batch=run.commits.stop_if_asked, encoding=config.activation_dtype
-        )
+        run.partitions.write_outputs(active, loader, folder, on_micro_batch=on_micro_batch, encoding=config.activation_dtype)
     run.replace_store(_store_key(visit.split, visit.view), folder.name)
     run.metrics.log_emit(visit)
 

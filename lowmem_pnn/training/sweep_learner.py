@@ -37,6 +37,7 @@ class SweepLearner:
         self.num_epochs, self.epochs_before = sweep.epochs, sweep.epochs_before
         self.steps_before = sweep.epochs_before * self.steps_per_epoch
         self.is_joint = False
+        self.may_learn_nothing = False
         self._total_steps = workload.steps((sweep.epochs_before + sweep.epochs + sweep.epochs_after) * self.steps_per_epoch)
         if sweep.frozen:
             assert workload.early is not None, "there is a frozen model to train"
@@ -86,7 +87,7 @@ class SweepLearner:
 
     def learning_rate(self, step: int) -> float:
         """See `EpochsLearner`."""
-        return self._run.workload.learning_rate(self.partition, step, self._total_steps)
+        return self._run.workload.learning_rate(self._sweep.learners[-1], step, self._total_steps)
 
     def after_batch(self, epoch: int, share: float) -> None:
         """See `EpochsLearner`: the sweeper's own stream prefetches."""

@@ -93,8 +93,13 @@ def meta_config(config: FitConfig) -> FitConfig:
 def _make(workload: Workload, spans: Spans) -> MetaModel:
     chain, config = workload.chain, meta_config(workload.config)
     _check_boundaries(workload, spans)
+    # What is copied of the model is as the options have it; what is made beside it is kept as it is.
     source = ModelSource(
-        f"meta-{workload.source.name}", f"the meta model of {workload.source.spec}", _Builder(workload, spans), "any"
+        f"meta-{workload.source.name}",
+        f"the meta model of {workload.source.spec}",
+        _Builder(workload, spans),
+        "any",
+        is_prepared=True,
     )
     precision = chain.layers[0].precision
     whole = _captured(workload, source.build, chain.boundaries[0][0], precision)

@@ -327,4 +327,5 @@ class Workload:
             given: names of tensors that get their values later, and may be zeros till then.
         """
         with seeded(seed):
-            return prepared(self.source.build_but(given), self.config, unstored=self.unstored)
+            model = self.source.build_but(given)
+            return model if self.source.is_prepared else prepared(model, self.config, unstored=self.unstored)

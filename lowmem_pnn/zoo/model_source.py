@@ -59,6 +59,7 @@ class ModelSource:
         transformers: What is known of a model of transformers; None for any other.
         give_values: Gives a model that was built on the meta device memory, and the constructor's values to all but some tensors; None
             where the constructor has to run for that.
+        is_prepared: Whether it builds the model that is trained, to which no options are applied any more.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ModelSource:
     notes: tuple[str, ...] = ()
     transformers: TransformersFacts | None = None
     give_values: Callable[[nn.Module, Collection[str]], None] | None = None
+    is_prepared: bool = False
 
     def __post_init__(self) -> None:
         """Have models made ready as soon as they are built."""

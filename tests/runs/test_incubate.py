@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lowmem_pnn
@@ -15,7 +16,7 @@ from helpers.plainloops import assert_same_weights, loaded, recover_plainly, sto
 from helpers.small_networks import Data, Floats, images, small_conv, small_gpt, small_mlp, tokens, vectors
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.errors import BudgetError, CaptureError, ConfigError, Stopped
+from lowmem_pnn.errors import BudgetError, CaptureError, CheckpointError, ConfigError, Stopped
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.session import Process
 from lowmem_pnn.training import start
@@ -158,6 +159,12 @@ def test_stopped_anywhere_and_resumed_is_same_as_uninterrupted(
     with pytest.raises(Stopped, match="goes on from the last commit") as stopped:
         start.begin(config, tmp_path / "run", open_inputs, process=Process(should_stop=stop_at(batch)))
     assert "meta" not in str(stopped.value)
+    thin_parts = tmp_path / "run" / "meta" / "model.safetensors"
+    if batch == 20:  # the meta model is trained
+        kept = thin_parts.rename(tmp_path / "kept")
+        with pytest.raises(CheckpointError, match=r"meta/model\.safetensors is missing"):
+            start.resume(tmp_path / "run", open_inputs=open_inputs)
+        kept.rename(thin_parts)
     resumed = start.resume(tmp_path / "run", open_inputs=open_inputs)
     assert resumed is not None
     assert Path(resumed.weights_file).read_bytes() == Path(whole.weights_file).read_bytes()
@@ -203,6 +210,10 @@ class TwoTensors(nn.Module):
             {"compile": True},
             "--method incubate trains a thin model of the whole from random weights, and --compile is for other methods",
         ),
+        (
+            {"freeze_norm": True},
+            "--method incubate trains a thin model of the whole from random weights, and --freeze-norm is for other methods",
+        ),
         ({"plan_for": "time"}, r"--plan-for has no effect here: .*\(plans of incubate are made for the memory"),
         ({"method": "pnn"}, "--meta-epochs has no effect here: it needs --method incubate"),
     ],
@@ -217,8 +228,9 @@ def test_cuts_that_several_tensors_cross_are_refused(tmp_path: Path) -> None:
         fit(TwoTensors, vectors(), tmp_path / "run", partitions=3)
 
 
-def test_the_log_tells_of_thin_parts(tmp_path: Path) -> None:
+def test_the_log_tells_of_thin_parts_which_are_in_float32_whatever_the_weights_are(tmp_path: Path) -> None:
     build, _, data, cuts, _ = CASES["mlp"]
-    fit(build, data, tmp_path / "run", cuts=cuts)
+    result = fit(build, data, tmp_path / "run", cuts=cuts, weights_dtype="bf16")
+    assert load_file(result.weights_file)["0.weight"].dtype == torch.bfloat16
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {line["action"] for line in lines} == {"learn", "emit"}

@@ -415,6 +415,7 @@ def _one_value() -> nn.Module:
         ({"views": 2}, "--views has no effect here"),
         ({"macro_batches": 2}, "--macro-batches has no effect here"),
         ({"visits": "interleaved", "epochs": (1, 2)}, "give one number of --epochs"),
+        ({"visits": "interleaved", "shuffle": (True, False)}, "give one value of --shuffle"),
         ({"blocks": "alike", "partitions": 2}, "--blocks alike finds the cuts"),
         ({"method": "exact", "batch_size": "auto"}, "--batch-size auto"),
         ({"block_tolerance": 0.2}, "--block-tolerance has no effect here: it needs --blocks alike"),

@@ -204,6 +204,7 @@ def test_a_recovery_that_was_interrupted_and_resumed_is_same_as_uninterrupted(
     build, data, cuts, _ = CUTS["conv"]
     options = {**COMMON, "cuts": cuts, "clip_norm": clip_norm, "commit_every": 0.0, "log_every": 1}
     expected = fit(build, data, tmp_path / "whole", **options)
+    assert step_lines(tmp_path / "whole")[-1]["lr"] == 0.02, "of the last partition that recovers"
     steps = [(line["visit"], line["step"]) for line in step_lines(tmp_path / "whole")]
     # An epoch of 36 samples has 4 batches: the partitions come to 8, 4 and 8 of them, the recovery to 8 more.
     assert len(steps) == 28
@@ -226,6 +227,7 @@ def test_a_recovery_that_was_interrupted_and_resumed_is_same_as_uninterrupted(
         ({"recovery_epochs": 1, "recover": (0,)}, "--recover"),
         ({"recovery_epochs": 1, "recover": "none"}, "--recover"),
         ({"recovery_epochs": -1}, "--recovery-epochs"),
+        ({"recovery_epochs": 1, "freeze": "[02].*"}, "all weights of partitions 1,2 are frozen; give --recover 3"),
     ],
 )
 def test_a_recovery_of_nothing_is_an_error(options: dict[str, Any], text: str, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from helpers.journals import state
-from lowmem_pnn.engine.epoch import first_batches
+from lowmem_pnn.engine.epoch import first_batches, train_epoch
 from lowmem_pnn.engine.tally import EpochProgress, Tally
+from lowmem_pnn.errors import DataError
 from lowmem_pnn.methods import Sweep
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.training.loop import EpochLoop
@@ -23,7 +24,7 @@ class Learner:
     num_samples, smallest_batch, num_epochs = 20, 1, 3
     epochs_before = steps_before = 0
     steps_per_epoch = 5
-    is_joint, measures_within_epochs = False, True
+    is_joint, may_learn_nothing, measures_within_epochs = False, False, True
 
     def __init__(self, max_steps: int | None = None) -> None:
         self.measured: list[str] = []
@@ -85,8 +86,27 @@ def run_of(told: list[Any], **options: Any) -> Any:
 )
 def test_the_model_is_measured_once_where_training_ends(max_steps: int | None, measured: list[str]) -> None:
     learner = Learner(max_steps)
-    EpochLoop(run_of([], eval_every=4, max_steps=max_steps), learner).train()  # type: ignore[arg-type]
+    run, watched = run_of([], eval_every=4, max_steps=max_steps), list[int]()
+    run.watch = lambda partition, step: watched.append(step)
+    EpochLoop(run, learner).train()  # type: ignore[arg-type]
     assert learner.measured == measured
+    assert watched[-1] == (max_steps or 15), "the steps of a last epoch that was cut short"
+
+
+class Unlabelled(Learner):
+    """Has no batch in which anything counts."""
+
+    def count(self, batch: Any) -> float:
+        return 0.0
+
+
+def test_only_an_epoch_that_is_a_share_of_one_may_have_nothing_to_learn_from() -> None:
+    learner, progress = Unlabelled(), EpochProgress()
+    with pytest.raises(DataError, match="20 training samples make no batch that all partitions can learn from"):
+        train_epoch(learner, EpochProgress(), lambda loss: None)
+    learner.may_learn_nothing = True
+    assert train_epoch(learner, progress, lambda loss: None)
+    assert (progress.epoch, progress.batch, progress.tally.loss) == (1, 0, None)
 
 
 def test_an_epoch_in_which_patience_has_run_out_ends_where_it_is() -> None:
