@@ -46,6 +46,8 @@ class Plan:
         predicted_peak_bytes: Largest predicted peak of the partitions: without the reserve, and without `waiting_bytes`.
         smallest_micro_batch: Fewest samples that the modules accept at once, to which a micro-batch may shrink.
         loss_chunk: Rows for which the last layer and the loss are computed at once; None for all rows of a micro-batch.
+        vocabulary_tile: Rows of the last layer's weight for which scores and gradients are made at a time, of a whole batch, and 0 where that
+            is not done; then gradients of wide embeddings are kept as rows too. None where all gradients are made as a whole.
         sweep_micro_batch: Samples on the device at once in sweeps, the same for all partitions; 0 where there are no sweeps.
         stream_bytes: Bytes of weights and optimizer state that a method of sweeps prefetches, and as many that wait to be written; 0
             for other methods.
@@ -68,6 +70,7 @@ class Plan:
     predicted_peak_bytes: int
     smallest_micro_batch: int
     loss_chunk: int | None = None
+    vocabulary_tile: int | None = None
     sweep_micro_batch: int = 0
     stream_bytes: int = 0
     waiting_bytes: int = 0

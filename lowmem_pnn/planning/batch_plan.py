@@ -30,7 +30,7 @@ def plan_for_batches(
     num_partitions: int | None = None,
     whole_batches: bool | None = None,
 ) -> Plan:
-    """Make the smallest plan for batches of known sizes.
+    """Make the smallest plan for batches of known sizes; where none fits, one that makes gradients of wide weights in pieces.
 
     Args:
         request: Workload, layer costs and device.
@@ -43,6 +43,23 @@ def plan_for_batches(
         BudgetError: Nothing fits.
         ConfigError: The model cannot have such cuts, or the lists in the configuration do not match the partitions.
     """
+    try:
+        return _plan(request, batch_sizes, good_micro_batch, num_partitions, whole_batches)
+    except BudgetError:
+        # What a plan without pieces fits is trained by it: pieces are rounded otherwise, and take longer.
+        if num_partitions is not None or request.in_pieces is None:
+            raise
+    return _plan(request.in_pieces, batch_sizes, good_micro_batch, None, whole_batches)
+
+
+def _plan(
+    request: PlanRequest,
+    batch_sizes: Sequence[int],
+    good_micro_batch: int | None,
+    num_partitions: int | None,
+    whole_batches: bool | None,
+) -> Plan:
+    """Make the smallest plan, its arguments as for `plan_for_batches`."""
     workload, device, batch = request.workload, request.device, max(batch_sizes)
 
     def overhead_bytes(budget_bytes: int) -> int:
@@ -85,12 +102,16 @@ def plan_for_batches(
     plan = planned(cuts, uniform=workload.method.sweeps, num_partitions=asked)
     if (fixed := _cut_after_fixed_layers(request, plan)) is not None:
         plan = planned(fixed, uniform=True)
+    if request.vocabulary_tile and (last := request.num_layers - 1) not in plan.cuts:
+        # The last layer by itself takes a whole batch, of which the layers before it need know nothing.
+        plan = planned(sorted({*plan.cuts, last}), uniform=True)
     check_lengths(workload.config, len(plan.partitions))
     if workload.config.recovery_epochs:
         _check_recovery(request, plan)
     if workload.method.partitions_are_independent:
         _check_synthetic_inputs(request, plan)
     plan = dataclasses.replace(_with_own_peaks(request, plan), loss_chunk=request.loss_chunk)
+    plan = dataclasses.replace(plan, vocabulary_tile=request.vocabulary_tile)
     if workload.method.sweeps:
         # What stays need not be streamed: it comes before longer streams.
         plan = with_resident_state(request, dataclasses.replace(plan, sweep_micro_batch=plan.partitions[0].micro_batch))

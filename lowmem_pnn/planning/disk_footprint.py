@@ -51,7 +51,7 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     if plan.sweep_micro_batch:
         gradients = sum(layer.gradient_bytes for layer in layers) + workload.chain.written_bytes if config.steps_wait else 0
         batch = plan.partitions[-1].batch
-        gradients += math.ceil(batch / plan.sweep_micro_batch) * profile.shared_bytes
+        gradients += stored_gradient_bytes(workload, plan, profile, math.ceil(batch / plan.sweep_micro_batch))
         working = max(working, 2 * sum(stored) + batch * (sum(outputs) + max(outputs, default=0)) + gradients)
         working += fixed_outputs_bytes(workload, plan) + plan.kept_bytes
     # A folder for transformers has the same file under a second name.
@@ -62,6 +62,24 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     working += 9 * _FLOAT_BYTES * plan.meta_params
     kept = sum(stored) * (config.keep_commits + (config.keep_weights == "best"))
     return frozen + kept + max(working, export)
+
+
+def stored_gradient_bytes(workload: Workload, plan: Plan, profile: MemoryProfile, micro_batches: int) -> int:
+    """Return the most bytes of gradients of a batch that later partitions leave to an earlier one, and of those that are made in pieces.
+
+    Args:
+        workload: Model, data and method.
+        plan: Partitions and their micro-batches.
+        profile: Memory costs of the layers.
+        micro_batches: Micro-batches of a batch.
+    """
+    shared = profile.shared_bytes
+    if plan.vocabulary_tile is None:
+        return micro_batches * shared
+    # Those in pieces are there once: of the last layer as a whole, and the rows of embeddings, which are no more.
+    ties = {tie.number: tie.gradient_bytes for layer in (profile.layers[0], profile.layers[-1]) for tie in layer.ties}
+    once = max(profile.layers[0].gradient_bytes, profile.layers[-1].gradient_bytes) + profile.layers[-1].gradient_bytes
+    return micro_batches * max(0, shared - sum(ties.values())) + once
 
 
 def fixed_outputs_bytes(workload: Workload, plan: Plan) -> int:

@@ -168,6 +168,9 @@ class Footprint:
         if self.request.workload.config.steps_wait:
             parameters = {parameter for layer in self.request.workload.chain.layers for parameter in layer.parameters().values()}
             waiting += sum(one.nbytes for one in parameters if one.requires_grad and one.nbytes <= most)
+        if self.request.vocabulary_tile is not None:
+            # The rows of an embedding, until it steps: as much as a batch of what comes out of it.
+            waiting += batch * max(layer.output_bytes.per_sample for layer in self.request.profile.layers[:-1])
         return waiting
 
     def stream_bytes(self, window_bytes: int) -> int:

@@ -276,6 +276,9 @@ class _Forecast:
             passes = (count * self._pass(number, one, first, loss=number == self._last) for one, count in micro_batches.items())
             taken = sum(count * self._taken(number, one) for one, count in micro_batches.items())
             total += TimeAndTraffic(sum(passes) - taken) + self._read(batch * size.kept)
+            if number == self._last and self._plan.vocabulary_tile and visit.learns:
+                # The gradient goes to a file, whose slices the step reads; rows of embeddings are little beside it.
+                total += self._write(size.trainable) + self._read(size.trainable)
             if visit.learns and visit.keeps_gradients:
                 total += self._write(round(size.trainable * share_on_disk) + size.buffers)
             elif visit.learns:

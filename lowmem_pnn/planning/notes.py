@@ -43,6 +43,7 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *frozen_notes(request.workload),
         *fixed_notes(request.workload, plan),
         *resident_notes(plan),
+        *vocabulary_notes(request.workload, plan),
         *kept_notes(plan),
         *meta_notes(request.workload, plan),
         *pattern_notes(request.workload, plan),
@@ -70,6 +71,23 @@ def idle_notes(workload: Workload) -> list[str]:
         return []
     more = f" and {len(idle) - 1} more parameters get" if len(idle) > 1 else " gets"
     return [f"{idle[0]!r}{more} no gradient, since the output does not depend on them: kept as they are, as in plain PyTorch"]
+
+
+def vocabulary_notes(workload: Workload, plan: Plan) -> list[str]:
+    """Return which gradients are made in pieces, since the budget does not hold them as a whole.
+
+    Args:
+        workload: model, data and method.
+        plan: plan of the run.
+    """
+    if plan.vocabulary_tile is None:
+        return []
+    if not plan.vocabulary_tile:
+        return ["the gradient of the embedding is kept as rows of the tokens that occur: the budget does not hold all of it"]
+    return [
+        f"scores and gradient of the last layer ({workload.chain.layers[-1].name!r}) are made {plan.vocabulary_tile} classes at a time, since "
+        "the budget does not hold them: sums are rounded otherwise than in plain PyTorch, and one product in four is computed twice"
+    ]
 
 
 def own_way_notes(workload: Workload) -> list[str]:

@@ -10,7 +10,18 @@ from lowmem_pnn.engine.gradient_tiles import tiled_bytes
 from lowmem_pnn.model.layer import Layer, gradients_complete_at_once, is_rowwise
 from lowmem_pnn.optim.step_slices import largest_state_bytes
 from lowmem_pnn.planning.search import GOOD_MICRO_BATCH
-from lowmem_pnn.profiling.costs import Affine, MemoryProfile, with_chunked_loss, with_step_in_backward, with_streamed_state
+from lowmem_pnn.profiling.costs import (
+    Affine,
+    LayerCost,
+    MemoryProfile,
+    with_chunked_loss,
+    with_row_gradients,
+    with_step_in_backward,
+    with_streamed_state,
+    with_vocabulary_tiles,
+)
+from lowmem_pnn.sweep.vocabulary import Vocabulary, tile_rows, vocabulary_of
+from lowmem_pnn.sweep.vocabulary_tiles import work_bytes
 from lowmem_pnn.workload import Workload
 
 _FLOAT_BYTES = 4
@@ -31,6 +42,7 @@ class PlanRequest:
         tail: Memory of the largest tail of thin parts that a partition's loss goes through, the loss included.
         free_disk_bytes: Bytes that are free where the run's folder is to be, which the journal's plan does not depend on any more; None where
             nobody has looked.
+        by_vocabulary: Whether gradients of wide embeddings, and of a wide last layer, are made in pieces: where no plan fits otherwise.
     """
 
     workload: Workload
@@ -40,6 +52,7 @@ class PlanRequest:
     mixes_samples: bool = False
     tail: Affine = field(default_factory=lambda: Affine(0, 0))
     free_disk_bytes: int | None = None
+    by_vocabulary: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -89,6 +102,40 @@ class PlanRequest:
         return max(1, self.device.budget_bytes // 64 // row_bytes)
 
     @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The wide weights whose gradients may be made in pieces; None where there are none, or the cuts that were asked for leave no way to."""
+        config = self.workload.config
+        if not self.device.shares_host or config.batch_size == "auto":
+            return None
+        found, last = vocabulary_of(self.workload), self.num_layers - 1
+        if (
+            found is not None
+            and found.head is not None
+            and (config.partitions is not None or (self.cuts is not None and last not in self.cuts))
+        ):
+            return None  # the last layer is a partition by itself
+        return found
+
+    @cached_property
+    def in_pieces(self) -> "PlanRequest | None":
+        """The request for a plan by which gradients of wide weights are made in pieces; None where there is no other way, or it is asked for."""
+        return None if self.by_vocabulary or self.vocabulary is None else dataclasses.replace(self, by_vocabulary=True)
+
+    @cached_property
+    def vocabulary_tile(self) -> int | None:
+        """See `Plan.vocabulary_tile`."""
+        if not self.by_vocabulary or self.vocabulary is None:
+            return None
+        if self.vocabulary.head is None:
+            return 0
+        return tile_rows(self.device.budget_bytes, self._rows, self.workload.chain.boundaries[-2][0].shape[-1])
+
+    @property
+    def _rows(self) -> int:
+        """Rows of scores of a batch."""
+        return max(self.workload.config.batch_sizes) * self.workload.rows_per_sample
+
+    @cached_property
     def costs(self) -> MemoryProfile:
         """Memory costs of the layers as the method runs them."""
         return self._costs(sweeps=self.workload.method.sweeps)
@@ -112,7 +159,29 @@ class PlanRequest:
                 with_streamed_state(cost, *self._slice_bytes(layer))
                 for cost, layer in zip(layers, self.workload.chain.layers, strict=True)
             ]
+        if self.vocabulary_tile is not None:
+            layers = [self._in_pieces(number, cost) for number, cost in enumerate(layers)]
         return dataclasses.replace(self.profile, layers=tuple(layers))
+
+    def _in_pieces(self, number: int, cost: LayerCost) -> LayerCost:
+        """Return the cost of a layer whose wide weights get their gradients in pieces."""
+        vocabulary, chain = self.vocabulary, self.workload.chain
+        assert vocabulary is not None, "there are such weights"
+        slice_bytes = _FLOAT_BYTES * self.device.buffer_sizes.slice_elements
+        weights = {chain.owner_of(alias): one for alias, one in chain.layers[number].parameters().items()}
+        if names := sorted(vocabulary.of_layer(number)):
+            row_bytes = sum(weights[name].nbytes // len(weights[name]) for name in names)
+            tokens = max(
+                (math.prod(spec.shape) for spec in chain.boundaries[number] if not spec.dtype.is_floating_point), default=1
+            )
+            batch = max(self.workload.config.batch_sizes)
+            rows = Affine(0, tokens * row_bytes)
+            return with_row_gradients(cost, [weights[name].nbytes for name in names], rows, batch, slice_bytes)
+        if number == self.num_layers - 1 and self.vocabulary_tile and vocabulary.head is not None:
+            weight, features = weights[vocabulary.head], chain.boundaries[-2][0].shape[-1]
+            work = 2 * self._rows * features * _FLOAT_BYTES + work_bytes(self._rows, features, self.vocabulary_tile)
+            return with_vocabulary_tiles(cost, weight.nbytes, work, slice_bytes)
+        return cost
 
     def _slice_bytes(self, layer: Layer) -> tuple[int, int]:
         """Return the most bytes of optimizer state that a sweep's step of a layer holds at one time, and of the step's own memory."""

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -321,6 +321,65 @@ def with_chunked_loss(layer: LayerCost, samples: float, tiled_bytes: int = 0) ->
         emit_peak=of_chunk(layer.emit_peak),
         output_bytes=of_chunk(layer.output_bytes),
     )
+
+
+def with_vocabulary_tiles(layer: LayerCost, weight_bytes: int, work_bytes: int, slice_bytes: int) -> LayerCost:
+    """Return the cost of a last layer whose scores and gradient are made some classes at a time, for all rows of a batch.
+
+    Args:
+        layer: Cost of the layer computed in another way.
+        weight_bytes: Bytes of its weight.
+        work_bytes: Bytes of a batch's inputs and their gradient, and of what is computed of a tile.
+        slice_bytes: Most bytes of the gradient that a step takes at one time.
+    """
+    return replace(
+        layer,
+        gradient_bytes=layer.gradient_bytes - weight_bytes,
+        freed_gradient_bytes=0,
+        step_bytes=layer.step_bytes + 2 * slice_bytes,
+        forward_peak=Affine(0, 0),
+        kept=Affine(0, 0),
+        backward_peak=Affine(work_bytes, 0),
+        complete=Affine(0, 0),
+        output_bytes=Affine(0, 0),
+        ties=_without_gradients(layer.ties, {weight_bytes}),
+    )
+
+
+def with_row_gradients(layer: LayerCost, weights: Sequence[int], rows: Affine, batch: int, slice_bytes: int) -> LayerCost:
+    """Return the cost of a layer that keeps the gradients of embeddings as rows, and steps after backward.
+
+    Args:
+        layer: Cost of the layer with gradients as large as its weights.
+        weights: Bytes of these weights.
+        rows: Most bytes of their rows, of so many samples.
+        batch: Samples of an optimizer step.
+        slice_bytes: Most bytes of a gradient that a step takes at one time.
+    """
+    dense = sum(weights)
+
+    def in_rows(peak: Affine | Envelope) -> Envelope:
+        # The rows so far, and those with the rows of a micro-batch; and these, in the order of the tokens and of their numbers.
+        own = rows.at(batch)
+        return Envelope(
+            tuple(
+                Affine(max(0, moment.fixed - dense) + own, moment.per_sample + 2 * rows.per_sample) for moment in _moments(peak)
+            )
+        )
+
+    return replace(
+        layer,
+        gradient_bytes=layer.gradient_bytes - dense + rows.at(batch),
+        freed_gradient_bytes=0,
+        step_bytes=layer.step_bytes + 3 * slice_bytes,
+        backward_peak=in_rows(layer.backward_peak),
+        complete=in_rows(layer.complete),
+        ties=_without_gradients(layer.ties, weights),
+    )
+
+
+def _without_gradients(ties: Iterable[Tie], sizes: Collection[int]) -> tuple[Tie, ...]:
+    return tuple(replace(tie, gradient_bytes=0) if tie.weight_bytes in sizes else tie for tie in ties)
 
 
 def _moments(peak: Affine | Envelope) -> tuple[Affine, ...]:

@@ -225,7 +225,8 @@ class State:
             or any(start >= stop for start, stop in spans)
             or any(before[1] != after[0] for before, after in pairwise(spans)),
             "a batch below 1": any(min(part.batch, part.micro_batch) < 1 for part in parts)
-            or min(plan.smallest_micro_batch, 1 if plan.loss_chunk is None else plan.loss_chunk) < 1,
+            or min(plan.smallest_micro_batch, 1 if plan.loss_chunk is None else plan.loss_chunk) < 1
+            or (plan.vocabulary_tile or 0) < 0,
             f"micro_batches {self.micro_batches}": len(self.micro_batches) != len(parts)
             or min(self.micro_batches, default=0) < 1,
             f"{len(self.records)} records for {len(parts)} partitions": len(self.records) != len(parts),

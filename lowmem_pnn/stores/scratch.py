@@ -6,6 +6,7 @@ depth of the model; memory must not.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
@@ -107,6 +108,38 @@ class Scratch:
         offset = self._find_room(like.nbytes)
         written = submit(like.nbytes, lambda: self._move(byte_view(get().permute(order)).data, offset, write=True))
         self._stored[key] = (_Slot(offset, like.nbytes, like.dtype, tuple(like.permute(order).shape), order, written),)
+
+    def reserve(self, key: Hashable, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Make room in the file for a tensor that is written in pieces, all of it before any of it is read.
+
+        Args:
+            key: New key.
+            shape: Shape of the tensor.
+            dtype: Its type.
+
+        Raises:
+            DiskError: The file system refused.
+        """
+        assert key not in self._stored, "each key is put once"
+        self._open()
+        nbytes = dtype.itemsize * math.prod(shape)
+        order = tuple(range(len(shape)))
+        self._stored[key] = (_Slot(self._find_room(nbytes), nbytes, dtype, tuple(shape), order, None),)
+
+    def put_elements(self, key: Hashable, tensor: Tensor, first: int) -> None:
+        """Write some elements of a tensor that there is room for.
+
+        Args:
+            key: Key that `reserve` was given.
+            tensor: The elements, contiguous, in the order of memory.
+            first: Number of the first one.
+
+        Raises:
+            DiskError: The disk is full, or the file system refused.
+        """
+        (slot,) = self._stored[key]
+        assert isinstance(slot, _Slot), "room was made in the file"
+        self._move(byte_view(tensor).data, slot.offset + first * slot.dtype.itemsize, write=True)
 
     def wait(self, key: Hashable) -> None:
         """Wait until the tensors of a key are written.

@@ -17,6 +17,7 @@ from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.scratch import Scratch
+from lowmem_pnn.sweep.stored_gradients import StoredGradients
 
 Key = tuple[str, int | str, int]
 
@@ -59,9 +60,13 @@ class BoundaryBuffers:
         phase: word that seeds all random choices.
     """
 
+    stored: StoredGradients
+    """Gradients of the batch that are made in pieces; where host and device are one."""
+
     def __init__(self, device: Device, folder: Path, memory_bytes: int, counter: IoCounter, seed: int, phase: str) -> None:
         self._device = device
         self._scratch = Scratch(folder, memory_bytes, counter)
+        self.stored = StoredGradients(self._scratch)
         self._seed = seed
         self._phase = phase
         # The tensors of the last `put`, still being downloaded from a device that copies beside its computing.
@@ -212,6 +217,8 @@ class BoundaryBuffers:
             elements: elements to return, flat, in the order of the parameter's memory; None for all, in its shape. What is returned in
                 such slices is forgotten with the batch.
         """
+        if name in self.stored.names:
+            return self.stored.elements(name, elements)
         return self._pop_elements(("whole", name, 0), elements)
 
     def put_written(self, name: str, parameter: Tensor) -> None:
@@ -236,11 +243,13 @@ class BoundaryBuffers:
     def clear(self) -> None:
         """Forget everything, at the end of a batch; the scratch store's file stays for the next one."""
         self._downloading = None
+        self.stored.clear()
         self._scratch.clear()
 
     def close(self) -> None:
         """Forget everything, and free the memory and the file."""
         self._downloading = None
+        self.stored.clear()
         self._scratch.close()
 
     def _put(self, key: Key, tensors: Sequence[Tensor | None]) -> None:

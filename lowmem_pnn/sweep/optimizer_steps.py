@@ -24,6 +24,8 @@ from lowmem_pnn.stores.keys import state_key, weight_key
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
 from lowmem_pnn.sweep.packs import Piece, Write
+from lowmem_pnn.sweep.stored_gradients import part_of
+from lowmem_pnn.sweep.vocabulary import in_pieces
 from lowmem_pnn.sweep.weight_streamer import WeightStreamer
 from lowmem_pnn.workload import Workload
 
@@ -74,13 +76,10 @@ class SweepOptimizerSteps:
         most_elements = device.buffer_sizes.slice_elements
         # Gradient norms are added up in the order in which the model names its parameters.
         self._rank = {name: number for number, name in enumerate(workload.chain.persistent)}
+        owner_of, chunked = workload.chain.owner_of, residencies[-1] if plan.loss_chunk is not None else None
         self.after_backward = [
-            after_backward_names(
-                residency.layers,
-                workload.chain.owner_of,
-                per_layer_loss=False,
-                in_chunks=residency is residencies[-1] and plan.loss_chunk is not None,
-            )
+            after_backward_names(residency.layers, owner_of, per_layer_loss=False, in_chunks=residency is chunked)
+            | in_pieces(residency, workload, plan)
             for residency in residencies
         ]
         # What is stepped at one time, by partition and group; it does not change.
@@ -109,7 +108,15 @@ class SweepOptimizerSteps:
                     for part in parts:
                         yield from state_pieces(spec, shapes[part.name], part, pack)
 
-    def step_group(self, partition: int, group: int, gradients: Gradients, streamer: WeightStreamer, file: TensorFile) -> None:
+    def step_group(
+        self,
+        partition: int,
+        group: int,
+        gradients: Gradients,
+        streamer: WeightStreamer,
+        buffers: BoundaryBuffers,
+        file: TensorFile,
+    ) -> None:
         """Step a group of a resident partition by the gradients in its parameters, and have the group written.
 
         Args:
@@ -117,6 +124,7 @@ class SweepOptimizerSteps:
             group: number of the group in the partition.
             gradients: what is known of the batch's gradients.
             streamer: source of the optimizer state, and target of what is written.
+            buffers: buffers that gradients lie in which are made in pieces.
             file: open working file of the partition.
 
         Raises:
@@ -128,8 +136,7 @@ class SweepOptimizerSteps:
         for parts in self._slices[partition][group]:
             parameters = {}
             for part in parts:
-                whole = residency.parameters[part.name]
-                parameters[part.name] = whole if part.is_whole else _slice_of(whole, part)
+                parameters[part.name] = part_of(residency.parameters[part.name], part, buffers.stored)
             streamer.write_all(partition, file, self._step(target, parts, parameters, gradients))
             for part in parts:
                 if part.is_last:
@@ -157,6 +164,13 @@ class SweepOptimizerSteps:
         residency = self._residencies[partition]
         for name in residency.groups[group]:
             parameter = residency.parameters[name]
+            if name in buffers.stored.names:
+                if parameter.grad is not None:  # of a forward that reads the weight itself
+                    buffers.stored.put_rows(name, parameter.shape, torch.arange(len(parameter)), parameter.grad)
+                    parameter.grad = None
+                gradients.norms[name] = buffers.stored.norm(name, self._device.buffer_sizes.slice_elements)
+                self._look_at(name, gradients.norms[name], partition, gradients)
+                continue
             if parameter.grad is None:
                 continue  # which the batch went past
             for total in unscaled_sums([parameter.grad], gradients.scale):
@@ -382,11 +396,3 @@ def step_parameters(
     for group in optimizer.param_groups:
         group["lr"] = rate_of(group.get("rate"))
     optimizer.step()
-
-
-def _slice_of(parameter: nn.Parameter, part: StepSlice) -> nn.Parameter:
-    """Return a slice of a parameter as a flat parameter that shares its memory, with that slice of the gradient, if there is one."""
-    own = nn.Parameter(parameter.detach().view(-1)[part.elements])
-    if parameter.grad is not None:
-        own.grad = parameter.grad.reshape(-1)[part.elements]
-    return own

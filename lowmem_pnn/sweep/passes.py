@@ -1,6 +1,7 @@
 """Forward and backward passes of a sweep: all micro-batches of a batch through one resident partition."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from lowmem_pnn.engine.passes import backward_from_loss, to_device_aligned
 from lowmem_pnn.engine.residency import Residency
 from lowmem_pnn.engine.uploads import MicroBatch, Uploads
 from lowmem_pnn.errors import CaptureError
-from lowmem_pnn.methods import Objective, Visit
+from lowmem_pnn.methods import Objective, TaskObjective, Visit
 from lowmem_pnn.model.call_form import ask_for_gradients
 from lowmem_pnn.model.layer import python_state_of, set_python_state
 from lowmem_pnn.partition_plan import Plan
@@ -21,6 +22,9 @@ from lowmem_pnn.sweep.boundary_buffers import BoundaryBuffers
 from lowmem_pnn.sweep.kept_products import KeptProducts
 from lowmem_pnn.sweep.optimizer_steps import Gradients
 from lowmem_pnn.sweep.recompute import unneeded_products, without_products
+from lowmem_pnn.sweep.row_gradients import RowGradients
+from lowmem_pnn.sweep.vocabulary import head_parameters, in_pieces
+from lowmem_pnn.sweep.vocabulary_tiles import backward_by_tiles
 from lowmem_pnn.workload import Workload
 
 
@@ -79,6 +83,7 @@ class SweepPasses:
         self._device = device
         self._buffers, self._products = buffers, products
         self._last = len(residencies) - 1
+        self._in_pieces = [in_pieces(residency, workload, plan) for residency in residencies]
         self._unneeded = [unneeded_products(residency.layers[-1]) for residency in residencies]
         self._uploads = Uploads(device)
         self._objective: Objective = workload.objective(plan, self._last)
@@ -114,6 +119,10 @@ class SweepPasses:
             CaptureError: the forward changed a buffer that other partitions hold too.
         """
         partition, residency = visit.partition, self._residencies[visit.partition]
+        if partition == self._last and self._plan.vocabulary_tile:
+            self._backward_by_vocabulary(visit, batch, self._plan.vocabulary_tile)
+            return
+        rows = RowGradients({id(one): name for name, one in residency.parameters.items() if name in self._in_pieces[partition]})
         shares = self._objective.shares(batch.labels, batch.parts) if partition == self._last else []
         shared = {name: buffer.clone() for name, buffer in residency.buffers.items() if name in residency.shared}
         for number, part in enumerate(batch.parts):
@@ -127,10 +136,11 @@ class SweepPasses:
                 if tensor.requires_grad:
                     tensor.register_hook(partial(_note_strides, strides, place))
             later = self._buffers.add_shared_gradients(residency, number, alone=len(batch.parts) == 1)
-            if partition == self._last:
-                self._backward_from_loss(inputs, part, batch, shares[number])
-            else:
-                self._backward_from_boundary(partition, inputs, number)
+            with rows if self._in_pieces[partition] else nullcontext():
+                if partition == self._last:
+                    self._backward_from_loss(inputs, part, batch, shares[number])
+                else:
+                    self._backward_from_boundary(partition, inputs, number)
             self._device.keep_to_expected_peak()
             for gradient in later:
                 gradient.finish()
@@ -143,8 +153,51 @@ class SweepPasses:
             self._buffers.put_shared_gradients(residency, number)
             self._buffers.drop_activations(partition, number)
             self._device.check_budget()
+        for name, (ids, gradients_of_rows) in rows.take().items():
+            self._buffers.stored.put_rows(name, residency.parameters[name].shape, ids, gradients_of_rows)
         residency.copy_back_replaced_buffers()
         residency.check_shared_buffers(shared)
+
+    def _backward_by_vocabulary(self, visit: Visit, batch: SweptBatch, tile: int) -> None:
+        """Run the last layer and the loss forward and backward, the whole batch at once and some classes at a time."""
+        partition, residency, stored = visit.partition, self._residencies[visit.partition], self._buffers.stored
+        parameters = residency.layers[-1].parameters()
+        alias, bias_name = head_parameters(parameters)
+        weight, bias = parameters[alias].detach(), None if bias_name is None else parameters[bias_name]
+        name, rows = residency.chain.owner_of(alias), torch.empty(batch.labels.numel(), weight.shape[1])
+        per_sample, shapes = batch.labels[0].numel(), []
+        for number, part in enumerate(batch.parts):
+            (inputs,) = self._inputs(partition, number, part, batch)
+            shapes.append(inputs.shape)
+            rows[part.start * per_sample : part.stop * per_sample] = inputs.flatten(0, -2)
+            del inputs
+            self._buffers.drop_activations(partition, number)
+        gradient = torch.zeros_like(rows) if visit.returns_input_gradient else None
+        if bias is not None and bias.requires_grad:
+            bias.grad = torch.zeros_like(bias)
+        if learns := parameters[alias].requires_grad:
+            stored.begin_tiles(name, weight.shape)
+        assert isinstance(self._objective, TaskObjective), "the last partition of a sweep has the task's loss"
+        task = self._objective.task
+        batch.loss += backward_by_tiles(
+            rows,
+            batch.labels.flatten().long(),
+            weight,
+            None if bias is None else bias.detach(),
+            tile=tile,
+            ignored=task.ignored,
+            smoothing=task.plain_smoothing or 0.0,
+            gradient=gradient,
+            bias_gradient=None if bias is None else bias.grad,
+            write=partial(stored.put_tile, name) if learns else None,
+        )
+        del rows
+        self._device.keep_to_expected_peak()
+        for number, (part, shape) in enumerate(zip(batch.parts, shapes, strict=True)):
+            if gradient is not None:
+                own = gradient[part.start * per_sample : part.stop * per_sample].view(shape)
+                self._buffers.put_gradients(partition, number, [own])
+        self._device.check_budget()
 
     def _forward_as_in_training(self, partition: int, number: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Run layers with gradients, each layer's let go at its end: some of PyTorch's kernels are others where none are wanted."""

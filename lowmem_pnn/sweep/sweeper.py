@@ -252,7 +252,7 @@ class Sweeper:
             with self._layer_steps(visit, batch, step_fn) as steps:
                 self._passes.backward(visit, batch)
             self._check_loss(visit, batch)
-            residency.check_gradients(self.title(number), steps.stepped)
+            residency.check_gradients(self.title(number), steps.stepped | self._buffers.stored.names)
             if visit.keeps_gradients:
                 for name in self._written_names(number):
                     self._buffers.put_written(name, residency.parameters[name])
@@ -309,7 +309,7 @@ class Sweeper:
         return OptimizerInBackward(residency.groups, residency.parameters, after_backward, step, at_once=at_once)
 
     def _step_group(self, visit: Visit, batch: SweptBatch, file: TensorFile, group: int) -> None:
-        self._steps.step_group(visit.partition, group, batch.gradients, self._streamer, file)
+        self._steps.step_group(visit.partition, group, batch.gradients, self._streamer, self._buffers, file)
         self._streamer.keep_pool_to_limit()
         self._device.keep_to_expected_peak()
 

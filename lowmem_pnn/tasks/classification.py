@@ -55,6 +55,11 @@ class Classification(Task):
         return math.prod(self.targets.shape) if self.targets.kind in ("class", "tokens") and not self._mixes else None
 
     @property
+    def plain_smoothing(self) -> float | None:
+        """See `Task.plain_smoothing`: not with weights of classes."""
+        return self._label_smoothing if self.rows_per_sample is not None and self._weights is None else None
+
+    @property
     def training_targets(self) -> Targets:
         """See `Task.training_targets`: probabilities where batches are mixed."""
         if not self._mixes:

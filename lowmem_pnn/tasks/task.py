@@ -48,6 +48,11 @@ class Task(ABC):
         return self.rows_per_sample is not None and self.metrics is None
 
     @property
+    def plain_smoothing(self) -> float | None:
+        """Label smoothing of a loss that is the plain mean cross entropy of rows against class numbers; None where it is another loss."""
+        return None
+
+    @property
     def training_targets(self) -> Targets:
         """Form of the targets of training batches: those of the data, or what becomes of them when samples are mixed."""
         return self.targets

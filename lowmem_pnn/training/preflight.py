@@ -92,7 +92,9 @@ def check_tightest(run: Run, profile: MemoryProfile, unexplained_bytes: int = 0)
     # Smaller than planned where an earlier process died in this check.
     asked = micro_batch = run.state.sweep_micro_batch if sweeps else run.state.micro_batches[number]
     went_through = False
-    predicted = _predicted(PlanRequest(workload, profile, device, unexplained_bytes), planned) + held
+    by_vocabulary = plan.vocabulary_tile is not None
+    request = PlanRequest(workload, profile, device, unexplained_bytes, by_vocabulary=by_vocabulary)
+    predicted = _predicted(request, planned) + held
     # Freed memory that is kept for further use would be taken for memory in use.
     device.set_expected_peak(predicted)
     device.begin_section()

@@ -24,6 +24,7 @@ from lowmem_pnn.planning.notes import (
     own_way_notes,
     pattern_notes,
     precision_notes,
+    vocabulary_notes,
 )
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
@@ -143,6 +144,7 @@ def _notes(run: Run) -> list[str]:
         *data_notes(workload),
         *frozen_notes(workload),
         *fixed_notes(workload, plan),
+        *vocabulary_notes(workload, plan),
         *pattern_notes(workload, plan),
         *augmentation_notes(workload, plan),
         *mixing_notes(workload),
