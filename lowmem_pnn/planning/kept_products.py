@@ -9,6 +9,7 @@ from lowmem_pnn.planning.disk_footprint import disk_bytes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import LayerCost, Product
 from lowmem_pnn.profiling.nominal import keeping_rule, speed_of
+from lowmem_pnn.units import format_bytes
 
 # Share of what is free on the disk that a run may come to take by what it keeps.
 _FREE_SHARE = 0.9
@@ -41,6 +42,21 @@ def with_kept_products(request: PlanRequest, plan: Plan) -> Plan:
             chosen.append(number)
             taken += gains[number][1]
     return dataclasses.replace(plan, kept_layers=tuple(sorted(chosen)), kept_bytes=taken)
+
+
+def kept_notes(plan: Plan) -> list[str]:
+    """Return what is said of products that sweeps keep instead of computing them again.
+
+    Args:
+        plan: partitions of the model.
+    """
+    if not plan.kept_layers:
+        return []
+    count, size = len(plan.kept_layers), format_bytes(plan.kept_bytes)
+    return [
+        f"products of {count} layer{'s' if count > 1 else ''} are kept in a file from forward to backward, {size} a batch "
+        "(--recompute always: none, they are computed twice)"
+    ]
 
 
 def _room(request: PlanRequest, plan: Plan) -> int | None:

@@ -13,7 +13,9 @@ from lowmem_pnn.device import Device
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_norm import whole_batch_notes
+from lowmem_pnn.planning.kept_products import kept_notes
 from lowmem_pnn.planning.request import PlanRequest
+from lowmem_pnn.planning.resident_state import resident_notes
 from lowmem_pnn.pretrained.matching import describe_weights, shortened
 from lowmem_pnn.quantization.stored_weights import num_values, stored_parts
 from lowmem_pnn.units import format_bytes
@@ -254,35 +256,6 @@ def device_notes(device: Device) -> list[str]:
         f"the driver does not tell what this process holds on the device: {format_bytes(int(context['bytes']))} are taken for the CUDA "
         "context, libraries included"
     ]
-
-
-def kept_notes(plan: Plan) -> list[str]:
-    """Return what is said of products that sweeps keep instead of computing them again.
-
-    Args:
-        plan: partitions of the model.
-    """
-    if not plan.kept_layers:
-        return []
-    count, size = len(plan.kept_layers), format_bytes(plan.kept_bytes)
-    return [
-        f"products of {count} layer{'s' if count > 1 else ''} are kept in a file from forward to backward, {size} a batch "
-        "(--recompute always: none, they are computed twice)"
-    ]
-
-
-def resident_notes(plan: Plan) -> list[str]:
-    """Return what is said of weights and optimizer state that stay in memory from one batch of a sweep to the next.
-
-    Args:
-        plan: partitions of the model.
-    """
-    if not plan.resident_bytes:
-        return []
-    layers = plan.partitions[-1].stop
-    kinds = (("weights", plan.resident_weights), ("optimizer state", plan.resident_state))
-    parts = [f"the {what} of {'all' if len(own) == layers else len(own)} of {layers} layers" for what, own in kinds if own]
-    return [f"there is room for {' and '.join(parts)} to stay in memory from batch to batch: {format_bytes(plan.resident_bytes)}"]
 
 
 def meta_notes(workload: Workload, plan: Plan) -> list[str]:

@@ -7,6 +7,7 @@ from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.footprint import Footprint
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import LayerCost
+from lowmem_pnn.units import format_bytes
 
 # How often a byte is read and written for a batch: weights of a partition that is visited twice are read twice; state is read once.
 _MOVES_TWICE, _MOVES_ONCE = 3, 2
@@ -56,6 +57,20 @@ def with_resident_state(request: PlanRequest, plan: Plan) -> Plan:
         resident_state=tuple(sorted(chosen["state"])),
         resident_bytes=taken,
     )
+
+
+def resident_notes(plan: Plan) -> list[str]:
+    """Return what is said of weights and optimizer state that stay in memory from one batch of a sweep to the next.
+
+    Args:
+        plan: partitions of the model.
+    """
+    if not plan.resident_bytes:
+        return []
+    layers = plan.partitions[-1].stop
+    kinds = (("weights", plan.resident_weights), ("optimizer state", plan.resident_state))
+    parts = [f"the {what} of {'all' if len(own) == layers else len(own)} of {layers} layers" for what, own in kinds if own]
+    return [f"there is room for {' and '.join(parts)} to stay in memory from batch to batch: {format_bytes(plan.resident_bytes)}"]
 
 
 def _bytes_of(layer: LayerCost, what: str) -> int:
