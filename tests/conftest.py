@@ -11,6 +11,7 @@ A new test goes to the lowest tier that can show the behaviour. A run that sever
 """
 
 import gc
+import locale
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -96,3 +97,12 @@ def data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(run_creation, "_LOCK_PATIENCE_SECONDS", 0.2)
     write_data(tmp_path / "data.npz")
     return tmp_path
+
+
+@pytest.fixture
+def ascii_locale() -> Iterator[None]:
+    """A locale whose encoding knows no letter beyond ASCII, which Python reads and writes texts in unless it is told another."""
+    before = locale.setlocale(locale.LC_CTYPE)
+    locale.setlocale(locale.LC_CTYPE, "C")
+    yield
+    locale.setlocale(locale.LC_CTYPE, before)

@@ -51,7 +51,7 @@ def bench(
     **options: Any,
 ) -> None:
     """Measure peak memory and speed: every method in every budget, and plain PyTorch, a few steps each in a process of its own that is
-    polled from outside.
+    polled from outside. Runs are kept in a hidden folder of the current one meanwhile.
 
     Try it: lowmem-pnn bench --model mlp:64-2048-2048-2048-10 --data digits --budgets 100M,50M
     """

@@ -17,7 +17,7 @@ import psutil
 
 from lowmem_pnn.cli.options import output_options
 from lowmem_pnn.cli.output import announce, print_result
-from lowmem_pnn.memory.available import AUTO_SHARE, available_bytes
+from lowmem_pnn.memory.available import AUTO_SHARE, available_bytes, bytes_for_budget
 from lowmem_pnn.units import format_bytes
 
 _PACKAGES = ("lowmem-pnn", "torch", "torchvision", "numpy", "safetensors", "pydantic", "matplotlib", "nvidia-ml-py")
@@ -144,7 +144,7 @@ def _memory(found: Findings) -> None:
     free = available_bytes("cpu")
     group = f", {format_bytes(free)} of it left by the control group" if free < memory.available else ""
     found.facts["memory"] = f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free{group}"
-    found.facts["budget"] = f"--max-gpu-mem auto would be {format_bytes(AUTO_SHARE * free)} on the CPU"
+    found.facts["budget"] = f"--max-gpu-mem auto would be {format_bytes(AUTO_SHARE * bytes_for_budget('cpu'))} on the CPU"
 
 
 def _drive(found: Findings, folder: Path) -> None:

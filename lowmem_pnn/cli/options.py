@@ -225,7 +225,7 @@ def place_options(command: _Command) -> _Command:
     """Add the options that say where a command uses a trained model, which may be another place than that of the training."""
     for option in (
         click.option("--device", metavar="NAME", help="Device: cpu, cuda, cuda:INDEX or auto. [default: the run's]"),
-        click.option("--max-gpu-mem", metavar="SIZE", help="Memory budget of the device. [default: the run's]"),
+        click.option("--max-gpu-mem", metavar="SIZE|X%|auto", help="Memory budget of the device. [default: the run's]"),
     ):
         command = option(command)
     return command

@@ -9,7 +9,6 @@ The supervisor's own memory comes on top of the worker's, so it is a fresh inter
 import ctypes
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any, NoReturn
 
 from lowmem_pnn.config.code import command_to_resume
 from lowmem_pnn.errors import BudgetError, LowMemError
+from lowmem_pnn.memory.cgroup import oom_kills
 from lowmem_pnn.memory.tunables import with_tunables
 from lowmem_pnn.reporting.page_process import PAGE, has_new_page, write_page_apart
 from lowmem_pnn.reporting.streams import drop
@@ -104,7 +104,7 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
     restarts, reached, began = 0, -1, monotonic()
     command = list(arguments)
     while True:
-        kills_before = _oom_kills()
+        kills_before = oom_kills()
         code, stops = _run_worker(command)
         if code >= 0:
             return code
@@ -113,7 +113,7 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
         if stops and _identity(workdir) != other and _is_done(workdir):
             return 0  # the signal came while the worker, whose result is printed, was leaving
         number = signal.Signals(-code)
-        crashed = number in _CRASHES or (number == signal.SIGKILL and _oom_kills() > kills_before)
+        crashed = number in _CRASHES or (number == signal.SIGKILL and oom_kills() > kills_before)
         position = _commit_number(workdir) if _identity(workdir) != other else None
         if position is None and crashed:
             raise LowMemError(
@@ -263,21 +263,3 @@ def _say(text: str) -> None:
         print(f"lowmem-pnn: {text}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
         drop(sys.stderr)
-
-
-def _oom_kills() -> int:
-    """How often the kernel's out-of-memory killer struck in this process's memory cgroup: 0 where that is not known."""
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            hierarchy, controllers, group = line.split(":", 2)
-            if hierarchy == "0":
-                counter = Path(f"/sys/fs/cgroup{group}/memory.events")
-            elif "memory" in controllers.split(","):
-                counter = Path(f"/sys/fs/cgroup/memory{group}/memory.oom_control")
-            else:
-                continue
-            with suppress(OSError):
-                found = re.search(r"^oom_kill (\d+)", counter.read_text(), re.MULTILINE)
-                if found:
-                    return int(found[1])
-    return 0

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -101,7 +102,7 @@ def bench(
     device_text, needs = "", None
     versions: dict[str, str] = {}
     root = ["--data-root", str(base.data_root)] if options.get("data_root") is not None else []
-    with tempfile.TemporaryDirectory(prefix="lowmem-pnn-bench-", ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix=".lowmem-pnn-bench-", dir=_place(), ignore_cleanup_errors=True) as name:
         folder = Path(name)
         for size in sizes:
             for method in asked:
@@ -130,6 +131,12 @@ def bench(
         rows=rows,
         versions=dict(versions),
     )
+
+
+def _place() -> Path | None:
+    """Return where the runs are kept meanwhile: where they would be, since temporary files may lie in memory; None for among these."""
+    here = Path.cwd()
+    return here if os.access(here, os.W_OK | os.X_OK) else None
 
 
 def _names(what: str, given: str | Sequence[str], known: Sequence[str]) -> list[Any]:

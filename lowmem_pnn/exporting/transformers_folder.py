@@ -70,7 +70,8 @@ def write_folder(
                 (temporary / PROCESSOR_FILES[0]).write_text(json.dumps(settings, indent=2) + "\n")
         for name, file in copied.items():
             shutil.copyfile(file, temporary / name)
-        (temporary / "README.md").write_text(_card(source, config, result))
+        card = _card(source, config, result)
+        (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         if not links or not _link(weights, temporary / "model.safetensors"):
             _write_shards(weights, temporary)
         for file in temporary.iterdir():

@@ -4,7 +4,7 @@ import dataclasses
 
 from lowmem_pnn.config.configure import checked
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.device.support import is_gpu
+from lowmem_pnn.device.support import budget_on, is_gpu
 
 
 def options_here(config: FitConfig, max_gpu_mem: str | int | None, device: str | None) -> FitConfig:
@@ -14,12 +14,13 @@ def options_here(config: FitConfig, max_gpu_mem: str | int | None, device: str |
 
     Args:
         config: options of the run.
-        max_gpu_mem: another budget; None for the run's.
+        max_gpu_mem: another budget, a size or a share of what is free here; None for the run's.
         device: another device; None for the run's.
 
     Raises:
-        ConfigError: it is no size, or no device.
+        ConfigError: it is no size or share, or no device.
     """
+    max_gpu_mem = budget_on(device or config.device, max_gpu_mem)
     other = {name: value for name, value in (("max_gpu_mem", max_gpu_mem), ("device", device)) if value is not None}
     config = (
         checked({field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | other) if other else config

@@ -20,7 +20,7 @@ _FLOAT_BYTES = 4
 
 
 def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
-    """Return the most bytes that the run directory will take, without the export.
+    """Return the most bytes that the run directory will take, the export and what comes after it included.
 
     Frozen weights are there once. A visit rewrites one partition at a time. A sweep writes all of them, while the commit before is still
     on its way to the drive: two more generations; and it keeps the boundary tensors, and products, of one batch.
@@ -45,8 +45,10 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     samples = 0 if no_stores else num_stored_samples(workload)
     labels = 2 * workload.dataset.targets.sample_bytes
     evaluated = num_evaluated_samples(workload)
-    stores = max(evaluated * (_largest_neighbours(outputs) + labels), samples * (_largest_neighbours(stored_outputs) + labels))
-    stores += max(_header_bytes(workload, plan, evaluated, "float32"), _header_bytes(workload, plan, samples, encoding))
+    evaluation = evaluated * (_largest_neighbours(outputs) + labels)
+    evaluation_headers = _header_bytes(workload, plan, evaluated, "float32")
+    stores = max(evaluation, samples * (_largest_neighbours(stored_outputs) + labels))
+    stores += max(evaluation_headers, _header_bytes(workload, plan, samples, encoding))
     working = max(stored) + stores
     if plan.sweep_micro_batch:
         gradients = sum(layer.gradient_bytes for layer in layers) + workload.chain.written_bytes if config.steps_wait else 0
@@ -58,6 +60,8 @@ def disk_bytes(workload: Workload, plan: Plan, profile: MemoryProfile) -> int:
     export = sum(layer.weight_bytes + layer.buffer_bytes for layer in layers) + workload.source.copied_bytes(config.tokenizer)
     if config.lora is not None:
         export += sum(layer.gradient_bytes for layer in layers)  # the adapter's own folder
+    # The model is tested when it has been exported.
+    export += evaluation + evaluation_headers
     # The meta model's own run: weights, gradients' place and moments, in two generations, and what it leaves.
     working += 9 * _FLOAT_BYTES * plan.meta_params
     kept = sum(stored) * (config.keep_commits + (config.keep_weights == "best"))

@@ -34,10 +34,9 @@ def naming_enough(request: PlanRequest, plan: Callable[[PlanRequest], Plan]) -> 
         return plan(request)
     except BudgetError as error:
         enough = smallest_budget(request, plan, error.enough_bytes or request.device.budget_bytes)
-        if enough is None:
-            raise
-        text = _NAMED.sub(f"--max-gpu-mem {enough // MEGABYTE}MB", str(error), count=1)
-        raise BudgetError(text, enough) from None
+        # A number of the error's own was tried, and did not do.
+        named = "more --max-gpu-mem" if enough is None else f"--max-gpu-mem {enough // MEGABYTE}MB"
+        raise BudgetError(_NAMED.sub(named, str(error), count=1), enough) from None
 
 
 def smallest_budget(request: PlanRequest, plan: Callable[[PlanRequest], Plan], guess: int) -> int | None:

@@ -31,13 +31,16 @@ def make_plan(request: PlanRequest, seconds_of: SecondsOf | None = None) -> Plan
         BudgetError: Nothing fits; the message names the smallest budget for which there is a plan.
         ConfigError: The model cannot have such cuts, or the lists in the configuration do not match the partitions.
     """
-    if request.workload.config.plan_for == "time" and not request.workload.method.incubates:
-        assert seconds_of is not None, "a plan for time needs predicted seconds"
-        return _fastest(request, seconds_of)
+    config, samples = request.workload.config, len(request.workload.splits["train"])
+    is_for_time = config.plan_for == "time" and not request.workload.method.incubates
     try:
-        return naming_enough(request, _make_plan)
+        if is_for_time:
+            assert seconds_of is not None, "a plan for time needs predicted seconds"
+            with suppress(BudgetError):
+                return _fastest(request, seconds_of)
+        # Where no plan fits, the smallest budget is that of the smallest plan.
+        return naming_enough(request, _smallest if is_for_time else _make_plan)
     except BudgetError as error:
-        config, samples = request.workload.config, len(request.workload.splits["train"])
         if config.batch_size == "auto" or (batch := max(config.batch_sizes)) <= samples:
             raise
         raise BudgetError(
@@ -71,6 +74,10 @@ def _make_plan(request: PlanRequest) -> Plan:
     if config.batch_size == "auto":
         return _with_largest_batches(request)
     return plan_for_batches(request, config.batch_sizes)
+
+
+def _smallest(request: PlanRequest) -> Plan:
+    return plan_for_batches(request, request.workload.config.batch_sizes)
 
 
 def _any_plan_trains_the_same(request: PlanRequest) -> bool:

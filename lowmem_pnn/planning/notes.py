@@ -13,6 +13,7 @@ from lowmem_pnn.device import Device
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.batch_norm import whole_batch_notes
+from lowmem_pnn.planning.disk_footprint import num_evaluated_samples
 from lowmem_pnn.planning.kept_products import kept_notes
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.planning.resident_state import resident_notes
@@ -55,10 +56,28 @@ def plan_notes(request: PlanRequest, plan: Plan, mixing: Mapping[str, int] = Map
         *micro_batch_notes(request.workload, plan),
         *idle_notes(request.workload),
         *own_way_notes(request.workload),
+        *metric_notes(request.workload),
         *precision_notes(request.workload.config),
         *tier_notes(request.workload, request.device),
         *device_notes(request.device),
         *whole,
+    ]
+
+
+def metric_notes(workload: Workload) -> list[str]:
+    """Return which metrics of the user's own keep all answers of what is measured, in memory that no plan counts.
+
+    Args:
+        workload: model, data and method.
+    """
+    given = workload.task.metrics
+    if given is None or not (names := given.keeping_all()) or not (samples := num_evaluated_samples(workload)):
+        return []
+    nbytes = samples * sum(spec.sample_bytes for spec in workload.chain.boundaries[-1])
+    return [
+        f"metric {name!r} keeps what it needs of all {samples:,} samples, {format_bytes(nbytes)} or more that is in no plan: leave room for it, "
+        "or give one of fixed size (thresholds=100)"
+        for name in names
     ]
 
 

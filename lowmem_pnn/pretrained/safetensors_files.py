@@ -68,7 +68,7 @@ class SafetensorsFiles:
         if self._path.stat().st_size > _MAX_INDEX_BYTES:
             raise CheckpointError(f"{str(self._path)!r} is too large for an index; {_REMEDY}")
         try:
-            weight_map = json.loads(self._path.read_text())["weight_map"]
+            weight_map = json.loads(self._path.read_bytes())["weight_map"]
             shards: dict[Path, list[str] | None] = {}
             for name, file in weight_map.items():
                 # Beside the index, and nowhere else: an index may come from anybody.

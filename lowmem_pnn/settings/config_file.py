@@ -42,7 +42,8 @@ def read_config_file(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not TOML, or has keys that are no options: all of them are named, and values that are none.
     """
     try:
-        content = tomllib.loads(path.read_text())
+        with path.open("rb") as file:  # TOML is UTF-8, whatever the locale's encoding is
+            content = tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {(error.strerror or str(error)).lower()}; give a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

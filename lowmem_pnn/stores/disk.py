@@ -18,9 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-
 from lowmem_pnn.errors import CheckpointError, DiskError, LowMemError
+from lowmem_pnn.memory.available import available_bytes
 from lowmem_pnn.units import MEBIBYTE, format_bytes
 
 CHUNK_BYTES = MEBIBYTE // 4
@@ -211,8 +210,7 @@ def outgrows_page_cache(nbytes: int) -> bool:
         >>> outgrows_page_cache(1), outgrows_page_cache(1 << 60)
         (False, True)
     """
-    available: int = psutil.virtual_memory().available
-    return _is_spared or nbytes > available // 2
+    return _is_spared or nbytes > available_bytes() // 2
 
 
 def spare_page_cache(spare: bool) -> None:
@@ -257,12 +255,16 @@ def drop_cache(descriptor: int, offset: int = 0, nbytes: int = 0) -> None:
             os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> bool:
     """Wait until the names in a folder (files made, renamed, deleted) are on the drive.
+
+    Returns:
+        Whether the file system has such a thing: shared folders of virtual machines have not.
 
     Raises:
         DiskError: The names are not there.
     """
+    can_sync = True
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -270,8 +272,11 @@ def sync_folder(folder: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise disk_error(folder, error, "sync it") from error
+        can_sync = error.errno not in (errno.EINVAL, errno.EOPNOTSUPP)
+        if can_sync:
+            raise disk_error(folder, error, "sync it") from error
     commit_point(f"synced {folder.name}")
+    return can_sync
 
 
 def write_durably(path: Path, content: str | bytes) -> None:

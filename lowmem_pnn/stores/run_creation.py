@@ -24,8 +24,6 @@ WORK_FOLDERS = ("weights", "activations", META_FOLDER)
 TRANSFORMERS_FOLDER = "hf"
 """Folder of a run with the trained model as transformers loads it."""
 
-# A worker that was killed may hold the lock until the kernel has taken its memory back.
-_LOCK_PATIENCE_SECONDS = 3.0
 ADAPTER_FOLDER = "adapter"
 """Folder of a run with adapters, in which it leaves them as peft has them."""
 
@@ -198,6 +196,10 @@ def _remove_abandoned(path: Path) -> None:
             with os.fdopen(open_regular(folder / "lock", os.O_RDWR, remedy=DAMAGED), "r+b") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 remove_folder(folder)
+
+
+# A worker that was killed may hold the lock until the kernel has taken its memory back.
+_LOCK_PATIENCE_SECONDS = 3.0
 
 
 def take_lock(folder: Path) -> IO[str]:

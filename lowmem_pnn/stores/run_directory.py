@@ -189,10 +189,10 @@ class RunDirectory:
             if keep > 1:
                 # A copy by link: the rename below then replaces the name, not the bytes.
                 previous = self.path / older_name(read_journal(current)[0]["number"])
-                with contextlib.suppress(FileExistsError):
+                if not os.path.lexists(previous):
                     try:
                         os.link(current, previous)
-                    except PermissionError:  # a file system without links
+                    except OSError:  # a file system without links, whatever it says of them
                         write_durably(previous, read_file(current, DAMAGED))
             self._sync_what_a_journal_counts_on()
             write_durably(current, seal_journal(journal, self._config_sha256))

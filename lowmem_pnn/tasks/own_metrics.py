@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.errors import ConfigError, LowMemError
@@ -43,6 +43,10 @@ class GivenMetrics:
         for name in self.metrics:
             if name in scores:
                 raise ConfigError(f"metrics: {name!r} is a score that is reported anyway; call your metric otherwise")
+
+    def keeping_all(self) -> list[str]:
+        """Return the names of the metrics that keep every answer until the end, as those of torchmetrics do whose states are lists."""
+        return [name for name, metric in self.metrics.items() if is_torchmetric(metric) and _has_lists(metric)]
 
     def examine(self, targets: Tensor, outputs: tuple[TensorSpec, ...]) -> None:
         """Try the metrics on made-up outputs, before a training ends with what they raise.
@@ -210,6 +214,11 @@ def _naming(name: str, outputs: tuple[Tensor, ...] = ()) -> Iterator[None]:
 def is_torchmetric(metric: Any) -> bool:
     """Decide whether a metric is an object that collects what it measures, as those of torchmetrics are."""
     return hasattr(metric, "update") and hasattr(metric, "compute")
+
+
+def _has_lists(metric: Any) -> bool:
+    parts = metric.modules() if isinstance(metric, nn.Module) else [metric]  # a collection has several
+    return any(isinstance(state, list) for part in parts for state in getattr(part, "_defaults", {}).values())
 
 
 def _value(result: Any) -> Any:

@@ -31,7 +31,7 @@ from lowmem_pnn.run.run import Run
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import STORE_NAME, State, states_of, weights_of
 from lowmem_pnn.stores.activations import ActivationStore
-from lowmem_pnn.stores.disk import RUN_REMEDY, remove_folder, write_durably
+from lowmem_pnn.stores.disk import RUN_REMEDY, remove_folder, sync_folder, write_durably
 from lowmem_pnn.stores.keys import VERSIONS_KEY, CommittedFile
 from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER
 from lowmem_pnn.stores.run_directory import way_back
@@ -75,6 +75,10 @@ def run_to_end(
     else:
         run = Run(session, workload, Plan.from_json(state.plan), _open_committed(session, workload, state), state)
     session.display.header(describe_start(run, profile))
+    if not sync_folder(session.rundir.path):
+        session.display.message(
+            f"the file system of {session.rundir.path} cannot sync folders: after a loss of power the last commits may not be found there"
+        )
     session.callbacks.tell("on_fit_start", _told_at_start(run))
     if not state.said_before:
         state.said_before = say_samples(run, "before training")

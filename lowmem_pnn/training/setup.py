@@ -15,6 +15,7 @@ from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.device import CpuDevice, CudaDevice, Device
 from lowmem_pnn.device.described import DescribedGpu
 from lowmem_pnn.device.support import device_taken, has_driver, missing_kernels, why_no_gpu
+from lowmem_pnn.memory.available import available_bytes
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.optim.low_precision import load_int8_levels
 from lowmem_pnn.optim.optimizers import OptimizerSpec
@@ -24,6 +25,7 @@ from lowmem_pnn.run.only_run import alone_on_gpus
 from lowmem_pnn.run.ranks import ALONE, Rank
 from lowmem_pnn.samples.readers import Readers
 from lowmem_pnn.stores.disk import spare_page_cache
+from lowmem_pnn.units import format_bytes
 from lowmem_pnn.workload import Workload, make_workload, with_compiled_layers
 from lowmem_pnn.workload.inputs import Inputs
 from lowmem_pnn.zoo.deferred_init import skeleton
@@ -68,6 +70,8 @@ def open_workload(
             display.stage("compiling layers")
         compiled = with_compiled_layers(make_workload(config, *inputs, device.torch_device), device.torch_device)
     with alone_on_gpus(device), device, tf32_products(config.tf32 and device.kind == "cuda"):
+        if display is not None:
+            _say_what_is_free(device, display)
         spare_page_cache(device.is_unified)
         yield device, compiled or make_workload(config, *inputs, device.torch_device)
 
@@ -128,6 +132,15 @@ def _why_not_taken() -> str | None:
     if torch.cuda.is_available():
         return missing_kernels(0)
     return f"no GPU is taken, though there is a driver: {why_no_gpu()}" if has_driver() else None
+
+
+def _say_what_is_free(device: Device, display: Display) -> None:
+    """Say it if a budget on the CPU is more than is free beside the floor, which holds data that lie in memory too."""
+    if device.shares_host and device.budget_bytes > (free := available_bytes()):
+        display.message(
+            f"the budget is {format_bytes(device.budget_bytes)}, and {format_bytes(free)} are free beside libraries and data "
+            f"({format_bytes(device.floor_bytes)}): a run that needs more may be swapped or killed by the system; give less --max-gpu-mem"
+        )
 
 
 def _described(config: FitConfig, gpu: GpuDescription) -> Device:

@@ -139,9 +139,9 @@ def test_a_run_is_repeated_by_its_own_file() -> None:
 
 def test_a_share_is_resolved_once_and_kept_by_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "fit --device cpu --model mlp:20-16-3 --data npz:data.npz --epochs 1 --workdir run --json --quiet --max-gpu-mem"
-    monkeypatch.setattr("lowmem_pnn.memory.available.available_bytes", lambda device: 400_000_000)
+    monkeypatch.setattr("lowmem_pnn.memory.available.bytes_for_budget", lambda device: 400_000_000)
     assert json.loads(lowmem_pnn(f"{line} 25%").out)["budget_bytes"] == 100_000_000
-    monkeypatch.setattr("lowmem_pnn.memory.available.available_bytes", lambda device: 300_000_000)
+    monkeypatch.setattr("lowmem_pnn.memory.available.bytes_for_budget", lambda device: 300_000_000)
     assert json.loads(lowmem_pnn(f"{line} auto --resume").out)["budget_bytes"] == 100_000_000
 
 

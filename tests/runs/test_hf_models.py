@@ -255,8 +255,9 @@ def test_a_new_head_classifies_sequences(tmp_path: Path) -> None:
     assert model(input_ids=ids[:2]).logits.shape == (2, 3)
 
 
+@pytest.mark.usefixtures("ascii_locale")
 def test_a_configuration_alone_is_trained_from_random_values_on_bytes(tmp_path: Path) -> None:
-    file = write_config(tmp_path / "llama.json", "llama", "LlamaForCausalLM", LLAMA, num_hidden_layers=1)
+    file = write_config(tmp_path / "лама.json", "llama", "LlamaForCausalLM", LLAMA, num_hidden_layers=1)
     (tmp_path / "a.txt").write_text("to be or not to be, " * 40)
     result = lowmem_pnn.fit(
         f"hf:{file}", f"text:{tmp_path / 'a.txt'}", max_gpu_mem="400MB", device="cpu", workdir=tmp_path / "run", epochs=1, seed=4
@@ -265,7 +266,7 @@ def test_a_configuration_alone_is_trained_from_random_values_on_bytes(tmp_path: 
     assert result.method == "exact"
     assert result.preparation == {}
     of_folder(tmp_path / "run" / "hf")
-    assert "trained from random values" in (tmp_path / "run" / "hf" / "README.md").read_text()
+    assert "# лама.json, trained from random values" in (tmp_path / "run" / "hf" / "README.md").read_text("utf-8")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for what it gives up

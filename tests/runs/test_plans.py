@@ -16,7 +16,7 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.device import CpuDevice
 from lowmem_pnn.device.buffers import BufferSizes
 from lowmem_pnn.device.kernel_memory import CONVOLUTION_PRIMITIVE_BYTES
-from lowmem_pnn.errors import ConfigError, Stopped
+from lowmem_pnn.errors import BudgetError, ConfigError, Stopped
 from lowmem_pnn.memory.heap import trim_threshold
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.planning.footprint import Footprint
@@ -222,6 +222,18 @@ def test_a_run_that_is_planned_for_time_ends_and_keeps_its_plan(tmp_path: Path) 
     assert result is not None
     assert result.peak_bytes <= 32_000_000
     assert [part["stop"] for part in result.partitions] == [part["stop"] for part in before["partitions"]]
+
+
+def test_a_plan_for_time_that_does_not_fit_names_a_budget_that_does() -> None:
+    wishes = {"method": "pnn", "recovery_epochs": 1, "model": "mlp:64-1024-1024-1024-10"}
+    with pytest.raises(BudgetError) as refused:
+        planned(lambda plan: 0.0, **wishes, max_gpu_mem="24MB")
+    enough = refused.value.enough_bytes
+    assert enough is not None, str(refused.value)
+    assert f"--max-gpu-mem {enough // 10**6}MB" in str(refused.value)
+    assert planned(lambda plan: 0.0, **wishes, max_gpu_mem=enough)
+    with pytest.raises(BudgetError, match="--batch-size 1000000 is larger than the 512 training samples: give at most 512"):
+        planned(lambda plan: 0.0, max_gpu_mem="30MB", batch_size=1_000_000)
 
 
 def test_plans_for_time_need_something_to_choose() -> None:

@@ -73,8 +73,16 @@ def test_what_needs_more_than_is_free_is_not_run_wherever_it_would_be_the_cpu(mo
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(benches, "available_bytes", lambda device: 1_000_000)
-    monkeypatch.setattr(benches, "_run_method", lambda config, method, budget, *_: (BenchRow(contender=method), {}))
+    places: list[Path] = []
+
+    def note(_: object, method: str, __: int, workdir: Path, *___: object) -> tuple[BenchRow, dict[str, Any]]:
+        places.append(workdir)
+        return BenchRow(contender=method), {}
+
+    monkeypatch.setattr(benches, "_run_method", note)
     rows = benches.bench("mlp:20-600-600-600-3", "npz:data.npz", budgets=["1GB"], methods="neuroflux", batch_size=32).rows
+    assert [place.parent.parent for place in places] == [Path.cwd()], "temporary files may lie in memory"
+    assert not [*Path.cwd().glob(".lowmem*")]
     state = 16 * (20 * 600 + 2 * 600 * 600 + 600 * 3)
     for row in rows[1:]:
         assert row.reason.startswith(f"it needs about {row.predicted_peak_bytes / 1e6:.1f} MB, and 1.0 MB are free")

@@ -11,7 +11,7 @@ from lowmem_pnn.cli import doctor
 from lowmem_pnn.cli.doctor import Findings
 from lowmem_pnn.cli.options import command_options
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.device import CudaDevice, support
+from lowmem_pnn.device import CpuDevice, CudaDevice, support
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.memory.available import available_bytes
 from lowmem_pnn.run.ranks import ALONE, Rank
@@ -55,6 +55,20 @@ def test_a_gpu_without_kernels_is_refused_or_left_and_named() -> None:
     doctor._device(found)
     assert "GTX 1080, compute capability 6.1, 7.00 GB of 8.00 GB free" in found.facts["gpu 0"]
     assert found.problems[0].startswith("gpu 0 cannot be used: GTX 1080 has compute capability 6.1")
+
+
+def test_a_budget_above_what_is_free_beside_the_floor_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    display = SimpleNamespace(message=said.append)
+    device = CpuDevice(6_400_000_000)
+    device.floor_bytes = 3_400_000_000  # with a data set in arrays
+    for free in (6_400_000_000, 5_000_000_000):
+        monkeypatch.setattr(setup, "available_bytes", lambda free=free: free)
+        setup._say_what_is_free(device, display)  # type: ignore[arg-type]
+    assert said == [
+        "the budget is 6.40 GB, and 5.00 GB are free beside libraries and data (3.40 GB): a run that needs more may be swapped or killed by the "
+        "system; give less --max-gpu-mem"
+    ]
 
 
 def test_a_driver_that_is_too_old_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

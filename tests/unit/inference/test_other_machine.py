@@ -25,7 +25,10 @@ def test_layers_run_as_they_are_where_the_compiler_may_be_missing() -> None:
     assert not options_here(trained(compile=True, device="cpu"), None, None).compile
 
 
-def test_another_budget_is_a_size_and_another_device_is_one() -> None:
+def test_another_budget_is_a_size_or_a_share_and_another_device_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowmem_pnn.memory.available.bytes_for_budget", lambda device: 10**9 if device == "cpu" else 2 * 10**9)
+    assert options_here(trained(), "75%", "cpu").max_gpu_mem == 750_000_000
+    assert options_here(trained(device="cpu"), "auto", None).max_gpu_mem == 800_000_000
     assert options_here(trained(), "200MB", "cpu").max_gpu_mem == 200_000_000
     with pytest.raises(ConfigError, match=r"^--max-gpu-mem: 'much' is not a size"):
         options_here(trained(), "much", None)

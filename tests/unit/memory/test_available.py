@@ -1,38 +1,45 @@
 """Budgets as shares of what is free."""
 
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.memory import available
 from lowmem_pnn.memory.available import available_bytes, budget_of, may_be_gpu
+from lowmem_pnn.memory.cgroup import NO_BOUND
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine without a GPU and with 10 GB free; the folder is that of its control group."""
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A machine without a GPU, with 10.5 GB free and a process that has imported nothing; the function sets what its cgroup leaves."""
     monkeypatch.setattr(available, "DRIVERS", ())
-    monkeypatch.setattr(available, "_CGROUP", tmp_path)
-    monkeypatch.setattr(available.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000_000_000))
-    return tmp_path
+    monkeypatch.setattr(available.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_500_000_000))
+    monkeypatch.setattr(available, "private_bytes", lambda: 0)
+    monkeypatch.setattr(available, "bytes_left", lambda: NO_BOUND)
+    return lambda nbytes: monkeypatch.setattr(available, "bytes_left", lambda: nbytes)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     ("given", "budget"),
     [("auto", 8_000_000_000), ("75%", 7_500_000_000), (" 12.5 % ", 1_250_000_000), ("2GB", "2GB"), (10**9, 10**9), (None, None)],
 )
-def test_a_share_becomes_bytes_and_a_size_stays_as_it_is(machine: Path, given: object, budget: object) -> None:
+def test_a_share_becomes_bytes_and_a_size_stays_as_it_is(given: object, budget: object) -> None:
     assert budget_of(given) == budget
 
 
-def test_a_control_group_may_leave_less_than_the_machine(machine: Path) -> None:
-    (machine / "memory.max").write_text("max\n")
-    (machine / "memory.current").write_text("1000\n")
-    assert available_bytes("cpu") == 10_000_000_000
-    (machine / "memory.max").write_text("4000001000\n")
-    assert budget_of("50%", "cpu") == 2_000_000_000
+def test_a_share_is_of_what_is_left_beside_the_process(machine: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert available_bytes("cpu") == 10_500_000_000
+    machine(2_000_000_000)
+    assert (available_bytes("cpu"), budget_of("50%", "cpu")) == (2_000_000_000, 750_000_000)
+    monkeypatch.setattr(available, "private_bytes", lambda: 3_000_000_000)
+    assert budget_of("100%", "cpu") == 2_000_000_000, "of a process that holds it all already"
+    monkeypatch.setattr(available, "private_bytes", lambda: 100_000_000)
+    machine(300_000_000)
+    with pytest.raises(BudgetError, match=r"auto: 300\.0 MB are free, and PyTorch itself takes 500\.0 MB beside the budget"):
+        budget_of("auto")
 
 
 @pytest.mark.parametrize("share", ["0%", "101%"])

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from torch import nn
 
 from helpers.gpu_driver import MB, Driver
@@ -12,8 +13,11 @@ from lowmem_pnn.capture.capture import capture
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.device import CpuDevice, CudaDevice
 from lowmem_pnn.methods import make_method
+from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.partition_plan import Plan
-from lowmem_pnn.planning.notes import augmentation_notes, device_notes, micro_batch_notes
+from lowmem_pnn.planning.notes import augmentation_notes, device_notes, metric_notes, micro_batch_notes
+from lowmem_pnn.sources.targets import Targets
+from lowmem_pnn.tasks.own_metrics import GivenMetrics
 from lowmem_pnn.workload import Workload
 
 
@@ -60,3 +64,22 @@ def test_statistics_that_forwards_change_for_every_micro_batch_are_said() -> Non
         "forwards change '2.running_mean', '2.running_var' once for each micro-batch of 4 of the 10 samples of a batch, and in plain "
         "PyTorch once for all of them"
     ]
+
+
+def test_metrics_that_keep_all_answers_are_said() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+    of_lists = torchmetrics.AUROC(task="binary", thresholds=None)
+    of_fixed_size = torchmetrics.AUROC(task="binary", thresholds=10)
+
+    def said(**metrics: Any) -> list[str]:
+        given = GivenMetrics(metrics, Targets("class", 2), lambda tensors: tensors)
+        chain = SimpleNamespace(boundaries=[(), (TensorSpec((250,), torch.float32),)])
+        splits = {"train": range(4), "val": range(1000), "test": range(2000)}
+        return metric_notes(cast(Workload, SimpleNamespace(task=SimpleNamespace(metrics=given), chain=chain, splits=splits)))
+
+    assert said(thresholds=of_fixed_size, own=lambda outputs, targets: (0, 1)) == []
+    for metric in (of_lists, torchmetrics.MetricCollection([of_lists])):
+        assert said(thresholds=of_fixed_size, all=metric) == [
+            "metric 'all' keeps what it needs of all 2,000 samples, 2.0 MB or more that is in no plan: leave room for it, or give one of "
+            "fixed size (thresholds=100)"
+        ]

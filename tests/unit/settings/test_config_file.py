@@ -10,6 +10,7 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.settings.command import fit_command
 from lowmem_pnn.settings.config_file import read_config_file, read_settings, to_toml
+from lowmem_pnn.stores.disk import write_durably
 
 BASE = {"max_gpu_mem": "1GB", "model": "mlp:64-10", "data": "digits"}
 
@@ -32,6 +33,13 @@ def test_what_is_written_makes_the_same_configuration_again(tmp_path: Path, give
     file = tmp_path / "run.toml"
     file.write_text(to_toml(config))
     assert configure(**read_config_file(file)) == config
+
+
+@pytest.mark.usefixtures("ascii_locale")
+def test_a_file_is_utf_8_in_every_locale(tmp_path: Path) -> None:
+    config = configure(**{**BASE, "data": "npz:Größe.npz"})
+    write_durably(tmp_path / "run.toml", to_toml(config))
+    assert configure(**read_config_file(tmp_path / "run.toml")) == config
 
 
 def test_a_default_that_depends_on_others_is_written_where_it_is_not_taken() -> None:

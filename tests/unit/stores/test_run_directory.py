@@ -1,10 +1,12 @@
 """Run directories: born whole, locked, moved by their journal, and refused by name when damaged."""
 
 import contextlib
+import errno
 import io
 import json
 import os
 import resource
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -249,6 +251,32 @@ def test_a_commit_replaces_the_journal_and_keeps_what_was_asked(path: Path) -> N
         assert run.commit(body(5)) == [body(5)]
     with RunDirectory.open(path) as run:
         assert (run.journal(), run.older_journals(), run.config_json()) == (body(5), [], '{"lr": 1}')
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_commits_are_kept_by_copies_where_there_are_no_links(path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with make(path) as run:
+        run.commit(body(1))
+        assert run.commit(body(2), keep=2) == [body(2), body(1)]
+        assert run.older_journals() == [body(1)]
+
+
+def test_a_run_is_held_where_folders_cannot_be_synced(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    with make(path) as run:
+        assert run.commit(body(1)) == [body(1)]
+    assert not disk.sync_folder(path)
 
 
 def test_a_commit_that_is_not_written_leaves_the_one_before(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
