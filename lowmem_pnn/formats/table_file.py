@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
 """What numbers that are not known are written as, in any case."""
 
 _DELIMITERS = ",;\t"
+_NAMELESS_INDEX = re.compile(r"__index_level_\d+__")
 # A field may be as long as a text is.
 csv.field_size_limit(1 << 24)
 
@@ -46,7 +48,9 @@ class TableFile:
         if kind == "csv":
             self.columns = self._read_header()
         else:
-            self.columns = list(self._parquet().schema_arrow.names)
+            # An index without a name, which pandas stores with its rows, is no column of the frame.
+            self._stored = list(self._parquet().schema_arrow.names)
+            self.columns = [name for name in self._stored if not _NAMELESS_INDEX.fullmatch(name)]
         twice = [name for name in self.columns if self.columns.count(name) > 1]
         if twice:
             raise DataError(f"{path} has two columns {twice[0]!r}; give each a name of its own")
@@ -133,7 +137,8 @@ class TableFile:
         number = 0
         try:
             for batch in self._parquet().iter_batches(batch_size=4096):
-                columns = [column.to_pylist() for column in batch.columns]
+                named = zip(self._stored, batch.columns, strict=True)
+                columns = [column.to_pylist() for name, column in named if not _NAMELESS_INDEX.fullmatch(name)]
                 for values in zip(*columns, strict=True):
                     number += 1
                     texts = zip(values, self.columns, strict=True)
