@@ -8,9 +8,10 @@ age,city,price                          x: [34, 1, 0]   y: 12.5      (--target p
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lowmem_pnn.errors import ConfigError, DataError
@@ -86,7 +87,7 @@ def open_table(
     *,
     skip_broken: bool = False,
     schema: TableSchema | None = None,
-    may_lack_targets: bool = False,
+    may_lack: Literal["nothing", "columns", "values"] = "nothing",
 ) -> Dataset:
     """Open a table as data of one part.
 
@@ -97,8 +98,8 @@ def open_table(
         options: What is known of the targets.
         skip_broken: Leave out rows that cannot be used, instead of raising.
         schema: What columns are in the training data; None for the training data itself.
-        may_lack_targets: Whether a table without the columns of targets is taken, with class 0 for each row and no targets in its
-            `preparation`.
+        may_lack: Whether a table without the columns of targets is taken, with class 0 for each row and no targets in its
+            `preparation`; `values`: also one in which a target is missing, or is no class of the training data.
 
     Raises:
         ConfigError: The target is not said, or there is no such column.
@@ -108,8 +109,13 @@ def open_table(
         targets = file.target_names or targets
     if schema is None and targets is None:
         raise ConfigError(f"data {file.spec} needs --target COLUMN; its columns are {_listed(file.columns)}")
-    if may_lack_targets and schema is not None and not any(name in file.columns for name in schema.targets):
-        schema, options = dataclasses.replace(schema, targets=(), classes=()), TargetOptions()
+    notes: tuple[str, ...] = ()
+    if schema is not None and may_lack != "nothing":
+        is_there = any(name in file.columns for name in schema.targets)
+        if is_there and may_lack == "values" and (reason := _unknown_target(file, schema)) is not None:
+            notes = (f"targets of {file.name} are left aside: {reason}",)
+        if notes or not is_there:
+            schema, options = dataclasses.replace(schema, targets=(), classes=()), TargetOptions()
     wanted = schema.targets if schema is not None else tuple(targets or ())
     for name in (*wanted, *(schema.columns if schema is not None else ())):
         if name not in file.columns:
@@ -125,10 +131,16 @@ def open_table(
             wanted,
             survey.classes(options.task if options.task != "own" else "auto"),
         )
-    x, y = _read(file, schema, broken, survey.num_rows - len(broken), skip_broken)
+        if schema.classes and options.ignored is not None:
+            raise ConfigError(
+                f"--ignore-index {options.ignored} has no meaning for a table, whose classes get numbers of their own; leave the option out, "
+                "and the rows that are not to be learnt"
+            )
+    x, y, places = _read(file, schema, broken, survey.num_rows - len(broken), skip_broken)
     if options.task == "auto" and len(schema.targets) == 1:
         options = dataclasses.replace(options, task="classification" if schema.classes else "regression")
     split = from_arrays(x, y, num_classes=len(schema.classes) or None, input_form=input_form, where=file.name, options=options)
+    split.places = places
     dataset = join_parts(
         file.title,
         split,
@@ -137,7 +149,20 @@ def open_table(
         skipped={f"{file.place} {number} of {file.name}": reason for number, reason in broken.items()},
         classes=schema.classes,
     )
-    return dataclasses.replace(dataset, preparation=schema.to_dict())
+    return dataclasses.replace(dataset, preparation=schema.to_dict(), notes=notes)
+
+
+def _unknown_target(file: TableFile | DataFrame, schema: TableSchema) -> str | None:
+    """Return in words which row has a target that is missing, or no class of the training data; None where there is none."""
+    places = {name: file.columns.index(name) for name in schema.targets if name in file.columns}
+    classes = frozenset(schema.classes)
+    for number, row in file.rows():
+        for name, place in places.items():
+            text = row[place].strip() if place < len(row) else None
+            if text is not None and (text not in classes if classes else file.number(text) is None):
+                what = f"holds {text!r}, which the training data has not," if text and classes else "has no value"
+                return f"{file.place} {number} {what} in column {name!r}"
+    return None
 
 
 class _Survey:
@@ -280,16 +305,16 @@ class _Survey:
 
 def _read(
     file: TableFile | DataFrame, schema: TableSchema, broken: dict[int, str], num_rows: int, skip_broken: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read the values of a table: samples (N, F) float32, and targets."""
+) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64]]:
+    """Read the values of a table: samples (N, F) float32, targets, and the places of the rows (N,) among all."""
     width = sum(1 if words is None else len(words) for words in schema.columns.values())
     x = np.zeros((num_rows, width), dtype=np.float32)
     y = np.zeros((num_rows, len(schema.targets)), dtype=np.int64 if schema.classes else np.float64)
     places = {name: file.columns.index(name) for name in (*schema.columns, *schema.targets)}
     codes = {name: {word: code for code, word in enumerate(words)} for name, words in schema.columns.items() if words is not None}
     numbers = {text: code for code, text in enumerate(schema.classes)}
-    kept = 0
-    for number, row in file.rows():
+    kept, kept_places = 0, np.zeros(num_rows, dtype=np.int64)
+    for row_place, (number, row) in enumerate(file.rows()):
         if number in broken:
             continue
 
@@ -326,13 +351,14 @@ def _read(
                     break
                 y[kept, column] = found
             else:
+                kept_places[kept] = row_place
                 kept += 1
     if not kept:
         raise DataError(f"{file.name}: no row can be used, such as {file.place} {min(broken)}, which {broken[min(broken)]}")
     samples, values = torch.from_numpy(x[:kept]), torch.from_numpy(y[:kept])
     if not schema.targets:
-        return samples, torch.zeros(kept, dtype=torch.int64)
-    return samples, values[:, 0] if len(schema.targets) == 1 else values
+        return samples, torch.zeros(kept, dtype=torch.int64), kept_places[:kept]
+    return samples, values[:, 0] if len(schema.targets) == 1 else values, kept_places[:kept]
 
 
 def _listed(names: Sequence[str]) -> str:

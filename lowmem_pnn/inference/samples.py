@@ -188,7 +188,10 @@ def _parts_of(
     if kind == "npz":
         splits = open_npz(path, input_form, options, skip_broken=skip_broken, resize=resize)
     elif kind == "hfdata":
-        splits = open_hub_samples(place, config.target, input_form, options, skip_broken=skip_broken, resize=resize)
+        may_lack = sample_form.may_lack_labels
+        splits = open_hub_samples(
+            place, config.target, input_form, options, skip_broken=skip_broken, resize=resize, may_lack_labels=may_lack
+        )
     elif names_code("data", spec):
         found = _call(spec)
         if isinstance(found, Dataset):
@@ -215,7 +218,8 @@ def _parts_of(
 def _of_table(file: TableFile | DataFrame, form: SampleForm, preparation: Mapping[str, Any], skip_broken: bool) -> _Parts:
     """Return the one part of a table, which may lack its targets, and the steps to its samples."""
     known, forms = TableSchema.from_dict(preparation), (form.input_form, form.options)
-    table = open_table(file, None, *forms, skip_broken=skip_broken, schema=known, may_lack_targets=True)
+    may_lack: Literal["columns", "values"] = "values" if form.may_lack_labels else "columns"
+    table = open_table(file, None, *forms, skip_broken=skip_broken, schema=known, may_lack=may_lack)
     whole = OpenPart.of_dataset(table.train, table)
     return {"all": dataclasses.replace(whole, labelled=bool(table.preparation["targets"]))}, table.preprocessing
 

@@ -38,8 +38,8 @@ class Rows:
     def __len__(self) -> int:
         return len(next(iter(self._rows.values())))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: values[index] for name, values in self._rows.items()}
+    def __getitem__(self, index: int | str) -> Any:
+        return self._rows[index] if isinstance(index, str) else {name: values[index] for name, values in self._rows.items()}
 
 
 @pytest.fixture
@@ -170,6 +170,13 @@ def test_rows_without_targets_are_taken_and_parts_of_any_name(library: dict[str,
     assert samples("alone", ("y",)) == {"all": (x, [0, 0], False)}
     assert samples("parts") == {"test": (x, [0, 0], False)}
     assert samples("odd") == {"unseen": (x, [1, 0], True)}
+    library["hidden"] = {"test": Rows({"x": Value(), "y": ClassLabel(["a", "b"])}, {"x": x, "y": [-1, -1]})}
+    assert samples("hidden") == {"test": (x, [0, 0], False)}
+    assert open_hub_samples("hidden", None, "any", TargetOptions())["test"][0].notes == (
+        "targets of hfdata:hidden (test part) are left aside: column 'y' holds labels that are missing or below 0",
+    )
+    with pytest.raises(DataError, match=r"^sample 0 of hfdata:hidden \(test part\) has label -1, outside 0 to 1"):
+        open_hub_samples("hidden", None, "any", TargetOptions(), may_lack_labels=False)["test"][0].batch([0])
 
 
 def test_which_column_is_meant_has_to_be_clear(library: dict[str, Any]) -> None:

@@ -201,6 +201,11 @@ def test_what_is_missing_goes_by_the_columns_of_the_training_data(tmp_path: Path
             {},
             r"a.csv: column 'price' holds 150 different whole numbers, which may be values or classes; say which: --task regression or",
         ),
+        (
+            "a,price\n1,-1\n2,0\n3,1\n",
+            {"ignore_index": -1},
+            r"^--ignore-index -1 has no meaning for a table, whose classes get numbers of their own; leave the option out, and the rows",
+        ),
         (PRICES, {"image_size": 8}, r"--image-size has no effect here: data 'csv:.*' is a table; leave it out$"),
         (
             PRICES,
@@ -243,6 +248,9 @@ def test_parquet_is_read_as_csv_is(tmp_path: Path) -> None:
     assert samples(spec, skip_broken=True) == ([[34, 1, 0], [27, 0, 1]], [12.5, 11.0])
     with pytest.raises(DataError, match=r"a.parquet: row 3 has no value in column 'age'; 1 of 3 rows cannot be used"):
         opened(spec)
+    table = pyarrow.table({"__index_level_0__": [2, 0], "a": [1, 2], "price": [2.5, 3.5]})
+    parquet.write_table(table, tmp_path / "a.parquet")  # as pandas stores the index of rows that were shuffled or chosen
+    assert samples(spec) == ([[1], [2]], [2.5, 3.5])
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(DataError, match=r"a.parquet cannot be read as Parquet: .*; repair it$"):
         opened(spec)
