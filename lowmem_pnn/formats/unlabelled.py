@@ -12,7 +12,7 @@ from lowmem_pnn.errors import DataError
 from lowmem_pnn.formats.data_loader import without_loader
 from lowmem_pnn.sources.arrays import as_tensor
 from lowmem_pnn.sources.datasets import read_npz
-from lowmem_pnn.sources.given import LABEL_NAMES, as_pair, is_array, require_map_style
+from lowmem_pnn.sources.given import LABEL_NAMES, as_pair, column_names, is_array, require_map_style
 from lowmem_pnn.sources.image_file import words_of
 from lowmem_pnn.sources.image_folder import (
     ImageFolderSplit,
@@ -210,6 +210,7 @@ def open_given(
         if x.ndim < 1:
             raise DataError(f"{where} is one number; give samples (N, ...)")
         split = _alone(x, input_form, where, resize)
+        split.columns = column_names(data)
         if skip_broken:
             split.skip_broken()
         split.check()

@@ -20,7 +20,7 @@ from lowmem_pnn.formats.unlabelled import open_given, open_images, open_npz
 from lowmem_pnn.inference.open_parts import OpenPart, SamplesToPredict
 from lowmem_pnn.language.tokenizer import check_trained_by
 from lowmem_pnn.samples.normalization import Normalization
-from lowmem_pnn.sources.dataset import Dataset
+from lowmem_pnn.sources.dataset import FRAME_COLUMNS, Dataset, check_columns
 from lowmem_pnn.sources.datasets import find_dataset
 from lowmem_pnn.sources.given import returned_parts, without_bunch
 from lowmem_pnn.sources.imports import load_factory, one_line
@@ -113,6 +113,7 @@ def open_samples(
         split, labelled = open_given(
             data, spec, source.input_form, form.structure, options, skip_broken=skip_broken, resize=resize_of(config)
         )
+        check_columns(f"data {spec}", split.columns, preparation.get(FRAME_COLUMNS, ()))
         parts, steps = {"all": OpenPart.of_split(split, labelled)}, ", ".join(split.preprocessing.all_steps)
     name, chosen = _choose(parts, part, spec)
     mean, std = (tuple(preparation.get(statistic, ())) for statistic in ("mean", "std"))

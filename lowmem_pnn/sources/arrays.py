@@ -40,15 +40,19 @@ def as_tensor(value: Any, where: str, *, palette: bool = False) -> Tensor:
         return value.detach().cpu()
     if hasattr(value, "toarray"):
         raise DataError(f"{where} holds a sparse {type(value).__name__}; make it dense with toarray()")
+    images = value if isinstance(value, list | tuple) and len(value) and hasattr(value[0], "getpalette") else (value,)
+    mode = next(
+        (one for image in images if (one := getattr(image, "mode", None)) in ("P", "PA") and hasattr(image, "getpalette")), None
+    )
+    if mode is not None and not palette:
+        raise DataError(
+            f"{where} holds an image of mode {mode}, whose values are places in a palette and no colours; give image.convert('RGB')"
+        )
     if isinstance(value, list | tuple | range) or hasattr(value, "to_numpy"):
         value = _as_array(value, where)
     # PIL images have the first of these, other libraries' arrays the second; to ask for it spares importing PIL here.
     if not isinstance(value, int | float) and not any(hasattr(value, name) for name in ("__array_interface__", "__array__")):
         raise DataError(f"{where} holds a {type(value).__name__}; give tensors, arrays or images")
-    if (mode := getattr(value, "mode", None)) in ("P", "PA") and hasattr(value, "getpalette") and not palette:
-        raise DataError(
-            f"{where} holds an image of mode {mode}, whose values are places in a palette and no colours; give image.convert('RGB')"
-        )
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise DataError(f"{where} holds values of dtype {array.dtype}; give real numbers")

@@ -65,6 +65,8 @@ class SampleSplit:
     """Broken samples that were left out, by name, with what is wrong with each."""
     classes: tuple[str, ...] = ()
     """Names of the classes by their numbers, where they go with the samples; else none."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns, where samples are rows of a table that was given whole; else none."""
     notes: tuple[str, ...] = ()
     """What is said of samples that are other ones than the source gives, a line each."""
     paths: Sequence[Path] | None = None
