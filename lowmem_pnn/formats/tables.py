@@ -6,6 +6,7 @@ age,city,price                          x: [34, 1, 0]   y: 12.5      (--target p
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import torch
 
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.formats.data_frame import DataFrame
-from lowmem_pnn.formats.table_file import MISSING, TableFile
+from lowmem_pnn.formats.table_file import MISSING, DecimalMarks, TableFile
 from lowmem_pnn.sources.dataset import Dataset, join_parts
 from lowmem_pnn.sources.imports import did_you_mean
 from lowmem_pnn.sources.map_split import from_arrays
@@ -29,6 +30,8 @@ _MOST_WORDS = 100
 _MOST_WHOLE_CLASSES = 100
 _MOST_CLASSES = 10_000
 _LARGEST = float(np.finfo(np.float32).max)
+# Steps of float32 in the range of a column, below which it is said that values are rounded.
+_FEWEST_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def open_table(
                 f"--ignore-index {options.ignored} has no meaning for a table, whose classes get numbers of their own; leave the option out, "
                 "and the rows that are not to be learnt"
             )
+        notes = survey.rounded()
     x, y, places = _read(file, schema, broken, survey.num_rows - len(broken), skip_broken)
     if options.task == "auto" and len(schema.targets) == 1:
         options = dataclasses.replace(options, task="classification" if schema.classes else "regression")
@@ -185,6 +189,9 @@ class _Survey:
         self._first_words: dict[str, tuple[str, int]] = {}
         self._is_number = dict.fromkeys(self._places, True)
         self._is_whole = dict.fromkeys(targets, True)
+        self._marks = DecimalMarks() if file.decimal_comma else None
+        # Lowest and highest number of each column.
+        self._ranges: dict[str, tuple[float, float]] = {}
         self.num_rows = 0
 
     def look(self, skip_broken: bool) -> dict[int, str]:
@@ -211,6 +218,13 @@ class _Survey:
                     self._note(name, text, number)
         if not self.num_rows:
             raise DataError(f"{self._file.name} holds 0 rows; give at least 1")
+        columns = [name for name in self._places if self._holds_numbers(name)]
+        if self._marks and (doubtful := self._marks.doubtful(columns, mixed_alone=self._schema is not None)):
+            holds = " and ".join(f"{text!r} ({self._file.place} {number})" for text, number in doubtful)
+            raise DataError(
+                f"{self._file.name} holds {holds}: whether a comma stands for the point, or parts thousands, is not clear; write numbers with a "
+                "point, and without commas"
+            )
         for number, name, text in missing:
             # What stands for no number is a word in a column of words.
             if self._holds_numbers(name) or not text:
@@ -229,6 +243,19 @@ class _Survey:
             )
         return dict(sorted(broken.items()))
 
+    def rounded(self) -> tuple[str, ...]:
+        """Return a line for each column of numbers that float32 keeps too coarsely for its range, such as times in seconds since 1970."""
+        notes = []
+        for name, (low, high) in self._ranges.items():
+            step = math.ulp(max(abs(low), abs(high))) * 2.0**29  # of float64, which has 29 bits more
+            is_exact = step <= 1 and low.is_integer() and high.is_integer()
+            if name not in self._targets and self._is_number[name] and not is_exact and 0 < high - low < _FEWEST_STEPS * step:
+                notes.append(
+                    f"column {name!r} of {self._file.name} goes from {low:.15g} to {high:.15g}, and float32 keeps it in steps of {step:g}; "
+                    "subtract the lowest to keep it exactly"
+                )
+        return tuple(notes)
+
     def _holds_numbers(self, name: str) -> bool:
         """Return whether a column is of numbers, in the training data where that is known."""
         if self._schema is None:
@@ -243,8 +270,13 @@ class _Survey:
             if self._is_number[name]:
                 self._first_words[name] = text, number
             self._is_number[name] = False
-        elif name in self._is_whole and not text.lstrip("+-").isdigit():
-            self._is_whole[name] = False
+        else:
+            low, high = self._ranges.get(name, (value, value))
+            self._ranges[name] = min(low, value), max(high, value)
+            if self._marks is not None:
+                self._marks.note(name, text, number)
+            if name in self._is_whole and not text.lstrip("+-").isdigit():
+                self._is_whole[name] = False
         # Of a column of numbers, which nobody asks for all of them, no more than a column of words may have.
         if len(self._words[name]) <= (_MOST_CLASSES if name in self._targets else _MOST_WORDS):
             self._words[name].setdefault(text, number)
