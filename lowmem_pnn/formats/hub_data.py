@@ -183,7 +183,14 @@ def open_parts(place: str, needs_train: bool = True) -> dict[str, Any]:
         ) from error
     if not isinstance(found, Mapping):
         return {"train" if needs_train else "all": found}
-    parts = {PARTS[own.lower()]: rows for own, rows in found.items() if own.lower() in PARTS}
+    parts: dict[str, Any] = {}
+    for own, rows in found.items():
+        if (part := PARTS.get(own.lower())) in parts:
+            raise DataError(
+                f"data hfdata:{place} has the parts {', '.join(map(repr, found))}, two of which are one to us ({part}); leave one out"
+            )
+        if part is not None:
+            parts[part] = rows
     if not parts and not needs_train:
         return dict(found)
     if "train" not in parts and needs_train:

@@ -23,10 +23,18 @@ from torch.utils import _pytree as pytree
 
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
-from lowmem_pnn.sources.arrays import FEW_OPERATIONS, as_labels, as_tensor, fits_bytes, refuse_words
+from lowmem_pnn.sources.arrays import (
+    FEW_OPERATIONS,
+    as_labels,
+    as_tensor,
+    check_values,
+    fits_bytes,
+    probabilities,
+    refuse_words,
+    zeros_and_ones,
+)
 from lowmem_pnn.sources.packing import Packing
 from lowmem_pnn.sources.resize import Resize
-from lowmem_pnn.sources.target_values import check_values, probabilities, zeros_and_ones
 
 TaskName = Literal["auto", "classification", "multilabel", "regression", "segmentation", "own"]
 TargetKind = Literal["class", "tokens", "probabilities", "labels", "values", "mask", "own"]

@@ -121,6 +121,7 @@ def test_numbers_and_a_named_target_are_taken(library: dict[str, Any]) -> None:
     assert dataset.targets.kind == "values"
     library["b"] = Rows({name: Value() for name in ("a", "b", "label")}, {"a": [1.0], "b": [2.0], "label": [0]})
     library["c"] = {"dev": library["a"]}
+    library["twice"] = {"train": library["a"], "valid": library["a"], "validation": library["a"]}
     for place, options, message in (
         ("a", {}, r"^data hfdata:a needs --target COLUMN; its columns are x, height$"),
         ("a", {"target": "heigth"}, r"^data hfdata:a has no column 'heigth'; did you mean 'height'\?$"),
@@ -129,6 +130,11 @@ def test_numbers_and_a_named_target_are_taken(library: dict[str, Any]) -> None:
             "b",
             {},
             r"^data hfdata:b has the columns a, b, label, and which one samples are of is not clear; leave others out with",
+        ),
+        (
+            "twice",
+            {},
+            r"^data hfdata:twice has the parts 'train', 'valid', 'validation', two of which are one to us \(val\); leave",
         ),
         ("c", {}, r"^data hfdata:c has the parts 'dev', and no training part; save one called train$"),
         (
