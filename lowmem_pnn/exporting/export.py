@@ -127,14 +127,15 @@ def export_exit(
             }
         )
         return {**report, "program": str(folder.path / "model.pt2"), "weights": str(folder.path / "model.safetensors")}
+    names = report.get("inputs", ["x"])
     found: list[float | None] = []
     with tempfile.TemporaryDirectory() as place:
         onnx = Path(place) / FILE_OF["onnx"]
         if to == "onnx":
-            save_onnx(program, onnx, f"the model of {path}", report.get("inputs", ["x"]), report.get("outputs", ["outputs"]))
+            save_onnx(program, onnx, f"the model of {path}", names, report.get("outputs", ["outputs"]))
         folder.write(
             {FILE_OF[to]: lambda file: torch.export.save(program, file) if to == "pt2" else _copy(onnx, file)},
-            lambda written: found.append(largest_difference(model, inputs, written / FILE_OF[to], to)),
+            lambda written: found.append(largest_difference(model, inputs, written / FILE_OF[to], to, names)),
         )
     return {**report, "file": str(folder.path / FILE_OF[to]), "largest_difference": found[0]}
 

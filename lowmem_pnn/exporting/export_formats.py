@@ -121,7 +121,9 @@ def save_onnx(
         written.save(str(file), external_data=False)
 
 
-def largest_difference(model: nn.Module, inputs: Sequence[TensorSpec], file: Path, to: FileFormat) -> float | None:
+def largest_difference(
+    model: nn.Module, inputs: Sequence[TensorSpec], file: Path, to: FileFormat, names: Sequence[str]
+) -> float | None:
     """Run a batch through a model and through the file that was written of it.
 
     Args:
@@ -129,6 +131,7 @@ def largest_difference(model: nn.Module, inputs: Sequence[TensorSpec], file: Pat
         inputs: shape and type of each tensor of a sample.
         file: path of the file.
         to: format of the file.
+        names: names of the inputs in the file, where the format has such.
 
     Returns:
         The largest difference between two outputs; None where what reads the format is not installed.
@@ -136,7 +139,7 @@ def largest_difference(model: nn.Module, inputs: Sequence[TensorSpec], file: Pat
     generator = torch.Generator().manual_seed(0)
     # Of tokens only the first is sure to be known.
     tensors = [torch.rand(_SAMPLES, *spec.shape, generator=generator).to(spec.dtype) for spec in inputs]
-    run = _reader(file, to)
+    run = _reader(file, to, names)
     if run is None:
         return None
     with torch.no_grad():
@@ -148,7 +151,7 @@ def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _reader(file: Path, to: FileFormat) -> Callable[..., Any] | None:
+def _reader(file: Path, to: FileFormat, names: Sequence[str]) -> Callable[..., Any] | None:
     if to == "pt2":
         loaded: Callable[..., Any] = torch.export.load(file).module()
         return loaded
@@ -157,11 +160,11 @@ def _reader(file: Path, to: FileFormat) -> Callable[..., Any] | None:
     except ImportError:
         return None
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    names = [one.name for one in session.get_inputs()]
+    there = {one.name for one in session.get_inputs()}
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         # An input that nothing depends on may have been left out.
-        given = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=False)}
+        given = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True) if name in there}
         return tuple(torch.from_numpy(output) for output in session.run(None, given))
 
     return run

@@ -88,6 +88,7 @@ def open_hub_samples(
     *,
     skip_broken: bool = False,
     resize: Resize | None = None,
+    may_lack_labels: bool = True,
 ) -> dict[str, tuple[SampleSplit, bool]]:
     """Open a data set of Hugging Face's library to predict it: its targets may be missing, and any part will do.
 
@@ -98,6 +99,7 @@ def open_hub_samples(
         options: What is known of the targets.
         skip_broken: Read every sample once, and leave out those that cannot be used.
         resize: Brings images to one size; None to leave them as they are.
+        may_lack_labels: Whether labels below 0, which parts whose labels nobody is to know have, stand for none.
 
     Returns:
         The parts by name, `all` where there is but one without a name, each with whether its samples have targets.
@@ -111,9 +113,13 @@ def open_hub_samples(
         name = f"hfdata:{place} ({part} part)"
         y_name = _target(rows, target)
         x_name = _samples(rows, y_name, f"hfdata:{place}")
+        notes: tuple[str, ...] = ()
+        if may_lack_labels and y_name is not None and _lacks_labels(rows, y_name, options):
+            notes = (f"targets of {name} are left aside: column {y_name!r} holds labels that are missing or below 0",)
+            y_name = None
         own = options if y_name is not None else TargetOptions()
         split = MapSplit(HubRows(rows, x_name, y_name), None, input_form, name, skip_broken, own, resize)
-        split.classes = () if y_name is None else _names(rows, y_name)
+        split.classes, split.notes = () if y_name is None else _names(rows, y_name), notes
         opened[part] = split, y_name is not None
     return opened
 
@@ -177,7 +183,14 @@ def open_parts(place: str, needs_train: bool = True) -> dict[str, Any]:
         ) from error
     if not isinstance(found, Mapping):
         return {"train" if needs_train else "all": found}
-    parts = {PARTS[own.lower()]: rows for own, rows in found.items() if own.lower() in PARTS}
+    parts: dict[str, Any] = {}
+    for own, rows in found.items():
+        if (part := PARTS.get(own.lower())) in parts:
+            raise DataError(
+                f"data hfdata:{place} has the parts {', '.join(map(repr, found))}, two of which are one to us ({part}); leave one out"
+            )
+        if part is not None:
+            parts[part] = rows
     if not parts and not needs_train:
         return dict(found)
     if "train" not in parts and needs_train:
@@ -222,6 +235,13 @@ def _samples(rows: Any, y_name: str | None, name: str) -> str:
             "remove_columns()"
         )
     return chosen[0]
+
+
+def _lacks_labels(rows: Any, y_name: str, options: TargetOptions) -> bool:
+    """Return whether a class is missing, or below 0, by which the hub's data sets say that nobody is to know it."""
+    if not _names(rows, y_name):
+        return False
+    return any(label is None or (label < 0 and label != options.ignored) for label in rows[y_name])
 
 
 def _steps(split: MapSplit) -> tuple[str, ...]:

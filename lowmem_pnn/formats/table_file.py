@@ -2,7 +2,8 @@
 
 import csv
 import importlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
 """What numbers that are not known are written as, in any case."""
 
 _DELIMITERS = ",;\t"
+_MAY_PART_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
+_NAMELESS_INDEX = re.compile(r"__index_level_\d+__")
 # A field may be as long as a text is.
 csv.field_size_limit(1 << 24)
 
@@ -46,7 +49,9 @@ class TableFile:
         if kind == "csv":
             self.columns = self._read_header()
         else:
-            self.columns = list(self._parquet().schema_arrow.names)
+            # An index without a name, which pandas stores with its rows, is no column of the frame.
+            self._stored = list(self._parquet().schema_arrow.names)
+            self.columns = [name for name in self._stored if not _NAMELESS_INDEX.fullmatch(name)]
         twice = [name for name in self.columns if self.columns.count(name) > 1]
         if twice:
             raise DataError(f"{path} has two columns {twice[0]!r}; give each a name of its own")
@@ -133,7 +138,8 @@ class TableFile:
         number = 0
         try:
             for batch in self._parquet().iter_batches(batch_size=4096):
-                columns = [column.to_pylist() for column in batch.columns]
+                named = zip(self._stored, batch.columns, strict=True)
+                columns = [column.to_pylist() for name, column in named if not _NAMELESS_INDEX.fullmatch(name)]
                 for values in zip(*columns, strict=True):
                     number += 1
                     texts = zip(values, self.columns, strict=True)
@@ -142,6 +148,39 @@ class TableFile:
             raise
         except Exception as error:
             raise DataError(f"{self.path} cannot be read as Parquet: {one_line(error)}; repair it") from error
+
+
+class DecimalMarks:
+    """Points and commas in the numbers of a file in which a comma may stand for the point, or part thousands."""
+
+    def __init__(self) -> None:
+        # By what a number has: the first of each column, with its row.
+        self._found: dict[str, dict[str, tuple[str, int]]] = {"point": {}, "comma": {}, "thousands": {}}
+
+    def note(self, column: str, text: str, row: int) -> None:
+        """Look at a number.
+
+        Args:
+            column: Name of its column.
+            text: The number.
+            row: Place of its row.
+        """
+        if "," in text or "." in text:
+            kind = "point" if "." in text else "thousands" if _MAY_PART_THOUSANDS.fullmatch(text) else "comma"
+            self._found[kind].setdefault(column, (text, row))
+
+    def doubtful(self, columns: Sequence[str], *, mixed_alone: bool) -> list[tuple[str, int]]:
+        """Return numbers, with their rows, by which it is not clear what a comma is; none where it is clear.
+
+        Args:
+            columns: Columns that are numbers.
+            mixed_alone: Whether commas before three digits each are in doubt only where other numbers have a point.
+        """
+        first = {kind: next((found[name] for name in columns if name in found), None) for kind, found in self._found.items()}
+        point, comma = first["point"], first["comma"] or first["thousands"]
+        if comma is None or (point is None and (mixed_alone or first["comma"] is not None)):
+            return []
+        return [comma] if point is None else [comma, point]
 
 
 def field_text(value: Any, table: str, column: str, row: int) -> str:

@@ -6,16 +6,18 @@ age,city,price                          x: [34, 1, 0]   y: 12.5      (--target p
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.formats.data_frame import DataFrame
-from lowmem_pnn.formats.table_file import MISSING, TableFile
+from lowmem_pnn.formats.table_file import MISSING, DecimalMarks, TableFile
 from lowmem_pnn.sources.dataset import Dataset, join_parts
 from lowmem_pnn.sources.imports import did_you_mean, listed
 from lowmem_pnn.sources.map_split import from_arrays
@@ -30,6 +32,8 @@ _MOST_CLASSES = 10_000
 # Names of columns that a message holds.
 _MOST_NAMES = 12
 _LARGEST = float(np.finfo(np.float32).max)
+# Steps of float32 in the range of a column, below which it is said that values are rounded.
+_FEWEST_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def open_table(
     *,
     skip_broken: bool = False,
     schema: TableSchema | None = None,
-    may_lack_targets: bool = False,
+    may_lack: Literal["nothing", "columns", "values"] = "nothing",
 ) -> Dataset:
     """Open a table as data of one part.
 
@@ -99,8 +103,8 @@ def open_table(
         options: What is known of the targets.
         skip_broken: Leave out rows that cannot be used, instead of raising.
         schema: What columns are in the training data; None for the training data itself.
-        may_lack_targets: Whether a table without the columns of targets is taken, with class 0 for each row and no targets in its
-            `preparation`.
+        may_lack: Whether a table without the columns of targets is taken, with class 0 for each row and no targets in its
+            `preparation`; `values`: also one in which a target is missing, or is no class of the training data.
 
     Raises:
         ConfigError: The target is not said, or there is no such column.
@@ -110,8 +114,13 @@ def open_table(
         targets = file.target_names or targets
     if schema is None and targets is None:
         raise ConfigError(f"data {file.spec} needs --target COLUMN; its columns are {listed(file.columns, _MOST_NAMES)}")
-    if may_lack_targets and schema is not None and not any(name in file.columns for name in schema.targets):
-        schema, options = dataclasses.replace(schema, targets=(), classes=()), TargetOptions()
+    notes: tuple[str, ...] = ()
+    if schema is not None and may_lack != "nothing":
+        is_there = any(name in file.columns for name in schema.targets)
+        if is_there and may_lack == "values" and (reason := _unknown_target(file, schema)) is not None:
+            notes = (f"targets of {file.name} are left aside: {reason}",)
+        if notes or not is_there:
+            schema, options = dataclasses.replace(schema, targets=(), classes=()), TargetOptions()
     wanted = schema.targets if schema is not None else tuple(targets or ())
     for name in (*wanted, *(schema.columns if schema is not None else ())):
         if name not in file.columns:
@@ -127,10 +136,17 @@ def open_table(
             wanted,
             survey.classes(options.task if options.task != "own" else "auto"),
         )
-    x, y = _read(file, schema, broken, survey.num_rows - len(broken), skip_broken)
+        if schema.classes and options.ignored is not None:
+            raise ConfigError(
+                f"--ignore-index {options.ignored} has no meaning for a table, whose classes get numbers of their own; leave the option out, "
+                "and the rows that are not to be learnt"
+            )
+        notes = survey.rounded()
+    x, y, places = _read(file, schema, broken, survey.num_rows - len(broken), skip_broken)
     if options.task == "auto" and len(schema.targets) == 1:
         options = dataclasses.replace(options, task="classification" if schema.classes else "regression")
     split = from_arrays(x, y, num_classes=len(schema.classes) or None, input_form=input_form, where=file.name, options=options)
+    split.places = places
     dataset = join_parts(
         file.title,
         split,
@@ -139,7 +155,20 @@ def open_table(
         skipped={f"{file.place} {number} of {file.name}": reason for number, reason in broken.items()},
         classes=schema.classes,
     )
-    return dataclasses.replace(dataset, preparation=schema.to_dict())
+    return dataclasses.replace(dataset, preparation=schema.to_dict(), notes=notes)
+
+
+def _unknown_target(file: TableFile | DataFrame, schema: TableSchema) -> str | None:
+    """Return in words which row has a target that is missing, or no class of the training data; None where there is none."""
+    places = {name: file.columns.index(name) for name in schema.targets if name in file.columns}
+    classes = frozenset(schema.classes)
+    for number, row in file.rows():
+        for name, place in places.items():
+            text = row[place].strip() if place < len(row) else None
+            if text is not None and (text not in classes if classes else file.number(text) is None):
+                what = f"holds {text!r}, which the training data has not," if text and classes else "has no value"
+                return f"{file.place} {number} {what} in column {name!r}"
+    return None
 
 
 class _Survey:
@@ -162,6 +191,9 @@ class _Survey:
         self._first_words: dict[str, tuple[str, int]] = {}
         self._is_number = dict.fromkeys(self._places, True)
         self._is_whole = dict.fromkeys(targets, True)
+        self._marks = DecimalMarks() if file.decimal_comma else None
+        # Lowest and highest number of each column.
+        self._ranges: dict[str, tuple[float, float]] = {}
         self.num_rows = 0
 
     def look(self, skip_broken: bool) -> dict[int, str]:
@@ -188,6 +220,13 @@ class _Survey:
                     self._note(name, text, number)
         if not self.num_rows:
             raise DataError(f"{self._file.name} holds 0 rows; give at least 1")
+        columns = [name for name in self._places if self._holds_numbers(name)]
+        if self._marks and (doubtful := self._marks.doubtful(columns, mixed_alone=self._schema is not None)):
+            holds = " and ".join(f"{text!r} ({self._file.place} {number})" for text, number in doubtful)
+            raise DataError(
+                f"{self._file.name} holds {holds}: whether a comma stands for the point, or parts thousands, is not clear; write numbers with a "
+                "point, and without commas"
+            )
         for number, name, text in missing:
             # What stands for no number is a word in a column of words.
             if self._holds_numbers(name) or not text:
@@ -206,6 +245,19 @@ class _Survey:
             )
         return dict(sorted(broken.items()))
 
+    def rounded(self) -> tuple[str, ...]:
+        """Return a line for each column of numbers that float32 keeps too coarsely for its range, such as times in seconds since 1970."""
+        notes = []
+        for name, (low, high) in self._ranges.items():
+            step = math.ulp(max(abs(low), abs(high))) * 2.0**29  # of float64, which has 29 bits more
+            is_exact = step <= 1 and low.is_integer() and high.is_integer()
+            if name not in self._targets and self._is_number[name] and not is_exact and 0 < high - low < _FEWEST_STEPS * step:
+                notes.append(
+                    f"column {name!r} of {self._file.name} goes from {low:.15g} to {high:.15g}, and float32 keeps it in steps of {step:g}; "
+                    "subtract the lowest to keep it exactly"
+                )
+        return tuple(notes)
+
     def _holds_numbers(self, name: str) -> bool:
         """Return whether a column is of numbers, in the training data where that is known."""
         if self._schema is None:
@@ -220,8 +272,13 @@ class _Survey:
             if self._is_number[name]:
                 self._first_words[name] = text, number
             self._is_number[name] = False
-        elif name in self._is_whole and not text.lstrip("+-").isdigit():
-            self._is_whole[name] = False
+        else:
+            low, high = self._ranges.get(name, (value, value))
+            self._ranges[name] = min(low, value), max(high, value)
+            if self._marks is not None:
+                self._marks.note(name, text, number)
+            if name in self._is_whole and not text.lstrip("+-").isdigit():
+                self._is_whole[name] = False
         # Of a column of numbers, which nobody asks for all of them, no more than a column of words may have.
         if len(self._words[name]) <= (_MOST_CLASSES if name in self._targets else _MOST_WORDS):
             self._words[name].setdefault(text, number)
@@ -282,16 +339,16 @@ class _Survey:
 
 def _read(
     file: TableFile | DataFrame, schema: TableSchema, broken: dict[int, str], num_rows: int, skip_broken: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read the values of a table: samples (N, F) float32, and targets."""
+) -> tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64]]:
+    """Read the values of a table: samples (N, F) float32, targets, and the places of the rows (N,) among all."""
     width = sum(1 if words is None else len(words) for words in schema.columns.values())
     x = np.zeros((num_rows, width), dtype=np.float32)
     y = np.zeros((num_rows, len(schema.targets)), dtype=np.int64 if schema.classes else np.float64)
     places = {name: file.columns.index(name) for name in (*schema.columns, *schema.targets)}
     codes = {name: {word: code for code, word in enumerate(words)} for name, words in schema.columns.items() if words is not None}
     numbers = {text: code for code, text in enumerate(schema.classes)}
-    kept = 0
-    for number, row in file.rows():
+    kept, kept_places = 0, np.zeros(num_rows, dtype=np.int64)
+    for row_place, (number, row) in enumerate(file.rows()):
         if number in broken:
             continue
 
@@ -328,10 +385,11 @@ def _read(
                     break
                 y[kept, column] = found
             else:
+                kept_places[kept] = row_place
                 kept += 1
     if not kept:
         raise DataError(f"{file.name}: no row can be used, such as {file.place} {min(broken)}, which {broken[min(broken)]}")
     samples, values = torch.from_numpy(x[:kept]), torch.from_numpy(y[:kept])
     if not schema.targets:
-        return samples, torch.zeros(kept, dtype=torch.int64)
-    return samples, values[:, 0] if len(schema.targets) == 1 else values
+        return samples, torch.zeros(kept, dtype=torch.int64), kept_places[:kept]
+    return samples, values[:, 0] if len(schema.targets) == 1 else values, kept_places[:kept]

@@ -12,7 +12,7 @@ from lowmem_pnn.errors import DataError
 from lowmem_pnn.formats.data_loader import without_loader
 from lowmem_pnn.sources.arrays import as_tensor
 from lowmem_pnn.sources.datasets import read_npz
-from lowmem_pnn.sources.given import LABEL_NAMES, as_pair, is_array, require_map_style
+from lowmem_pnn.sources.given import LABEL_NAMES, as_pair, column_names, is_array, require_map_style
 from lowmem_pnn.sources.image_file import words_of
 from lowmem_pnn.sources.image_folder import (
     ImageFolderSplit,
@@ -94,6 +94,7 @@ def open_images(
             input_form,
             resize,
         )
+        split.skipped = {str(path): broken[path] for path in part.paths if path in broken}
         parts[name] = split, labels is not None
     first = next(iter(parts.values()))[0]
     return parts, ", ".join(first.preprocessing.steps_after(words_of(used)))
@@ -209,6 +210,7 @@ def open_given(
         if x.ndim < 1:
             raise DataError(f"{where} is one number; give samples (N, ...)")
         split = _alone(x, input_form, where, resize)
+        split.columns = column_names(data)
         if skip_broken:
             split.skip_broken()
         split.check()
@@ -220,7 +222,7 @@ def open_given(
     except Exception as error:
         raise DataError(f"sample 0 of {where} cannot be read: {one_line(error)}; repair it") from error
     labelled = _is_labelled(first, structure)
-    rows = data if labelled else WithoutTargets(data)
+    rows = data if labelled else WithoutTargets(data, is_one=structure is None)
     own = options if labelled else TargetOptions()
     return from_torch(rows, input_form=input_form, where=where, skip_broken=skip_broken, options=own, resize=resize), labelled
 
@@ -230,18 +232,21 @@ class WithoutTargets:
 
     Args:
         samples: The data set.
+        is_one: Whether a sample is one tensor: a tuple of one, as a `TensorDataset` of samples alone gives, then is that tensor.
     """
 
     classes = ("",)
 
-    def __init__(self, samples: Any) -> None:
-        self._samples = samples
+    def __init__(self, samples: Any, is_one: bool) -> None:
+        self._samples, self._is_one = samples, is_one
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         item = self._samples[index]
+        if self._is_one and isinstance(item, tuple | list) and len(item) == 1 and not isinstance(item[0], int | float):
+            return item[0], 0
         # A dictionary with one value is that value, as with a target beside it.
         return next(iter(item.values())) if isinstance(item, dict) and len(item) == 1 else item, 0
 

@@ -121,6 +121,8 @@ class ArrayWriter:
             np.save(self._folder / "classes.npy", np.array(list(answers.classes)))
         if (files := answers.samples.files(np.arange(len(answers.samples)))) is not None:
             np.save(self._folder / "files.npy", np.array(files))
+        elif answers.samples.skipped and "samples" not in answers.outputs:
+            np.save(self._folder / "samples.npy", answers.samples.places)
 
     def close(self) -> None:
         """See `AnswerWriter.close`."""
@@ -175,6 +177,7 @@ class TableWriter:
         columns = ["class", "probability"] if is_class else answers.names
         self._has_targets = answers.samples.labelled and answers.kind in ("class", "labels", "values")
         targets = [] if not self._has_targets else ["target"] if is_class else [f"target {name}" for name in answers.names]
+        self._places = answers.samples.places
         first = "file" if answers.samples.files(np.arange(1)) is not None else "sample"
         self._writer.writerow([first, *columns, *targets])
 
@@ -183,7 +186,7 @@ class TableWriter:
         (values,) = (tensor.float() if tensor.dtype.is_floating_point else tensor for tensor in outputs.values())
         numbers = np.arange(self._begin, self._begin + len(values))
         self._begin += len(values)
-        firsts: Sequence[Any] = self._answers.samples.files(numbers) or numbers.tolist()
+        firsts: Sequence[Any] = self._answers.samples.files(numbers) or self._places[numbers].tolist()
         kind = self._answers.kind
         if kind in ("class", "probabilities"):
             best = values.softmax(-1).max(-1)
@@ -252,7 +255,8 @@ def _mask_names(samples: SamplesToPredict) -> Any:
     """Return what gives the name of a sample's mask: that of its image, or its number."""
     files = samples.files(np.arange(len(samples)))
     if files is None:
-        return lambda number: f"{number:0{max(6, len(str(len(samples) - 1)))}d}.png"
+        places = samples.places
+        return lambda number: f"{places[number]:0{max(6, len(str(places[-1])))}d}.png"
     # What lies outside of the data's folder is called by its own name alone.
     inside = [Path(*(part for part in Path(file).parts if part != "images")) for file in files]
     inside = [Path(path.name) if path.is_absolute() else path for path in inside]

@@ -114,7 +114,7 @@ def _given(finished: FinishedRun, path: Path, data: Any, model: Model | None, ow
     opened = open_samples(data, None, config, form, source, finished.result.preparation, options, scored=True)
     if not opened.split.labelled:
         raise DataError(f"{opened.words}, have no targets to evaluate {path} on; give samples and targets, or predict them")
-    weights = None if config.class_weights == "balanced" else config.class_weights
+    weights = (form.class_weights or None) if config.class_weights == "balanced" else config.class_weights
     config, inputs = trained_inputs(config, form, source, opened.split, opened.split.targets)
     # A loss of the user's own is tried on samples first.
     inputs = inputs._replace(splits={**inputs.splits, "train": opened.split}, own=own)

@@ -1,8 +1,8 @@
 """Open parts of the data that a trained model predicts, held against the form of the data that it was trained on."""
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from lowmem_pnn.language.token_rows import choose_inputs
 from lowmem_pnn.samples.normalization import Normalization
 from lowmem_pnn.sources.dataset import Dataset, class_numbers
 from lowmem_pnn.sources.splits import Indices, SampleSplit, Split
-from lowmem_pnn.sources.subsets import RenumberedSplit, as_floats, files_of, whole_of
+from lowmem_pnn.sources.subsets import RenumberedSplit, as_floats, files_of, places_of, whole_of
 from lowmem_pnn.sources.targets import Targets
 from lowmem_pnn.workload.data_form import DataForm
 
@@ -33,6 +33,8 @@ class OpenPart:
         structure: Structure of these; None where a sample is one tensor.
         targets: Form of the targets, where there are such.
         classes: Names of the classes, by their numbers; empty where they have none.
+        skipped: Broken samples that were left out, by name, with what is wrong with each.
+        notes: What is said of samples that are other ones than the source gives, a line each.
     """
 
     split: Split
@@ -41,12 +43,14 @@ class OpenPart:
     structure: TreeSpec | None
     targets: Targets
     classes: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of_split(cls, split: SampleSplit, labelled: bool) -> "OpenPart":
         """Return a part that the package reads itself."""
         inputs = tuple((spec.shape, spec.dtype) for spec in split.inputs)
-        return cls(split, labelled, inputs, split.structure, split.targets, split.classes)
+        return cls(split, labelled, inputs, split.structure, split.targets, split.classes, split.skipped, split.notes)
 
     @classmethod
     def of_dataset(cls, split: Split, dataset: Dataset) -> "OpenPart":
@@ -55,7 +59,8 @@ class OpenPart:
         inputs = several if dataset.structure is not None else ((dataset.sample_shape, dataset.dtype),)
         rows = whole_of(split)
         labelled = rows.has_labels if isinstance(rows, LabelledRows) else True
-        return cls(split, labelled, inputs, dataset.structure, dataset.targets, tuple(dataset.classes))
+        skipped, notes = dataset.skipped, dataset.notes
+        return cls(split, labelled, inputs, dataset.structure, dataset.targets, tuple(dataset.classes), skipped, notes)
 
 
 class SamplesToPredict:
@@ -87,6 +92,10 @@ class SamplesToPredict:
         floats = form.structure is None and form.inputs[0].dtype == torch.float32
         self._parts = [as_floats(part.split) if floats and part.inputs[0][1] == torch.int64 else part.split for part in parts]
         self._begins = np.cumsum([0, *(len(part.split) for part in parts)])
+        self.skipped = {name: reason for part in parts for name, reason in part.skipped.items()}
+        """Broken samples that were left out, by name, with what is wrong with each."""
+        self.notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+        """What is said of samples that are other ones than the source gives, a line each."""
         own = form.targets.kind == "own"
         first = parts[0].targets
         self.labelled = all(part.labelled for part in parts) and (scored or not (own and first.packing is not None))
@@ -116,6 +125,16 @@ class SamplesToPredict:
         if self._normalization is not None and isinstance(samples, Tensor):
             samples = self._normalization(samples)
         return samples, targets.to(self.targets.dtype) if self.labelled else self.targets.zeros(len(numbers))
+
+    @property
+    def places(self) -> npt.NDArray[np.int64]:
+        """Place of each sample in its part, from 0, which broken samples that were left out have too; of several parts one after another."""
+        found, begin = [], 0
+        for split in self._parts:
+            own = places_of(split)
+            found.append(own + begin)
+            begin += max(len(split), int(own[-1]) + 1)
+        return np.concatenate(found)
 
     def files(self, numbers: npt.NDArray[np.int64]) -> list[str] | None:
         """Return the files of samples, by their places below the data's folder; None where samples are no files.

@@ -78,7 +78,7 @@ class Place:
             yield folder
             with writing_faults(self.path):
                 if self.kind == "masks" and self.path.exists():
-                    self.path.rename(folder / "before")
+                    self.path.rename(folder / f"before {self.path.name}")
                 (folder / self.path.name).replace(self.path)
                 sync_folder(self.path.parent)
         finally:

@@ -26,6 +26,7 @@ from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.reporting.tables import describe_skipped
 from lowmem_pnn.run.ranks import ALONE
 from lowmem_pnn.run.resume import check_plan
 from lowmem_pnn.run.run import Run
@@ -126,6 +127,10 @@ def _not_run(config: FitConfig, data: Any, model: Model | None) -> dict[str, Any
 
 def _tell(display: Display, opened: Opened, result: Result) -> None:
     display.message(f"data: {opened.words}")
+    if skipped := opened.split.skipped:
+        display.message(describe_skipped(list(skipped), len(skipped)))
+    for note in opened.split.notes:
+        display.message(note)
     if not result.preprocessing.startswith(opened.preprocessing):
         display.message(f"samples: {opened.preprocessing}; in training they were: {result.preprocessing}")
 

@@ -20,7 +20,7 @@ from lowmem_pnn.formats.unlabelled import open_given, open_images, open_npz
 from lowmem_pnn.inference.open_parts import OpenPart, SamplesToPredict
 from lowmem_pnn.language.tokenizer import check_trained_by
 from lowmem_pnn.samples.normalization import Normalization
-from lowmem_pnn.sources.dataset import Dataset
+from lowmem_pnn.sources.dataset import FRAME_COLUMNS, Dataset, check_columns
 from lowmem_pnn.sources.datasets import find_dataset
 from lowmem_pnn.sources.given import returned_parts, without_bunch
 from lowmem_pnn.sources.imports import load_factory, one_line
@@ -113,6 +113,7 @@ def open_samples(
         split, labelled = open_given(
             data, spec, source.input_form, form.structure, options, skip_broken=skip_broken, resize=resize_of(config)
         )
+        check_columns(f"data {spec}", split.columns, preparation.get(FRAME_COLUMNS, ()))
         parts, steps = {"all": OpenPart.of_split(split, labelled)}, ", ".join(split.preprocessing.all_steps)
     name, chosen = _choose(parts, part, spec)
     mean, std = (tuple(preparation.get(statistic, ())) for statistic in ("mean", "std"))
@@ -188,7 +189,10 @@ def _parts_of(
     if kind == "npz":
         splits = open_npz(path, input_form, options, skip_broken=skip_broken, resize=resize)
     elif kind == "hfdata":
-        splits = open_hub_samples(place, config.target, input_form, options, skip_broken=skip_broken, resize=resize)
+        may_lack = sample_form.may_lack_labels
+        splits = open_hub_samples(
+            place, config.target, input_form, options, skip_broken=skip_broken, resize=resize, may_lack_labels=may_lack
+        )
     elif names_code("data", spec):
         found = _call(spec)
         if isinstance(found, Dataset):
@@ -215,7 +219,8 @@ def _parts_of(
 def _of_table(file: TableFile | DataFrame, form: SampleForm, preparation: Mapping[str, Any], skip_broken: bool) -> _Parts:
     """Return the one part of a table, which may lack its targets, and the steps to its samples."""
     known, forms = TableSchema.from_dict(preparation), (form.input_form, form.options)
-    table = open_table(file, None, *forms, skip_broken=skip_broken, schema=known, may_lack_targets=True)
+    may_lack: Literal["columns", "values"] = "values" if form.may_lack_labels else "columns"
+    table = open_table(file, None, *forms, skip_broken=skip_broken, schema=known, may_lack=may_lack)
     whole = OpenPart.of_dataset(table.train, table)
     return {"all": dataclasses.replace(whole, labelled=bool(table.preparation["targets"]))}, table.preprocessing
 

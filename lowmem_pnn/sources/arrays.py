@@ -1,4 +1,4 @@
-"""Conversion of users' arrays, images and numbers to tensors and labels, with checks; and hashes of tensors."""
+"""Conversion of users' arrays, images and numbers to tensors and labels, with checks of labels and values; and hashes of tensors."""
 
 import warnings
 from typing import Any, Protocol
@@ -15,6 +15,8 @@ FEW_OPERATIONS = (torch.uint16, torch.uint32, torch.uint64)
 
 _WHOLE_HASH_BYTES = 64 * 10**6
 _PIECE_BYTES = 1 << 20
+# By how much probabilities may miss 1, since they are rounded.
+_ROUNDING = 1e-3
 
 
 class _Digest(Protocol):
@@ -41,15 +43,19 @@ def as_tensor(value: Any, where: str, *, palette: bool = False) -> Tensor:
         return value.detach().cpu()
     if hasattr(value, "toarray"):
         raise DataError(f"{where} holds a sparse {type(value).__name__}; make it dense with toarray()")
+    images = value if isinstance(value, list | tuple) and len(value) and hasattr(value[0], "getpalette") else (value,)
+    mode = next(
+        (one for image in images if (one := getattr(image, "mode", None)) in ("P", "PA") and hasattr(image, "getpalette")), None
+    )
+    if mode is not None and not palette:
+        raise DataError(
+            f"{where} holds an image of mode {mode}, whose values are places in a palette and no colours; give image.convert('RGB')"
+        )
     if isinstance(value, list | tuple | range) or hasattr(value, "to_numpy"):
         value = _as_array(value, where)
     # PIL images have the first of these, other libraries' arrays the second; to ask for it spares importing PIL here.
     if not isinstance(value, int | float) and not any(hasattr(value, name) for name in ("__array_interface__", "__array__")):
         raise DataError(f"{where} holds a {type(value).__name__}; give tensors, arrays or images")
-    if (mode := getattr(value, "mode", None)) in ("P", "PA") and hasattr(value, "getpalette") and not palette:
-        raise DataError(
-            f"{where} holds an image of mode {mode}, whose values are places in a palette and no colours; give image.convert('RGB')"
-        )
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise DataError(f"{where} holds values of dtype {array.dtype}; give real numbers")
@@ -171,6 +177,60 @@ def count_classes(x: Tensor, y: Tensor, ignored: int | None = None) -> int:
     counted = labels if ignored is None or ignored < 0 else labels[labels != ignored]
     tokens = [int(x.cpu().numpy().max())] if y.ndim > 1 else []
     return max(0, *tokens, int(counted.max()) if counted.size else 0) + 1
+
+
+def zeros_and_ones(y: Tensor) -> Tensor:
+    """Return which of some targets are 0 and 1 alone.
+
+    Args:
+        y: Targets (N, ...).
+
+    Returns:
+        Truth values (N,).
+    """
+    return ((y == 0) | (y == 1)).reshape(len(y), -1).all(1)
+
+
+def probabilities(y: Tensor) -> Tensor:
+    """Return which of some targets are probabilities, which sum to 1.
+
+    Args:
+        y: Targets (N, classes).
+
+    Returns:
+        Truth values (N,).
+    """
+    return ((y >= 0) & (y <= 1)).all(-1) & ((y.to(torch.float64).sum(-1) - 1).abs() < _ROUNDING)
+
+
+def check_values(y: Tensor, kind: str, where: str, *, batched: bool, remedy: str) -> None:
+    """Refuse targets that are not of their kind: where they come one by one, a few of them have shown which it is.
+
+    Args:
+        y: Targets (N, ...), float32.
+        kind: `labels`, `probabilities` or `values`.
+        where: Name of the data in messages; of the sample where there is one.
+        batched: Whether they are of many samples.
+        remedy: What leaves a broken sample out, in brackets.
+
+    Raises:
+        DataError: One is not.
+    """
+    fits = {"labels": zeros_and_ones, "probabilities": probabilities}
+    fit = fits[kind](y) if kind in fits else torch.isfinite(y).reshape(len(y), -1).all(1)
+    if bool(fit.all()):
+        return
+    number = int((~fit).nonzero()[0])
+    which = f"the target of sample {number}" if batched else "its target"
+    if kind == "values":
+        raise DataError(f"{where}: {which} is NaN or infinite; repair it or leave the sample out{remedy}")
+    row = y[number]
+    wrong = row[~((row == 0) | (row == 1))] if kind == "labels" else row[~((row >= 0) & (row <= 1))]
+    holds = f"holds {wrong[0].item():g}" if wrong.numel() else f"sums to {row.sum().item():g}"
+    others = "0 and 1 alone" if kind == "labels" else "probabilities, which sum to 1"
+    raise DataError(
+        f"{where}: {which} {holds}, and others are {others}; mend it, or give --task regression where targets are numbers"
+    )
 
 
 def fits_bytes(numbers: Tensor) -> bool:

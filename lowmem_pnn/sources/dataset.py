@@ -27,6 +27,9 @@ TASK_OF: dict[TargetKind, TaskName] = {
 }  # fmt: skip
 """Task of each kind of targets."""
 
+FRAME_COLUMNS = "frame_columns"
+"""What `Dataset.preparation` calls the names of the columns of a table of numbers that was given whole."""
+
 
 def options_like(targets: Targets, options: TargetOptions) -> TargetOptions:
     """Return what is known of the targets of other data once those of the training data are: a few of them need not show what they are.
@@ -152,6 +155,8 @@ def join_parts(
         part.targets = targets
         if isinstance(part, ArraySplit):
             part.check()
+    if not classes and targets.kind == "class" and len(train.classes) == targets.num_classes:
+        classes = train.classes
     steps = preprocessing.steps_after(first_steps or preprocessing.steps[:1])
     fingerprints = [part.fingerprint() for part in (train, test) if part is not None]
     if val is not None:
@@ -171,7 +176,26 @@ def join_parts(
         fingerprint=hashlib.sha256("\n".join([*fingerprints, *steps]).encode()).hexdigest(),
         skipped={name: reason for known in (skipped or {}, *(part.skipped for part in parts)) for name, reason in known.items()},
         classes=classes,
+        preparation={FRAME_COLUMNS: list(train.columns)} if train.columns else {},
     )
+
+
+def check_columns(what: str, columns: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse a table whose columns are others than those of the training data, or stand in another order.
+
+    Args:
+        what: Name of the table in messages.
+        columns: Names of its columns; empty where they have none.
+        known: The same of the training data.
+
+    Raises:
+        DataError: One is another.
+    """
+    for number, (own, other) in enumerate(zip(columns, known, strict=False), start=1):
+        if own != other:
+            raise DataError(
+                f"{what}: column {number} is {own!r}, and {other!r} in the training data; give its columns, in the same order"
+            )
 
 
 def _check_fit(name: str, train: SampleSplit, part: SampleSplit, kind: str) -> None:
@@ -184,6 +208,13 @@ def _check_fit(name: str, train: SampleSplit, part: SampleSplit, kind: str) -> N
             f"data set {name!r}: training samples are {own.shape} {own.dtype}, {kind} samples {other.shape} {other.dtype}; give both "
             "one shape and dtype"
         )
+    check_columns(f"data set {name!r}, {kind} part", part.columns, train.columns)
+    for number, names in enumerate(zip(train.classes, part.classes, strict=False)):
+        if names[0] != names[1]:
+            raise DataError(
+                f"data set {name!r}: class {number} is {names[0]!r} in the training part and {names[1]!r} in the {kind} part; number the "
+                "classes alike (of folders: as many, of the same names)"
+            )
     kinds = [(steps.raw_dtype == torch.uint8, steps.steps[1:]) for steps in (own, other)]
     if kinds[0] != kinds[1]:
         raise DataError(

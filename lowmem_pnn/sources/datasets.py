@@ -54,7 +54,7 @@ def find_dataset(
     options: TargetOptions = TargetOptions(),  # noqa: B008 - it is frozen
     resize: Resize | None = None,
 ) -> Dataset:
-    """Open the data set that a text names.
+    """Open the data set that a text names; tables, masks, Hugging Face's data and text by a tokenizer have been opened before it is asked.
 
     Args:
         spec: Name of a data set: `digits`, `mnist`, `fashion-mnist`, `emnist-balanced`, `cifar10`, `cifar100`, `npz:FILE` (arrays

@@ -172,3 +172,39 @@ def _holds_arrays(value: Any) -> bool:
 
 def _holds_scalars(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], bool | int | float | str | np.generic)
+
+
+def column_names(samples: Any) -> tuple[str, ...]:
+    """Return the names of the columns of a table; none of arrays, and of tables whose columns have numbers alone.
+
+    Args:
+        samples: Samples (N, F), as they were given.
+    """
+    columns = getattr(samples, "columns", None)
+    if columns is None or not hasattr(samples, "to_numpy") or list(columns) == list(range(len(columns))):
+        return ()
+    return tuple(map(str, columns))
+
+
+def class_names(dataset: Any) -> tuple[str, ...]:
+    """Return the names of the classes of a map-style data set, by their numbers; none where it has none, or changes the numbers.
+
+    Args:
+        dataset: The data set.
+    """
+    while isinstance(dataset, torch.utils.data.Subset):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", None)
+    if not isinstance(names, list | tuple) or changes_targets(dataset):
+        return ()
+    is_named = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
+    return tuple(names) if is_named else ()
+
+
+def changes_targets(dataset: Any) -> bool:
+    """Return whether a data set, of torchvision's form, gives other targets than the classes that it lists.
+
+    Args:
+        dataset: The data set.
+    """
+    return any(getattr(one, "target_transform", None) is not None for one in (dataset, getattr(dataset, "transforms", None)))

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_labels, as_tensor, count_classes, hash_tensor
 from lowmem_pnn.sources.draws import DrawKey, SampleReader
-from lowmem_pnn.sources.given import as_pair, as_sample, require_map_style
+from lowmem_pnn.sources.given import as_pair, as_sample, changes_targets, class_names, column_names, require_map_style
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing, holds_tokens
 from lowmem_pnn.sources.resize import Resize
@@ -72,6 +72,8 @@ class MapSplit(SampleSplit):
             if self.targets.are_classes:
                 self.targets = self._counted() if num_classes is None else self._of_classes(num_classes)
                 self._read_each_class()
+            if self.targets.kind == "class" and len(names := class_names(dataset)) == self.targets.num_classes:
+                self.classes = names
         self.is_random, self.uses_generators = self._reader.is_random, self._reader.uses_generators
 
     def batch(self, indices: Indices, key: DrawKey | None = None) -> tuple[Tensor, Tensor]:
@@ -269,6 +271,7 @@ def from_torch(
         split = from_arrays(
             x, pair[1], num_classes=num_classes, input_form=input_form, where=where, options=options, resize=resize
         )
+        split.columns = column_names(pair[0])
         if skip_broken:
             split.skip_broken()
         return split
@@ -351,6 +354,8 @@ def _known_classes(dataset: Any, where: str, form: Targets) -> int | None:
         return _known_classes(dataset.dataset, where, form)
     if of_tokens:
         return count_classes(*tensors, form.ignored) if isinstance(tensors, tuple) and len(tensors) == 2 else None
+    if changes_targets(dataset):
+        return None
     classes = getattr(dataset, "classes", None)
     if isinstance(classes, list | tuple) and classes:
         return len(classes)

@@ -65,8 +65,14 @@ class SampleSplit:
     """Broken samples that were left out, by name, with what is wrong with each."""
     classes: tuple[str, ...] = ()
     """Names of the classes by their numbers, where they go with the samples; else none."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns, where samples are rows of a table that was given whole; else none."""
+    notes: tuple[str, ...] = ()
+    """What is said of samples that are other ones than the source gives, a line each."""
     paths: Sequence[Path] | None = None
     """Files of the samples, as the source counts them; None where samples have no files."""
+    places: npt.NDArray[np.int64]
+    """Place of each sample in its source, from 0: it moves up where one before it was left out, and its place stays."""
     is_random: bool = False
     """Whether the data set draws at random while it gives a sample: `batch` then takes a key, from which the draws follow."""
     uses_generators: bool = False
@@ -74,7 +80,7 @@ class SampleSplit:
 
     def __init__(self, num_samples: int) -> None:
         # Numbers, as the source counts, of the samples that are left.
-        self._kept = np.arange(num_samples)
+        self._kept = self.places = np.arange(num_samples)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -95,7 +101,7 @@ class SampleSplit:
                 f"{self.where}: all {len(broken):,} samples are broken, such as sample {self._name(np.int64(number))}, which {reason}; "
                 "repair some of them"
             )
-        self._kept = left
+        self._kept = self.places = left
         self.skipped = {f"sample {self._name(np.int64(number))} of {self.where}": reason for number, reason in broken.items()}
 
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor]:

@@ -169,6 +169,17 @@ def files_of(split: Split, numbers: npt.NDArray[np.int64]) -> list[Path] | None:
     return split.files(numbers) if isinstance(split, SampleSplit) else None
 
 
+def places_of(split: Split) -> npt.NDArray[np.int64]:
+    """Return the place of each sample in its source, from 0, which broken samples that were left out have too; its number in a subset.
+
+    Args:
+        split: Any split.
+    """
+    if isinstance(split, RenumberedSplit):
+        return places_of(split.base)
+    return split.places if isinstance(split, SampleSplit) else np.arange(len(split))
+
+
 def as_floats(split: Split) -> Split:
     """Return a split with its integer samples as float32: numbers to calculate with, and no tokens.
 

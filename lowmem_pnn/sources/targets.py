@@ -23,7 +23,16 @@ from torch.utils import _pytree as pytree
 
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.model.chain import TensorSpec
-from lowmem_pnn.sources.arrays import FEW_OPERATIONS, as_labels, as_tensor, fits_bytes, refuse_words
+from lowmem_pnn.sources.arrays import (
+    FEW_OPERATIONS,
+    as_labels,
+    as_tensor,
+    check_values,
+    fits_bytes,
+    probabilities,
+    refuse_words,
+    zeros_and_ones,
+)
 from lowmem_pnn.sources.packing import Packing
 from lowmem_pnn.sources.resize import Resize
 
@@ -37,7 +46,6 @@ MASK_IGNORED = 255
 
 # Whole floats up to here are taken for class numbers where nobody says what they are.
 _MOST_CLASSES_OF_FLOATS = 1000
-_ROUNDING = 1e-3
 # Tokens that are cast at once where they are counted.
 _COUNTED_AT_ONCE = 1 << 18
 
@@ -167,15 +175,13 @@ class Targets:
             converted = mask.to(self.dtype)
         else:
             converted = tensor.to(torch.float32)
-            finite = torch.isfinite(converted).reshape(len(converted), -1).all(1)
-            if self.kind == "values" and not bool(finite.all()):
-                which = f"the target of sample {int((~finite).nonzero()[0])}" if batched else "its target"
-                raise DataError(f"{where}: {which} is NaN or infinite; repair it or leave the sample out{remedy}")
         if tuple(converted.shape[1:]) != self.shape:
             raise DataError(
                 f"{where} has labels of shape {tuple(converted.shape[1:])}, others of {self.shape}; give all samples labels of "
                 "one shape"
             )
+        if self.kind in ("labels", "probabilities", "values"):
+            check_values(converted, self.kind, where, batched=batched, remedy=remedy)
         return converted if batched else converted[0]
 
     def _convert_own(self, value: Any, where: str, *, batched: bool) -> Tensor:
@@ -281,10 +287,10 @@ def _kind(
     if task == "regression":
         return "values"
     if task == "multilabel":
-        if len(shape) != 1 or not _zeros_and_ones(y):
+        if len(shape) != 1 or not bool(zeros_and_ones(y).all()):
             raise DataError(
                 f"{where}: --task multilabel takes targets (N, labels) of 0 and 1, and these have shape {tuple(y.shape)}"
-                f"{'' if _zeros_and_ones(y) else f', with values up to {y.max().item():g}'}; give a column for each label"
+                f"{'' if bool(zeros_and_ones(y).all()) else f', with values up to {y.max().item():g}'}; give a column for each label"
             )
         return "labels"
     if task == "segmentation":
@@ -297,7 +303,7 @@ def _kind(
     if task == "classification":
         if of_tokens:
             return "tokens"
-        return "probabilities" if len(shape) == 1 and not one_each and _probabilities(y) else "class"
+        return "probabilities" if len(shape) == 1 and not one_each and bool(probabilities(y).all()) else "class"
     if of_tokens:
         return "tokens"
     if of_pixels:
@@ -309,13 +315,13 @@ def _kind(
             f"{where}: labels have shape {tuple(y.shape)}, and samples are integers of shape {sample_shape}; give one class number for each "
             "sample, or one for each token: integer samples and labels of one shape (N, T); or --task multilabel or regression"
         )
-    if len(shape) == 1 and _probabilities(y):
-        what = "one-hot" if _zeros_and_ones(y) else "probabilities"
+    if len(shape) == 1 and bool(probabilities(y).all()):
+        what = "one-hot" if bool(zeros_and_ones(y).all()) else "probabilities"
         raise DataError(
             f"{where}: labels have shape {tuple(y.shape)}, with {what} rows; give one class number for each sample (one-hot: argmax), or "
             "say what they are: --task classification, multilabel or regression"
         )
-    if len(shape) == 1 and _zeros_and_ones(y):
+    if len(shape) == 1 and bool(zeros_and_ones(y).all()):
         return "labels"
     if floating:
         return "values"
@@ -376,15 +382,6 @@ def _without_channel(mask: Tensor, where: str) -> Tensor:
 def _count(labels: Tensor, ignored: int | None) -> int:
     counted = labels if ignored is None else labels[labels != ignored]
     return max(int(counted.max()) if counted.numel() else 0, 0) + 1
-
-
-def _zeros_and_ones(y: Tensor) -> bool:
-    return bool(((y == 0) | (y == 1)).all())
-
-
-def _probabilities(y: Tensor) -> bool:
-    sums = y.to(torch.float64).sum(-1)
-    return bool(((y >= 0) & (y <= 1)).all()) and bool(((sums - 1).abs() < _ROUNDING).all())
 
 
 def _form_text(forms: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lowmem_pnn.errors import ConfigError
+from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.samples.epochs import all_samples
 from lowmem_pnn.sources.splits import Split
 from lowmem_pnn.sources.subsets import labels_of
@@ -25,6 +25,7 @@ def balanced_weights(split: Split, targets: Targets) -> tuple[float, ...]:
 
     Raises:
         ConfigError: A class has no sample, so that no weight would balance it.
+        DataError: A label is no class.
     """
     count = all_samples(split)
     counts = torch.zeros(targets.num_classes, dtype=torch.int64)
@@ -34,6 +35,12 @@ def balanced_weights(split: Split, targets: Targets) -> tuple[float, ...]:
             counts += kept.to(torch.int64).sum(0)
         else:
             counted = kept[kept != targets.ignored] if targets.ignored is not None else kept.flatten()
+            wrong = counted[(counted < 0) | (counted >= targets.num_classes)]
+            if wrong.numel():
+                raise DataError(
+                    f"--class-weights balanced: a training sample has label {int(wrong[0])}, outside 0 to {targets.num_classes - 1} "
+                    f"({targets.num_classes} classes); number the classes from 0"
+                )
             counts += torch.bincount(counted.long(), minlength=targets.num_classes)
     if bool((counts == 0).any()):
         missing = int((counts == 0).nonzero()[0])
@@ -41,6 +48,7 @@ def balanced_weights(split: Split, targets: Targets) -> tuple[float, ...]:
         raise ConfigError(
             f"--class-weights balanced: {what} {missing} of {targets.num_classes} is in no training sample; give weights as numbers"
         )
+    found = counts.tolist()
     if targets.kind == "labels":
-        return tuple((float(len(split) - count) / float(count)) or 1.0 for count in counts)
-    return tuple(float(counts.sum()) / (len(counts) * float(count)) for count in counts)
+        return tuple((count - own) / own or 1.0 for own in found)
+    return tuple(sum(found) / (len(found) * own) for own in found)

@@ -47,6 +47,7 @@ class Classification(Task):
         super().__init__(targets, output)
         self._mixes = mixes
         self._label_smoothing = label_smoothing
+        self.class_weights = tuple(class_weights or ())
         self._weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
 
     @property

@@ -29,6 +29,8 @@ class Task(ABC):
 
     def __init__(self, targets: Targets, output: int = 0) -> None:
         self.targets, self.output = targets, output
+        self.class_weights: tuple[float, ...] = ()
+        """Weights of the classes or labels in the loss; empty where they count alike."""
         # Metrics of the user's own, beside the task's scores.
         self.metrics: GivenMetrics | None = None
 

@@ -125,7 +125,7 @@ def make_result(
         preprocessing=workload.dataset.preprocessing,
         data_parts=workload.dataset.parts,
         preparation=workload.dataset.preparation,
-        form=DataForm.of(workload.dataset).to_dict(),
+        form=DataForm.of(workload.dataset, workload.task.class_weights).to_dict(),
         workers=config.workers,
         versions={
             "python": platform.python_version(),

@@ -23,22 +23,25 @@ class DataForm:
         structure: Structure of these, where they are several; None where a sample is one tensor.
         targets: Form of the targets.
         classes: Names of the classes, or of the labels; empty where nobody has named them.
+        class_weights: Weights of the classes in the loss, which may have been found from the data; empty where they count alike.
     """
 
     inputs: tuple[TensorSpec, ...]
     structure: pytree.TreeSpec | None
     targets: Targets
     classes: tuple[str, ...]
+    class_weights: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, dataset: Dataset) -> "DataForm":
+    def of(cls, dataset: Dataset, class_weights: tuple[float, ...] = ()) -> "DataForm":
         """Return the form of a data set.
 
         Args:
             dataset: The data set, as the model sees it.
+            class_weights: Weights of the classes in the loss.
         """
         inputs = dataset.inputs if dataset.structure is not None else (TensorSpec(dataset.sample_shape, dataset.dtype),)
-        return cls(tuple(inputs), dataset.structure, dataset.targets, tuple(dataset.classes))
+        return cls(tuple(inputs), dataset.structure, dataset.targets, tuple(dataset.classes), class_weights)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON has it; empty where a sample is of a structure that JSON cannot hold."""
@@ -59,6 +62,7 @@ class DataForm:
                 "ignored": targets.ignored,
             },
             "classes": list(self.classes),
+            "class_weights": list(self.class_weights),
         }
 
     @classmethod
@@ -80,6 +84,7 @@ class DataForm:
             None if values["structure"] is None else pytree.treespec_loads(values["structure"]),
             Targets(kept["kind"], int(kept["num_classes"]), shape, dtype, kept["ignored"]),
             tuple(map(str, values["classes"])),
+            tuple(map(float, values.get("class_weights", ()))),  # of an earlier version none
         )
 
     def dataset(self, name: str, targets: Targets | None = None) -> Dataset:

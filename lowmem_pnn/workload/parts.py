@@ -15,7 +15,7 @@ from lowmem_pnn.samples.augment import Augmenter
 from lowmem_pnn.samples.normalization import find_normalization, standardization
 from lowmem_pnn.samples.prepared import PreparedSplit
 from lowmem_pnn.seeds import seed_of
-from lowmem_pnn.sources.dataset import Dataset, class_numbers, options_like
+from lowmem_pnn.sources.dataset import FRAME_COLUMNS, Dataset, check_columns, class_numbers, options_like
 from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.sources.splits import SampleSplit, Split
 from lowmem_pnn.sources.subsets import RenumberedSplit, as_floats, hold_out, sample_of, train_val_split, whole_of
@@ -108,6 +108,7 @@ def matched(part: Split, other: Dataset, dataset: Dataset, what: str) -> Split:
         raise DataError(
             f"{what} has samples of other tensors than the training data has ({_inputs(other)}, and {_inputs(dataset)}); give data of one form"
         )
+    check_columns(what, *(data.preparation.get(FRAME_COLUMNS, ()) for data in (other, dataset)))
     if {_scale(other), _scale(dataset)} == {"bytes", "numbers"}:
         raise DataError(
             f"{what}: samples are presented as {other.preprocessing}, and training samples as {dataset.preprocessing}; store both alike"

@@ -76,7 +76,9 @@ def test_what_a_constructor_draws_is_the_same_in_a_resume_and_for_whoever_reads_
 
 
 def test_model_and_data_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = lowmem_pnn.fit(build, (X, Y), test=(X[:16], Y[:16]), workdir=tmp_path / "run", **RUN)
+    frame = pd.DataFrame(X.numpy(), columns=list("abcdef"))
+    options = {**RUN, "class_weights": "balanced"}
+    result = lowmem_pnn.fit(build, (frame, Y), test=(frame[:16], Y[:16]), workdir=tmp_path / "run", **options)
     expected = as_evaluated(result.scores["test"])
     with pytest.raises(
         ConfigError, match=r"was trained on data from Python \(python:tuple\), which no name leads to; give data with targets"
@@ -89,6 +91,10 @@ def test_model_and_data_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         lowmem_pnn.evaluate(result, X[:16])
     with pytest.raises(DataError, match="has samples of shape"):
         lowmem_pnn.evaluate(result, (X[:16, :5], Y[:16]))
+    message = r"^data python:\w+: column 1 is 'b', and 'a' in the training data; give its columns, in the same order$"
+    for other in ((frame[list("bacdef")], Y), frame[list("bacdef")]):
+        with pytest.raises(DataError, match=message):
+            (lowmem_pnn.evaluate if isinstance(other, tuple) else lowmem_pnn.predict)(result, other)
     monkeypatch.setattr(known_models, "_GIVEN", {})  # as in another process
     with pytest.raises(
         ConfigError, match=r"started from Python with its own model \(python:build\).*lowmem_pnn.evaluate\(.*, data, model=...\)"

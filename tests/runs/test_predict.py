@@ -122,11 +122,11 @@ def test_samples_alone_are_predicted_in_all_forms_that_python_has(here: Path) ->
 def test_a_file_of_samples_alone_is_predicted(here: Path, tmp_path: Path) -> None:
     with np.load("data.npz") as data:
         x = data["x_test"]
-    np.savez(tmp_path / "x.npz", x=x)
-    done = lowmem_pnn(f"predict run --data {tmp_path / 'x.npz'} --out {tmp_path / 'o.npz'} --json")
+    np.savez(tmp_path / "x.npz", x=np.concatenate([x[:1] * np.nan, x]))
+    done = lowmem_pnn(f"predict run --data {tmp_path / 'x.npz'} --out {tmp_path / 'o.npz'} --skip-broken --json")
     assert done.code == 0, done.err
     with np.load(tmp_path / "o.npz") as found:
-        assert found.files == ["scores"]
+        assert (found.files, found["samples"].tolist()) == (["samples", "scores"], list(range(1, 31)))
         assert np.array_equal(found["scores"], package.predict("run")["scores"])
 
 
@@ -232,9 +232,13 @@ def test_a_table_without_the_target_is_standardised_as_in_training(tmp_path: Pat
     x = (torch.tensor([[3.0, 1, 0], [100, 0, 1]]) - mean) / std
     expected = answers(result, package.load("run"), x)
     assert torch.equal(torch.from_numpy(package.predict("run", "b.csv")["outputs"]), expected)
-    assert lowmem_pnn("predict run --data b.csv --out o.csv").code == 0
+    Path("c.csv").write_text("price,colour,size\n,blue,3\n1.5,green,7\n?,red,100\n")
+    done = lowmem_pnn("predict run --data c.csv --out o.csv --skip-broken")
+    assert done.code == 0, done.err
+    assert "left out 1 broken sample: line 3 of " in done.err
+    assert "c.csv are left aside: line 2 has no value in column 'price'" in done.err
     first, found = read_table(Path("o.csv"))
-    assert first == ["sample", "price"]
+    assert (first, [row[0] for row in found]) == (["sample", "price"], ["0", "2"])
     assert [np.float32(row[1]) for row in found] == expected[:, 0].tolist()
     assert lowmem_pnn("predict run --out all.csv").code == 0
     first, found = read_table(Path("all.csv"))

@@ -63,7 +63,11 @@ def test_pair_with_words_is_a_table(targets: Any) -> None:
 
 def test_pair_of_numbers_stays_as_it_is() -> None:
     _, dataset, _, _ = opened((FRAME[["age", "price"]], FRAME.known.astype(int)))
-    assert dataset.preparation == {}
+    assert dataset.preparation == {"frame_columns": ["age", "price"]}
+    with pytest.raises(
+        DataError, match=r"part: column 1 is 'price', and 'age' in the training data; give its columns, in the same"
+    ):
+        opened((FRAME[["age", "price"]], FRAME.known.astype(int)), test=(FRAME[["price", "age"]], FRAME.known.astype(int)))
     assert dataset.preprocessing == "float64 to float32"
 
 

@@ -38,8 +38,8 @@ class Rows:
     def __len__(self) -> int:
         return len(next(iter(self._rows.values())))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: values[index] for name, values in self._rows.items()}
+    def __getitem__(self, index: int | str) -> Any:
+        return self._rows[index] if isinstance(index, str) else {name: values[index] for name, values in self._rows.items()}
 
 
 @pytest.fixture
@@ -121,6 +121,7 @@ def test_numbers_and_a_named_target_are_taken(library: dict[str, Any]) -> None:
     assert dataset.targets.kind == "values"
     library["b"] = Rows({name: Value() for name in ("a", "b", "label")}, {"a": [1.0], "b": [2.0], "label": [0]})
     library["c"] = {"dev": library["a"]}
+    library["twice"] = {"train": library["a"], "valid": library["a"], "validation": library["a"]}
     for place, options, message in (
         ("a", {}, r"^data hfdata:a needs --target COLUMN; its columns are x, height$"),
         ("a", {"target": "heigth"}, r"^data hfdata:a has no column 'heigth'; did you mean 'height'\?$"),
@@ -129,6 +130,11 @@ def test_numbers_and_a_named_target_are_taken(library: dict[str, Any]) -> None:
             "b",
             {},
             r"^data hfdata:b has the columns a, b, label, and which one samples are of is not clear; leave others out with",
+        ),
+        (
+            "twice",
+            {},
+            r"^data hfdata:twice has the parts 'train', 'valid', 'validation', two of which are one to us \(val\); leave",
         ),
         ("c", {}, r"^data hfdata:c has the parts 'dev', and no training part; save one called train$"),
         (
@@ -170,6 +176,13 @@ def test_rows_without_targets_are_taken_and_parts_of_any_name(library: dict[str,
     assert samples("alone", ("y",)) == {"all": (x, [0, 0], False)}
     assert samples("parts") == {"test": (x, [0, 0], False)}
     assert samples("odd") == {"unseen": (x, [1, 0], True)}
+    library["hidden"] = {"test": Rows({"x": Value(), "y": ClassLabel(["a", "b"])}, {"x": x, "y": [-1, -1]})}
+    assert samples("hidden") == {"test": (x, [0, 0], False)}
+    assert open_hub_samples("hidden", None, "any", TargetOptions())["test"][0].notes == (
+        "targets of hfdata:hidden (test part) are left aside: column 'y' holds labels that are missing or below 0",
+    )
+    with pytest.raises(DataError, match=r"^sample 0 of hfdata:hidden \(test part\) has label -1, outside 0 to 1"):
+        open_hub_samples("hidden", None, "any", TargetOptions(), may_lack_labels=False)["test"][0].batch([0])
 
 
 def test_which_column_is_meant_has_to_be_clear(library: dict[str, Any]) -> None:

@@ -105,12 +105,23 @@ def test_numbers_are_standardised_by_the_training_part(tmp_path: Path) -> None:
     assert dataset.preprocessing.endswith("numbers standardised by mean and deviation of the training part (preparation)")
 
 
+def test_a_column_that_float32_keeps_too_coarsely_is_said(tmp_path: Path) -> None:
+    rows = "".join(f"{1_700_000_000 + 3600 * hour},{2020 + hour % 2},{hour}.5\n" for hour in range(24))
+    _, dataset, _, _ = opened(write(tmp_path, "time,year,price\n" + rows), "mlp:2-1")
+    (note,) = dataset.notes
+    assert note.endswith(
+        "goes from 1700000000 to 1700082800, and float32 keeps it in steps of 128; subtract the lowest to keep it exactly"
+    )
+
+
 def test_other_files_are_read_by_the_columns_of_the_training_data(tmp_path: Path) -> None:
     train = write(tmp_path, "age,city,y\n1,Bern,no\n2,Oslo,yes\n3,Riga,maybe\n")
     other = write(tmp_path, "y,city,note,age\nyes,Riga,x,7\nno,Bern,y,8\n", "b.csv")
     splits = opened(train, "mlp:4-3", target="y", test_data=other)[2]
     x, y = everything(splits["test"])
     assert (x.tolist(), y.tolist()) == ([[7, 0, 0, 1], [8, 1, 0, 0]], [2, 1])
+    write(tmp_path, "y;city;age\nyes;Riga;1,250\n", "b.csv")  # of a comma in one number the training data tells nothing
+    assert everything(opened(train, "mlp:4-3", target="y", test_data=other)[2]["test"])[0].tolist() == [[1.25, 0, 0, 1]]
     for text, message in (
         ("y,city,age\nyes,Rome,7\n", r"b.csv: line 2 holds 'Rome' in column 'city', which the training data has not; mend it"),
         ("y,city,age\nnever,Riga,7\n", r"b.csv: line 2 holds 'never' in column 'y', a class that the training data has not"),
@@ -201,6 +212,21 @@ def test_what_is_missing_goes_by_the_columns_of_the_training_data(tmp_path: Path
             {},
             r"a.csv: column 'price' holds 150 different whole numbers, which may be values or classes; say which: --task regression or",
         ),
+        (
+            "a,price\n1,-1\n2,0\n3,1\n",
+            {"ignore_index": -1},
+            r"^--ignore-index -1 has no meaning for a table, whose classes get numbers of their own; leave the option out, and the rows",
+        ),
+        (
+            "a;price\n1,234;2.5\n",
+            {},
+            r"a.csv holds '1,234' \(line 2\) and '2.5' \(line 2\): whether a comma stands for the point, or parts thousands, is",
+        ),
+        (
+            "a\tprice\n1,234\t2\n999\t3\n",
+            {},
+            r"a.csv holds '1,234' \(line 2\): whether .* is not clear; write numbers with a point, and without commas$",
+        ),
         (PRICES, {"image_size": 8}, r"--image-size has no effect here: data 'csv:.*' is a table; leave it out$"),
         (
             PRICES,
@@ -243,6 +269,9 @@ def test_parquet_is_read_as_csv_is(tmp_path: Path) -> None:
     assert samples(spec, skip_broken=True) == ([[34, 1, 0], [27, 0, 1]], [12.5, 11.0])
     with pytest.raises(DataError, match=r"a.parquet: row 3 has no value in column 'age'; 1 of 3 rows cannot be used"):
         opened(spec)
+    table = pyarrow.table({"__index_level_0__": [2, 0], "a": [1, 2], "price": [2.5, 3.5]})
+    parquet.write_table(table, tmp_path / "a.parquet")  # as pandas stores the index of rows that were shuffled or chosen
+    assert samples(spec) == ([[1], [2]], [2.5, 3.5])
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(DataError, match=r"a.parquet cannot be read as Parquet: .*; repair it$"):
         opened(spec)

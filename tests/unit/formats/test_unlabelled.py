@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.datasets import Pairs
 from lowmem_pnn.errors import ConfigError, DataError
@@ -80,7 +81,8 @@ def test_broken_images_are_named_or_left_out(tmp_path: Path) -> None:
     (tmp_path / "c.png").write_text("nothing")
     with pytest.raises(DataError, match=r"c\.png .*; 1 of 3 images cannot be used, --skip-broken leaves them out$"):
         open_images(tmp_path, "any", ())
-    assert len(open_images(tmp_path, "any", (), skip_broken=True)[0]["all"][0]) == 2
+    split, _ = open_images(tmp_path, "any", (), skip_broken=True)[0]["all"]
+    assert (len(split), list(split.skipped)) == (2, [str(tmp_path / "c.png")])
     photo(tmp_path / "c.png", (9, 9))
     with pytest.raises(DataError, match=r"c\.png is 9 x 9 pixels, .*; give all images one size, or --image-size 6; 1 of 3"):
         open_images(tmp_path, "any", ())
@@ -127,6 +129,8 @@ X = np.arange(6, dtype=np.float32).reshape(2, 3)
         (Pairs([X[0], X[1]]), False),
         (Pairs([{"x": X[0], "label": 1}, {"x": X[1], "label": 0}]), True),
         (Pairs([{"x": X[0]}, {"x": X[1]}]), False),
+        (TensorDataset(torch.from_numpy(X)), False),
+        (DataLoader(TensorDataset(torch.from_numpy(X))), False),
         ([(X[0], 0), (X[1], 1)], True),
     ],
 )

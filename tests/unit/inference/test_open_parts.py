@@ -11,6 +11,7 @@ from lowmem_pnn.errors import DataError
 from lowmem_pnn.inference.open_parts import OpenPart, SamplesToPredict
 from lowmem_pnn.sources.datasets import make_dataset
 from lowmem_pnn.sources.map_split import from_torch
+from lowmem_pnn.sources.subsets import RenumberedSplit
 from lowmem_pnn.workload.data_form import DataForm
 
 X, Y = torch.rand(6, 4), torch.arange(6) % 3
@@ -53,3 +54,16 @@ def test_tokens_that_the_training_data_did_not_show_are_counted() -> None:
     form = DataForm.of(make_dataset((ids, ids + 1), name="x"))
     samples = shown(ids + 5, ids + 6, form=form)
     assert (form.targets.num_classes, samples.num_classes) == (13, 18)
+
+
+def test_samples_keep_their_places_where_broken_ones_are_left_out() -> None:
+    parts = []
+    for number in (1, 4):
+        x = X.clone()
+        x[number] = torch.nan
+        parts.append(OpenPart.of_split(from_torch((x, Y), where="other", skip_broken=True), True))
+    parts[0] = dataclasses.replace(parts[0], split=RenumberedSplit(parts[0].split, torch.arange(3)))
+    samples = SamplesToPredict(parts, FORM, None, "data other", None)
+    assert samples.places.tolist() == [0, 2, 3, 4, 5, 6, 7, 8, 9, 11]
+    assert list(samples.skipped) == ["sample 1 of other", "sample 4 of other"]
+    assert shown(X, Y).places.tolist() == list(range(6))

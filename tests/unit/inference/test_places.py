@@ -63,12 +63,14 @@ def test_a_file_takes_its_place_when_it_is_complete() -> None:
     assert not list(Path().glob(".*"))
 
 
-def test_a_folder_of_masks_replaces_the_one_before() -> None:
-    with Place.find("masks/", overwrite=True).writing() as folder:
-        (folder / "masks").mkdir()
-        (folder / "masks" / "2.png").write_text("new")
-        assert Path("masks/deep/1.png").read_text() == "old"
-    assert [path.name for path in Path("masks").rglob("*")] == ["2.png"]
+@pytest.mark.parametrize("name", ["masks", "before"])
+def test_a_folder_of_masks_replaces_the_one_before(name: str) -> None:
+    Path("masks").rename(name)
+    with Place.find(f"{name}/", overwrite=True).writing() as folder:
+        (folder / name).mkdir()
+        (folder / name / "2.png").write_text("new")
+        assert Path(f"{name}/deep/1.png").read_text() == "old"
+    assert [path.name for path in Path(name).rglob("*")] == ["2.png"]
     assert not list(Path().glob(".*"))
 
 

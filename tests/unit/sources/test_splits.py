@@ -213,3 +213,34 @@ def test_a_token_that_is_no_class_is_named(kind: Any, part: int, value: int, wor
         DataError, match=rf"sample 3 of mine has {word} {value}, outside 0 to 24 \(25 classes\); number the classes"
     ):
         split.batch([5, 3])
+
+
+class Folders(Pairs):
+    """Map-style data with names of classes, as torchvision's have them."""
+
+    def __init__(self, classes: list[str], target_transform: Any = None) -> None:
+        super().__init__([(torch.zeros(2), number) for number in range(len(classes))])
+        self.classes, self.targets, self.target_transform = classes, list(range(len(classes))), target_transform
+
+    def __getitem__(self, index: int) -> Any:
+        x, label = self.items[index]
+        return x, label if self.target_transform is None else self.target_transform(label)
+
+
+def test_classes_of_map_style_data_have_their_names_and_parts_number_them_alike() -> None:
+    train = Folders(["ant", "bee", "cat"])
+    assert make_dataset(train, Subset(train, [1]), name="x").classes == ("ant", "bee", "cat")
+    assert make_dataset(train, Folders(["ant", "bee"]), name="x").num_classes == 3
+    assert make_dataset(train, (torch.zeros(2, 2), [0, 2]), name="x").classes == ("ant", "bee", "cat")
+    for part in ("test", "val"):
+        with pytest.raises(
+            DataError, match=r"class 1 is 'bee' in the training part and 'cat' in the (test|validation) part; number"
+        ):
+            make_dataset(train, name="x", **{part: Folders(["ant", "cat"])})
+
+
+def test_targets_that_a_data_set_changes_are_counted() -> None:
+    train = Folders([f"class {number}" for number in range(10)], lambda label: label // 5)
+    for data in (train, Subset(train, [0, 9])):
+        dataset = make_dataset(data, name="x")
+        assert (dataset.num_classes, dataset.classes) == (2, ())

@@ -213,3 +213,38 @@ def test_masks_of_unsigned_numbers_are_taken(of_pairs: bool, resize: Resize | No
     split = from_torch(list(zip(x, masks, strict=True)) if of_pairs else (x, masks), resize=resize)
     assert (split.targets.dtype, split.num_classes) == (torch.int64, 301)
     assert split.batch([1])[1].tolist() == masks[1:].tolist()
+
+
+@pytest.mark.parametrize("is_structured", [False, True])
+@pytest.mark.parametrize(
+    ("task", "usual", "other", "message"),
+    [
+        (
+            "auto",
+            [1.0, 0.0, 1.0],
+            [0.0, 3.7, 0.0],
+            r"its target holds 3\.7, and others are 0 and 1 alone; mend it, or give --task",
+        ),
+        ("multilabel", [1, 0, 1], [0, -1, 0], r"its target holds -1, and others are 0 and 1 alone; mend it, or give --task regr"),
+        ("auto", [1.0, 0.0, 1.0], [0.0, math.nan, 0.0], r"its target holds nan, and others are 0 and 1 alone"),
+        (
+            "classification",
+            [0.5, 0.5],
+            [0.5, 0.4],
+            r"its target sums to 0\.9, and others are probabilities, which sum to 1; mend",
+        ),
+        ("classification", [0.5, 0.5], [1.5, -0.5], r"its target holds 1\.5, and others are probabilities"),
+    ],
+)
+def test_a_target_that_was_not_looked_at_is_held_against_the_kind_of_the_others(
+    task: Any, usual: list[Any], other: list[Any], message: str, is_structured: bool
+) -> None:
+    targets = [torch.tensor(usual)] * 40
+    targets[1] = torch.tensor(other)
+    x = torch.zeros(3)
+    split = from_torch(
+        [({"a": x, "b": x} if is_structured else x, y) for y in targets], where="mine", options=TargetOptions(task)
+    )
+    assert split.batch([0])[1].tolist() == [usual]
+    with pytest.raises(DataError, match=rf"^sample 1 of mine: {message}"):
+        split.batch([0, 1])
