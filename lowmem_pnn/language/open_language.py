@@ -273,6 +273,7 @@ def _words(stats: CacheStats, documents: Documents, tokenizer: Tokenizer, rows_f
         (stats.cut, "longer than a row, and cut"),
         (stats.left_out, "without a token to learn, and left out"),
         (stats.filled, "without a token, and read as one of padding"),
+        (stats.wrapped, "with the tokens of a begin or an end of their own, which are not put twice"),
     ):
         if number:
             said.append(f"{number:,} {text}")
