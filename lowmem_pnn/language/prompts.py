@@ -51,6 +51,20 @@ def prompt_tokens(tokenizer: Tokenizer, text: str, source_context: int | None = 
     return [*tokenizer.begin, *ids[:room], *tokenizer.after][:source_context]
 
 
+def plain_prompts(preparation: Mapping[str, Any]) -> str | None:
+    """Say that prompts are no turns of a conversation, where that is what a model has learnt; else None.
+
+    Args:
+        preparation: As for `tokenizer_of`.
+    """
+    if preparation.get("documents") != "chat":
+        return None
+    return (
+        "prompts are given as they are, not as turns: the model has learnt conversations by the chat template of its tokenizer, so give "
+        "what that makes of one (apply_chat_template with tokenize=False, add_generation_prompt=True)"
+    )
+
+
 def said_text(tokenizer: Tokenizer, prompt: Sequence[int] | None, tokens: Sequence[int]) -> str:
     """Return what tokens say.
 
