@@ -20,9 +20,13 @@ from lowmem_pnn.config.adapter_options import ALL_LINEAR, LoraOptions
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.pretrained.freezing import names_by_tensor
 from lowmem_pnn.quantization.stored_weights import is_conv1d
+from lowmem_pnn.zoo.transformers_modules import task_of
 
 ADAPTER_NAMES = ("lora_A", "lora_B")
 """Names of the two matrices in their module."""
+
+# Ends of the names of the modules that peft has learn whole wherever a transformers model has classes for texts; none in them is adapted.
+_HEADS = ("classifier", "score")
 
 _MOST_NAMED = 6
 
@@ -61,13 +65,15 @@ def target_names(model: nn.Module, options: LoraOptions, whole: Sequence[str] = 
     for end in whole:
         if not any(_ends(name, end) for name in modules):
             raise ConfigError(f"--modules-to-save {end!r} matches no module of the model{_near(end, modules)}")
-    learning = tuple(name for name in modules if any(_ends(name, end) for end in whole))
+    learning, heads = (
+        whole_modules(model, whole),
+        heads_for_classes(modules) if task_of(model) == "sequence-classification" else [],
+    )
+    without = (*learning, *heads)
     linear = [
         name
         for name, module in modules.items()
-        if _is_linear(module)
-        and _fault(model, name) is None
-        and not any(name == one or name.startswith(f"{one}.") for one in learning)
+        if _is_linear(module) and _fault(model, name) is None and not is_inside(name, without)
     ]
     if options.targets == (ALL_LINEAR,):
         head = output_layer(model)
@@ -82,8 +88,13 @@ def target_names(model: nn.Module, options: LoraOptions, whole: Sequence[str] = 
         matched = [name for name in modules if _ends(name, end)]
         if not matched:
             raise ConfigError(f"--lora targets {end!r} matches no module of the model{_near(end, linear)}")
+        if all(is_inside(name, heads) and not is_inside(name, learning) for name in matched):
+            raise ConfigError(
+                f"--lora targets {end!r} is module {matched[0]!r}, in the head for classes, where peft loads no adapter; leave it out, or "
+                f"have it learn whole (--modules-to-save {matched[0]})"
+            )
         for name in matched:
-            if any(name == one or name.startswith(f"{one}.") for one in learning):
+            if is_inside(name, without):
                 continue
             if not _is_linear(modules[name]):
                 raise ConfigError(
@@ -126,13 +137,54 @@ def is_within(name: str, whole: Sequence[str]) -> bool:
         name: name of the tensor.
         whole: ends of the names of modules that learn whole.
     """
+    return whole_module_of(name, whole) is not None
+
+
+def whole_module_of(name: str, whole: Sequence[str]) -> str | None:
+    """Return the module that learns whole and has a tensor in it; None where there is none.
+
+    Args:
+        name: name of the tensor.
+        whole: ends of the names of modules that learn whole.
+    """
     parts = name.split(".")
-    return any(_ends(".".join(parts[:count]), end) for count in range(1, len(parts)) for end in whole)
+    modules = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((module for module in modules if any(_ends(module, end) for end in whole)), None)
 
 
 def whole_modules(model: nn.Module, whole: Sequence[str]) -> list[str]:
     """Return the names of the modules that learn whole."""
     return [name for name, _ in model.named_modules() if name and any(_ends(name, end) for end in whole)]
+
+
+def heads_for_classes(names: Iterable[str]) -> list[str]:
+    """Return the modules that peft's own file has to hold whole, of a transformers model that has classes for texts.
+
+    Args:
+        names: names of modules, or of tensors in them, in the model's order.
+
+    Example:
+        >>> heads_for_classes(["bert.pooler.dense", "classifier.dense.weight", "classifier.out_proj.weight"])
+        ['classifier']
+    """
+    heads: list[str] = []
+    for name in names:
+        parts = name.split(".")
+        before = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        # As peft matches them: `pre_classifier` too.
+        if (head := next((one for one in before if one.endswith(_HEADS)), None)) is not None and head not in heads:
+            heads.append(head)
+    return heads
+
+
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Decide whether a module, or a tensor, is one of some modules or in one.
+
+    Args:
+        name: its name.
+        modules: names of the modules.
+    """
+    return any(name == one or name.startswith(f"{one}.") for one in modules)
 
 
 def add_adapters(model: nn.Module, names: Collection[str], options: LoraOptions) -> None:

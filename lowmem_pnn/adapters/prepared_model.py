@@ -6,12 +6,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lowmem_pnn.adapters.lora import ADAPTER_NAMES, Adapter, add_adapters, frozen_base, output_layer, target_names
+from lowmem_pnn.adapters.lora import (
+    ADAPTER_NAMES,
+    Adapter,
+    add_adapters,
+    frozen_base,
+    heads_for_classes,
+    is_inside,
+    output_layer,
+    target_names,
+)
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.copies import copy_structure
 from lowmem_pnn.pretrained.freezing import with_frozen
 from lowmem_pnn.quantization.stored_weights import StoredForm, can_be_stored, store
+from lowmem_pnn.zoo.transformers_modules import task_of
 
 if TYPE_CHECKING:
     from lowmem_pnn.config.fit_config import FitConfig
@@ -90,8 +100,10 @@ def _store(model: nn.Module, config: "FitConfig", unstored: Collection[str], *, 
     attentions = {id(child) for one in model.modules() if isinstance(one, nn.MultiheadAttention) for child in one.children()}
     parts: dict[int, dict[str, nn.Parameter]] = {}
     count, head = 0, output_layer(model)
+    modules = dict(model.named_modules())
+    heads = heads_for_classes(modules) if task_of(model) == "sequence-classification" else []
     whole = {id(module) for name, module in model.named_modules() if name in unstored}
-    for own, module in list(model.named_modules()):
+    for own, module in modules.items():
         weight = getattr(module, "weight", None)
         if not can_be_stored(module, learns=learns) or id(module) in attentions or not isinstance(weight, nn.Parameter):
             continue
@@ -101,7 +113,7 @@ def _store(model: nn.Module, config: "FitConfig", unstored: Collection[str], *, 
         if len(sharing) > 1 and not all(can_be_stored(one, learns=learns) or id(weight) in parts for one in sharing):
             continue
         # As in QLoRA, what tokens are looked up in, or what makes the outputs, has two bytes an element at least.
-        at_the_ends = len(sharing) > 1 or isinstance(module, nn.Embedding) or own == head
+        at_the_ends = len(sharing) > 1 or isinstance(module, nn.Embedding) or own == head or is_inside(own, heads)
         name = "bf16" if learns or at_the_ends else config.frozen_form
         form = StoredForm(name, tuple(weight.shape), weight.dtype)
         if id(weight) not in parts:

@@ -16,7 +16,7 @@ from lowmem_pnn.config.defaults import is_language, training_defaults, undecided
 from lowmem_pnn.config.faults import describe_fault, flag
 from lowmem_pnn.config.fit_config import FitConfig, MethodName, default_of, field_names
 from lowmem_pnn.config.language_options import LANGUAGE_KINDS, ROWS_OF_TEXT
-from lowmem_pnn.config.transformers_place import has_weights, is_transformers, place_of
+from lowmem_pnn.config.transformers_place import has_weights, is_transformers, place_of, unread_weights
 from lowmem_pnn.errors import ConfigError, UnitError
 from lowmem_pnn.units import MEGABYTE
 
@@ -247,6 +247,11 @@ def with_defaults(given: Mapping[str, Any]) -> FitConfig:
     model = str(values.get("model", ""))
     if "weights" not in given and has_weights(model):
         values["weights"] = "default"
+    elif "weights" not in given and (file := unread_weights(model)) is not None:
+        raise ConfigError(
+            f"--model {model}: of the weights in that folder none are read ({file}); give a folder with model.safetensors, or --weights none "
+            "for random values"
+        )
     pretrained = values.get("weights") not in (None, "none")
     if pretrained and (fault := undecided(values)) is not None:
         raise ConfigError(fault)
@@ -254,7 +259,11 @@ def with_defaults(given: Mapping[str, Any]) -> FitConfig:
     values = {**defaults, **values}
     if given.get("lora") is not None:
         values = {**values, **DEFAULTS_WITH_ADAPTERS, **given}
-    return checked(values)
+    config = checked(values)
+    is_told = given.get("no_decay_norms") is not None or given.get("no_decay") is not None
+    if pretrained and is_language(values) and config.weight_decay > 0 and not is_told:
+        return dataclasses.replace(config, no_decay_norms=True)
+    return config
 
 
 def unmet(config: FitConfig, given: Collection[str]) -> list[tuple[str, str]]:

@@ -16,7 +16,10 @@ TOKENIZER_FILES = (
 
 # The largest configurations have some 100 kB, with the names of 20,000 classes.
 _MOST_BYTES = 1 << 24
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+# Files of weights that are read (`pretrained/open_weights.py`); others that hold weights; and what trainers leave beside a model.
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model.bin")
+_UNREAD = ("*.bin", "*.h5", "*.msgpack", "*.gguf", "*.pth", "*.pt", "*.ckpt")
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
 def is_transformers(model: str) -> bool:
@@ -59,6 +62,19 @@ def has_weights(model: str) -> bool:
         return False
     place = place_of(model)
     return place is None or (place.is_dir() and any(next(place.glob(pattern), None) is not None for pattern in _WEIGHTS))
+
+
+def unread_weights(model: str) -> str | None:
+    """Return the name of a file of weights that is not read, in a folder that has none that is; None where there is no such file.
+
+    Args:
+        model: Text of `--model`.
+    """
+    place = place_of(model) if is_transformers(model) else None
+    if place is None or not place.is_dir() or has_weights(model):
+        return None
+    names = sorted(file.name for pattern in _UNREAD for file in place.glob(pattern))
+    return next((name for name in names if not name.startswith(_NO_WEIGHTS)), None)
 
 
 def is_about_text(model: str) -> bool:

@@ -3,7 +3,7 @@
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.evaluation.generation import PartitionScorer, generate_tokens
 from lowmem_pnn.evaluation.text_forms import text_form
-from lowmem_pnn.language.prompts import prompt_tokens, said_text, tokenizer_of
+from lowmem_pnn.language.prompts import plain_prompts, prompt_tokens, said_text, tokenizer_of
 from lowmem_pnn.language.sampling import Sampling
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.workload import Workload
@@ -48,6 +48,8 @@ def say_samples(run: Run, when: str) -> list[str]:
     form, tokenizer = text_form(run.workload), tokenizer_of(config.data, dataset.preparation)
     if config.sample is None or form is None or tokenizer is None:
         return []
+    if (note := plain_prompts(dataset.preparation)) is not None and when.startswith("before"):
+        display.message(f"--sample: {note}")
     display.stage(f"asking the model {when}")
     said = generate_tokens(
         PartitionScorer(run, form),

@@ -62,15 +62,16 @@ def write_folder(
         # By its name a run knows what a kill leaves of it.
         temporary = Path(tempfile.mkdtemp(prefix="scratch." if links else f".{folder.name}.", dir=folder.parent))
         temporary.chmod(folder.parent.stat().st_mode & 0o777)  # not for its owner alone, as temporary folders are
-        (temporary / "config.json").write_text(config_json(source, classes))
+        (temporary / "config.json").write_text(config_json(source, classes, result.form["targets"]["kind"]))
         copied = source.copied_files(config.tokenizer)
-        if not keeps_processor(source, config, result):
+        is_told = keeps_processor(source, config, result)
+        if not is_told:
             copied = {name: file for name, file in copied.items() if name not in PROCESSOR_FILES}
-            if (settings := image_processor(config, result)) is not None:
+            if is_told := (settings := image_processor(config, result)) is not None:
                 (temporary / PROCESSOR_FILES[0]).write_text(json.dumps(settings, indent=2) + "\n")
         for name, file in copied.items():
             shutil.copyfile(file, temporary / name)
-        card = _card(source, config, result)
+        card = _card(source, config, result, is_told=is_told)
         (temporary / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         if not links or not _link(weights, temporary / "model.safetensors"):
             _write_shards(weights, temporary)
@@ -179,14 +180,22 @@ def _divided(entries: Sequence[TensorEntry]) -> Iterator[list[TensorEntry]]:
     yield shard
 
 
-def _card(source: ModelSource, config: FitConfig, result: Result) -> str:
-    """Return a model card: what was trained on what, and how. It names no folder's place, which is nobody's business elsewhere."""
+def _card(source: ModelSource, config: FitConfig, result: Result, *, is_told: bool) -> str:
+    """Return a model card: what was trained on what, and how. It names no folder's place, which is nobody's business elsewhere.
+
+    Args:
+        source: Model of transformers.
+        config: Options of the run.
+        result: What it came to.
+        is_told: Whether the folder tells how images are prepared, where it is a model of images.
+    """
     facts = source.transformers
     assert facts is not None
     base = source.spec.removeprefix("hf:")
-    is_hub = facts.folder is not None and not Path(base).exists()
-    name = base if is_hub else Path(base).name
-    front = {"library_name": "transformers", "pipeline_tag": _PIPELINES[facts.task], **({"base_model": base} if is_hub else {})}
+    # A folder is named by its whole path.
+    is_hub = facts.folder is not None and not Path(base).is_absolute()
+    name = base.partition("@")[0] if is_hub else Path(base).name
+    front = {"library_name": "transformers", "pipeline_tag": _PIPELINES[facts.task], **({"base_model": name} if is_hub else {})}
     began = result.weights.get("loaded") is not None if result.weights else False
     scores = [
         f"{words} {value:.4f}"
@@ -214,17 +223,16 @@ def _card(source: ModelSource, config: FitConfig, result: Result) -> str:
         *([f"- Context: {result.preparation['context']} tokens"] if "context" in result.preparation else []),
         *([f"- Scores: {', '.join(scores)}"] if scores else []),
         *(["- Text was trained on as bytes: there is no tokenizer in this folder"] if config.tokenizer == "bytes" else []),
-        *_image_words(source, config, result),
+        *_image_words(source, result, is_told=is_told),
         "",
     ]
     return "\n".join(lines)
 
 
-def _image_words(source: ModelSource, config: FitConfig, result: Result) -> list[str]:
+def _image_words(source: ModelSource, result: Result, *, is_told: bool) -> list[str]:
     assert source.transformers is not None
     if source.transformers.task != "image-classification":
         return []
-    is_told = keeps_processor(source, config, result) or image_processor(config, result) is not None
     missing = f"; {PROCESSOR_FILES[0]} has no words for that, and is not in this folder"
     return [f"- Images: {result.preprocessing}{'' if is_told else missing}"]
 

@@ -19,7 +19,7 @@ from lowmem_pnn.inference.load import folder_of, form_of, given_model
 from lowmem_pnn.inference.opened_run import opened_run
 from lowmem_pnn.inference.other_machine import options_here
 from lowmem_pnn.inference.ways_to_generate import Asked, said_by_trained
-from lowmem_pnn.language.prompts import prompt_tokens, said_text, tokenizer_of
+from lowmem_pnn.language.prompts import plain_prompts, prompt_tokens, said_text, tokenizer_of
 from lowmem_pnn.language.sampling import Sampling
 from lowmem_pnn.language.tokenizer import Tokenizer, named_ends
 from lowmem_pnn.model.chain import TensorSpec
@@ -179,6 +179,9 @@ def generate_run(
         reader = tokenizer_of(finished.config.data, finished.result.preparation, tokenizer)
         source_context = source_context_of(form)
         tokens = [_tokens_of(prompt, number, reader, path, source_context) for number, prompt in enumerate(prompts, start=1)]
+        note = plain_prompts(finished.result.preparation)
+        if note is not None and any(isinstance(prompt, str) for prompt in prompts):
+            display.message(note)
         source = trained_source(config, model, form.targets.num_classes, f"lowmem_pnn.generate({str(path)!r}, prompts")
         warm_up_profiler()
         length = None if source_context else max(map(len, tokens)) + max_new_tokens - 1

@@ -1,7 +1,8 @@
 """Conversations as text, by the template of a tokenizer, and which characters of it an assistant says."""
 
 import importlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowmem_pnn.errors import ConfigError, DataError
@@ -12,6 +13,8 @@ Spans = list[tuple[int, int]]
 """Ranges of characters, [begin, end) each."""
 
 _MARKED = "generation"
+# Keys of a turn that say something to be learnt, and are lost where a template has no word for them; weights of a turn.
+_SAYING, _WEIGHTS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"), ("weight", "train")
 
 
 class ChatTemplate:
@@ -43,7 +46,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[Any], where: str, tools: Sequence[Any] | None = None) -> tuple[str, Spans]:
         """Return the text of a conversation, and the ranges of it that the assistant says.
 
-        A template that marks them (`{% generation %}`) tells; of others the text up to a turn is compared with the text after it.
+        A template that marks them (`{% generation %}`) tells; of others the text up to a turn is compared with the text after it. Turns with
+        `weight` 0, or `train` false, are not among them.
 
         Args:
             messages: Turns, each with `role` and `content`.
@@ -53,26 +57,62 @@ class ChatTemplate:
         Raises:
             DataError: The template does not take it, or makes a text of it whose turns cannot be told apart.
         """
+        self._check(messages, where, tools)
+        _check_weights(messages, where)
+        learnt = [_is_learnt(turn) for turn in messages]
+        if self._marks and not all(learnt):
+            raise DataError(
+                f"{where}: turn {learnt.index(False) + 1} is not to be learnt, and the chat template marks what is ({{% generation %}}); give "
+                "a template that marks nothing"
+            )
         if self._marks:
             (text,), (spans,) = self._call(messages, where, tools, return_assistant_tokens_mask=True)
             return text, [(int(begin), int(end)) for begin, end in spans]
-        text, spans = self.text(messages, where, tools), []
+        text, spans = self._text(messages, where, tools), []
         for number, message in enumerate(messages):
-            if message.get("role") != "assistant":
+            if message.get("role") != "assistant" or not learnt[number]:
                 continue
             before = self._text(messages[:number], where, tools, add_generation_prompt=True) if number else ""
             after = self._text(messages[: number + 1], where, tools)
-            if not (text.startswith(after) and after.startswith(before)):
+            fault = None if text.startswith(after) else "changes earlier turns where later ones come"
+            if fault is None and not after.startswith(before):
+                fault = "begins what the assistant is to say (add_generation_prompt) with words that its turn does not begin with"
+            if fault is not None:
                 raise DataError(
-                    f"{where}: the chat template changes earlier turns where later ones come, so what the assistant says cannot be told apart; "
-                    "give a template that marks it ({% generation %}), or --loss-on all"
+                    f"{where}: the chat template {fault}, so what the assistant says cannot be told apart; give a template that marks it "
+                    "({% generation %}), or --loss-on all"
                 )
             spans.append((len(before), len(after)))
         return text, spans
 
     def text(self, messages: Sequence[Any], where: str, tools: Sequence[Any] | None = None) -> str:
-        """Return the text of a conversation; arguments and errors as for `render`."""
+        """Return the text of a conversation, all of which is learnt; arguments and errors as for `render`."""
+        self._check(messages, where, tools)
+        _check_weights(messages, where)
+        for number, turn in enumerate(messages, 1):
+            if not _is_learnt(turn):
+                raise DataError(
+                    f"{where}: turn {number} is not to be learnt, and --loss-on all learns all; leave one of the two out"
+                )
         return self._text(messages, where, tools)
+
+    def _check(self, messages: Sequence[Any], where: str, tools: Sequence[Any] | None) -> None:
+        """Refuse turns of which the template leaves something out, or says that it is not there."""
+        for number, turn in enumerate(messages, 1):
+            for key in _SAYING:
+                if turn.get(key) and not re.search(rf"\b{key}\b", self._template):
+                    raise DataError(
+                        f"{where}: turn {number} has {key!r}, and the chat template has no place for it; give a template that has, or leave "
+                        "that key out"
+                    )
+        nulls = [number for number, turn in enumerate(messages, 1) if turn.get("content") is None]
+        if not nulls:
+            return
+        filled = [{**turn, "content": ""} if turn.get("content") is None else turn for turn in messages]
+        if self._text(messages, where, tools).count("None") > self._text(filled, where, tools).count("None"):
+            raise DataError(
+                f"{where}: turn {nulls[0]} has no content, and the chat template says 'None' for it; give it the content \"\""
+            )
 
     def _text(self, messages: Sequence[Any], where: str, tools: Sequence[Any] | None, **options: Any) -> str:
         (text,), _ = self._call(messages, where, tools, **options)
@@ -94,3 +134,21 @@ class ChatTemplate:
             raise DataError(
                 f"{where}: the chat template does not take the messages: {one_line(error)[:200]}; see to them"
             ) from error
+
+
+def _is_learnt(turn: Mapping[str, Any]) -> bool:
+    return all(turn.get(key, True) for key in _WEIGHTS)
+
+
+def _check_weights(messages: Sequence[Any], where: str) -> None:
+    """Refuse weights of turns that are neither all nor nothing, or that ask for more than what the assistant says."""
+    for number, turn in enumerate(messages, 1):
+        for key in _WEIGHTS:
+            if key not in turn:
+                continue
+            if not isinstance(turn[key], int | float) or turn[key] not in (0, 1):
+                raise DataError(f"{where}: turn {number} has {key!r} {turn[key]!r}; give 0 or 1, or leave it out")
+            if turn[key] and turn.get("role") != "assistant":
+                raise DataError(
+                    f"{where}: turn {number} has {key!r} {turn[key]!r}, and of the turns only the assistant's are learnt; leave it out there"
+                )

@@ -18,6 +18,9 @@ COLUMNS: dict[Kind, Columns] = {
 # Columns beside `messages` that templates may ask for too, and those that are given to none here.
 _TOOLS, _NOT_GIVEN = "tools", ("functions", "documents", "chat_template_kwargs")
 
+# Column of a second text, beside that of the first.
+_SECOND = "text_pair"
+
 _ORDER: tuple[Kind, ...] = ("labelled", "text", "pair", "completion", "chat")
 
 
@@ -51,6 +54,11 @@ class Wanted:
         beside = (_TOOLS, *_NOT_GIVEN) if kind == "chat" else ()
         return (*self.columns(kind), *(column for column in beside if column in there))
 
+    def unread(self, kind: Kind, there: Collection[str]) -> Columns:
+        """Return the columns of a source that are not read; arguments as for `read`."""
+        read = self.read(kind, there)
+        return tuple(column for column in there if column not in read)
+
     @property
     def words(self) -> str:
         """The columns that do, in words."""
@@ -69,6 +77,10 @@ class Wanted:
         """
         for kind in self.kinds:
             if all(column in row for column in self.columns(kind)):
+                if kind == "labelled" and _SECOND in row:
+                    raise DataError(
+                        f"{where} has {_SECOND!r} beside 'text', and of each row one text is read; join the two, or leave that column out"
+                    )
                 return kind
         there = ", ".join(map(repr, row)) or "none"
         lacking = ""

@@ -47,6 +47,7 @@ class Documents:
         done: How many of these were read by the reading that is under way.
         label: Column of their classes; None where they have none.
         classes: Names of classes whose numbers are their labels, where the source has such.
+        unread: Columns that are not read; of lines, those of the first.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Documents:
     done: Callable[[], int]
     label: str | None = None
     classes: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 class _Count:
@@ -83,16 +85,17 @@ def open_jsonl(path: Path, wanted: Wanted = NEXT_TOKENS) -> Documents:
     _require_file(path, name, "jsonl:FILE")
     count = _Count()
     rows = _json_rows(path, name, wanted, _Count())
-    kind = next((wanted.kind_of(row, f"{name}, line {number}") for number, row in rows), None)
-    if kind is None:
+    if (first := next(rows, None)) is None:
         raise DataError(f"{name} is empty; give a file with a JSON object on each line, with {wanted.words}")
+    kind = wanted.kind_of(first[1], f"{name}, line {first[0]}")
 
     def read() -> Iterator[Document]:
         for number, row in _json_rows(path, name, wanted, count):
             where = f"{name}, line {number}"
             yield Document(where, wanted.values(row, kind, where))
 
-    return Documents(name, kind, read, _hash_of([path]), path.stat().st_size, count, _label(wanted, kind))
+    unread = wanted.unread(kind, first[1])
+    return Documents(name, kind, read, _hash_of([path]), path.stat().st_size, count, _label(wanted, kind), unread=unread)
 
 
 def open_texts(path: Path) -> Documents:
@@ -160,7 +163,8 @@ def open_parquet(path: Path, wanted: Wanted = NEXT_TOKENS) -> Documents:
     kind: Kind | None = None
     (names, size), *_ = _unless_damaged(rows(), name)
     kind = wanted.kind_of(names, name)
-    return _of_rows(name, wanted, kind, lambda: _unless_damaged(rows(), name), _hash_of([path]), size)
+    documents = _of_rows(name, wanted, kind, lambda: _unless_damaged(rows(), name), _hash_of([path]), size)
+    return replace(documents, unread=wanted.unread(kind, names))
 
 
 def open_rows(rows: Any, name: str, wanted: Wanted = NEXT_TOKENS) -> Documents:
@@ -189,7 +193,7 @@ def open_rows(rows: Any, name: str, wanted: Wanted = NEXT_TOKENS) -> Documents:
         digest.update(json.dumps([row[column] for column in columns], default=str).encode())
     documents = _of_rows(name, wanted, kind, lambda: _unless_damaged(read(), name), digest.hexdigest(), len(rows))
     classes = getattr(rows.features[wanted.label], "names", None) if kind == "labelled" else None
-    return replace(documents, classes=tuple(classes or ()))
+    return replace(documents, classes=tuple(classes or ()), unread=wanted.unread(kind, rows.features))
 
 
 def _of_rows(name: str, wanted: Wanted, kind: Kind, rows: Callable[[], Iterator[Any]], content: str, size: int) -> Documents:

@@ -44,7 +44,8 @@ def open_language(spec: str, form: LanguageForm) -> Dataset:
     check_trained_by(tokenizer.name, tokenizer.fingerprint, form.trained_by)
     form.head.check(tokenizer)
     context, purpose = form.context or DEFAULT_CONTEXT, form.head.purpose
-    sources = _sources(spec, form)
+    said: list[str] = []
+    sources = _sources(spec, form, said)
     rows_form = _rows_form(spec, form)
     caches = {
         name: open_cache(
@@ -65,6 +66,8 @@ def open_language(spec: str, form: LanguageForm) -> Dataset:
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "context": context,
     }
+    if sources["train"].kind == "chat":
+        preparation["documents"] = "chat"
     classes: tuple[str, ...] = ()
     parts: dict[str, Split]
     is_whole = purpose == "next-tokens" and spec.startswith("text:") and (form.is_apart or form.tests_apart)
@@ -88,7 +91,7 @@ def open_language(spec: str, form: LanguageForm) -> Dataset:
         targets=targets,
         sample_shape=(context,),
         dtype=torch.int64,
-        preprocessing="; ".join(words),
+        preprocessing="; ".join([*words, *said]),
         fingerprint=" ".join([cache.fingerprint for cache in caches.values()] + (["whole"] if is_whole else [])),
         classes=classes,
         inputs=inputs,
@@ -97,11 +100,13 @@ def open_language(spec: str, form: LanguageForm) -> Dataset:
     )
 
 
+# Columns that are named at most.
+_MOST_NAMED = 6
 _INPUTS: dict[Form, tuple[str, ...]] = {**INPUT_NAMES, "labelled": LABELLED_NAMES, "pairs": PAIR_NAMES}
 
 
-def _sources(spec: str, form: LanguageForm) -> dict[str, Documents]:
-    """Return the documents of each part."""
+def _sources(spec: str, form: LanguageForm, said: list[str]) -> dict[str, Documents]:
+    """Return the documents of each part; what is to be said of them is added to a list."""
     kind, _, place = spec.partition(":")
     wanted = form.head.wanted
     if kind == "hfdata":
@@ -110,6 +115,7 @@ def _sources(spec: str, form: LanguageForm) -> dict[str, Documents]:
             raise DataError(f"{spec} has the parts {', '.join(map(repr, parts))}, and no training part; give one of them alone")
         if "train" not in parts:
             parts = {"train": next(iter(parts.values()))}
+        parts = _without_hidden(parts, form, said)
         return {
             part: open_rows(rows, f"{spec} ({part} part)" if part != "train" else spec, wanted) for part, rows in parts.items()
         }
@@ -119,6 +125,20 @@ def _sources(spec: str, form: LanguageForm) -> dict[str, Documents]:
             raise ConfigError(f"data {spec} is text alone, and the model learns from {wanted.words}; give jsonl:FILE with these")
         return {"train": open_texts(path)}
     return {"train": (open_jsonl if kind == "jsonl" else open_parquet)(path, wanted)}
+
+
+def _without_hidden(parts: dict[str, Any], form: LanguageForm, said: list[str]) -> dict[str, Any]:
+    """Return the parts of a data set without labels that are hidden, as GLUE's test parts have them: each is -1."""
+    column, shown = form.head.label, dict(parts)
+    for part, rows in parts.items():
+        if form.head.purpose != "classes" or column not in rows.features or any(value != -1 for value in rows[column]):
+            continue
+        if form.head.may_lack_labels:
+            shown[part] = rows.remove_columns(column)
+        elif part != "train":
+            said.append(f"the {part} part is left out: its labels are hidden (-1)")
+            del shown[part]
+    return shown
 
 
 def _rows_form(spec: str, form: LanguageForm) -> Form:
@@ -273,7 +293,11 @@ def _words(stats: CacheStats, documents: Documents, tokenizer: Tokenizer, rows_f
         (stats.cut, "longer than a row, and cut"),
         (stats.left_out, "without a token to learn, and left out"),
         (stats.filled, "without a token, and read as one of padding"),
+        (stats.wrapped, "with the tokens of a begin or an end of their own, which are not put twice"),
     ):
         if number:
             said.append(f"{number:,} {text}")
+    if documents.unread:
+        more = len(documents.unread) - _MOST_NAMED
+        said.append(f"columns not read: {' '.join(documents.unread[:_MOST_NAMED])}{f' and {more} others' if more > 0 else ''}")
     return ", ".join(said)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lowmem_pnn.language.tokenizer import Tokenizer, check_trained_by, open_tokenizer
+from lowmem_pnn.language.tokenizer import Tokenizer, bare, check_trained_by, open_tokenizer
 
 
 def tokenizer_of(data: str, preparation: Mapping[str, Any], asked: str | None = None) -> Tokenizer | None:
@@ -31,7 +31,7 @@ def prompt_tokens(tokenizer: Tokenizer, text: str, source_context: int | None = 
     """Return the tokens of a text that is to be gone on with, or for which another is to be written.
 
     What is gone on with has the tokens that a text begins with, and not its end; a source is wrapped as the tokenizer wraps a text, and cut
-    so that its end stays.
+    so that its end stays. None of these tokens is put twice, where the text has them itself.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -43,11 +43,26 @@ def prompt_tokens(tokenizer: Tokenizer, text: str, source_context: int | None = 
         >>> prompt_tokens(ByteTokenizer(), "abc"), prompt_tokens(ByteTokenizer(), "abc", source_context=2)
         ([97, 98, 99], [97, 98])
     """
-    ids = tokenizer.encode([text])[0].tolist()
+    found = tokenizer.encode([text])[0]
+    ids = bare(found, tokenizer.begin, () if source_context is None else tokenizer.after).tolist()
     if source_context is None:
         return [*tokenizer.begin, *ids]
     room = max(source_context - len(tokenizer.begin) - len(tokenizer.after), 0)
     return [*tokenizer.begin, *ids[:room], *tokenizer.after][:source_context]
+
+
+def plain_prompts(preparation: Mapping[str, Any]) -> str | None:
+    """Say that prompts are no turns of a conversation, where that is what a model has learnt; else None.
+
+    Args:
+        preparation: As for `tokenizer_of`.
+    """
+    if preparation.get("documents") != "chat":
+        return None
+    return (
+        "prompts are given as they are, not as turns: the model has learnt conversations by the chat template of its tokenizer, so give "
+        "what that makes of one (apply_chat_template with tokenize=False, add_generation_prompt=True)"
+    )
 
 
 def said_text(tokenizer: Tokenizer, prompt: Sequence[int] | None, tokens: Sequence[int]) -> str:

@@ -25,12 +25,12 @@ from lowmem_pnn.language.chat import ChatTemplate
 from lowmem_pnn.language.documents import Document, Documents
 from lowmem_pnn.language.packing import Form, Layout
 from lowmem_pnn.language.progress import Ticker, tell
-from lowmem_pnn.language.tokenizer import Tokenizer
+from lowmem_pnn.language.tokenizer import Tokenizer, bare
 from lowmem_pnn.language.unfinished_caches import unfinished
 
 _VERSION = 1
 # Counts up when texts of a kind are read otherwise: their caches alone are made again.
-_READINGS = {"chat": 2}
+_READINGS = {"chat": 3, "text": 1, "completion": 1, "pair": 1, "labelled": 1}
 _CHUNK_BYTES = 1 << 20
 # Characters, and documents, that are tokenised at once.
 _CHARACTERS_AT_ONCE, _DOCUMENTS_AT_ONCE = 1 << 20, 1024
@@ -50,6 +50,7 @@ class CacheStats:
         cut: Documents whose end was cut off.
         left_out: Documents in which nothing counts.
         filled: Documents with a text of no token, in whose place there is one of padding.
+        wrapped: Documents with a text that begins or ends with the tokens for that by itself, so that none was put beside them.
     """
 
     documents: int
@@ -60,6 +61,7 @@ class CacheStats:
     cut: int
     left_out: int
     filled: int = 0
+    wrapped: int = 0
 
 
 class TokenCache:
@@ -192,7 +194,7 @@ def _hash(file: Path) -> str:
 def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, layout: Layout, made_of: dict[str, Any]) -> None:
     size = max(tokenizer.size, made_of.get("filler", 0) + 1)
     dtype = next(np.dtype(one) for one in _TYPES if size <= np.iinfo(one).max + 1)
-    begun, ticker, num_tokens, num_documents, num_learnt, num_filled = time.monotonic(), Ticker(), 0, 0, 0, 0
+    begun, ticker, num_tokens, num_documents, num_learnt, num_filled, num_wrapped = time.monotonic(), Ticker(), 0, 0, 0, 0, 0
     names = ("tokens.bin", "counted.bin", "pieces.bin", "rows.bin", "labels.bin")
     digests = {name: hashlib.sha256() for name in names}
     labels: dict[str | int, int] = {}
@@ -222,6 +224,7 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, layout: Lay
             if document.is_end:
                 num_documents += 1
             num_filled += found.is_filled
+            num_wrapped += found.is_wrapped
             if found.sizes:
                 num_labels = 1 if layout.form == "labelled" else found.sizes[-1]
                 if layout.add_row(start, found.sizes, num_labels, is_cut=found.is_cut) and documents.label is not None:
@@ -243,7 +246,15 @@ def _write(folder: Path, documents: Documents, tokenizer: Tokenizer, layout: Lay
     if not labels:
         (folder / "labels.bin").unlink()
     stats = CacheStats(
-        num_documents, num_tokens, layout.num_counted, num_rows, layout.num_split, layout.num_cut, layout.num_left_out, num_filled
+        num_documents,
+        num_tokens,
+        layout.num_counted,
+        num_rows,
+        layout.num_split,
+        layout.num_cut,
+        layout.num_left_out,
+        num_filled,
+        num_wrapped,
     )
     if not num_rows:
         raise DataError(_no_rows(documents, layout, stats))
@@ -294,6 +305,7 @@ class _Tokens:
         sizes: Tokens of each piece of a row that it has for itself; none where its row is for `Layout.add` to find.
         is_cut: Whether its end was cut off.
         is_filled: Whether a text of no token has one of padding.
+        is_wrapped: Whether a text begins or ends with the tokens for that by itself.
     """
 
     document: Document
@@ -302,6 +314,7 @@ class _Tokens:
     sizes: tuple[int, ...] = ()
     is_cut: bool = False
     is_filled: bool = False
+    is_wrapped: bool = False
 
 
 def _apart(documents: Documents, tokenizer: Tokenizer, limits: Sequence[int], filler: int | None) -> Iterator[_Tokens]:
@@ -313,18 +326,20 @@ def _apart(documents: Documents, tokenizer: Tokenizer, limits: Sequence[int], fi
     for group in _grouped(documents.read()):
         encoded = iter(tokenizer.encode([text for document in group for text in document.values[: len(limits)]]))
         for document in group:
-            parts, is_cut, is_filled = [], False, False
+            parts, is_cut, is_filled, is_wrapped = [], False, False, False
             for number, limit in enumerate(limits):
-                ids, end = next(encoded), tokenizer.after
+                found, end = next(encoded), tokenizer.after
                 if number and not end and tokenizer.end is not None:
                     end = (tokenizer.end,)
+                ids = bare(found, tokenizer.begin, end)
+                is_wrapped = is_wrapped or len(ids) < len(found)
                 room = max(limit - len(begin) - len(end), 0)
                 is_cut = is_cut or len(ids) > room
                 part = np.concatenate([begin, ids[:room], np.array(end, dtype=np.int64)])[:limit]
                 if filler is not None and not len(part):
                     part, is_filled = np.array([filler], dtype=np.int64), True
                 parts.append(part)
-            yield _Tokens(document, np.concatenate(parts), None, tuple(map(len, parts)), is_cut, is_filled)
+            yield _Tokens(document, np.concatenate(parts), None, tuple(map(len, parts)), is_cut, is_filled, is_wrapped)
 
 
 def _tokenised(documents: Documents, tokenizer: Tokenizer, *, on_completions: bool) -> Iterator[_Tokens]:
@@ -337,15 +352,17 @@ def _tokenised(documents: Documents, tokenizer: Tokenizer, *, on_completions: bo
     for group in _grouped(documents.read()):
         encoded = iter(tokenizer.encode([text for document in group for text in document.values]))
         for document in group:
-            parts = [next(encoded) for _ in document.values]
-            begin = np.array(tokenizer.begin if document.is_begin else (), dtype=np.int64)
-            end = np.array([] if tokenizer.end is None or not document.is_end else [tokenizer.end], dtype=np.int64)
-            ids = np.concatenate([begin, *parts, end])
-            if documents.kind == "text" or not on_completions:
-                yield _Tokens(document, ids, None)
-                continue
-            counted = np.arange(len(ids)) >= len(begin) + len(parts[0])
-            yield _Tokens(document, ids, counted)
+            found = [next(encoded) for _ in document.values]
+            begin = tokenizer.begin if document.is_begin else ()
+            end = () if tokenizer.end is None or not document.is_end else (tokenizer.end,)
+            # What a script has rendered for another trainer has them already.
+            parts = [bare(found[0], begin, end if len(found) == 1 else ()), *(bare(part, (), end) for part in found[1:])]
+            is_wrapped = sum(map(len, parts)) < sum(map(len, found))
+            ids = np.concatenate([np.array(begin, dtype=np.int64), *parts, np.array(end, dtype=np.int64)])
+            counted = None
+            if documents.kind != "text" and on_completions:
+                counted = np.arange(len(ids)) >= len(begin) + len(parts[0])
+            yield _Tokens(document, ids, counted, is_wrapped=is_wrapped)
 
 
 def _chat(

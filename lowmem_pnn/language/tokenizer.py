@@ -203,6 +203,25 @@ def open_tokenizer(spec: str) -> Tokenizer:
     return FileTokenizer(path, path.parent if path.name == "tokenizer.json" else None)
 
 
+def bare(ids: Ids, begin: Sequence[int], end: Sequence[int]) -> Ids:
+    """Return the tokens of a text without those that it is to begin and end with, where it has them by itself.
+
+    Args:
+        ids: Tokens, (N,).
+        begin: What it is to begin with.
+        end: What it is to end with.
+
+    Example:
+        >>> bare(np.array([2, 7, 8, 0]), (2,), (0,)).tolist(), bare(np.array([7, 8]), (2,), (0,)).tolist()
+        ([7, 8], [7, 8])
+    """
+    if begin and ids[: len(begin)].tolist() == [*begin]:
+        ids = ids[len(begin) :]
+    if end and ids[-len(end) :].tolist() == [*end]:
+        ids = ids[: -len(end)]
+    return ids
+
+
 def check_trained_by(name: str, found: str | None, known: str | None, remedy: str = "") -> None:
     """Refuse a tokenizer that is another than the rows of a run were made by: its numbers mean other texts.
 

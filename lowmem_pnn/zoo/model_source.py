@@ -30,6 +30,7 @@ class TransformersFacts:
         task: Task that its head is for, as `--task` has it.
         has_new_head: Whether the weights are of another architecture, so that what it adds has random values.
         uses_cache: Whether its configuration has it generate with a cache, which training has no use for.
+        text_uses_cache: The same of the configuration for text in it, where it has one.
     """
 
     config: Any
@@ -38,6 +39,7 @@ class TransformersFacts:
     task: str
     has_new_head: bool
     uses_cache: bool
+    text_uses_cache: bool = True
 
 
 @dataclass(frozen=True)

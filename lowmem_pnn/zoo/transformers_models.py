@@ -16,10 +16,10 @@ from torch import nn
 
 from lowmem_pnn.config.transformers_place import TRANSFORMERS_TASKS, has_weights, place_of, read_settings
 from lowmem_pnn.errors import ConfigError, LowMemError
-from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.sources.imports import did_you_mean, one_line
 from lowmem_pnn.sources.preprocessing import InputForm
 from lowmem_pnn.zoo.model_source import ModelSource, TransformersFacts, folder_name, too_many_tokens
+from lowmem_pnn.zoo.transformers_images import image_stats
 from lowmem_pnn.zoo.transformers_modules import give_values, returning_logits
 
 # Auto classes of each task, each with the names of its models by the type of their configurations. Some that write can fill gaps too: the
@@ -40,7 +40,9 @@ _CONTEXT = 256
 _PADDED_POSITIONS = ("roberta", "camembert", "data2vec-text", "longformer", "mpnet", "esm", "luke")
 # What a hub's folder has beside its weights.
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+_INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
+# What transformers calls the problems of a classifier, by kinds of targets.
+_PROBLEMS = {"class": "single_label_classification", "labels": "multi_label_classification", "values": "regression"}
 
 
 def import_transformers() -> Any:
@@ -107,6 +109,8 @@ def find_transformers_model(spec: str, arguments: Mapping[str, Any], num_classes
         notes.append("it is given no attention_mask: rows are padded at their end, where no token before looks")
     tokenizer = None if chosen == "image-classification" or folder is None or not _has_tokenizer(folder) else str(folder)
     most = _most_context(settings, text)
+    stats, unfollowed = image_stats(folder) if chosen == "image-classification" else (None, None)
+    notes += [] if unfollowed is None else [unfollowed]
     return ModelSource(
         folder_name(f"hf-{Path(spec.removeprefix('hf:')).name.removesuffix('.json')}"),
         spec,
@@ -114,7 +118,7 @@ def find_transformers_model(spec: str, arguments: Mapping[str, Any], num_classes
         _input_form(config) if chosen == "image-classification" else "any",
         context=min(_CONTEXT, most or _CONTEXT) if is_language and chosen != "seq2seq" else None,
         default_weights=_weights(spec, folder),
-        image_stats=_image_stats(folder) if chosen == "image-classification" else None,
+        image_stats=stats,
         tokenizer=tokenizer,
         most_context=most if chosen != "image-classification" else None,
         notes=tuple(notes),
@@ -125,6 +129,7 @@ def find_transformers_model(spec: str, arguments: Mapping[str, Any], num_classes
             chosen,
             architecture != model_class.__name__,
             bool(settings.get("use_cache", True)),
+            bool((settings.get("text_config") or {}).get("use_cache", True)),
         ),
         give_values=give_values,
     )
@@ -158,6 +163,24 @@ def _fetch(spec: str, patterns: tuple[str, ...]) -> Path:
             f"model {spec}: there is no such folder, and the hub's model {name!r} cannot be fetched: {one_line(error)[:200]}; see to "
             "the network and the name, or give hf:DIR"
         ) from error
+
+
+def _fetch_weights(spec: str) -> Path:
+    """Fetch the weights of a model on the hub, and none beside them; return their folder."""
+    # A repository may have them twice, in another type or for another program.
+    folder = _fetch(spec, (_INDEX,))
+    homes = (read_settings(folder / _INDEX) or {}).get("weight_map")
+    if isinstance(homes, dict):
+        return _fetch(spec, (_INDEX, *sorted(set(map(str, homes.values())))))
+    folder = _fetch(spec, (_WHOLE,))
+    if not (folder / _WHOLE).is_file():
+        folder = _fetch(spec, ("*.safetensors", "*.safetensors.index.json"))
+    if next(folder.glob("*.safetensors"), None) is None:
+        raise ConfigError(
+            f"model {spec}: the hub has no safetensors of it, only weights of another kind, if any; give --weights FILE, or hf:DIR with "
+            "weights that save_pretrained wrote"
+        )
+    return folder
 
 
 def _config_class(spec: str, settings: Mapping[str, Any]) -> Any:
@@ -207,7 +230,7 @@ def _check_causal(spec: str, task: str, config: Any) -> None:
 
 def _configured(spec: str, kind: Any, settings: Mapping[str, Any], arguments: Mapping[str, Any], notes: list[str]) -> Any:
     """Return the configuration, with what the arguments change in it."""
-    values = {name: value for name, value in settings.items() if name not in ("auto_map", "quantization_config")}
+    values = {name: value for name, value in settings.items() if name != "auto_map"}
     if "auto_map" in settings:
         notes.append("the code that its configuration names (auto_map) is not run: transformers has this model")
     if settings.get("gradient_checkpointing"):
@@ -234,7 +257,8 @@ def _configured(spec: str, kind: Any, settings: Mapping[str, Any], arguments: Ma
         raise ConfigError(
             f"model {spec}: its configuration is refused by transformers: {one_line(error)[:300]}; see to it"
         ) from error
-    config.use_cache = False
+    for one in (config, config.get_text_config()):
+        one.use_cache = False
     return config
 
 
@@ -276,25 +300,10 @@ def _input_form(config: Any) -> InputForm:
     return "image3" if getattr(config, "num_channels", 3) == 3 else "any"
 
 
-def _image_stats(folder: Path | None) -> ImageStats | None:
-    """Return how images are prepared, as the folder's `preprocessor_config.json` has it."""
-    settings = None if folder is None else read_settings(folder / "preprocessor_config.json")
-    if settings is None or "image_mean" not in settings or "image_std" not in settings:
-        return None
-    size = settings.get("crop_size") or settings.get("size")
-    size = {"height": size, "width": size} if isinstance(size, int) else size
-    sides = None
-    if isinstance(size, dict) and "height" in size and "width" in size:
-        sides = int(size["height"]), int(size["width"])
-    elif isinstance(size, dict) and "shortest_edge" in size:
-        sides = int(size["shortest_edge"]), int(size["shortest_edge"])
-    return ImageStats(tuple(map(float, settings["image_mean"])), tuple(map(float, settings["image_std"])), sides)
-
-
 def _weights(spec: str, folder: Path | None) -> Callable[[], Path] | None:
     """Return what leads to a model's own weights; None for a configuration alone."""
     if place_of(spec) is None:
-        return lambda: _fetch(spec, _WEIGHT_FILES)
+        return lambda: _fetch_weights(spec)
     return None if folder is None or not has_weights(spec) else lambda: folder
 
 
@@ -354,17 +363,21 @@ def _quiet() -> Iterator[None]:
         others.setLevel(level)
 
 
-def config_json(source: ModelSource, classes: Sequence[str]) -> str:
+def config_json(source: ModelSource, classes: Sequence[str], targets: str) -> str:
     """Return the text of `config.json` for a trained model.
 
     Args:
         source: Model of transformers.
         classes: Names of the classes of its data; none where they have none.
+        targets: Kind of its targets (`Targets.kind`), by which transformers takes loss and probabilities.
     """
     facts = source.transformers
     assert facts is not None
     config = copy.deepcopy(facts.config)
+    config.get_text_config().use_cache = facts.text_uses_cache
     config.architectures, config.dtype, config.use_cache = [facts.architecture], "float32", facts.uses_cache
+    if facts.task.endswith("classification") and targets in _PROBLEMS:
+        config.problem_type = _PROBLEMS[targets]
     if facts.task.endswith("classification") and len(classes) == config.num_labels:
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: number for number, name in enumerate(classes)}

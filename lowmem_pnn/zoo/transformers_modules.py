@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 # Attribute of a class that returns logits alone: the class of transformers that it is made of.
 _OWN_KIND = "_kind_of_transformers"
+# And the task of its head.
+_TASK = "_task_of_transformers"
 
 
 @functools.cache
@@ -63,7 +65,16 @@ def returning_logits(kind: type[nn.Module], task: str) -> type[nn.Module]:
         forward = with_types if "token_type_ids" in takes else masked
     forward.__name__, forward.__qualname__ = "forward", f"{kind.__qualname__}.forward"
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__, "forward": forward}
-    return type(kind.__name__, (kind,), {**names, _OWN_KIND: kind})
+    return type(kind.__name__, (kind,), {**names, _OWN_KIND: kind, _TASK: task})
+
+
+def task_of(model: nn.Module) -> str | None:
+    """Return the task of a model's head, as `--task` has it; None of a class that `returning_logits` has not made.
+
+    Args:
+        model: Any model.
+    """
+    return getattr(type(model), _TASK, None)
 
 
 def full_forward(model: nn.Module) -> Callable[..., Any]:

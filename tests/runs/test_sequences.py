@@ -162,11 +162,17 @@ def test_texts_are_classified_as_by_the_models_own_loss(kind: str, sizes: dict[s
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers for what it gives up
-def test_an_adapter_beside_a_new_head_is_loaded_by_peft(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("auto", "lora"),
+    [("AutoModelForMaskedLM", "r=2,targets=query+value"), ("AutoModelForSequenceClassification", "r=2")],
+    ids=["a new head", "the weights' own head"],
+)
+def test_an_adapter_of_a_model_with_classes_is_loaded_by_peft(auto: str, lora: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    folder = write_model(tmp_path / "model", "bert", "AutoModelForMaskedLM", BERT, pad_token="<pad>")
+    sizes = {**BERT, "max_position_embeddings": 40, "num_labels": 3}
+    folder = write_model(tmp_path / "model", "roberta", auto, sizes, pad_token="<pad>")
     spec = f"jsonl:{write_jsonl(tmp_path / 'a.jsonl', labelled(numbers=True))}"
-    options = {**OPTIONS, "task": "sequence-classification", "lora": "r=2,targets=query+value", "data_root": tmp_path}
+    options = {**OPTIONS, "task": "sequence-classification", "lora": lora, "data_root": tmp_path}
     result = fit(f"hf:{folder}", spec, tmp_path / "run", epochs=1, max_steps=2, **options)
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(result.adapter, num_labels=3).eval()
     ids = torch.arange(3, 15).view(1, 12)

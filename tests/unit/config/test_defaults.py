@@ -25,6 +25,13 @@ def test_options_override_them() -> None:
     assert (config.lr, config.clip_norm, config.lr_schedule, config.epochs) == ((1e-3,), None, "cosine", (1,))
 
 
+def test_weight_decay_leaves_out_norms_and_biases_as_trainers_does() -> None:
+    given = {"data": "text:a", "weights": "w", "weight_decay": "0.01"}
+    assert asked(**given).no_decay_norms
+    assert not asked(**given, no_decay_norms=False).no_decay_norms
+    assert not asked(**{**given, "weights": "none"}).no_decay_norms
+
+
 @pytest.mark.parametrize("zero", [0, 0.0, "0", "0.0"])
 def test_clipping_is_left_out_however_zero_is_written(zero: Any) -> None:
     assert asked(data="text:a", weights="w", clip_norm=zero).clip_norm is None

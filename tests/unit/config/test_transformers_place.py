@@ -43,6 +43,18 @@ def test_a_folder_with_weights_is_fine_tuned_by_default(tmp_path: Path, monkeypa
     assert configure(max_gpu_mem="1GB", model="hf:a/config.json", data="jsonl:x.jsonl").weights is None
 
 
+@pytest.mark.parametrize("name", ["pytorch_model-00001-of-00002.bin", "tf_model.h5", "consolidated.00.pth", "model.gguf"])
+def test_weights_that_are_not_read_are_not_left_out_unsaid(name: str, tmp_path: Path) -> None:
+    place = folder(tmp_path / "a", weights=False)
+    (place / "training_args.bin").write_bytes(b"")
+    given = {"max_gpu_mem": "1GB", "model": f"hf:{place}", "data": "jsonl:x.jsonl"}
+    assert configure(**given).weights is None
+    (place / name).write_bytes(b"")
+    with pytest.raises(ConfigError, match=rf"none are read \({name}\); give a folder with model.safetensors, or --weights none"):
+        configure(**given)
+    assert configure(**given, weights="none").weights == "none"
+
+
 def test_a_head_is_refused_where_there_is_none() -> None:
     with pytest.raises(ConfigError, match="--task causal-lm is the head of an hf: model, and --model is mlp:4-2; leave it out"):
         configure(max_gpu_mem="1GB", model="mlp:4-2", data="digits", task="causal-lm")

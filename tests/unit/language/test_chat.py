@@ -19,6 +19,14 @@ TURNS = [
 ]
 
 
+def called(**turn: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "time?"}, {"role": "assistant", "tool_calls": [{"name": "clock"}], **turn}]
+
+
+def weighted(weight: Any, turn: int = 2) -> list[dict[str, Any]]:
+    return [{**one, "weight": weight} if number == turn else one for number, one in enumerate(TURNS)]
+
+
 def template(folder: Path, text: str | None) -> ChatTemplate:
     return ChatTemplate(open_tokenizer(str(write_tokenizer(folder, template=text))))
 
@@ -28,6 +36,20 @@ def test_the_assistants_turns_are_told_apart(text: str, tmp_path: Path) -> None:
     rendered, spans = template(tmp_path, text).render(TURNS, "line 1")
     assert rendered == "<system>be kind<end><user>hi<end><assistant>hello<end><user>bye<end><assistant>see you<end>"
     assert [rendered[begin:end] for begin, end in spans] == ["hello<end>", "see you<end>"]
+
+
+def test_turns_that_are_not_to_be_learnt_are_not(tmp_path: Path) -> None:
+    by = template(tmp_path, TEMPLATE)
+    for turns in (
+        weighted(0),
+        [{**turn, "train": turn["content"] == "see you"} for turn in TURNS if turn["role"] == "assistant"],
+    ):
+        rendered, spans = by.render(turns, "line 1")
+        assert [rendered[begin:end] for begin, end in spans] == ["see you<end>"]
+    with pytest.raises(DataError, match=r"turn 3 is not to be learnt, and --loss-on all learns all; leave one of the two out"):
+        by.text(weighted(0), "line 1")
+    text = f"{TEMPLATE}{{{{ messages[-1].tool_calls[0].name }}}}"
+    assert template(tmp_path, text).text(called(content=""), "line 1").endswith("<assistant><end>clock")
 
 
 def test_special_tokens_are_known_to_the_template(tmp_path: Path) -> None:
@@ -62,6 +84,29 @@ def test_tools_are_shown_to_a_template_that_has_a_place_for_them(tmp_path: Path)
             "line 7: the chat template changes earlier turns where later ones come, so what the assistant says cannot be told apart; give a "
             "template that marks it ({% generation %}), or --loss-on all",
         ),
+        (
+            f"{TEMPLATE}{{% if add_generation_prompt %}}<think>{{% endif %}}",
+            TURNS,
+            "line 7: the chat template begins what the assistant is to say (add_generation_prompt) with words that its turn does not begin "
+            "with, so what the assistant says",
+        ),
+        (
+            TEMPLATE,
+            called(content=""),
+            "line 7: turn 2 has 'tool_calls', and the chat template has no place for it; give a template",
+        ),
+        (
+            f"{TEMPLATE}{{# tool_calls #}}",
+            called(content=None),
+            "line 7: turn 2 has no content, and the chat template says 'None'",
+        ),
+        (TEMPLATE, weighted(0.5), "line 7: turn 3 has 'weight' 0.5; give 0 or 1, or leave it out"),
+        (
+            TEMPLATE,
+            weighted(1, turn=1),
+            "line 7: turn 2 has 'weight' 1, and of the turns only the assistant's are learnt; leave it out",
+        ),
+        (MARKED, weighted(0), "line 7: turn 3 is not to be learnt, and the chat template marks what is"),
     ],
 )
 def test_templates_that_do_not_do(text: str, messages: list[Any], message: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from helpers.language import write_jsonl
 from lowmem_pnn.errors import DataError
 from lowmem_pnn.language import documents as module
+from lowmem_pnn.language.columns import Wanted
 from lowmem_pnn.language.documents import Documents, open_jsonl, open_parquet, open_rows, open_texts
 
 
@@ -209,9 +210,22 @@ def test_what_else_a_template_would_be_given_is_refused(beside: dict[str, Any], 
     assert values(as_text) == [(TURN, TOOLS)]
 
 
+def test_a_second_text_is_refused_and_columns_that_are_not_read_are_known(tmp_path: Path) -> None:
+    row = {"text": "a", "label": 0, "idx": 3}
+    path, wanted = write_jsonl(tmp_path / "a.jsonl", [{**row, "text_pair": "b"}]), Wanted(("labelled",))
+    with pytest.raises(DataError, match=r"line 1 has 'text_pair' beside 'text', and of each row one text is read; join the two"):
+        open_jsonl(path, wanted)
+    assert open_jsonl(write_jsonl(path, [row]), wanted).unread == ("idx",)
+    assert open_parquet(write_parquet(tmp_path / "a.parquet", {name: [one] for name, one in row.items()})).unread == (
+        "label",
+        "idx",
+    )
+
+
 def test_columns_that_are_not_read_are_not_decoded() -> None:
     import datasets
 
     features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
     broken = datasets.Dataset.from_dict({"text": ["a"], "image": [{"bytes": b"no image", "path": None}]}, features=features)
-    assert values(open_rows(broken, "hfdata:x")) == [("a",)]
+    documents = open_rows(broken, "hfdata:x")
+    assert (values(documents), documents.unread) == ([("a",)], ("image",))

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.language import pairs, write_jsonl, write_tokenizer
+from helpers.language import TEMPLATE, pairs, write_jsonl, write_tokenizer
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.inference.open_parts import OpenPart
 from lowmem_pnn.language.language_form import Head, LanguageForm
 from lowmem_pnn.language.open_language import fit_inputs, open_language
+from lowmem_pnn.language.prompts import plain_prompts
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import make_dataset
 
@@ -185,3 +186,28 @@ def test_text_is_whole_where_its_test_part_is_apart(tmp_path: Path) -> None:
 def test_tokenizers_that_do_not_do_are_refused(head: Head, trained_by: str | None, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         opened(tmp_path, tokenizer=str(write_tokenizer(tmp_path / "t")), head=head, trained_by=trained_by)
+
+
+def test_labels_that_are_hidden_are_left_out_and_said(tmp_path: Path) -> None:
+    import datasets
+
+    parts = {
+        part: datasets.Dataset.from_dict({"text": ["a", "b"], "label": labels, "idx": [0, 1]})
+        for part, labels in (("train", [0, 1]), ("test", [-1, -1]))
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "hub")
+    form = LanguageForm("bytes", 4, False, "completions", tmp_path / "root", Head("classes"))
+    dataset = open_language(f"hfdata:{tmp_path / 'hub'}", form)
+    assert dataset.test is None
+    assert dataset.preprocessing.endswith(", columns not read: idx; the test part is left out: its labels are hidden (-1)")
+    asked = dataclasses.replace(form, head=Head("classes", may_lack_labels=True), is_apart=True)
+    assert open_language(f"hfdata:{tmp_path / 'hub'}", asked).test is not None
+
+
+def test_of_conversations_it_is_known_that_a_prompt_is_no_turn(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [{"role": "assistant", "content": "the cat"}]}])
+    form = LanguageForm(str(write_tokenizer(tmp_path / "t", template=TEMPLATE)), 16, False, "completions", tmp_path / "root")
+    note = plain_prompts(open_language(f"jsonl:{path}", form).preparation)
+    assert note is not None
+    assert note.startswith("prompts are given as they are, not as turns: ")
+    assert plain_prompts(opened(tmp_path).preparation) is None

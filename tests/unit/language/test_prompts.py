@@ -15,6 +15,8 @@ def test_a_prompt_begins_with_the_token_that_texts_begin_with(tmp_path: Path) ->
     tokens = prompt_tokens(tokenizer, "the cat")
     assert tokens[0] == 2
     assert 0 not in tokens
+    assert prompt_tokens(tokenizer, "<begin>the cat") == tokens
+    assert prompt_tokens(tokenizer, "<begin>the cat", source_context=9) == prompt_tokens(tokenizer, "the cat", source_context=9)
     assert said_text(tokenizer, tokens, [*tokenizer.encode([" sat on"])[0], 0]) == " sat on"
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from helpers.language import TEMPLATE, pairs, write_jsonl, write_tokenizer
 from lowmem_pnn.errors import DataError, DiskError
+from lowmem_pnn.language.columns import NEXT_TOKENS, SEQUENCES
 from lowmem_pnn.language.documents import open_jsonl, open_texts
 from lowmem_pnn.language.progress import telling
 from lowmem_pnn.language.token_cache import TokenCache, open_cache
@@ -22,12 +23,14 @@ from lowmem_pnn.language.unfinished_caches import unfinished
 from lowmem_pnn.memory.process_meter import private_bytes
 
 
-def make(path: Path, root: Path, tokenizer: Any = None, **options: Any) -> tuple[TokenCache, list[str]]:
+def make(
+    path: Path, root: Path, tokenizer: Any = None, wanted: Any = NEXT_TOKENS, **options: Any
+) -> tuple[TokenCache, list[str]]:
     told: list[str] = []
     open_it = open_texts if path.suffix == ".txt" or path.is_dir() else open_jsonl
     with telling(told.append):
         cache = open_cache(
-            open_it(path),
+            open_it(path) if open_it is open_texts else open_jsonl(path, wanted),
             tokenizer or ByteTokenizer(),
             root,
             **{"context": 8, "form": "padded", "on_completions": True, **options},
@@ -45,6 +48,27 @@ def test_prompt_and_completion_are_tokenised_apart_and_joined(tmp_path: Path) ->
     assert cache.counted.tolist() == [False] * (1 + len(prompt)) + [True] * (len(completion) + 1)
     whole, _ = make(path, tmp_path / "root", tokenizer, on_completions=False)
     assert (whole.tokens.tolist(), whole.counted) == (cache.tokens.tolist(), None)
+
+
+def test_the_tokens_of_a_begin_and_an_end_are_not_put_twice(tmp_path: Path) -> None:
+    tokenizer = open_tokenizer(str(write_tokenizer(tmp_path / "t", begins=True)))
+    for row, form in (
+        ({"prompt": "{}the cat", "completion": " sat{}"}, "padded"),
+        ({"text": "{}the cat sat{}"}, "padded"),
+        ({"source": "{}the cat", "target": "sat{}"}, "pairs"),
+    ):
+        made = []
+        for begin, end in (("", ""), ("<begin>", "<end>")):
+            texts = [text.format(begin if number == 0 else end, end) for number, text in enumerate(row.values())]
+            path = write_jsonl(tmp_path / "a.jsonl", [dict(zip(row, texts, strict=True))])
+            made.append(
+                make(path, tmp_path / "root", tokenizer, form=form, wanted=SEQUENCES if form == "pairs" else NEXT_TOKENS)[0]
+            )
+        own, rendered = made
+        assert own.tokens.tolist() == rendered.tokens.tolist()
+        assert (own.counted is None) == (rendered.counted is None)
+        assert own.counted is None or own.counted.tolist() == rendered.counted.tolist()  # type: ignore[union-attr]
+        assert (own.stats.wrapped, rendered.stats.wrapped) == (0, 1)
 
 
 def test_of_a_conversation_the_assistant_is_learnt(tmp_path: Path) -> None:

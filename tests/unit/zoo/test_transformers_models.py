@@ -2,6 +2,7 @@
 
 import json
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from lowmem_pnn.model.call_form import CallForm
 from lowmem_pnn.sources.image_stats import ImageStats
 from lowmem_pnn.zoo.deferred_init import skeleton
 from lowmem_pnn.zoo.models import find_model
+from lowmem_pnn.zoo.transformers_images import image_stats
+from lowmem_pnn.zoo.transformers_models import config_json
 from lowmem_pnn.zoo.transformers_modules import give_values
 
+VISION = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
+}  # fmt: skip
 MIXTRAL = {**LLAMA, "num_local_experts": 2, "num_experts_per_tok": 1}
 
 
@@ -82,6 +88,69 @@ def test_an_image_classifier_has_as_many_classes_as_the_data(tmp_path: Path) -> 
     assert (source.input_form, source.image_stats, source.context) == ("any", ImageStats((0.5,), (0.25,), (8, 8)), None)
     assert source.build()(torch.rand(2, 1, 8, 8)).shape == (2, 7)
     assert find_model(f"hf:{file}", {"num_channels": 3}, 10).input_form == "image3"
+
+
+@pytest.mark.parametrize(
+    ("settings", "stats", "note"),
+    [
+        ({"do_normalize": False}, ImageStats((0.0,), (1.0,), None), None),
+        ({"include_top": True}, None, "by include_top, which is not followed: --normalize auto is that of the training images"),
+        ({"rescale_factor": 1 / 127.5}, None, "by rescale_factor, "),
+        ({"do_flip_channel_order": True, "image_mean": None}, None, "by do_flip_channel_order, "),
+        ({"do_rescale": False}, None, "by do_rescale, "),
+    ],
+)
+def test_images_that_are_prepared_in_other_ways(
+    settings: dict[str, Any], stats: ImageStats | None, note: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5], "image_std": [0.25], **settings}))
+    found, said = image_stats(tmp_path)
+    assert (found, said is None) == (stats, note is None)
+    assert note is None or note in str(said)
+
+
+def test_configurations_say_what_was_trained(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "c.json", "vit", "ViTForImageClassification", VIT, problem_type="multi_label_classification")
+    source = find_model(f"hf:{file}", {}, 3)
+    for targets, problem in (
+        ("class", "single_label_classification"),
+        ("labels", "multi_label_classification"),
+        ("values", "regression"),
+    ):
+        assert json.loads(config_json(source, (), targets))["problem_type"] == problem
+    text = {**LLAMA, "head_dim": 8, "model_type": "gemma3_text"}
+    file = write_config(
+        tmp_path / "g.json", "gemma3", "Gemma3ForConditionalGeneration", {}, text_config=text, vision_config=VISION
+    )
+    source = find_model(f"hf:{file}", {}, None, "causal-lm")
+    assert source.transformers is not None
+    assert not source.transformers.config.text_config.use_cache
+    assert '"use_cache": false' not in config_json(source, (), "tokens")
+
+
+def test_of_a_model_on_the_hub_no_weights_are_fetched_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        fetched.extend(file.name for file in tmp_path.iterdir() if any(fnmatch(file.name, one) for one in allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    write_config(tmp_path / "config.json", "llama", "LlamaForCausalLM", LLAMA)
+    fetch = find_model("hf:some/name", {}, None).default_weights
+    assert fetch is not None
+    (tmp_path / "pytorch_model.bin").write_text("")
+    with pytest.raises(ConfigError, match=r"model hf:some/name: the hub has no safetensors of it, only weights of another kind"):
+        fetch()
+    for name in ("consolidated.safetensors", "model-1.safetensors", "model.safetensors"):
+        (tmp_path / name).write_text("")
+    fetched.clear()
+    assert (fetch(), fetched) == (tmp_path, ["model.safetensors"])
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}))
+    fetched.clear()
+    assert fetch() == tmp_path
+    assert sorted(set(fetched)) == ["model-1.safetensors", index.name]
 
 
 def test_positions_of_roberta_begin_after_that_of_padding(tmp_path: Path) -> None:
