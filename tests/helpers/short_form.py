@@ -83,7 +83,7 @@ runs/test_quantized_state.py::test_a_run_with_quantized_state_that_was_stopped_a
 runs/test_quantized_state.py::test_the_plan_foresees_less_and_the_peak_keeps_to_it[backprop]
 runs/test_recovery.py::test_a_recovery_that_was_interrupted_and_resumed_is_same_as_uninterrupted[0.1-stops1]
 runs/test_sequences.py::test_a_model_that_writes_is_trained_as_by_its_own_loss[bart-sizes1-0-None]
-runs/test_sequences.py::test_an_adapter_of_a_model_with_classes_is_loaded_by_peft
+runs/test_sequences.py::test_an_adapter_of_a_model_with_classes_is_loaded_by_peft[a new head]
 runs/test_sequences.py::test_texts_are_classified_as_by_the_models_own_loss[llama-sizes1]
 runs/test_step_slices.py::test_steps_of_tied_weights_by_slices_are_same_as_plain_pytorch[clipped]
 runs/test_step_slices.py::test_steps_of_tied_weights_by_slices_are_same_as_plain_pytorch[cut]
