@@ -13,7 +13,8 @@ PART = {
 }  # fmt: skip
 PLAN = {
     "partitions": [{"start": 0, "stop": 2, **PART}, {"start": 2, "stop": 3, **PART}], "budget_bytes": 9, "overhead_bytes": 1,
-    "predicted_peak_bytes": 9, "smallest_micro_batch": 1, "loss_chunk": None, "sweep_micro_batch": 0, "stream_bytes": 0, "whole_batches": False,
+    "predicted_peak_bytes": 9, "smallest_micro_batch": 1, "loss_chunk": None, "vocabulary_tile": None,
+    "sweep_micro_batch": 0, "stream_bytes": 0, "whole_batches": False,
     "waiting_bytes": 0, "kept_layers": [], "kept_bytes": 0, "resident_weights": [], "resident_state": [], "resident_bytes": 0,
     "thin_macs": [], "meta_params": 0, "meta_peak_bytes": 0,
 }  # fmt: skip
