@@ -36,8 +36,8 @@ from lowmem_pnn.model.python_state import Attribute, attributes_of, is_kept
 
 # All numbers up to 16 divide it, and all up to 1,000 that people write in tens: what is done every so many calls is done in this one.
 _MANY_CALLS = 18_018_000
-# What is larger than nearly any threshold.
-_LARGE = 1e30
+# What is larger than most thresholds, and not too large for a loop of Python that goes so often.
+_LARGE = 1e6
 
 
 def capture(

@@ -144,19 +144,26 @@ def run_model(model: nn.Module, setting: Setting) -> ModelRun:
         changed, aliases = before.changed(root), _aliases(model, result.changed)
         if not changed and not aliases:
             return
-        now = attributes_of(root)
-        log.entries, entries = [], log.entries
-        result.aliased = {
-            key: alias for key, alias in aliases.items() if is_read(root, key, lambda: setting.form.call(root, samples))
-        }
+        now, entries = attributes_of(root), log.entries
+
+        def again() -> object:
+            log.entries = []  # each forward may do as much
+            return setting.form.call(root, samples)
+
+        result.aliased = {key: alias for key, alias in aliases.items() if is_read(root, key, again)}
         after_one = Snapshot(root)
-        setting.form.call(root, samples)
+        try:
+            again()
+        except KnownValuesError:
+            raise
+        except Exception as error:  # as where the number that the first forward left is one that it does not take
+            raise CaptureError(f"{setting.error_prefix(model)} again: {explain(error)}") from error
         changed_again = {*after_one.changed(root)}
         for key in sorted(changed):
             value = now.get(key)
             # What is computed once, from neither samples nor weights, is a cache.
             is_cache = holds_tensor(value) and key not in changed_again and not any(map(log.depends, tensors_in(value)))
-            if is_cache or not is_read(root, key, lambda: setting.form.call(root, samples)):
+            if is_cache or not is_read(root, key, again):
                 result.left.add(key)
             elif holds_tensor(value) and key not in changed_again and _is_cache_of_weights(root, key, before, setting, samples):
                 result.left.add(key)

@@ -19,8 +19,8 @@ from lowmem_pnn.model.precision import Precision
 from lowmem_pnn.model.python_state import Attribute
 from lowmem_pnn.seeds import preserve_random_state
 
-# Whoever does more than so many operations may do one for each call that it has counted.
-_MOST_OPERATIONS = 50_000
+# Whoever does more than so many operations may do one for each call that it has counted, or as often as a value says.
+_MOST_OPERATIONS = 2_000
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ class Setting:
             forward: is given the copy, in its mode, with the samples, and the log.
         """
         fakes = self.fakes(model)
+        may_loop = bool(self.counts) or self.number > 1
         log = OperationLog(
-            [*fakes.samples, *fakes.root.parameters(), *fakes.root.buffers()], _MOST_OPERATIONS if self.counts else None
+            [*fakes.samples, *fakes.root.parameters(), *fakes.root.buffers()], _MOST_OPERATIONS if may_loop else None
         )
         with fakes.context(), log:
             forward(fakes, log)

@@ -20,7 +20,7 @@ from lowmem_pnn.quantization.stored_weights import Stored
 
 # What is the same in whichever form a weight is kept, and what is so in a form of the matrix's shape.
 _OF_ANY_FORM = frozenset({
-    "device", "get_device", "is_cuda", "is_cpu", "is_meta", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "_version",
+    "device", "get_device", "is_cuda", "is_cpu", "is_meta", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "_version", "is_inference",
     "untyped_storage",
 })  # fmt: skip
 _OF_SHAPE = frozenset({"shape", "size", "ndim", "dim", "numel", "nelement", "__len__"})

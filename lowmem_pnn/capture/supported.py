@@ -171,11 +171,11 @@ def _check_replaced_methods(module: nn.Module, where: str) -> None:
 
 
 def _check_hidden_modules(model: nn.Module) -> None:
-    """Refuse modules with weights that are in plain lists alone: PyTorch finds their weights for no optimizer and no `state_dict`."""
+    """Refuse modules with parameters that are in plain lists alone: PyTorch finds these for no optimizer and no `state_dict`."""
     registered = set(map(id, model.modules()))
     for (name, attribute), value in attributes_of(model).items():
         for module in modules_in(value):
-            if id(module) not in registered and any(True for _ in (*module.parameters(), *module.buffers())):
+            if id(module) not in registered and any(True for _ in module.parameters()):
                 where = f"module {name!r} of {type(model).__name__}" if name else f"model {type(model).__name__}"
                 raise CaptureError(
                     f"{where} holds a {type(module).__name__} in its attribute {attribute!r} that is not registered as a module, as those in a "

@@ -108,11 +108,9 @@ class PlanRequest:
         if not self.device.shares_host or config.batch_size == "auto":
             return None
         found, last = vocabulary_of(self.workload), self.num_layers - 1
-        if (
-            found is not None
-            and found.head is not None
-            and (config.partitions is not None or (self.cuts is not None and last not in self.cuts))
-        ):
+        cuts = self.cuts
+        has_way = config.partitions is None and (cuts is None or last in cuts) and last not in self.profile.forbidden_cuts
+        if found is not None and found.head is not None and not has_way:
             return None  # the last layer is a partition by itself
         return found
 
@@ -171,9 +169,12 @@ class PlanRequest:
         weights = {chain.owner_of(alias): one for alias, one in chain.layers[number].parameters().items()}
         if names := sorted(vocabulary.of_layer(number)):
             row_bytes = sum(weights[name].nbytes // len(weights[name]) for name in names)
-            tokens = max(
-                (math.prod(spec.shape) for spec in chain.boundaries[number] if not spec.dtype.is_floating_point), default=1
+            # Numbers of rows come in, or are made inside, as those of positions: one for each row of the outputs then.
+            inputs = [math.prod(spec.shape) for spec in chain.boundaries[number] if not spec.dtype.is_floating_point]
+            outputs = (
+                [math.prod(spec.shape[:-1]) for spec in chain.boundaries[number + 1]] if number + 1 < self.num_layers else []
             )
+            tokens = max([*inputs, *outputs], default=1)
             batch = max(self.workload.config.batch_sizes)
             rows = Affine(0, tokens * row_bytes)
             return with_row_gradients(cost, [weights[name].nbytes for name in names], rows, batch, slice_bytes)

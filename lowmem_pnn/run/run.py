@@ -205,7 +205,7 @@ class Run:
         best = self.state.best
         if self.workload.config.keep_weights == "best" and best.weights:
             self.weights.restore(best.weights)
-            self.workload.chain.set_python_state({**self.workload.chain.python_state, **best.module_state})
+            self.workload.chain.set_python_state(best.module_state)
             self.state.module_state = self.workload.chain.python_state
 
     # Stores of activations that later visits read.

@@ -54,7 +54,7 @@ class RowGradients(TorchFunctionMode):
             ids: numbers of the rows (N,).
             gradients: a gradient for each, (N, features).
         """
-        own, places = torch.unique(ids, return_inverse=True)
+        own, places = torch.unique(ids.long(), return_inverse=True)
         rows = torch.ops.aten.embedding_dense_backward(gradients, places, len(own), -1, False)
         if name not in self._rows:
             self._rows[name] = own, rows
