@@ -59,7 +59,8 @@ class ChatTemplate:
         """
         self._check(messages, where, tools)
         _check_weights(messages, where)
-        learnt = [_is_learnt(turn) for turn in messages]
+        # Of other roles nothing is learnt anyway, so that their weights change nothing.
+        learnt = [turn.get("role") != "assistant" or _is_learnt(turn) for turn in messages]
         if self._marks and not all(learnt):
             raise DataError(
                 f"{where}: turn {learnt.index(False) + 1} is not to be learnt, and the chat template marks what is ({{% generation %}}); give "

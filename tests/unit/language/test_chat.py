@@ -36,6 +36,8 @@ def test_the_assistants_turns_are_told_apart(text: str, tmp_path: Path) -> None:
     rendered, spans = template(tmp_path, text).render(TURNS, "line 1")
     assert rendered == "<system>be kind<end><user>hi<end><assistant>hello<end><user>bye<end><assistant>see you<end>"
     assert [rendered[begin:end] for begin, end in spans] == ["hello<end>", "see you<end>"]
+    weights = [{**turn, "weight": int(turn["role"] == "assistant")} for turn in TURNS]
+    assert template(tmp_path, text).render(weights, "line 1") == (rendered, spans)
 
 
 def test_turns_that_are_not_to_be_learnt_are_not(tmp_path: Path) -> None:
