@@ -154,8 +154,8 @@ class DecimalMarks:
     """Points and commas in the numbers of a file in which a comma may stand for the point, or part thousands."""
 
     def __init__(self) -> None:
-        # By what a number has: the first of each column, with its row.
-        self._found: dict[str, dict[str, tuple[str, int]]] = {"point": {}, "comma": {}, "thousands": {}}
+        # By what a number has: the first of each column, with its row. Dots are points that may part thousands, as in 1.234.
+        self._found: dict[str, dict[str, tuple[str, int]]] = {"point": {}, "comma": {}, "thousands": {}, "dots": {}}
 
     def note(self, column: str, text: str, row: int) -> None:
         """Look at a number.
@@ -166,7 +166,8 @@ class DecimalMarks:
             row: Place of its row.
         """
         if "," in text or "." in text:
-            kind = "point" if "." in text else "thousands" if _MAY_PART_THOUSANDS.fullmatch(text) else "comma"
+            parts = _MAY_PART_THOUSANDS.fullmatch(text.replace(".", ",")) is not None
+            kind = ("dots" if parts else "point") if "." in text else "thousands" if parts else "comma"
             self._found[kind].setdefault(column, (text, row))
 
     def doubtful(self, columns: Sequence[str], *, mixed_alone: bool) -> list[tuple[str, int]]:
@@ -177,10 +178,13 @@ class DecimalMarks:
             mixed_alone: Whether commas before three digits each are in doubt only where other numbers have a point.
         """
         first = {kind: next((found[name] for name in columns if name in found), None) for kind, found in self._found.items()}
-        point, comma = first["point"], first["comma"] or first["thousands"]
-        if comma is None or (point is None and (mixed_alone or first["comma"] is not None)):
-            return []
-        return [comma] if point is None else [comma, point]
+        thousands, comma, dots, point = first["thousands"], first["comma"], first["dots"], first["point"] or first["dots"]
+        if thousands is not None and point is not None:
+            return [thousands, point]
+        # Beside 12,50 a number such as 1.234 may be one with its thousands parted.
+        if comma is not None and dots is not None:
+            return [comma, dots]
+        return [thousands] if thousands is not None and comma is None and not mixed_alone else []
 
 
 def field_text(value: Any, table: str, column: str, row: int) -> str:

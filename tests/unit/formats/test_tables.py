@@ -40,11 +40,12 @@ def samples(spec: str, **options: Any) -> tuple[list[Any], list[Any]]:
         PRICES.replace(",", ";"),
         PRICES.replace(",", "\t"),
         PRICES.replace(",", ";").replace(".", ","),
+        PRICES.replace(",", ";").replace("11.0", "11,0"),
         "\ufeff" + PRICES.replace("\n", "\r\n") + "\r\n",
         PRICES.replace("Bern", '"Bern"').replace("city", '"city"'),
         PRICES.replace(",", " , "),
     ],
-    ids=["commas", "semicolons", "tabs", "decimal commas", "from Windows", "quoted", "blanks"],
+    ids=["commas", "semicolons", "tabs", "decimal commas", "both", "from Windows", "quoted", "blanks"],
 )
 def test_numbers_stay_and_words_are_one_hot(text: str, tmp_path: Path) -> None:
     x, y = samples(write(tmp_path, text))
@@ -226,6 +227,11 @@ def test_what_is_missing_goes_by_the_columns_of_the_training_data(tmp_path: Path
             "a\tprice\n1,234\t2\n999\t3\n",
             {},
             r"a.csv holds '1,234' \(line 2\): whether .* is not clear; write numbers with a point, and without commas$",
+        ),
+        (
+            "a;price\n1.234;2,5\n",
+            {},
+            r"a.csv holds '2,5' \(line 2\) and '1.234' \(line 2\): whether a comma stands for the point, or parts thousands, is",
         ),
         (PRICES, {"image_size": 8}, r"--image-size has no effect here: data 'csv:.*' is a table; leave it out$"),
         (
