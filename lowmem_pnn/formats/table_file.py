@@ -14,12 +14,14 @@ from lowmem_pnn.sources.imports import one_line
 
 TableKind = Literal["csv", "parquet"]
 
+NAMELESS_INDEX = re.compile(r"__index_level_\d+__")
+"""Names under which pandas stores an index without a name in Parquet."""
+
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
 """What numbers that are not known are written as, in any case."""
 
 _DELIMITERS = ",;\t"
 _MAY_PART_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
-_NAMELESS_INDEX = re.compile(r"__index_level_\d+__")
 # A field may be as long as a text is.
 csv.field_size_limit(1 << 24)
 
@@ -49,9 +51,7 @@ class TableFile:
         if kind == "csv":
             self.columns = self._read_header()
         else:
-            # An index without a name, which pandas stores with its rows, is no column of the frame.
-            self._stored = list(self._parquet().schema_arrow.names)
-            self.columns = [name for name in self._stored if not _NAMELESS_INDEX.fullmatch(name)]
+            self.columns = list(self._parquet().schema_arrow.names)
         twice = [name for name in self.columns if self.columns.count(name) > 1]
         if twice:
             raise DataError(f"{path} has two columns {twice[0]!r}; give each a name of its own")
@@ -138,9 +138,7 @@ class TableFile:
         number = 0
         try:
             for batch in self._parquet().iter_batches(batch_size=4096):
-                named = zip(self._stored, batch.columns, strict=True)
-                columns = [column.to_pylist() for name, column in named if not _NAMELESS_INDEX.fullmatch(name)]
-                for values in zip(*columns, strict=True):
+                for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     number += 1
                     texts = zip(values, self.columns, strict=True)
                     yield number, [field_text(value, self.name, name, number) for value, name in texts]
