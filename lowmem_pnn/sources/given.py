@@ -184,27 +184,3 @@ def column_names(samples: Any) -> tuple[str, ...]:
     if columns is None or not hasattr(samples, "to_numpy") or list(columns) == list(range(len(columns))):
         return ()
     return tuple(map(str, columns))
-
-
-def class_names(dataset: Any) -> tuple[str, ...]:
-    """Return the names of the classes of a map-style data set, by their numbers; none where it has none, or changes the numbers.
-
-    Args:
-        dataset: The data set.
-    """
-    while isinstance(dataset, torch.utils.data.Subset):
-        dataset = dataset.dataset
-    names = getattr(dataset, "classes", None)
-    if not isinstance(names, list | tuple) or changes_targets(dataset):
-        return ()
-    is_named = all(isinstance(name, str) and name for name in names) and len(set(names)) == len(names)
-    return tuple(names) if is_named else ()
-
-
-def changes_targets(dataset: Any) -> bool:
-    """Return whether a data set, of torchvision's form, gives other targets than the classes that it lists.
-
-    Args:
-        dataset: The data set.
-    """
-    return any(getattr(one, "target_transform", None) is not None for one in (dataset, getattr(dataset, "transforms", None)))
