@@ -15,9 +15,17 @@ from torch.utils import _pytree as pytree
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_labels, as_tensor, count_classes, hash_tensor
 from lowmem_pnn.sources.draws import DrawKey, SampleReader
-from lowmem_pnn.sources.given import as_pair, as_sample, column_names, require_map_style
+from lowmem_pnn.sources.given import (
+    as_pair,
+    as_sample,
+    class_names,
+    column_names,
+    first_of_each_class,
+    known_classes,
+    listed_target,
+    require_map_style,
+)
 from lowmem_pnn.sources.imports import one_line
-from lowmem_pnn.sources.listed_classes import class_names, first_of_each_class, known_classes, listed_target
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing, holds_tokens
 from lowmem_pnn.sources.resize import Resize
 from lowmem_pnn.sources.splits import (
