@@ -91,6 +91,25 @@ def new_modules(names: Sequence[str], chain: Chain) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names if name in frozen and "." in name))
 
 
+def frozen_head_notes(chain: Chain, task: str | None) -> list[str]:
+    """Return that nothing learns in a head for classes of texts, where peft loads no adapter, and what makes it learn.
+
+    Args:
+        chain: the model in layers, with adapters.
+        task: task of a model of transformers; None of another one.
+    """
+    if task != "sequence-classification":
+        return []
+    learning = [name for layer in chain.layers for name, one in layer.parameters().items() if one.requires_grad]
+    heads = [head for head in heads_for_classes(chain.persistent) if not any(is_inside(name, [head]) for name in learning)]
+    if not heads:
+        return []
+    return [
+        f"the head for classes ({', '.join(heads)}) has no adapter and keeps the values that it began with: name it in --modules-to-save to "
+        "have it learn"
+    ]
+
+
 def _store(model: nn.Module, config: "FitConfig", unstored: Collection[str], *, learns: bool, with_values: bool) -> None:
     """Have the modules of a model keep their frozen weights, or those that learn, in the form that is asked for."""
     users: dict[int, list[nn.Module]] = {}

@@ -16,6 +16,7 @@ from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.exporting.image_processor import PROCESSOR_FILES, image_processor, keeps_processor
 from lowmem_pnn.quantization.stored_weights import stored_parts
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.stores.disk import disk_error, remove_folder, sync_file, sync_folder
 from lowmem_pnn.stores.header import TensorEntry
 from lowmem_pnn.stores.journal import DAMAGED
@@ -41,7 +42,7 @@ def holds_a_model(workload: Workload) -> bool:
 
 
 def write_folder(
-    folder: Path, weights: Path, source: ModelSource, config: FitConfig, result: Result, classes: Sequence[str], *, links: bool
+    folder: Path, weights: Path, source: ModelSource, config: FitConfig, result: Result, dataset: Dataset, *, links: bool
 ) -> None:
     """Write a folder that `from_pretrained` loads, in the place of one that is there.
 
@@ -51,7 +52,7 @@ def write_folder(
         source: Model of transformers.
         config: Options of the run.
         result: What it came to.
-        classes: Names of the classes of its data; none for tokens, or where they have none.
+        dataset: Its data, of which the kind of the targets and the names of the classes are told.
         links: Whether the file of weights may be linked, so that it is stored once; else it is written in shards of `SHARD_BYTES`.
 
     Raises:
@@ -62,7 +63,7 @@ def write_folder(
         # By its name a run knows what a kill leaves of it.
         temporary = Path(tempfile.mkdtemp(prefix="scratch." if links else f".{folder.name}.", dir=folder.parent))
         temporary.chmod(folder.parent.stat().st_mode & 0o777)  # not for its owner alone, as temporary folders are
-        (temporary / "config.json").write_text(config_json(source, classes, result.form["targets"]["kind"]))
+        (temporary / "config.json").write_text(config_json(source, dataset.classes, dataset.targets.kind))
         copied = source.copied_files(config.tokenizer)
         is_told = keeps_processor(source, config, result)
         if not is_told:
@@ -115,7 +116,7 @@ def export_to_transformers(workload: Workload, config: FitConfig, result: Result
             "hold; give --merge"
         )
     folder = _place(run, out)
-    write_folder(folder, run / "model.safetensors", workload.source, config, result, workload.dataset.classes, links=out is None)
+    write_folder(folder, run / "model.safetensors", workload.source, config, result, workload.dataset, links=out is None)
     index = folder / "model.safetensors.index.json"
     return {"file": str(index if index.exists() else folder / "model.safetensors"), "largest_difference": 0.0}
 

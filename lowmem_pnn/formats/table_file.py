@@ -14,12 +14,14 @@ from lowmem_pnn.sources.imports import one_line
 
 TableKind = Literal["csv", "parquet"]
 
+NAMELESS_INDEX = re.compile(r"__index_level_\d+__")
+"""Names under which pandas stores an index without a name in Parquet."""
+
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "?", "-"})
 """What numbers that are not known are written as, in any case."""
 
 _DELIMITERS = ",;\t"
 _MAY_PART_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}")
-_NAMELESS_INDEX = re.compile(r"__index_level_\d+__")
 # A field may be as long as a text is.
 csv.field_size_limit(1 << 24)
 
@@ -49,9 +51,7 @@ class TableFile:
         if kind == "csv":
             self.columns = self._read_header()
         else:
-            # An index without a name, which pandas stores with its rows, is no column of the frame.
-            self._stored = list(self._parquet().schema_arrow.names)
-            self.columns = [name for name in self._stored if not _NAMELESS_INDEX.fullmatch(name)]
+            self.columns = list(self._parquet().schema_arrow.names)
         twice = [name for name in self.columns if self.columns.count(name) > 1]
         if twice:
             raise DataError(f"{path} has two columns {twice[0]!r}; give each a name of its own")
@@ -138,9 +138,7 @@ class TableFile:
         number = 0
         try:
             for batch in self._parquet().iter_batches(batch_size=4096):
-                named = zip(self._stored, batch.columns, strict=True)
-                columns = [column.to_pylist() for name, column in named if not _NAMELESS_INDEX.fullmatch(name)]
-                for values in zip(*columns, strict=True):
+                for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
                     number += 1
                     texts = zip(values, self.columns, strict=True)
                     yield number, [field_text(value, self.name, name, number) for value, name in texts]
@@ -154,8 +152,8 @@ class DecimalMarks:
     """Points and commas in the numbers of a file in which a comma may stand for the point, or part thousands."""
 
     def __init__(self) -> None:
-        # By what a number has: the first of each column, with its row.
-        self._found: dict[str, dict[str, tuple[str, int]]] = {"point": {}, "comma": {}, "thousands": {}}
+        # By what a number has: the first of each column, with its row. Dots are points that may part thousands, as in 1.234.
+        self._found: dict[str, dict[str, tuple[str, int]]] = {"point": {}, "comma": {}, "thousands": {}, "dots": {}}
 
     def note(self, column: str, text: str, row: int) -> None:
         """Look at a number.
@@ -166,7 +164,8 @@ class DecimalMarks:
             row: Place of its row.
         """
         if "," in text or "." in text:
-            kind = "point" if "." in text else "thousands" if _MAY_PART_THOUSANDS.fullmatch(text) else "comma"
+            parts = _MAY_PART_THOUSANDS.fullmatch(text.replace(".", ",")) is not None
+            kind = ("dots" if parts else "point") if "." in text else "thousands" if parts else "comma"
             self._found[kind].setdefault(column, (text, row))
 
     def doubtful(self, columns: Sequence[str], *, mixed_alone: bool) -> list[tuple[str, int]]:
@@ -177,10 +176,13 @@ class DecimalMarks:
             mixed_alone: Whether commas before three digits each are in doubt only where other numbers have a point.
         """
         first = {kind: next((found[name] for name in columns if name in found), None) for kind, found in self._found.items()}
-        point, comma = first["point"], first["comma"] or first["thousands"]
-        if comma is None or (point is None and (mixed_alone or first["comma"] is not None)):
-            return []
-        return [comma] if point is None else [comma, point]
+        thousands, comma, dots, point = first["thousands"], first["comma"], first["dots"], first["point"] or first["dots"]
+        if thousands is not None and point is not None:
+            return [thousands, point]
+        # Beside 12,50 a number such as 1.234 may be one with its thousands parted.
+        if comma is not None and dots is not None:
+            return [comma, dots]
+        return [thousands] if thousands is not None and comma is None and not mixed_alone else []
 
 
 def field_text(value: Any, table: str, column: str, row: int) -> str:

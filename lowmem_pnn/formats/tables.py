@@ -17,7 +17,7 @@ import torch
 
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.formats.data_frame import DataFrame
-from lowmem_pnn.formats.table_file import MISSING, DecimalMarks, TableFile
+from lowmem_pnn.formats.table_file import MISSING, NAMELESS_INDEX, DecimalMarks, TableFile
 from lowmem_pnn.sources.dataset import Dataset, join_parts
 from lowmem_pnn.sources.imports import did_you_mean, listed
 from lowmem_pnn.sources.map_split import from_arrays
@@ -125,7 +125,9 @@ def open_table(
     for name in (*wanted, *(schema.columns if schema is not None else ())):
         if name not in file.columns:
             raise ConfigError(f"{file.name} has no column {name!r}{did_you_mean(name, file.columns)}")
-    inputs = [name for name in file.columns if name not in wanted] if schema is None else list(schema.columns)
+    # An index without a name, which pandas stores with its rows, says nothing of them; a run that has learnt from one is given it.
+    named = (name for name in file.columns if name not in wanted and not NAMELESS_INDEX.fullmatch(name))
+    inputs = list(named if schema is None else schema.columns)
     if not inputs:
         raise ConfigError(f"{file.name}: all of its columns are targets; leave one out of --target")
     survey = _Survey(file, inputs, wanted, schema)
@@ -165,7 +167,10 @@ def _unknown_target(file: TableFile | DataFrame, schema: TableSchema) -> str | N
     for number, row in file.rows():
         for name, place in places.items():
             text = row[place].strip() if place < len(row) else None
-            if text is not None and (text not in classes if classes else file.number(text) is None):
+            if text is None:
+                continue
+            is_known = text in classes if classes else text.lower() not in MISSING and file.number(text) is not None
+            if not is_known:
                 what = f"holds {text!r}, which the training data has not," if text and classes else "has no value"
                 return f"{file.place} {number} {what} in column {name!r}"
     return None

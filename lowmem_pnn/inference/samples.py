@@ -212,6 +212,8 @@ def _parts_of(
     else:
         dataset = find_dataset(spec, config.data_root, input_form, context=sample_form.context, options=options, resize=resize)
         return _of_dataset(dataset), dataset.preprocessing
+    for split, _ in splits.values():
+        check_columns(f"data {spec}", split.columns, preparation.get(FRAME_COLUMNS, ()))
     first = next(iter(splits.values()))[0]
     return {name: OpenPart.of_split(*one) for name, one in splits.items()}, ", ".join(first.preprocessing.all_steps)
 

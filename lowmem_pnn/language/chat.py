@@ -59,7 +59,14 @@ class ChatTemplate:
         """
         self._check(messages, where, tools)
         _check_weights(messages, where)
-        learnt = [_is_learnt(turn) for turn in messages]
+        for number, turn in enumerate(messages, 1):
+            if turn.get("role") != "assistant" and (key := next((one for one in _WEIGHTS if turn.get(one)), None)) is not None:
+                raise DataError(
+                    f"{where}: turn {number} has {key!r} {turn[key]!r}, and of the turns only the assistant's are learnt; leave it out there, "
+                    "or give --loss-on all"
+                )
+        # Of other roles nothing is learnt anyway, so that their weights change nothing.
+        learnt = [turn.get("role") != "assistant" or _is_learnt(turn) for turn in messages]
         if self._marks and not all(learnt):
             raise DataError(
                 f"{where}: turn {learnt.index(False) + 1} is not to be learnt, and the chat template marks what is ({{% generation %}}); give "
@@ -141,14 +148,8 @@ def _is_learnt(turn: Mapping[str, Any]) -> bool:
 
 
 def _check_weights(messages: Sequence[Any], where: str) -> None:
-    """Refuse weights of turns that are neither all nor nothing, or that ask for more than what the assistant says."""
+    """Refuse weights of turns that are neither all nor nothing."""
     for number, turn in enumerate(messages, 1):
         for key in _WEIGHTS:
-            if key not in turn:
-                continue
-            if not isinstance(turn[key], int | float) or turn[key] not in (0, 1):
+            if key in turn and (not isinstance(turn[key], int | float) or turn[key] not in (0, 1)):
                 raise DataError(f"{where}: turn {number} has {key!r} {turn[key]!r}; give 0 or 1, or leave it out")
-            if turn[key] and turn.get("role") != "assistant":
-                raise DataError(
-                    f"{where}: turn {number} has {key!r} {turn[key]!r}, and of the turns only the assistant's are learnt; leave it out there"
-                )

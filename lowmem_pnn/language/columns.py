@@ -77,10 +77,7 @@ class Wanted:
         """
         for kind in self.kinds:
             if all(column in row for column in self.columns(kind)):
-                if kind == "labelled" and _SECOND in row:
-                    raise DataError(
-                        f"{where} has {_SECOND!r} beside 'text', and of each row one text is read; join the two, or leave that column out"
-                    )
+                _check_second(row, kind, where)
                 return kind
         there = ", ".join(map(repr, row)) or "none"
         lacking = ""
@@ -103,6 +100,7 @@ class Wanted:
         Raises:
             DataError: A column is missing, or holds something else than it is to.
         """
+        _check_second(row, kind, where)
         values = []
         for column in self.columns(kind):
             if column not in row:
@@ -176,6 +174,14 @@ def _tools(row: Any, where: str) -> list[dict[str, Any]] | None:
     if not isinstance(tools, list | None) or not all(isinstance(tool, dict) for tool in tools or ()):
         raise DataError(f"{where}: 'tools' is no list of objects; give the JSON schema of each tool")
     return tools or None
+
+
+def _check_second(row: Any, kind: Kind, where: str) -> None:
+    """Refuse a second text, which would not be read: any line of a file may be the first that has one."""
+    if kind == "labelled" and _SECOND in row:
+        raise DataError(
+            f"{where} has {_SECOND!r} beside 'text', and of each row one text is read; join the two, or leave that column out"
+        )
 
 
 def _check_label(value: Any, column: str, where: str) -> None:

@@ -131,7 +131,9 @@ def _without_hidden(parts: dict[str, Any], form: LanguageForm, said: list[str]) 
     """Return the parts of a data set without labels that are hidden, as GLUE's test parts have them: each is -1."""
     column, shown = form.head.label, dict(parts)
     for part, rows in parts.items():
-        if form.head.purpose != "classes" or column not in rows.features or any(value != -1 for value in rows[column]):
+        if form.head.purpose != "classes" or column not in rows.features or not len(rows):
+            continue
+        if any(value != -1 for value in rows[column]):
             continue
         if form.head.may_lack_labels:
             shown[part] = rows.remove_columns(column)

@@ -91,7 +91,11 @@ class TokenCache:
     @property
     def fingerprint(self) -> str:
         """Hash of what the cache was made of."""
-        return _key(self._meta["made_of"])
+        made_of = dict(self._meta["made_of"])
+        # Runs begun before readings were counted know the same tokens without one.
+        if made_of.get("reading") == 1 and not self.stats.wrapped:
+            del made_of["reading"]
+        return _key(made_of)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Have another process map the files itself."""

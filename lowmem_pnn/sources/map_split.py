@@ -15,7 +15,16 @@ from torch.utils import _pytree as pytree
 from lowmem_pnn.errors import ConfigError, DataError, LowMemError
 from lowmem_pnn.sources.arrays import as_labels, as_tensor, count_classes, hash_tensor
 from lowmem_pnn.sources.draws import DrawKey, SampleReader
-from lowmem_pnn.sources.given import as_pair, as_sample, changes_targets, class_names, column_names, require_map_style
+from lowmem_pnn.sources.given import (
+    as_pair,
+    as_sample,
+    class_names,
+    column_names,
+    first_of_each_class,
+    known_classes,
+    listed_target,
+    require_map_style,
+)
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.sources.preprocessing import InputForm, Preprocessing, holds_tokens
 from lowmem_pnn.sources.resize import Resize
@@ -72,7 +81,8 @@ class MapSplit(SampleSplit):
             if self.targets.are_classes:
                 self.targets = self._counted() if num_classes is None else self._of_classes(num_classes)
                 self._read_each_class()
-            if self.targets.kind == "class" and len(names := class_names(dataset)) == self.targets.num_classes:
+            names = class_names(dataset) if self.targets.kind == "class" else ()
+            if names and len(names) == self.targets.num_classes and self._gives_what_it_lists():
                 self.classes = names
         self.is_random, self.uses_generators = self._reader.is_random, self._reader.uses_generators
 
@@ -129,7 +139,7 @@ class MapSplit(SampleSplit):
     def _counted(self) -> Targets:
         """Return the form of the targets with the number of classes: where each token has a label, one more than the largest of both."""
         of_tokens = self.targets.kind == "tokens"
-        known = None if self.targets.kind == "mask" else _known_classes(self._dataset, self.where, self.targets)
+        known = None if self.targets.kind == "mask" else known_classes(self._dataset, self.where, self.targets)
         if known is not None:
             return self.targets.of_classes(known)
         found = of_all(self.targets, (label for _, label in map(self._sample, self._kept.tolist())))
@@ -140,10 +150,15 @@ class MapSplit(SampleSplit):
 
     def _read_each_class(self) -> None:
         """Read a sample of each class, where the data set has a list of them: those of one class alone may draw at random."""
-        for number in _first_of_each_class(self._dataset):
+        for number in first_of_each_class(self._dataset):
             # What cannot be read is said where it is wanted.
             with suppress(Exception):
                 self._reader.read(number)
+
+    def _gives_what_it_lists(self) -> bool:
+        """Return whether a few samples have the targets that the data set lists for them: one of a class of its own may have others."""
+        listed = {number: listed_target(self._dataset, number) for number in self._probes()}
+        return all(target is None or int(self._sample(number)[1]) == target for number, target in listed.items())
 
     def _find_broken(self) -> dict[int, str]:
         """Read every sample, and say what is wrong with those that cannot be used."""
@@ -344,45 +359,3 @@ def from_arrays(
     elif targets.kind == "tokens":
         targets = targets.of_classes(max(targets.num_classes, count_classes(x, x)))
     return ArraySplit(x, kept, targets, input_form, where, resize)
-
-
-def _known_classes(dataset: Any, where: str, form: Targets) -> int | None:
-    """Return the number of classes of a map-style data set if that is known without reading the samples one by one."""
-    of_tokens = form.kind == "tokens"
-    tensors = getattr(dataset, "tensors", None)
-    if of_tokens and isinstance(dataset, torch.utils.data.Subset):
-        return _known_classes(dataset.dataset, where, form)
-    if of_tokens:
-        return count_classes(*tensors, form.ignored) if isinstance(tensors, tuple) and len(tensors) == 2 else None
-    if changes_targets(dataset):
-        return None
-    classes = getattr(dataset, "classes", None)
-    if isinstance(classes, list | tuple) and classes:
-        return len(classes)
-    labels = getattr(dataset, "targets", None)
-    if labels is None:
-        labels = tensors[-1] if isinstance(tensors, tuple) else None
-    if labels is None and isinstance(dataset, torch.utils.data.Subset):
-        return _known_classes(dataset.dataset, where, form)
-    if labels is None:
-        return None
-    try:
-        numbers = as_labels(labels, where)
-    except DataError:
-        # A data set may turn what it calls `targets` into class numbers as a sample is read.
-        return None
-    return form.count(numbers) if numbers.numel() else None
-
-
-def _first_of_each_class(dataset: Any) -> list[int]:
-    """Return the number of the first sample of each class, of a map-style data set whose labels are known without reading the samples."""
-    if isinstance(dataset, torch.utils.data.Subset):
-        inner, places = dataset.dataset, np.asarray(dataset.indices)
-    else:
-        inner, places = dataset, None
-    with suppress(Exception):  # anything may be called `targets`
-        labels = np.asarray(inner.targets)  # type: ignore[attr-defined]
-        labels = labels if places is None else labels[places]
-        if labels.ndim == 1 and len(labels) == len(dataset):
-            return [int(number) for number in np.unique(labels, return_index=True)[1]]
-    return []

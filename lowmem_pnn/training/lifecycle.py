@@ -259,7 +259,7 @@ def _finish(run: Run, profile: MemoryProfile) -> Result:
     left.append(CommittedFile("result.json", hashlib.sha256(text).hexdigest(), len(text)))
     if result.transformers_folder is not None:
         folder, weights_file = rundir.path / TRANSFORMERS_FOLDER, rundir.path / "model.safetensors"
-        write_folder(folder, weights_file, workload.source, workload.config, result, workload.dataset.classes, links=True)
+        write_folder(folder, weights_file, workload.source, workload.config, result, workload.dataset, links=True)
     write_metrics_table(run.session)
     run.end("done", {file.file: file for file in left})
     rundir.clear()

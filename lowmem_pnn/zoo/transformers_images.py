@@ -34,7 +34,7 @@ def _other_step(settings: Mapping[str, Any]) -> str | None:
     """Return the setting by which pixels become other values than (value / 255 - mean) / deviation; None where none does."""
     if (step := next((name for name in _OTHER_STEPS if settings.get(name)), None)) is not None:
         return step
-    if settings.get("do_rescale") is False and settings.get("do_normalize") is not False:
+    if settings.get("do_rescale") is False:
         return "do_rescale"
     factor = settings.get("rescale_factor", 1 / 255)
     is_usual = isinstance(factor, int | float) and abs(factor * 255 - 1) < 1e-3

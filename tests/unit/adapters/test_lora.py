@@ -1,6 +1,7 @@
 """Adapters: which modules get one, what they begin with and compute, held against peft, and what is refused."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lowmem_pnn.adapters.lora import target_names
-from lowmem_pnn.adapters.prepared_model import prepared
+from lowmem_pnn.adapters.prepared_model import frozen_head_notes, prepared
 from lowmem_pnn.config.adapter_options import LoraOptions
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError
@@ -173,3 +174,22 @@ def test_transformer_layers_of_pytorch_run_their_adapters_in_eval_mode_too() -> 
         before = ours(x)
         ours[0].linear1.lora_B.normal_()
         assert not torch.equal(ours(x), before)
+
+
+@pytest.mark.parametrize(
+    ("task", "learning", "heads"),
+    [
+        ("sequence-classification", (), "pre_classifier, classifier"),
+        ("sequence-classification", ("classifier.weight",), "pre_classifier"),
+        ("sequence-classification", ("classifier.weight", "pre_classifier.weight"), None),
+        ("causal-lm", (), None),
+        (None, (), None),
+    ],
+)
+def test_a_head_in_which_nothing_learns_is_said(task: str | None, learning: tuple[str, ...], heads: str | None) -> None:
+    names = ("bert.query.lora_A", "pre_classifier.weight", "classifier.weight")
+    parameters = {name: nn.Parameter(torch.zeros(1), name in (names[0], *learning)) for name in names}
+    chain: Any = SimpleNamespace(layers=[SimpleNamespace(parameters=lambda: parameters)], persistent=dict.fromkeys(names))
+    notes = frozen_head_notes(chain, task)
+    assert bool(notes) == (heads is not None)
+    assert all(f"head for classes ({heads}) has no adapter" in note and "--modules-to-save" in note for note in notes)

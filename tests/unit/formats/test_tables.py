@@ -10,7 +10,9 @@ import torch
 from helpers.datasets import everything
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, DataError
-from lowmem_pnn.formats.tables import TableSchema
+from lowmem_pnn.formats.table_file import TableFile
+from lowmem_pnn.formats.tables import TableSchema, open_table
+from lowmem_pnn.sources.targets import TargetOptions
 from lowmem_pnn.workload.inputs import open_data
 
 PRICES = "age,city,price\n34,Bern,12.5\n27,Riga,11.0\n-3e1,Bern,10.5\n"
@@ -40,11 +42,12 @@ def samples(spec: str, **options: Any) -> tuple[list[Any], list[Any]]:
         PRICES.replace(",", ";"),
         PRICES.replace(",", "\t"),
         PRICES.replace(",", ";").replace(".", ","),
+        PRICES.replace(",", ";").replace("11.0", "11,0"),
         "\ufeff" + PRICES.replace("\n", "\r\n") + "\r\n",
         PRICES.replace("Bern", '"Bern"').replace("city", '"city"'),
         PRICES.replace(",", " , "),
     ],
-    ids=["commas", "semicolons", "tabs", "decimal commas", "from Windows", "quoted", "blanks"],
+    ids=["commas", "semicolons", "tabs", "decimal commas", "both", "from Windows", "quoted", "blanks"],
 )
 def test_numbers_stay_and_words_are_one_hot(text: str, tmp_path: Path) -> None:
     x, y = samples(write(tmp_path, text))
@@ -170,6 +173,15 @@ def test_what_stands_for_no_number_may_be_a_word(tmp_path: Path) -> None:
     assert samples(write(tmp_path, "land,price\nNA,1.5\nDE,2.5\n"))[0] == [[0, 1], [1, 0]]
 
 
+@pytest.mark.parametrize("value", ["nan", "?", "high"])
+def test_a_target_that_is_no_number_is_left_aside_where_it_is_predicted(value: str, tmp_path: Path) -> None:
+    (tmp_path / "b.csv").write_text(f"age,price\n3,{value}\n4,2.5\n")
+    schema = TableSchema({"age": None}, ("price",), ())
+    table = open_table(TableFile(tmp_path / "b.csv", "csv"), None, "any", TargetOptions(), schema=schema, may_lack="values")
+    assert table.notes[0].endswith("b.csv are left aside: line 2 has no value in column 'price'")
+    assert everything(table.train)[0].tolist() == [[3], [4]]
+
+
 def test_what_is_missing_goes_by_the_columns_of_the_training_data(tmp_path: Path) -> None:
     train = write(tmp_path, "age,land,y\n1,NA,None\n2,DE,some\n")
     other = write(tmp_path, "age,land,y\n3,NA,None\n4,NA,None\n", "b.csv")
@@ -227,6 +239,11 @@ def test_what_is_missing_goes_by_the_columns_of_the_training_data(tmp_path: Path
             {},
             r"a.csv holds '1,234' \(line 2\): whether .* is not clear; write numbers with a point, and without commas$",
         ),
+        (
+            "a;price\n1.234;2,5\n",
+            {},
+            r"a.csv holds '2,5' \(line 2\) and '1.234' \(line 2\): whether a comma stands for the point, or parts thousands, is",
+        ),
         (PRICES, {"image_size": 8}, r"--image-size has no effect here: data 'csv:.*' is a table; leave it out$"),
         (
             PRICES,
@@ -272,6 +289,9 @@ def test_parquet_is_read_as_csv_is(tmp_path: Path) -> None:
     table = pyarrow.table({"__index_level_0__": [2, 0], "a": [1, 2], "price": [2.5, 3.5]})
     parquet.write_table(table, tmp_path / "a.parquet")  # as pandas stores the index of rows that were shuffled or chosen
     assert samples(spec) == ([[1], [2]], [2.5, 3.5])
+    schema = TableSchema({"__index_level_0__": None, "a": None}, ("price",), ())  # of a run that has learnt from it
+    known = open_table(TableFile(tmp_path / "a.parquet", "parquet"), None, "any", TargetOptions(), schema=schema)
+    assert everything(known.train)[0].tolist() == [[2, 1], [0, 2]]
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nonsense")
     with pytest.raises(DataError, match=r"a.parquet cannot be read as Parquet: .*; repair it$"):
         opened(spec)

@@ -36,6 +36,8 @@ def test_the_assistants_turns_are_told_apart(text: str, tmp_path: Path) -> None:
     rendered, spans = template(tmp_path, text).render(TURNS, "line 1")
     assert rendered == "<system>be kind<end><user>hi<end><assistant>hello<end><user>bye<end><assistant>see you<end>"
     assert [rendered[begin:end] for begin, end in spans] == ["hello<end>", "see you<end>"]
+    weights = [{**turn, "weight": int(turn["role"] == "assistant")} for turn in TURNS]
+    assert template(tmp_path, text).render(weights, "line 1") == (rendered, spans)
 
 
 def test_turns_that_are_not_to_be_learnt_are_not(tmp_path: Path) -> None:
@@ -48,6 +50,9 @@ def test_turns_that_are_not_to_be_learnt_are_not(tmp_path: Path) -> None:
         assert [rendered[begin:end] for begin, end in spans] == ["see you<end>"]
     with pytest.raises(DataError, match=r"turn 3 is not to be learnt, and --loss-on all learns all; leave one of the two out"):
         by.text(weighted(0), "line 1")
+    assert by.text(weighted(1, turn=1), "line 1") == by.text(TURNS, "line 1")
+    with pytest.raises(DataError, match=r"turn 3 has 'weight' 0.5; give 0 or 1"):
+        by.text(weighted(0.5), "line 1")
     text = f"{TEMPLATE}{{{{ messages[-1].tool_calls[0].name }}}}"
     assert template(tmp_path, text).text(called(content=""), "line 1").endswith("<assistant><end>clock")
 

@@ -215,6 +215,8 @@ def test_a_second_text_is_refused_and_columns_that_are_not_read_are_known(tmp_pa
     path, wanted = write_jsonl(tmp_path / "a.jsonl", [{**row, "text_pair": "b"}]), Wanted(("labelled",))
     with pytest.raises(DataError, match=r"line 1 has 'text_pair' beside 'text', and of each row one text is read; join the two"):
         open_jsonl(path, wanted)
+    with pytest.raises(DataError, match=r"line 2 has 'text_pair' beside 'text'"):
+        values(open_jsonl(write_jsonl(path, [row, {**row, "text_pair": "b"}]), wanted))
     assert open_jsonl(write_jsonl(path, [row]), wanted).unread == ("idx",)
     assert open_parquet(write_parquet(tmp_path / "a.parquet", {name: [one] for name, one in row.items()})).unread == (
         "label",

@@ -12,7 +12,7 @@ from helpers.language import TEMPLATE, pairs, write_jsonl, write_tokenizer
 from lowmem_pnn.errors import ConfigError, DataError
 from lowmem_pnn.inference.open_parts import OpenPart
 from lowmem_pnn.language.language_form import Head, LanguageForm
-from lowmem_pnn.language.open_language import fit_inputs, open_language
+from lowmem_pnn.language.open_language import _without_hidden, fit_inputs, open_language
 from lowmem_pnn.language.prompts import plain_prompts
 from lowmem_pnn.sources.dataset import Dataset
 from lowmem_pnn.sources.datasets import make_dataset
@@ -202,6 +202,8 @@ def test_labels_that_are_hidden_are_left_out_and_said(tmp_path: Path) -> None:
     assert dataset.preprocessing.endswith(", columns not read: idx; the test part is left out: its labels are hidden (-1)")
     asked = dataclasses.replace(form, head=Head("classes", may_lack_labels=True), is_apart=True)
     assert open_language(f"hfdata:{tmp_path / 'hub'}", asked).test is not None
+    empty, said = {"test": parts["train"].select([])}, list[str]()
+    assert (_without_hidden(empty, form, said), said) == (empty, []), "no label is hidden in it"
 
 
 def test_of_conversations_it_is_known_that_a_prompt_is_no_turn(tmp_path: Path) -> None:

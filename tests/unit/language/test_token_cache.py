@@ -1,6 +1,7 @@
 """Token caches: made once, made again when damaged or stale, whole or not at all, in bounded memory."""
 
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -69,6 +70,10 @@ def test_the_tokens_of_a_begin_and_an_end_are_not_put_twice(tmp_path: Path) -> N
         assert (own.counted is None) == (rendered.counted is None)
         assert own.counted is None or own.counted.tolist() == rendered.counted.tolist()  # type: ignore[union-attr]
         assert (own.stats.wrapped, rendered.stats.wrapped) == (0, 1)
+        # Runs that were begun before such tokens were looked for go on where there are none.
+        made_of = json.loads((own.folder / "cache.json").read_text())["made_of"]
+        without = {name: value for name, value in made_of.items() if name != "reading"}
+        assert own.fingerprint == hashlib.sha256(json.dumps(without, sort_keys=True).encode()).hexdigest()
 
 
 def test_of_a_conversation_the_assistant_is_learnt(tmp_path: Path) -> None:

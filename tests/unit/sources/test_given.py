@@ -327,6 +327,26 @@ def test_torchvisions_image_folder_with_fixed_transforms(tmp_path: Any) -> None:
     x, y = everything(split)
     assert (x.shape, y.tolist(), split.num_classes) == ((2, 3, 3, 4), [0, 1], 2)
     assert torch.equal(x[1, :, 0, 0], torch.tensor([1.0, 9.0, 8.0]) / 255)
+    assert split.classes == ("cat", "dog")
+
+    class Counting(ImageFolder):
+        num_read = 0
+
+        def __getitem__(self, index: int) -> Any:
+            self.num_read += 1
+            return super().__getitem__(index)
+
+    changed = Counting(str(tmp_path), transform=ToTensor(), target_transform=lambda target: 2 - target)
+    changed.samples, changed.targets = changed.samples * 500, changed.targets * 500
+    split = from_torch(changed)
+    assert (split.num_classes, split.classes, changed.num_read < 100) == (3, (), True)
+
+    class IsCat(ImageFolder):
+        def __getitem__(self, index: int) -> Any:
+            x, target = super().__getitem__(index)
+            return x, int(target == 0)
+
+    assert from_torch(IsCat(str(tmp_path), transform=ToTensor())).classes == ()
 
 
 def test_five_channels_first_stay_first() -> None:

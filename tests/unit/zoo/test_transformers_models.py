@@ -98,6 +98,7 @@ def test_an_image_classifier_has_as_many_classes_as_the_data(tmp_path: Path) -> 
         ({"rescale_factor": 1 / 127.5}, None, "by rescale_factor, "),
         ({"do_flip_channel_order": True, "image_mean": None}, None, "by do_flip_channel_order, "),
         ({"do_rescale": False}, None, "by do_rescale, "),
+        ({"do_rescale": False, "do_normalize": False}, None, "by do_rescale, "),
     ],
 )
 def test_images_that_are_prepared_in_other_ways(
