@@ -29,7 +29,7 @@ from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.asked_run import asked_run
 from lowmem_pnn.run.callbacks import Callback, checked_callbacks
 from lowmem_pnn.run.finished import open_finished
-from lowmem_pnn.run.session import Process
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.settings.fit_options import FitOptions
 from lowmem_pnn.stores.disk import file_system_faults
 from lowmem_pnn.stores.run_directory import RunDirectory

@@ -65,10 +65,8 @@ def target_names(model: nn.Module, options: LoraOptions, whole: Sequence[str] = 
     for end in whole:
         if not any(_ends(name, end) for name in modules):
             raise ConfigError(f"--modules-to-save {end!r} matches no module of the model{_near(end, modules)}")
-    learning, heads = (
-        whole_modules(model, whole),
-        heads_for_classes(modules) if task_of(model) == "sequence-classification" else [],
-    )
+    learning = whole_modules(model, whole)
+    heads = heads_of(model)
     without = (*learning, *heads)
     linear = [
         name
@@ -175,6 +173,15 @@ def heads_for_classes(names: Iterable[str]) -> list[str]:
         if (head := next((one for one in before if one.endswith(_HEADS)), None)) is not None and head not in heads:
             heads.append(head)
     return heads
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """Return these modules of a model; none of one that has no classes for texts.
+
+    Args:
+        model: the model.
+    """
+    return heads_for_classes(dict(model.named_modules())) if task_of(model) == "sequence-classification" else []
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:

@@ -12,6 +12,7 @@ from lowmem_pnn.adapters.lora import (
     add_adapters,
     frozen_base,
     heads_for_classes,
+    heads_of,
     is_inside,
     output_layer,
     target_names,
@@ -21,7 +22,6 @@ from lowmem_pnn.model.chain import Chain
 from lowmem_pnn.model.copies import copy_structure
 from lowmem_pnn.pretrained.freezing import with_frozen
 from lowmem_pnn.quantization.stored_weights import StoredForm, can_be_stored, store
-from lowmem_pnn.zoo.transformers_modules import task_of
 
 if TYPE_CHECKING:
     from lowmem_pnn.config.fit_config import FitConfig
@@ -119,10 +119,9 @@ def _store(model: nn.Module, config: "FitConfig", unstored: Collection[str], *, 
     attentions = {id(child) for one in model.modules() if isinstance(one, nn.MultiheadAttention) for child in one.children()}
     parts: dict[int, dict[str, nn.Parameter]] = {}
     count, head = 0, output_layer(model)
-    modules = dict(model.named_modules())
-    heads = heads_for_classes(modules) if task_of(model) == "sequence-classification" else []
+    heads = heads_of(model)
     whole = {id(module) for name, module in model.named_modules() if name in unstored}
-    for own, module in modules.items():
+    for own, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
         if not can_be_stored(module, learns=learns) or id(module) in attentions or not isinstance(weight, nn.Parameter):
             continue

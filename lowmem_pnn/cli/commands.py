@@ -126,7 +126,7 @@ def fit(
             from rich.console import Console
 
             from lowmem_pnn.reporting.progress import Display, TerminalDisplay
-            from lowmem_pnn.run.session import Process
+            from lowmem_pnn.run.process import Process
             from lowmem_pnn.training import start
 
             process = Process(

@@ -86,7 +86,7 @@ def available_bytes(device: str = "cpu") -> int:
 
     if not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: torch finds no GPU; give --device cpu, or auto")
-    index = int(device.partition(":")[2] or 0)
+    index = _index_of(device)
     if index >= torch.cuda.device_count():
         raise ConfigError(f"--device {device}: found {torch.cuda.device_count()} CUDA devices here; give --device cpu")
     if _is_integrated(device):
@@ -115,7 +115,11 @@ def bytes_for_budget(device: str = "cpu") -> int:
 def _is_integrated(device: str) -> bool:
     import torch
 
-    return bool(torch.cuda.get_device_properties(int(device.partition(":")[2] or 0)).is_integrated)
+    return bool(torch.cuda.get_device_properties(_index_of(device)).is_integrated)
+
+
+def _index_of(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
 
 
 def _host_bytes() -> int:

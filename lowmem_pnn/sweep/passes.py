@@ -164,8 +164,10 @@ class SweepPasses:
         parameters = residency.layers[-1].parameters()
         alias, bias_name = head_parameters(parameters)
         weight, bias = parameters[alias].detach(), None if bias_name is None else parameters[bias_name]
-        name, rows = residency.chain.owner_of(alias), torch.empty(batch.labels.numel(), weight.shape[1])
-        per_sample, shapes = batch.labels[0].numel(), []
+        name = residency.chain.owner_of(alias)
+        rows = weight.new_empty(batch.labels.numel(), weight.shape[1])
+        per_sample = batch.labels[0].numel()
+        shapes = []
         for number, part in enumerate(batch.parts):
             (inputs,) = self._inputs(partition, number, part, batch)
             shapes.append(inputs.shape)

@@ -80,7 +80,11 @@ class StoredGradients:
         if elements is None:
             return self.elements(name, slice(0, prod(shape))).view(shape)
         begin, end, width = elements.start, elements.stop, shape[-1]
-        total = self._scratch.elements(("tiles", name), elements) if name in self._tiled else torch.zeros(end - begin)
+        total = (
+            self._scratch.elements(("tiles", name), elements)
+            if name in self._tiled
+            else torch.zeros(end - begin, dtype=torch.float32)
+        )
         first, last = begin // width, -(-end // width)
         for number, ids in enumerate(self._ids.get(name, ())):
             low, high = torch.searchsorted(ids, torch.tensor([first, last])).tolist()
@@ -91,7 +95,7 @@ class StoredGradients:
             if begin % width == 0 and end % width == 0:
                 total.view(-1, width).index_add_(0, places, rows)
             else:
-                dense = torch.zeros(last - first, width).index_add_(0, places, rows)
+                dense = torch.zeros(last - first, width, dtype=torch.float32).index_add_(0, places, rows)
                 total += dense.view(-1)[begin - first * width : end - first * width]
         return total
 

@@ -32,6 +32,7 @@ from lowmem_pnn.run.callbacks import Callback, Callbacks
 from lowmem_pnn.run.finished import read_result
 from lowmem_pnn.run.loggers import open_logger
 from lowmem_pnn.run.only_run import only_run
+from lowmem_pnn.run.process import UNWATCHED, Process
 from lowmem_pnn.run.resume import (
     check_metrics,
     check_same_rank,
@@ -42,7 +43,7 @@ from lowmem_pnn.run.resume import (
     stored_config,
     with_the_visits_it_began_with,
 )
-from lowmem_pnn.run.session import UNWATCHED, Process, Session
+from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.samples.reader_process import READER_VARIABLE
 from lowmem_pnn.seeds import preserve_gpu_random_state

@@ -29,7 +29,7 @@ from lowmem_pnn.device import SimulatedDevice
 from lowmem_pnn.errors import BudgetError, CaptureError, ConfigError, DataError, DivergedError, Stopped
 from lowmem_pnn.inference import evaluate
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.session import Process
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.stores.weights import WeightStore
 from lowmem_pnn.training import start
 

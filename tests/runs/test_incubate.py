@@ -18,7 +18,7 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import BudgetError, CaptureError, CheckpointError, ConfigError, Stopped
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.session import Process
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.training import start
 from lowmem_pnn.workload.inputs import python_inputs
 

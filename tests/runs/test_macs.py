@@ -13,7 +13,7 @@ from lowmem_pnn.errors import Stopped
 from lowmem_pnn.methods import make_method
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
 from lowmem_pnn.run.macs import program_macs
-from lowmem_pnn.run.session import Process
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.training import start
 
 # A sample's forward through three partitions; sums show which of them it took.

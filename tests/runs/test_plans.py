@@ -26,7 +26,7 @@ from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.preview.preview import preview
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.plan_report import PlanReport
-from lowmem_pnn.run.session import Process
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.training import start
 from lowmem_pnn.workload import make_workload, profile_workload
 from lowmem_pnn.workload.inputs import named_inputs, python_inputs

@@ -35,7 +35,7 @@ from lowmem_pnn.methods import SyntheticLabels, Visit, make_method
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.run.commits import Commits, Save, nothing_changed
-from lowmem_pnn.run.session import Process
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.sources.targets import Targets
 from lowmem_pnn.stores.keys import weight_key
 from lowmem_pnn.tasks.classification import Classification

@@ -27,7 +27,7 @@ from helpers.small_networks import (
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.session import Process
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.training import start
 
 COMMON: dict[str, Any] = {"epochs": 2, "batch_size": 12, "lr": 0.01, "seed": 3, "val_fraction": 0.1}

@@ -22,7 +22,7 @@ from lowmem_pnn.optim import low_precision
 from lowmem_pnn.optim.low_precision import BLOCK_SIZE
 from lowmem_pnn.optim.optimizers import OptimizerSpec
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.session import Process
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.training import start
 
 

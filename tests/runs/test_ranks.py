@@ -12,8 +12,8 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import CheckpointError, Stopped
 from lowmem_pnn.reporting.result import Result
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.run.ranks import Rank, rank_folder
-from lowmem_pnn.run.session import Process
 from lowmem_pnn.stores.run_directory import read_journal, seal_journal
 from lowmem_pnn.training import start
 

@@ -15,7 +15,7 @@ from helpers.commands import lowmem_pnn as command
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import ConfigError, Stopped
 from lowmem_pnn.reporting.progress import Display
-from lowmem_pnn.run.session import Process
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.training import start
 
 OPTIONS = "--max-gpu-mem 100MB --device cpu --model mlp:20-16-3 --data npz:data.npz --epochs 3 --cuts 1 --batch-size 16 --quiet"

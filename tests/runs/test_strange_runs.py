@@ -13,7 +13,7 @@ import pytest
 from helpers.commands import lowmem_pnn, write_data
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.errors import Stopped
-from lowmem_pnn.run.session import Process
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.stores.disk import write_durably
 from lowmem_pnn.stores.journal import read_journal, seal_journal
 from lowmem_pnn.training import start

@@ -23,7 +23,7 @@ from lowmem_pnn.errors import CheckpointError, ConfigError, DataError, Stopped
 from lowmem_pnn.reporting.plan_report import PlanReport
 from lowmem_pnn.reporting.progress import TerminalDisplay
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.session import Process
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.stores.encoding import WORK_BYTES
 from lowmem_pnn.stores.tensor_file import TensorFile
 from lowmem_pnn.training import start

@@ -51,8 +51,8 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import CheckpointError, LowMemError, Stopped
 from lowmem_pnn.exporting.export_folder import ExportFolder
 from lowmem_pnn.run.finished import read_result
+from lowmem_pnn.run.process import Process
 from lowmem_pnn.run.resume import stored_config
-from lowmem_pnn.run.session import Process
 from lowmem_pnn.run.state import State
 from lowmem_pnn.sources.datasets import find_dataset
 from lowmem_pnn.sources.image_file import decode, read_header

@@ -348,7 +348,7 @@ if __name__ == "__main__":
     from lowmem_pnn import api
     from lowmem_pnn.cli import commands
     from lowmem_pnn.config.configure import configure
-    from lowmem_pnn.run.session import Process
+    from lowmem_pnn.run.process import Process
     from lowmem_pnn.training import start
     from lowmem_pnn.training.setup import open_workload
     from lowmem_pnn.workload import profile_workload

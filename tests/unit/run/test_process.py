@@ -1,7 +1,7 @@
 """The session: when a process is to stop."""
 
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.run.session import Process
+from lowmem_pnn.run.process import Process
 
 
 def test_a_time_limit_counts_what_processes_that_died_have_spent() -> None:
