@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lowmem_pnn.errors import ConfigError, DataError
+from lowmem_pnn.language.columns import json_type
 from lowmem_pnn.language.tokenizer import Tokenizer
 from lowmem_pnn.sources.imports import one_line
 
@@ -112,14 +113,21 @@ class ChatTemplate:
                         f"{where}: turn {number} has {key!r}, and the chat template has no place for it; give a template that has, or leave "
                         "that key out"
                     )
-        nulls = [number for number, turn in enumerate(messages, 1) if turn.get("content") is None]
-        if not nulls:
+        objects = [
+            (number, turn["content"]) for number, turn in enumerate(messages, 1) if not isinstance(turn.get("content"), str)
+        ]
+        if not objects:
             return
-        filled = [{**turn, "content": ""} if turn.get("content") is None else turn for turn in messages]
-        if self._text(messages, where, tools).count("None") > self._text(filled, where, tools).count("None"):
-            raise DataError(
-                f"{where}: turn {nulls[0]} has no content, and the chat template says 'None' for it; give it the content \"\""
-            )
+        filled = [turn if isinstance(turn.get("content"), str) else {**turn, "content": ""} for turn in messages]
+        written, without = self._text(messages, where, tools), self._text(filled, where, tools)
+        for number, content in objects:
+            if written.count(str(content)) > without.count(str(content)):
+                what, instead = (
+                    ("no content", 'the content ""') if content is None else (f"a {json_type(content)} as content", "its text")
+                )
+                raise DataError(
+                    f"{where}: turn {number} has {what}, and the chat template says {str(content)!r:.60} for it; give it {instead}"
+                )
 
     def _text(self, messages: Sequence[Any], where: str, tools: Sequence[Any] | None, **options: Any) -> str:
         (text,), _ = self._call(messages, where, tools, **options)

@@ -105,6 +105,11 @@ def test_tools_are_shown_to_a_template_that_has_a_place_for_them(tmp_path: Path)
             called(content=None),
             "line 7: turn 2 has no content, and the chat template says 'None'",
         ),
+        (
+            f"{TEMPLATE}{{# tool_calls #}}",
+            called(content=[{"type": "text", "text": "Hi"}]),
+            "line 7: turn 2 has a list as content, and the chat template says \"[{'type': 'text', 'text': 'Hi'}]\" for it; give it its text",
+        ),
         (TEMPLATE, weighted(0.5), "line 7: turn 3 has 'weight' 0.5; give 0 or 1, or leave it out"),
         (
             TEMPLATE,
