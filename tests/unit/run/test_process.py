@@ -1,4 +1,4 @@
-"""The session: when a process is to stop."""
+"""The process: when it is to stop."""
 
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.run.process import Process
