@@ -16,6 +16,7 @@ from lowmem_pnn.device.budget import DataLimit, OverBudget
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.memory.heap import HeapTrimmer, fix_malloc_thresholds, trim_heap, trim_threshold
 from lowmem_pnn.memory.process_meter import ProcessMemoryMeter, private_bytes
+from lowmem_pnn.memory.relief import add_relief, remove_relief
 from lowmem_pnn.memory.tunables import has_tidy_heap
 from lowmem_pnn.units import format_bytes
 
@@ -64,6 +65,8 @@ class CpuDevice(Device):
         """See `Device.enforce`: an allocation that would pass the floor by more than the budget fails."""
         trim_heap()  # of what making the plan has left
         self._limit.set(self.floor_bytes + self.budget_bytes + untouched_bytes)
+        remove_relief(self._give_back)
+        add_relief(self._give_back)
 
     @contextmanager
     def metered(self) -> Iterator[None]:
@@ -91,6 +94,7 @@ class CpuDevice(Device):
         """Lift the memory limit and stop the meter."""
         self._peak = self.peak_bytes
         self._meter.stop()
+        remove_relief(self._give_back)
         self._limit.restore()
 
     def set_expected_peak(self, peak_bytes: int) -> None:
@@ -134,9 +138,16 @@ class CpuDevice(Device):
 
     def keep_to_expected_peak(self) -> None:
         """See `Device.keep_to_expected_peak`; the meter's thread does so too, but it may come late on a busy machine."""
-        if has_tidy_heap() and self._trimmer.is_above_level(private := private_bytes()):
-            self.release()
-            self._limit.note_freed(max(0, private - private_bytes()))
+        if has_tidy_heap() and self._trimmer.is_above_level(private_bytes()):
+            self._give_back()
+
+    def _give_back(self) -> int:
+        """Give the heap's free pages back, have the limit know of it at once, and return how many bytes it was."""
+        private = private_bytes()
+        self.release()
+        freed = max(0, private - private_bytes())
+        self._limit.note_freed(freed)
+        return freed
 
 
 def warm_up(device: torch.device) -> None:

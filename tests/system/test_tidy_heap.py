@@ -91,3 +91,27 @@ def test_what_the_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("GLIBC_TUNABLES", with_tunables("glibc.malloc.tcache_count=7"))
     assert not has_tidy_heap()
     assert with_tunables(with_tunables("")) == with_tunables("")
+
+
+def test_the_heaps_holes_make_room_for_a_large_block() -> None:
+    """What is expected leaves the holes where they are; a block that is mapped, as those of weights are, has no use for them."""
+    found = in_a_process(
+        """
+        import json
+        import torch
+        from lowmem_pnn.device import CpuDevice
+        from lowmem_pnn.memory.aligned import PAGE_BYTES, aligned_empty
+        from lowmem_pnn.units import MEBIBYTE
+
+        with CpuDevice(128 * MEBIBYTE) as device:
+            device.enforce()
+            held = [torch.ones(MEBIBYTE) for _ in range(20)]
+            del held[::2], held[-1]
+            holes = device.used_bytes()
+            block = aligned_empty((80 * MEBIBYTE,), torch.uint8, alignment=PAGE_BYTES).fill_(1)
+            print(json.dumps({"holes": holes, "peak": device.peak_bytes}))
+        """,
+        with_tunables(""),
+    )
+    assert found["holes"] > 70 << 20
+    assert found["peak"] <= 128 << 20
