@@ -29,7 +29,7 @@ from lowmem_pnn.engine.stalls import Stalls
 from lowmem_pnn.engine.tally import Tally
 from lowmem_pnn.engine.uploads import MicroBatch, Uploads
 from lowmem_pnn.model.layer import python_state_of, set_python_state
-from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.seeds import seed_generators, seed_of
 from lowmem_pnn.stores.activation_writer import ActivationWriter
 from lowmem_pnn.stores.activations import Batch
 
@@ -275,7 +275,7 @@ class Executor:
         own = [MicroBatch.of(batch, part, with_labels=True) for part in parts]
         after = None if following is None else MicroBatch.of(following, self._parts(active, following)[0], with_labels=True)
         for number in range(len(parts)):
-            torch.manual_seed(seed_of(self._seed, "forward", active.number, step, number))
+            seed_generators(seed_of(self._seed, "forward", active.number, step, number))
             with self._stalls.waiting("copy"):
                 *inputs, targets = self._uploads.take(own[number], own[number + 1] if number + 1 < len(own) else after)
             with steps:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowmem_pnn.device import Device, Download
 from lowmem_pnn.engine.residency import Residency
-from lowmem_pnn.seeds import seed_of
+from lowmem_pnn.seeds import seed_generators, seed_of
 from lowmem_pnn.stores.disk import IoCounter
 from lowmem_pnn.stores.scratch import Scratch
 from lowmem_pnn.sweep.stored_gradients import StoredGradients
@@ -121,7 +121,7 @@ class BoundaryBuffers:
                 state = tuple(tensor for tensor in self._scratch.get(("random", before, number)) if tensor is not None)
                 self._device.set_random_state(state)
                 return state
-        torch.manual_seed(seed_of(self._seed, self._phase, 0, step, number))
+        seed_generators(seed_of(self._seed, self._phase, 0, step, number))
         return self._device.random_state()
 
     def put_random_state(self, partition: int, number: int, state_before: tuple[Tensor, ...]) -> None:

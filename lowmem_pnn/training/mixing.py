@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowmem_pnn.capture.dispatch_modes import tensors_in
 from lowmem_pnn.device import is_out_of_memory
 from lowmem_pnn.model.layer import Layer
-from lowmem_pnn.seeds import preserve_random_state, seed_of
+from lowmem_pnn.seeds import preserve_random_state, seed_generators, seed_of
 from lowmem_pnn.training.observed import difference
 from lowmem_pnn.training.parity import layers_of
 from lowmem_pnn.workload import Workload
@@ -107,7 +107,7 @@ class _Trial:
         layer.set_python_state(self._python_state)
         for name, buffer in layer.buffers().items():
             buffer.copy_(self._buffers[name])
-        torch.manual_seed(seed_of(self._seed, "mixing", draw))
+        seed_generators(seed_of(self._seed, "mixing", draw))
         before = torch.get_rng_state()
         outputs = layer(*(tensor.clone() if rows is None else tensor[rows] for tensor in self._inputs))
         self._draws = self._draws or not torch.equal(before, torch.get_rng_state())

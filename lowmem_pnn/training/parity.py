@@ -31,7 +31,7 @@ from lowmem_pnn.model.copies import copy_structure, set_mode
 from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.model.parameter_hooks import ParameterHooks
 from lowmem_pnn.model.python_state import Snapshot, read_changed, read_state
-from lowmem_pnn.seeds import preserve_random_state, seed_of
+from lowmem_pnn.seeds import preserve_random_state, seed_generators, seed_of
 from lowmem_pnn.training.observed import Observed, Unwritten, differences
 from lowmem_pnn.training.outer_state import OuterState
 from lowmem_pnn.workload import Workload
@@ -359,7 +359,7 @@ class _Spilled:
 
 
 def _seed(workload: Workload) -> None:
-    torch.manual_seed(seed_of(workload.config.seed, "compare"))
+    seed_generators(seed_of(workload.config.seed, "compare"))
 
 
 def _note_state(
