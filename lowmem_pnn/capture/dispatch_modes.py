@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 
-from lowmem_pnn.dispatch_mode import DispatchMode
+from lowmem_pnn.dispatch_mode import DispatchMode, asked_device
 
 KNOWN_BYTES = 1 << 22
 """The most bytes of a tensor whose values are kept."""
@@ -196,6 +196,8 @@ class OperationLog(DispatchMode):
         return id(tensor) in self._dependent
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (device := asked_device(func, args)) is not None:
+            return device
         kwargs = kwargs or {}
         self.written_storages |= storages_of(written_by(func, args, kwargs))
         result = func(*args, **kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from lowmem_pnn.dispatch_mode import DispatchMode
+from lowmem_pnn.dispatch_mode import DispatchMode, asked_device
 from lowmem_pnn.units import format_bytes
 
 _Tracker = TypeVar("_Tracker", bound="StorageTracker")
@@ -84,10 +84,12 @@ class StorageTracker(DispatchMode):
         Raises:
             torch.OutOfMemoryError: the new storages would take the live bytes above the capacity; the result is freed.
         """
+        if (device := asked_device(func, args)) is not None:
+            return device
         kwargs = kwargs or {}
         result = self._call(func, args, kwargs)
         if not isinstance(result, Tensor | tuple | list):
-            return result  # a question, such as which device a fake tensor is on
+            return result  # a question
         given = set() if func in _FRESH else {id(storage) for storage in self._storages((args, kwargs))}
         added = 0
         # An argument may have been resized in place, so known storages are looked at again.
