@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from lowmem_pnn.capture.dispatch_modes import storages_of
+from lowmem_pnn.capture.dispatch_modes import storages_of, without_addresses
 from lowmem_pnn.capture.fake_model import ModelRun, run_model
 from lowmem_pnn.capture.opening import (
     LARGE_ACTIVATION_BYTES,
@@ -225,7 +225,7 @@ class DataFlow:
         done = hashlib.sha256()
         for recording in self._recordings:
             for node in steps:
-                done.update(recording.operations.get(node, "").encode())
+                done.update(without_addresses(recording.operations.get(node, "")).encode())
         return done.hexdigest()
 
     def cuts_between_blocks(self) -> list[int]:

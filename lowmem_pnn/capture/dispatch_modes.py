@@ -5,6 +5,7 @@ Two forwards do the same where their logs are equal.
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from lowmem_pnn.dispatch_mode import DispatchMode, asked_device
 KNOWN_BYTES = 1 << 22
 """The most bytes of a tensor whose values are kept."""
 
+_ADDRESS = re.compile(r"\b0x[0-9a-f]+")
 _WITHOUT_VALUES = {"empty", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "empty_like"}
 
 
@@ -253,6 +255,11 @@ def _comparable(value: Any) -> Any:
 def has_values(tensor: Tensor) -> bool:
     """Decide whether a tensor is not fake, and so depends on sizes and constants alone."""
     return not isinstance(tensor, FakeTensor) and tensor.is_cpu and not tensor.requires_grad
+
+
+def without_addresses(log: str) -> str:
+    """Return the text of a log without the addresses of objects, which are others in every process."""
+    return _ADDRESS.sub("", log)
 
 
 class _Content(str):

@@ -1,5 +1,6 @@
 """A model that cannot be cut, as a chain of one layer that runs the model's own code."""
 
+import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lowmem_pnn.capture.dataflow import check_returned
+from lowmem_pnn.capture.dispatch_modes import without_addresses
 from lowmem_pnn.capture.fake_model import ModelRun, run_model
 from lowmem_pnn.capture.recording import changes_from_call_to_call
 from lowmem_pnn.capture.setting import Setting
@@ -78,6 +80,9 @@ class WholeFlow:
         if all(log != following for log, following in pairwise(logs)):
             raise CaptureError(changes_from_call_to_call(model))
         self.output, self.stopped = runs[0].output, {"": reason}
+        self._done = hashlib.sha256(
+            without_addresses(repr([logs[-1], *(run.operations for run in runs[1:])])).encode()
+        ).hexdigest()
 
     def boundaries(self, cuts: Sequence[int]) -> list[list[TensorSpec]]:
         """Return what the tensors are that go in, and those that come out."""
@@ -85,8 +90,8 @@ class WholeFlow:
         return [list(self._setting.specs), outputs]
 
     def layers(self, cuts: Sequence[int]) -> list[tuple[str, nn.Module, str]]:
-        """Return the one layer: its name, its module, and no hash of operations."""
-        return [("model", WholeModel(copy_structure(self._model), self._setting.form), "")]
+        """Return the one layer: its name, its module, and a hash of its operations."""
+        return [("model", WholeModel(copy_structure(self._model), self._setting.form), self._done)]
 
     def cuts_between_blocks(self) -> Sequence[int]:
         """Return no cuts."""

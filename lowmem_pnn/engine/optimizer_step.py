@@ -4,8 +4,6 @@ A step waits for the end of backward where a batch goes through in several micro
 gradients is to be clipped, and where any of them may have overflowed (fp16).
 """
 
-from torch import nn
-
 from lowmem_pnn.engine.active_partition import ActivePartition
 from lowmem_pnn.engine.optimizer_in_backward import OptimizerInBackward
 from lowmem_pnn.model.precision import unscale
@@ -25,7 +23,7 @@ def layer_steps(active: ActivePartition, step: int, *, one_micro_batch: bool) ->
     def step_layer(number: int) -> None:
         if clips_layers:
             assert active.clip_norm is not None
-            nn.utils.clip_grad_norm_([residency.parameters[name] for name in residency.groups[number]], active.clip_norm)
+            residency.clip(active.clip_norm, number)
         optimizer = residency.optimizers[number]
         for group in optimizer.param_groups:
             own = {"base": group["rate"]} if group.get("rate") is not None else {}
@@ -58,5 +56,5 @@ def finish_step(active: ActivePartition, steps: OptimizerInBackward) -> None:
     # Layers that learn by losses of their own are clipped one by one, so that the cuts of blocks are nothing to them; only in fp16 does an
     # overflow in one layer leave out the step of its whole block.
     if active.clip_norm is not None and not active.objective.per_layer_loss:
-        nn.utils.clip_grad_norm_(active.residency.trainable_in_model_order(), active.clip_norm)
+        active.residency.clip(active.clip_norm)
     steps.finish()

@@ -165,9 +165,23 @@ class Residency:
         """The loaded parameters that learn, by name."""
         return {name: parameter for name, parameter in self._parameters.items() if parameter.requires_grad}
 
-    def trainable_in_model_order(self) -> list[nn.Parameter]:
-        """Return the parameters that learn in the order of `model.parameters()`, in which norms are added up."""
-        return [parameter for _, parameter in sorted(self.trainable.items(), key=lambda item: self._rank[item[0]])]
+    def clip(self, max_norm: float, group: int | None = None) -> None:
+        """Scale gradients down to a norm as `clip_grad_norm_` does; norms of those of weights that are rounded at random are in float32.
+
+        Args:
+            max_norm: most norm.
+            group: number of the group of parameters that are scaled together; None for all that learn. Norms are added up in the order of
+                `model.parameters()`, and of a group in its own.
+        """
+        assert self._spec is not None, "loaded with optimizer state"
+        in_model_order = (name for name, _ in sorted(self.trainable.items(), key=lambda item: self._rank[item[0]]))
+        parameters = [self.parameters[name] for name in (in_model_order if group is None else self.groups[group])]
+        learning = [parameter for parameter in parameters if parameter.grad is not None]
+        if not any(map(self._spec.rounds, learning)):
+            nn.utils.clip_grad_norm_(learning, max_norm)
+            return
+        norms = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) for parameter in learning]
+        nn.utils.clip_grads_with_norm_(learning, max_norm, nn.utils.get_total_norm(norms))
 
     @property
     def buffers(self) -> dict[str, Tensor]:

@@ -133,10 +133,10 @@ def _cut_after_fixed_layers(request: PlanRequest, plan: Plan) -> list[int] | Non
 
 
 def _check_recovery(request: PlanRequest, plan: Plan) -> None:
-    """Refuse recovery epochs in which no weight would move: all that recover are frozen.
+    """Refuse recovery epochs in which no weight would move, or a tied one by a part of its gradient.
 
     Raises:
-        ConfigError: There is nothing to learn.
+        ConfigError: All that recover are frozen, or a weight of theirs is tied to a partition that does not recover.
     """
     workload, count = request.workload, len(plan.partitions)
     learning = [number for number, span in enumerate(plan.spans) if any(workload.learns[slice(*span)])]
@@ -146,6 +146,22 @@ def _check_recovery(request: PlanRequest, plan: Plan) -> None:
             f"--recovery-epochs would train nothing: all weights of partition{'s' if len(chosen) > 1 else ''} {frozen} are frozen; give "
             f"--recover {able}, or leave it out"
         )
+    holders: dict[str, set[int]] = {}
+    for number, span in enumerate(plan.spans):
+        for name, one in (
+            (name, one) for layer in workload.chain.layers[slice(*span)] for name, one in layer.parameters().items()
+        ):
+            if one.requires_grad:
+                holders.setdefault(workload.chain.owner_of(name), set()).add(number)
+    for name, numbers in holders.items():
+        if chosen and 0 < len(numbers & set(chosen)) < len(numbers):
+            both, all_of_them = (
+                as_typed(tuple(number + 1 for number in sorted(some))) for some in (numbers, numbers | set(chosen))
+            )
+            raise ConfigError(
+                f"--recovery-epochs would train {name!r} by a part of its gradient: it is tied in partitions {both}, of which not all "
+                f"recover; give --recover {all_of_them}"
+            )
 
 
 def _check_synthetic_inputs(request: PlanRequest, plan: Plan) -> None:

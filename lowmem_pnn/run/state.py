@@ -115,6 +115,8 @@ class State:
         epochs: epochs that a resume has raised the options' to; 0 where none has.
         epochs_behind: epochs that the next sweep has behind it, of a run that goes on from its end, while what frozen layers give is
             written again; else 0.
+        provenance: what its bits depend on beside options and data (`run.provenance`); empty for runs of earlier versions.
+        changes: what of it was other at a resume, a line each.
         rank: number of this process, where several train a partition each; the first joins them.
         ranks: number of these processes.
     """
@@ -154,6 +156,8 @@ class State:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     epochs: int = 0
     epochs_behind: int = 0
+    provenance: dict[str, str] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
     rank: int = 0
     ranks: int = 1
 

@@ -41,6 +41,11 @@ class OwnTask(Task):
             raise ConfigError(f"loss {name} has parameters of its own, which no step would train; make it a part of the model")
         self.needs_whole_batch = False
 
+    @property
+    def function(self) -> OwnLoss:
+        """The loss."""
+        return self._function
+
     def misfit(self, outputs: tuple[TensorSpec, ...]) -> str | None:
         """Nothing: the loss itself takes outputs, or raises."""
         return None

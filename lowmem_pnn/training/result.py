@@ -154,6 +154,7 @@ def _notes(run: Run) -> list[str]:
         *own_way_notes(workload),
         *precision_notes(workload.config),
         *device_notes(run.session.device),
+        *state.changes,
     ]
 
 

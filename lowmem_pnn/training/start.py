@@ -33,6 +33,7 @@ from lowmem_pnn.run.finished import read_result
 from lowmem_pnn.run.loggers import open_logger
 from lowmem_pnn.run.only_run import only_run
 from lowmem_pnn.run.process import UNWATCHED, Process
+from lowmem_pnn.run.provenance import check_provenance, provenance
 from lowmem_pnn.run.resume import (
     check_metrics,
     check_same_rank,
@@ -102,6 +103,7 @@ def begin(
             ):
                 process.display.message("one sample at a time is not compiled unless it is asked for; give --micro-batch 1")
             state = State.first(workload, planned, process.rank)
+            state.provenance = provenance(workload, device)
             # Threads end first: a commit that is under way needs the lock.
             with (
                 RunDirectory.create(path, config.to_json(), state.to_journal(), overwrite=overwrite) as rundir,
@@ -166,6 +168,9 @@ def resume(
             estimator = TimeEstimator.measured(PlanRequest(workload, profile, device))
             with RunDirectory.open(path) as rundir, closing(beside.threads):
                 state = resumed_state(rundir, workload, rank)
+                if change := check_provenance(state.provenance, provenance(workload, device), path, workload.source.spec):
+                    display.message(change)
+                    state.changes = list(dict.fromkeys([*state.changes, change]))
                 if is_longer:
                     if state.stage == "done":
                         go_on_from_the_end(state, before, workload, path)
