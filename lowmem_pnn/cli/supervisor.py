@@ -127,7 +127,8 @@ def supervise(arguments: Sequence[str], workdir: Path) -> int:
         reached = position
         if restarts > MAX_RESTARTS:
             raise BudgetError(
-                f"the worker died of {number.name} {restarts} times after the same commit of {workdir}; give a larger --max-gpu-mem"
+                f"the worker died of {number.name} {restarts} times after the same commit of {workdir}; "
+                f"begin a new run with a larger --max-gpu-mem"
             )
         why = " at the memory limit; going on from the last commit with half the micro-batch"
         _say(f"the worker died of {number.name}{why if crashed else '; going on from the last commit'}")

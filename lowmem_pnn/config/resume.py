@@ -15,8 +15,12 @@ from lowmem_pnn.units import format_bytes
 
 FREE_TO_DIFFER = (
     "commit_every", "keep_commits", "log_every", "max_disk", "drive_tbw", "compare", "workers", "time_limit", "logger", "host_tier",
+    "max_host_mem", "data_root",
 )  # fmt: skip
 """Options that change nothing in a run's result."""
+
+PLACES = ("data", "val_data", "test_data", "model", "weights", "tokenizer", "loss")
+"""Options that name a file or folder, which may have moved."""
 
 _SIZES = ("max_gpu_mem", "max_host_mem")
 
@@ -39,7 +43,7 @@ def resumed_config(stored: FitConfig, options: Mapping[str, Any], where: Path) -
         5.0
     """
     config = checked({**_values(stored), **given_options(options)})
-    differing = _differing(config, stored)
+    differing = [name for name in _differing(config, stored) if not _has_moved(name, config, stored)]
     if "epochs" not in differing:
         config = dataclasses.replace(config, epochs=stored.epochs)
     if "epochs" in differing and len(config.epochs) == len(stored.epochs) == 1 and config.epochs[0] > stored.epochs[0]:
@@ -89,12 +93,16 @@ def check_longer(stored: FitConfig, epochs: int) -> None:
 
 
 def raised(config: FitConfig, journal: Mapping[str, Any]) -> FitConfig:
-    """Return the options of a run with the epochs that a resume has raised them to, if one has.
+    """Return the options of a run with the epochs that a resume has raised them to, and the places that things have moved to.
 
     Args:
         config: options that the run began with.
         journal: body of its journal.
     """
+    moved = journal.get("moved")
+    if isinstance(moved, dict) and moved:
+        places: dict[str, Any] = {name: spec for name, spec in moved.items() if name in PLACES and isinstance(spec, str)}
+        config = dataclasses.replace(config, **places)
     epochs = journal.get("epochs")
     if isinstance(epochs, int) and len(config.epochs) == 1 and epochs > config.epochs[0]:
         return dataclasses.replace(config, epochs=(epochs,))
@@ -176,6 +184,21 @@ def _differing(config: FitConfig, stored: FitConfig) -> list[str]:
     names = (name for name in field_names() if name not in FREE_TO_DIFFER)
     differing = [name for name in names if getattr(config, name) != getattr(stored, name)]
     return [name for name in differing if name != "epochs" or not _ends_at_the_same_step(config, stored)]
+
+
+def _has_moved(name: str, config: FitConfig, stored: FitConfig) -> bool:
+    """Return whether an option names the same file or folder in another place, and the one before is gone; what is in it is compared later."""
+    before, now = getattr(stored, name), getattr(config, name)
+    if name not in PLACES or not isinstance(before, str) or not isinstance(now, str):
+        return False
+    (kind, old), (other_kind, new) = _place_of(before), _place_of(now)
+    return kind == other_kind and old.is_absolute() and old.name == new.name and new.exists() and not old.exists()
+
+
+def _place_of(spec: str) -> tuple[str, Path]:
+    """Return what is beside a path in what an option names, as `npz` or the function of a file, and the path."""
+    first, _, second = spec.partition(":")
+    return (second, Path(first)) if "/" in first or first.endswith(".py") else (first if second else "", Path(second or first))
 
 
 def _ends_at_the_same_step(config: FitConfig, stored: FitConfig) -> bool:

@@ -52,7 +52,7 @@ def too_large(device: Device, what: str) -> BudgetError:
     """
     used, budget = format_bytes(device.section_peak_bytes()), format_bytes(device.budget_bytes)
     return BudgetError(
-        f"memory ran out {what}: {used} of {budget} were in use{library_said()}; give a larger --max-gpu-mem, or more partitions"
+        f"memory ran out {what}: {used} of {budget} were in use{library_said()}; begin a new run with a larger --max-gpu-mem, or more partitions"
     )
 
 

@@ -38,7 +38,7 @@ def provenance(workload: Workload, device: Device) -> dict[str, str]:
         "device": device.kind,
         "torch": torch.__version__,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": _capability(),
         "threads": str(torch.get_num_threads()),
     }
 
@@ -77,6 +77,10 @@ def check_provenance(began: Mapping[str, str], now: Mapping[str, str], path: Pat
     if not changes:
         return None
     return f"resumed with {', '.join(changes)}; last bits may differ from those of a run that was left alone"
+
+
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _device(kind: str) -> str:

@@ -22,6 +22,8 @@ from lowmem_pnn.workload import Workload
 from lowmem_pnn.zoo.model_source import ModelSource
 
 _LARGEST = 2**63 - 1
+# Data in so many files that their bytes are not read.
+_COMPARED_BY_TIMES = ("imagefolder:", "segmentation:")
 # Options that a run has otherwise than by default only where its method reads them.
 _OF_METHODS = ("views", "plan_for", "recompute", "loss_chunk", "recovery_epochs")
 
@@ -216,6 +218,8 @@ def check_same_data(state: State, workload: Workload, path: Path) -> None:
     now, _, sizes_now = workload.data_stamp.partition(" ")
     if then != now:
         change = f"samples then {sizes}, now {sizes_now}" if sizes != sizes_now else f"as many samples, {sizes}, but others"
+        if workload.config.data.startswith(_COMPARED_BY_TIMES) and sizes == sizes_now:
+            change += ", or copies with other times of change: copy them with their times, as cp -a does"
         raise CheckpointError(
             f"the data {workload.config.data} is not what the run in {path} began with{f' ({change})' if sizes else ''}; bring it back, "
             "or begin a new run"
@@ -275,12 +279,13 @@ def _halve_micro_batches(state: State, workload: Workload) -> None:
     else:
         numbers = [item.partition]
     halves = {number: halved(state.micro_batches[number], smallest) for number in numbers}
-    is_sweeping = workload.method.sweeps or isinstance(item, Sweep)
+    # Visits of a method that sweeps write what frozen layers give, and go by their own.
+    is_sweeping = isinstance(item, Sweep) or (workload.method.sweeps and (item is None or state.stage == "born"))
     sweep_half = halved(state.sweep_micro_batch, smallest) if is_sweeping else None
     if sweep_half is None and not any(halves.values()):
         raise BudgetError(
             f"partition {numbers[0] + 1} died at the memory limit with a micro-batch of {smallest}, the smallest; "
-            "give a larger --max-gpu-mem"
+            "begin a new run with a larger --max-gpu-mem"
         )
     for number, half in halves.items():
         state.micro_batches[number] = half or state.micro_batches[number]

@@ -265,7 +265,8 @@ class Run:
         if half is None:
             raise BudgetError(
                 f"memory ran out with a micro-batch of {micro_batch}, the smallest: {format_bytes(used)} of "
-                f"{format_bytes(device.budget_bytes)} were in use{library_said()}; give a larger --max-gpu-mem, or more partitions"
+                f"{format_bytes(device.budget_bytes)} were in use{library_said()}; "
+                f"begin a new run with a larger --max-gpu-mem, or more partitions"
             )
         self.commits.roll_back()
         gc.collect()  # exceptions and the frames of other threads may hold tensors in cycles

@@ -117,6 +117,7 @@ class State:
             written again; else 0.
         provenance: what its bits depend on beside options and data (`run.provenance`); empty for runs of earlier versions.
         changes: what of it was other at a resume, a line each.
+        moved: what a resume has found files and folders under that options name, by option.
         rank: number of this process, where several train a partition each; the first joins them.
         ranks: number of these processes.
     """
@@ -158,6 +159,7 @@ class State:
     epochs_behind: int = 0
     provenance: dict[str, str] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
     rank: int = 0
     ranks: int = 1
 

@@ -197,9 +197,13 @@ class RunDirectory:
             self._sync_what_a_journal_counts_on()
             write_durably(current, seal_journal(journal, self._config_sha256))
             older = older_commits(self.path, self._config_sha256)[0]
-            for path, _ in older[keep - 1 :]:
+            # Newer ones than this are of before somebody went back to an older one by hand.
+            dropped = [one for one in older if one[1]["number"] >= journal["number"]]
+            older = [one for one in older if one[1]["number"] < journal["number"]]
+            dropped += older[keep - 1 :]
+            for path, _ in dropped:
                 path.unlink()
-            if older[keep - 1 :] and journal.get("stage") == "done":
+            if dropped and journal.get("stage") == "done":
                 # No later commit would bring it to the drive that they are gone.
                 sync_folder(self.path)
         except OSError as error:

@@ -13,7 +13,7 @@ from lowmem_pnn.compilation.compiler import check_compiler
 from lowmem_pnn.config.code import python_objects
 from lowmem_pnn.config.defaults import training_words
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.resume import check_trust, resumed_config, with_new_modules
+from lowmem_pnn.config.resume import PLACES, check_trust, resumed_config, with_new_modules
 from lowmem_pnn.device import Device, is_out_of_memory
 from lowmem_pnn.engine.worker_threads import WorkerThreads
 from lowmem_pnn.errors import BudgetError, CheckpointError, ConfigError, LowMemError
@@ -171,6 +171,7 @@ def resume(
                 if change := check_provenance(state.provenance, provenance(workload, device), path, workload.source.spec):
                     display.message(change)
                     state.changes = list(dict.fromkeys([*state.changes, change]))
+                state.moved |= {name: getattr(config, name) for name in PLACES if getattr(config, name) != getattr(before, name)}
                 if is_longer:
                     if state.stage == "done":
                         go_on_from_the_end(state, before, workload, path)

@@ -234,3 +234,17 @@ def test_a_recovery_of_nothing_is_an_error(options: dict[str, Any], text: str, t
     with pytest.raises(ConfigError, match=text):
         fit(small_mlp, vectors(), tmp_path / "run", cuts="1,2", epochs=1, **options)
     assert not (tmp_path / "run").exists()
+
+
+class _Tied(nn.Sequential):
+    """A network whose last layer has the first one's weight."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+        self[4].weight = self[0].weight
+
+
+@pytest.mark.parametrize("options", [{}, {"recover": (3,)}])
+def test_tied_weights_recover_with_all_that_use_them(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train '0.weight' by a part .* tied in partitions 1,3, .* give --recover 1,(2,)?3$"):
+        fit(_Tied, vectors(), tmp_path / "run", method="exact", cuts="1,2", epochs=1, recovery_epochs=1, **options)

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import lowmem_pnn
 from helpers.commands import Outcome, write_data
 from helpers.commands import lowmem_pnn as command
 from lowmem_pnn.config.configure import configure
-from lowmem_pnn.errors import ConfigError, Stopped
+from lowmem_pnn.errors import CheckpointError, ConfigError, Stopped
 from lowmem_pnn.reporting.progress import Display
+from lowmem_pnn.run import provenance as provenance_of_run
 from lowmem_pnn.run.process import Process
 from lowmem_pnn.training import start
 
@@ -246,3 +248,54 @@ def test_a_finished_run_without_its_optimizer_state_does_not_train_longer(folder
         "the run in without is done, and its optimizer's state went with its end; begin with --keep-state to train further, or begin a new run "
         "with --weights without"
     )
+
+
+class _Activated(nn.Module):
+    """A model of one's own, whose code may be edited between a stop and a resume."""
+
+    def __init__(self, activation: nn.Module, scale: float = 1.0) -> None:
+        super().__init__()
+        self.first, self.activation, self.last, self.scale = nn.Linear(20, 16), activation, nn.Linear(16, 3), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.activation(self.first(x)) * self.scale)
+
+
+def test_an_edited_model_is_refused_and_other_threads_are_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = TensorDataset(torch.randn(64, 20), torch.randint(0, 3, (64,)))
+
+    def train(model: nn.Module, factor: float = 1.0, **options: Any) -> Any:
+        values = {"cuts": "1", "epochs": 2, "batch_size": 16, "max_gpu_mem": "100MB", "device": "cpu"}
+        own = lambda outputs, targets: factor * nn.functional.cross_entropy(outputs, targets)  # noqa: E731
+        return lowmem_pnn.fit(model, data, workdir="edited", method="exact", loss=own, **{**values, **options})
+
+    class Stop(lowmem_pnn.Callback):
+        def on_step_end(self, *_: Any) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(_Activated(nn.ReLU()), callbacks=[Stop()])
+    for edited in (_Activated(nn.GELU()), _Activated(nn.ReLU(), scale=0.5)):
+        with pytest.raises(
+            CheckpointError, match=r"^the model .* does not compute what it did when the run in edited began; bring it back"
+        ):
+            train(edited, resume=True)
+    with pytest.raises(CheckpointError, match=r"^the loss is not the code that the run in edited began with"):
+        train(_Activated(nn.ReLU()), factor=2.0, resume=True)
+    monkeypatch.setattr(provenance_of_run, "_capability", lambda: "none")
+    result = train(_Activated(nn.ReLU()), resume=True)
+    assert [note for note in result.notes if note.startswith("resumed with kernels for none (before: ")]
+
+
+def test_data_that_has_moved_is_given_anew(folder: Path) -> None:
+    shutil.copytree("runs/a", "moved/runs/a")
+    (folder / "moved/data.npz").write_bytes((folder / "data.npz").read_bytes())
+    (folder / "data.npz").rename("gone.npz")
+    try:
+        assert "there is no file" in resume("--workdir moved/runs/a --quiet").fault
+        assert "leave it out to resume" in resume("--workdir moved/runs/a --quiet --data npz:gone.npz").fault
+        done = resume("--workdir moved/runs/a --quiet --data npz:moved/data.npz")
+        assert done.code == 0, done.fault
+        assert json.loads(Path("moved/runs/a/journal.json").read_text())["body"]["moved"]["data"].endswith("moved/data.npz")
+    finally:
+        (folder / "gone.npz").rename("data.npz")

@@ -41,6 +41,9 @@ def test_cuts_change_nothing(options: dict[str, Any], tmp_path: Path) -> None:
     assert any("values that learn are kept in bf16" in note for note in whole.notes)
     assert whole.training["weights_dtype"] == "bf16"
     assert whole.compared == "yes"
+    if "clip_norm" in options:
+        other = fit(wide_mlp, vectors(), tmp_path / "other", method="backprop", **KEPT, **options)
+        assert_same(whole.weights_file, other.weights_file)
 
 
 def test_tied_embeddings_of_a_language_model_are_kept_so_too(tmp_path: Path) -> None:

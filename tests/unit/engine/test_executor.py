@@ -60,7 +60,7 @@ def test_when_not_even_the_smallest_micro_batch_fits_the_error_says_what_was_in_
     with pytest.raises(
         BudgetError,
         match=r"memory ran out for partition 1 of 1 with a micro-batch of 2, the smallest: .* of 1\.07 GB were in use; "
-        r"give a larger --max-gpu-mem, or more partitions",
+        r"begin a new run with a larger --max-gpu-mem, or more partitions",
     ):
         train(smallest - 1, 16, pool)
 

@@ -29,5 +29,5 @@ def test_the_words_of_a_library_are_in_the_error_where_nothing_smaller_helped(er
     raising(error)
     with SimulatedDevice(1_000_000) as device:
         assert str(too_large(device, "for it")) == (
-            f"memory ran out for it: 0 B of 1.0 MB were in use{said}; give a larger --max-gpu-mem, or more partitions"
+            f"memory ran out for it: 0 B of 1.0 MB were in use{said}; begin a new run with a larger --max-gpu-mem, or more partitions"
         )

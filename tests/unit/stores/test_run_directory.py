@@ -253,6 +253,15 @@ def test_a_commit_replaces_the_journal_and_keeps_what_was_asked(path: Path) -> N
         assert (run.journal(), run.older_journals(), run.config_json()) == (body(5), [], '{"lr": 1}')
 
 
+def test_commits_after_one_that_somebody_went_back_to_replace_newer_ones(path: Path) -> None:
+    with make(path) as run:
+        for number in (1, 2, 3):
+            run.commit({**body(number), "first": True}, keep=9)
+        (path / "journal.json").write_bytes((path / "journal.000001.json").read_bytes())
+        assert run.commit(body(2), keep=9) == [body(2), {**body(1), "first": True}, body(0)]
+        assert run.commit(body(3), keep=9)[:2] == [body(3), body(2)]
+
+
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_commits_are_kept_by_copies_where_there_are_no_links(path: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
