@@ -8,9 +8,9 @@ from typing import Any
 from lowmem_pnn.engine.stalls import Stalls, stall_shares
 from lowmem_pnn.errors import BudgetError
 from lowmem_pnn.methods import Sweep, Visit
+from lowmem_pnn.methods.macs import epoch_macs, macs_until, program_macs
 from lowmem_pnn.partition_plan import Plan
 from lowmem_pnn.reporting.run_status import RunStatus
-from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs
 from lowmem_pnn.run.session import Session
 from lowmem_pnn.run.state import State
 from lowmem_pnn.run.timeline import MemoryTimeline

@@ -10,6 +10,7 @@ from typing import Any
 from lowmem_pnn.config.defaults import training_facts
 from lowmem_pnn.evaluation.exits import chosen_exit
 from lowmem_pnn.exporting.transformers_folder import holds_a_model
+from lowmem_pnn.methods.macs import epoch_macs, macs_until, program_macs, samples_learnt
 from lowmem_pnn.planning.batch_norm import batch_norm_use, mixing_note
 from lowmem_pnn.planning.describe import ahead_bytes, describe_partition
 from lowmem_pnn.planning.notes import (
@@ -29,7 +30,6 @@ from lowmem_pnn.planning.notes import (
 from lowmem_pnn.planning.request import PlanRequest
 from lowmem_pnn.profiling.costs import MemoryProfile
 from lowmem_pnn.reporting.result import Result
-from lowmem_pnn.run.macs import epoch_macs, macs_until, program_macs, samples_learnt
 from lowmem_pnn.run.run import Run
 from lowmem_pnn.sources.dataset import TASK_OF
 from lowmem_pnn.stores.run_creation import TRANSFORMERS_FOLDER

@@ -11,8 +11,8 @@ from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.errors import Stopped
 from lowmem_pnn.methods import make_method
+from lowmem_pnn.methods.macs import program_macs
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
-from lowmem_pnn.run.macs import program_macs
 from lowmem_pnn.run.process import Process
 from lowmem_pnn.training import start
 

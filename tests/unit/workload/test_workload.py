@@ -9,7 +9,7 @@ from torch import nn
 
 from lowmem_pnn.config.configure import configure, for_method
 from lowmem_pnn.methods import Sweep, Visit
-from lowmem_pnn.run.macs import samples_learnt
+from lowmem_pnn.methods.macs import samples_learnt
 from lowmem_pnn.workload import Workload, by_other_method, make_workload
 from lowmem_pnn.workload.inputs import python_inputs
 

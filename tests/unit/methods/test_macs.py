@@ -7,8 +7,8 @@ import pytest
 from lowmem_pnn.config.configure import configure
 from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.methods import Sweep, Visit, make_method, visits_of_rank
+from lowmem_pnn.methods.macs import macs_until, program_macs, samples_learnt
 from lowmem_pnn.partition_plan import PartitionPlan, Plan
-from lowmem_pnn.run.macs import macs_until, program_macs, samples_learnt
 
 # A sample's forward through three partitions; sums show which of them it took.
 MACS = (100, 10, 1)

@@ -7,7 +7,7 @@ were done again.
 
 from collections.abc import Sequence
 
-from lowmem_pnn.methods import Sweep, Visit
+from lowmem_pnn.methods.visits import Sweep, Visit
 from lowmem_pnn.partition_plan import Plan
 
 Program = Sequence[Visit | Sweep]
