@@ -106,7 +106,6 @@ class ActivationStore:
         start: int = 0,
         window_bytes: int,
         pool: Executor,
-        drop_last: bool = False,
     ) -> Iterator[Batch]:
         """Iterate over the samples.
 
@@ -123,7 +122,6 @@ class ActivationStore:
             start: Batches to leave out at the beginning: the rest is exactly what a full iteration would give.
             window_bytes: Memory for windows. The batches are in addition to it.
             pool: Runs the reading ahead.
-            drop_last: Whether to leave out a last batch with fewer samples.
 
         Yields:
             The boundary tensors, each (B, ...), and the labels (B, ...): the receiver's alone as long as anything
@@ -135,7 +133,7 @@ class ActivationStore:
         """
         assert batch_size > 0, "a batch has at least one sample"
         assert start >= 0, "batches are counted from 0"
-        stop = self.num_samples - (self.num_samples % batch_size if drop_last else 0)
+        stop = self.num_samples
         position = min(start * batch_size, stop)
         batch: list[Tensor] = []
         num_filled = 0

@@ -173,17 +173,16 @@ def test_memory_for_labels_is_counted(tmp_path, pool):
     window_samples=st.integers(0, 50),
     start=st.integers(0, 45),
     shuffle=st.booleans(),
-    drop_last=st.booleans(),
 )
 @settings(deadline=None, max_examples=80)
-def test_start_gives_the_same_tail(pool, count, shard_samples, batch_size, window_samples, start, shuffle, drop_last):
+def test_start_gives_the_same_tail(pool, count, shard_samples, batch_size, window_samples, start, shuffle):
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "a", count, pool, shard_samples=shard_samples)
         store = ActivationStore.open(Path(folder) / "a")
-        options = {"shuffle": shuffle, "epoch": 3, "window_bytes": window_samples * SAMPLE_BYTES, "drop_last": drop_last}
+        options = {"shuffle": shuffle, "epoch": 3, "window_bytes": window_samples * SAMPLE_BYTES}
         whole = read(store, batch_size, pool, **options)
         tail = read(store, batch_size, pool, start=start, **options)
-    assert len(whole) == (count // batch_size if drop_last else -(-count // batch_size))
+    assert len(whole) == -(-count // batch_size)
     assert label_lists(tail) == label_lists(whole)[start:]
     for (tensors, _), (expected, _) in zip(tail, whole[start:], strict=True):
         assert [bits(tensor) for tensor in tensors] == [bits(tensor) for tensor in expected]
