@@ -5,6 +5,7 @@ python docs/generate.py --check   # says whether it is up to date: exit code 1 w
 """
 
 import ast
+import functools
 import json
 import sys
 from pathlib import Path
@@ -30,10 +31,17 @@ def first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
-def imported_modules(path: Path) -> set[Path]:
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """Return the syntax tree of a file."""
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def imported_modules(path: Path) -> frozenset[Path]:
     """Return the files of the package that a file imports, at its top or inside its functions."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    found = set[Path]()
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -42,9 +50,10 @@ def imported_modules(path: Path) -> set[Path]:
         else:
             continue
         found |= {file for name in names if (file := _file_of(name)) is not None}
-    return found
+    return frozenset(found)
 
 
+@functools.cache
 def _file_of(name: str) -> Path | None:
     """Return the file of a dotted name, or of the module that it is in; None where it is not the package's."""
     parts = name.split(".")

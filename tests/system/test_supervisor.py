@@ -33,23 +33,39 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (place / "run" / "model.safetensors").read_bytes()
 
 
-def test_ctrl_c_stops_cleanly_and_the_run_resumes_to_the_same_bits(folder: Path, whole: bytes) -> None:
+def resumed(folder: Path, patch: pytest.MonkeyPatch) -> tuple[int, int, bytes]:
+    """Bring a run to its end, in this process: how often it was gone on with, and with smaller micro-batches; its weights."""
+    (folder / "slow").unlink()
+    patch.chdir(folder)
+    done = lowmem_pnn("fit --resume --workdir run --trust --no-report --json --quiet")
+    assert (done.code, done.err) == (0, "")
+    result = json.loads(done.out)
+    return result["resumed"], result["oom_retries"], (folder / "run" / "model.safetensors").read_bytes()
+
+
+def test_kill_9_of_the_worker_is_gone_on_from_and_ctrl_c_stops_cleanly(
+    folder: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "slow").touch()
     command = Command(folder, f"{SLOW_FIT} --workdir run")
     wait_for(lambda: commits(folder / "run") > 3)
+    first = command.worker()
+    first.kill()
+    before = commits(folder / "run")
+    wait_for(lambda: commits(folder / "run") > before + 1)  # of another worker
+    assert command.worker().pid != first.pid
     # The supervisor takes little memory meanwhile: a bare interpreter has 3 MB, this command's own would be 20.
     status = Path(f"/proc/{command.process.pid}/status").read_text()
     assert int(status.split("RssAnon:")[1].split()[0]) * 1024 < 8e6
     command.process.send_signal(signal.SIGINT)
     code, out, err = command.end()
     assert (code, out) == (75, "")
+    assert "lowmem-pnn: the worker died of SIGKILL; going on from the last commit\n" in err
     assert (
         err.splitlines()[-1] == "lowmem-pnn: stopped; lowmem-pnn fit --resume --workdir run --trust goes on from the last commit"
     )
     assert not (folder / "run" / "result.json").exists()
-    (folder / "slow").unlink()
-    assert run(folder, "fit --resume --workdir run --trust --no-report")[0] == 0
-    assert (folder / "run" / "model.safetensors").read_bytes() == whole
+    assert resumed(folder, monkeypatch) == (2, 0, whole)
 
 
 def test_a_closed_terminal_stops_cleanly_and_the_run_resumes_to_the_same_bits(folder: Path, whole: bytes) -> None:
@@ -106,33 +122,16 @@ def test_the_second_signal_ends_it_at_once(folder: Path, number: signal.Signals,
     assert not worker.is_running()
 
 
-def test_kill_9_of_the_supervisor_takes_the_worker_with_it(folder: Path, whole: bytes) -> None:
+def test_kill_9_of_the_supervisor_takes_the_worker_with_it(folder: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "slow").touch()
     command = Command(folder, f"{SLOW_FIT} --workdir run")
     wait_for(lambda: commits(folder / "run") > 3)
     worker = command.worker()
     command.process.kill()
     command.process.communicate()
-    (folder / "slow").unlink()
     # At once, while the worker is dying.
-    code, _, err = run(folder, f"{SLOW_FIT} --workdir run --resume --quiet")
-    assert (code, err) == (0, "")
+    assert resumed(folder, monkeypatch) == (1, 0, whole)
     assert not worker.is_running()
-    assert (folder / "run" / "model.safetensors").read_bytes() == whole
-
-
-def test_kill_9_of_the_worker_is_gone_on_from(folder: Path, whole: bytes) -> None:
-    (folder / "slow").touch()
-    command = Command(folder, f"{SLOW_FIT} --workdir run --json --quiet")
-    wait_for(lambda: commits(folder / "run") > 3)
-    command.worker().kill()
-    (folder / "slow").unlink()
-    code, out, err = command.end()
-    assert code == 0
-    assert err == "lowmem-pnn: the worker died of SIGKILL; going on from the last commit\n"
-    result = json.loads(out)
-    assert (result["resumed"], result["oom_retries"]) == (1, 0)
-    assert (folder / "run" / "model.safetensors").read_bytes() == whole
 
 
 def test_a_crash_is_gone_on_from_with_half_the_micro_batch(folder: Path) -> None:

@@ -38,14 +38,14 @@ def test_the_order_of_imports_names_every_folder_and_file_of_the_root() -> None:
     assert there == set(generate.FOLDERS)
 
 
-@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_one_way_between_folders(path: Path) -> None:
+def test_imports_point_one_way_between_folders() -> None:
     order = {"__main__": -1, **{name: number for number, name in enumerate(generate.FOLDERS)}, "__init__": len(generate.FOLDERS)}
-    own = _place(path)
-    if own == "__init__":
-        pytest.skip("the package's lazy public names")
-    upward = {_place(other) for other in generate.imported_modules(path) if order[_place(other)] < order[own]}
-    assert not upward, f"{own} imports {sorted(upward)}, which stand above it"
+    for path in PYTHON_FILES:
+        own = _place(path)
+        if own == "__init__":
+            continue  # the package's lazy public names
+        upward = {_place(other) for other in generate.imported_modules(path) if order[_place(other)] < order[own]}
+        assert not upward, f"{path.relative_to(ROOT)} imports {sorted(upward)}, which stand above it"
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in PYTHON_FILES}), ids=lambda folder: folder.name)
@@ -63,11 +63,11 @@ def test_folders_and_files_stay_small_enough_to_take_in() -> None:
             assert lines <= most, f"{path.relative_to(ROOT)} has {lines} lines, above {most}"
 
 
-@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_every_file_says_what_it_is_in_one_line(path: Path) -> None:
-    docstring = ast.get_docstring(ast.parse(path.read_text()))
-    assert docstring is not None
-    assert docstring.splitlines()[0].endswith((".", ":", ")."))
+def test_every_file_says_what_it_is_in_one_line() -> None:
+    for path, tree in ((path, generate.parsed(path)) for path in PYTHON_FILES):
+        docstring = ast.get_docstring(tree)
+        assert docstring is not None, path
+        assert docstring.splitlines()[0].endswith((".", ":", ").")), path
 
 
 def test_all_is_complete() -> None:
@@ -106,8 +106,7 @@ def test_nothing_names_this_machine() -> None:
             assert not re.search(rb"/(root|home/\w+|work/main)/", path.read_bytes()), path
 
 
-@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_runs_state_changes_in_run_alone(path: Path) -> None:
+def test_a_runs_state_changes_in_run_alone() -> None:
     def is_of_state(target: ast.expr) -> bool:
         """Whether a target of an assignment is a part of something called `state`."""
         while isinstance(target, ast.Attribute | ast.Subscript):
@@ -116,9 +115,9 @@ def test_a_runs_state_changes_in_run_alone(path: Path) -> None:
                 return True
         return False
 
-    others = {_place(other) for other in generate.imported_modules(path)}
-    if _place(path) == "run" or "run" not in others:
-        return  # here it may, or there is none
-    for node in ast.walk(ast.parse(path.read_text())):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
-        assert not any(map(is_of_state, targets)), f"line {node.lineno} changes a run's state"
+    for path, tree in ((path, generate.parsed(path)) for path in PYTHON_FILES):
+        if _place(path) == "run" or "run" not in set(map(_place, generate.imported_modules(path))):
+            continue  # here it may, or there is none
+        for node in ast.walk(tree):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+            assert not any(map(is_of_state, targets)), f"{path.relative_to(ROOT)}:{node.lineno} changes a run's state"

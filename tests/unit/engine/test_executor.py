@@ -43,12 +43,13 @@ def train(
 
 def test_a_batch_that_does_not_fit_is_same_as_one_with_smaller_micro_batches(pool: ThreadPoolExecutor) -> None:
     # What each micro-batch needs, to have a capacity between two of them.
-    peaks = {size: train(None, size, pool)[2].peak_bytes for size in (16, 8, 4)}
+    runs = {size: train(None, size, pool) for size in (16, 8, 4)}
+    peaks = {size: device.peak_bytes for size, (_, _, device) in runs.items()}
     assert peaks[4] < peaks[8] < peaks[16]
     for capacity, size, shrinks in ((peaks[16], 16, []), (peaks[16] - 1, 8, [8]), (peaks[8] - 1, 4, [8, 4])):
         found, shrunk, _ = train(capacity, 16, pool)
         assert shrunk == shrinks
-        expected, none, _ = train(None, size, pool)
+        expected, none, _ = runs[size]
         assert none == []
         # The running statistics and the count of batches too: each micro-batch once.
         assert all(torch.equal(found[name], expected[name]) for name in expected)

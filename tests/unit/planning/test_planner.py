@@ -120,7 +120,7 @@ def brute_force(profile, room, batches, cuts, num_partitions, cap, beside, endin
 
 
 @given(profiles(), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_plans_are_those_of_brute_force(profile, data):
     starts = [cut for cut in range(1, len(profile.layers)) if cut not in profile.forbidden_cuts]
     smallest = profile.smallest_micro_batch
@@ -396,7 +396,7 @@ def test_a_model_in_one_piece_says_so():
 
 
 @given(profiles(), st.integers(2, 40), st.integers(0, 600))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_uniform_micro_batch_fits_everywhere(profile, batch, budget_bytes):
     assume(batch >= profile.smallest_micro_batch)
     try:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem_pnn.errors import ConfigError
@@ -32,6 +32,7 @@ def test_model_arguments_are_literals_or_text() -> None:
     }  # fmt: skip
 
 
+@settings(max_examples=30)
 @given(st.dictionaries(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), st.integers() | st.booleans() | st.lists(st.integers())))
 def test_model_arguments_come_back_as_they_were_written(values: dict[str, Any]) -> None:
     values = {name: value for name, value in values.items() if name.isidentifier()}
