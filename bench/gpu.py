@@ -78,7 +78,7 @@ class Load:
 LOADS = {
     "gpt": Load(("gpt:layers=12,width=768,heads=12,context=256", "gpt:layers=8,width=64,heads=2,context=32"), (256, 32), (16, 8)),
     "resnet50": Load(("resnet50", "cifar-mobilenetv2"), (128, 32), (64, 8)),
-    "resnet18": Load(("cifar-resnet18", "bench/networks.py:resnet18"), (32, 32), (128, 64)),
+    "resnet18": Load(("cifar-resnet18", "bench/networks.py:resnet"), (32, 32), (128, 64)),
 }
 
 
@@ -126,9 +126,9 @@ def build(setting: Setting, kind: str) -> Callable[[], Any]:
     from lowmem_pnn.zoo.models import find_model
 
     spec: str = setting.of(LOADS[kind].model)
-    arguments = {"width": 0.125} if ".py:" in spec else {}
+    arguments = {"depth": 8, "width": 8} if ".py:" in spec else {}
     if setting.dry and setting.quick:
-        spec = spec.replace("layers=8", "layers=4")
+        spec = spec.replace("layers=8", "layers=3")
     return find_model(spec, arguments, 256 if kind == "gpt" else 10).build
 
 
@@ -484,7 +484,8 @@ def run_all(bench: Bench, setting: Setting) -> None:
     fit += ["--workdir", str(Path(setting.folder) / "command"), "--overwrite", "--quiet", "--no-report"]
     bench.command("fit --max-gpu-mem 2GB", fit, 80, BUDGET / MB)
     bench.case("exact, as plain PyTorch", "same_as_plain")
-    bench.case("exact, as plain PyTorch, clipped", "same_as_plain", clip_norm=0.1)
+    if not (setting.dry and setting.quick):
+        bench.case("exact, as plain PyTorch, clipped", "same_as_plain", clip_norm=0.1)
     if not setting.quick:
         bench.case("copies of exact", "overlap")
     for kind in ("gpt",) if setting.quick else ("gpt", "resnet50"):

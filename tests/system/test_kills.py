@@ -32,8 +32,8 @@ def test_killed_anywhere_and_resumed_is_same_as_uninterrupted(
     tmp_path: Path, long: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kills = 500 if long else 0
-    # A few of each kind: with four of the methods, and with clipping, half precision and tied weights.
-    names = [] if long else ["pnn", "exact, resident", "neuroflux, interleaved", "incubate"]
+    # A few of each kind: with three of the methods, and with clipping and half precision. Sweeps that are stopped are in tests/runs.
+    names = [] if long else ["pnn", "neuroflux, interleaved", "incubate"]
     done = subprocess.run(
         [sys.executable, "-m", "trials.kills", str(tmp_path / "trials"), str(kills), "0", *names],
         cwd=TESTS,
@@ -48,7 +48,7 @@ def test_killed_anywhere_and_resumed_is_same_as_uninterrupted(
     tallies = json.loads(done.stdout.splitlines()[-1]).values()
     assert [tally["failed"] for tally in tallies if tally["failed"]] == [], done.stderr
     assert all(tally["trials"] == tally["identical"] > 0 for tally in tallies)
-    assert sum(tally["killed"] for tally in tallies) >= (kills or 25)
+    assert sum(tally["killed"] for tally in tallies) >= (kills or 20)
     kinds = {kind for tally in tallies for kind in tally["kinds"]}
     assert {"born", "synced p#.g#.safetensors", "renamed index.json", "renamed journal.json", "discarded"} <= kinds
     assert {"renamed model.safetensors", "renamed heads.safetensors", "renamed result.json"} <= kinds

@@ -4,7 +4,7 @@
 
 So many kills, shared among the trainings: one at the first and one at the last commit point of each kind, one in the first backward pass
 (of the comparison before training, if there is one), the others at random moments, half of these several times in a row before the run
-may finish. With 0, each kind of commit point in one training, and a few others.
+may finish. With 0, each kind of commit point in one training, but for small files that are written as the journal is, and a few others.
 
 Every trial is a fork of this process, which has imported everything and computed nothing: torch's threads do not survive a fork.
 Prints a table, then one JSON line: {NAME: {"trials": n, "killed": n, "identical": n, "kinds": [...], "failed": [...]}}.
@@ -36,6 +36,9 @@ from trials.trainings import (
     run_reference,
     when_training_begins,
 )
+
+# Small files that are written as the journal is, and that a resume reads no more or less than it.
+_ALIKE = {f"{what} {name}" for what in ("written", "renamed") for name in ("config.json", "config.toml", "metrics.csv")}
 
 Kill = tuple[Literal["point", "backward", "moment"], float]
 """At the commit point of a number, in the backward pass of a number, or so many seconds after training begins."""
@@ -116,7 +119,7 @@ def try_training(training: Training, folder: Path, least: int, known: set[str], 
     Args:
         training: what is trained.
         folder: folder to work in.
-        least: kills; 0 for the commit points, and one trial of two kills at random.
+        least: kills; 0 for the commit points but those of `_ALIKE`, and one trial of two kills at random.
         known: kinds of commit points at which a training was killed before; where `least` is 0 they are left out.
         chance: draws the moments.
     """
@@ -124,7 +127,7 @@ def try_training(training: Training, folder: Path, least: int, known: set[str], 
     reference = run_reference(training, folder / "reference")
     tally, path = Tally(), folder / "trial"
     kinds = [kind_of(point) for point in reference.points]
-    points = {kinds.index(kind) for kind in kinds if least or kind not in known}
+    points = {kinds.index(kind) for kind in kinds if least or kind not in known | _ALIKE}
     if least:
         points |= {len(kinds) - 1 - kinds[::-1].index(kind) for kind in kinds}
     for point in sorted(points):

@@ -63,8 +63,8 @@ class Training:
         """
         given = {**_COMMON, **self.options, **options}
         with nullcontext() if self.stays else mock.patch.object(batch_plan, "with_resident_state", lambda request, plan: plan):
-            # 5 batches, of which the last is short; a validation split of 3.
-            lowmem_pnn.fit(self.build, self.data(38), test=self.data(9, seed=1), workdir=path, resume=resume, **given)
+            # 3 batches, of which the last is short; a validation split of 2.
+            lowmem_pnn.fit(self.build, self.data(22), test=self.data(9, seed=1), workdir=path, resume=resume, **given)
 
     def finish(self, path: Path) -> None:
         """Go on, or begin where there is no run yet."""
