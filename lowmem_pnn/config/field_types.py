@@ -13,7 +13,9 @@ def _size(value: Any) -> Any:
     # pydantic collects ValueErrors, and UnitError is one.
     if isinstance(value, float):
         raise UnitError(f"{value!r} has no unit; write it as text, '{value:g}GB', or as a whole number of bytes")
-    return parse_bytes(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
+    if isinstance(value, bool):
+        raise UnitError(f"{value} is no size; write 512MB or 512MiB")
+    return parse_bytes(value) if isinstance(value, str | int) else value
 
 
 def _list(value: Any) -> Any:
