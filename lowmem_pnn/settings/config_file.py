@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -25,9 +26,13 @@ CONFIG_FILE = "config.toml"
 
 # TOML has no null, which a model's factory may take; a command line says it by the same word.
 _NONE = "None"
+# The text itself is quoted once more, and so is what is quoted so.
+_TEXT_OF_NONE = re.compile(rf"('*){_NONE}\1")
 _ALWAYS = ("max_gpu_mem", "model", "data", "method")
 # Options whose defaults depend on others.
 _DEPENDING = ("epochs", "lr", "lr_schedule", "weight_decay", "clip_norm")
+# Options of which a command line takes several.
+_REPEATED = ("lr_for", "sample")
 NOTHING: Mapping[str, Any] = {"clip_norm": 0, "weights": "none"}
 """What is given where an option that has a default is to have no value."""
 
@@ -49,16 +54,27 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not TOML: {error}; write, for example, epochs = 5") from None
     given = _known({name.replace("-", "_"): value for name, value in content.items()}, f"--config {path}")
-    if isinstance(arguments := given.get("model_arg"), Mapping):
-        given["model_arg"] = {name: None if value == _NONE else value for name, value in arguments.items()}
+    if "model_arg" in given:
+        given["model_arg"] = _argument(given["model_arg"])
     return given
+
+
+def _argument(value: Any) -> Any:
+    """Return what a model's factory is given, from what TOML has for it."""
+    if isinstance(value, Mapping):
+        return {name: _argument(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_argument(each) for each in value]
+    if isinstance(value, str) and _TEXT_OF_NONE.fullmatch(value):
+        return None if value == _NONE else value[1:-1]
+    return value
 
 
 def read_settings(settings: Sequence[str]) -> dict[str, Any]:
     """Read options from texts KEY=VALUE; KEY is `model_arg.NAME` for an argument of a model's factory.
 
     Args:
-        settings: the texts; of those with the same key the last one counts.
+        settings: the texts; of those with the same key the last one counts, but all of an option that may be repeated.
 
     Raises:
         ConfigError: a text has no `=`, or a key is no option: all of them are named.
@@ -73,7 +89,11 @@ def read_settings(settings: Sequence[str]) -> dict[str, Any]:
         name, dot, argument = key.strip().replace("-", "_").partition(".")
         if not equals:
             raise ConfigError(f"--set {setting!r} is not KEY=VALUE; write, for example, --set epochs=5")
-        if dot and name == "model_arg":
+        if name == "model_arg" and not argument:
+            raise ConfigError(f"--set {setting!r} has no name of an argument; write, for example, --set model_arg.width=64")
+        if name in _REPEATED and not dot:
+            given[name] = [*given.get(name, ()), value]
+        elif name == "model_arg":
             given["model_arg"] = {**given.get("model_arg", {}), **parse_model_arguments([f"{argument}={value}"])}
         else:
             given[f"{name}{dot}{argument}"] = value
@@ -111,6 +131,7 @@ def to_toml(config: FitConfig) -> str:
     values |= {name: exact_size(values[name]) for name in flat if name in SIZES}
     values |= {name: NOTHING[name] for name in flat if values[name] is None}
     lines = [f"{name} = {_value(values[name])}" for name in flat]
+    values["model_arg"] = {name: _quoted(value) for name, value in values["model_arg"].items()}
     for name in (name for name in names if isinstance(values[name], Mapping)):
         lines += ["", f"[{name}]", *(f"{json.dumps(key)} = {_value(value)}" for key, value in values[name].items())]
     return "\n".join(lines) + "\n"
@@ -155,6 +176,15 @@ def _given(config: FitConfig, name: str) -> Any:
     """Return an option as one would give it; None where it is not given."""
     value = getattr(config, name)
     return NOTHING.get(name) if value is None else value
+
+
+def _quoted(value: Any) -> Any:
+    """Return what a model's factory is given, with a text that would be read as None, or as less quoted, quoted."""
+    if isinstance(value, Mapping):
+        return {name: _quoted(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_quoted(each) for each in value]
+    return f"'{value}'" if isinstance(value, str) and _TEXT_OF_NONE.fullmatch(value) else value
 
 
 def _value(value: Any) -> str:
