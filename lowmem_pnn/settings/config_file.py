@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,7 +12,7 @@ from pydantic import TypeAdapter
 
 from lowmem_pnn.config.configure import configure, faults_of
 from lowmem_pnn.config.faults import suggest
-from lowmem_pnn.config.field_types import SIZES
+from lowmem_pnn.config.field_types import SIZES, argument_as_json, argument_as_literal
 from lowmem_pnn.config.fit_config import FitConfig, default_of, field_names
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.settings.model_arguments import parse_model_arguments
@@ -26,8 +25,6 @@ CONFIG_FILE = "config.toml"
 
 # TOML has no null, which a model's factory may take; a command line says it by the same word.
 _NONE = "None"
-# The text itself is quoted once more, and so is what is quoted so.
-_TEXT_OF_NONE = re.compile(rf"('*){_NONE}\1")
 _ALWAYS = ("max_gpu_mem", "model", "data", "method")
 # Options whose defaults depend on others.
 _DEPENDING = ("epochs", "lr", "lr_schedule", "weight_decay", "clip_norm")
@@ -54,20 +51,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not TOML: {error}; write, for example, epochs = 5") from None
     given = _known({name.replace("-", "_"): value for name, value in content.items()}, f"--config {path}")
-    if "model_arg" in given:
-        given["model_arg"] = _argument(given["model_arg"])
+    if isinstance(arguments := given.get("model_arg"), Mapping):
+        given["model_arg"] = {name: None if value == _NONE else value for name, value in arguments.items()}
     return given
-
-
-def _argument(value: Any) -> Any:
-    """Return what a model's factory is given, from what TOML has for it."""
-    if isinstance(value, Mapping):
-        return {name: _argument(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_argument(each) for each in value]
-    if isinstance(value, str) and _TEXT_OF_NONE.fullmatch(value):
-        return None if value == _NONE else value[1:-1]
-    return value
 
 
 def read_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -131,7 +117,7 @@ def to_toml(config: FitConfig) -> str:
     values |= {name: exact_size(values[name]) for name in flat if name in SIZES}
     values |= {name: NOTHING[name] for name in flat if values[name] is None}
     lines = [f"{name} = {_value(values[name])}" for name in flat]
-    values["model_arg"] = {name: _quoted(value) for name, value in values["model_arg"].items()}
+    values["model_arg"] = {name: _argument(value) for name, value in config.model_arg.items()}
     for name in (name for name in names if isinstance(values[name], Mapping)):
         lines += ["", f"[{name}]", *(f"{json.dumps(key)} = {_value(value)}" for key, value in values[name].items())]
     return "\n".join(lines) + "\n"
@@ -178,13 +164,9 @@ def _given(config: FitConfig, name: str) -> Any:
     return NOTHING.get(name) if value is None else value
 
 
-def _quoted(value: Any) -> Any:
-    """Return what a model's factory is given, with a text that would be read as None, or as less quoted, quoted."""
-    if isinstance(value, Mapping):
-        return {name: _quoted(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_quoted(each) for each in value]
-    return f"'{value}'" if isinstance(value, str) and _TEXT_OF_NONE.fullmatch(value) else value
+def _argument(value: Any) -> Any:
+    """Return an argument of a model's factory as TOML holds it: None alone as its word, and as a literal what that word would be read in."""
+    return argument_as_literal(value) if value is not None and _NONE in repr(value) else argument_as_json(value)
 
 
 def _value(value: Any) -> str:

@@ -104,6 +104,11 @@ def make(**options: object) -> FitConfig:
             "--lr '0': must be greater than 0; --kappa has no effect here: it needs --method pnn; --min-lr has no effect here: it needs "
             "--lr-schedule linear or cosine",
         ),
+        (
+            {"model": "net.py:build", "model_arg": {"depth": 3, "norm": dict}},
+            "--model-arg {'depth': 3, 'norm': <class 'dict'>}: norm is no plain value, such as a number, a text or a list, and nothing else is "
+            "kept with a run; make it in a factory of your own",
+        ),
         ({"lr": "0", "seed": "-1"}, "--lr '0': must be greater than 0; --seed '-1': must be greater than or equal to 0"),
     ],
 )

@@ -84,7 +84,7 @@ CASES: dict[str, dict[str, Any]] = {
     "model": {"model": "resnet18"},
     "model_arg": {
         "model": "it.py:build",
-        "model_arg": {"a": NUMBER, "b": "gelu", "c": "0.5", "d": None, "e": True, "f": [8, 16], "g": "true"},
+        "model_arg": {"a": NUMBER, "b": "gelu", "c": "0.5", "d": None, "e": True, "f": [8, 16], "g": "true", "h": (1, (2,))},
     },
     "method": NEUROFLUX,
     "partitions": {"partitions": 3},

@@ -22,7 +22,7 @@ BASE = {"max_gpu_mem": "1GB", "model": "mlp:64-10", "data": "digits"}
         {"epochs": "5,160", "lr": "1e-3,1e-4", "shuffle": "yes,no", "cuts": "1", "kappa": "3"},
         {"method": "exact", "compare": False, "clip_norm": 1, "lr_schedule": "cosine", "warmup_steps": 3},
         {"model": "resnet18", "model_arg": {"num_classes": 10, "width_per_group": 64, "norm_layer": None}},
-        {"model": "it.py:build", "model_arg": {"a": [None, "None"], "b": {"c": None}, "d": "None", "e": "'None'", "f": "'none'"}},
+        {"model": "it.py:build", "model_arg": {"a": [None, "None"], "b": {"c": None}, "d": "None", "e": ("None", 1)}},
         {"data": "csv:a.csv", "target": ["a,b", 'the "c"', "d"]},
         {"model": "resnet18", "data": "cifar10", "data_root": "there", "weights": "default", "epochs": 10, "freeze": "layer1.*"},
         {"weights": "default", "lr_for": ["features.*=1e-4", "fc=1e-3"], "epochs": 3},
