@@ -20,7 +20,7 @@ from lowmem_pnn.inference.evaluate import evaluate_run
 from lowmem_pnn.inference.load import folder_of, given_model, load_run, remember, workload_of
 from lowmem_pnn.inference.predict import predict_run
 from lowmem_pnn.inference.samples import PartName
-from lowmem_pnn.memory.available import budget_of
+from lowmem_pnn.memory.available import budget_on_described
 from lowmem_pnn.pretrained.model_file import load_into
 from lowmem_pnn.preview.preview import preview
 from lowmem_pnn.reporting.plan_report import PlanReport
@@ -179,12 +179,8 @@ def plan(
     read = {name: value for name, value in options.items() if name not in _OF_A_RUN}
     named = {**names_of(model, train, loss), "weights": name_of_weights(weights)}
     described = None if gpu is None else GpuDescription.parse(gpu)
-    if described is not None:
-        described.check_device(options.get("device") or "auto")
-        asked = described.memory_bytes if max_gpu_mem is None else max_gpu_mem
-        budget = budget_of(asked, free_bytes=described.memory_bytes)
-    else:
-        budget = budget_on(options.get("device") or "auto", max_gpu_mem)
+    device = options.get("device") or "auto"
+    budget = budget_on(device, max_gpu_mem) if described is None else budget_on_described(described, device, max_gpu_mem)
     config = configure(max_gpu_mem=budget, **named, **with_named_parts(train, val, test, read))
     state_dict = weights if isinstance(weights, Mapping) else None
     val, test = (None if isinstance(part, str) else part for part in (val, test))

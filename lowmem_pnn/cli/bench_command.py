@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -15,20 +16,22 @@ from lowmem_pnn.cli.options import GroupedCommand, config_options, given_options
 from lowmem_pnn.cli.output import announce, print_result, stdout_is_ours, terminal_width
 from lowmem_pnn.cli.supervisor import stop_signals
 from lowmem_pnn.config.faults import flag
+from lowmem_pnn.config.fit_config import METHODS
+from lowmem_pnn.contenders.contender_options import LEFT_OUT
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command(cls=GroupedCommand)
-@config_options
+@partial(config_options, unread=LEFT_OUT, decided=("method",))
 @click.option("--budgets", metavar="SIZE,...", help="Budgets that each method is given in turn. [default: --max-gpu-mem]")
-@click.option("--methods", metavar="NAME,...|all", help="Methods. [default: all, or --method]")
+@click.option("--methods", metavar=f"{'|'.join(METHODS)},...|all", help="Methods. [default: all, or --method]")
 @click.option(
     "--baselines",
-    metavar="NAME,...|none",
+    metavar="plain|checkpointing|accumulation,...|all|none",
     default="all",
-    help="Ways of plain PyTorch: plain, checkpointing, accumulation. [default: all of them]",
+    help="Ways of plain PyTorch. [default: all of them]",
 )
 @click.option(
     "--steps", metavar="N", type=click.IntRange(min=1), default=10, help="Optimizer steps of each contender. [default: 10]"
@@ -73,7 +76,6 @@ def bench(
         announce(f"bench {given['model']} on {given['data']} in {budgets}: {methods} methods, {baselines} baselines")
     with _ended_by_signals(), stdout_is_ours():
         from lowmem_pnn.contenders.bench import bench as run_bench
-        from lowmem_pnn.contenders.contender_options import LEFT_OUT
 
         # A file of a run has more than a bench has a use for.
         if left := [name for name in given if name in LEFT_OUT and name not in typed]:

@@ -28,7 +28,6 @@ from lowmem_pnn.cli.options import (
     command_options,
     config_options,
     given_options,
-    options_on,
     output_options,
     place_options,
     run_options,
@@ -43,7 +42,7 @@ from lowmem_pnn.config.defaults import unasked_method
 from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.config.resume import resumed_config
 from lowmem_pnn.errors import BudgetError, ConfigError, DiskError, LowMemError
-from lowmem_pnn.memory.available import is_share
+from lowmem_pnn.memory.available import budget_on_described, is_share
 from lowmem_pnn.run.asked_run import asked_run
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.run.unfinished import options_of_run
@@ -171,11 +170,12 @@ def plan(no_timing: bool, budgets: str | None, gpu: str | None, as_json: bool, q
         raise ConfigError("--max-gpu-mem and --budgets exclude each other; give one")
     described = None if gpu is None else GpuDescription.parse(gpu)
     if described is not None:
-        options = {**options, **options_on(described, given_options(options))}
+        given = given_options(options)
+        device = given.get("device", "auto")
+        options |= {"device": device, "max_gpu_mem": budget_on_described(described, device, given.get("max_gpu_mem"))}
+    config = configure(**command_options(options, sizes))  # faults come before anything is imported anew
     if not no_timing:
-        configure(**command_options(options, sizes))  # faults come before anything is imported anew
         as_worker()
-    config = configure(**command_options(options, sizes))
     with stdout_is_ours():
         from lowmem_pnn.preview.preview import previews
         from lowmem_pnn.reporting.budget_table import describe_budgets
@@ -317,7 +317,8 @@ def report(runs: tuple[Path, ...], out: Path | None, as_json: bool, quiet: bool,
 
     chosen = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     write_page(runs, chosen)
-    print_result(json.dumps({"report": str(chosen)}) if as_json else "" if quiet else f"the page is in {chosen}")
+    if as_json or not quiet:
+        print_result(json.dumps({"report": str(chosen)}) if as_json else f"the page is in {chosen}")
 
 
 for command in (evaluate, generate, bench, doctor, models, data, methods, completion):

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import click
 
 from lowmem_pnn.cli.lists import DATA, MODELS
 from lowmem_pnn.cli.output import print_result
+from lowmem_pnn.config.task_options import Task
 
 _PROGRAM = "lowmem-pnn"
 _WORD = re.compile(r"[a-z0-9][a-z0-9_.-]*")
@@ -73,7 +75,7 @@ def _option(param: click.Option) -> CompletedOption:
     text = text if len(text) <= _HELP_WIDTH else f"{text[: _HELP_WIDTH - 3].rpartition(' ')[0]}..."
     if param.is_flag or param.count:
         return CompletedOption(names, text, False, (), False)
-    shown = re.split(r"[|,]", param.metavar or "")
+    shown = get_args(Task) if param.name == "task" else re.split(r"[|,]", param.metavar or "")  # of tasks the help shows but some
     listed = {"model": MODELS, "data": DATA}.get(param.name or "")
     words = tuple(word for word in shown if _WORD.fullmatch(word)) if listed is None else _beginnings(listed)
     files = isinstance(param.type, click.Path) or bool({"FILE", "DIR"} & set(shown)) or listed is not None

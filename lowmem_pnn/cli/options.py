@@ -1,7 +1,7 @@
 """Options of the commands: one for each field of `FitConfig`, in groups by what they are about."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +9,6 @@ import click
 
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.fit_config import FitConfig
-from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.memory.available import budget_of, is_share, may_be_gpu
 from lowmem_pnn.run.ranks import Rank
 from lowmem_pnn.settings.config_file import read_config_file, read_settings
@@ -57,11 +56,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Headings of `fit --help`, and the options under each."""
 
-# What an option's value is called in the help.
+_DEVICES = "auto|cpu|cuda"
+# What an option's value is called in the help; shells complete the words of it.
 _METAVARS = {
     "max_gpu_mem": "SIZE|X%|auto", "max_host_mem": "SIZE", "max_disk": "SIZE", "drive_tbw": "TB", "model_arg": "KEY=VALUE", "data_root": "DIR",
     "cuts": "LAYER,...", "epochs": "N,...", "batch_size": "N,...|auto", "lr": "X,...", "shuffle": "yes|no,...", "kappa": "X,...",
-    "model": "NAME", "data": "NAME", "device": "NAME", "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
+    "model": "NAME", "data": "NAME", "device": _DEVICES, "partitions": "N", "micro_batch": "N", "seed": "N", "keep_commits": "N",
     "train_limit": "N", "test_limit": "N", "momentum": "X", "weight_decay": "X", "val_fraction": "X", "commit_every": "SECONDS",
     "method": "pnn|neuroflux|incubate|exact|backprop", "optimizer": "sgd|adam|adamw,...", "sil": "uniform|normal|orthogonal|sparse",
     "visits": "sequential|interleaved|laps=L", "macro_batches": "N", "views": "N", "augment": "none|basic|randaugment|trivial",
@@ -72,7 +72,7 @@ _METAVARS = {
     "recover": "N,...|all", "log_every": "N",
     "logger": "none|tensorboard|wandb|mlflow", "precision": "fp32|bf16|fp16", "optimizer_state": "fp32|bf16|int8",
     "recompute": "auto|always|never",
-    "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "task": "auto|classification|multilabel|regression|segmentation",
+    "plan_for": "auto|size|time", "batch_norm": "micro|refuse", "task": "auto|classification|multilabel|regression|segmentation|...",
     "early_stop": "N", "keep_weights": "last|best", "monitor": "NAME", "eval_every": "STEPS", "time_limit": "TIME",
     "loss": "NAME", "class_weights": "X,...|balanced", "ignore_index": "N", "val_data": "NAME", "test_data": "NAME",
     "image_size": "N|HxW", "resize": "crop|squash|pad", "normalize": "none|imagenet|auto|MEAN/STD", "workers": "N",
@@ -86,24 +86,12 @@ _METAVARS = {
     "lora": "KEY=VALUE,...", "modules_to_save": "NAME,...", "frozen_dtype": "fp32|bf16|int8|nf4", "weights_dtype": "fp32|bf16",
 }  # fmt: skip
 
-# Options without a value: their names, and what the help says of the default.
+# Options without a value, and what they are by default where they can be turned off, too.
 _SWITCHES = {
-    "fused": ("--fused/--no-fused", " [default: fused]"),
-    "step_in_backward": ("--step-in-backward/--no-step-in-backward", " [default: step-in-backward]"),
-    "compare": ("--compare/--no-compare", " [default: compare]"),
-    "parallel_sil": ("--parallel-sil", ""),
-    "host_tier": ("--host-tier/--no-host-tier", " [default: host-tier]"),
-    "tf32": ("--tf32", ""),
-    "channels_last": ("--channels-last", ""),
-    "skip_broken": ("--skip-broken", ""),
-    "drop_last": ("--drop-last", ""),
-    "compile": ("--compile", ""),
-    "freeze_norm": ("--freeze-norm", ""),
-    "pack": ("--pack", ""),
-    "keep_state": ("--keep-state", ""),
-    "no_decay_norms": ("--no-decay-norms", ""),
-    "cache_frozen": ("--cache-frozen/--no-cache-frozen", " [default: cache-frozen]"),
-}
+    "fused": "fused", "step_in_backward": "step-in-backward", "compare": "compare", "parallel_sil": "", "host_tier": "host-tier", "tf32": "",
+    "channels_last": "", "skip_broken": "", "drop_last": "", "compile": "", "freeze_norm": "", "pack": "", "keep_state": "",
+    "no_decay_norms": "decay-norms; of pretrained language models no-decay-norms", "cache_frozen": "cache-frozen",
+}  # fmt: skip
 
 
 # Options that most commands are typed with; `--help-all` lists the others, too.
@@ -151,18 +139,27 @@ class GroupedCommand(click.Command):
             formatter.write_text(f"{more} more options: {ctx.command_path} --help-all")
 
 
-def config_options(command: _Command) -> _Command:
-    """Add an option for each field of `FitConfig`, and those that give others; values stay text, which `configure` reads and checks."""
+def config_options(command: _Command, *, unread: Collection[str] = (), decided: Collection[str] = ()) -> _Command:
+    """Add an option for each field of `FitConfig`, and those that give others; values stay text, which `configure` reads and checks.
+
+    Args:
+        command: the command.
+        unread: fields that the command refuses, which its help leaves out.
+        decided: fields for which the command has other defaults, which its help leaves out.
+    """
     command = file_options(command)
     for field in reversed(dataclasses.fields(FitConfig)):
         info: Any = field.default  # pydantic's, with description and default
         text = info.description
         if field.name in _SWITCHES:
-            names, default = _SWITCHES[field.name]
-            command = click.option(names, field.name, is_flag=True, default=None, help=text + default)(command)
+            names, default = flag(field.name), _SWITCHES[field.name]
+            if default:
+                names += "/" + flag(field.name, off=True)
+                text += f" [default: {default}]"
+            command = click.option(names, field.name, is_flag=True, default=None, help=text, hidden=field.name in unread)(command)
             continue
         default_value = None if info.is_required() else info.get_default(call_default_factory=True)
-        if default_value not in (None, {}):
+        if default_value not in (None, {}) and field.name not in decided:
             text += f" [default: {as_typed(default_value)}]"
         command = click.option(
             flag(field.name),
@@ -170,6 +167,7 @@ def config_options(command: _Command) -> _Command:
             metavar=_METAVARS[field.name],
             multiple=field.name in ("model_arg", "lr_for", "sample"),
             help=text,
+            hidden=field.name in unread,
         )(command)
     return command
 
@@ -224,7 +222,7 @@ def trust_option(command: _Command) -> _Command:
 def place_options(command: _Command) -> _Command:
     """Add the options that say where a command uses a trained model, which may be another place than that of the training."""
     for option in (
-        click.option("--device", metavar="NAME", help="Device: cpu, cuda, cuda:INDEX or auto. [default: the run's]"),
+        click.option("--device", metavar=_DEVICES, help="Device: cpu, cuda, cuda:INDEX or auto. [default: the run's]"),
         click.option("--max-gpu-mem", metavar="SIZE|X%|auto", help="Memory budget of the device. [default: the run's]"),
     ):
         command = option(command)
@@ -245,6 +243,8 @@ def output_options(command: _Command) -> _Command:
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that were given: on the command line, before it by --set, before that in a file.
 
+    What is given later takes the place of what was given before, but arguments of the model's factory are taken one by one.
+
     Args:
         options: fields of `FitConfig`, and those of `file_options`, as click gives them.
 
@@ -255,7 +255,13 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     if "model_arg" in given:
         given["model_arg"] = parse_model_arguments(given["model_arg"])
     file, settings = given.pop("config_file", None), given.pop("settings", ())
-    return {**(read_config_file(file) if file is not None else {}), **read_settings(settings), **given}
+    ways = [read_config_file(file) if file is not None else {}, read_settings(settings), given]
+    merged = {name: value for way in ways for name, value in way.items()}
+    arguments = [way["model_arg"] for way in ways if "model_arg" in way]
+    # A file may give anything, which is refused later.
+    if len(arguments) > 1 and all(isinstance(each, Mapping) for each in arguments):
+        merged["model_arg"] = {name: value for each in arguments for name, value in each.items()}
+    return merged
 
 
 def typed_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -290,19 +296,3 @@ def command_options(options: dict[str, Any], budgets: Sequence[int] = ()) -> dic
 
         return {**given, "max_gpu_mem": budget_on(device, budget, Rank.of_environment().local)}
     return {**given, "max_gpu_mem": budget_of(budget)}
-
-
-def options_on(gpu: GpuDescription, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a described GPU gives: the budget, all of its memory where none is asked for, and the device.
-
-    Args:
-        gpu: the GPU.
-        given: options that were given.
-
-    Raises:
-        ConfigError: they ask for the CPU.
-    """
-    device = given.get("device", "auto")
-    gpu.check_device(device)
-    asked = given.get("max_gpu_mem", gpu.memory_bytes)
-    return {"device": device, "max_gpu_mem": budget_of(asked, free_bytes=gpu.memory_bytes)}

@@ -57,6 +57,11 @@ def contradictions(config: FitConfig) -> list[str]:
         )
     if config.keep_state and config.keep_weights == "best":
         faults.append("--keep-state goes on from the last weights, and --keep-weights best leaves others; leave one out")
+    if config.keep_state and (fixed := of_fixed_length(config)) is not None:
+        instead = ", or give --lr-schedule constant" if fixed.startswith(flag("lr_schedule")) else ""
+        faults.append(
+            f"--keep-state is for training a run further, which one with {fixed} cannot be; leave one of them out{instead}"
+        )
     if config.method == "incubate":
         faults += [
             f"--method incubate trains a thin model of the whole from random weights, and {flag(name)} is for other methods; leave it out"
@@ -109,6 +114,24 @@ def contradictions(config: FitConfig) -> list[str]:
             f"give at most {max(config.batch_sizes)}, or a larger --batch-size"
         )
     return faults
+
+
+def of_fixed_length(config: FitConfig) -> str | None:
+    """Return the option for which a run would not end as one that began with more epochs, if it were trained further; None without one.
+
+    Args:
+        config: options of the run.
+
+    Example:
+        >>> of_fixed_length(FitConfig(max_gpu_mem="1GB", model="mlp:64-10", data="digits", method="exact", lr_schedule="cosine"))
+        '--lr-schedule cosine'
+    """
+    if config.lr_schedule != "constant":
+        return f"{flag('lr_schedule')} {config.lr_schedule}"
+    return next(
+        (f"{flag(name)} {value}" for name in ("recovery_epochs", "max_steps", "early_stop") if (value := getattr(config, name))),
+        None,
+    )
 
 
 def check_lengths(config: FitConfig, num_partitions: int) -> None:

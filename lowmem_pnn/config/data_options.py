@@ -1,7 +1,10 @@
 """Options about data: where it is, its parts, and how samples are shown to the model; the fields of `FitConfig` about them."""
 
+import csv
+import io
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,10 +57,28 @@ def _columns(value: Any) -> Any:
     """Return names of columns as a tuple."""
     if value is not None and not isinstance(value, str | list | tuple):
         return value  # refused by its type
-    names = tuple(value.split(",")) if isinstance(value, str) else None if value is None else tuple(value)
-    if names is not None and not all(isinstance(name, str) and name.strip() for name in names):
+    try:
+        names = next(csv.reader([value], skipinitialspace=True)) if isinstance(value, str) else value
+    except csv.Error:
+        raise ValueError("a name with a line break is in quotes, as in a table") from None
+    if names is not None and not (names and all(isinstance(name, str) and name.strip() for name in names)):
         raise ValueError("a name of a column is missing; give A, or A,B")
     return None if names is None else tuple(dict.fromkeys(name.strip() for name in names))
+
+
+def columns_text(names: Sequence[str]) -> str:
+    """Return names of columns as one types them: as a line of a table, so that a name with a comma is in quotes.
+
+    Args:
+        names: the names.
+
+    Example:
+        >>> columns_text(["width", "height, cm"])
+        'width,"height, cm"'
+    """
+    line = io.StringIO()
+    csv.writer(line).writerow(names)
+    return line.getvalue().removesuffix("\r\n")
 
 
 def numbers_of(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -96,7 +117,10 @@ class DataOptions:
     )
     target: Columns = Field(
         default=None,
-        description="Column of a table that is to be predicted, or several, separated by commas (csv:, parquet:, jsonl:, hfdata:).",
+        description=(
+            'Column of a table that is to be predicted, or several, as A,B; a comma in a name is quoted: "A,B" (csv:, parquet:, jsonl:, '
+            "hfdata:)."
+        ),
     )
     val_data: str | None = Field(
         default=None,

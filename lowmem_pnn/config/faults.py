@@ -8,8 +8,19 @@ from typing import Any
 from lowmem_pnn.errors import UnitError
 
 
-def flag(name: str) -> str:
-    """Return the command line's name of a field: `--max-gpu-mem` for `max_gpu_mem`."""
+def flag(name: str, *, off: bool = False) -> str:
+    """Return the command line's name of a field: `--max-gpu-mem` for `max_gpu_mem`.
+
+    Args:
+        name: the field.
+        off: whether the name is that which turns a switch off.
+
+    Example:
+        >>> flag("fused"), flag("fused", off=True), flag("no_decay_norms", off=True)
+        ('--fused', '--no-fused', '--decay-norms')
+    """
+    if off:
+        name = name.removeprefix("no_") if name.startswith("no_") else f"no_{name}"
     return "--" + name.replace("_", "-")
 
 

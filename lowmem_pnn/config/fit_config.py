@@ -15,6 +15,7 @@ from lowmem_pnn.config.adapter_options import AdapterOptions, FrozenForm
 from lowmem_pnn.config.data_options import DataOptions
 from lowmem_pnn.config.faults import describe_fault
 from lowmem_pnn.config.field_types import (
+    Arguments,
     Batches,
     Clip,
     Counts,
@@ -70,7 +71,7 @@ class FitConfig(
             "file.py:factory."
         )
     )
-    model_arg: dict[str, Any] = Field(
+    model_arg: Arguments = Field(
         default_factory=dict, description="An argument for the model's factory, as KEY=VALUE; may be repeated."
     )
     method: MethodName = Field(
@@ -294,9 +295,7 @@ class FitConfig(
         default=None,
         description="Terabytes that the drive may be written in its life, by its data sheet: plan and result say which share a run takes.",
     )
-    commit_every: NotNegative = Field(
-        default=60.0, description="Least number of seconds between two commits to the run's folder."
-    )
+    commit_every: NotNegative = Field(default=60.0, description="Least seconds between two commits to the run's folder.")
     keep_commits: PositiveInt = Field(default=1, description="Number of commits kept in the run's folder.")
     log_every: PositiveInt = Field(default=100, description="Optimizer steps between two lines of metrics.jsonl.")
     logger: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(

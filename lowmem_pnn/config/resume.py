@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem_pnn.config.checks import of_fixed_length
 from lowmem_pnn.config.code import CODE_FIELDS, command_to_resume, names_code
 from lowmem_pnn.config.configure import checked, given_options
 from lowmem_pnn.config.faults import as_typed, flag
@@ -75,21 +76,17 @@ def check_longer(stored: FitConfig, epochs: int) -> None:
         >>> stored = FitConfig(max_gpu_mem="1GB", model="mlp:64-10", data="digits", method="exact", lr_schedule="cosine")
         >>> check_longer(stored, 20)
         Traceback (most recent call last):
-        lowmem_pnn.errors.ConfigError: --epochs 20: the steps so far had --lr-schedule cosine over 10 epochs; begin a new run
+        lowmem_pnn.errors.ConfigError: --epochs 20: the run began with --lr-schedule cosine over 10 epochs; begin a new run
     """
     before = f"--epochs {epochs}: "
-    if stored.lr_schedule != "constant":
-        raise ConfigError(
-            f"{before}the steps so far had --lr-schedule {stored.lr_schedule} over {stored.epochs[0]} epochs; begin a new run"
-        )
     if stored.method not in ("exact", "backprop"):
         raise ConfigError(
             f"{before}partitions of --method {stored.method} learn one after the other, and later ones have learnt from what earlier ones "
             "were then; begin a new run, or take --method exact"
         )
-    for name in ("recovery_epochs", "max_steps", "early_stop"):
-        if getattr(stored, name):
-            raise ConfigError(f"{before}the run began with {flag(name)} {getattr(stored, name)}; begin a new run")
+    if (fixed := of_fixed_length(stored)) is not None:
+        over = f" over {stored.epochs[0]} epochs" if stored.lr_schedule != "constant" else ""
+        raise ConfigError(f"{before}the run began with {fixed}{over}; begin a new run")
 
 
 def raised(config: FitConfig, journal: Mapping[str, Any]) -> FitConfig:

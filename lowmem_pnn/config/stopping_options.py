@@ -37,7 +37,7 @@ class StoppingOptions:
         default=False,
         description=(
             "Keep the optimizer's state in the run's folder when it is done, 8 bytes a parameter with adam, so that fit --resume --epochs N "
-            "trains it further (exact, backprop)."
+            "trains it further (exact, backprop; with a constant learning rate)."
         ),
     )
     monitor: str = Field(

@@ -11,6 +11,9 @@ from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.reporting.tables import text_table, wrapped
 from lowmem_pnn.units import format_bytes
 
+HEADINGS = ("contender", "", "budget", "peak", "predicted", "speed", "samples/s", "written")
+"""Headings of the rows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:
@@ -53,6 +56,20 @@ class BenchRow:
         # What the system ends for lack of memory ends by a signal.
         return "does not fit" if self.exit_code in (None, BudgetError.exit_code) or self.exit_code < 0 else "failed"
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row as people read it, under `HEADINGS`."""
+        return (
+            self.contender,
+            self.verdict,
+            _size(self.budget_bytes),
+            _size(self.peak_bytes),
+            _size(self.predicted_peak_bytes),
+            "-" if self.speed is None else f"{self.speed:.2f}",
+            "-" if self.samples_per_second is None else f"{self.samples_per_second:.3g}",
+            _size(self.bytes_written or None),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
@@ -79,6 +96,16 @@ class BenchReport:
     rows: Sequence[BenchRow]
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why contenders did not run, a text for each."""
+        texts = (
+            f"{row.contender}{'' if row.budget_bytes is None else f' in {format_bytes(row.budget_bytes)}'}: {row.reason}"
+            for row in self.rows
+            if row.reason
+        )
+        return tuple(dict.fromkeys(texts))
+
     def to_json(self) -> str:
         """Return the report as JSON text."""
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -98,30 +125,16 @@ class BenchReport:
         Args:
             width: columns that the table and sentences are to fit, if they can; None for as many as it takes.
         """
-        headings = ("contender", "", "budget", "peak", "predicted", "speed", "samples/s", "written")
-        rows = [
-            (
-                row.contender,
-                row.verdict,
-                _size(row.budget_bytes),
-                _size(row.peak_bytes),
-                _size(row.predicted_peak_bytes),
-                "-" if row.speed is None else f"{row.speed:.2f}",
-                "-" if row.samples_per_second is None else f"{row.samples_per_second:.3g}",
-                _size(row.bytes_written or None),
-            )
-            for row in self.rows
-        ]
         lines = [
             f"{self.model} on {self.data}, {self.device}: {self.steps} steps of {self.batch_size} samples each",
             "",
-            text_table(headings, rows, width, spare=("samples/s", "written", "predicted")),
+            text_table(HEADINGS, [row.cells for row in self.rows], width, spare=("samples/s", "written", "predicted")),
             "",
         ]
-        facts = [*dict.fromkeys(f"{row.contender} in {_size(row.budget_bytes)}: {row.reason}" for row in self.rows if row.reason)]
+        facts = list(self.reasons)
         if any(row.speed is not None for row in self.rows):
             facts.append("speed: samples a second as a ratio to plain PyTorch, where that was run beside it")
-        if any(row.reason for row in self.rows):
+        if self.reasons:
             facts.append(
                 "contenders take training steps alone: a run that validates and tests may need more, and plan says how much"
             )

@@ -14,10 +14,10 @@ _SHORT: Mapping[str, Any] = {"epochs": (1,), "val_fraction": 0.0, "commit_every"
 LEFT_OUT = frozenset(
     {
         *_SHORT, "max_steps", "early_stop", "keep_weights", "keep_state", "monitor", "eval_every", "time_limit", "unfreeze_at",
-        "val_data", "test_limit", "logger",
+        "val_data", "test_limit", "logger", "meta_epochs", "recovery_epochs", "recover", "sample", "sample_tokens",
     }
 )  # fmt: skip
-"""Options that contenders do without: they are about epochs, validation, or what a run leaves."""
+"""Options that contenders do without: they are about epochs, validation, or what a run says and leaves."""
 
 
 def refuse_left_out(given: Collection[str]) -> None:

@@ -27,6 +27,7 @@ from lowmem_pnn.model.layer import Layer
 from lowmem_pnn.seeds import seed_of
 from lowmem_pnn.sources.imports import one_line
 from lowmem_pnn.training.parity import layers_of, run_model
+from lowmem_pnn.training.setup import tf32_products
 from lowmem_pnn.workload import Workload, make_workload
 from lowmem_pnn.workload.inputs import named_inputs
 
@@ -139,7 +140,10 @@ def main() -> None:
         warm_up(device)
         gc.collect()
         print("floor", private_bytes(), flush=True)
-        print(json.dumps(train(workload, settings["baseline"], device)), flush=True)
+        # As a run does.
+        with tf32_products(config.tf32 and device.type == "cuda"):
+            figures = train(workload, settings["baseline"], device)
+        print(json.dumps(figures), flush=True)
     except LowMemError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

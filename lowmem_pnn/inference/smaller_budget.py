@@ -1,4 +1,4 @@
-"""Another budget than training's: a run's partitions, divided until they fit it, or joined where they do, for what comes after training."""
+"""Another budget than training's: a run's partitions, divided until they fit a smaller one, or all in one where it is large enough."""
 
 import dataclasses
 
@@ -9,9 +9,9 @@ from lowmem_pnn.workload import Workload
 
 
 def within(plan: Plan, workload: Workload, budget_bytes: int) -> Plan:
-    """Return a run's plan for a smaller budget: partitions whose weights take more than half of it are divided.
+    """Return a run's plan for another budget: in a smaller one partitions whose weights take more than half of it are divided.
 
-    Micro-batches are halved while samples go forward, where they do not fit.
+    In a larger one the plan stays as it is. Micro-batches are halved while samples go forward, where they do not fit.
 
     Args:
         plan: plan of the run.

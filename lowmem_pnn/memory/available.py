@@ -6,6 +6,7 @@ from typing import Any
 
 import psutil
 
+from lowmem_pnn.config.gpu_description import GpuDescription
 from lowmem_pnn.errors import BudgetError, ConfigError
 from lowmem_pnn.memory.cgroup import bytes_left
 from lowmem_pnn.memory.nvml import Nvml
@@ -60,6 +61,25 @@ def budget_of(value: Any, device: str = "cpu", free_bytes: int | None = None) ->
                 f"{format_bytes(FLOOR_BYTES)} beside the budget; free some memory"
             )
     return int(share * free_bytes)
+
+
+def budget_on_described(gpu: GpuDescription, device: str, value: Any) -> Any:
+    """Return a budget on a GPU that is not here: a share of it in bytes, and all of it where none is asked for.
+
+    Args:
+        gpu: the GPU.
+        device: the training device, as the option names it.
+        value: as for `budget_of`; None where none is asked for.
+
+    Raises:
+        ConfigError: the device is the CPU, or the share is 0 or above 100 %.
+
+    Example:
+        >>> budget_on_described(GpuDescription.parse("8GB"), "auto", "75%")
+        6000000000
+    """
+    gpu.check_device(device)
+    return gpu.memory_bytes if value is None else budget_of(value, free_bytes=gpu.memory_bytes)
 
 
 def may_be_gpu(device: str) -> bool:

@@ -27,6 +27,8 @@ def write_page(runs: Sequence[Path], out: Path) -> None:
         CheckpointError: a run has not finished, or is damaged.
         DiskError: the page cannot be written.
     """
+    if out.is_dir():
+        raise DiskError(f"the page {out} cannot be written: it is a folder; give --out FILE")
     text = page_of(read_runs(runs))
     beside = out.with_name(f"{out.name}.new")  # which a run that is begun anew in the folder deletes
     try:

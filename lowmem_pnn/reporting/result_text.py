@@ -80,7 +80,9 @@ def describe_result(result: ResultFields, width: int | None = None) -> str:
         reads = "PeftModel.from_pretrained reads it"
         if result.model.startswith("hf:"):
             reads = "AutoPeftModel classes load it on its base, with its tokenizer"
-        merging = shlex.join(["export", result.workdir, "--merge", *trust_words(vars(result), ("model",))])
+        merging = shlex.join(["lowmem-pnn", "export", result.workdir, "--merge", *trust_words(vars(result), ("model",))])
+        if python_objects(vars(result), ("model",)):
+            merging = f"lowmem_pnn.export({result.workdir!r}, merge=True, model=...)"
         lines.append(f"adapter: {result.adapter} (peft's {reads}); merged into its base: {merging}")
     # Tables have their own width, and a command is copied in one piece.
     *told, following = summary(result)

@@ -80,6 +80,8 @@ class Metrics:
         # Totals of earlier processes of this run; what this one adds comes on top.
         self._earlier = (state.seconds, state.bytes_read, state.bytes_written, state.peak_bytes, state.host_peak_bytes)
         self._timeline = MemoryTimeline()
+        # Of the epoch in which partitions take turns, where one is under way.
+        self._joint_timer: EpochTimer | None = None
 
     # Records of partitions.
 
@@ -279,15 +281,54 @@ class Metrics:
         if told:  # of a loss that is no finite number something else is said
             self._session.display.message(f"step {steps_done}: {told}")
 
-    def log_joint_epoch(self, epoch: int) -> None:
-        """Log an epoch in which all partitions took turns, a line for each.
+    def time_macro_batch(self, visit: Visit) -> None:
+        """Time the epoch in which partitions take turns, from its first visit on, or from the first one of this process.
+
+        Args:
+            visit: a visit of a macro-batch, which begins.
+        """
+        begins = visit.begins_epoch and visit.partition == 0 and visit.action == "learn"
+        if visit.macro_batch is not None and (begins or self._joint_timer is None):
+            self._joint_timer = EpochTimer(self._session.threads.stalls, visit.macro_batch[0])
+
+    def end_joint_epoch(self, num_samples: int) -> EpochTimer:
+        """Return the timer of an epoch in which all partitions took turns, which is over.
+
+        Args:
+            num_samples: samples of the epoch.
+        """
+        assert self._joint_timer is not None, "its visits are timed"
+        timer, self._joint_timer = self._joint_timer, None
+        timer.end(num_samples)
+        return timer
+
+    def log_joint_epoch(self, epoch: int, timer: EpochTimer) -> None:
+        """Log an epoch in which all partitions took turns, a line for each, and show the last one, which has the epoch's rate and memory.
 
         Args:
             epoch: finished epochs, this one included.
+            timer: timer of the epoch, which is over.
         """
-        for number in range(len(self._state.records)):
-            line = self._log({"action": "learn", "partition": number, "epoch": epoch, **self._scores_of(number)})
+        line: dict[str, Any] = {}
+        for number, record in enumerate(self._state.records):
+            line = {
+                "action": "learn",
+                "partition": number,
+                "epoch": epoch,
+                **self._scores_of(number),
+                "micro_batch": self._state.micro_batches[number],
+                "used_bytes": self._session.device.used_bytes(),
+                "peak_bytes": record.peak_bytes,
+            }
+            if number == len(self._state.records) - 1:
+                line |= {
+                    "samples_per_second": timer.samples_per_second,
+                    "waiting": timer.waiting,
+                    "memory": self._timeline.take(),
+                }
+            line = self._log(line)
             self._session.callbacks.tell("on_epoch_end", line)
+        self._session.display.end_epoch(line)
 
     def log_emit(self, visit: Visit) -> None:
         """Log that a partition's outputs were written.

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lowmem_pnn.config.data_options import columns_text
 from lowmem_pnn.config.defaults import unasked_method
 from lowmem_pnn.config.faults import as_typed, flag
 from lowmem_pnn.config.field_types import SIZES
@@ -46,7 +47,7 @@ def option_words(config: FitConfig) -> list[str]:
             words += [flag(name), str(NOTHING[name])]
             continue
         if isinstance(value, bool):
-            words.append(flag(name) if value else f"--no-{name.replace('_', '-')}")
+            words.append(flag(name, off=not value))
         elif name == "sample":
             words += [part for text in value for part in (flag(name), text)]
         elif isinstance(value, Mapping):
@@ -60,6 +61,8 @@ def option_words(config: FitConfig) -> list[str]:
 def _typed(name: str, value: Any) -> str:
     if name in SIZES:
         return exact_size(value)
+    if name == "target":
+        return columns_text(value)
     return exact_seconds(value) if name == "time_limit" else as_typed(value)
 
 

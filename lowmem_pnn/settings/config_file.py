@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from lowmem_pnn.config.configure import configure, faults_of
 from lowmem_pnn.config.faults import suggest
-from lowmem_pnn.config.field_types import SIZES
+from lowmem_pnn.config.field_types import SIZES, argument_as_json, argument_as_literal
 from lowmem_pnn.config.fit_config import FitConfig, default_of, field_names
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.settings.model_arguments import parse_model_arguments
@@ -28,6 +28,8 @@ _NONE = "None"
 _ALWAYS = ("max_gpu_mem", "model", "data", "method")
 # Options whose defaults depend on others.
 _DEPENDING = ("epochs", "lr", "lr_schedule", "weight_decay", "clip_norm")
+# Options of which a command line takes several.
+_REPEATED = ("lr_for", "sample")
 NOTHING: Mapping[str, Any] = {"clip_norm": 0, "weights": "none"}
 """What is given where an option that has a default is to have no value."""
 
@@ -58,7 +60,7 @@ def read_settings(settings: Sequence[str]) -> dict[str, Any]:
     """Read options from texts KEY=VALUE; KEY is `model_arg.NAME` for an argument of a model's factory.
 
     Args:
-        settings: the texts; of those with the same key the last one counts.
+        settings: the texts; of those with the same key the last one counts, but all of an option that may be repeated.
 
     Raises:
         ConfigError: a text has no `=`, or a key is no option: all of them are named.
@@ -73,7 +75,11 @@ def read_settings(settings: Sequence[str]) -> dict[str, Any]:
         name, dot, argument = key.strip().replace("-", "_").partition(".")
         if not equals:
             raise ConfigError(f"--set {setting!r} is not KEY=VALUE; write, for example, --set epochs=5")
-        if dot and name == "model_arg":
+        if name == "model_arg" and not argument:
+            raise ConfigError(f"--set {setting!r} has no name of an argument; write, for example, --set model_arg.width=64")
+        if name in _REPEATED and not dot:
+            given[name] = [*given.get(name, ()), value]
+        elif name == "model_arg":
             given["model_arg"] = {**given.get("model_arg", {}), **parse_model_arguments([f"{argument}={value}"])}
         else:
             given[f"{name}{dot}{argument}"] = value
@@ -111,6 +117,7 @@ def to_toml(config: FitConfig) -> str:
     values |= {name: exact_size(values[name]) for name in flat if name in SIZES}
     values |= {name: NOTHING[name] for name in flat if values[name] is None}
     lines = [f"{name} = {_value(values[name])}" for name in flat]
+    values["model_arg"] = {name: _argument(value) for name, value in config.model_arg.items()}
     for name in (name for name in names if isinstance(values[name], Mapping)):
         lines += ["", f"[{name}]", *(f"{json.dumps(key)} = {_value(value)}" for key, value in values[name].items())]
     return "\n".join(lines) + "\n"
@@ -155,6 +162,11 @@ def _given(config: FitConfig, name: str) -> Any:
     """Return an option as one would give it; None where it is not given."""
     value = getattr(config, name)
     return NOTHING.get(name) if value is None else value
+
+
+def _argument(value: Any) -> Any:
+    """Return an argument of a model's factory as TOML holds it: None alone as its word, and as a literal what that word would be read in."""
+    return argument_as_literal(value) if value is not None and _NONE in repr(value) else argument_as_json(value)
 
 
 def _value(value: Any) -> str:

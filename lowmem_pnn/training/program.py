@@ -59,6 +59,7 @@ def carry_out(run: Run, run_to_end: RunToEnd) -> None:
         else:
             learns = item.action == "learn"
             run.metrics.begin_record(item.partition)
+            run.metrics.time_macro_batch(item)
             if active is None and item.thin and not learns:
                 active = run.partitions.load_thin(item.partition)
             elif active is None:
@@ -103,9 +104,10 @@ def _end_macro_batch(run: Run, visit: Visit, active: ActivePartition | None, sav
     if active is not None:
         active.residency.unload()
     if visit.ends_epoch:
+        timer = run.metrics.end_joint_epoch(len(run.workload.splits["train"]))
         if "val" in run.workload.splits:
             validate(run, f"epoch {visit.epochs_before + 1}")
-        run.metrics.log_joint_epoch(visit.epochs_before + 1)
+        run.metrics.log_joint_epoch(visit.epochs_before + 1, timer)
     if visit.commits:
         run.commits.commit_if_due(nothing_changed)
 

@@ -146,11 +146,12 @@ def test_a_share_is_resolved_once_and_kept_by_a_resume(monkeypatch: pytest.Monke
 
 
 def test_plans_in_several_budgets_side_by_side() -> None:
-    line = (
-        "plan --budgets 10M,100M --device cpu --model mlp:20-600-600-600-600-3 --data npz:data.npz --no-timing --method backprop"
-    )
+    line = "plan --budgets 10M,100M,50000TB --device cpu --model mlp:20-600-600-600-600-3 --data npz:data.npz --no-timing --method backprop"
     reports = json.loads(lowmem_pnn(f"{line} --json").out)["budgets"]
-    assert [(report["budget_bytes"], report["fits"]) for report in reports] == [(10_000_000, False), (100_000_000, True)]
+    fits = [(10_000_000, False), (100_000_000, True), (50_000 * 10**12, False)]
+    assert [(report["budget_bytes"], report["fits"]) for report in reports] == fits
+    assert "is more than this machine has" in reports[2]["reason"]
+    assert reports[2]["exit_code"] == 4
     shown = lowmem_pnn(line)
     assert shown.code == 0, "one of them fits"
     assert "100.0 MB: fits" in shown.out

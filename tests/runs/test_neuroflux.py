@@ -24,6 +24,7 @@ from lowmem_pnn.exporting.export import find_exit
 from lowmem_pnn.methods.heads import make_head
 from lowmem_pnn.model.chain import TensorSpec
 from lowmem_pnn.model.layer import head_prefix
+from lowmem_pnn.reporting.progress import Display
 from lowmem_pnn.reporting.result import Result
 from lowmem_pnn.samples.batch_mixer import BatchMixer
 from lowmem_pnn.seeds import permutation_of, seed_of
@@ -292,12 +293,30 @@ def test_interleaved_blocks_with_batches_of_their_own_count_every_step_once(
     monkeypatch.setattr(BatchMixer, "__call__", lambda self, *args: (mixed.update([args[2:]]), mix(self, *args))[1])
     options: dict[str, Any] = {"macro_batches": 1, "batch_size": (16, 12), "lr_schedule": "cosine", "log_every": 1, "epochs": 2}
     options["mixup"] = 0.2
-    fit(tmp_path / "run", images(48), visits="interleaved", cuts="2", val_fraction=0.0, **options)
+    shown: list[int] = []
+    display = Display()
+    monkeypatch.setattr(display, "end_epoch", lambda line: shown.append(line["epoch"]))
+    fit(tmp_path / "run", images(48), display=display, visits="interleaved", cuts="2", val_fraction=0.0, **options)
     lines = step_lines(tmp_path / "run")
     first, second = ([line["step"] for line in lines if line["visit"] % 3 == number] for number in (0, 2))  # learn, emit, learn
     assert first == list(range(1, 7))
     assert second == list(range(1, 13))
     assert lines[-1]["lr"] < 0.001  # the schedule's end
+    epochs = [
+        line for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "train_loss" in line
+    ]
+    assert [(line["partition"], line["epoch"], "memory" in line) for line in epochs] == [
+        (0, 1, False),
+        (1, 1, True),
+        (0, 2, False),
+        (1, 2, True),
+    ]
+    assert all(line["peak_bytes"] > 0 and line["micro_batch"] > 0 for line in epochs)
+    for line in epochs[1::2]:
+        assert line["samples_per_second"] > 0
+        assert set(line["waiting"]) == {"disk", "copy", "data"}
+        assert {partition for _, partition, _ in line["memory"]} == {0, 1}
+    assert shown == [line["epoch"] for line in epochs[1::2]]
     # Each batch of an epoch is mixed by draws of its own: three of the first block, six of the second.
     assert mixed == Counter({(("epoch", epoch), batch): 1 + (batch < 3) for epoch in range(2) for batch in range(6)})
     ends = [line for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "val_loss" in line]

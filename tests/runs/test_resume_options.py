@@ -232,7 +232,7 @@ def test_a_run_with_frozen_layers_trains_longer(folder: Path, epochs: int, batch
     ("values", "text"),
     [
         ({"method": "pnn"}, "--epochs 5: partitions of --method pnn learn one after the other"),
-        ({"method": "exact", "lr_schedule": "cosine"}, "--epochs 5: the steps so far had --lr-schedule cosine over 3 epochs; begin a new run"),
+        ({"method": "exact", "lr_schedule": "cosine"}, "--epochs 5: the run began with --lr-schedule cosine over 3 epochs; begin a new run"),
         ({"method": "exact", "early_stop": 2}, "--epochs 5: the run began with --early-stop 2; begin a new run"),
     ],
 )  # fmt: skip

@@ -47,6 +47,14 @@ def test_the_short_help_fits_a_screen_and_the_long_one_has_every_option() -> Non
     assert all(f"--{name.replace('_', '-')}" in everything for name in field_names())
 
 
+def test_the_help_of_a_bench_leaves_out_what_it_refuses_and_defaults_of_one_run() -> None:
+    shown = lowmem_pnn("bench --help-all").out
+    for name in ("epochs", "val-fraction", "recovery-epochs", "meta-epochs", "sample", "logger"):
+        assert f"\n  --{name} " not in shown
+    assert "[default: pnn]" not in shown
+    assert "\n  --lr X" in shown
+
+
 def test_version() -> None:
     assert lowmem_pnn("--version").out.startswith("lowmem-pnn, version ")
 

@@ -87,6 +87,15 @@ def make(**options: object) -> FitConfig:
             {"parallel_sil": True, "sil_target": "pooled"},
             "--parallel-sil needs labels that a partition can take as inputs, and --sil-target pooled has none; leave one out",
         ),
+        (
+            {"method": "exact", "keep_state": True, "early_stop": 2},
+            "--keep-state is for training a run further, which one with --early-stop 2 cannot be; leave one of them out",
+        ),
+        (
+            {"method": "exact", "keep_state": True, "lr_schedule": "linear"},
+            "--keep-state is for training a run further, which one with --lr-schedule linear cannot be; leave one of them out, or give "
+            "--lr-schedule constant",
+        ),
         ({"cuts": "1", "partitions": 2}, "--cuts and --partitions exclude each other; give one"),
         ({"device": "cpu", "budget_scope": "allocator"}, "--budget-scope has no effect here: it needs a CUDA device"),
         ({"micro_batch": 128}, "--micro-batch 128 is above --batch-size 64; give at most 64, or a larger --batch-size"),
@@ -94,6 +103,11 @@ def make(**options: object) -> FitConfig:
             {"method": "exact", "lr": "0", "kappa": 3, "min_lr": 1.0},
             "--lr '0': must be greater than 0; --kappa has no effect here: it needs --method pnn; --min-lr has no effect here: it needs "
             "--lr-schedule linear or cosine",
+        ),
+        (
+            {"model": "net.py:build", "model_arg": {"depth": 3, "norm": dict}},
+            "--model-arg {'depth': 3, 'norm': <class 'dict'>}: norm is no plain value, such as a number, a text or a list, and nothing else is "
+            "kept with a run; make it in a factory of your own",
         ),
         ({"lr": "0", "seed": "-1"}, "--lr '0': must be greater than 0; --seed '-1': must be greater than or equal to 0"),
     ],
@@ -156,7 +170,11 @@ def test_paths_are_kept_in_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("budget", "text"),
-    [(2, "--max-gpu-mem 2 is 2 bytes; did you mean 2GB?"), (0.1, "0.1 has no unit; write it as text, '0.1GB'")],
+    [
+        (2, "--max-gpu-mem 2 is 2 bytes; did you mean 2GB?"),
+        (0.1, "0.1 has no unit; write it as text, '0.1GB'"),
+        (True, "True is no size; write 512MB or 512MiB"),
+    ],
 )
 def test_a_budget_without_a_unit_is_asked_about(budget: float, text: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(text)):

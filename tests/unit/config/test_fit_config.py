@@ -19,7 +19,7 @@ def test_json_gives_the_same_configuration() -> None:
         epochs="1,2",
         max_disk="3GB",
         model="resnet18",
-        model_arg={"a": [1, "b"]},
+        model_arg={"a": [1, "b", None], "b": (1, [(2, 3)]), "c": {1: {2}}, "d": None, "e": 1e-9},
         lr=1e-5,
         optimizer="sgd,adam",
         shuffle="no",

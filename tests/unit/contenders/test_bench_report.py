@@ -17,6 +17,7 @@ REPORT = BenchReport(
             samples_per_second=912.0, speed=0.5, fits=True, bytes_written=8_700_000,
         ),
         BenchRow(contender="backprop", budget_bytes=30_000_000, reason="too little; give more", enough_bytes=50_000_000),
+        BenchRow(contender="checkpointing", reason="it needs about 31 GB, and 8 GB are free"),
         BenchRow(contender="plain", peak_bytes=35_000_000, samples_per_second=1824.0, speed=1.0, fits=True),
     ],
 )  # fmt: skip
@@ -28,6 +29,7 @@ def test_the_table_says_what_fits_and_why_the_others_do_not() -> None:
     assert lines[4].split() == ["exact", "fits", "60.0", "MB", "34.0", "MB", "37.0", "MB", "0.50", "912", "8.7", "MB"]
     assert lines[5].split()[:5] == ["backprop", "does", "not", "fit", "30.0"]
     assert "backprop in 30.0 MB: too little; give more" in lines
+    assert "checkpointing: it needs about 31 GB, and 8 GB are free" in lines
     assert max(map(len, REPORT.describe(70).splitlines()[2:7])) <= 70
 
 
@@ -39,7 +41,7 @@ def test_json_and_csv_have_the_documented_keys() -> None:
     }  # fmt: skip
     rows = list(csv.DictReader(io.StringIO(REPORT.to_csv())))
     assert [(row["contender"], row["peak_bytes"], row["fits"]) for row in rows] == [
-        ("exact", "34000000", "True"), ("backprop", "", "False"), ("plain", "35000000", "True"),
+        ("exact", "34000000", "True"), ("backprop", "", "False"), ("checkpointing", "", "False"), ("plain", "35000000", "True"),
     ]  # fmt: skip
 
 

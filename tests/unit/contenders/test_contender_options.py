@@ -52,6 +52,8 @@ def test_what_one_of_them_cannot_do_is_said_of_that_one() -> None:
     [
         (["lr", "epochs"], "--epochs has no effect here: bench has every contender take --steps training steps"),
         (["val_fraction", "commit_every"], "--val-fraction and --commit-every have no effect here: .*; leave them out"),
+        (["meta_epochs", "recovery_epochs", "recover"], "--meta-epochs and --recovery-epochs and --recover have no effect here"),
+        (["sample", "sample_tokens"], "--sample and --sample-tokens have no effect here"),
         (["logger"], "--logger has no effect here: .* keeps none of the runs; leave it out"),
         (["method"], "--method is for one run, and bench measures several; give --methods"),
         (["max_gpu_mem"], "--max-gpu-mem is for one run, and bench measures several; give --budgets"),

@@ -48,6 +48,7 @@ def test_a_page_shows_memory_plan_learning_and_time_and_loads_nothing(runs: list
 
 def test_several_runs_are_set_side_by_side(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "both.html"
+    assert lowmem_pnn(f"report {runs[0]} {runs[1]} --out {out} --quiet").out == ""
     assert lowmem_pnn(f"report {runs[0]} {runs[1]} --out {out} --json").out == f'{{"report": "{out}"}}\n'
     page = out.read_text()
     assert "2 runs side by side" in page
@@ -59,6 +60,9 @@ def test_what_is_no_finished_run_is_refused(runs: list[Path], tmp_path: Path) ->
     outcome = lowmem_pnn(f"report {tmp_path}")
     assert outcome.code in (3, 6)
     assert str(tmp_path) in outcome.fault
+    outcome = lowmem_pnn(f"report {tmp_path} --out {tmp_path}")
+    assert (outcome.code, outcome.fault) == (5, f"the page {tmp_path} cannot be written: it is a folder; give --out FILE")
+    assert lowmem_pnn(f"report {runs[0]} --out . --json").code == 5
     outcome = lowmem_pnn(f"report {runs[0]} --out {tmp_path}/none/page.html")
     assert outcome.code == 5
     assert (

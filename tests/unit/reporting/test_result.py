@@ -33,6 +33,19 @@ def test_a_result_comes_back_from_its_json() -> None:
     assert json.loads(Result.from_json(RESULT.to_json()).to_json()) == body
 
 
+@pytest.mark.parametrize(
+    ("model", "merging"),
+    [
+        ("resnet18", "lowmem-pnn export runs/one --merge"),
+        ("net.py:build", "lowmem-pnn export runs/one --merge --trust"),
+        ("python:Net", "lowmem_pnn.export('runs/one', merge=True, model=...)"),
+    ],
+)
+def test_what_merges_an_adapter_is_given_as_one_types_it(model: str, merging: str) -> None:
+    text = str(dataclasses.replace(RESULT, model=model, adapter="runs/one/adapter"))
+    assert f"merged into its base: {merging}\n" in text
+
+
 def test_a_result_is_a_page_that_ends_with_a_summary_of_six_lines() -> None:
     lines = str(RESULT).splitlines()
     assert lines[0] == "mlp:64-32-10 on digits, method pnn, cpu"

@@ -64,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sample_tokens": {**TEXT, "sample": "a", "sample_tokens": 3},
     "loss_on": {**TEXT, "loss_on": "all"},
     "data": {"data": "npz:a 'quoted' \"file\".npz"},
-    "target": {"data": "csv:a.csv", "target": "a,b c"},
+    "target": {"data": "csv:a.csv", "target": ["a,b", "c d", 'the "e"']},
     "val_data": {"val_data": "npz:val.npz"},
     "test_data": {"test_data": "npz:test.npz"},
     "data_root": {"data": "cifar10", "data_root": "there"},
@@ -84,7 +84,7 @@ CASES: dict[str, dict[str, Any]] = {
     "model": {"model": "resnet18"},
     "model_arg": {
         "model": "it.py:build",
-        "model_arg": {"a": NUMBER, "b": "gelu", "c": "0.5", "d": None, "e": True, "f": [8, 16], "g": "true"},
+        "model_arg": {"a": NUMBER, "b": "gelu", "c": "0.5", "d": None, "e": True, "f": [8, 16], "g": "true", "h": (1, (2,))},
     },
     "method": NEUROFLUX,
     "partitions": {"partitions": 3},
@@ -168,6 +168,12 @@ def test_a_value_that_is_none_where_the_default_is_not_is_given_as_one_types_it(
     config = configure(**{**BASE, **CASES["clip_norm"]})
     assert option_words(config)[-2:] == ["--clip-norm", "0"]
     assert "clip_norm = 0\n" in to_toml(config)
+
+
+def test_a_switch_that_is_off_where_the_default_is_on_is_given_by_its_name(tmp_path: Path) -> None:
+    config = configure(**{**BASE, **TEXT}, weights="some file.pt", weight_decay=0.1, no_decay_norms=False)
+    assert option_words(config)[-1] == "--decay-norms"
+    assert of_command(fit_command(config), tmp_path) == config
 
 
 def test_options_are_named_wherever_the_command_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

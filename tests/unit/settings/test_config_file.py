@@ -22,6 +22,8 @@ BASE = {"max_gpu_mem": "1GB", "model": "mlp:64-10", "data": "digits"}
         {"epochs": "5,160", "lr": "1e-3,1e-4", "shuffle": "yes,no", "cuts": "1", "kappa": "3"},
         {"method": "exact", "compare": False, "clip_norm": 1, "lr_schedule": "cosine", "warmup_steps": 3},
         {"model": "resnet18", "model_arg": {"num_classes": 10, "width_per_group": 64, "norm_layer": None}},
+        {"model": "it.py:build", "model_arg": {"a": [None, "None"], "b": {"c": None}, "d": "None", "e": ("None", 1)}},
+        {"data": "csv:a.csv", "target": ["a,b", 'the "c"', "d"]},
         {"model": "resnet18", "data": "cifar10", "data_root": "there", "weights": "default", "epochs": 10, "freeze": "layer1.*"},
         {"weights": "default", "lr_for": ["features.*=1e-4", "fc=1e-3"], "epochs": 3},
         {"max_gpu_mem": 123_456_789, "max_disk": "2GiB", "data": "npz:a 'quoted' \"file\".npz"},
@@ -75,6 +77,10 @@ def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
     [
         (["epochs"], "--set 'epochs' is not KEY=VALUE"),
         (["model.width=3"], "--set: there is no option model.width"),
+        (
+            ["model_arg=width=3"],
+            "--set 'model_arg=width=3' has no name of an argument; write, for example, --set model_arg.width=64",
+        ),
         (["x=1", "y=2"], "x.*y"),
         (
             ["x=1", "epochs=no", "lr=0"],
@@ -95,3 +101,30 @@ def test_the_command_line_counts_before_set_and_set_before_the_file(tmp_path: Pa
     assert shown.out == (
         'max_gpu_mem = "1GB"\nmodel = "mlp:64-10"\ndata = "digits"\nmethod = "pnn"\nepochs = [3]\nlr = [0.2]\nseed = 1\n'
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("--set model_arg.width=32", {"width": 32, "depth": 3}),
+        ("--model-arg width=32", {"width": 32, "depth": 3}),
+        ("--set model_arg.width=32 --set model_arg.act=gelu --model-arg width=8", {"width": 8, "depth": 3, "act": "gelu"}),
+    ],
+)
+def test_arguments_of_a_factory_are_given_one_by_one_over_those_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, arguments: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text(to_toml(configure(**{**BASE, "model": "net.py:build", "model_arg": {"width": 16, "depth": 3}})))
+    shown = lowmem_pnn(f"fit --config run.toml {command} --print-config")
+    assert shown.code == 0, shown.err
+    Path("again.toml").write_text(shown.out)
+    assert read_config_file(Path("again.toml"))["model_arg"] == arguments
+
+
+def test_an_option_that_may_be_repeated_may_be_set_again_and_again() -> None:
+    assert read_settings(["lr_for=a.*=1", "lr_for=b=2", "sample=x, y", "epochs=1", "epochs=2"]) == {
+        "lr_for": ["a.*=1", "b=2"],
+        "sample": ["x, y"],
+        "epochs": "2",
+    }
