@@ -234,10 +234,13 @@ def test_formats_that_need_the_whole_model_stay_within_the_budget(tied: Result, 
     formats.check_format("safetensors", 10**12, 1)
     with pytest.raises(ConfigError, match=r"^a file of ONNX holds at most 2 GiB, and the model has 3\.00 GB; give --to pt2$"):
         formats.check_format("onnx", 3 * 10**9, 10**11)
+    with pytest.raises(BudgetError, match=r"^export without --to needs the model whole in memory, 2 times its 60\.0 MB"):
+        formats.check_format(None, 60_000_000, 100_000_000)
     monkeypatch.setattr("lowmem_pnn.exporting.export.check_format", lambda to, weights, budget: _fail(to, weights, budget))
     # The tied matrix once: 96 + 64 + 8 values, and the buffer's 8.
-    with pytest.raises(ConfigError, match=r"^pt2 704 100000000$"):
-        package.export(tied, to="pt2")
+    for name in ("pt2", None):
+        with pytest.raises(ConfigError, match=rf"^{name} 704 100000000$"):
+            package.export(tied, to=name)  # type: ignore[arg-type]
 
 
 def _fail(*values: object) -> None:
