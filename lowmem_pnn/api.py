@@ -203,7 +203,9 @@ def evaluate(
     metrics: OwnMetrics | None = None,
     max_gpu_mem: str | int | None = None,
     device: str | None = None,
+    skip_broken: bool = False,
     trust: bool = False,
+    display: Display | None = None,
 ) -> dict[str, Any]:
     """Measure the weights of a finished run on its test data, or on any other, within its budget or another.
 
@@ -215,11 +217,13 @@ def evaluate(
         metrics: metrics of one's own, as for `fit`.
         max_gpu_mem: another budget than the run's.
         device: another device than the run's: "cpu", "cuda", "cuda:1" or "auto".
+        skip_broken: leave out samples of `data` that cannot be used.
         trust: run code that the run names for its model, data or loss (`file.py:factory`).
+        display: is told what is measured, and which scores are left out; None shows it in a terminal and in a notebook.
 
     Returns:
-        `test_loss`, and by task `test_accuracy`, `test_f1` and others; see `Result.scores`. Balanced class weights, which follow from the
-        training data, are left out of the loss on other data.
+        `test_loss`, and by task `test_accuracy`, `test_f1` and others, as far as they are finite; see `Result.scores`. Balanced class
+        weights, which follow from the training data, are left out of the loss on other data.
 
     Raises:
         CheckpointError: no run is there, it has not finished, or its files are damaged.
@@ -236,7 +240,17 @@ def evaluate(
         True
     """
     own = Own(loss, metrics or {})
-    return evaluate_run(folder_of(run), data, model=model, own=own, max_gpu_mem=max_gpu_mem, device=device, trust=trust)
+    return evaluate_run(
+        folder_of(run),
+        data,
+        model=model,
+        own=own,
+        max_gpu_mem=max_gpu_mem,
+        device=device,
+        skip_broken=skip_broken,
+        trust=trust,
+        display=display,
+    )
 
 
 def predict(
