@@ -14,7 +14,16 @@ from lowmem_pnn.config.fit_config import FitConfig
 from lowmem_pnn.config.resume import check_trust
 from lowmem_pnn.errors import ConfigError
 from lowmem_pnn.evaluation.measure import measure
-from lowmem_pnn.inference.answers import Answers, AnswerWriter, ArrayWriter, MaskWriter, TableWriter, pack_arrays, read_arrays
+from lowmem_pnn.inference.answers import (
+    BESIDE_OUTPUTS,
+    Answers,
+    AnswerWriter,
+    ArrayWriter,
+    MaskWriter,
+    TableWriter,
+    pack_arrays,
+    read_arrays,
+)
 from lowmem_pnn.inference.load import form_of
 from lowmem_pnn.inference.open_parts import SamplesToPredict
 from lowmem_pnn.inference.opened_run import opened_run
@@ -135,11 +144,18 @@ def _answers(workload: Workload, form: DataForm, result: Result, samples: Sample
 
 
 def _output_names(chain: Chain) -> list[str]:
-    """Return names of what a model returns: `outputs`, or those that it gives to each tensor."""
+    """Return names of what a model returns: `outputs`, or those that it gives to each tensor, as far as they can name a file of answers."""
     form = chain.output_form
     if form is None or len(form.names) == 1:
         return ["outputs"]
-    return [f"output_{name}" if name.isdecimal() else name for name in form.names]
+    names: list[str] = []
+    for given in form.names:
+        name = given.replace("/", "_")
+        name = f"output_{name}" if name.isdecimal() or name in BESIDE_OUTPUTS else name
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
 
 
 class _Writer:
