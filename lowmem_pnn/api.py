@@ -95,7 +95,7 @@ def fit(
     On Linux glibc's thresholds for giving memory back stay lowered in the process; the memory limit is lifted at the end.
 
     Returns:
-        What `result.json` says. The trained weights are in `result.weights_file`.
+        What `result.json` says, with absolute paths. The trained weights are in `result.weights_file`.
 
     Raises:
         LowMemError: a subclass that says what was wrong; `exit_code` is the command's.
@@ -131,6 +131,7 @@ def fit(
             display.message(note)
         result = begin(asked.config, asked.folder, open_inputs, overwrite=overwrite, process=process)
     assert result is not None, "one process trains all partitions"
+    result = result.moved_to(Path(result.workdir).absolute())  # the folder of this process may be another one later
     remember(result.workdir, model)
     if isinstance(model, torch.nn.Module):
         try:
@@ -318,8 +319,8 @@ def load(run: str | Path | Result, model: Model | None = None, *, trust: bool = 
 
     Args:
         run: the run's folder, which need not be writable, or its result.
-        model: a model of the class that was trained, which is changed, or what builds it; None builds what the run names, or what it was
-            started with in this process.
+        model: a model of the class that was trained, or what builds it; None builds what the run names, or what it was started with in
+            this process. A model is changed, and may not be the one that is returned (with adapters): go on with that one.
         trust: run code that the run names for its model (`file.py:factory`).
 
     Returns:

@@ -119,10 +119,16 @@ def test_a_model_is_built_anew_with_its_weights(tied: Result, elsewhere: Path) -
     )
 
 
-def test_models_of_this_process_are_remembered_and_hold_the_trained_weights(tmp_path: Path) -> None:
+def test_models_of_this_process_are_remembered_and_hold_the_trained_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = nn.Linear(4, 2)
     x = torch.rand(12, 4)
-    result = package.fit(model, (x, torch.arange(12) % 2), workdir=tmp_path / "run", **SMALL)
+    (tmp_path / "later").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = package.fit(model, (x, torch.arange(12) % 2), workdir="run", **SMALL)
+    monkeypatch.chdir("later")
+    assert result.history["epoch"] == [1], "the run is found from elsewhere too"
     loaded = package.load(tmp_path / "run")
     assert torch.equal(loaded.weight, load_file(result.weights_file)["weight"])
     assert torch.equal(model.weight, loaded.weight)
